@@ -1,0 +1,36 @@
+# Thin names for what bootstrap.py and the tools in its environment do.
+PYTHON ?= python3
+GKD_LAB_VENV ?= .venv
+BIN := $(GKD_LAB_VENV)/bin
+export GKD_LAB_VENV
+
+.PHONY: setup quickstart test check lint format types schema clean
+
+setup:  ## the environment, with the tools of a developer
+	$(PYTHON) bootstrap.py install dev
+
+quickstart:  ## run the quickstart experiment and write its report
+	$(PYTHON) bootstrap.py quickstart
+
+test:  ## the tests
+	$(PYTHON) bootstrap.py test
+
+check:  ## everything a change must pass: lint, formatting, types, tests
+	$(PYTHON) bootstrap.py check
+
+lint: setup
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+format: setup
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+types: setup
+	$(BIN)/python -m mypy
+
+schema: setup  ## write the JSON Schema of the experiment file anew
+	$(BIN)/python -m gkd_lab.spec.schema
+
+clean:  ## caches and builds; environments and outputs stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
