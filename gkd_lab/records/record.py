@@ -1,0 +1,182 @@
+"""The files of one run, and the folder of all runs. Nothing else reads or writes them.
+
+    spec.json  provenance.json  metrics.jsonl  checkpoint/  status.json (written last, by rename)
+    evaluations/<decoding>-<fp>/  spec.json  predictions.jsonl  scores.json  status.json
+
+`status.json` is the truth: without it a run is not finished, whatever else is there.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from gkd_lab.records.files import append_line, keep_lines_until, read_json, read_lines
+from gkd_lab.records.files import write_json, write_lines
+from gkd_lab.spec.cell import Cell, Evaluation, SftModel, artifact_folder
+from gkd_lab.spec.identity import FORMAT, Frozen
+
+State = Literal["done", "running", "failed", "missing"]
+_WORST: tuple[State, ...] = ("failed", "missing", "running", "done")
+
+
+def worst(states: list[State]) -> State:
+    """The state of a whole from those of its parts; all done is done."""
+    return min(states, key=_WORST.index)
+
+
+class DamagedRecord(RuntimeError):
+    """A record that belongs to another description than the one that its name stands for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A folder with a specification and a status: a training, an artifact or an evaluation."""
+
+    folder: Path
+
+    @property
+    def status_file(self) -> Path:
+        return self.folder / "status.json"
+
+    def status(self) -> dict[str, Any]:
+        """`{"state": "done" | "failed", ...}`, or `{}` while there is no verdict."""
+        return read_json(self.status_file) or {}
+
+    def describe(self, spec: Frozen, **more: Any) -> None:
+        """Write `spec.json`; an existing one must describe the same. Raises DamagedRecord."""
+        path = self.folder / "spec.json"
+        there = read_json(path)
+        if there is None:
+            body = {"format": FORMAT, "fingerprint": spec.full_fingerprint, **more}
+            write_json(path, {**body, "spec": spec.model_dump(mode="json")})
+        elif there.get("fingerprint") != spec.full_fingerprint:
+            raise DamagedRecord(
+                f"{path} describes another run ({there.get('fingerprint')}) than the one asked for "
+                f"({spec.full_fingerprint}); move the folder away and run again"
+            )
+
+    def done(self, **facts: Any) -> None:
+        """The last thing that a finished part writes."""
+        write_json(self.status_file, {"state": "done", **facts})
+
+    def failed(self, error: str, traceback: str = "") -> None:
+        """Keep why it failed; it is tried again when asked."""
+        write_json(
+            self.status_file, {"state": "failed", "error": error, "traceback": traceback}
+        )
+
+    def forget_failure(self) -> None:
+        """Make a failed part one that is to be done; a finished one stays as it is."""
+        if self.status().get("state") == "failed":
+            self.status_file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(Part):
+    """Predictions and scores of one decoding."""
+
+    def state(self) -> State:
+        return self.status().get("state", "missing")
+
+    def write(
+        self,
+        evaluation: Evaluation,
+        predictions: list[dict[str, Any]],
+        scores: Mapping[str, Any],
+        **facts: Any,
+    ) -> None:
+        """All files of an evaluation, its status last."""
+        self.describe(evaluation)
+        write_lines(self.folder / "predictions.jsonl", predictions)
+        write_json(self.folder / "scores.json", dict(scores))
+        self.done(**facts)
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Metric -> `{"value", "signature", ...}`; empty where there are none."""
+        return read_json(self.folder / "scores.json") or {}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """One row an example: prompt, prediction, references, a value per metric."""
+        return read_lines(self.folder / "predictions.jsonl")
+
+
+@dataclass(frozen=True)
+class Record(Part):
+    """One training (or artifact) and what was judged of it."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The result: a plain transformers folder."""
+        return self.folder / "checkpoint"
+
+    @property
+    def steps_folder(self) -> Path:
+        """Checkpoints to resume from, removed when the training is done."""
+        return self.folder / "steps"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def lock(self) -> FileLock:
+        """Held by whoever works on this record; freed by the kernel when its process dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock")
+
+    def is_claimed(self) -> bool:
+        """Whether another process is at work here."""
+        path = self.folder / ".lock"
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def state(self) -> State:
+        """Of the training alone."""
+        state: State | None = self.status().get("state")
+        if state is not None:
+            return state
+        return "running" if self.is_claimed() else "missing"
+
+    def evaluation(self, evaluation: Evaluation) -> EvaluationRecord:
+        return EvaluationRecord(self.folder / "evaluations" / evaluation.folder)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One line of the training's history."""
+        append_line(self.metrics_file, row)
+
+    def history(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def rewind(self, step: int) -> None:
+        """Forget the history after `step`."""
+        keep_lines_until(self.metrics_file, step)
+
+    def write_provenance(self, facts: Mapping[str, Any]) -> None:
+        write_json(self.folder / "provenance.json", dict(facts))
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the training done and drop what only resuming needed."""
+        self.done(**facts)
+        shutil.rmtree(self.steps_folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Store:
+    """All records below one outputs folder."""
+
+    root: Path
+
+    def of(self, cell: Cell) -> Record:
+        return Record(self.root / cell.folder)
+
+    def artifact(self, scale: str, role: str, model: SftModel) -> Record:
+        """The record of a teacher (`teacher`) or of a starting student (`start`)."""
+        return Record(self.root / artifact_folder(scale, role, model))

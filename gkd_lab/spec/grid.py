@@ -1,0 +1,315 @@
+"""From an experiment to its cells: cross the axes, fill in the defaults, resolve the shorthand, collapse twins."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from gkd_lab.spec.cell import Cell, DataSpec, Evaluation, Family, ModelSpec, Objective
+from gkd_lab.spec.cell import OptimizerSpec, SftModel, SftSpec, Source, TokenizerSpec, Training
+from gkd_lab.spec.errors import SpecError, explain, unknown
+from gkd_lab.spec.experiment import Experiment, Scale
+from gkd_lab.spec.identity import canonical
+from gkd_lab.spec.settings import DataSettings, EvaluationSettings, ModelSettings, Settings, merge
+
+
+class TaskDefaults(Protocol):
+    """What a grid must know of a task; `gkd_lab.tasks.Task` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+    def defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+        """Settings at `scale` for a data source (None: the task's own), `models`, `evaluations`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """How places become contents: two functions that look at the data and at the checkpoints."""
+
+    data: Callable[[str, DataSettings], DataSpec]
+    model: Callable[[str], tuple[str | None, str | None, str | None]]
+    """Name or folder -> (hub name or None, folder or None, revision)."""
+
+
+@dataclass(frozen=True)
+class GridOfCells:
+    """The cells of one experiment at one scale, in order."""
+
+    name: str
+    scale: str
+    experiment: Experiment
+    axes: dict[str, tuple[Any, ...]]
+    cells: tuple[Cell, ...]
+    stands_for: dict[str, tuple[dict[str, Any], ...]]
+    """Fingerprint -> labels of all combinations that came out as this one cell, where several did."""
+
+
+# Read from each cell alone; everything else is resolved once per combination of its values.
+_PER_CELL = ("lmbda", "beta", "seed", "teacher_temperature", "student_temperature", "temperature")
+
+
+def expand(
+    name: str,
+    experiment: Experiment,
+    tasks: Mapping[str, TaskDefaults],
+    revisions: Revisions,
+    scale: Scale | None = None,
+) -> GridOfCells:
+    """Every combination of the experiment's axes as a cell; the first axis varies slowest.
+
+    Combinations that describe the same training are one cell. Raises SpecError.
+    """
+    chosen = scale or experiment.scale
+    axes = experiment.axes()
+    if "task" not in axes:
+        if experiment.task is None:
+            raise SpecError(f"{name}: no task: set `task:` or an axis `grid.task`")
+        axes = {"task": (experiment.task,), **axes}
+    for task in (*axes["task"], *experiment.per_task):
+        if task not in tasks:
+            raise unknown("task", task, tasks)
+    resolver = _Resolver(experiment, tasks, revisions, chosen)
+    found: dict[str, Cell] = {}
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for point in _points(axes):
+        cell = resolver.cell(point)
+        found.setdefault(cell.fingerprint, cell)
+        labels.setdefault(cell.fingerprint, []).append(point)
+    twins = {key: tuple(points) for key, points in labels.items() if len(points) > 1}
+    return GridOfCells(name, chosen, experiment, axes, tuple(found.values()), twins)
+
+
+def _points(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    names = list(axes)
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(names, values, strict=True))
+
+
+class _Resolver:
+    """Turns points of a grid into cells; what points share is resolved once."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        tasks: Mapping[str, TaskDefaults],
+        revisions: Revisions,
+        scale: str,
+    ) -> None:
+        self.experiment = experiment
+        self.tasks = tasks
+        self.revisions = revisions
+        self.scale = scale
+        self.shared: dict[str, _Shared] = {}
+
+    def cell(self, point: dict[str, Any]) -> Cell:
+        slow = {key: value for key, value in point.items() if key not in _PER_CELL}
+        key = canonical(slow)
+        if key not in self.shared:
+            self.shared[key] = self._resolve(slow)
+        shared = self.shared[key]
+        fast = {key: point[key] for key in _PER_CELL if key in point}
+        values = {**shared.fast, **fast} if fast else shared.fast
+        training = Training(
+            objectives=shared.objectives or (_objective(values),),
+            source=shared.source or _source(values),
+            seed=values["seed"],
+            **shared.training,
+        )
+        return Cell(self.scale, training, shared.evaluations, point)
+
+    def _resolve(self, point: dict[str, Any]) -> "_Shared":
+        task = self.tasks[point["task"]]
+        stated = self._stated(task, point)
+        defaults = task.defaults(self.scale, stated.get("data", {}).get("source"))
+        merged = merge(
+            {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}, stated
+        )
+        try:
+            settings = Settings.model_validate(merged)
+        except ValidationError as error:
+            raise explain(error, f"task {task.name}", Settings.model_fields) from error
+        models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
+        return _share(task, settings, models, self._evaluations(task, defaults, settings), self)
+
+    def _stated(self, task: TaskDefaults, point: Mapping[str, Any]) -> dict[str, Any]:
+        for_task = self.experiment.per_task.get(task.name)
+        per_task = for_task.model_dump(exclude_unset=True) if for_task else {}
+        axes: dict[str, Any] = {}
+        for axis, value in point.items():
+            if axis != "task":
+                section, _, name = axis.partition(".")
+                axes = merge(axes, {section: {name: value}} if name else {section: value})
+        return merge(self.experiment.settings(), per_task, axes)
+
+    def _evaluations(
+        self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
+    ) -> tuple[Evaluation, ...]:
+        stated = self.experiment.evaluations or tuple(
+            EvaluationSettings.model_validate(e) for e in defaults["evaluations"]
+        )
+        limit = settings.max_output_tokens
+        assert limit is not None, "every scale states max_output_tokens"
+        return tuple(_evaluation(e, task.metrics, limit) for e in stated)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all cells have in common that differ only in the fast axes."""
+
+    training: dict[str, Any]
+    evaluations: tuple[Evaluation, ...]
+    fast: dict[str, Any]
+    objectives: tuple[Objective, ...] | None
+    source: Source | None
+
+
+def _share(
+    task: TaskDefaults,
+    settings: Settings,
+    models: Mapping[str, ModelSettings],
+    evaluations: tuple[Evaluation, ...],
+    resolver: _Resolver,
+) -> _Shared:
+    assert settings.data is not None, "every scale states data"
+    data = resolver.revisions.data(task.name, settings.data)
+    teacher = _sft_model(task, "teacher", settings, models, data, resolver.revisions)
+    start = _sft_model(task, "student", settings, models, data, resolver.revisions)
+    training = {
+        "task": task.name,
+        "teacher": teacher,
+        "start": start,
+        "optimizer": _optimizer(settings),
+        **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
+    }
+    fast = {name: getattr(settings, name) for name in _PER_CELL}
+    return _Shared(training, evaluations, fast, settings.objectives, settings.source)
+
+
+_TRAINING_FIELDS = (
+    "loss_normalization",
+    "steps",
+    "batch_size",
+    "dropout",
+    "max_input_tokens",
+    "max_output_tokens",
+    "precision",
+)
+
+
+def _objective(values: Mapping[str, Any]) -> Objective:
+    return Objective(
+        beta=values["beta"],
+        teacher_temperature=values["teacher_temperature"],
+        student_temperature=values["student_temperature"],
+    )
+
+
+def _source(values: Mapping[str, Any]) -> Source:
+    lmbda = values["lmbda"]
+    return Source(lmbda=lmbda, temperature=values["temperature"] if lmbda > 0 else None)
+
+
+def _optimizer(settings: Settings) -> OptimizerSpec:
+    return OptimizerSpec(
+        name=settings.optimizer,  # type: ignore[arg-type]  # a None is refused by the model
+        **{name: getattr(settings, name) for name in _OPTIMIZER_FIELDS},
+    )
+
+
+_OPTIMIZER_FIELDS = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "cooldown_steps",
+)
+
+
+def _sft_model(
+    task: TaskDefaults,
+    role: str,
+    settings: Settings,
+    models: Mapping[str, ModelSettings],
+    data: DataSpec,
+    revisions: Revisions,
+) -> SftModel:
+    asked = getattr(settings, role)
+    assert settings.tokenizer is not None, "every scale states a tokenizer"
+    if isinstance(asked, str) and asked in models:
+        name, model = asked, models[asked]
+    elif isinstance(asked, str):
+        if not ("/" in asked or asked.startswith((".", "~"))):
+            raise unknown(role, asked, models)
+        name, model = asked.rstrip("/").rsplit("/", 1)[-1], ModelSettings(pretrained=asked)
+    else:
+        name, model = "custom", asked
+    return SftModel(
+        task=task.name,
+        family=task.family,
+        data=data,
+        tokenizer=TokenizerSpec(**settings.tokenizer.model_dump()),
+        model=_model(name, model, revisions),
+        sft=_sft(model, settings),
+        dropout=settings.dropout,  # type: ignore[arg-type]
+        max_input_tokens=settings.max_input_tokens,  # type: ignore[arg-type]
+        max_output_tokens=settings.max_output_tokens,  # type: ignore[arg-type]
+        precision="fp32" if settings.precision == "bf16" else settings.precision,  # type: ignore[arg-type]
+    )
+
+
+def _model(name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
+    if model.pretrained is not None:
+        hub, path, revision = revisions.model(model.pretrained)
+        return ModelSpec(name=name, pretrained=hub, path=path, revision=revision)
+    architecture = model.architecture()
+    if architecture is None:
+        raise SpecError(
+            f"model {name!r}: give layers, width and heads to make one, or `pretrained` to load one"
+        )
+    if architecture.width % architecture.heads:
+        raise SpecError(
+            f"model {name!r}: width {architecture.width} is not a multiple of "
+            f"heads {architecture.heads}"
+        )
+    return ModelSpec(name=name, architecture=architecture, init_seed=model.init_seed or 0)
+
+
+def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
+    """The model's own recipe; what it leaves out is as in the distillation."""
+    sft = model.sft
+    if sft is None or not sft.steps:
+        return None
+    optimizer = _optimizer(settings)
+    stated = sft.model_dump(exclude_none=True)
+    changes = {name: stated[name] for name in _OPTIMIZER_FIELDS if name in stated}
+    name = stated.get("optimizer", optimizer.name)
+    return SftSpec(
+        steps=sft.steps,
+        batch_size=sft.batch_size or settings.batch_size,  # type: ignore[arg-type]
+        seed=sft.seed or 0,
+        optimizer=OptimizerSpec(**{**optimizer.model_dump(), **changes, "name": name}),
+    )
+
+
+def _evaluation(asked: EvaluationSettings, metrics: tuple[str, ...], limit: int) -> Evaluation:
+    sampled, beamed = asked.decoding == "sample", asked.decoding == "beam"
+    return Evaluation(
+        decoding=asked.decoding,
+        temperature=(asked.temperature or 1.0) if sampled else None,
+        num_beams=(asked.num_beams or 4) if beamed else None,
+        length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty)
+        if beamed
+        else None,
+        split=asked.split,
+        examples=asked.examples,
+        max_output_tokens=asked.max_output_tokens or limit,
+        seed=asked.seed if sampled else None,
+        metrics=asked.metrics or metrics,
+    )

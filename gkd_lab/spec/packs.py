@@ -1,0 +1,65 @@
+"""Which cells are trained as one model: a function of the experiment's full cell list and the limit.
+
+It never depends on what is left to do, so that a resumed run meets the same packs.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gkd_lab.spec.cell import Cell, Training
+from gkd_lab.spec.errors import SpecError
+from gkd_lab.spec.identity import canonical
+
+PackLimit = int | Literal["auto", "off"]
+AUTO = 16
+"""Cells per pack where nothing is said; models that are loaded run alone so far."""
+
+_OWN = ("objectives", "source", "seed")
+"""Fields in which the cells of a pack may differ; each keeps its own learning rate as well."""
+
+
+def parse_limit(text: str) -> PackLimit:
+    """`auto`, `off` or a number of cells. Raises SpecError."""
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise SpecError(f"--pack {text!r}: expected auto, off or a number of cells from 1")
+
+
+def packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
+    """The cells in groups of at most `limit`, each sorted by (seed, lmbda, beta)."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(_common(cell.training), []).append(cell)
+    found = []
+    for group in groups.values():
+        size = _size(group[0], limit)
+        group.sort(key=lambda cell: (cell.seed, cell.lmbda, cell.beta, cell.fingerprint))
+        found += [group[n : n + size] for n in range(0, len(group), size)]
+    return found
+
+
+def why_alone(cell: Cell) -> str | None:
+    """Why a cell cannot share a pack; None where it can."""
+    if cell.training.start.model.architecture is None:
+        return "its student is loaded, not made"
+    if cell.training.dropout > 0:
+        return "dropout draws from one stream"
+    return None
+
+
+def _size(cell: Cell, limit: PackLimit) -> int:
+    if limit == "off" or why_alone(cell):
+        return 1
+    return AUTO if limit == "auto" else limit
+
+
+def _common(training: Training) -> str:
+    shared = {
+        name: getattr(training, name) for name in type(training).model_fields if name not in _OWN
+    }
+    optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
+    return canonical({**shared, "optimizer": optimizer})

@@ -1,0 +1,132 @@
+"""The words of an experiment file: every field that may be set or crossed, all optional.
+
+A setting that an experiment leaves out comes from the task's defaults at the chosen scale. `lmbda`, `beta`
+and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import PositiveFloat, PositiveInt
+
+from gkd_lab.spec.cell import Architecture, Decoding, LossNormalization, OptimizerName, Precision
+from gkd_lab.spec.cell import Objective, Share, Source, Split
+
+
+class Section(BaseModel):
+    """A closed group of optional settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Where rows come from and how many are taken."""
+
+    source: str | None = Field(
+        None, description="`made`, another generator's name, a folder of jsonl or parquet, a hub name"
+    )
+    config: str | None = Field(None, description="configuration of a hub data set")
+    seed: int | None = Field(None, description="of made data")
+    train: PositiveInt | None = Field(None, description="rows")
+    validation: PositiveInt | None = Field(None, description="rows")
+    test: PositiveInt | None = Field(None, description="rows")
+
+
+class TokenizerSettings(Section):
+    """The tokenizer of models that are made from scratch."""
+
+    kind: Literal["word", "bpe", "pretrained"] | None = None
+    vocab_size: PositiveInt | None = Field(None, description="upper bound")
+
+
+class SftSettings(Section):
+    """Supervised fine-tuning of a teacher or of the starting student."""
+
+    steps: NonNegativeInt | None = Field(None, description="0: no fine-tuning")
+    batch_size: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
+    cooldown_steps: NonNegativeInt | None = None
+    optimizer: OptimizerName | None = None
+    weight_decay: NonNegativeFloat | None = None
+    max_grad_norm: NonNegativeFloat | None = None
+    seed: int | None = None
+
+
+class ModelSettings(Section):
+    """A model: an architecture to make, or a checkpoint to load; the name of one is short for it."""
+
+    layers: PositiveInt | None = None
+    width: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    feed_forward: PositiveInt | None = None
+    pretrained: str | None = Field(None, description="a local folder or a hub name")
+    init_seed: int | None = None
+    sft: SftSettings | None = None
+
+    def architecture(self) -> Architecture | None:
+        """The architecture, when it is one to be made; feed_forward defaults to 4 widths."""
+        if self.layers is None or self.width is None or self.heads is None:
+            return None
+        forward = self.feed_forward or 4 * self.width
+        return Architecture(
+            layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward
+        )
+
+
+class EvaluationSettings(Section):
+    """One way of decoding and judging."""
+
+    decoding: Decoding = "greedy"
+    temperature: PositiveFloat | None = Field(None, description="sampling only; default 1")
+    num_beams: PositiveInt | None = Field(None, description="beam search only; default 4")
+    length_penalty: float | None = Field(None, description="beam search only; default 0.6")
+    split: Split = "test"
+    examples: PositiveInt | None = Field(None, description="the first ones; default all")
+    max_output_tokens: PositiveInt | None = None
+    seed: int = 0
+    metrics: tuple[str, ...] | None = Field(None, description="default: the task's own")
+
+
+class Settings(Section):
+    """Fields that an experiment may set once, per task, or cross in its grid."""
+
+    lmbda: Share | None = Field(None, description="share of student-written batches, in [0, 1]")
+    beta: Share | None = Field(None, description="JSD(beta): 0 forward KL, 1 reverse KL")
+    teacher_temperature: PositiveFloat | None = Field(None, description="of the teacher in the loss")
+    student_temperature: PositiveFloat | None = Field(None, description="of the student in the loss")
+    temperature: PositiveFloat | None = Field(None, description="of sampling from the student")
+    objectives: tuple[Objective, ...] | None = Field(None, description="the long form of beta")
+    source: Source | None = Field(None, description="the long form of lmbda")
+    loss_normalization: LossNormalization | None = Field(
+        None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
+    )
+    teacher: str | ModelSettings | None = None
+    student: str | ModelSettings | None = None
+    data: DataSettings | None = None
+    tokenizer: TokenizerSettings | None = None
+    steps: PositiveInt | None = Field(None, description="optimizer steps of distillation")
+    batch_size: PositiveInt | None = Field(None, description="sequences per optimizer step")
+    optimizer: OptimizerName | None = None
+    learning_rate: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    max_grad_norm: NonNegativeFloat | None = Field(None, description="per cell; 0: no clipping")
+    warmup_steps: NonNegativeInt | None = None
+    cooldown_steps: NonNegativeInt | None = None
+    dropout: Share | None = None
+    max_input_tokens: PositiveInt | None = None
+    max_output_tokens: PositiveInt | None = None
+    precision: Precision | None = None
+    seed: int | None = None
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win; nested sections are merged field by field, everything else is replaced."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = value
+    return merged
