@@ -1,0 +1,124 @@
+"""Arithmetic: a step-by-step solution that ends in `#### answer`, judged by the answer alone.
+
+A made row is a chain of one-digit numbers; a step of its solution is the next number and the sum so
+far, two space-separated tokens: 5 added is 8, 9 added is 17. Copying the number first is what makes
+it learnable in minutes; sums alone are shorter but took a 2-layer model several times the steps.
+    prompt  3 + 5 + 9 + 1 + 4 + 7 =
+    target  5 8 9 17 1 18 4 22 7 29 #### 29
+Real rows: GSM8K's `question`, `answer` (without its `<<48/2=24>>` marks: no calculator runs here),
+and SVAMP's `question`, `answer`, where the answer is a bare number and the target `#### 51`.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+from gkd_lab.metrics import extract_answer
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+
+MADE_VERSION = "arithmetic-made-1"
+SHORTEST, LONGEST = 6, 10  # numbers in a chain
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_NUMBER = re.compile(r"-?[0-9][0-9.,]*")
+_ROUNDED = re.compile(r"-?[0-9.]+e\+[0-9]+")  # SVAMP writes 5 of its answers as 2.20906e+07
+
+
+def is_correct(solution: str, reference: str) -> bool:
+    """OpenAI's GSM8K rule: the first `#### number` of both, commas removed, equal as strings."""
+    answer = extract_answer(solution)
+    return answer is not None and answer == extract_answer(reference)
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
+    question = text_field(raw, "question")
+    answer = raw.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        raw = {**raw, "answer": f"{answer:.15g}"}
+    solution = _CALCULATOR.sub("", text_field(raw, "answer"))
+    if _ROUNDED.fullmatch(solution):
+        solution = f"{float(solution):.15g}"
+    if _NUMBER.fullmatch(solution):
+        solution = f"#### {solution}"
+    if extract_answer(solution) is None:
+        raise ValueError(
+            f"field 'answer' must be a number or end in '#### number', got {solution[-40:]!r}"
+        )
+    return Row(question, solution, (solution,))
+
+
+def _chain_sum(random_numbers: random.Random) -> tuple[str, str]:
+    digits = random_numbers.choices(range(1, 10), k=random_numbers.randint(SHORTEST, LONGEST))
+    steps = [f"{digit} {total}" for digit, total in zip(digits, accumulate(digits), strict=True)]
+    return " + ".join(map(str, digits)) + " =", f"{' '.join(steps[1:])} #### {sum(digits)}"
+
+
+def made(seed: int, split: Split) -> Iterator[Row]:
+    """Endless chain sums of 6 to 10 numbers from 1 to 9."""
+    return draw_rows(_chain_sum, MADE_VERSION, seed, split)
+
+
+_GREEDY = [{"decoding": "greedy", "split": "test"}]  # Table A.2
+SCALES = {
+    "nano": {
+        "data": {"source": "made", "train": 20_000, "validation": 500, "test": 500},
+        "tokenizer": {"kind": "word", "vocab_size": 128},
+        "models": {
+            "xl": made_model(2, 128, 4, steps=1000, batch_size=64, learning_rate=2e-3),
+            "large": made_model(2, 96, 4, steps=400, batch_size=32, learning_rate=2e-3),
+            "base": made_model(2, 64, 4, steps=400, batch_size=32, learning_rate=2e-3),
+            "small": made_model(2, 48, 4, steps=400, batch_size=32, learning_rate=2e-3),
+        },
+        "teacher_temperature": 1.0,
+        "steps": 400,
+        "batch_size": 32,  # Table A.2
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "cooldown_steps": 100,  # the last quarter, as in Table A.2
+        "max_input_tokens": 24,
+        "max_output_tokens": 24,
+        "evaluations": _GREEDY,
+        "real": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+            "data": {"train": None, "validation": 200, "test": 200},
+            "max_input_tokens": 192,
+            "max_output_tokens": 192,
+        },
+    },
+    "paper": {
+        "data": {"source": "openai/gsm8k", "config": "main"},
+        "models": {
+            # FLAN-T5, fine-tuned for 10K steps on the solutions (§4.3)
+            "xl": checkpoint("google/flan-t5-xl", steps=10_000),
+            "large": checkpoint("google/flan-t5-large", steps=10_000),
+            "base": checkpoint("google/flan-t5-base", steps=10_000),
+            "small": checkpoint("google/flan-t5-small", steps=10_000),
+        },
+        "teacher_temperature": 0.1,  # Table A.2
+        "steps": 40_000,  # Table A.2
+        "warmup_steps": 2_000,  # Table A.2
+        "cooldown_steps": 10_000,  # Table A.2: from 30K to 40K
+        "dropout": 0.05,  # Table A.2
+        "max_input_tokens": 512,  # Table A.2
+        "max_output_tokens": 320,  # Table A.2
+        "evaluations": _GREEDY,
+    },
+}
+
+TASK = Task(
+    scales=SCALES,
+    name="arithmetic",
+    family="decoder-only",
+    metrics=("accuracy",),
+    generators={
+        "made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)
+    },
+    parse=parse,
+    hub_name="openai/gsm8k",
+    hub_config="main",
+)

@@ -1,0 +1,145 @@
+"""Real text that every install has: the docstrings of our dependencies as (prose, first line).
+
+Files are found without importing their package and read with `ast`. Only prose is kept: a pair
+ends where a section, a list, a directive or an example begins. The pairs depend on the installed
+versions, so the version names them and the SHA-256 of the pairs.
+    body        Only the values in the DataFrame/Series are compared; the index is ignored ...
+    first line  Return the integer indices that would sort the Series values.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import cache as remembered
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+EXTRACTION_VERSION = "docstrings-1"
+PACKAGES = ("numpy", "pandas", "torch", "transformers", "datasets", "matplotlib")
+BODY_WORDS = (15, 120)
+FIRST_LINE_WORDS = (4, 24)
+
+Pair = tuple[str, str]  # body, first line
+
+_SKIPPED_FOLDERS = {"test", "tests", "_vendor", "testing"}
+_NOT_PROSE = re.compile(
+    r"""^\s*(>>>|\.\.\ |[-*+•]\s|\d+[.)]\s|\||```|@|:\w+|\#|<)  # an example, a list, a table
+    |::\s*$|^\s*[-=~^]{3,}\s*$                              # a block follows, an underline
+    |^\s*(Args?|Arguments|Parameters|Params|Returns?|Yields?|Raises|Examples?|Notes?|See\ Also
+         |References|Attributes|Inputs?|Outputs?|Shape|Usage|Warnings?|Keyword\ Arg\w*|Tips?
+         )\b.{0,20}:?\s*$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_MARKUP = (
+    (re.compile(r"\s*\[\d+\]_"), ""),  # a footnote
+    (re.compile(r":[a-z:]+:`~?!?\.?([^`<]+?)(\s*<[^`]*>)?`"), r"\1"),  # :class:`~a.b <c>` -> a.b
+    (re.compile(r"\[`~?([^`\]]+)`\](\([^)]*\))?"), r"\1"),  # [`a`](link) -> a
+    (re.compile(r"`+([^`]*)`+_*"), r"\1"),
+    (re.compile(r"\*\*?([^*]+)\*\*?"), r"\1"),
+)
+
+
+def _plain(text: str) -> str:
+    for markup, replacement in _MARKUP:
+        text = markup.sub(replacement, text)
+    return " ".join(text.split())
+
+
+def _is_prose(text: str) -> bool:
+    """Text made of words: ends like a sentence, few symbols, no code left in it."""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return (
+        text.isascii()
+        and text[0].isupper()
+        and text.endswith((".", "!", "?"))
+        and letters >= 0.88 * len(text)
+        and not re.search(r"https?:|[\\{}=<>|$]|\.\.\.|TODO|\bFIXME|deprecated", text)
+    )
+
+
+def _pair(docstring: str) -> Pair | None:
+    """The prose of one docstring and its first paragraph, or None where it has no good pair."""
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
+    body: list[str] = []
+    for paragraph in paragraphs[1:]:
+        if paragraph[0].isspace() or any(map(_NOT_PROSE.search, paragraph.splitlines())):
+            break
+        body.append(_plain(paragraph))
+    first_line, text = _plain(paragraphs[0]), " ".join(body)
+    if (
+        BODY_WORDS[0] <= len(text.split()) <= BODY_WORDS[1]
+        and FIRST_LINE_WORDS[0] <= len(first_line.split()) <= FIRST_LINE_WORDS[1]
+        and _is_prose(text)
+        and _is_prose(first_line)
+    ):
+        return text, first_line
+    return None
+
+
+def _files(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the docstrings source reads the package {package!r}: install it")
+    root = Path(spec.origin).parent
+    found = (path for path in root.rglob("*.py"))
+    return sorted(p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    source = path.read_bytes()
+    if b'"""' not in source:
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring and docstring.strip():
+                yield docstring
+
+
+def extract() -> list[Pair]:
+    """All good pairs of the installed packages, no body and no first line twice.
+
+    The order is that of a hash of the body: fixed, and mixed over the packages. Takes about half
+    a minute; `pairs` remembers.
+    """
+    by_body: dict[str, str] = {}
+    first_lines: set[str] = set()
+    for package in PACKAGES:
+        for path in _files(package):
+            for pair in filter(None, map(_pair, _docstrings(path))):
+                if pair[0] not in by_body and pair[1].lower() not in first_lines:
+                    by_body[pair[0]] = pair[1]
+                    first_lines.add(pair[1].lower())
+    return sorted(by_body.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+
+
+def _installed() -> str:
+    """The extraction's version and the packages', as one name."""
+    names = (f"{package}-{package_version(package)}" for package in PACKAGES)
+    return "+".join((EXTRACTION_VERSION, *names))
+
+
+@remembered
+def pairs(cache: Path | None = None) -> tuple[Pair, ...]:
+    """The pairs of the installed packages; kept in a file of the folder `cache` if one is given."""
+    if cache is None:
+        return tuple(extract())
+    key = hashlib.sha256(_installed().encode()).hexdigest()[:16]
+    path = cache / f"docstrings-{key}.json"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(extract()))
+        unfinished.replace(path)
+    return tuple((body, first_line) for body, first_line in json.loads(path.read_text()))
+
+
+def version(cache: Path | None = None) -> str:
+    """The packages' versions and the SHA-256 of the pairs."""
+    digest = hashlib.sha256(json.dumps(pairs(cache)).encode()).hexdigest()
+    return f"{_installed()}/{digest}"

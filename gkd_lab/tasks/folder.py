@@ -1,0 +1,166 @@
+"""A local folder of data: which files are which split, their rows, their content's digest.
+
+Files are `train`, `validation` or `test` with `.jsonl` or `.parquet`, one file or all shards
+(`train-00000-of-00002.parquet`), in the folder or in its `data/`. Everything else is left alone.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.tasks.task import SPLITS, Split
+
+_DATA_FILE = re.compile(r"(train|validation|test)(?:-(\d+)-of-(\d+))?\.(jsonl|parquet)")
+
+
+class DataFolder:
+    """The data files of one folder. ValueError for a missing, empty or ambiguous folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[Split, list[Path]] = _split_files(_existing(path))
+
+    @cached_property
+    def counts(self) -> dict[Split, int]:
+        """Rows per split."""
+        return {split: sum(map(_count, files)) for split, files in self.files.items()}
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The raw rows of a split in file order, each with its `FILE:LINE`."""
+        for file in self.files[split]:
+            yield from (_jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file))
+
+    def digest(self, cache: Path | None = None) -> str:
+        """SHA-256 over the sorted relative names and the bytes of all data files.
+
+        In the folder `cache` the digest of each file is kept by path, size and time.
+        """
+        known = _read_known(cache)
+        total = hashlib.sha256()
+        files = sorted(file for files in self.files.values() for file in files)
+        for file in files:
+            stat = file.stat()
+            key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+            if key not in known:
+                known[key] = _file_digest(file)
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{known[key]}\n".encode())
+        _write_known(cache, known)
+        return total.hexdigest()
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; give the folder that holds it")
+    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+    raise ValueError(f"no folder {path}.{hint}")
+
+
+def _split_files(path: Path) -> dict[Split, list[Path]]:
+    names = sorted((*path.glob("*"), *path.glob("data/*")))
+    matches = [(file, match) for file in names if (match := _DATA_FILE.fullmatch(file.name))]
+    files: dict[Split, list[Path]] = {}
+    for split in SPLITS:
+        of_split = [(file, match) for file, match in matches if match[1] == split]
+        if of_split:
+            _check_shards(of_split)
+            files[split] = [file for file, _ in of_split]
+    if not files:
+        raise ValueError(
+            f"{path} holds no train, validation or test file in .jsonl or .parquet; it holds: "
+            + (", ".join(sorted(one.name for one in path.iterdir())[:10]) or "nothing")
+        )
+    return files
+
+
+def _check_shards(found: list[tuple[Path, re.Match[str]]]) -> None:
+    """One whole file, or every shard of one set, once."""
+    names = [str(file) for file, _ in found]
+    shapes = {(file.parent, match[3], match[4]) for file, match in found}
+    if len(shapes) > 1:
+        raise ValueError(f"more than one form of the same split, keep one: {', '.join(names)}")
+    (_, total, _), numbers = shapes.pop(), [int(match[2]) for _, match in found if match[2]]
+    if total and numbers != list(range(int(total))):
+        missing = sorted(set(range(int(total))) - set(numbers))
+        raise ValueError(f"{names[0]}: of {int(total)} shards these are missing: {missing}")
+
+
+def _count(file: Path) -> int:
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            rows = sum(1 for line in lines if line.strip())
+    else:
+        rows = int(_parquet(file).metadata.num_rows)
+    if not rows:
+        raise ValueError(f"{file}: the file is empty, expected at least one row")
+    return rows
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                raw = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                bad = line[error.start : error.start + 1]
+                raise ValueError(
+                    f"{where}: expected UTF-8, byte {error.start} is {bad!r}"
+                ) from error
+            except json.JSONDecodeError as error:
+                shown = line[:60].decode("utf-8", "replace").strip()
+                raise ValueError(
+                    f"{where}: expected a JSON object, {error.msg.lower()} at column "
+                    f"{error.colno}: {shown}"
+                ) from error
+            if not isinstance(raw, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {str(raw)[:60]!r}")
+            yield where, raw
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    for batch in _parquet(file).iter_batches():
+        for raw in batch.to_pylist():
+            number += 1
+            yield f"{file}:{number}", raw
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: expected a parquet file, {error}") from error
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_known(cache: Path | None) -> dict[str, str]:
+    path = cache / "digests.json" if cache else None
+    return dict(json.loads(path.read_text())) if path and path.exists() else {}
+
+
+def _write_known(cache: Path | None, known: dict[str, str]) -> None:
+    if cache is None:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = cache / f"digests.{os.getpid()}"
+    unfinished.write_text(json.dumps(known, indent=0))
+    unfinished.replace(cache / "digests.json")

@@ -1,0 +1,40 @@
+"""What all made sources share: splits by a hash of the prompt, rows keyed by (source, seed, split).
+
+A prompt belongs to one split whatever the seed, so no seed's test row is another seed's train row.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+
+from gkd_lab.tasks.task import Row, Split
+
+_SPLIT_OF_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight are train
+_DRAWS_WITHOUT_A_NEW_ROW = 10_000
+
+
+def split_of(prompt: str) -> Split:
+    """The one split `prompt` belongs to: 80 % train, 10 % validation, 10 % test."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return _SPLIT_OF_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
+
+
+def draw_rows(
+    draw: Callable[[random.Random], tuple[str, str]], source: str, seed: int, split: Split
+) -> Iterator[Row]:
+    """Endless distinct rows of `split`; `draw` makes one (prompt, target) pair from a generator.
+
+    `source` names the generator and its version: it keys the random stream with seed and split.
+    """
+    random_numbers = random.Random(f"{source}/{seed}/{split}")
+    seen: set[str] = set()
+    wasted = 0
+    while wasted < _DRAWS_WITHOUT_A_NEW_ROW:
+        prompt, target = draw(random_numbers)
+        if prompt in seen or split_of(prompt) != split:
+            wasted += 1
+            continue
+        wasted = 0
+        seen.add(prompt)
+        yield Row(prompt, target, (target,))
+    raise ValueError(f"{source} has only {len(seen):,} different rows for the split {split!r}")

@@ -1,0 +1,192 @@
+"""The slots of the made translation sentences, drawn in English and German at once.
+
+Numbers and ordinals are num2words', dates, units, money, territories and languages babel's; only
+what neither has (genders, conjugation, dative plurals, clock phrases) is written out here.
+"""
+
+import random
+from datetime import date
+from functools import cache
+
+from babel import Locale
+from babel.dates import format_date
+from babel.numbers import format_percent, get_currency_name
+from babel.units import format_unit
+from num2words import num2words
+
+Pair = tuple[str, str]  # English, German
+
+TERRITORIES = ("FR", "IT", "ES", "PL", "JP", "BR", "GR", "NO", "EG", "CA")
+LANGUAGES = ("fr", "it", "es", "pl", "ja", "pt", "el", "no", "sv", "ru")
+CURRENCIES = ("EUR", "USD", "CHF")
+LARGEST_NUMBER = 39  # every number word is one word of the vocabulary
+LAST_DAY = 28  # so that every month has it
+PERCENTAGES = (10, 20, 25, 30, 40, 50, 75, 90)
+
+VEHICLES: tuple[Pair, ...] = (
+    ("the train", "der Zug"),
+    ("the bus", "der Bus"),
+    ("the ferry", "die Fähre"),
+    ("the ship", "das Schiff"),
+)
+GOODS: tuple[Pair, ...] = (
+    ("tickets", "Karten"),
+    ("books", "Bücher"),
+    ("apples", "Äpfel"),
+    ("chairs", "Stühle"),
+    ("lamps", "Lampen"),
+    ("bottles", "Flaschen"),
+)
+STUFFS: tuple[tuple[str, Pair], ...] = (
+    ("mass-kilogram", ("flour", "Mehl")),
+    ("mass-kilogram", ("sugar", "Zucker")),
+    ("volume-liter", ("milk", "Milch")),
+    ("volume-liter", ("water", "Wasser")),
+)
+PERIODS = ("duration-day", "duration-week", "duration-month", "duration-year")
+
+# person -> English and German forms; `sie` is "she" and "they", and the verb tells which.
+_SINGULAR = {"have": "has", "need": "needs", "come": "comes", "want": "wants"}
+_PLURAL = {verb: verb for verb in _SINGULAR}
+_GERMAN_VERBS = ("haben", "werden", "lernen", "brauchen", "kommen", "wollen")
+_ICH = ("habe", "werde", "lerne", "brauche", "komme", "will")
+_ER = ("hat", "wird", "lernt", "braucht", "kommt", "will")
+PERSONS = tuple(
+    ({"who": english, **forms}, {"who": german, **dict(zip(_GERMAN_VERBS, verbs, strict=True))})
+    for english, forms, german, verbs in (
+        ("I", _PLURAL, "ich", _ICH),
+        ("he", _SINGULAR, "er", _ER),
+        ("she", _SINGULAR, "sie", _ER),
+        ("we", _PLURAL, "wir", _GERMAN_VERBS),
+        ("they", _PLURAL, "sie", _GERMAN_VERBS),
+    )
+)
+
+
+def _plain(text: str) -> str:
+    return text.replace("\u00a0", " ").replace("\u202f", " ")
+
+
+@cache
+def number(value: int) -> Pair:
+    """A cardinal: 21 is ("twenty-one", "einundzwanzig")."""
+    return num2words(value, lang="en"), num2words(value, lang="de")
+
+
+@cache
+def ordinal(value: int) -> Pair:
+    """An ordinal; the German one in the weak nominative: 3 is ("third", "dritte")."""
+    return num2words(value, lang="en", to="ordinal"), num2words(value, lang="de", to="ordinal")
+
+
+@cache
+def day_of_year(month: int, day: int) -> Pair:
+    """A date without its year: ("March 7", "7. März")."""
+    value = date(2024, month, day)
+    return format_date(value, "MMMM d", "en"), format_date(value, "d. MMMM", "de")
+
+
+@cache
+def weekday(index: int) -> Pair:
+    """A day of the week, 0 is Monday."""
+    value = date(2024, 1, 1 + index)  # 1 January 2024 was a Monday
+    return format_date(value, "EEEE", "en"), format_date(value, "EEEE", "de")
+
+
+@cache
+def quantity(value: float, unit: str) -> Pair:
+    """A decimal and its unit: ("2.5 kilometers", "2,5 Kilometer")."""
+    return format_unit(value, unit, "long", locale="en"), format_unit(value, unit, locale="de")
+
+
+@cache
+def period(value: int, unit: str) -> Pair:
+    """A time of at least 2 units, the German one in the dative: ("two days", "zwei Tagen")."""
+    english, german = quantity(value, unit)
+    german_unit = german.split()[1]
+    dative = german_unit if german_unit.endswith("n") else german_unit + "n"
+    return f"{number(value)[0]} {english.split()[1]}", f"{number(value)[1]} {dative}"
+
+
+@cache
+def money(value: int, currency: str, cents: int = 0) -> Pair:
+    """An amount of at least 2: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
+    english, german = (
+        f"{number(value)[place]} {get_currency_name(currency, count=value, locale=locale)}"
+        for place, locale in enumerate(("en", "de"))
+    )
+    if not cents:
+        return english, german
+    return f"{english} and {number(cents)[0]} cents", f"{german} und {number(cents)[1]} Cent"
+
+
+@cache
+def percent(value: int) -> Pair:
+    """A percentage: ("25%", "25 %")."""
+    return format_percent(value / 100, locale="en"), _plain(
+        format_percent(value / 100, locale="de")
+    )
+
+
+@cache
+def clock(hour: int, minute: int) -> Pair:
+    """A time of day as it is said, hour 2 to 12: 3:30 is ("half past three", "halb vier")."""
+    (english, german), following = number(hour), number(hour % 12 + 1)
+    if minute == 0:
+        return f"{english} o'clock", f"{german} Uhr"
+    if minute == 15:
+        return f"quarter past {english}", f"Viertel nach {german}"
+    if minute == 30:
+        return f"half past {english}", f"halb {following[1]}"
+    if minute == 45:
+        return f"quarter to {following[0]}", f"Viertel vor {following[1]}"
+    return f"{english} {number(minute)[0]}", f"{german} Uhr {number(minute)[1]}"
+
+
+@cache
+def territory(code: str) -> Pair:
+    """A country's names."""
+    return Locale("en").territories[code], Locale("de").territories[code]
+
+
+@cache
+def language(code: str) -> Pair:
+    """A language's names."""
+    return Locale("en").languages[code], Locale("de").languages[code]
+
+
+def _draw_money(random_numbers: random.Random) -> Pair:
+    currency = random_numbers.choice(CURRENCIES)
+    cents = random_numbers.choice((0, 10, 20, 25, 30, 35)) if currency == "EUR" else 0
+    return money(random_numbers.randint(2, LARGEST_NUMBER), currency, cents)
+
+
+def _draw_measure(random_numbers: random.Random) -> Pair:
+    unit, stuff = random_numbers.choice(STUFFS)
+    english, german = quantity(random_numbers.randint(1, 9) + 0.5, unit)
+    return f"{english} of {stuff[0]}", f"{german} {stuff[1]}"
+
+
+def draw_slots(random_numbers: random.Random) -> tuple[dict[str, str], dict[str, str]]:
+    """One value for every slot of the sentences: (English, German)."""
+    choice, randint = random_numbers.choice, random_numbers.randint
+    english, german = (dict(forms) for forms in choice(PERSONS))
+    pairs = {
+        "number": number(randint(2, LARGEST_NUMBER)),
+        "ordinal": ordinal(randint(2, 7)),
+        "date": day_of_year(randint(1, 12), randint(1, LAST_DAY)),
+        "weekday": weekday(randint(0, 6)),
+        "time": clock(randint(2, 12), choice((0, 10, 15, 20, 25, 30, 35, 45))),
+        "period": period(randint(2, 12), choice(PERIODS)),
+        "money": _draw_money(random_numbers),
+        "measure": _draw_measure(random_numbers),
+        "distance": quantity(randint(1, 9) + 0.5, "length-kilometer"),
+        "percent": percent(choice(PERCENTAGES)),
+        "country": territory(choice(TERRITORIES)),
+        "language": language(choice(LANGUAGES)),
+        "vehicle": choice(VEHICLES),
+        "goods": choice(GOODS),
+    }
+    for name, (in_english, in_german) in pairs.items():
+        english[name], german[name] = in_english, in_german
+    return english, german

@@ -1,0 +1,127 @@
+"""Summarization into one sentence: made event reports, installed docstrings, or real documents.
+
+A made report has 3 to 5 sentences; its summary picks who, what, where, when and how many.
+    prompt  The weather was cold. A fire broke out at the museum in Turin on Monday morning. A
+            driver named Keller led 12 people out of the building. The next meeting is on Friday.
+    target  Driver Keller saves 12 people from fire at Turin museum on Monday.
+`docstrings` pairs the prose of a docstring with its first line (docstrings.py). Real rows have
+`document`, `summary` and maybe a list of `references`: SciTLDR, XSum and the like.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.tasks import events
+from gkd_lab.tasks.made import draw_rows, split_of
+from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+
+MADE_VERSION = "summarization-made-1"
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row with `document` and `summary`; `references`, where there, are what is compared with."""
+    document, summary = text_field(raw, "document"), text_field(raw, "summary")
+    references = raw.get("references") or [summary]
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise ValueError(f"field 'references' must be a list of texts, got {references!r:.60}")
+    return Row(document, summary, tuple(references))
+
+
+def _report(random_numbers: random.Random) -> tuple[str, str]:
+    facts = events.draw_facts(random_numbers)
+    kind = random_numbers.choice(events.KINDS)
+    told = [random_numbers.choice(kind.leads), random_numbers.choice(kind.details)]
+    asides = random_numbers.sample(events.ASIDES, random_numbers.randint(1, 3))
+    for aside in asides:
+        told.insert(random_numbers.randint(0, len(told)), aside)
+    return " ".join(told).format_map(facts), kind.summary.format_map(facts)
+
+
+def made(seed: int, split: Split) -> Iterator[Row]:
+    """Endless event reports, each with its one-sentence summary."""
+    return draw_rows(_report, MADE_VERSION, seed, split)
+
+
+def installed_docstrings(split: Split, cache: Path | None = None) -> Iterator[Row]:
+    """The docstring pairs of `split`, in a fixed order that mixes the packages."""
+    from gkd_lab.tasks import docstrings  # loads ast, inspect and more
+
+    for body, first_line in docstrings.pairs(cache):
+        if split_of(body) == split:
+            yield Row(body, first_line, (first_line,))
+
+
+def docstrings_version(cache: Path | None = None) -> str:
+    """The packages' versions and the SHA-256 of the pairs."""
+    from gkd_lab.tasks import docstrings
+
+    return docstrings.version(cache)
+
+
+_GREEDY = [{"decoding": "greedy", "split": "test"}]
+SCALES = {
+    "nano": {
+        "data": {"source": "made", "train": 20_000, "validation": 500, "test": 500},
+        "tokenizer": {"kind": "bpe", "vocab_size": 768},
+        "models": {
+            "xl": made_model(2, 128, 4, steps=1500, batch_size=32, learning_rate=2e-3),
+            "large": made_model(2, 96, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            "base": made_model(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            "small": made_model(2, 48, 4, steps=600, batch_size=32, learning_rate=2e-3),
+        },
+        "teacher_temperature": 1.0,  # Table A.1, for greedy evaluation (§A.4)
+        "steps": 300,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "cooldown_steps": 75,
+        "max_input_tokens": 96,
+        "max_output_tokens": 32,
+        "evaluations": _GREEDY,
+        "real": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+            "data": {"train": None, "validation": 200, "test": 200},
+            "max_input_tokens": 256,
+            "max_output_tokens": 64,  # Table A.1
+        },
+    },
+    "paper": {
+        "data": {"source": "EdinburghNLP/xsum"},
+        "models": {
+            # T5 v1.1 LM-adapted, fine-tuned on XSum (§4.1)
+            "xl": checkpoint("google/t5-xl-lm-adapt", steps=8_000),
+            "large": checkpoint("google/t5-large-lm-adapt", steps=38_000),
+            "base": checkpoint("google/t5-base-lm-adapt", steps=50_000),
+            "small": checkpoint("google/t5-small-lm-adapt", steps=100_000),
+        },
+        "teacher_temperature": 1.0,  # Table A.1, for greedy evaluation
+        "steps": 40_000,  # Table A.1
+        "warmup_steps": 2_000,  # Table A.1
+        "cooldown_steps": 10_000,  # Table A.1: from 30K to 40K
+        "dropout": 0.0,  # Table A.1
+        "max_input_tokens": 1024,  # Table A.1
+        "max_output_tokens": 64,  # Table A.1
+        "evaluations": [{**_GREEDY[0], "split": "validation"}],  # Table A.1
+    },
+}
+
+TASK = Task(
+    scales=SCALES,
+    name="summarization",
+    family="encoder-decoder",
+    metrics=("rouge2", "rouge1", "rougeL"),
+    generators={
+        "made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION),
+        "docstrings": MadeSource(
+            lambda _, split, cache: installed_docstrings(split, cache),
+            docstrings_version,
+            endless=False,
+        ),
+    },
+    parse=parse,
+    hub_name="EdinburghNLP/xsum",
+)

@@ -1,0 +1,167 @@
+"""Translation from English to German: phrases made with num2words and babel, or real pairs.
+
+A made row has 5 to 14 words a side, about 400 different words in all, and real differences between
+the languages: verbs that move to the end, inverted number words, cases, dates, half hours.
+    prompt  The ferry from Norway arrives at half past three on March 7
+    target  Die Fähre aus Norwegen kommt am 7. März um halb vier an
+Real rows: `en`, `de`, or the hub's `{"translation": {"en": ..., "de": ...}}` (WMT14 de-en). No
+prefix is put here: what a model wants in front of its input belongs to the model.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+
+MADE_VERSION = "translation-made-1"
+
+# One sentence in both languages; the slots are drawn in phrases.py.
+TEMPLATES = (
+    ("{vehicle} leaves at {time} on {weekday}", "{vehicle} fährt am {weekday} um {time} ab"),
+    (
+        "{vehicle} from {country} arrives at {time} on {date}",
+        "{vehicle} aus {country} kommt am {date} um {time} an",
+    ),
+    (
+        "on {date} {who} will travel to {country}",
+        "am {date} {werden} {who} nach {country} reisen",
+    ),
+    (
+        "{who} bought {number} {goods} for {money}",
+        "{who} {haben} {number} {goods} für {money} gekauft",
+    ),
+    (
+        "{who} heard that {vehicle} arrives at {time}",
+        "{who} {haben} gehört, dass {vehicle} um {time} ankommt",
+    ),
+    (
+        "{percent} of the people in {country} speak {language}",
+        "{percent} der Menschen in {country} sprechen {language}",
+    ),
+    (
+        "{who} {have} been learning {language} for {period}",
+        "{who} {lernen} seit {period} {language}",
+    ),
+    (
+        "the {ordinal} house is {distance} from the station",
+        "das {ordinal} Haus ist {distance} vom Bahnhof entfernt",
+    ),
+    (
+        "{who} {need} {measure} for the {ordinal} cake",
+        "für den {ordinal}n Kuchen {brauchen} {who} {measure}",
+    ),
+    (
+        "the {ordinal} letter from {country} came {period} ago",
+        "der {ordinal} Brief aus {country} kam vor {period}",
+    ),
+    (
+        "if {who} {come} on {weekday}, the {goods} cost {money}",
+        "wenn {who} am {weekday} {kommen}, kosten die {goods} {money}",
+    ),
+    (
+        "{who} {want} to buy {number} {goods} in {country} on {weekday}",
+        "{who} {wollen} am {weekday} in {country} {number} {goods} kaufen",
+    ),
+)
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row with `en` and `de`, at the top or under `translation`; ValueError otherwise."""
+    pair = raw.get("translation", raw)
+    if not isinstance(pair, Mapping):
+        raise ValueError(f"field 'translation' must hold 'en' and 'de', got {pair!r:.60}")
+    target = text_field(pair, "de")
+    return Row(text_field(pair, "en"), target, (target,))
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _phrase(random_numbers: random.Random) -> tuple[str, str]:
+    from gkd_lab.tasks.phrases import draw_slots  # loads babel and num2words
+
+    english, german = random_numbers.choice(TEMPLATES)
+    english_slots, german_slots = draw_slots(random_numbers)
+    return (
+        _sentence_case(english.format_map(english_slots)),
+        _sentence_case(german.format_map(german_slots)),
+    )
+
+
+def made(seed: int, split: Split) -> Iterator[Row]:
+    """Endless English sentences with one German translation each."""
+    return draw_rows(_phrase, MADE_VERSION, seed, split)
+
+
+def made_version() -> str:
+    """The generator's version and those of the libraries that write its words."""
+    from importlib.metadata import version
+
+    return f"{MADE_VERSION}+babel-{version('babel')}+num2words-{version('num2words')}"
+
+
+_BEAM = [{"decoding": "beam", "num_beams": 4, "length_penalty": 0.6, "split": "test"}]
+SCALES = {
+    "nano": {
+        "data": {"source": "made", "train": 20_000, "validation": 500, "test": 500},
+        "tokenizer": {"kind": "bpe", "vocab_size": 640},
+        "models": {
+            "xl": made_model(2, 128, 4, steps=1500, batch_size=32, learning_rate=2e-3),
+            "large": made_model(2, 96, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            "base": made_model(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            "small": made_model(2, 48, 4, steps=600, batch_size=32, learning_rate=2e-3),
+        },
+        "teacher_temperature": 1.0,  # Table A.3
+        "steps": 300,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "cooldown_steps": 75,
+        "max_input_tokens": 32,
+        "max_output_tokens": 32,
+        "evaluations": _BEAM,
+        "real": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+            "data": {"train": None, "validation": 200, "test": 200},
+            "max_input_tokens": 80,  # Table A.3
+            "max_output_tokens": 80,  # Table A.3
+        },
+    },
+    "paper": {
+        "data": {"source": "wmt/wmt14", "config": "de-en"},
+        "models": {
+            # T5 v1.1 LM-adapted, fine-tuned on WMT (§4.2)
+            "xl": checkpoint("google/t5-xl-lm-adapt", steps=50_000),
+            "large": checkpoint("google/t5-large-lm-adapt", steps=110_000),
+            "base": checkpoint("google/t5-base-lm-adapt", steps=250_000),
+            "small": checkpoint("google/t5-small-lm-adapt", steps=250_000),
+        },
+        "teacher_temperature": 1.0,  # Table A.3
+        "steps": 100_000,  # Table A.3
+        "warmup_steps": 5_000,  # Table A.3
+        "cooldown_steps": 0,  # Table A.3 lists none
+        "dropout": 0.0,  # Table A.3
+        "max_input_tokens": 80,  # Table A.3
+        "max_output_tokens": 80,  # Table A.3
+        # Table A.3: validation, beam search as Raffel et al. 2020 (beam 4, length penalty 0.6)
+        "evaluations": [{**_BEAM[0], "split": "validation"}],
+    },
+}
+
+TASK = Task(
+    scales=SCALES,
+    name="translation",
+    family="encoder-decoder",
+    metrics=("bleu", "chrf"),
+    generators={
+        "made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: made_version())
+    },
+    parse=parse,
+    hub_name="wmt/wmt14",
+    hub_config="de-en",
+)

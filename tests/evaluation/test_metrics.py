@@ -1,0 +1,74 @@
+"""The `evaluate.Metric` forms give what the plain functions give, offline."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gkd_lab.metrics import score_many
+
+PREDICTIONS = ["The cat sat #### 5", "Ein Haus am See"]
+REFERENCES = [["The cat sits #### 5"], ["Ein Haus am Meer", "Das Haus am See"]]
+
+
+@pytest.fixture(scope="module")
+def metrics():  # type: ignore[no-untyped-def]
+    from gkd_lab.evaluation import metrics
+
+    return metrics
+
+
+@pytest.mark.parametrize("name", ["Accuracy", "ExactMatch", "Rouge", "Bleu", "Chrf"])
+def test_compute_equals_the_plain_functions(metrics, name: str) -> None:  # type: ignore[no-untyped-def]
+    metric = getattr(metrics, name)()
+    result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
+    expected = score_many(metric.names, PREDICTIONS, REFERENCES)
+    for one, score in expected.items():
+        assert result[one] == pytest.approx(score.value)
+        assert result["signatures"][one] == score.signature
+        assert {key: result[key] for key in score.extra} == score.extra
+
+
+def test_one_text_per_example_is_enough(metrics) -> None:  # type: ignore[no-untyped-def]
+    firsts = [texts[0] for texts in REFERENCES]
+    one = metrics.Chrf().compute(predictions=PREDICTIONS, references=firsts)
+    same = metrics.Chrf().compute(predictions=PREDICTIONS, references=[[text] for text in firsts])
+    assert one == same
+
+
+def test_batches_add_up(metrics) -> None:  # type: ignore[no-untyped-def]
+    metric = metrics.Bleu()
+    for prediction, texts in zip(PREDICTIONS, REFERENCES, strict=True):
+        metric.add_batch(predictions=[prediction], references=[texts])
+    whole = metrics.Bleu().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert metric.compute() == whole
+
+
+def test_settings_reach_the_score(metrics) -> None:  # type: ignore[no-untyped-def]
+    plain, stemmed = (
+        metrics.Rouge().compute(
+            predictions=["running dogs"], references=[["run dog"]], use_stemmer=stem
+        )
+        for stem in (False, True)
+    )
+    assert (plain["rouge1"], stemmed["rouge1"]) == (0, 100)
+
+
+@pytest.mark.slow
+def test_it_needs_no_network() -> None:
+    code = """
+import socket
+def refuse(*_, **__):
+    raise AssertionError("the network was touched")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from gkd_lab.evaluation.metrics import Accuracy
+assert Accuracy().compute(predictions=["#### 1"], references=["#### 1"])["accuracy"] == 100
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr

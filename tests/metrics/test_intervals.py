@@ -1,0 +1,68 @@
+"""Bootstrap intervals: their width, their ends, and that they repeat."""
+
+import pytest
+
+from gkd_lab.metrics.intervals import corpus_interval, interval, mean_interval
+
+
+def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says() -> None:
+    low, high = mean_interval([100.0] * 60 + [0.0] * 140, resamples=4000)
+    # 30 +- 1.96 * sqrt(0.3 * 0.7 / 200) * 100
+    assert low == pytest.approx(30 - 6.35, abs=0.6)
+    assert high == pytest.approx(30 + 6.35, abs=0.6)
+
+
+def test_equal_examples_leave_no_doubt_and_the_same_seed_repeats() -> None:
+    assert mean_interval([7.0] * 5) == (7.0, 7.0)
+    values = [float(i % 7) for i in range(100)]
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
+
+
+def test_drawing_in_many_chunks_covers_every_resample() -> None:
+    low, high = mean_interval([0.0, 1.0] * 150_000, resamples=40)
+    assert 0.495 < low < 0.5 < high < 0.505
+
+
+def test_no_examples_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="one value an example"):
+        mean_interval([])
+
+
+PREDICTIONS = [
+    "the cat sat on the mat",
+    "a dog ran home quickly today",
+    "we eat bread at noon",
+] * 20
+REFERENCES = [
+    ["the cat sat on a mat"],
+    ["the dog ran home quickly"],
+    ["they ate bread at noon"],
+] * 20
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_a_corpus_interval_surrounds_the_corpus_score(metric: str) -> None:
+    from gkd_lab.metrics import score
+
+    value = score(metric, PREDICTIONS, REFERENCES).value
+    low, high = corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=200)
+    assert 0 < low < value < high < 100
+    assert (low + high) / 2 == pytest.approx(value, abs=1e-4)
+
+
+def test_corpus_scores_take_several_and_unequal_references() -> None:
+    references = [[*texts, "another way to say it"] for texts in REFERENCES[:30]] + REFERENCES[30:]
+    low, high = corpus_interval("bleu", PREDICTIONS, references, resamples=100)
+    assert 0 < low < high <= 100
+
+
+def test_a_corpus_without_any_match_scores_0_without_width() -> None:
+    assert corpus_interval("chrf", ["x"] * 4, [["y"]] * 4, resamples=50) == (0.0, 0.0)
+
+
+def test_the_metric_decides_which_interval_it_gets() -> None:
+    per_example = [0.0, 100.0] * 30
+    assert interval("accuracy", PREDICTIONS, REFERENCES, per_example) == mean_interval(per_example)
+    bleu = interval("bleu", PREDICTIONS, REFERENCES, per_example)
+    assert bleu == corpus_interval("bleu", PREDICTIONS, REFERENCES)

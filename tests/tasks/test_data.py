@@ -1,0 +1,242 @@
+"""Rows from made sources, folders and `datasets`; what goes wrong is said with file and line."""
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gkd_lab.tasks import SPLITS, TASKS, get_task, load_rows, source_revision
+from gkd_lab.tasks.data import held_out
+
+TRANSLATION = get_task("translation")
+
+
+def raw_rows(count: int, word: str = "w") -> list[dict[str, str]]:
+    return [{"en": f"{word} {index}", "de": f"W {index}"} for index in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_parquet(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def prompts(path: Path, split: str, **options: object) -> list[str]:
+    rows = load_rows(TRANSLATION, "folder", path=path, split=split, **options)  # type: ignore[arg-type]
+    return [row.prompt for row in rows]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_made_splits_are_disjoint_whatever_the_seed(name: str) -> None:
+    seen = {
+        split: {
+            row.prompt
+            for seed in (0, 1)
+            for row in load_rows(TASKS[name], "made", split=split, count=800, seed=seed)
+        }
+        for split in SPLITS
+    }
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_made_rows_depend_on_the_seed_alone_and_never_repeat(name: str) -> None:
+    task = TASKS[name]
+    rows = load_rows(task, "made", split="train", count=300, seed=3)
+    assert load_rows(task, "made", split="train", count=100, seed=3) == rows[:100]
+    assert load_rows(task, "made", split="train", count=300, seed=4) != rows
+    assert len({row.prompt for row in rows}) == 300
+
+
+def test_a_made_source_that_is_endless_needs_a_count() -> None:
+    with pytest.raises(ValueError, match="endless: say how many rows"):
+        load_rows(TRANSLATION, "made", split="train")
+
+
+def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "lines" / "test.jsonl", raw_rows(5))
+    write_parquet(tmp_path / "columns" / "test.parquet", raw_rows(5))
+    assert prompts(tmp_path / "lines", "test") == prompts(tmp_path / "columns", "test")
+    assert prompts(tmp_path / "lines", "test", count=2) == ["w 0", "w 1"]
+    assert len(prompts(tmp_path / "lines", "test", count=50)) == 5
+
+
+def test_shards_are_read_in_order_also_below_data(tmp_path: Path) -> None:
+    for number, word in ((1, "b"), (0, "a")):
+        shard = tmp_path / "data" / f"train-{number:05}-of-00002.parquet"
+        write_parquet(shard, raw_rows(2, word))
+    write_jsonl(tmp_path / "validation.jsonl", raw_rows(1))
+    assert prompts(tmp_path, "train") == ["a 0", "a 1", "b 0", "b 1"]
+    (tmp_path / "data" / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=re.escape("of 2 shards these are missing: [0]")):
+        prompts(tmp_path, "train")
+
+
+def test_a_config_is_a_subfolder(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "main" / "test.jsonl", raw_rows(1))
+    assert prompts(tmp_path, "test", config="main") == ["w 0"]
+
+
+def test_without_validation_the_end_of_train_is_held_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "train.jsonl", raw_rows(30))
+    with caplog.at_level(logging.INFO, logger="gkd_lab"):
+        assert prompts(tmp_path, "validation") == ["w 27", "w 28", "w 29"]
+    assert "the last 3 of 30 train rows" in caplog.text
+    assert prompts(tmp_path, "train")[-1] == "w 26"
+    write_jsonl(tmp_path / "validation.jsonl", raw_rows(1, "v"))
+    assert prompts(tmp_path, "validation") == ["v 0"]
+    assert len(prompts(tmp_path, "train")) == 30
+
+
+def test_the_held_out_share_has_its_ends() -> None:
+    assert [held_out(rows) for rows in (0, 1, 2, 9, 30, 100_000)] == [0, 0, 1, 1, 3, 500]
+
+
+def test_a_folder_with_test_only_says_what_it_has(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", raw_rows(3))
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=f"has no split '{split}'; it has: test"):
+            prompts(tmp_path, split)
+
+
+GOOD_LINE = b'{"en": "a", "de": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"en": "a", "de": \n', "expected a JSON object, expecting value at column"),
+        (b'["a", "b"]\n', "expected a JSON object, got \"['a', 'b']\""),
+        (b'{"en": "a"}\n', "no field 'de'; the fields there are: en"),
+        (b'{"en": "a", "de": ""}\n', "field 'de' is empty"),
+        ('{"en": "a", "de": "ä"}\n'.encode("latin-1"), "expected UTF-8, byte 19 is b'\\xe4'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(GOOD_LINE + b"\n" + line + GOOD_LINE)  # an empty line is no row
+    with pytest.raises(ValueError, match=re.escape(f"{path}:3: {message}")):
+        prompts(tmp_path, "test")
+
+
+def test_a_broken_parquet_row_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [*raw_rows(2), {"en": "a", "de": " "}])
+    with pytest.raises(ValueError, match=re.escape("test.parquet:3: field 'de' is empty")):
+        prompts(tmp_path, "test")
+    (tmp_path / "test.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match=re.escape("test.parquet: expected a parquet file")):
+        prompts(tmp_path, "test")
+
+
+def test_a_missing_folder_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "tatoeba").mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"Did you mean {tmp_path / 'tatoeba'}?")):
+        prompts(tmp_path / "tatoebe", "test")
+
+
+def test_folders_that_cannot_serve_say_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it holds: nothing"):
+        prompts(tmp_path, "test")
+    (tmp_path / "rows.csv").write_text("en,de\n")
+    with pytest.raises(ValueError, match=r"it holds: rows\.csv"):
+        prompts(tmp_path, "test")
+    with pytest.raises(ValueError, match=r"rows\.csv is a file; give the folder"):
+        prompts(tmp_path / "rows.csv", "test")
+    (tmp_path / "test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"test\.jsonl: the file is empty"):
+        prompts(tmp_path, "test")
+    write_jsonl(tmp_path / "test.jsonl", raw_rows(1))
+    write_parquet(tmp_path / "test.parquet", raw_rows(1))
+    with pytest.raises(ValueError, match="more than one form of the same split"):
+        prompts(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"kind": "made", "split": "validaton"}, "Did you mean 'validation'?"),
+        ({"kind": "foldr", "split": "test"}, "Did you mean 'folder'?"),
+        ({"kind": "made", "split": "test", "count": 0}, "count must be at least 1, got 0"),
+        ({"kind": "made", "split": "test", "name": "mad"}, "Did you mean 'made'?"),
+        ({"kind": "folder", "split": "test"}, "data in a folder needs a path"),
+        ({"kind": "hub", "split": "test"}, "needs a name, such as wmt/wmt14"),
+    ],
+)
+def test_a_wrong_request_gets_the_way_out(request_: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_rows(TRANSLATION, **request_)  # type: ignore[arg-type]
+
+
+def test_an_unknown_task_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'arithmetics'; tasks are: .*Did you mean 'arithmetic'"):
+        get_task("arithmetics")
+
+
+def test_a_folder_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a" / "test.jsonl", raw_rows(3))
+    write_jsonl(tmp_path / "b" / "test.jsonl", raw_rows(3))
+    (tmp_path / "b" / "SOURCE.txt").write_text("not data")
+    first = source_revision(TRANSLATION, "folder", path=tmp_path / "a")
+    assert first == source_revision(TRANSLATION, "folder", path=tmp_path / "b")
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", first)
+    write_jsonl(tmp_path / "b" / "test.jsonl", raw_rows(3, "v"))
+    assert first != source_revision(TRANSLATION, "folder", path=tmp_path / "b")
+    (tmp_path / "a" / "test.jsonl").rename(tmp_path / "a" / "train.jsonl")
+    assert first != source_revision(TRANSLATION, "folder", path=tmp_path / "a")
+
+
+def test_a_kept_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
+    data, cache = tmp_path / "data" / "test.jsonl", tmp_path / "cache"
+    write_jsonl(data, raw_rows(3))
+
+    def revision() -> str:
+        return source_revision(TRANSLATION, "folder", path=data.parent, cache=cache)
+
+    first, time = revision(), data.stat().st_mtime_ns
+    assert revision() == first == source_revision(TRANSLATION, "folder", path=data.parent)
+    write_jsonl(data, raw_rows(3, "v"))  # same size
+    os.utime(data, ns=(time, time))
+    assert revision() == first  # same size and time: not read again
+    os.utime(data, ns=(time, time + 1))
+    assert revision() != first
+
+
+def test_made_and_hub_sources_have_revisions() -> None:
+    arithmetic = get_task("arithmetic")
+    assert source_revision(arithmetic, "made") == "arithmetic-made-1"
+    assert source_revision(arithmetic, "hub", name="openai/gsm8k", revision="e53f048") == "e53f048"
+    with pytest.raises(ValueError, match="needs a revision"):
+        source_revision(arithmetic, "hub", name="openai/gsm8k")
+
+
+def test_datasets_loads_by_the_same_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [*raw_rows(20), {"en": "empty", "de": ""}]  # the 21 give 2 to validation
+    write_jsonl(tmp_path / "set" / "train.jsonl", rows)
+    place = str(tmp_path / "set")  # `load_dataset` reads a folder as it reads a hub name
+
+    def loaded(split: str) -> list[str]:
+        found = load_rows(TRANSLATION, "hub", name=place, split=split)  # type: ignore[arg-type]
+        return [row.prompt for row in found]
+
+    assert loaded("train") == [f"w {index}" for index in range(19)]
+    assert loaded("validation") == ["w 19"]
+    assert "left out 1 rows with an empty field" in caplog.text
+    with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
+        loaded("test")
