@@ -1,0 +1,1 @@
+"""The paper: divergences, who writes the sequence, and the one trainer."""

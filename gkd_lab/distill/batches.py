@@ -1,0 +1,104 @@
+"""Rows to tensors, and which rows a step sees: a function of (seed, step), not of a generator's state."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from gkd_lab.distill.streams import permutation
+from gkd_lab.models.forward import Sequences
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row; the completion ends with the end of sequence unless it was cut."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many rows were longer than the limits, apart for prompt and target."""
+
+    rows: int
+    prompts: int
+    completions: int
+
+
+def encode(
+    tokenizer: Any,
+    rows: Sequence[tuple[str, str]],
+    *,
+    is_encoder_decoder: bool,
+    max_input_tokens: int,
+    max_output_tokens: int,
+) -> tuple[list[Example], Cut]:
+    """(prompt, target) texts as ids; each is cut on its own: a decoder's prompt keeps its end.
+
+    The target ends with the end of sequence, which counts against its limit.
+    """
+    if not rows:
+        return [], Cut(0, 0, 0)
+    prompts = tokenizer([p for p, _ in rows], add_special_tokens=is_encoder_decoder)["input_ids"]
+    targets = tokenizer([t for _, t in rows], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    examples = []
+    for prompt, target in zip(prompts, targets, strict=True):
+        kept = prompt[:max_input_tokens] if is_encoder_decoder else prompt[-max_input_tokens:]
+        examples.append(Example(kept, [*target, end][:max_output_tokens]))
+    cut = Cut(
+        rows=len(rows),
+        prompts=sum(len(p) > max_input_tokens for p in prompts),
+        completions=sum(len(t) + 1 > max_output_tokens for t in targets),
+    )
+    return examples, cut
+
+
+def collate(examples: Sequence[Example], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
+    """Examples as padded tensors: a decoder's prompts on the left, everything else on the right."""
+    prompts = _pad([e.prompt_ids for e in examples], pad_id, left=not is_encoder_decoder)
+    completions = _pad([e.completion_ids for e in examples], pad_id, left=False)
+    return Sequences(*prompts, *completions)
+
+
+def _pad(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(1, *(len(row) for row in rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for position, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[position, place] = torch.tensor(row, dtype=torch.long)
+        mask[position, place] = 1
+    return ids, mask
+
+
+class KeyedBatches(Sampler[list[int]]):
+    """Batches of row numbers: for each seed `batch_size` rows of that seed's own order, one after another.
+
+    An epoch is one pass over the data; what is left over at its end is dropped, unless `keep_last`.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, seeds: Sequence[int], keep_last: bool = False
+    ) -> None:
+        self.rows, self.batch_size, self.seeds = rows, batch_size, tuple(seeds)
+        self.epoch = 0
+        self.length = -(-rows // batch_size) if keep_last else rows // batch_size
+        if self.length == 0:
+            raise ValueError(f"{rows} rows are fewer than one batch of {batch_size}")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        orders = [permutation(seed, self.epoch, self.rows) for seed in self.seeds]
+        for batch in range(self.length):
+            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield [row for order in orders for row in order[part]]

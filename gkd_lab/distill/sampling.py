@@ -1,0 +1,127 @@
+"""Text out of a model: sampling with noise that the caller gives, greedy and beam search.
+
+Sampling inverts the cumulative distribution at one uniform number per row and token, so that rows may be
+batched, padded and packed in any way and still get the same tokens. `generate` of transformers does the
+decoding with its KV cache; its configuration is complete, so nothing leaks in from the model's own.
+Shapes: N rows, C new tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from gkd_lab.models.forward import Sequences, until_end
+
+
+class InverseCdf(LogitsProcessor):
+    """Leaves one token a row: where the cumulative distribution passes the row's uniform number."""
+
+    def __init__(self, uniforms_NC: Tensor, temperature: float) -> None:
+        self.uniforms = uniforms_NC
+        self.temperature = temperature
+        self.token = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(N, V) scores -> 0 at the drawn token, -inf elsewhere."""
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        cumulative = (wide / self.temperature).softmax(-1).double().cumsum(-1)
+        u = self.uniforms[:, self.token, None].to(scores.device) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1)
+        self.token += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **more: Any) -> GenerationConfig:
+    """A configuration that states every choice; end of sequence as given."""
+    return GenerationConfig(
+        **{
+            "do_sample": False,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "length_penalty": 1.0,
+            "early_stopping": False,
+            "use_cache": True,
+            "pad_token_id": pad_id,
+            "eos_token_id": end_ids.tolist(),
+            "decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None),
+            **more,
+        }
+    )
+
+
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
+    """Every id that ends a sequence: the tokenizer's and those of the model's own configuration."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        own = getattr(config, "eos_token_id", None)
+        ids |= set(own) if isinstance(own, list) else {own}
+    return torch.tensor(sorted(i for i in ids if i is not None))
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    prompts: Sequences,
+    *,
+    max_new_tokens: int,
+    end_ids: Tensor,
+    pad_id: int,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+) -> Sequences:
+    """The prompts with what the model writes after them, at most `max_new_tokens`.
+
+    With `uniforms` (N, C) it samples at `temperature`; without it searches, greedily or with `num_beams`.
+    The completion's mask ends with the end of sequence; a row without one was cut at the limit.
+    """
+    config = generation_config(
+        model,
+        end_ids,
+        pad_id,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
+    processors = LogitsProcessorList()
+    if uniforms is not None:
+        processors.append(InverseCdf(uniforms, temperature))
+    with evaluating(model), only_configured_by(model, config):
+        written = model.generate(
+            input_ids=prompts.prompt_ids,
+            attention_mask=prompts.prompt_mask,
+            generation_config=config,
+            logits_processor=processors,
+        )
+    skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
+    ids = written[:, skip:]
+    mask = until_end(ids, end_ids.to(ids.device))
+    return prompts.with_completions(ids.masked_fill(~mask, pad_id), mask.long())
+
+
+@contextmanager
+def only_configured_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Within it the model's own generation configuration cannot fill what `config` leaves open."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,1 @@
+"""Pairs of models: making, loading, forward passes of both families, and packing many cells in one model."""
