@@ -1,0 +1,72 @@
+"""Predictions of every cell of a pack for the same prompts, in length-sorted batches with a KV cache."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gkd_lab.distill.batches import Example, collate
+from gkd_lab.distill.sampling import end_ids, write
+from gkd_lab.distill.steps import blocks
+from gkd_lab.distill.streams import uniforms
+from gkd_lab.metrics.judge import Prediction
+from gkd_lab.models.packing import Pack
+from gkd_lab.spec.cell import Evaluation
+from gkd_lab.tasks import Row
+
+SEQUENCES_AT_ONCE = 1024
+"""Upper bound of cells x prompts x beams in one batch."""
+
+
+def predict(
+    pack: Pack,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    evaluation: Evaluation,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[list[Prediction]]:
+    """For each cell a prediction for each row, in the rows' order; `progress` hears of rows done.
+
+    Sampling noise belongs to the row, so that it does not depend on batching, and cells share it.
+    """
+    beams = evaluation.num_beams or 1
+    size = max(1, SEQUENCES_AT_ONCE // (pack.size * beams))
+    order = sorted(range(len(rows)), key=lambda n: len(examples[n].prompt_ids))
+    noise = _noise(evaluation, len(rows))
+    ends = end_ids(pack.model, tokenizer)
+    found: list[list[Prediction | None]] = [[None] * len(rows) for _ in range(pack.size)]
+    for first in range(0, len(rows), size):
+        chosen = order[first : first + size]
+        prompts = collate(
+            [examples[n] for n in chosen],
+            tokenizer.pad_token_id,
+            is_encoder_decoder=pack.model.config.is_encoder_decoder,
+        ).to(pack.model.device)
+        written = write(
+            pack.model,
+            prompts.repeated(pack.size),
+            max_new_tokens=evaluation.max_output_tokens,
+            end_ids=ends,
+            pad_id=tokenizer.pad_token_id,
+            uniforms=None if noise is None else noise[chosen].repeat(pack.size, 1),
+            temperature=evaluation.temperature or 1.0,
+            num_beams=beams,
+            length_penalty=evaluation.length_penalty or 0.0,
+        )
+        for cell, block in enumerate(blocks(written, pack.size)):
+            texts = tokenizer.batch_decode(block.completion_ids, skip_special_tokens=True)
+            lengths = block.completion_mask.sum(-1)
+            last = block.completion_ids.gather(1, (lengths - 1)[:, None])[:, 0]
+            ended = torch.isin(last, ends.to(last.device)).tolist()
+            for n, text, length, end in zip(chosen, texts, lengths.tolist(), ended, strict=True):
+                row = rows[n]
+                found[cell][n] = Prediction(row.prompt, text.strip(), row.references, length, end)
+        progress(len(chosen))
+    return [[p for p in predictions if p is not None] for predictions in found]
+
+
+def _noise(evaluation: Evaluation, rows: int) -> torch.Tensor | None:
+    if evaluation.decoding != "sample":
+        return None
+    return uniforms(evaluation.seed or 0, 0, "evaluation", rows, evaluation.max_output_tokens)

@@ -1,0 +1,168 @@
+"""What `plan` and `status` say of a grid: cells with their state and cost, what collapses, what else differs.
+
+Plain data; neither torch nor pandas, so that the answer comes at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gkd_lab.records import State, Store, worst
+from gkd_lab.spec import Cell, GridOfCells
+from gkd_lab.spec.cost import NOMINAL_RATE, sft_flops, training_flops
+from gkd_lab.spec.identity import canonical
+from gkd_lab.spec.packs import PackLimit, packs, why_alone
+
+
+@dataclass(frozen=True)
+class CellView:
+    """One line of a listing."""
+
+    cell: Cell
+    state: State
+    pack: int
+    seconds: float | None
+    """Estimate for the training alone, at the nominal rate."""
+    step: int
+    loss: float | None
+    on_policy: float | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A grid as it stands."""
+
+    cells: tuple[CellView, ...]
+    packs: tuple[int, ...]
+    """Sizes."""
+    artifacts: tuple[tuple[str, str, State, float | None], ...]
+    """(role, name, state, seconds) of every teacher and starting student."""
+    collapsed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of everything that is not done; None where some of it cannot be estimated."""
+        parts = [view.seconds for view in self.cells if view.state != "done"]
+        parts += [seconds for *_, state, seconds in self.artifacts if state != "done"]
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
+    """The state of every cell and artifact of a grid."""
+    groups = packs(grid.cells, limit)
+    pack_of = {cell.fingerprint: n for n, group in enumerate(groups, 1) for cell in group}
+    return Overview(
+        cells=tuple(_view(store, cell, pack_of[cell.fingerprint]) for cell in grid.cells),
+        packs=tuple(len(group) for group in groups),
+        artifacts=tuple(_artifacts(grid, store)),
+        collapsed=tuple(
+            f"{len(points)} combinations are one cell, {fingerprint}: they cannot differ "
+            f"({'; '.join(_called(point) for point in points)})"
+            for fingerprint, points in grid.stands_for.items()
+        ),
+        notes=tuple(_alone(grid) + _undeclared(grid)),
+    )
+
+
+def _called(point: dict[str, Any]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in point.items())
+
+
+def _view(store: Store, cell: Cell, pack: int) -> CellView:
+    record = store.of(cell)
+    status = record.status()
+    training = record.state()
+    parts = [record.evaluation(e).state() for e in cell.evaluations]
+    unfinished: State = (
+        "running" if training == "running" or _is_at_work(store, cell) else "missing"
+    )
+    state = worst([training, *(unfinished if part == "missing" else part for part in parts)])
+    history = record.history() if training != "missing" or record.steps_folder.exists() else []
+    last = history[-1] if history else {}
+    flops = training_flops(cell.training)
+    return CellView(
+        cell=cell,
+        state=state,
+        pack=pack,
+        seconds=None if flops is None else flops / NOMINAL_RATE,
+        step=int(status.get("steps") or last.get("step", 0)),
+        loss=last.get("loss"),
+        on_policy=last.get("on_policy"),
+        error=status.get("error"),
+    )
+
+
+def _is_at_work(store: Store, cell: Cell) -> bool:
+    return store.of(cell).is_claimed()
+
+
+def _artifacts(grid: GridOfCells, store: Store) -> list[tuple[str, str, State, float | None]]:
+    found: dict[str, tuple[str, str, State, float | None]] = {}
+    for cell in grid.cells:
+        for role, model in (("teacher", cell.training.teacher), ("start", cell.training.start)):
+            key = role + model.fingerprint
+            if key not in found:
+                flops = sft_flops(model)
+                state = store.artifact(grid.scale, role, model).state()
+                seconds = None if flops is None else flops / NOMINAL_RATE
+                found[key] = (role, f"{model.task}/{model.model.name}", state, seconds)
+    return list(found.values())
+
+
+def _alone(grid: GridOfCells) -> list[str]:
+    reasons: dict[str, int] = {}
+    for cell in grid.cells:
+        reason = why_alone(cell)
+        if reason:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return [f"{count} cells run alone: {reason}" for reason, count in reasons.items()]
+
+
+_OF_AXIS = {
+    "lmbda": {"source"},
+    "temperature": {"source"},
+    "beta": {"objectives"},
+    "teacher_temperature": {"objectives"},
+    "student_temperature": {"objectives"},
+    "student": {"start"},
+    "learning_rate": {"optimizer"},
+    "weight_decay": {"optimizer"},
+    "max_grad_norm": {"optimizer"},
+    "warmup_steps": {"optimizer"},
+    "cooldown_steps": {"optimizer"},
+}
+_OF_BOTH_MODELS = {"teacher", "start"}
+
+
+def _undeclared(grid: GridOfCells) -> list[str]:
+    """Fields in which cells differ although no axis names them."""
+    declared = {"task"} if "task" in grid.axes else set()
+    for axis in grid.axes:
+        section = axis.split(".")[0]
+        declared |= _OF_AXIS.get(axis, {axis})
+        if section in ("data", "tokenizer") or axis in ("dropout", "precision"):
+            declared |= _OF_BOTH_MODELS
+        if axis in ("max_input_tokens", "max_output_tokens"):
+            declared |= _OF_BOTH_MODELS
+    notes = []
+    within = {field for group in _by_task(grid) for field in _varied(group)} - declared
+    if within:
+        notes.append(f"cells differ outside the declared axes in: {', '.join(sorted(within))}")
+    across = set(_varied(list(grid.cells))) - declared - within
+    if across:
+        notes.append(f"what depends on the task: {', '.join(sorted(across))}")
+    return notes
+
+
+def _by_task(grid: GridOfCells) -> list[list[Cell]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in grid.cells:
+        groups.setdefault(cell.task, []).append(cell)
+    return list(groups.values())
+
+
+def _varied(cells: list[Cell]) -> list[str]:
+    fields = type(cells[0].training).model_fields
+    return [f for f in fields if len({canonical(getattr(c.training, f)) for c in cells}) > 1]

@@ -1,0 +1,120 @@
+"""Teachers and starting students: built once under a lock, found by fingerprint, shared by all cells."""
+
+import logging
+import traceback
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from gkd_lab.distill.checkpoints import appearing
+from gkd_lab.models.making import DTYPES, load_model, load_pretrained, load_tokenizer, make_model
+from gkd_lab.models.making import parameter_count, quiet, train_tokenizer
+from gkd_lab.records import Record
+from gkd_lab.records.provenance import provenance
+from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.rows import examples, report_cut, rows, texts
+from gkd_lab.runs.sft import fine_tune
+from gkd_lab.spec.cell import SftModel
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["teacher", "start"]
+
+
+class ArtifactFailed(RuntimeError):
+    """A model that cells need could not be built; its record holds the traceback."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An artifact in memory."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+def ensure(role: Role, model: SftModel, scale: str, options: RunOptions) -> Record:
+    """The finished record of an artifact, built now if it is not there. Raises ArtifactFailed."""
+    record = options.store.artifact(scale, role, model)
+    if record.status().get("state") == "done":
+        return record
+    with record.lock():
+        state = record.status().get("state")
+        if state == "failed" and not options.retry_failed:
+            raise ArtifactFailed(_why(role, record))
+        if state != "done":
+            record.forget_failure()
+            try:
+                _build(role, model, record, options)
+            except OSError:
+                raise
+            except Exception as error:
+                record.failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+                raise ArtifactFailed(_why(role, record)) from error
+    return record
+
+
+def _why(role: str, record: Record) -> str:
+    error = record.status().get("error", "unknown")
+    return f"the {role} failed: {error} (see {record.status_file}; --retry-failed tries again)"
+
+
+def load(record: Record, model: SftModel) -> Loaded:
+    """A finished artifact as model and tokenizer."""
+    return Loaded(
+        load_model(record.checkpoint, model.family, model.precision),
+        load_tokenizer(record.checkpoint),
+    )
+
+
+def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> None:
+    record.describe(model, role=role)
+    train = rows(model.task, model.data, "train", options.cache)
+    loaded = _initial(model, train)
+    found, cut = examples(model, loaded.tokenizer, train)
+    report_cut(record.folder, "train", cut)
+    count = parameter_count(loaded.model)
+    if model.sft is not None:
+        name = f"{model.task}: {role} {model.model.name}, {_millions(count)} parameters, SFT"
+        with options.reporter.phase(name, model.sft.steps) as advance:
+            fine_tune(
+                loaded.model,
+                loaded.tokenizer,
+                found,
+                model.sft,
+                record,
+                advance,
+                save_every=options.checkpoint_every,
+                log_every=options.log_every,
+            )
+    with appearing(record.checkpoint) as folder, quiet():
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    record.write_provenance(provenance(parameters=count))
+    record.finish(parameters=count)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _initial(model: SftModel, train: Any) -> Loaded:
+    """The model before fine-tuning: made from scratch, or loaded."""
+    spec = model.model
+    if spec.architecture is None:
+        place = spec.path or spec.pretrained
+        assert place is not None
+        pretrained = load_pretrained(spec, model.family, model.precision)
+        return Loaded(pretrained, load_tokenizer(place, None if spec.path else spec.revision))
+    words = [text for row in texts(model, train) for text in row]
+    tokenizer = train_tokenizer(model.tokenizer, words)
+    made = make_model(
+        model.family,
+        spec.architecture,
+        tokenizer,
+        seed=spec.init_seed,
+        max_tokens=model.max_input_tokens + model.max_output_tokens,
+        dropout=model.dropout,
+    )
+    return Loaded(made.to(DTYPES[model.precision]), tokenizer)

@@ -1,0 +1,215 @@
+"""Training a pack of cells: from the starting student to a finished record for each of them."""
+
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from filelock import Timeout
+
+from gkd_lab.distill.checkpoints import appearing, complete_steps, folder_of, weights
+from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
+from gkd_lab.models.making import DTYPES, load_model, quiet
+from gkd_lab.models.packing import CannotPack, Pack
+from gkd_lab.records import Record
+from gkd_lab.records.provenance import provenance
+from gkd_lab.runs import artifacts
+from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.rows import examples, report_cut, rows
+from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
+from gkd_lab.spec.cell import Cell
+
+
+class Claimed:
+    """The cells of a pack that this process may work on, locked for as long as the block lasts."""
+
+    def __init__(self, cells: Sequence[Cell], options: RunOptions) -> None:
+        self.wanted, self.options = cells, options
+        self.cells: list[Cell] = []
+        self.elsewhere: list[Cell] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Claimed":
+        for cell in sorted(self.wanted, key=lambda cell: cell.folder):
+            try:
+                self._stack.enter_context(self.options.store.of(cell).lock().acquire(timeout=0))
+            except Timeout:
+                self.elsewhere.append(cell)
+        held = {cell.fingerprint for cell in self.wanted}
+        held -= {cell.fingerprint for cell in self.elsewhere}
+        self.cells = [cell for cell in self.wanted if cell.fingerprint in held]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def train(cells: Sequence[Cell], options: RunOptions) -> None:
+    """Train those of a claimed pack that have no verdict yet; failures are kept in their records."""
+    open_cells = []
+    for cell in cells:
+        record = options.store.of(cell)
+        if options.retry_failed:
+            record.forget_failure()
+        if not record.status():
+            open_cells.append(cell)
+    if not open_cells:
+        return
+    try:
+        _train(open_cells, options)
+    except (OSError, artifacts.ArtifactFailed):
+        raise
+    except Exception as error:
+        for cell in open_cells:
+            if not options.store.of(cell).status():
+                options.store.of(cell).failed(
+                    f"{type(error).__name__}: {error}", traceback.format_exc()
+                )
+
+
+def _train(cells: list[Cell], options: RunOptions) -> None:
+    first = cells[0].training
+    records = [options.store.of(cell) for cell in cells]
+    for cell, record in zip(cells, records, strict=True):
+        record.describe(cell.training, scale=cell.scale, labels=cell.labels)
+    start = artifacts.ensure("start", first.start, cells[0].scale, options)
+    teacher_record = artifacts.ensure("teacher", first.teacher, cells[0].scale, options)
+    teacher = artifacts.load(teacher_record, first.teacher)
+    student = artifacts.load(start, first.start)
+    found, cut = examples(
+        first.start.model_copy(
+            update={
+                "max_input_tokens": first.max_input_tokens,
+                "max_output_tokens": first.max_output_tokens,
+            }
+        ),
+        student.tokenizer,
+        rows(first.task, first.data, "train", options.cache),
+    )
+    pack = _pack(student.model, cells)
+    done = _common_step(records)
+    _load(pack, records, done)
+    for record in records:
+        report_cut(record.folder, "train", cut)
+        record.rewind(done)
+    failures: dict[int, str] = {}
+    if done < first.steps:
+        name = f"{first.task}: {_called(cells)}"
+        with options.reporter.phase(name, first.steps, done) as advance:
+            trainer = GKDTrainer(
+                pack=pack,
+                cells=[_arguments(c, r) for c, r in zip(cells, records, strict=True)],
+                teacher_model=teacher.model,
+                args=_config(cells[0], records[0], options),
+                train_dataset=found,
+                processing_class=student.tokenizer,
+                callbacks=[Follow(advance)],
+                log_cell=lambda n, row: records[n].log(row),
+            )
+            _without_printing(trainer)
+            resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
+            try:
+                trainer.train(resume_from_checkpoint=resume)
+            except AllCellsFailed:
+                advance(first.steps)
+            failures = trainer.failures
+    members = [cell.fingerprint for cell in cells]
+    for n, record in enumerate(records):
+        if n in failures:
+            record.failed(f"FloatingPointError: {failures[n]}", "")
+            continue
+        with appearing(record.checkpoint) as folder, quiet():
+            pack.unpack(n).save_pretrained(folder)
+            student.tokenizer.save_pretrained(folder)
+        record.write_provenance(provenance(pack=members, resumed_at_step=done))
+        record.finish(steps=first.steps)
+
+
+def _called(cells: Sequence[Cell]) -> str:
+    if len(cells) == 1:
+        return f"cell {cells[0].fingerprint}, distillation"
+    return f"{len(cells)} cells as one model, distillation"
+
+
+def _pack(student: Any, cells: Sequence[Cell]) -> Pack:
+    dtype = DTYPES["fp64" if cells[0].training.precision == "fp64" else "fp32"]
+    student = student.to(dtype)
+    try:
+        return Pack.of([student] * len(cells))
+    except CannotPack:
+        if len(cells) > 1:
+            raise
+        return Pack.alone(student)
+
+
+def load_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
+    """The finished students of some cells as one model, and their tokenizer."""
+    from gkd_lab.models.making import load_tokenizer
+
+    first = cells[0].training
+    precision = "fp64" if first.precision == "fp64" else "fp32"
+    folders = [options.store.of(cell).checkpoint for cell in cells]
+    members = [load_model(folder, first.start.family, precision) for folder in folders]
+    try:
+        pack = Pack.of(members)
+    except CannotPack:
+        if len(members) > 1:
+            raise
+        pack = Pack.alone(members[0])
+    return pack, load_tokenizer(folders[0])
+
+
+def _common_step(records: Sequence[Record]) -> int:
+    """The last step at which every cell of the pack can be resumed."""
+    steps = [complete_steps(record.steps_folder) for record in records]
+    return max(set.intersection(*steps), default=0)
+
+
+def _load(pack: Pack, records: Sequence[Record], step: int) -> None:
+    if step:
+        for n, record in enumerate(records):
+            pack.load(n, weights(folder_of(str(record.steps_folder), step)))
+
+
+def _arguments(cell: Cell, record: Record) -> CellArguments:
+    training = cell.training
+    objective = training.objectives[0]
+    return CellArguments(
+        lmbda=training.source.lmbda,
+        beta=objective.beta,
+        seed=training.seed,
+        temperature=training.source.temperature or 1.0,
+        teacher_temperature=objective.teacher_temperature,
+        student_temperature=objective.student_temperature,
+        learning_rate=training.optimizer.learning_rate,
+        output_dir=str(record.steps_folder),
+    )
+
+
+def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:
+    """Every argument of the trainer, stated; what differs between cells is in `CellArguments`."""
+    training = cell.training
+    return GKDConfig(
+        **common_arguments(
+            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
+        ),
+        **optimizer_arguments(training.optimizer),
+        per_device_train_batch_size=training.batch_size,
+        max_new_tokens=training.max_output_tokens,
+        lmbda=training.source.lmbda,
+        beta=training.objectives[0].beta,
+        temperature=training.source.temperature or 1.0,
+        teacher_temperature=training.objectives[0].teacher_temperature,
+        student_temperature=training.objectives[0].student_temperature,
+        loss_normalization=training.loss_normalization,
+        disable_dropout=training.dropout == 0,
+        seed=training.seed,
+        bf16=training.precision == "bf16",
+    )
+
+
+def _without_printing(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

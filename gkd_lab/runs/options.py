@@ -1,0 +1,31 @@
+"""Where and how to run: nothing in here can change what a cell is, or enter its fingerprint."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gkd_lab.records import Store
+from gkd_lab.runs.progress import Reporter
+from gkd_lab.spec.packs import PackLimit
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Choices of one invocation."""
+
+    outputs: Path
+    pack: PackLimit = "auto"
+    retry_failed: bool = False
+    checkpoint_every: int = 100
+    """Optimizer steps between checkpoints to resume from."""
+    log_every: int = 20
+    """Optimizer steps between two rows of a cell's metrics.jsonl."""
+    reporter: Reporter = field(default_factory=Reporter)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.outputs)
+
+    @property
+    def cache(self) -> Path:
+        """Where slow sources keep what they read."""
+        return self.outputs / ".cache"

@@ -1,0 +1,78 @@
+"""An experiment from its first artifact to its last evaluation; what is done is not done again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gkd_lab.runs import artifacts
+from gkd_lab.runs.cells import Claimed, train
+from gkd_lab.runs.judging import evaluate_cells, evaluate_reference
+from gkd_lab.runs.options import RunOptions
+from gkd_lab.spec import GridOfCells, SftModel
+from gkd_lab.spec.cell import Cell
+from gkd_lab.spec.packs import packs
+
+
+@dataclass
+class Outcome:
+    """What a run left behind."""
+
+    failed: list[str] = field(default_factory=list)
+    """A line for each failure: what, why, where the log is."""
+    elsewhere: int = 0
+    """Cells that another process is working on."""
+
+
+def run(grid: GridOfCells, options: RunOptions) -> Outcome:
+    """Train and evaluate every cell of the grid and its reference models."""
+    outcome = Outcome()
+    torch.set_default_device("cpu")
+    broken = _references(grid, options, outcome)
+    for group in packs(grid.cells, options.pack):
+        if group[0].training.teacher in broken or group[0].training.start in broken:
+            continue
+        with Claimed(group, options) as claimed:
+            outcome.elsewhere += len(claimed.elsewhere)
+            if claimed.cells:
+                train(claimed.cells, options)
+                evaluate_cells(claimed.cells, options)
+        outcome.failed += _failures(group, options)
+    return outcome
+
+
+def _references(
+    grid: GridOfCells, options: RunOptions, outcome: Outcome
+) -> set[SftModel]:
+    """Build and judge teachers and starts; returns those that could not be built."""
+    broken = set()
+    for role, model, cells in references(grid.cells):
+        try:
+            record = artifacts.ensure(role, model, grid.scale, options)
+        except artifacts.ArtifactFailed as error:
+            outcome.failed.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
+            broken.add(model)
+            continue
+        evaluate_reference(role, model, record, cells, options)
+    return broken
+
+
+def references(
+    cells: Sequence[Cell],
+) -> list[tuple[artifacts.Role, SftModel, list[Cell]]]:
+    """The distinct teachers and starting students of some cells, each with the cells that need it."""
+    found: dict[tuple[artifacts.Role, SftModel], list[Cell]] = {}
+    for cell in cells:
+        for role, model in (("teacher", cell.training.teacher), ("start", cell.training.start)):
+            found.setdefault((role, model), []).append(cell)  # type: ignore[arg-type]
+    return [(role, model, members) for (role, model), members in found.items()]
+
+
+def _failures(cells: Sequence[Cell], options: RunOptions) -> list[str]:
+    lines = []
+    for cell in cells:
+        record = options.store.of(cell)
+        status = record.status()
+        if status.get("state") == "failed":
+            lines.append(f"{cell.folder}: {status.get('error')} (see {record.status_file})")
+    return lines

@@ -1,0 +1,149 @@
+"""Supervised fine-tuning of teachers and starting students, by the libraries' own trainers.
+
+TRL's SFTTrainer for decoder-only models, transformers' Seq2SeqTrainer for encoder-decoders.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Seq2SeqTrainer
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+from gkd_lab.distill.batches import Example
+from gkd_lab.distill.checkpoints import complete_steps, folder_of, keep_only
+from gkd_lab.records import Record
+from gkd_lab.runs.progress import Advance
+from gkd_lab.spec.cell import OptimizerSpec, SftSpec
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+
+
+def optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
+    """The optimizer and its schedule as arguments of transformers' Trainer."""
+    return {
+        "optim": OPTIMIZERS[optimizer.name],
+        "learning_rate": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "warmup_steps": optimizer.warmup_steps,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": optimizer.cooldown_steps,
+            "decay_type": "linear",
+        },
+    }
+
+
+def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
+    """What every training of this project tells transformers' Trainer."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "logging_steps": log_every,
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+class Follow(TrainerCallback):
+    """Tells the progress bar, and writes the Trainer's log into the record."""
+
+    def __init__(self, advance: Advance, record: Record | None = None) -> None:
+        self.advance, self.record = advance, record
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.record is not None and "loss" in (logs or {}):
+            kept = ("loss", "grad_norm", "learning_rate")
+            self.record.log({"step": state.global_step, **{k: logs[k] for k in kept if k in logs}})
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    sft: SftSpec,
+    record: Record,
+    advance: Advance,
+    *,
+    save_every: int,
+    log_every: int,
+) -> None:
+    """Train `model` in place on the examples' completions; resumes from the record's checkpoints."""
+    folder = record.steps_folder
+    done = max(complete_steps(folder), default=0)
+    record.rewind(done)
+    if done >= sft.steps:
+        from safetensors.torch import load_model
+
+        load_model(model, folder_of(str(folder), done) / "model.safetensors")
+        return
+    arguments = {
+        **common_arguments(folder, sft.steps, save_every, log_every),
+        **optimizer_arguments(sft.optimizer),
+        "per_device_train_batch_size": sft.batch_size,
+        "dataloader_drop_last": len(examples) > sft.batch_size,
+        "seed": sft.seed,
+        "remove_unused_columns": False,
+    }
+    build = _seq2seq if model.config.is_encoder_decoder else _causal
+    trainer = build(model, tokenizer, examples, arguments)
+    # The progress goes to our own bar; the default callback would print every log line.
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Follow(advance, record))
+    trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)
+    keep_only(str(folder), sft.steps)
+
+
+def _causal(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
+) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {
+            "input_ids": e.prompt_ids + e.completion_ids,
+            "labels": [-100] * len(e.prompt_ids) + e.completion_ids,
+        }
+        for e in examples
+    ]
+    config = SFTConfig(
+        **arguments,
+        bf16=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def _seq2seq(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
+) -> Trainer:
+    rows = [{"input_ids": e.prompt_ids, "labels": e.completion_ids} for e in examples]
+    return Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(**arguments),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
