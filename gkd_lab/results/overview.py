@@ -1,4 +1,4 @@
-"""What `plan` and `status` say of a grid: cells with their state and cost, what collapses, what else differs.
+"""What `plan` and `status` say of a grid: cells, their state and cost, what collapses, what differs.
 
 Plain data; neither torch nor pandas, so that the answer comes at once.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from gkd_lab.records import State, Store, worst
 from gkd_lab.spec import Cell, GridOfCells
 from gkd_lab.spec.cost import NOMINAL_RATE, sft_flops, training_flops
-from gkd_lab.spec.identity import canonical
+from gkd_lab.spec.identity import SHOWN, canonical
 from gkd_lab.spec.packs import PackLimit, packs, why_alone
 
 
@@ -52,13 +52,13 @@ class Overview:
 def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
     """The state of every cell and artifact of a grid."""
     groups = packs(grid.cells, limit)
-    pack_of = {cell.fingerprint: n for n, group in enumerate(groups, 1) for cell in group}
+    pack_of = {cell.full_fingerprint: n for n, group in enumerate(groups, 1) for cell in group}
     return Overview(
-        cells=tuple(_view(store, cell, pack_of[cell.fingerprint]) for cell in grid.cells),
+        cells=tuple(_view(store, cell, pack_of[cell.full_fingerprint]) for cell in grid.cells),
         packs=tuple(len(group) for group in groups),
         artifacts=tuple(_artifacts(grid, store)),
         collapsed=tuple(
-            f"{len(points)} combinations are one cell, {fingerprint}: they cannot differ "
+            f"{len(points)} combinations are one cell, {fingerprint[:SHOWN]}: they cannot differ "
             f"({'; '.join(_called(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),
@@ -75,9 +75,7 @@ def _view(store: Store, cell: Cell, pack: int) -> CellView:
     status = record.status()
     training = record.state()
     parts = [record.evaluation(e).state() for e in cell.evaluations]
-    unfinished: State = (
-        "running" if training == "running" or _is_at_work(store, cell) else "missing"
-    )
+    unfinished: State = "running" if training == "running" or _is_at_work(store, cell) else "missing"
     state = worst([training, *(unfinished if part == "missing" else part for part in parts)])
     history = record.history() if training != "missing" or record.steps_folder.exists() else []
     last = history[-1] if history else {}

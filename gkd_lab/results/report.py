@@ -1,0 +1,138 @@
+"""One HTML page that stands alone: figures inline, no request to anywhere, every text escaped."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gkd_lab.records import State, Store, worst
+from gkd_lab.records.files import write_text
+from gkd_lab.results.evidence import best_cell, failures, origins, per_example, samples
+from gkd_lab.results.figures import curves, heat_map, losses
+from gkd_lab.results.findings import findings, place
+from gkd_lab.results.rows import headline
+from gkd_lab.results.statistics import summary
+from gkd_lab.results.style import divergence_label, inline_svg
+from gkd_lab.results.table import axes_of, table
+from gkd_lab.spec import GridOfCells
+
+STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
+
+MOST_HISTORIES = 200
+"""Cells of a task whose training histories are still drawn in one figure."""
+
+
+def write_report(grid: GridOfCells, store: Store, path: Path) -> Path:
+    """Write the report of a grid to `path`, by rename; with nothing done it says so."""
+    frame = table(grid, store)
+    environment = Environment(
+        loader=PackageLoader("gkd_lab.results", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        grid=grid,
+        experiment=grid.experiment,
+        counts=_counts(frame),
+        axes=[(axis, ", ".join(map(_stated, values))) for axis, values in grid.axes.items()],
+        tasks=[_task(grid, store, frame, task) for task in frame["task"].unique()],
+        failures=failures(grid, store),
+        origins=origins(grid, store),
+    )
+    write_text(path, page)
+    return path
+
+
+def _counts(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
+    """(state, cells, reference models) for each state, the finished first."""
+    by_role = {
+        role: Counter(frame.loc[(frame["role"] == "cell") == (role == "cell"), "status"])
+        for role in ("cell", "reference")
+    }
+    return [(state, by_role["cell"][state], by_role["reference"][state]) for state in STATES]
+
+
+def _stated(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _task(grid: GridOfCells, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
+    metric = headline(grid, task)
+    cells = {cell.fingerprint: cell for cell in grid.cells if cell.task == task}
+    first = next(iter(cells.values()))
+    evaluation = first.evaluations[0]
+
+    def examples(fingerprint: str) -> list[float]:
+        return per_example(store, cells[fingerprint], evaluation, evaluation.metrics[0])
+
+    best = best_cell(grid, frame, metric, task)
+    return {
+        "name": task,
+        "metric": metric,
+        "findings": findings(frame, metric, task, examples),
+        "figures": _figures(grid, store, frame, task, metric, anything=best is not None),
+        "scores": _scores(frame, metric, task),
+        "axes": axes_of(frame),
+        "best": None if best is None else _named(best),
+        "samples": [] if best is None else samples(store, best),
+    }
+
+
+def _named(cell: Any) -> str:
+    others = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "seed")]
+    row = {"lmbda": cell.lmbda, "beta": cell.beta, **cell.labels}
+    return f"{place(row, others)}, seed {cell.seed}"
+
+
+def _figures(
+    grid: GridOfCells,
+    store: Store,
+    frame: pd.DataFrame,
+    task: str,
+    metric: str,
+    anything: bool,
+) -> dict[str, Markup]:
+    """Name -> inline SVG; the SVG is our own and its texts are escaped by matplotlib."""
+    drawn = {"map": heat_map(frame, metric, task)}
+    if anything:
+        drawn["curves"] = curves(frame, metric, task)
+    logged = [c for c in grid.cells if c.task == task and store.of(c).metrics_file.exists()]
+    if 0 < len(logged) <= MOST_HISTORIES:
+        drawn["losses"] = losses(grid, store, task)
+    labels = {
+        "map": f"Heat map of {metric} on {task} over lambda and divergence",
+        "curves": f"{metric} on {task} against lambda, one line for each divergence",
+        "losses": f"Training loss on {task} against the step, for each lambda",
+    }
+    order = list(frame["task"].unique()).index(task)
+    return {
+        name: Markup(inline_svg(figure, f"{name}{order}", labels[name])) for name, figure in drawn.items()
+    }
+
+
+def _scores(frame: pd.DataFrame, metric: str, task: str) -> list[dict[str, Any]]:
+    """Rows of the report's table: the references, then the cells."""
+    here = frame[frame["task"] == task]
+    keys = ["role", "lmbda", "beta", *axes_of(frame)]
+    rows = []
+    for row in summary(here, metric).to_dict("records"):
+        same = here
+        for key in keys:
+            same = same[same[key].isna() if pd.isna(row[key]) else same[key] == row[key]]
+        states = Counter(sorted(same["status"], key=STATES.index))
+        rows.append(
+            {
+                **{str(key): None if pd.isna(value) else value for key, value in row.items()},
+                "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
+                "worst": worst(list(states)),
+                "states": ", ".join(
+                    state if len(same) == 1 else f"{count} {state}" for state, count in states.items()
+                ),
+            }
+        )
+    return rows

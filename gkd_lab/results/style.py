@@ -1,0 +1,107 @@
+"""How figures look: quiet ink, colours that the colour-blind tell apart, labels as in the paper."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+
+INK, MUTED, FAINT, PAPER = "#1f2430", "#697080", "#d8dce3", "#fefefe"
+VOID = "#eceef2"
+_THEMED = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", VOID: "void"}
+
+# Okabe and Ito's blue, sky, grey, orange and vermilion: ordered from forward to reverse KL.
+_DIVERGENCES = LinearSegmentedColormap.from_list(
+    "divergences",
+    [(0, "#0072b2"), (0.1, "#56b4e9"), (0.5, "#8c8c8c"), (0.9, "#e69f00"), (1, "#c8500a")],
+)
+MARKERS = "osD^vP*X"
+GAINS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
+LOSSES_AND_GAINS = LinearSegmentedColormap.from_list(
+    "losses_and_gains", ["#a63c06", "#f0a868", "#f6f6f4", "#7fb2d9", "#08457e"]
+)
+
+_RC: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "hatch.color": FAINT,
+    "hatch.linewidth": 0.8,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Figures drawn inside look like all others."""
+    with mpl.rc_context(_RC):
+        yield
+
+
+def divergence_label(beta: float) -> str:
+    """`Forward KL`, `JSD(0.1)`, ..., `Reverse KL`, as the paper's axes have it."""
+    return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
+
+
+def divergence_color(beta: float) -> tuple[float, float, float, float]:
+    """The same colour for the same beta in every figure."""
+    return _DIVERGENCES(float(beta))
+
+
+def readable_on(color: tuple[float, float, float, float] | str) -> str:
+    """Black or white, whichever contrasts more with `color` (WCAG 2 relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if (1.05 / (luminance + 0.05)) > (luminance + 0.05) / 0.05 else "#000000"
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` element: text stays text, colours follow the theme of the page.
+
+    Ids are prefixed with `name`, so that figures of one page do not borrow each other's clip paths.
+    The page defines --ink, --muted, --faint, --paper and --void.
+    """
+    buffer = StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'\b(fill|stroke)="(#[0-9a-f]{6})"', r'style="\1: \2"', svg)
+    svg = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _themed, svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(label)}"', 1)
+
+
+def _themed(match: re.Match[str]) -> str:
+    role = _THEMED.get(match[2])
+    return f"{match[1]}: var(--{role})" if role else match[0]
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
