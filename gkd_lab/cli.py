@@ -9,17 +9,15 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from gkd_lab import __version__, experiments
 from gkd_lab.records import DamagedRecord, Store
+from gkd_lab.records.files import write_bytes
 from gkd_lab.spec import GridOfCells, SpecError
 from gkd_lab.spec.packs import PackLimit, parse_limit
-
-if TYPE_CHECKING:
-    from gkd_lab.results.overview import Overview
 
 app = typer.Typer(
     add_completion=False,
@@ -53,9 +51,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=V1,V2", help="Replace an axis or a field; repeatable."),
 ]
-Outputs = Annotated[
-    Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")
-]
+Outputs = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")]
 Pack = Annotated[str, typer.Option(help="auto, off, or the most cells that share one model.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
 Executor = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
@@ -76,18 +72,25 @@ def version(
 @app.command("list")
 def list_experiments() -> None:
     """Name every experiment with its number of cells and its question."""
-    from rich.console import Console
-    from rich.table import Table
+    from gkd_lab.results.listing import aligned, folded
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("experiment", "cells", "figures", "question"):
-        table.add_column(column, overflow="fold", justify="right" if column == "cells" else "left")
+    found, broken = [], []
     for name in experiments.names():
-        grid = experiments.load(name, outputs=Path(tempfile.gettempdir()))
-        figures = ", ".join(grid.experiment.paper.figures)
-        question = grid.experiment.description.split(". ")[0]
-        table.add_row(name, str(len(grid.cells)), figures, question)
-    Console().print(table)
+        try:
+            experiment, cells = experiments.outline(name)
+        except SpecError as error:
+            found.append([name, "?", "", "cannot be read, see below"])
+            broken.append(f"gkd-lab: {error}")
+            continue
+        figures = ", ".join(experiment.paper.figures)
+        question = experiment.description.split(". ")[0].strip()
+        found.append([name, str(cells), figures, question])
+    for line in aligned(["experiment", "cells", "figures", "question"], folded(found)):
+        print(line)
+    for line in broken:
+        print(line, file=sys.stderr)
+    if broken:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -99,25 +102,24 @@ def plan(
     pack: Pack = "auto",
 ) -> None:
     """Show every cell with its status and cost; run nothing."""
+    from gkd_lab.results.listing import cell_lines, summary_lines
     from gkd_lab.results.overview import overview
 
     limit = parse_limit(pack)
     grid = _grid(name, scale, sets, outputs)
     found = overview(grid, Store(outputs), limit)
-    _print_cells(grid, found, progress=False)
-    _print_summary(grid, found, limit)
+    print("\n".join((*cell_lines(grid, found, progress=False), *summary_lines(found))))
 
 
 @app.command()
-def status(
-    name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs = Path("outputs")
-) -> None:
+def status(name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs = Path("outputs")) -> None:
     """Show how far every cell is."""
+    from gkd_lab.results.listing import cell_lines
     from gkd_lab.results.overview import overview
 
     grid = _grid(name, scale, sets, outputs)
     found = overview(grid, Store(outputs), "auto")
-    _print_cells(grid, found, progress=True)
+    print("\n".join(cell_lines(grid, found, progress=True)))
     for view in found.cells:
         if view.error:
             print(f"failed: {view.cell.folder}: {view.error.splitlines()[-1]}")
@@ -156,9 +158,8 @@ def cell(
 ) -> None:
     """Run one cell: `--task arithmetic --lmbda 0.5 --beta 0.1 --seed 0 ...`, as a sweep agent calls it."""
     fields = _fields(context.args)
-    grid = experiments.load_one(
-        fields, name=experiment, scale=_value(scale), outputs=_writable(outputs)
-    )
+    _check_folder(outputs)
+    grid = experiments.load_one(fields, name=experiment, scale=_value(scale), outputs=outputs)
     _run(grid, outputs, "off", retry_failed)
     print(Store(outputs).of(grid.cells[0]).folder)
 
@@ -180,9 +181,10 @@ def table(
     content = encode(read_table(grid, Store(outputs)), format.value)
     if output is None:
         sys.stdout.buffer.write(content)
+    elif output.is_dir():
+        raise SpecError(f"-o {str(output)!r} is a folder; name a file in it")
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
+        write_bytes(output, content)
 
 
 @app.command()
@@ -211,7 +213,10 @@ def _run(grid: GridOfCells, outputs: Path, limit: PackLimit, retry_failed: bool)
     from gkd_lab.runs.run import run as run_grid
 
     quieten()
-    outcome = run_grid(grid, RunOptions(outputs, pack=limit, retry_failed=retry_failed))
+    try:
+        outcome = run_grid(grid, RunOptions(outputs, pack=limit, retry_failed=retry_failed))
+    except OSError as error:
+        _leave(f"{error}; what was finished is kept, run again to go on", 1)
     for line in outcome.failed:
         print(f"failed: {line}", file=sys.stderr)
     if outcome.elsewhere:
@@ -228,6 +233,7 @@ def _all_done(grid: GridOfCells, store: Store) -> bool:
 
 
 def _grid(name: str, scale: ScaleName | None, sets: Sequence[str] | None, outputs: Path) -> GridOfCells:
+    _check_folder(outputs)
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
@@ -251,9 +257,13 @@ def _fields(arguments: Sequence[str]) -> dict[str, str]:
             raise SpecError(f"unexpected {option!r}: fields of a cell are given as --FIELD VALUE")
         key, equals, value = option[2:].partition("=")
         if not equals:
-            if not rest:
-                raise SpecError(f"{option} has no value")
+            if not rest or rest[0].startswith("--"):
+                raise SpecError(f"{option} has no value: fields of a cell are given as --FIELD VALUE")
             value = rest.pop(0)
+        if not key:
+            raise SpecError(f"{option!r} names no field: they are given as --FIELD VALUE")
+        if key in fields:
+            raise SpecError(f"--{key} is given twice: {fields[key]!r} and {value!r}")
         fields[key] = value
     return fields
 
@@ -265,6 +275,11 @@ def _check_executor(executor: str, workers: int) -> None:
         raise SpecError(f"unknown executor {executor!r}; valid: local")
     if workers != 1:
         raise SpecError(f"--workers {workers} is not built yet; valid: 1")
+
+
+def _check_folder(outputs: Path) -> None:
+    if outputs.exists() and not outputs.is_dir():
+        raise SpecError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
 
 
 def _writable(outputs: Path) -> Path:
@@ -281,73 +296,40 @@ def _writable(outputs: Path) -> Path:
     return outputs
 
 
-def _print_cells(grid: GridOfCells, found: "Overview", progress: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    axes = [axis for axis in grid.axes if axis not in ("task", "lmbda", "beta", "seed")]
-    shown = ["cell", "task", "lmbda", "beta", "seed", *axes, "status"]
-    more = ["step", "loss", "on policy"] if progress else ["pack", "alone, about"]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in (*shown, *more):
-        table.add_column(column, justify="left" if column in ("cell", "task", "status") else "right")
-    for view in found.cells:
-        one = view.cell
-        values = [one.fingerprint, one.task, f"{one.lmbda:g}", f"{one.beta:g}", str(one.seed)]
-        values += [str(one.labels[axis]) for axis in axes]
-        style = {"done": "green", "failed": "red", "running": "yellow"}.get(view.state, "")
-        values.append(f"[{style}]{view.state}[/]" if style else view.state)
-        if progress:
-            values += [f"{view.step}/{one.training.steps}", _number(view.loss), _share(view.on_policy)]
-        else:
-            values += [str(view.pack), _about(view.seconds)]
-        table.add_row(*values)
-    Console().print(table)
-
-
-def _print_summary(grid: GridOfCells, found: "Overview", limit: PackLimit) -> None:
-    for role, name, state, seconds in found.artifacts:
-        print(f"{role} {name}: {state}, about {_about(seconds)}")
-    done = sum(view.state == "done" for view in found.cells)
-    sizes = ", ".join(str(size) for size in found.packs[:12])
-    print(f"{len(found.cells)} cells, {done} done, in {len(found.packs)} packs (of {sizes})")
-    print(f"left to do, each cell alone: about {_about(found.seconds_left)}; packs take less")
-    for line in (*found.collapsed, *found.notes):
-        print(line)
-
-
-def _about(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+_INTERRUPTED = "interrupted; run again to go on from the last checkpoint"
+_Refused: type[Exception] = typer.BadParameter.__mro__[1]
+"""typer's UsageError: an unknown option or command, a missing or invalid value."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `gkd-lab`: exits with 0, 1 or 2; a traceback only for a bug of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    asked = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        app(args=None if arguments is None else list(arguments))
+        left_with = app(args=asked, prog_name="gkd-lab", standalone_mode=False)
     except SpecError as error:
         _leave(str(error), 2)
+    except _Refused as error:
+        _leave(_one_line(error), 2)
     except DamagedRecord as error:
         _leave(str(error), 1)
     except OSError as error:
-        _leave(f"{error}; what was finished is kept, run again to go on", 1)
+        _leave(str(error), 1)
     except KeyboardInterrupt:
-        _leave("interrupted; run again to go on from the last checkpoint", 130)
+        _leave(_INTERRUPTED, 130)
+    if left_with == 130:  # how typer returns from Ctrl-C
+        _leave(_INTERRUPTED, 130)
+    sys.exit(left_with or 0)
 
 
-def _leave(message: str, status: int) -> None:
+def _one_line(error: Any) -> str:
+    # pydantic checks typer's values and announces its own errors so.
+    text = error.format_message().replace("Value error, ", "").rstrip(".")
+    command = error.ctx.command_path if error.ctx else "gkd-lab"
+    return f"{text}; see `{command} --help`"
+
+
+def _leave(message: str, status: int) -> NoReturn:
     print(f"gkd-lab: {message}", file=sys.stderr)
     sys.exit(status)
 

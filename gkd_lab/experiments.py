@@ -1,6 +1,8 @@
 """From a name to a grid: find the experiment file, resolve data and models to contents, expand. No torch."""
 
+import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import gkd_lab
+from gkd_lab.metrics import METRICS
 from gkd_lab.records.files import read_json, write_json
 from gkd_lab.spec import Experiment, GridOfCells, Revisions, SpecError, expand, read_experiment
 from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.errors import nearest
-from gkd_lab.spec.experiment import Scale, parse_experiment
+from gkd_lab.spec.errors import nearest, unknown
+from gkd_lab.spec.experiment import Scale, override, parse_experiment
 from gkd_lab.spec.settings import DataSettings
-from gkd_lab.tasks import TASKS, source_revision
+from gkd_lab.tasks import SPLITS, TASKS, source_revision
 
 _PACKAGE = Path(gkd_lab.__file__).parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,6 +68,17 @@ def load(
     return _expanded(path.stem, experiment, scale, Path(outputs))
 
 
+def outline(name: str) -> tuple[Experiment, int]:
+    """An experiment and its number of cells, without looking at its data and models. Raises SpecError."""
+    path = find(name)
+    experiment = read_experiment(path)
+    unseen = Revisions(
+        data=lambda task, settings: DataSpec(kind="made", name=settings.source, revision="unseen"),
+        model=lambda place: (place, None, "unseen"),
+    )
+    return experiment, len(expand(path.stem, experiment, TASKS, unseen).cells)
+
+
 def load_one(
     fields: Mapping[str, str],
     *,
@@ -75,45 +89,40 @@ def load_one(
     """One cell: the experiment `name` with every axis set, or the task's defaults. Raises SpecError."""
     if name is not None:
         grid = load(name, scale=scale, overrides=fields, outputs=outputs)
-        open_axes = [axis for axis, values in grid.axes.items() if len(values) > 1]
-        if open_axes:
-            raise SpecError(
-                f"{len(grid.cells)} cells of {name!r} match: give one value for "
-                + ", ".join(f"--{axis}" for axis in open_axes)
-            )
+        _refuse_several(grid)
         return grid
     if "task" not in fields:
         raise SpecError(f"no task: give --task; valid: {', '.join(TASKS)}")
-    document: dict[str, Any] = {"description": "one cell"}
-    for key, text in fields.items():
-        _put(document, key, text)
-    return _expanded("cell", parse_experiment(document, "cell"), scale, Path(outputs))
+    document = override({"description": "one cell"}, fields)
+    grid = _expanded("cell", parse_experiment(document, "cell"), scale, Path(outputs))
+    _refuse_several(grid)
+    return grid
 
 
-def _put(document: dict[str, Any], key: str, text: str) -> None:
-    import yaml
-
-    *sections, last = key.split(".")
-    for section in sections:
-        document = document.setdefault(section, {})
-    document[last] = yaml.safe_load(text)
+def _refuse_several(grid: GridOfCells) -> None:
+    open_axes = [f"--{axis}" for axis, values in grid.axes.items() if len(values) > 1]
+    if open_axes:
+        count = math.prod(len(values) for values in grid.axes.values())
+        raise SpecError(f"{count} cells of {grid.name!r} match: give one value for {', '.join(open_axes)}")
 
 
-def _expanded(
-    name: str, experiment: Experiment, scale: Scale | None, outputs: Path
-) -> GridOfCells:
+def _expanded(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> GridOfCells:
     known = outputs / "revisions.json"
     revisions = Revisions(
         data=cache(lambda task, settings: _data(task, settings, known)),
         model=cache(lambda place: _model(place, known)),
     )
-    return expand(name, experiment, TASKS, revisions, scale)
+    grid = expand(name, experiment, TASKS, revisions, scale)
+    for metric in {m for cell in grid.cells for e in cell.evaluations for m in e.metrics}:
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+    return grid
 
 
 def _data(task: str, settings: DataSettings, known: Path) -> DataSpec:
     """A source as content: made by a generator, the files of a folder, a commit of a hub data set."""
     source, about = settings.source or "made", TASKS[task]
-    sizes = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    sizes: dict[str, Any] = {split: getattr(settings, split) for split in SPLITS}
     keep = known.parent / ".cache"
     try:
         if source in about.generators:
@@ -122,21 +131,15 @@ def _data(task: str, settings: DataSettings, known: Path) -> DataSpec:
             return DataSpec(kind="made", name=source, revision=revision, seed=seed, **sizes)
         folder = Path(source).expanduser()
         if folder.is_dir():
-            revision = source_revision(
-                about, "folder", path=folder, config=settings.config, cache=keep
-            )
+            revision = source_revision(about, "folder", path=folder, config=settings.config, cache=keep)
             path = str(folder.resolve())
-            return DataSpec(
-                kind="folder", path=path, config=settings.config, revision=revision, **sizes
-            )
+            return DataSpec(kind="folder", path=path, config=settings.config, revision=revision, **sizes)
     except ValueError as error:
         raise SpecError(str(error)) from error
     if not _HUB_NAME.fullmatch(source) or source.startswith("."):
         raise SpecError(_no_source(source, task))
     commit = _commit("datasets", source, known)
-    return DataSpec(
-        kind="hub", name=source, config=settings.config, revision=commit, **sizes
-    )
+    return DataSpec(kind="hub", name=source, config=settings.config, revision=commit, **sizes)
 
 
 def _no_source(source: str, task: str) -> str:
@@ -144,9 +147,8 @@ def _no_source(source: str, task: str) -> str:
     parent = place.parent
     beside = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     choices = [*TASKS[task].generators, *beside]
-    return (
-        f"data.source: no folder {source!r}, and no generator or hub name (owner/name) either; "
-        + nearest(source, choices[:20])
+    return f"data.source: no folder {source!r}, and no generator or hub name (owner/name) either; " + nearest(
+        source, choices[:20]
     )
 
 
@@ -154,31 +156,40 @@ def _model(place: str, known: Path) -> tuple[str | None, str | None, str | None]
     """(hub name, folder, revision): a checkpoint folder is known by its content."""
     folder = Path(place).expanduser()
     if folder.is_dir():
-        return None, str(folder.resolve()), f"sha256:{_digest(folder)}"
+        return None, str(folder.resolve()), f"sha256:{_digest(folder, known.parent / '.cache')}"
     if not _HUB_NAME.fullmatch(place) or place.startswith("."):
         raise SpecError(f"model: no checkpoint folder {place!r}, and not a hub name (owner/name)")
     return place, None, _commit("models", place, known)
 
 
-def _digest(folder: Path) -> str:
-    import hashlib
-
+def _digest(folder: Path, cache: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files; each is read once per size and time."""
+    place = cache / "models.json"
+    kept = read_json(place) or {}
+    known = dict(kept)
     total = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name}:{content}\n".encode())
+        about = path.stat()
+        key = f"{path.resolve()}|{about.st_size}|{about.st_mtime_ns}"
+        if key not in known:
+            with path.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name}:{known[key]}\n".encode())
+    if known != kept:
+        write_json(place, known)
     return total.hexdigest()
 
 
 def _commit(kind: str, name: str, known: Path) -> str:
     """The commit of a hub name, resolved once and kept in `revisions.json`."""
-    table = read_json(known) or {}
-    kept = table.get(kind, {}).get(name)
-    if isinstance(kept, str):
-        return kept
-    line = json.dumps({kind: {name: "COMMIT"}})
+    table = _known_commits(known)
+    line = json.dumps({kind: {name: _TO_FILL_IN}})
     way_out = f"add it to {known}: {line}"
+    kept = table.get(kind, {}).get(name)
+    if kept == _TO_FILL_IN:
+        raise SpecError(f"{known}: write the commit of {name!r} in the place of {_TO_FILL_IN}")
+    if isinstance(kept, str) and kept:
+        return kept
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
         raise SpecError(f"the revision of {name!r} is not known and the hub is offline; {way_out}")
     from huggingface_hub import HfApi
@@ -196,4 +207,20 @@ def _commit(kind: str, name: str, known: Path) -> str:
     return commit
 
 
-__all__ = ["find", "folders", "load", "load_one", "names"]
+_TO_FILL_IN = "COMMIT"
+
+
+def _known_commits(known: Path) -> dict[str, dict[str, str]]:
+    """What `revisions.json` holds; people edit it, so damage is told and never overwritten."""
+    if not known.exists():
+        return {}
+    try:
+        table = json.loads(known.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SpecError(f"{known}: not valid JSON: {error}") from error
+    if not isinstance(table, dict) or not all(isinstance(one, dict) for one in table.values()):
+        raise SpecError(f'{known}: expected {{"datasets": {{NAME: COMMIT}}, "models": {{NAME: COMMIT}}}}')
+    return table
+
+
+__all__ = ["find", "folders", "load", "load_one", "names", "outline"]

@@ -82,9 +82,7 @@ class KeyedBatches(Sampler[list[int]]):
     An epoch is one pass over the data; what is left over at its end is dropped, unless `keep_last`.
     """
 
-    def __init__(
-        self, rows: int, batch_size: int, seeds: Sequence[int], keep_last: bool = False
-    ) -> None:
+    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int], keep_last: bool = False) -> None:
         self.rows, self.batch_size, self.seeds = rows, batch_size, tuple(seeds)
         self.epoch = 0
         self.length = -(-rows // batch_size) if keep_last else rows // batch_size

@@ -90,8 +90,7 @@ def set_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     rates = [
-        base * factor(step)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -40,9 +40,7 @@ class GKDConfig(TrlGKDConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.loss_normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"loss_normalization {self.loss_normalization!r} is not one of {NORMALIZATIONS}"
-            )
+            raise ValueError(f"loss_normalization {self.loss_normalization!r} is not one of {NORMALIZATIONS}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gkd_lab.models.forward import Sequences, until_end
 class InverseCdf(LogitsProcessor):
     """Leaves one token a row: where the cumulative distribution passes the row's uniform number."""
 
-    def __init__(self, uniforms_NC: Tensor, temperature: float) -> None:
+    def __init__(self, uniforms_NC: Tensor, temperature: float | Tensor) -> None:
         self.uniforms = uniforms_NC
         self.temperature = temperature
         self.token = 0
@@ -28,7 +28,8 @@ class InverseCdf(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(N, V) scores -> 0 at the drawn token, -inf elsewhere."""
         wide = scores if scores.dtype == torch.float64 else scores.float()
-        cumulative = (wide / self.temperature).softmax(-1).double().cumsum(-1)
+        temperature = torch.as_tensor(self.temperature, device=scores.device, dtype=wide.dtype)
+        cumulative = (wide / temperature).softmax(-1).double().cumsum(-1)
         u = self.uniforms[:, self.token, None].to(scores.device) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1)
         self.token += 1
@@ -72,7 +73,7 @@ def write(
     end_ids: Tensor,
     pad_id: int,
     uniforms: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
 ) -> Sequences:

@@ -61,9 +61,7 @@ def step_batch(
 ) -> StepBatch:
     """Put together the rows of all cells: `written` by those on policy, `fixed` (S*B rows) for the rest."""
     of_seed = dict(zip(seeds, blocks(fixed, len(seeds)), strict=True))
-    student = [
-        written[n] if n in written else of_seed[cell.seed] for n, cell in enumerate(cells)
-    ]
+    student = [written[n] if n in written else of_seed[cell.seed] for n, cell in enumerate(cells)]
     distinct: dict[int, int] = {}
     for part in student:
         distinct.setdefault(id(part), len(distinct))

@@ -5,6 +5,7 @@ B rows of a micro-batch, C completion tokens.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class GKDTrainer(Trainer):
         log_cell: Called with (cell, row) whenever the Trainer logs.
     """
 
+    optimizer: Any
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -66,6 +69,7 @@ class GKDTrainer(Trainer):
             pack = Pack.alone(model)
         if teacher_model is None:
             raise ValueError("give the teacher as `teacher_model`")
+        _check_vocabularies(pack.model, teacher_model)
         self.pack = pack
         self.cells = tuple(cells or [CellArguments.of(args)])
         if len(self.cells) != pack.size:
@@ -84,8 +88,8 @@ class GKDTrainer(Trainer):
             model=pack.model,
             args=args,
             data_collator=self._collate,
-            train_dataset=self._examples(train_dataset, pack.model),
-            eval_dataset=self._examples(eval_dataset, pack.model),
+            train_dataset=self._examples(train_dataset, args.max_length),
+            eval_dataset=self._examples(eval_dataset, args.max_length),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -97,22 +101,18 @@ class GKDTrainer(Trainer):
 
     # ---- data ----
 
-    def _examples(self, dataset: Any, model: PreTrainedModel) -> list[Example] | None:
+    def _examples(self, dataset: Any, limit: int | None) -> list[Example] | None:
+        """Token ids of a data set of texts; prompt and target are cut at `limit` tokens each."""
         if dataset is None or (len(dataset) and isinstance(dataset[0], Example)):
             return dataset
-        rows = [(row["prompt"], row["completion"]) for row in dataset]
-        limit = self.args_of_texts
         examples, _ = encode(
             self._tokenizer,
-            rows,
-            is_encoder_decoder=model.config.is_encoder_decoder,
-            max_input_tokens=limit,
-            max_output_tokens=limit,
+            [(row["prompt"], row["completion"]) for row in dataset],
+            is_encoder_decoder=self.pack.model.config.is_encoder_decoder,
+            max_input_tokens=limit or sys.maxsize,
+            max_output_tokens=limit or sys.maxsize,
         )
         return examples
-
-    args_of_texts = 1024
-    """Longest prompt and longest target, in tokens, of a data set that is given as texts."""
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         encoder_decoder = self.pack.model.config.is_encoder_decoder
@@ -121,12 +121,8 @@ class GKDTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of (S*B) rows in the order that each cell's seed gives."""
-        batches = KeyedBatches(
-            len(self.train_dataset), self.args.per_device_train_batch_size, self.seeds
-        )
-        loader = DataLoader(
-            self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator
-        )
+        batches = KeyedBatches(len(self.train_dataset), self.args.per_device_train_batch_size, self.seeds)
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
     # ---- one step ----
@@ -134,7 +130,7 @@ class GKDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """All micro-batches of one optimizer step: toss the coin, let students write, count what is trained."""
+        """All micro-batches of one optimizer step: toss the coin, let students write, count items."""
         fetched = [Sequences(**batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         step = self.state.global_step
         torch.manual_seed(self.args.seed + step)  # dropout of this step, resumed or not
@@ -148,9 +144,7 @@ class GKDTrainer(Trainer):
         for position, fixed in enumerate(fetched):
             written = self._written(fixed, writing, step, position, len(fetched))
             batches.append(step_batch(self.seeds, self.cells, fixed, written, pad_id))
-        counts = [
-            trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches
-        ]
+        counts = [trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches]
         items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
             # The gradient is averaged over ranks, so each divides by the mean count.
@@ -196,12 +190,10 @@ class GKDTrainer(Trainer):
     ) -> Any:
         """Sum of the cells' losses: their gradients do not meet, so each cell gets its own."""
         batch, items = inputs["batch"], inputs["items"]
-        student = completion_logits(model, batch.student)  # type: ignore[arg-type]
+        student = completion_logits(model, batch.student)
         with torch.no_grad():
             teacher = completion_logits(self.teacher, batch.teacher)
-        losses = cell_losses(
-            student, teacher, batch, self.cells, items, self.args.loss_normalization
-        )
+        losses = cell_losses(student, teacher, batch, self.cells, items, self.args.loss_normalization)
         self._note_losses(losses.detach(), batch)
         alive = self._alive(losses.device)
         total = torch.where(alive, losses, 0).sum()
@@ -223,10 +215,15 @@ class GKDTrainer(Trainer):
 
     # ---- optimizer: one parameter group a cell, on views of the pack's weights ----
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """A packed model's optimizer sees each cell's weights in their own shapes, one group a cell."""
-        if not self.pack.is_packed or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
+        if not self.pack.is_packed:
+            optimizer = super().create_optimizer(model)
+            for group in optimizer.param_groups:
+                group["lr"] = self.cells[0].learning_rate
+            return optimizer
         self._views = [
             {name: nn.Parameter(view) for name, view in self.pack.parameters_of(n).items()}
             for n in range(self.pack.size)
@@ -237,9 +234,7 @@ class GKDTrainer(Trainer):
             for decays in (True, False):
                 parameters = [view for name, view in views.items() if (name in decayed) == decays]
                 decay = self.args.weight_decay if decays else 0.0
-                groups.append(
-                    {"params": parameters, "lr": cell.learning_rate, "weight_decay": decay}
-                )
+                groups.append({"params": parameters, "lr": cell.learning_rate, "weight_decay": decay})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
@@ -251,7 +246,7 @@ class GKDTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if not self.pack.is_packed:
             norm = super()._get_grad_norm(model, grad_norm)
-            self._norms = torch.as_tensor(norm, dtype=torch.float32).reshape(1)
+            self._norms = torch.as_tensor(norm, dtype=torch.float64).reshape(1)
             self._logged.add_norms(self._norms)
             return norm
         self._norms = self._clip_each_cell()
@@ -321,6 +316,9 @@ class GKDTrainer(Trainer):
                 checkpoints.load_optimizer(folder, self._views[n], self.optimizer)
             checkpoints.set_schedule(self.lr_scheduler, self.optimizer, self.state.global_step)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: random choices are keyed by the step, and a stored state would replace its dropout."""
+
     def _folders_like(self, checkpoint: str) -> Iterator[tuple[int, Path]]:
         step = checkpoints.step_of(Path(checkpoint))
         for n, cell in enumerate(self.cells):
@@ -342,7 +340,7 @@ class GKDTrainer(Trainer):
         items = trained_items(batch, len(self.cells), self.args.loss_normalization)
         with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
             losses = cell_losses(
-                completion_logits(model, batch.student),  # type: ignore[arg-type]
+                completion_logits(model, batch.student),
                 completion_logits(self.teacher, batch.teacher),
                 batch,
                 self.cells,
@@ -367,8 +365,7 @@ class _Averages:
         zeros = torch.zeros(self.cells, dtype=torch.float64)
         self.steps = 0
         self.sums = {
-            name: zeros.clone()
-            for name in ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated")
+            name: zeros.clone() for name in ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated")
         }
 
     def add_losses(self, losses: Tensor, batch: StepBatch, end_ids: Tensor) -> None:
@@ -404,11 +401,19 @@ class _Averages:
         return rows
 
 
+def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: their distributions cannot be "
+            "compared; use a pair with one tokenizer"
+        )
+
+
 def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -26,9 +26,7 @@ def mean_interval(
     generator = np.random.default_rng(seed)
     chunk = max(1, _DRAWN_AT_ONCE // values.size)
     means = [
-        values[
-            generator.integers(values.size, size=(min(chunk, resamples - done), values.size))
-        ].mean(axis=1)
+        values[generator.integers(values.size, size=(min(chunk, resamples - done), values.size))].mean(axis=1)
         for done in range(0, resamples, chunk)
     ]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from gkd_lab.spec.cell import Architecture, Family, ModelSpec, TokenizerSpec
@@ -28,7 +36,7 @@ def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedToke
     if spec.kind == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        trainer = trainers.WordLevelTrainer(
+        trainer: trainers.Trainer = trainers.WordLevelTrainer(
             vocab_size=size, special_tokens=special, show_progress=False
         )
     else:
@@ -110,9 +118,7 @@ def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrain
     return auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision])
 
 
-def load_tokenizer(
-    place: str | Path, revision: str | None = None
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(place: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer in a checkpoint folder or of a hub name; a pad token is set where there is none."""
     tokenizer = AutoTokenizer.from_pretrained(str(place), revision=revision)
     if tokenizer.pad_token is None:
@@ -120,7 +126,7 @@ def load_tokenizer(
     return tokenizer
 
 
-class quiet:  # noqa: N801  # reads as a verb in a with statement
+class quiet:  # reads as a verb in a with statement
     """Within it transformers writes no progress bars."""
 
     def __enter__(self) -> None:

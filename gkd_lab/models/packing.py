@@ -68,6 +68,7 @@ class PackedEmbedding(PackedModule):
         super().__init__(weight=_stack(m.weight for m in members))
         self.num_embeddings = members[0].num_embeddings
         self.embedding_dim = members[0].embedding_dim
+        self.padding_idx = members[0].padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """(K*B, T) -> (K*B, T, H)."""
@@ -76,7 +77,11 @@ class PackedEmbedding(PackedModule):
         cells, rows, _ = weight.shape
         offsets = torch.arange(cells, device=ids.device)[:, None] * rows
         shifted = (ids.reshape(cells, -1) + offsets).view(ids.shape)
-        return functional.embedding(shifted, weight.flatten(0, 1))
+        rows_read = functional.embedding(shifted, weight.flatten(0, 1))
+        if self.padding_idx is None or not rows_read.requires_grad:
+            return rows_read
+        # As in nn.Embedding, reading the padding token gives its row no gradient.
+        return torch.where((ids == self.padding_idx)[..., None], rows_read.detach(), rows_read)
 
 
 class PackedNorm(PackedModule):
@@ -122,7 +127,7 @@ def _give_rows_their_bias(attention: nn.Module) -> None:
     table = attention.relative_attention_bias
     rows = 1
 
-    def remember_rows(_: nn.Module, args: tuple, kwargs: dict) -> None:  # type: ignore[type-arg]
+    def remember_rows(_: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal rows
         rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
 
@@ -238,6 +243,8 @@ def _packed(name: str, parts: Sequence[nn.Module]) -> PackedModule | None:
     first = parts[0]
     if name.endswith("relative_attention_bias"):
         return PackedRelativeBias(parts)  # type: ignore[arg-type]
+    if first._parameters.get("weight") is None:
+        return None
     if type(first) is nn.Linear:
         return PackedLinear(parts)  # type: ignore[arg-type]
     if type(first) is nn.Embedding:
@@ -248,12 +255,24 @@ def _packed(name: str, parts: Sequence[nn.Module]) -> PackedModule | None:
 
 
 def _check_alike(members: Sequence[PreTrainedModel]) -> None:
-    shapes = [
-        (type(m), m.dtype, {n: tuple(p.shape) for n, p in m.named_parameters()}) for m in members
-    ]
-    for position, shape in enumerate(shapes[1:], start=1):
-        if shape != shapes[0]:
-            raise CannotPack(f"model {position} differs from model 0 in class, dtype or shapes")
+    first = _traits(members[0])
+    for position, member in enumerate(members[1:], start=1):
+        traits = _traits(member)
+        for name in first | traits:
+            ours, other = first.get(name), traits.get(name)
+            if ours != other:
+                raise CannotPack(f"model {position} differs from model 0 in {name}: {other!r} and {ours!r}")
+
+
+def _traits(model: PreTrainedModel) -> dict[str, object]:
+    """All that must be equal: class, shapes, and the configuration, which decides what shapes do not show."""
+    shapes = {f"shape of {name}": tuple(p.shape) for name, p in model.named_parameters()}
+    traits = {"class": type(model).__name__, "dtype": model.dtype, **shapes}
+    return traits | {k: v for k, v in model.config.to_dict().items() if k not in _PROVENANCE}
+
+
+_PROVENANCE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a configuration that say where a model comes from, not what it computes."""
 
 
 def _is_packed(model: nn.Module, parameter: str) -> bool:
@@ -266,4 +285,6 @@ def _stack(tensors: Iterator[Tensor]) -> Tensor:
 
 def _stack_biases(members: Sequence[nn.Module]) -> Tensor | None:
     biases = [getattr(member, "bias", None) for member in members]
-    return None if biases[0] is None else _stack(iter(biases))
+    return (
+        None if any(bias is None for bias in biases) else _stack(bias for bias in biases if bias is not None)
+    )

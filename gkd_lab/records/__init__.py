@@ -1,5 +1,13 @@
 """The files of a run, read and written here only. No torch."""
 
-from gkd_lab.records.record import DamagedRecord, EvaluationRecord, Record, State, Store, worst
+from gkd_lab.records.record import (
+    DamagedRecord,
+    EvaluationRecord,
+    Part,
+    Record,
+    State,
+    Store,
+    worst,
+)
 
-__all__ = ["DamagedRecord", "EvaluationRecord", "Record", "State", "Store", "worst"]
+__all__ = ["DamagedRecord", "EvaluationRecord", "Part", "Record", "State", "Store", "worst"]

@@ -7,18 +7,26 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """`path` holds either what it held before or all of `text`, whatever happens in between."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """`path` holds either what it held before or all of `content`, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)  # a device or a pipe, which a rename would replace
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -51,11 +59,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not `splitlines`: text may hold U+0085 or U+2028, which JSON does not escape.
+    for line in filter(None, path.read_bytes().split(b"\n")):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

@@ -14,8 +14,14 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from gkd_lab.records.files import append_line, keep_lines_until, read_json, read_lines
-from gkd_lab.records.files import write_json, write_lines
+from gkd_lab.records.files import (
+    append_line,
+    keep_lines_until,
+    read_json,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from gkd_lab.spec.cell import Cell, Evaluation, SftModel, artifact_folder
 from gkd_lab.spec.identity import FORMAT, Frozen
 
@@ -44,7 +50,8 @@ class Part:
 
     def status(self) -> dict[str, Any]:
         """`{"state": "done" | "failed", ...}`, or `{}` while there is no verdict."""
-        return read_json(self.status_file) or {}
+        verdict = read_json(self.status_file) or {}
+        return verdict if verdict.get("state") in ("done", "failed") else {}
 
     def describe(self, spec: Frozen, **more: Any) -> None:
         """Write `spec.json`; an existing one must describe the same. Raises DamagedRecord."""
@@ -65,9 +72,7 @@ class Part:
 
     def failed(self, error: str, traceback: str = "") -> None:
         """Keep why it failed; it is tried again when asked."""
-        write_json(
-            self.status_file, {"state": "failed", "error": error, "traceback": traceback}
-        )
+        write_json(self.status_file, {"state": "failed", "error": error, "traceback": traceback})
 
     def forget_failure(self) -> None:
         """Make a failed part one that is to be done; a finished one stays as it is."""
@@ -137,6 +142,8 @@ class Record(Part):
                 return False
         except Timeout:
             return True
+        except OSError:
+            return False  # a store that can only be read: nobody works in it from here
 
     def state(self) -> State:
         """Of the training alone."""
@@ -158,6 +165,10 @@ class Record(Part):
     def rewind(self, step: int) -> None:
         """Forget the history after `step`."""
         keep_lines_until(self.metrics_file, step)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the result came from; empty before it is there."""
+        return read_json(self.folder / "provenance.json") or {}
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
         write_json(self.folder / "provenance.json", dict(facts))

@@ -1,7 +1,9 @@
 """An overview as lines of text: the same columns at any width, in a terminal and in a pipe."""
 
 import os
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -70,6 +72,20 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
         cells = (f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True))
         line = "  ".join(cells).rstrip()
         yield line if n else _coloured(line, "1")
+
+
+def folded(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows with their last column broken at the terminal's width; as they are in a pipe."""
+    if not sys.stdout.isatty():
+        return [list(row) for row in rows]
+    *others, _ = zip(*rows, strict=True) if rows else [()]
+    taken = sum(2 + max(map(len, column)) for column in others)
+    width = max(30, shutil.get_terminal_size().columns - taken - 2)
+    lines = []
+    for *first, text in rows:
+        for n, part in enumerate(textwrap.wrap(text, width) or [""]):
+            lines.append([*([""] * len(first) if n else first), part])
+    return lines
 
 
 def _coloured(line: str, code: str) -> str:

@@ -140,7 +140,7 @@ def _undeclared(grid: GridOfCells) -> list[str]:
     for axis in grid.axes:
         section = axis.split(".")[0]
         declared |= _OF_AXIS.get(axis, {axis})
-        if section in ("data", "tokenizer") or axis in ("dropout", "precision"):
+        if section in ("data", "tokenizer") or axis == "precision":
             declared |= _OF_BOTH_MODELS
         if axis in ("max_input_tokens", "max_output_tokens"):
             declared |= _OF_BOTH_MODELS

@@ -1,23 +1,31 @@
 """Teachers and starting students: built once under a lock, found by fingerprint, shared by all cells."""
 
-import logging
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from filelock import Timeout
 from transformers import PreTrainedModel
 
-from gkd_lab.distill.checkpoints import appearing
-from gkd_lab.models.making import DTYPES, load_model, load_pretrained, load_tokenizer, make_model
-from gkd_lab.models.making import parameter_count, quiet, train_tokenizer
+from gkd_lab.distill.checkpoints import appearing, complete_steps
+from gkd_lab.models.making import (
+    DTYPES,
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    make_model,
+    parameter_count,
+    quiet,
+    train_tokenizer,
+)
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
+from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.runs.rows import examples, report_cut, rows, texts
 from gkd_lab.runs.sft import fine_tune
 from gkd_lab.spec.cell import SftModel
-
-logger = logging.getLogger(__name__)
 
 Role = Literal["teacher", "start"]
 
@@ -39,20 +47,33 @@ def ensure(role: Role, model: SftModel, scale: str, options: RunOptions) -> Reco
     record = options.store.artifact(scale, role, model)
     if record.status().get("state") == "done":
         return record
-    with record.lock():
+    with waited_for(record, role, options):
         state = record.status().get("state")
         if state == "failed" and not options.retry_failed:
             raise ArtifactFailed(_why(role, record))
         if state != "done":
             record.forget_failure()
             try:
-                _build(role, model, record, options)
-            except OSError:
-                raise
-            except Exception as error:
-                record.failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+                with kept_by([record], options.outputs):
+                    _build(role, model, record, options)
+            except PartFailed as error:
                 raise ArtifactFailed(_why(role, record)) from error
     return record
+
+
+@contextmanager
+def waited_for(record: Record, what: str, options: RunOptions) -> Iterator[None]:
+    """The record's lock; says so when another process has it."""
+    lock = record.lock()
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        options.reporter.say(f"waiting for another process that works on the {what}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _why(role: str, record: Record) -> str:
@@ -77,7 +98,8 @@ def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> 
     count = parameter_count(loaded.model)
     if model.sft is not None:
         name = f"{model.task}: {role} {model.model.name}, {_millions(count)} parameters, SFT"
-        with options.reporter.phase(name, model.sft.steps) as advance:
+        done = max(complete_steps(record.steps_folder), default=0)
+        with options.reporter.phase(name, model.sft.steps, done) as advance:
             fine_tune(
                 loaded.model,
                 loaded.tokenizer,

@@ -1,8 +1,7 @@
 """Training a pack of cells: from the starting student to a finished record for each of them."""
 
-import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from filelock import Timeout
@@ -10,11 +9,12 @@ from filelock import Timeout
 from gkd_lab.distill.checkpoints import appearing, complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
-from gkd_lab.models.making import DTYPES, load_model, quiet
+from gkd_lab.models.making import DTYPES, load_model, load_tokenizer, quiet
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs import artifacts
+from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
@@ -33,12 +33,13 @@ class Claimed:
     def __enter__(self) -> "Claimed":
         for cell in sorted(self.wanted, key=lambda cell: cell.folder):
             try:
-                self._stack.enter_context(self.options.store.of(cell).lock().acquire(timeout=0))
+                lock = self.options.store.of(cell).lock()
+                # Not 0: a reader that asks whether a cell is claimed holds the lock for an instant.
+                self._stack.enter_context(lock.acquire(timeout=0.2, poll_interval=0.02))
             except Timeout:
                 self.elsewhere.append(cell)
-        held = {cell.fingerprint for cell in self.wanted}
-        held -= {cell.fingerprint for cell in self.elsewhere}
-        self.cells = [cell for cell in self.wanted if cell.fingerprint in held]
+        others = {cell.full_fingerprint for cell in self.elsewhere}
+        self.cells = [cell for cell in self.wanted if cell.full_fingerprint not in others]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,16 +57,9 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
             open_cells.append(cell)
     if not open_cells:
         return
-    try:
+    records = [options.store.of(cell) for cell in open_cells]
+    with suppress(PartFailed), kept_by(records, options.outputs):
         _train(open_cells, options)
-    except (OSError, artifacts.ArtifactFailed):
-        raise
-    except Exception as error:
-        for cell in open_cells:
-            if not options.store.of(cell).status():
-                options.store.of(cell).failed(
-                    f"{type(error).__name__}: {error}", traceback.format_exc()
-                )
 
 
 def _train(cells: list[Cell], options: RunOptions) -> None:
@@ -145,8 +139,6 @@ def _pack(student: Any, cells: Sequence[Cell]) -> Pack:
 
 def load_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
     """The finished students of some cells as one model, and their tokenizer."""
-    from gkd_lab.models.making import load_tokenizer
-
     first = cells[0].training
     precision = "fp64" if first.precision == "fp64" else "fp32"
     folders = [options.store.of(cell).checkpoint for cell in cells]
@@ -191,9 +183,7 @@ def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:
     """Every argument of the trainer, stated; what differs between cells is in `CellArguments`."""
     training = cell.training
     return GKDConfig(
-        **common_arguments(
-            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
-        ),
+        **common_arguments(record.steps_folder, training.steps, options.checkpoint_every, options.log_every),
         **optimizer_arguments(training.optimizer),
         per_device_train_batch_size=training.batch_size,
         max_new_tokens=training.max_output_tokens,

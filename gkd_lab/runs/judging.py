@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from gkd_lab.evaluation.decoding import predict
-from gkd_lab.metrics.judge import judge
+from gkd_lab.metrics.judge import Prediction, judge
 from gkd_lab.models.packing import Pack
 from gkd_lab.records import Record
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.cells import load_pack
-from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.faults import PartFailed, kept_by
+from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, rows
 from gkd_lab.spec.cell import Cell, Evaluation, SftModel
 
@@ -25,24 +27,51 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
             and options.store.of(cell).status().get("state") == "done"
             and _is_open(options.store.of(cell), evaluation, options)
         ]
+        for cell in cells:
+            if evaluation in cell.evaluations:
+                _add_metrics(options.store.of(cell), evaluation)
         if lacking:
-            pack, tokenizer = load_pack(lacking, options)
             records = [options.store.of(cell) for cell in lacking]
-            start = lacking[0].training.start
-            _evaluate(pack, tokenizer, start, evaluation, records, options)
+            parts = [record.evaluation(evaluation) for record in records]
+            with suppress(PartFailed), kept_by(parts, options.outputs):
+                pack, tokenizer = load_pack(lacking, options)
+                start = lacking[0].training.start
+                _evaluate(pack, tokenizer, start, evaluation, records, options)
 
 
 def evaluate_reference(
-    role: artifacts.Role, model: SftModel, record: Record, cells: Sequence[Cell], options: RunOptions
+    role: artifacts.Role,
+    model: SftModel,
+    record: Record,
+    cells: Sequence[Cell],
+    options: RunOptions,
 ) -> None:
     """The same evaluations for a teacher or a starting student."""
+    for evaluation in _distinct(cells):
+        _add_metrics(record, evaluation)
     open_ones = [e for e in _distinct(cells) if _is_open(record, e, options)]
     if open_ones:
-        with record.lock():
-            loaded = artifacts.load(record, model)
+        with artifacts.waited_for(record, role, options):
             for evaluation in open_ones:
-                pack = Pack.alone(loaded.model)
-                _evaluate(pack, loaded.tokenizer, model, evaluation, [record], options, role)
+                part = record.evaluation(evaluation)
+                with suppress(PartFailed), kept_by([part], options.outputs):
+                    loaded = artifacts.load(record, model)
+                    pack = Pack.alone(loaded.model)
+                    _evaluate(pack, loaded.tokenizer, model, evaluation, [record], options, role)
+
+
+def _add_metrics(record: Record, evaluation: Evaluation) -> None:
+    """Metrics that were asked for after the predictions were written are computed from these."""
+    part = record.evaluation(evaluation)
+    scores = part.scores()
+    if part.state() != "done" or not set(evaluation.metrics) - set(scores):
+        return
+    written = [
+        Prediction(r["prompt"], r["prediction"], tuple(r["references"]), r["tokens"], r["ended"])
+        for r in part.predictions()
+    ]
+    more, lines = judge(evaluation.metrics, written)
+    part.write(evaluation, lines, {**scores, **more}, rescored=True)
 
 
 def _distinct(cells: Sequence[Cell]) -> list[Evaluation]:
@@ -66,6 +95,7 @@ def _evaluate(
     who: str = "",
 ) -> None:
     found = rows(model.task, model.data, evaluation.split, options.cache)[: evaluation.examples]
+    pack.model.to(device())
     encoded, _ = examples(model, tokenizer, found)
     count = who or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
     name = f"{model.task}: {count}, {evaluation.name} on {len(found)} rows"
@@ -81,6 +111,4 @@ def _evaluate(
     seconds = (time.monotonic() - began) / len(records)
     for record, written in zip(records, predictions, strict=True):
         scores, lines = judge(evaluation.metrics, written)
-        record.evaluation(evaluation).write(
-            evaluation, lines, scores, seconds_of_decoding=round(seconds, 3)
-        )
+        record.evaluation(evaluation).write(evaluation, lines, scores, seconds_of_decoding=round(seconds, 3))

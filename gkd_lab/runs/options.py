@@ -29,3 +29,10 @@ class RunOptions:
     def cache(self) -> Path:
         """Where slow sources keep what they read."""
         return self.outputs / ".cache"
+
+
+def device() -> str:
+    """Where models are put for evaluation; trainers find theirs by themselves."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,6 @@
 """What a person sees of long work: one line a phase, with the time left.
 
-A terminal gets a live bar; a file or a pipe gets a line when a phase starts, at each quarter, and when it ends.
+A terminal gets a live bar; a file or a pipe gets a line when a phase starts, at each quarter, and at its end.
 """
 
 import time
@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[[int], None]
 """Called with how much has been done in all."""

@@ -38,9 +38,7 @@ def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
     return [(row.prompt + end, row.target) for row in found]
 
 
-def examples(
-    model: SftModel, tokenizer: Any, found: tuple[Row, ...]
-) -> tuple[list[Example], Cut]:
+def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Example], Cut]:
     """Token ids of the rows within the model's limits, and how many rows were cut."""
     return encode(
         tokenizer,

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
+from gkd_lab.records import Part, Record
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.cells import Claimed, train
 from gkd_lab.runs.judging import evaluate_cells, evaluate_reference
@@ -27,7 +26,6 @@ class Outcome:
 def run(grid: GridOfCells, options: RunOptions) -> Outcome:
     """Train and evaluate every cell of the grid and its reference models."""
     outcome = Outcome()
-    torch.set_default_device("cpu")
     broken = _references(grid, options, outcome)
     for group in packs(grid.cells, options.pack):
         if group[0].training.teacher in broken or group[0].training.start in broken:
@@ -37,13 +35,12 @@ def run(grid: GridOfCells, options: RunOptions) -> Outcome:
             if claimed.cells:
                 train(claimed.cells, options)
                 evaluate_cells(claimed.cells, options)
-        outcome.failed += _failures(group, options)
+        for cell in group:
+            outcome.failed += _failures(options.store.of(cell), [cell], options)
     return outcome
 
 
-def _references(
-    grid: GridOfCells, options: RunOptions, outcome: Outcome
-) -> set[SftModel]:
+def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> set[SftModel]:
     """Build and judge teachers and starts; returns those that could not be built."""
     broken = set()
     for role, model, cells in references(grid.cells):
@@ -54,6 +51,7 @@ def _references(
             broken.add(model)
             continue
         evaluate_reference(role, model, record, cells, options)
+        outcome.failed += _failures(record, cells, options)
     return broken
 
 
@@ -68,11 +66,14 @@ def references(
     return [(role, model, members) for (role, model), members in found.items()]
 
 
-def _failures(cells: Sequence[Cell], options: RunOptions) -> list[str]:
+def _failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:
+    """A line for a failed training and for each failed evaluation of a record."""
+    parts: list[Part] = [record]
+    parts += [record.evaluation(e) for e in dict.fromkeys(e for c in cells for e in c.evaluations)]
     lines = []
-    for cell in cells:
-        record = options.store.of(cell)
-        status = record.status()
+    for part in parts:
+        status = part.status()
         if status.get("state") == "failed":
-            lines.append(f"{cell.folder}: {status.get('error')} (see {record.status_file})")
+            name = part.folder.relative_to(options.outputs)
+            lines.append(f"{name}: {status.get('error')} (see {part.status_file})")
     return lines

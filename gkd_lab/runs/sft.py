@@ -10,8 +10,14 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Seq2SeqTrainer
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+)
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, keep_only

@@ -24,12 +24,12 @@ class DataSpec(Frozen):
     """Rows that a task learns from and is judged on, known by their content."""
 
     kind: Literal["made", "folder", "hub"]
-    name: str | None = Field(None, description="generator of made data, or hub name")
-    config: str | None = Field(None, description="configuration of a hub data set")
+    name: str | None = Field(default=None, description="generator of made data, or hub name")
+    config: str | None = Field(default=None, description="configuration of a hub data set")
     path: Annotated[str | None, Place()] = None
     revision: str = Field(description="commit, SHA-256 of the files, or version of the generator")
     seed: int = 0
-    train: PositiveInt | None = Field(None, description="rows; None: all there are")
+    train: PositiveInt | None = Field(default=None, description="rows; None: all there are")
     validation: PositiveInt | None = None
     test: PositiveInt | None = None
 
@@ -38,7 +38,7 @@ class TokenizerSpec(Frozen):
     """A tokenizer trained on the data's train split, or the one of a pretrained model."""
 
     kind: Literal["word", "bpe", "pretrained"]
-    vocab_size: PositiveInt | None = Field(None, description="upper bound for a trained one")
+    vocab_size: PositiveInt | None = Field(default=None, description="upper bound for a trained one")
 
 
 class Architecture(Frozen):
@@ -75,7 +75,7 @@ class ModelSpec(Frozen):
 
     name: Annotated[str, Place()]
     architecture: Architecture | None = None
-    pretrained: str | None = Field(None, description="hub name; a local folder is known by content")
+    pretrained: str | None = Field(default=None, description="hub name; a local folder is known by content")
     path: Annotated[str | None, Place()] = None
     revision: str | None = None
     init_seed: int = 0
@@ -110,7 +110,9 @@ class Source(Frozen):
     """Who writes the sequence that is trained on: one coin per step (Algorithm 1)."""
 
     lmbda: Share = Field(description="share of student-written batches")
-    temperature: PositiveFloat | None = Field(description="of sampling; None where nothing samples")
+    temperature: PositiveFloat | None = Field(
+        default=None, description="of sampling; None where nothing samples"
+    )
 
 
 class Training(Frozen):
@@ -145,7 +147,7 @@ class Evaluation(Frozen):
     num_beams: PositiveInt | None = None
     length_penalty: float | None = None
     split: Split
-    examples: PositiveInt | None = Field(None, description="the first ones; None: all")
+    examples: PositiveInt | None = Field(default=None, description="the first ones; None: all")
     max_output_tokens: PositiveInt
     seed: int | None = None
     metrics: Annotated[tuple[str, ...], Place()] = Field(min_length=1)
@@ -178,6 +180,11 @@ class Cell:
         return self.training.fingerprint
 
     @property
+    def full_fingerprint(self) -> str:
+        """All 64 digits: what tells cells apart."""
+        return self.training.full_fingerprint
+
+    @property
     def task(self) -> str:
         """Name of the task."""
         return self.training.task
@@ -206,4 +213,6 @@ class Cell:
 
 def artifact_folder(scale: str, role: str, model: SftModel) -> str:
     """Where an artifact's record lies below the outputs folder; role is `teacher` or `start`."""
-    return f"{scale}/{model.task}/{role}-{model.model.name}-{model.fingerprint}"
+    made = model.model.architecture
+    kind = f"{made.layers}x{made.width}" if made else (model.model.pretrained or "local")
+    return f"{scale}/{model.task}/{role}-{kind.replace('/', '-')}-{model.fingerprint}"

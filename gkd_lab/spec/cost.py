@@ -1,4 +1,4 @@
-"""What a training costs, from its description alone: arithmetic that must be done, and seconds at a nominal rate.
+"""What a training costs, from its description alone: its FLOPs, and seconds at a nominal rate.
 
 Counts 2 FLOPs per weight and token forward and 4 backward; sequences are taken at their longest.
 """

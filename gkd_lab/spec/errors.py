@@ -1,10 +1,26 @@
-"""Errors that a user can mend: each says what is wrong, why, and what the nearest valid choice is."""
+"""Errors that a user can mend: each says what is wrong, why, and the nearest valid choice."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_KINDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "tuple_type": "must be a list of values",
+    "too_short": "the list is empty",
+}
+_TAGS = {"str", "int", "float", "bool"}
+"""What pydantic adds to a place to name the branch of a union; for a section it is the class."""
 
 
 class SpecError(ValueError):
@@ -24,20 +40,106 @@ def unknown(kind: str, value: object, choices: Iterable[object]) -> SpecError:
     return SpecError(f"unknown {kind} {value!r}; {nearest(value, choices)}")
 
 
-def explain(error: ValidationError, where: str, choices: Iterable[object] = ()) -> SpecError:
-    """One line out of pydantic's report: place, value, reason; for an unknown field the nearest known one."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    if first["type"] == "extra_forbidden":
-        field = str(first["loc"][-1])
-        return SpecError(f"{where}: unknown field {place!r}; {nearest(field, choices)}")
-    return SpecError(f"{where}: {place}: {_shown(first['input'])} is not valid: {first['msg']}")
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> SpecError:
+    """One line out of pydantic's report on a `model`: place, value, reason, what would be valid."""
+    # Of a union (`small` or a section) each branch reports; the one that fits goes deepest.
+    deepest = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    loc, kind, value = deepest["loc"], deepest["type"], deepest["input"]
+    if kind == "extra_forbidden":
+        place, parent = _follow(model, loc[:-1])
+        names = [name for owner in _models(parent) for name in _fields(owner)]
+        field = ".".join(filter(None, (place, str(loc[-1]))))
+        return SpecError(f"{where}: unknown field {field!r}; {nearest(loc[-1], names)}")
+    place, annotation = _follow(model, loc)
+    if kind == "missing":
+        return SpecError(f"{where}: {place} is missing")
+    reason = _reason(kind, value, annotation) or deepest["msg"]
+    if isinstance(value, list) and kind != "too_short" and not place.startswith("grid"):
+        reason += "; several values make an axis: write them under `grid`"
+    return SpecError(f"{where}: {place}: {_shown(value)} is not valid: {reason}")
 
 
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in {"str", "int", "float"} or "[" in part)
+def _reason(kind: str, value: Any, annotation: Any) -> str:
+    names = [name for owner in _models(annotation) for name in _fields(owner)]
+    if kind == "literal_error":
+        return nearest(value, _choices(annotation))
+    if kind in ("model_type", "model_attributes_type", "dict_type") or (kind == "string_type" and names):
+        text = "text or " if kind == "string_type" else ""
+        return f"must be {text}`field: value` lines" + (f" of {', '.join(names)}" if names else "")
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
+        return f"must be {_range(annotation)}"
+    bounds = _range(annotation)
+    known = _KINDS.get(kind, "")
+    return f"{known} {bounds}" if bounds and "number" in known else known
 
 
-def _shown(value: object) -> str:
+def _range(annotation: Any) -> str:
+    """`from 0 to 1`, `more than 0`: the bounds that stand beside a type."""
+    found: dict[str, Any] = {}
+    for mark in _marks(annotation):
+        found |= {name: getattr(mark, name) for name in _BOUNDS if hasattr(mark, name)}
+    if found.keys() == {"ge", "le"}:
+        return f"from {found['ge']} to {found['le']}"
+    return " and ".join(f"{_BOUNDS[name]} {bound}" for name, bound in found.items())
+
+
+def _follow(model: type[BaseModel], loc: Iterable[str | int]) -> tuple[str, Any]:
+    """`grid.lmbda[1]` and the type that belongs there; a union's tags are no part of the place."""
+    place: str = ""
+    annotation: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+            continue
+        owners = [_fields(owner) for owner in _models(annotation)]
+        of_models = [fields[part] for fields in owners if part in fields]
+        of_mappings = [get_args(one)[1] for one in _parts(annotation) if get_origin(one) is dict]
+        if of_models or of_mappings:
+            place += f".{part}" if place else part
+            annotation = (of_models or of_mappings)[0]
+        elif part not in _TAGS:
+            tagged = [owner for owner in _models(annotation) if owner.__name__ == part]
+            place += "" if tagged else f".{part}" if place else part
+            annotation = tagged[0] if tagged else Any
+    return place, annotation
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """Name as it is written -> type, with its bounds."""
+    return {
+        field.alias or name: Annotated[field.annotation, *field.metadata]
+        if field.metadata
+        else field.annotation
+        for name, field in model.model_fields.items()
+    }
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """A type and those that it is composed of; dictionaries and models are left closed."""
+    yield annotation
+    if get_origin(annotation) is Annotated:
+        yield from _parts(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType, tuple):
+        for part in get_args(annotation):
+            yield from _parts(part)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    return [one for one in _parts(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [c for one in _parts(annotation) if get_origin(one) is Literal for c in get_args(one)]
+
+
+def _marks(annotation: Any) -> Iterator[Any]:
+    """The bounds in a type; those of pydantic's `Field(...)` lie in its metadata."""
+    for one in _parts(annotation):
+        if get_origin(one) is Annotated:
+            for mark in get_args(one)[1:]:
+                yield from getattr(mark, "metadata", [mark])
+
+
+def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 
 from gkd_lab.spec.errors import SpecError, explain
-from gkd_lab.spec.settings import EvaluationSettings, Section, Settings
+from gkd_lab.spec.settings import EvaluationSettings, Section, Settings, merge
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
@@ -16,22 +16,31 @@ SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
 
 def _axes() -> dict[str, Any]:
     """Every field of `Settings`, and every field of its sections under a dotted name."""
-    axes: dict[str, Any] = {"task": (tuple[str, ...] | None, Field(None, min_length=1))}
+    axes: dict[str, Any] = {"task": _axis(str, "tasks that are crossed with the other axes")}
     for name, field in Settings.model_fields.items():
-        axes[name] = (tuple[field.annotation, ...] | None, Field(None, min_length=1))
+        stated = tuple(part for part in get_args(field.annotation) if part is not type(None))
+        axes[name] = _axis(Union[stated], field.description)  # noqa: UP007  # of a list of types
     for section in ("data", "tokenizer"):
-        model = Settings.model_fields[section].annotation.__args__[0]  # type: ignore[union-attr]
+        model = get_args(Settings.model_fields[section].annotation)[0]
         for name, field in model.model_fields.items():
-            axes[f"{section}__{name}"] = (
-                tuple[field.annotation, ...] | None,
-                Field(None, min_length=1, alias=f"{section}.{name}"),
-            )
+            place = f"{section}.{name}"
+            axes[f"{section}__{name}"] = _axis(field.annotation, field.description, alias=place)
     return axes
 
 
-Grid = create_model("Grid", __config__=ConfigDict(frozen=True, extra="forbid"), **_axes())
-Grid.__doc__ = "Axes: for each field the list of its values; every combination is a cell."
+def _axis(value: Any, description: str | None, **more: Any) -> tuple[Any, Any]:
+    """Type and default of an axis; `None` is no value of one, but inside a section it may mean `all`."""
+    return tuple[value, ...], Field(default=None, min_length=1, description=description, **more)
+
+
+Grid = create_model(
+    "Grid",
+    __base__=Section,
+    __doc__="Axes: for each field the list of its values; every combination is a cell.",
+    **_axes(),
+)
 AXES = tuple(field.alias or name for name, field in Grid.model_fields.items())
+_SCALARS = set(AXES) - {"objectives"}
 
 
 class Paper(Section):
@@ -41,16 +50,25 @@ class Paper(Section):
     claims: tuple[str, ...] = ()
 
 
-class Experiment(Settings):
+class TaskSettings(Settings):
+    """What an experiment may say of all tasks, or of one."""
+
+    evaluations: tuple[EvaluationSettings, ...] | None = Field(
+        default=None, min_length=1, description="ways of decoding and judging; default: the task's own"
+    )
+
+
+class Experiment(TaskSettings):
     """One experiment file, validated; the grid keeps the file's order of axes."""
 
     description: str = Field(description="the question, the hypothesis, the cost")
-    paper: Paper = Paper()
-    scale: Scale = "nano"
-    task: str | None = Field(None, description="one task; several go into `grid.task`")
-    grid: Grid = Grid()  # type: ignore[valid-type]
-    evaluations: tuple[EvaluationSettings, ...] | None = Field(None, min_length=1)
-    per_task: dict[str, Settings] = Field({}, description="settings that hold for one task only")
+    paper: Paper = Field(default=Paper(), description="what of the paper this answers")
+    scale: Scale = Field(default="nano", description="models and data; `--scale` chooses another one")
+    task: str | None = Field(default=None, description="one task; several go into `grid.task`")
+    grid: Grid = Field(  # type: ignore[valid-type]
+        default=Grid(), description="axes that are crossed; the first one varies slowest"
+    )
+    per_task: dict[str, TaskSettings] = Field(default={}, description="what holds for one task only")
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Axis name -> values, in the file's order; the first axis varies slowest."""
@@ -59,9 +77,23 @@ class Experiment(Settings):
         )
         return dict(values)
 
-    def settings(self) -> dict[str, Any]:
-        """The settings that the file states, as plain nested dictionaries."""
-        return self.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+    def stated(self, task: str) -> dict[str, Any]:
+        """The settings that the file states for a task, as plain nested dictionaries."""
+        return merge(*(_stated(layer) for layer in self._layers(task)))
+
+    def evaluations_of(self, task: str) -> tuple[EvaluationSettings, ...] | None:
+        """The evaluations that the file states for a task; None: the task's own."""
+        found = [layer.evaluations for layer in self._layers(task) if layer.evaluations]
+        return found[-1] if found else None
+
+    def _layers(self, task: str) -> list[TaskSettings]:
+        return [self, *([self.per_task[task]] if task in self.per_task else [])]
+
+
+def _stated(layer: TaskSettings) -> dict[str, Any]:
+    """A field that is null says nothing; inside a section null is a value (`train: null`, all rows)."""
+    stated = layer.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+    return {name: value for name, value in stated.items() if value is not None}
 
 
 def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
@@ -72,12 +104,13 @@ def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> E
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
-    _check_grid(document.get("grid", {}), str(path))
-    for key, text in (overrides or {}).items():
-        _override(document, key, text)
-    return parse_experiment(document, str(path))
+    _check_grid(document, str(path))
+    where = f"{path}, with the values set" if overrides else str(path)
+    return parse_experiment(override(document, overrides or {}), where)
 
 
 def parse_experiment(document: Mapping[str, Any], where: str) -> Experiment:
@@ -85,46 +118,85 @@ def parse_experiment(document: Mapping[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        in_grid = error.errors()[0]["loc"][0] == "grid"
-        raise explain(error, where, AXES if in_grid else Experiment.model_fields) from error
+        raise explain(error, where, Experiment) from error
 
 
-def _check_grid(grid: Any, where: str) -> None:
+def _check_grid(document: dict[str, Any], where: str) -> None:
     """Errors that teach, before pydantic's: an axis is a list of values."""
+    grid = document["grid"] = {} if document.get("grid") is None else document["grid"]
     if not isinstance(grid, dict):
         raise SpecError(f"{where}: grid: expected `axis: [values]` lines, got {grid!r}")
     for axis, values in grid.items():
         if not isinstance(values, list):
             raise SpecError(
-                f"{where}: grid.{axis}: must be a list of values, got {values!r}; "
-                f"did you mean [{values}]?"
+                f"{where}: grid.{axis}: must be a list of values, got {values!r}; did you mean [{values}]?"
             )
         if not values:
             raise SpecError(f"{where}: grid.{axis}: the list is empty, so there is no cell to run")
 
 
-def _override(document: dict[str, Any], key: str, text: str) -> None:
-    """`--set key=v1,v2`: several values, or an axis of the file, make an axis; else a base field."""
-    values = [yaml.safe_load(part) for part in text.split(",") if part.strip()]
+def override(document: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """`document` with each `key=v1,v2` set, over what it says of single tasks too. Raises SpecError.
+
+    Several values, or an axis of the file, make an axis; one value else sets a field.
+    """
+    for key, text in texts.items():
+        values = _values(key, text)
+        grid = document.setdefault("grid", {})
+        if key in grid or len(values) > 1:
+            grid[key] = values
+            continue
+        _put(document, key, values[0])
+        for section in (document.get("per_task") or {}).values():
+            _forget(section, key)
+    return document
+
+
+def _values(key: str, text: str) -> list[Any]:
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "not a YAML value"
+        raise SpecError(f"{key}={text}: {reason}; expected a value, or values as V1,V2") from error
     if not values:
-        raise SpecError(f"--set {key}={text}: no value given")
-    grid = document.setdefault("grid", {})
-    if key in grid or len(values) > 1:
-        grid[key] = values
-        return
-    place = document
+        raise SpecError(f"{key}={text}: no value given; expected a value, or values as V1,V2")
+    is_axis = len(values) == 1 and isinstance(values[0], list) and key in _SCALARS
+    return list(values[0]) if is_axis and values[0] else list(values)
+
+
+def _put(document: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        if not isinstance(place.setdefault(section, {}), dict):
-            raise SpecError(f"--set {key}: {section} is a value, not a section")
-        place = place[section]
-    place[last] = values[0]
+        if document.get(section) is None:
+            document[section] = {}
+        document = document[section]
+        if not isinstance(document, dict):
+            raise SpecError(f"{key}: {section} is the value {document!r}, it has no fields")
+    document[last] = value
+
+
+def _forget(section: Any, key: str) -> None:
+    *outer, last = key.split(".")
+    for name in outer:
+        section = section.get(name) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        section.pop(last, None)
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of an experiment file, for editors."""
-    schema = Experiment.model_json_schema(by_alias=True)
+    schema = _without_noise(Experiment.model_json_schema(by_alias=True))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _without_noise(schema: Any) -> Any:
+    """No titles, which only repeat names, and no defaults of null."""
+    if isinstance(schema, list):
+        return [_without_noise(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {k: v for k, v in schema.items() if not (k == "title" and isinstance(v, str))}
+    return {k: _without_noise(v) for k, v in kept.items() if not (k == "default" and v is None)}
 
 
 __all__ = [
@@ -134,6 +206,7 @@ __all__ = [
     "Paper",
     "Scale",
     "json_schema",
+    "override",
     "parse_experiment",
     "read_experiment",
 ]

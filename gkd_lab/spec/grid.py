@@ -1,14 +1,26 @@
-"""From an experiment to its cells: cross the axes, fill in the defaults, resolve the shorthand, collapse twins."""
+"""From an experiment to its cells: cross the axes, fill in defaults, resolve shorthand, collapse twins."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from gkd_lab.spec.cell import Cell, DataSpec, Evaluation, Family, ModelSpec, Objective
-from gkd_lab.spec.cell import OptimizerSpec, SftModel, SftSpec, Source, TokenizerSpec, Training
+from gkd_lab.spec.cell import (
+    Cell,
+    DataSpec,
+    Evaluation,
+    Family,
+    ModelSpec,
+    Objective,
+    OptimizerSpec,
+    SftModel,
+    SftSpec,
+    Source,
+    TokenizerSpec,
+    Training,
+)
 from gkd_lab.spec.errors import SpecError, explain, unknown
 from gkd_lab.spec.experiment import Experiment, Scale
 from gkd_lab.spec.identity import canonical
@@ -48,7 +60,7 @@ class GridOfCells:
     axes: dict[str, tuple[Any, ...]]
     cells: tuple[Cell, ...]
     stands_for: dict[str, tuple[dict[str, Any], ...]]
-    """Fingerprint -> labels of all combinations that came out as this one cell, where several did."""
+    """Full fingerprint -> labels of all combinations that came out as one cell, where several did."""
 
 
 # Read from each cell alone; everything else is resolved once per combination of its values.
@@ -79,9 +91,12 @@ def expand(
     found: dict[str, Cell] = {}
     labels: dict[str, list[dict[str, Any]]] = {}
     for point in _points(axes):
-        cell = resolver.cell(point)
-        found.setdefault(cell.fingerprint, cell)
-        labels.setdefault(cell.fingerprint, []).append(point)
+        try:
+            cell = resolver.cell(point)
+        except ValidationError as error:
+            raise explain(error, f"{name}: {chosen} scale of {point['task']}", Settings) from error
+        found.setdefault(cell.full_fingerprint, cell)
+        labels.setdefault(cell.full_fingerprint, []).append(point)
     twins = {key: tuple(points) for key, points in labels.items() if len(points) > 1}
     return GridOfCells(name, chosen, experiment, axes, tuple(found.values()), twins)
 
@@ -106,7 +121,9 @@ class _Resolver:
         self.tasks = tasks
         self.revisions = revisions
         self.scale = scale
+        self.axes = experiment.axes().keys()
         self.shared: dict[str, _Shared] = {}
+        self.known: dict[Hashable, Any] = {}
 
     def cell(self, point: dict[str, Any]) -> Cell:
         slow = {key: value for key, value in point.items() if key not in _PER_CELL}
@@ -127,36 +144,58 @@ class _Resolver:
     def _resolve(self, point: dict[str, Any]) -> "_Shared":
         task = self.tasks[point["task"]]
         stated = self._stated(task, point)
-        defaults = task.defaults(self.scale, stated.get("data", {}).get("source"))
-        merged = merge(
-            {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}, stated
-        )
         try:
-            settings = Settings.model_validate(merged)
-        except ValidationError as error:
-            raise explain(error, f"task {task.name}", Settings.model_fields) from error
-        models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
-        return _share(task, settings, models, self._evaluations(task, defaults, settings), self)
+            defaults = task.defaults(self.scale, stated.get("data", {}).get("source"))
+        except ValueError as error:
+            raise SpecError(str(error)) from error
+        base = {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}
+        settings = Settings.model_validate(merge(base, stated))
+        return _share(task, settings, defaults, self._evaluations(task, defaults, settings), self)
+
+    def sft_model(
+        self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
+    ) -> SftModel:
+        """The teacher or the student that some settings ask for; the same ones give the same one."""
+        key = (task.name, role, getattr(settings, role), *_read(settings, _MODEL_FIELDS))
+        if key not in self.known:
+            data = self.revisions.data(task.name, settings.data or DataSettings())
+            models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
+            base = {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}
+            recipe = Settings.model_validate(base)
+            self.known[key] = _sft_model(task, role, settings, recipe, models, data, self.revisions)
+        return self.known[key]
 
     def _stated(self, task: TaskDefaults, point: Mapping[str, Any]) -> dict[str, Any]:
-        for_task = self.experiment.per_task.get(task.name)
-        per_task = for_task.model_dump(exclude_unset=True) if for_task else {}
         axes: dict[str, Any] = {}
         for axis, value in point.items():
             if axis != "task":
                 section, _, name = axis.partition(".")
                 axes = merge(axes, {section: {name: value}} if name else {section: value})
-        return merge(self.experiment.settings(), per_task, axes)
+        stated = merge(self.experiment.stated(task.name), axes)
+        for long, short in _LONG_FORM.items():
+            twice = [name for name in short if name in stated or name in self.axes]
+            if long in stated and twice:
+                raise SpecError(f"{long} and {', '.join(twice)} say the same twice; leave one out")
+        return stated
 
     def _evaluations(
         self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
     ) -> tuple[Evaluation, ...]:
-        stated = self.experiment.evaluations or tuple(
-            EvaluationSettings.model_validate(e) for e in defaults["evaluations"]
-        )
-        limit = settings.max_output_tokens
-        assert limit is not None, "every scale states max_output_tokens"
-        return tuple(_evaluation(e, task.metrics, limit) for e in stated)
+        key = (task.name, settings.data, settings.max_output_tokens)
+        if key not in self.known:
+            stated = self.experiment.evaluations_of(task.name) or tuple(
+                EvaluationSettings.model_validate(e) for e in defaults["evaluations"]
+            )
+            limit = settings.max_output_tokens
+            assert limit is not None, "every scale states max_output_tokens"
+            self.known[key] = tuple(_evaluation(e, task.metrics, limit) for e in stated)
+        return self.known[key]
+
+
+_LONG_FORM = {
+    "source": ("lmbda", "temperature"),
+    "objectives": ("beta", "teacher_temperature", "student_temperature"),
+}
 
 
 @dataclass(frozen=True)
@@ -173,23 +212,27 @@ class _Shared:
 def _share(
     task: TaskDefaults,
     settings: Settings,
-    models: Mapping[str, ModelSettings],
+    defaults: Mapping[str, Any],
     evaluations: tuple[Evaluation, ...],
     resolver: _Resolver,
 ) -> _Shared:
-    assert settings.data is not None, "every scale states data"
-    data = resolver.revisions.data(task.name, settings.data)
-    teacher = _sft_model(task, "teacher", settings, models, data, resolver.revisions)
-    start = _sft_model(task, "student", settings, models, data, resolver.revisions)
     training = {
         "task": task.name,
-        "teacher": teacher,
-        "start": start,
+        "teacher": resolver.sft_model(task, "teacher", settings, defaults),
+        "start": resolver.sft_model(task, "student", settings, defaults),
         "optimizer": _optimizer(settings),
         **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
     }
     fast = {name: getattr(settings, name) for name in _PER_CELL}
-    return _Shared(training, evaluations, fast, settings.objectives, settings.source)
+    source = settings.source
+    if source is not None:
+        said = source.model_dump(exclude_none=True)
+        source = _source({"temperature": settings.temperature, **said})
+    return _Shared(training, evaluations, fast, settings.objectives, source)
+
+
+def _read(settings: Settings, names: Iterable[str]) -> list[Any]:
+    return [getattr(settings, name) for name in names]
 
 
 _TRAINING_FIELDS = (
@@ -230,16 +273,22 @@ _OPTIMIZER_FIELDS = (
     "warmup_steps",
     "cooldown_steps",
 )
+_MODEL_FIELDS = ("data", "tokenizer", "max_input_tokens", "max_output_tokens", "precision")
+"""What a teacher or a starting student takes from the settings besides its own description."""
 
 
 def _sft_model(
     task: TaskDefaults,
     role: str,
     settings: Settings,
+    recipe: Settings,
     models: Mapping[str, ModelSettings],
     data: DataSpec,
     revisions: Revisions,
 ) -> SftModel:
+    """`recipe` are the scale's own settings: what an experiment changes of the distillation leaves the
+    models that it starts from as they are.
+    """
     asked = getattr(settings, role)
     assert settings.tokenizer is not None, "every scale states a tokenizer"
     if isinstance(asked, str) and asked in models:
@@ -256,8 +305,8 @@ def _sft_model(
         data=data,
         tokenizer=TokenizerSpec(**settings.tokenizer.model_dump()),
         model=_model(name, model, revisions),
-        sft=_sft(model, settings),
-        dropout=settings.dropout,  # type: ignore[arg-type]
+        sft=_sft(model, recipe),
+        dropout=recipe.dropout,  # type: ignore[arg-type]
         max_input_tokens=settings.max_input_tokens,  # type: ignore[arg-type]
         max_output_tokens=settings.max_output_tokens,  # type: ignore[arg-type]
         precision="fp32" if settings.precision == "bf16" else settings.precision,  # type: ignore[arg-type]
@@ -275,14 +324,13 @@ def _model(name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
         )
     if architecture.width % architecture.heads:
         raise SpecError(
-            f"model {name!r}: width {architecture.width} is not a multiple of "
-            f"heads {architecture.heads}"
+            f"model {name!r}: width {architecture.width} is not a multiple of heads {architecture.heads}"
         )
     return ModelSpec(name=name, architecture=architecture, init_seed=model.init_seed or 0)
 
 
 def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
-    """The model's own recipe; what it leaves out is as in the distillation."""
+    """The model's own recipe; what it leaves out is the scale's default for the distillation."""
     sft = model.sft
     if sft is None or not sft.steps:
         return None
@@ -304,9 +352,7 @@ def _evaluation(asked: EvaluationSettings, metrics: tuple[str, ...], limit: int)
         decoding=asked.decoding,
         temperature=(asked.temperature or 1.0) if sampled else None,
         num_beams=(asked.num_beams or 4) if beamed else None,
-        length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty)
-        if beamed
-        else None,
+        length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty) if beamed else None,
         split=asked.split,
         examples=asked.examples,
         max_output_tokens=asked.max_output_tokens or limit,

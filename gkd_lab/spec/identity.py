@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -82,8 +83,12 @@ def canonical(value: Any) -> str:
     """The one text of `value`. Raises SpecError for a value without a stable form."""
     if isinstance(value, Frozen):
         return value.canonical
-    if value is None or isinstance(value, bool | str | int):
-        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise SpecError(f"{value!r} has no stable form: a description holds finite numbers only")
@@ -92,5 +97,5 @@ def canonical(value: Any) -> str:
         return "[" + ",".join(canonical(item) for item in value) + "]"
     if isinstance(value, Mapping):
         items = sorted((str(key), item) for key, item in value.items())
-        return "{" + ",".join(f"{json.dumps(k)}:{canonical(v)}" for k, v in items) + "}"
+        return "{" + ",".join(f"{encode_basestring(k)}:{canonical(v)}" for k, v in items) + "}"
     raise SpecError(f"{value!r} ({type(value).__name__}) has no stable form to be identified by")

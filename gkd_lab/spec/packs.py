@@ -24,7 +24,7 @@ def parse_limit(text: str) -> PackLimit:
         return "auto"
     if text == "off":
         return "off"
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text)
     raise SpecError(f"--pack {text!r}: expected auto, off or a number of cells from 1")
 
@@ -58,8 +58,6 @@ def _size(cell: Cell, limit: PackLimit) -> int:
 
 
 def _common(training: Training) -> str:
-    shared = {
-        name: getattr(training, name) for name in type(training).model_fields if name not in _OWN
-    }
+    shared = {name: getattr(training, name) for name in type(training).model_fields if name not in _OWN}
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
     return canonical({**shared, "optimizer": optimizer})

@@ -6,11 +6,27 @@ and the temperatures are shorthand; resolving writes them into `source` and `obj
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
-from gkd_lab.spec.cell import Architecture, Decoding, LossNormalization, OptimizerName, Precision
-from gkd_lab.spec.cell import Objective, Share, Source, Split
+from gkd_lab.spec.cell import (
+    Architecture,
+    Decoding,
+    LossNormalization,
+    Objective,
+    OptimizerName,
+    Precision,
+    Share,
+    Source,
+    Split,
+)
 
 
 class Section(BaseModel):
@@ -23,26 +39,27 @@ class DataSettings(Section):
     """Where rows come from and how many are taken."""
 
     source: str | None = Field(
-        None, description="`made`, another generator's name, a folder of jsonl or parquet, a hub name"
+        default=None,
+        description="`made`, another generator's name, a folder of jsonl or parquet, a hub name",
     )
-    config: str | None = Field(None, description="configuration of a hub data set")
-    seed: int | None = Field(None, description="of made data")
-    train: PositiveInt | None = Field(None, description="rows")
-    validation: PositiveInt | None = Field(None, description="rows")
-    test: PositiveInt | None = Field(None, description="rows")
+    config: str | None = Field(default=None, description="configuration of a hub data set")
+    seed: int | None = Field(default=None, description="of made data")
+    train: PositiveInt | None = Field(default=None, description="rows")
+    validation: PositiveInt | None = Field(default=None, description="rows")
+    test: PositiveInt | None = Field(default=None, description="rows")
 
 
 class TokenizerSettings(Section):
     """The tokenizer of models that are made from scratch."""
 
     kind: Literal["word", "bpe", "pretrained"] | None = None
-    vocab_size: PositiveInt | None = Field(None, description="upper bound")
+    vocab_size: PositiveInt | None = Field(default=None, description="upper bound")
 
 
 class SftSettings(Section):
     """Supervised fine-tuning of a teacher or of the starting student."""
 
-    steps: NonNegativeInt | None = Field(None, description="0: no fine-tuning")
+    steps: NonNegativeInt | None = Field(default=None, description="0: no fine-tuning")
     batch_size: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
     warmup_steps: NonNegativeInt | None = None
@@ -60,7 +77,7 @@ class ModelSettings(Section):
     width: PositiveInt | None = None
     heads: PositiveInt | None = None
     feed_forward: PositiveInt | None = None
-    pretrained: str | None = Field(None, description="a local folder or a hub name")
+    pretrained: str | None = Field(default=None, description="a local folder or a hub name")
     init_seed: int | None = None
     sft: SftSettings | None = None
 
@@ -69,55 +86,65 @@ class ModelSettings(Section):
         if self.layers is None or self.width is None or self.heads is None:
             return None
         forward = self.feed_forward or 4 * self.width
-        return Architecture(
-            layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward
-        )
+        return Architecture(layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward)
 
 
 class EvaluationSettings(Section):
     """One way of decoding and judging."""
 
     decoding: Decoding = "greedy"
-    temperature: PositiveFloat | None = Field(None, description="sampling only; default 1")
-    num_beams: PositiveInt | None = Field(None, description="beam search only; default 4")
-    length_penalty: float | None = Field(None, description="beam search only; default 0.6")
+    temperature: PositiveFloat | None = Field(default=None, description="sampling only; default 1")
+    num_beams: PositiveInt | None = Field(default=None, description="beam search only; default 4")
+    length_penalty: float | None = Field(default=None, description="beam search only; default 0.6")
     split: Split = "test"
-    examples: PositiveInt | None = Field(None, description="the first ones; default all")
+    examples: PositiveInt | None = Field(default=None, description="the first ones; default all")
     max_output_tokens: PositiveInt | None = None
     seed: int = 0
-    metrics: tuple[str, ...] | None = Field(None, description="default: the task's own")
+    metrics: tuple[str, ...] | None = Field(default=None, description="default: the task's own")
 
 
 class Settings(Section):
     """Fields that an experiment may set once, per task, or cross in its grid."""
 
-    lmbda: Share | None = Field(None, description="share of student-written batches, in [0, 1]")
-    beta: Share | None = Field(None, description="JSD(beta): 0 forward KL, 1 reverse KL")
-    teacher_temperature: PositiveFloat | None = Field(None, description="of the teacher in the loss")
-    student_temperature: PositiveFloat | None = Field(None, description="of the student in the loss")
-    temperature: PositiveFloat | None = Field(None, description="of sampling from the student")
-    objectives: tuple[Objective, ...] | None = Field(None, description="the long form of beta")
-    source: Source | None = Field(None, description="the long form of lmbda")
+    lmbda: Share | None = Field(default=None, description="share of student-written batches, in [0, 1]")
+    beta: Share | None = Field(default=None, description="JSD(beta): 0 forward KL, 1 reverse KL")
+    teacher_temperature: PositiveFloat | None = Field(default=None, description="of the teacher in the loss")
+    student_temperature: PositiveFloat | None = Field(default=None, description="of the student in the loss")
+    temperature: PositiveFloat | None = Field(default=None, description="of sampling from the student")
+    objectives: tuple[Objective, ...] | None = Field(default=None, description="the long form of beta")
+    source: Source | None = Field(default=None, description="the long form of lmbda")
     loss_normalization: LossNormalization | None = Field(
-        None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
+        default=None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
     )
-    teacher: str | ModelSettings | None = None
-    student: str | ModelSettings | None = None
-    data: DataSettings | None = None
-    tokenizer: TokenizerSettings | None = None
-    steps: PositiveInt | None = Field(None, description="optimizer steps of distillation")
-    batch_size: PositiveInt | None = Field(None, description="sequences per optimizer step")
-    optimizer: OptimizerName | None = None
-    learning_rate: PositiveFloat | None = None
-    weight_decay: NonNegativeFloat | None = None
-    max_grad_norm: NonNegativeFloat | None = Field(None, description="per cell; 0: no clipping")
-    warmup_steps: NonNegativeInt | None = None
-    cooldown_steps: NonNegativeInt | None = None
-    dropout: Share | None = None
-    max_input_tokens: PositiveInt | None = None
-    max_output_tokens: PositiveInt | None = None
-    precision: Precision | None = None
-    seed: int | None = None
+    teacher: str | ModelSettings | None = Field(
+        default=None, description="a model of the scale by name, a folder, a hub name, or its fields"
+    )
+    student: str | ModelSettings | None = Field(default=None, description="as the teacher")
+    data: DataSettings | None = Field(default=None, description="rows to learn from and to be judged on")
+    tokenizer: TokenizerSettings | None = Field(
+        default=None, description="of models that are made from scratch"
+    )
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps of distillation")
+    batch_size: PositiveInt | None = Field(default=None, description="sequences per optimizer step")
+    optimizer: OptimizerName | None = Field(
+        default=None, description="of the distillation, and of SFT where a model says nothing"
+    )
+    learning_rate: PositiveFloat | None = Field(default=None, description="after the warm-up")
+    weight_decay: NonNegativeFloat | None = Field(default=None, description="decoupled, as in AdamW")
+    max_grad_norm: NonNegativeFloat | None = Field(default=None, description="per cell; 0: no clipping")
+    warmup_steps: NonNegativeInt | None = Field(
+        default=None, description="the first steps, over which it rises from 0"
+    )
+    cooldown_steps: NonNegativeInt | None = Field(
+        default=None, description="the last steps, over which it falls to 0"
+    )
+    dropout: Share | None = Field(default=None, description="of the student in training")
+    max_input_tokens: PositiveInt | None = Field(default=None, description="longer prompts are cut")
+    max_output_tokens: PositiveInt | None = Field(
+        default=None, description="longer targets are cut; the most that is sampled"
+    )
+    precision: Precision | None = Field(default=None, description="bf16: autocast over fp32 weights")
+    seed: int | None = Field(default=None, description="drives data order, coin and sampling, nothing else")
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:

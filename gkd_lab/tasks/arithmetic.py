@@ -46,9 +46,7 @@ def parse(raw: Mapping[str, Any]) -> Row:
     if _NUMBER.fullmatch(solution):
         solution = f"#### {solution}"
     if extract_answer(solution) is None:
-        raise ValueError(
-            f"field 'answer' must be a number or end in '#### number', got {solution[-40:]!r}"
-        )
+        raise ValueError(f"field 'answer' must be a number or end in '#### number', got {solution[-40:]!r}")
     return Row(question, solution, (solution,))
 
 
@@ -70,9 +68,9 @@ SCALES = {
         "tokenizer": {"kind": "word", "vocab_size": 128},
         "models": {
             "xl": made_model(2, 128, 4, steps=1000, batch_size=64, learning_rate=2e-3),
-            "large": made_model(2, 96, 4, steps=400, batch_size=32, learning_rate=2e-3),
-            "base": made_model(2, 64, 4, steps=400, batch_size=32, learning_rate=2e-3),
-            "small": made_model(2, 48, 4, steps=400, batch_size=32, learning_rate=2e-3),
+            "large": made_model(2, 96, 4, steps=500, batch_size=32, learning_rate=3e-3),
+            "base": made_model(2, 64, 4, steps=500, batch_size=32, learning_rate=3e-3),
+            "small": made_model(2, 48, 4, steps=500, batch_size=32, learning_rate=3e-3),
         },
         "teacher_temperature": 1.0,
         "steps": 400,
@@ -115,9 +113,7 @@ TASK = Task(
     name="arithmetic",
     family="decoder-only",
     metrics=("accuracy",),
-    generators={
-        "made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)
-    },
+    generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)},
     parse=parse,
     hub_name="openai/gsm8k",
     hub_config="main",

@@ -115,14 +115,12 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 raw = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 bad = line[error.start : error.start + 1]
-                raise ValueError(
-                    f"{where}: expected UTF-8, byte {error.start} is {bad!r}"
-                ) from error
+                raise ValueError(f"{where}: expected UTF-8, byte {error.start} is {bad!r}") from error
             except json.JSONDecodeError as error:
                 shown = line[:60].decode("utf-8", "replace").strip()
+                reason = error.msg.lower().removesuffix(" at")
                 raise ValueError(
-                    f"{where}: expected a JSON object, {error.msg.lower()} at column "
-                    f"{error.colno}: {shown}"
+                    f"{where}: expected a JSON object, {reason} at column {error.colno}: {shown}"
                 ) from error
             if not isinstance(raw, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {str(raw)[:60]!r}")

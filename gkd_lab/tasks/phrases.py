@@ -123,9 +123,7 @@ def money(value: int, currency: str, cents: int = 0) -> Pair:
 @cache
 def percent(value: int) -> Pair:
     """A percentage: ("25%", "25 %")."""
-    return format_percent(value / 100, locale="en"), _plain(
-        format_percent(value / 100, locale="de")
-    )
+    return format_percent(value / 100, locale="en"), _plain(format_percent(value / 100, locale="de"))
 
 
 @cache

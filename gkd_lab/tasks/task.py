@@ -59,7 +59,7 @@ class Task:
         own = dict(self.scales[scale])
         real = own.pop("real", {})
         chosen = source or own["data"]["source"]
-        return merge(COMMON[scale], own, real if chosen != "made" else {})
+        return merge(dict(COMMON[scale]), own, real if chosen != "made" else {})
 
 
 def text_field(raw: Mapping[str, Any], name: str) -> str:

@@ -70,9 +70,7 @@ def test_bleu_and_chrf_are_sacrebleus_corpus_scores() -> None:
     assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [first, second]).score)
     assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [first, second]).score)
     assert 0 < bleu.value < 100
-    assert bleu.per_example[1] == pytest.approx(
-        sacrebleu.sentence_bleu(PREDICTIONS[1], [first[1]]).score
-    )
+    assert bleu.per_example[1] == pytest.approx(sacrebleu.sentence_bleu(PREDICTIONS[1], [first[1]]).score)
     version = re.escape(sacrebleu.__version__)
     assert re.fullmatch(
         rf"bleu\|nrefs:2\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:{version}",

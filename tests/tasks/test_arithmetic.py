@@ -30,9 +30,7 @@ ARITHMETIC = get_task("arithmetic")
         ("no number", "none here either", False),  # two missing answers are not an agreement
     ],
 )
-def test_a_solution_is_judged_by_the_gsm8k_rule(
-    solution: str, reference: str, correct: bool
-) -> None:
+def test_a_solution_is_judged_by_the_gsm8k_rule(solution: str, reference: str, correct: bool) -> None:
     assert is_correct(solution, reference) is correct
 
 

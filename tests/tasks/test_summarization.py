@@ -97,9 +97,7 @@ def test_installed_docstrings_are_many_distinct_kept_and_split(tmp_path: Path) -
     (kept,) = tmp_path.iterdir()
     docstrings.pairs.cache_clear()
     before = kept.stat().st_mtime_ns
-    again = load_rows(
-        SUMMARIZATION, "made", name="docstrings", split="test", cache=tmp_path, seed=5
-    )
+    again = load_rows(SUMMARIZATION, "made", name="docstrings", split="test", cache=tmp_path, seed=5)
     assert again == splits["test"]  # the seed changes nothing
     assert kept.stat().st_mtime_ns == before
     version = docstrings.version(tmp_path)

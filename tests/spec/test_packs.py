@@ -1,0 +1,82 @@
+"""Which cells share a model: decided by all cells of the grid and the limit, by nothing else."""
+
+import random
+from typing import Any
+
+import pytest
+
+from gkd_lab.spec import Cell, SpecError
+from gkd_lab.spec.packs import AUTO, PackLimit, packs, parse_limit, why_alone
+
+from .stub import grid
+
+AXES: dict[str, list[Any]] = {"lmbda": [1, 0, 0.5], "beta": [1, 0], "seed": [2, 0, 1]}
+
+
+def keys(groups: list[list[Cell]]) -> list[list[tuple[int, float, float]]]:
+    return [[(one.seed, one.lmbda, one.beta) for one in group] for group in groups]
+
+
+def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model() -> None:
+    found = grid(grid={"lmbda": [0, 1], "learning_rate": [1e-3, 2e-3], "temperature": [0.5, 1]})
+    assert [len(group) for group in packs(found.cells, 16)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("steps", [1, 2]),
+        ("batch_size", [1, 2]),
+        ("student", ["small", "large"]),
+        ("teacher", ["small", "large"]),
+        ("weight_decay", [0, 0.1]),
+        ("max_grad_norm", [0, 1]),
+        ("warmup_steps", [0, 1]),
+        ("loss_normalization", ["token", "sequence"]),
+        ("data.train", [1, 2]),
+        ("task", ["sums", "words"]),
+        ("precision", ["fp32", "fp64"]),
+    ],
+)
+def test_cells_that_differ_in_anything_else_do_not(axis: str, values: list[Any]) -> None:
+    assert [len(group) for group in packs(grid(grid={axis: values}).cells, 16)] == [1, 1]
+
+
+def test_members_are_sorted_by_seed_coin_and_divergence() -> None:
+    (group,) = keys(packs(grid(grid=AXES).cells, 99))
+    assert group == sorted(group)
+    assert len(group) == 18
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7, 18, "auto", "off"])
+def test_the_groups_are_the_same_in_whatever_order_the_cells_come(limit: PackLimit) -> None:
+    cells = list(grid(grid={**AXES, "steps": [1, 2]}).cells)
+    wanted = {tuple(one.fingerprint for one in group) for group in packs(cells, limit)}
+    random.Random(0).shuffle(cells)
+    assert {tuple(one.fingerprint for one in group) for group in packs(cells, limit)} == wanted
+
+
+def test_a_limit_is_kept_and_no_cell_is_lost() -> None:
+    cells = grid(grid=AXES).cells
+    assert [len(group) for group in packs(cells, 7)] == [7, 7, 4]
+    assert [len(group) for group in packs(cells, "auto")] == [AUTO, 18 - AUTO]
+    assert [len(group) for group in packs(cells, "off")] == [1] * 18
+    assert {one for group in packs(cells, 7) for one in group} == set(cells)
+
+
+def test_a_cell_with_dropout_or_a_loaded_student_runs_alone_and_says_why() -> None:
+    for settings, reason in ({"dropout": 0.1}, "dropout"), ({"student": "owner/tiny"}, "loaded"):
+        cells = grid(grid={"lmbda": [0, 1]}, **settings).cells
+        assert [len(group) for group in packs(cells, 16)] == [1, 1]
+        assert reason in (why_alone(cells[0]) or "")
+    assert why_alone(grid().cells[0]) is None
+
+
+def test_a_limit_is_auto_or_off_or_a_number_from_one() -> None:
+    assert [parse_limit(text) for text in ("auto", "off", "1", "32")] == ["auto", "off", 1, 32]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "x", "2.5", "²", "AUTO"])
+def test_any_other_limit_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="expected auto, off or a number of cells from 1"):
+        parse_limit(text)

@@ -1,0 +1,283 @@
+"""The command line: exit status 0, 1 or 2, one message, no traceback, and torch only to train."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gkd_lab import experiments
+from gkd_lab.cli import main
+from gkd_lab.records import Store
+
+Say = Callable[..., tuple[int, str, str]]
+BLOCKED = ("torch", "transformers", "datasets", "evaluate", "trl", "accelerate", "wandb", "lm_eval")
+ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test starts where a user may: in a folder with nothing in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run a command; returns (exit status, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def experiment(text: str, name: str = "mine.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def rows(folder: str, last: str = ROW) -> str:
+    Path(folder).mkdir()
+    for split in ("train", "validation", "test"):
+        Path(folder, f"{split}.jsonl").write_text(ROW * 3)
+    with Path(folder, "train.jsonl").open("a") as file:
+        file.write(last)
+    return folder
+
+
+WRONG_FILES = {
+    "task: arithmatic": "unknown task 'arithmatic'; did you mean 'arithmetic'? valid: arithmetic,",
+    "task: arithmetic\nlmbd: 0": "mine.yaml: unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda,",
+    "task: arithmetic\nlmbda: 1.5": "mine.yaml: lmbda: 1.5 is not valid: must be from 0 to 1",
+    "task: arithmetic\nbeta: abc": "mine.yaml: beta: 'abc' is not valid: must be a number from 0 to 1",
+    "task: arithmetic\ngrid: {beta: []}": "mine.yaml: grid.beta: the list is empty, so there is no cell",
+    "task: arithmetic\ngrid: {beta: 1}": "grid.beta: must be a list of values, got 1; did you mean [1]?",
+    "task: arithmetic\nscale: smol": "arithmetic has no smol scale; it has: nano, paper",
+    "lmbda: 0": "no task: set `task:` or an axis `grid.task`",
+    "task: [": "mine.yaml: not valid YAML",
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "table"])
+@pytest.mark.parametrize(("text", "said"), WRONG_FILES.items())
+def test_a_wrong_experiment_is_answered_by_one_message_and_2(
+    command: str, text: str, said: str, say: Say
+) -> None:
+    name = experiment(f"description: d\n{text}\n")
+    status, out, err = say(command, name)
+    assert (status, out) == (2, "")
+    assert err.startswith("gkd-lab: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not Path("outputs").exists()
+
+
+WRONG_WORDS = {
+    "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'? valid: nano_grid,",
+    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: nano_grid,",
+    "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
+    "plan quickstart --set =1": "--set '=1': expected KEY=VALUE or KEY=V1,V2",
+    "plan quickstart --set lmbda={": "lmbda={: expected",
+    "plan quickstart --set lmbda=0,1.5": "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1",
+    "plan quickstart --set stps=1": "unknown field 'stps'; did you mean 'steps'?",
+    "plan quickstart --set data.source=nowhere": "data.source: no folder 'nowhere'",
+    "plan quickstart --set data.source=owner/rows": "the hub is offline; add it to outputs/revisions",
+    "plan quickstart --scale big": "'big' is not one of 'nano', 'smol', 'paper'; see `gkd-lab plan --h",
+    "plan quickstart --pack x": "--pack 'x': expected auto, off or a number of cells from 1",
+    "run quickstart --pack 0": "--pack '0': expected auto, off or a number of cells from 1",
+    "run quickstart --executor ray": "--executor ray is not built yet; valid: local",
+    "run quickstart --executor rya": "unknown executor 'rya'; valid: local",
+    "run quickstart --workers 2": "--workers 2 is not built yet; valid: 1",
+    "run quickstart --workers two": "Invalid value for '--workers'",
+    "run quickstart --outputs file": "--outputs 'file' is a file; expected a folder, or none yet",
+    "plan quickstart --outputs file": "--outputs 'file' is a file; expected a folder, or none yet",
+    "run quickstart --outputs file/below": "--outputs 'file/below': cannot write there: Not a directory",
+    "cell --task arithmetic --outputs file": "--outputs 'file' is a file; expected a folder",
+    "table quickstart -o .": "-o '.' is a folder; name a file in it",
+    "table quickstart --format xml": "'xml' is not one of 'md', 'csv', 'json', 'parquet'",
+    "cell": "no task: give --task; valid: arithmetic, translation, summarization",
+    "cell --task sums": "unknown task 'sums'",
+    "cell --task arithmetic --lmbd 1": "cell: unknown field 'lmbd'; did you mean 'lmbda'?",
+    "cell --task arithmetic --beta abc": "cell: beta: 'abc' is not valid: must be a number from 0 to 1",
+    "cell --task arithmetic --lmbda": "--lmbda has no value",
+    "cell --task arithmetic --lmbda --beta 1": "--lmbda has no value",
+    "cell --task arithmetic --beta 0 --beta 1": "--beta is given twice: '0' and '1'",
+    "cell --task arithmetic 0.5": "unexpected '0.5': fields of a cell are given as --FIELD VALUE",
+    "cell --task arithmetic --beta 0,1": "2 cells of 'cell' match: give one value for --beta",
+    "cell --experiment quickstart --task arithmetic": "15 cells of 'quickstart' match: give one value "
+    "for --lmbda, --beta",
+    "cell --experiment quikstart --lmbda 1": "unknown experiment 'quikstart'",
+    "pln quickstart": "No such command 'pln'. Did you mean 'plan'",
+    "plan": "Missing argument 'EXP'; see `gkd-lab plan --help`",
+    "plan quickstart --foo": "No such option: --foo; see `gkd-lab plan --help`",
+    "--foo": "No such option: --foo; see `gkd-lab --help`",
+}
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG_WORDS.items(), ids=WRONG_WORDS.keys())
+def test_a_wrong_request_is_answered_by_one_message_and_2(words: str, said: str, say: Say) -> None:
+    Path("file").write_text("not a folder")
+    status, out, err = say(*words.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("gkd-lab: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert [one.name for one in Path().iterdir()] == ["file"]
+    assert Path("file").read_text() == "not a folder"
+
+
+def test_the_line_that_an_unresolved_hub_name_asks_for_makes_the_plan_work(say: Say) -> None:
+    words = ("plan", "quickstart", "--set", "data.source=owner/rows")
+    _, _, err = say(*words)
+    place, _, line = err.strip().partition("add it to ")[2].partition(": ")
+    Path(place).parent.mkdir(parents=True)
+    Path(place).write_text(line.replace("COMMIT", "0a1b2c"))
+    status, out, _ = say(*words)
+    assert status == 0
+    assert "15 cells" in out
+
+
+def test_the_variable_names_the_outputs_and_the_option_wins(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = experiments.load("quickstart", outputs="there").cells[0]
+    Store(Path("there")).of(done).finish(steps=1)
+    for evaluation in done.evaluations:
+        Store(Path("there")).of(done).evaluation(evaluation).done()
+    assert "15 cells, 0 done" in say("plan", "quickstart")[1]
+    monkeypatch.setenv("GKD_LAB_OUTPUTS", "there")
+    assert "15 cells, 1 done" in say("plan", "quickstart")[1]
+    assert "15 cells, 0 done" in say("plan", "quickstart", "--outputs", "outputs")[1]
+
+
+def test_plan_runs_nothing_and_leaves_no_file(say: Say, empty_folder: Path) -> None:
+    status, out, err = say("plan", "quickstart")
+    assert (status, err) == (0, "")
+    ids = [one.fingerprint for one in experiments.load("quickstart").cells]
+    assert [line.split()[0] for line in out.splitlines()[1:16]] == ids
+    assert "1 pack of 15" in out
+    assert "teacher arithmetic/xl: missing" in out
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_plan_says_what_collapses_and_what_runs_alone(say: Say) -> None:
+    words = ("--set", "temperature=0.5,1", "--set", "lmbda=0", "--set", "dropout=0.1")
+    _, out, _ = say("plan", "quickstart", *words)
+    assert out.count("2 combinations are one cell") == 5
+    assert "temperature=0.5" in out
+    assert "5 cells run alone: dropout" in out
+
+
+def test_every_line_is_whole_in_a_narrow_pipe(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    axes = ["temperature=0.25,0.5", "learning_rate=0.001,0.0025", "steps=100,200", "batch_size=8,16"]
+    sets = [word for axis in axes for word in ("--set", axis)]
+    for command in ("plan", "status"):
+        _, out, _ = say(command, "quickstart", "--set", "lmbda=0.5", *sets)
+        header, *lines = out.splitlines()[: 1 + 5 * 2**4]
+        assert header.split()[:6] == ["cell", "task", "lmbda", "beta", "seed", "temperature"]
+        assert all(len(line.split()[0]) == 8 for line in lines)
+        assert all("0.0025" in line or "0.001" in line for line in lines)
+        assert len({line.split()[0] for line in lines}) == 80
+
+
+def test_a_failed_cell_is_named_with_its_error_and_status_is_1(say: Say) -> None:
+    failed = experiments.load("quickstart").cells[2]
+    Store(Path("outputs")).of(failed).failed("ValueError: no luck", "Traceback ...")
+    status, out, _ = say("status", "quickstart")
+    assert status == 1
+    assert out.splitlines()[3].split()[:6] == [failed.fingerprint, *["arithmetic", "0", "0.5", "0", "failed"]]
+    assert out.splitlines()[-1] == f"failed: {failed.folder}: ValueError: no luck"
+
+
+def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say) -> None:
+    status, out, _ = say("list")
+    assert status == 0
+    shown = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+    assert shown == {name: str(experiments.outline(name)[1]) for name in experiments.names()}
+    Path("experiments").mkdir()
+    experiment("description: d\nlmbd: 0\n", "experiments/broken.yaml")
+    status, out, err = say("list")
+    assert status == 2
+    assert "quickstart" in out
+    assert "broken" in out
+    assert "unknown field 'lmbd'" in err
+
+
+def test_a_table_is_written_to_a_file_in_a_folder_that_is_made(say: Say) -> None:
+    assert say("table", "quickstart", "--format", "json", "-o", "deep/er/rows.json")[0] == 0
+    found = json.loads(Path("deep/er/rows.json").read_text())
+    assert [row["role"] for row in found].count("cell") == 15
+    assert {row["status"] for row in found} == {"missing"}
+
+
+def test_a_full_device_is_answered_by_one_message_and_1(say: Say) -> None:
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("no /dev/full here")
+    status, out, err = say("table", "quickstart", "-o", str(full))
+    assert (status, out) == (1, "")
+    assert err == "gkd-lab: [Errno 28] No space left on device\n"
+    assert full.is_char_device()
+
+
+def test_no_command_shows_the_help_and_the_version_is_one_line(say: Say) -> None:
+    status, out, _ = say()
+    assert status == 0
+    assert "plan" in out
+    assert say("--version") == (0, "0.1.0\n", "")
+    assert say("plan", "--help")[0] == 0
+
+
+def python(code: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **more})
+
+
+BLOCK = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None  # importing it raises ImportError
+from gkd_lab.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart", "table quickstart"])
+def test_reading_commands_import_nothing_of_training(words: str) -> None:
+    done = python(BLOCK, ",".join(BLOCKED), *words.split())
+    assert done.returncode == 0, done.stderr
+    assert "quickstart" in done.stdout or "arithmetic" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart"])
+def test_plan_and_status_need_neither_pandas_nor_numpy(words: str) -> None:
+    done = python(BLOCK, ",".join((*BLOCKED, "pandas", "numpy", "rich", "matplotlib")), *words.split())
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m gkd_lab plan nano_grid | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("cell ")
+    assert done.stderr == ""
+
+
+def test_a_broken_row_is_named_by_file_and_line_with_status_1_and_nothing_is_lost() -> None:
+    folder = rows("rows", '{"question": "broken\n')
+    words = ["run", "quickstart", "--set", f"data.source={folder}", "--set", "lmbda=0"]
+    code = "from gkd_lab.cli import main; main()"
+    done = python(code, *words)
+    assert done.returncode == 1
+    assert "rows/train.jsonl:4: expected a JSON object" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
+    assert {one["state"] for one in kept} == {"failed"}
+    assert all("Traceback" in one["traceback"] for one in kept)

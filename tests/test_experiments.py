@@ -1,0 +1,153 @@
+"""The experiments that are shipped, and the way from a name to contents: files, folders, the hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gkd_lab import experiments
+from gkd_lab.spec import SpecError
+from gkd_lab.spec.packs import packs
+
+COUNTS = {"quickstart": 15, "nano_grid": 45, "nano_translation": 15, "nano_summarization": 15}
+ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
+
+
+def rows(folder: Path, text: str = ROW) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(text * 3)
+    return folder
+
+
+def test_every_experiment_has_a_stated_count() -> None:
+    assert set(COUNTS) == set(experiments.names())
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_every_experiment_expands_to_its_stated_count(name: str, count: int, tmp_path: Path) -> None:
+    grid = experiments.load(name, outputs=tmp_path)
+    assert len(grid.cells) == count
+    assert grid.stands_for == {}
+    assert f"{count} cells" in grid.experiment.description
+    assert experiments.outline(name)[1] == count
+
+
+def test_the_nano_grid_crosses_lmbda_and_beta_with_all_three_tasks(tmp_path: Path) -> None:
+    cells = experiments.load("nano_grid", outputs=tmp_path).cells
+    points = {(one.task, one.lmbda, one.beta) for one in cells}
+    tasks = ("arithmetic", "translation", "summarization")
+    betas = (0, 0.1, 0.5, 0.9, 1)
+    assert points == {(t, x, b) for t in tasks for x in (0, 0.5, 1) for b in betas}
+    assert [len(group) for group in packs(cells, "auto")] == [15, 15, 15]
+
+
+def test_experiments_share_the_cells_that_they_both_ask_for(tmp_path: Path) -> None:
+    folders = {one.folder for one in experiments.load("nano_grid", outputs=tmp_path).cells}
+    assert {one.folder for one in experiments.load("quickstart", outputs=tmp_path).cells} <= folders
+
+
+def test_an_experiment_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    for place in ("experiments/own.yaml", "mine.yaml"):
+        Path(place).write_text("description: d\ntask: arithmetic\n")
+    assert experiments.load("own").name == "own"
+    assert experiments.load("mine.yaml").name == "mine"
+    assert set(experiments.names()) == {"own", *COUNTS}
+    with pytest.raises(SpecError, match=r"no experiment file 'none.yaml'; experiments by name: own"):
+        experiments.load("none.yaml")
+    with pytest.raises(SpecError, match="unknown experiment 'quikstart'; did you mean 'quickstart'"):
+        experiments.load("quikstart")
+
+
+def test_one_cell_of_an_experiment_is_the_cell_that_the_experiment_plans(tmp_path: Path) -> None:
+    planned = experiments.load("quickstart", outputs=tmp_path).cells
+    fields = {"task": "arithmetic", "lmbda": "0.5", "beta": "0.1"}
+    (one,) = experiments.load_one(fields, name="quickstart", outputs=tmp_path).cells
+    (alone,) = experiments.load_one(fields, outputs=tmp_path).cells
+    assert one.folder in {cell.folder for cell in planned}
+    assert alone.folder == one.folder
+
+
+@pytest.mark.parametrize("fields", [{"lmbda": "0,1", "beta": "0"}, {"lmbda": "0"}])
+def test_one_cell_is_one(fields: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cells of 'quickstart' match: give one value for --"):
+        experiments.load_one(fields, name="quickstart", outputs=tmp_path)
+
+
+def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> None:
+    def fingerprint(folder: Path) -> str:
+        fields = {"task": "arithmetic", "data.source": str(folder)}
+        (cell,) = experiments.load_one(fields, outputs=tmp_path / "outputs").cells
+        assert cell.training.data.kind == "folder"
+        return cell.full_fingerprint
+
+    first = fingerprint(rows(tmp_path / "a"))
+    assert fingerprint(rows(tmp_path / "b")) == first
+    assert fingerprint(rows(tmp_path / "c", ROW.replace("2", "3"))) != first
+    rows(tmp_path / "a", ROW.replace("2", "33"))
+    assert fingerprint(tmp_path / "a") != first
+
+
+def test_a_folder_that_is_not_there_names_the_nearest_one(tmp_path: Path) -> None:
+    rows(tmp_path / "gsm8k")
+    with pytest.raises(SpecError, match=r"no folder '.*/gsm8'.*did you mean '.*/gsm8k'"):
+        experiments.load("quickstart", overrides={"data.source": str(tmp_path / "gsm8")})
+
+
+def test_an_unknown_metric_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    overrides = {"evaluations": "[{decoding: greedy, metrics: [acuracy]}]"}
+    with pytest.raises(SpecError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
+        experiments.load("quickstart", overrides=overrides, outputs=tmp_path)
+
+
+HUB = {"task": "arithmetic", "data.source": "owner/rows"}
+
+
+def test_a_hub_name_that_is_not_resolved_asks_for_one_line_which_then_works(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="the hub is offline") as caught:
+        experiments.load_one(HUB, outputs=tmp_path)
+    place, _, line = str(caught.value).partition("add it to ")[2].partition(": ")
+    assert place == str(tmp_path / "revisions.json")
+    Path(place).write_text(line)
+    with pytest.raises(SpecError, match="write the commit of 'owner/rows' in the place of COMMIT"):
+        experiments.load_one(HUB, outputs=tmp_path)
+    Path(place).write_text(line.replace("COMMIT", "0a1b2c"))
+    (cell,) = experiments.load_one(HUB, outputs=tmp_path).cells
+    assert cell.training.data.revision == "0a1b2c"
+    assert cell.training.data.name == "owner/rows"
+
+
+def test_a_commit_is_part_of_the_identity(tmp_path: Path) -> None:
+    found = set()
+    for commit in ("0a", "0b"):
+        known = tmp_path / "revisions.json"
+        known.write_text(json.dumps({"datasets": {"owner/rows": commit}}))
+        found.add(experiments.load_one(HUB, outputs=tmp_path).cells[0].fingerprint)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("text", ['{"datasets": ', "[]", '{"datasets": ["owner/rows"]}'])
+def test_a_damaged_list_of_revisions_is_told_and_left_alone(text: str, tmp_path: Path) -> None:
+    known = tmp_path / "revisions.json"
+    known.write_text(text)
+    with pytest.raises(SpecError, match=r"revisions.json: (not valid JSON|expected)"):
+        experiments.load_one(HUB, outputs=tmp_path)
+    assert known.read_text() == text
+
+
+def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tmp_path: Path) -> None:
+    def revision(folder: Path) -> str | None:
+        fields = {"task": "arithmetic", "student": str(folder)}
+        (cell,) = experiments.load_one(fields, outputs=tmp_path / "outputs").cells
+        return cell.training.start.model.revision
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert revision(tmp_path / "one") == revision(tmp_path / "two")
+    (tmp_path / "two" / "model.safetensors").write_text("weights")
+    assert revision(tmp_path / "one") != revision(tmp_path / "two")
+    with pytest.raises(SpecError, match="no checkpoint folder"):
+        revision(tmp_path / "three")
