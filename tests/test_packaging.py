@@ -16,8 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BOOTSTRAP = ROOT / "bootstrap.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {
-    name: [Requirement(line) for line in lines]
-    for name, lines in PROJECT["optional-dependencies"].items()
+    name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
 PINNED_EXTRAS = sorted(set(EXTRAS) - {"vllm"})
 
@@ -151,8 +150,6 @@ def test_bootstrap_tells_an_old_python_what_is_needed() -> None:
 
 def test_bootstrap_leaves_a_folder_alone_that_is_no_environment(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    result = bootstrap(
-        "install", prelude=f"import os; os.environ['GKD_LAB_VENV'] = {str(tmp_path)!r}"
-    )
+    result = bootstrap("install", prelude=f"import os; os.environ['GKD_LAB_VENV'] = {str(tmp_path)!r}")
     assert result.returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

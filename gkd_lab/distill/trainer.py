@@ -42,6 +42,7 @@ class GKDTrainer(Trainer):
         processing_class: The tokenizer of both models.
         pack, cells: K students in one model, and what differs between them.
         log_cell: Called with (cell, row) whenever the Trainer logs.
+        on_failure: Called with (cell, why) at once when a cell's loss or gradient is no number.
     """
 
     optimizer: Any
@@ -60,6 +61,7 @@ class GKDTrainer(Trainer):
         pack: Pack | None = None,
         cells: Sequence[CellArguments] | None = None,
         log_cell: CellLog | None = None,
+        on_failure: Callable[[int, str], None] | None = None,
     ) -> None:
         if args is None:
             args = GKDConfig(output_dir="gkd_output")
@@ -76,6 +78,7 @@ class GKDTrainer(Trainer):
             raise ValueError(f"{len(self.cells)} cells for a pack of {pack.size} models")
         self.seeds = shared_seeds(self.cells)
         self.log_cell = log_cell
+        self.on_failure = on_failure
         self.failures: dict[int, str] = {}
         self._tokenizer = processing_class
         self._logged = _Averages(len(self.cells))
@@ -209,7 +212,10 @@ class GKDTrainer(Trainer):
 
     def _fail(self, cell: int, why: str) -> None:
         """Freeze a cell; its neighbours go on."""
-        self.failures.setdefault(cell, f"{why} at step {self.state.global_step + 1}")
+        if cell not in self.failures:
+            self.failures[cell] = f"{why} at step {self.state.global_step + 1}"
+            if self.on_failure is not None:
+                self.on_failure(cell, self.failures[cell])
         if len(self.failures) == len(self.cells):
             raise AllCellsFailed("; ".join(sorted(set(self.failures.values()))))
 
@@ -347,7 +353,7 @@ class GKDTrainer(Trainer):
                 items.to(fixed.prompt_ids.device),
                 self.args.loss_normalization,
             )
-        return losses.mean(), None, None
+        return losses[self._alive(losses.device)].mean(), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not estimated: the Trainer's rule knows neither the teacher nor the sampling."""

@@ -7,6 +7,7 @@ seeds are for.
 import json
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,15 @@ def corpus_interval(
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    scorer = {"bleu": BLEU, "chrf": CHRF}[metric]()
+    class PlainChrf(CHRF):
+        """A resample that scores 0 is a float, any other a numpy one, and `statistics` refuses the mix."""
+
+        def _aggregate_and_compute(self, stats: Any) -> Any:
+            score = super()._aggregate_and_compute(stats)
+            score.score = float(score.score)
+            return score
+
+    scorer = {"bleu": BLEU, "chrf": PlainChrf}[metric]()
     streams = [list(stream) for stream in zip_longest(*references)]
     score = scorer.corpus_score(list(predictions), streams, n_bootstrap=resamples)
     facts = json.loads(score.format(width=6, is_json=True, signature=str(scorer.get_signature())))

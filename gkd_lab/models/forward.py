@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """Logits that predict each completion token, (N, C, V)."""
-    if model.config.is_encoder_decoder:
+    """Logits that predict each completion token, (N, C, V). The model may be wrapped, as by DDP."""
+    config = getattr(model, "module", model).config
+    if config.is_encoder_decoder:
         return model(
             input_ids=batch.prompt_ids,
             attention_mask=batch.prompt_mask,
-            decoder_input_ids=shifted_right(model, batch.completion_ids),
+            decoder_input_ids=shifted_right(config, batch.completion_ids),
             use_cache=False,
         ).logits
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
@@ -75,11 +76,11 @@ def completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
     return logits[:, :-1]
 
 
-def shifted_right(model: PreTrainedModel, completion_ids: Tensor) -> Tensor:
+def shifted_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
     """What the decoder reads while it predicts `completion_ids`."""
-    start = model.config.decoder_start_token_id
+    start = config.decoder_start_token_id
     if start is None:
-        raise ValueError(f"{type(model).__name__} has no decoder_start_token_id in its config")
+        raise ValueError(f"{type(config).__name__} has no decoder_start_token_id")
     return torch.cat(
         [completion_ids.new_full((len(completion_ids), 1), start), completion_ids[:, :-1]], dim=1
     )

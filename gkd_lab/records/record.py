@@ -55,6 +55,9 @@ class Part:
 
     def describe(self, spec: Frozen, **more: Any) -> None:
         """Write `spec.json`; an existing one must describe the same. Raises DamagedRecord."""
+        for left_by_a_kill in self.folder.glob(".*.part"):
+            if left_by_a_kill.is_file():
+                left_by_a_kill.unlink(missing_ok=True)
         path = self.folder / "spec.json"
         there = read_json(path)
         if there is None:

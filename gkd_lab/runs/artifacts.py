@@ -110,11 +110,16 @@ def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> 
                 save_every=options.checkpoint_every,
                 log_every=options.log_every,
             )
-    with appearing(record.checkpoint) as folder, quiet():
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+    export(loaded.model, loaded.tokenizer, record)
     record.write_provenance(provenance(parameters=count))
     record.finish(parameters=count)
+
+
+def export(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
+    """A finished model as the record's checkpoint: a plain transformers folder."""
+    with appearing(record.checkpoint) as folder, quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _millions(count: int) -> str:

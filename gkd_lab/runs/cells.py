@@ -5,11 +5,13 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from filelock import Timeout
+from transformers import PrinterCallback
 
-from gkd_lab.distill.checkpoints import appearing, complete_steps, folder_of, weights
+from gkd_lab.distill.batches import Example
+from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
-from gkd_lab.models.making import DTYPES, load_model, load_tokenizer, quiet
+from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
@@ -18,7 +20,7 @@ from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
-from gkd_lab.spec.cell import Cell
+from gkd_lab.spec.cell import Cell, Training
 
 
 class Claimed:
@@ -63,61 +65,69 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
 
 
 def _train(cells: list[Cell], options: RunOptions) -> None:
-    first = cells[0].training
+    first, scale = cells[0].training, cells[0].scale
     records = [options.store.of(cell) for cell in cells]
     for cell, record in zip(cells, records, strict=True):
         record.describe(cell.training, scale=cell.scale, labels=cell.labels)
-    start = artifacts.ensure("start", first.start, cells[0].scale, options)
-    teacher_record = artifacts.ensure("teacher", first.teacher, cells[0].scale, options)
-    teacher = artifacts.load(teacher_record, first.teacher)
+    start = artifacts.ensure("start", first.start, scale, options)
+    teacher = artifacts.ensure("teacher", first.teacher, scale, options)
     student = artifacts.load(start, first.start)
-    found, cut = examples(
-        first.start.model_copy(
-            update={
-                "max_input_tokens": first.max_input_tokens,
-                "max_output_tokens": first.max_output_tokens,
-            }
-        ),
-        student.tokenizer,
-        rows(first.task, first.data, "train", options.cache),
-    )
+    found = _examples(first, student.tokenizer, records, options)
     pack = _pack(student.model, cells)
     done = _common_step(records)
-    _load(pack, records, done)
-    for record in records:
-        report_cut(record.folder, "train", cut)
+    for n, record in enumerate(records):
         record.rewind(done)
-    failures: dict[int, str] = {}
+        if done:
+            pack.load(n, weights(folder_of(str(record.steps_folder), done)))
     if done < first.steps:
-        name = f"{first.task}: {_called(cells)}"
-        with options.reporter.phase(name, first.steps, done) as advance:
-            trainer = GKDTrainer(
-                pack=pack,
-                cells=[_arguments(c, r) for c, r in zip(cells, records, strict=True)],
-                teacher_model=teacher.model,
-                args=_config(cells[0], records[0], options),
-                train_dataset=found,
-                processing_class=student.tokenizer,
-                callbacks=[Follow(advance)],
-                log_cell=lambda n, row: records[n].log(row),
-            )
-            _without_printing(trainer)
-            resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
-            try:
-                trainer.train(resume_from_checkpoint=resume)
-            except AllCellsFailed:
-                advance(first.steps)
-            failures = trainer.failures
+        pair = artifacts.Loaded(artifacts.load(teacher, first.teacher).model, student.tokenizer)
+        _distil(pack, pair, found, cells, records, done, options)
     members = [cell.fingerprint for cell in cells]
     for n, record in enumerate(records):
-        if n in failures:
-            record.failed(f"FloatingPointError: {failures[n]}", "")
-            continue
-        with appearing(record.checkpoint) as folder, quiet():
-            pack.unpack(n).save_pretrained(folder)
-            student.tokenizer.save_pretrained(folder)
-        record.write_provenance(provenance(pack=members, resumed_at_step=done))
-        record.finish(steps=first.steps)
+        if not record.status():
+            artifacts.export(pack.unpack(n), student.tokenizer, record)
+            record.write_provenance(provenance(pack=members, resumed_at_step=done))
+            record.finish(steps=first.steps)
+
+
+def _examples(
+    training: Training, tokenizer: Any, records: Sequence[Record], options: RunOptions
+) -> list[Example]:
+    limits = {name: getattr(training, name) for name in ("max_input_tokens", "max_output_tokens")}
+    data = rows(training.task, training.data, "train", options.cache)
+    found, cut = examples(training.start.model_copy(update=limits), tokenizer, data)
+    for record in records:
+        report_cut(record.folder, "train", cut)
+    return found
+
+
+def _distil(
+    pack: Pack,
+    teacher: artifacts.Loaded,
+    found: list[Example],
+    cells: Sequence[Cell],
+    records: Sequence[Record],
+    done: int,
+    options: RunOptions,
+) -> None:
+    """Train the pack from step `done` to its end; a cell that fails has its verdict at once."""
+    training = cells[0].training
+    with options.reporter.phase(f"{training.task}: {_called(cells)}", training.steps, done) as advance:
+        trainer = GKDTrainer(
+            pack=pack,
+            cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
+            teacher_model=teacher.model,
+            args=_config(cells[0], records[0], options),
+            train_dataset=found,
+            processing_class=teacher.tokenizer,
+            callbacks=[Follow(advance)],
+            log_cell=lambda n, row: records[n].log(row),
+            on_failure=lambda n, why: records[n].failed(f"FloatingPointError: {why}"),
+        )
+        trainer.remove_callback(PrinterCallback)
+        resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
+        with suppress(AllCellsFailed):
+            trainer.train(resume_from_checkpoint=resume)
 
 
 def _called(cells: Sequence[Cell]) -> str:
@@ -158,12 +168,6 @@ def _common_step(records: Sequence[Record]) -> int:
     return max(set.intersection(*steps), default=0)
 
 
-def _load(pack: Pack, records: Sequence[Record], step: int) -> None:
-    if step:
-        for n, record in enumerate(records):
-            pack.load(n, weights(folder_of(str(record.steps_folder), step)))
-
-
 def _arguments(cell: Cell, record: Record) -> CellArguments:
     training = cell.training
     objective = training.objectives[0]
@@ -197,9 +201,3 @@ def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:
         seed=training.seed,
         bf16=training.precision == "bf16",
     )
-
-
-def _without_printing(trainer: Any) -> None:
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

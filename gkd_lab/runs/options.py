@@ -21,6 +21,13 @@ class RunOptions:
     """Optimizer steps between two rows of a cell's metrics.jsonl."""
     reporter: Reporter = field(default_factory=Reporter)
 
+    def __post_init__(self) -> None:
+        # A row averages the steps since the last one: a resumed run must start a window where the other did.
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every {self.log_every}"
+            )
+
     @property
     def store(self) -> Store:
         return Store(self.outputs)

@@ -9,7 +9,6 @@ def quieten() -> None:
     """Errors only from transformers and datasets, no progress bars but ours, no notes on renamed fields."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\..*")
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     import datasets
     import transformers
 

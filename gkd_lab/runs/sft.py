@@ -13,6 +13,7 @@ import torch
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
+    PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -57,7 +58,7 @@ def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) 
         "logging_steps": log_every,
         "report_to": [],
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
 
@@ -107,9 +108,6 @@ def fine_tune(
     }
     build = _seq2seq if model.config.is_encoder_decoder else _causal
     trainer = build(model, tokenizer, examples, arguments)
-    # The progress goes to our own bar; the default callback would print every log line.
-    from transformers import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Follow(advance, record))
     trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)

@@ -68,9 +68,9 @@ SCALES = {
         "tokenizer": {"kind": "word", "vocab_size": 128},
         "models": {
             "xl": made_model(2, 128, 4, steps=1000, batch_size=64, learning_rate=2e-3),
-            "large": made_model(2, 96, 4, steps=500, batch_size=32, learning_rate=3e-3),
-            "base": made_model(2, 64, 4, steps=500, batch_size=32, learning_rate=3e-3),
-            "small": made_model(2, 48, 4, steps=500, batch_size=32, learning_rate=3e-3),
+            "large": made_model(2, 96, 4, steps=550, batch_size=32, learning_rate=3e-3),
+            "base": made_model(2, 64, 4, steps=550, batch_size=32, learning_rate=3e-3),
+            "small": made_model(2, 48, 4, steps=550, batch_size=32, learning_rate=3e-3),
         },
         "teacher_temperature": 1.0,
         "steps": 400,

@@ -47,9 +47,7 @@ def test_batches_add_up(metrics) -> None:  # type: ignore[no-untyped-def]
 
 def test_settings_reach_the_score(metrics) -> None:  # type: ignore[no-untyped-def]
     plain, stemmed = (
-        metrics.Rouge().compute(
-            predictions=["running dogs"], references=[["run dog"]], use_stemmer=stem
-        )
+        metrics.Rouge().compute(predictions=["running dogs"], references=[["run dog"]], use_stemmer=stem)
         for stem in (False, True)
     )
     assert (plain["rouge1"], stemmed["rouge1"]) == (0, 100)

@@ -66,3 +66,10 @@ def test_the_metric_decides_which_interval_it_gets() -> None:
     assert interval("accuracy", PREDICTIONS, REFERENCES, per_example) == mean_interval(per_example)
     bleu = interval("bleu", PREDICTIONS, REFERENCES, per_example)
     assert bleu == corpus_interval("bleu", PREDICTIONS, REFERENCES)
+
+
+def test_a_chrf_of_which_some_resamples_score_nothing_has_an_interval() -> None:
+    predictions = ["a b c d e", "q", "q"]
+    references = [("a b c d e f",), ("g h i j",), ("k l m",)]
+    low, high = interval("chrf", predictions, references, [50.0, 0.0, 0.0])
+    assert 0 == low < high <= 100

@@ -79,7 +79,9 @@ def test_a_section_s_field_can_be_an_axis_and_leaves_its_neighbours_alone() -> N
 
 
 def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_changed() -> None:
-    changed = cell(learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=3, lmbda=0).training
+    changed = cell(
+        learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=3, lmbda=0
+    ).training
     assert changed.start == cell().training.start
     assert changed.teacher == cell().training.teacher
     assert changed.optimizer.learning_rate == 0.5

@@ -1,0 +1,109 @@
+"""Seconds per cell that a run spends outside of training and decoding, and their share of the whole.
+
+    python benchmarks/overhead.py [CELLS]
+
+Claiming, specification, loading, packing, export, provenance, judging 8 predictions, status. Teacher and
+starting student are built before the clock starts. Target: under 1 s a cell.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.progress import Advance, Reporter
+from gkd_lab.runs.quiet import quieten
+from gkd_lab.runs.run import run
+from gkd_lab.spec import GridOfCells, Revisions, expand
+from gkd_lab.spec.cell import DataSpec
+from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.spec.packs import PackLimit
+from gkd_lab.tasks import TASKS
+
+STEPS = 2
+TARGET = 1.0
+
+
+class Clock(Reporter):
+    """Silent; adds up the seconds inside of training and decoding phases."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+        self.seconds = 0.0
+
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        start = time.perf_counter()
+        yield lambda count: None
+        self.seconds += time.perf_counter() - start
+
+
+def grid_of(cells: int, task: str) -> GridOfCells:
+    """`cells` cells of the task's nano models with little data and two steps."""
+    sft = {"steps": STEPS, "batch_size": 4}
+    models = {
+        "teacher": {"layers": 2, "width": 128, "heads": 4, "sft": sft},
+        "student": {"layers": 2, "width": 48, "heads": 4, "sft": sft},
+    }
+    document = {
+        "description": "overhead of the harness",
+        "task": task,
+        "grid": {"beta": [n / cells for n in range(cells)]},
+        "data": {"train": 64, "validation": 8, "test": 8},
+        "steps": STEPS,
+        "batch_size": 4,
+        "warmup_steps": 0,
+        "cooldown_steps": 0,
+        **models,
+    }
+    revisions = Revisions(
+        data=lambda task, settings: DataSpec(
+            kind="made", name="made", revision="1", train=64, validation=8, test=8
+        ),
+        model=lambda name: (name, None, "1"),
+    )
+    return expand("overhead", parse_experiment(document, "overhead"), TASKS, revisions)
+
+
+def measure(task: str, cells: int, pack: PackLimit) -> tuple[float, float]:
+    """(seconds in all, seconds in training and decoding) of `cells` cells whose artifacts are there."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder)
+        grid = grid_of(cells + 1, task)
+        first, rest = grid.cells[:1], grid.cells[1:]
+        failed = run(_with(grid, first), RunOptions(outputs, reporter=Clock())).failed
+        assert not failed, failed
+        clock, start = Clock(), time.perf_counter()
+        assert not run(_with(grid, rest), RunOptions(outputs, pack=pack, reporter=clock)).failed
+        return time.perf_counter() - start, clock.seconds
+
+
+def _with(grid: GridOfCells, cells: tuple) -> GridOfCells:  # type: ignore[type-arg]
+    return GridOfCells(grid.name, grid.scale, grid.experiment, grid.axes, cells, {})
+
+
+def main() -> None:
+    """Measure both families, packed and alone; print."""
+    cells = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    quieten()
+    torch.manual_seed(0)
+    limits: tuple[PackLimit, ...] = ("auto", "off")
+    for task in ("arithmetic", "summarization"):
+        for pack in limits:
+            whole, worked = measure(task, cells, pack)
+            each = (whole - worked) / cells
+            print(
+                f"{task}, pack {pack}: {each:.3f} s a cell outside of training and decoding, "
+                f"{each / TARGET:.2f} x the target, {(whole - worked) / whole:.0%} of a run of "
+                f"{cells} cells x {STEPS} steps ({whole:.1f} s)"
+            )
+
+
+if __name__ == "__main__":
+    main()

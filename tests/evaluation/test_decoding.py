@@ -1,0 +1,124 @@
+"""Predictions of a pack are those of each model alone, in the order of the rows."""
+
+import pytest
+import torch
+
+from gkd_lab.distill.batches import encode
+from gkd_lab.evaluation import decoding
+from gkd_lab.evaluation.decoding import predict
+from gkd_lab.metrics.judge import Prediction
+from gkd_lab.models.packing import Pack
+from gkd_lab.spec.cell import Evaluation, Family
+from gkd_lab.tasks import Row
+
+from ..models.tiny import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+WAYS = {
+    "greedy": Evaluation(decoding="greedy", split="test", max_output_tokens=8, metrics=("accuracy",)),
+    "sample": Evaluation(
+        decoding="sample",
+        temperature=0.7,
+        seed=3,
+        split="test",
+        max_output_tokens=8,
+        metrics=("accuracy",),
+    ),
+    "beam": Evaluation(
+        decoding="beam",
+        num_beams=3,
+        length_penalty=0.6,
+        split="test",
+        max_output_tokens=8,
+        metrics=("accuracy",),
+    ),
+}
+
+
+def rows(count: int = 12) -> list[Row]:
+    """Rows of different lengths, short and long ones in turn; each prompt says which row it is."""
+    texts = [TOKENIZER.decode(example.prompt_ids) for example in tiny_examples(count)]
+    return [Row(text, "a", (f"reference {n}",)) for n, text in enumerate(texts)]
+
+
+def predicted(pack: Pack, family: Family, way: str, found: list[Row]) -> list[list[Prediction]]:
+    examples, _ = encode(
+        TOKENIZER,
+        [(row.prompt, row.target) for row in found],
+        is_encoder_decoder=family == "encoder-decoder",
+        max_input_tokens=16,
+        max_output_tokens=8,
+    )
+    return predict(pack, TOKENIZER, found, examples, WAYS[way])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pack_predicts_what_each_model_predicts_alone(family: Family, way: str) -> None:
+    models, found = [tiny_model(family, seed) for seed in range(3)], rows()
+    together = predicted(Pack.of(models), family, way, found)
+    for cell, model in enumerate(models):
+        assert together[cell] == predicted(Pack.alone(model), family, way, found)[0]
+    assert len({p.text for predictions in together for p in predictions}) > 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_keep_their_order_and_do_not_depend_on_their_batch(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = Pack.alone(tiny_model("decoder-only", 0)), rows()
+    together = predicted(model, "decoder-only", way, found)[0]
+    assert [p.prompt for p in together] == [row.prompt for row in found]
+    assert [p.references for p in together] == [row.references for row in found]
+    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 5)
+    assert predicted(model, "decoder-only", way, found)[0] == together
+    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 1)
+    assert predicted(model, "decoder-only", way, found)[0] == together
+
+
+def test_sampling_noise_belongs_to_the_row_s_place() -> None:
+    """So the first rows of a longer evaluation are those of a shorter one, and cells share the noise."""
+    found = [rows()[0]] * 8
+    model = tiny_model("decoder-only", 0)
+    longer = predicted(Pack.alone(model), "decoder-only", "sample", found)[0]
+    assert len({p.text for p in longer}) > 1, "one prompt, eight draws"
+    shorter = predicted(Pack.alone(model), "decoder-only", "sample", found[:3])[0]
+    assert shorter == longer[:3]
+    twins = predicted(Pack.of([model, model]), "decoder-only", "sample", found)
+    assert twins[0] == twins[1] == longer
+
+
+def test_lengths_count_the_end_and_say_whether_there_was_one() -> None:
+    found = rows(30)
+    predictions = predicted(Pack.alone(tiny_model("decoder-only", 0)), "decoder-only", "sample", found)
+    ended = [p for p in predictions[0] if p.ended]
+    cut = [p for p in predictions[0] if not p.ended]
+    assert ended
+    assert cut
+    assert all(p.tokens == 8 for p in cut)
+    assert all(1 <= p.tokens <= 8 for p in ended)
+    assert all(len(p.text.split()) <= p.tokens - 1 for p in ended)
+
+
+def test_progress_hears_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 5)
+    heard: list[int] = []
+    found = rows(12)
+    examples, _ = encode(
+        TOKENIZER,
+        [(row.prompt, row.target) for row in found],
+        is_encoder_decoder=False,
+        max_input_tokens=16,
+        max_output_tokens=8,
+    )
+    pack = Pack.alone(tiny_model("decoder-only", 0))
+    predict(pack, TOKENIZER, found, examples, WAYS["greedy"], heard.append)
+    assert heard == [5, 5, 2]
+
+
+def test_prediction_leaves_the_model_in_training_mode_and_without_gradients() -> None:
+    model = tiny_model("decoder-only", 0).train()
+    predicted(Pack.alone(model), "decoder-only", "greedy", rows(4))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.is_grad_enabled()
