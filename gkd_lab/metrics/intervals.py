@@ -51,8 +51,8 @@ def corpus_interval(
     class PlainChrf(CHRF):
         """A resample that scores 0 is a float, any other a numpy one, and `statistics` refuses the mix."""
 
-        def _aggregate_and_compute(self, stats: Any) -> Any:
-            score = super()._aggregate_and_compute(stats)
+        def _compute_score_from_stats(self, stats: Any) -> Any:
+            score = super()._compute_score_from_stats(stats)
             score.score = float(score.score)
             return score
 
