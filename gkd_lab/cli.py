@@ -120,10 +120,11 @@ def status(name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs 
     grid = _grid(name, scale, sets, outputs)
     found = overview(grid, Store(outputs), "auto")
     print("\n".join(cell_lines(grid, found, progress=True)))
-    for view in found.cells:
-        if view.error:
-            print(f"failed: {view.cell.folder}: {view.error.splitlines()[-1]}")
-    if any(view.state == "failed" for view in found.cells):
+    failed = [(view.cell.folder, view.error) for view in found.cells if view.error]
+    failed += [(f"{view.role} {view.name}", view.error) for view in found.artifacts if view.error]
+    for place, error in failed:
+        print(f"failed: {place}: {error.splitlines()[-1]}")
+    if failed:
         raise typer.Exit(1)
 
 

@@ -150,7 +150,8 @@ def test_the_variable_names_the_outputs_and_the_option_wins(
     done = experiments.load("quickstart", outputs="there").cells[0]
     Store(Path("there")).of(done).finish(steps=1)
     for evaluation in done.evaluations:
-        Store(Path("there")).of(done).evaluation(evaluation).done()
+        scores = {metric: {"value": 1.0} for metric in evaluation.metrics}
+        Store(Path("there")).of(done).evaluation(evaluation).write(evaluation, [], scores)
     assert "15 cells, 0 done" in say("plan", "quickstart")[1]
     monkeypatch.setenv("GKD_LAB_OUTPUTS", "there")
     assert "15 cells, 1 done" in say("plan", "quickstart")[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,8 +28,19 @@ def step_of(folder: Path) -> int:
 
 def complete_steps(output_dir: str | Path) -> set[int]:
     """Steps that a run in `output_dir` can be resumed from."""
-    folders = Path(output_dir).glob(f"{PREFIX}*")
-    return {step_of(f) for f in folders if (f / "trainer_state.json").exists()}
+    return {step_of(folder) for folder in Path(output_dir).glob(f"{PREFIX}*") if _is_whole(folder)}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether everything in it can be read: a write that was cut short leaves a run at an older step."""
+    try:
+        json.loads((folder / "trainer_state.json").read_bytes())
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt"):  # compares the header with the file's size
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return (folder / "model.safetensors").exists()
 
 
 @contextmanager

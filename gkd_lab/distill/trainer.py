@@ -20,7 +20,7 @@ from gkd_lab.distill.batches import Example, KeyedBatches, collate, encode
 from gkd_lab.distill.config import CellArguments, GKDConfig, shared_seeds
 from gkd_lab.distill.sampling import end_ids, evaluating, write
 from gkd_lab.distill.steps import StepBatch, blocks, cell_losses, joined, step_batch, trained_items
-from gkd_lab.distill.streams import is_on_policy, uniforms
+from gkd_lab.distill.streams import is_on_policy, key, uniforms
 from gkd_lab.models.forward import Sequences, completion_logits
 from gkd_lab.models.packing import Pack
 
@@ -69,6 +69,8 @@ class GKDTrainer(Trainer):
             if model is None:
                 raise ValueError("give the student as `model`, or several of them as `pack`")
             pack = Pack.alone(model)
+        if args.seq_kd:
+            raise ValueError("seq_kd is not built yet: train on the teacher's text as `completion` instead")
         if teacher_model is None:
             raise ValueError("give the teacher as `teacher_model`")
         _check_vocabularies(pack.model, teacher_model)
@@ -136,7 +138,7 @@ class GKDTrainer(Trainer):
         """All micro-batches of one optimizer step: toss the coin, let students write, count items."""
         fetched = [Sequences(**batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         step = self.state.global_step
-        torch.manual_seed(self.args.seed + step)  # dropout of this step, resumed or not
+        torch.manual_seed(key(self.args.seed, step, "dropout"))  # dropout of this step, resumed or not
         writing = [
             n
             for n, cell in enumerate(self.cells)

@@ -1,1 +1,1 @@
-"""Judging a trained model: decoding, the metrics as `evaluate.Metric`s, lm-eval."""
+"""Judging a trained model: decoding, and the metrics as `evaluate.Metric`s."""

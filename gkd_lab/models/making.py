@@ -3,7 +3,6 @@
 Nano models: Llama-like decoders and T5-like encoder-decoders (gated GELU, relative bias, tied head).
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> P
     """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
     auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
     with quiet():
-        return auto.from_pretrained(str(folder), dtype=DTYPES[precision])
+        return auto.from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
 
 
 def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrainedModel:
@@ -115,12 +114,12 @@ def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrain
     place = spec.path or spec.pretrained
     assert place is not None
     revision = None if spec.path else spec.revision
-    return auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision])
+    return auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision], trust_remote_code=False)
 
 
 def load_tokenizer(place: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer in a checkpoint folder or of a hub name; a pad token is set where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(str(place), revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -141,8 +140,3 @@ class quiet:  # reads as a verb in a with statement
 def parameter_count(model: PreTrainedModel) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def slug(text: str) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^\w.=-]+", "-", text)

@@ -90,6 +90,10 @@ class EvaluationRecord(Part):
     def state(self) -> State:
         return self.status().get("state", "missing")
 
+    def lacks(self, evaluation: Evaluation) -> bool:
+        """Whether it was judged before all of these metrics were asked for."""
+        return self.state() == "done" and not set(evaluation.metrics) <= set(self.scores())
+
     def write(
         self,
         evaluation: Evaluation,

@@ -54,12 +54,12 @@ def _cost(view: CellView) -> list[str]:
 
 def summary_lines(found: Overview) -> Iterator[str]:
     """Reference models, what is done and left, what collapses and what else should be known."""
-    for role, name, state, seconds in found.artifacts:
-        yield f"{role} {name}: {state}, about {_about(seconds)}"
+    for view in found.artifacts:
+        yield f"{view.role} {view.name}: {view.state}, about {_about(view.seconds)}"
     done = sum(view.state == "done" for view in found.cells)
     sizes = ", ".join(f"{_count(times, 'pack')} of {size}" for size, times in Counter(found.packs).items())
     yield f"{_count(len(found.cells), 'cell')}, {done} done; {sizes}"
-    yield f"left to do, each cell alone: about {_about(found.seconds_left)}; packs take less"
+    yield f"left to do, without decoding: about {_about(found.seconds_left)}"
     yield from found.collapsed
     yield from found.notes
 

@@ -29,14 +29,24 @@ class CellView:
 
 
 @dataclass(frozen=True)
+class ArtifactView:
+    """A teacher or a starting student."""
+
+    role: str
+    name: str
+    state: State
+    seconds: float | None
+    error: str | None
+
+
+@dataclass(frozen=True)
 class Overview:
     """A grid as it stands."""
 
     cells: tuple[CellView, ...]
     packs: tuple[int, ...]
     """Sizes."""
-    artifacts: tuple[tuple[str, str, State, float | None], ...]
-    """(role, name, state, seconds) of every teacher and starting student."""
+    artifacts: tuple[ArtifactView, ...]
     collapsed: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -44,7 +54,7 @@ class Overview:
     def seconds_left(self) -> float | None:
         """Estimate of everything that is not done; None where some of it cannot be estimated."""
         parts = [view.seconds for view in self.cells if view.state != "done"]
-        parts += [seconds for *_, state, seconds in self.artifacts if state != "done"]
+        parts += [view.seconds for view in self.artifacts if view.state != "done"]
         known = [part for part in parts if part is not None]
         return sum(known) if len(known) == len(parts) else None
 
@@ -74,9 +84,13 @@ def _view(store: Store, cell: Cell, pack: int) -> CellView:
     record = store.of(cell)
     status = record.status()
     training = record.state()
-    parts = [record.evaluation(e).state() for e in cell.evaluations]
-    unfinished: State = "running" if training == "running" or _is_at_work(store, cell) else "missing"
+    judged = [(record.evaluation(evaluation), evaluation) for evaluation in cell.evaluations]
+    parts: list[State] = [
+        "missing" if part.lacks(evaluation) else part.state() for part, evaluation in judged
+    ]
+    unfinished: State = "running" if "missing" in parts and record.is_claimed() else "missing"
     state = worst([training, *(unfinished if part == "missing" else part for part in parts)])
+    errors = [status.get("error"), *(part.status().get("error") for part, _ in judged)]
     history = record.history() if training != "missing" or record.steps_folder.exists() else []
     last = history[-1] if history else {}
     flops = training_flops(cell.training)
@@ -88,24 +102,25 @@ def _view(store: Store, cell: Cell, pack: int) -> CellView:
         step=int(status.get("steps") or last.get("step", 0)),
         loss=last.get("loss"),
         on_policy=last.get("on_policy"),
-        error=status.get("error"),
+        error=next(filter(None, errors), None),
     )
 
 
-def _is_at_work(store: Store, cell: Cell) -> bool:
-    return store.of(cell).is_claimed()
-
-
-def _artifacts(grid: GridOfCells, store: Store) -> list[tuple[str, str, State, float | None]]:
-    found: dict[str, tuple[str, str, State, float | None]] = {}
+def _artifacts(grid: GridOfCells, store: Store) -> list[ArtifactView]:
+    found: dict[str, ArtifactView] = {}
     for cell in grid.cells:
         for role, model in (("teacher", cell.training.teacher), ("start", cell.training.start)):
             key = role + model.fingerprint
             if key not in found:
                 flops = sft_flops(model)
-                state = store.artifact(grid.scale, role, model).state()
-                seconds = None if flops is None else flops / NOMINAL_RATE
-                found[key] = (role, f"{model.task}/{model.model.name}", state, seconds)
+                record = store.artifact(grid.scale, role, model)
+                found[key] = ArtifactView(
+                    role=role,
+                    name=f"{model.task}/{model.model.name}",
+                    state=record.state(),
+                    seconds=None if flops is None else flops / NOMINAL_RATE,
+                    error=record.status().get("error"),
+                )
     return list(found.values())
 
 

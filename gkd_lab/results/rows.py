@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gkd_lab.records import EvaluationRecord, Record, State, Store, worst
+from gkd_lab.records import Record, State, Store, worst
 from gkd_lab.spec import Cell, Evaluation, GridOfCells, SftModel
 
 Row = dict[str, Any]
@@ -118,7 +118,10 @@ def _results(record: Record, evaluations: tuple[Evaluation, ...]) -> Row:
         states[name] = verdict.get("state") or ("missing" if state == "failed" else _unfinished(record))
         errors.append(_last_line(verdict))
         if states[name] == "done":
-            scores.update(_scores(judged, name, plain=len(evaluations) == 1))
+            found = judged.scores()
+            scores.update(_scores(found, name, plain=len(evaluations) == 1))
+            if not set(evaluation.metrics) <= set(found):
+                states[name] = _unfinished(record)
     return {
         "status": worst([state, *states.values()]),
         "evaluations": states,
@@ -131,9 +134,9 @@ def _unfinished(record: Record) -> State:
     return "running" if record.is_claimed() else "missing"
 
 
-def _scores(judged: EvaluationRecord, name: str, plain: bool) -> Row:
+def _scores(scores: Mapping[str, Mapping[str, Any]], name: str, plain: bool) -> Row:
     found: Row = {}
-    for metric, score in judged.scores().items():
+    for metric, score in scores.items():
         for column in (f"{name}/{metric}", metric) if plain else (f"{name}/{metric}",):
             found[column] = score.get("value")
             for end in ("low", "high"):

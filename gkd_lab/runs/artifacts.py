@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from filelock import Timeout
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from gkd_lab.models.making import (
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs.faults import PartFailed, kept_by
-from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows, texts
 from gkd_lab.runs.sft import fine_tune
 from gkd_lab.spec.cell import SftModel
@@ -95,6 +96,11 @@ def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> 
     loaded = _initial(model, train)
     found, cut = examples(model, loaded.tokenizer, train)
     report_cut(record.folder, "train", cut)
+    if cut.prompts or cut.completions:
+        options.reporter.say(
+            f"{model.task}: {cut.prompts} prompts and {cut.completions} targets of {cut.rows} exceed "
+            f"{model.max_input_tokens} and {model.max_output_tokens} tokens and were cut"
+        )
     count = parameter_count(loaded.model)
     if model.sft is not None:
         name = f"{model.task}: {role} {model.model.name}, {_millions(count)} parameters, SFT"
@@ -111,7 +117,8 @@ def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> 
                 log_every=options.log_every,
             )
     export(loaded.model, loaded.tokenizer, record)
-    record.write_provenance(provenance(parameters=count))
+    facts = {"parameters": count, "threads": torch.get_num_threads(), "device": device()}
+    record.write_provenance(provenance(**facts))
     record.finish(parameters=count)
 
 

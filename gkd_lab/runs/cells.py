@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import torch
 from filelock import Timeout
 from transformers import PrinterCallback
 
@@ -17,7 +18,7 @@ from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.faults import PartFailed, kept_by
-from gkd_lab.runs.options import RunOptions
+from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
 from gkd_lab.spec.cell import Cell, Training
@@ -60,6 +61,8 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
     if not open_cells:
         return
     records = [options.store.of(cell) for cell in open_cells]
+    for cell, record in zip(open_cells, records, strict=True):
+        record.describe(cell.training, scale=cell.scale, labels=cell.labels)
     with suppress(PartFailed), kept_by(records, options.outputs):
         _train(open_cells, options)
 
@@ -67,8 +70,6 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
 def _train(cells: list[Cell], options: RunOptions) -> None:
     first, scale = cells[0].training, cells[0].scale
     records = [options.store.of(cell) for cell in cells]
-    for cell, record in zip(cells, records, strict=True):
-        record.describe(cell.training, scale=cell.scale, labels=cell.labels)
     start = artifacts.ensure("start", first.start, scale, options)
     teacher = artifacts.ensure("teacher", first.teacher, scale, options)
     student = artifacts.load(start, first.start)
@@ -80,22 +81,31 @@ def _train(cells: list[Cell], options: RunOptions) -> None:
         if done:
             pack.load(n, weights(folder_of(str(record.steps_folder), done)))
     if done < first.steps:
-        pair = artifacts.Loaded(artifacts.load(teacher, first.teacher).model, student.tokenizer)
-        _distil(pack, pair, found, cells, records, done, options)
+        guide = artifacts.load(teacher, first.teacher)
+        _check_tokenizers(guide.tokenizer, student.tokenizer)
+        _distil(pack, guide, found, cells, records, done, options)
     members = [cell.fingerprint for cell in cells]
     for n, record in enumerate(records):
         if not record.status():
             artifacts.export(pack.unpack(n), student.tokenizer, record)
-            record.write_provenance(provenance(pack=members, resumed_at_step=done))
+            facts = {"pack": members, "resumed_at_step": done, "threads": torch.get_num_threads()}
+            record.write_provenance(provenance(**facts, device=device()))
             record.finish(steps=first.steps)
+
+
+def _check_tokenizers(teacher: Any, student: Any) -> None:
+    if teacher.get_vocab() != student.get_vocab():
+        raise ValueError(
+            "teacher and student do not share a tokenizer, so their distributions cannot be compared; "
+            "choose a pair of one family"
+        )
 
 
 def _examples(
     training: Training, tokenizer: Any, records: Sequence[Record], options: RunOptions
 ) -> list[Example]:
-    limits = {name: getattr(training, name) for name in ("max_input_tokens", "max_output_tokens")}
     data = rows(training.task, training.data, "train", options.cache)
-    found, cut = examples(training.start.model_copy(update=limits), tokenizer, data)
+    found, cut = examples(training.start, tokenizer, data)
     for record in records:
         report_cut(record.folder, "train", cut)
     return found

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from gkd_lab.records import Part
 
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM),
+}
+"""What the system says of itself; libraries use OSError for a checkpoint that is not there, too."""
+
 NEEDED = 8 << 20
 """Bytes below which a file system counts as full."""
 
@@ -22,9 +28,9 @@ def kept_by(parts: Iterable[Part], outputs: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise
         if shutil.disk_usage(outputs).free < NEEDED:
             raise OSError(errno.ENOSPC, "No space left on device", str(outputs)) from error
         for part in parts:

@@ -18,18 +18,12 @@ from gkd_lab.spec.cell import Cell, Evaluation, SftModel
 
 
 def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Every evaluation that a trained cell of the pack lacks."""
-    for evaluation in _distinct(cells):
-        lacking = [
-            cell
-            for cell in cells
-            if evaluation in cell.evaluations
-            and options.store.of(cell).status().get("state") == "done"
-            and _is_open(options.store.of(cell), evaluation, options)
-        ]
-        for cell in cells:
-            if evaluation in cell.evaluations:
-                _add_metrics(options.store.of(cell), evaluation)
+    """Every evaluation, and every metric of one, that a trained cell of the pack lacks."""
+    trained = [cell for cell in cells if options.store.of(cell).status().get("state") == "done"]
+    for evaluation in _distinct(trained):
+        asked = [cell for cell in trained if evaluation in cell.evaluations]
+        _add_metrics([options.store.of(cell) for cell in asked], evaluation, options)
+        lacking = [cell for cell in asked if _is_open(options.store.of(cell), evaluation, options)]
         if lacking:
             records = [options.store.of(cell) for cell in lacking]
             parts = [record.evaluation(evaluation) for record in records]
@@ -47,12 +41,10 @@ def evaluate_reference(
     options: RunOptions,
 ) -> None:
     """The same evaluations for a teacher or a starting student."""
-    for evaluation in _distinct(cells):
-        _add_metrics(record, evaluation)
-    open_ones = [e for e in _distinct(cells) if _is_open(record, e, options)]
-    if open_ones:
-        with artifacts.waited_for(record, role, options):
-            for evaluation in open_ones:
+    with artifacts.waited_for(record, role, options):
+        for evaluation in _distinct(cells):
+            _add_metrics([record], evaluation, options)
+            if _is_open(record, evaluation, options):
                 part = record.evaluation(evaluation)
                 with suppress(PartFailed), kept_by([part], options.outputs):
                     loaded = artifacts.load(record, model)
@@ -60,18 +52,26 @@ def evaluate_reference(
                     _evaluate(pack, loaded.tokenizer, model, evaluation, [record], options, role)
 
 
-def _add_metrics(record: Record, evaluation: Evaluation) -> None:
+def _add_metrics(records: Sequence[Record], evaluation: Evaluation, options: RunOptions) -> None:
     """Metrics that were asked for after the predictions were written are computed from these."""
-    part = record.evaluation(evaluation)
-    scores = part.scores()
-    if part.state() != "done" or not set(evaluation.metrics) - set(scores):
-        return
-    written = [
-        Prediction(r["prompt"], r["prediction"], tuple(r["references"]), r["tokens"], r["ended"])
-        for r in part.predictions()
-    ]
-    more, lines = judge(evaluation.metrics, written)
-    part.write(evaluation, lines, {**scores, **more}, rescored=True)
+    for record in records:
+        part = record.evaluation(evaluation)
+        if part.lacks(evaluation):
+            written = part.predictions()
+            scores, status = part.scores(), part.status()
+            if status.get("rows") not in (None, len(written)):
+                part.status_file.unlink()  # some of what was written is lost: it is decoded again
+                continue
+            with suppress(PartFailed), kept_by([], options.outputs):
+                more, lines = judge(evaluation.metrics, [_prediction(row) for row in written])
+                for line, row in zip(lines, written, strict=True):
+                    line["scores"] = {**row["scores"], **line["scores"]}
+                facts = {name: value for name, value in status.items() if name != "state"}
+                part.write(evaluation, lines, {**scores, **more}, **facts)
+
+
+def _prediction(row: dict[str, Any]) -> Prediction:
+    return Prediction(row["prompt"], row["prediction"], tuple(row["references"]), row["tokens"], row["ended"])
 
 
 def _distinct(cells: Sequence[Cell]) -> list[Evaluation]:
@@ -111,4 +111,6 @@ def _evaluate(
     seconds = (time.monotonic() - began) / len(records)
     for record, written in zip(records, predictions, strict=True):
         scores, lines = judge(evaluation.metrics, written)
-        record.evaluation(evaluation).write(evaluation, lines, scores, seconds_of_decoding=round(seconds, 3))
+        record.evaluation(evaluation).write(
+            evaluation, lines, scores, rows=len(lines), seconds_of_decoding=round(seconds, 3)
+        )

@@ -1,6 +1,5 @@
 """The rows that a cell or an artifact needs, as texts and as token ids."""
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from gkd_lab.distill.batches import Cut, Example, encode
 from gkd_lab.records.files import write_json
 from gkd_lab.spec.cell import DataSpec, SftModel, Split
 from gkd_lab.tasks import Row, get_task, load_rows
-
-logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=16)
@@ -52,11 +49,3 @@ def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[l
 def report_cut(folder: Path, split: str, cut: Cut) -> None:
     """Say beside the record how many rows were longer than the limits."""
     write_json(folder / f"rows-{split}.json", vars(cut))
-    if cut.prompts or cut.completions:
-        logger.info(
-            "%s: %d of %d prompts and %d targets were cut at the length limit",
-            split,
-            cut.prompts,
-            cut.rows,
-            cut.completions,
-        )

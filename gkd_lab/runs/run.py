@@ -75,5 +75,7 @@ def _failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> lis
         status = part.status()
         if status.get("state") == "failed":
             name = part.folder.relative_to(options.outputs)
-            lines.append(f"{name}: {status.get('error')} (see {part.status_file})")
+            lines.append(
+                f"{name}: {status.get('error')} (see {part.status_file}; --retry-failed tries again)"
+            )
     return lines

@@ -30,8 +30,8 @@ class DataSpec(Frozen):
     revision: str = Field(description="commit, SHA-256 of the files, or version of the generator")
     seed: int = 0
     train: PositiveInt | None = Field(default=None, description="rows; None: all there are")
-    validation: PositiveInt | None = None
-    test: PositiveInt | None = None
+    validation: Annotated[PositiveInt | None, Place()] = None  # enter by an evaluation's `examples`
+    test: Annotated[PositiveInt | None, Place()] = None
 
 
 class TokenizerSpec(Frozen):

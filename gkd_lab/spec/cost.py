@@ -5,7 +5,7 @@ Counts 2 FLOPs per weight and token forward and 4 backward; sequences are taken 
 
 from gkd_lab.spec.cell import Architecture, Family, SftModel, Training
 
-NOMINAL_RATE = 20e9
+NOMINAL_RATE = 80e9
 """FLOP/s of two CPU cores on nano models, overhead included: measured with the quickstart."""
 
 

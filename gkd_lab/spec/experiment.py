@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, ValidationError, create_model
 
 from gkd_lab.spec.errors import SpecError, explain
+from gkd_lab.spec.identity import canonical
 from gkd_lab.spec.settings import EvaluationSettings, Section, Settings, merge
 
 Scale = Literal["nano", "smol", "paper"]
@@ -75,7 +76,7 @@ class Experiment(TaskSettings):
         values: Mapping[str, Any] = self.grid.model_dump(  # type: ignore[attr-defined]
             by_alias=True, exclude_unset=True
         )
-        return dict(values)
+        return {axis: tuple({canonical(v): v for v in found}.values()) for axis, found in values.items()}
 
     def stated(self, task: str) -> dict[str, Any]:
         """The settings that the file states for a task, as plain nested dictionaries."""

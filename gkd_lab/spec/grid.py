@@ -148,8 +148,9 @@ class _Resolver:
             defaults = task.defaults(self.scale, stated.get("data", {}).get("source"))
         except ValueError as error:
             raise SpecError(str(error)) from error
-        base = {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}
-        settings = Settings.model_validate(merge(base, stated))
+        settings = Settings.model_validate(
+            _stretched(merge(_settings_of(defaults), stated), defaults, stated)
+        )
         return _share(task, settings, defaults, self._evaluations(task, defaults, settings), self)
 
     def sft_model(
@@ -160,9 +161,11 @@ class _Resolver:
         if key not in self.known:
             data = self.revisions.data(task.name, settings.data or DataSettings())
             models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
-            base = {k: v for k, v in defaults.items() if k not in ("models", "evaluations")}
-            recipe = Settings.model_validate(base)
-            self.known[key] = _sft_model(task, role, settings, recipe, models, data, self.revisions)
+            recipe = Settings.model_validate(_settings_of(defaults))
+            family = defaults.get("family", task.family)
+            self.known[key] = _sft_model(
+                task.name, family, role, settings, recipe, models, data, self.revisions
+            )
         return self.known[key]
 
     def _stated(self, task: TaskDefaults, point: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +191,10 @@ class _Resolver:
             )
             limit = settings.max_output_tokens
             assert limit is not None, "every scale states max_output_tokens"
-            self.known[key] = tuple(_evaluation(e, task.metrics, limit) for e in stated)
+            rows = settings.data or DataSettings()
+            self.known[key] = tuple(
+                _evaluation(e, task.metrics, limit, getattr(rows, e.split)) for e in stated
+            )
         return self.known[key]
 
 
@@ -224,11 +230,52 @@ def _share(
         **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
     }
     fast = {name: getattr(settings, name) for name in _PER_CELL}
+    _check(settings)
     source = settings.source
     if source is not None:
         said = source.model_dump(exclude_none=True)
         source = _source({"temperature": settings.temperature, **said})
     return _Shared(training, evaluations, fast, settings.objectives, source)
+
+
+_NOT_SETTINGS = ("models", "evaluations", "family")
+
+
+def _settings_of(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in defaults.items() if name not in _NOT_SETTINGS}
+
+
+def _stretched(
+    merged: dict[str, Any], defaults: Mapping[str, Any], stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Warm-up and cool-down keep their share of the steps unless they are stated themselves."""
+    share = merged["steps"] / defaults["steps"]
+    kept = {
+        name: int(defaults[name] * share)
+        for name in ("warmup_steps", "cooldown_steps")
+        if name not in stated and name in defaults
+    }
+    return {**merged, **kept}
+
+
+def _check(settings: Settings) -> None:
+    """What can be said but not be done."""
+    objectives = settings.objectives or ()
+    if len(objectives) > 1 or any(objective.weight != 1 for objective in objectives):
+        raise SpecError("objectives: several of them, or a weight other than 1, are not built yet")
+    _check_schedule(_optimizer(settings), settings.steps or 0, "")
+    tokenizer = settings.tokenizer
+    if tokenizer is not None and tokenizer.kind == "bpe" and (tokenizer.vocab_size or 1024) < 300:
+        raise SpecError(f"tokenizer.vocab_size: {tokenizer.vocab_size} is too small for bpe: 300 at least")
+
+
+def _check_schedule(optimizer: OptimizerSpec, steps: int, where: str) -> None:
+    needed = optimizer.warmup_steps + optimizer.cooldown_steps
+    if needed > steps:
+        raise SpecError(
+            f"{where}warmup_steps {optimizer.warmup_steps} and cooldown_steps {optimizer.cooldown_steps} "
+            f"do not fit into {steps} steps"
+        )
 
 
 def _read(settings: Settings, names: Iterable[str]) -> list[Any]:
@@ -278,7 +325,8 @@ _MODEL_FIELDS = ("data", "tokenizer", "max_input_tokens", "max_output_tokens", "
 
 
 def _sft_model(
-    task: TaskDefaults,
+    task: str,
+    family: Family,
     role: str,
     settings: Settings,
     recipe: Settings,
@@ -300,8 +348,8 @@ def _sft_model(
     else:
         name, model = "custom", asked
     return SftModel(
-        task=task.name,
-        family=task.family,
+        task=task,
+        family=family,
         data=data,
         tokenizer=TokenizerSpec(**settings.tokenizer.model_dump()),
         model=_model(name, model, revisions),
@@ -336,17 +384,24 @@ def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
         return None
     optimizer = _optimizer(settings)
     stated = sft.model_dump(exclude_none=True)
+    share = sft.steps / (settings.steps or sft.steps)
+    kept = {name: int(getattr(optimizer, name) * share) for name in ("warmup_steps", "cooldown_steps")}
     changes = {name: stated[name] for name in _OPTIMIZER_FIELDS if name in stated}
     name = stated.get("optimizer", optimizer.name)
+    own = OptimizerSpec(**{**optimizer.model_dump(), **kept, **changes, "name": name})
+    _check_schedule(own, sft.steps, "sft: ")
     return SftSpec(
         steps=sft.steps,
         batch_size=sft.batch_size or settings.batch_size,  # type: ignore[arg-type]
         seed=sft.seed or 0,
-        optimizer=OptimizerSpec(**{**optimizer.model_dump(), **changes, "name": name}),
+        optimizer=own,
     )
 
 
-def _evaluation(asked: EvaluationSettings, metrics: tuple[str, ...], limit: int) -> Evaluation:
+def _evaluation(
+    asked: EvaluationSettings, metrics: tuple[str, ...], limit: int, rows: int | None
+) -> Evaluation:
+    counts = [count for count in (asked.examples, rows) if count is not None]
     sampled, beamed = asked.decoding == "sample", asked.decoding == "beam"
     return Evaluation(
         decoding=asked.decoding,
@@ -354,7 +409,7 @@ def _evaluation(asked: EvaluationSettings, metrics: tuple[str, ...], limit: int)
         num_beams=(asked.num_beams or 4) if beamed else None,
         length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty) if beamed else None,
         split=asked.split,
-        examples=asked.examples,
+        examples=min(counts, default=None),
         max_output_tokens=asked.max_output_tokens or limit,
         seed=asked.seed if sampled else None,
         metrics=asked.metrics or metrics,

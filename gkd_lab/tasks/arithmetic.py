@@ -89,6 +89,7 @@ SCALES = {
         },
     },
     "paper": {
+        "family": "encoder-decoder",  # FLAN-T5 (§4.3)
         "data": {"source": "openai/gsm8k", "config": "main"},
         "models": {
             # FLAN-T5, fine-tuned for 10K steps on the solutions (§4.3)

@@ -42,7 +42,8 @@ def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
 def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
     found = grid(grid={"lmbda": [0.5, "0.5"]})
     assert len(found.cells) == 1
-    assert len(found.stands_for) == 1
+    assert found.axes["lmbda"] == (0.5,)
+    assert found.stands_for == {}
 
 
 def test_what_is_said_for_one_task_wins_over_what_is_said_for_all_and_an_axis_over_both() -> None:
@@ -80,7 +81,7 @@ def test_a_section_s_field_can_be_an_axis_and_leaves_its_neighbours_alone() -> N
 
 def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_changed() -> None:
     changed = cell(
-        learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=3, lmbda=0
+        learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=10, lmbda=0
     ).training
     assert changed.start == cell().training.start
     assert changed.teacher == cell().training.teacher
@@ -183,3 +184,31 @@ def test_a_set_that_cannot_be_says_why(sets: dict[str, str], said: str) -> None:
 
 def test_every_refusal_is_a_value_error() -> None:
     assert issubclass(SpecError, ValueError)
+
+
+def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None:
+    usual = cell().training
+    longer = cell(steps=10 * usual.steps).training
+    assert longer.optimizer.warmup_steps == 10 * usual.optimizer.warmup_steps
+    assert longer.optimizer.cooldown_steps == 10 * usual.optimizer.cooldown_steps
+    assert cell(steps=10 * usual.steps, warmup_steps=7).training.optimizer.warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"steps": 10, "warmup_steps": 6, "cooldown_steps": 5},
+        {"objectives": [{"beta": 0.1, "teacher_temperature": 1, "student_temperature": 1, "weight": 2}]},
+        {"tokenizer": {"kind": "bpe", "vocab_size": 100}},
+    ],
+)
+def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
+    with pytest.raises(SpecError, match=r"do not fit into 10 steps|not built yet|300 at least"):
+        cell(**document)
+
+
+def test_how_many_rows_are_judged_changes_the_evaluation_and_not_the_training() -> None:
+    usual, fewer = cell(), cell(data={"test": 5})
+    assert fewer.fingerprint == usual.fingerprint
+    assert fewer.evaluations[0].examples == 5
+    assert fewer.evaluations[0].fingerprint != usual.evaluations[0].fingerprint
