@@ -79,13 +79,13 @@ def _pad(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
 class KeyedBatches(Sampler[list[int]]):
     """Batches of row numbers: for each seed `batch_size` rows of that seed's own order, one after another.
 
-    An epoch is one pass over the data; what is left over at its end is dropped, unless `keep_last`.
+    An epoch is one pass over the data; what is left over at its end is dropped.
     """
 
-    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int], keep_last: bool = False) -> None:
+    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int]) -> None:
         self.rows, self.batch_size, self.seeds = rows, batch_size, tuple(seeds)
         self.epoch = 0
-        self.length = -(-rows // batch_size) if keep_last else rows // batch_size
+        self.length = rows // batch_size
         if self.length == 0:
             raise ValueError(f"{rows} rows are fewer than one batch of {batch_size}")
 

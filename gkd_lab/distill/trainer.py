@@ -86,7 +86,6 @@ class GKDTrainer(Trainer):
         self._tokenizer = processing_class
         self._logged = Averages(len(self.cells))
         self._views: list[dict[str, nn.Parameter]] = []
-        self._norms = torch.zeros(len(self.cells))
         args.remove_unused_columns = False
         if args.disable_dropout:
             _disable_dropout(pack.model)
@@ -255,13 +254,11 @@ class GKDTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if not self.pack.is_packed:
             norm = super()._get_grad_norm(model, grad_norm)
-            self._norms = torch.as_tensor(norm, dtype=torch.float64).reshape(1)
-            self._logged.add_norms(self._norms)
+            self._logged.add_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
             return norm
-        self._norms = self._clip_each_cell()
-        self._logged.add_norms(self._norms)
-        alive = self._alive(self._norms.device)
-        return self._norms[alive].mean()
+        norms = self._clip_each_cell()
+        self._logged.add_norms(norms)
+        return norms[self._alive(norms.device)].mean()
 
     def _clip_each_cell(self) -> Tensor:
         """Norm of each cell's gradient before clipping, (K,); hands the clipped ones to the optimizer."""

@@ -3,11 +3,13 @@
 Plain data; neither torch nor pandas, so that the answer comes at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.records import State, Store, worst
 from gkd_lab.spec import Cell, GridOfCells
+from gkd_lab.spec.cell import references
 from gkd_lab.spec.cost import NOMINAL_RATE, sft_flops, training_flops
 from gkd_lab.spec.identity import SHOWN, canonical
 from gkd_lab.spec.packs import PackLimit, packs, why_alone
@@ -106,22 +108,17 @@ def _view(store: Store, cell: Cell, pack: int) -> CellView:
     )
 
 
-def _artifacts(grid: GridOfCells, store: Store) -> list[ArtifactView]:
-    found: dict[str, ArtifactView] = {}
-    for cell in grid.cells:
-        for role, model in (("teacher", cell.training.teacher), ("start", cell.training.start)):
-            key = role + model.fingerprint
-            if key not in found:
-                flops = sft_flops(model)
-                record = store.artifact(grid.scale, role, model)
-                found[key] = ArtifactView(
-                    role=role,
-                    name=f"{model.task}/{model.model.name}",
-                    state=record.state(),
-                    seconds=None if flops is None else flops / NOMINAL_RATE,
-                    error=record.status().get("error"),
-                )
-    return list(found.values())
+def _artifacts(grid: GridOfCells, store: Store) -> Iterator[ArtifactView]:
+    for role, model, _ in references(grid.cells):
+        record = store.artifact(grid.scale, role, model)
+        flops = sft_flops(model)
+        yield ArtifactView(
+            role=role,
+            name=f"{model.task}/{model.model.name}",
+            state=record.state(),
+            seconds=None if flops is None else flops / NOMINAL_RATE,
+            error=record.status().get("error"),
+        )
 
 
 def _alone(grid: GridOfCells) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gkd_lab.records import Record, State, Store, worst
 from gkd_lab.spec import Cell, Evaluation, GridOfCells, SftModel
+from gkd_lab.spec.cell import references
 
 Row = dict[str, Any]
 
@@ -18,8 +19,9 @@ _OWN_COLUMNS = ("task", "lmbda", "beta", "seed")
 def rows(grid: GridOfCells, store: Store) -> list[Row]:
     """The reference models (starts, then teachers), then the cells, both in the grid's order."""
     axes = extra_axes(grid)
-    references = [_reference_row(grid, store, axes, *known) for known in _references(grid)]
-    return [*references, *(_cell_row(grid, store, axes, cell) for cell in grid.cells)]
+    starts_first = sorted(references(grid.cells), key=lambda known: known.role != "start")
+    known = [_reference_row(grid, store, axes, *one) for one in starts_first]
+    return [*known, *(_cell_row(grid, store, axes, cell) for cell in grid.cells)]
 
 
 def extra_axes(grid: GridOfCells) -> tuple[str, ...]:
@@ -55,16 +57,6 @@ def _names(evaluations: tuple[Evaluation, ...]) -> dict[str, str]:
         evaluation.folder: name if names.count(name) == 1 else f"{name}-{evaluation.fingerprint}"
         for evaluation, name in zip(evaluations, names, strict=True)
     }
-
-
-def _references(grid: GridOfCells) -> Iterator[tuple[str, SftModel, list[Cell]]]:
-    """Every distinct start and teacher with the cells that use it."""
-    for role in ("start", "teacher"):
-        users: dict[str, list[Cell]] = {}
-        for cell in grid.cells:
-            users.setdefault(getattr(cell.training, role).fingerprint, []).append(cell)
-        for cells in users.values():
-            yield role, getattr(cells[0].training, role), cells
 
 
 def _reference_row(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import Timeout
@@ -26,9 +26,7 @@ from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows, texts
 from gkd_lab.runs.sft import fine_tune
-from gkd_lab.spec.cell import SftModel
-
-Role = Literal["teacher", "start"]
+from gkd_lab.spec.cell import Role, SftModel
 
 
 class ArtifactFailed(RuntimeError):

@@ -14,7 +14,7 @@ from gkd_lab.runs.cells import load_pack
 from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, rows
-from gkd_lab.spec.cell import Cell, Evaluation, SftModel
+from gkd_lab.spec.cell import Cell, Evaluation, Role, SftModel
 
 
 def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
@@ -34,7 +34,7 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
 
 
 def evaluate_reference(
-    role: artifacts.Role,
+    role: Role,
     model: SftModel,
     record: Record,
     cells: Sequence[Cell],

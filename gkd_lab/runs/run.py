@@ -8,8 +8,8 @@ from gkd_lab.runs import artifacts
 from gkd_lab.runs.cells import Claimed, train
 from gkd_lab.runs.judging import evaluate_cells, evaluate_reference
 from gkd_lab.runs.options import RunOptions
-from gkd_lab.spec import GridOfCells, SftModel
-from gkd_lab.spec.cell import Cell
+from gkd_lab.spec import GridOfCells
+from gkd_lab.spec.cell import Cell, references
 from gkd_lab.spec.packs import packs
 
 
@@ -28,7 +28,8 @@ def run(grid: GridOfCells, options: RunOptions) -> Outcome:
     outcome = Outcome()
     broken = _references(grid, options, outcome)
     for group in packs(grid.cells, options.pack):
-        if group[0].training.teacher in broken or group[0].training.start in broken:
+        training = group[0].training
+        if broken & {training.teacher.full_fingerprint, training.start.full_fingerprint}:
             continue
         with Claimed(group, options) as claimed:
             outcome.elsewhere += len(claimed.elsewhere)
@@ -40,30 +41,19 @@ def run(grid: GridOfCells, options: RunOptions) -> Outcome:
     return outcome
 
 
-def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> set[SftModel]:
-    """Build and judge teachers and starts; returns those that could not be built."""
+def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> set[str]:
+    """Build and judge teachers and starts; returns the full fingerprints of those that could not be built."""
     broken = set()
     for role, model, cells in references(grid.cells):
         try:
             record = artifacts.ensure(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
             outcome.failed.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
-            broken.add(model)
+            broken.add(model.full_fingerprint)
             continue
         evaluate_reference(role, model, record, cells, options)
         outcome.failed += _failures(record, cells, options)
     return broken
-
-
-def references(
-    cells: Sequence[Cell],
-) -> list[tuple[artifacts.Role, SftModel, list[Cell]]]:
-    """The distinct teachers and starting students of some cells, each with the cells that need it."""
-    found: dict[tuple[artifacts.Role, SftModel], list[Cell]] = {}
-    for cell in cells:
-        for role, model in (("teacher", cell.training.teacher), ("start", cell.training.start)):
-            found.setdefault((role, model), []).append(cell)  # type: ignore[arg-type]
-    return [(role, model, members) for (role, model), members in found.items()]
 
 
 def _failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:

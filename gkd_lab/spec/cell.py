@@ -3,9 +3,10 @@
 Nothing here knows of devices, folders of outputs or workers, so none of these can enter a fingerprint.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -209,6 +210,31 @@ class Cell:
         """Where its record lies below the outputs folder: readable first, fingerprint second."""
         name = f"lmbda={self.lmbda:g}_beta={self.beta:g}_seed={self.seed}-{self.fingerprint}"
         return f"{self.scale}/{self.task}/{name}"
+
+
+Role = Literal["teacher", "start"]
+
+
+class Reference(NamedTuple):
+    """A teacher or a starting student, with the cells that need it."""
+
+    role: Role
+    model: SftModel
+    cells: list[Cell]
+
+
+def references(cells: Iterable[Cell]) -> list[Reference]:
+    """The distinct teachers and starting students of some cells, in order of first appearance."""
+    found: dict[tuple[Role, str], Reference] = {}
+    for cell in cells:
+        pair: tuple[tuple[Role, SftModel], ...] = (
+            ("teacher", cell.training.teacher),
+            ("start", cell.training.start),
+        )
+        for role, model in pair:
+            key = (role, model.full_fingerprint)
+            found.setdefault(key, Reference(role, model, [])).cells.append(cell)
+    return list(found.values())
 
 
 def artifact_folder(scale: str, role: str, model: SftModel) -> str:

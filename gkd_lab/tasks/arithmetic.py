@@ -117,5 +117,4 @@ TASK = Task(
     generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)},
     parse=parse,
     hub_name="openai/gsm8k",
-    hub_config="main",
 )

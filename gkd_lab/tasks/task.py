@@ -47,7 +47,6 @@ class Task:
     generators: Mapping[str, MadeSource]
     parse: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
     hub_name: str  # the data the paper used
-    hub_config: str | None = None
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scale -> settings, with `models` (name -> settings), `evaluations`, and `real`: what changes
     when the rows are not the made ones."""

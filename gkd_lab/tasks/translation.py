@@ -161,5 +161,4 @@ TASK = Task(
     generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: made_version())},
     parse=parse,
     hub_name="wmt/wmt14",
-    hub_config="de-en",
 )
