@@ -1,6 +1,7 @@
 """Rows to tensors, and which rows a step sees: a function of (seed, step), not of a generator's state."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from gkd_lab.distill.collated import in_form_of_trl
 from gkd_lab.distill.streams import permutation
 from gkd_lab.models.forward import Sequences
 
@@ -76,16 +78,33 @@ def _pad(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor,
     return ids, mask
 
 
+@dataclass(frozen=True)
+class Collator:
+    """Rows of any kind as one batch: our own four tensors, and TRL's five for whoever reads those."""
+
+    encode_row: Callable[[Any], Example]
+    pad_id: int
+    is_encoder_decoder: bool
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        examples = [self.encode_row(row) for row in rows]
+        batch = collate(examples, self.pad_id, is_encoder_decoder=self.is_encoder_decoder)
+        if self.is_encoder_decoder or all(isinstance(row, Example) for row in rows):
+            return vars(batch)
+        return {**vars(batch), **in_form_of_trl(batch)}
+
+
 class KeyedBatches(Sampler[list[int]]):
     """Batches of row numbers: for each seed `batch_size` rows of that seed's own order, one after another.
 
-    An epoch is one pass over the data; what is left over at its end is dropped.
+    An epoch is one pass over the data; with `drop_last` what is left over at its end is dropped.
     """
 
-    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int]) -> None:
-        self.rows, self.batch_size, self.seeds = rows, batch_size, tuple(seeds)
+    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int], *, drop_last: bool = True) -> None:
+        self.rows, self.rows_of_seed, self.seeds = rows, batch_size, tuple(seeds)
+        self.batch_size, self.drop_last = batch_size * len(self.seeds), drop_last
         self.epoch = 0
-        self.length = rows // batch_size
+        self.length = rows // batch_size if drop_last else math.ceil(rows / batch_size)
         if self.length == 0:
             raise ValueError(f"{rows} rows are fewer than one batch of {batch_size}")
 
@@ -98,5 +117,5 @@ class KeyedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         orders = [permutation(seed, self.epoch, self.rows) for seed in self.seeds]
         for batch in range(self.length):
-            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            part = slice(batch * self.rows_of_seed, (batch + 1) * self.rows_of_seed)
             yield [row for order in orders for row in order[part]]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gkd_lab.distill.divergence import Divergence
+
 with warnings.catch_warnings():
     # TRL warns that its experimental names may move; constraints.txt pins where they are.
     warnings.filterwarnings("ignore", message=".*experimental.*")
@@ -101,6 +103,8 @@ class CellArguments:
     learning_rate: float
     output_dir: str
     """Where the cell's own checkpoints go."""
+    divergence: str = "jsd"
+    rescale_divergence: bool = False
 
     @classmethod
     def of(cls, args: GKDConfig) -> "CellArguments":
@@ -108,6 +112,16 @@ class CellArguments:
         seed = args.seed if args.data_seed is None else args.data_seed
         own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
         return cls(**{**own, "seed": seed})
+
+    def measure(self) -> Divergence:
+        """How the cell compares its student with the teacher."""
+        return Divergence(
+            kind=self.divergence,  # type: ignore[arg-type]
+            beta=self.beta,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            rescale=self.rescale_divergence,
+        )
 
 
 def shared_seeds(cells: Sequence[CellArguments]) -> list[int]:

@@ -3,6 +3,7 @@
 P is the teacher, Q the student, M = beta P + (1 - beta) Q, so beta weighs the teacher:
 
     JSD(beta)(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M),   0 < beta < 1        (Eq. 1)
+    TV(P, Q) = 1/2 sum |P - Q|
 
 beta = 0 and beta = 1 stand for forward KL(P || Q) and reverse KL(Q || P), which are the limits of
 JSD(beta) / beta and JSD(beta) / (1 - beta), not of JSD(beta) itself: that goes to 0 at both ends.
@@ -11,9 +12,87 @@ Shapes: N tokens, V vocabulary. Values are per token; masking and averaging are 
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One of the divergences, its temperatures and its scale.
+
+    kind: JSD(beta) with the two KLs at its ends, or total variation, which has no beta.
+    rescale: divide JSD(beta) by beta (1 - beta) for 0 < beta < 1. Near P = Q it is beta (1 - beta) / 2 chi^2
+        and each KL is chi^2 / 2, so then all betas agree there, and it is continuous at both ends.
+
+    Raises ValueError for a beta outside of [0, 1] and for a temperature that is not positive.
+    """
+
+    kind: Literal["jsd", "tv"] = "jsd"
+    beta: float = 0.5
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("jsd", "tv"):
+            raise ValueError(f"kind {self.kind!r} is not a divergence: choose 'jsd' or 'tv'")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta {self.beta} weighs the teacher in a mixture: choose it in [0, 1]")
+        for name in ("student_temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} divides logits: choose a positive number")
+
+    @property
+    def factor(self) -> float:
+        """What the divergence is multiplied by."""
+        inside = self.kind == "jsd" and 0 < self.beta < 1
+        return 1 / (self.beta * (1 - self.beta)) if self.rescale and inside else 1.0
+
+    def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
+        """Value of each token, (N,), by plain formulas and autograd: the reference."""
+        if self.kind == "tv":
+            return total_variation(
+                student_logits_NV,
+                teacher_logits_NV,
+                student_temperature=self.student_temperature,
+                teacher_temperature=self.teacher_temperature,
+            )
+        return self.factor * generalized_jsd(
+            student_logits_NV,
+            teacher_logits_NV,
+            self.beta,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+        )
+
+    @torch.no_grad()
+    def value_and_gradient(
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same values, their gradient and the student's entropy, without autograd.
+
+        Returns the values, (N,); the gradient of each token's value by its own student logits, (N, V);
+        the student's entropy at its temperature, (N,), in nats.
+        """
+        log_q, q = _log_and_probabilities(student_logits_NV, self.student_temperature)
+        log_p, p = _log_and_probabilities(teacher_logits_NV, self.teacher_temperature)
+        entropy = -_dot(q, log_q)
+        if self.kind == "tv":
+            value, gradient = _total_variation(q, p)
+        elif self.beta == 0:
+            value, gradient = _forward_kl(log_q, q, log_p, p)
+        elif self.beta == 1:
+            value, gradient = _reverse_kl(log_q, q, log_p)
+        else:
+            value, gradient = _jsd(log_q, q, log_p, p, self.beta)
+        factor = self.factor
+        if factor / self.student_temperature != 1:
+            gradient *= factor / self.student_temperature
+        return value.clamp_min_(0).mul_(factor), gradient, entropy
 
 
 def generalized_jsd(
@@ -29,25 +108,101 @@ def generalized_jsd(
     Computed in float32 (float64 for float64 logits) whatever the logits' dtype. Logits may be -inf: a
     token that only one side excludes costs a finite amount under JSD and a very large one under a KL.
     """
-    log_q = _log_probabilities(student_logits_NV, student_temperature)
-    log_p = _log_probabilities(teacher_logits_NV, teacher_temperature)
+    log_q = log_probabilities(student_logits_NV, student_temperature)
+    log_p = log_probabilities(teacher_logits_NV, teacher_temperature)
+    return pointwise_jsd(log_q, log_p, beta).sum(-1).clamp_min(0)
+
+
+def total_variation(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> Tensor:
+    """Total variation of each token, 1/2 sum_v |p - q|, (N,), in [0, 1] (paper, §2).
+
+    Computed in float32 (float64 for float64 logits); logits may be -inf.
+    """
+    q = log_probabilities(student_logits_NV, student_temperature).exp()
+    p = log_probabilities(teacher_logits_NV, teacher_temperature).exp()
+    return (p - q).abs().sum(-1) / 2
+
+
+def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """What each entry of the vocabulary adds to JSD(beta), (..., V); terms may be negative, their sum is not.
+
+    log_q, log_p: (..., V), the student's and the teacher's `log_probabilities`.
+    """
     if beta == 0:
-        value = _kl(log_p, log_q)
-    elif beta == 1:
-        value = _kl(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        value = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    return value.clamp_min(0)
+        return _kl_terms(log_p, log_q)
+    if beta == 1:
+        return _kl_terms(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl_terms(log_p, log_m) + (1 - beta) * _kl_terms(log_q, log_m)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p log(p / q), (N,)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature), in float32 (float64 for float64), with a finite number for log 0."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide if temperature == 1 else wide / temperature
-    # A finite stand-in for log 0 keeps 0 * log 0 at 0, in the value and in the gradient.
-    return scaled.log_softmax(-1).clamp_min(torch.finfo(wide.dtype).min / 8)
+    return scaled.log_softmax(-1).clamp_min(_log_zero(wide))
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p log(p / q), before the sum."""
+    return log_p.exp() * (log_p - log_q)
+
+
+def _log_zero(like: Tensor) -> float:
+    """A finite stand-in for log 0: it keeps 0 * log 0 at 0, in the value and in the gradient."""
+    return torch.finfo(like.dtype).min / 8
+
+
+# Below are values, (N,), and their gradients by the student's logits over its temperature, (N, V): with
+# g = dD / dlog q they are g - q sum(g). These are the innermost loops, so arguments are overwritten.
+
+
+def _log_and_probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logs = log_probabilities(logits, temperature)
+    return logs, logs.exp()
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(-1)
+
+
+def _centred(gradient: Tensor, q: Tensor, total: Tensor) -> Tensor:
+    return gradient.sub_(total[:, None]).mul_(q)
+
+
+def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    value, zero = _dot(p, log_p.sub_(log_q)), _log_zero(log_q)
+    if log_q.min() > zero:
+        return value, q.sub_(p)
+    # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either.
+    p.masked_fill_(log_q <= zero, 0)
+    return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
+
+
+def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = log_q.sub_(log_p)
+    value = _dot(q, ratio)
+    return value, _centred(ratio, q, value)
+
+
+def _jsd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
+    log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
+    to_teacher = _dot(p, log_p.sub_(log_m))
+    ratio = log_q.sub_(log_m)
+    to_student = _dot(q, ratio)
+    value = beta * to_teacher + (1 - beta) * to_student
+    return value, _centred(ratio, q, to_student).mul_(1 - beta)
+
+
+def _total_variation(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    difference = q - p
+    value = difference.abs().sum(-1) / 2
+    sign = difference.sign_().div_(2)
+    return value, _centred(sign, q, _dot(q, sign))

@@ -20,24 +20,29 @@ from gkd_lab.models.forward import Sequences, until_end
 class InverseCdf(LogitsProcessor):
     """Leaves one token a row: where the cumulative distribution passes the row's uniform number."""
 
-    def __init__(self, uniforms_NC: Tensor, temperature: float | Tensor) -> None:
+    def __init__(
+        self, uniforms_NC: Tensor, temperature: float | Tensor, vocabulary: int | None = None
+    ) -> None:
         self.uniforms = uniforms_NC
         self.temperature = temperature
+        self.vocabulary = vocabulary
         self.token = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(N, V) scores -> 0 at the drawn token, -inf elsewhere."""
-        wide = scores if scores.dtype == torch.float64 else scores.float()
+        allowed = scores[:, : self.vocabulary]
+        wide = allowed if allowed.dtype == torch.float64 else allowed.float()
         temperature = torch.as_tensor(self.temperature, device=scores.device, dtype=wide.dtype)
         cumulative = (wide / temperature).softmax(-1).double().cumsum(-1)
         u = self.uniforms[:, self.token, None].to(scores.device) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, u, right=True).clamp_max(scores.shape[-1] - 1)
+        drawn = torch.searchsorted(cumulative, u, right=True).clamp_max(allowed.shape[-1] - 1)
         self.token += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **more: Any) -> GenerationConfig:
     """A configuration that states every choice; end of sequence as given."""
+    ends = end_ids.tolist()
     return GenerationConfig(
         **{
             "do_sample": False,
@@ -48,20 +53,36 @@ def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **mo
             "early_stopping": False,
             "use_cache": True,
             "pad_token_id": pad_id,
-            "eos_token_id": end_ids.tolist(),
+            "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
             "decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None),
             **more,
         }
     )
 
 
+def sampling_config(
+    model: PreTrainedModel, end_ids: Tensor, pad_id: int, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    """Plain sampling, as TRL's trainer shows it to its users; `write` itself draws from given noise."""
+    return generation_config(
+        model,
+        end_ids,
+        pad_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+
+
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    """Every id that ends a sequence: the tokenizer's and those of the model's own configuration."""
-    ids = {tokenizer.eos_token_id}
-    for config in (model.config, model.generation_config):
+    """Every id that ends a sequence: those of the model's configurations and the tokenizer's, once each."""
+    ids: list[int | None] = []
+    for config in (model.generation_config, model.config, tokenizer):
         own = getattr(config, "eos_token_id", None)
-        ids |= set(own) if isinstance(own, list) else {own}
-    return torch.tensor(sorted(i for i in ids if i is not None))
+        ids += own if isinstance(own, list) else [own]
+    return torch.tensor(list(dict.fromkeys(i for i in ids if i is not None)), dtype=torch.long)
 
 
 @torch.no_grad()
@@ -76,10 +97,12 @@ def write(
     temperature: float | Tensor = 1.0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    vocabulary: int | None = None,
 ) -> Sequences:
     """The prompts with what the model writes after them, at most `max_new_tokens`.
 
-    With `uniforms` (N, C) it samples at `temperature`; without it searches, greedily or with `num_beams`.
+    With `uniforms` (N, C) it samples at `temperature`, from the first `vocabulary` entries if that is given;
+    without it searches, greedily or with `num_beams`.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
     config = generation_config(
@@ -92,13 +115,17 @@ def write(
     )
     processors = LogitsProcessorList()
     if uniforms is not None:
-        processors.append(InverseCdf(uniforms, temperature))
+        processors.append(InverseCdf(uniforms, temperature, vocabulary))
+    # A mixture of experts would balance its load over the prompt's mask and one token's logits, and fail.
+    routes = getattr(model.config.get_text_config(), "output_router_logits", False)
+    router_off = {"output_router_logits": False} if routes else {}
     with evaluating(model), only_configured_by(model, config):
         written = model.generate(
             input_ids=prompts.prompt_ids,
             attention_mask=prompts.prompt_mask,
             generation_config=config,
             logits_processor=processors,
+            **router_off,
         )
     skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
     ids = written[:, skip:]

@@ -1,4 +1,4 @@
-"""What one optimizer step trains on: the coin, the rollout, and the loss of each cell (Algorithm 1, Eq. 2).
+"""What one optimizer step trains on and the loss of each cell (Algorithm 1, Eq. 2).
 
 Shapes: K cells, S distinct seeds, B rows a cell, C completion tokens, V vocabulary, M teacher blocks.
 """
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.divergence import generalized_jsd
 from gkd_lab.models.forward import Sequences
+from gkd_lab.models.heads import Unprojected
 
 
 @dataclass(frozen=True)
@@ -81,34 +82,45 @@ def trained_items(batch: StepBatch, cells: int, normalization: str) -> Tensor:
     return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
 
 
-def cell_losses(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
+    """Weight of each token in the sum over a block that is still to be divided by its items, (M, B, C)."""
+    masks = masks_MBC.double()
+    return masks if normalization == "token" else masks / masks.sum(-1, keepdim=True).clamp_min(1)
+
+
+def cell_sums(
+    student: Unprojected,
+    teacher: Unprojected,
     batch: StepBatch,
     cells: Sequence[CellArguments],
     items: Tensor,
     normalization: str,
-) -> Tensor:
-    """Loss of each cell, (K,), summed over this micro-batch and divided by the whole step's `items`.
+    vocabulary: int | None = None,
+) -> CellSums:
+    """Loss and entropy of each cell, summed over this micro-batch; the loss is divided by the step's `items`.
 
-    student_logits: (K*B, C, V); teacher_logits: (M*B, C, V).
+    student: (K*B, C, H); teacher: (M*B, C, H). Only positions that are trained on are projected.
     """
-    count, (_, length, vocabulary) = len(cells), student_logits.shape
-    student = student_logits.view(count, -1, length, vocabulary)
-    teacher = teacher_logits.view(-1, student.shape[1], length, vocabulary)
-    masks = batch.student.completion_mask.view(count, -1, length).bool()
-    losses = []
-    for n, cell in enumerate(cells):
-        mask = masks[n]
-        values = generalized_jsd(
-            student[n][mask],
-            teacher[batch.block_of_cell[n]][mask],
-            cell.beta,
-            student_temperature=cell.student_temperature,
-            teacher_temperature=cell.teacher_temperature,
-        )
-        if normalization == "sequence":
-            lengths = mask.sum(-1, keepdim=True).expand_as(mask)[mask]
-            values = values / lengths
-        losses.append(values.sum() / items[n].clamp_min(1))
-    return torch.stack(losses)
+    count, length = len(cells), batch.student.completion_mask.shape[1]
+    masks = batch.teacher.completion_mask.reshape(-1, student.hidden.shape[0] // count, length)
+    weights = token_weights(masks, normalization).flatten(1)
+    trained = max(1, int((weights > 0).sum(-1).max()))
+    # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
+    chosen = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
+    block = torch.tensor(batch.block_of_cell, device=chosen.device)
+    divisors = items.to(weights.device).clamp_min(1)[:, None]
+    return divergence_sums(
+        _gathered(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
+        student.projection,
+        _gathered(teacher.hidden.reshape(len(masks), -1, teacher.hidden.shape[-1]), chosen),
+        teacher.projection,
+        batch.block_of_cell,
+        [cell.measure() for cell in cells],
+        weights.gather(1, chosen)[block] / divisors,
+        vocabulary=vocabulary,
+    )
+
+
+def _gathered(hidden: Tensor, chosen: Tensor) -> Tensor:
+    """(M, T, H) at positions (M, N) -> (M, N, H)."""
+    return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,29 +1,39 @@
 """Generalized knowledge distillation of K cells at once: Algorithm 1 of the paper on transformers' Trainer.
 
-K = 1 with a plain model is a pack of one; nothing here asks which. Shapes: K cells, S distinct seeds,
-B rows of a micro-batch, C completion tokens.
+It takes what TRL's GKDTrainer takes. K = 1 with a plain model is a pack of one; nothing here asks which.
+Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 """
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
+from trl.models.utils import _ForwardRedirection
 
-from gkd_lab.distill import checkpoints
+from gkd_lab.distill import checkpoints, per_cell, setup, trl_form
 from gkd_lab.distill.averages import Averages
-from gkd_lab.distill.batches import Example, KeyedBatches, collate, encode
+from gkd_lab.distill.batches import Collator, KeyedBatches
+from gkd_lab.distill.chunked import CellSums
+from gkd_lab.distill.collated import as_sequences
 from gkd_lab.distill.config import CellArguments, GKDConfig, shared_seeds
-from gkd_lab.distill.sampling import end_ids, evaluating, write
-from gkd_lab.distill.steps import StepBatch, blocks, cell_losses, joined, step_batch, trained_items
-from gkd_lab.distill.streams import is_on_policy, key, uniforms
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
+from gkd_lab.distill.rows import RowEncoder
+from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
+from gkd_lab.distill.steps import StepBatch, blocks, cell_sums, joined, step_batch, trained_items
+from gkd_lab.distill.streams import is_on_policy, key
+from gkd_lab.models.forward import Sequences
+from gkd_lab.models.heads import Head, Unprojected
 from gkd_lab.models.packing import Pack
+from gkd_lab.models.sharding import place_student, place_teacher
+from gkd_lab.models.teachers import at_work, load_student, load_teacher
+from gkd_lab.models.vocabulary import shared_vocabulary, tokenizer_of
 
 CellLog = Callable[[int, dict[str, float]], None]
 
@@ -35,99 +45,153 @@ class AllCellsFailed(FloatingPointError):
 class GKDTrainer(Trainer):
     """Distils `teacher_model` into one student, or into the K students of a `pack`.
 
+    The first thirteen arguments are those of TRL's GKDTrainer.
+
     Args:
-        model: The student; or leave it out and give `pack`.
-        teacher_model: Frozen here. Its vocabulary must be the student's.
+        model: The student, or its name; or leave it out and give `pack`.
+        teacher_model: The teacher, or its name; frozen here. None: `args.teacher_model_name_or_path`, and
+            without that a frozen copy of the student as it starts.
         args: Common to all cells.
-        train_dataset: `Example`s, or rows with the texts `prompt` and `completion`.
-        processing_class: The tokenizer of both models.
+        data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
+        train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `Example`s.
+        eval_dataset: The same, or a dict of them.
+        processing_class: The tokenizer of the student; None: the one in the model's folder.
+        peft_config: Trains an adapter instead of the model.
+        formatting_func: Applied to each row first.
+        teacher_processing_class: The teacher's tokenizer, where it is not in the teacher's folder; it must
+            be the student's.
         pack, cells: K students in one model, and what differs between them.
         log_cell: Called with (cell, row) whenever the Trainer logs.
         on_failure: Called with (cell, why) at once when a cell's loss or gradient is no number.
+        tokenizer: Deprecated name of `processing_class`.
     """
 
     optimizer: Any
+    generalized_jsd_loss = staticmethod(trl_form.generalized_jsd_loss)
+    generate_on_policy_outputs = staticmethod(trl_form.generate_on_policy_outputs)
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
-        teacher_model: PreTrainedModel | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
         args: GKDConfig | None = None,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_metrics: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        formatting_func: Any = None,
         *,
+        teacher_processing_class: Any = None,
         pack: Pack | None = None,
         cells: Sequence[CellArguments] | None = None,
         log_cell: CellLog | None = None,
         on_failure: Callable[[int, str], None] | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        if args is None:
-            args = GKDConfig(output_dir="gkd_output")
-        if pack is None:
-            if model is None:
-                raise ValueError("give the student as `model`, or several of them as `pack`")
-            pack = Pack.alone(model)
-        if args.seq_kd:
-            raise ValueError("seq_kd is not built yet: train on the teacher's text as `completion` instead")
-        if teacher_model is None:
-            raise ValueError("give the teacher as `teacher_model`")
-        _check_vocabularies(pack.model, teacher_model)
-        self.pack = pack
+        args = setup.arguments(args, model)
+        student = pack.model if pack is not None else _student(model, args)
+        self._tokenizer = setup.tokenizer_for(processing_class, tokenizer, student, args)
+        teacher = load_teacher(
+            teacher_model,
+            name_or_path=args.teacher_model_name_or_path,
+            init_kwargs=args.teacher_model_init_kwargs,
+            student=student,
+            dtype=args.teacher_dtype,
+            trust_remote_code=args.trust_remote_code,
+        )
+        copied = teacher_model in (None, model) and not args.teacher_model_name_or_path
+        known = teacher_processing_class or (self._tokenizer if copied else tokenizer_of(teacher))
+        self._vocabulary = shared_vocabulary(student, teacher, self._tokenizer, known)
+        self.pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
         self.cells = tuple(cells or [CellArguments.of(args)])
-        if len(self.cells) != pack.size:
-            raise ValueError(f"{len(self.cells)} cells for a pack of {pack.size} models")
+        if len(self.cells) != self.pack.size:
+            raise ValueError(f"{len(self.cells)} cells for a pack of {self.pack.size} models")
         self.seeds = shared_seeds(self.cells)
-        self.log_cell = log_cell
-        self.on_failure = on_failure
+        self.log_cell, self.on_failure = log_cell, on_failure
         self.failures: dict[int, str] = {}
-        self._tokenizer = processing_class
         self._logged = Averages(len(self.cells))
-        self._views: list[dict[str, nn.Parameter]] = []
-        args.remove_unused_columns = False
+        self._views: per_cell.Views = []
         if args.disable_dropout:
-            _disable_dropout(pack.model)
+            setup.disable_dropout(self.pack.model)
+        encoder_decoder = bool(student.config.is_encoder_decoder)
+        self._encode = RowEncoder(
+            self._tokenizer,
+            is_encoder_decoder=encoder_decoder,
+            max_length=args.max_length,
+            max_new_tokens=args.max_new_tokens,
+            formatting_func=formatting_func,
+        )
+        pad_id = self._tokenizer.pad_token_id
         super().__init__(
-            model=pack.model,
+            model=self.pack.model,
             args=args,
-            data_collator=self._collate,
-            train_dataset=self._examples(train_dataset, args.max_length),
-            eval_dataset=self._examples(eval_dataset, args.max_length),
-            processing_class=processing_class,
+            data_collator=data_collator or Collator(self._encode, pad_id, encoder_decoder),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self._tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         # Our losses are divided by the whole step's items, whatever the number of micro-batches.
         self.loss_is_scaled_for_ga = True
-        self.teacher = teacher_model.to(args.device).eval().requires_grad_(False)
-        self._end_ids = end_ids(pack.model, processing_class)
+        self._student_head, self._teacher_head = Head(self.pack.model), Head(teacher)
+        self.model = place_student(self.pack.model, self.accelerator)
+        self.teacher_model = place_teacher(teacher, self.accelerator, parked=args.park_teacher)
+        ends = end_ids(self.pack.model, self._tokenizer)
+        self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
+        self.generation_config = sampling_config(
+            self.pack.model, ends, pad_id, args.max_new_tokens, args.temperature
+        )
+        self._teacher_text = TeacherText(
+            self._teacher_head.model, self._limits, args.temperature, args.seed, self._on_any_rank
+        )
+        self._vllm = self._start_vllm() if args.use_vllm else None
+        self._own_text = Averages(len(self.cells))
+        self._evaluated = 0
+
+    def _start_vllm(self) -> Any:
+        from gkd_lab.distill.vllm import VllmWriter
+
+        if self.pack.is_packed:
+            raise ValueError("use_vllm serves one student: run the cells alone (`--pack off`)")
+        return VllmWriter(
+            self.pack.model,
+            self._tokenizer,
+            self.accelerator,
+            self.args,
+            self._limits.end_ids,
+            self._vocabulary,
+        )
 
     # ---- data ----
 
-    def _examples(self, dataset: Any, limit: int | None) -> list[Example] | None:
-        """Token ids of a data set of texts; prompt and target are cut at `limit` tokens each."""
-        if dataset is None or (len(dataset) and isinstance(dataset[0], Example)):
-            return dataset
-        examples, _ = encode(
-            self._tokenizer,
-            [(row["prompt"], row["completion"]) for row in dataset],
-            is_encoder_decoder=self.pack.model.config.is_encoder_decoder,
-            max_input_tokens=limit or sys.maxsize,
-            max_output_tokens=limit or sys.maxsize,
-        )
-        return examples
-
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        encoder_decoder = self.pack.model.config.is_encoder_decoder
-        pad_id = self._tokenizer.pad_token_id
-        return vars(collate(examples, pad_id, is_encoder_decoder=encoder_decoder))
-
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of (S*B) rows in the order that each cell's seed gives."""
-        batches = KeyedBatches(len(self.train_dataset), self.args.per_device_train_batch_size, self.seeds)
-        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        """Batches of (S*B) rows in the order that each cell's seed gives; a stream keeps its own order."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = KeyedBatches(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            self.seeds,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
         return self.accelerator.prepare(loader)
 
     # ---- one step ----
@@ -136,55 +200,57 @@ class GKDTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step: toss the coin, let students write, count items."""
-        fetched = [Sequences(**batch) for batch in itertools.islice(epoch_iterator, num_batches)]
-        step = self.state.global_step
-        torch.manual_seed(key(self.args.seed, step, "dropout"))  # dropout of this step, resumed or not
-        writing = [
-            n
-            for n, cell in enumerate(self.cells)
-            if n not in self.failures and is_on_policy(cell.lmbda, cell.seed, step)
-        ]
-        pad_id = self._tokenizer.pad_token_id
+        pad_id = self._limits.pad_id
+        fetched = [self._sequences(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        step, rank = self.state.global_step, self.args.process_index
+        # Dropout of this step, resumed or not; ranks drop different units.
+        torch.manual_seed(key(self.args.seed, step, f"dropout {rank}" if rank else "dropout"))
+        alive = [n for n in range(len(self.cells)) if n not in self.failures]
+        writing = [n for n in alive if is_on_policy(self.cells[n].lmbda, self.cells[n].seed, step)]
         batches = []
         for position, fixed in enumerate(fetched):
-            written = self._written(fixed, writing, step, position, len(fetched))
+            place = Place(step, position, len(fetched), rank, self.args.world_size)
+            if len(writing) < len(alive):
+                fixed = self._off_policy(fixed)
+            written = self._written(fixed, writing, place)
             batches.append(step_batch(self.seeds, self.cells, fixed, written, pad_id))
         counts = [trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches]
-        items = torch.stack(counts).sum(0).to(device)
-        if self.args.world_size > 1:
+        items = torch.stack(counts).sum(0).to(device) if counts else None
+        if self.args.world_size > 1 and items is not None:
             # The gradient is averaged over ranks, so each divides by the mean count.
             items = self.accelerator.reduce(items, reduction="mean")
-        return [{"batch": batch, "items": items} for batch in batches], items
+        return [{"batch": batch, "items": items, "parts": len(batches)} for batch in batches], items
+
+    def _off_policy(self, fixed: Sequences) -> Sequences:
+        """What those cells train on whose coin fell on the data."""
+        if self.args.seq_kd:
+            with self._teacher_at_work():
+                return self._teacher_text.in_place_of(fixed)
+        empty = int((fixed.completion_mask.sum(-1) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"{empty} of {fixed.rows} rows have no completion, which a step off policy trains on; set "
+                "lmbda=1 to train on the student's own text alone, or seq_kd=True to let the teacher write"
+            )
+        return fixed
 
     def _written(
-        self, fixed: Sequences, writing: list[int], step: int, position: int, batches: int
+        self, fixed: Sequences, writing: Sequence[int], place: Place, purpose: str = "sampling"
     ) -> dict[int, Sequences]:
         """What the students of the cells `writing` answer to the prompts of `fixed`, cell -> (B) rows."""
-        if not writing:
-            return {}
-        prompts = dict(zip(self.seeds, blocks(fixed, len(self.seeds)), strict=True))
-        of_cells = [prompts[self.cells[n].seed] for n in writing]
-        rows = of_cells[0].rows
-        world, limit = self.args.world_size, self.args.max_new_tokens
-        first = (position * world + self.args.process_index) * rows
-        noise = {
-            seed: uniforms(seed, step, "sampling", batches * world * rows, limit)
-            for seed in {self.cells[n].seed for n in writing}
-        }
-        drawn = torch.cat([noise[self.cells[n].seed][first : first + rows] for n in writing])
-        temperature = torch.tensor([self.cells[n].temperature for n in writing])
-        pad_id = self._tokenizer.pad_token_id
-        with self.pack.only(writing) as model, self.compute_loss_context_manager():
-            answers = write(
-                model,
-                joined(of_cells, pad_id),
-                max_new_tokens=limit,
-                end_ids=self._end_ids,
-                pad_id=pad_id,
-                uniforms=drawn,
-                temperature=temperature.repeat_interleave(rows)[:, None],
+        if self._vllm is not None and writing:
+            cell = self.cells[0]
+            answers = self._vllm.write(
+                fixed,
+                max_new_tokens=self._limits.max_new_tokens,
+                temperature=cell.temperature,
+                step=place.step,
+                seed=cell.seed,
+                purpose=purpose,
             )
-        return dict(zip(writing, blocks(answers, len(writing)), strict=True))
+            return {0: answers}
+        prompts = dict(zip(self.seeds, blocks(fixed, len(self.seeds)), strict=True))
+        return write_with_generate(self.pack, self.cells, writing, prompts, place, self._limits, purpose)
 
     def compute_loss(
         self,
@@ -193,24 +259,64 @@ class GKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of the cells' losses: their gradients do not meet, so each cell gets its own."""
-        batch, items = inputs["batch"], inputs["items"]
-        student = completion_logits(model, batch.student)
-        with torch.no_grad():
-            teacher = completion_logits(self.teacher, batch.teacher)
-        losses = cell_losses(student, teacher, batch, self.cells, items, self.args.loss_normalization)
-        self._note_losses(losses.detach(), batch)
-        alive = self._alive(losses.device)
-        total = torch.where(alive, losses, 0).sum()
-        return (total, {"losses": losses}) if return_outputs else total
+        """Sum of the cells' losses: their gradients do not meet, so each cell gets its own.
+
+        `inputs` are a micro-batch of `get_batch_samples`, or what a data collator makes; the loss of the
+        latter is off policy and divided by `num_items_in_batch`, or by its own tokens or sequences.
+        """
+        ours = "batch" in inputs
+        if ours:
+            batch, items, parts = inputs["batch"], inputs["items"], inputs["parts"]
+        else:
+            batch, items = self._off_policy_batch(self._sequences(inputs))
+            items, parts = items if num_items_in_batch is None else items * 0 + num_items_in_batch, 1
+        sums, extra = self._sums(model, batch, items)
+        if ours:
+            self._note(sums, batch)
+        total = torch.where(self._alive(sums.losses.device), sums.losses, 0).sum()
+        if extra is not None:
+            total = total + extra / parts
+        return (total, {"losses": sums.losses}) if return_outputs else total
+
+    def _sequences(self, batch: Mapping[str, Any]) -> Sequences:
+        encoder_decoder = bool(self.pack.model.config.is_encoder_decoder)
+        return as_sequences(batch, self._limits.pad_id, is_encoder_decoder=encoder_decoder)
+
+    def _off_policy_batch(self, fixed: Sequences) -> tuple[StepBatch, Tensor]:
+        """Every cell on the same fixed rows, and the items of these rows alone."""
+        copies = joined([fixed] * len(self.seeds), self._limits.pad_id)
+        batch = step_batch(self.seeds, self.cells, copies, {}, self._limits.pad_id)
+        return batch, trained_items(batch, len(self.cells), self.args.loss_normalization)
+
+    def _sums(self, model: nn.Module, batch: StepBatch, items: Tensor) -> tuple[CellSums, Tensor | None]:
+        """Losses and entropies of the cells, and the load-balancing loss of a mixture of experts."""
+        with self._teacher_at_work():
+            with torch.no_grad(), self.accelerator.autocast():
+                guide = _inside(
+                    self.teacher_model,
+                    self._teacher_head.model,
+                    self._teacher_head.unprojected,
+                    batch.teacher,
+                )
+            # Still at work: the loss reads the teacher's head.
+            return _inside(model, self.pack.model, partial(self._compare, guide=guide, items=items), batch)
+
+    def _compare(self, batch: StepBatch, guide: Unprojected, items: Tensor) -> tuple[CellSums, Tensor | None]:
+        own = self._student_head.unprojected(batch.student)
+        sums = cell_sums(own, guide, batch, self.cells, items, self.args.loss_normalization, self._vocabulary)
+        return sums, own.aux_loss
+
+    def _teacher_at_work(self) -> Any:
+        return at_work(self.teacher_model, self.args.device, parked=self.args.park_teacher)
 
     def _alive(self, device: torch.device) -> Tensor:
         return torch.tensor([n not in self.failures for n in range(len(self.cells))], device=device)
 
-    def _note_losses(self, losses: Tensor, batch: StepBatch) -> None:
+    def _note(self, sums: CellSums, batch: StepBatch) -> None:
+        losses = sums.losses.detach()
         for n in (~losses.isfinite()).nonzero().flatten().tolist():
             self._fail(n, f"the loss is {losses[n].item()}")
-        self._logged.add_losses(losses, batch, self._end_ids.to(losses.device))
+        self._logged.add(losses, sums.entropies, batch, self._limits.end_ids)
 
     def _fail(self, cell: int, why: str) -> None:
         """Freeze a cell; its neighbours go on."""
@@ -221,10 +327,10 @@ class GKDTrainer(Trainer):
         if len(self.failures) == len(self.cells):
             raise AllCellsFailed("; ".join(sorted(set(self.failures.values()))))
 
-    # ---- optimizer: one parameter group a cell, on views of the pack's weights ----
+    # ---- optimizer: one pair of parameter groups a cell, on views of the pack's weights ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """A packed model's optimizer sees each cell's weights in their own shapes, one group a cell."""
+        """A packed model's optimizer sees each cell's weights in their own shapes."""
         if self.optimizer is not None:
             return super().create_optimizer(model)
         if not self.pack.is_packed:
@@ -232,19 +338,12 @@ class GKDTrainer(Trainer):
             for group in optimizer.param_groups:
                 group["lr"] = self.cells[0].learning_rate
             return optimizer
-        self._views = [
-            {name: nn.Parameter(view) for name, view in self.pack.parameters_of(n).items()}
-            for n in range(self.pack.size)
-        ]
+        self._views = per_cell.views_of(self.pack)
         decayed = set(self.get_decay_parameter_names(self.pack.unpack(0)))
-        groups = []
-        for cell, views in zip(self.cells, self._views, strict=True):
-            for decays in (True, False):
-                parameters = [view for name, view in views.items() if (name in decayed) == decays]
-                decay = self.args.weight_decay if decays else 0.0
-                groups.append({"params": parameters, "lr": cell.learning_rate, "weight_decay": decay})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        self.optimizer = kind(
+            per_cell.groups(self._views, self.cells, decayed, self.args.weight_decay), **options
+        )
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -252,37 +351,26 @@ class GKDTrainer(Trainer):
         return None if self.pack.is_packed else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if not self.pack.is_packed:
-            norm = super()._get_grad_norm(model, grad_norm)
+        if self.pack.is_packed:
+            norms = per_cell.clip(
+                self.model, self._views, self.args.max_grad_norm, self.failures.keys(), self._fail
+            )
+            self._logged.add_norms(norms)
+            return norms[self._alive(norms.device)].mean()
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None:
             self._logged.add_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
-            return norm
-        norms = self._clip_each_cell()
-        self._logged.add_norms(norms)
-        return norms[self._alive(norms.device)].mean()
-
-    def _clip_each_cell(self) -> Tensor:
-        """Norm of each cell's gradient before clipping, (K,); hands the clipped ones to the optimizer."""
-        named = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        squares = torch.stack([g.flatten(1).square().sum(1) for _, g in named])
-        norms = squares.sum(0).sqrt()
-        for n in (~norms.isfinite()).nonzero().flatten().tolist():
-            self._fail(n, f"the gradient's norm is {norms[n].item()}")
-        limit = self.args.max_grad_norm
-        if limit and limit > 0:
-            scale = (limit / (norms + 1e-6)).clamp_max(1)
-            for _, g in named:
-                g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
-        for n, views in enumerate(self._views):
-            for name, gradient in named:
-                views[name].grad = None if n in self.failures else gradient[n]
-        return norms
+            # fp16 overflows now and then, and its scaler skips that step.
+            if not self.args.fp16 and not torch.as_tensor(norm).isfinite():
+                self._fail(0, f"the gradient's norm is {float(norm)}")
+        return norm
 
     # ---- logs and checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's own log, and a row for each cell; a single cell's row is part of the log."""
-        if "loss" in logs and self._logged.steps:
-            rows = self._logged.take()
+        if "loss" in logs and self._logged.batches:
+            rows = self._logged.take(self._over_ranks)
             for n, (cell, row) in enumerate(zip(self.cells, rows, strict=True)):
                 factor = logs["learning_rate"] / (self.cells[0].learning_rate or 1)
                 row["learning_rate"] = cell.learning_rate * factor
@@ -291,6 +379,16 @@ class GKDTrainer(Trainer):
             if len(rows) == 1:
                 logs = {**rows[0], **logs}
         super().log(logs, start_time)
+
+    def _on_any_rank(self, here: bool) -> bool:
+        if self.args.world_size == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device)) > 0)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return sums
+        return self.accelerator.reduce(sums.to(self.args.device), reduction="mean").cpu()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Each cell's own folder, all of them before any older one goes."""
@@ -330,7 +428,19 @@ class GKDTrainer(Trainer):
         for n, cell in enumerate(self.cells):
             yield n, checkpoints.folder_of(cell.output_dir, step)
 
-    # ---- evaluation: the loss on fixed data ----
+    # ---- evaluation: the loss on fixed data, and on the students' own text if asked ----
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Adds what the students wrote themselves to the metrics, where `args.eval_on_policy` says so."""
+        self._own_text, self._evaluated = Averages(len(self.cells)), 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self._own_text.batches:
+            rows = self._own_text.take(self._over_ranks)
+            kept = [row for n, row in enumerate(rows) if n not in self.failures]
+            for name in ("loss", "completion_length", "truncated", "entropy"):
+                mean = sum(row[name] for row in kept) / len(kept)
+                output.metrics[f"{metric_key_prefix}_on_policy_{name}"] = mean
+        return output
 
     def prediction_step(
         self,
@@ -339,40 +449,47 @@ class GKDTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Mean over the cells of the loss on the data's own targets."""
-        fixed = Sequences(**self._prepare_inputs(inputs))
-        copies = joined([fixed] * len(self.seeds), self._tokenizer.pad_token_id)
-        batch = step_batch(self.seeds, self.cells, copies, {}, self._tokenizer.pad_token_id)
+        """Mean over the cells of the loss on the data's own targets; logits and labels as TRL lays them out.
+
+        A batch without any target has the loss NaN.
+        """
+        fixed = self._sequences(self._prepare_inputs(inputs))
+        batch, items = self._off_policy_batch(fixed)
+        with torch.no_grad(), evaluating(self.pack.model):
+            sums, _ = self._sums(model, batch, items)
+            losses = torch.where(items.to(sums.losses.device) > 0, sums.losses, torch.nan)
+            loss = losses[self._alive(losses.device)].mean()
+            if self.args.eval_on_policy:
+                self._evaluate_own_text(model, fixed)
+            if prediction_loss_only or self.pack.is_packed:
+                return loss, None, None
+            return loss, *trl_form.logits_and_labels(model, fixed, self.pack.model.config.is_encoder_decoder)
+
+    def _evaluate_own_text(self, model: nn.Module, fixed: Sequences) -> None:
+        purpose = f"evaluation {self._evaluated}"
+        self._evaluated += 1
+        everyone = range(len(self.cells))
+        copies = joined([fixed] * len(self.seeds), self._limits.pad_id)
+        place = Place(self.state.global_step, 0, 1, self.args.process_index, self.args.world_size)
+        written = self._written(copies, everyone, place, purpose)
+        batch = step_batch(self.seeds, self.cells, copies, written, self._limits.pad_id)
         items = trained_items(batch, len(self.cells), self.args.loss_normalization)
-        with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
-            losses = cell_losses(
-                completion_logits(model, batch.student),
-                completion_logits(self.teacher, batch.teacher),
-                batch,
-                self.cells,
-                items.to(fixed.prompt_ids.device),
-                self.args.loss_normalization,
-            )
-        return losses[self._alive(losses.device)].mean(), None, None
+        sums, _ = self._sums(model, batch, items)
+        self._own_text.add(sums.losses, sums.entropies, batch, self._limits.end_ids)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not estimated: the Trainer's rule knows neither the teacher nor the sampling."""
         return 0
 
 
-def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the student has {sizes[0]} tokens and the teacher {sizes[1]}: their distributions cannot be "
-            "compared; use a pair with one tokenizer"
-        )
+def _student(model: Any, args: GKDConfig) -> PreTrainedModel:
+    if model is None:
+        raise ValueError("give the student as `model`, or several of them as `pack`")
+    return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
 
 
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+def _inside(wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any) -> Any:
+    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP have the weights at hand."""
+    if wrapped is inner and not isinstance(inner, FSDPModule):
+        return method(argument)
+    return _ForwardRedirection()(wrapped, inner, method, argument)

@@ -4,12 +4,12 @@ A signature names the rule, its settings and the library version: two scores com
 equal. Documented ends: an empty prediction scores 0 unless `exact_match` finds an empty reference.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from gkd_lab.metrics.answers import ANSWER, extract_answer
+from gkd_lab.spec.errors import unknown
 
 References = Sequence[Sequence[str]]  # one or more acceptable texts per example
 
@@ -82,9 +82,7 @@ METRICS: tuple[str, ...] = ("accuracy", "exact_match", *_ROUGE_KINDS, "bleu", "c
 def _check(metrics: Sequence[str], predictions: Sequence[str], references: References) -> None:
     for metric in metrics:
         if metric not in METRICS:
-            near = difflib.get_close_matches(str(metric), METRICS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown metric {metric!r}; metrics are: {', '.join(METRICS)}.{hint}")
+            raise unknown("metric", metric, METRICS)
     if not predictions:
         raise ValueError("nothing to score: there are 0 predictions")
     if len(predictions) != len(references):

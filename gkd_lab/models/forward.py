@@ -3,10 +3,14 @@
 Shapes: N rows (K cells times B), P prompt tokens, C completion tokens, V vocabulary.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -56,31 +60,64 @@ def position_ids(mask: Tensor) -> Tensor:
 
 def completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """Logits that predict each completion token, (N, C, V). The model may be wrapped, as by DDP."""
-    config = getattr(model, "module", model).config
-    if config.is_encoder_decoder:
-        return model(
-            input_ids=batch.prompt_ids,
-            attention_mask=batch.prompt_mask,
-            decoder_input_ids=shifted_right(config, batch.completion_ids),
-            use_cache=False,
-        ).logits
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    bare = unwrapped(model)
+    return of_completion(bare, model(**arguments(bare, batch)).logits, batch)
+
+
+def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
+    """What the forward pass of `model`, which is not wrapped, reads to predict the completion's tokens."""
+    if model.config.is_encoder_decoder:
+        return {
+            "input_ids": batch.prompt_ids,
+            "attention_mask": batch.prompt_mask,
+            "decoder_input_ids": shifted_right(model.config, batch.completion_ids),
+            "use_cache": False,
+        }
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        logits_to_keep=batch.completion_ids.shape[1] + 1,
-        use_cache=False,
-    ).logits
-    return logits[:, :-1]
+    named: dict[str, Any] = {
+        "input_ids": torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
+    known = _parameters(type(model).forward)
+    # Without it absolute positions would count the padding; a model that has none takes no such argument.
+    if "position_ids" in known:
+        named["position_ids"] = position_ids(mask)
+    if "logits_to_keep" in known:
+        named["logits_to_keep"] = batch.completion_ids.shape[1] + 1
+    return named
+
+
+def of_completion(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
+    """The part of a forward pass's outputs that predicts the completion, (N, T, ...) -> (N, C, ...)."""
+    if model.config.is_encoder_decoder:
+        return outputs
+    return outputs[:, -batch.completion_ids.shape[1] - 1 : -1]
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model of transformers inside of DDP and an adapter."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if is_peft_model(inner) else inner
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def shifted_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
-    """What the decoder reads while it predicts `completion_ids`."""
-    start = config.decoder_start_token_id
+    """What the decoder reads while it predicts `completion_ids`.
+
+    Raises ValueError for a model that does not say what its decoder reads first.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
     if start is None:
-        raise ValueError(f"{type(config).__name__} has no decoder_start_token_id")
+        raise ValueError(
+            f"{type(config).__name__}.decoder_start_token_id is None, so what the decoder reads first is not "
+            "known: set `model.config.decoder_start_token_id`, for mBART to the id of the target language's "
+            "token, for mBART-50 to that of the end of sequence"
+        )
     return torch.cat(
         [completion_ids.new_full((len(completion_ids), 1), start), completion_ids[:, :-1]], dim=1
     )

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gkd_lab.models.heads import keep_untied
 from gkd_lab.spec.cell import Architecture, Family, ModelSpec, TokenizerSpec
 from gkd_lab.spec.errors import SpecError
 
@@ -105,7 +106,9 @@ def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> P
     """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
     auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
     with quiet():
-        return auto.from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
+        model = auto.from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
+    keep_untied(model)
+    return model
 
 
 def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrainedModel:
@@ -114,7 +117,9 @@ def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrain
     place = spec.path or spec.pretrained
     assert place is not None
     revision = None if spec.path else spec.revision
-    return auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision], trust_remote_code=False)
+    model = auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision], trust_remote_code=False)
+    keep_untied(model)
+    return model
 
 
 def load_tokenizer(place: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:

@@ -111,7 +111,8 @@ def _parts(grid: GridOfCells, store: Store) -> Iterator[tuple[str, Record, tuple
                 seen.add((role, model.fingerprint))
                 record = store.artifact(grid.scale, role, model)
                 yield f"{cell.task}, {role} {model.model.name}", record, cell.evaluations
-        name = f"{cell.task}, λ = {cell.lmbda:g}, β = {cell.beta:g}, seed {cell.seed}"
+        divergence = "total variation" if cell.beta is None else f"β = {cell.beta:g}"
+        name = f"{cell.task}, λ = {cell.lmbda:g}, {divergence}, seed {cell.seed}"
         yield name, store.of(cell), cell.evaluations
 
 

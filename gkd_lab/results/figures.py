@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from gkd_lab.records import Store, worst
 from gkd_lab.results.panels import Panel, add_legend, by_place, head, lay_out, panels
-from gkd_lab.results.statistics import summary
+from gkd_lab.results.statistics import NO_BETA, summary
 from gkd_lab.results.style import (
     FAINT,
     GAINS,
@@ -190,7 +190,7 @@ def losses(grid: GridOfCells, store: Store, task: str | None = None, quantity: s
 
 def _draw_histories(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
     lowest, highest = np.inf, 0.0
-    for cell in sorted(cells, key=lambda cell: cell.beta):
+    for cell in sorted(cells, key=lambda cell: NO_BETA if cell.beta is None else cell.beta):
         logged = [row for row in store.of(cell).history() if row.get(quantity) is not None]
         if logged:
             values = [float(row[quantity]) for row in logged]

@@ -32,7 +32,8 @@ def cell_lines(grid: GridOfCells, found: Overview, *, progress: bool) -> Iterato
 
 def _identity(view: CellView, axes: Iterable[str]) -> list[str]:
     one = view.cell
-    own = [one.fingerprint, one.task, f"{one.lmbda:g}", f"{one.beta:g}", str(one.seed)]
+    beta = "-" if one.beta is None else f"{one.beta:g}"
+    own = [one.fingerprint, one.task, f"{one.lmbda:g}", beta, str(one.seed)]
     return own + [_value(one.labels[axis]) for axis in axes]
 
 

@@ -74,7 +74,7 @@ def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
             f"({'; '.join(_called(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),
-        notes=tuple(_alone(grid) + _undeclared(grid)),
+        notes=tuple(_alone(grid) + _unread(grid) + _undeclared(grid)),
     )
 
 
@@ -130,10 +130,20 @@ def _alone(grid: GridOfCells) -> list[str]:
     return [f"{count} cells run alone: {reason}" for reason, count in reasons.items()]
 
 
+def _unread(grid: GridOfCells) -> list[str]:
+    """Betas that are stated for cells whose divergence has none."""
+    without = [cell for cell in grid.cells if cell.beta is None]
+    stated = {task for task in {cell.task for cell in without} if "beta" in grid.experiment.stated(task)}
+    count = sum("beta" in grid.axes or cell.task in stated for cell in without)
+    return [f"total variation reads no beta: {count} of {len(grid.cells)} cells"] if count else []
+
+
 _OF_AXIS = {
     "lmbda": {"source"},
     "temperature": {"source"},
     "beta": {"objectives"},
+    "divergence": {"objectives"},
+    "rescale_divergence": {"objectives"},
     "teacher_temperature": {"objectives"},
     "student_temperature": {"objectives"},
     "student": {"start"},

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gkd_lab.results.statistics import points
+from gkd_lab.results.statistics import NO_BETA, points
 from gkd_lab.results.style import MUTED
 from gkd_lab.results.table import axes_of
 
@@ -86,7 +86,7 @@ def add_legend(figure: Figure, axes: list[Axes]) -> None:
 
 def _kl_order(label: str) -> float:
     """The beta that a label of `divergence_label` stands for."""
-    ends = {"Forward KL": 0.0, "Reverse KL": 1.0}
+    ends = {"Forward KL": 0.0, "Reverse KL": 1.0, "Total variation": NO_BETA}
     return ends[label] if label in ends else float(label[4:-1])
 
 

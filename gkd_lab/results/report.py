@@ -14,7 +14,7 @@ from gkd_lab.results.evidence import best_cell, failures, origins, per_example, 
 from gkd_lab.results.figures import curves, heat_map, losses
 from gkd_lab.results.findings import findings, place
 from gkd_lab.results.rows import headline
-from gkd_lab.results.statistics import summary
+from gkd_lab.results.statistics import all_points, summary
 from gkd_lab.results.style import divergence_label, inline_svg
 from gkd_lab.results.table import axes_of, table
 from gkd_lab.spec import GridOfCells
@@ -84,8 +84,8 @@ def _task(grid: GridOfCells, store: Store, frame: pd.DataFrame, task: str) -> di
 
 
 def _named(cell: Any) -> str:
-    others = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "seed")]
-    row = {"lmbda": cell.lmbda, "beta": cell.beta, **cell.labels}
+    others = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
+    row = {**cell.labels, "lmbda": cell.lmbda, "beta": cell.beta}
     return f"{place(row, others)}, seed {cell.seed}"
 
 
@@ -118,10 +118,11 @@ def _figures(
 def _scores(frame: pd.DataFrame, metric: str, task: str) -> list[dict[str, Any]]:
     """Rows of the report's table: the references, then the cells."""
     here = frame[frame["task"] == task]
+    placed = all_points(here)
     keys = ["role", "lmbda", "beta", *axes_of(frame)]
     rows = []
     for row in summary(here, metric).to_dict("records"):
-        same = here
+        same = placed
         for key in keys:
             same = same[same[key].isna() if pd.isna(row[key]) else same[key] == row[key]]
         states = Counter(sorted(same["status"], key=STATES.index))

@@ -68,7 +68,7 @@ def _reference_row(
     users: list[Cell],
 ) -> Row:
     """An axis value stands in the row where all cells that use the model agree on it."""
-    values = {axis: {_plain(cell.labels[axis]) for cell in users} for axis in axes}
+    values = {axis: {plain(cell.labels[axis]) for cell in users} for axis in axes}
     shared = {axis: found.pop() if len(found) == 1 else None for axis, found in values.items()}
     return {
         "cell": model.fingerprint,
@@ -89,7 +89,7 @@ def _cell_row(grid: GridOfCells, store: Store, axes: tuple[str, ...], cell: Cell
         "lmbda": cell.lmbda,
         "beta": cell.beta,
         "seed": cell.seed,
-        **{axis: _plain(cell.labels[axis]) for axis in axes},
+        **{axis: plain(cell.labels[axis]) for axis in axes},
         **_results(store.of(cell), cell.evaluations),
         "start_cell": cell.training.start.fingerprint,
         "teacher_cell": cell.training.teacher.fingerprint,
@@ -144,7 +144,7 @@ def _last_line(status: Mapping[str, Any]) -> str | None:
     return lines[-1] if lines else "failed without a message"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An axis value as one cell of a table: what is not a number, text or null becomes JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -1,5 +1,6 @@
 """Means with intervals, and what an interval is over: seeds, or the examples of one seed."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,37 +9,58 @@ import numpy as np
 import pandas as pd
 
 from gkd_lab.metrics.intervals import mean_interval
+from gkd_lab.results.rows import plain
 from gkd_lab.results.table import axes_of
 
 OVER_SEEDS = "t, seeds"
 OVER_EXAMPLES = "bootstrap, examples"
 NO_INTERVAL = "none"
 
+NO_BETA = math.inf
+"""Where total variation stands among the divergences: it has no beta, and comes after reverse KL."""
+
 Interval = tuple[float, float]
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
-    """The cells, a row for each combination asked for: a collapsed cell stands at all its own."""
-    cells = frame[frame["role"] == "cell"]
-    placed = [
-        {**row, **{name: value for name, value in point.items() if name in row}}
-        for row in cells.to_dict("records")
-        for point in (row["stands_for"] if isinstance(row["stands_for"], list) else [{}])
+    """The cells, a row for each combination asked for: a collapsed cell stands at all its own.
+
+    `beta` is `NO_BETA` for total variation, which stands there once and not at each beta.
+    """
+    cells = frame[frame["role"] == "cell"].to_dict("records")
+    found = {
+        (number, *place.items()): {**row, **place}
+        for number, row in enumerate(cells)
+        for place in _places(row)
+    }
+    return pd.DataFrame(list(found.values()), columns=frame.columns)
+
+
+def _places(row: dict[Any, Any]) -> list[dict[str, Any]]:
+    asked = row["stands_for"] if isinstance(row["stands_for"], list) else [{}]
+    beta = NO_BETA if pd.isna(row["beta"]) else row["beta"]
+    return [
+        {**{name: plain(value) for name, value in point.items() if name in row}, "beta": beta}
+        for point in asked
     ]
-    return pd.DataFrame(placed, columns=frame.columns)
+
+
+def all_points(frame: pd.DataFrame) -> pd.DataFrame:
+    """The reference models, then `points`."""
+    return pd.concat([frame[frame["role"] != "cell"], points(frame)])
 
 
 def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Per role, task, lmbda, beta and other axis: `mean`, `low`, `high`, `n` and `interval`.
 
     `n` counts the seeds that are done. From two seeds on, the interval is Student's t over seeds;
-    for one it is the stored bootstrap over its examples; `interval` says which, or `none`.
+    for one it is the stored bootstrap over its examples; `interval` says which, or `none`. `beta` is
+    `NO_BETA` for total variation.
     """
     keys = ["role", "task", "lmbda", "beta", *axes_of(frame)]
-    everything = pd.concat([frame[frame["role"] != "cell"], points(frame)])
     found = [
         {**dict(zip(keys, values, strict=True)), **_describe(group, metric)}
-        for values, group in everything.groupby(keys, dropna=False, sort=False)
+        for values, group in all_points(frame).groupby(keys, dropna=False, sort=False)
     ]
     return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n", "interval"])
 

@@ -1,5 +1,6 @@
 """How figures look: quiet ink, colours that the colour-blind tell apart, labels as in the paper."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from io import StringIO
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba
 from matplotlib.figure import Figure
 
 INK, MUTED, FAINT, PAPER = "#1f2430", "#697080", "#d8dce3", "#fefefe"
@@ -19,6 +20,7 @@ _DIVERGENCES = LinearSegmentedColormap.from_list(
     "divergences",
     [(0, "#0072b2"), (0.1, "#56b4e9"), (0.5, "#8c8c8c"), (0.9, "#e69f00"), (1, "#c8500a")],
 )
+_TOTAL_VARIATION = "#009e73"  # Okabe and Ito's green
 MARKERS = "osD^vP*X"
 GAINS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
 LOSSES_AND_GAINS = LinearSegmentedColormap.from_list(
@@ -60,13 +62,19 @@ def styled() -> Iterator[None]:
         yield
 
 
-def divergence_label(beta: float) -> str:
-    """`Forward KL`, `JSD(0.1)`, ..., `Reverse KL`, as the paper's axes have it."""
+def divergence_label(beta: float | None) -> str:
+    """`Forward KL`, `JSD(0.1)`, ..., `Reverse KL`, as the paper's axes have it; without a beta
+    (None, infinite or NaN) `Total variation`.
+    """
+    if beta is None or not math.isfinite(beta):
+        return "Total variation"
     return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
 
 
-def divergence_color(beta: float) -> tuple[float, float, float, float]:
-    """The same colour for the same beta in every figure."""
+def divergence_color(beta: float | None) -> tuple[float, float, float, float]:
+    """The same colour for the same divergence in every figure; `beta` as for its label."""
+    if beta is None or not math.isfinite(beta):
+        return to_rgba(_TOTAL_VARIATION)
     return _DIVERGENCES(float(beta))
 
 

@@ -23,7 +23,7 @@ def table(grid: GridOfCells, store: Store) -> pd.DataFrame:
     Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes,
     `status`, `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one
     evaluation) with `.low` and `.high`, `start_cell` and `teacher_cell` (whose rows to compare
-    with), `stands_for`, `error`.
+    with), `stands_for`, `error`. Total variation has no `beta`: it is null in its cells.
     """
     found = rows(grid, store)
     axes = extra_axes(grid)
@@ -37,9 +37,13 @@ def table(grid: GridOfCells, store: Store) -> pd.DataFrame:
 
 
 def axes_of(frame: pd.DataFrame) -> list[str]:
-    """The axes beside task, lmbda, beta and seed: the columns from `seed` to `status`."""
+    """The axes beside task, lmbda, beta and seed: the columns from `seed` to `status`.
+
+    `divergence` is not among them: `beta` says it, by a null where there is none.
+    """
     columns = list(frame.columns)
-    return columns[columns.index("seed") + 1 : columns.index("status")]
+    axes = columns[columns.index("seed") + 1 : columns.index("status")]
+    return [axis for axis in axes if axis != "divergence"]
 
 
 def encode(frame: pd.DataFrame, format: Format) -> bytes:

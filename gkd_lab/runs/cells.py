@@ -14,6 +14,7 @@ from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
+from gkd_lab.models.vocabulary import same_tokenizer
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs import artifacts
@@ -94,10 +95,11 @@ def _train(cells: list[Cell], options: RunOptions) -> None:
 
 
 def _check_tokenizers(teacher: Any, student: Any) -> None:
-    if teacher.get_vocab() != student.get_vocab():
+    difference = same_tokenizer(student, teacher)
+    if difference is not None:
         raise ValueError(
-            "teacher and student do not share a tokenizer, so their distributions cannot be compared; "
-            "choose a pair of one family"
+            "teacher and student do not share a tokenizer, so their distributions cannot be compared: "
+            f"{difference}; choose a pair of one family"
         )
 
 
@@ -130,6 +132,7 @@ def _distil(
             args=_config(cells[0], records[0], options),
             train_dataset=found,
             processing_class=teacher.tokenizer,
+            teacher_processing_class=teacher.tokenizer,
             callbacks=[Follow(advance)],
             log_cell=lambda n, row: records[n].log(row),
             on_failure=lambda n, why: records[n].failed(f"FloatingPointError: {why}"),
@@ -183,13 +186,15 @@ def _arguments(cell: Cell, record: Record) -> CellArguments:
     objective = training.objectives[0]
     return CellArguments(
         lmbda=training.source.lmbda,
-        beta=objective.beta,
+        beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
         seed=training.seed,
         temperature=training.source.temperature or 1.0,
         teacher_temperature=objective.teacher_temperature,
         student_temperature=objective.student_temperature,
         learning_rate=training.optimizer.learning_rate,
         output_dir=str(record.steps_folder),
+        divergence=objective.divergence,
+        rescale_divergence=objective.rescale,
     )
 
 
@@ -200,12 +205,8 @@ def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:
         **common_arguments(record.steps_folder, training.steps, options.checkpoint_every, options.log_every),
         **optimizer_arguments(training.optimizer),
         per_device_train_batch_size=training.batch_size,
+        dataloader_drop_last=True,
         max_new_tokens=training.max_output_tokens,
-        lmbda=training.source.lmbda,
-        beta=training.objectives[0].beta,
-        temperature=training.source.temperature or 1.0,
-        teacher_temperature=training.objectives[0].teacher_temperature,
-        student_temperature=training.objectives[0].student_temperature,
         loss_normalization=training.loss_normalization,
         disable_dropout=training.dropout == 0,
         seed=training.seed,

@@ -8,15 +8,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
 
-from gkd_lab.spec.identity import Frozen, Place
+from gkd_lab.spec.identity import Frozen, Place, Since
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Family = Literal["decoder-only", "encoder-decoder"]
 Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
 LossNormalization = Literal["sequence", "token"]
+Divergence = Literal["jsd", "tv"]
 Decoding = Literal["greedy", "sample", "beam"]
 Split = Literal["train", "validation", "test"]
 
@@ -98,13 +108,44 @@ class SftModel(Frozen):
 
 
 class Objective(Frozen):
-    """One term of the loss: JSD(beta) between teacher and student, its KL ends at 0 and 1 (Eq. 1)."""
+    """One term of the loss: a divergence between teacher and student, token by token (Eq. 2).
+
+    `jsd` is JSD(beta), the two KLs at its ends (Eq. 1); `tv` is total variation, half the sum of |p - q|,
+    with which f-distill trains (Wen et al. 2023; Fig. 2). What a divergence does not read is resolved to
+    one value, so that objectives that cannot differ are equal.
+    """
 
     type: Literal["divergence"] = "divergence"
-    beta: Share = Field(description="weight of the teacher; 0 forward KL, 1 reverse KL")
+    divergence: Annotated[Divergence, Since("jsd")] = Field(
+        default="jsd", description="`jsd`: JSD(beta); `tv`: total variation, which has no beta"
+    )
+    beta: Share | None = Field(
+        default=None,
+        validate_default=True,
+        description="weight of the teacher; 0 forward KL, 1 reverse KL; null for `tv`",
+    )
+    rescale: Annotated[bool, Since(False)] = Field(
+        default=False,
+        description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs stay as they are",
+    )
     teacher_temperature: PositiveFloat
     student_temperature: PositiveFloat
     weight: NonNegativeFloat = 1.0
+
+    @field_validator("beta")
+    @classmethod
+    def _belongs_to_jsd(cls, beta: float | None, info: ValidationInfo) -> float | None:
+        if info.data.get("divergence") == "tv":
+            return None
+        if beta is None:
+            raise PydanticKnownError("missing")
+        return beta
+
+    @field_validator("rescale")
+    @classmethod
+    def _changes_the_inside_only(cls, rescale: bool, info: ValidationInfo) -> bool:
+        """The limits of JSD(beta) / (beta (1 - beta)) at 0 and 1 are the KLs that stand there already."""
+        return rescale and info.data.get("beta") not in (None, 0, 1)
 
 
 class Source(Frozen):
@@ -196,8 +237,13 @@ class Cell:
         return self.training.source.lmbda
 
     @property
-    def beta(self) -> float:
-        """Divergence of the first objective."""
+    def divergence(self) -> Divergence:
+        """Of the first objective."""
+        return self.training.objectives[0].divergence
+
+    @property
+    def beta(self) -> float | None:
+        """Of the first objective; None for total variation."""
         return self.training.objectives[0].beta
 
     @property
@@ -208,7 +254,8 @@ class Cell:
     @cached_property
     def folder(self) -> str:
         """Where its record lies below the outputs folder: readable first, fingerprint second."""
-        name = f"lmbda={self.lmbda:g}_beta={self.beta:g}_seed={self.seed}-{self.fingerprint}"
+        divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
+        name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"
         return f"{self.scale}/{self.task}/{name}"
 
 

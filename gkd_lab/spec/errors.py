@@ -15,6 +15,8 @@ _KINDS = {
     "float_parsing": "must be a number",
     "float_type": "must be a number",
     "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
     "string_type": "must be text",
     "tuple_type": "must be a list of values",
     "too_short": "the list is empty",

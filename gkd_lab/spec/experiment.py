@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args
+from typing import Any, Literal, Self, Union, get_args
 
 import yaml
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
 from gkd_lab.spec.errors import SpecError, explain
 from gkd_lab.spec.identity import canonical
@@ -34,9 +34,28 @@ def _axis(value: Any, description: str | None, **more: Any) -> tuple[Any, Any]:
     return tuple[value, ...], Field(default=None, min_length=1, description=description, **more)
 
 
+class _Axes(Section):
+    """Remembers the order in which its fields were written; pydantic's own is that of their declaration."""
+
+    _written: tuple[str, ...] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_order(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        axes = handler(data)
+        if isinstance(data, Mapping):
+            axes._written = tuple(data)
+        return axes
+
+    def values(self) -> dict[str, tuple[Any, ...]]:
+        """Axis name -> values as plain data, in the order of the file."""
+        dumped = self.model_dump(by_alias=True, exclude_unset=True)
+        return {axis: dumped[axis] for axis in self._written}
+
+
 Grid = create_model(
     "Grid",
-    __base__=Section,
+    __base__=_Axes,
     __doc__="Axes: for each field the list of its values; every combination is a cell.",
     **_axes(),
 )
@@ -73,10 +92,10 @@ class Experiment(TaskSettings):
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Axis name -> values, in the file's order; the first axis varies slowest."""
-        values: Mapping[str, Any] = self.grid.model_dump(  # type: ignore[attr-defined]
-            by_alias=True, exclude_unset=True
-        )
-        return {axis: tuple({canonical(v): v for v in found}.values()) for axis, found in values.items()}
+        grid: _Axes = self.grid
+        return {
+            axis: tuple({canonical(v): v for v in found}.values()) for axis, found in grid.values().items()
+        }
 
     def stated(self, task: str) -> dict[str, Any]:
         """The settings that the file states for a task, as plain nested dictionaries."""

@@ -64,7 +64,16 @@ class GridOfCells:
 
 
 # Read from each cell alone; everything else is resolved once per combination of its values.
-_PER_CELL = ("lmbda", "beta", "seed", "teacher_temperature", "student_temperature", "temperature")
+_PER_CELL = (
+    "lmbda",
+    "beta",
+    "divergence",
+    "rescale_divergence",
+    "seed",
+    "teacher_temperature",
+    "student_temperature",
+    "temperature",
+)
 
 
 def expand(
@@ -200,7 +209,13 @@ class _Resolver:
 
 _LONG_FORM = {
     "source": ("lmbda", "temperature"),
-    "objectives": ("beta", "teacher_temperature", "student_temperature"),
+    "objectives": (
+        "beta",
+        "divergence",
+        "rescale_divergence",
+        "teacher_temperature",
+        "student_temperature",
+    ),
 }
 
 
@@ -294,11 +309,15 @@ _TRAINING_FIELDS = (
 
 
 def _objective(values: Mapping[str, Any]) -> Objective:
-    return Objective(
-        beta=values["beta"],
-        teacher_temperature=values["teacher_temperature"],
-        student_temperature=values["student_temperature"],
-    )
+    """The defaults of `Objective` stand for what neither the experiment nor the task's scale says."""
+    stated = {
+        "divergence": values["divergence"],
+        "beta": values["beta"],
+        "rescale": values["rescale_divergence"],
+        "teacher_temperature": values["teacher_temperature"],
+        "student_temperature": values["student_temperature"],
+    }
+    return Objective(**{name: value for name, value in stated.items() if value is not None})
 
 
 def _source(values: Mapping[str, Any]) -> Source:

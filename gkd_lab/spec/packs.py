@@ -3,6 +3,7 @@
 It never depends on what is left to do, so that a resumed run meets the same packs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -30,14 +31,14 @@ def parse_limit(text: str) -> PackLimit:
 
 
 def packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
-    """The cells in groups of at most `limit`, each sorted by (seed, lmbda, beta)."""
+    """The cells in groups of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(_common(cell.training), []).append(cell)
     found = []
     for group in groups.values():
         size = _size(group[0], limit)
-        group.sort(key=lambda cell: (cell.seed, cell.lmbda, cell.beta, cell.fingerprint))
+        group.sort(key=_order)
         found += [group[n : n + size] for n in range(0, len(group), size)]
     return found
 
@@ -49,6 +50,10 @@ def why_alone(cell: Cell) -> str | None:
     if cell.training.dropout > 0:
         return "dropout draws from one stream"
     return None
+
+
+def _order(cell: Cell) -> tuple[int, float, float, str]:
+    return cell.seed, cell.lmbda, math.inf if cell.beta is None else cell.beta, cell.fingerprint
 
 
 def _size(cell: Cell, limit: PackLimit) -> int:

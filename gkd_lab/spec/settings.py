@@ -1,7 +1,7 @@
 """The words of an experiment file: every field that may be set or crossed, all optional.
 
-A setting that an experiment leaves out comes from the task's defaults at the chosen scale. `lmbda`, `beta`
-and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
+A setting that an experiment leaves out comes from the task's defaults at the chosen scale. `lmbda`, the
+divergence, `beta` and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
 """
 
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from pydantic import (
 from gkd_lab.spec.cell import (
     Architecture,
     Decoding,
+    Divergence,
     LossNormalization,
     Objective,
     OptimizerName,
@@ -107,11 +108,22 @@ class Settings(Section):
     """Fields that an experiment may set once, per task, or cross in its grid."""
 
     lmbda: Share | None = Field(default=None, description="share of student-written batches, in [0, 1]")
-    beta: Share | None = Field(default=None, description="JSD(beta): 0 forward KL, 1 reverse KL")
+    beta: Share | None = Field(
+        default=None, description="JSD(beta): 0 forward KL, 1 reverse KL; nothing to total variation"
+    )
+    divergence: Divergence | None = Field(
+        default=None, description="`jsd`: JSD(beta) (Eq. 1); `tv`: total variation, which has no beta"
+    )
+    rescale_divergence: bool | None = Field(
+        default=None,
+        description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs stay as they are",
+    )
     teacher_temperature: PositiveFloat | None = Field(default=None, description="of the teacher in the loss")
     student_temperature: PositiveFloat | None = Field(default=None, description="of the student in the loss")
     temperature: PositiveFloat | None = Field(default=None, description="of sampling from the student")
-    objectives: tuple[Objective, ...] | None = Field(default=None, description="the long form of beta")
+    objectives: tuple[Objective, ...] | None = Field(
+        default=None, description="the long form of the divergence"
+    )
     source: Source | None = Field(default=None, description="the long form of lmbda")
     loss_normalization: LossNormalization | None = Field(
         default=None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"

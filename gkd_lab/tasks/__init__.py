@@ -1,7 +1,6 @@
 """What is learnt and how it is judged: one small file per task, one registry. No torch here."""
 
-import difflib
-
+from gkd_lab.spec.errors import unknown
 from gkd_lab.tasks import arithmetic, summarization, translation
 from gkd_lab.tasks.data import load_rows, source_revision
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
@@ -25,8 +24,6 @@ TASKS: dict[str, Task] = {
 
 def get_task(name: str) -> Task:
     """The task called `name`; ValueError with the valid and the nearest name otherwise."""
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(str(name), TASKS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown task {name!r}; tasks are: {', '.join(TASKS)}.{hint}")
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]

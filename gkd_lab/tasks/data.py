@@ -4,13 +4,13 @@ Rows keep the order of their file. Where real data has no validation split, the 
 (at most 500 rows) is held out as validation and train ends before it, on every machine alike.
 """
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from gkd_lab.spec.errors import nearest, unknown
 from gkd_lab.tasks.folder import DataFolder
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
@@ -82,20 +82,14 @@ def source_revision(
 def _check(split: str, kind: str, count: int | None) -> None:
     for value, valid, what in ((split, SPLITS, "split"), (kind, get_args(Kind), "kind of data")):
         if value not in valid:
-            near = difflib.get_close_matches(str(value), valid, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown {what} {value!r}; valid: {', '.join(valid)}.{hint}")
+            raise unknown(what, value, valid)
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
 
 
 def _generator(task: Task, name: str) -> MadeSource:
     if name not in task.generators:
-        near = difflib.get_close_matches(name, task.generators, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{task.name} has no made source {name!r}; it has: {', '.join(task.generators)}.{hint}"
-        )
+        raise ValueError(f"{task.name} has no made source {name!r}; {nearest(name, task.generators)}")
     return task.generators[name]
 
 

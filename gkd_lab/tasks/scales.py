@@ -9,6 +9,8 @@ from typing import Any
 # Every scale: the paper's objective.
 PAPER_OBJECTIVE = {
     "lmbda": 1.0,
+    "divergence": "jsd",  # Eq. 1
+    "rescale_divergence": False,  # Eq. 1 as it stands
     "beta": 0.0,  # forward KL, the paper's best on-policy divergence for GSM8K and XSum (Fig. 1)
     "student_temperature": 1.0,  # always (§2)
     "temperature": 1.0,  # of sampling from the student (§3.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkd_lab.distill.divergence import generalized_jsd
+from gkd_lab.distill.divergence import Divergence, generalized_jsd, total_variation
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*experimental.*")
@@ -16,6 +16,10 @@ with warnings.catch_warnings():
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 INSIDE = (0.1, 0.5, 0.9)
+ALL = (*(Divergence(beta=beta) for beta in BETAS), Divergence("tv"))
+WARM = tuple(
+    Divergence(d.kind, d.beta, student_temperature=0.7, teacher_temperature=1.3, rescale=True) for d in ALL
+)
 
 
 def logits(seed: int, *shape: int, scale: float = 3.0) -> Tensor:
@@ -189,3 +193,147 @@ def test_it_equals_that_of_trl(beta: float, temperature: float) -> None:
         teacher_temperature=temperature,
     )
     torch.testing.assert_close(ours, theirs.sum(-1).flatten(), rtol=0, atol=1e-12)
+
+
+def test_total_variation_is_half_the_sum_of_the_differences() -> None:
+    teacher, student = log(0.6, 0.3, 0.1), log(0.2, 0.2, 0.6)
+    assert total_variation(student, teacher).item() == pytest.approx(0.5, abs=1e-15)
+    assert total_variation(log(1.0, 0.0), log(0.0, 1.0)).item() == 1
+    assert total_variation(teacher, teacher).item() == 0
+
+
+def test_total_variation_takes_each_temperature_to_its_own_logits() -> None:
+    student, teacher = logits(0, 20, 6), logits(1, 20, 6)
+    torch.testing.assert_close(
+        total_variation(student, teacher, student_temperature=2.0, teacher_temperature=0.5),
+        total_variation(student / 2, teacher * 2),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("scale", (0.1, 1, 20))
+def test_total_variation_is_symmetric_and_within_the_bounds_of_pinsker_and_bretagnolle_huber(
+    scale: float,
+) -> None:
+    student, teacher = logits(0, 500, 7, scale=scale), logits(1, 500, 7, scale=scale)
+    variation = total_variation(student, teacher)
+    kl = generalized_jsd(student, teacher, 0.0)
+    torch.testing.assert_close(variation, total_variation(teacher, student), rtol=0, atol=1e-15)
+    assert (variation <= (kl / 2).sqrt()).all()
+    assert (variation <= (1 - (-kl).exp()).sqrt() + 1e-12).all()
+    half = generalized_jsd(student, teacher, 0.5)  # Lin 1991: JSD(1/2) <= log 2 * TV
+    assert (half <= math.log(2) * variation + 1e-12).all()
+
+
+def test_total_variation_obeys_the_triangle_inequality() -> None:
+    a, b, c = (logits(seed, 500, 6) for seed in range(3))
+    assert (total_variation(a, c) <= total_variation(a, b) + total_variation(b, c) + 1e-15).all()
+
+
+@pytest.mark.parametrize("beta", INSIDE)
+def test_rescaled_values_of_all_betas_agree_to_second_order(beta: float) -> None:
+    student, step = logits(0, 50, 6, scale=1), logits(1, 50, 6, scale=1)
+
+    def gap(size: float) -> float:
+        teacher = student + size * step
+        rescaled = Divergence(beta=beta, rescale=True)(student, teacher)
+        return (rescaled / generalized_jsd(student, teacher, 0.0) - 1).abs().max().item()
+
+    assert gap(1e-3) < 1e-3  # relative to the KL, so what differs is of third order
+    assert gap(1e-3) == pytest.approx(10 * gap(1e-4), rel=0.01)
+
+
+@pytest.mark.parametrize(("end", "near"), ((0.0, 1e-6), (1.0, 1 - 1e-6)))
+def test_rescaling_is_continuous_at_both_ends_in_value_and_gradient(end: float, near: float) -> None:
+    student, teacher = logits(0, 50, 6, scale=1), logits(1, 50, 6, scale=1)
+    there = Divergence(beta=end, rescale=True).value_and_gradient(student, teacher)
+    close = Divergence(beta=near, rescale=True).value_and_gradient(student, teacher)
+    for exact, limit in zip(there, close, strict=True):
+        torch.testing.assert_close(limit, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_rescaling_leaves_the_kls_and_total_variation_as_they_are() -> None:
+    student, teacher = logits(0, 20, 6), logits(1, 20, 6)
+    for plain in (Divergence(beta=0.0), Divergence(beta=1.0), Divergence("tv")):
+        scaled = Divergence(plain.kind, plain.beta, rescale=True)
+        assert torch.equal(scaled(student, teacher), plain(student, teacher))
+    half = Divergence(beta=0.5, rescale=True)(student, teacher)
+    assert torch.equal(half, 4 * generalized_jsd(student, teacher, 0.5))
+
+
+@pytest.mark.parametrize("divergence", (*ALL, *WARM), ids=str)
+def test_analytic_values_gradients_and_entropies_are_those_of_autograd(divergence: Divergence) -> None:
+    student, teacher = logits(0, 30, 11).requires_grad_(), logits(1, 30, 11)
+    values = divergence(student, teacher)
+    values.sum().backward()
+    found = divergence.value_and_gradient(student, teacher)
+    q = (student.detach() / divergence.student_temperature).softmax(-1)
+    torch.testing.assert_close(found[0], values.detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(found[1], student.grad, rtol=0, atol=1e-13)
+    torch.testing.assert_close(found[2], -(q * q.log()).sum(-1), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("divergence", (*ALL, *WARM), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_analytic_gradients_are_finite_and_those_of_autograd_where_tokens_are_excluded(
+    divergence: Divergence, dtype: torch.dtype
+) -> None:
+    sets = ((), (0,), (2,), (0, 2))
+    for of_student, of_teacher in itertools.product(sets, sets):
+        student, teacher = logits(0, 4, 5, scale=1).to(dtype), logits(1, 4, 5, scale=1).to(dtype)
+        student[:, list(of_student)] = -torch.inf
+        teacher[:, list(of_teacher)] = -torch.inf
+        student.requires_grad_()
+        reference = divergence(student, teacher)
+        reference.sum().backward()
+        values, gradient, entropies = divergence.value_and_gradient(student, teacher)
+        assert values.isfinite().all() and gradient.isfinite().all() and entropies.isfinite().all()
+        tolerance = (
+            1e-12 if dtype == torch.float64 else 1e-4
+        )  # relative to a stand-in for infinity, under a KL
+        torch.testing.assert_close(values, reference.detach(), rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(gradient, student.grad, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_analytic_values_of_bf16_logits_are_float32_and_never_negative(divergence: Divergence) -> None:
+    student = logits(0, 400, 50, scale=1).bfloat16()
+    teacher = student + (0.02 * logits(1, 400, 50)).bfloat16()
+    for values in (divergence(student, teacher), divergence.value_and_gradient(student, teacher)[0]):
+        assert values.dtype == torch.float32
+        assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_values_smaller_than_rounding_are_never_negative(divergence: Divergence) -> None:
+    student = logits(0, 400, 50, scale=1).float()
+    teacher = student + 1e-5 * logits(1, 400, 50).float()
+    for values in (divergence(student, teacher), divergence.value_and_gradient(student, teacher)[0]):
+        assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_analytic_values_survive_probabilities_too_small_for_a_float(divergence: Divergence) -> None:
+    student, teacher = logits(0, 20, 9, scale=150).float(), logits(1, 20, 9, scale=150).float()
+    values, gradient, _ = divergence.value_and_gradient(student, teacher)
+    exact, slope, _ = divergence.value_and_gradient(student.double(), teacher.double())
+    torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"kind": "kl"},
+        {"beta": -0.1},
+        {"beta": 1.5},
+        {"student_temperature": 0.0},
+        {"teacher_temperature": -1.0},
+    ),
+    ids=str,
+)
+def test_a_divergence_that_does_not_exist_is_refused(wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        Divergence(**wrong)  # type: ignore[arg-type]

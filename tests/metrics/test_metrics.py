@@ -150,8 +150,8 @@ def test_a_perfect_prediction_scores_a_hundred(metric: str) -> None:
 @pytest.mark.parametrize(
     ("metric", "predictions", "references", "message"),
     [
-        ("rouge3", ["a"], [["a"]], "unknown metric 'rouge3'; metrics are: accuracy, exact_match"),
-        ("blue", ["a"], [["a"]], "Did you mean 'bleu'?"),
+        ("rouge3", ["a"], [["a"]], "unknown metric 'rouge3'; did you mean"),
+        ("blue", ["a"], [["a"]], "did you mean 'bleu'? valid: accuracy, exact_match"),
         ("bleu", [], [], "nothing to score: there are 0 predictions"),
         ("bleu", ["a", "b"], [["a"]], "2 predictions, 1 lists of references"),
         ("bleu", ["a"], [[]], "references[0] is empty"),

@@ -111,6 +111,23 @@ def test_a_collapsed_cell_is_drawn_wherever_it_was_asked_for(store: Store) -> No
     assert [squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
 
 
+def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) -> None:
+    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
+    fill(grid, store)
+    frame = table(grid, store)
+    figure = heat_map(frame, "accuracy")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
+    columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert columns == ["Forward KL", "Reverse KL", "Total variation"]
+    assert squares(figure)[2, 1] == "+39.0"  # 40 + 30 - 4 / 4 - 30
+    drawn = curves(frame, "accuracy")
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn.axes[0].get_lines()}
+    assert lines["Total variation"] == [39.0, 69.0]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == columns
+    histories = losses(grid, store).legends[0]
+    assert [text.get_text() for text in histories.get_texts()] == columns
+
+
 def test_an_unknown_metric_is_answered_with_the_columns_there_are(store: Store) -> None:
     with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
         heat_map(table(made_grid(), store), "rouge")
@@ -160,6 +177,9 @@ def test_labels_are_the_papers_and_colours_differ() -> None:
     labels = ["Forward KL", "JSD(0.1)", "JSD(0.5)", "JSD(0.9)", "Reverse KL"]
     assert [divergence_label(beta) for beta in betas] == labels
     assert len({divergence_color(beta) for beta in betas}) == 5
+    for none in (None, float("inf"), float("nan")):
+        assert divergence_label(none) == "Total variation"
+        assert divergence_color(none) not in [divergence_color(beta) for beta in betas]
 
 
 def test_text_contrasts_with_what_it_stands_on() -> None:

@@ -151,6 +151,27 @@ def test_a_grid_of_tasks_has_a_section_with_the_headline_of_each(store: Store, t
     assert "No pair of cells at λ = 0 and 1 is done" in page.text
 
 
+def test_a_collapsed_cell_is_reported_at_each_of_its_places(store: Store, tmp_path: Path) -> None:
+    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    fill(grid, store)
+    _, page = report(grid, store, tmp_path)
+    for temperature in ("0.5", "1.0"):
+        assert f"student 0 JSD(0.5) {temperature} 38.0 35.0 to 41.0" in page.text
+
+
+def test_total_variation_is_named_and_not_taken_for_a_beta(store: Store, tmp_path: Path) -> None:
+    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0.5, 1]})
+    failed, *others = grid.cells
+    fill(grid, store, cells=[cell for cell in others if cell.beta != 1])
+    store.of(failed).failed("ValueError: broken")
+    _, page = report(grid, store, tmp_path)
+    assert "Best of 3: λ = 1, Total variation with 69.0" in page.text
+    assert "from 68.0 (JSD(0.5)) to 69.0 (Total variation)" in page.text
+    assert "λ = 1, Total variation, seed 0" in page.text
+    assert "student 0 Total variation 0 failed student 1 Total variation 69.0 66.0 to 72.0" in page.text
+    assert "arithmetic, λ = 0, total variation, seed 0" in page.text
+
+
 def test_long_texts_say_how_much_was_left_out() -> None:
     assert shortened("a" * LONGEST) == "a" * LONGEST
     assert shortened("a" * (LONGEST + 5)).endswith("... (5 more characters)")

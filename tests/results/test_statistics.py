@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from gkd_lab.records import Store
-from gkd_lab.results.statistics import lmbda_effect, points, summary, t_interval
+from gkd_lab.results.statistics import NO_BETA, lmbda_effect, points, summary, t_interval
 from gkd_lab.results.table import table
 
 from .made_store import fill, made_grid
@@ -49,6 +49,28 @@ def test_a_collapsed_cell_stands_at_every_place_that_it_was_asked_for(tmp_path: 
         (1, 1.0),
     ]
     assert placed["cell"].nunique() == 3
+
+
+def test_total_variation_stands_once_after_the_betas(tmp_path: Path) -> None:
+    grid = made_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
+    store = Store(tmp_path)
+    fill(grid, store)
+    frame = table(grid, store)
+    assert list(points(frame)["beta"]) == [NO_BETA, 0, 1] * 2
+    found = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
+    assert found.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
+    assert list(found["n"]) == [1] * 8
+    effect = lmbda_effect(frame, "accuracy", lambda cell: [])
+    assert effect is not None
+    assert (effect.mean, effect.pairs) == (30.0, 3)
+
+
+def test_a_collapsed_cell_stands_at_values_that_are_sections(tmp_path: Path) -> None:
+    sizes = [{"layers": 1, "width": width, "heads": 1} for width in (8, 16)]
+    grid = made_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
+    assert [len(one) for one in grid.stands_for.values()] == [2, 2]
+    placed = points(table(grid, Store(tmp_path)))
+    assert placed.groupby(["temperature", "student"]).size().tolist() == [1] * 4
 
 
 def _frame(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:

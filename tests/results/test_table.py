@@ -35,6 +35,25 @@ def test_a_row_for_every_reference_model_and_cell_in_grid_order(store: Store) ->
     assert list(frame["accuracy"][:2]) == [30.0, 95.0]
 
 
+def test_total_variation_has_no_beta_and_the_axes_that_vary_have_columns(store: Store) -> None:
+    axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.5], "rescale_divergence": [False, True]}
+    grid = made_grid(grid=axes)
+    fill(grid, store)
+    frame = table(grid, store)
+    rows = [row for row in json.loads(encode(frame, "json")) if row["role"] == "cell"]
+    names = ("divergence", "beta", "rescale_divergence")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("jsd", 0.0, False),
+        ("jsd", 0.5, False),
+        ("jsd", 0.5, True),
+        ("tv", None, False),
+    ]
+    assert len(rows[3]["stands_for"]) == 4
+    assert axes_of(frame) == ["rescale_divergence"]
+    for format in FORMATS:
+        assert encode(frame, format)
+
+
 def test_scores_stand_under_the_evaluation_and_plainly_where_there_is_one(store: Store) -> None:
     one = made_grid()
     fill(one, store)

@@ -41,6 +41,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"optimizer": "adam"},
         "optimizer: 'adam' is not valid: did you mean 'adamw'? valid: adamw, adafactor",
     ),
+    ({"divergence": "tvd"}, "divergence: 'tvd' is not valid: did you mean 'tv'? valid: jsd, tv"),
+    ({"grid": {"divergence": ["jsd", "kl"]}}, "grid.divergence[1]: 'kl' is not valid: valid: jsd, tv"),
+    ({"objectives": [{"divergence": "jds"}]}, "objectives[0].divergence: 'jds' is not valid: did you mean"),
+    ({"rescale_divergence": "maybe"}, "rescale_divergence: 'maybe' is not valid: must be true or false"),
+    ({"rescale_divergenc": True}, "'rescale_divergenc'; did you mean 'rescale_divergence'?"),
     ({"evaluations": [{"decoding": "greedi"}]}, "evaluations[0].decoding: 'greedi' is not valid: did you"),
     ({"scale": "nan"}, "scale: 'nan' is not valid: did you mean 'nano'? valid: nano, smol, paper"),
     # a list where a value belongs, and the other way round
@@ -50,6 +55,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"evaluations": {"decoding": "beam"}}, "is not valid: must be a list of values"),
     ({"description": None}, "description: None is not valid: must be text"),
     ({"objectives": [{"beta": 1}]}, "objectives[0].teacher_temperature is missing"),
+    ({"objectives": [{"divergence": "jsd"}]}, "objectives[0].beta is missing"),
+    ({"objectives": [{"beta": None}]}, "objectives[0].beta is missing"),
 ]
 
 

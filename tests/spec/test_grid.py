@@ -1,5 +1,7 @@
 """From an experiment to its cells: order, counts, layers of settings, cells that cannot differ."""
 
+from typing import Any
+
 import pytest
 
 from gkd_lab.spec.errors import SpecError
@@ -10,6 +12,9 @@ from .stub import cell, grid, refusal
 def test_the_first_axis_varies_slowest_and_the_order_is_the_file_s() -> None:
     found = grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
     assert [(one.beta, one.seed) for one in found] == [(1, 3), (1, 1), (1, 2), (0, 3), (0, 1), (0, 2)]
+    turned = grid(grid={"seed": [0, 1], "data.train": [20, 10], "beta": [1, 0]})
+    assert list(turned.axes) == ["task", "seed", "data.train", "beta"]
+    assert [(one.seed, one.beta) for one in turned.cells[::2]] == [(0, 1), (0, 1), (1, 1), (1, 1)]
 
 
 def test_the_task_can_be_an_axis() -> None:
@@ -37,6 +42,71 @@ def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
     labels = found.stands_for[off_policy.full_fingerprint]
     assert [label["temperature"] for label in labels] == [0.5, 1, 2]
     assert {label["lmbda"] for label in labels} == {0}
+
+
+def test_total_variation_has_no_beta_and_is_one_cell_beside_those_of_jsd() -> None:
+    found = grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
+    assert [(one.divergence, one.beta) for one in found.cells] == [
+        ("jsd", 0),
+        ("jsd", 0.5),
+        ("jsd", 1),
+        ("tv", None),
+    ]
+    asked = {"task": "sums", "divergence": "tv"}
+    assert found.stands_for == {
+        found.cells[-1].full_fingerprint: tuple({**asked, "beta": beta} for beta in (0, 0.5, 1))
+    }
+
+
+def test_a_beta_that_is_stated_for_total_variation_is_not_read() -> None:
+    plain = cell(divergence="tv")
+    assert plain.beta is None
+    assert cell(divergence="tv", beta=0.5).training == plain.training
+    assert cell({"divergence": "tv", "beta": "0.5"}).training == plain.training
+    (crossed,) = grid(divergence="tv", grid={"beta": [0, 1]}).cells
+    assert crossed.training == plain.training
+
+
+def test_rescaling_makes_cells_of_the_betas_between_the_kls_only() -> None:
+    axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.1, 1], "rescale_divergence": [False, True]}
+    found = grid(grid=axes)
+    seen = [(one.divergence, one.beta, one.training.objectives[0].rescale) for one in found.cells]
+    assert seen == [
+        ("jsd", 0, False),
+        ("jsd", 0.1, False),
+        ("jsd", 0.1, True),
+        ("jsd", 1, False),
+        ("tv", None, False),
+    ]
+    assert sorted(map(len, found.stands_for.values())) == [2, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "place"),
+    [
+        ("precision", ["fp32", "bf16", "fp64"], "precision"),
+        ("dropout", [0, 0.1], "dropout"),
+        ("loss_normalization", ["sequence", "token"], "loss_normalization"),
+        ("optimizer", ["adamw", "adafactor"], "optimizer.name"),
+        ("divergence", ["jsd", "tv"], "objectives.divergence"),
+        ("rescale_divergence", [False, True], "objectives.rescale"),
+        ("teacher_temperature", [0.1, 1], "objectives.teacher_temperature"),
+        ("student_temperature", [0.5, 1], "objectives.student_temperature"),
+        ("temperature", [0.5, 1], "source.temperature"),
+    ],
+)
+def test_each_choice_of_the_loss_can_be_an_axis(axis: str, values: list[Any], place: str) -> None:
+    def resolved(value: Any) -> Any:
+        for name in place.split("."):
+            value = getattr(value, name)
+            value = value[0] if isinstance(value, tuple) else value
+        return value
+
+    found = grid(beta=0.5, grid={axis: values}).cells
+    assert [resolved(one.training) for one in found] == values
+    assert len({one.fingerprint for one in found}) == len(values)
+    by_set = grid({axis: str(values).replace("'", "")}, beta=0.5).cells
+    assert [one.training for one in by_set] == [one.training for one in found]
 
 
 def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
@@ -153,6 +223,8 @@ def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> No
     [
         ({"lmbda": 0.5, "source": {"lmbda": 0.5, "temperature": 1}}, "source and lmbda"),
         ({"grid": {"beta": [0]}, "objectives": []}, "objectives"),
+        ({"grid": {"divergence": ["tv"]}, "objectives": []}, "objectives and divergence say the same"),
+        ({"rescale_divergence": True, "objectives": []}, "objectives and rescale_divergence say the same"),
         ({"student": {"layers": 2}}, "give layers, width and heads"),
         ({"student": {"layers": 1, "width": 7, "heads": 2}}, "width 7 is not a multiple of heads 2"),
         ({"student": "smal"}, "unknown student 'smal'; did you mean 'small'? valid: large, small"),

@@ -17,6 +17,8 @@ GOLDEN = {
     "words": "b24b6288",
     "lmbda 0.5, beta 0.1, seed 3": "7ec5c198",
     "lmbda 0": "9e7aad99",
+    "total variation": "67c2fe16",
+    "rescaled": "e5455e7a",
     "a folder": "d072285b",
     "a loaded student": "810b8b3e",
     "teacher": "fb77eb3c",
@@ -34,6 +36,8 @@ def described() -> dict[str, Frozen]:
         "words": cell(task="words").training,
         "lmbda 0.5, beta 0.1, seed 3": cell(lmbda=0.5, beta=0.1, seed=3).training,
         "lmbda 0": cell(lmbda=0).training,
+        "total variation": cell(divergence="tv").training,
+        "rescaled": cell(beta=0.1, rescale_divergence=True).training,
         "a folder": cell(data={"source": "/rows"}).training,
         "a loaded student": cell(student="owner/small").training,
         "teacher": cell().training.teacher,
@@ -179,6 +183,18 @@ def test_shorthand_and_long_form_are_one_cell() -> None:
     assert short.fingerprint == long.fingerprint
 
 
+def test_a_divergence_without_beta_is_the_same_in_shorthand_and_long_form() -> None:
+    temperatures = {"teacher_temperature": 1, "student_temperature": 1}
+    for stated in {"divergence": "tv"}, {"divergence": "tv", "beta": 0.3, "rescale": True}:
+        assert cell(objectives=[{**stated, **temperatures}]).training == cell(divergence="tv").training
+    rescaled = cell(objectives=[{"beta": 0.1, "rescale": True, **temperatures}])
+    assert rescaled.training == cell(beta=0.1, rescale_divergence=True).training
+
+
+def test_what_was_built_in_before_is_the_same_cell_when_it_is_said() -> None:
+    assert cell(divergence="jsd", rescale_divergence=False).fingerprint == cell().fingerprint
+
+
 @pytest.mark.parametrize("lmbda", [0, 0.5])
 def test_the_long_form_takes_the_sampling_temperature_as_the_shorthand_does(lmbda: float) -> None:
     assert cell(source={"lmbda": lmbda}).training == cell(lmbda=lmbda).training
@@ -188,5 +204,7 @@ def test_the_long_form_takes_the_sampling_temperature_as_the_shorthand_does(lmbd
 def test_the_folder_is_readable_and_ends_in_the_fingerprint() -> None:
     one = cell(lmbda=0.5, beta=0.1)
     assert one.folder == f"nano/sums/lmbda=0.5_beta=0.1_seed=0-{one.fingerprint}"
+    varied = cell(lmbda=0.5, divergence="tv")
+    assert varied.folder == f"nano/sums/lmbda=0.5_tv_seed=0-{varied.fingerprint}"
     assert one.full_fingerprint.startswith(one.fingerprint)
     assert len(one.full_fingerprint) == 64

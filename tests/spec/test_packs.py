@@ -17,6 +17,25 @@ def keys(groups: list[list[Cell]]) -> list[list[tuple[int, float, float]]]:
     return [[(one.seed, one.lmbda, one.beta) for one in group] for group in groups]
 
 
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("lmbda", [0, 0.5]),
+        ("beta", [0, 0.5]),
+        ("divergence", ["jsd", "tv"]),
+        ("rescale_divergence", [False, True]),
+        ("teacher_temperature", [0.1, 1]),
+        ("student_temperature", [0.5, 1]),
+        ("temperature", [0.5, 1]),
+        ("learning_rate", [1e-3, 2e-3]),
+        ("seed", [0, 1]),
+    ],
+)
+def test_what_each_cell_keeps_for_itself_does_not_part_cells(axis: str, values: list[Any]) -> None:
+    found = grid(beta=0.1, grid={axis: values}) if axis != "beta" else grid(grid={axis: values})
+    assert [len(group) for group in packs(found.cells, 16)] == [2]
+
+
 def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model() -> None:
     found = grid(grid={"lmbda": [0, 1], "learning_rate": [1e-3, 2e-3], "temperature": [0.5, 1]})
     assert [len(group) for group in packs(found.cells, 16)] == [6]
@@ -36,6 +55,9 @@ def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model
         ("data.train", [1, 2]),
         ("task", ["sums", "words"]),
         ("precision", ["fp32", "fp64"]),
+        ("precision", ["fp32", "bf16"]),
+        ("dropout", [0, 0.1]),
+        ("optimizer", ["adamw", "adafactor"]),
     ],
 )
 def test_cells_that_differ_in_anything_else_do_not(axis: str, values: list[Any]) -> None:
@@ -46,6 +68,14 @@ def test_members_are_sorted_by_seed_coin_and_divergence() -> None:
     (group,) = keys(packs(grid(grid=AXES).cells, 99))
     assert group == sorted(group)
     assert len(group) == 18
+
+
+def test_total_variation_comes_last_among_the_divergences() -> None:
+    found = grid(grid={"divergence": ["tv", "jsd"], "beta": [1, 0], "lmbda": [1, 0]})
+    (group,) = packs(found.cells, 16)
+    assert [(one.lmbda, one.beta) for one in group] == [
+        (lmbda, beta) for lmbda in (0, 1) for beta in (0, 1, None)
+    ]
 
 
 @pytest.mark.parametrize("limit", [1, 4, 7, 18, "auto", "off"])

@@ -1,0 +1,322 @@
+"""Divergences from hidden states and heads, without the logits of all tokens ever being there at once.
+
+The gradients of the hidden states and of the head are made in the forward pass, chunk by chunk, so that each
+head is projected once; the backward pass only multiplies them by what comes in.
+
+Shapes: K cells, M blocks of teacher rows, N tokens of a cell, n of them in a chunk, V vocabulary, H width.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from gkd_lab.distill.divergence import Divergence
+from gkd_lab.models.projection import Arithmetic, Projection
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of a chunk's logits, those of all students and teacher blocks together."""
+SLICE_BYTES = 2**20
+"""Size of the logits that a CPU turns into gradients at once, so that temporaries stay in its cache."""
+
+
+@dataclass(frozen=True)
+class CellSums:
+    """What `divergence_sums` returns.
+
+    losses: (K,), differentiable by the student's hidden states and by the weight and bias of its head.
+    entropies: (K,), the student's entropy in nats, summed over the tokens with a weight above 0; no gradient.
+    """
+
+    losses: Tensor
+    entropies: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `divergence_sums` that take no gradient."""
+
+    teacher: Tensor
+    teacher_head: Projection
+    block_of_cell: tuple[int, ...]
+    divergences: tuple[Divergence, ...]
+    weights: Tensor
+    vocabulary: int | None
+
+
+def divergence_sums(
+    student: Tensor,
+    student_head: Projection,
+    teacher: Tensor,
+    teacher_head: Projection,
+    block_of_cell: Sequence[int],
+    divergences: Sequence[Divergence],
+    weights: Tensor,
+    *,
+    vocabulary: int | None = None,
+) -> CellSums:
+    """Sum over tokens of weight * divergence, for each cell.
+
+    student: (K, N, H_s) last hidden states, any float dtype; its head's weight: (K, V, H_s), or (V, H_s).
+    teacher: (M, N, H_t), M distinct blocks of rows, without gradient; its head's weight (V_t, H_t).
+    block_of_cell: for each cell its block, in range(M). divergences: one a cell.
+    weights: (K, N); 0 where nothing is trained. They take no gradient.
+    vocabulary: only so many first rows of both heads count, and probabilities are normalised over these;
+        default: those that both have.
+
+    Logits are float32 (float64 if hidden states are), also under autocast and for heads in bfloat16. The
+    losses can be propagated back once. Raises ValueError for shapes that do not fit together.
+    """
+    call = _Call(teacher, teacher_head, tuple(block_of_cell), tuple(divergences), weights, vocabulary)
+    _check(student, student_head, call)
+    # On CUDA TRL's kernel is fused Triton and keeps no temporaries. On a CPU it is plain PyTorch that projects
+    # each head two or three times, ours does once: 23 s and 770 MiB against 8 s and 150 MiB (beta 0.5,
+    # V = 151,936, H = 512, 512 tokens, fp32, one thread; see benchmarks/loss.py).
+    if student.is_cuda and _fits_trl(student, student_head, call):
+        return _trl_sums(student, student_head, call)
+    return _own_sums(student, student_head, call)
+
+
+def _check(student: Tensor, head: Projection, call: _Call) -> None:
+    cells, tokens = student.shape[:2]
+    blocks = len(call.teacher)
+    if call.teacher.shape[:2] != (blocks, tokens) or call.weights.shape != (cells, tokens):
+        raise ValueError(
+            f"student {tuple(student.shape)}, teacher {tuple(call.teacher.shape)} and weights "
+            f"{tuple(call.weights.shape)} must be (K, N, H_s), (M, N, H_t) and (K, N)"
+        )
+    if len(call.block_of_cell) != cells or len(call.divergences) != cells:
+        raise ValueError(
+            f"{len(call.block_of_cell)} blocks and {len(call.divergences)} divergences for {cells} cells: "
+            "give one of each a cell"
+        )
+    if not set(call.block_of_cell) <= set(range(blocks)):
+        raise ValueError(
+            f"block_of_cell {call.block_of_cell} must lie in range({blocks}), the teacher's blocks"
+        )
+    if cells > 1 and head.weight is not None and head.weight.dim() != 3:
+        raise ValueError(f"{cells} packed students need a head (K, V, H), got {tuple(head.weight.shape)}")
+    if cells > 1 and head.bias is not None and head.bias.requires_grad and head.bias.shape[0] != cells:
+        raise ValueError(f"{cells} packed students need a bias (K, V), got {tuple(head.bias.shape)}")
+    for name, weight in (("student", head.weight), ("teacher", call.teacher_head.weight)):
+        if isinstance(weight, DTensor):
+            raise ValueError(f"the {name}'s head is sharded as {weight.placements}: pass the full tensor")
+
+
+def _own_sums(student: Tensor, head: Projection, call: _Call) -> CellSums:
+    tensors = (student, head.weight, head.bias)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+    if any(wanted):
+        return CellSums(*_Sums.apply(*tensors, replace(head, weight=None, bias=None), call, wanted))
+    losses, entropies, _ = _walk(student, head, call, wanted)
+    return CellSums(losses, entropies)
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        head: Projection,
+        call: _Call,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (student, weight, bias)]
+        head = replace(head, weight=weight, bias=bias)
+        losses, entropies, ctx.gradients = _walk(student, head, call, wanted)
+        ctx.mark_non_differentiable(entropies)
+        return losses, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "divergence_sums makes its gradients in the forward pass and gives them away in the first "
+                "backward pass: call it again for a second one"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        whole = [
+            None if gradient is None else _times(gradient, incoming).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*whole, None, None, None)
+
+
+def _times(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """A gradient of K cells' losses times what comes in for each, in place."""
+    if len(incoming) == 1:
+        return gradient.mul_(incoming[0])
+    return gradient.mul_(incoming.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def _walk(
+    student: Tensor, head: Projection, call: _Call, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Losses and entropies, (K,), and the wanted ones of (student, weight, bias)'s gradients."""
+    wide = torch.promote_types(torch.promote_types(student.dtype, call.teacher.dtype), torch.float32)
+    arithmetics = Arithmetic.of(student, wide), Arithmetic.of(call.teacher, wide)
+    with (
+        torch.no_grad(),
+        torch.autocast(student.device.type, enabled=False),
+        maybe_gather_lm_head_ctx(*_parameters(head)),
+        maybe_gather_lm_head_ctx(*_parameters(call.teacher_head)),
+    ):
+        walk = _Walk(student, head, call, wanted, arithmetics)
+        for rows in walk.chunks():
+            walk.add(rows)
+    return walk.losses, walk.entropies, walk.gradients
+
+
+def _parameters(head: Projection) -> list[torch.nn.Parameter]:
+    return [tensor for tensor in (head.weight, head.bias) if isinstance(tensor, torch.nn.Parameter)]
+
+
+def _vocabulary(student: Tensor, head: Projection, call: _Call) -> int:
+    shared = min(head.rows(student), call.teacher_head.rows(call.teacher))
+    if call.vocabulary is not None and not 0 < call.vocabulary <= shared:
+        raise ValueError(f"vocabulary {call.vocabulary} is not in 1 to {shared}, what both heads have")
+    return shared if call.vocabulary is None else call.vocabulary
+
+
+class _Walk:
+    """What is summed over chunks of tokens, and the two buffers that hold the logits of one."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        head: Projection,
+        call: _Call,
+        wanted: Sequence[bool],
+        arithmetics: tuple[Arithmetic, Arithmetic],
+    ) -> None:
+        self.student, self.call = student, call
+        self.vocabulary = _vocabulary(student, head, call)
+        self.head = head.packed().first(self.vocabulary)
+        self.teacher_head = call.teacher_head.packed().first(self.vocabulary)
+        self.with_student, self.with_teacher = arithmetics
+        wide = self.with_student.results
+        self.weights = call.weights.to(wide)
+        self.losses, self.entropies = student.new_zeros(2, len(student), dtype=wide)
+        self.gradients = [
+            torch.zeros_like(tensor, dtype=wide) if want and tensor is not None else None
+            for want, tensor in zip(wanted, (student, head.weight, head.bias), strict=True)
+        ]
+        self.used = call.weights.ne(0).any(0).nonzero()[:, 0]
+        per_token = (len(student) + len(call.teacher)) * self.vocabulary * self.losses.element_size()
+        self.size = min(max(CHUNK_BYTES // per_token, 1), max(len(self.used), 1))
+        self.raw = student.new_empty(len(student) * self.size * self.vocabulary, dtype=wide)
+        self.teacher = student.new_empty(len(call.teacher) * self.size * self.vocabulary, dtype=wide)
+
+    def chunks(self) -> Iterable[Tensor]:
+        """Indices of the tokens that any cell trains on, so many at a time."""
+        return self.used.split(self.size) if len(self.used) else ()
+
+    def add(self, rows: Tensor) -> None:
+        """Add the tokens `rows` to all sums."""
+        hidden = self.student[:, rows]
+        raw = _project(hidden, self.head, self.vocabulary, self.with_student, self.raw)
+        flat = self.call.teacher[:, rows].flatten(0, 1)[None]
+        teacher = _project(flat, self.teacher_head, self.vocabulary, self.with_teacher, self.teacher)
+        teacher = self.teacher_head.logits(teacher).view(-1, len(rows), self.vocabulary)
+        for cell, block in enumerate(self.call.block_of_cell):
+            self._reduce(cell, raw[cell], teacher[block], self.weights[cell, rows])
+        self._add_gradients(rows, hidden, raw)
+
+    def _reduce(self, cell: int, raw: Tensor, teacher: Tensor, weights: Tensor) -> None:
+        """Add the values of a cell's tokens; replace `raw` by their gradient."""
+        divergence, keep = self.call.divergences[cell], any(g is not None for g in self.gradients)
+        size = len(raw) if raw.is_cuda else max(SLICE_BYTES // (raw.shape[1] * raw.element_size()), 1)
+        parts = (tensor.split(size) for tensor in (raw, teacher, weights))
+        for part, target, weight in zip(*parts, strict=True):
+            logits = self.head.logits(part)
+            values, gradient, entropies = divergence.value_and_gradient(logits, target)
+            # Only a cell's own tokens are summed: how far its neighbours' go does not even move the rounding.
+            own = weight > 0
+            self.losses[cell] += values[own] @ weight[own]
+            self.entropies[cell] += entropies[own].sum()
+            if keep:
+                torch.mul(self.head.raw_gradient(gradient, logits), weight[:, None], out=part)
+
+    def _add_gradients(self, rows: Tensor, hidden: Tensor, raw: Tensor) -> None:
+        """`raw` is the loss's gradient by h W^T + b, (K, n, V)."""
+        of_hidden, of_weight, of_bias = self.gradients
+        if of_bias is not None:
+            of_bias.view(-1, of_bias.shape[-1])[:, : self.vocabulary] += raw.sum(1)
+        weight = self.head.weight
+        if weight is None:
+            if of_hidden is not None:
+                of_hidden[:, rows, : self.vocabulary] = raw
+            return
+        total = raw.new_zeros(hidden.shape)
+        for span in self.with_student.spans(weight):
+            if of_hidden is not None:
+                self.with_student.multiply(raw[..., span], weight[:, span], total, add=True)
+            if of_weight is not None:
+                part = of_weight.view(-1, *of_weight.shape[-2:])[:, : self.vocabulary][:, span]
+                self.with_student.multiply(raw[..., span].mT, hidden, part, add=True)
+        if of_hidden is not None:
+            of_hidden[:, rows] = total
+
+
+def _project(
+    hidden: Tensor, head: Projection, vocabulary: int, arithmetic: Arithmetic, buffer: Tensor
+) -> Tensor:
+    """h W^T + b of (K, n, H) hidden states, (K, n, V), in the beginning of the buffer."""
+    raw = buffer[: hidden.shape[0] * hidden.shape[1] * vocabulary].view(*hidden.shape[:2], vocabulary)
+    if head.weight is None:
+        raw.copy_(hidden[..., :vocabulary])
+    else:
+        for span in arithmetic.spans(head.weight):
+            arithmetic.multiply(hidden, head.weight[:, span].mT, raw[..., span])
+    return raw if head.bias is None else raw.add_(head.bias[:, None])
+
+
+def _fits_trl(student: Tensor, head: Projection, call: _Call) -> bool:
+    """Whether TRL's kernel computes this: one cell, JSD or a KL, no float64, no infinite logits."""
+    teacher, teacher_head, divergence = call.teacher, call.teacher_head, call.divergences[0]
+    if head.weight is None or teacher_head.weight is None or is_deepspeed_zero3_enabled():
+        return False
+    if len(student) != 1 or len(teacher) != 1 or head.weight.dim() != 2 or divergence.kind != "jsd":
+        return False
+    same = divergence.student_temperature == divergence.teacher_temperature
+    tensors = (student, teacher, head.weight, teacher_head.weight)
+    return (
+        (same or teacher_head.softcap is None)
+        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
+        and all(bias is None or bool(bias.isfinite().all()) for bias in (head.bias, teacher_head.bias))
+    )
+
+
+def _trl_sums(student: Tensor, head: Projection, call: _Call) -> CellSums:
+    """The same by TRL's kernel, which projects each chunk again in the backward pass."""
+    (divergence,), vocabulary = call.divergences, _vocabulary(student, head, call)
+    student_head, teacher_head = head.first(vocabulary), call.teacher_head.first(vocabulary)
+    used = call.weights[0].nonzero()[:, 0]
+    # It has one temperature: a scale on the teacher's logits makes up the difference.
+    ratio = divergence.student_temperature / divergence.teacher_temperature
+    values, entropies = ChunkedDivergenceFunction.apply(
+        student[0, used],
+        student_head.weight,
+        student_head.bias,
+        call.teacher[0, used],
+        teacher_head.weight,
+        teacher_head.bias,
+        divergence.beta,
+        divergence.student_temperature,
+        head.scale,
+        head.softcap,
+        teacher_head.scale * ratio,
+        teacher_head.softcap,
+    )
+    weights = call.weights[0, used].to(values.dtype)
+    losses = divergence.factor * values.clamp_min(0) @ weights
+    return CellSums(losses[None], (entropies.detach() @ (weights > 0).to(values.dtype))[None])

@@ -1,0 +1,113 @@
+"""Batches as TRL's and transformers' collators lay them out, and as this package does.
+
+Shapes: N rows, P prompt tokens, C completion tokens, T = P + C.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gkd_lab.models.forward import Sequences
+
+Pair = tuple[Tensor, Tensor]
+NOT_TRAINED = -100
+
+
+def as_sequences(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
+    """A collated batch, by our collator or by a user's in TRL's form. ValueError: it is neither."""
+    names = Sequences.__dataclass_fields__
+    if names.keys() <= batch.keys():
+        return Sequences(*(batch[name] for name in names))
+    if not is_collated_for_trl(batch):
+        raise ValueError(
+            f"the data collator returns {sorted(batch)}; GKDTrainer needs `input_ids`, `attention_mask` and "
+            "`labels`, as TRL's DataCollatorForChatML returns them"
+        )
+    return sequences_of(batch, pad_id, is_encoder_decoder=is_encoder_decoder)
+
+
+def in_form_of_trl(batch: Sequences) -> dict[str, Tensor]:
+    """The tensors of TRL's chat collator; labels are -100 where nothing is trained."""
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    untrained = torch.full_like(batch.prompt_ids, NOT_TRAINED)
+    completion = batch.completion_ids.masked_fill(batch.completion_mask == 0, NOT_TRAINED)
+    return {
+        "input_ids": torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+        "attention_mask": mask,
+        "labels": torch.cat([untrained, completion], dim=1),
+        "prompts": batch.prompt_ids,
+        "prompt_attention_mask": batch.prompt_mask,
+    }
+
+
+def is_collated_for_trl(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether a collator made the batch as TRL's and transformers' do: ids and labels in a mapping."""
+    return isinstance(batch, Mapping) and "input_ids" in batch and "labels" in batch
+
+
+def sequences_of(batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False) -> Sequences:
+    """A batch in the form of TRL's DataCollatorForChatML, for users who pass a collator of their own.
+
+    N rows, T tokens, P prompt tokens. input_ids, attention_mask, labels: (N, T), padded on either side,
+    labels -100 where nothing is trained; prompts, prompt_attention_mask: (N, P), optional: without them the
+    prompt is what stands before the first trained token. An encoder-decoder's input_ids are the source, its
+    labels the target.
+
+    ValueError: an untrained hole within the trained tokens, a row without a prompt, prompts that contradict
+    input_ids. Trained tokens that follow the prompt are all that is kept.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "attention_mask" not in batch:
+        raise ValueError("the data collator returns no attention_mask: padding cannot be told from text")
+    real, trained = batch["attention_mask"].bool(), labels != NOT_TRAINED
+    if is_encoder_decoder:
+        source = _aligned(ids, real, pad_id, left=False)
+        return Sequences(*source, *_aligned(labels, trained, pad_id, left=False))
+    _check_trained(ids, labels, real, trained)
+    prompts = _aligned(ids, real & (trained.cumsum(1) == 0), pad_id, left=True)
+    if "prompts" in batch:
+        stated = _aligned(batch["prompts"], batch["prompt_attention_mask"].bool(), pad_id, left=True)
+        _check_stated(stated, prompts, trained.any(1), pad_id)
+        prompts = stated
+    _refuse_rows(~prompts[1].any(1), "have no prompt: a completion needs one token at least to follow from")
+    return Sequences(*prompts, *_aligned(ids, trained, pad_id, left=False))
+
+
+def _aligned(ids: Tensor, kept: Tensor, pad_id: int, *, left: bool) -> Pair:
+    """The kept ids of each row, in order, padded on the left or the right, and their mask."""
+    width = max(1, int(kept.sum(1).max()))
+    order = (kept if left else ~kept).long().argsort(dim=1, stable=True)
+    order = order[:, -width:] if left else order[:, :width]
+    mask = kept.gather(1, order)
+    return ids.gather(1, order).masked_fill(~mask, pad_id), mask.long()
+
+
+def _check_trained(ids: Tensor, labels: Tensor, real: Tensor, trained: Tensor) -> None:
+    starts = trained & ~pad(trained, (1, 0))[:, :-1]
+    _refuse_rows(
+        starts.sum(1) > 1, "train on several parts with untrained ones between them: mask all but one"
+    )
+    _refuse_rows(
+        (trained & ~real).any(1), "train on tokens whose attention_mask is 0: set those labels to -100"
+    )
+    _refuse_rows(
+        (trained & (labels != ids)).any(1), "have labels unlike input_ids: do not shift or change them"
+    )
+
+
+def _check_stated(stated: Pair, before: Pair, answered: Tensor, pad_id: int) -> None:
+    """Stated prompts must be what the trained tokens follow: both kinds of step share one prompt."""
+    width = max(stated[0].shape[1], before[0].shape[1])
+    differs = torch.zeros_like(answered)
+    for one, other, fill in zip(stated, before, (pad_id, 0), strict=True):
+        wide = [pad(tensor, (width - tensor.shape[1], 0), value=fill) for tensor in (one, other)]
+        differs |= (wide[0] != wide[1]).any(1)
+    _refuse_rows(differs & answered, "have other `prompts` than stand in input_ids before the trained tokens")
+
+
+def _refuse_rows(wrong: Tensor, reason: str) -> None:
+    if wrong.any():
+        raise ValueError(f"rows {wrong.nonzero().flatten().tolist()} of the data collator's batch {reason}")

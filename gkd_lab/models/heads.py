@@ -1,0 +1,253 @@
+"""A model's last hidden states and its output head apart, so that a loss can project them piece by piece.
+
+The model's own forward runs with a stand-in for its head: what the head would read is kept, and what the
+model does with logits happens to a single number. Shapes: N rows (K packed students times B), C completion
+tokens, H hidden width, V vocabulary.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from gkd_lab.models.forward import Sequences, arguments, of_completion, unwrapped
+from gkd_lab.models.packing import PackedLinear
+from gkd_lab.models.projection import Projection
+
+logger = logging.getLogger(__name__)
+
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Fields of a configuration that logits are multiplied by: Cohere's, and those of Falcon-H1 and its like."""
+PLAIN = (Tensor, nn.Parameter, DTensor)
+"""Kinds of weights that can be multiplied with; a quantized weight is another class, or of integers."""
+LARGE = 64.0
+"""A logit that every soft-cap in use bends: Gemma 2's is 30."""
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """What a forward pass gives before its logits.
+
+    hidden: what the output head reads for each completion token, (N, C, H); the logits themselves, (N, C, V),
+        when `projection.weight` is None.
+    aux_loss: a mixture of experts' load-balancing loss times its coefficient, when the model's configuration
+        asks for router logits.
+    """
+
+    hidden: Tensor
+    projection: Projection
+    aux_loss: Tensor | None
+
+
+class Head:
+    """Where a model's logits come from: its output embedding and what its configuration does to logits.
+
+    `is_linear` says whether hidden states times head are the model's own logits. It is settled here, once, on
+    a few tokens; if they are not, a warning says why and `unprojected` gives the logits themselves. Weights
+    that are not there yet (on the meta device or sharded) cannot be tried: then the head's type decides.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._bare = unwrapped(model)
+        self._config = self._bare.config.get_text_config(decoder=True)
+        self._module: nn.Module | None = model.get_output_embeddings()
+        reason = self._why_not_linear()
+        self.is_linear = reason is None
+        if reason is not None:
+            logger.warning(
+                "%s: the loss gets all logits at once, which takes more memory, as %s",
+                type(self._bare).__name__,
+                reason,
+            )
+
+    def unprojected(self, batch: Sequences) -> Unprojected:
+        """Hidden states, head and auxiliary loss for the tokens of `batch`.
+
+        It calls `model.forward`, not the model, so that it can itself run inside of a wrapper's forward.
+
+        Raises:
+            ValueError: if the configuration asks for a router loss that the model does not return.
+        """
+        if self.is_linear:
+            hidden, output = self._forward(batch, 0.0)
+            return Unprojected(hidden, self._projection(), self._aux_loss(output))
+        output = self.model.forward(**self._arguments(batch))
+        logits = of_completion(self._bare, output.logits, batch)
+        return Unprojected(logits, Projection(None), self._aux_loss(output))
+
+    def _arguments(self, batch: Sequences) -> dict[str, Any]:
+        named = arguments(self._bare, batch)
+        return named | {"output_router_logits": True} if self._asks_for_router() else named
+
+    def _forward(self, batch: Sequences, logit: float) -> tuple[Tensor, Any]:
+        """What the head reads, (N, C, H), and the model's output when its head says `logit` alone."""
+        assert self._module is not None
+        with _standing_in(self._module, logit) as seen:
+            output = self.model.forward(**self._arguments(batch))
+        assert len(seen) == 1, f"the head was called {len(seen)} times"
+        return of_completion(self._bare, seen[0], batch), output
+
+    def _projection(self) -> Projection:
+        """Read anew each time: a pack's weights may be those of some cells, a wrapper may have moved them."""
+        weight, bias = self._weight_and_bias()
+        added = self._added_bias()
+        if added is not None:
+            bias = added if bias is None else bias + added
+        scale, softcap = _scale_and_softcap(self._config)
+        return Projection(weight, bias, scale, softcap)
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        head = self._module
+        if isinstance(head, PackedLinear):
+            weight = head.active("weight")
+            assert weight is not None
+            return weight, head.active("bias")
+        assert isinstance(head, nn.Linear)
+        return head.weight, head.bias
+
+    def _added_bias(self) -> Tensor | None:
+        """What BART and its like add to the head's output, (V,)."""
+        buffer = dict(self._bare.named_buffers(recurse=False)).get("final_logits_bias")
+        return None if buffer is None else buffer[0]
+
+    def _asks_for_router(self) -> bool:
+        return bool(getattr(self._config, "output_router_logits", False))
+
+    def _aux_loss(self, output: Any) -> Tensor | None:
+        if not self._asks_for_router():
+            return None
+        loss, weight = output.get("aux_loss"), getattr(self._config, "router_aux_loss_coef", None)
+        if loss is None or weight is None:
+            raise ValueError(
+                f"output_router_logits=True, but {type(self._bare).__name__} returns no `aux_loss` or has no "
+                "`router_aux_loss_coef`: set `model.config.output_router_logits = False` to train without it"
+            )
+        return weight * loss
+
+    def _why_not_linear(self) -> str | None:
+        """None if hidden states times head are the model's logits, else what is in the way."""
+        head = self._module
+        if head is None:
+            return "the model names no output embedding"
+        if not isinstance(head, nn.Linear | PackedLinear):
+            return f"its head is a {type(head).__name__}, not a plain linear layer"
+        weight, _ = self._weight_and_bias()
+        if type(weight) not in PLAIN or not weight.dtype.is_floating_point:
+            return f"its head's weight is a {type(weight).__name__} of {weight.dtype}"
+        if weight.is_meta and "forward" in vars(head):
+            return "its head's weight is offloaded and comes with each call"
+        if _is_elsewhere(self.model):
+            return None
+        with _evaluating(self.model), torch.no_grad():
+            return self._why_not_equal(_probe(self.model, weight))
+
+    def _why_not_equal(self, batch: Sequences) -> str | None:
+        """Compare with the model's own logits, and what it does to a large one with what is known of that."""
+        own = of_completion(self._bare, self.model.forward(**arguments(self._bare, batch)).logits, batch)
+        try:
+            hidden, output = self._forward(batch, LARGE)
+            projection, added = self._projection(), self._added_bias()
+            weight = self._weight_and_bias()[0]
+            cells = len(weight) if weight.dim() == 3 else 1
+            mine = projection(hidden.reshape(cells, -1, hidden.shape[-1])).view(own.shape)
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            return f"its forward does not run with a stand-in for the head ({error})"
+        large = torch.as_tensor(LARGE if added is None else LARGE + added, dtype=own.dtype, device=own.device)
+        precision = max(torch.finfo(tensor.dtype).eps for tensor in (own, hidden, weight))
+        pairs = {"logits": (mine, own), "a logit of 64": (projection.logits(large), output.logits)}
+        for name, (found, expected) in pairs.items():
+            off = _relative_error(found, expected)
+            if not off <= 8 * max(precision, _rounding_of_products(own)):
+                return f"{name} by its head and configuration differ from its own by {off:.1e} of the largest"
+        return None
+
+
+def keep_untied(model: PreTrainedModel) -> None:
+    """Note in the configuration that the head has weights of its own, if it has.
+
+    T5's configuration says that they are tied whatever its file says (transformers 5), and a later
+    `tie_weights`, as by `resize_token_embeddings` or FSDP, would replace T5 v1.1's head by its embeddings.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
+def _probe(model: PreTrainedModel, weight: Tensor) -> Sequences:
+    """One row of five tokens a cell, the same for all."""
+    rows = len(weight) if weight.dim() == 3 else 1
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(5, device=device).expand(rows, -1) % weight.shape[-2]
+    ones = torch.ones_like(ids)
+    return Sequences(ids[:, :3], ones[:, :3], ids[:, 3:], ones[:, 3:])
+
+
+def _rounding_of_products(logits: Tensor) -> float:
+    """CUDA may multiply float32 with the 10 bits of TF32, by another algorithm for another shape."""
+    return 2.0**-10 if logits.is_cuda and logits.dtype == torch.float32 else 0.0
+
+
+@contextmanager
+def _standing_in(head: nn.Module, logit: float) -> Iterator[list[Tensor]]:
+    """Within it the head puts its input into the list and returns one logit, (1, 1, 1)."""
+    seen: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.append(_as_multiplied(hidden))
+        return seen[-1].new_full((1, 1, 1), logit)
+
+    before = vars(head).get("forward")
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+def _as_multiplied(hidden: Tensor) -> Tensor:
+    """As a linear layer would convert it under autocast, which leaves float64 alone."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
+def _scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What the model does to its head's output: the factor, and Gemma's `final_logit_softcapping`."""
+    scale = next((value for name in FACTORS if (value := getattr(config, name, None)) is not None), None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # Granite divides by it, HyperCLOVA X multiplies.
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether any weight is on the meta device or sharded; ZeRO-3 leaves an empty tensor of it."""
+    return any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in model.parameters())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode within, and each as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value; NaN if either is not finite."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())

@@ -1,0 +1,172 @@
+"""Where a frozen teacher lives under accelerate: copied to every device, or sharded like the student.
+
+accelerate prepares only what is trained: `prepare_model(evaluation_mode=True)` leaves an FSDP teacher whole
+and on the CPU. Nothing here is registered with the accelerator, so checkpoints hold the student alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked: bool = False) -> nn.Module:
+    """The teacher where `accelerator` needs it: FSDP2 and ZeRO-3 shard it, anything else keeps it whole.
+
+    `parked` leaves it on the CPU: `gkd_lab.models.teachers.at_work` moves it while it is used, FSDP2 moves
+    its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end of `at_work`, so
+    that a loss can read the head. A quantized teacher stays where it was loaded, a copy for each process.
+
+    Raises:
+        ValueError: for FSDP1, and for `parked` with DeepSpeed or a quantized teacher.
+    """
+    if is_quantized(teacher):
+        _refuse_parking(parked, "the weights of a quantized teacher", "turn one of them off")
+        return teacher
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from trl.models.utils import prepare_deepspeed
+
+        _refuse_parking(parked, "DeepSpeed's weights", "set `zero_optimization.offload_param` with stage 3")
+        return prepare_deepspeed(teacher, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_fsdp_1(accelerator)
+        offload = CPUOffloadPolicy() if parked else accelerator.state.fsdp_plugin.cpu_offload
+        return _sharded(teacher, accelerator, offload, reshard_root=False)
+    return teacher if parked else teacher.to(accelerator.device)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers loaded the weights as 8-bit or fewer: such a model is neither cast nor moved."""
+    return getattr(getattr(model, "config", None), "quantization_config", None) is not None
+
+
+def _refuse_parking(parked: bool, what: str, way_out: str) -> None:
+    if parked:
+        raise ValueError(f"park_teacher=True, but {what} cannot be moved between uses: {way_out}")
+
+
+def _refuse_fsdp_1(accelerator: Accelerator) -> None:
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            f"fsdp_version {accelerator.state.fsdp_plugin.fsdp_version} cannot shard a frozen teacher here: "
+            "set `fsdp_version: 2` in the accelerate configuration"
+        )
+
+
+def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Shard what accelerate's FSDP2 cannot: embeddings that encoder and decoder share need one group.
+
+    For an encoder-decoder under FSDP2, before its optimizer is made; anything else is left to accelerate.
+    """
+    if not accelerator.is_fsdp2 or not student.config.is_encoder_decoder:
+        return student
+    plugin = accelerator.state.fsdp_plugin
+    sharded = _sharded(student, accelerator, plugin.cpu_offload, reshard_root=None)
+    # fully_shard renames the classes of what it shards, so accelerate would look for the blocks in vain.
+    plugin.auto_wrap_policy = None
+    return sharded
+
+
+def _sharded(
+    model: PreTrainedModel, accelerator: Accelerator, offload: OffloadPolicy | None, reshard_root: bool | None
+) -> PreTrainedModel:
+    """`shard` with the choices of accelerate's plugin."""
+    plugin = accelerator.state.fsdp_plugin
+    return shard(
+        model,
+        _mesh(accelerator),
+        # The plugin's names are the student's: they serve a teacher that has none of its own.
+        blocks=set(model._no_split_modules or plugin.transformer_cls_names_to_wrap or ()),
+        reshard_root=reshard_root,
+        mp_policy=plugin.mixed_precision_policy,
+        offload_policy=offload,
+        from_first_rank=bool(plugin.cpu_ram_efficient_loading),
+    )
+
+
+def _mesh(accelerator: Accelerator) -> DeviceMesh:
+    """The dimensions over which accelerate shards the student."""
+    mesh = accelerator.torch_device_mesh
+    if mesh is None:
+        return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+
+
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    blocks: set[str] | None = None,
+    reshard_root: bool | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    from_first_rank: bool = False,
+) -> PreTrainedModel:
+    """`fully_shard` each transformer block, and the rest (embeddings, head, last norm) as the root.
+
+    Args:
+        blocks: Names of the classes that are gathered as one; the model's own `_no_split_modules` if None.
+        reshard_root: Free the root's gathered weights after a forward pass. None is torch's choice: only
+            after a backward pass, which a frozen model never has.
+        from_first_rank: Other ranks have no weights yet (transformers' `cpu_ram_efficient_loading` leaves
+            them on the meta device) and get rank 0's, one block at a time.
+
+    Raises:
+        ValueError: if no module of the model is of these classes.
+    """
+    names = set(model._no_split_modules or ()) if blocks is None else blocks
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no transformer block named {sorted(names)}, so all of it would be "
+            "gathered at once: set `fsdp_transformer_layer_cls_to_wrap` to the class of its layers"
+        )
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": mp_policy or MixedPrecisionPolicy(),
+        "offload_policy": offload_policy or OffloadPolicy(),
+    }
+    if from_first_rank:
+        model.tie_weights()  # One tensor for a tied weight on every rank, so that all broadcast alike.
+    # A tied weight has to be in one group only: as no block holds one, it is the root's, which comes last.
+    for unit in (*found, model):
+        if from_first_rank:
+            _receive(unit, mesh.device_type)
+        fully_shard(unit, reshard_after_forward=reshard_root if unit is model else True, **options)
+    # `generate` calls an encoder by itself, which alone would not gather the root's embeddings.
+    register_fsdp_forward_method(model, "generate")
+    return model
+
+
+@torch.no_grad()
+def _receive(unit: nn.Module, device: str) -> None:
+    """Give the weights and buffers of `unit` that are not sharded yet rank 0's values."""
+    received: dict[Tensor, Tensor] = {}
+    for module in unit.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
+            for name, tensor in list(tensors.items()):
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if tensor not in received:
+                    received[tensor] = _from_rank_0(tensor, device)
+                tensors[name] = received[tensor]
+
+
+def _from_rank_0(tensor: Tensor, device: str) -> Tensor:
+    value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+    dist.broadcast(value, src=0)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -1,0 +1,86 @@
+"""Trains a few cells on as many processes as the environment says and keeps what rank by rank was seen.
+
+Started by test_ranks.py: python ranks.py FOLDER, with RANK and WORLD_SIZE set for more than one process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from safetensors.torch import save_file
+
+from tests.distill.scripts import conversations, llama, logged, losses, trainer, weights
+
+CELLS: dict[str, dict[str, Any]] = {
+    "off": {"lmbda": 0.0},
+    "on": {"lmbda": 1.0},
+    "mixed sequences": {"lmbda": 0.5, "loss_normalization": "sequence"},
+    "accumulated": {"lmbda": 0.5, "gradient_accumulation_steps": 2},
+}
+
+
+def train(name: str, folder: Path, rows_of_a_step: int = 8) -> dict[str, Any]:
+    """Four steps of eight rows, whatever the number of processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = dict(CELLS[name])
+    parts = world * arguments.get("gradient_accumulation_steps", 1)
+    made = trainer(
+        folder,
+        conversations(16),
+        model=llama(0).double(),
+        teacher=llama(1, width=24).double(),
+        arguments={
+            **arguments,
+            "max_steps": 4,
+            "per_device_train_batch_size": rows_of_a_step // parts,
+            "max_grad_norm": 0.5,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            **({"ddp_backend": "gloo"} if world > 1 else {}),
+        },
+    )
+    written: list[list[list[int]]] = []
+    original = made.get_batch_samples
+
+    def get_batch_samples(*args: Any) -> Any:
+        samples, items = original(*args)
+        for sample in samples:
+            student = sample["batch"].student
+            pairs = zip(student.completion_ids, student.completion_mask, strict=True)
+            written.append([ids[mask.bool()].tolist() for ids, mask in pairs])
+        return samples, items
+
+    made.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+    made.train()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        save_file({n: v.contiguous() for n, v in weights(made.model).items()}, folder / f"{name}.safetensors")
+    return {
+        "losses": losses(made),
+        "norms": logged(made, "grad_norm"),
+        "lengths": logged(made, "completion_length"),
+        "truncated": logged(made, "truncated"),
+        "entropy": logged(made, "entropy"),
+        "on_policy": logged(made, "on_policy"),
+        "written": written,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    found = {name: train(name, folder) for name in CELLS}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""One process and two train alike: each step's loss, gradient, coin and text (gloo, on the CPU)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+CELLS = ("off", "on", "mixed sequences", "accumulated")
+
+
+def start(folder: Path, rank: int, world: int, port: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def results(folder: Path, world: int) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(folder, rank, world, port) for rank in range(world)]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        found[world] = (folder, results(folder, world))
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_pitfall_02_loss_and_gradient_are_those_of_one_process(runs: Any, cell: str) -> None:
+    (alone_folder, (alone,)), (folder, two) = runs[1], runs[2]
+    assert min(alone[cell]["losses"]) > 1e-4
+    # The Trainer adds up losses in float32 for its log.
+    assert two[0][cell]["losses"] == pytest.approx(alone[cell]["losses"], rel=1e-6)
+    assert two[0][cell]["norms"] == pytest.approx(alone[cell]["norms"], rel=1e-9)
+    one, other = (load_file(f / f"{cell}.safetensors") for f in (alone_folder, folder))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_pitfall_10_all_ranks_toss_the_same_coin_and_log_the_same_figures(runs: Any, cell: str) -> None:
+    alone, two = runs[1][1][0], runs[2][1]
+    assert two[0][cell]["on_policy"] == two[1][cell]["on_policy"] == alone[cell]["on_policy"]
+    for name in ("lengths", "truncated", "entropy"):
+        assert two[0][cell][name] == pytest.approx(alone[cell][name], rel=1e-6)
+
+
+def test_pitfall_11_ranks_sample_different_text_that_one_process_would_have_sampled(runs: Any) -> None:
+    alone = runs[1][1][0]["on"]["written"]
+    first, second = (rank["on"]["written"] for rank in runs[2][1])
+    assert first != second
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone

@@ -1,0 +1,281 @@
+"""Hidden states and head apart give the model's own logits, whatever surrounds the model."""
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
+
+from gkd_lab.distill.batches import collate
+from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.heads import Head, Unprojected
+from gkd_lab.models.packing import Pack
+
+from .families import FAMILIES, decoder, make
+from .tiny import FAMILIES as KINDS
+from .tiny import PAD, tiny_examples, tiny_model
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def batch(model: PreTrainedModel, rows: int = 6) -> Sequences:
+    return collate(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+
+
+def logits_by_hand(parts: Unprojected) -> Tensor:
+    """z = cap tanh(scale (h W^T + b) / cap), (N, C, V)."""
+    head, hidden = parts.projection, parts.hidden
+    assert head.weight is not None
+    logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    tolerance = 2e-5 if expected.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, float(parameter.dim() == 1), 0.4)
+    return model.double().eval()
+
+
+def granite() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return spread(GraniteForCausalLM(GraniteConfig(**decoder(16, logits_scaling=4.0))))
+
+
+def cohere(**more: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return spread(CohereForCausalLM(CohereConfig(**decoder(16, logit_scale=0.25, **more))))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+@each_family
+def test_hidden_states_times_head_are_the_model_s_logits(name: str) -> None:
+    model = make(name, 0)
+    head = Head(model)
+    assert head.is_linear
+    parts = head.unprojected(batch(model))
+    assert parts.hidden.shape[-1] == 16
+    assert parts.aux_loss is None
+    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+
+
+@pytest.mark.parametrize("model", [granite(), cohere()], ids=["granite", "cohere"])
+def test_the_scale_of_logits_is_known(model: PreTrainedModel) -> None:
+    parts = Head(model).unprojected(batch(model))
+    assert parts.projection.scale == 0.25
+    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+
+
+@each_family
+def test_gradients_are_those_of_the_dense_logits(name: str) -> None:
+    model = make(name, 0)
+    rows, head = batch(model), Head(model)
+    weights = torch.linspace(-1, 1, rows.completion_mask.numel() * 14, dtype=model.dtype)
+
+    def gradients(logits: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        (logits.flatten() * weights).sum().backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters()}
+
+    expected = gradients(completion_logits(model, rows))
+    for key, found in gradients(logits_by_hand(head.unprojected(rows))).items():
+        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-4, msg=key)
+
+
+@each_family
+def test_no_tensor_holds_the_logits_of_all_tokens(name: str) -> None:
+    """The vocabulary is made large; the largest tensor is then the head itself."""
+    model = make(name, 0)
+    model.resize_token_embeddings(5000, mean_resizing=False)
+    rows, head = batch(model, 10), Head(model)
+    assert head.is_linear
+    assert rows.completion_mask.numel() > 16
+    with torch.no_grad(), LargestTensor() as largest:
+        head.unprojected(rows)
+    assert largest.size <= 5000 * 16
+    with torch.no_grad(), LargestTensor() as largest:
+        completion_logits(model, rows)
+    assert largest.size > 5000 * 16
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_pack_s_head_has_a_cell_axis(family: Any) -> None:
+    members = [tiny_model(family, seed) for seed in range(3)]
+    pack = Pack.of(members)
+    head = Head(pack.model)
+    assert head.is_linear
+    parts = head.unprojected(batch(pack.model))
+    assert parts.projection.weight is not None
+    assert parts.projection.weight.shape == (3, 14, 16)
+    cells = parts.hidden.reshape(3, -1, 16) @ parts.projection.weight.mT
+    expected = completion_logits(pack.model, batch(pack.model))
+    assert_close(cells.view(expected.shape), expected)
+    with pack.only([2]):
+        some = head.unprojected(batch(pack.model))
+        assert some.projection.weight is not None
+        assert torch.equal(some.projection.weight, members[2].get_output_embeddings().weight[None])
+
+
+def test_adapters_on_inner_layers_leave_the_head_linear() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("llama", 0), config).double()
+    head = Head(model)
+    assert head.is_linear
+    parts = head.unprojected(batch(model))
+    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+    with model.disable_adapter():
+        assert not torch.allclose(completion_logits(model, batch(model)), logits_by_hand(parts))
+
+
+def test_an_adapter_on_the_head_gives_all_logits_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(make("llama", 0), config).double()
+    with caplog.at_level(logging.WARNING):
+        head = Head(model)
+    assert not head.is_linear
+    (record,) = [r for r in caplog.records if r.name == "gkd_lab.models.heads"]
+    assert "not a plain linear layer" in record.getMessage()
+    parts = head.unprojected(batch(model))
+    assert parts.projection.weight is None
+    assert torch.equal(parts.hidden, completion_logits(model, batch(model)))
+
+
+def test_what_a_model_does_to_its_logits_unknown_to_us_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    """A soft-cap that the small logits of random weights do not show in bfloat16."""
+    model = make("llama", 0, dtype=torch.bfloat16)
+    own = type(model).forward
+
+    class Capped(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = own(self, *args, **kwargs)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    model.__class__ = Capped
+    with caplog.at_level(logging.WARNING):
+        head = Head(model)
+    assert not head.is_linear
+    assert "a logit of 64 by its head and configuration differ" in caplog.text
+    assert torch.equal(head.unprojected(batch(model)).hidden, completion_logits(model, batch(model)))
+
+
+def test_under_autocast_hidden_states_come_as_the_head_would_multiply_them() -> None:
+    model = make("llama", 0, dtype=torch.float32)
+    head = Head(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = head.unprojected(batch(model))
+        logits = torch.nn.functional.linear(parts.hidden, parts.projection.weight)
+        expected = completion_logits(model, batch(model))
+    assert parts.hidden.dtype == torch.bfloat16
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_family
+def test_half_precision_is_recognized_as_linear(name: str, dtype: torch.dtype) -> None:
+    assert Head(make(name, 0, dtype=dtype)).is_linear
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    plain = make("llama", 0).train()
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for each in (plain, model):
+        logits_by_hand(Head(each).unprojected(batch(each))).square().sum().backward()
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert_close(one.grad, other.grad)
+
+
+def test_the_head_s_forward_is_restored_even_when_the_model_s_raises() -> None:
+    model = make("llama", 0)
+    head, rows = Head(model), batch(model)
+    assert "forward" not in vars(model.lm_head)
+    with pytest.raises(IndexError):
+        head.unprojected(replace(rows, completion_ids=rows.completion_ids + 100))
+    assert "forward" not in vars(model.lm_head)
+    given = model.lm_head.forward = lambda hidden: nn.Linear.forward(model.lm_head, hidden)
+    head.unprojected(rows)
+    assert vars(model.lm_head)["forward"] is given
+
+
+def test_finding_the_head_leaves_training_flags_and_random_numbers_alone() -> None:
+    model = make("gpt2", 0).train()
+    model.transformer.h[0].eval()
+    flags, state = [m.training for m in model.modules()], torch.get_rng_state()
+    model.transformer.drop.p = 0.5
+    Head(model)
+    assert [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_are_not_there_yet_are_not_tried() -> None:
+    with torch.device("meta"):
+        model = FAMILIES["llama"](16)
+    assert Head(model).is_linear
+
+
+def test_it_runs_inside_of_a_wrapper_s_forward() -> None:
+    """`model.forward` is called, so that hooks of the model, as FSDP's, are not run again."""
+    model = make("llama", 0)
+    head, calls = Head(model), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    head.unprojected(batch(model))
+    assert not calls
+
+
+def test_pitfall_25_the_router_s_loss_is_what_the_model_adds_itself() -> None:
+    model, rows = make("qwen2_moe", 0), batch(make("qwen2_moe", 0))
+    ids = torch.cat([rows.prompt_ids, rows.completion_ids], dim=1)
+    mask = torch.cat([rows.prompt_mask, rows.completion_mask], dim=1)
+    named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    labels = ids.masked_fill(mask == 0, -100)
+    without = model(**named, labels=labels).loss
+    model.config.output_router_logits = True
+    expected = model(**named, labels=labels).loss - without
+    found = Head(model).unprojected(rows).aux_loss
+    assert found is not None
+    assert found > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    found.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_router_s_loss_that_the_model_does_not_give_is_refused_with_a_way_out() -> None:
+    model = make("llama", 0)
+    head = Head(model)
+    model.config.output_router_logits = True
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM returns no `aux_loss`.*output_router_logits = False"
+    ):
+        head.unprojected(batch(model))

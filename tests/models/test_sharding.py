@@ -1,0 +1,388 @@
+"""Student and teacher in two pieces on two gloo ranks give what they give whole (pitfall 20)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from gkd_lab.distill.divergence import generalized_jsd
+from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.sharding import place_student, place_teacher, shard
+from gkd_lab.models.teachers import at_work
+from gkd_lab.spec.cell import Family
+
+from .tiny import FAMILIES, FIRST_WORD, LAST_WORD, tiny_model, tiny_tokenizer
+
+RANKS, ROWS = 2, 4
+CONFIGURATIONS = Path(__file__).parents[2] / "docs" / "accelerate"
+Facts = dict[str, Any]
+
+
+def student_of(family: Family) -> PreTrainedModel:
+    return tiny_model(family, 1)
+
+
+def teacher_of(family: Family) -> PreTrainedModel:
+    return tiny_model(family, 2, width=32).eval().requires_grad_(False)
+
+
+def batch() -> Sequences:
+    generator = torch.Generator().manual_seed(0)
+    prompts, completions = (
+        torch.randint(FIRST_WORD, LAST_WORD + 1, (RANKS * ROWS, length), generator=generator)
+        for length in (5, 6)
+    )
+    mask = torch.ones_like(completions).tril(diagonal=1)
+    return Sequences(prompts, torch.ones_like(prompts), completions, mask)
+
+
+def loss_of(student: nn.Module, teacher_logits: Tensor, rows: Sequences) -> Tensor:
+    """Sum over the rows' tokens, so that the ranks' losses add up to that of the whole batch."""
+    losses = generalized_jsd(completion_logits(student, rows), teacher_logits, 0.5)  # type: ignore[arg-type]
+    return (losses * rows.completion_mask).sum()
+
+
+class Unhooked(nn.Module):
+    """Calls `model.forward` itself, as code does that already runs within the model's forward pass."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self.model = model.config, model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model.forward(**inputs)
+
+
+# ---- what two ranks do; each writes its facts, and the tests below read them ----
+
+
+def ranks_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    accelerator = Accelerator(cpu=True)
+    facts: Facts = {"kept whole": whole_teacher(accelerator)}
+    for family in FAMILIES:
+        choose_fsdp(accelerator)
+        facts[family] = {
+            "step": step(family, rank),
+            "redirected": [redirected_step(family, rank, reshard) for reshard in (True, False)],
+            "placed": placed(family, rank, accelerator),
+            "received": received(family, rank),
+            "written": written(family, rank),
+        }
+        choose_fsdp(accelerator)
+        facts[family]["trained"] = trained(family, rank, accelerator)
+    torch.save(facts, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def choose_fsdp(accelerator: Accelerator) -> None:
+    """What accelerate would do with this configuration if it ever chose FSDP on a CPU."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def part(rank: int) -> Sequences:
+    return batch().map(lambda tensor: tensor[rank * ROWS : (rank + 1) * ROWS])
+
+
+def step(family: Family, rank: int) -> Facts:
+    """One step of a sharded pair, its loss and gradients put together again."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    student, teacher = shard(student_of(family), mesh), shard(teacher_of(family), mesh)
+    pieces = all(isinstance(p, DTensor) for m in (student, teacher) for p in m.parameters())
+    with torch.no_grad():
+        logits = completion_logits(teacher, part(rank))
+    return {"pieces": pieces, "logits": logits, **backward(student, loss_of(student, logits, part(rank)))}
+
+
+def backward(student: nn.Module, loss: Tensor) -> Facts:
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    # FSDP averages over ranks; the loss is a sum.
+    gradients = {name: whole(p.grad) * RANKS for name, p in student.named_parameters()}
+    return {"loss": total, "gradients": gradients}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
+    """The loss computed inside of the student's forward pass, where its head is read as a tensor."""
+    from trl.models.utils import _ForwardRedirection
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    student, teacher = shard(student_of(family), mesh, reshard_root=reshard), teacher_of(family)
+    seen: list[Tensor] = []
+
+    def inside(rows: Sequences) -> Tensor:
+        loss = loss_of(Unhooked(student), completion_logits(teacher, rows), rows)  # type: ignore[arg-type]
+        head = student.get_output_embeddings().weight
+        seen.append(head.detach().clone())
+        return loss + head.sum()  # a gradient that reaches the head by itself
+
+    loss = _ForwardRedirection()(student, student, inside, part(rank))
+    return {"head": type(seen[0]) is Tensor and seen[0], **backward(student, loss)}
+
+
+def placed(family: Family, rank: int, accelerator: Accelerator) -> Facts:
+    """`place_teacher` under FSDP2, its head read between its forward pass and the end of `at_work`."""
+    teacher = teacher_of(family)
+    same = place_teacher(teacher, accelerator) is teacher
+    kinds = [kind_of_head(teacher)]
+    with at_work(teacher, "cpu", parked=False):
+        with torch.no_grad():
+            logits = completion_logits(teacher, part(rank))
+        kinds.append(kind_of_head(teacher))
+    kinds.append(kind_of_head(teacher))
+    local = sum(p.to_local().numel() for p in teacher.parameters() if isinstance(p, DTensor))
+    return {"same": same, "head": kinds, "logits": logits, "weights": local}
+
+
+def kind_of_head(model: PreTrainedModel) -> str:
+    return type(model.get_output_embeddings().weight).__name__
+
+
+def received(family: Family, rank: int) -> Tensor:
+    """Rank 1 starts without weights, as `cpu_ram_efficient_loading` leaves it."""
+    teacher = teacher_of(family)
+    if rank > 0:
+        for module in teacher.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    shard(teacher, init_device_mesh("cpu", (RANKS,)), from_first_rank=True)
+    with torch.no_grad():
+        return completion_logits(teacher, part(rank))
+
+
+def written(family: Family, rank: int) -> Tensor:
+    """Greedy text of a sharded model; rank 1 may write less than rank 0, so they stop at different steps."""
+    model = shard(teacher_of(family), init_device_mesh("cpu", (RANKS,)))
+    return greedy(model, rank)
+
+
+def greedy(model: PreTrainedModel, rank: int) -> Tensor:
+    rows = part(rank)
+    return model.generate(
+        input_ids=rows.prompt_ids,
+        attention_mask=rows.prompt_mask,
+        max_new_tokens=6 if rank == 0 else 3,
+        eos_token_id=None,
+        do_sample=False,
+    )
+
+
+def trained(family: Family, rank: int, accelerator: Accelerator) -> dict[str, Tensor]:
+    """One optimizer step of a student that `place_student` and `accelerator.prepare` got."""
+    student, teacher = place_student(student_of(family), accelerator), teacher_of(family)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    student, optimizer = accelerator.prepare(student, optimizer)
+    loss_of(student, completion_logits(teacher, part(rank)), part(rank)).backward()
+    optimizer.step()
+    return {name: whole(p.detach()) for name, p in student.named_parameters()}
+
+
+def whole_teacher(accelerator: Accelerator) -> Facts:
+    teacher = teacher_of("decoder-only")
+    same = place_teacher(teacher, accelerator) is teacher
+    return {"kind": str(accelerator.distributed_type), "same": same, "type": type(teacher).__name__}
+
+
+# ---- what must come out ----
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
+    """What rank 0 and rank 1 found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(ranks_main, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def whole_step(family: Family, *, head_sum: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of the unsharded pair on the whole batch."""
+    student = student_of(family)
+    loss = loss_of(student, completion_logits(teacher_of(family), batch()), batch())
+    loss = loss + head_sum * student.get_output_embeddings().weight.sum()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def close(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_pair_has_the_loss_and_gradients_of_the_whole_one(
+    facts: list[Facts], family: Family
+) -> None:
+    loss, gradients = whole_step(family)
+    for rank, found in enumerate(fact[family]["step"] for fact in facts):
+        assert found["pieces"]
+        close(found["logits"], completion_logits(teacher_of(family), part(rank)))
+        close(found["loss"], loss)
+        close(found["gradients"], gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reshard", [True, False])
+def test_within_the_forward_pass_the_head_is_whole_and_its_gradient_arrives(
+    facts: list[Facts], family: Family, reshard: bool
+) -> None:
+    loss, gradients = whole_step(family, head_sum=RANKS)
+    for found in (fact[family]["redirected"][0 if reshard else 1] for fact in facts):
+        close(found["head"], student_of(family).get_output_embeddings().weight.detach())
+        close(found["loss"], loss)
+        close(found["gradients"], gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pitfall_20_a_teacher_under_fsdp_is_sharded_and_gathers_its_head_only_at_work(
+    facts: list[Facts], family: Family
+) -> None:
+    size = sum(p.numel() for p in teacher_of(family).parameters())
+    for rank, found in enumerate(fact[family]["placed"] for fact in facts):
+        assert found["same"] and found["head"] == ["DTensor", "Parameter", "DTensor"]
+        assert found["weights"] == pytest.approx(size / RANKS, rel=0.02)
+        close(found["logits"], completion_logits(teacher_of(family), part(rank)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_without_weights_get_those_of_the_first(facts: list[Facts], family: Family) -> None:
+    for rank, fact in enumerate(facts):
+        close(fact[family]["received"], completion_logits(teacher_of(family), part(rank)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_model_writes_what_the_whole_one_writes(facts: list[Facts], family: Family) -> None:
+    for rank, fact in enumerate(facts):
+        wanted = greedy(teacher_of(family), rank)
+        # Where ranks stop at different steps transformers keeps the early one going; the rest is cut off.
+        assert torch.equal(fact[family]["written"][:, : wanted.shape[1]], wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_either_family_is_trained_in_pieces_by_accelerate(
+    facts: list[Facts], family: Family
+) -> None:
+    _, gradients = whole_step(family)
+    for fact in facts:
+        for name, parameter in student_of(family).named_parameters():
+            close(fact[family]["trained"][name], parameter.detach() - 0.1 * gradients[name] / RANKS)
+
+
+def test_without_fsdp_every_rank_has_a_whole_teacher_that_nothing_wraps(facts: list[Facts]) -> None:
+    for fact in facts:
+        assert fact["kept whole"] == {
+            "kind": "DistributedType.MULTI_CPU",
+            "same": True,
+            "type": "LlamaForCausalLM",
+        }
+
+
+# ---- one process ----
+
+
+def test_a_teacher_is_placed_on_the_device_and_unknown_to_the_accelerator() -> None:
+    accelerator, teacher = Accelerator(cpu=True), teacher_of("decoder-only")
+    forward = teacher.forward
+    assert place_teacher(teacher, accelerator) is teacher
+    assert teacher.forward == forward and accelerator._models == []
+
+
+def test_a_model_without_known_blocks_is_not_sharded_as_one_piece() -> None:
+    with pytest.raises(ValueError, match=r"no transformer block named \['GPT2Block'\].*cls_to_wrap"):
+        shard(teacher_of("decoder-only"), None, blocks={"GPT2Block"})  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
+    old = FullyShardedDataParallelPlugin(fsdp_version=1)
+    state = SimpleNamespace(fsdp_plugin=old)
+    fsdp_1: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, state=state)
+    deepspeed: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    quantized = teacher_of("decoder-only")
+    quantized.config.quantization_config = {"load_in_8bit": True}
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("fsdp_version: 2", lambda: place_teacher(teacher_of("decoder-only"), fsdp_1)),
+        ("offload_param", lambda: place_teacher(teacher_of("decoder-only"), deepspeed, parked=True)),
+        ("quantized teacher", lambda: place_teacher(quantized, Accelerator(cpu=True), parked=True)),
+    ]
+    for message, attempt in refused:
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+# ---- the configuration files, and on a GPU the Trainer with them ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+        ("deepspeed_zero3", DistributedType.DEEPSPEED),
+    ],
+)
+def test_accelerate_reads_each_configuration_file(name: str, kind: DistributedType) -> None:
+    assert load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml")).distributed_type == kind
+
+
+def launch(folder: Path, name: str) -> Facts:
+    """What `launched.py` wrote when it was started with a configuration file, or in one process without."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    started = [sys.executable]
+    if name == "alone":
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    else:
+        processes = min(torch.cuda.device_count(), RANKS)
+        file = str(CONFIGURATIONS / f"{name}.yaml")
+        started += ["-m", "accelerate.commands.launch", "--config_file", file]
+        started += ["--num_processes", str(processes), "--mixed_precision", "no"]
+    out = folder / f"{name}.json"
+    script = str(Path(__file__).with_name("launched.py"))
+    subprocess.run([*started, script, str(folder), str(out)], env=environment, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerate shards on CUDA devices only")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_the_trainer_learns_the_same_under_each_configuration(
+    name: str, family: Family, tmp_path: Path
+) -> None:
+    if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install gkd-lab[deepspeed]")
+    for role, seed, width in (("student", 1, 16), ("teacher", 2, 32)):
+        tiny_model(family, seed, width=width, dtype=torch.float32).save_pretrained(tmp_path / role)
+        tiny_tokenizer().save_pretrained(tmp_path / role)
+    alone, found = launch(tmp_path, "alone"), launch(tmp_path, name)
+    assert found["device"] == ["cuda"]
+    assert name != "fsdp2" or found["pieces"] == ["DTensor"]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-3)

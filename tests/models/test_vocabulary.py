@@ -1,0 +1,126 @@
+"""A pair is compared only where both models speak of the same tokens (pitfall 19)."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from gkd_lab.models.making import train_tokenizer
+from gkd_lab.models.vocabulary import head_size, same_tokenizer, shared_vocabulary, tokenizer_of
+from gkd_lab.spec.cell import TokenizerSpec
+
+from .tiny import tiny_model, tiny_tokenizer
+
+ENTRIES = 14
+
+
+def with_rows(rows: int, seed: int = 0) -> PreTrainedModel:
+    """A model whose head is padded to `rows`."""
+    torch.manual_seed(seed)
+    model = tiny_model("decoder-only", seed)
+    model.resize_token_embeddings(rows)
+    return model
+
+
+def words(text: str) -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSpec(kind="word", vocab_size=50), [text])
+
+
+def bytes_of(text: str = "some text, 12 and 345") -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=300), [text])
+
+
+def test_pitfall_19_padded_heads_of_one_tokenizer_are_compared_on_the_smaller() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in ((16, 24), (24, 16)):
+            student, teacher = map(with_rows, rows)
+            assert shared_vocabulary(student, teacher, tiny_tokenizer(), tiny_tokenizer()) == 16
+
+
+def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_example() -> None:
+    student = teacher = with_rows(ENTRIES)
+    other = words("a b c d e f g = 1 2 x")
+    assert len(other) == len(tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"10 vocabulary .*, for example '3' has id 5 and no id.*GOLD"):
+        shared_vocabulary(student, teacher, tiny_tokenizer(), other)
+
+
+def test_entries_that_changed_places_are_a_difference() -> None:
+    reason = same_tokenizer(words("a a a b b c"), words("b b b a a c"))
+    assert reason == "2 vocabulary entries differ, for example 'a' has id 3 and id 4"
+
+
+def test_tokenizers_that_split_text_differently_differ_though_their_vocabularies_agree() -> None:
+    whole, digits = bytes_of(), bytes_of()
+    digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    assert whole.get_vocab() == digits.get_vocab()
+    assert "differently" in str(same_tokenizer(whole, digits))
+    assert same_tokenizer(whole, bytes_of()) is None
+
+
+def test_a_special_token_on_one_side_only_is_a_difference() -> None:
+    plain, chat = bytes_of(), bytes_of()
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert "'<|im_end|>' has no id and id 274" in str(same_tokenizer(plain, chat))
+
+
+def test_padding_and_template_may_differ_and_another_end_of_sequence_is_a_warning() -> None:
+    student, teacher = tiny_tokenizer(), tiny_tokenizer()
+    teacher.pad_token, teacher.chat_template = teacher.eos_token, "{{ messages }}"
+    assert same_tokenizer(student, teacher) is None
+    teacher.eos_token = "<unk>"
+    model = with_rows(ENTRIES)
+    with pytest.warns(UserWarning, match=r"end with '</s>', the teacher's with '<unk>'"):
+        assert shared_vocabulary(model, model, student, teacher) == ENTRIES
+
+
+def test_different_sizes_are_refused_while_the_teachers_tokenizer_is_unknown() -> None:
+    with pytest.raises(
+        ValueError, match=r"16 vocabulary entries and the teacher 24.*teacher_processing_class"
+    ):
+        shared_vocabulary(with_rows(16), with_rows(24), tiny_tokenizer(), None)
+
+
+def test_equal_sizes_are_accepted_with_a_warning_while_the_teachers_tokenizer_is_unknown() -> None:
+    with pytest.warns(UserWarning, match=r"was not compared: pass .*teacher_processing_class"):
+        assert shared_vocabulary(with_rows(16), with_rows(16, 1), tiny_tokenizer(), None) == 16
+
+
+@pytest.mark.parametrize("small", ["student", "teacher"])
+def test_a_head_without_a_row_for_a_real_token_is_refused(small: str) -> None:
+    rows = {"student": 16, "teacher": 16, small: 13}
+    student, teacher = with_rows(rows["student"]), with_rows(rows["teacher"])
+    with pytest.raises(
+        ValueError, match=rf"has id 13, but the {small} has 13 .*resize_token_embeddings\(14\)"
+    ):
+        shared_vocabulary(student, teacher, tiny_tokenizer(), tiny_tokenizer())
+
+
+def test_the_head_is_measured_and_not_the_configuration_believed() -> None:
+    model = tiny_model("encoder-decoder", 0)
+    model.config.vocab_size = 99
+    assert head_size(model) == ENTRIES
+
+
+def test_the_tokenizer_beside_a_models_weights_is_found(tmp_path: Path) -> None:
+    tiny_model("decoder-only", 0).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = tokenizer_of(type(tiny_model("decoder-only", 0)).from_pretrained(tmp_path))
+    assert found is not None
+    assert same_tokenizer(found, tiny_tokenizer()) is None
+
+
+@pytest.mark.parametrize("family", ["decoder-only", "encoder-decoder"])
+def test_no_tokenizer_is_made_up_for_a_folder_that_has_none(tmp_path: Path, family: str) -> None:
+    """transformers would build an empty T5 tokenizer from the configuration alone."""
+    tiny_model(family, 0).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    model = tiny_model(family, 0)  # type: ignore[arg-type]
+    for place in (str(tmp_path), str(tmp_path / "gone"), "nobody/nothing", ""):
+        model.name_or_path = place
+        assert tokenizer_of(model) is None
