@@ -4,10 +4,10 @@
 
 All three start from the same hidden states and heads. Errors are against float64 autograd on the first 32
 tokens: relative, of the value and of the gradients (the worse of hidden states and head). Methods alternate;
-time is the fastest run's. Memory is the most that a run adds, less the gradient of the head, which all of them
-return: on CUDA by PyTorch's own account; on a CPU by the kernel's (VmHWM, which writing 5 to
-/proc/self/clear_refs sets back), so Linux only, and each run in a process of its own, as allocators keep freed
-memory, in which a later run would hide. The targets are for the default size.
+time is the fastest run's. Memory is the most that a run adds, less the gradient of the head, which all of
+them return: on CUDA by PyTorch's own account; on a CPU by the kernel's (VmHWM, which writing 5 to
+/proc/self/clear_refs sets back), so Linux only, and each run in a process of its own, as allocators keep
+freed memory, in which a later run would hide. The targets are for the default size.
 """
 
 import argparse
@@ -186,7 +186,9 @@ def costs(beta: float, size: Size, runs: int) -> dict[str, tuple[float, float]]:
 
 
 def _alone(name: str, beta: float, size: Size) -> tuple[float, float]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["gkd_lab.distill.chunked", "trl.trainer.distillation_trainer"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(cost, name, beta, size).result()
 
 
@@ -203,7 +205,7 @@ def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--small", action="store_true", help="N = 1,024, V = 32,000, H = 32, one run: seconds"
+        "--small", action="store_true", help="N = 1,024, V = 32,000, H = 32, beta = 0.5: seconds"
     )
     parser.add_argument("--tokens", type=int, default=1024 if cuda else 2048)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -213,7 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     given = parser.parse_args()
     if given.small:
-        given.tokens, given.vocabulary, given.width, given.runs = 1024, 32_000, 32, 1
+        given.tokens, given.vocabulary, given.width, given.betas = 1024, 32_000, 32, [0.5]
     return given
 
 

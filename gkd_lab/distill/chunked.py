@@ -6,7 +6,7 @@ head is projected once; the backward pass only multiplies them by what comes in.
 Shapes: K cells, M blocks of teacher rows, N tokens of a cell, n of them in a chunk, V vocabulary, H width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from gkd_lab.distill.divergence import Divergence
 from gkd_lab.models.projection import Arithmetic, Projection
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of a chunk's logits, those of all students and teacher blocks together."""
+"""Size of a chunk's logits, those of a student and of the teacher together."""
 SLICE_BYTES = 2**20
 """Size of the logits that a CPU turns into gradients at once, so that temporaries stay in its cache."""
 
@@ -75,9 +75,9 @@ def divergence_sums(
     """
     call = _Call(teacher, teacher_head, tuple(block_of_cell), tuple(divergences), weights, vocabulary)
     _check(student, student_head, call)
-    # On CUDA TRL's kernel is fused Triton and keeps no temporaries. On a CPU it is plain PyTorch that projects
-    # each head two or three times, ours does once: 23 s and 770 MiB against 8 s and 150 MiB (beta 0.5,
-    # V = 151,936, H = 512, 512 tokens, fp32, one thread; see benchmarks/loss.py).
+    # On CUDA TRL's kernel is fused Triton and keeps no temporaries. On a CPU it is plain PyTorch and projects
+    # each head two or three times, ours once: 62 to 91 s and 2,825 MiB or more against 21 to 24 s and 148 MiB
+    # at N = 2,048, V = 151,936, H = 512, fp32, one thread (benchmarks/loss.py).
     if student.is_cuda and _fits_trl(student, student_head, call):
         return _trl_sums(student, student_head, call)
     return _own_sums(student, student_head, call)
@@ -171,8 +171,8 @@ def _walk(
         maybe_gather_lm_head_ctx(*_parameters(call.teacher_head)),
     ):
         walk = _Walk(student, head, call, wanted, arithmetics)
-        for rows in walk.chunks():
-            walk.add(rows)
+        for block in sorted(set(call.block_of_cell)):
+            walk.add_block(block)
     return walk.losses, walk.entropies, walk.gradients
 
 
@@ -188,7 +188,7 @@ def _vocabulary(student: Tensor, head: Projection, call: _Call) -> int:
 
 
 class _Walk:
-    """What is summed over chunks of tokens, and the two buffers that hold the logits of one."""
+    """What is summed over cells and chunks of tokens, and two buffers with the logits of a chunk."""
 
     def __init__(
         self,
@@ -210,26 +210,31 @@ class _Walk:
             torch.zeros_like(tensor, dtype=wide) if want and tensor is not None else None
             for want, tensor in zip(wanted, (student, head.weight, head.bias), strict=True)
         ]
-        self.used = call.weights.ne(0).any(0).nonzero()[:, 0]
-        per_token = (len(student) + len(call.teacher)) * self.vocabulary * self.losses.element_size()
-        self.size = min(max(CHUNK_BYTES // per_token, 1), max(len(self.used), 1))
-        self.raw = student.new_empty(len(student) * self.size * self.vocabulary, dtype=wide)
-        self.teacher = student.new_empty(len(call.teacher) * self.size * self.vocabulary, dtype=wide)
+        self.size = max(CHUNK_BYTES // (2 * self.vocabulary * self.losses.element_size()), 1)
+        longest = min(self.size, call.weights.shape[1])
+        self.raw, self.target = (student.new_empty(longest * self.vocabulary, dtype=wide) for _ in range(2))
 
-    def chunks(self) -> Iterable[Tensor]:
-        """Indices of the tokens that any cell trains on, so many at a time."""
-        return self.used.split(self.size) if len(self.used) else ()
+    def add_block(self, block: int) -> None:
+        """Add the cells that share the teacher's rows `block`, whose logits are made once.
 
-    def add(self, rows: Tensor) -> None:
-        """Add the tokens `rows` to all sums."""
-        hidden = self.student[:, rows]
-        raw = _project(hidden, self.head, self.vocabulary, self.with_student, self.raw)
-        flat = self.call.teacher[:, rows].flatten(0, 1)[None]
-        teacher = _project(flat, self.teacher_head, self.vocabulary, self.with_teacher, self.teacher)
-        teacher = self.teacher_head.logits(teacher).view(-1, len(rows), self.vocabulary)
-        for cell, block in enumerate(self.call.block_of_cell):
-            self._reduce(cell, raw[cell], teacher[block], self.weights[cell, rows])
-        self._add_gradients(rows, hidden, raw)
+        Cells are projected one by one and only where they are trained: a batched product over all would let
+        the tokens of one cell change the rounding of another's.
+        """
+        cells = [cell for cell, of_cell in enumerate(self.call.block_of_cell) if of_cell == block]
+        used = self.weights[cells].ne(0).any(0).nonzero()[:, 0]
+        for rows in used.split(self.size) if len(used) else ():
+            hidden = self.call.teacher[block, rows][None]
+            raw = _project(hidden, self.teacher_head, self.vocabulary, self.with_teacher, self.target)
+            target = self.teacher_head.logits(raw)[0]
+            for cell in cells:
+                self._add(cell, rows, target)
+
+    def _add(self, cell: int, rows: Tensor, target: Tensor) -> None:
+        """Add a cell's tokens `rows` to all sums."""
+        hidden, head = self.student[cell, rows][None], _of_cell(self.head, cell)
+        raw = _project(hidden, head, self.vocabulary, self.with_student, self.raw)
+        self._reduce(cell, raw[0], target, self.weights[cell, rows])
+        self._add_gradients(cell, rows, hidden, raw)
 
     def _reduce(self, cell: int, raw: Tensor, teacher: Tensor, weights: Tensor) -> None:
         """Add the values of a cell's tokens; replace `raw` by their gradient."""
@@ -239,32 +244,39 @@ class _Walk:
         for part, target, weight in zip(*parts, strict=True):
             logits = self.head.logits(part)
             values, gradient, entropies = divergence.value_and_gradient(logits, target)
-            # Only a cell's own tokens are summed: how far its neighbours' go does not even move the rounding.
-            own = weight > 0
-            self.losses[cell] += values[own] @ weight[own]
-            self.entropies[cell] += entropies[own].sum()
+            self.losses[cell] += values @ weight
+            self.entropies[cell] += entropies @ (weight > 0).to(entropies.dtype)
             if keep:
                 torch.mul(self.head.raw_gradient(gradient, logits), weight[:, None], out=part)
 
-    def _add_gradients(self, rows: Tensor, hidden: Tensor, raw: Tensor) -> None:
-        """`raw` is the loss's gradient by h W^T + b, (K, n, V)."""
+    def _add_gradients(self, cell: int, rows: Tensor, hidden: Tensor, raw: Tensor) -> None:
+        """`raw` is the loss's gradient by h W^T + b, (1, n, V)."""
         of_hidden, of_weight, of_bias = self.gradients
         if of_bias is not None:
-            of_bias.view(-1, of_bias.shape[-1])[:, : self.vocabulary] += raw.sum(1)
-        weight = self.head.weight
+            rows_of_bias = of_bias.view(-1, of_bias.shape[-1])
+            rows_of_bias[cell % len(rows_of_bias), : self.vocabulary] += raw[0].sum(0)
+        weight = _of_cell(self.head, cell).weight
         if weight is None:
             if of_hidden is not None:
-                of_hidden[:, rows, : self.vocabulary] = raw
+                of_hidden[cell, rows, : self.vocabulary] = raw[0]
             return
         total = raw.new_zeros(hidden.shape)
         for span in self.with_student.spans(weight):
             if of_hidden is not None:
                 self.with_student.multiply(raw[..., span], weight[:, span], total, add=True)
             if of_weight is not None:
-                part = of_weight.view(-1, *of_weight.shape[-2:])[:, : self.vocabulary][:, span]
+                part = of_weight.view(-1, *of_weight.shape[-2:])[cell : cell + 1, : self.vocabulary][:, span]
                 self.with_student.multiply(raw[..., span].mT, hidden, part, add=True)
         if of_hidden is not None:
-            of_hidden[:, rows] = total
+            of_hidden[cell, rows] = total[0]
+
+
+def _of_cell(head: Projection, cell: int) -> Projection:
+    """A packed head's part, still with a cell axis; a bias may be common to all cells."""
+    one = slice(cell, cell + 1)
+    weight = None if head.weight is None else head.weight[one]
+    bias = head.bias if head.bias is None or len(head.bias) == 1 else head.bias[one]
+    return replace(head, weight=weight, bias=bias)
 
 
 def _project(

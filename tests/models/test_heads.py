@@ -279,3 +279,10 @@ def test_a_router_s_loss_that_the_model_does_not_give_is_refused_with_a_way_out(
         ValueError, match=r"LlamaForCausalLM returns no `aux_loss`.*output_router_logits = False"
     ):
         head.unprojected(batch(model))
+
+
+def test_a_pack_with_a_member_that_is_no_number_keeps_its_linear_head() -> None:
+    members = [tiny_model("decoder-only", n) for n in range(3)]
+    with torch.no_grad():
+        members[1].get_input_embeddings().weight.fill_(torch.nan)
+    assert Head(Pack.of(members).model).is_linear
