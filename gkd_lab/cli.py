@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. torch is loaded by `run` and `cell` only, when they start to work.
+"""The command line: parse, call, print. torch is loaded by `run`, `cell` and `selfcheck` only, at work.
 
 Exit status: 0 all is done; 1 something failed, named, with where its log is; 2 the request is wrong.
 """
@@ -202,6 +202,21 @@ def report(
     grid = _grid(name, scale, sets, outputs)
     place = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
     print(f"report: {write_report(grid, Store(outputs), place).resolve()}")
+
+
+@app.command()
+def selfcheck(
+    teacher: Annotated[str | None, typer.Option(help="A folder or a hub name. Default: made.")] = None,
+    student: Annotated[str | None, typer.Option(help="A folder or a hub name. Default: made.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Also compare with bfloat16.")] = False,
+) -> None:
+    """Measure on a pair of models what distillation relies on; train nothing, write no file."""
+    from gkd_lab.runs.quiet import quieten
+    from gkd_lab.runs.selfcheck import selfcheck as check
+
+    quieten()
+    if not check(teacher, student, bf16=bf16):
+        raise typer.Exit(1)
 
 
 def _run(grid: GridOfCells, outputs: Path, limit: PackLimit, retry_failed: bool) -> None:

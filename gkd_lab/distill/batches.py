@@ -89,20 +89,29 @@ class Collator:
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         examples = [self.encode_row(row) for row in rows]
         batch = collate(examples, self.pad_id, is_encoder_decoder=self.is_encoder_decoder)
-        if self.is_encoder_decoder or all(isinstance(row, Example) for row in rows):
+        if all(isinstance(row, Example) for row in rows):
             return vars(batch)
-        return {**vars(batch), **in_form_of_trl(batch)}
+        return {**vars(batch), **in_form_of_trl(batch, is_encoder_decoder=self.is_encoder_decoder)}
 
 
 class KeyedBatches(Sampler[list[int]]):
     """Batches of row numbers: for each seed `batch_size` rows of that seed's own order, one after another.
 
-    An epoch is one pass over the data; with `drop_last` what is left over at its end is dropped.
+    An epoch is one pass over the data; with `drop_last` what is left over at its end is dropped. Without
+    `shuffled` every seed has the data's order.
     """
 
-    def __init__(self, rows: int, batch_size: int, seeds: Sequence[int], *, drop_last: bool = True) -> None:
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seeds: Sequence[int],
+        *,
+        drop_last: bool = True,
+        shuffled: bool = True,
+    ) -> None:
         self.rows, self.rows_of_seed, self.seeds = rows, batch_size, tuple(seeds)
-        self.batch_size, self.drop_last = batch_size * len(self.seeds), drop_last
+        self.batch_size, self.drop_last, self.shuffled = batch_size * len(self.seeds), drop_last, shuffled
         self.epoch = 0
         self.length = rows // batch_size if drop_last else math.ceil(rows / batch_size)
         if self.length == 0:
@@ -115,7 +124,10 @@ class KeyedBatches(Sampler[list[int]]):
         return self.length
 
     def __iter__(self) -> Iterator[list[int]]:
-        orders = [permutation(seed, self.epoch, self.rows) for seed in self.seeds]
+        orders = [self._order(seed) for seed in self.seeds]
         for batch in range(self.length):
             part = slice(batch * self.rows_of_seed, (batch + 1) * self.rows_of_seed)
             yield [row for order in orders for row in order[part]]
+
+    def _order(self, seed: int) -> Sequence[int]:
+        return permutation(seed, self.epoch, self.rows) if self.shuffled else range(self.rows)

@@ -57,6 +57,7 @@ class Bench:
         )
         self.student: Any = self.trainer.model
         self.teacher: Any = self.trainer.teacher_model
+        self.heads = {"student": self.trainer._student_head, "teacher": self.trainer._teacher_head}
         self.device = self.trainer.args.device
         self.is_encoder_decoder = bool(pair.student.config.is_encoder_decoder)
         self.vocabulary = self.trainer._vocabulary

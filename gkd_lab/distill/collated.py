@@ -29,15 +29,22 @@ def as_sequences(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: b
     return sequences_of(batch, pad_id, is_encoder_decoder=is_encoder_decoder)
 
 
-def in_form_of_trl(batch: Sequences) -> dict[str, Tensor]:
-    """The tensors of TRL's chat collator; labels are -100 where nothing is trained."""
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    untrained = torch.full_like(batch.prompt_ids, NOT_TRAINED)
-    completion = batch.completion_ids.masked_fill(batch.completion_mask == 0, NOT_TRAINED)
+def in_form_of_trl(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:
+    """The tensors of TRL's chat collator; labels are -100 where nothing is trained.
+
+    input_ids, attention_mask and labels are what the model's own forward takes: (N, T) each, or for an
+    encoder-decoder source and target apart, (N, P) and (N, C).
+    """
+    ids, mask = batch.prompt_ids, batch.prompt_mask
+    labels = batch.completion_ids.masked_fill(batch.completion_mask == 0, NOT_TRAINED)
+    if not is_encoder_decoder:
+        ids = torch.cat([ids, batch.completion_ids], dim=1)
+        mask = torch.cat([mask, batch.completion_mask], dim=1)
+        labels = torch.cat([torch.full_like(batch.prompt_ids, NOT_TRAINED), labels], dim=1)
     return {
-        "input_ids": torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+        "input_ids": ids,
         "attention_mask": mask,
-        "labels": torch.cat([untrained, completion], dim=1),
+        "labels": labels,
         "prompts": batch.prompt_ids,
         "prompt_attention_mask": batch.prompt_mask,
     }

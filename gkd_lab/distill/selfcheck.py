@@ -5,19 +5,18 @@ Each check is a plain function of a Bench that returns a Finding; CHECKS lists t
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gkd_lab.distill.bench import NEW_TOKENS, TEXTS, Bench
+from gkd_lab.distill.bench import TEXTS, Bench
+from gkd_lab.distill.config import CellArguments
 from gkd_lab.distill.sampling import evaluating
 from gkd_lab.distill.steps import StepBatch, cell_sums, trained_items
 from gkd_lab.distill.streams import is_on_policy
 from gkd_lab.models.forward import Sequences, completion_logits
-from gkd_lab.models.heads import Head
 from gkd_lab.models.vocabulary import head_size
 
 WIDER = 5
@@ -41,6 +40,8 @@ class Finding:
     """The measurement with its unit."""
     reason: str = ""
     """What it means if the check failed."""
+    remark: str = ""
+    """What to know of it even if it passed."""
 
     @property
     def passed(self) -> bool:
@@ -84,8 +85,7 @@ def rows(bench: Bench) -> Finding:
 
 def head_of(side: str) -> Callable[[Bench], Finding]:
     def measure(bench: Bench) -> Finding:
-        model = getattr(bench, side)
-        head: Head = getattr(bench.trainer, f"_{side}_head")
+        model, head = getattr(bench, side), bench.heads[side]
         if not head.is_linear:
             return failed(
                 "hidden states times head are not the model's logits: the loss is right, but takes all "
@@ -184,7 +184,7 @@ def dropout(bench: Bench) -> Finding:
 
 def loss(bench: Bench) -> Finding:
     """How far below 0 the loss of any divergence is; not a number fails."""
-    found = [_compared(bench, bench.teacher, cell)[0] for cell in _cells(bench)]
+    found = [_compared(bench, "teacher", cell)[0] for cell in _cells(bench)]
     if not all(math.isfinite(value) for value in found):
         return failed("a loss is not finite: weights or logits hold NaN or inf", f"{found[0]:.3g}")
     low, high = min(found), max(found)
@@ -192,7 +192,7 @@ def loss(bench: Bench) -> Finding:
 
 
 def equal_loss(bench: Bench) -> Finding:
-    found = [_compared(bench, bench.student, cell)[0] for cell in _cells(bench, teacher_temperature=1.0)]
+    found = [_compared(bench, "student", cell)[0] for cell in _cells(bench, teacher_temperature=1.0)]
     value = max(found, key=lambda x: math.inf if math.isnan(x) else abs(x))
     return Finding(value, 1e-6, f"{value:.1e} nats", "two forward passes of one model differ")
 
@@ -200,24 +200,175 @@ def equal_loss(bench: Bench) -> Finding:
 def equal_gradient(bench: Bench) -> Finding:
     """By the hidden states; total variation is left out, as it has a kink where both are equal."""
     cells = [cell for cell in _cells(bench, teacher_temperature=1.0) if cell.divergence == "jsd"]
-    value = max(_compared(bench, bench.student, cell)[1] for cell in cells)
-    return Finding(value, 1e-4, f"norm {value:.1e}", "there would be no rest where the student has learnt all")
+    value = max(_compared(bench, "student", cell)[1] for cell in cells)
+    return Finding(
+        value, 1e-4, f"norm {value:.1e}", "there would be no rest where the student has learnt all"
+    )
 
 
-def _cells(bench: Bench, **changes: Any) -> list[Any]:
+def _cells(bench: Bench, **changes: Any) -> list[CellArguments]:
     cell = replace(bench.trainer.cells[0], **changes)
     return [*(replace(cell, beta=beta) for beta in BETAS), replace(cell, divergence="tv")]
 
 
-def _compared(bench: Bench, teacher: Any, cell: Any) -> tuple[float, float]:
+def _compared(bench: Bench, teacher: str, cell: CellArguments) -> tuple[float, float]:
     """Mean loss a token on the rows' own answers and the norm of its gradient by the hidden states."""
     batch = StepBatch(bench.rows, bench.rows, (0,), (False,))
     with torch.no_grad(), evaluating(bench.student):
-        own, guide = (Head_of(bench, model).unprojected(bench.rows) for model in (bench.student, teacher))
+        own, guide = (bench.heads[side].unprojected(bench.rows) for side in ("student", teacher))
     hidden = own.hidden.requires_grad_()
     items = trained_items(batch, 1, "token")
-    sums = cell_sums(
-        replace(own, hidden=hidden), guide, batch, [cell], items, "token", bench.vocabulary
-    )
+    sums = cell_sums(own, guide, batch, [cell], items, "token", bench.vocabulary)
     (gradient,) = torch.autograd.grad(sums.losses.sum(), hidden)
-    return float(sums.losses), float(gradient.norm())
+    return float(sums.losses.detach()), float(gradient.norm())
+
+
+def bfloat16(bench: Bench) -> Finding:
+    """The loss off policy with both models under autocast, against float32."""
+    (sample,) = bench.micro_batches([bench.rows], 0.0)
+    found = []
+    for half in (False, True):
+        with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
+            found.append(float(bench.trainer.compute_loss(bench.student, sample)))
+    gap = abs(found[1] / found[0] - 1)
+    reason = "the pair is sensitive to rounding: train in float32"
+    return Finding(gap, 0.1, f"{found[0]:.3g}, {100 * gap:.1f} % off", reason)
+
+
+# ---- the gradient of a step ----
+
+
+def prompt(bench: Bench) -> Finding:
+    """The largest gradient of a last hidden state that predicts nothing, in parts of the largest at all."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if output[0].requires_grad:
+            output[0].retain_grad()
+            kept.append(output[0])
+
+    body = bench.student.get_decoder() if bench.is_encoder_decoder else bench.student.base_model
+    note = body.register_forward_hook(keep)
+    try:
+        bench.backward(bench.micro_batches([bench.rows], 0.0))
+    finally:
+        note.remove()
+        bench.student.zero_grad()
+    sizes = kept[0].grad.abs().amax(-1)  # type: ignore[union-attr]
+    predicts = _predicts(bench)
+    stray, silent = (sizes * ~predicts).max() / sizes.max(), (sizes[predicts] == 0).sum()
+    value = float(stray) if not silent else math.inf
+    shown = f"{int(predicts.sum())} of {predicts.numel()} positions"
+    return Finding(
+        value, 0.0, shown, f"{stray:.1e} of the gradient at others, {silent} trained ones have none"
+    )
+
+
+def _predicts(bench: Bench) -> Tensor:
+    """Positions of the decoder whose next token is trained on."""
+    trained = bench.rows.completion_mask.bool()
+    if bench.is_encoder_decoder:
+        return trained
+    whole = torch.cat([torch.zeros_like(bench.rows.prompt_mask).bool(), trained], dim=1)
+    return nn.functional.pad(whole[:, 1:], (0, 1))
+
+
+def accumulated(lmbda: float, normalization: str) -> Callable[[Bench], Finding]:
+    def measure(bench: Bench) -> Finding:
+        """One gradient is subtracted from the other within the weights' own, which spares a copy."""
+        parts = [bench.row(n) for n in range(bench.rows.rows)]
+        bench.student.zero_grad()
+        whole = bench.backward(bench.micro_batches([bench.rows], lmbda, normalization=normalization))
+        gradients = [p.grad for p in bench.student.parameters() if p.grad is not None]
+        norm = _norm(gradients)
+        for gradient in gradients:
+            gradient.neg_()
+        split = bench.backward(bench.micro_batches(parts, lmbda, normalization=normalization))
+        gaps = abs(split - whole) / abs(whole), _norm(gradients) / norm
+        bench.student.zero_grad()
+        reason = f"loss {whole:.6g} and {split:.6g}: the weight of a row depends on how a step is split"
+        return Finding(max(gaps), SUM, f"gradient {gaps[1]:.1e}", reason)
+
+    return measure
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
+
+
+def frozen(bench: Bench) -> Finding:
+    """Weights of the teacher that could learn, or that are the student's own."""
+    bench.backward(bench.micro_batches([bench.rows], 0.0))
+    own = {p.data_ptr() for p in bench.student.parameters()}
+    bench.student.zero_grad()
+    weights = list(bench.teacher.parameters())
+    moving = sum(p.requires_grad or p.grad is not None or p.data_ptr() in own for p in weights)
+    return Finding(moving, 0, f"{moving} of {len(weights)} weights", "training would move the teacher")
+
+
+# ---- what must not matter to a step ----
+
+
+def references(bench: Bench) -> Finding:
+    """On policy with all answers of the data, and with their first tokens alone."""
+    first = torch.arange(bench.rows.completion_mask.shape[1], device=bench.device) == 0
+    cut = replace(bench.rows, completion_mask=bench.rows.completion_mask * first)
+    found = [_what_is_trained(bench.micro_batches([r], 1.0)[0]) for r in (bench.rows, cut)]
+    return _no_difference(found, "the data's answers leak into the student's own text or its weight")
+
+
+def resumed(bench: Bench) -> Finding:
+    """Step 3 as it comes after step 2, and as it comes first."""
+    torch.manual_seed(1)
+    found = [_what_is_trained(bench.micro_batches([bench.rows], 1.0, step=3)[0])]
+    bench.micro_batches([bench.row(0)], 1.0, step=2)
+    torch.rand(7)
+    found.append(_what_is_trained(bench.micro_batches([bench.rows], 1.0, step=3)[0]))
+    return _no_difference(found, "the model draws random numbers of its own: a resumed run would differ")
+
+
+def _what_is_trained(sample: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    student = sample["batch"].student
+    return student.completion_ids, student.completion_mask, sample["items"]
+
+
+def _no_difference(found: list[tuple[Tensor, Tensor, Tensor]], reason: str) -> Finding:
+    if any(one.shape != other.shape for one, other in zip(*found, strict=True)):
+        return failed(reason, "lengths differ")
+    count = int((found[0][0] != found[1][0]).sum())
+    same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    return Finding(count if same else max(count, 1), 0, f"{count} tokens differ", reason)
+
+
+def coin(bench: Bench) -> Finding:
+    """Of the trainer's own seed: lmbda 0 never, 1 always, 0.5 in half of the steps."""
+    seed = bench.trainer.cells[0].seed
+    shares = [sum(is_on_policy(lm, seed, n) for n in range(COINS)) / COINS for lm in (0.0, 0.5, 1.0)]
+    gap = abs(shares[1] - 0.5) if shares[::2] == [0, 1] else math.inf
+    # Four standard deviations.
+    return Finding(gap, 2 / math.sqrt(COINS), f"{shares[1]:.3f} at 0.5", f"shares {shares}")
+
+
+CHECKS = (
+    Check("vocabulary", "entries of both heads that are compared", vocabulary),
+    Check("rows", "prompts end where answers begin", rows),
+    Check("student head", "hidden states x head = its own logits", head_of("student")),
+    Check("teacher head", "hidden states x head = its own logits", head_of("teacher")),
+    Check("student padding", f"{WIDER} more pads change no probability", padding_of("student")),
+    Check("teacher padding", f"{WIDER} more pads change no probability", padding_of("teacher")),
+    Check("neighbours", "a row alone = the row in its batch", neighbours),
+    Check("cache", "best tokens written = best in training", cached),
+    Check("sampling", "samples follow the trained distribution", sampling),
+    Check("dropout", "is off while the student writes", dropout),
+    Check("loss", "finite, >= 0: betas 0 to 1 and TV", loss),
+    Check("equal, loss", "is 0 when the teacher is the student", equal_loss),
+    Check("equal, gradient", "is 0 when the teacher is the student", equal_gradient),
+    Check("prompt", "only answers' positions get a gradient", prompt),
+    Check("accumulation", "1 x 4 rows = 4 x 1, off policy", accumulated(0.0, "token")),
+    Check("on policy", "1 x 4 rows = 4 x 1, own text", accumulated(1.0, "sequence")),
+    Check("teacher", "is frozen and apart from the student", frozen),
+    Check("references", "leave no trace on policy", references),
+    Check("resume", "a step depends on its number alone", resumed),
+    Check("coin", "lmbda 0 never writes, 1 always", coin),
+)
+BFLOAT16 = Check("bfloat16", "loss under autocast = in float32", bfloat16)

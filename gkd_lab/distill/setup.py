@@ -15,6 +15,7 @@ UNUSED = {
     "padding_free": "rows are padded: the student samples from a batch of prompts",
 }
 """Fields of TRL's SFTConfig that TRL's own GKDTrainer cannot honour either."""
+ORDERS = ("random", "sequential")
 
 
 def arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
@@ -30,6 +31,17 @@ def arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
     for name, why in UNUSED.items():
         if getattr(args, name):
             raise ValueError(f"{name}=True does not fit GKD: {why}; leave it False")
+    if args.train_sampling_strategy not in ORDERS:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} does not fit GKD: how long a row "
+            f"gets is not known before it is written; choose one of {ORDERS}"
+        )
+    if args.activation_offloading:
+        warnings.warn(
+            "activation_offloading is not used: activations stay on the device; activation_checkpointing "
+            "keeps few of them",
+            stacklevel=3,
+        )
     # The Trainer would drop the texts, since a model's forward does not name them.
     args.remove_unused_columns = False
     if args.n_gpu > 1:
@@ -94,14 +106,28 @@ def _name_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, arg
 
 
 def adapted(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
-    """The model with the adapter that `peft_config` describes, which is drawn from `args.seed`."""
+    """The model with what is asked for: a router's loss, an adapter, which is drawn from `args.seed`."""
     set_seed(args.seed)
+    if args.router_aux_loss_coef is not None:
+        _weigh_router_loss(model, args.router_aux_loss_coef)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         # Frozen embeddings give checkpointed layers no input that asks for a gradient.
         model.enable_input_require_grads()
     return model
+
+
+def _weigh_router_loss(model: PreTrainedModel, weight: float) -> None:
+    """The configuration is where `gkd_lab.models.heads` reads whether and how much this loss counts."""
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits, config.router_aux_loss_coef = weight != 0, weight
+    elif weight:
+        raise ValueError(
+            f"router_aux_loss_coef={weight}, but {type(model).__name__} returns no router logits, so "
+            "there is no such loss: leave it out"
+        )
 
 
 def _with_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:

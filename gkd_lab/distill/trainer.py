@@ -7,22 +7,22 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
-from gkd_lab.distill import checkpoints, per_cell, setup, trl_form
+from gkd_lab.distill import setup, trl_form
 from gkd_lab.distill.averages import Averages
 from gkd_lab.distill.batches import Collator, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
-from gkd_lab.distill.collated import as_sequences
-from gkd_lab.distill.config import CellArguments, GKDConfig, shared_seeds
+from gkd_lab.distill.collated import as_sequences, in_form_of_trl
+from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.pack_trainer import CellLog, PackTrainer
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
@@ -35,14 +35,8 @@ from gkd_lab.models.sharding import place_student, place_teacher
 from gkd_lab.models.teachers import at_work, load_student, load_teacher
 from gkd_lab.models.vocabulary import shared_vocabulary, tokenizer_of
 
-CellLog = Callable[[int, dict[str, float]], None]
 
-
-class AllCellsFailed(FloatingPointError):
-    """No cell is left to train; `GKDTrainer.failures` says why for each."""
-
-
-class GKDTrainer(Trainer):
+class GKDTrainer(PackTrainer):
     """Distils `teacher_model` into one student, or into the K students of a `pack`.
 
     The first thirteen arguments are those of TRL's GKDTrainer.
@@ -66,7 +60,6 @@ class GKDTrainer(Trainer):
         tokenizer: Deprecated name of `processing_class`.
     """
 
-    optimizer: Any
     generalized_jsd_loss = staticmethod(trl_form.generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(trl_form.generate_on_policy_outputs)
 
@@ -107,17 +100,9 @@ class GKDTrainer(Trainer):
         copied = teacher_model in (None, model) and not args.teacher_model_name_or_path
         known = teacher_processing_class or (self._tokenizer if copied else tokenizer_of(teacher))
         self._vocabulary = shared_vocabulary(student, teacher, self._tokenizer, known)
-        self.pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
-        self.cells = tuple(cells or [CellArguments.of(args)])
-        if len(self.cells) != self.pack.size:
-            raise ValueError(f"{len(self.cells)} cells for a pack of {self.pack.size} models")
-        self.seeds = shared_seeds(self.cells)
-        self.log_cell, self.on_failure = log_cell, on_failure
-        self.failures: dict[int, str] = {}
-        self._logged = Averages(len(self.cells))
-        self._views: per_cell.Views = []
+        pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
         if args.disable_dropout:
-            setup.disable_dropout(self.pack.model)
+            setup.disable_dropout(pack.model)
         encoder_decoder = bool(student.config.is_encoder_decoder)
         self._encode = RowEncoder(
             self._tokenizer,
@@ -128,7 +113,10 @@ class GKDTrainer(Trainer):
         )
         pad_id = self._tokenizer.pad_token_id
         super().__init__(
-            model=self.pack.model,
+            pack,
+            cells or [CellArguments.of(args)],
+            log_cell,
+            on_failure,
             args=args,
             data_collator=data_collator or Collator(self._encode, pad_id, encoder_decoder),
             train_dataset=train_dataset,
@@ -139,8 +127,6 @@ class GKDTrainer(Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        # Our losses are divided by the whole step's items, whatever the number of micro-batches.
-        self.loss_is_scaled_for_ga = True
         self._student_head, self._teacher_head = Head(self.pack.model), Head(teacher)
         self.model = place_student(self.pack.model, self.accelerator)
         self.teacher_model = place_teacher(teacher, self.accelerator, parked=args.park_teacher)
@@ -182,6 +168,7 @@ class GKDTrainer(Trainer):
             args.per_device_train_batch_size,
             self.seeds,
             drop_last=args.dataloader_drop_last,
+            shuffled=args.train_sampling_strategy == "random",
         )
         loader = DataLoader(
             self.train_dataset,
@@ -219,7 +206,15 @@ class GKDTrainer(Trainer):
         if self.args.world_size > 1 and items is not None:
             # The gradient is averaged over ranks, so each divides by the mean count.
             items = self.accelerator.reduce(items, reduction="mean")
-        return [{"batch": batch, "items": items, "parts": len(batches)} for batch in batches], items
+        return [self._sample(batch, items, len(batches)) for batch in batches], items
+
+    def _sample(self, batch: StepBatch, items: Any, parts: int) -> dict[str, Any]:
+        """A micro-batch for `compute_loss`; of a single student also in TRL's form, for a subclass."""
+        sample = {"batch": batch, "items": items, "parts": parts}
+        if self.pack.is_packed:
+            return sample
+        encoder_decoder = bool(self.pack.model.config.is_encoder_decoder)
+        return {**sample, **in_form_of_trl(batch.student, is_encoder_decoder=encoder_decoder)}
 
     def _off_policy(self, fixed: Sequences) -> Sequences:
         """What those cells train on whose coin fell on the data."""
@@ -309,124 +304,11 @@ class GKDTrainer(Trainer):
     def _teacher_at_work(self) -> Any:
         return at_work(self.teacher_model, self.args.device, parked=self.args.park_teacher)
 
-    def _alive(self, device: torch.device) -> Tensor:
-        return torch.tensor([n not in self.failures for n in range(len(self.cells))], device=device)
-
     def _note(self, sums: CellSums, batch: StepBatch) -> None:
         losses = sums.losses.detach()
         for n in (~losses.isfinite()).nonzero().flatten().tolist():
             self._fail(n, f"the loss is {losses[n].item()}")
         self._logged.add(losses, sums.entropies, batch, self._limits.end_ids)
-
-    def _fail(self, cell: int, why: str) -> None:
-        """Freeze a cell; its neighbours go on."""
-        if cell not in self.failures:
-            self.failures[cell] = f"{why} at step {self.state.global_step + 1}"
-            if self.on_failure is not None:
-                self.on_failure(cell, self.failures[cell])
-        if len(self.failures) == len(self.cells):
-            raise AllCellsFailed("; ".join(sorted(set(self.failures.values()))))
-
-    # ---- optimizer: one pair of parameter groups a cell, on views of the pack's weights ----
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """A packed model's optimizer sees each cell's weights in their own shapes."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        if not self.pack.is_packed:
-            optimizer = super().create_optimizer(model)
-            for group in optimizer.param_groups:
-                group["lr"] = self.cells[0].learning_rate
-            return optimizer
-        self._views = per_cell.views_of(self.pack)
-        decayed = set(self.get_decay_parameter_names(self.pack.unpack(0)))
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind(
-            per_cell.groups(self._views, self.cells, decayed, self.args.weight_decay), **options
-        )
-        return self.optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clipping is per cell and is done where the norms are taken."""
-        return None if self.pack.is_packed else super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if self.pack.is_packed:
-            norms = per_cell.clip(
-                self.model, self._views, self.args.max_grad_norm, self.failures.keys(), self._fail
-            )
-            self._logged.add_norms(norms)
-            return norms[self._alive(norms.device)].mean()
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None:
-            self._logged.add_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
-            # fp16 overflows now and then, and its scaler skips that step.
-            if not self.args.fp16 and not torch.as_tensor(norm).isfinite():
-                self._fail(0, f"the gradient's norm is {float(norm)}")
-        return norm
-
-    # ---- logs and checkpoints ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's own log, and a row for each cell; a single cell's row is part of the log."""
-        if "loss" in logs and self._logged.batches:
-            rows = self._logged.take(self._over_ranks)
-            for n, (cell, row) in enumerate(zip(self.cells, rows, strict=True)):
-                factor = logs["learning_rate"] / (self.cells[0].learning_rate or 1)
-                row["learning_rate"] = cell.learning_rate * factor
-                if self.log_cell is not None and n not in self.failures:
-                    self.log_cell(n, {"step": self.state.global_step, **row})
-            if len(rows) == 1:
-                logs = {**rows[0], **logs}
-        super().log(logs, start_time)
-
-    def _on_any_rank(self, here: bool) -> bool:
-        if self.args.world_size == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device)) > 0)
-
-    def _over_ranks(self, sums: Tensor) -> Tensor:
-        if self.args.world_size == 1:
-            return sums
-        return self.accelerator.reduce(sums.to(self.args.device), reduction="mean").cpu()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Each cell's own folder, all of them before any older one goes."""
-        if not self.pack.is_packed:
-            super()._save_checkpoint(model, trial)
-            return
-        step = self.state.global_step
-        for n, cell in enumerate(self.cells):
-            if n in self.failures:
-                continue
-            with checkpoints.appearing(checkpoints.folder_of(cell.output_dir, step)) as folder:
-                checkpoints.save(folder, self.pack.parameters_of(n), self._views[n], self.optimizer)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        for cell in self.cells:
-            checkpoints.keep_only(cell.output_dir, step)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.pack.is_packed:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        for n, folder in self._folders_like(resume_from_checkpoint):
-            self.pack.load(n, checkpoints.weights(folder))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.pack.is_packed:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            for n, folder in self._folders_like(checkpoint):
-                checkpoints.load_optimizer(folder, self._views[n], self.optimizer)
-            checkpoints.set_schedule(self.lr_scheduler, self.optimizer, self.state.global_step)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: random choices are keyed by the step, and a stored state would replace its dropout."""
-
-    def _folders_like(self, checkpoint: str) -> Iterator[tuple[int, Path]]:
-        step = checkpoints.step_of(Path(checkpoint))
-        for n, cell in enumerate(self.cells):
-            yield n, checkpoints.folder_of(cell.output_dir, step)
 
     # ---- evaluation: the loss on fixed data, and on the students' own text if asked ----
 
@@ -476,10 +358,6 @@ class GKDTrainer(Trainer):
         items = trained_items(batch, len(self.cells), self.args.loss_normalization)
         sums, _ = self._sums(model, batch, items)
         self._own_text.add(sums.losses, sums.entropies, batch, self._limits.end_ids)
-
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Not estimated: the Trainer's rule knows neither the teacher nor the sampling."""
-        return 0
 
 
 def _student(model: Any, args: GKDConfig) -> PreTrainedModel:

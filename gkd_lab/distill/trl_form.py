@@ -51,10 +51,9 @@ def logits_and_labels(model: Any, fixed: Sequences, is_encoder_decoder: bool) ->
 
     A decoder-only model's logits at position t predict the label at t + 1, an encoder-decoder's at t.
     """
+    batch = in_form_of_trl(fixed, is_encoder_decoder=is_encoder_decoder)
     if is_encoder_decoder:
-        labels = fixed.completion_ids.masked_fill(fixed.completion_mask == 0, -100)
-        return completion_logits(model, fixed), labels
-    batch = in_form_of_trl(fixed)
+        return completion_logits(model, fixed), batch["labels"]
     mask = batch["attention_mask"]
     outputs = model(
         input_ids=batch["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False

@@ -119,8 +119,12 @@ def at_work(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> 
 
 
 def _parsed(init_kwargs: InitKwargs) -> dict[str, Any]:
-    """A copy; on the command line the arguments are JSON."""
-    return dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
+    """A copy; on the command line the arguments are JSON. `torch_dtype` is what `dtype` was called."""
+    kwargs = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
+    if "torch_dtype" in kwargs:
+        warnings.warn("torch_dtype is deprecated: use dtype", FutureWarning, stacklevel=3)
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    return kwargs
 
 
 def _with_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers import PrinterCallback
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
-from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
+from gkd_lab.distill.pack_trainer import AllCellsFailed
+from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.models.vocabulary import same_tokenizer

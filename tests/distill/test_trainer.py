@@ -13,9 +13,10 @@ from transformers.optimization import Adafactor
 
 from gkd_lab.distill.batches import Example, KeyedBatches, collate
 from gkd_lab.distill.divergence import generalized_jsd
+from gkd_lab.distill.pack_trainer import AllCellsFailed
 from gkd_lab.distill.sampling import write
 from gkd_lab.distill.streams import is_on_policy, permutation, uniforms
-from gkd_lab.distill.trainer import AllCellsFailed, GKDTrainer
+from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.forward import Sequences, completion_logits
 from gkd_lab.models.packing import Pack
 from gkd_lab.spec.cell import Family
