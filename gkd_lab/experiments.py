@@ -100,8 +100,8 @@ def load_one(
 
 
 def _refuse_several(grid: GridOfCells) -> None:
-    open_axes = [f"--{axis}" for axis, values in grid.axes.items() if len(values) > 1]
-    if open_axes:
+    if len(grid.cells) > 1:
+        open_axes = [f"--{axis}" for axis, values in grid.axes.items() if len(values) > 1]
         count = math.prod(len(values) for values in grid.axes.values())
         raise SpecError(f"{count} cells of {grid.name!r} match: give one value for {', '.join(open_axes)}")
 

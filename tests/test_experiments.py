@@ -76,6 +76,12 @@ def test_one_cell_is_one(fields: dict[str, str], tmp_path: Path) -> None:
         experiments.load_one(fields, name="quickstart", outputs=tmp_path)
 
 
+def test_total_variation_needs_no_beta_to_be_one_cell(tmp_path: Path) -> None:
+    fields = {"task": "arithmetic", "lmbda": "0", "divergence": "tv"}
+    (cell,) = experiments.load_one(fields, name="quickstart", outputs=tmp_path).cells
+    assert (cell.divergence, cell.beta) == ("tv", None)
+
+
 def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> None:
     def fingerprint(folder: Path) -> str:
         fields = {"task": "arithmetic", "data.source": str(folder)}

@@ -4,6 +4,7 @@ The prompt is what the model sees before it answers: neither its text nor its id
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -229,9 +230,16 @@ class RowEncoder:
         if not prompt:
             raise ValueError("the prompt is empty: a completion needs one token at least to follow from")
         kept, follows = self._within(prompt, completion)
+        cut_before = self.prompts_cut + self.completions_cut > 0
         self.rows += 1
         self.prompts_cut += len(kept) < len(prompt)
         self.completions_cut += len(follows) < len(completion)
+        if not cut_before and self.prompts_cut + self.completions_cut > 0:
+            warnings.warn(
+                f"max_length={self.max_length} cuts a row of {len(prompt)} prompt and {len(completion)} "
+                f"completion tokens to {len(kept)} and {len(follows)}; later ones are cut without a word",
+                stacklevel=3,
+            )
         return Example(kept, follows)
 
     def _within(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:

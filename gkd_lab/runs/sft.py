@@ -60,6 +60,8 @@ def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) 
         "disable_tqdm": True,
         "activation_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Stated, since transformers refuses bf16 without a GPU otherwise.
+        "use_cpu": not torch.accelerator.is_available(),
     }
 
 

@@ -1,5 +1,6 @@
 """Every form of row that is taken or refused, against TRL's collator where that is right."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,18 @@ def test_without_a_limit_nothing_is_cut() -> None:
     ours = encoder()
     assert len(ours({"prompt_ids": [3] * 5000, "completion_ids": [4] * 5000}).prompt_ids) == 5000
     assert (ours.rows, ours.prompts_cut, ours.completions_cut) == (1, 0, 0)
+
+
+def test_the_first_row_that_is_cut_is_reported_with_its_sizes() -> None:
+    ours = encoder(max_length=10, max_new_tokens=4)
+    long = {"prompt_ids": [3] * 9, "completion_ids": [4] * 8}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours({"prompt_ids": [3], "completion_ids": [4]})
+    with pytest.warns(UserWarning, match=r"max_length=10 cuts a row of 9 prompt and 8 .* to 6 and 4") as said:
+        ours(long)
+        ours(long)
+    assert len(said) == 1 and (ours.prompts_cut, ours.completions_cut) == (2, 2)
 
 
 @pytest.mark.parametrize("limits", [{"max_length": 1}, {"max_length": 0}, {"max_new_tokens": 0}])

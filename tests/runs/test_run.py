@@ -162,6 +162,17 @@ def test_artifacts_and_cells_that_two_experiments_share_are_made_once(tmp_path: 
     assert new == {second.cells[1].folder.split("/")[2]}
 
 
+def test_total_variation_a_rescaled_divergence_and_bfloat16_go_the_whole_way(tmp_path: Path) -> None:
+    changes = {"grid": {"divergence": ["jsd", "tv"], "lmbda": [0, 1]}, "beta": 0.1}
+    grid = tiny_grid(tmp_path, "arithmetic", precision="bf16", rescale_divergence=True, **changes)
+    finished(grid, tmp_path / "outputs")
+    losses: dict[float, list[float]] = {0: [], 1: []}
+    for cell in grid.cells:
+        rows = Store(tmp_path / "outputs").of(cell).history()
+        losses[cell.training.source.lmbda].append(rows[0]["loss"])
+    assert all(len(set(pair)) == 2 and min(pair) > 0 for pair in losses.values())
+
+
 @pytest.mark.parametrize("task", tuple(REAL_ROWS))
 def test_a_folder_of_real_rows_goes_the_whole_way(task: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
