@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerState
 
 from gkd_lab.distill.collated import in_form_of_trl
 from gkd_lab.distill.streams import permutation
+from gkd_lab.distill.texts import cut_prompt, ended, prompt_ids, target_ids
 from gkd_lab.models.forward import Sequences
 
 
@@ -43,19 +45,18 @@ def encode(
 
     The target ends with the end of sequence, which counts against its limit.
     """
-    if not rows:
-        return [], Cut(0, 0, 0)
-    prompts = tokenizer([p for p, _ in rows], add_special_tokens=is_encoder_decoder)["input_ids"]
-    targets = tokenizer([t for _, t in rows], add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    examples = []
-    for prompt, target in zip(prompts, targets, strict=True):
-        kept = prompt[:max_input_tokens] if is_encoder_decoder else prompt[-max_input_tokens:]
-        examples.append(Example(kept, [*target, end][:max_output_tokens]))
+    kind = {"is_encoder_decoder": is_encoder_decoder}
+    prompts = prompt_ids(tokenizer, [p for p, _ in rows], **kind)
+    found = target_ids(tokenizer, [t for _, t in rows], **kind)
+    targets = [ended(target, [tokenizer.eos_token_id]) for target in found]
+    examples = [
+        Example(cut_prompt(tokenizer, prompt, max_input_tokens, **kind), target[:max_output_tokens])
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
     cut = Cut(
         rows=len(rows),
         prompts=sum(len(p) > max_input_tokens for p in prompts),
-        completions=sum(len(t) + 1 > max_output_tokens for t in targets),
+        completions=sum(len(t) > max_output_tokens for t in targets),
     )
     return examples, cut
 
@@ -92,6 +93,16 @@ class Collator:
         if all(isinstance(row, Example) for row in rows):
             return vars(batch)
         return {**vars(batch), **in_form_of_trl(batch, is_encoder_decoder=self.is_encoder_decoder)}
+
+
+class FollowEpochs(TrainerCallback):
+    """Tells `batches` each epoch's number: the Trainer's own call may end at accelerate's wrappers."""
+
+    batches: "KeyedBatches | None" = None
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.batches is not None:
+            self.batches.set_epoch(int(state.epoch or 0))
 
 
 class KeyedBatches(Sampler[list[int]]):

@@ -117,9 +117,13 @@ class Bench:
 
     def probabilities(self, model: Any, rows: Sequences) -> Tensor:
         """Of each trained token's place by the training forward, (tokens, V)."""
+        return self.logits(model, rows).float().softmax(-1)
+
+    def logits(self, model: Any, rows: Sequences) -> Tensor:
+        """The model's own, of each trained token's place, (tokens, V)."""
         with torch.no_grad(), evaluating(model):
             logits = completion_logits(model, rows)[rows.completion_mask.bool()]
-        return logits[:, : self.vocabulary].float().softmax(-1)
+        return logits[:, : self.vocabulary]
 
 
 def _chat(question: str, answer: str) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ A pack of one plain model is left to the Trainer wherever that does the same. Sh
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ CellLog = Callable[[int, dict[str, float]], None]
 
 class AllCellsFailed(FloatingPointError):
     """No cell is left to train; `GKDTrainer.failures` says why for each."""
+
+
+def of_the_only_cell(name: str) -> property:
+    """TRL's attribute of this name, which a callback may read and set between steps."""
+
+    def read(trainer: "PackTrainer") -> Any:
+        return getattr(trainer._only_cell(name), name)
+
+    def write(trainer: "PackTrainer", value: float) -> None:
+        changed: dict[str, Any] = {name: value}
+        trainer.cells = (replace(trainer._only_cell(name), **changed),)
+
+    return property(read, write)
 
 
 class PackTrainer(Trainer):
@@ -52,8 +66,18 @@ class PackTrainer(Trainer):
         self._logged = Averages(len(self.cells))
         self._views: per_cell.Views = []
         super().__init__(model=pack.model, **options)
+        if pack.is_packed and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"a pack of {pack.size} cells cannot be sharded by FSDP or DeepSpeed: run the cells alone "
+                "(`--pack off`)"
+            )
         # The losses are divided by the whole step's items, whatever the number of micro-batches.
         self.loss_is_scaled_for_ga = True
+
+    def _only_cell(self, name: str) -> CellArguments:
+        if len(self.cells) > 1:
+            raise ValueError(f"each of the {len(self.cells)} cells has its own {name}: use `trainer.cells`")
+        return self.cells[0]
 
     # ---- failures ----
 
@@ -78,7 +102,8 @@ class PackTrainer(Trainer):
         if not self.pack.is_packed:
             optimizer = super().create_optimizer(model)
             for group in optimizer.param_groups:
-                group["lr"] = self.cells[0].learning_rate
+                if group["lr"] == self.args.learning_rate:
+                    group["lr"] = self.cells[0].learning_rate
             return optimizer
         self._views = per_cell.views_of(self.pack)
         decayed = set(self.get_decay_parameter_names(self.pack.unpack(0)))
@@ -114,8 +139,9 @@ class PackTrainer(Trainer):
         if "loss" in logs and self._logged.batches:
             rows = self._logged.take(self._over_ranks)
             for n, (cell, row) in enumerate(zip(self.cells, rows, strict=True)):
-                factor = logs["learning_rate"] / (self.cells[0].learning_rate or 1)
-                row["learning_rate"] = cell.learning_rate * factor
+                if "learning_rate" in logs:
+                    factor = logs["learning_rate"] / (self.cells[0].learning_rate or 1)
+                    row["learning_rate"] = cell.learning_rate * factor
                 if self.log_cell is not None and n not in self.failures:
                     self.log_cell(n, {"step": self.state.global_step, **row})
             if len(rows) == 1:

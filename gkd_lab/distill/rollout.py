@@ -29,14 +29,16 @@ class Place:
     batches: int
     rank: int = 0
     world: int = 1
+    stride: int = 1
+    """Rows of a whole micro-batch; the last one of an epoch may have less."""
 
     def rows_of(self, drawn: Tensor, rows: int) -> Tensor:
         """The share of this micro-batch in noise drawn for the whole step."""
-        first = (self.position * self.world + self.rank) * rows
+        first = (self.position * self.world + self.rank) * self.stride
         return drawn[first : first + rows]
 
-    def all_rows(self, rows: int) -> int:
-        return self.batches * self.world * rows
+    def all_rows(self) -> int:
+        return self.batches * self.world * self.stride
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def write_with_generate(
     rows = of_cells[0].rows
     noise = {
         seed: place.rows_of(
-            uniforms(seed, place.step, purpose, place.all_rows(rows), limits.max_new_tokens), rows
+            uniforms(seed, place.step, purpose, place.all_rows(), limits.max_new_tokens), rows
         )
         for seed in {cells[n].seed for n in writing}
     }

@@ -13,11 +13,14 @@ from jinja2 import TemplateError
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.collated import NOT_TRAINED
+from gkd_lab.distill.texts import cut_prompt, ended, prompt_ids, target_ids
 
 Row = Mapping[str, Any]
 Messages = Sequence[Row]
 
 IMAGE_COLUMNS = ("image", "images", "pixel_values")
+ASKING = ("system", "developer", "user", "tool", "function", "environment", "ipython")
+"""Roles whose turn, as the last one, waits for an answer; any other, such as `assistant`, gives it."""
 FORMS = """\
   `messages`: the last assistant turn is the target; without one the row is a prompt
   `prompt`, with or without `completion`: both texts or both lists of messages
@@ -34,7 +37,8 @@ class RowEncoder:
     Source and target of an encoder-decoder each keep their first `max_length`.
     formatting_func is applied to a row first; it takes a row and returns a row.
 
-    A text completion without the end of sequence gets one; ids that come ready-made stay as they are.
+    A text completion without an end of sequence, the tokenizer's or another of `end_ids`, gets the
+    tokenizer's; ids that come ready-made stay as they are.
     `rows`, `prompts_cut` and `completions_cut` count what was read and cut; an Example passes uncounted.
     """
 
@@ -45,6 +49,7 @@ class RowEncoder:
         is_encoder_decoder: bool,
         max_length: int | None,
         max_new_tokens: int,
+        end_ids: Sequence[int] = (),
         formatting_func: Callable[[Row], Row] | None = None,
     ) -> None:
         if max_length is not None and max_length < 2:
@@ -53,6 +58,7 @@ class RowEncoder:
             raise ValueError(f"max_new_tokens={max_new_tokens}: it must be 1 at least")
         self.tokenizer, self.is_encoder_decoder = tokenizer, is_encoder_decoder
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.end_ids = [*(i for i in [tokenizer.eos_token_id] if i is not None), *end_ids]
         self.formatting_func = formatting_func
         self.rows = self.prompts_cut = self.completions_cut = 0
 
@@ -91,12 +97,13 @@ class RowEncoder:
             raise ValueError(
                 "`prompt` as a list beside `messages` says the same twice: remove one of the two"
             )
-        answered = messages[-1]["role"] == "assistant"
+        answered = messages[-1]["role"] not in ASKING
         if prompt is None:
             prompt = self._asked(row, messages[:-1] if answered else messages)
         if not answered:
-            return Example(self._prompt_ids(prompt), [])
-        return self._answered(prompt, self._answer(row, messages, prompt))
+            return self._texts(prompt, None) if self._is_plain() else Example(self._prompt_ids(prompt), [])
+        answer = self._answer(row, messages, prompt)
+        return self._texts(prompt, answer) if self._is_plain() else self._answered(prompt, answer)
 
     def _asked(self, row: Row, messages: Messages) -> str:
         """The prompt's text, up to where the assistant begins to write."""
@@ -155,8 +162,7 @@ class RowEncoder:
     def _from_prompt(self, row: Row) -> Example:
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, str) and isinstance(completion, str | None):
-            ids = [] if completion is None else self._ended(self._ids(completion))
-            return Example(self._prompt_ids(prompt), ids)
+            return self._texts(prompt, completion)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError(
                 "`prompt` and `completion` are of different kinds, a text and a list of messages: "
@@ -165,7 +171,8 @@ class RowEncoder:
         asked = _messages(row, "prompt")
         if completion:
             return self._from_messages({**row, "prompt": None}, [*asked, _one_answer(row)])
-        return Example(self._prompt_ids(self._awaiting(row, asked)), [])
+        text = self._awaiting(row, asked)
+        return self._texts(text, None) if self._is_plain() else Example(self._prompt_ids(text), [])
 
     def _awaiting(self, row: Row, messages: Messages) -> str:
         """A prompt alone, which may end with the beginning of the assistant's own turn."""
@@ -173,7 +180,17 @@ class RowEncoder:
             return self._asked(row, messages)
         return self._templated(row, messages, continue_final_message=True)
 
+    def _texts(self, prompt: str, completion: str | None) -> Example:
+        """Both as the tokenizer writes a text; no chat template had a hand in them."""
+        kind = {"is_encoder_decoder": self.is_encoder_decoder}
+        (asked,) = prompt_ids(self.tokenizer, [prompt], **kind)
+        if completion is None:
+            return Example(asked, [])
+        (answer,) = target_ids(self.tokenizer, [completion], **kind)
+        return Example(asked, self._ended(answer))
+
     def _prompt_ids(self, text: str) -> list[int]:
+        """Of a templated text."""
         return self._ids(text, special=self.is_encoder_decoder)
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
@@ -181,11 +198,9 @@ class RowEncoder:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        if end is None:
+        if not self.end_ids:
             raise ValueError("the tokenizer has no end of sequence: set `tokenizer.eos_token`")
-        # A chat template may write more after it, such as a newline: that is trained on, as in TRL.
-        return ids if end in ids else [*ids, end]
+        return ended(ids, self.end_ids)
 
     # Ready-made ids
 
@@ -218,6 +233,10 @@ class RowEncoder:
             return [int(label != NOT_TRAINED) for label in labels]
         if "prompt" in row:
             prompt = row["prompt"]
+            if isinstance(prompt, str):
+                (asked,) = prompt_ids(self.tokenizer, [prompt], is_encoder_decoder=self.is_encoder_decoder)
+                if ids[: len(asked)] == asked:
+                    return _after(asked, ids)
             text = prompt if isinstance(prompt, str) else self._awaiting(row, _messages(row, "prompt"))
             return _after(self._prompt_ids(text), ids)
         raise ValueError("`input_ids` alone do not say where the prompt ends: add `completion_mask`")
@@ -247,8 +266,9 @@ class RowEncoder:
         if limit is None:
             return prompt, completion
         if self.is_encoder_decoder:
-            return prompt[:limit], completion[:limit]
-        kept = prompt[-(limit - min(self.max_new_tokens, limit // 2)) :]
+            return cut_prompt(self.tokenizer, prompt, limit, is_encoder_decoder=True), completion[:limit]
+        room = limit - min(self.max_new_tokens, limit // 2)
+        kept = cut_prompt(self.tokenizer, prompt, room, is_encoder_decoder=False)
         return kept, completion[: limit - len(kept)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from gkd_lab.models.forward import Sequences, until_end
+from gkd_lab.models.forward import Sequences, until_end, unwrapped
 
 
 class InverseCdf(LogitsProcessor):
@@ -55,9 +55,16 @@ def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **mo
             "pad_token_id": pad_id,
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
             "decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None),
+            "forced_bos_token_id": _forced_first(model),
             **more,
         }
     )
+
+
+def _forced_first(model: PreTrainedModel) -> int | None:
+    """What an encoder-decoder's every text begins with: mBART's language, BART's `<s>`."""
+    named = (getattr(c, "forced_bos_token_id", None) for c in (model.generation_config, model.config))
+    return next((i for i in named if i is not None), None) if model.config.is_encoder_decoder else None
 
 
 def sampling_config(
@@ -136,12 +143,14 @@ def write(
 @contextmanager
 def only_configured_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Within it the model's own generation configuration cannot fill what `config` leaves open."""
-    own = model.generation_config
+    # An adapter's `generate` puts its configuration into the model that it adapts.
+    inner = unwrapped(model)
+    own = model.generation_config, inner.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config, inner.generation_config = own
 
 
 @contextmanager

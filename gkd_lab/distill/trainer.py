@@ -18,11 +18,11 @@ from trl.models.utils import _ForwardRedirection
 
 from gkd_lab.distill import setup, trl_form
 from gkd_lab.distill.averages import Averages
-from gkd_lab.distill.batches import Collator, KeyedBatches
+from gkd_lab.distill.batches import Collator, FollowEpochs, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
-from gkd_lab.distill.pack_trainer import CellLog, PackTrainer
+from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
@@ -60,6 +60,9 @@ class GKDTrainer(PackTrainer):
         tokenizer: Deprecated name of `processing_class`.
     """
 
+    lmbda = of_the_only_cell("lmbda")
+    beta = of_the_only_cell("beta")
+    temperature = of_the_only_cell("temperature")
     generalized_jsd_loss = staticmethod(trl_form.generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(trl_form.generate_on_policy_outputs)
 
@@ -104,8 +107,10 @@ class GKDTrainer(PackTrainer):
         if args.disable_dropout:
             setup.disable_dropout(pack.model)
         encoder_decoder = bool(student.config.is_encoder_decoder)
+        ends = end_ids(student, self._tokenizer)
         self._encode = RowEncoder(
             self._tokenizer,
+            end_ids=ends.tolist(),
             is_encoder_decoder=encoder_decoder,
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
@@ -130,17 +135,24 @@ class GKDTrainer(PackTrainer):
         self._student_head, self._teacher_head = Head(self.pack.model), Head(teacher)
         self.model = place_student(self.pack.model, self.accelerator)
         self.teacher_model = place_teacher(teacher, self.accelerator, parked=args.park_teacher)
-        ends = end_ids(self.pack.model, self._tokenizer)
         self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
         self.generation_config = sampling_config(
             self.pack.model, ends, pad_id, args.max_new_tokens, args.temperature
         )
+        first = self.cells[0]
+        if args.seq_kd and len({(cell.seed, cell.temperature) for cell in self.cells}) > 1:
+            raise ValueError(
+                "seq_kd=True writes one text for a prompt, and the cells of the pack differ in seed or "
+                "temperature: run them alone (`--pack off`)"
+            )
         self._teacher_text = TeacherText(
-            self._teacher_head.model, self._limits, args.temperature, args.seed, self._on_any_rank
+            self._teacher_head.model, self._limits, first.temperature, first.seed, self._on_any_rank
         )
         self._vllm = self._start_vllm() if args.use_vllm else None
         self._own_text = Averages(len(self.cells))
         self._evaluated = 0
+        self._epochs = FollowEpochs()
+        self.add_callback(self._epochs)
 
     def _start_vllm(self) -> Any:
         from gkd_lab.distill.vllm import VllmWriter
@@ -165,11 +177,12 @@ class GKDTrainer(PackTrainer):
         args = self.args
         batches = KeyedBatches(
             len(self.train_dataset),
-            args.per_device_train_batch_size,
+            self._train_batch_size,
             self.seeds,
             drop_last=args.dataloader_drop_last,
             shuffled=args.train_sampling_strategy == "random",
         )
+        self._epochs.batches = batches
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
@@ -194,9 +207,11 @@ class GKDTrainer(PackTrainer):
         torch.manual_seed(key(self.args.seed, step, f"dropout {rank}" if rank else "dropout"))
         alive = [n for n in range(len(self.cells)) if n not in self.failures]
         writing = [n for n in alive if is_on_policy(self.cells[n].lmbda, self.cells[n].seed, step)]
+        # The last micro-batch of an epoch may be smaller, and still must not repeat another's noise.
+        stride = max((fixed.rows for fixed in fetched), default=0) // len(self.seeds)
         batches = []
         for position, fixed in enumerate(fetched):
-            place = Place(step, position, len(fetched), rank, self.args.world_size)
+            place = Place(step, position, len(fetched), rank, self.args.world_size, stride)
             if len(writing) < len(alive):
                 fixed = self._off_policy(fixed)
             written = self._written(fixed, writing, place)
@@ -206,7 +221,9 @@ class GKDTrainer(PackTrainer):
         if self.args.world_size > 1 and items is not None:
             # The gradient is averaged over ranks, so each divides by the mean count.
             items = self.accelerator.reduce(items, reduction="mean")
-        return [self._sample(batch, items, len(batches)) for batch in batches], items
+        samples = [self._sample(batch, items, len(batches)) for batch in batches]
+        # A subclass written for TRL divides by a plain number.
+        return samples, items if items is None or self.pack.is_packed else items[0]
 
     def _sample(self, batch: StepBatch, items: Any, parts: int) -> dict[str, Any]:
         """A micro-batch for `compute_loss`; of a single student also in TRL's form, for a subclass."""
@@ -294,12 +311,17 @@ class GKDTrainer(PackTrainer):
                     batch.teacher,
                 )
             # Still at work: the loss reads the teacher's head.
-            return _inside(model, self.pack.model, partial(self._compare, guide=guide, items=items), batch)
+            compare = partial(self._compare, guide=guide, items=items)
+            losses, entropies, extra = _inside(model, self.pack.model, compare, batch)
+        return CellSums(losses, entropies), extra
 
-    def _compare(self, batch: StepBatch, guide: Unprojected, items: Tensor) -> tuple[CellSums, Tensor | None]:
+    def _compare(
+        self, batch: StepBatch, guide: Unprojected, items: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it."""
         own = self._student_head.unprojected(batch.student)
         sums = cell_sums(own, guide, batch, self.cells, items, self.args.loss_normalization, self._vocabulary)
-        return sums, own.aux_loss
+        return sums.losses, sums.entropies, own.aux_loss
 
     def _teacher_at_work(self) -> Any:
         return at_work(self.teacher_model, self.args.device, parked=self.args.park_teacher)
@@ -352,7 +374,8 @@ class GKDTrainer(PackTrainer):
         self._evaluated += 1
         everyone = range(len(self.cells))
         copies = joined([fixed] * len(self.seeds), self._limits.pad_id)
-        place = Place(self.state.global_step, 0, 1, self.args.process_index, self.args.world_size)
+        rank, world = self.args.process_index, self.args.world_size
+        place = Place(self.state.global_step, 0, 1, rank, world, fixed.rows)
         written = self._written(copies, everyone, place, purpose)
         batch = step_batch(self.seeds, self.cells, copies, written, self._limits.pad_id)
         items = trained_items(batch, len(self.cells), self.args.loss_normalization)

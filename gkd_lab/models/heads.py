@@ -6,7 +6,7 @@ tokens, H hidden width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gkd_lab.models.forward import Sequences, arguments, of_completion, unwrapped
 from gkd_lab.models.packing import PackedLinear
@@ -28,6 +29,8 @@ PLAIN = (Tensor, nn.Parameter, DTensor)
 """Kinds of weights that can be multiplied with; a quantized weight is another class, or of integers."""
 LARGE = 64.0
 """A logit that every soft-cap in use bends: Gemma 2's is 30."""
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its children."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ class Head:
         self._bare = unwrapped(model)
         self._config = self._bare.config.get_text_config(decoder=True)
         self._module: nn.Module | None = model.get_output_embeddings()
+        self._places = _places_of(self._module, model)
         reason = self._why_not_linear()
         self.is_linear = reason is None
+        if self.is_linear and is_deepspeed_zero3_enabled():
+            self._register_with_zero_3()
         if reason is not None:
             logger.warning(
                 "%s: the loss gets all logits at once, which takes more memory, as %s",
@@ -86,10 +92,21 @@ class Head:
         named = arguments(self._bare, batch)
         return named | {"output_router_logits": True} if self._asks_for_router() else named
 
+    def _register_with_zero_3(self) -> None:
+        """Have the head gathered by the whole model's hooks, as its own are not called.
+
+        For the backward pass they find the loss only in a tensor, tuple, list or dict.
+        """
+        import deepspeed  # type: ignore[import-not-found, unused-ignore]
+
+        assert self._module is not None
+        for parameter in self._module.parameters():
+            deepspeed.zero.register_external_parameter(self.model, parameter)
+
     def _forward(self, batch: Sequences, logit: float) -> tuple[Tensor, Any]:
         """What the head reads, (N, C, H), and the model's output when its head says `logit` alone."""
         assert self._module is not None
-        with _standing_in(self._module, logit) as seen:
+        with _standing_in(self._module, self._places, logit) as seen:
             output = self.model.forward(**self._arguments(batch))
         assert len(seen) == 1, f"the head was called {len(seen)} times"
         return of_completion(self._bare, seen[0], batch), output
@@ -194,23 +211,47 @@ def _rounding_of_products(logits: Tensor) -> float:
     return 2.0**-10 if logits.is_cuda and logits.dtype == torch.float32 else 0.0
 
 
+def _places_of(head: nn.Module | None, model: nn.Module) -> list[Place]:
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is head and head is not None
+    ]
+
+
+class _StandIn(nn.Module):
+    """In the place of `head` it keeps what it is called with and returns one logit, (1, 1, 1)."""
+
+    def __init__(self, head: nn.Module, logit: float) -> None:
+        super().__init__()
+        # Not as a child: its weights would have a second name.
+        self.__dict__["head"] = head
+        self.logit, self.seen = logit, list[Tensor]()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.seen.append(_as_multiplied(hidden))
+        return self.seen[-1].new_full((1, 1, 1), self.logit)
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask for their head's dtype or device."""
+        return getattr(self.__dict__["head"], name)
+
+
 @contextmanager
-def _standing_in(head: nn.Module, logit: float) -> Iterator[list[Tensor]]:
-    """Within it the head puts its input into the list and returns one logit, (1, 1, 1)."""
-    seen: list[Tensor] = []
+def _standing_in(head: nn.Module, places: Sequence[Place], logit: float) -> Iterator[list[Tensor]]:
+    """Within it the model calls a stand-in, which puts its input into the list, instead of its head.
 
-    def forward(hidden: Tensor) -> Tensor:
-        seen.append(_as_multiplied(hidden))
-        return seen[-1].new_full((1, 1, 1), logit)
-
-    before = vars(head).get("forward")
-    head.forward = forward
+    The head's hooks are not called either: those of ZeRO-3 expect a gradient to come back through its output.
+    """
+    stand_in = _StandIn(head, logit)
+    for parent, name in places:
+        setattr(parent, name, stand_in)
     try:
-        yield seen
+        yield stand_in.seen
     finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
+        for parent, name in places:
+            setattr(parent, name, head)
 
 
 def _as_multiplied(hidden: Tensor) -> Tensor:

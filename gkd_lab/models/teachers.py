@@ -5,14 +5,20 @@ import itertools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from gkd_lab.models.heads import keep_untied
 from gkd_lab.models.sharding import is_quantized
@@ -81,14 +87,36 @@ def pretrained(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -
     kwargs = {"trust_remote_code": trust_remote_code, **_parsed(init_kwargs)}
     if "dtype" in kwargs:
         kwargs["dtype"] = _dtype(kwargs["dtype"])
+    files = {key: kwargs[key] for key in WHERE if key in kwargs}
     config = kwargs.get("config")
     if config is None:
-        files = {key: kwargs[key] for key in WHERE if key in kwargs}
         config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(name, **kwargs)
+    with _unsplit() if _forgets_untied(name, config, files) else nullcontext():
+        model = auto.from_pretrained(name, **kwargs)
     keep_untied(model)
     return model
+
+
+def _forgets_untied(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
+    """Whether the configuration says that head and embeddings are tied though its file says no, as T5's.
+
+    transformers then compares their weights, and takes any two that ZeRO-3 has split for equal.
+    """
+    if not is_deepspeed_zero3_enabled() or not config.tie_word_embeddings:
+        return False
+    return PretrainedConfig.get_config_dict(name, **files)[0].get("tie_word_embeddings") is False
+
+
+@contextmanager
+def _unsplit() -> Iterator[None]:
+    """ZeRO-3 splits what is loaded within only when it makes its engine."""
+    chosen = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(chosen)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Shapes: V rows of an output head; the ids of a tokenizer are below V.
 
 import itertools
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
@@ -48,9 +49,14 @@ def shared_vocabulary(
     if teacher_tokenizer is None:
         _accept_unproven(sizes)
     else:
-        reason = same_tokenizer(student_tokenizer, teacher_tokenizer)
+        spare = _added_behind(student_tokenizer, teacher_tokenizer)
+        reason = same_tokenizer(student_tokenizer, teacher_tokenizer, spare)
         if reason is not None:
-            raise ValueError(f"teacher and student do not share a tokenizer: {reason}; {WAY_OUT}")
+            raise ValueError(
+                f"teacher and student do not share a tokenizer: {reason}; {WAY_OUT}. If the teacher was "
+                "trained with another tokenizer than its folder's, give it as `teacher_processing_class`"
+            )
+        _warn_of_spare(spare)
         _warn_of_ends(student_tokenizer, teacher_tokenizer)
     _check_ids_fit(student_tokenizer, sizes)
     return min(sizes.values())
@@ -63,13 +69,31 @@ def head_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size if head is None else head.out_features
 
 
-def same_tokenizer(a: Any, b: Any) -> str | None:
+def same_tokenizer(a: Any, b: Any, spare: Collection[str] = ()) -> str | None:
     """Why the ids of two tokenizers do not mean the same, with an example; None if they do.
 
-    Compared: every entry of the vocabulary and the ids of probe texts. Padding, end and beginning of
-    sequence and chat template may differ, as they do between base and instruct models of one family.
+    Compared: every entry of the vocabulary but `spare` ones of `a`, and the ids of probe texts. Padding, end
+    and beginning of sequence and chat template may differ, as they do between base and instruct models of
+    one family.
     """
-    return _entry_that_differs(a.get_vocab(), b.get_vocab()) or _text_that_differs(a, b)
+    entries = {token: number for token, number in a.get_vocab().items() if token not in spare}
+    return _entry_that_differs(entries, b.get_vocab()) or _text_that_differs(a, b, spare)
+
+
+def _added_behind(student: Any, teacher: Any) -> list[str]:
+    """Tokens that a script added to the student's tokenizer, behind all of the teacher's."""
+    known = teacher.get_vocab()
+    last = max(known.values())
+    return sorted(t for t, n in student.get_added_vocab().items() if t not in known and n > last)
+
+
+def _warn_of_spare(spare: Collection[str]) -> None:
+    if spare:
+        warnings.warn(
+            f"the teacher's tokenizer lacks {', '.join(map(repr, spare))}: the teacher never learnt what they"
+            " mean, so they should be padding, not text",
+            stacklevel=3,
+        )
 
 
 def tokenizer_of(model: PreTrainedModel) -> Any | None:
@@ -135,8 +159,8 @@ def _entry_that_differs(a: dict[str, int], b: dict[str, int]) -> str | None:
     return f"{count} vocabulary entries differ, for example {token!r} has {ids}"
 
 
-def _text_that_differs(a: Any, b: Any) -> str | None:
-    special = dict.fromkeys([*a.all_special_tokens, *b.all_special_tokens])
+def _text_that_differs(a: Any, b: Any, spare: Collection[str]) -> str | None:
+    special = dict.fromkeys(t for t in [*a.all_special_tokens, *b.all_special_tokens] if t not in spare)
     for text in (*PROBES, *(f"a{token}b {token}" for token in special)):
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (a, b)]
         if ids[0] != ids[1]:

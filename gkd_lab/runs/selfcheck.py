@@ -18,7 +18,7 @@ from gkd_lab.distill.bench import TEXTS, Bench, Pair
 from gkd_lab.distill.selfcheck import BFLOAT16, CHECKS, Finding, failed
 from gkd_lab.models.making import make_model, train_tokenizer
 from gkd_lab.models.teachers import pretrained
-from gkd_lab.models.vocabulary import shared_vocabulary, tokenizer_of
+from gkd_lab.models.vocabulary import head_size, shared_vocabulary, tokenizer_of
 from gkd_lab.runs.progress import Reporter
 from gkd_lab.spec.cell import Architecture, Family, TokenizerSpec
 from gkd_lab.spec.errors import SpecError
@@ -144,7 +144,9 @@ def _tokenizers(pair: Pair) -> Finding:
         except ValueError as error:
             return failed(str(error), "differ")
     remark = "; ".join(str(one.message) for one in remarks)
+    sizes = head_size(pair.student), head_size(pair.teacher)
     shown = "teacher's is unknown" if pair.teacher_tokenizer is None else f"{len(pair.tokenizer):,} entries"
+    shown += "" if sizes[0] == sizes[1] else f", heads of {sizes[0]:,} and {sizes[1]:,}"
     return Finding(0.0, 0.0, shown, remark=remark)
 
 

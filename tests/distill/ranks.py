@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from safetensors.torch import save_file
 
+from gkd_lab import GKDTrainer
 from tests.distill.scripts import conversations, llama, logged, losses, trainer, weights
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -24,26 +25,31 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(name: str, folder: Path, rows_of_a_step: int = 8) -> dict[str, Any]:
-    """Four steps of eight rows, whatever the number of processes."""
+def of_steps(name: str, folder: Path, steps: int, rows_of_a_step: int = 8, **more: Any) -> GKDTrainer:
+    """Steps of eight rows, whatever the number of processes; two of them are an epoch."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = dict(CELLS[name])
     parts = world * arguments.get("gradient_accumulation_steps", 1)
-    made = trainer(
+    return trainer(
         folder,
         conversations(16),
         model=llama(0).double(),
         teacher=llama(1, width=24).double(),
         arguments={
             **arguments,
-            "max_steps": 4,
+            "max_steps": steps,
             "per_device_train_batch_size": rows_of_a_step // parts,
             "max_grad_norm": 0.5,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             **({"ddp_backend": "gloo"} if world > 1 else {}),
+            **more,
         },
     )
+
+
+def train(name: str, folder: Path) -> dict[str, Any]:
+    made = of_steps(name, folder, 4)
     written: list[list[list[int]]] = []
     original = made.get_batch_samples
 
@@ -71,12 +77,22 @@ def train(name: str, folder: Path, rows_of_a_step: int = 8) -> dict[str, Any]:
     }
 
 
+def resumed(folder: Path) -> dict[str, list[float]]:
+    """The last two of seven steps, without a stop and after one within the third epoch."""
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    straight, again = (of_steps("mixed sequences", folder / "resumed", 7, **saving) for _ in range(2))
+    straight.train()
+    again.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-5"))
+    return {"straight": losses(straight)[5:], "again": losses(again)[5:]}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
-    found = {name: train(name, folder) for name in CELLS}
+    found: dict[str, Any] = {name: train(name, folder) for name in CELLS}
+    found["resumed"] = resumed(folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

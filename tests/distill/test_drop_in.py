@@ -1097,3 +1097,87 @@ def test_trls_callback_that_shows_completions_runs(tmp_path: Path) -> None:
     made.add_callback(shown)
     made.train()
     assert len(shown.table) == 4  # two prompts in each of two steps
+
+
+def test_sampling_leaves_the_generation_configuration_of_the_adapted_model_alone(tmp_path: Path) -> None:
+    student = llama(0)
+    student.generation_config.temperature, student.generation_config.max_new_tokens = 0.33, 77
+    made = trainer(tmp_path, model=student, arguments=ON, peft_config=lora(task_type="CAUSAL_LM"))
+    made.train()
+    kept = made.model.merge_and_unload().generation_config
+    assert (kept.temperature, kept.max_new_tokens) == (0.33, 77)
+
+
+class Annealed(TrainerCallback):
+    """Turns the student's own text on after the first step, and the other way round for beta."""
+
+    trainer: Any = None
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.lmbda, self.trainer.beta = 1.0, 0.0
+
+
+def test_a_callback_may_set_lmbda_beta_and_temperature_on_the_trainer(tmp_path: Path) -> None:
+    callback = Annealed()
+    made = trainer(tmp_path, arguments=OFF, callbacks=[callback])
+    callback.trainer = made
+    assert (made.lmbda, made.beta, made.temperature) == (0.0, 0.5, 0.9)
+    made.train()
+    assert logged(made, "on_policy") == [0.0, 1.0]
+    assert (made.cells[0].lmbda, made.cells[0].beta) == (1.0, 0.0)
+
+
+class TrlStyle(GKDTrainer):
+    """A loss as a subclass of TRL's trainer writes it."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        student, teacher = (m(**ids).logits[:, :-1] for m in (model, self.teacher_model))
+        loss = self.generalized_jsd_loss(
+            student,
+            teacher,
+            inputs["labels"][:, 1:],
+            beta=self.beta,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return (loss, {}) if return_outputs else loss
+
+
+def test_a_subclass_may_write_its_loss_as_with_trl(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, arguments=HALF)
+    theirs = TrlStyle(
+        model=llama(0),
+        teacher_model=llama(1, width=24),
+        args=config(tmp_path, **HALF),
+        train_dataset=conversations(),
+        processing_class=chat_tokenizer(),
+    )
+    for made in (ours, theirs):
+        made.train()
+    assert losses(theirs) == pytest.approx(losses(ours), rel=1e-4)
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        arguments={**OFF, "auto_find_batch_size": True, "per_device_train_batch_size": 8},
+    )
+    step = made.training_step
+
+    def with_room_for_two(model: Any, inputs: Any, *more: Any) -> Any:
+        if inputs["batch"].student.rows > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return step(model, inputs, *more)
+
+    made.training_step = with_room_for_two
+    made.train()
+    assert len(losses(made)) == 2
+
+
+def test_a_subclass_may_log_a_loss_of_its_own(tmp_path: Path) -> None:
+    made = trainer(tmp_path, arguments={**OFF, "logging_steps": 100})
+    made.train()
+    made.log({"loss": 1.0})
+    assert losses(made) == [1.0]

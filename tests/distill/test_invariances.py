@@ -277,6 +277,32 @@ def test_a_training_does_not_depend_on_how_its_steps_are_split(
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9, msg=key)
 
 
+def test_a_short_last_part_of_a_step_draws_noise_of_its_own(tmp_path: Path) -> None:
+    """Nine rows of one prompt, whole and as 4 + 4 + 1: no two rows share their text, whatever the split."""
+    rows = scripts.conversations(1) * 9
+    written = []
+    for size in (9, 4):
+        trainer = scripts.trainer(
+            tmp_path,
+            rows,
+            model=scripts.llama(0).double(),
+            teacher=scripts.llama(1, width=24).double(),
+            arguments={"lmbda": 1.0, "per_device_train_batch_size": size, "gradient_accumulation_steps": 3},
+        )
+        batches = [trainer.data_collator(rows[n : n + size]) for n in range(0, 9, size)]
+        samples, _ = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+        found = [sample["batch"].student for sample in samples]
+        written.append(
+            [
+                ids[mask.bool()].tolist()
+                for part in found
+                for ids, mask in zip(part.completion_ids, part.completion_mask, strict=True)
+            ]
+        )
+    assert written[0] == written[1]
+    assert len({tuple(text) for text in written[0]}) == 9
+
+
 # ---- which positions are trained ----
 
 

@@ -82,3 +82,11 @@ def test_pitfall_11_ranks_sample_different_text_that_one_process_would_have_samp
     first, second = (rank["on"]["written"] for rank in runs[2][1])
     assert first != second
     assert [a + b for a, b in zip(first, second, strict=True)] == alone
+
+
+def test_resumed_within_an_epoch_ranks_go_on_with_the_rows_that_are_left(runs: Any) -> None:
+    found = [runs[world][1][0]["resumed"] for world in (1, 2)]
+    for one in found:
+        assert len(one["straight"]) == 2
+        assert one["again"] == one["straight"]
+    assert found[1]["straight"] == pytest.approx(found[0]["straight"], rel=1e-6)

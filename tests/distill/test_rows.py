@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from trl.experimental.utils import DataCollatorForChatML
 
-from gkd_lab.distill.batches import Example, collate, encode
+from gkd_lab.distill.batches import Example, collate
 from gkd_lab.distill.collated import is_collated_for_trl, sequences_of
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.models.forward import Sequences
@@ -211,19 +211,6 @@ def test_an_answer_to_nothing_is_refused() -> None:
 # Prompt and completion
 
 
-def test_texts_are_encoded_as_the_runner_encodes_its_rows() -> None:
-    for is_encoder_decoder in (False, True):
-        (expected,), _ = encode(
-            tiny_tokenizer(),
-            [("a b c", "d e")],
-            is_encoder_decoder=is_encoder_decoder,
-            max_input_tokens=99,
-            max_output_tokens=99,
-        )
-        ours = encoder(is_encoder_decoder=is_encoder_decoder)
-        assert ours({"prompt": "a b c", "completion": "d e"}) == expected
-
-
 def test_only_an_encoder_decoders_prompt_gets_the_tokenizers_special_tokens() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -261,6 +248,16 @@ def test_prompt_and_completion_as_messages_equal_one_list_of_messages() -> None:
 def test_a_text_with_messages_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give two texts or two lists"):
         encoder(chat_tokenizer())(row)
+
+
+def test_any_role_but_those_that_ask_gives_the_answer() -> None:
+    as_gemma = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
+    ours = encoder(chat_tokenizer(as_gemma.replace("m['role']", "m['role'].replace('assistant', 'model')")))
+    expected = ours({"messages": [turn("user", "a b"), turn("assistant", "c")]})
+    assert expected.completion_ids
+    assert ours({"messages": [turn("user", "a b"), turn("model", "c")]}) == expected
+    for role in ("user", "tool", "system"):
+        assert not ours({"messages": [turn("user", "a b"), turn(role, "c")]}).completion_ids
 
 
 def test_a_completion_of_several_turns_is_refused() -> None:

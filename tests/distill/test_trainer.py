@@ -597,3 +597,16 @@ def test_sequences_move_together() -> None:
     assert isinstance(twice, Sequences)
     assert twice.rows == 6
     assert torch.equal(twice.prompt_ids[:3], twice.prompt_ids[3:])
+
+
+def test_a_pack_whose_cells_would_need_several_texts_of_the_teacher_is_refused(tmp_path: Path) -> None:
+    cells = [cell(tmp_path / "0", seed=0), cell(tmp_path / "1", seed=1)]
+    with pytest.raises(ValueError, match=r"cells of the pack differ in seed or temperature: .*--pack off"):
+        GKDTrainer(
+            pack=Pack.of([tiny_model("decoder-only", n) for n in range(2)]),
+            cells=cells,
+            teacher_model=tiny_model("decoder-only", 3),
+            args=arguments(tmp_path, seq_kd=True),
+            train_dataset=tiny_examples(8),
+            processing_class=tiny_tokenizer(),
+        )

@@ -49,6 +49,17 @@ def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_ex
         shared_vocabulary(student, teacher, tiny_tokenizer(), other)
 
 
+def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warning() -> None:
+    added = tiny_tokenizer()
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    student = teacher = with_rows(ENTRIES + 2)
+    with pytest.warns(UserWarning, match=r"lacks '\[PAD\]': .*they should be padding"):
+        assert shared_vocabulary(student, teacher, added, tiny_tokenizer()) == ENTRIES + 2
+    # The teacher may then give probability to an entry that the student's tokenizer has no word for.
+    with pytest.raises(ValueError, match=r"'\[PAD\]' has no id and id 14.*teacher_processing_class"):
+        shared_vocabulary(student, teacher, tiny_tokenizer(), added)
+
+
 def test_entries_that_changed_places_are_a_difference() -> None:
     reason = same_tokenizer(words("a a a b b c"), words("b b b a a c"))
     assert reason == "2 vocabulary entries differ, for example 'a' has id 3 and id 4"
