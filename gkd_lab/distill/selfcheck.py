@@ -4,7 +4,7 @@ Each check is a plain function of a Bench that returns a Finding; CHECKS lists t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,16 @@ PROBABILITY = 1e-4
 """Tolerance of a probability: float32 in products of other shapes moves it by about 1e-6."""
 SUM = 1e-3
 """Tolerance of a loss or gradient, relative: the same float32 terms added in another order."""
+ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's or tokenizer's own code may raise."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,21 @@ class Check:
         """The finding; an error within the pair's own code is a check that failed."""
         try:
             return self.measure(bench)
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return failed(f"{type(error).__name__}: {error}")
+        except ERRORS as error:
+            return stopped(error)
 
 
 def failed(reason: str, shown: str = "-") -> Finding:
     return Finding(math.inf, 0.0, shown, reason)
+
+
+def stopped(error: Exception) -> Finding:
+    return failed(f"{type(error).__name__}: {error}")
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest, which a NaN is: `max` would return one or the other by their order."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else abs(value))
 
 
 # ---- what both read and write ----
@@ -179,21 +198,20 @@ def loss(bench: Bench) -> Finding:
         return failed("a loss is not finite: weights or logits hold NaN or inf", f"{found[0]:.3g}")
     logits = [bench.logits(model, bench.rows).double() for model in (bench.student, bench.teacher)]
     expected = [float(cell.measure()(*logits).mean()) for cell in _cells(bench)]
-    gap = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
-    shown = f"{min(expected):.2g} to {max(expected):.2g}, {gap:.0e} off"
-    return Finding(gap, SUM, shown, "hidden states times heads do not give the models' divergence")
+    gap = _worst(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+    return Finding(gap, SUM, f"off by {gap:.1e} of it", "hidden states times heads do not give the models' divergence")
 
 
 def equal_loss(bench: Bench) -> Finding:
     found = [_compared(bench, "student", cell)[0] for cell in _cells(bench, teacher_temperature=1.0)]
-    value = max(found, key=lambda x: math.inf if math.isnan(x) else abs(x))
+    value = abs(_worst(found))
     return Finding(value, 1e-6, f"{value:.1e} nats", "two forward passes of one model differ")
 
 
 def equal_gradient(bench: Bench) -> Finding:
     """By the hidden states; total variation is left out, as it has a kink where both are equal."""
     cells = [cell for cell in _cells(bench, teacher_temperature=1.0) if cell.divergence == "jsd"]
-    value = max(_compared(bench, "student", cell)[1] for cell in cells)
+    value = _worst(_compared(bench, "student", cell)[1] for cell in cells)
     return Finding(
         value, 1e-4, f"norm {value:.1e}", "there would be no rest where the student has learnt all"
     )
@@ -247,7 +265,9 @@ def prompt(bench: Bench) -> Finding:
     finally:
         note.remove()
         bench.student.zero_grad()
-    sizes = kept[0].grad.abs().amax(-1)  # type: ignore[union-attr]
+    if not kept or kept[0].grad is None:
+        return failed("no gradient reaches the last hidden states, so nothing below the head would learn")
+    sizes = kept[0].grad.abs().amax(-1)
     predicts = _predicts(bench)
     stray, silent = (sizes * ~predicts).max() / sizes.max(), (sizes[predicts] == 0).sum()
     value = float(stray) if not silent else math.inf
@@ -280,7 +300,7 @@ def accumulated(lmbda: float, normalization: str) -> Callable[[Bench], Finding]:
         gaps = abs(split - whole) / abs(whole), _norm(gradients) / norm
         bench.student.zero_grad()
         reason = f"loss {whole:.6g} and {split:.6g}: the weight of a row depends on how a step is split"
-        return Finding(max(gaps), SUM, f"gradient {gaps[1]:.1e}", reason)
+        return Finding(_worst(gaps), SUM, f"gradient {gaps[1]:.1e}", reason)
 
     return measure
 
@@ -304,8 +324,10 @@ def frozen(bench: Bench) -> Finding:
 
 def references(bench: Bench) -> Finding:
     """On policy with all answers of the data, and with their first tokens alone."""
-    first = torch.arange(bench.rows.completion_mask.shape[1], device=bench.device) == 0
-    cut = replace(bench.rows, completion_mask=bench.rows.completion_mask * first)
+    ids, mask = bench.rows.completion_ids, bench.rows.completion_mask
+    later = torch.arange(mask.shape[1], device=mask.device) > 0
+    fill = bench.trainer._limits.pad_id
+    cut = bench.rows.with_completions(ids.masked_fill(later, fill), mask.masked_fill(later, 0))
     found = [_what_is_trained(bench.micro_batches([r], 1.0)[0]) for r in (bench.rows, cut)]
     return _no_difference(found, "the data's answers leak into the student's own text or its weight")
 
@@ -334,23 +356,23 @@ def _no_difference(found: list[tuple[Tensor, Tensor, Tensor]], reason: str) -> F
 
 
 CHECKS = (
-    Check("rows", "prompts end where answers begin", rows),
-    Check("student head", "hidden states x head = its own logits", head_of("student")),
-    Check("teacher head", "hidden states x head = its own logits", head_of("teacher")),
-    Check("student padding", f"{WIDER} more pads change no probability", padding_of("student")),
-    Check("teacher padding", f"{WIDER} more pads change no probability", padding_of("teacher")),
-    Check("neighbours", "a row alone = the row in its batch", neighbours),
-    Check("cache", "best tokens written = best in training", cached),
-    Check("sampling", "samples follow the trained distribution", sampling),
-    Check("dropout", "is off while the student writes", dropout),
-    Check("loss", "betas 0 to 1 and TV = by full logits", loss),
-    Check("equal, loss", "is 0 when the teacher is the student", equal_loss),
-    Check("equal, gradient", "is 0 when the teacher is the student", equal_gradient),
-    Check("prompt", "only answers' positions get a gradient", prompt),
-    Check("accumulation", "1 x 4 rows = 4 x 1, off policy", accumulated(0.0, "token")),
+    Check("rows", "a row begins with its prompt", rows),
+    Check("student head", "hidden states x head = logits", head_of("student")),
+    Check("teacher head", "hidden states x head = logits", head_of("teacher")),
+    Check("student padding", f"{WIDER} more pads change nothing", padding_of("student")),
+    Check("teacher padding", f"{WIDER} more pads change nothing", padding_of("teacher")),
+    Check("neighbours", "a row alone = in its batch", neighbours),
+    Check("cache", "`generate` = training forward", cached),
+    Check("sampling", "samples follow that forward", sampling),
+    Check("dropout", "is off while student writes", dropout),
+    Check("loss", "betas, TV = by full logits", loss),
+    Check("equal, loss", "0 with student as teacher", equal_loss),
+    Check("equal, gradient", "0 with student as teacher", equal_gradient),
+    Check("prompt", "only answers get a gradient", prompt),
+    Check("accumulation", "1 x 4 rows = 4 x 1, on data", accumulated(0.0, "token")),
     Check("on policy", "1 x 4 rows = 4 x 1, own text", accumulated(1.0, "sequence")),
-    Check("teacher", "is frozen and apart from the student", frozen),
+    Check("teacher", "frozen, apart from student", frozen),
     Check("references", "leave no trace on policy", references),
-    Check("resume", "a step depends on its number alone", resumed),
+    Check("resume", "a step needs its number alone", resumed),
 )
-BFLOAT16 = Check("bfloat16", "loss under autocast = in float32", bfloat16)
+BFLOAT16 = Check("bfloat16", "autocast loss = float32's", bfloat16)

@@ -4,6 +4,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
 
 from gkd_lab.distill.bench import TEXTS, Bench, Pair
-from gkd_lab.distill.selfcheck import BFLOAT16, CHECKS, Finding, failed
+from gkd_lab.distill.selfcheck import BFLOAT16, CHECKS, ERRORS, Finding, failed, stopped
 from gkd_lab.models.making import make_model, train_tokenizer
 from gkd_lab.models.teachers import pretrained
 from gkd_lab.models.vocabulary import head_size, shared_vocabulary, tokenizer_of
@@ -118,7 +119,7 @@ def made(family: Family) -> Pair:
 
 
 def measure(pair: Pair, reporter: Reporter, *, bf16: bool = False) -> Results:
-    """All findings; of a pair without a common vocabulary only that one."""
+    """All findings; none after a vocabulary that is not common, or a trainer that refuses the pair."""
     first = ("tokenizers", "ids mean the same to both", _tokenizers(pair))
     if not first[2].passed:
         return [first]
@@ -129,7 +130,10 @@ def measure(pair: Pair, reporter: Reporter, *, bf16: bool = False) -> Results:
         _unheard(),
         reporter.phase("checks", len(checks)) as advance,
     ):
-        bench = Bench(pair, Path(folder))
+        try:
+            bench = Bench(pair, Path(folder))
+        except ERRORS as error:
+            return [first, ("trainer", "takes the pair", stopped(error))]
         for check in checks:
             results.append((check.name, check.meaning, check(bench)))
             advance(len(results) - 1)
@@ -160,23 +164,25 @@ def _unheard() -> Iterator[None]:
 
 def _report(out: Console, title: str, pair: Pair, results: Results) -> bool:
     """Print sizes, table and the reasons of what failed; whether all passed."""
+    # Words are wrapped for a person; a file or a pipe gets a line for each reason.
+    say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
     sizes = [f"{_parameters(model) / 1e6:,.1f} M" for model in (pair.student, pair.teacher)]
-    out.print(f"{title}\nstudent {sizes[0]}, teacher {sizes[1]} parameters, float32", markup=False)
+    say(f"{title}\nstudent {sizes[0]}, teacher {sizes[1]} parameters, float32")
     out.print(_table(results))
     wrong = [(name, finding) for name, _, finding in results if not finding.passed]
     for name, finding in wrong:
-        out.print(f"FAIL {name}: {finding.reason}", markup=False)
+        say(f"FAIL {name}: {finding.reason}")
     for name, _, finding in results:
         if finding.remark:
-            out.print(f"note {name}: {finding.remark}", markup=False)
-    if len(results) == 1:
+            say(f"note {name}: {finding.remark}")
+    if len(results) < len(CHECKS):
         out.print("Nothing else was checked.")
     out.print(f"{len(results) - len(wrong)} of {len(results)} checks passed\n")
     return not wrong
 
 
 def _table(results: Results) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("check", "what holds", "measured"):
         table.add_column(heading, overflow="fold")
     table.add_column("limit", justify="right", no_wrap=True)
