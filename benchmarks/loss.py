@@ -11,12 +11,15 @@ freed memory, in which a later run would hide. The targets are for the default s
 """
 
 import argparse
+import json
+import platform
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -212,6 +215,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=896 if cuda else 512)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32")
     parser.add_argument("--runs", type=int, default=10 if cuda else 1)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     given = parser.parse_args()
     if given.small:
@@ -227,17 +231,33 @@ def main() -> None:
     title = f"N = {size.tokens:,}, V = {size.vocabulary:,}, H = {size.width:,}, {size.dtype}, {device}"
     table = Table("beta", "", "value error", "gradient error", "s", "MiB", title=title)
     compared = Table("beta", *(f"{name} (target {target:g})" for name, target in TARGETS.items()))
+    kept = []
     for beta in given.betas:
         error, cost = errors(size.tensors(), beta), costs(beta, size, given.runs)
         for name in METHODS:
             row = (f"{error[name][0]:.1e}", f"{error[name][1]:.1e}", f"{cost[name][0]:.3f}")
             table.add_row(f"{beta:g}", name, *row, f"{cost[name][1]:,.0f}")
+            kept.append(
+                {
+                    "beta": beta,
+                    "method": name,
+                    "value_error": error[name][0],
+                    "gradient_error": error[name][1],
+                    "seconds": cost[name][0],
+                    "mib": cost[name][1],
+                }
+            )
         found = ratios(cost)
         cells = (f"{r:.3f} {'ok' if r <= TARGETS[n] else 'MISSED'}" for n, r in found.items())
         compared.add_row(f"{beta:g}", *cells)
     console = Console()
     console.print(table)
     console.print(compared)
+    if given.out is not None:
+        hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+        versions = {name: version(name) for name in ("torch", "trl")}
+        facts = {"device": hardware or device, "size": vars(size), "versions": versions, "loss": kept}
+        given.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
