@@ -264,7 +264,7 @@ def our_pack(grid: Grid, count: int, steps: int, bf16: bool) -> Clock:
         trainer.remove_callback(transformers.PrinterCallback)
         for owner, name, part in (
             (trainer, "_written", "sampling"),
-            (trainer._teacher_head, "unprojected", "teacher"),
+            (trainer, "_read", "teacher"),
             (trainer, "training_step", "training"),
         ):
             setattr(owner, name, clock.timed(part, getattr(owner, name)))

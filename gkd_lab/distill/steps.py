@@ -26,6 +26,8 @@ class StepBatch:
     """(M*B) rows: what the teacher must read; cells that share their rows share a block."""
     block_of_cell: tuple[int, ...]
     on_policy: tuple[bool, ...]
+    prompts_of_block: tuple[int, ...] = (0,)
+    """Which of the seeds' prompts a block of teacher rows answers."""
 
 
 def blocks(batch: Sequences, count: int) -> list[Sequences]:
@@ -64,14 +66,18 @@ def step_batch(
     of_seed = dict(zip(seeds, blocks(fixed, len(seeds)), strict=True))
     student = [written[n] if n in written else of_seed[cell.seed] for n, cell in enumerate(cells)]
     distinct: dict[int, int] = {}
-    for part in student:
-        distinct.setdefault(id(part), len(distinct))
+    prompts: list[int] = []
+    for part, cell in zip(student, cells, strict=True):
+        if id(part) not in distinct:
+            distinct[id(part)] = len(distinct)
+            prompts.append(list(seeds).index(cell.seed))
     unique = {id(part): part for part in student}
     return StepBatch(
         student=joined(student, pad_id),
         teacher=joined([unique[key] for key in distinct], pad_id),
         block_of_cell=tuple(distinct[id(part)] for part in student),
         on_policy=tuple(n in written for n in range(len(cells))),
+        prompts_of_block=tuple(prompts),
     )
 
 

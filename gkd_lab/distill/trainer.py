@@ -23,6 +23,7 @@ from gkd_lab.distill.chunked import CellSums
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
+from gkd_lab.distill.reading import Reader
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
@@ -133,6 +134,7 @@ class GKDTrainer(PackTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._student_head, self._teacher_head = Head(self.pack.model), Head(teacher)
+        self._read = Reader(self._teacher_head)
         self.model = place_student(self.pack.model, self.accelerator)
         self.teacher_model = place_teacher(teacher, self.accelerator, parked=args.park_teacher)
         self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
@@ -304,12 +306,7 @@ class GKDTrainer(PackTrainer):
         """Losses and entropies of the cells, and the load-balancing loss of a mixture of experts."""
         with self._teacher_at_work():
             with torch.no_grad(), self.accelerator.autocast():
-                guide = _inside(
-                    self.teacher_model,
-                    self._teacher_head.model,
-                    self._teacher_head.unprojected,
-                    batch.teacher,
-                )
+                guide = _inside(self.teacher_model, self._teacher_head.model, self._read, batch)
             # Still at work: the loss reads the teacher's head.
             compare = partial(self._compare, guide=guide, items=items)
             losses, entropies, extra = _inside(model, self.pack.model, compare, batch)

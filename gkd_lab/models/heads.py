@@ -5,6 +5,7 @@ model does with logits happens to a single number. Shapes: N rows (K packed stud
 tokens, H hidden width, V vocabulary.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,14 +84,14 @@ class Head:
         """
         if self.is_linear:
             hidden, output = self._forward(batch, 0.0)
-            return Unprojected(hidden, self._projection(), self._aux_loss(output))
+            return Unprojected(hidden, self.projection(), self._aux_loss(output))
         output = self.model.forward(**self._arguments(batch))
         logits = of_completion(self._bare, output.logits, batch)
         return Unprojected(logits, Projection(None), self._aux_loss(output))
 
     def _arguments(self, batch: Sequences) -> dict[str, Any]:
         named = arguments(self._bare, batch)
-        return named | {"output_router_logits": True} if self._asks_for_router() else named
+        return named | {"output_router_logits": True} if self.routes() else named
 
     def _register_with_zero_3(self) -> None:
         """Have the head gathered by the whole model's hooks, as its own are not called.
@@ -103,16 +104,31 @@ class Head:
         for parameter in self._module.parameters():
             deepspeed.zero.register_external_parameter(self.model, parameter)
 
-    def _forward(self, batch: Sequences, logit: float) -> tuple[Tensor, Any]:
-        """What the head reads, (N, C, H), and the model's output when its head says `logit` alone."""
+    def hidden(self, **named: Any) -> Tensor:
+        """What a linear head reads after a forward pass with these arguments, (N, T, H)."""
+        return self._reads(named, 0.0)[0]
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model's forward has a parameter of this name."""
+        return argument in inspect.signature(type(self._bare).forward).parameters
+
+    def _reads(self, named: dict[str, Any], logit: float) -> tuple[Tensor, Any]:
+        """What the head reads, (N, T, H), and the model's output when its head says `logit` alone."""
         assert self._module is not None
         with _standing_in(self._module, self._places, logit) as seen:
-            output = self.model.forward(**self._arguments(batch))
+            output = self.model.forward(**named)
         assert len(seen) == 1, f"the head was called {len(seen)} times"
-        return of_completion(self._bare, seen[0], batch), output
+        return seen[0], output
 
-    def _projection(self) -> Projection:
-        """Read anew each time: a pack's weights may be those of some cells, a wrapper may have moved them."""
+    def _forward(self, batch: Sequences, logit: float) -> tuple[Tensor, Any]:
+        """The same for the completions' tokens alone, (N, C, H)."""
+        seen, output = self._reads(self._arguments(batch), logit)
+        return of_completion(self._bare, seen, batch), output
+
+    def projection(self) -> Projection:
+        """The head and what the configuration does to logits.
+
+        Read anew each time: a pack's weights may be those of some cells, a wrapper may have moved them."""
         weight, bias = self._weight_and_bias()
         added = self._added_bias()
         if added is not None:
@@ -134,11 +150,12 @@ class Head:
         buffer = dict(self._bare.named_buffers(recurse=False)).get("final_logits_bias")
         return None if buffer is None else buffer[0]
 
-    def _asks_for_router(self) -> bool:
+    def routes(self) -> bool:
+        """Whether the configuration asks for a mixture of experts' router logits."""
         return bool(getattr(self._config, "output_router_logits", False))
 
     def _aux_loss(self, output: Any) -> Tensor | None:
-        if not self._asks_for_router():
+        if not self.routes():
             return None
         loss, weight = output.get("aux_loss"), getattr(self._config, "router_aux_loss_coef", None)
         if loss is None or weight is None:
@@ -147,6 +164,11 @@ class Head:
                 "`router_aux_loss_coef`: set `model.config.output_router_logits = False` to train without it"
             )
         return weight * loss
+
+    def is_elsewhere(self) -> bool:
+        """Whether any weight is on the meta device or sharded; ZeRO-3 leaves an empty tensor of it."""
+        weights = self.model.parameters()
+        return any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in weights)
 
     def _why_not_linear(self) -> str | None:
         """None if hidden states times head are the model's logits, else what is in the way."""
@@ -160,7 +182,7 @@ class Head:
             return f"its head's weight is a {type(weight).__name__} of {weight.dtype}"
         if weight.is_meta and "forward" in vars(head):
             return "its head's weight is offloaded and comes with each call"
-        if _is_elsewhere(self.model):
+        if self.is_elsewhere():
             return None
         with _evaluating(self.model), torch.no_grad():
             return self._why_not_equal(_probe(self.model, weight))
@@ -170,7 +192,7 @@ class Head:
         own = of_completion(self._bare, self.model.forward(**arguments(self._bare, batch)).logits, batch)
         try:
             hidden, output = self._forward(batch, LARGE)
-            projection, added = self._projection(), self._added_bias()
+            projection, added = self.projection(), self._added_bias()
             weight = self._weight_and_bias()[0]
             cells = len(weight) if weight.dim() == 3 else 1
             mine = projection(hidden.reshape(cells, -1, hidden.shape[-1])).view(own.shape)
@@ -270,11 +292,6 @@ def _scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
         # Granite divides by it, HyperCLOVA X multiplies.
         scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
     return 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None)
-
-
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether any weight is on the meta device or sharded; ZeRO-3 leaves an empty tensor of it."""
-    return any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager
