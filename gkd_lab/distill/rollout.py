@@ -60,8 +60,12 @@ def write_with_generate(
     place: Place,
     limits: Limits,
     purpose: str = "sampling",
+    dtype: torch.dtype | None = None,
 ) -> dict[int, Sequences]:
-    """What the students of the cells `writing` answer to their seed's prompts: cell -> B rows."""
+    """What the students of the cells `writing` answer to their seed's prompts: cell -> B rows.
+
+    dtype: to what the forward pass casts by itself, under autocast.
+    """
     if not writing:
         return {}
     of_cells = [prompts[cells[n].seed] for n in writing]
@@ -73,7 +77,7 @@ def write_with_generate(
         for seed in {cells[n].seed for n in writing}
     }
     temperature = torch.tensor([cells[n].temperature for n in writing])
-    with pack.only(writing) as model:
+    with pack.only(writing, dtype) as model:
         answers = write(
             model,
             joined(of_cells, limits.pad_id),

@@ -264,7 +264,12 @@ class GKDTrainer(PackTrainer):
             )
             return {0: answers}
         prompts = dict(zip(self.seeds, blocks(fixed, len(self.seeds)), strict=True))
-        return write_with_generate(self.pack, self.cells, writing, prompts, place, self._limits, purpose)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        # Outside of the model's own autocast, so that weights which one token has cast serve all others.
+        with self.accelerator.autocast():
+            return write_with_generate(
+                self.pack, self.cells, writing, prompts, place, self._limits, purpose, dtype
+            )
 
     def compute_loss(
         self,

@@ -50,7 +50,7 @@ def _progress(view: CellView) -> list[str]:
 
 
 def _cost(view: CellView) -> list[str]:
-    return [str(view.pack), _about(view.seconds)]
+    return ["alone" if view.alone else str(view.pack), _about(view.seconds)]
 
 
 def summary_lines(found: Overview) -> Iterator[str]:

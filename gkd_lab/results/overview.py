@@ -3,11 +3,13 @@
 Plain data; neither torch nor pandas, so that the answer comes at once.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.records import State, Store, worst
+from gkd_lab.records.alone import kept_reason
 from gkd_lab.spec import Cell, GridOfCells
 from gkd_lab.spec.cell import references
 from gkd_lab.spec.cost import NOMINAL_RATE, sft_flops, training_flops
@@ -22,6 +24,8 @@ class CellView:
     cell: Cell
     state: State
     pack: int
+    alone: str | None
+    """Why no other cell shares its model, if it is not for the limit that was asked for."""
     seconds: float | None
     """Estimate for the training alone, at the nominal rate."""
     step: int
@@ -63,10 +67,15 @@ class Overview:
 
 def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
     """The state of every cell and artifact of a grid."""
-    groups = packs(grid.cells, limit)
+    alone = {} if limit == "off" else _alone(grid, store)
+    groups = [part for group in packs(grid.cells, limit) for part in _parted(group, alone)]
     pack_of = {cell.full_fingerprint: n for n, group in enumerate(groups, 1) for cell in group}
+    views = tuple(
+        _view(store, cell, pack_of[cell.full_fingerprint], alone.get(cell.full_fingerprint))
+        for cell in grid.cells
+    )
     return Overview(
-        cells=tuple(_view(store, cell, pack_of[cell.full_fingerprint]) for cell in grid.cells),
+        cells=views,
         packs=tuple(len(group) for group in groups),
         artifacts=tuple(_artifacts(grid, store)),
         collapsed=tuple(
@@ -74,7 +83,7 @@ def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
             f"({'; '.join(_called(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),
-        notes=tuple(_alone(grid) + _unread(grid) + _undeclared(grid)),
+        notes=tuple(_reasons(alone) + _unread(grid) + _undeclared(grid)),
     )
 
 
@@ -82,7 +91,7 @@ def _called(point: dict[str, Any]) -> str:
     return " ".join(f"{axis}={value}" for axis, value in point.items())
 
 
-def _view(store: Store, cell: Cell, pack: int) -> CellView:
+def _view(store: Store, cell: Cell, pack: int, alone: str | None) -> CellView:
     record = store.of(cell)
     status = record.status()
     training = record.state()
@@ -100,6 +109,7 @@ def _view(store: Store, cell: Cell, pack: int) -> CellView:
         cell=cell,
         state=state,
         pack=pack,
+        alone=alone,
         seconds=None if flops is None else flops / NOMINAL_RATE,
         step=int(status.get("steps") or last.get("step", 0)),
         loss=last.get("loss"),
@@ -121,13 +131,25 @@ def _artifacts(grid: GridOfCells, store: Store) -> Iterator[ArtifactView]:
         )
 
 
-def _alone(grid: GridOfCells) -> list[str]:
-    reasons: dict[str, int] = {}
-    for cell in grid.cells:
-        reason = why_alone(cell)
-        if reason:
-            reasons[reason] = reasons.get(reason, 0) + 1
-    return [f"{count} cells run alone: {reason}" for reason, count in reasons.items()]
+def _alone(grid: GridOfCells, store: Store) -> dict[str, str]:
+    """Full fingerprint of a cell -> why it runs alone, as far as that is known before it runs."""
+    found: dict[str, str] = {}
+    for role, model, cells in references(grid.cells):
+        kept = kept_reason(store.artifact(grid.scale, role, model)) if role == "start" else None
+        for cell in cells if role == "start" else ():
+            reason = why_alone(cell) or kept
+            if reason:
+                found[cell.full_fingerprint] = reason
+    return found
+
+
+def _parted(group: list[Cell], alone: Mapping[str, str]) -> list[list[Cell]]:
+    return [[cell] for cell in group] if group[0].full_fingerprint in alone else [group]
+
+
+def _reasons(alone: Mapping[str, str]) -> list[str]:
+    """A line for each reason."""
+    return [f"{count} cells run alone: {reason}" for reason, count in Counter(alone.values()).items()]
 
 
 def _unread(grid: GridOfCells) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.models.vocabulary import same_tokenizer
 from gkd_lab.records import Record
+from gkd_lab.records.alone import forget_reason
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs import artifacts
-from gkd_lab.runs.faults import PartFailed, kept_by
+from gkd_lab.runs.memory import Limit, bytes_of_step, fitting, free_bytes, in_packs
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
 from gkd_lab.spec.cell import Cell, Training
+from gkd_lab.spec.packs import why_alone
 
 
 class Claimed:
@@ -62,37 +65,87 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
             open_cells.append(cell)
     if not open_cells:
         return
-    records = [options.store.of(cell) for cell in open_cells]
-    for cell, record in zip(open_cells, records, strict=True):
-        record.describe(cell.training, scale=cell.scale, labels=cell.labels)
-    with suppress(PartFailed), kept_by(records, options.outputs):
-        _train(open_cells, options)
+    for cell in open_cells:
+        options.store.of(cell).describe(cell.training, scale=cell.scale, labels=cell.labels)
+    limit, work = partial(_limit, open_cells, options), partial(_train, options=options)
+    in_packs(open_cells, options.store.of, limit, work, options)
 
 
-def _train(cells: list[Cell], options: RunOptions) -> None:
-    first, scale = cells[0].training, cells[0].scale
+def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
+    """How many of the cells fit as one model. A number that was asked for is taken as it is."""
+    if options.pack != "auto" or len(cells) == 1:
+        return Limit(len(cells))
+    first = cells[0].training
+    student, teacher = _student(cells[0], options), _teacher(cells[0], options)
+    _check_tokenizers(teacher.tokenizer, student.tokenizer)
+    found = _examples(first, student.tokenizer, [], options)
+    pack = Pack.of([student.model])
+    trainer = _trainer(pack, teacher, found, cells[:1], [options.store.of(cells[0])], options)
+    free = free_bytes(trainer.args.device.type)
+    limit = fitting(len(cells), bytes_of_step(trainer, _longest(found, cells)), free)
+    if limit.why:
+        options.reporter.say(f"{first.task}: {limit.why}")
+    return limit
+
+
+def _longest(found: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:
+    """A batch as long as a step of these cells can be: the longest rows, with all that can be sampled."""
+    training = cells[0].training
+    rows = sorted(found, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))[-training.batch_size :]
+    prompt = max(len(row.prompt_ids) for row in rows)
+    completion = max(len(row.completion_ids) for row in rows)
+    if any(cell.lmbda > 0 for cell in cells):
+        completion = training.max_output_tokens
+    lengths = {"prompt": max(1, prompt), "completion": max(1, completion)}
+    shapes = {name: (training.batch_size, length) for name, length in lengths.items()}
+    ids = {f"{name}_ids": torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
+    return ids | {f"{name}_mask": torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
+
+
+def _student(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+    """The starting student, in the dtype that it is trained in."""
+    start = cell.training.start
+    loaded = artifacts.load(artifacts.ensure("start", start, cell.scale, options), start)
+    loaded.model.to(DTYPES["fp64" if cell.training.precision == "fp64" else "fp32"])
+    return loaded
+
+
+def _teacher(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+    teacher = cell.training.teacher
+    return artifacts.load(artifacts.ensure("teacher", teacher, cell.scale, options), teacher)
+
+
+def _train(cells: list[Cell], why: str, options: RunOptions) -> None:
+    """Train these cells as one model from the last step that all have; `why` there are no more of them."""
+    first = cells[0].training
     records = [options.store.of(cell) for cell in cells]
-    start = artifacts.ensure("start", first.start, scale, options)
-    teacher = artifacts.ensure("teacher", first.teacher, scale, options)
-    student = artifacts.load(start, first.start)
+    student = _student(cells[0], options)
     found = _examples(first, student.tokenizer, records, options)
-    pack = _pack(student.model, cells)
+    pack = _pack([student.model] * len(cells))
+    if len(cells) > 1:
+        forget_reason(options.store.artifact(cells[0].scale, "start", first.start))
     done = _common_step(records)
     for n, record in enumerate(records):
         record.rewind(done)
         if done:
             pack.load(n, weights(folder_of(str(record.steps_folder), done)))
     if done < first.steps:
-        guide = artifacts.load(teacher, first.teacher)
+        guide = _teacher(cells[0], options)
         _check_tokenizers(guide.tokenizer, student.tokenizer)
         _distil(pack, guide, found, cells, records, done, options)
-    members = [cell.fingerprint for cell in cells]
+    alone = why_alone(cells[0])
+    facts = _facts(cells, f"alone: {alone}" if alone else why)
     for n, record in enumerate(records):
         if not record.status():
             artifacts.export(pack.unpack(n), student.tokenizer, record)
-            facts = {"pack": members, "resumed_at_step": done, "threads": torch.get_num_threads()}
-            record.write_provenance(provenance(**facts, device=device()))
+            record.write_provenance(provenance(**facts, resumed_at_step=done))
             record.finish(steps=first.steps)
+
+
+def _facts(cells: Sequence[Cell], why: str) -> dict[str, Any]:
+    """Who shared the model, and why no one else did where something kept them apart."""
+    facts = {"pack": [cell.fingerprint for cell in cells], "threads": torch.get_num_threads()}
+    return {**facts, "device": device(), **({"pack_limit": why} if why else {})}
 
 
 def _check_tokenizers(teacher: Any, student: Any) -> None:
@@ -126,22 +179,34 @@ def _distil(
     """Train the pack from step `done` to its end; a cell that fails has its verdict at once."""
     training = cells[0].training
     with options.reporter.phase(f"{training.task}: {_called(cells)}", training.steps, done) as advance:
-        trainer = GKDTrainer(
-            pack=pack,
-            cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
-            teacher_model=teacher.model,
-            args=_config(cells[0], records[0], options),
-            train_dataset=found,
-            processing_class=teacher.tokenizer,
-            teacher_processing_class=teacher.tokenizer,
-            callbacks=[Follow(advance)],
-            log_cell=lambda n, row: records[n].log(row),
-            on_failure=lambda n, why: records[n].failed(f"FloatingPointError: {why}"),
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(pack, teacher, found, cells, records, options)
+        trainer.add_callback(Follow(advance))
         resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
         with suppress(AllCellsFailed):
             trainer.train(resume_from_checkpoint=resume)
+
+
+def _trainer(
+    pack: Pack,
+    teacher: artifacts.Loaded,
+    found: list[Example],
+    cells: Sequence[Cell],
+    records: Sequence[Record],
+    options: RunOptions,
+) -> GKDTrainer:
+    trainer = GKDTrainer(
+        pack=pack,
+        cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
+        teacher_model=teacher.model,
+        args=_config(cells[0], records[0], options),
+        train_dataset=found,
+        processing_class=teacher.tokenizer,
+        teacher_processing_class=teacher.tokenizer,
+        log_cell=lambda n, row: records[n].log(row),
+        on_failure=lambda n, why: records[n].failed(f"FloatingPointError: {why}"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _called(cells: Sequence[Cell]) -> str:
@@ -150,30 +215,23 @@ def _called(cells: Sequence[Cell]) -> str:
     return f"{len(cells)} cells as one model, distillation"
 
 
-def _pack(student: Any, cells: Sequence[Cell]) -> Pack:
-    dtype = DTYPES["fp64" if cells[0].training.precision == "fp64" else "fp32"]
-    student = student.to(dtype)
+def _pack(members: Sequence[Any]) -> Pack:
+    """Models as one; a single one of an architecture that cannot be packed as it is. Raises CannotPack."""
     try:
-        return Pack.of([student] * len(cells))
+        return Pack.of(members)
     except CannotPack:
-        if len(cells) > 1:
+        if len(members) > 1:
             raise
-        return Pack.alone(student)
+        return Pack.alone(members[0])
 
 
 def load_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
-    """The finished students of some cells as one model, and their tokenizer."""
+    """The finished students of some cells as one model, and their tokenizer. Raises CannotPack."""
     first = cells[0].training
     precision = "fp64" if first.precision == "fp64" else "fp32"
     folders = [options.store.of(cell).checkpoint for cell in cells]
     members = [load_model(folder, first.start.family, precision) for folder in folders]
-    try:
-        pack = Pack.of(members)
-    except CannotPack:
-        if len(members) > 1:
-            raise
-        pack = Pack.alone(members[0])
-    return pack, load_tokenizer(folders[0])
+    return _pack(members), load_tokenizer(folders[0])
 
 
 def _common_step(records: Sequence[Record]) -> int:

@@ -3,15 +3,18 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from gkd_lab.evaluation.decoding import predict
 from gkd_lab.metrics.judge import Prediction, judge
 from gkd_lab.models.packing import Pack
-from gkd_lab.records import Record
+from gkd_lab.records import EvaluationRecord, Record
+from gkd_lab.records.alone import kept_reason
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.cells import load_pack
 from gkd_lab.runs.faults import PartFailed, kept_by
+from gkd_lab.runs.memory import Limit, fitting, free_bytes, in_packs
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, rows
 from gkd_lab.spec.cell import Cell, Evaluation, Role, SftModel
@@ -25,12 +28,39 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
         _add_metrics([options.store.of(cell) for cell in asked], evaluation, options)
         lacking = [cell for cell in asked if _is_open(options.store.of(cell), evaluation, options)]
         if lacking:
-            records = [options.store.of(cell) for cell in lacking]
-            parts = [record.evaluation(evaluation) for record in records]
-            with suppress(PartFailed), kept_by(parts, options.outputs):
-                pack, tokenizer = load_pack(lacking, options)
-                start = lacking[0].training.start
-                _evaluate(pack, tokenizer, start, evaluation, records, options)
+            in_packs(
+                lacking,
+                partial(_part, evaluation=evaluation, options=options),
+                partial(_limit, lacking, options),
+                partial(_evaluate_cells, evaluation=evaluation, options=options),
+                options,
+            )
+
+
+def _part(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
+    return options.store.of(cell).evaluation(evaluation)
+
+
+def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
+    """As in training: one cell where packing is known to fail, else as many as there is memory for."""
+    first = cells[0]
+    if kept_reason(options.store.artifact(first.scale, "start", first.training.start)):
+        return Limit(1)
+    if options.pack != "auto" or len(cells) == 1:
+        return Limit(len(cells))
+    # The members are read one by one and then stacked: each is there twice.
+    files = options.store.of(first).checkpoint.glob("*.safetensors")
+    needed = 2 * sum(file.stat().st_size for file in files)
+    limit = fitting(len(cells), needed, min(free_bytes(place) for place in {"cpu", device()}))
+    if limit.why:
+        options.reporter.say(f"{first.task}: evaluation: {limit.why}")
+    return limit
+
+
+def _evaluate_cells(cells: list[Cell], why: str, evaluation: Evaluation, options: RunOptions) -> None:
+    pack, tokenizer = load_pack(cells, options)
+    records = [options.store.of(cell) for cell in cells]
+    _evaluate(pack, tokenizer, cells[0].training.start, evaluation, records, options)
 
 
 def evaluate_reference(

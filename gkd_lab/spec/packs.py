@@ -13,7 +13,7 @@ from gkd_lab.spec.identity import canonical
 
 PackLimit = int | Literal["auto", "off"]
 AUTO = 16
-"""Cells per pack where nothing is said; models that are loaded run alone so far."""
+"""The most cells per pack where nothing is said; a run makes smaller ones of them where memory is short."""
 
 _OWN = ("objectives", "source", "seed")
 """Fields in which the cells of a pack may differ; each keeps its own learning rate as well."""
@@ -44,12 +44,22 @@ def packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
 
 
 def why_alone(cell: Cell) -> str | None:
-    """Why a cell cannot share a pack; None where it can."""
-    if cell.training.start.model.architecture is None:
-        return "its student is loaded, not made"
+    """Why a cell cannot share a pack; None where nothing but its student's architecture can be against it.
+
+    Both optimizers that a cell can have act on each member of a pack as on a model of its own.
+    """
     if cell.training.dropout > 0:
         return "dropout draws from one stream"
     return None
+
+
+def evenly(cells: int, limit: int) -> list[int]:
+    """Sizes of the fewest packs of at most `limit` cells, larger ones first.
+
+    What is left after the first pack is parted as it was before: a resumed run meets the same packs.
+    """
+    count = math.ceil(cells / limit)
+    return [cells // count + (n < cells % count) for n in range(count)]
 
 
 def _order(cell: Cell) -> tuple[int, float, float, str]:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,26 +10,37 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from gkd_lab.distill.batches import collate
 from gkd_lab.distill.sampling import write
 from gkd_lab.distill.steps import blocks
 from gkd_lab.distill.streams import uniforms
 from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.packed import (
+    PackedConv1D,
+    PackedEmbedding,
+    PackedExactNorm,
+    PackedLinear,
+    PackedModule,
+    packed_form,
+)
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.spec.cell import Family
 
+from .families import make
 from .tiny import END, FAMILIES, PAD, tiny_examples, tiny_model
 
 CELLS, ROWS = 3, 4
+PACKED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "t5")
 
 
 def members(family: Family, count: int = CELLS) -> list[PreTrainedModel]:
@@ -296,27 +308,297 @@ def test_equal_shapes_with_other_heads_are_refused() -> None:
 
 
 def test_weights_without_a_packed_form_are_named() -> None:
-    config = GPT2Config(vocab_size=14, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    model = GPT2LMHeadModel(config)
-    with pytest.raises(CannotPack, match=r"no packed form.*c_attn"):
+    model = make("qwen2_moe", 0)
+    with pytest.raises(CannotPack, match=r"no packed form .*mlp\.gate\.weight"):
         Pack.of([model, model])
 
 
-def test_an_embedding_that_is_more_than_a_look_up_is_not_taken_for_one() -> None:
-    config = BartConfig(
-        vocab_size=14,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=32,
-    )
-    model = BartForConditionalGeneration(config)
-    with pytest.raises(CannotPack, match="no packed form"):
-        Pack.of([model, model])
+# ---- every family that packs ----
+
+
+def rows_for(model: PreTrainedModel, rows: int = CELLS * ROWS) -> Sequences:
+    return collate(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+
+
+def assert_close(found: Tensor, expected: Tensor, double: float = 1e-6) -> None:
+    """Norms are in float32 whatever the model's dtype."""
+    tolerance = double if expected.dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_every_family_s_logits_gradients_and_text_are_those_alone(name: str) -> None:
+    alone = [make(name, seed) for seed in range(CELLS)]
+    pack, rows = Pack.of(alone), rows_for(alone[0])
+    logits = completion_logits(pack.model, rows)
+    value(logits, rows.completion_mask).sum().backward()
+    text = blocks(written(pack.model, rows, 1, None), CELLS)
+    for n, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
+        expected = completion_logits(model, own)
+        value(expected, own.completion_mask).sum().backward()
+        assert_close(logits[n * ROWS : (n + 1) * ROWS], expected)
+        assert_same_rows(text[n], written(model, own, 1, None))
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+            assert_close(pack.gradients_of(n)[key], parameter.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_checkpointed_activations_change_no_gradient(name: str) -> None:
+    packs = [Pack.of([make(name, seed) for seed in range(CELLS)]) for _ in range(2)]
+    packs[1].model.gradient_checkpointing_enable()
+    for pack in packs:
+        rows = rows_for(pack.model)
+        value(completion_logits(pack.model.train(), rows), rows.completion_mask).sum().backward()
+    assert packs[1].model.is_gradient_checkpointing
+    for cell in range(CELLS):
+        plain, saving = (pack.gradients_of(cell) for pack in packs)
+        for key, gradient in plain.items():
+            assert gradient is not None
+            assert_close(saving[key], gradient)  # type: ignore[arg-type]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    one, other = found.detach().double(), expected.detach().double()
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_under_autocast_a_pack_is_its_members_up_to_rounding(name: str) -> None:
+    alone = [make(name, seed, dtype=torch.float32) for seed in range(CELLS)]
+    pack, rows = Pack.of(alone), rows_for(alone[0])
+    exact = completion_logits(pack.model, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = completion_logits(pack.model, rows)
+        value(logits.float(), rows.completion_mask).sum().backward()
+        for n, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
+            expected = completion_logits(model, own)
+            value(expected.float(), own.completion_mask).sum().backward()
+            assert expected.dtype == logits.dtype
+            assert relative(logits[n * ROWS : (n + 1) * ROWS], expected) < 0.03
+    assert relative(logits, exact) > 1e-4, "autocast must do something here"
+    for n, model in enumerate(alone):
+        for key, gradient in pack.gradients_of(n).items():
+            own = model.get_parameter(key).grad
+            assert gradient is not None and own is not None and gradient.dtype == own.dtype
+            assert relative(gradient, own) < 0.1, key
+
+
+# ---- some cells only, and narrow weights ----
+
+
+def packed_modules(pack: Pack) -> list[PackedModule]:
+    return [module for module in pack.model.modules() if isinstance(module, PackedModule)]
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("chosen", "is_view"), (([1, 2], True), ([1], True), ([0, 2], False)))
+def test_neighbouring_cells_are_read_where_they_are(chosen: list[int], is_view: bool) -> None:
+    pack = Pack.of(members("decoder-only"))
+    with pack.only(chosen):
+        for module in packed_modules(pack):
+            weight = module.active_weight()
+            assert len(weight) == len(chosen)
+            assert shares_memory(weight, module.get_parameter("weight")) == is_view
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("chosen", ([0, 1, 2], [1, 2], [2, 0]))
+def test_narrowed_cells_write_under_autocast_what_they_hold(name: str, chosen: list[int]) -> None:
+    pack = Pack.of([make(name, seed, dtype=torch.float32) for seed in range(CELLS)])
+    rows = rows_for(pack.model, len(chosen) * ROWS)
+    with torch.no_grad(), pack.only(chosen) as model:
+        exact = completion_logits(model, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            wide = completion_logits(model, rows)
+    with torch.no_grad(), pack.only(chosen, torch.bfloat16) as model, torch.autocast("cpu", torch.bfloat16):
+        narrow = completion_logits(model, rows)
+        assert written(model, rows, 1, None).rows == rows.rows
+    assert relative(narrow, exact) < 2 * relative(wide, exact) < 0.1
+    assert all(p.dtype == torch.float32 for p in pack.model.parameters())
+
+
+def test_narrowed_are_linear_layers_each_weight_once() -> None:
+    pack = Pack.of([make("gpt2", 0, dtype=torch.float32), make("gpt2", 1, dtype=torch.float32)])
+    with pack.only([0, 1], torch.bfloat16) as model:
+        kinds = {type(module): module.active_weight().dtype for module in packed_modules(pack)}
+        tied = model.get_output_embeddings(), model.get_input_embeddings()
+        assert [m.active("weight").dtype for m in tied] == [torch.bfloat16, torch.float32]
+        assert model.transformer.h[0].attn.c_attn.active("bias").dtype == torch.bfloat16
+    narrow = torch.bfloat16
+    assert kinds == {
+        PackedConv1D: narrow,
+        PackedLinear: narrow,
+        PackedEmbedding: torch.float32,
+        PackedExactNorm: torch.float32,
+    }
+
+
+def test_a_model_alone_is_never_narrowed() -> None:
+    model = make("llama", 0, dtype=torch.float32)
+    with Pack.alone(model).only([0], torch.bfloat16) as chosen:
+        assert chosen is model
+        assert chosen.dtype == torch.float32
+
+
+# ---- single modules ----
+
+
+class Scale(nn.Module):
+    """A norm that no list of names knows, with a bias and a weight that counts from 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True) * (1 + self.weight) + self.bias
+
+
+@pytest.mark.parametrize("shape", ((6, 5, 4), (6, 5, 2, 4), (6, 4)))
+@pytest.mark.parametrize("kind", (Scale, LlamaRMSNorm, T5LayerNorm, Gemma2RMSNorm, nn.LayerNorm, nn.RMSNorm))
+def test_a_norm_scales_each_row_by_its_cell(kind: type, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    alone = [kind(4) for _ in range(3)]
+    for p in (p for norm in alone for p in norm.parameters()):
+        nn.init.normal_(p)
+    packed = packed_form("norm", alone)
+    assert packed is not None
+    x = torch.randn(shape, requires_grad=True)
+    y = packed(x)
+    expected = torch.cat([norm(part) for norm, part in zip(alone, x.chunk(3), strict=True)])
+    torch.testing.assert_close(y, expected)
+    changes = torch.autograd.grad((y * y.detach().sin()).sum(), [x, *packed.parameters()])
+    (expected * y.detach().sin()).sum().backward()
+    torch.testing.assert_close(changes[0], x.grad)
+    for (name, _), change in zip(packed.named_parameters(), changes[1:], strict=True):
+        own = [norm.get_parameter(name).grad for norm in alone]
+        torch.testing.assert_close(change, torch.stack(own))  # type: ignore[arg-type]
+    assert not any(buffer.requires_grad for buffer in packed.buffers()), "nothing is kept of the call"
+
+
+def test_ids_without_a_row_for_each_row_of_the_batch_are_refused() -> None:
+    pack = Pack.of([make("gpt2", seed) for seed in range(3)])
+    ids = torch.full((6, 3), 5)
+    with pytest.raises(ValueError, match=r"ids of shape \(1, 3\) .* 3 packed models .*position_ids"):
+        pack.model(input_ids=ids)
+    logits = pack.model(input_ids=ids, position_ids=torch.arange(3).expand(6, -1)).logits
+    expected = make("gpt2", 1)(input_ids=ids[:2]).logits
+    torch.testing.assert_close(logits[2:4], expected)
+
+
+# ---- the check that a pack goes through when it is made ----
+
+
+class Averaging(LlamaForCausalLM):
+    """Its logits depend on who shares the batch."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        output = super().forward(*args, **more)
+        output.logits = output.logits + 0.01 * output.logits.mean(0)
+        return output
+
+
+class Forgetful(LlamaForCausalLM):
+    """With a cache, its logits depend on who shares the batch."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        output = super().forward(*args, **more)
+        if output.logits.shape[1] == 1 and more.get("past_key_values") is not None:
+            output.logits = output.logits.roll(1, 0)
+        return output
+
+
+class OwnPositions(GPT2LMHeadModel):
+    """It lets nobody give it positions."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
+        more.pop("position_ids", None)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **more)
+
+
+def same_as(name: str, kind: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    model = make(name, seed)
+    changed = kind(model.config).to(model.dtype)
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    (
+        (
+            "llama",
+            Averaging,
+            r"the logits of the packed Averaging differ from those of its members by \de-",
+        ),
+        ("llama", Forgetful, r"the generated logits of the packed Forgetful differ"),
+        (
+            "gpt2",
+            OwnPositions,
+            r"OwnPositions does not work with a pack \(ValueError: ids of shape \(1",
+        ),
+    ),
+)
+def test_code_that_mixes_rows_is_found_out(name: str, kind: type[PreTrainedModel], reason: str) -> None:
+    model = same_as(name, kind)
+    with pytest.raises(CannotPack, match=reason):
+        Pack.of([model] * 3)
+
+
+def test_what_only_the_numbers_of_a_member_show_is_found_out() -> None:
+    alone = [make("llama", seed) for seed in range(2)]
+    alone[1].model.norm.variance_epsilon = 1.0
+    with pytest.raises(CannotPack, match=r"the logits of the packed LlamaForCausalLM differ .* \de"):
+        Pack.of(alone)
+
+
+def test_members_share_their_buffers_or_do_not_pack() -> None:
+    alone = [make("llama", seed) for seed in range(2)]
+    for model in alone:
+        model.register_buffer("languages", torch.tensor([3.0, 1.0, 4.0]))
+    kept = Pack.of(alone).unpack(1).state_dict()
+    assert kept.keys() == alone[1].state_dict().keys()
+    assert all(torch.equal(kept[name], value) for name, value in alone[1].state_dict().items())
+    alone[1].languages[0] = 2.0
+    with pytest.raises(CannotPack, match="model 1 differs from model 0 in its buffer 'languages'"):
+        Pack.of(alone)
+
+
+@pytest.mark.parametrize("broken", (0, 2))
+def test_a_member_that_is_not_a_number_packs_with_the_others(broken: int) -> None:
+    alone = [make("llama", seed) for seed in range(CELLS)]
+    next(alone[broken].parameters()).data.fill_(torch.nan)
+    pack, rows = Pack.of(alone), rows_for(alone[0])
+    logits = blocks(rows.with_completions(completion_logits(pack.model, rows), rows.completion_mask), CELLS)
+    for n, part in enumerate(logits):
+        assert bool(part.completion_ids.isnan().any()) == (n == broken)
+
+
+def test_members_keep_their_mode_and_their_generation_config() -> None:
+    alone = [make("llama", seed).train() for seed in range(2)]
+    alone[0].model.layers[1].eval()
+    configs = [model.generation_config.to_dict() for model in alone]
+    modes = [[m.training for m in model.modules()] for model in alone]
+    state = torch.get_rng_state()
+    pack = Pack.of(alone)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [[m.training for m in model.modules()] for model in alone] == modes
+    assert [model.generation_config.to_dict() for model in (*alone, pack.model)] == [*configs, configs[0]]
+    assert not pack.model.model.layers[1].mlp.training
+    assert pack.model.model.layers[0].mlp.training
+
+
+def test_running_out_of_memory_is_not_taken_for_a_family_that_cannot_pack() -> None:
+    class Hungry(LlamaForCausalLM):
+        def forward(self, *args: Any, **more: Any) -> Any:
+            raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Pack.of([same_as("llama", Hungry)])
 
 
 def test_a_norm_without_weights_needs_no_packed_form() -> None:

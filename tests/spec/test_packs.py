@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.spec import Cell, SpecError
-from gkd_lab.spec.packs import AUTO, PackLimit, packs, parse_limit, why_alone
+from gkd_lab.spec.packs import AUTO, PackLimit, evenly, packs, parse_limit, why_alone
 
 from .stub import grid
 
@@ -94,12 +94,29 @@ def test_a_limit_is_kept_and_no_cell_is_lost() -> None:
     assert {one for group in packs(cells, 7) for one in group} == set(cells)
 
 
-def test_a_cell_with_dropout_or_a_loaded_student_runs_alone_and_says_why() -> None:
-    for settings, reason in ({"dropout": 0.1}, "dropout"), ({"student": "owner/tiny"}, "loaded"):
-        cells = grid(grid={"lmbda": [0, 1]}, **settings).cells
-        assert [len(group) for group in packs(cells, 16)] == [1, 1]
-        assert reason in (why_alone(cells[0]) or "")
+def test_a_cell_with_dropout_runs_alone_and_says_why() -> None:
+    cells = grid(grid={"lmbda": [0, 1]}, dropout=0.1).cells
+    assert [len(group) for group in packs(cells, 16)] == [1, 1]
+    assert "dropout" in (why_alone(cells[0]) or "")
     assert why_alone(grid().cells[0]) is None
+
+
+@pytest.mark.parametrize("student", ["owner/tiny", "/a/folder"])
+def test_cells_with_a_loaded_student_share_one_model_as_others_do(student: str) -> None:
+    cells = grid(grid={"lmbda": [0, 1], "beta": [0, 1]}, student=student).cells
+    assert [len(group) for group in packs(cells, 16)] == [4]
+    assert why_alone(cells[0]) is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 16])
+def test_a_pack_that_is_parted_is_parted_evenly_and_so_is_what_is_left_of_it(limit: int) -> None:
+    for cells in range(1, 50):
+        sizes = evenly(cells, limit)
+        assert sum(sizes) == cells
+        assert len(sizes) == -(-cells // limit)
+        assert sizes[0] <= limit
+        assert sizes[0] - sizes[-1] <= 1
+        assert sizes[1:] == (evenly(cells - sizes[0], limit) if cells > sizes[0] else [])
 
 
 def test_a_limit_is_auto_or_off_or_a_number_from_one() -> None:

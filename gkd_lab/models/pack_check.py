@@ -1,0 +1,144 @@
+"""A pack against its members, in numbers: whatever a model's own code does with a batch, it shows here.
+
+Shapes: K members, N = 2*K rows, C = 3 completion tokens, V vocabulary.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from gkd_lab.models.forward import Sequences, completion_logits
+
+ROWS = 2
+"""Of each member: one with padding and one without."""
+WRITTEN = 2
+"""New tokens: one after the prompt and one with a cache."""
+
+
+class CannotPack(ValueError):
+    """These models cannot become one; the message says why, and each can run alone."""
+
+
+def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A copy in float32 whose weights all differ from those of another seed; no number in it is NaN."""
+    changed = copy.deepcopy(model).float().eval()
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.nan_to_num_(0, 0, 0)
+            size = p.square().mean().sqrt().clamp_min(0.1)
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device).mul_(0.5 * size))
+    return changed
+
+
+def check_code(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
+    """Logits and what is written with a cache, of members made by `perturbed`, which this may change.
+
+    Raises:
+        CannotPack: if the pack differs, or its model's code cannot work with one.
+    """
+    batch = _batch(packed, len(members))
+    for what, compute in (("logits", completion_logits), ("generated logits", _written_logits)):
+        with _plainly_computing(packed, members):
+            expected = torch.cat([compute(m, _rows(batch, n)) for n, m in enumerate(members)])
+            found = compute(packed, batch)
+        if not expected.isfinite().any():
+            raise CannotPack(f"{_name(packed)} has no finite {what} to compare a pack with")
+        _compare(what, packed, found, expected, torch.float32)
+
+
+def check_weights(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
+    """Each member's logits; those that are the same object are computed once.
+
+    Raises:
+        CannotPack: if the pack's differ.
+    """
+    rows = _rows(_batch(packed, 1), 0)
+    with _plainly_computing(packed, members):
+        alone = {id(member): completion_logits(member, rows) for member in members}
+        found = completion_logits(packed, rows.repeated(len(members)))
+    _compare("logits", packed, found, torch.cat([alone[id(m)] for m in members]), packed.dtype)
+
+
+def _batch(model: PreTrainedModel, cells: int) -> Sequences:
+    """Random tokens; prompts padded where the model's family has its padding."""
+    count = ROWS * cells
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (count, 7), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[::ROWS, slice(2, 4) if model.config.is_encoder_decoder else slice(0, 2)] = 0
+    return Sequences(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:]).to(model.device)
+
+
+def _rows(batch: Sequences, cell: int) -> Sequences:
+    return batch.map(lambda tensor: tensor[cell * ROWS : (cell + 1) * ROWS])
+
+
+def _written_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """Logits of the tokens that a greedy search chooses, (N, WRITTEN, V)."""
+    model.generation_config = GenerationConfig(
+        max_new_tokens=WRITTEN,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+        eos_token_id=None,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    written = model.generate(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask)
+    return torch.stack(written.logits, dim=1)
+
+
+@contextmanager
+def _plainly_computing(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Without dropout, gradients and autocast; what the model's code raises becomes CannotPack."""
+    training = [m for model in (packed, *members) for m in model.modules() if m.training]
+    _set_training(training, False)
+    try:
+        with torch.no_grad(), torch.autocast(packed.device.type, enabled=False):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CannotPack(f"the code of {_name(packed)} does not work with a pack ({reason})") from error
+    finally:
+        _set_training(training, True)
+
+
+def _set_training(modules: Sequence[nn.Module], value: bool) -> None:
+    for module in modules:
+        module.training = value
+
+
+def _compare(
+    what: str, packed: PreTrainedModel, found: Tensor, expected: Tensor, precision: torch.dtype
+) -> None:
+    one, other = found.double(), expected.double()
+    alike = (one == other) | (one.isnan() & other.isnan())
+    largest = other.nan_to_num(0, 0, 0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    off = float(torch.where(alike, 0, (one - other).abs() / largest).max())
+    if not off <= _rounding(precision, packed.device):
+        raise CannotPack(
+            f"the {what} of the packed {_name(packed)} differ from those of its members by {off:.0e} "
+            "of the largest"
+        )
+
+
+def _rounding(precision: torch.dtype, device: torch.device) -> float:
+    """Largest relative difference between products of other shapes, through all layers.
+
+    Norms are in float32 in a float64 model too, and CUDA may multiply float32 with the 10 bits of TF32.
+    """
+    if precision in (torch.float32, torch.float64):
+        return 2.0**-7 if device.type == "cuda" else 1e-4
+    return 16 * torch.finfo(precision).eps
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
