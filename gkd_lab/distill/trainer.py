@@ -29,6 +29,7 @@ from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
 from gkd_lab.distill.steps import StepBatch, blocks, cell_sums, joined, step_batch, trained_items
 from gkd_lab.distill.streams import is_on_policy, key
+from gkd_lab.models.attention import attention_in_float32
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.heads import Head, Unprojected
 from gkd_lab.models.packing import Pack
@@ -266,10 +267,20 @@ class GKDTrainer(PackTrainer):
         prompts = dict(zip(self.seeds, blocks(fixed, len(self.seeds)), strict=True))
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         # Outside of the model's own autocast, so that weights which one token has cast serve all others.
-        with self.accelerator.autocast():
+        with self._attention(), self.accelerator.autocast():
             return write_with_generate(
                 self.pack, self.cells, writing, prompts, place, self._limits, purpose, dtype
             )
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """The Trainer's, backward pass included."""
+        with self._attention():
+            return super().training_step(*args, **options)
+
+    def _attention(self) -> Any:
+        return attention_in_float32(
+            self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
+        )
 
     def compute_loss(
         self,
@@ -361,7 +372,7 @@ class GKDTrainer(PackTrainer):
         """
         fixed = self._sequences(self._prepare_inputs(inputs))
         batch, items = self._off_policy_batch(fixed)
-        with torch.no_grad(), evaluating(self.pack.model):
+        with torch.no_grad(), evaluating(self.pack.model), self._attention():
             sums, _ = self._sums(model, batch, items)
             losses = torch.where(items.to(sums.losses.device) > 0, sums.losses, torch.nan)
             loss = losses[self._alive(losses.device)].mean()

@@ -31,6 +31,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_lab import GKDConfig, GKDTrainer
 
+from ..models.test_attention import Kernels
 from .scripts import (
     CHATML,
     chat,
@@ -1181,3 +1182,12 @@ def test_a_subclass_may_log_a_loss_of_its_own(tmp_path: Path) -> None:
     made.train()
     made.log({"loss": 1.0})
     assert losses(made) == [1.0]
+
+
+def test_in_bfloat16_on_a_cpu_attention_stays_in_float32(tmp_path: Path) -> None:
+    made = trainer(tmp_path, eval_dataset=conversations(2), arguments={**HALF, "bf16": True})
+    with Kernels() as seen:
+        made.train()
+        made.evaluate()
+    assert logged(made, "on_policy") == [0.0, 1.0]
+    assert seen.queries == {torch.float32}

@@ -1,0 +1,85 @@
+"""Attention in float32 within a forward pass in bfloat16, for as long as it is asked for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gkd_lab.models.attention import KERNEL, attention_in_float32
+from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.spec.cell import Family
+
+from .tiny import FAMILIES, tiny_model
+
+
+class Kernels(TorchDispatchMode):
+    """Dtypes of the queries of every attention kernel, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func):
+            self.queries |= {a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
+        return func(*args, **kwargs or {})
+
+
+def rows() -> Sequences:
+    ids = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])
+    mask = (ids != 0).long()
+    return Sequences(ids, mask, ids.flip(0), torch.ones_like(ids))
+
+
+def student(family: Family) -> PreTrainedModel:
+    return tiny_model(family, 0, dtype=torch.float32).train()
+
+
+def dtypes_of_a_step(model: PreTrainedModel, *, wanted: bool) -> set[torch.dtype]:
+    with attention_in_float32(wanted), Kernels() as seen:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = completion_logits(model, rows()).float().square().mean()
+        loss.backward()
+    return seen.queries
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [("decoder-only", False), ("decoder-only", True), ("encoder-decoder", False)],
+)
+def test_no_attention_of_a_step_sees_bfloat16(family: Family, checkpointing: bool) -> None:
+    model = student(family)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert dtypes_of_a_step(model, wanted=True) == {torch.float32}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_without_it_attention_is_in_bfloat16() -> None:
+    assert torch.bfloat16 in dtypes_of_a_step(student("decoder-only"), wanted=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bfloat16_get_their_own_dtype_back(family: Family) -> None:
+    model = student(family).bfloat16().eval()
+    with torch.no_grad(), attention_in_float32():
+        assert completion_logits(model, rows()).dtype == torch.bfloat16
+
+
+def test_float64_stays_what_it_is() -> None:
+    model = student("decoder-only").double().eval()
+    with torch.no_grad():
+        plain = completion_logits(model, rows())
+        with attention_in_float32():
+            assert torch.equal(completion_logits(model, rows()), plain)
+
+
+def test_the_kernel_comes_back_after_an_error_too() -> None:
+    own = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    with pytest.raises(KeyError), attention_in_float32():
+        assert ALL_ATTENTION_FUNCTIONS[KERNEL] is not own
+        raise KeyError
+    assert ALL_ATTENTION_FUNCTIONS[KERNEL] is own
