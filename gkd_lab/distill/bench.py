@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_lab.distill.config import GKDConfig
-from gkd_lab.distill.sampling import evaluating, write
+from gkd_lab.distill.sampling import write
 from gkd_lab.distill.streams import uniforms
 from gkd_lab.distill.trainer import GKDTrainer
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating
 
 TEXTS = (
     ("What is two plus three?", "Two plus three is five."),

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from gkd_lab.models.forward import Sequences, until_end, unwrapped
+from gkd_lab.models.forward import Sequences, evaluating, until_end, unwrapped
 
 
 class InverseCdf(LogitsProcessor):
@@ -151,14 +151,3 @@ def only_configured_by(model: PreTrainedModel, config: GenerationConfig) -> Iter
         yield
     finally:
         model.generation_config, inner.generation_config = own
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off within, and as it was afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from gkd_lab.distill.bench import TEXTS, Bench
 from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.sampling import evaluating
 from gkd_lab.distill.steps import StepBatch, cell_sums, trained_items
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating
 
 WIDER = 5
 """Positions of padding that are added."""

@@ -26,11 +26,11 @@ from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
 from gkd_lab.distill.reading import Reader
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
-from gkd_lab.distill.sampling import end_ids, evaluating, sampling_config
+from gkd_lab.distill.sampling import end_ids, sampling_config
 from gkd_lab.distill.steps import StepBatch, blocks, cell_sums, joined, step_batch, trained_items
 from gkd_lab.distill.streams import is_on_policy, key
 from gkd_lab.models.attention import attention_in_float32
-from gkd_lab.models.forward import Sequences
+from gkd_lab.models.forward import Sequences, evaluating
 from gkd_lab.models.heads import Head, Unprojected
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.sharding import place_student, place_teacher
@@ -108,12 +108,12 @@ class GKDTrainer(PackTrainer):
         pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
         if args.disable_dropout:
             setup.disable_dropout(pack.model)
-        encoder_decoder = bool(student.config.is_encoder_decoder)
+        self._is_encoder_decoder = bool(student.config.is_encoder_decoder)
         ends = end_ids(student, self._tokenizer)
         self._encode = RowEncoder(
             self._tokenizer,
             end_ids=ends.tolist(),
-            is_encoder_decoder=encoder_decoder,
+            is_encoder_decoder=self._is_encoder_decoder,
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
             formatting_func=formatting_func,
@@ -125,7 +125,7 @@ class GKDTrainer(PackTrainer):
             log_cell,
             on_failure,
             args=args,
-            data_collator=data_collator or Collator(self._encode, pad_id, encoder_decoder),
+            data_collator=data_collator or Collator(self._encode, pad_id, self._is_encoder_decoder),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self._tokenizer,
@@ -233,8 +233,7 @@ class GKDTrainer(PackTrainer):
         sample = {"batch": batch, "items": items, "parts": parts}
         if self.pack.is_packed:
             return sample
-        encoder_decoder = bool(self.pack.model.config.is_encoder_decoder)
-        return {**sample, **in_form_of_trl(batch.student, is_encoder_decoder=encoder_decoder)}
+        return {**sample, **in_form_of_trl(batch.student, is_encoder_decoder=self._is_encoder_decoder)}
 
     def _off_policy(self, fixed: Sequences) -> Sequences:
         """What those cells train on whose coin fell on the data."""
@@ -309,8 +308,7 @@ class GKDTrainer(PackTrainer):
         return (total, {"losses": sums.losses}) if return_outputs else total
 
     def _sequences(self, batch: Mapping[str, Any]) -> Sequences:
-        encoder_decoder = bool(self.pack.model.config.is_encoder_decoder)
-        return as_sequences(batch, self._limits.pad_id, is_encoder_decoder=encoder_decoder)
+        return as_sequences(batch, self._limits.pad_id, is_encoder_decoder=self._is_encoder_decoder)
 
     def _off_policy_batch(self, fixed: Sequences) -> tuple[StepBatch, Tensor]:
         """Every cell on the same fixed rows, and the items of these rows alone."""
@@ -380,7 +378,7 @@ class GKDTrainer(PackTrainer):
                 self._evaluate_own_text(model, fixed)
             if prediction_loss_only or self.pack.is_packed:
                 return loss, None, None
-            return loss, *trl_form.logits_and_labels(model, fixed, self.pack.model.config.is_encoder_decoder)
+            return loss, *trl_form.logits_and_labels(model, fixed, self._is_encoder_decoder)
 
     def _evaluate_own_text(self, model: nn.Module, fixed: Sequences) -> None:
         purpose = f"evaluation {self._evaluated}"

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from gkd_lab.distill.collated import in_form_of_trl
 from gkd_lab.distill.divergence import log_probabilities, pointwise_jsd
-from gkd_lab.distill.sampling import evaluating
-from gkd_lab.models.forward import Sequences, completion_logits, position_ids, until_end
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating, position_ids, until_end
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 

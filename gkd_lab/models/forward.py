@@ -5,13 +5,14 @@ Shapes: N rows (K cells times B), P prompt tokens, C completion tokens, V vocabu
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -79,11 +80,10 @@ def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
         "attention_mask": mask,
         "use_cache": False,
     }
-    known = _parameters(type(model).forward)
     # Without it absolute positions would count the padding; a model that has none takes no such argument.
-    if "position_ids" in known:
+    if takes(model, "position_ids"):
         named["position_ids"] = position_ids(mask)
-    if "logits_to_keep" in known:
+    if takes(model, "logits_to_keep"):
         named["logits_to_keep"] = batch.completion_ids.shape[1] + 1
     return named
 
@@ -99,6 +99,24 @@ def unwrapped(model: Any) -> PreTrainedModel:
     """The model of transformers inside of DDP and an adapter."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if is_peft_model(inner) else inner
+
+
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the forward pass of `model`, which is not wrapped, has a parameter of this name."""
+    return argument in _parameters(type(model).forward)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Dropout off within, and every module as it was afterwards."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @functools.cache

@@ -5,7 +5,6 @@ model does with logits happens to a single number. Shapes: N rows (K packed stud
 tokens, H hidden width, V vocabulary.
 """
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from gkd_lab.models.forward import Sequences, arguments, of_completion, unwrapped
-from gkd_lab.models.packing import PackedLinear
+from gkd_lab.models.forward import Sequences, arguments, evaluating, of_completion, takes, unwrapped
+from gkd_lab.models.packed import PackedLinear
 from gkd_lab.models.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ class Head:
 
     def takes(self, argument: str) -> bool:
         """Whether the model's forward has a parameter of this name."""
-        return argument in inspect.signature(type(self._bare).forward).parameters
+        return takes(self._bare, argument)
 
     def _reads(self, named: dict[str, Any], logit: float) -> tuple[Tensor, Any]:
         """What the head reads, (N, T, H), and the model's output when its head says `logit` alone."""
@@ -184,7 +183,7 @@ class Head:
             return "its head's weight is offloaded and comes with each call"
         if self.is_elsewhere():
             return None
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             return self._why_not_equal(_probe(self.model, weight))
 
     def _why_not_equal(self, batch: Sequences) -> str | None:
@@ -202,7 +201,7 @@ class Head:
         precision = max(torch.finfo(tensor.dtype).eps for tensor in (own, hidden, weight))
         pairs = {"logits": (mine, own), "a logit of 64": (projection.logits(large), output.logits)}
         for name, (found, expected) in pairs.items():
-            off = _relative_error(found, expected)
+            off = relative_error(found, expected)
             if not off <= 8 * max(precision, _rounding_of_products(own)):
                 return f"{name} by its head and configuration differ from its own by {off:.1e} of the largest"
         return None
@@ -294,19 +293,7 @@ def _scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
     return 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode within, and each as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest number. Where both are no number, or infinite alike, they agree."""
     one, other = torch.broadcast_tensors(found.double(), expected.double())
     alike = (one == other) | (one.isnan() & other.isnan())

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating
+from gkd_lab.models.heads import relative_error
 
 ROWS = 2
 """Of each member: one with padding and one without."""
@@ -97,32 +98,24 @@ def _written_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
 @contextmanager
 def _plainly_computing(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
     """Without dropout, gradients and autocast; what the model's code raises becomes CannotPack."""
-    training = [m for model in (packed, *members) for m in model.modules() if m.training]
-    _set_training(training, False)
     try:
-        with torch.no_grad(), torch.autocast(packed.device.type, enabled=False):
+        with (
+            evaluating(packed, *members),
+            torch.no_grad(),
+            torch.autocast(packed.device.type, enabled=False),
+        ):
             yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise CannotPack(f"the code of {_name(packed)} does not work with a pack ({reason})") from error
-    finally:
-        _set_training(training, True)
-
-
-def _set_training(modules: Sequence[nn.Module], value: bool) -> None:
-    for module in modules:
-        module.training = value
 
 
 def _compare(
     what: str, packed: PreTrainedModel, found: Tensor, expected: Tensor, precision: torch.dtype
 ) -> None:
-    one, other = found.double(), expected.double()
-    alike = (one == other) | (one.isnan() & other.isnan())
-    largest = other.nan_to_num(0, 0, 0).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    off = float(torch.where(alike, 0, (one - other).abs() / largest).max())
+    off = relative_error(found, expected)
     if not off <= _rounding(precision, packed.device):
         raise CannotPack(
             f"the {what} of the packed {_name(packed)} differ from those of its members by {off:.0e} "

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gkd_lab.distill.batches import collate
-from gkd_lab.distill.sampling import InverseCdf, end_ids, evaluating, write
+from gkd_lab.distill.sampling import InverseCdf, end_ids, write
 from gkd_lab.distill.streams import uniforms
-from gkd_lab.models.forward import Sequences, completion_logits, until_end
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating, until_end
 from gkd_lab.spec.cell import Family
 
 from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
