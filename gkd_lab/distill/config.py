@@ -105,12 +105,14 @@ class CellArguments:
     """Where the cell's own checkpoints go."""
     divergence: str = "jsd"
     rescale_divergence: bool = False
+    loss_weight: float = 1.0
 
     @classmethod
     def of(cls, args: GKDConfig) -> "CellArguments":
         """The one cell that plain arguments describe."""
         seed = args.seed if args.data_seed is None else args.data_seed
-        own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        known = cls.__dataclass_fields__.keys() & vars(args).keys()
+        own: dict[str, Any] = {name: getattr(args, name) for name in known}
         return cls(**{**own, "seed": seed})
 
     def measure(self) -> Divergence:

@@ -1,43 +1,22 @@
 """Text out of a model: sampling with noise that the caller gives, greedy and beam search.
 
 Sampling inverts the cumulative distribution at one uniform number per row and token, so that rows may be
-batched, padded and packed in any way and still get the same tokens. `generate` of transformers does the
-decoding with its KV cache; its configuration is complete, so nothing leaks in from the model's own.
-Shapes: N rows, C new tokens, V vocabulary.
+batched, padded and packed in any way and still get the same tokens. `generate` of transformers prepares
+prompts, masks and its KV cache; its configuration is complete, so nothing leaks in from the model's own.
+Shapes: N rows, C new tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from gkd_lab.distill.token_by_token import Choose, InverseCdf, TokenByToken, likeliest
 from gkd_lab.models.forward import Sequences, evaluating, until_end, unwrapped
-
-
-class InverseCdf(LogitsProcessor):
-    """Leaves one token a row: where the cumulative distribution passes the row's uniform number."""
-
-    def __init__(
-        self, uniforms_NC: Tensor, temperature: float | Tensor, vocabulary: int | None = None
-    ) -> None:
-        self.uniforms = uniforms_NC
-        self.temperature = temperature
-        self.vocabulary = vocabulary
-        self.token = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(N, V) scores -> 0 at the drawn token, -inf elsewhere."""
-        allowed = scores[:, : self.vocabulary]
-        wide = allowed if allowed.dtype == torch.float64 else allowed.float()
-        temperature = torch.as_tensor(self.temperature, device=scores.device, dtype=wide.dtype)
-        cumulative = (wide / temperature).softmax(-1).double().cumsum(-1)
-        u = self.uniforms[:, self.token, None].to(scores.device) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, u, right=True).clamp_max(allowed.shape[-1] - 1)
-        self.token += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+from gkd_lab.models.packed import cells_in
 
 
 def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **more: Any) -> GenerationConfig:
@@ -105,11 +84,13 @@ def write(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     vocabulary: int | None = None,
+    assisted: Callable[[Choose], Choose] | None = None,
 ) -> Sequences:
     """The prompts with what the model writes after them, at most `max_new_tokens`.
 
     With `uniforms` (N, C) it samples at `temperature`, from the first `vocabulary` entries if that is given;
     without it searches, greedily or with `num_beams`.
+    `assisted` may choose a token in the place of either, as a calculator does; ValueError for it with beams.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
     config = generation_config(
@@ -120,9 +101,11 @@ def write(
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
-    processors = LogitsProcessorList()
-    if uniforms is not None:
-        processors.append(InverseCdf(uniforms, temperature, vocabulary))
+    if assisted is not None and num_beams > 1:
+        raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
+    choose: Choose = likeliest if uniforms is None else InverseCdf(uniforms, temperature, vocabulary)
+    choose = choose if assisted is None else assisted(choose)
+    loop = TokenByToken(choose, end_ids, pad_id, cells_in(model)) if num_beams == 1 else None
     # A mixture of experts would balance its load over the prompt's mask and one token's logits, and fail.
     routes = getattr(model.config.get_text_config(), "output_router_logits", False)
     router_off = {"output_router_logits": False} if routes else {}
@@ -131,7 +114,7 @@ def write(
             input_ids=prompts.prompt_ids,
             attention_mask=prompts.prompt_mask,
             generation_config=config,
-            logits_processor=processors,
+            custom_generate=loop,
             **router_off,
         )
     skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]

@@ -103,7 +103,9 @@ def cell_sums(
     normalization: str,
     vocabulary: int | None = None,
 ) -> CellSums:
-    """Loss and entropy of each cell, summed over this micro-batch; the loss is divided by the step's `items`.
+    """Loss and entropy of each cell, summed over this micro-batch.
+
+    The loss has the cell's weight and is divided by the step's `items`.
 
     student: (K*B, C, H); teacher: (M*B, C, H). Only positions that are trained on are projected.
     """
@@ -115,7 +117,7 @@ def cell_sums(
     chosen = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
     block = torch.tensor(batch.block_of_cell, device=chosen.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
-    return divergence_sums(
+    sums = divergence_sums(
         _gathered(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
         student.projection,
         _gathered(teacher.hidden.reshape(len(masks), -1, teacher.hidden.shape[-1]), chosen),
@@ -125,6 +127,8 @@ def cell_sums(
         weights.gather(1, chosen)[block] / divisors,
         vocabulary=vocabulary,
     )
+    of_loss = torch.tensor([cell.loss_weight for cell in cells], device=sums.losses.device)
+    return CellSums(sums.losses * of_loss.to(sums.losses.dtype), sums.entropies)
 
 
 def _gathered(hidden: Tensor, chosen: Tensor) -> Tensor:

@@ -184,6 +184,12 @@ def give_rows_their_bias(attention: nn.Module) -> None:
     attention.compute_bias = compute_bias  # type: ignore[assignment]
 
 
+def cells_in(model: nn.Module) -> int:
+    """How many cells a batch of this model carries at the moment; 1 if it is no pack."""
+    packed = next((m for m in model.modules() if isinstance(m, PackedModule)), None)
+    return 1 if packed is None else packed.active_weight().shape[0]
+
+
 def packed_form(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
     """The members' weights in one module; None if they hold none or there is no form for them."""
     first = members[0]

@@ -120,7 +120,8 @@ def bytes_of_step(trainer: Any, inputs: dict[str, Tensor]) -> int:
     """What a trainer's only cell needs: weights, gradients, two moments, and a step's intermediate results.
 
     The last are the peak of allocations on a GPU; on a CPU, where no such count exists, they are what the
-    forward pass saves for the backward pass. Adafactor's moments are smaller, so it has more room.
+    forward pass saves for the backward pass. Adafactor's moments are smaller, so it has more room. Sampling
+    has less to keep: of what the forward pass saves of a token, its cache holds the keys and values.
     """
     model = trainer.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

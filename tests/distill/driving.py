@@ -46,6 +46,7 @@ def cell(
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     learning_rate: float = 3e-4,
+    loss_weight: float = 1.0,
 ) -> CellArguments:
     return CellArguments(
         lmbda=lmbda,
@@ -56,6 +57,7 @@ def cell(
         student_temperature=1.0,
         learning_rate=learning_rate,
         output_dir=str(folder / name),
+        loss_weight=loss_weight,
     )
 
 

@@ -122,6 +122,21 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
         assert_close(run.weights(n), {k: p.detach() for k, p in plain.named_parameters()}, 1e-12)
 
 
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_cell_s_loss_has_its_own_weight(packed: bool, tmp_path: Path) -> None:
+    """Without clipping, gradients follow; Adam's step hardly does, so the first step's norm is looked at."""
+    weights = (1.0, 3.0, 0.0) if packed else (3.0,)
+    cells = [cell(tmp_path, str(n), loss_weight=weight) for n, weight in enumerate(weights)]
+    whole = distil(
+        tmp_path, "decoder-only", [cell(tmp_path, "1")], packed=False, max_steps=1, max_grad_norm=0
+    )
+    run = distil(tmp_path, "decoder-only", cells, packed=packed, max_steps=1, max_grad_norm=0)
+    for n, weight in enumerate(weights):
+        for name in ("loss", "grad_norm"):
+            assert run.history[n][0][name] == pytest.approx(weight * whole.history[0][0][name], rel=1e-9)
+        assert run.history[n][0]["entropy"] == pytest.approx(whole.history[0][0]["entropy"], rel=1e-9)
+
+
 def test_clipping_is_per_cell(tmp_path: Path) -> None:
     """A cell whose gradient is a thousand times larger takes nothing from its neighbours."""
     calm = cell(tmp_path, "0", lmbda=0, beta=0.5)
