@@ -1,6 +1,6 @@
 """What is logged of each cell: means over the steps since the last row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,15 +11,23 @@ SUMS = ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated", "entrop
 
 
 class Averages:
-    """Sums over micro-batches and steps for each cell, handed out as means."""
+    """Sums over micro-batches and steps for each cell, handed out as means.
 
-    def __init__(self, cells: int) -> None:
+    Args:
+        cells: K.
+        terms: For each cell the names of its loss's terms; a cell with several has a mean of each.
+    """
+
+    def __init__(self, cells: int, terms: Sequence[Sequence[str]] = ()) -> None:
         self.cells = cells
+        self.names = terms or [()] * cells
+        self.most = max(map(len, self.names))
         self._reset()
 
     def _reset(self) -> None:
         self.batches = 0
         self.sums = {name: torch.zeros(self.cells, dtype=torch.float64) for name in SUMS}
+        self.terms = torch.zeros(self.most, self.cells, dtype=torch.float64)
 
     def add(self, losses: Tensor, entropies: Tensor, batch: StepBatch, end_ids: Tensor) -> None:
         """A micro-batch; losses (K,) are shares of the step's loss, entropies (K,) sums over tokens."""
@@ -37,6 +45,10 @@ class Averages:
         self.sums["rows"] += cut.shape[1]
         self.sums["tokens"] += lengths.view(self.cells, -1).sum(-1).cpu()
 
+    def add_terms(self, terms: Tensor) -> None:
+        """What each term adds to the loss of a micro-batch, (K, most terms of a cell)."""
+        self.terms[: terms.shape[1]] += terms.double().cpu().T
+
     def add_norms(self, norms: Tensor) -> None:
         """The end of a step, with the norm of each cell's gradient, (K,)."""
         self.sums["steps"] += 1
@@ -47,9 +59,10 @@ class Averages:
 
         loss: mean over steps (over micro-batches where no step ended); on_policy: share of rows that the
         student wrote; completion_length: tokens; truncated: share of written rows without an end;
-        entropy: of the student's next token, nats.
+        entropy: of the student's next token, nats; loss/NAME: what each of several terms adds.
         """
-        sums = dict(zip(SUMS, over_ranks(torch.stack([self.sums[name] for name in SUMS])), strict=True))
+        found = over_ranks(torch.cat([torch.stack([self.sums[name] for name in SUMS]), self.terms]))
+        sums, terms = dict(zip(SUMS, found, strict=False)), found[len(SUMS) :]
         self._reset()
         steps = torch.where(sums["steps"] > 0, sums["steps"], sums["batches"]).clamp_min(1)
         means = {
@@ -61,4 +74,8 @@ class Averages:
             "truncated": sums["truncated"] / sums["on_policy"].clamp_min(1e-9),
             "entropy": sums["entropy"] / sums["tokens"].clamp_min(1e-9),
         }
-        return [{name: float(values[n]) for name, values in means.items()} for n in range(self.cells)]
+        rows = [{name: float(values[n]) for name, values in means.items()} for n in range(self.cells)]
+        for n, (row, names) in enumerate(zip(rows, self.names, strict=True)):
+            if len(names) > 1:
+                row |= {f"loss/{name}": float(terms[k, n] / steps[n]) for k, name in enumerate(names)}
+        return rows

@@ -1,11 +1,13 @@
 """Arguments of the trainer: TRL's, with TRL's defaults, and what the paper needs besides."""
 
+import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gkd_lab.distill.divergence import Divergence
+from gkd_lab.distill.objectives import Term, Terms, parsed, reads_teacher, without_labels
 
 with warnings.catch_warnings():
     # TRL warns that its experimental names may move; constraints.txt pins where they are.
@@ -30,6 +32,9 @@ class GKDConfig(TrlGKDConfig):
             has no beta.
         rescale_divergence: Divide JSD(beta) by beta (1 - beta), so that losses and gradients of all betas
             compare; the ends are unchanged.
+        objectives: What the loss is made of, such as `[{"type": "divergence", "beta": 0.1, "weight": 1},
+            {"type": "cross_entropy", "weight": 0.5}]`; what a divergence leaves out is that of the fields
+            above. None: that one divergence. Each term is logged by itself.
         teacher_dtype: Dtype of the teacher's weights; None leaves them as they are.
         park_teacher: Keep the teacher on the CPU while the student trains and samples.
         eval_on_policy: `evaluate` also lets the student write, and reports the loss on that.
@@ -50,6 +55,9 @@ class GKDConfig(TrlGKDConfig):
     divergence: str = field(default="jsd", metadata={"help": "`jsd` (Eq. 1) or `tv`, total variation."})
     rescale_divergence: bool = field(
         default=False, metadata={"help": "Divide JSD(beta) by beta (1 - beta), so that betas compare."}
+    )
+    objectives: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "The terms of the loss with their weights, as JSON."}
     )
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Dtype of the teacher's weights, such as `bfloat16`."}
@@ -105,18 +113,33 @@ class CellArguments:
     """Where the cell's own checkpoints go."""
     divergence: str = "jsd"
     rescale_divergence: bool = False
-    loss_weight: float = 1.0
+    objectives: Terms = ()
+    """What the loss is made of; empty: the divergence that the fields above describe."""
+
+    def __post_init__(self) -> None:
+        if self.lmbda > 0 and not reads_teacher(self.terms()):
+            raise ValueError(
+                f"lmbda {self.lmbda} lets the student write, and cross-entropy has nothing to teach of its "
+                "own text: set lmbda to 0, or add a divergence"
+            )
 
     @classmethod
     def of(cls, args: GKDConfig) -> "CellArguments":
         """The one cell that plain arguments describe."""
         seed = args.seed if args.data_seed is None else args.data_seed
-        known = cls.__dataclass_fields__.keys() & vars(args).keys()
-        own: dict[str, Any] = {name: getattr(args, name) for name in known}
-        return cls(**{**own, "seed": seed})
+        own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        plain = cls(**{**own, "lmbda": 0.0, "seed": seed, "objectives": ()})
+        asked = args.objectives
+        listed = json.loads(asked) if isinstance(asked, str) else asked or []
+        return replace(plain, lmbda=args.lmbda, objectives=parsed(listed, plain.measure()))
+
+    def terms(self, *, on_policy: bool = False) -> Terms:
+        """The terms of the loss; of what the student wrote itself cross-entropy has the weight 0."""
+        own = self.objectives or (Term(self.measure()),)
+        return without_labels(own) if on_policy else own
 
     def measure(self) -> Divergence:
-        """How the cell compares its student with the teacher."""
+        """The divergence that the cell's own fields describe."""
         return Divergence(
             kind=self.divergence,  # type: ignore[arg-type]
             beta=self.beta,

@@ -15,6 +15,7 @@ from transformers import Trainer
 from gkd_lab.distill import checkpoints, per_cell
 from gkd_lab.distill.averages import Averages
 from gkd_lab.distill.config import CellArguments, shared_seeds
+from gkd_lab.distill.objectives import names
 from gkd_lab.models.packing import Pack
 
 CellLog = Callable[[int, dict[str, float]], None]
@@ -63,7 +64,7 @@ class PackTrainer(Trainer):
         self.seeds = shared_seeds(self.cells)
         self.log_cell, self.on_failure = log_cell, on_failure
         self.failures: dict[int, str] = {}
-        self._logged = Averages(len(self.cells))
+        self._logged = Averages(len(self.cells), [names(cell.terms()) for cell in self.cells])
         self._views: per_cell.Views = []
         super().__init__(model=pack.model, **options)
         if pack.is_packed and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -96,18 +96,17 @@ def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
 
 def cell_sums(
     student: Unprojected,
-    teacher: Unprojected,
+    teacher: Unprojected | None,
     batch: StepBatch,
     cells: Sequence[CellArguments],
     items: Tensor,
     normalization: str,
     vocabulary: int | None = None,
 ) -> CellSums:
-    """Loss and entropy of each cell, summed over this micro-batch.
+    """Loss and entropy of each cell, summed over this micro-batch; the loss is divided by the step's `items`.
 
-    The loss has the cell's weight and is divided by the step's `items`.
-
-    student: (K*B, C, H); teacher: (M*B, C, H). Only positions that are trained on are projected.
+    student: (K*B, C, H); teacher: (M*B, C, H), or None where no cell compares with it. Only positions that
+    are trained on are projected.
     """
     count, length = len(cells), batch.student.completion_mask.shape[1]
     masks = batch.teacher.completion_mask.reshape(-1, student.hidden.shape[0] // count, length)
@@ -117,18 +116,20 @@ def cell_sums(
     chosen = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
     block = torch.tensor(batch.block_of_cell, device=chosen.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
-    sums = divergence_sums(
+    guide = None
+    if teacher is not None:
+        guide = _gathered(teacher.hidden.reshape(len(masks), -1, teacher.hidden.shape[-1]), chosen)
+    return divergence_sums(
         _gathered(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
         student.projection,
-        _gathered(teacher.hidden.reshape(len(masks), -1, teacher.hidden.shape[-1]), chosen),
-        teacher.projection,
+        guide,
+        None if teacher is None else teacher.projection,
         batch.block_of_cell,
-        [cell.measure() for cell in cells],
+        [cell.terms(on_policy=own) for cell, own in zip(cells, batch.on_policy, strict=True)],
         weights.gather(1, chosen)[block] / divisors,
+        labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, chosen)[block],
         vocabulary=vocabulary,
     )
-    of_loss = torch.tensor([cell.loss_weight for cell in cells], device=sums.losses.device)
-    return CellSums(sums.losses * of_loss.to(sums.losses.dtype), sums.entropies)
 
 
 def _gathered(hidden: Tensor, chosen: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from gkd_lab.distill.batches import Collator, FollowEpochs, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.objectives import reads_teacher
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
 from gkd_lab.distill.reading import Reader
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
@@ -318,21 +320,27 @@ class GKDTrainer(PackTrainer):
 
     def _sums(self, model: nn.Module, batch: StepBatch, items: Tensor) -> tuple[CellSums, Tensor | None]:
         """Losses and entropies of the cells, and the load-balancing loss of a mixture of experts."""
-        with self._teacher_at_work():
-            with torch.no_grad(), self.accelerator.autocast():
-                guide = _inside(self.teacher_model, self._teacher_head.model, self._read, batch)
+        asked = any(reads_teacher(cell.terms()) for cell in self.cells)
+        with self._teacher_at_work() if asked else nullcontext():
+            guide = self._guide(batch) if asked else None
             # Still at work: the loss reads the teacher's head.
             compare = partial(self._compare, guide=guide, items=items)
-            losses, entropies, extra = _inside(model, self.pack.model, compare, batch)
-        return CellSums(losses, entropies), extra
+            *sums, extra = _inside(model, self.pack.model, compare, batch)
+        return CellSums(*sums), extra
+
+    def _guide(self, batch: StepBatch) -> Unprojected:
+        """What the teacher makes of the step's rows."""
+        with torch.no_grad(), self.accelerator.autocast():
+            guide: Unprojected = _inside(self.teacher_model, self._teacher_head.model, self._read, batch)
+        return guide
 
     def _compare(
-        self, batch: StepBatch, guide: Unprojected, items: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, batch: StepBatch, guide: Unprojected | None, items: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it."""
         own = self._student_head.unprojected(batch.student)
         sums = cell_sums(own, guide, batch, self.cells, items, self.args.loss_normalization, self._vocabulary)
-        return sums.losses, sums.entropies, own.aux_loss
+        return sums.losses, sums.entropies, sums.terms, own.aux_loss
 
     def _teacher_at_work(self) -> Any:
         return at_work(self.teacher_model, self.args.device, parked=self.args.park_teacher)
@@ -342,6 +350,7 @@ class GKDTrainer(PackTrainer):
         for n in (~losses.isfinite()).nonzero().flatten().tolist():
             self._fail(n, f"the loss is {losses[n].item()}")
         self._logged.add(losses, sums.entropies, batch, self._limits.end_ids)
+        self._logged.add_terms(sums.terms)
 
     # ---- evaluation: the loss on fixed data, and on the students' own text if asked ----
 

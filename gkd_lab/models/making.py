@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gkd_lab.models.heads import keep_untied
-from gkd_lab.spec.cell import Architecture, Family, ModelSpec, TokenizerSpec
+from gkd_lab.spec.cell import Architecture, Family, TokenizerSpec
 from gkd_lab.spec.errors import SpecError
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -111,20 +111,9 @@ def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> P
     return model
 
 
-def load_pretrained(spec: ModelSpec, family: Family, precision: str) -> PreTrainedModel:
-    """The model that a spec names, at its revision."""
-    auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
-    place = spec.path or spec.pretrained
-    assert place is not None
-    revision = None if spec.path else spec.revision
-    model = auto.from_pretrained(place, revision=revision, dtype=DTYPES[precision], trust_remote_code=False)
-    keep_untied(model)
-    return model
-
-
-def load_tokenizer(place: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer in a checkpoint folder or of a hub name; a pad token is set where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False)
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a checkpoint folder; a pad token is set where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.objectives import Terms
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.packing import Pack
 from gkd_lab.spec.cell import Family
@@ -46,7 +47,7 @@ def cell(
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     learning_rate: float = 3e-4,
-    loss_weight: float = 1.0,
+    objectives: Terms = (),
 ) -> CellArguments:
     return CellArguments(
         lmbda=lmbda,
@@ -57,7 +58,7 @@ def cell(
         student_temperature=1.0,
         learning_rate=learning_rate,
         output_dir=str(folder / name),
-        loss_weight=loss_weight,
+        objectives=objectives,
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gkd_lab.distill import chunked
 from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.divergence import Divergence
+from gkd_lab.distill.objectives import terms_of
 from gkd_lab.models import projection
 from gkd_lab.models.projection import Projection
 
@@ -395,10 +396,15 @@ def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
     assert_paths_agree(replace(given, vocabulary=vocabulary))
 
 
-def assert_paths_agree(given: Problem) -> None:
+def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
     arguments = dict(vars(given))
     student, head = arguments.pop("student"), arguments.pop("student_head")
-    call = chunked._Call(**arguments)
+    objectives = tuple(terms_of(one) for one in arguments.pop("divergences"))
+    return student, head, chunked._Call(**arguments, objectives=objectives, labels=None)
+
+
+def assert_paths_agree(given: Problem) -> None:
+    student, head, call = as_call(given)
     assert chunked._fits_trl(student, head, call)
     ours, theirs = chunked._own_sums(student, head, call), chunked._trl_sums(student, head, call)
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
@@ -431,9 +437,8 @@ def unfit() -> dict[str, Problem]:
 
 @pytest.mark.parametrize("case", unfit())
 def test_what_trls_kernel_lacks_goes_our_own_way(case: str) -> None:
-    arguments = dict(vars(unfit()[case]))
-    student, head = arguments.pop("student"), arguments.pop("student_head")
-    assert not chunked._fits_trl(student, head, chunked._Call(**arguments))
+    student, head, call = as_call(unfit()[case])
+    assert not chunked._fits_trl(student, head, call)
 
 
 class Largest(TorchDispatchMode):

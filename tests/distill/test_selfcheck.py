@@ -118,7 +118,7 @@ def with_own_temperature(model: Any, temperature: Callable[[int], float]) -> Non
 
     def warmed(**named: Any) -> Any:
         warper = TemperatureLogitsWarper(temperature(len(named["input_ids"])))
-        named["logits_processor"] = LogitsProcessorList([warper, *named["logits_processor"]])
+        named["logits_processor"] = LogitsProcessorList([warper])
         return generate(**named)
 
     model.generate = warmed
@@ -405,7 +405,7 @@ def test_a_fault_of_the_loss_fails_the_checks_of_it_and_no_other(
     def spoilt(hidden: Tensor, *args: Any, **named: Any) -> CellSums:
         sums = true(hidden, *args, **named)
         weights = args[-1].to(hidden.dtype)
-        return CellSums(change(sums.losses, hidden, weights), sums.entropies)
+        return replace(sums, losses=change(sums.losses, hidden, weights))
 
     monkeypatch.setattr(steps, "divergence_sums", spoilt)
     assert failing(Bench(pair, tmp_path)) == expected

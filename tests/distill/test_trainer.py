@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from gkd_lab.distill.batches import Example, KeyedBatches, collate
-from gkd_lab.distill.divergence import generalized_jsd
+from gkd_lab.distill.divergence import Divergence, generalized_jsd
+from gkd_lab.distill.objectives import Term
 from gkd_lab.distill.pack_trainer import AllCellsFailed
 from gkd_lab.distill.sampling import write
 from gkd_lab.distill.streams import is_on_policy, permutation, uniforms
@@ -126,7 +127,8 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
 def test_a_cell_s_loss_has_its_own_weight(packed: bool, tmp_path: Path) -> None:
     """Without clipping, gradients follow; Adam's step hardly does, so the first step's norm is looked at."""
     weights = (1.0, 3.0, 0.0) if packed else (3.0,)
-    cells = [cell(tmp_path, str(n), loss_weight=weight) for n, weight in enumerate(weights)]
+    of_cells = [(Term(Divergence(beta=0.5), weight),) for weight in weights]
+    cells = [cell(tmp_path, str(n), objectives=terms) for n, terms in enumerate(of_cells)]
     whole = distil(
         tmp_path, "decoder-only", [cell(tmp_path, "1")], packed=False, max_steps=1, max_grad_norm=0
     )
