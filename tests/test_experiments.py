@@ -9,7 +9,13 @@ from gkd_lab import experiments
 from gkd_lab.spec import SpecError
 from gkd_lab.spec.packs import packs
 
-COUNTS = {"quickstart": 15, "nano_grid": 45, "nano_translation": 15, "nano_summarization": 15}
+COUNTS = {
+    "quickstart": 15,
+    "nano_grid": 45,
+    "nano_translation": 15,
+    "nano_summarization": 15,
+    "nano_instruction": 15,
+}
 ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
 
 

@@ -9,6 +9,7 @@ from gkd_lab.distill.batches import Example, collate
 from gkd_lab.distill.sampling import end_ids, write
 from gkd_lab.distill.steps import blocks
 from gkd_lab.distill.streams import uniforms
+from gkd_lab.evaluation.calculator import Calculator
 from gkd_lab.metrics.judge import Prediction
 from gkd_lab.models.packing import Pack
 from gkd_lab.spec.cell import Evaluation
@@ -26,20 +27,21 @@ def predict(
     evaluation: Evaluation,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[Prediction]]:
-    """For each cell a prediction for each row, in the rows' order; `progress` hears of rows done.
+    """For each cell `samples` predictions for each row, in the rows' order; `progress` hears of rows done.
 
     Sampling noise belongs to the row, so that it does not depend on batching, and cells share it.
     """
-    beams = evaluation.num_beams or 1
-    size = max(1, SEQUENCES_AT_ONCE // (pack.size * beams))
+    beams, samples = evaluation.num_beams or 1, evaluation.samples or 1
+    size = max(1, SEQUENCES_AT_ONCE // (pack.size * beams * samples))
+    assisted = Calculator(tokenizer).assist if evaluation.calculator else None
     order = sorted(range(len(rows)), key=lambda n: len(examples[n].prompt_ids))
-    noise = _noise(evaluation, len(rows))
+    noise = _noise(evaluation, len(rows) * samples)
     ends = end_ids(pack.model, tokenizer)
-    found: list[list[Prediction | None]] = [[None] * len(rows) for _ in range(pack.size)]
+    found: list[list[Prediction | None]] = [[None] * (len(rows) * samples) for _ in range(pack.size)]
     for first in range(0, len(rows), size):
-        chosen = order[first : first + size]
+        chosen = [n * samples + k for n in order[first : first + size] for k in range(samples)]
         prompts = collate(
-            [examples[n] for n in chosen],
+            [examples[n // samples] for n in chosen],
             tokenizer.pad_token_id,
             is_encoder_decoder=pack.model.config.is_encoder_decoder,
         ).to(pack.model.device)
@@ -53,6 +55,7 @@ def predict(
             temperature=evaluation.temperature or 1.0,
             num_beams=beams,
             length_penalty=evaluation.length_penalty or 0.0,
+            assisted=assisted,
         )
         for cell, block in enumerate(blocks(written, pack.size)):
             texts = tokenizer.batch_decode(block.completion_ids, skip_special_tokens=True)
@@ -60,9 +63,9 @@ def predict(
             last = block.completion_ids.gather(1, (lengths - 1)[:, None])[:, 0]
             ended = torch.isin(last, ends.to(last.device)).tolist()
             for n, text, length, end in zip(chosen, texts, lengths.tolist(), ended, strict=True):
-                row = rows[n]
-                found[cell][n] = Prediction(row.prompt, text.strip(), row.references, length, end)
-        progress(len(chosen))
+                row, sample = rows[n // samples], n % samples
+                found[cell][n] = Prediction(row.prompt, text.strip(), row.references, length, end, sample)
+        progress(len(chosen) // samples)
     return [[p for p in predictions if p is not None] for predictions in found]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from gkd_lab.metrics import METRICS, score_many
+from gkd_lab.metrics import METRICS, score, score_many
 
 _TEXT = datasets.Value("string")
 _EITHER_FORM = [
@@ -61,10 +61,16 @@ class ExactMatch(TextMetric):
     names = ("exact_match",)
 
 
-class Rouge(TextMetric):
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures; `compute(..., use_stemmer=True)` stems words."""
+class AccuracyFlexible(TextMetric):
+    """Share of solutions whose last number is right, by lm-eval's `flexible-extract` of GSM8K."""
 
-    names = ("rouge1", "rouge2", "rougeL")
+    names = ("accuracy_flexible",)
+
+
+class Rouge(TextMetric):
+    """ROUGE-1, 2, L and Lsum F-measures; `compute(..., use_stemmer=True)` stems words."""
+
+    names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 class Bleu(TextMetric):
@@ -79,4 +85,27 @@ class Chrf(TextMetric):
     names = ("chrf",)
 
 
-assert {name for metric in TextMetric.__subclasses__() for name in metric.names} == set(METRICS)
+class SelfBleu(evaluate.Metric):
+    """Self-BLEU of several texts a prompt: `compute(predictions=[["a text", "another"], ...])`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"keep_in_memory": True, **settings})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="gkd_lab.metrics: self_bleu, 0 (all different) to 100 (all equal)",
+            citation="",
+            inputs_description="predictions: for each prompt the texts written for it, as many for each",
+            features=datasets.Features({"predictions": datasets.List(_TEXT)}),
+        )
+
+    def _compute(self, predictions: list[list[str]]) -> dict[str, Any]:
+        texts = [text for group in predictions for text in group]
+        prompts = [n for n, group in enumerate(predictions) for _ in group]
+        one = score("self_bleu", texts, [[""]] * len(texts), prompts=prompts)
+        return {"self_bleu": one.value, **one.extra, "signatures": {"self_bleu": one.signature}}
+
+
+_BY_SETTING = {f"{kind}_stem" for kind in Rouge.names}
+_OWN = {name for metric in TextMetric.__subclasses__() for name in metric.names}
+assert {*_OWN, *_BY_SETTING, "self_bleu"} == set(METRICS)

@@ -4,6 +4,6 @@ No torch and no `evaluate` here; the wrapped forms live in gkd_lab/evaluation/me
 """
 
 from gkd_lab.metrics.answers import extract_answer
-from gkd_lab.metrics.score import METRICS, Score, score, score_many
+from gkd_lab.metrics.score import METRICS, Score, Scorer, score, score_many
 
-__all__ = ["METRICS", "Score", "extract_answer", "score", "score_many"]
+__all__ = ["METRICS", "Score", "Scorer", "extract_answer", "score", "score_many"]

@@ -1,20 +1,25 @@
 """95 % intervals for scores: how far a value would move with other examples of the same kind.
 
 The bootstrap draws examples with replacement. It knows nothing of training noise: that is what
-seeds are for.
+seeds are for. Equal numbers of examples get equal draws, so that cells that share prompts are paired.
 """
 
 import json
-from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 CORPUS_METRICS = ("bleu", "chrf")
 """Scores of a whole corpus; the mean of their sentence scores is another number."""
 
-_DRAWN_AT_ONCE = 2_000_000
+Floats = NDArray[np.float64]
+
+_AT_ONCE = 5_000_000
+"""Numbers held at once, of draws and of means: 40 MB."""
+_DECIMALS = 9
+"""Finer digits differ between a cell alone and the same cell among others: sums in another order."""
 
 
 def mean_interval(
@@ -24,14 +29,45 @@ def mean_interval(
     values = np.asarray(per_example, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"an interval needs one value an example, got an array of {values.shape}")
-    generator = np.random.default_rng(seed)
-    chunk = max(1, _DRAWN_AT_ONCE // values.size)
-    means = [
-        values[generator.integers(values.size, size=(min(chunk, resamples - done), values.size))].mean(axis=1)
-        for done in range(0, resamples, chunk)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    low, high = mean_intervals(values[None], resamples=resamples, seed=seed)[0]
     return float(low), float(high)
+
+
+def mean_intervals(per_example: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Floats:
+    """`mean_interval` of M cells at once: values (M, N) -> ends (M, 2).
+
+    All cells see the same draws: how often each example was drawn, times the examples' values, is the sums.
+    """
+    values = np.asarray(per_example, dtype=np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"intervals need values (cells, examples), got an array of {values.shape}")
+    cells = max(1, _AT_ONCE // resamples)
+    return np.concatenate(
+        [_ends(values[n : n + cells], resamples, seed) for n in range(0, len(values), cells)]
+    )
+
+
+def _ends(values: Floats, resamples: int, seed: int) -> Floats:
+    means = [values @ counts.T / values.shape[1] for counts in draws(values.shape[1], resamples, seed)]
+    ends = np.percentile(np.concatenate(means, axis=1), [2.5, 97.5], axis=1, overwrite_input=True)
+    return np.round(ends.T, _DECIMALS)
+
+
+def draws(examples: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each example is drawn in each resample, (resamples, examples), in parts; always the same."""
+    rows = max(1, _AT_ONCE // examples)
+    for part, first in enumerate(range(0, resamples, rows)):
+        yield _counts(examples, min(rows, resamples - first), seed, part)
+
+
+@lru_cache(maxsize=4)
+def _counts(examples: int, resamples: int, seed: int, part: int) -> Floats:
+    """One part of `draws`: as many draws as examples a row."""
+    generator = np.random.default_rng((seed, part))
+    drawn = generator.integers(examples, size=(resamples, examples))
+    drawn += np.arange(resamples)[:, None] * examples
+    counts = np.bincount(drawn.ravel(), minlength=resamples * examples)
+    return counts.reshape(resamples, examples).astype(np.float64)
 
 
 def corpus_interval(
@@ -46,19 +82,10 @@ def corpus_interval(
     It resamples the sentences' sufficient statistics (seed 12345, or SACREBLEU_SEED) and publishes
     half the width of the middle 95 %: the interval is the score plus and minus that, in 0 to 100.
     """
-    from sacrebleu.metrics import BLEU, CHRF
+    from gkd_lab.metrics.corpus import measure, streams
 
-    class PlainChrf(CHRF):
-        """A resample that scores 0 is a float, any other a numpy one, and `statistics` refuses the mix."""
-
-        def _compute_score_from_stats(self, stats: Any) -> Any:
-            score = super()._compute_score_from_stats(stats)
-            score.score = float(score.score)
-            return score
-
-    scorer = {"bleu": BLEU, "chrf": PlainChrf}[metric]()
-    streams = [list(stream) for stream in zip_longest(*references)]
-    score = scorer.corpus_score(list(predictions), streams, n_bootstrap=resamples)
+    scorer = measure(metric)
+    score = scorer.corpus_score(list(predictions), streams(references), n_bootstrap=resamples)
     facts = json.loads(score.format(width=6, is_json=True, signature=str(scorer.get_signature())))
     half = float(facts.get("confidence_var", 0.0))  # left out where every resample scores 0
     return max(0.0, score.score - half), min(100.0, score.score + half)
@@ -69,8 +96,13 @@ def interval(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     per_example: Sequence[float],
-) -> tuple[float, float]:
-    """Low and high end for a metric: of the corpus score where it is one, else of the mean."""
+    *,
+    samples: int = 1,
+) -> tuple[float, float] | None:
+    """Low and high end for a metric: of the corpus score where it is one, else of the mean.
+
+    With several `samples` a prompt, one after another, prompts are drawn; a corpus score then has none.
+    """
     if metric in CORPUS_METRICS:
-        return corpus_interval(metric, predictions, references)
-    return mean_interval(per_example)
+        return corpus_interval(metric, predictions, references) if samples == 1 else None
+    return mean_interval(np.reshape(per_example, (-1, samples)).mean(axis=1).tolist())

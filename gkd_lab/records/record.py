@@ -2,6 +2,7 @@
 
     spec.json  provenance.json  metrics.jsonl  checkpoint/  status.json (written last, by rename)
     evaluations/<decoding>-<fp>/  spec.json  predictions.jsonl  scores.json  status.json
+    evaluations/lm_eval-<fp>/     the same of a task of lm-eval
 
 `status.json` is the truth: without it a run is not finished, whatever else is there.
 """
@@ -22,7 +23,15 @@ from gkd_lab.records.files import (
     write_json,
     write_lines,
 )
-from gkd_lab.spec.cell import Cell, Evaluation, SftModel, artifact_folder
+from gkd_lab.spec.cell import (
+    AnyEvaluation,
+    Cell,
+    HarnessEvaluation,
+    SftModel,
+    TextSpec,
+    artifact_folder,
+    text_folder,
+)
 from gkd_lab.spec.identity import FORMAT, Frozen
 
 State = Literal["done", "running", "failed", "missing"]
@@ -90,13 +99,13 @@ class EvaluationRecord(Part):
     def state(self) -> State:
         return self.status().get("state", "missing")
 
-    def lacks(self, evaluation: Evaluation) -> bool:
+    def lacks(self, evaluation: AnyEvaluation) -> bool:
         """Whether it was judged before all of these metrics were asked for."""
         return self.state() == "done" and not set(evaluation.metrics) <= set(self.scores())
 
     def write(
         self,
-        evaluation: Evaluation,
+        evaluation: AnyEvaluation,
         predictions: list[dict[str, Any]],
         scores: Mapping[str, Any],
         **facts: Any,
@@ -159,8 +168,13 @@ class Record(Part):
             return state
         return "running" if self.is_claimed() else "missing"
 
-    def evaluation(self, evaluation: Evaluation) -> EvaluationRecord:
+    def evaluation(self, evaluation: AnyEvaluation) -> EvaluationRecord:
         return EvaluationRecord(self.folder / "evaluations" / evaluation.folder)
+
+    def harness_evaluations(self) -> list[HarnessEvaluation]:
+        """The lm-eval tasks that were begun, whether or not an experiment asks for them."""
+        found = [read_json(path) for path in sorted(self.folder.glob("evaluations/lm_eval-*/spec.json"))]
+        return [HarnessEvaluation.model_validate(one["spec"]) for one in found if one is not None]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One line of the training's history."""
@@ -198,3 +212,7 @@ class Store:
     def artifact(self, scale: str, role: str, model: SftModel) -> Record:
         """The record of a teacher (`teacher`) or of a starting student (`start`)."""
         return Record(self.root / artifact_folder(scale, role, model))
+
+    def text(self, scale: str, text: TextSpec) -> Record:
+        """The record of what a teacher wrote for the prompts of a training split."""
+        return Record(self.root / text_folder(scale, text))

@@ -8,13 +8,16 @@ import pandas as pd
 
 from gkd_lab.records import EvaluationRecord, Record, Store
 from gkd_lab.records.files import read_json
-from gkd_lab.spec import Cell, Evaluation, GridOfCells
+from gkd_lab.results.resampling import Sample, sample_of
+from gkd_lab.results.rows import judged_by
+from gkd_lab.spec import Cell, GridOfCells
+from gkd_lab.spec.cell import AnyEvaluation
 
 LONGEST = 1500
 """Characters of a text that a report shows."""
 
 
-def judged(store: Store, cell: Cell, evaluation: Evaluation) -> dict[str, EvaluationRecord]:
+def judged(store: Store, cell: Cell, evaluation: AnyEvaluation) -> dict[str, EvaluationRecord]:
     """The evaluation of the cell's start, of the cell and of its teacher."""
     records = {
         "start": store.artifact(cell.scale, "start", cell.training.start),
@@ -24,11 +27,11 @@ def judged(store: Store, cell: Cell, evaluation: Evaluation) -> dict[str, Evalua
     return {role: record.evaluation(evaluation) for role, record in records.items()}
 
 
-def per_example(store: Store, cell: Cell, evaluation: Evaluation, metric: str) -> list[float]:
-    """The metric of each prediction; empty where it was not kept."""
-    rows = store.of(cell).evaluation(evaluation).predictions()
+def sample(record: Record, evaluation: AnyEvaluation, metric: str) -> Sample | None:
+    """What was written for the evaluation, to be resampled; None where it was not kept."""
+    rows = record.evaluation(evaluation).predictions()
     values = [row.get("scores", {}).get(metric) for row in rows]
-    return [] if None in values else values
+    return sample_of(metric, rows, values) if rows and None not in values else None
 
 
 def best_cell(grid: GridOfCells, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
@@ -42,11 +45,11 @@ def best_cell(grid: GridOfCells, frame: pd.DataFrame, metric: str, task: str) ->
 
 def samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, Any]]:
     """`count` examples, spread evenly, each with what the start, the cell and the teacher wrote."""
-    evaluation = cell.evaluations[0]
+    evaluation, metric = judged_by(cell)
     written = {role: record.predictions() for role, record in judged(store, cell, evaluation).items()}
     total = len(written["cell"])
     chosen = range(total) if total <= count else (i * total // count for i in range(count))
-    return [_sample(written, index, evaluation.metrics[0]) for index in chosen]
+    return [_sample(written, index, metric) for index in chosen]
 
 
 def _sample(written: dict[str, list[dict[str, Any]]], index: int, metric: str) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def origins(grid: GridOfCells, store: Store) -> list[tuple[str, str]]:
     return [*dated, *((name.replace("_", " "), "; ".join(v)) for name, v in facts.items())]
 
 
-def _parts(grid: GridOfCells, store: Store) -> Iterator[tuple[str, Record, tuple[Evaluation, ...]]]:
+def _parts(grid: GridOfCells, store: Store) -> Iterator[tuple[str, Record, tuple[AnyEvaluation, ...]]]:
     seen = set()
     for cell in grid.cells:
         for role, model in (("start", cell.training.start), ("teacher", cell.training.teacher)):

@@ -1,27 +1,29 @@
 """What lmbda and beta did, in plain sentences computed from the table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from gkd_lab.results.statistics import Effect, lmbda_effect, summary
+from gkd_lab.results.differences import CONFIDENCE, Difference
+from gkd_lab.results.statistics import Effect, Samples, lmbda_effect, summary
 from gkd_lab.results.style import divergence_label
 from gkd_lab.results.table import axes_of
 
-Examples = Callable[[str], Sequence[float]]
 
-
-def findings(frame: pd.DataFrame, metric: str, task: str, examples: Examples) -> list[str]:
-    """Best cell, range over beta at the largest lmbda, effect of lmbda; what is missing is said."""
+def findings(
+    frame: pd.DataFrame, metric: str, task: str, samples: Samples, against_start: Sequence[Difference]
+) -> list[str]:
+    """Best cell, who is better than its start, range over beta, effect of lmbda; gaps are said."""
     here = frame[frame["task"] == task]
     described = summary(here, metric)
     cells = described[(described["role"] == "cell") & described["mean"].notna()]
     if cells.empty:
         return ["No cell of this task has a score yet, so there is nothing to say about λ or β."]
-    effect = lmbda_effect(here, metric, examples)
+    effect = lmbda_effect(here, metric, samples)
     return [
         _best(cells, described, axes_of(frame)),
+        _against_start(against_start),
         _over_beta(cells, axes_of(frame)),
         _over_lmbda(here, effect),
     ]
@@ -52,6 +54,20 @@ def _best(cells: pd.DataFrame, described: pd.DataFrame, axes: list[str]) -> str:
             compared.append(f"{abs(difference):.1f} {word} {name} ({known['mean'].iloc[0]:.1f})")
     against = f", {' and '.join(compared)}" if compared else ""
     return f"Best of {len(cells)}: {place(best, axes)} with {with_interval(best)}{against}."
+
+
+def _against_start(differences: Sequence[Difference]) -> str:
+    if not differences:
+        return "No student can be compared with the SFT student that it started from."
+    verdicts = [one.verdict for one in differences]
+    count = {word: verdicts.count(word) for word in ("higher", "lower", "undecided")}
+    if len(verdicts) == 1:
+        return f"Against the SFT student that it started from, the one student is {verdicts[0]}."
+    return (
+        f"Against the SFT student that they started from, {count['higher']} of {len(verdicts)} students are "
+        f"higher, {count['lower']} lower, {count['undecided']} undecided "
+        f"({len(verdicts)} comparisons, Holm-adjusted at {CONFIDENCE:.0%})."
+    )
 
 
 def _over_beta(cells: pd.DataFrame, axes: list[str]) -> str:

@@ -157,12 +157,18 @@ def _unread(grid: GridOfCells) -> list[str]:
     without = [cell for cell in grid.cells if cell.beta is None]
     stated = {task for task in {cell.task for cell in without} if "beta" in grid.experiment.stated(task)}
     count = sum("beta" in grid.axes or cell.task in stated for cell in without)
-    return [f"total variation reads no beta: {count} of {len(grid.cells)} cells"] if count else []
+    kinds = " and ".join(sorted({_SPOKEN[cell.divergence] for cell in without}, reverse=True))
+    return [f"{kinds} reads no beta: {count} of {len(grid.cells)} cells"] if count else []
+
+
+_SPOKEN = {"tv": "total variation", "cross_entropy": "cross-entropy"}
 
 
 _OF_AXIS = {
     "lmbda": {"source"},
     "temperature": {"source"},
+    "source": {"source"},
+    "method": {"source", "objectives"},
     "beta": {"objectives"},
     "divergence": {"objectives"},
     "rescale_divergence": {"objectives"},

@@ -1,6 +1,8 @@
 """One HTML page that stands alone: figures inline, no request to anywhere, every text escaped."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,18 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gkd_lab.records import State, Store, worst
+from gkd_lab.records import Record, State, Store, worst
 from gkd_lab.records.files import write_text
-from gkd_lab.results.evidence import best_cell, failures, origins, per_example, samples
+from gkd_lab.results.differences import Difference, against_start
+from gkd_lab.results.evidence import best_cell, failures, origins, sample, samples
 from gkd_lab.results.figures import curves, heat_map, losses
 from gkd_lab.results.findings import findings, place
+from gkd_lab.results.resampling import Sample
 from gkd_lab.results.rows import headline
 from gkd_lab.results.statistics import all_points, summary
 from gkd_lab.results.style import divergence_label, inline_svg
 from gkd_lab.results.table import axes_of, table
-from gkd_lab.spec import GridOfCells
+from gkd_lab.spec import Cell, GridOfCells
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -66,21 +70,30 @@ def _task(grid: GridOfCells, store: Store, frame: pd.DataFrame, task: str) -> di
     cells = {cell.fingerprint: cell for cell in grid.cells if cell.task == task}
     first = next(iter(cells.values()))
     evaluation = first.evaluations[0]
+    records = {cell.training.start.fingerprint: _start(store, cell) for cell in cells.values()}
+    records |= {fingerprint: store.of(cell) for fingerprint, cell in cells.items()}
 
-    def examples(fingerprint: str) -> list[float]:
-        return per_example(store, cells[fingerprint], evaluation, evaluation.metrics[0])
+    @cache
+    def written(fingerprint: str) -> Sample | None:
+        return sample(records[fingerprint], evaluation, metric.split("/", 1)[1])
 
+    differences = against_start(frame, metric, task, written)
     best = best_cell(grid, frame, metric, task)
     return {
         "name": task,
         "metric": metric,
-        "findings": findings(frame, metric, task, examples),
+        "findings": findings(frame, metric, task, written, differences),
         "figures": _figures(grid, store, frame, task, metric, anything=best is not None),
-        "scores": _scores(frame, metric, task),
+        "scores": _scores(frame, metric, task, differences),
+        "compared": sum(one.adjusted_p is not None for one in differences),
         "axes": axes_of(frame),
         "best": None if best is None else _named(best),
         "samples": [] if best is None else samples(store, best),
     }
+
+
+def _start(store: Store, cell: Cell) -> Record:
+    return store.artifact(cell.scale, "start", cell.training.start)
 
 
 def _named(cell: Any) -> str:
@@ -115,8 +128,10 @@ def _figures(
     }
 
 
-def _scores(frame: pd.DataFrame, metric: str, task: str) -> list[dict[str, Any]]:
-    """Rows of the report's table: the references, then the cells."""
+def _scores(
+    frame: pd.DataFrame, metric: str, task: str, differences: Sequence[Difference]
+) -> list[dict[str, Any]]:
+    """Rows of the report's table: the references, then the cells with how they differ from their start."""
     here = frame[frame["task"] == task]
     placed = all_points(here)
     keys = ["role", "lmbda", "beta", *axes_of(frame)]
@@ -131,9 +146,21 @@ def _scores(frame: pd.DataFrame, metric: str, task: str) -> list[dict[str, Any]]
                 **{str(key): None if pd.isna(value) else value for key, value in row.items()},
                 "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
                 "worst": worst(list(states)),
+                "difference": _of(differences, row) if row["role"] == "cell" else None,
                 "states": ", ".join(
                     state if len(same) == 1 else f"{count} {state}" for state, count in states.items()
                 ),
             }
         )
     return rows
+
+
+def _of(differences: Sequence[Difference], row: Mapping[Any, Any]) -> Difference | None:
+    for one in differences:
+        if all(_same(row[name], value) for name, value in one.place.items()):
+            return one
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(pd.isna(one) and pd.isna(other)) or bool(one == other)

@@ -4,16 +4,18 @@ Missing and failed parts are rows too. Plain dictionaries, so that nothing heavy
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gkd_lab.records import Record, State, Store, worst
-from gkd_lab.spec import Cell, Evaluation, GridOfCells, SftModel
-from gkd_lab.spec.cell import references
+from gkd_lab.records import EvaluationRecord, Record, State, Store, worst
+from gkd_lab.spec import Cell, GridOfCells, SftModel
+from gkd_lab.spec.cell import AnyEvaluation, references
 
 Row = dict[str, Any]
 
 _OWN_COLUMNS = ("task", "lmbda", "beta", "seed")
+_OF_TASK = ("lm_eval", "task_hash")
+"""What says of an lm-eval score which version and which task gave it; a column for each evaluation."""
 
 
 def rows(grid: GridOfCells, store: Store) -> list[Row]:
@@ -32,15 +34,25 @@ def extra_axes(grid: GridOfCells) -> tuple[str, ...]:
 def headline(grid: GridOfCells, task: str) -> str:
     """Column of the score that a task is judged by: first metric of the first evaluation."""
     cell = next(cell for cell in grid.cells if cell.task == task)
-    first = cell.evaluations[0]
-    return f"{_names(cell.evaluations)[first.folder]}/{first.metrics[0]}"
+    first, metric = judged_by(cell)
+    return f"{evaluation_names(cell.evaluations)[first.folder]}/{metric}"
 
 
-def metric_columns(evaluations: tuple[Evaluation, ...]) -> Iterator[str]:
+def judged_by(cell: Cell) -> tuple[AnyEvaluation, str]:
+    """The first evaluation and its first metric; of a task of lm-eval that names none, `acc`."""
+    return cell.evaluations[0], _leading(cell.evaluations[0])
+
+
+def _leading(evaluation: AnyEvaluation) -> str:
+    return next(iter(evaluation.metrics), "acc")
+
+
+def metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]:
     """The score columns that a cell's evaluations ask for, whether or not they are there."""
-    names = _names(evaluations)
+    names = evaluation_names(evaluations)
     for evaluation in evaluations:
-        for metric in evaluation.metrics:
+        leading = (_leading(evaluation),) if evaluation is evaluations[0] else ()
+        for metric in dict.fromkeys((*leading, *evaluation.metrics)):
             yield from _bounds(f"{names[evaluation.folder]}/{metric}")
             if len(evaluations) == 1:
                 yield from _bounds(metric)
@@ -50,7 +62,7 @@ def _bounds(name: str) -> tuple[str, str, str]:
     return name, f"{name}.low", f"{name}.high"
 
 
-def _names(evaluations: tuple[Evaluation, ...]) -> dict[str, str]:
+def evaluation_names(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
     """Folder -> name in columns; with the fingerprint where two evaluations have one name."""
     names = [evaluation.name for evaluation in evaluations]
     return {
@@ -97,12 +109,12 @@ def _cell_row(grid: GridOfCells, store: Store, axes: tuple[str, ...], cell: Cell
     }
 
 
-def _results(record: Record, evaluations: tuple[Evaluation, ...]) -> Row:
+def _results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> Row:
     """Status, scores and first error of a record: one file to read, and two for an evaluation."""
     status = record.status()
     state: State = status.get("state") or _unfinished(record)
     states, errors, scores = {}, [_last_line(status)], {}
-    names = _names(evaluations)
+    names = evaluation_names(evaluations)
     for evaluation in evaluations:
         judged = record.evaluation(evaluation)
         verdict = judged.status()
@@ -114,12 +126,28 @@ def _results(record: Record, evaluations: tuple[Evaluation, ...]) -> Row:
             scores.update(_scores(found, name, plain=len(evaluations) == 1))
             if not set(evaluation.metrics) <= set(found):
                 states[name] = _unfinished(record)
+    whole = worst([state, *states.values()])
+    for name, judged in _unasked(record, evaluations, names.values()):
+        states[name] = judged.state()
+        scores.update(_scores(judged.scores() if states[name] == "done" else {}, name, plain=False))
     return {
-        "status": worst([state, *states.values()]),
+        "status": whole,
         "evaluations": states,
         **scores,
         "error": next(filter(None, errors), None),
     }
+
+
+def _unasked(
+    record: Record, evaluations: Sequence[AnyEvaluation], names: Iterable[str]
+) -> Iterator[tuple[str, EvaluationRecord]]:
+    """What `gkd-lab evaluate` added: tasks of lm-eval that no experiment asks for count for no status."""
+    asked, taken = {evaluation.folder for evaluation in evaluations}, set(names)
+    found = [one for one in record.harness_evaluations() if one.folder not in asked]
+    for evaluation in found:
+        name = evaluation_names(found)[evaluation.folder]
+        single = name not in taken
+        yield name if single else f"{name}-{evaluation.fingerprint}", record.evaluation(evaluation)
 
 
 def _unfinished(record: Record) -> State:
@@ -134,6 +162,9 @@ def _scores(scores: Mapping[str, Mapping[str, Any]], name: str, plain: bool) -> 
             for end in ("low", "high"):
                 if end in score:
                     found[f"{column}.{end}"] = score[end]
+        for fact in _OF_TASK:
+            if fact in score:
+                found[f"{name}.{fact}"] = score[fact]
     return found
 
 

@@ -1,25 +1,27 @@
-"""Means with intervals, and what an interval is over: seeds, or the examples of one seed."""
+"""Means and paired differences with intervals: over seeds, or over the examples of one seed."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gkd_lab.metrics.intervals import mean_interval
+from gkd_lab.results.effects import SAME, Effect, over_examples, over_seeds, t_interval
+from gkd_lab.results.resampling import Sample, bootstrap
 from gkd_lab.results.rows import plain
 from gkd_lab.results.table import axes_of
 
 OVER_SEEDS = "t, seeds"
 OVER_EXAMPLES = "bootstrap, examples"
 NO_INTERVAL = "none"
+PAIRED = "one seed, paired bootstrap over examples"
 
 NO_BETA = math.inf
 """Where total variation stands among the divergences: it has no beta, and comes after reverse KL."""
 
-Interval = tuple[float, float]
+Samples = Callable[[str], Sample | None]
+"""Fingerprint -> what its model wrote, to be resampled; None where it was not kept."""
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
@@ -65,16 +67,6 @@ def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n", "interval"])
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of at least two independent values (Student's t)."""
-    from scipy.stats import t
-
-    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(t.ppf(0.975, len(values) - 1)) * spread
-    center = float(np.mean(values))
-    return center - half, center + half
-
-
 def _describe(group: pd.DataFrame, metric: str) -> dict[str, Any]:
     done = group[group[metric].notna()]
     values = [float(value) for value in done[metric]]
@@ -88,44 +80,21 @@ def _describe(group: pd.DataFrame, metric: str) -> dict[str, Any]:
     return {"mean": mean, "low": low, "high": high, "n": len(values), "interval": kind}
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A mean difference, its interval where there is one, and what was averaged."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    pairs: int
-    over: str
-
-    @property
-    def verdict(self) -> str:
-        """`higher` or `lower` where the interval excludes 0, else `undecided`."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
-            return "undecided"
-        return "higher" if self.low > 0 else "lower"
-
-
-def lmbda_effect(
-    frame: pd.DataFrame, metric: str, examples: Callable[[str], Sequence[float]]
-) -> Effect | None:
+def lmbda_effect(frame: pd.DataFrame, metric: str, samples: Samples) -> Effect | None:
     """Score at the largest lmbda minus that at the smallest, averaged over all else; None: no pair.
 
     Cells are paired on every other axis. With two seeds or more the interval is t over the seeds'
-    mean differences. With one it is a bootstrap over its examples, which `examples(fingerprint)`
-    gives in the order of the split; only for a metric that is the mean of its examples.
+    mean differences. With one it is a bootstrap over its examples, the same ones drawn for all cells.
     """
     pairs = _pairs(points(frame), metric)
     if pairs.empty:
         return None
     by_seed = pairs.groupby("seed")["difference"].mean().tolist()
-    mean = float(np.mean(by_seed))
     if len(by_seed) >= 2:
-        return Effect(mean, *t_interval(by_seed), len(pairs), f"{len(by_seed)} seeds, Student's t")
-    between = _example_interval(pairs, mean, examples)
-    if between is None:
-        return Effect(mean, None, None, len(pairs), "one seed, no interval")
-    return Effect(mean, *between, len(pairs), "one seed, paired bootstrap over examples")
+        return over_seeds(by_seed, len(pairs))
+    mean = float(np.mean(by_seed))
+    between = _example_effect(pairs, mean, samples)
+    return between or Effect(mean, None, None, len(pairs), "one seed, no interval")
 
 
 def _pairs(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -139,18 +108,16 @@ def _pairs(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pairs if ends[0] < ends[1] else pairs.iloc[:0]
 
 
-def _example_interval(
-    pairs: pd.DataFrame, mean: float, examples: Callable[[str], Sequence[float]]
-) -> Interval | None:
-    differences = []
-    for row in pairs.to_dict("records"):
-        low, high = examples(row["cell_low"]), examples(row["cell_high"])
-        if not len(low) or len(low) != len(high):
-            return None
-        differences.append(np.subtract(high, low))
-    if len({len(one) for one in differences}) > 1:
+def _example_effect(pairs: pd.DataFrame, mean: float, samples: Samples) -> Effect | None:
+    ends = [[samples(cell) for cell in pairs[f"cell_{end}"]] for end in ("low", "high")]
+    found = [sample for end in ends for sample in end if sample is not None]
+    if len(found) < 2 * len(pairs) or len({len(sample) for sample in found}) > 1:
         return None
-    per_example = np.mean(differences, axis=0)
-    if abs(float(per_example.mean()) - mean) > 1e-6:  # a corpus score is no mean of examples
+    low, high = np.split(bootstrap(found), 2)
+    as_they_are = np.mean([one.value for one in found[len(pairs) :]]) - np.mean(
+        [one.value for one in found[: len(pairs)]]
+    )
+    if abs(float(as_they_are) - mean) > SAME:
         return None
-    return mean_interval(per_example.tolist())
+    resampled = (high - low).mean(axis=0)
+    return over_examples(mean, resampled, len(found[0]), len(pairs), PAIRED)

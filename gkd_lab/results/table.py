@@ -124,7 +124,7 @@ def _markdown(frame: pd.DataFrame) -> bytes:
 
 def _is_said(name: str, frame: pd.DataFrame) -> bool:
     """Whether another column, or another format, says what this one would."""
-    bound = name.endswith((".low", ".high"))
+    bound = name.endswith((".low", ".high", ".lm_eval", ".task_hash"))
     twin = "/" in name and name.split("/", 1)[1] in frame.columns
     return name in _NOT_FOR_READING or bound or twin
 
@@ -133,6 +133,8 @@ def _with_bounds(row: Row, name: str) -> str:
     low, high = row.get(f"{name}.low"), row.get(f"{name}.high")
     if row[name] is None or low is None or high is None:
         return _shown(row[name])
+    if 0 < max(abs(low), abs(high)) <= 1:  # a share, as lm-eval gives it
+        return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
     return f"{row[name]:.1f} [{low:.1f}, {high:.1f}]"
 
 

@@ -13,13 +13,13 @@ from gkd_lab.distill.checkpoints import appearing, complete_steps
 from gkd_lab.models.making import (
     DTYPES,
     load_model,
-    load_pretrained,
     load_tokenizer,
     make_model,
     parameter_count,
     quiet,
     train_tokenizer,
 )
+from gkd_lab.models.pretrained import load_pretrained
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs.faults import PartFailed, kept_by
@@ -135,10 +135,7 @@ def _initial(model: SftModel, train: Any) -> Loaded:
     """The model before fine-tuning: made from scratch, or loaded."""
     spec = model.model
     if spec.architecture is None:
-        place = spec.path or spec.pretrained
-        assert place is not None
-        pretrained = load_pretrained(spec, model.family, model.precision)
-        return Loaded(pretrained, load_tokenizer(place, None if spec.path else spec.revision))
+        return Loaded(*load_pretrained(spec, model.family, model.precision))
     words = [text for row in texts(model, train) for text in row]
     tokenizer = train_tokenizer(model.tokenizer, words)
     made = make_model(

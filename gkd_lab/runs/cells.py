@@ -1,17 +1,18 @@
 """Training a pack of cells: from the starting student to a finished record for each of them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
-from filelock import Timeout
 from transformers import PrinterCallback
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.divergence import Divergence
+from gkd_lab.distill.objectives import CrossEntropy, Term
 from gkd_lab.distill.pack_trainer import AllCellsFailed
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
@@ -25,33 +26,9 @@ from gkd_lab.runs.memory import Limit, bytes_of_step, fitting, free_bytes, in_pa
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
-from gkd_lab.spec.cell import Cell, Training
+from gkd_lab.runs.teacher_text import ensure_text, with_teacher_text
+from gkd_lab.spec.cell import AnyObjective, Cell, CrossEntropyObjective, Training
 from gkd_lab.spec.packs import why_alone
-
-
-class Claimed:
-    """The cells of a pack that this process may work on, locked for as long as the block lasts."""
-
-    def __init__(self, cells: Sequence[Cell], options: RunOptions) -> None:
-        self.wanted, self.options = cells, options
-        self.cells: list[Cell] = []
-        self.elsewhere: list[Cell] = []
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Claimed":
-        for cell in sorted(self.wanted, key=lambda cell: cell.folder):
-            try:
-                lock = self.options.store.of(cell).lock()
-                # Not 0: a reader that asks whether a cell is claimed holds the lock for an instant.
-                self._stack.enter_context(lock.acquire(timeout=0.2, poll_interval=0.02))
-            except Timeout:
-                self.elsewhere.append(cell)
-        others = {cell.full_fingerprint for cell in self.elsewhere}
-        self.cells = [cell for cell in self.wanted if cell.full_fingerprint not in others]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
 
 def train(cells: Sequence[Cell], options: RunOptions) -> None:
@@ -67,6 +44,7 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
         return
     for cell in open_cells:
         options.store.of(cell).describe(cell.training, scale=cell.scale, labels=cell.labels)
+        options.tracker.start(cell, options.store.of(cell))
     limit, work = partial(_limit, open_cells, options), partial(_train, options=options)
     in_packs(open_cells, options.store.of, limit, work, options)
 
@@ -78,7 +56,7 @@ def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
     first = cells[0].training
     student, teacher = _student(cells[0], options), _teacher(cells[0], options)
     _check_tokenizers(teacher.tokenizer, student.tokenizer)
-    found = _examples(first, student.tokenizer, [], options)
+    found = _examples(first, cells[0].scale, student.tokenizer, [], options)
     pack = Pack.of([student.model])
     trainer = _trainer(pack, teacher, found, cells[:1], [options.store.of(cells[0])], options)
     free = free_bytes(trainer.args.device.type)
@@ -120,7 +98,7 @@ def _train(cells: list[Cell], why: str, options: RunOptions) -> None:
     first = cells[0].training
     records = [options.store.of(cell) for cell in cells]
     student = _student(cells[0], options)
-    found = _examples(first, student.tokenizer, records, options)
+    found = _examples(first, cells[0].scale, student.tokenizer, records, options)
     pack = _pack([student.model] * len(cells))
     if len(cells) > 1:
         forget_reason(options.store.artifact(cells[0].scale, "start", first.start))
@@ -158,13 +136,15 @@ def _check_tokenizers(teacher: Any, student: Any) -> None:
 
 
 def _examples(
-    training: Training, tokenizer: Any, records: Sequence[Record], options: RunOptions
+    training: Training, scale: str, tokenizer: Any, records: Sequence[Record], options: RunOptions
 ) -> list[Example]:
     data = rows(training.task, training.data, "train", options.cache)
     found, cut = examples(training.start, tokenizer, data)
     for record in records:
         report_cut(record.folder, "train", cut)
-    return found
+    if training.text is None:
+        return found
+    return with_teacher_text(found, ensure_text(training.text, scale, options))
 
 
 def _distil(
@@ -202,11 +182,21 @@ def _trainer(
         train_dataset=found,
         processing_class=teacher.tokenizer,
         teacher_processing_class=teacher.tokenizer,
-        log_cell=lambda n, row: records[n].log(row),
-        on_failure=lambda n, why: records[n].failed(f"FloatingPointError: {why}"),
+        log_cell=lambda n, row: _log(records[n], row, options),
+        on_failure=lambda n, why: _fail(records[n], f"FloatingPointError: {why}", options),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _log(record: Record, row: dict[str, float], options: RunOptions) -> None:
+    record.log(row)
+    options.tracker.log(record, row)
+
+
+def _fail(record: Record, why: str, options: RunOptions) -> None:
+    record.failed(why)
+    options.tracker.settle(record)
 
 
 def _called(cells: Sequence[Cell]) -> str:
@@ -242,19 +232,31 @@ def _common_step(records: Sequence[Record]) -> int:
 
 def _arguments(cell: Cell, record: Record) -> CellArguments:
     training = cell.training
-    objective = training.objectives[0]
+    plain = Divergence()
     return CellArguments(
         lmbda=training.source.lmbda,
-        beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
+        beta=plain.beta,
         seed=training.seed,
         temperature=training.source.temperature or 1.0,
-        teacher_temperature=objective.teacher_temperature,
-        student_temperature=objective.student_temperature,
+        teacher_temperature=plain.teacher_temperature,
+        student_temperature=plain.student_temperature,
         learning_rate=training.optimizer.learning_rate,
         output_dir=str(record.steps_folder),
-        divergence=objective.divergence,
-        rescale_divergence=objective.rescale,
+        objectives=tuple(_term(one) for one in training.objectives),
     )
+
+
+def _term(objective: AnyObjective) -> Term:
+    if isinstance(objective, CrossEntropyObjective):
+        return Term(CrossEntropy(), objective.weight)
+    measure = Divergence(
+        kind=objective.divergence,
+        beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
+        student_temperature=objective.student_temperature,
+        teacher_temperature=objective.teacher_temperature,
+        rescale=objective.rescale,
+    )
+    return Term(measure, objective.weight)
 
 
 def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:

@@ -7,17 +7,19 @@ from functools import partial
 from typing import Any
 
 from gkd_lab.evaluation.decoding import predict
-from gkd_lab.metrics.judge import Prediction, judge
+from gkd_lab.metrics.judge import judge
 from gkd_lab.models.packing import Pack
 from gkd_lab.records import EvaluationRecord, Record
 from gkd_lab.records.alone import kept_reason
+from gkd_lab.records.predictions import DamagedPredictions
+from gkd_lab.records.rejudging import rejudge
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.cells import load_pack
 from gkd_lab.runs.faults import PartFailed, kept_by
 from gkd_lab.runs.memory import Limit, fitting, free_bytes, in_packs
 from gkd_lab.runs.options import RunOptions, device
-from gkd_lab.runs.rows import examples, rows
-from gkd_lab.spec.cell import Cell, Evaluation, Role, SftModel
+from gkd_lab.runs.rows import examples, report_cut, rows
+from gkd_lab.spec.cell import AnyEvaluation, Cell, Evaluation, HarnessEvaluation, Role, SftModel
 
 
 def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
@@ -25,6 +27,7 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
     trained = [cell for cell in cells if options.store.of(cell).status().get("state") == "done"]
     for evaluation in _distinct(trained):
         asked = [cell for cell in trained if evaluation in cell.evaluations]
+        _follow(asked, evaluation, options)
         _add_metrics([options.store.of(cell) for cell in asked], evaluation, options)
         lacking = [cell for cell in asked if _is_open(options.store.of(cell), evaluation, options)]
         if lacking:
@@ -35,6 +38,32 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
                 partial(_evaluate_cells, evaluation=evaluation, options=options),
                 options,
             )
+    for cell in trained:
+        for one in cell.evaluations:
+            if isinstance(one, HarnessEvaluation):
+                _follow([cell], one, options)
+        with_harness(options.store.of(cell), cell.training.start, cell.evaluations, options)
+
+
+def with_harness(
+    record: Record, model: SftModel, evaluations: Sequence[AnyEvaluation], options: RunOptions
+) -> None:
+    """Those tasks of lm-eval that a finished record was not asked yet; the caller holds its lock."""
+    asked = [one for one in evaluations if isinstance(one, HarnessEvaluation)]
+    lacking = [one for one in asked if _is_open(record, one, options)]
+    if lacking:
+        from gkd_lab.runs.harness import ask_all  # loads lm-eval, which takes seconds
+
+        ask_all(record, model, lacking, options)
+        options.tracker.judged(record)
+
+
+def _follow(cells: Sequence[Cell], evaluation: AnyEvaluation, options: RunOptions) -> None:
+    """Open the tracker's run of each cell that is about to be judged."""
+    for cell in cells:
+        record = options.store.of(cell)
+        if record.evaluation(evaluation).lacks(evaluation) or _is_open(record, evaluation, options):
+            options.tracker.start(cell, record)
 
 
 def _part(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
@@ -80,6 +109,8 @@ def evaluate_reference(
                     loaded = artifacts.load(record, model)
                     pack = Pack.alone(loaded.model)
                     _evaluate(pack, loaded.tokenizer, model, evaluation, [record], options, role)
+        asked = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
+        with_harness(record, model, tuple(asked), options)
 
 
 def _add_metrics(records: Sequence[Record], evaluation: Evaluation, options: RunOptions) -> None:
@@ -87,28 +118,20 @@ def _add_metrics(records: Sequence[Record], evaluation: Evaluation, options: Run
     for record in records:
         part = record.evaluation(evaluation)
         if part.lacks(evaluation):
-            written = part.predictions()
-            scores, status = part.scores(), part.status()
-            if status.get("rows") not in (None, len(written)):
-                part.status_file.unlink()  # some of what was written is lost: it is decoded again
-                continue
             with suppress(PartFailed), kept_by([], options.outputs):
-                more, lines = judge(evaluation.metrics, [_prediction(row) for row in written])
-                for line, row in zip(lines, written, strict=True):
-                    line["scores"] = {**row["scores"], **line["scores"]}
-                facts = {name: value for name, value in status.items() if name != "state"}
-                part.write(evaluation, lines, {**scores, **more}, **facts)
-
-
-def _prediction(row: dict[str, Any]) -> Prediction:
-    return Prediction(row["prompt"], row["prediction"], tuple(row["references"]), row["tokens"], row["ended"])
+                try:
+                    rejudge(part, evaluation.metrics)
+                    options.tracker.judged(record)
+                except DamagedPredictions:
+                    part.status_file.unlink()  # some of what was written is lost: it is decoded again
 
 
 def _distinct(cells: Sequence[Cell]) -> list[Evaluation]:
-    return list(dict.fromkeys(e for cell in cells for e in cell.evaluations))
+    found = (e for cell in cells for e in cell.evaluations if isinstance(e, Evaluation))
+    return list(dict.fromkeys(found))
 
 
-def _is_open(record: Record, evaluation: Evaluation, options: RunOptions) -> bool:
+def _is_open(record: Record, evaluation: AnyEvaluation, options: RunOptions) -> bool:
     part = record.evaluation(evaluation)
     if options.retry_failed:
         part.forget_failure()
@@ -124,9 +147,10 @@ def _evaluate(
     options: RunOptions,
     who: str = "",
 ) -> None:
-    found = rows(model.task, model.data, evaluation.split, options.cache)[: evaluation.examples]
+    split = rows(model.task, model.data, evaluation.split, options.cache)
     pack.model.to(device())
-    encoded, _ = examples(model, tokenizer, found)
+    found = split.first(evaluation.examples)
+    encoded, cut = examples(model, tokenizer, found)
     count = who or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
     name = f"{model.task}: {count}, {evaluation.name} on {len(found)} rows"
     began, done = time.monotonic(), 0
@@ -141,6 +165,8 @@ def _evaluate(
     seconds = (time.monotonic() - began) / len(records)
     for record, written in zip(records, predictions, strict=True):
         scores, lines = judge(evaluation.metrics, written)
+        report_cut(record.evaluation(evaluation).folder, evaluation.split, cut)
         record.evaluation(evaluation).write(
             evaluation, lines, scores, rows=len(lines), seconds_of_decoding=round(seconds, 3)
         )
+        options.tracker.judged(record)

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gkd_lab.records import Store
 from gkd_lab.runs.progress import Reporter
+from gkd_lab.runs.tracking import Tracker
 from gkd_lab.spec.packs import PackLimit
 
 
@@ -20,6 +22,9 @@ class RunOptions:
     log_every: int = 20
     """Optimizer steps between two rows of a cell's metrics.jsonl."""
     reporter: Reporter = field(default_factory=Reporter)
+    tracker: Tracker = field(default_factory=Tracker)
+    held: Literal["pass", "wait"] = "pass"
+    """What to do about a cell that another process works on."""
 
     def __post_init__(self) -> None:
         # A row averages the steps since the last one: a resumed run must start a window where the other did.

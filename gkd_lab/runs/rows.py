@@ -1,5 +1,7 @@
-"""The rows that a cell or an artifact needs, as texts and as token ids."""
+"""The rows that a cell or an artifact needs, as texts and as token ids, and how many were cut or left out."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,49 @@ from gkd_lab.spec.cell import DataSpec, SftModel, Split
 from gkd_lab.tasks import Row, get_task, load_rows
 
 
+@dataclass(frozen=True)
+class Taken(Cut):
+    """What became of a split's rows: `rows` were taken, so many `prompts` and `completions` of them were
+    longer than their limits and lost what exceeded it, and `dropped` rows were not taken, by reason.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class SplitRows(tuple[Row, ...]):
+    """Rows that remember what their source left out."""
+
+    dropped: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], dropped: dict[str, int]) -> "SplitRows":
+        made = cls(rows)
+        made.dropped = dropped
+        return made
+
+    def first(self, count: int | None) -> "SplitRows":
+        """The first rows; None: all."""
+        return self if count is None else SplitRows.of(self[:count], self.dropped)
+
+
 @lru_cache(maxsize=16)
-def rows(task: str, data: DataSpec, split: Split, cache: Path) -> tuple[Row, ...]:
+def rows(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
     """The rows of a split, as many as the spec asks for or as there are. ValueError for broken data."""
-    return tuple(
-        load_rows(
-            get_task(task),
-            data.kind,
-            name=data.name,
-            path=data.path,
-            revision=data.revision,
-            config=data.config,
-            split=split,
-            count=getattr(data, split),
-            seed=data.seed,
-            cache=cache,
-        )
+    found = load_rows(
+        get_task(task),
+        data.kind,
+        name=data.name,
+        path=data.path,
+        revision=data.revision,
+        config=data.config,
+        split=split,
+        count=getattr(data, split),
+        seed=data.seed,
+        shots=data.shots,
+        calculator_marks=data.calculator_marks,
+        cache=cache,
     )
+    return SplitRows.of(found, found.dropped)
 
 
 def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
@@ -35,17 +63,18 @@ def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
     return [(row.prompt + end, row.target) for row in found]
 
 
-def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Example], Cut]:
-    """Token ids of the rows within the model's limits, and how many rows were cut."""
-    return encode(
+def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Example], Taken]:
+    """Token ids of the rows within the model's limits, and how many rows were cut or left out."""
+    encoded, cut = encode(
         tokenizer,
         texts(model, found),
         is_encoder_decoder=model.family == "encoder-decoder",
         max_input_tokens=model.max_input_tokens,
         max_output_tokens=model.max_output_tokens,
     )
+    return encoded, Taken(**vars(cut), dropped=found.dropped if isinstance(found, SplitRows) else {})
 
 
 def report_cut(folder: Path, split: str, cut: Cut) -> None:
-    """Say beside the record how many rows were longer than the limits."""
+    """Say beside the record how many rows were longer than the limits, and how many were left out."""
     write_json(folder / f"rows-{split}.json", vars(cut))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from gkd_lab.records import Part, Record
 from gkd_lab.runs import artifacts
-from gkd_lab.runs.cells import Claimed, train
+from gkd_lab.runs.cells import train
+from gkd_lab.runs.claims import Claimed
 from gkd_lab.runs.judging import evaluate_cells, evaluate_reference
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.spec import GridOfCells
@@ -29,27 +30,48 @@ def run(grid: GridOfCells, options: RunOptions) -> Outcome:
     broken = _references(grid, options, outcome)
     for group in packs(grid.cells, options.pack):
         training = group[0].training
-        if broken & {training.teacher.full_fingerprint, training.start.full_fingerprint}:
+        needed = (training.teacher.full_fingerprint, training.start.full_fingerprint)
+        why = next((broken[model] for model in needed if model in broken), None)
+        if why is not None:
+            _leave_out(group, "failed", why, options)
             continue
         with Claimed(group, options) as claimed:
             outcome.elsewhere += len(claimed.elsewhere)
-            if claimed.cells:
-                train(claimed.cells, options)
-                evaluate_cells(claimed.cells, options)
+            _leave_out(claimed.elsewhere, "elsewhere", "another process works on it", options)
+            _work(claimed.cells, options)
         for cell in group:
             outcome.failed += _failures(options.store.of(cell), [cell], options)
     return outcome
 
 
-def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> set[str]:
-    """Build and judge teachers and starts; returns the full fingerprints of those that could not be built."""
-    broken = set()
+def _work(cells: Sequence[Cell], options: RunOptions) -> None:
+    """Train and judge the cells of a claimed pack."""
+    with options.tracker.open():
+        if cells:
+            train(cells, options)
+            evaluate_cells(cells, options)
+        if options.tracker.follows_done:
+            for cell in cells:
+                options.tracker.start(cell, options.store.of(cell))
+
+
+def _leave_out(cells: Sequence[Cell], status: str, why: str, options: RunOptions) -> None:
+    """Tell a sweep agent's run why its cell was not run here."""
+    if options.tracker.follows_done:
+        with options.tracker.open():
+            for cell in cells:
+                options.tracker.left_out(cell, options.store.of(cell), status, why)
+
+
+def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> dict[str, str]:
+    """Build and judge teachers and starts; full fingerprint -> reason for those that could not be built."""
+    broken = {}
     for role, model, cells in references(grid.cells):
         try:
             record = artifacts.ensure(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
             outcome.failed.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
-            broken.add(model.full_fingerprint)
+            broken[model.full_fingerprint] = str(error)
             continue
         evaluate_reference(role, model, record, cells, options)
         outcome.failed += _failures(record, cells, options)

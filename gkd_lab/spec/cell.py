@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationInfo,
     field_validator,
 )
@@ -43,6 +45,12 @@ class DataSpec(Frozen):
     train: PositiveInt | None = Field(default=None, description="rows; None: all there are")
     validation: Annotated[PositiveInt | None, Place()] = None  # enter by an evaluation's `examples`
     test: Annotated[PositiveInt | None, Place()] = None
+    shots: Annotated[NonNegativeInt, Since(0)] = Field(
+        default=0, description="worked examples before every question"
+    )
+    calculator_marks: Annotated[bool, Since(False)] = Field(
+        default=False, description="targets keep marks such as <<48/2=24>>"
+    )
 
 
 class TokenizerSpec(Frozen):
@@ -90,6 +98,9 @@ class ModelSpec(Frozen):
     path: Annotated[str | None, Place()] = None
     revision: str | None = None
     init_seed: int = 0
+    keep_layers: Annotated[PositiveInt | tuple[NonNegativeInt, ...] | None, Since(None)] = Field(
+        default=None, description="of a loaded model; a number: evenly spaced, the first and last among them"
+    )
 
 
 class SftModel(Frozen):
@@ -148,6 +159,67 @@ class Objective(Frozen):
         return rescale and info.data.get("beta") not in (None, 0, 1)
 
 
+class CrossEntropyObjective(Frozen):
+    """One term of the loss: -log q of the tokens that the data or the teacher wrote.
+
+    Alone it is supervised fine-tuning, and sequence-level KD (Kim and Rush 2016) on the teacher's text. Of
+    what the student wrote itself it teaches nothing.
+    """
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    weight: NonNegativeFloat = 1.0
+
+    @property
+    def beta(self) -> None:
+        """It has none."""
+
+    @property
+    def divergence(self) -> str:
+        """What stands in its place."""
+        return self.type
+
+
+OBJECTIVES = {"divergence": "Objective", "cross_entropy": "CrossEntropyObjective"}
+"""Type of an objective -> the class that describes it."""
+
+
+def kind_of_objective(objective: Any) -> str:
+    """Its class, for pydantic; a divergence may leave its type out."""
+    given = objective.get("type") if isinstance(objective, dict) else getattr(objective, "type", None)
+    return OBJECTIVES.get(given or "divergence", str(given))
+
+
+AnyObjective = Annotated[
+    Annotated[Objective, Tag("Objective")] | Annotated[CrossEntropyObjective, Tag("CrossEntropyObjective")],
+    Discriminator(kind_of_objective),
+]
+
+
+class TeacherText(Frozen):
+    """Text that the teacher writes once for every training prompt, in the place of the data's targets."""
+
+    decoding: Decoding = "sample"
+    temperature: PositiveFloat | None = Field(default=None, description="of sampling", validate_default=True)
+    num_beams: PositiveInt | None = Field(default=None, validate_default=True)
+    length_penalty: float | None = Field(default=None, validate_default=True)
+    seed: int = 0
+
+    @field_validator("temperature")
+    @classmethod
+    def _of_sampling(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return (value or 1.0) if info.data.get("decoding") == "sample" else None
+
+    @field_validator("num_beams")
+    @classmethod
+    def _of_beams(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return (value or 4) if info.data.get("decoding") == "beam" else None
+
+    @field_validator("length_penalty")
+    @classmethod
+    def _of_search(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
+
+
 class Source(Frozen):
     """Who writes the sequence that is trained on: one coin per step (Algorithm 1)."""
 
@@ -155,6 +227,20 @@ class Source(Frozen):
     temperature: PositiveFloat | None = Field(
         default=None, description="of sampling; None where nothing samples"
     )
+    text: Annotated[TeacherText | None, Since(None)] = Field(
+        default=None, description="of the teacher, where it takes the place of the data's targets"
+    )
+
+
+class TextSpec(Frozen):
+    """An artifact that cells share: what a teacher writes for the prompts of a training split."""
+
+    task: str
+    teacher: SftModel
+    data: DataSpec
+    text: TeacherText
+    max_input_tokens: PositiveInt
+    max_output_tokens: PositiveInt
 
 
 class Training(Frozen):
@@ -163,7 +249,7 @@ class Training(Frozen):
     task: str
     teacher: SftModel
     start: SftModel
-    objectives: tuple[Objective, ...] = Field(min_length=1)
+    objectives: tuple[AnyObjective, ...] = Field(min_length=1)
     source: Source
     loss_normalization: LossNormalization
     steps: PositiveInt
@@ -180,6 +266,20 @@ class Training(Frozen):
         """The data that is distilled on: that of the starting point."""
         return self.start.data
 
+    @property
+    def text(self) -> TextSpec | None:
+        """What the teacher must have written before this begins."""
+        if self.source.text is None:
+            return None
+        return TextSpec(
+            task=self.task,
+            teacher=self.teacher,
+            data=self.data,
+            text=self.source.text,
+            max_input_tokens=self.max_input_tokens,
+            max_output_tokens=self.max_output_tokens,
+        )
+
 
 class Evaluation(Frozen):
     """One way of decoding and judging. Fields that do not matter for the decoding are None."""
@@ -192,13 +292,21 @@ class Evaluation(Frozen):
     examples: PositiveInt | None = Field(default=None, description="the first ones; None: all")
     max_output_tokens: PositiveInt
     seed: int | None = None
+    samples: Annotated[PositiveInt | None, Since(None)] = Field(
+        default=None, description="texts a prompt, where there are several"
+    )
+    calculator: Annotated[bool, Since(False)] = Field(
+        default=False, description="compute the results of `<<48/2=24>>` marks"
+    )
     metrics: Annotated[tuple[str, ...], Place()] = Field(min_length=1)
 
     @property
     def name(self) -> str:
-        """`greedy`, `sample0.5`, `beam4`; with the split where it is not the test split."""
+        """`greedy`, `sample0.5`, `sample1x8`, `beam4`, `greedy+calculator`; with a split other than test."""
         detail = {"greedy": "", "sample": f"{self.temperature:g}" if self.temperature else ""}
         label = self.decoding + detail.get(self.decoding, str(self.num_beams))
+        label += f"x{self.samples}" if self.samples else ""
+        label += "+calculator" if self.calculator else ""
         return label if self.split == "test" else f"{label}@{self.split}"
 
     @property
@@ -207,13 +315,44 @@ class Evaluation(Frozen):
         return f"{self.decoding}-{self.fingerprint}"
 
 
+class HarnessEvaluation(Frozen):
+    """A task of lm-eval on the exported checkpoint: documents, prompts and metrics are the task's own."""
+
+    lm_eval: str = Field(description="version of lm-eval: what a task's name stands for")
+    task: str
+    content: str | None = Field(default=None, description="SHA-256 of a task file and its data")
+    path: Annotated[str | None, Place()] = None
+    limit: PositiveInt | None = Field(default=None, description="documents of each task; None: all")
+    num_fewshot: NonNegativeInt | None = Field(default=None, description="None: the task's own")
+    metric: Annotated[str | None, Place()] = Field(default=None, description="to lead with; all are kept")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What it must give; the task itself says what else it measures."""
+        return () if self.metric is None else (self.metric,)
+
+    @property
+    def name(self) -> str:
+        """`mmlu`, `mmlu_5shot`, `mmlu_first100`."""
+        shots = "" if self.num_fewshot is None else f"_{self.num_fewshot}shot"
+        return self.task + shots + (f"_first{self.limit}" if self.limit else "")
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder inside a record."""
+        return f"lm_eval-{self.fingerprint}"
+
+
+AnyEvaluation = Evaluation | HarnessEvaluation
+
+
 @dataclass(frozen=True)
 class Cell:
     """One point of a grid: a training, its evaluations, and the axis values that it was asked for by."""
 
     scale: str
     training: Training
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[AnyEvaluation, ...]
     labels: dict[str, Any] = field(hash=False)
 
     @property
@@ -237,13 +376,13 @@ class Cell:
         return self.training.source.lmbda
 
     @property
-    def divergence(self) -> Divergence:
-        """Of the first objective."""
+    def divergence(self) -> str:
+        """Of the first objective; `cross_entropy` where it is none."""
         return self.training.objectives[0].divergence
 
     @property
     def beta(self) -> float | None:
-        """Of the first objective; None for total variation."""
+        """Of the first objective; None for total variation and cross-entropy."""
         return self.training.objectives[0].beta
 
     @property
@@ -255,6 +394,7 @@ class Cell:
     def folder(self) -> str:
         """Where its record lies below the outputs folder: readable first, fingerprint second."""
         divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
+        divergence += "_teacher-text" if self.training.source.text else ""
         name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"
         return f"{self.scale}/{self.task}/{name}"
 
@@ -282,6 +422,11 @@ def references(cells: Iterable[Cell]) -> list[Reference]:
             key = (role, model.full_fingerprint)
             found.setdefault(key, Reference(role, model, [])).cells.append(cell)
     return list(found.values())
+
+
+def text_folder(scale: str, text: TextSpec) -> str:
+    """Where a teacher's text lies below the outputs folder."""
+    return f"{scale}/{text.task}/text-{text.text.decoding}-{text.fingerprint}"
 
 
 def artifact_folder(scale: str, role: str, model: SftModel) -> str:

@@ -53,6 +53,8 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> SpecE
         field = ".".join(filter(None, (place, str(loc[-1]))))
         return SpecError(f"{where}: unknown field {field!r}; {nearest(loc[-1], names)}")
     place, annotation = _follow(model, loc)
+    if kind == "union_tag_invalid":
+        place, value = f"{place}.type", value.get("type")
     if kind == "missing":
         return SpecError(f"{where}: {place} is missing")
     reason = _reason(kind, value, annotation) or deepest["msg"]
@@ -63,6 +65,8 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> SpecE
 
 def _reason(kind: str, value: Any, annotation: Any) -> str:
     names = [name for owner in _models(annotation) for name in _fields(owner)]
+    if kind == "union_tag_invalid":
+        return nearest(value, [name for owner in _models(annotation) for name in _choices(_type(owner))])
     if kind == "literal_error":
         return nearest(value, _choices(annotation))
     if kind in ("model_type", "model_attributes_type", "dict_type") or (kind == "string_type" and names):
@@ -73,6 +77,11 @@ def _reason(kind: str, value: Any, annotation: Any) -> str:
     bounds = _range(annotation)
     known = _KINDS.get(kind, "")
     return f"{known} {bounds}" if bounds and "number" in known else known
+
+
+def _type(model: type[BaseModel]) -> Any:
+    """What tells a member of a union from the others."""
+    return model.model_fields["type"].annotation
 
 
 def _range(annotation: Any) -> str:
@@ -99,7 +108,7 @@ def _follow(model: type[BaseModel], loc: Iterable[str | int]) -> tuple[str, Any]
         if of_models or of_mappings:
             place += f".{part}" if place else part
             annotation = (of_models or of_mappings)[0]
-        elif part not in _TAGS:
+        elif part not in _TAGS and not part.startswith("literal["):
             tagged = [owner for owner in _models(annotation) if owner.__name__ == part]
             place += "" if tagged else f".{part}" if place else part
             annotation = tagged[0] if tagged else Any

@@ -9,7 +9,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_m
 
 from gkd_lab.spec.errors import SpecError, explain
 from gkd_lab.spec.identity import canonical
-from gkd_lab.spec.settings import EvaluationSettings, Section, Settings, merge
+from gkd_lab.spec.settings import AnyEvaluationSettings, Section, Settings, merge
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
@@ -73,7 +73,7 @@ class Paper(Section):
 class TaskSettings(Settings):
     """What an experiment may say of all tasks, or of one."""
 
-    evaluations: tuple[EvaluationSettings, ...] | None = Field(
+    evaluations: tuple[AnyEvaluationSettings, ...] | None = Field(
         default=None, min_length=1, description="ways of decoding and judging; default: the task's own"
     )
 
@@ -101,7 +101,7 @@ class Experiment(TaskSettings):
         """The settings that the file states for a task, as plain nested dictionaries."""
         return merge(*(_stated(layer) for layer in self._layers(task)))
 
-    def evaluations_of(self, task: str) -> tuple[EvaluationSettings, ...] | None:
+    def evaluations_of(self, task: str) -> tuple[AnyEvaluationSettings, ...] | None:
         """The evaluations that the file states for a task; None: the task's own."""
         found = [layer.evaluations for layer in self._layers(task) if layer.evaluations]
         return found[-1] if found else None

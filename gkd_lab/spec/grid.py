@@ -2,29 +2,45 @@
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
 from gkd_lab.spec.cell import (
+    AnyEvaluation,
+    AnyObjective,
     Cell,
+    CrossEntropyObjective,
     DataSpec,
     Evaluation,
     Family,
+    HarnessEvaluation,
     ModelSpec,
     Objective,
     OptimizerSpec,
     SftModel,
     SftSpec,
     Source,
+    TeacherText,
     TokenizerSpec,
     Training,
 )
 from gkd_lab.spec.errors import SpecError, explain, unknown
 from gkd_lab.spec.experiment import Experiment, Scale
 from gkd_lab.spec.identity import canonical
-from gkd_lab.spec.settings import DataSettings, EvaluationSettings, ModelSettings, Settings, merge
+from gkd_lab.spec.lm_task import lm_eval_version, lm_task
+from gkd_lab.spec.settings import (
+    AnyEvaluationSettings,
+    DataSettings,
+    Divergent,
+    EvaluationSettings,
+    HarnessSettings,
+    ModelSettings,
+    Settings,
+    evaluation_settings,
+    merge,
+)
 
 
 class TaskDefaults(Protocol):
@@ -141,12 +157,16 @@ class _Resolver:
             self.shared[key] = self._resolve(slow)
         shared = self.shared[key]
         fast = {key: point[key] for key in _PER_CELL if key in point}
-        values = {**shared.fast, **fast} if fast else shared.fast
+        values = {**shared.fast, **fast, **shared.method}
+        objectives = _filled(shared.objectives, values) or (_objective(values),)
+        of_reverse_kl = {"optimizer": shared.of_reverse_kl} if objectives[0].beta == 1 else {}
+        source = shared.source or _source(values)
+        _check_writer(objectives, source)
         training = Training(
-            objectives=shared.objectives or (_objective(values),),
-            source=shared.source or _source(values),
+            objectives=objectives,
+            source=source,
             seed=values["seed"],
-            **shared.training,
+            **{**shared.training, **of_reverse_kl},
         )
         return Cell(self.scale, training, shared.evaluations, point)
 
@@ -157,10 +177,13 @@ class _Resolver:
             defaults = task.defaults(self.scale, stated.get("data", {}).get("source"))
         except ValueError as error:
             raise SpecError(str(error)) from error
+        own, reverse_kl = _student_s_own(defaults, stated)
         settings = Settings.model_validate(
-            _stretched(merge(_settings_of(defaults), stated), defaults, stated)
+            _stretched(merge(_settings_of(defaults), own, stated), defaults, stated)
         )
-        return _share(task, settings, defaults, self._evaluations(task, defaults, settings), self)
+        shared = _share(task, settings, defaults, self._evaluations(task, defaults, settings), self)
+        rates = {name: value for name, value in reverse_kl.items() if name not in stated}
+        return replace(shared, of_reverse_kl=_optimizer(settings.model_copy(update=rates)))
 
     def sft_model(
         self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
@@ -168,7 +191,7 @@ class _Resolver:
         """The teacher or the student that some settings ask for; the same ones give the same one."""
         key = (task.name, role, getattr(settings, role), *_read(settings, _MODEL_FIELDS))
         if key not in self.known:
-            data = self.revisions.data(task.name, settings.data or DataSettings())
+            data = _in_form(self.revisions.data(task.name, settings.data or DataSettings()), settings.data)
             models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
             recipe = Settings.model_validate(_settings_of(defaults))
             family = defaults.get("family", task.family)
@@ -186,35 +209,33 @@ class _Resolver:
         stated = merge(self.experiment.stated(task.name), axes)
         for long, short in _LONG_FORM.items():
             twice = [name for name in short if name in stated or name in self.axes]
-            if long in stated and twice:
+            if not isinstance(stated.get(long), str | None) and twice:
                 raise SpecError(f"{long} and {', '.join(twice)} say the same twice; leave one out")
         return stated
 
     def _evaluations(
         self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
-    ) -> tuple[Evaluation, ...]:
+    ) -> tuple[AnyEvaluation, ...]:
         key = (task.name, settings.data, settings.max_output_tokens)
         if key not in self.known:
             stated = self.experiment.evaluations_of(task.name) or tuple(
-                EvaluationSettings.model_validate(e) for e in defaults["evaluations"]
+                evaluation_settings(e) for e in defaults["evaluations"]
             )
             limit = settings.max_output_tokens
             assert limit is not None, "every scale states max_output_tokens"
             rows = settings.data or DataSettings()
-            self.known[key] = tuple(
-                _evaluation(e, task.metrics, limit, getattr(rows, e.split)) for e in stated
-            )
+            found = (e for asked in stated for e in _evaluations(asked, task.metrics, limit, rows))
+            self.known[key] = tuple(dict.fromkeys(found))
         return self.known[key]
 
 
 _LONG_FORM = {
-    "source": ("lmbda", "temperature"),
+    "source": ("lmbda", "temperature", "method"),
     "objectives": (
+        "method",
         "beta",
         "divergence",
         "rescale_divergence",
-        "teacher_temperature",
-        "student_temperature",
     ),
 }
 
@@ -224,17 +245,19 @@ class _Shared:
     """What all cells have in common that differ only in the fast axes."""
 
     training: dict[str, Any]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[AnyEvaluation, ...]
     fast: dict[str, Any]
-    objectives: tuple[Objective, ...] | None
+    objectives: tuple[Divergent | CrossEntropyObjective, ...] | None
     source: Source | None
+    method: Mapping[str, Any]
+    of_reverse_kl: OptimizerSpec | None = None
 
 
 def _share(
     task: TaskDefaults,
     settings: Settings,
     defaults: Mapping[str, Any],
-    evaluations: tuple[Evaluation, ...],
+    evaluations: tuple[AnyEvaluation, ...],
     resolver: _Resolver,
 ) -> _Shared:
     training = {
@@ -246,14 +269,33 @@ def _share(
     }
     fast = {name: getattr(settings, name) for name in _PER_CELL}
     _check(settings)
-    source = settings.source
-    if source is not None:
+    source, method = settings.source, METHODS[settings.method or "gkd"]
+    if isinstance(source, Source):
         said = source.model_dump(exclude_none=True)
         source = _source({"temperature": settings.temperature, **said})
-    return _Shared(training, evaluations, fast, settings.objectives, source)
+        return _Shared(training, evaluations, fast, settings.objectives, source, method)
+    if source == "teacher":
+        method = {**method, "text": TeacherText()}
+    return _Shared(training, evaluations, fast, settings.objectives, None, method)
 
 
-_NOT_SETTINGS = ("models", "evaluations", "family")
+_NOT_SETTINGS = ("models", "evaluations", "family", "per_student")
+
+
+def _student_s_own(
+    defaults: Mapping[str, Any], stated: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the scale sets for the chosen student alone, and besides when it learns by reverse KL."""
+    student = stated.get("student", defaults["student"])
+    own = dict(defaults.get("per_student", {}).get(student, {})) if isinstance(student, str) else {}
+    return own, own.pop("reverse_kl", {})
+
+
+def _in_form(data: DataSpec, settings: DataSettings | None) -> DataSpec:
+    """The rows in the form that is asked for, whatever their source."""
+    asked = settings or DataSettings()
+    form = {"shots": asked.shots or 0, "calculator_marks": asked.calculator_marks or False}
+    return DataSpec(**{**data.model_dump(), **form})
 
 
 def _settings_of(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,9 +317,6 @@ def _stretched(
 
 def _check(settings: Settings) -> None:
     """What can be said but not be done."""
-    objectives = settings.objectives or ()
-    if len(objectives) > 1 or any(objective.weight != 1 for objective in objectives):
-        raise SpecError("objectives: several of them, or a weight other than 1, are not built yet")
     _check_schedule(_optimizer(settings), settings.steps or 0, "")
     tokenizer = settings.tokenizer
     if tokenizer is not None and tokenizer.kind == "bpe" and (tokenizer.vocab_size or 1024) < 300:
@@ -308,8 +347,23 @@ _TRAINING_FIELDS = (
 )
 
 
-def _objective(values: Mapping[str, Any]) -> Objective:
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "gkd": {},  # what lmbda and the divergence say
+    "gkd_supervised": {"lmbda": 0.0},  # Fig. 3, 9: any divergence on fixed data
+    "supervised_kd": {"lmbda": 0.0, "divergence": "jsd", "beta": 0.0},  # Eq. 3
+    "on_policy_kd": {"lmbda": 1.0, "divergence": "jsd", "beta": 0.0},  # Eq. 4
+    "imitkd": {"lmbda": 0.5, "divergence": "jsd", "beta": 0.0},  # Lin et al. 2020, as in §5
+    "f_distill": {"lmbda": 0.5, "divergence": "tv", "beta": None},  # Wen et al. 2023
+    "seqkd": {"lmbda": 0.0, "type": "cross_entropy", "text": TeacherText()},  # Kim and Rush 2016
+    "sft": {"lmbda": 0.0, "type": "cross_entropy"},
+}
+"""The paper's baselines in its own terms (§3, §4): what each one sets."""
+
+
+def _objective(values: Mapping[str, Any]) -> Objective | CrossEntropyObjective:
     """The defaults of `Objective` stand for what neither the experiment nor the task's scale says."""
+    if values.get("type") == "cross_entropy":
+        return CrossEntropyObjective()
     stated = {
         "divergence": values["divergence"],
         "beta": values["beta"],
@@ -322,7 +376,26 @@ def _objective(values: Mapping[str, Any]) -> Objective:
 
 def _source(values: Mapping[str, Any]) -> Source:
     lmbda = values["lmbda"]
-    return Source(lmbda=lmbda, temperature=values["temperature"] if lmbda > 0 else None)
+    return Source(
+        lmbda=lmbda,
+        temperature=values["temperature"] if lmbda > 0 else None,
+        text=values.get("text") if lmbda < 1 else None,
+    )
+
+
+def _filled(
+    objectives: tuple[Divergent | CrossEntropyObjective, ...] | None, values: Mapping[str, Any]
+) -> tuple[AnyObjective, ...]:
+    """What is stated as a list, its divergences with the temperatures that hold besides."""
+    return tuple(one.filled(values) if isinstance(one, Divergent) else one for one in objectives or ())
+
+
+def _check_writer(objectives: Iterable[AnyObjective], source: Source) -> None:
+    if source.lmbda > 0 and all(isinstance(one, CrossEntropyObjective) for one in objectives):
+        raise SpecError(
+            f"lmbda {source.lmbda:g} lets the student write, and cross_entropy has nothing to teach of its "
+            "own text: set lmbda to 0, or add a divergence to the objectives"
+        )
 
 
 def _optimizer(settings: Settings) -> OptimizerSpec:
@@ -361,7 +434,7 @@ def _sft_model(
     if isinstance(asked, str) and asked in models:
         name, model = asked, models[asked]
     elif isinstance(asked, str):
-        if not ("/" in asked or asked.startswith((".", "~"))):
+        if not ("/" in asked or asked.startswith((".", "~", "pypi:"))):
             raise unknown(role, asked, models)
         name, model = asked.rstrip("/").rsplit("/", 1)[-1], ModelSettings(pretrained=asked)
     else:
@@ -383,7 +456,11 @@ def _sft_model(
 def _model(name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
     if model.pretrained is not None:
         hub, path, revision = revisions.model(model.pretrained)
-        return ModelSpec(name=name, pretrained=hub, path=path, revision=revision)
+        return ModelSpec(
+            name=name, pretrained=hub, path=path, revision=revision, keep_layers=model.keep_layers
+        )
+    if model.keep_layers is not None:
+        raise SpecError(f"model {name!r}: keep_layers is for a model that is loaded: give `pretrained`")
     architecture = model.architecture()
     if architecture is None:
         raise SpecError(
@@ -417,9 +494,35 @@ def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
     )
 
 
+def _evaluations(
+    asked: AnyEvaluationSettings, metrics: tuple[str, ...], limit: int, rows: DataSettings
+) -> Iterator[AnyEvaluation]:
+    """What a section asks for: one way of decoding, or each task of lm-eval."""
+    if isinstance(asked, HarnessSettings):
+        yield from harness_evaluations(asked)
+    else:
+        yield _evaluation(asked, metrics, limit, getattr(rows, asked.split))
+
+
+def harness_evaluations(asked: HarnessSettings, *, trusted: bool = False) -> Iterator[HarnessEvaluation]:
+    """An evaluation for each task of lm-eval; `trusted` task files may run code. Raises SpecError."""
+    for name in dict.fromkeys(asked.lm_eval):
+        task = lm_task(name, trusted=trusted)
+        yield HarnessEvaluation(
+            lm_eval=lm_eval_version(),
+            task=task.name,
+            content=task.content,
+            path=task.path,
+            limit=asked.limit,
+            num_fewshot=asked.num_fewshot,
+            metric=asked.metric,
+        )
+
+
 def _evaluation(
     asked: EvaluationSettings, metrics: tuple[str, ...], limit: int, rows: int | None
 ) -> Evaluation:
+    _check_evaluation(asked, asked.metrics or metrics)
     counts = [count for count in (asked.examples, rows) if count is not None]
     sampled, beamed = asked.decoding == "sample", asked.decoding == "beam"
     return Evaluation(
@@ -431,5 +534,26 @@ def _evaluation(
         examples=min(counts, default=None),
         max_output_tokens=asked.max_output_tokens or limit,
         seed=asked.seed if sampled else None,
+        samples=asked.samples if (asked.samples or 1) > 1 else None,
+        calculator=asked.calculator,
         metrics=asked.metrics or metrics,
     )
+
+
+def _check_evaluation(asked: EvaluationSettings, metrics: tuple[str, ...]) -> None:
+    samples = asked.samples or 1
+    if samples > 1 and asked.decoding != "sample":
+        raise SpecError(
+            f"evaluations: samples: {samples} texts of a {asked.decoding} search would be one text "
+            f"{samples} times; set `decoding: sample`, or leave `samples` out"
+        )
+    if "self_bleu" in metrics and samples == 1:
+        raise SpecError(
+            "evaluations: self_bleu compares several texts of one prompt; "
+            "set `decoding: sample` and `samples: 8`, say"
+        )
+    if asked.calculator and asked.decoding == "beam":
+        raise SpecError(
+            "evaluations: calculator: tokens of beams cannot be chosen for them; "
+            "set `decoding: greedy` or `sample`, or leave `calculator` out"
+        )

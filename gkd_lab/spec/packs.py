@@ -75,4 +75,5 @@ def _size(cell: Cell, limit: PackLimit) -> int:
 def _common(training: Training) -> str:
     shared = {name: getattr(training, name) for name in type(training).model_fields if name not in _OWN}
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
-    return canonical({**shared, "optimizer": optimizer})
+    # Rows are common to a pack, so who wrote them is.
+    return canonical({**shared, "optimizer": optimizer, "text": training.source.text})

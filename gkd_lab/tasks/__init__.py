@@ -1,8 +1,9 @@
 """What is learnt and how it is judged: one small file per task, one registry. No torch here."""
 
 from gkd_lab.spec.errors import unknown
-from gkd_lab.tasks import arithmetic, summarization, translation
-from gkd_lab.tasks.data import load_rows, source_revision
+from gkd_lab.tasks import arithmetic, instruction, summarization, translation
+from gkd_lab.tasks.data import Rows, load_rows, source_revision
+from gkd_lab.tasks.form import check_form
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
 __all__ = [
@@ -10,15 +11,17 @@ __all__ = [
     "TASKS",
     "MadeSource",
     "Row",
+    "Rows",
     "Split",
     "Task",
+    "check_form",
     "get_task",
     "load_rows",
     "source_revision",
 ]
 
 TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (arithmetic, translation, summarization)
+    module.TASK.name: module.TASK for module in (arithmetic, translation, summarization, instruction)
 }
 
 

@@ -5,7 +5,7 @@ far, two space-separated tokens: 5 added is 8, 9 added is 17. Copying the number
 it learnable in minutes; sums alone are shorter but took a 2-layer model several times the steps.
     prompt  3 + 5 + 9 + 1 + 4 + 7 =
     target  5 8 9 17 1 18 4 22 7 29 #### 29
-Real rows: GSM8K's `question`, `answer` (without its `<<48/2=24>>` marks: no calculator runs here),
+Real rows: GSM8K's `question`, `answer` (without its `<<48/2=24>>` marks unless a calculator is to run),
 and SVAMP's `question`, `answer`, where the answer is a bare number and the target `#### 51`.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from gkd_lab.metrics import extract_answer
 from gkd_lab.tasks.made import draw_rows
-from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import checkpoint, smol_models
 from gkd_lab.tasks.scales import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
@@ -36,11 +36,18 @@ def is_correct(solution: str, reference: str) -> bool:
 
 def parse(raw: Mapping[str, Any]) -> Row:
     """A GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
+    row = parse_marked(raw)
+    solution = _CALCULATOR.sub("", row.target)
+    return Row(row.prompt, solution, (solution,))
+
+
+def parse_marked(raw: Mapping[str, Any]) -> Row:
+    """As `parse`, with the marks that a calculator reads."""
     question = text_field(raw, "question")
     answer = raw.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         raw = {**raw, "answer": f"{answer:.15g}"}
-    solution = _CALCULATOR.sub("", text_field(raw, "answer"))
+    solution = text_field(raw, "answer")
     if _ROUNDED.fullmatch(solution):
         solution = f"{float(solution):.15g}"
     if _NUMBER.fullmatch(solution):
@@ -60,6 +67,35 @@ def made(seed: int, split: Split) -> Iterator[Row]:
     """Endless chain sums of 6 to 10 numbers from 1 to 9."""
     return draw_rows(_chain_sum, MADE_VERSION, seed, split)
 
+
+# The first four chain-of-thought exemplars of Wei et al. (2022), the 4-shot prompt of §A.5.
+# ours: they end as GSM8K's solutions do, with marks and `####`, not with "The answer is 6.", so that
+# prompt, targets and the rule that reads the answer agree.
+EXEMPLARS = (
+    {
+        "question": "There are 15 trees in the grove. Grove workers will plant trees in the grove today. "
+        "After they are done, there will be 21 trees. How many trees did the grove workers plant today?",
+        "answer": "There are 15 trees originally. Then there were 21 trees after some more were planted. "
+        "So there must have been 21 - 15 = <<21-15=6>>6.\n#### 6",
+    },
+    {
+        "question": "If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in "
+        "the parking lot?",
+        "answer": "There are originally 3 cars. 2 more cars arrive. 3 + 2 = <<3+2=5>>5.\n#### 5",
+    },
+    {
+        "question": "Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they "
+        "have left in total?",
+        "answer": "Originally, Leah had 32 chocolates. Her sister had 42. So in total they had "
+        "32 + 42 = <<32+42=74>>74. After eating 35, they had 74 - 35 = <<74-35=39>>39.\n#### 39",
+    },
+    {
+        "question": "Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How "
+        "many lollipops did Jason give to Denny?",
+        "answer": "Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave "
+        "Denny 20 - 12 = <<20-12=8>>8.\n#### 8",
+    },
+)
 
 _GREEDY = [{"decoding": "greedy", "split": "test"}]  # Table A.2
 SCALES = {
@@ -88,9 +124,18 @@ SCALES = {
             "max_output_tokens": 192,
         },
     },
+    "smol": {
+        "data": {"source": "openai/gsm8k", "config": "main"},
+        "models": smol_models(1_000),
+        "max_input_tokens": 256,
+        "max_output_tokens": 256,
+        "evaluations": _GREEDY,
+    },
     "paper": {
         "family": "encoder-decoder",  # FLAN-T5 (§4.3)
-        "data": {"source": "openai/gsm8k", "config": "main"},
+        # §A.5: 4-shot prompts; the marks are what the external calculator reads.
+        # ours: GSM8K's own solutions; those of PaLM-540B that the paper trains on (§4.3) are not public
+        "data": {"source": "openai/gsm8k", "config": "main", "shots": 4, "calculator_marks": True},
         "models": {
             # FLAN-T5, fine-tuned for 10K steps on the solutions (§4.3)
             "xl": checkpoint("google/flan-t5-xl", steps=10_000),
@@ -105,7 +150,7 @@ SCALES = {
         "dropout": 0.05,  # Table A.2
         "max_input_tokens": 512,  # Table A.2
         "max_output_tokens": 320,  # Table A.2
-        "evaluations": _GREEDY,
+        "evaluations": [{**_GREEDY[0], "calculator": True}],  # Table A.2: an external calculator
     },
 }
 
@@ -116,5 +161,7 @@ TASK = Task(
     metrics=("accuracy",),
     generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)},
     parse=parse,
+    parse_marked=parse_marked,
+    exemplars=EXEMPLARS,
     hub_name="openai/gsm8k",
 )

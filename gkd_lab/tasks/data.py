@@ -2,16 +2,19 @@
 
 Rows keep the order of their file. Where real data has no validation split, the last tenth of train
 (at most 500 rows) is held out as validation and train ends before it, on every machine alike.
+Whatever is left out is counted, with its reason.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from gkd_lab.spec.errors import nearest, unknown
 from gkd_lab.tasks.folder import DataFolder
+from gkd_lab.tasks.form import check_form, parser, with_shots
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
 Kind = Literal["made", "folder", "hub"]
@@ -26,6 +29,14 @@ def held_out(train_rows: int) -> int:
     return min(MOST_HELD_OUT, max(1, train_rows // HELD_OUT_SHARE)) if train_rows > 1 else 0
 
 
+class Rows(list[Row]):
+    """Rows of a split, with how many rows before the last one were left out, by reason."""
+
+    def __init__(self, rows: Iterable[Row] = (), dropped: Mapping[str, int] | None = None) -> None:
+        super().__init__(rows)
+        self.dropped: dict[str, int] = dict(dropped or {})
+
+
 def load_rows(
     task: Task,
     kind: Kind,
@@ -37,23 +48,34 @@ def load_rows(
     split: Split,
     count: int | None = None,
     seed: int = 0,
+    shots: int = 0,
+    calculator_marks: bool = False,
     cache: Path | None = None,
-) -> list[Row]:
+) -> Rows:
     """The first `count` rows of a split; all there are if fewer, or if `count` is None.
 
     made: generator `name` ("made" by default), `seed`; an endless one needs `count`.
     folder: `path` with train, validation and test files, or its subfolder `config`.
     hub: `name`, `config`, `revision` through `datasets`, whose code is never trusted; rows with an
-    empty field are left out with a warning (XSum has some), while in a folder they are an error.
+    empty field are left out, counted and warned of (XSum has some), while in a folder they are an error.
+    `shots` worked examples stand before each question; `calculator_marks` keeps GSM8K's `<<48/2=24>>`.
     `cache` is a folder where a slow source may keep what it read.
     Raises ValueError, with the way out, for anything wrong in the request or the data.
     """
     _check(split, kind, count)
+    check_form(task, kind, shots=shots, calculator_marks=calculator_marks)
+    parse, dropped = parser(task, calculator_marks), Counter[str]()
     if kind == "made":
-        return _made_rows(_generator(task, name or "made"), split, count, seed, cache)
-    if kind == "folder":
-        return list(islice(_folder_rows(task, _folder(path, config), split), count))
-    return list(islice(_hub_rows(task, name, config, revision, split), count))
+        found = _made_rows(_generator(task, name or "made"), split, count, seed, cache)
+    elif kind == "folder":
+        found = _folder_rows(parse, _folder(path, config), split)
+    else:
+        found = _hub_rows(parse, name or _no_name(task), config, revision, split, dropped)
+    shown = with_shots(task, found, shots=shots, calculator_marks=calculator_marks)
+    rows = Rows(islice(shown, count), dropped)
+    for reason, number in dropped.items():
+        logger.warning("%s, %s: left out %d rows with %s", name, split, number, reason)
+    return rows
 
 
 def source_revision(
@@ -95,10 +117,11 @@ def _generator(task: Task, name: str) -> MadeSource:
 
 def _made_rows(
     source: MadeSource, split: Split, count: int | None, seed: int, cache: Path | None
-) -> list[Row]:
+) -> Iterator[Row]:
     if count is None and source.endless:
         raise ValueError("this made source is endless: say how many rows (count)")
-    return list(islice(source.rows(seed, split, cache), count))
+    source.check()
+    return source.rows(seed, split, cache)
 
 
 def _folder(path: str | Path | None, config: str | None) -> DataFolder:
@@ -107,11 +130,14 @@ def _folder(path: str | Path | None, config: str | None) -> DataFolder:
     return DataFolder(Path(path) / config if config else Path(path))
 
 
-def _folder_rows(task: Task, folder: DataFolder, split: Split) -> Iterator[Row]:
+Parse = Callable[[Mapping[str, Any]], Row]
+
+
+def _folder_rows(parse: Parse, folder: DataFolder, split: Split) -> Iterator[Row]:
     source, start, stop = _place(folder.counts, split, str(folder.path))
     for where, raw in islice(folder.rows(source), start, stop):
         try:
-            yield task.parse(raw)
+            yield parse(raw)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -128,31 +154,30 @@ def _place(counts: Mapping[Split, int], split: Split, place: str) -> tuple[Split
     return ("train", 0, kept) if split == "train" else ("train", kept, None)
 
 
+def _no_name(task: Task) -> NoReturn:
+    raise ValueError("data of the hub needs a name, such as " + task.hub_name)
+
+
 def _hub_rows(
-    task: Task, name: str | None, config: str | None, revision: str | None, split: Split
+    parse: Parse, name: str, config: str | None, revision: str | None, split: Split, dropped: Counter[str]
 ) -> Iterator[Row]:
     import datasets  # slow, and only here
 
-    if not name:
-        raise ValueError("data of the hub needs a name, such as " + task.hub_name)
     try:
         loaded = datasets.load_dataset(name, config, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name!r} ({config=}, {revision=}): {error}") from error
     counts = {one: len(loaded[one]) for one in SPLITS if one in loaded}
     source, start, stop = _place(counts, split, name)
-    skipped = 0
     for index in range(start, counts[source] if stop is None else stop):
         raw = loaded[source][index]
         if _has_empty_field(raw):
-            skipped += 1
+            dropped["an empty field"] += 1
             continue
         try:
-            yield task.parse(raw)
+            yield parse(raw)
         except ValueError as error:
             raise ValueError(f"{name}, {source} row {index}: {error}") from error
-    if skipped:
-        logger.warning("%s, %s: left out %d rows with an empty field", name, split, skipped)
 
 
 def _has_empty_field(raw: Mapping[str, Any]) -> bool:

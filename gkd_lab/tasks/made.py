@@ -20,18 +20,24 @@ def split_of(prompt: str) -> Split:
 
 
 def draw_rows(
-    draw: Callable[[random.Random], tuple[str, str]], source: str, seed: int, split: Split
+    draw: Callable[[random.Random], tuple[str, str]],
+    source: str,
+    seed: int,
+    split: Split,
+    *,
+    shared: bool = True,
 ) -> Iterator[Row]:
     """Endless distinct rows of `split`; `draw` makes one (prompt, target) pair from a generator.
 
-    `source` names the generator and its version: it keys the random stream with seed and split.
+    `source` names the generator and its version: it keys the random stream with seed and split. Not
+    `shared`: what is drawn for this split is never drawn for another, so every prompt is kept.
     """
     random_numbers = random.Random(f"{source}/{seed}/{split}")
     seen: set[str] = set()
     wasted = 0
     while wasted < _DRAWS_WITHOUT_A_NEW_ROW:
         prompt, target = draw(random_numbers)
-        if prompt in seen or split_of(prompt) != split:
+        if prompt in seen or (shared and split_of(prompt) != split):
             wasted += 1
             continue
         wasted = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from gkd_lab.tasks import events
 from gkd_lab.tasks.made import draw_rows, split_of
-from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import checkpoint, smol_models
 from gkd_lab.tasks.scales import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
@@ -90,6 +90,13 @@ SCALES = {
             "max_output_tokens": 64,  # Table A.1
         },
     },
+    "smol": {
+        "data": {"source": "EdinburghNLP/xsum"},
+        "models": smol_models(1_000),
+        "max_input_tokens": 512,
+        "max_output_tokens": 64,  # Table A.1
+        "evaluations": _GREEDY,
+    },
     "paper": {
         "data": {"source": "EdinburghNLP/xsum"},
         "models": {
@@ -106,6 +113,10 @@ SCALES = {
         "dropout": 0.0,  # Table A.1
         "max_input_tokens": 1024,  # Table A.1
         "max_output_tokens": 64,  # Table A.1
+        "per_student": {
+            # Table A.1: 1e-3 for T5-small, but 3e-4 with reverse KL
+            "small": {"learning_rate": 1e-3, "reverse_kl": {"learning_rate": 3e-4}},
+        },
         "evaluations": [{**_GREEDY[0], "split": "validation"}],  # Table A.1
     },
 }

@@ -35,6 +35,8 @@ class MadeSource:
     rows: Callable[[int, Split, Path | None], Iterator[Row]]
     version: Callable[[Path | None], str]  # changes when the rows would: part of a cell's identity
     endless: bool = True  # False: the source has a last row, and the seed changes nothing
+    check: Callable[[], None] = lambda: None
+    """ValueError, with the way out, where something that the source needs is not installed."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,12 @@ class Task:
     generators: Mapping[str, MadeSource]
     parse: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
     hub_name: str  # the data the paper used
+    parse_marked: Callable[[Mapping[str, Any]], Row] | None = None  # keeps calculator marks, where there are
+    exemplars: tuple[Mapping[str, Any], ...] = ()  # worked examples for few-shot prompts, as raw rows
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Scale -> settings, with `models` (name -> settings), `evaluations`, and `real`: what changes
-    when the rows are not the made ones."""
+    """Scale -> settings, with `models` (name -> settings), `evaluations`, `per_student` (name -> what
+    changes for that student, and its `reverse_kl`: what changes for that divergence besides), and
+    `real`: what changes when the rows are not the made ones."""
 
     def defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         """All settings at `scale` for rows from `source` (None: the scale's own choice)."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gkd_lab.tasks.made import draw_rows
-from gkd_lab.tasks.scales import checkpoint
+from gkd_lab.tasks.scales import checkpoint, smol_models
 from gkd_lab.tasks.scales import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
@@ -131,6 +131,13 @@ SCALES = {
             "max_input_tokens": 80,  # Table A.3
             "max_output_tokens": 80,  # Table A.3
         },
+    },
+    "smol": {
+        "data": {"source": "wmt/wmt14", "config": "de-en"},
+        "models": smol_models(2_000),  # ours: SmolLM2 knows no German
+        "max_input_tokens": 128,
+        "max_output_tokens": 128,
+        "evaluations": [{"decoding": "greedy", "split": "test"}],
     },
     "paper": {
         "data": {"source": "wmt/wmt14", "config": "de-en"},

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gkd_lab.metrics import score_many
+from gkd_lab.metrics import score, score_many
 
 PREDICTIONS = ["The cat sat #### 5", "Ein Haus am See"]
 REFERENCES = [["The cat sits #### 5"], ["Ein Haus am Meer", "Das Haus am See"]]
@@ -19,15 +19,15 @@ def metrics():  # type: ignore[no-untyped-def]
     return metrics
 
 
-@pytest.mark.parametrize("name", ["Accuracy", "ExactMatch", "Rouge", "Bleu", "Chrf"])
+@pytest.mark.parametrize("name", ["Accuracy", "AccuracyFlexible", "ExactMatch", "Rouge", "Bleu", "Chrf"])
 def test_compute_equals_the_plain_functions(metrics, name: str) -> None:  # type: ignore[no-untyped-def]
     metric = getattr(metrics, name)()
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
     expected = score_many(metric.names, PREDICTIONS, REFERENCES)
-    for one, score in expected.items():
-        assert result[one] == pytest.approx(score.value)
-        assert result["signatures"][one] == score.signature
-        assert {key: result[key] for key in score.extra} == score.extra
+    for one, plain in expected.items():
+        assert result[one] == pytest.approx(plain.value)
+        assert result["signatures"][one] == plain.signature
+        assert {key: result[key] for key in plain.extra} == plain.extra
 
 
 def test_one_text_per_example_is_enough(metrics) -> None:  # type: ignore[no-untyped-def]
@@ -51,6 +51,15 @@ def test_settings_reach_the_score(metrics) -> None:  # type: ignore[no-untyped-d
         for stem in (False, True)
     )
     assert (plain["rouge1"], stemmed["rouge1"]) == (0, 100)
+
+
+def test_self_bleu_takes_the_texts_of_each_prompt(metrics) -> None:  # type: ignore[no-untyped-def]
+    groups = [["a b c d e", "a b c d f"], ["one two three four"] * 2]
+    found = metrics.SelfBleu().compute(predictions=groups)
+    texts = [text for group in groups for text in group]
+    expected = score("self_bleu", texts, [[""]] * 4, prompts=[0, 0, 1, 1])
+    assert found["self_bleu"] == pytest.approx(expected.value)
+    assert found["signatures"] == {"self_bleu": expected.signature}
 
 
 @pytest.mark.slow

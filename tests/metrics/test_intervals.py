@@ -1,8 +1,13 @@
 """Bootstrap intervals: their width, their ends, and that they repeat."""
 
-import pytest
+import re
 
-from gkd_lab.metrics.intervals import corpus_interval, interval, mean_interval
+import numpy as np
+import pytest
+import sacrebleu
+
+from gkd_lab.metrics import score
+from gkd_lab.metrics.intervals import corpus_interval, interval, mean_interval, mean_intervals
 
 
 def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says() -> None:
@@ -29,6 +34,37 @@ def test_no_examples_is_an_error_that_says_so() -> None:
         mean_interval([])
 
 
+def test_many_cells_at_once_get_what_each_gets_alone() -> None:
+    values = np.random.default_rng(0).uniform(0, 100, size=(40, 77))
+    together = mean_intervals(values, resamples=300)
+    assert together.tolist() == [list(mean_interval(row, resamples=300)) for row in values.tolist()]
+    assert len(np.unique(together)) == together.size
+
+
+def test_cells_see_the_same_draws() -> None:
+    """So a constant distance between two cells is that between the ends of their intervals."""
+    values = np.random.default_rng(0).uniform(0, 50, size=(1, 60))
+    low, high = mean_intervals(np.concatenate([values, values + 7])).T
+    assert low[1] - low[0] == pytest.approx(7, abs=1e-8)
+    assert high[1] - high[0] == pytest.approx(7, abs=1e-8)
+
+
+def test_draws_are_of_all_examples_and_as_many() -> None:
+    from gkd_lab.metrics.intervals import _counts
+
+    counts = _counts(30, 2000, 0, 0)
+    assert counts.shape == (2000, 30)
+    assert (counts.sum(axis=1) == 30).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(30), abs=0.1)
+    assert counts.var() == pytest.approx(29 / 30, abs=0.02)  # of a binomial with 30 draws at 1/30
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,)])
+def test_values_that_are_no_cells_by_examples_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="values \\(cells, examples\\), got an array of"):
+        mean_intervals(np.zeros(shape))
+
+
 PREDICTIONS = [
     "the cat sat on the mat",
     "a dog ran home quickly today",
@@ -43,12 +79,22 @@ REFERENCES = [
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_a_corpus_interval_surrounds_the_corpus_score(metric: str) -> None:
-    from gkd_lab.metrics import score
 
     value = score(metric, PREDICTIONS, REFERENCES).value
     low, high = corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=200)
     assert 0 < low < value < high < 100
     assert (low + high) / 2 == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_a_corpus_interval_is_sacrebleus(metric: str) -> None:
+    own = {"bleu": sacrebleu.BLEU(), "chrf": sacrebleu.CHRF()}[metric]
+    streams = [[texts[0] for texts in REFERENCES]]
+    found = own.corpus_score(PREDICTIONS, streams, n_bootstrap=300)
+    low, high = corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=300)
+    printed = re.search(r"± ([0-9.]+)", found.format(width=6, signature=str(own.get_signature())))
+    assert printed is not None
+    assert (high - low) / 2 == pytest.approx(float(printed[1]), abs=1e-5)
 
 
 def test_corpus_scores_take_several_and_unequal_references() -> None:
@@ -68,8 +114,17 @@ def test_the_metric_decides_which_interval_it_gets() -> None:
     assert bleu == corpus_interval("bleu", PREDICTIONS, REFERENCES)
 
 
+def test_several_samples_of_a_prompt_are_drawn_as_one() -> None:
+    per_example = [0.0, 100.0, 100.0, 100.0] * 15
+    drawn = interval("accuracy", PREDICTIONS, REFERENCES, per_example, samples=2)
+    assert drawn == mean_interval([50.0, 100.0] * 15)
+    assert interval("bleu", PREDICTIONS, REFERENCES, per_example, samples=2) is None
+
+
 def test_a_chrf_of_which_some_resamples_score_nothing_has_an_interval() -> None:
     predictions = ["a b c d e", "q", "q"]
     references = [("a b c d e f",), ("g h i j",), ("k l m",)]
-    low, high = interval("chrf", predictions, references, [50.0, 0.0, 0.0])
+    ends = interval("chrf", predictions, references, [50.0, 0.0, 0.0])
+    assert ends is not None
+    low, high = ends
     assert 0 <= low < high <= 100

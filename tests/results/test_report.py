@@ -86,7 +86,13 @@ def test_it_says_what_lmbda_and_beta_did(store: Store, tmp_path: Path) -> None:
         page.text,
     )
     assert sum(tag == "svg" for tag, _ in page.tags) == 3
-    assert "55.0 52.0 to 58.0 bootstrap, examples 1 done" in page.text
+    assert re.search(r"55\.0 52\.0 to 58\.0 bootstrap, examples 1 \+25\.0 undecided done", page.text)
+    assert re.search(r"70\.0 67\.0 to 73\.0 .* 1 \+40\.0 \[\+2\d\.0, \+5\d\.0\] higher done", page.text)
+    assert re.search(
+        r"Against the SFT student that they started from, \d of 9 students are higher, 0 lower, \d undecided "
+        r"\(9 comparisons, Holm-adjusted at 95%\)\.",
+        page.text,
+    )
     assert "torch 2.13.0" in page.text
 
 

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from gkd_lab.records import Store
-from gkd_lab.results.statistics import NO_BETA, lmbda_effect, points, summary, t_interval
+from gkd_lab.results.effects import over_examples, over_seeds, t_interval
+from gkd_lab.results.statistics import NO_BETA, lmbda_effect, points, summary
 from gkd_lab.results.table import table
 
 from .made_store import fill, made_grid
+from .written import of_values
 
 
 def test_the_t_interval_of_three_values_matches_a_table_of_student_t() -> None:
@@ -60,7 +63,7 @@ def test_total_variation_stands_once_after_the_betas(tmp_path: Path) -> None:
     found = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
     assert found.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
     assert list(found["n"]) == [1] * 8
-    effect = lmbda_effect(frame, "accuracy", lambda cell: [])
+    effect = lmbda_effect(frame, "accuracy", lambda cell: None)
     assert effect is not None
     assert (effect.mean, effect.pairs) == (30.0, 3)
 
@@ -98,7 +101,7 @@ def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> Non
         {(0, 0, 0): 10.0, (1, 0, 0): 20.0, (0, 1, 0): 10.0, (1, 1, 0): 22.0}
         | {(0, 0, 1): 30.0, (1, 0, 1): 42.0, (0, 1, 1): 30.0, (1, 1, 1): 44.0}
     )
-    effect = lmbda_effect(frame, "accuracy", lambda cell: [])
+    effect = lmbda_effect(frame, "accuracy", lambda cell: None)
     assert effect is not None
     assert effect.mean == 12.0  # seeds: 11 and 13; t(0.975, 1) = 12.7062, standard error 1
     assert effect.low == pytest.approx(12 - 12.7062, abs=1e-3)
@@ -108,20 +111,32 @@ def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> Non
 def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
     frame = _frame({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
     per_example = {"0/0/0": [0.0, 0.0, 0.0, 100.0] * 25, "1/0/0": [100.0, 0.0, 100.0, 100.0] * 25}
-    effect = lmbda_effect(frame, "accuracy", per_example.__getitem__)
+    effect = lmbda_effect(frame, "accuracy", lambda cell: of_values(per_example[cell]))
     assert effect is not None and effect.low is not None and effect.high is not None
     assert effect.mean == 50.0
     assert 38 < effect.low < 42 and 58 < effect.high < 62  # 50 +- 1.96 * 50 / sqrt(100)
     assert effect.verdict == "higher"
 
 
-def test_a_corpus_score_of_one_seed_stays_undecided() -> None:
+def test_a_stored_score_that_its_texts_do_not_give_gets_no_interval() -> None:
     frame = _frame({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
-    effect = lmbda_effect(frame, "accuracy", lambda cell: [1.0, 2.0])
+    effect = lmbda_effect(frame, "accuracy", lambda cell: of_values([1.0, 2.0]))
     assert effect is not None
     assert (effect.low, effect.verdict) == (None, "undecided")
 
 
+def test_the_p_value_is_student_s() -> None:
+    # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom
+    assert over_seeds([1.0, 2.0, 3.0], 3).p == pytest.approx(0.0742, abs=1e-4)
+    assert over_seeds([0.0, 0.0], 2).p == 1.0
+    assert over_seeds([1.0, 1.0], 2).p == 0.0
+
+
+def test_a_single_example_decides_nothing() -> None:
+    effect = over_examples(100.0, np.full(10, 100.0), 1, 1, "bootstrap")
+    assert (effect.mean, effect.low, effect.p, effect.verdict) == (100.0, None, None, "undecided")
+
+
 def test_without_a_finished_pair_there_is_no_effect() -> None:
-    assert lmbda_effect(_frame({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: []) is None
-    assert lmbda_effect(_frame({(1, 0, 0): 1.0}), "accuracy", lambda c: []) is None
+    assert lmbda_effect(_frame({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: None) is None
+    assert lmbda_effect(_frame({(1, 0, 0): 1.0}), "accuracy", lambda c: None) is None

@@ -54,7 +54,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"evaluations": []}, "evaluations: [] is not valid: the list is empty"),
     ({"evaluations": {"decoding": "beam"}}, "is not valid: must be a list of values"),
     ({"description": None}, "description: None is not valid: must be text"),
-    ({"objectives": [{"beta": 1}]}, "objectives[0].teacher_temperature is missing"),
+    ({"objectives": [{"type": "kl"}]}, "objectives[0].type: 'kl' is not valid: valid: divergence, cross_e"),
+    ({"objectives": [{"type": "cross_entropy", "beta": 1}]}, "unknown field 'objectives[0].beta'"),
+    ({"method": "seqkt"}, "method: 'seqkt' is not valid: did you mean 'seqkd'? valid: gkd,"),
     ({"objectives": [{"divergence": "jsd"}]}, "objectives[0].beta is missing"),
     ({"objectives": [{"beta": None}]}, "objectives[0].beta is missing"),
 ]

@@ -1,10 +1,12 @@
 """Rows from made sources, folders and `datasets`; what goes wrong is said with file and line."""
 
+import importlib.util
 import json
 import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -16,16 +18,21 @@ from gkd_lab.tasks.data import held_out
 TRANSLATION = get_task("translation")
 
 
+def installed(name: str) -> bool:
+    """Whether what the task's generator needs is there; `instruction` needs an extra."""
+    return name != "instruction" or importlib.util.find_spec("reasoning_gym") is not None
+
+
 def raw_rows(count: int, word: str = "w") -> list[dict[str, str]]:
     return [{"en": f"{word} {index}", "de": f"W {index}"} for index in range(count)]
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_parquet(path: Path, rows: list[dict[str, str]]) -> None:
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
@@ -35,13 +42,20 @@ def prompts(path: Path, split: str, **options: object) -> list[str]:
     return [row.prompt for row in rows]
 
 
-@pytest.mark.parametrize("name", TASKS)
+COUNTS = {"instruction": 250}  # its held-out kinds have some 600 different questions
+MADE = [
+    pytest.param(name, marks=pytest.mark.skipif(not installed(name), reason="reasoning-gym is not installed"))
+    for name in TASKS
+]
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_made_splits_are_disjoint_whatever_the_seed(name: str) -> None:
     seen = {
         split: {
             row.prompt
             for seed in (0, 1)
-            for row in load_rows(TASKS[name], "made", split=split, count=800, seed=seed)
+            for row in load_rows(TASKS[name], "made", split=split, count=COUNTS.get(name, 800), seed=seed)
         }
         for split in SPLITS
     }
@@ -50,7 +64,7 @@ def test_made_splits_are_disjoint_whatever_the_seed(name: str) -> None:
     assert not seen["validation"] & seen["test"]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", MADE)
 def test_made_rows_depend_on_the_seed_alone_and_never_repeat(name: str) -> None:
     task = TASKS[name]
     rows = load_rows(task, "made", split="train", count=300, seed=3)
@@ -249,3 +263,52 @@ def test_datasets_loads_by_the_same_rules(
     assert "left out 1 rows with an empty field" in caplog.text
     with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
         loaded("test")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_a_hub_data_set_loses_is_counted_with_its_reason(tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "set" / "test.jsonl", [{"en": "", "de": "a"}, *raw_rows(3), {"en": "b", "de": " "}]
+    )
+    place = str(tmp_path / "set")
+    found = load_rows(TRANSLATION, "hub", name=place, split="test")
+    assert (len(found), found.dropped) == (3, {"an empty field": 2})
+    first = load_rows(TRANSLATION, "hub", name=place, split="test", count=2)
+    assert (len(first), first.dropped) == (2, {"an empty field": 1})  # what was read, not what follows
+
+
+# The form that each real data set has on the hub and in a folder.
+REAL_FORMS = {
+    "EdinburghNLP/xsum": ("summarization", {"document": "D", "summary": "s", "id": "1"}, ("D", "s")),
+    "wmt/wmt14": (
+        "translation",
+        {"translation": {"de": "ein Haus", "en": "a house"}},
+        ("a house", "ein Haus"),
+    ),
+    "openai/gsm8k": (
+        "arithmetic",
+        {"question": "Q", "answer": "1+1=<<1+1=2>>2\n#### 2"},
+        ("Q", "1+1=2\n#### 2"),
+    ),
+    "Muennighoff/flan": ("instruction", {"inputs": "I", "targets": "t", "task": "rte"}, ("I", "t")),
+}
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", REAL_FORMS)
+def test_rows_of_the_paper_s_data_read_alike_from_jsonl_parquet_and_datasets(
+    name: str, tmp_path: Path
+) -> None:
+    task, raw, expected = REAL_FORMS[name]
+    write_jsonl(tmp_path / "lines" / "test.jsonl", [raw] * 2)
+    write_parquet(tmp_path / "columns" / "test-00000-of-00001.parquet", [raw] * 2)
+    for kind, place in (("folder", "lines"), ("folder", "columns"), ("hub", "lines"), ("hub", "columns")):
+        where = {"name" if kind == "hub" else "path": str(tmp_path / place)}
+        found = load_rows(get_task(task), kind, split="test", **where)  # type: ignore[arg-type]
+        assert [(row.prompt, row.target) for row in found] == [expected] * 2
+    assert get_task(task).hub_name == name

@@ -1,0 +1,80 @@
+"""What an lm-eval task was: SHA-256 of its resolved configuration, its documents and lm-eval's version.
+
+lm-eval's own hash covers the prompts of the documents that were run; ours is the same for any limit, model
+and machine, and moves with everything else.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from gkd_lab.spec.lm_task import lm_eval_version
+
+_PLACES = ("data_files", "data_dir", "cache_dir")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def task_hash(loaded: Mapping[str, Any]) -> str:
+    """`sha256:...` of what `TaskManager.load` returned."""
+    parts = {
+        "lm_eval": lm_eval_version(),
+        "tasks": {name: _of_task(task) for name, task in sorted(loaded["tasks"].items())},
+        "groups": {name: _of_group(group) for name, group in sorted(loaded.get("groups", {}).items())},
+    }
+    return f"sha256:{hashlib.sha256(_text(parts).encode()).hexdigest()}"
+
+
+def _of_task(task: Any) -> dict[str, Any]:
+    config = {name: value for name, value in vars(task.config).items() if value is not None}
+    config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
+    kwargs = config.get("dataset_kwargs") or {}
+    config["dataset_kwargs"] = {name: value for name, value in kwargs.items() if name not in _PLACES}
+    if kwargs.keys() & set(_PLACES):
+        config.pop("dataset_path", None) if _is_place(config.get("dataset_path")) else None
+    examples = task.fewshot_docs() if task.config.num_fewshot else None
+    return {
+        "config": config,
+        "documents": _of_rows(task.eval_docs),
+        "examples": None if examples is None else _of_rows(examples),
+    }
+
+
+def _is_place(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith("/")
+
+
+def _of_group(group: Any) -> dict[str, Any]:
+    return {"members": list(group.child_names), "version": group.version, "sums": _sums(group)}
+
+
+def _sums(group: Any) -> Any:
+    return [vars(one) for one in group.aggregate_metric_list or ()]
+
+
+def _of_rows(rows: Iterable[Any]) -> str:
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(_text(row).encode() + b"\n")
+    return total.hexdigest()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_told)
+
+
+def _told(value: Any) -> Any:
+    """Functions by their text, as lm-eval tells them; what else JSON has no form for without its address."""
+    if isinstance(value, partial):
+        return [value.func, list(value.args), value.keywords]
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (TypeError, OSError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    if hasattr(value, "__dataclass_fields__"):
+        return vars(value)
+    return _ADDRESS.sub("", repr(value))

@@ -1,0 +1,185 @@
+"""Instruction following: a mixture of kinds of questions, judged by exact match also on kinds held out.
+
+Made rows are reasoning-gym's. `train` and `validation` hold the kinds of HELD_IN, `test` those of HELD_OUT,
+so the evaluation `greedy@validation` is of known instructions and `greedy` of new ones: sums in other words,
+a multiple instead of a divisor.
+    prompt  Find the Greatest Common Divisor (GCD) of these numbers: 56, 36. Give only the GCD ...
+    target  4
+Real rows: `inputs`, `targets` (FLAN), or `question`, `answer` with or without `choices` (MMLU, BBH).
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import checkpoint, smol_models
+from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+
+GYM = "0.1.25"
+"""The one release of reasoning-gym whose rows these are: its texts change from one to the next."""
+MADE_VERSION = f"instruction-made-1+reasoning-gym-{GYM}"
+
+_TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+Kinds = Mapping[str, Mapping[str, Any]]
+HELD_IN: Kinds = {
+    "chain_sum": _TWO_DIGITS,
+    "family_relationships": {"min_family_size": 3, "max_family_size": 3},
+    "gcd": {"max_value": 40},
+    "number_filtering": {
+        "min_numbers": 2,
+        "max_numbers": 3,
+        "max_decimals": 0,
+        "min_value": 0,
+        "max_value": 20,
+    },
+}
+HELD_OUT: Kinds = {
+    "basic_arithmetic": {
+        **_TWO_DIGITS,
+        "operators": ("+", "-"),
+        "allow_parentheses": False,
+        "allow_negation": False,
+    },
+    "lcm": {"max_value": 20},
+}
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row of FLAN, MMLU or BBH; ValueError if a field is missing or an answer is not a choice."""
+    if "inputs" in raw or "targets" in raw:
+        prompt, target = text_field(raw, "inputs"), text_field(raw, "targets")
+    else:
+        prompt, target = text_field(raw, "question"), text_field(raw, "answer")
+    if raw.get("choices") is not None:
+        prompt = _with_choices(prompt, target, raw["choices"])
+    return Row(prompt, target, (target,))
+
+
+def _with_choices(question: str, answer: str, choices: Any) -> str:
+    """The form of Hendrycks et al. (2021): a choice a line, each behind its letter."""
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"field 'choices' must be a list of texts, got {choices!r:.60}")
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
+    if answer not in set(letters):
+        raise ValueError(f"field 'answer' must be one of {', '.join(letters)}, got {answer!r:.60}")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    return "\n".join([question, *lines, "Answer:"])
+
+
+def check_installed() -> None:
+    """ValueError unless the one release of reasoning-gym is there."""
+    try:
+        found = version("reasoning-gym")
+    except PackageNotFoundError:
+        found = "none"
+    if found != GYM:
+        raise ValueError(
+            f"the made rows of instruction need reasoning-gym {GYM} (there is {found}): "
+            "pip install 'gkd-lab[reasoning]'"
+        )
+
+
+@cache
+def _generator(kind: str, split: Split) -> Any:
+    from reasoning_gym import create_dataset  # loads sympy and more
+
+    settings = (HELD_OUT if split == "test" else HELD_IN)[kind]
+    return create_dataset(kind, seed=0, size=1, **settings)
+
+
+def made(seed: int, split: Split) -> Iterator[Row]:
+    """Endless questions of the split's kinds, each kind as likely."""
+    kinds = tuple(HELD_OUT if split == "test" else HELD_IN)
+
+    def draw(random_numbers: random.Random) -> tuple[str, str]:
+        generator = _generator(random_numbers.choice(kinds), split)
+        # An item depends on its number alone, which may exceed the size that a data set states.
+        item = generator[random_numbers.getrandbits(48)]
+        return " ".join(item["question"].split()), item["answer"]
+
+    return draw_rows(draw, MADE_VERSION, seed, split, shared=split != "test")
+
+
+_GREEDY = {"decoding": "greedy"}
+SCALES = {
+    "nano": {
+        "data": {"source": "made", "train": 10_000, "validation": 300, "test": 300},
+        "tokenizer": {"kind": "bpe", "vocab_size": 512},
+        "models": {
+            "xl": made_model(2, 64, 4, steps=1500, batch_size=32, learning_rate=2e-3),
+            "large": made_model(2, 64, 4, steps=200, batch_size=32, learning_rate=2e-3),
+            "base": made_model(2, 56, 4, steps=200, batch_size=32, learning_rate=2e-3),
+            "small": made_model(2, 48, 4, steps=200, batch_size=32, learning_rate=2e-3),
+        },
+        "teacher_temperature": 1.0,  # Table A.4
+        "steps": 300,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "cooldown_steps": 75,
+        "max_input_tokens": 64,
+        "max_output_tokens": 16,
+        # Known kinds first, then new ones: the first evaluation is the one that figures show.
+        "evaluations": [{**_GREEDY, "split": "validation"}, {**_GREEDY, "split": "test"}],
+        "real": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+            "data": {"train": None, "validation": 200, "test": 200},
+            "max_input_tokens": 256,
+            "max_output_tokens": 64,
+            "evaluations": [{**_GREEDY, "split": "test"}],
+        },
+    },
+    "smol": {
+        "data": {"source": "Muennighoff/flan"},
+        "models": smol_models(2_000),
+        "max_input_tokens": 512,
+        "max_output_tokens": 128,
+        "evaluations": [{**_GREEDY, "split": "test"}],
+    },
+    "paper": {
+        "data": {"source": "Muennighoff/flan"},  # FLAN2021 (§4.4): `inputs`, `targets`, `task`
+        "models": {
+            # FLAN-T5 as released, without fine-tuning (§4.4)
+            "xl": checkpoint("google/flan-t5-xl"),
+            "large": checkpoint("google/flan-t5-large"),
+            "base": checkpoint("google/flan-t5-base"),
+            "small": checkpoint("google/flan-t5-small"),
+        },
+        "student": "base",  # Fig. A.11
+        "beta": 1.0,  # reverse KL, the best on FLAN (Fig. A.11)
+        "teacher_temperature": 1.0,  # Table A.4
+        "steps": 50_000,  # Table A.4
+        "batch_size": 128,  # Table A.4
+        "learning_rate": 1e-4,  # Table A.4
+        "warmup_steps": 0,  # Table A.4: none
+        "cooldown_steps": 0,  # Table A.4 lists none
+        "dropout": 0.0,  # Table A.4
+        "max_input_tokens": 2048,  # Table A.4
+        "max_output_tokens": 256,  # Table A.4
+        # Fig. A.11: few-shot, direct answers, greedy; the shots of Chung et al. (2022), 5 and 3.
+        # ours: MMLU by the likelihood of each choice, because lm-eval has no score for all 57 subjects
+        # of its generated form
+        "evaluations": [
+            {"lm_eval": ["mmlu"], "num_fewshot": 5, "metric": "acc"},
+            {"lm_eval": ["bbh_fewshot"], "metric": "exact_match"},
+        ],
+    },
+}
+
+TASK = Task(
+    scales=SCALES,
+    name="instruction",
+    family="encoder-decoder",
+    metrics=("exact_match",),
+    generators={
+        "made": MadeSource(
+            lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION, check=check_installed
+        )
+    },
+    parse=parse,
+    hub_name="Muennighoff/flan",
+)

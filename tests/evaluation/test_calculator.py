@@ -1,0 +1,275 @@
+"""The calculator: what it computes, what it refuses, and that its results are what is written."""
+
+import random
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from gkd_lab.distill.batches import collate, encode
+from gkd_lab.distill.sampling import end_ids, write
+from gkd_lab.distill.token_by_token import Choose
+from gkd_lab.evaluation.calculator import LONGEST, Calculator, compute
+from gkd_lab.evaluation.decoding import predict
+from gkd_lab.models.making import make_model, train_tokenizer
+from gkd_lab.models.packing import Pack
+from gkd_lab.spec.cell import Architecture, Evaluation, Family, TokenizerSpec
+from gkd_lab.tasks import Row
+
+from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("48/2", "24"),
+        ("48+24", "72"),
+        ("2-.5", "1.5"),
+        ("1.20*4", "4.8"),
+        ("20*0.01", "0.2"),
+        ("0.1+0.2", "0.3"),
+        ("10-20", "-10"),
+        ("-5+2", "-3"),
+        ("(1+2)*3", "9"),
+        ("2*3+4*5", "26"),
+        ("8-4-2", "2"),
+        ("1,000*3", "3000"),
+        (" 3 + 5 ", "8"),
+        ("1/3", "0.333333"),
+        ("2/3", "0.666667"),
+        ("7/8", "0.875"),
+        ("560//10", "56"),
+        ("-0.0000001", "0"),
+        ("100*100", "10000"),
+    ],
+)
+def test_arithmetic_is_exact_and_written_as_gsm8k_writes_it(expression: str, value: str) -> None:
+    assert compute(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        " ",
+        ".",
+        "(",
+        "1+",
+        "1/0",
+        "1//0",
+        "2**10",
+        "9**9**9**9",
+        "1(2)",
+        "007",
+        "5%",
+        "$5*2",
+        "x+1",
+        "1e9",
+        "0x10",
+        "1_0",
+        "1j",
+        "1.2.3",
+        "[1]*9",
+        "__import__('os')",
+        "().__class__",
+        "lambda:1",
+        "'a'*9",
+        "1if 1else 2",
+        "1\n+1",
+        "٣+1",
+        "9" * 17,
+        "9" * LONGEST + "*9",
+        "(" * 10_000,
+        "-" * 100_000 + "1",
+    ],
+)
+def test_anything_else_is_left_to_the_model(expression: str) -> None:
+    assert compute(expression) is None
+
+
+def test_random_sums_agree_with_fractions() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        a, b, c = (draw.randint(1, 999) for _ in range(3))
+        assert compute(f"{a}+{b}*{c}") == str(a + b * c)
+        assert compute(f"({a}-{b})*{c}") == str((a - b) * c)
+        assert float(compute(f"{a}/{b}") or "nan") == pytest.approx(a / b, abs=1e-6)
+
+
+SOLUTIONS = [
+    f"She sold {a}/{b} = <<{a}/{b}={a // b}>>{a // b} clips. #### {a // b}"
+    for a in range(20, 99)
+    for b in (2, 5)
+]
+MARKED = [f"a << {a} + {b} = {a + b} >>" for a in range(9) for b in range(9)]
+
+
+def by_bytes(size: int = 320) -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=size), SOLUTIONS)
+
+
+def by_words() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TokenizerSpec(kind="word", vocab_size=100), MARKED)
+
+
+def merged() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose tokens hold `=` with what follows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["=1", "=2", "=3", "2=", "=2>>", "24>>"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def spaced_first() -> PreTrainedTokenizerFast:
+    """One like SentencePiece: a space is put before every text that it encodes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([*SOLUTIONS, "0 1 2 3 4 5 6 7 8 9 + - * / ( ) ."], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+TOKENIZERS = {"bytes": by_bytes, "merged": merged, "spaced first": spaced_first}
+
+
+def corrected(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """What comes out where a model would write `text`, token by token."""
+    calculator = Calculator(tokenizer)
+    wanted: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    written: list[int] = []
+    for token in wanted:
+        written += calculator.completed(written, token) if token in calculator.equals else [token]
+    found: str = tokenizer.decode(written, clean_up_tokenization_spaces=False)
+    return found
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_result_is_written_whatever_the_tokens_are(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    assert "<<48/2=24>>" in corrected(tokenizer, "She sold <<48/2=")
+    assert "<<30/5=6>>" in corrected(tokenizer, "<<48/2=24>>24, <<30/5=")
+
+
+def test_a_token_that_holds_a_guess_at_the_result_is_replaced() -> None:
+    tokenizer = merged()
+    calculator = Calculator(tokenizer)
+    for guess in ("=1", "=3", "=2>>"):
+        (token,) = tokenizer.encode(guess)
+        before = tokenizer.encode("<<8/4")
+        assert tokenizer.decode([*before, *calculator.completed(before, token)]) == "<<8/4=2>>"
+    (token,) = tokenizer.encode("2=")
+    before = tokenizer.encode("<<48/")
+    assert tokenizer.decode([*before, *calculator.completed(before, token)]) == "<<48/2=24>>"
+
+
+def test_results_keep_the_spacing_of_the_expression() -> None:
+    tokenizer = by_words()
+    assert corrected(tokenizer, "a << 3 + 4 =") == "a << 3 + 4 = 7 >>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "48/2=",
+        "<<48/2>>=",
+        "<<__import__('os')=",
+        "<<9**9**9=",
+        "<<1/0=",
+        "<<=",
+        "<48/2=",
+        "<<48/2=25=",
+    ],
+)
+def test_other_equals_signs_are_left_alone(text: str) -> None:
+    tokenizer = by_bytes()
+    calculator = Calculator(tokenizer)
+    *before, last = tokenizer.encode(text)
+    assert calculator.completed(before, last) == [last]
+
+
+def test_a_result_that_the_tokenizer_has_no_word_for_is_left_to_the_model() -> None:
+    tokenizer = by_words()
+    calculator = Calculator(tokenizer)
+    *before, last = tokenizer.encode("<< 8 - 9 =".replace("-", "+ 8 + 8 +"))
+    assert calculator.completed(before, last) == [last]  # 33 is not in its vocabulary
+
+
+def test_a_tokenizer_without_the_marks_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"needs a tokenizer that can write << = >>; this one.*calculator_m"):
+        Calculator(tiny_tokenizer())
+
+
+def scripted(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Choose:
+    """Writes the texts and ends, whatever the model says; a due result shifts the rest to the right."""
+    end = tokenizer.eos_token_id
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+
+    def choose(scores: Tensor, rows: Tensor, position: int) -> Tensor:
+        return torch.tensor([(ids[row][position:] or [end])[0] for row in rows.tolist()])
+
+    return choose
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_gets_its_own_result_while_others_end_and_leave(family: Family) -> None:
+    tokenizer = by_bytes()
+    made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
+    models_ = [make_model(family, made, tokenizer, seed=n, max_tokens=64, dropout=0.0) for n in range(2)]
+    pack = Pack.of(models_)
+    # What stands where the result goes has as many tokens as the result.
+    texts = ["a", "b <<48/2=14>>24", "", "<<2*3=0>>", "none", "<<1+1=3>> <<5-3=9>>", "x", "<<(=1>>"]
+    prompts = collate(tiny_examples(len(texts)), 0, is_encoder_decoder=family == "encoder-decoder")
+    calculator, script = Calculator(tokenizer), scripted(tokenizer, texts * 2)
+    assert len(tokenizer.encode("14>>")) == len(tokenizer.encode("24>>"))
+    written = write(
+        pack.model,
+        prompts.repeated(2),
+        max_new_tokens=40,
+        end_ids=end_ids(pack.model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        assisted=lambda _: calculator.assist(script),
+    )
+    found = tokenizer.batch_decode(written.completion_ids, skip_special_tokens=True)
+    right = ["a", "b <<48/2=24>>24", "", "<<2*3=6>>", "none", "<<1+1=2>> <<5-3=2>>", "x", "<<(=1>>"]
+    assert found == right * 2
+
+
+def test_an_evaluation_switches_it_on_and_every_result_is_right() -> None:
+    tokenizer = by_words()
+    made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
+    pack = Pack.alone(make_model("decoder-only", made, tokenizer, seed=0, max_tokens=80, dropout=0.0))
+    rows = [Row(f"a {n % 9} +", "a", ("a",)) for n in range(600)]
+    examples, _ = encode(
+        tokenizer,
+        [(row.prompt, row.target) for row in rows],
+        is_encoder_decoder=False,
+        max_input_tokens=8,
+        max_output_tokens=4,
+    )
+    plain = Evaluation(
+        decoding="sample", temperature=2.0, seed=0, split="test", max_output_tokens=60, metrics=("accuracy",)
+    )
+    results = []
+    for evaluation in (plain, plain.model_copy(update={"calculator": True})):
+        texts = [one.text for one in predict(pack, tokenizer, rows, examples, evaluation)[0]]
+        found = [match for text in texts for match in re.findall(r"<<([^<>=]*)= (\S+)(?: (\S+)|$)", text)]
+        known = [(compute(expression), value, end) for expression, value, end in found]
+        # A value that is no word of the tokenizer's is the model's own, as is one without a calculator.
+        results.append([one for one in known if one[0] is not None and one[0] in tokenizer.get_vocab()])
+    without, assisted = results
+    assert len(without) > 5 and any(right != value for right, value, _ in without)
+    assert len(assisted) > 5 and all(right == value for right, value, _ in assisted)
+    assert all(end in (">>", "") for *_, end in assisted)

@@ -1,0 +1,296 @@
+"""lm-eval on tiny exported checkpoints: the numbers of our table, stored as any evaluation is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.utils_hf import MultiTokenEOSCriteria
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from gkd_lab.cli import main
+from gkd_lab.evaluation import lm_scores
+from gkd_lab.evaluation.lm_harness import build, open_checkpoint
+from gkd_lab.metrics import score_many
+from gkd_lab.models.making import train_tokenizer
+from gkd_lab.records import Record, Store
+from gkd_lab.runs.harness import evaluate_record, model_of, own_tasks
+from gkd_lab.runs.quiet import quieten
+from gkd_lab.runs.run import run
+from gkd_lab.spec.cell import TokenizerSpec
+from gkd_lab.spec.errors import SpecError
+from gkd_lab.spec.grid import harness_evaluations
+from gkd_lab.spec.settings import HarnessSettings
+from gkd_lab.tasks import TASKS
+
+from ..runs.making import options, table_of, tiny_grid
+
+FAMILIES = ("arithmetic", "translation")
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [red, blue]
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+ROWS = [{"question": f"{n} + 1 =", "label": n % 2} for n in range(6)]
+
+
+def tiny(folder: Path, task: str, **changes: Any) -> Any:
+    """Trained enough to end what it writes, now and then, before the limit."""
+    student = {"layers": 1, "width": 16, "heads": 2, "sft": {"steps": 80, "learning_rate": 0.01}}
+    settings: dict[str, Any] = {
+        "grid": {"lmbda": [0]},
+        "student": student,
+        "data": {"train": 200, "validation": 8, "test": 16},
+        "max_input_tokens": 40,
+        "max_output_tokens": 20,
+        "evaluations": [
+            {"decoding": "greedy"},
+            # Long texts pay, so that a search that is ended early finds other ones.
+            {"decoding": "beam", "num_beams": 3, "length_penalty": 2.0},
+        ],
+    }
+    return tiny_grid(folder, task, name=task, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cell of each family."""
+    quieten()
+    folder = tmp_path_factory.mktemp("lm")
+    for task in FAMILIES:
+        assert run(tiny(folder, task), options(folder / "outputs")).failed == []
+    return folder / "outputs"
+
+
+def record_of(outputs: Path, task: str) -> Record:
+    (cell,) = tiny(outputs.parent, task).cells
+    return Store(outputs).of(cell)
+
+
+def task_file(folder: Path, text: str = TASK, rows: Any = ROWS) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(text)
+    return str(folder / "task.yaml")
+
+
+def built(path: str, **more: Any) -> Any:
+    (evaluation,) = harness_evaluations(HarnessSettings(lm_eval=(path,), **more))
+    return build(evaluation)
+
+
+@pytest.mark.parametrize("task", FAMILIES)
+def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path) -> None:
+    (cell,) = tiny(outputs.parent, task).cells
+    record = Store(outputs).of(cell)
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(record.checkpoint)},
+        tasks=[load_yaml(path) for path in own_tasks(record, options(outputs))],
+        task_manager=TaskManager(include_defaults=False),
+        device="cpu",
+        batch_size=1,
+    )
+    for evaluation in cell.evaluations:
+        name = f"gkd_{task}_{evaluation.name}"
+        theirs = [one["filtered_resps"][0].strip() for one in found["samples"][name]]
+        ours = record.evaluation(evaluation)
+        assert theirs == [one["prediction"] for one in ours.predictions()]
+        assert len(set(theirs)) > 4
+        for metric in TASKS[task].metrics:
+            value = found["results"][name][f"{metric},none"]
+            assert value == pytest.approx(ours.scores()[metric]["value"], abs=1e-9)
+    ended = [row["ended"] for e in cell.evaluations for row in record.evaluation(e).predictions()]
+    assert set(ended) == {True, False}
+
+
+@pytest.mark.parametrize("task", FAMILIES)
+def test_the_own_task_of_a_cell_repeats_its_scores_in_batches(task: str, outputs: Path) -> None:
+    (cell,) = tiny(outputs.parent, task).cells
+    record = Store(outputs).of(cell)
+    found = evaluate_record(record, ["own"], options(outputs), batch_size=5)
+    repeated = {judged.evaluation.name: judged.part for judged in found}
+    for evaluation in cell.evaluations:
+        again, first = repeated[f"gkd_{task}_{evaluation.name}"], record.evaluation(evaluation)
+        texts = [row["prediction"] for row in first.predictions()]
+        assert [row["prediction"].strip() for row in again.predictions()] == texts
+        for metric in TASKS[task].metrics:
+            assert again.scores()[metric]["value"] == pytest.approx(first.scores()[metric]["value"], abs=1e-9)
+
+
+@pytest.mark.parametrize("task", FAMILIES)
+def test_the_values_of_a_task_file_are_the_metrics_of_the_table(task: str) -> None:
+    texts = ["5 8 #### 8", "no number", " ein Haus am See "]
+    references = [["3 #### 8"], ["#### 1"], ["ein Haus am See", "das Haus"]]
+    ours = score_many(TASKS[task].metrics, [text.strip() for text in texts], references)
+    found = [
+        getattr(lm_scores, task)({"references": accepted}, [text])
+        for text, accepted in zip(texts, references, strict=True)
+    ]
+    for metric, one in ours.items():
+        values = [each[metric] for each in found]
+        whole = sum(values) / 3 if metric == "accuracy" else getattr(lm_scores, metric)(values)
+        assert whole == pytest.approx(one.value)
+
+
+def test_one_beam_that_ends_does_not_end_the_others() -> None:
+    tokenizer = train_tokenizer(TokenizerSpec(kind="word"), ["a b c d"])
+    a, b = tokenizer.encode("a b")
+    criterion = MultiTokenEOSCriteria("</s>", tokenizer, 1, batch_size=1)
+    rows = torch.tensor([[a, b, tokenizer.eos_token_id], [a, b, a], [a, a, b]])
+    assert criterion(rows, None).tolist() == [True, False, False]
+    assert criterion(rows[1:2], None) is False
+    assert criterion(rows[:1], None) is True
+
+
+def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_path: Path) -> None:
+    grid, record = tiny(outputs.parent, "arithmetic"), record_of(outputs, "arithmetic")
+    (judged,) = evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
+    scores, rows = judged.part.scores(), judged.part.predictions()
+    hits = [row["scores"]["acc"] for row in rows]
+    assert scores["acc"]["value"] == sum(hits) / 4
+    assert 0 <= scores["acc"]["low"] <= scores["acc"]["value"] <= scores["acc"]["high"] <= 1
+    assert [row["prompt"] for row in rows] == [row["question"] for row in ROWS[:4]]
+    status = judged.part.status()
+    assert (status["state"], status["rows"], status["lm_eval"]) == ("done", 4, lm_eval.__version__)
+    (row,) = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
+    assert row["colours_first4/acc"] == scores["acc"]["value"]
+    assert row["colours_first4.task_hash"] == scores["acc"]["task_hash"] == status["task_hash"]
+    assert row["colours_first4.lm_eval"] == lm_eval.__version__
+    assert (row["status"], row["evaluations"]["colours_first4"]) == ("done", "done")
+    before = judged.part.status_file.stat().st_mtime_ns
+    evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
+    assert judged.part.status_file.stat().st_mtime_ns == before
+
+
+def test_a_task_hash_moves_with_documents_and_configuration_and_with_nothing_else(tmp_path: Path) -> None:
+    here = built(task_file(tmp_path / "a")).hash
+    assert built(task_file(tmp_path / "b"), limit=2).hash == here
+    others = [
+        built(task_file(tmp_path / "c", rows=ROWS[:5])).hash,
+        built(task_file(tmp_path / "d", TASK.replace("[red, blue]", "[red, green]"))).hash,
+        built(task_file(tmp_path / "e", TASK.replace("question}}", "question}}?"))).hash,
+        built(task_file(tmp_path / "f", TASK + "fewshot_split: test\n"), num_fewshot=1).hash,
+    ]
+    assert len({here, *others}) == 5
+
+
+UNUSABLE = {
+    TASK.replace("{{question}}", "{{ question.__class__.__mro__ }}"): "SecurityError: access to attribute",
+    TASK.replace("{{question}}", "{{qestion}}"): "'qestion' is undefined",
+    TASK.replace("metric: acc", "metric: accc"): "did you mean 'acc'?",
+    TASK.replace("dataset_path: json", "dataset_path: owner/rows").replace(
+        "dataset_kwargs: {data_files: {test: rows.jsonl}}", ""
+    ): "its documents are on the hub, HF_HUB_OFFLINE is set",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
+def test_a_task_that_cannot_be_set_up_is_refused_before_the_model_is_loaded(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SpecError) as caught:
+        built(task_file(tmp_path, text))
+    assert said in str(caught.value)
+
+
+def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: Path) -> None:
+    path = task_file(tmp_path, TASK + "process_docs: !function first.docs\n")
+    (tmp_path / "first.py").write_text("def docs(rows):\n    return rows.select([0, 1])\n")
+    record = record_of(outputs, "arithmetic")
+    with pytest.raises(SpecError, match="would run Python code"):
+        evaluate_record(record, [path], options(outputs))
+    (judged,) = evaluate_record(record, [path], options(outputs), trusted=True)
+    assert len(judged.part.predictions()) == 2
+
+
+def test_a_cell_that_was_never_searched_has_no_own_task(outputs: Path, tmp_path: Path) -> None:
+    shutil.copy(record_of(outputs, "arithmetic").folder / "spec.json", tmp_path)
+    with pytest.raises(SpecError, match="no greedy or beam search without a calculator was stored"):
+        own_tasks(Record(tmp_path), options(outputs))
+
+
+def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, tmp_path: Path) -> None:
+    record = record_of(outputs, "translation")
+    folder = shutil.copytree(record.checkpoint, tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
+    model = model_of(record)
+    assert open_checkpoint(folder, model, "cpu").max_length == 512
+    long = model.model_copy(update={"max_input_tokens": 1024})
+    assert open_checkpoint(folder, long, "cpu").max_length == 1024
+
+
+def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path, tmp_path: Path) -> None:
+    path = task_file(tmp_path)
+    asked = [{"lm_eval": [path], "limit": 3}, {"decoding": "greedy"}]
+    grid = tiny(outputs.parent, "arithmetic", evaluations=asked)
+    assert run(grid, options(outputs)).failed == []
+    rows = table_of(grid, outputs)
+    assert {row["status"] for row in rows} == {"done"}
+    assert all(
+        row["colours_first3/acc"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1) for row in rows
+    )
+    hashes = {row["colours_first3.task_hash"] for row in rows}
+    assert len(rows) == 3 and len(hashes) == 1
+
+
+def test_a_metric_that_a_task_lacks_fails_its_evaluation_alone(outputs: Path, tmp_path: Path) -> None:
+    asked = [{"lm_eval": [task_file(tmp_path)], "limit": 5, "metric": "f1"}, {"decoding": "greedy"}]
+    grid = tiny(outputs.parent, "translation", evaluations=asked)
+    failed = run(grid, options(outputs)).failed
+    assert len(failed) == 3
+    assert all("colours has no score 'f1'; valid: acc" in line for line in failed)
+    assert {row["evaluations"]["greedy"] for row in table_of(grid, outputs)} == {"done"}
+
+
+def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, cwd=folder, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_the_lm_eval_command_prints_the_number_of_our_table(outputs: Path, tmp_path: Path) -> None:
+    record = record_of(outputs, "translation")
+    (beam,) = [path for path in own_tasks(record, options(outputs)) if "beam" in path.name]
+    words = ["--model", "hf", "--model_args", f"pretrained={record.checkpoint}", "--device", "cpu"]
+    done = command("lm_eval", "run", *words, "--tasks", str(beam), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (cell,) = tiny(outputs.parent, "translation").cells
+    value = record.evaluation(cell.evaluations[1]).scores()["bleu"]["value"]
+    (line,) = [line for line in done.stdout.splitlines() if "|bleu" in line.replace(" ", "")]
+    assert f"{value:.4f}" in line
+
+
+@pytest.mark.slow
+def test_names_that_lm_eval_does_not_know_or_cannot_fetch_are_answered_by_2(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["evaluate", str(record_of(outputs, "arithmetic").folder), "--outputs", str(outputs), "--tasks"]
+    for name, said in (
+        ("mmul", "gkd-lab: unknown lm-eval task 'mmul'; did you mean 'mmlu'?"),
+        ("mmlu", "gkd-lab: mmlu: its documents are on the hub, HF_HUB_OFFLINE is set"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, name])
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out) == (2, "")
+        assert err.startswith(said)
+        assert err.count("\n") == 1

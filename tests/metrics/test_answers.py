@@ -1,0 +1,69 @@
+"""The GSM8K rule on solutions whose verdict is known, and where the looser rule differs."""
+
+import pytest
+
+from gkd_lab.metrics import extract_answer, score
+from gkd_lab.tasks.arithmetic import is_correct
+
+# (solution, reference, right by the GSM8K rule, right by lm-eval's flexible-extract); the first column of
+# verdicts follows from `extract_answer` and `is_correct` of openai/grade-school-math/dataset.py.
+VERDICTS = [
+    ("48/2=24\n48+24=72\n#### 72", "#### 72", True, True),
+    ("#### 72 clips", "He sold 72.\n#### 72", True, True),
+    ("#### 73", "#### 72", False, False),
+    ("#### 1,080", "#### 1080", True, True),
+    ("#### 1080", "#### 1,080", True, True),
+    ("#### 109,200,000", "#### 109,200,000", True, True),
+    ("#### 1.080", "#### 1080", False, False),
+    ("#### -3", "#### -3", True, True),
+    ("#### 3", "#### -3", False, False),
+    ("#### - 3", "#### -3", False, False),
+    ("#### 0.5", "#### 0.5", True, True),
+    ("#### .5", "#### 0.5", False, False),
+    ("#### 5.0", "#### 5", False, False),
+    ("#### 5.", "#### 5", False, True),
+    ("#### 5,", "#### 5", True, True),
+    ("#### $5", "#### 5", False, True),
+    ("#### 5 dollars, not 6", "#### 5", True, False),
+    ("####5", "#### 5", False, True),
+    ("####  5", "#### 5", False, True),
+    ("### 5", "#### 5", False, True),
+    ("##### 5", "#### 5", True, True),
+    ("#### five", "#### 5", False, False),
+    ("The answer is 5.", "#### 5", False, True),
+    ("The answer is 5", "#### 5", False, True),
+    ("#### 4\n#### 5", "#### 5", False, True),
+    ("#### 5\n#### 4", "#### 5", True, False),
+    ("5\n#### x #### 5", "#### 5", True, True),
+    ("#### 1/2", "#### 1", True, False),
+    ("#### 12%", "#### 12", True, True),
+    ("#### 1e3", "#### 1000", False, False),
+    ("#### ５", "#### 5", False, False),
+    ("", "#### 5", False, False),
+    ("no number at all", "#### 5", False, False),
+    ("####", "#### 5", False, False),
+    ("<<2+3=5>>5 #### 5", "<<2+3=5>>5\n#### 5", True, True),
+]
+
+
+@pytest.mark.parametrize(("solution", "reference", "right", "flexible"), VERDICTS)
+def test_verdicts_are_those_of_the_rules(solution: str, reference: str, right: bool, flexible: bool) -> None:
+    assert is_correct(solution, reference) is right
+    assert score("accuracy", [solution], [[reference]]).value == 100 * right
+    assert score("accuracy_flexible", [solution], [[reference]]).value == 100 * flexible
+
+
+def test_the_table_as_one_evaluation() -> None:
+    solutions, references = [row[0] for row in VERDICTS], [[row[1]] for row in VERDICTS]
+    found = score("accuracy", solutions, references)
+    assert found.value == pytest.approx(100 * sum(row[2] for row in VERDICTS) / len(VERDICTS))
+    without = sum(extract_answer(text) is None for text in solutions)
+    assert found.extra["extraction_failure_rate"] == pytest.approx(without / len(VERDICTS))
+    assert 0 < without < len(VERDICTS)
+
+
+def test_each_rule_says_its_name_and_pattern() -> None:
+    strict, loose = (score(name, ["1"], [["#### 1"]]) for name in ("accuracy", "accuracy_flexible"))
+    assert strict.signature == r"accuracy|rule:gsm8k|answer:#### (\-?[0-9\.\,]+)"
+    assert loose.signature.startswith("accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:")
+    assert (strict.value, loose.value) == (0, 100)

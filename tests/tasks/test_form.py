@@ -1,0 +1,79 @@
+"""Rows put with worked examples before them, and with their calculator marks."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gkd_lab.tasks import check_form, get_task, load_rows
+from gkd_lab.tasks.arithmetic import EXEMPLARS, is_correct, parse, parse_marked
+
+ARITHMETIC = get_task("arithmetic")
+ROW = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"}
+
+
+def rows(folder: Path, **form: Any) -> list[Any]:
+    (folder / "test.jsonl").write_text(json.dumps(ROW) + "\n")
+    return load_rows(ARITHMETIC, "folder", path=folder, split="test", **form)
+
+
+def test_four_worked_examples_stand_before_the_question(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, shots=4)
+    parts = row.prompt.split("\n\n")
+    assert [part.splitlines()[0] for part in parts[:4]] == [f"Q: {one['question']}" for one in EXEMPLARS]
+    assert parts[0].endswith("So there must have been 21 - 15 = 6.\n#### 6")
+    assert parts[4] == "Q: How many?\nA:"
+    assert (row.target, row.references) == ("48/2 = 24 clips.\n#### 24", ("48/2 = 24 clips.\n#### 24",))
+
+
+def test_fewer_shots_are_the_first_ones_and_none_leaves_the_question_alone(tmp_path: Path) -> None:
+    (one,), (none,) = rows(tmp_path, shots=1), rows(tmp_path)
+    assert re.findall(r"^Q: (\w+)", one.prompt, re.MULTILINE) == ["There", "How"]
+    assert none.prompt == "How many?"
+
+
+def test_marks_are_kept_in_targets_and_examples_alike_when_asked(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, shots=1, calculator_marks=True)
+    assert row.target == ROW["answer"] == row.references[0]
+    assert "21 - 15 = <<21-15=6>>6" in row.prompt
+    (plain,) = rows(tmp_path, shots=1)
+    assert "<<" not in plain.prompt + plain.target
+
+
+def test_every_worked_example_is_solved_by_its_own_steps() -> None:
+    for raw in EXEMPLARS:
+        steps = re.findall(r"<<(\d+)([+-])(\d+)=(\d+)>>(\d+)", parse_marked(raw).target)
+        for first, sign, second, marked, written in steps:
+            result = int(first) + (int(second) if sign == "+" else -int(second))
+            assert str(result) == marked == written
+        assert is_correct(parse(raw).target, f"#### {steps[-1][3]}")
+
+
+def test_made_rows_may_have_shots_too() -> None:
+    (row,) = load_rows(ARITHMETIC, "made", split="test", count=1, shots=2)
+    (plain,) = load_rows(ARITHMETIC, "made", split="test", count=1)
+    assert row.prompt.endswith(f"Q: {plain.prompt}\nA:")
+    assert row.target == plain.target
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "form", "message"),
+    [
+        (
+            "arithmetic",
+            "folder",
+            {"shots": 5},
+            "data.shots: 5 is not valid: worked examples of arithmetic are 4",
+        ),
+        ("translation", "folder", {"shots": 1}, "translation are none: leave `shots` out"),
+        ("arithmetic", "made", {"calculator_marks": True}, "made rows of arithmetic have no marks"),
+        ("translation", "hub", {"calculator_marks": True}, "hub rows of translation have no marks"),
+    ],
+)
+def test_a_form_that_there_is_not_is_refused(
+    task: str, kind: str, form: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_form(get_task(task), kind, **form)

@@ -1,0 +1,53 @@
+"""The page on new tasks is true: its file is a task, its test passes, and a grid takes it."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gkd_lab.spec import Revisions, expand
+from gkd_lab.spec.cell import DataSpec
+from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.tasks import TASKS, load_rows
+
+PAGE = Path(__file__).parents[2] / "docs" / "new_task.md"
+NAME = "gkd_lab.tasks.reversal"
+
+
+def loaded(name: str, text: str, folder: Path) -> ModuleType:
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
+    task, test = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    try:
+        yield loaded(NAME, task, tmp_path), loaded("test_reversal", test, tmp_path)
+    finally:
+        for name in (NAME, "test_reversal"):
+            sys.modules.pop(name, None)
+
+
+def test_the_file_and_the_test_of_the_page_work(page: tuple[ModuleType, ModuleType]) -> None:
+    task, test = page
+    test.test_the_words_are_reversed()
+    (row,) = load_rows(task.TASK, "made", split="test", count=1)
+    assert row.target.split() == row.prompt.split()[::-1]
+    experiment = parse_experiment({"description": "d", "task": "reversal"}, "page")
+    seen = Revisions(
+        data=lambda task, settings: DataSpec(kind="made", name="made", revision="1", train=settings.train),
+        model=lambda place: (place, None, "1"),
+    )
+    (cell,) = expand("page", experiment, {**TASKS, "reversal": task.TASK}, seen).cells
+    assert (cell.training.data.train, cell.evaluations[0].metrics) == (2000, ("exact_match",))

@@ -1,0 +1,109 @@
+"""The sweep files that are shipped: each is its experiment's, and each of its cells is a cell of the plan."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from gkd_lab import experiments
+from gkd_lab.cli import _fields
+from gkd_lab.spec import SpecError
+from gkd_lab.spec.sweep import as_value, sweep_file
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+
+
+def words_of(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
+    """The command that wandb's own client makes of a point."""
+    macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
+    macros["env"] = ["/usr/bin/env"]
+    words: list[str] = []
+    for word in create_sweep_command(list(sweep["command"])):
+        words += macros[word[2:-1]] if word.startswith("${") else [word]
+    return words
+
+
+def points_of(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Names in the order of the alphabet, as the client writes the file for the server."""
+    axes = {name: one["values"] for name, one in sorted(sweep["parameters"].items())}
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def cell_of(words: list[str], outputs: Path) -> str:
+    """Fingerprint of the cell that `gkd-lab cell` takes a command for."""
+    assert words[:4] == ["/usr/bin/env", "gkd-lab", "cell", "--experiment"]
+    grid = experiments.load_one(_fields(words[5:]), name=words[4], outputs=outputs)
+    return grid.cells[0].full_fingerprint
+
+
+def test_every_experiment_has_a_sweep_file() -> None:
+    assert sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep_file_is_what_the_command_prints_of_its_experiment(name: str) -> None:
+    text = (ROOT / "sweeps" / f"{name}.yaml").read_text()
+    hint = f"write it anew: gkd-lab sweep {name} > sweeps/{name}.yaml"
+    assert text == sweep_file(name, experiments.outline(name)[0], None, {}), hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_of_a_sweep_is_a_cell_of_the_plan(name: str, tmp_path: Path) -> None:
+    """Whole numbers arrive as they are written or, from elsewhere, with a point: one cell either way."""
+    try:
+        planned = {cell.full_fingerprint for cell in experiments.load(name, outputs=tmp_path).cells}
+    except SpecError as error:
+        pytest.skip(f"cannot be resolved here: {error}")
+    sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+    found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
+    assert set(found) == planned
+    assert len(found) == experiments.outline(name)[1]
+
+
+def test_zero_one_and_text_are_the_same_cell(tmp_path: Path) -> None:
+    start = ["/usr/bin/env", "gkd-lab", "cell", "--experiment", "quickstart"]
+    forms = (["--beta=1", "--lmbda=0"], ["--beta=1.0", "--lmbda=0.0"], ["--beta", "1", "--lmbda", "0"])
+    assert len({cell_of([*start, *form], tmp_path) for form in forms}) == 1
+
+
+AXES = {
+    "student": '{layers: 1, width: 32, heads: 2, sft: {steps: 4}},"small"',
+    "learning_rate": "1e-5,0.001",
+    "rescale_divergence": "true,false",
+    "data.test": "8,16",
+    "data.train": "null,100",
+}
+
+
+def test_every_kind_of_value_comes_through_the_client_as_it_was(tmp_path: Path) -> None:
+    """Sections, numbers without a point, truth, dotted names, and null."""
+    for axis, text in AXES.items():
+        set_for_all = {"steps": "100", "lmbda": "1", "beta": "0.5", axis: text}
+        planned = experiments.load("quickstart", overrides=set_for_all, outputs=tmp_path).cells
+        experiment, _ = experiments.outline("quickstart", overrides=set_for_all)
+        sweep = yaml.safe_load(sweep_file("quickstart", experiment, None, set_for_all))
+        assert "--steps=100" in sweep["command"]
+        assert len(sweep["parameters"][axis]["values"]) == 2
+        found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
+        assert list(dict.fromkeys(found)) == [cell.full_fingerprint for cell in planned], axis
+
+
+@pytest.mark.parametrize("value", ["small", "1", "null", "a,b", "yes", "a: b", "'", '"', "/a b/c", "[", "#"])
+def test_text_that_yaml_takes_for_something_else_is_quoted(value: str) -> None:
+    assert yaml.safe_load(f"[{as_value(value)}]") == [value]
+
+
+def test_an_experiment_without_an_axis_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("description: d\ntask: arithmetic\n")
+    command = [sys.executable, "-m", "gkd_lab", "sweep", str(tmp_path / "one.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no axis to sweep over; make one with --set KEY=V1,V2" in done.stderr
