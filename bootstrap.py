@@ -140,9 +140,12 @@ def main(command="", *rest):
     if command == "quickstart":
         gkd_lab = BIN / "gkd-lab"
         return run(gkd_lab, "run", "quickstart") or run(gkd_lab, "report", "quickstart")
+    # A process a core with one thread each: these models are too small for more.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    tests = ["pytest", "-n", "auto", "--dist", "loadfile"]
     if command == "test":
-        return run(PYTHON, "-m", "pytest", *rest)
-    steps = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest"]]
+        return run(PYTHON, "-m", *(["pytest", *rest] if rest else tests))
+    steps = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], tests]
     return max([run(PYTHON, "-m", *step) for step in steps])
 
 
