@@ -109,6 +109,16 @@ def _refuse_several(grid: GridOfCells) -> None:
         raise SpecError(f"{count} cells of {grid.name!r} match: give one value for {', '.join(open_axes)}")
 
 
+def check_sources(grid: GridOfCells) -> None:
+    """Refuse, before anything is run, made rows whose generator is not installed. Raises SpecError."""
+    made = {(cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"}
+    for task, generator in sorted(made, key=str):
+        try:
+            TASKS[task].generators[generator or "made"].check()
+        except ValueError as error:
+            raise SpecError(str(error)) from error
+
+
 def _expanded(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> GridOfCells:
     known = outputs / "revisions.json"
     revisions = Revisions(
@@ -252,4 +262,4 @@ def _known_commits(known: Path) -> dict[str, dict[str, str]]:
     return table
 
 
-__all__ = ["find", "folders", "load", "load_one", "names", "outline"]
+__all__ = ["check_sources", "find", "folders", "load", "load_one", "names", "outline"]

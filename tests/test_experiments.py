@@ -1,21 +1,41 @@
 """The experiments that are shipped, and the way from a name to contents: files, folders, the hub."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from gkd_lab import experiments
 from gkd_lab.spec import SpecError
+from gkd_lab.spec.experiment import Scale
 from gkd_lab.spec.packs import packs
 
 COUNTS = {
-    "quickstart": 15,
+    "baselines": 108,
+    "data_fraction": 48,
+    "instruction": 15,
+    "lambda_beta_arithmetic": 75,
+    "lambda_beta_sampling": 45,
+    "lambda_beta_summarization": 45,
+    "lambda_beta_translation": 45,
+    "learning_rate": 18,
     "nano_grid": 45,
-    "nano_translation": 15,
-    "nano_summarization": 15,
     "nano_instruction": 15,
+    "nano_summarization": 15,
+    "nano_translation": 15,
+    "on_policy_share": 70,
+    "quality_diversity": 15,
+    "quickstart": 15,
+    "self_distillation": 15,
+    "student_size": 81,
+    "teacher_temperature": 30,
 }
+METHODS_COLLAPSE = {"baselines", "instruction", "self_distillation"}
+"""Their methods fix a divergence which the others cross."""
+COUNTED_BY_ROWS = {"data_fraction"}
+LARGER = {"self_distillation": {"teacher": "large", "student": "google/flan-t5-large"}}
+"""What an experiment's description says to set there."""
 ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
 
 
@@ -30,11 +50,24 @@ def test_every_experiment_has_a_stated_count() -> None:
     assert set(COUNTS) == set(experiments.names())
 
 
+def test_a_generator_that_is_not_installed_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("gkd_lab.tasks.instruction.version", missing)
+    grid = experiments.load("nano_instruction", outputs=tmp_path)
+    with pytest.raises(SpecError, match=r"need reasoning-gym .* \(there is none\): pip install 'gkd-lab\[r"):
+        experiments.check_sources(grid)
+    experiments.check_sources(experiments.load("quickstart", outputs=tmp_path))
+
+
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_every_experiment_expands_to_its_stated_count(name: str, count: int, tmp_path: Path) -> None:
     grid = experiments.load(name, outputs=tmp_path)
     assert len(grid.cells) == count
-    assert grid.stands_for == {}
+    assert bool(grid.stands_for) == (name in METHODS_COLLAPSE)
     assert f"{count} cells" in grid.experiment.description
     assert experiments.outline(name)[1] == count
 
@@ -163,3 +196,10 @@ def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tm
     assert revision(tmp_path / "one") != revision(tmp_path / "two")
     with pytest.raises(SpecError, match="no checkpoint folder"):
         revision(tmp_path / "three")
+
+
+@pytest.mark.parametrize("scale", ["smol", "paper"])
+@pytest.mark.parametrize("name", [name for name in COUNTS if name not in COUNTED_BY_ROWS])
+def test_every_experiment_has_as_many_cells_at_the_larger_scales(name: str, scale: Scale) -> None:
+    changes = LARGER.get(name, {})
+    assert experiments.outline(name, scale=scale, overrides=changes)[1] == COUNTS[name]

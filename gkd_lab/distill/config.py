@@ -133,9 +133,12 @@ class CellArguments:
         listed = json.loads(asked) if isinstance(asked, str) else asked or []
         return replace(plain, lmbda=args.lmbda, objectives=parsed(listed, plain.measure()))
 
-    def terms(self, *, on_policy: bool = False) -> Terms:
-        """The terms of the loss; of what the student wrote itself cross-entropy has the weight 0."""
-        own = self.objectives or (Term(self.measure()),)
+    def terms(self, *, on_policy: bool = False, progress: float = 0.0) -> Terms:
+        """The terms of the loss after a share of the steps.
+
+        Of what the student wrote itself cross-entropy has the weight 0.
+        """
+        own = tuple(term.at(progress) for term in self.objectives) or (Term(self.measure()),)
         return without_labels(own) if on_policy else own
 
     def measure(self) -> Divergence:

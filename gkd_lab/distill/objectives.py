@@ -43,10 +43,18 @@ Measure = Divergence | CrossEntropy
 
 @dataclass(frozen=True)
 class Term:
-    """A measure and its weight in the loss."""
+    """A measure and its weight in the loss, which may move linearly to another one over the training."""
 
     measure: Measure
     weight: float = 1.0
+    final_weight: float | None = None
+
+    def at(self, progress: float) -> "Term":
+        """The term after this share of the training's steps, its weight constant."""
+        if self.final_weight is None:
+            return self
+        weight = self.weight + progress * (self.final_weight - self.weight)
+        return Term(self.measure, weight)
 
     @property
     def name(self) -> str:
@@ -74,10 +82,11 @@ def parsed(listed: Sequence[Mapping[str, Any]], default: Divergence) -> Terms:
 
 
 def _parsed(one: Mapping[str, Any], default: Divergence) -> Term:
-    fields = {"type": "divergence", "weight": 1.0, **one}
-    kind, weight = fields.pop("type"), fields.pop("weight")
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise ValueError(f"objectives: weight {weight!r} of {kind} is not a number from 0")
+    fields = {"type": "divergence", "weight": 1.0, "final_weight": None, **one}
+    kind, weight, final = (fields.pop(name) for name in ("type", "weight", "final_weight"))
+    for value in (weight, 0 if final is None else final):
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"objectives: weight {value!r} of {kind} is not a number from 0")
     if kind not in ("divergence", "cross_entropy"):
         raise ValueError(f"objectives: type {kind!r} is not one of 'divergence', 'cross_entropy'")
     known = _FIELDS if kind == "divergence" else {}
@@ -86,8 +95,8 @@ def _parsed(one: Mapping[str, Any], default: Divergence) -> Term:
             has = f"; it has {', '.join(known)} and weight" if known else "; it has a weight only"
             raise ValueError(f"objectives: {kind} has no field {name!r}{has}")
     if kind == "cross_entropy":
-        return Term(CrossEntropy(), weight)
-    return Term(replace(default, **{known[name]: value for name, value in fields.items()}), weight)
+        return Term(CrossEntropy(), weight, final)
+    return Term(replace(default, **{known[name]: value for name, value in fields.items()}), weight, final)
 
 
 _FIELDS = {
@@ -102,7 +111,7 @@ _FIELDS = {
 
 def without_labels(terms: Terms) -> Terms:
     """The same with weight 0 for what reads the tokens themselves."""
-    return tuple(replace(term, weight=0.0) if _reads_labels(term) else term for term in terms)
+    return tuple(Term(term.measure, 0.0) if _reads_labels(term) else term for term in terms)
 
 
 def _reads_labels(term: Term) -> bool:

@@ -28,6 +28,8 @@ class StepBatch:
     on_policy: tuple[bool, ...]
     prompts_of_block: tuple[int, ...] = (0,)
     """Which of the seeds' prompts a block of teacher rows answers."""
+    progress: float = 0.0
+    """Share of the training's steps that lie behind, 1 in the last one."""
 
 
 def blocks(batch: Sequences, count: int) -> list[Sequences]:
@@ -125,7 +127,10 @@ def cell_sums(
         guide,
         None if teacher is None else teacher.projection,
         batch.block_of_cell,
-        [cell.terms(on_policy=own) for cell, own in zip(cells, batch.on_policy, strict=True)],
+        [
+            cell.terms(on_policy=own, progress=batch.progress)
+            for cell, own in zip(cells, batch.on_policy, strict=True)
+        ],
         weights.gather(1, chosen)[block] / divisors,
         labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, chosen)[block],
         vocabulary=vocabulary,

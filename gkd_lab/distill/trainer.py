@@ -7,6 +7,7 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -220,7 +221,8 @@ class GKDTrainer(PackTrainer):
             if len(writing) < len(alive):
                 fixed = self._off_policy(fixed)
             written = self._written(fixed, writing, place)
-            batches.append(step_batch(self.seeds, self.cells, fixed, written, pad_id))
+            batch = step_batch(self.seeds, self.cells, fixed, written, pad_id)
+            batches.append(replace(batch, progress=step / max(1, self.state.max_steps - 1)))
         counts = [trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches]
         items = torch.stack(counts).sum(0).to(device) if counts else None
         if self.args.world_size > 1 and items is not None:

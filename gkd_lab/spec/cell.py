@@ -142,6 +142,9 @@ class Objective(Frozen):
     teacher_temperature: PositiveFloat
     student_temperature: PositiveFloat
     weight: NonNegativeFloat = 1.0
+    final_weight: Annotated[NonNegativeFloat | None, Since(None)] = Field(
+        default=None, description="to which the weight moves linearly; null: it stays"
+    )
 
     @field_validator("beta")
     @classmethod
@@ -168,6 +171,9 @@ class CrossEntropyObjective(Frozen):
 
     type: Literal["cross_entropy"] = "cross_entropy"
     weight: NonNegativeFloat = 1.0
+    final_weight: Annotated[NonNegativeFloat | None, Since(None)] = Field(
+        default=None, description="to which the weight moves linearly; null: it stays"
+    )
 
     @property
     def beta(self) -> None:

@@ -153,6 +153,32 @@ def test_cross_entropy_alone_is_supervised_fine_tuning(family: str, tmp_path: Pa
     assert run.losses()[-1] < run.losses()[0]
 
 
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path) -> None:
+    """At rate 0 the terms' values stay, so that what is logged shows the weights."""
+    moving = (Term(SOFT, 1.0, 0.0), Term(HARD, 0.0, 2.0))
+    cells = [
+        cell(tmp_path, str(n), lmbda=0.0, learning_rate=0.0, objectives=terms)
+        for n, terms in enumerate((moving, (Term(SOFT), Term(HARD))) if packed else (moving,))
+    ]
+    run = distil(tmp_path, "decoder-only", cells, packed=packed, max_steps=5)
+    still = (
+        run.history[1]
+        if packed
+        else distil(
+            tmp_path,
+            "decoder-only",
+            [cell(tmp_path, "s", lmbda=0.0, learning_rate=0.0, objectives=(Term(SOFT), Term(HARD)))],
+            packed=False,
+            max_steps=5,
+        ).history[0]
+    )
+    for step, (row, plain) in enumerate(zip(run.history[0], still, strict=True)):
+        share = step / 4
+        assert row["loss/divergence"] == pytest.approx((1 - share) * plain["loss/divergence"], rel=1e-9)
+        assert row["loss/cross_entropy"] == pytest.approx(2 * share * plain["loss/cross_entropy"], rel=1e-9)
+
+
 def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lmbda 0\.5 lets the student write, and cross-entropy has nothing"):
         cell(tmp_path, lmbda=0.5, objectives=(Term(HARD),))
@@ -180,6 +206,7 @@ def test_several_terms_of_a_kind_are_numbered() -> None:
     [
         ({"type": "divergance"}, "type 'divergance' is not one of"),
         ({"weight": -1}, "weight -1 of divergence is not a number from 0"),
+        ({"final_weight": "x"}, "weight 'x' of divergence is not a number from 0"),
         ({"gamma": 1}, "divergence has no field 'gamma'; it has divergence, beta"),
         ({"type": "cross_entropy", "beta": 1}, "cross_entropy has no field 'beta'; it has a weight only"),
         ({"beta": 2}, "choose it in"),
