@@ -4,7 +4,7 @@ GKD_LAB_VENV ?= .venv
 BIN := $(GKD_LAB_VENV)/bin
 export GKD_LAB_VENV
 
-.PHONY: setup quickstart test check lint format types schema clean
+.PHONY: setup quickstart test check lint format types schema sweeps notebooks clean
 
 setup:  ## the environment, with the tools of a developer
 	$(PYTHON) bootstrap.py install dev
@@ -31,6 +31,12 @@ types: setup
 
 schema: setup  ## write the JSON Schema of the experiment file anew
 	$(BIN)/python -m gkd_lab.spec.schema
+
+sweeps: setup  ## write the sweep files of all experiments anew
+	for file in experiments/*.yaml; do name=$$(basename $$file .yaml); $(BIN)/gkd-lab sweep $$name > sweeps/$$name.yaml; done
+
+notebooks: setup  ## execute the notebooks whose tables are in analysis/tables
+	$(BIN)/python analysis/execute.py
 
 clean:  ## caches and builds; environments and outputs stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@ Exit status: 0 all is done; 1 something failed, named, with where its log is; 2 
 """
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -81,7 +82,11 @@ Follow = Annotated[
     TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")
 ]
 Executor = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
-Workers = Annotated[int, typer.Option(help="Processes; 1 until more are built.")]
+Workers = Annotated[int, typer.Option(help="Processes that share out the packs of cells, and the cores.")]
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Leave cells that other processes work on; default: wait for them.")
+]
+Worker = Annotated[str | None, typer.Option(hidden=True, metavar="K/N", help="This process is a worker.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -138,18 +143,28 @@ def plan(
 
 
 @app.command()
-def status(name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs = Path("outputs")) -> None:
-    """Show how far every cell is."""
-    from gkd_lab.results.listing import cell_lines
+def status(
+    name: Name,
+    scale: Scale = None,
+    sets: Sets = None,
+    outputs: Outputs = Path("outputs"),
+    watch: Annotated[bool, typer.Option("--watch", help="Look again until all is done, or Ctrl-C.")] = False,
+) -> None:
+    """Show how far every cell is, who works on it and how fast, and why it failed."""
+    from gkd_lab.results.listing import cell_lines, failure_lines, reference_lines
     from gkd_lab.results.overview import overview
 
     grid = _grid(name, scale, sets, outputs)
-    found = overview(grid, Store(outputs), "auto")
-    print("\n".join(cell_lines(grid, found, progress=True)))
-    failed = [(view.cell.folder, view.error) for view in found.cells if view.error]
-    failed += [(f"{view.role} {view.name}", view.error) for view in found.artifacts if view.error]
-    for place, error in failed:
-        print(f"failed: {place}: {error.splitlines()[-1]}")
+    if watch:
+        from gkd_lab.results.watching import watch as watch_until_settled
+
+        found = watch_until_settled(grid, Store(outputs))
+    else:
+        found = overview(grid, Store(outputs), "auto")
+    print("\n".join((*cell_lines(grid, found, progress=True), *reference_lines(found))))
+    failed = list(failure_lines(found))
+    for line in failed:
+        print(line)
     if failed:
         raise typer.Exit(1)
 
@@ -165,13 +180,25 @@ def run(
     workers: Workers = 1,
     executor: Executor = "local",
     tracker: Follow = None,
+    no_wait: NoWait = False,
+    worker: Worker = None,
 ) -> None:
     """Train and evaluate every cell; what is done is not done again."""
-    _check_executor(executor, workers)
+    _check_executor(executor, workers, no_wait)
     limit = parse_limit(pack)
-    if _is_agents() and _tracker(tracker) == "wandb":
+    chosen = _tracker(tracker)
+    if _is_agents() and chosen == "wandb":
         raise SpecError("a sweep agent's run is one cell: let it call `gkd-lab cell`, or say --tracker none")
-    _run(_grid(name, scale, sets, outputs), outputs, limit, retry_failed, _tracker(tracker))
+    grid = _grid(name, scale, sets, outputs)
+    if workers == 1:
+        held: Literal["pass", "wait"] = "pass" if no_wait else "wait"
+        _run(grid, outputs, limit, retry_failed, chosen, held, workers=_worker(worker))
+        return
+    words = ["run", name, "--outputs", str(outputs), "--pack", pack, "--tracker", chosen]
+    words += [] if scale is None else ["--scale", scale.value]
+    for text in sets or ():
+        words += ["--set", text]
+    _run_workers(grid, outputs, workers, words, retry_failed)
 
 
 @app.command(
@@ -301,6 +328,34 @@ def _score(score: dict[str, Any]) -> str:
 
 
 @app.command()
+def claims(
+    name: Annotated[
+        str, typer.Argument(metavar="EXP|paper", help="An experiment; `paper`: the paper's own numbers.")
+    ],
+    scale: Scale = None,
+    sets: Sets = None,
+    outputs: Outputs = Path("outputs"),
+    format: Annotated[ComparisonFormat, typer.Option(help="Of what is printed.")] = ComparisonFormat.text,
+) -> None:
+    """Say which of the paper's claims hold in a run, or in the paper's own numbers."""
+    from gkd_lab.results.claims import CLAIMS
+    from gkd_lab.results.claims_judging import judge_paper
+    from gkd_lab.results.claims_of_run import judge_run
+    from gkd_lab.results.claims_text import as_json, text_lines
+
+    asked: Sequence[str] = ()
+    if name == "paper":
+        if scale is not None or sets:
+            raise SpecError("the paper's own numbers have no --scale and nothing to --set")
+        found = judge_paper(CLAIMS.values())
+    else:
+        grid = _grid(name, scale, sets, outputs)
+        asked = grid.experiment.paper.claims
+        found = judge_run(grid, Store(outputs))
+    print(as_json(found) if format is ComparisonFormat.json else "\n".join(text_lines(found, asked)))
+
+
+@app.command()
 def report(
     name: Name,
     scale: Scale = None,
@@ -389,6 +444,41 @@ def _metrics(names: str | None) -> tuple[str, ...] | None:
 
 
 @app.command()
+def verify(name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs = Path("outputs")) -> None:
+    """Read every record again; report what no longer matches its fingerprint."""
+    from gkd_lab.results.verifying import candidates
+    from gkd_lab.results.verifying import verify as verify_all
+    from gkd_lab.runs.progress import Reporter
+
+    _grid(name, scale, sets, outputs)  # what is wrong with the request is said of these outputs
+    grid, store = _resolved_anew(name, scale, sets, outputs), Store(outputs)
+    records = candidates(grid, store)
+    with Reporter().phase(f"{grid.name}: records", len(records)) as advance:
+        found = verify_all(grid, store, records, advance)
+    for line in found.notes:
+        print(f"note: {line}")
+    for line in found.mismatches:
+        print(f"mismatch: {line}")
+    read = f"{found.records} records, {found.evaluations} evaluations and {found.files} hashed files"
+    missing = f"; {found.missing} of {len(grid.cells)} cells were not begun" if found.missing else ""
+    verdict = f"{len(found.mismatches)} do not match" if found.mismatches else "all match"
+    print(f"{grid.name}: {read} read, {verdict}{missing}")
+    if found.mismatches:
+        raise typer.Exit(1)
+
+
+def _resolved_anew(
+    name: str, scale: ScaleName | None, sets: Sequence[str] | None, outputs: Path
+) -> GridOfCells:
+    """The grid from data and models as they are: hashes that were kept for unchanged files are not used."""
+    known = outputs / "revisions.json"
+    with tempfile.TemporaryDirectory() as folder:
+        if known.is_file():
+            write_bytes(Path(folder) / known.name, known.read_bytes())
+        return _grid(name, scale, sets, Path(folder))
+
+
+@app.command()
 def selfcheck(
     teacher: Annotated[str | None, typer.Option(help="A folder or a hub name. Default: made.")] = None,
     student: Annotated[str | None, typer.Option(help="A folder or a hub name. Default: made.")] = None,
@@ -410,6 +500,24 @@ def _run(
     retry_failed: bool,
     tracker: Literal["none", "wandb", "trackio"],
     held: Literal["pass", "wait"] = "pass",
+    *,
+    workers: int = 1,
+) -> None:
+    """Run a grid in this process, which may be one of several `workers` of the same run."""
+    from gkd_lab.runs.stopping import signals_heard
+
+    with signals_heard():
+        _run_here(grid, outputs, limit, retry_failed, tracker, held, workers)
+
+
+def _run_here(
+    grid: GridOfCells,
+    outputs: Path,
+    limit: PackLimit,
+    retry_failed: bool,
+    tracker: Literal["none", "wandb", "trackio"],
+    held: Literal["pass", "wait"],
+    workers: int,
 ) -> None:
     store = Store(_writable(outputs))
     if not retry_failed and _all_done(grid, store):
@@ -417,6 +525,7 @@ def _run(
             _replay(grid, store)
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
+    experiments.check_sources(grid)
     from gkd_lab.runs.options import RunOptions
     from gkd_lab.runs.progress import Reporter
     from gkd_lab.runs.quiet import quieten
@@ -426,7 +535,13 @@ def _run(
     reporter = Reporter()
     followed = tracker_named(tracker, grid.name, outputs, reporter)
     options = RunOptions(
-        outputs, pack=limit, retry_failed=retry_failed, reporter=reporter, tracker=followed, held=held
+        outputs,
+        pack=limit,
+        retry_failed=retry_failed,
+        reporter=reporter,
+        tracker=followed,
+        held=held,
+        workers=workers,
     )
     quieten()
     try:
@@ -440,9 +555,41 @@ def _run(
     # A cell that an agent passes over is no failure of its own: three of these would stop the agent.
     if outcome.failed or (outcome.elsewhere and not _is_agents()):
         raise typer.Exit(1)
-    if outcome.elsewhere:
+    if outcome.elsewhere or workers > 1:
         return
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _run_workers(
+    grid: GridOfCells, outputs: Path, count: int, words: Sequence[str], retry_failed: bool
+) -> None:
+    """Run a grid in `count` processes, each started with `words`; exits unless all is done."""
+    from gkd_lab.runs.progress import Reporter
+    from gkd_lab.runs.workers import Workers as Processes
+    from gkd_lab.runs.workers import forget_failures
+
+    store = Store(_writable(outputs))
+    if retry_failed:
+        forget_failures(grid, store)
+    if not _all_done(grid, store):
+        experiments.check_sources(grid)
+        processes = Processes(count, [sys.executable, "-m", "gkd_lab", *words], Reporter().say)
+        status = processes.wait()
+        for line in processes.failed:
+            print(line, file=sys.stderr)
+        if status == _SIGNALLED + signal.SIGINT:
+            raise KeyboardInterrupt
+        if status > _SIGNALLED:
+            raise SystemExit(status)
+        # What a killed worker left undone, the others did.
+        if status and not _all_done(grid, store):
+            raise typer.Exit(status)
+    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _worker(text: str | None) -> int:
+    """N of `K/N`: how many workers a run has."""
+    return 1 if text is None else int(text.partition("/")[2])
 
 
 def _replay(grid: GridOfCells, store: Store) -> None:
@@ -512,13 +659,15 @@ def _fields(arguments: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def _check_executor(executor: str, workers: int) -> None:
+def _check_executor(executor: str, workers: int, no_wait: bool) -> None:
     if executor in ("ray", "slurm"):
         raise SpecError(f"--executor {executor} is not built yet; valid: local")
     if executor != "local":
         raise SpecError(f"unknown executor {executor!r}; valid: local")
-    if workers != 1:
-        raise SpecError(f"--workers {workers} is not built yet; valid: 1")
+    if workers < 1:
+        raise SpecError(f"--workers {workers}: expected a number of processes from 1")
+    if workers > 1 and no_wait:
+        raise SpecError(f"--workers {workers} and --no-wait: the workers of a run wait for each other")
 
 
 def _check_folder(outputs: Path) -> None:
@@ -541,6 +690,8 @@ def _writable(outputs: Path) -> Path:
 
 
 _INTERRUPTED = "interrupted; run again to go on from the last checkpoint"
+_SIGNALLED = 128
+"""Exit statuses from here on: 128 and the number of the signal that stopped the work."""
 _Refused: type[Exception] = typer.BadParameter.__mro__[1]
 """typer's UsageError: an unknown option or command, a missing or invalid value."""
 
@@ -561,6 +712,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(str(error), 1)
     except KeyboardInterrupt:
         _leave(_INTERRUPTED, 130)
+    except SystemExit as stop:
+        if stop.code == _SIGNALLED + signal.SIGTERM:
+            _leave(_INTERRUPTED, stop.code)
+        raise
     if left_with == 130:  # how typer returns from Ctrl-C
         _leave(_INTERRUPTED, 130)
     sys.exit(left_with or 0)

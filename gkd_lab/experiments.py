@@ -76,7 +76,9 @@ def outline(
     path = find(name)
     experiment = read_experiment(path, overrides)
     unseen = Revisions(
-        data=lambda task, settings: DataSpec(kind="made", name=settings.source, revision="unseen"),
+        data=lambda task, settings: DataSpec(
+            kind="made", name=settings.source, revision="unseen", train=settings.train
+        ),
         model=lambda place: (place, None, "unseen"),
     )
     return experiment, len(expand(path.stem, experiment, TASKS, unseen, scale).cells)

@@ -59,6 +59,8 @@ WRONG_FILES = {
     "task: arithmetic\nbeta: abc": "mine.yaml: beta: 'abc' is not valid: must be a number from 0 to 1",
     "task: arithmetic\ngrid: {beta: []}": "mine.yaml: grid.beta: the list is empty, so there is no cell",
     "task: arithmetic\ngrid: {beta: 1}": "grid.beta: must be a list of values, got 1; did you mean [1]?",
+    "task: arithmetic\npaper: {claims: [C99]}": "paper.claims[0]: 'C99' is not valid: did you mean 'C9'?",
+    "task: arithmetic\npaper: {figures: [A14]}": "'A14' is not valid: did you mean 'A.14'? valid: 1, 2,",
     "task: arithmetic\nscale: smoll": "scale: 'smoll' is not valid: did you mean 'smol'? valid: nano, smol",
     "lmbda: 0": "no task: set `task:` or an axis `grid.task`",
     "task: [": "mine.yaml: not valid YAML",
@@ -80,8 +82,8 @@ def test_a_wrong_experiment_is_answered_by_one_message_and_2(
 
 
 WRONG_WORDS = {
-    "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'? valid: nano_grid,",
-    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: nano_grid,",
+    "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'? valid: baselines,",
+    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: baselines,",
     "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set =1": "--set '=1': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set lmbda={": "lmbda={: expected",
@@ -94,7 +96,8 @@ WRONG_WORDS = {
     "run quickstart --pack 0": "--pack '0': expected auto, off or a number of cells from 1",
     "run quickstart --executor ray": "--executor ray is not built yet; valid: local",
     "run quickstart --executor rya": "unknown executor 'rya'; valid: local",
-    "run quickstart --workers 2": "--workers 2 is not built yet; valid: 1",
+    "run quickstart --workers 0": "--workers 0: expected a number of processes from 1",
+    "run quickstart --workers 2 --no-wait": "--workers 2 and --no-wait: the workers of a run wait for each",
     "run quickstart --workers two": "Invalid value for '--workers'",
     "run quickstart --tracker wandbb": "'wandbb' is not one of 'none', 'wandb', 'trackio'",
     "cell --task arithmetic --held never": "'never' is not one of 'wait', 'pass'",
@@ -126,6 +129,9 @@ WRONG_WORDS = {
     "rescore quickstart --metrics roug1": "unknown metric 'roug1'; did you mean 'rouge1'?",
     "rescore quickstart --metrics ,": "--metrics ',' names none; valid: accuracy, exact_match",
     "rescore quickstart --outputs file": "--outputs 'file' is a file; expected a folder",
+    "verify quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
+    "verify quickstart --outputs file": "--outputs 'file' is a file; expected a folder",
+    "verify quickstart --set data.source=owner/rows": "the hub is offline; add it to outputs/revisions",
     "evaluate 1a2b --tasks mmlu": "no record '1a2b': nothing was run below 'outputs' yet",
     "evaluate . --tasks mmlu": "'.' is no record: there is no spec.json in it",
     "evaluate 1a2b": "Missing option '--tasks'; see `gkd-lab evaluate --help`",
@@ -213,7 +219,18 @@ def test_a_failed_cell_is_named_with_its_error_and_status_is_1(say: Say) -> None
     status, out, _ = say("status", "quickstart")
     assert status == 1
     assert out.splitlines()[3].split()[:6] == [failed.fingerprint, *["arithmetic", "0", "0.5", "0", "failed"]]
-    assert out.splitlines()[-1] == f"failed: {failed.folder}: ValueError: no luck"
+    log = Store(Path("outputs")).of(failed).status_file
+    assert out.splitlines()[-1] == f"failed: {failed.folder}: ValueError: no luck (see {log})"
+
+
+def test_watching_a_settled_grid_ends_at_once_with_the_status_that_it_has(say: Say) -> None:
+    words = ("quickstart", "--set", "lmbda=0", "--set", "beta=0.5")
+    cell = experiments.load("quickstart", overrides={"lmbda": "0", "beta": "0.5"}).cells[0]
+    Store(Path("outputs")).of(cell).failed("ValueError: no luck", "Traceback ...")
+    status, out, _ = say("status", *words, "--watch")
+    assert status == 1
+    assert out.splitlines()[0].startswith("quickstart: 1 failed; left to do")
+    assert out.splitlines()[-1] == say("status", *words)[1].splitlines()[-1]
 
 
 def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say) -> None:
@@ -283,7 +300,14 @@ main()
 """
 
 
-READING = ["list", "plan quickstart", "status quickstart", "table quickstart", "sweep quickstart"]
+READING = [
+    "list",
+    "plan quickstart",
+    "status quickstart",
+    "table quickstart",
+    "sweep quickstart",
+    "claims paper",
+]
 
 
 @pytest.mark.parametrize("words", READING)
@@ -307,12 +331,68 @@ def judged(*texts: str, lmbda: float = 0) -> str:
     return cell.fingerprint
 
 
-@pytest.mark.parametrize("words", ["compare {a} {b}", "rescore quickstart"])
-def test_comparing_and_rescoring_import_nothing_of_training(words: str) -> None:
+def test_claims_judge_the_papers_own_numbers(say: Say) -> None:
+    status, out, err = say("claims", "paper", "--format", "json")
+    assert (status, err) == (0, "")
+    first = json.loads(out)[0]
+    assert (first["id"], first["verdict"], first["n"]) == ("C1", "fails", 55)
+    assert first["detail"].startswith("54 of 55")
+    assert "C27" in say("claims", "paper")[1].split("not judged:")[1]
+
+
+def test_claims_of_a_run_that_has_not_begun_say_why_there_is_no_verdict(say: Say) -> None:
+    status, out, _ = say("claims", "quickstart", "--format", "json")
+    assert status == 0
+    assert {(one["verdict"], one["n"]) for one in json.loads(out)} == {("undecided", 0)}
+    assert "cannot be judged: not done: " in say("claims", "quickstart")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("claims paper --scale nano", "have no --scale"),
+        ("claims paper --set lmbda=1", "nothing to --set"),
+        ("claims papr", "unknown experiment 'papr'"),
+        ("claims quickstart --format xml", "'xml' is not one of 'text', 'json'"),
+    ],
+)
+def test_a_wrong_request_for_claims_is_one_message_and_2(words: str, said: str, say: Say) -> None:
+    status, out, err = say(*words.split())
+    assert (status, out) == (2, "")
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["compare {a} {b}", "rescore quickstart", "verify quickstart"])
+def test_comparing_rescoring_and_verifying_import_nothing_of_training(words: str) -> None:
     digits = {"a": judged("1 #### 1", "?"), "b": judged("1 #### 1", "1 #### 1", lmbda=1)}
     done = python(BLOCK, ",".join(BLOCKED), *words.format(**digits).split())
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    assert done.returncode == (1 if words.startswith("verify") else 0), done.stderr
+    assert "accuracy" in done.stdout or "mismatch: " in done.stdout
+
+
+def test_verify_names_what_does_not_match_with_status_1(say: Say) -> None:
+    assert say("verify", "quickstart")[:2] == (
+        0,
+        "quickstart: 0 records, 0 evaluations and 0 hashed files read, all match; "
+        "15 of 15 cells were not begun\n",
+    )
+    judged("1 #### 1", "?")
+    (path,) = Path("outputs").glob("*/*/*/spec.json")
+    (path.parent / "provenance.json").write_text('{"python": "3"}')
+    path.with_name("files.json").unlink()
+    status, out, _ = say("verify", "quickstart")
+    assert status == 1
+    assert "mismatch: " in out and "scores.json has no accuracy" in out
+    assert say("rescore", "quickstart")[0] == 0
+    status, out, _ = say("verify", "quickstart")
+    assert status == 0
+    assert "note: " in out and "mismatch" not in out
+    path.write_text(path.read_text().replace('"steps": 400', '"steps": 401', 1))
+    status, out, _ = say("verify", "quickstart")
+    assert status == 1
+    name = path.parent.relative_to("outputs")
+    assert f"mismatch: {name}: spec.json was {path.parent.name[-8:]} and now describes" in out
+    assert "1 do not match; 14 of 15 cells were not begun" in out
 
 
 def test_compare_shows_the_difference_and_the_examples(say: Say) -> None:

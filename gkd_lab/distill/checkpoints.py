@@ -3,6 +3,7 @@
 A folder appears by rename when it is complete. The step's random choices need no state: they are keyed.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,9 +32,39 @@ def complete_steps(output_dir: str | Path) -> set[int]:
     return {step_of(folder) for folder in Path(output_dir).glob(f"{PREFIX}*") if _is_whole(folder)}
 
 
+SEAL = "sha256.json"
+"""File name -> SHA-256 of all others in a checkpoint's folder, written last."""
+
+
+def seal(folder: Path) -> None:
+    """Note what is in a checkpoint, so that a changed bit is found before anything is made of it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL)
+    found = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / SEAL).write_text(json.dumps(found))
+
+
+def set_damaged_aside(output_dir: str | Path) -> list[Path]:
+    """Rename the checkpoints that are not as they were written; returns where they are now."""
+    aside = []
+    for folder in sorted(Path(output_dir).glob(f"{PREFIX}*")):
+        if not _is_whole(folder):
+            place = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            aside.append(folder.rename(place))
+    return aside
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether everything in it can be read: a write that was cut short leaves a run at an older step."""
+    """Whether everything in it is as it was written; of one that was not sealed, whether it can be read."""
     try:
+        if (folder / SEAL).exists():
+            sealed: dict[str, str] = json.loads((folder / SEAL).read_bytes())
+            return all(_digest(folder / name) == known for name, known in sealed.items())
         json.loads((folder / "trainer_state.json").read_bytes())
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt"):  # compares the header with the file's size
@@ -56,8 +87,9 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 def keep_only(output_dir: str, step: int) -> None:
     """Remove the checkpoints of other steps."""
-    for other in complete_steps(output_dir) - {step}:
-        shutil.rmtree(folder_of(output_dir, other), ignore_errors=True)
+    for other in Path(output_dir).glob(f"{PREFIX}*"):
+        if other != folder_of(output_dir, step):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def save(

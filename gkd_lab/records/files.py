@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename what is damaged, in place of what was set aside before; returns where it is now."""
+    if not path.exists():
+        return None
+    place = path.with_name(f"{path.name}.damaged")
+    if place.is_dir():
+        shutil.rmtree(place)
+    return path.replace(place)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The files of one run, and the folder of all runs. Nothing else reads or writes them.
 
     spec.json  provenance.json  metrics.jsonl  checkpoint/  status.json (written last, by rename)
+    times.jsonl (when each row of metrics.jsonl was written)  files.json (SHA-256 of what a training left)
     evaluations/<decoding>-<fp>/  spec.json  predictions.jsonl  scores.json  status.json
     evaluations/lm_eval-<fp>/     the same of a task of lm-eval
 
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
+from gkd_lab.records import claim, timing
+from gkd_lab.records.digests import write_digests
 from gkd_lab.records.files import (
     append_line,
     keep_lines_until,
     read_json,
     read_lines,
+    set_aside,
     write_json,
     write_lines,
 )
@@ -47,6 +49,17 @@ class DamagedRecord(RuntimeError):
     """A record that belongs to another description than the one that its name stands for."""
 
 
+def _belongs_together(there: Mapping[str, Any], kind: type[Frozen]) -> bool:
+    """Whether a `spec.json` has the fingerprint of what it says; one of another format is believed."""
+    if there.get("format") != FORMAT:
+        return True
+    try:
+        found = kind.model_validate(there.get("spec"))
+    except ValueError:
+        return False
+    return found.full_fingerprint == there.get("fingerprint")
+
+
 @dataclass(frozen=True)
 class Part:
     """A folder with a specification and a status: a training, an artifact or an evaluation."""
@@ -69,7 +82,8 @@ class Part:
                 left_by_a_kill.unlink(missing_ok=True)
         path = self.folder / "spec.json"
         there = read_json(path)
-        if there is None:
+        if there is None or not _belongs_together(there, type(spec)):
+            set_aside(path)
             body = {"format": FORMAT, "fingerprint": spec.full_fingerprint, **more}
             write_json(path, {**body, "spec": spec.model_dump(mode="json")})
         elif there.get("fingerprint") != spec.full_fingerprint:
@@ -143,23 +157,14 @@ class Record(Part):
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def lock(self) -> FileLock:
-        """Held by whoever works on this record; freed by the kernel when its process dies."""
+    def lock(self) -> claim.Claim:
+        """Held by whoever works on this record; free again when its process dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".lock")
+        return claim.Claim(self.folder)
 
     def is_claimed(self) -> bool:
         """Whether another process is at work here."""
-        path = self.folder / ".lock"
-        if not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:
-            return False  # a store that can only be read: nobody works in it from here
+        return claim.is_claimed(self.folder)
 
     def state(self) -> State:
         """Of the training alone."""
@@ -177,15 +182,21 @@ class Record(Part):
         return [HarnessEvaluation.model_validate(one["spec"]) for one in found if one is not None]
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """One line of the training's history."""
+        """One line of the training's history; `step` is in it."""
         append_line(self.metrics_file, row)
+        timing.note(self.folder, row["step"])
 
     def history(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
 
+    def times(self) -> list[dict[str, Any]]:
+        """When each row of the history was written, for `gkd_lab.records.timing`."""
+        return timing.times(self.folder)
+
     def rewind(self, step: int) -> None:
-        """Forget the history after `step`."""
+        """Forget the history after `step`, from where this process goes on."""
         keep_lines_until(self.metrics_file, step)
+        timing.begin(self.folder, step)
 
     def provenance(self) -> dict[str, Any]:
         """What the result came from; empty before it is there."""
@@ -195,8 +206,10 @@ class Record(Part):
         write_json(self.folder / "provenance.json", dict(facts))
 
     def finish(self, **facts: Any) -> None:
-        """Mark the training done and drop what only resuming needed."""
-        self.done(**facts)
+        """Mark the training done, with its seconds at work, and drop what only resuming needed."""
+        write_digests(self.folder)
+        times = self.times()
+        self.done(**({"seconds": round(timing.seconds(times), 3)} if times else {}) | facts)
         shutil.rmtree(self.steps_folder, ignore_errors=True)
 
 

@@ -5,25 +5,34 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import get_args
 
+from gkd_lab.records import State
 from gkd_lab.results.overview import CellView, Overview
 from gkd_lab.spec import GridOfCells
+from gkd_lab.spec.cost import NOMINAL_RATE
 
+_STATES: tuple[State, ...] = get_args(State)
 _COLOURS = {"done": "32", "failed": "31", "running": "33"}
-_LEFT = {"cell", "task", "status", "experiment", "figures", "question"}
+_LEFT = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
+_PROGRESS = ["owner", "step", "loss", "on policy", "tokens/s", "left"]
+_COST = ["pack", "about", "from"]
 
 
-def cell_lines(grid: GridOfCells, found: Overview, *, progress: bool) -> Iterator[str]:
-    """A header and a line for each cell; with its progress, or with its pack and its cost."""
+def cell_lines(
+    grid: GridOfCells, found: Overview, *, progress: bool, only: Container[State] = _STATES
+) -> Iterator[str]:
+    """A header and a line for each cell in one of the states; with its progress, or its pack and its cost."""
     axes = [axis for axis in grid.axes if axis not in ("task", "lmbda", "beta", "seed")]
-    more = ["step", "loss", "on policy"] if progress else ["pack", "alone, about"]
+    more = _PROGRESS if progress else _COST
     header = ["cell", "task", "lmbda", "beta", "seed", *axes, "status", *more]
+    shown = [view for view in found.cells if view.state in only]
     rows = [
         [*_identity(view, axes), view.state, *(_progress(view) if progress else _cost(view))]
-        for view in found.cells
+        for view in shown
     ]
-    states = [view.state for view in found.cells]
+    states = [view.state for view in shown]
     lines = aligned(header, rows)
     yield next(lines)
     for state, line in zip(states, lines, strict=True):
@@ -44,13 +53,44 @@ def _value(label: object) -> str:
 
 
 def _progress(view: CellView) -> list[str]:
-    loss = "" if view.loss is None else f"{view.loss:.4g}"
-    on_policy = "" if view.on_policy is None else f"{view.on_policy:.0%}"
-    return [f"{view.step}/{view.cell.training.steps}", loss, on_policy]
+    now = view.now
+    return [
+        now.owner or "",
+        f"{now.step}/{view.cell.training.steps}",
+        "" if now.loss is None else f"{now.loss:.4g}",
+        "" if now.on_policy is None else f"{now.on_policy:.0%}",
+        "" if now.tokens_per_second is None else f"{now.tokens_per_second:.0f}",
+        "" if now.seconds_left is None else _about(now.seconds_left),
+    ]
 
 
 def _cost(view: CellView) -> list[str]:
-    return ["alone" if view.alone else str(view.pack), _about(view.seconds)]
+    basis = "" if view.basis == "nothing" else view.basis
+    return ["alone" if view.alone else str(view.pack), _about(view.seconds), basis]
+
+
+def failure_lines(found: Overview) -> Iterator[str]:
+    """What failed: where, the last line of its error, the file with its traceback."""
+    for view in found.cells:
+        if view.error:
+            yield f"failed: {view.cell.folder}: {view.error} (see {view.now.log})"
+    for one in found.artifacts:
+        if one.error:
+            yield f"failed: {one.role} {one.name}: {one.error} (see {one.log})"
+
+
+def reference_lines(found: Overview) -> Iterator[str]:
+    """The reference models that are being built, which cells wait for."""
+    for one in found.artifacts:
+        if one.state == "running":
+            yield f"{one.role} {one.name}: running"
+
+
+def standing_line(found: Overview) -> str:
+    """`3 done, 2 running, 10 missing; left to do, without decoding: about 4 min`."""
+    counts = Counter(view.state for view in found.cells)
+    states = ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
+    return f"{states}; left to do, without decoding: about {_about(found.seconds_left)}"
 
 
 def summary_lines(found: Overview) -> Iterator[str]:
@@ -61,8 +101,22 @@ def summary_lines(found: Overview) -> Iterator[str]:
     sizes = ", ".join(f"{_count(times, 'pack')} of {size}" for size, times in Counter(found.packs).items())
     yield f"{_count(len(found.cells), 'cell')}, {done} done; {sizes}"
     yield f"left to do, without decoding: about {_about(found.seconds_left)}"
+    yield from _bases(found)
     yield from found.collapsed
     yield from found.notes
+
+
+def _bases(found: Overview) -> Iterator[str]:
+    """What the estimates of a cell's time rest on."""
+    counts = Counter(view.basis for view in found.cells)
+    if counts["finished cells"]:
+        yield f"time of {_count(counts['finished cells'], 'cell')}: as {found.learnt_from} took"
+    if counts["FLOPs"]:
+        rate = f"{NOMINAL_RATE / 1e9:.0f} GFLOP/s, two CPU cores on nano models"
+        yield f"time of {_count(counts['FLOPs'], 'cell')}: of one alone, from its FLOPs at {rate}"
+    if counts["nothing"]:
+        why = "the size of a model is not known before it is here"
+        yield f"time of {_count(counts['nothing'], 'cell')}: unknown, {why}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

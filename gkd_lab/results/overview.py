@@ -6,13 +6,16 @@ Plain data; neither torch nor pandas, so that the answer comes at once.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gkd_lab.records import State, Store, worst
+from gkd_lab.records import State, Store
 from gkd_lab.records.alone import kept_reason
+from gkd_lab.records.index import Index
+from gkd_lab.results.estimates import Basis, Estimator, learn_from
+from gkd_lab.results.standing import Standing, standing
 from gkd_lab.spec import Cell, GridOfCells
 from gkd_lab.spec.cell import references
-from gkd_lab.spec.cost import NOMINAL_RATE, sft_flops, training_flops
 from gkd_lab.spec.identity import SHOWN, canonical
 from gkd_lab.spec.packs import PackLimit, packs, why_alone
 
@@ -22,16 +25,31 @@ class CellView:
     """One line of a listing."""
 
     cell: Cell
-    state: State
+    now: Standing
     pack: int
     alone: str | None
     """Why no other cell shares its model, if it is not for the limit that was asked for."""
     seconds: float | None
-    """Estimate for the training alone, at the nominal rate."""
-    step: int
-    loss: float | None
-    on_policy: float | None
-    error: str | None
+    """Estimate for the whole training: alone, or its share of the pack."""
+    basis: Basis
+    """What the estimate was made of."""
+
+    @property
+    def state(self) -> State:
+        return self.now.state
+
+    @property
+    def error(self) -> str | None:
+        """The last line of what it failed with."""
+        return self.now.error
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the estimate."""
+        if self.state == "done":
+            return 0.0
+        share = 1 - self.now.step / self.cell.training.steps
+        return None if self.seconds is None else self.seconds * share
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class ArtifactView:
     state: State
     seconds: float | None
     error: str | None
+    """The last line of what it failed with."""
+    log: Path
 
 
 @dataclass(frozen=True)
@@ -55,11 +75,18 @@ class Overview:
     artifacts: tuple[ArtifactView, ...]
     collapsed: tuple[str, ...]
     notes: tuple[str, ...]
+    learnt_from: str | None
+    """The finished cells that estimates rest on."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether every cell is done or failed."""
+        return all(view.state in ("done", "failed") for view in self.cells)
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate of everything that is not done; None where some of it cannot be estimated."""
-        parts = [view.seconds for view in self.cells if view.state != "done"]
+        parts = [view.seconds_left for view in self.cells]
         parts += [view.seconds for view in self.artifacts if view.state != "done"]
         known = [part for part in parts if part is not None]
         return sum(known) if len(known) == len(parts) else None
@@ -69,15 +96,17 @@ def overview(grid: GridOfCells, store: Store, limit: PackLimit) -> Overview:
     """The state of every cell and artifact of a grid."""
     alone = {} if limit == "off" else _alone(grid, store)
     groups = [part for group in packs(grid.cells, limit) for part in _parted(group, alone)]
-    pack_of = {cell.full_fingerprint: n for n, group in enumerate(groups, 1) for cell in group}
-    views = tuple(
-        _view(store, cell, pack_of[cell.full_fingerprint], alone.get(cell.full_fingerprint))
-        for cell in grid.cells
-    )
+    index = Index(store.root)
+    standings = [standing(store.of(cell), cell, index) for cell in grid.cells]
+    index.save()
+    known = zip(grid.cells, (one.status for one in standings), strict=True)
+    estimator = learn_from(known, store, grid.scale)
+    views = tuple(_views(grid, standings, groups, alone, estimator))
     return Overview(
         cells=views,
         packs=tuple(len(group) for group in groups),
-        artifacts=tuple(_artifacts(grid, store)),
+        artifacts=tuple(_artifacts(grid, store, estimator)),
+        learnt_from=estimator.learnt_from(),
         collapsed=tuple(
             f"{len(points)} combinations are one cell, {fingerprint[:SHOWN]}: they cannot differ "
             f"({'; '.join(_called(point) for point in points)})"
@@ -91,43 +120,38 @@ def _called(point: dict[str, Any]) -> str:
     return " ".join(f"{axis}={value}" for axis, value in point.items())
 
 
-def _view(store: Store, cell: Cell, pack: int, alone: str | None) -> CellView:
-    record = store.of(cell)
-    status = record.status()
-    training = record.state()
-    judged = [(record.evaluation(evaluation), evaluation) for evaluation in cell.evaluations]
-    parts: list[State] = [
-        "missing" if part.lacks(evaluation) else part.state() for part, evaluation in judged
-    ]
-    unfinished: State = "running" if "missing" in parts and record.is_claimed() else "missing"
-    state = worst([training, *(unfinished if part == "missing" else part for part in parts)])
-    errors = [status.get("error"), *(part.status().get("error") for part, _ in judged)]
-    history = record.history() if training != "missing" or record.steps_folder.exists() else []
-    last = history[-1] if history else {}
-    flops = training_flops(cell.training)
-    return CellView(
-        cell=cell,
-        state=state,
-        pack=pack,
-        alone=alone,
-        seconds=None if flops is None else flops / NOMINAL_RATE,
-        step=int(status.get("steps") or last.get("step", 0)),
-        loss=last.get("loss"),
-        on_policy=last.get("on_policy"),
-        error=next(filter(None, errors), None),
-    )
+def _views(
+    grid: GridOfCells,
+    standings: list[Standing],
+    groups: list[list[Cell]],
+    alone: Mapping[str, str],
+    estimator: Estimator,
+) -> Iterator[CellView]:
+    pack_of = {cell.full_fingerprint: n for n, group in enumerate(groups) for cell in group}
+    for cell, now in zip(grid.cells, standings, strict=True):
+        pack = pack_of[cell.full_fingerprint]
+        estimate = estimator.of_cell(cell.training, packed=len(groups[pack]) > 1)
+        yield CellView(
+            cell=cell,
+            now=now,
+            pack=pack + 1,
+            alone=alone.get(cell.full_fingerprint),
+            seconds=estimate.seconds,
+            basis=estimate.basis,
+        )
 
 
-def _artifacts(grid: GridOfCells, store: Store) -> Iterator[ArtifactView]:
+def _artifacts(grid: GridOfCells, store: Store, estimator: Estimator) -> Iterator[ArtifactView]:
     for role, model, _ in references(grid.cells):
         record = store.artifact(grid.scale, role, model)
-        flops = sft_flops(model)
+        error = record.status().get("error")
         yield ArtifactView(
             role=role,
             name=f"{model.task}/{model.model.name}",
             state=record.state(),
-            seconds=None if flops is None else flops / NOMINAL_RATE,
-            error=record.status().get("error"),
+            seconds=estimator.of_artifact(role, model).seconds,
+            error=str(error).strip().splitlines()[-1] if error else None,
+            log=record.status_file,
         )
 
 
@@ -213,4 +237,11 @@ def _by_task(grid: GridOfCells) -> list[list[Cell]]:
 
 def _varied(cells: list[Cell]) -> list[str]:
     fields = type(cells[0].training).model_fields
-    return [f for f in fields if len({canonical(getattr(c.training, f)) for c in cells}) > 1]
+    return [f for f in fields if _differ([getattr(cell.training, f) for cell in cells])]
+
+
+def _differ(values: list[Any]) -> bool:
+    """Whether they are more than one; most cells of a large grid share one object."""
+    distinct = {id(value): value for value in values}.values()
+    first = canonical(values[0])
+    return any(canonical(value) != first for value in distinct)

@@ -54,9 +54,11 @@ def panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
     ]
 
 
-def lay_out(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of `width` x `height` inches, at most three a row."""
-    columns = min(count, COLUMNS) or 1
+def lay_out(
+    count: int, width: float, height: float, sharey: bool = False, columns: int = COLUMNS
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels of `width` x `height` inches, at most `columns` a row."""
+    columns = min(count, columns) or 1
     rows = math.ceil(count / columns) or 1
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06, hspace=0.08)  # type: ignore[union-attr,call-arg]

@@ -16,6 +16,7 @@ from gkd_lab.results.differences import Difference, against_start
 from gkd_lab.results.evidence import best_cell, failures, origins, sample, samples
 from gkd_lab.results.figures import curves, heat_map, losses
 from gkd_lab.results.findings import findings, place
+from gkd_lab.results.paper_panels_report import at_equal_cost, beside_the_paper, claim_rows, facts_of
 from gkd_lab.results.resampling import Sample
 from gkd_lab.results.rows import headline
 from gkd_lab.results.statistics import all_points, summary
@@ -45,6 +46,7 @@ def write_report(grid: GridOfCells, store: Store, path: Path) -> Path:
         counts=_counts(frame),
         axes=[(axis, ", ".join(map(_stated, values))) for axis, values in grid.axes.items()],
         tasks=[_task(grid, store, frame, task) for task in frame["task"].unique()],
+        claims=claim_rows(grid, store),
         failures=failures(grid, store),
         origins=origins(grid, store),
     )
@@ -79,11 +81,14 @@ def _task(grid: GridOfCells, store: Store, frame: pd.DataFrame, task: str) -> di
 
     differences = against_start(frame, metric, task, written)
     best = best_cell(grid, frame, metric, task)
+    order = list(frame["task"].unique()).index(task)
     return {
         "name": task,
         "metric": metric,
         "findings": findings(frame, metric, task, written, differences),
         "figures": _figures(grid, store, frame, task, metric, anything=best is not None),
+        "beside": beside_the_paper(facts_of(grid, store, frame), task, f"beside{order}"),
+        "cost": at_equal_cost(grid, store, frame, metric, task, f"cost{order}"),
         "scores": _scores(frame, metric, task, differences),
         "compared": sum(one.adjusted_p is not None for one in differences),
         "axes": axes_of(frame),

@@ -23,6 +23,7 @@ from gkd_lab.models.pretrained import load_pretrained
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs.faults import PartFailed, kept_by
+from gkd_lab.runs.mending import damaged_file, mend_finished, mend_unfinished
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows, texts
 from gkd_lab.runs.sft import fine_tune
@@ -44,9 +45,10 @@ class Loaded:
 def ensure(role: Role, model: SftModel, scale: str, options: RunOptions) -> Record:
     """The finished record of an artifact, built now if it is not there. Raises ArtifactFailed."""
     record = options.store.artifact(scale, role, model)
-    if record.status().get("state") == "done":
+    if record.status().get("state") == "done" and damaged_file(record) is None:
         return record
     with waited_for(record, role, options):
+        mend_finished(record, options)
         state = record.status().get("state")
         if state == "failed" and not options.retry_failed:
             raise ArtifactFailed(_why(role, record))
@@ -90,6 +92,7 @@ def load(record: Record, model: SftModel) -> Loaded:
 
 def _build(role: Role, model: SftModel, record: Record, options: RunOptions) -> None:
     record.describe(model, role=role)
+    mend_unfinished(record, options)
     train = rows(model.task, model.data, "train", options.cache)
     loaded = _initial(model, train)
     found, cut = examples(model, loaded.tokenizer, train)

@@ -20,12 +20,27 @@ from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.models.vocabulary import same_tokenizer
 from gkd_lab.records import Record
 from gkd_lab.records.alone import forget_reason
-from gkd_lab.records.provenance import provenance
+from gkd_lab.records.provenance import provenance, sources_of
+from gkd_lab.records.spent import Meter
+from gkd_lab.records.timing import tokens
 from gkd_lab.runs import artifacts
-from gkd_lab.runs.memory import Limit, bytes_of_step, fitting, free_bytes, in_packs
+from gkd_lab.runs.in_parts import InParts
+from gkd_lab.runs.memory import (
+    Limit,
+    bytes_of_step,
+    fitting,
+    free_bytes,
+    in_packs,
+    is_out_of_memory,
+    release,
+    smaller_batches,
+)
+from gkd_lab.runs.mending import mend_finished, mend_unfinished
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows
+from gkd_lab.runs.saving import Saving
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
+from gkd_lab.runs.stopping import finishing_steps
 from gkd_lab.runs.teacher_text import ensure_text, with_teacher_text
 from gkd_lab.spec.cell import AnyObjective, Cell, CrossEntropyObjective, Training
 from gkd_lab.spec.packs import why_alone
@@ -36,6 +51,8 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
     open_cells = []
     for cell in cells:
         record = options.store.of(cell)
+        if not all(record.evaluation(evaluation).status() for evaluation in cell.evaluations):
+            mend_finished(record, options)
         if options.retry_failed:
             record.forget_failure()
         if not record.status():
@@ -45,7 +62,7 @@ def train(cells: Sequence[Cell], options: RunOptions) -> None:
     for cell in open_cells:
         options.store.of(cell).describe(cell.training, scale=cell.scale, labels=cell.labels)
         options.tracker.start(cell, options.store.of(cell))
-    limit, work = partial(_limit, open_cells, options), partial(_train, options=options)
+    limit, work = partial(_limit, open_cells, options), partial(_train_fitting, options=options)
     in_packs(open_cells, options.store.of, limit, work, options)
 
 
@@ -59,7 +76,7 @@ def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
     found = _examples(first, cells[0].scale, student.tokenizer, [], options)
     pack = Pack.of([student.model])
     trainer = _trainer(pack, teacher, found, cells[:1], [options.store.of(cells[0])], options)
-    free = free_bytes(trainer.args.device.type)
+    free = free_bytes(trainer.args.device.type) // options.workers
     limit = fitting(len(cells), bytes_of_step(trainer, _longest(found, cells)), free)
     if limit.why:
         options.reporter.say(f"{first.task}: {limit.why}")
@@ -93,15 +110,33 @@ def _teacher(cell: Cell, options: RunOptions) -> artifacts.Loaded:
     return artifacts.load(artifacts.ensure("teacher", teacher, cell.scale, options), teacher)
 
 
-def _train(cells: list[Cell], why: str, options: RunOptions) -> None:
-    """Train these cells as one model from the last step that all have; `why` there are no more of them."""
-    first = cells[0].training
+def _train_fitting(cells: list[Cell], why: str, options: RunOptions) -> None:
+    """Train these cells; a single one that runs out of memory in ever smaller micro-batches."""
+    parts = 1
+    while True:
+        try:
+            return _train(cells, why, options, parts)
+        except (MemoryError, RuntimeError) as error:
+            if len(cells) > 1 or not is_out_of_memory(error):
+                raise
+            parts = smaller_batches(cells[0], parts, error, options)
+        release()
+
+
+def _train(cells: list[Cell], why: str, options: RunOptions, parts: int = 1) -> None:
+    """Train these cells as one model from the last step that all have; `why` there are no more of them.
+
+    Each step's batch is taken in `parts`.
+    """
+    first, meter = cells[0].training, Meter()
     records = [options.store.of(cell) for cell in cells]
     student = _student(cells[0], options)
     found = _examples(first, cells[0].scale, student.tokenizer, records, options)
     pack = _pack([student.model] * len(cells))
     if len(cells) > 1:
         forget_reason(options.store.artifact(cells[0].scale, "start", first.start))
+    for record in records:
+        mend_unfinished(record, options)
     done = _common_step(records)
     for n, record in enumerate(records):
         record.rewind(done)
@@ -110,14 +145,24 @@ def _train(cells: list[Cell], why: str, options: RunOptions) -> None:
     if done < first.steps:
         guide = _teacher(cells[0], options)
         _check_tokenizers(guide.tokenizer, student.tokenizer)
-        _distil(pack, guide, found, cells, records, done, options)
+        _distil(pack, guide, found, cells, records, done, options, parts)
     alone = why_alone(cells[0])
     facts = _facts(cells, f"alone: {alone}" if alone else why)
+    if parts > 1:
+        facts["rows_at_once"] = first.batch_size // parts
     for n, record in enumerate(records):
         if not record.status():
             artifacts.export(pack.unpack(n), student.tokenizer, record)
-            record.write_provenance(provenance(**facts, resumed_at_step=done))
-            record.finish(steps=first.steps)
+            came_from = sources_of(cells[n].training, cells[0].scale, options.store)
+            record.write_provenance(
+                provenance(**came_from, **facts, resumed_at_step=done, spent=meter.spent())
+            )
+            record.finish(
+                steps=first.steps,
+                tokens=round(tokens(record.history(), first.batch_size)),
+                shared_by=len(cells),
+                device=device(),
+            )
 
 
 def _facts(cells: Sequence[Cell], why: str) -> dict[str, Any]:
@@ -142,9 +187,9 @@ def _examples(
     found, cut = examples(training.start, tokenizer, data)
     for record in records:
         report_cut(record.folder, "train", cut)
-    if training.text is None:
-        return found
-    return with_teacher_text(found, ensure_text(training.text, scale, options))
+    if training.text is not None:
+        found = with_teacher_text(found, ensure_text(training.text, scale, options))
+    return found[: training.train_rows]
 
 
 def _distil(
@@ -155,14 +200,16 @@ def _distil(
     records: Sequence[Record],
     done: int,
     options: RunOptions,
+    parts: int,
 ) -> None:
     """Train the pack from step `done` to its end; a cell that fails has its verdict at once."""
     training = cells[0].training
     with options.reporter.phase(f"{training.task}: {_called(cells)}", training.steps, done) as advance:
-        trainer = _trainer(pack, teacher, found, cells, records, options)
+        trainer = _trainer(pack, teacher, found, cells, records, options, parts)
         trainer.add_callback(Follow(advance))
+        trainer.add_callback(Saving([record.steps_folder for record in records], trainer._logged))
         resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
-        with suppress(AllCellsFailed):
+        with finishing_steps(), suppress(AllCellsFailed):
             trainer.train(resume_from_checkpoint=resume)
 
 
@@ -173,12 +220,13 @@ def _trainer(
     cells: Sequence[Cell],
     records: Sequence[Record],
     options: RunOptions,
+    parts: int = 1,
 ) -> GKDTrainer:
-    trainer = GKDTrainer(
+    trainer = InParts(
         pack=pack,
         cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
         teacher_model=teacher.model,
-        args=_config(cells[0], records[0], options),
+        args=_config(cells[0], records[0], options, parts),
         train_dataset=found,
         processing_class=teacher.tokenizer,
         teacher_processing_class=teacher.tokenizer,
@@ -248,7 +296,7 @@ def _arguments(cell: Cell, record: Record) -> CellArguments:
 
 def _term(objective: AnyObjective) -> Term:
     if isinstance(objective, CrossEntropyObjective):
-        return Term(CrossEntropy(), objective.weight)
+        return Term(CrossEntropy(), objective.weight, objective.final_weight)
     measure = Divergence(
         kind=objective.divergence,
         beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
@@ -256,16 +304,17 @@ def _term(objective: AnyObjective) -> Term:
         teacher_temperature=objective.teacher_temperature,
         rescale=objective.rescale,
     )
-    return Term(measure, objective.weight)
+    return Term(measure, objective.weight, objective.final_weight)
 
 
-def _config(cell: Cell, record: Record, options: RunOptions) -> GKDConfig:
+def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDConfig:
     """Every argument of the trainer, stated; what differs between cells is in `CellArguments`."""
     training = cell.training
     return GKDConfig(
         **common_arguments(record.steps_folder, training.steps, options.checkpoint_every, options.log_every),
         **optimizer_arguments(training.optimizer),
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.batch_size // parts,
+        gradient_accumulation_steps=parts,
         dataloader_drop_last=True,
         max_new_tokens=training.max_output_tokens,
         loss_normalization=training.loss_normalization,

@@ -1,17 +1,23 @@
-"""Claims on cells: a lock for each, so that any number of processes share an outputs folder."""
+"""Claims on cells, so that any number of processes on any number of machines share an outputs folder."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from filelock import Timeout
 
-from gkd_lab.runs.artifacts import waited_for
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.spec.cell import Cell
 
+PATIENCE = 0.2
+"""Seconds, not 0: a reader that asks whether a cell is claimed holds the lock for an instant."""
+
 
 class Claimed:
-    """The cells of a pack that this process may work on, locked for as long as the block lasts."""
+    """The cells of a pack that this process may work on, locked for as long as the block lasts.
+
+    They are claimed in sorted order, all or those it gets: of two processes that meet at a pack, the second
+    waits for the first cell while the first claims the others.
+    """
 
     def __init__(self, cells: Sequence[Cell], options: RunOptions) -> None:
         self.wanted, self.options = cells, options
@@ -20,11 +26,10 @@ class Claimed:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Claimed":
-        for cell in sorted(self.wanted, key=lambda cell: cell.folder):
-            try:
-                self._claim(cell)
-            except Timeout:
-                self.elsewhere.append(cell)
+        with self._stack as stack:
+            for cell in sorted(self.wanted, key=lambda cell: cell.folder):
+                self._claim(cell, stack)
+            self._stack = stack.pop_all()
         others = {cell.full_fingerprint for cell in self.elsewhere}
         self.cells = [cell for cell in self.wanted if cell.full_fingerprint not in others]
         return self
@@ -32,11 +37,10 @@ class Claimed:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _claim(self, cell: Cell) -> None:
-        """Lock a cell; one that another process holds is waited for where that is asked. Raises Timeout."""
-        record = self.options.store.of(cell)
-        if self.options.held == "wait":
-            self._stack.enter_context(waited_for(record, f"cell {cell.fingerprint}", self.options))
-        else:
-            # Not 0: a reader that asks whether a cell is claimed holds the lock for an instant.
-            self._stack.enter_context(record.lock().acquire(timeout=0.2, poll_interval=0.02))
+    def _claim(self, cell: Cell, stack: ExitStack) -> None:
+        patience = 0.02 if self.elsewhere else PATIENCE
+        lock = self.options.store.of(cell).lock()
+        try:
+            stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.02))
+        except Timeout:
+            self.elsewhere.append(cell)

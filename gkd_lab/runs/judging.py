@@ -80,7 +80,8 @@ def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
     # The members are read one by one and then stacked: each is there twice.
     files = options.store.of(first).checkpoint.glob("*.safetensors")
     needed = 2 * sum(file.stat().st_size for file in files)
-    limit = fitting(len(cells), needed, min(free_bytes(place) for place in {"cpu", device()}))
+    free = min(free_bytes(place) for place in {"cpu", device()}) // options.workers
+    limit = fitting(len(cells), needed, free)
     if limit.why:
         options.reporter.say(f"{first.task}: evaluation: {limit.why}")
     return limit

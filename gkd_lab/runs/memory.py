@@ -95,6 +95,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAYS_SO)
 
 
+def smaller_batches(cell: Cell, parts: int, error: BaseException, options: RunOptions) -> int:
+    """Into how many parts a step's batch goes when `parts` were too few. Raises MemoryError below a row."""
+    rows = cell.training.batch_size
+    if parts == rows:
+        raise MemoryError(
+            f"out of memory even with one row at a time ({type(error).__name__}: {error}); take smaller "
+            "models, shorter max_input_tokens and max_output_tokens, or a device with more memory"
+        ) from error
+    more = next(n for n in range(parts + 1, rows + 1) if rows % n == 0)
+    options.reporter.say(
+        f"{cell.task}: cell {cell.fingerprint}: out of memory with {rows // parts} rows at once; going on "
+        f"with {rows // more}"
+    )
+    return more
+
+
 def release() -> None:
     """Give back what a trainer that is no longer used still holds: its parts refer to each other."""
     gc.collect()

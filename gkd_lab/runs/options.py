@@ -24,7 +24,9 @@ class RunOptions:
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=Tracker)
     held: Literal["pass", "wait"] = "pass"
-    """What to do about a cell that another process works on."""
+    """What to do about cells that other processes work on, once nothing else is left."""
+    workers: int = 1
+    """Processes of this run on this machine, which share its memory and its cells."""
 
     def __post_init__(self) -> None:
         # A row averages the steps since the last one: a resumed run must start a window where the other did.

@@ -1,7 +1,9 @@
 """An experiment from its first artifact to its last evaluation; what is done is not done again."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from gkd_lab.records import Part, Record
 from gkd_lab.runs import artifacts
@@ -10,8 +12,11 @@ from gkd_lab.runs.claims import Claimed
 from gkd_lab.runs.judging import evaluate_cells, evaluate_reference
 from gkd_lab.runs.options import RunOptions
 from gkd_lab.spec import GridOfCells
-from gkd_lab.spec.cell import Cell, references
-from gkd_lab.spec.packs import packs
+from gkd_lab.spec.cell import Cell, Reference, references
+from gkd_lab.spec.packs import AUTO, packs
+
+LOOK_AGAIN = 1.0
+"""Seconds between two looks at cells that other processes work on."""
 
 
 @dataclass
@@ -25,23 +30,64 @@ class Outcome:
 
 
 def run(grid: GridOfCells, options: RunOptions) -> Outcome:
-    """Train and evaluate every cell of the grid and its reference models."""
+    """Train and evaluate every cell of the grid and its reference models.
+
+    Cells that other processes hold are passed over and come last, when they are waited for or left.
+    """
     outcome = Outcome()
     broken = _references(grid, options, outcome)
-    for group in packs(grid.cells, options.pack):
+    tried, elsewhere = [], []
+    for group in groups(grid.cells, options):
         training = group[0].training
         needed = (training.teacher.full_fingerprint, training.start.full_fingerprint)
         why = next((broken[model] for model in needed if model in broken), None)
         if why is not None:
             _leave_out(group, "failed", why, options)
             continue
-        with Claimed(group, options) as claimed:
-            outcome.elsewhere += len(claimed.elsewhere)
-            _leave_out(claimed.elsewhere, "elsewhere", "another process works on it", options)
-            _work(claimed.cells, options)
-        for cell in group:
-            outcome.failed += _failures(options.store.of(cell), [cell], options)
+        tried += group
+        if left := _claim_and_work(group, options):
+            elsewhere.append(left)
+    if options.held == "wait":
+        _come_back(elsewhere, options)
+    else:
+        outcome.elsewhere = sum(map(len, elsewhere))
+        for group in elsewhere:
+            _leave_out(group, "elsewhere", "another process works on it", options)
+    for cell in tried:
+        outcome.failed += _failures(options.store.of(cell), [cell], options)
     return outcome
+
+
+def groups(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
+    """The packs of a run; several workers of one run get smaller ones where there would be too few."""
+    if options.workers == 1 or options.pack != "auto":
+        return packs(cells, options.pack)
+    return packs(cells, min(AUTO, max(1, math.ceil(len(cells) / options.workers))))
+
+
+def _claim_and_work(group: Sequence[Cell], options: RunOptions) -> list[Cell]:
+    """Work on those cells that nobody holds; returns the others."""
+    with Claimed(group, options) as claimed:
+        _work(claimed.cells, options)
+        return claimed.elsewhere
+
+
+def _come_back(elsewhere: list[list[Cell]], options: RunOptions) -> None:
+    """Wait until others have finished these cells, and take over what one of them leaves undone."""
+    # What another has just tried in vain is not tried once more.
+    options = replace(options, retry_failed=False)
+    waiting, said = elsewhere, False
+    while waiting := [left for group in waiting if (left := _claim_and_work(group, options))]:
+        if not said:
+            options.reporter.say(_awaited([cell for group in waiting for cell in group]))
+        said = True
+        time.sleep(LOOK_AGAIN)
+
+
+def _awaited(cells: Sequence[Cell]) -> str:
+    if len(cells) == 1:
+        return f"waiting for another process that works on the cell {cells[0].fingerprint}"
+    return f"waiting for other processes that work on {len(cells)} cells"
 
 
 def _work(cells: Sequence[Cell], options: RunOptions) -> None:
@@ -66,7 +112,7 @@ def _leave_out(cells: Sequence[Cell], status: str, why: str, options: RunOptions
 def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> dict[str, str]:
     """Build and judge teachers and starts; full fingerprint -> reason for those that could not be built."""
     broken = {}
-    for role, model, cells in references(grid.cells):
+    for role, model, cells in _free_ones_first(grid, options):
         try:
             record = artifacts.ensure(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
@@ -76,6 +122,17 @@ def _references(grid: GridOfCells, options: RunOptions, outcome: Outcome) -> dic
         evaluate_reference(role, model, record, cells, options)
         outcome.failed += _failures(record, cells, options)
     return broken
+
+
+def _free_ones_first(grid: GridOfCells, options: RunOptions) -> Iterator[Reference]:
+    """The reference models; those that another process works on when their turn comes are left to the end."""
+    later = []
+    for one in references(grid.cells):
+        if options.store.artifact(grid.scale, one.role, one.model).is_claimed():
+            later.append(one)
+        else:
+            yield one
+    yield from later
 
 
 def _failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:

@@ -24,6 +24,8 @@ from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, keep_only
 from gkd_lab.records import Record
 from gkd_lab.runs.progress import Advance
+from gkd_lab.runs.saving import Saving
+from gkd_lab.runs.stopping import finishing_steps
 from gkd_lab.spec.cell import OptimizerSpec, SftSpec
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -112,7 +114,9 @@ def fine_tune(
     trainer = build(model, tokenizer, examples, arguments)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Follow(advance, record))
-    trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)
+    trainer.add_callback(Saving([folder]))
+    with finishing_steps():
+        trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)
     keep_only(str(folder), sft.steps)
 
 

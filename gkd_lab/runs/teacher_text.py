@@ -12,6 +12,7 @@ from gkd_lab.records.files import read_lines, write_lines
 from gkd_lab.records.provenance import provenance
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.faults import kept_by
+from gkd_lab.runs.mending import damaged_file, mend_finished
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, rows
 from gkd_lab.spec.cell import TextSpec
@@ -23,8 +24,9 @@ FILE = "texts.jsonl"
 def ensure_text(text: TextSpec, scale: str, options: RunOptions) -> Record:
     """The finished record of a teacher's text; written now if it is not there. Raises PartFailed."""
     record = options.store.text(scale, text)
-    if record.status().get("state") != "done":
+    if record.status().get("state") != "done" or damaged_file(record) is not None:
         with artifacts.waited_for(record, "teacher's text", options):
+            mend_finished(record, options)
             if options.retry_failed:
                 record.forget_failure()
             if not record.status():

@@ -260,6 +260,9 @@ class Training(Frozen):
     loss_normalization: LossNormalization
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="sequences per optimizer step")
+    train_rows: Annotated[PositiveInt | None, Since(None)] = Field(
+        default=None, description="the first rows of the split that are distilled on; None: all"
+    )
     optimizer: OptimizerSpec
     dropout: Share
     max_input_tokens: PositiveInt

@@ -27,9 +27,12 @@ def model_weights(model: SftModel) -> int | None:
     return weights(architecture, model.family, model.tokenizer.vocab_size or 1024)
 
 
-def sft_flops(model: SftModel) -> float | None:
-    """Of building a teacher or a starting student; 0 without fine-tuning."""
-    count = model_weights(model)
+def sft_flops(model: SftModel, count: int | None = None) -> float | None:
+    """Of building a teacher or a starting student; 0 without fine-tuning.
+
+    `count`: its parameters, needed of a model that is loaded; None where they are not known.
+    """
+    count = model_weights(model) if count is None else count
     if model.sft is None:
         return 0.0
     if count is None:
@@ -38,9 +41,15 @@ def sft_flops(model: SftModel) -> float | None:
     return 6.0 * count * tokens * model.sft.batch_size * model.sft.steps
 
 
-def training_flops(training: Training) -> float | None:
-    """Of one cell alone: student forward and backward, teacher forward, sampling."""
-    student, teacher = model_weights(training.start), model_weights(training.teacher)
+def training_flops(
+    training: Training, student: int | None = None, teacher: int | None = None
+) -> float | None:
+    """Of one cell alone: student forward and backward, teacher forward, sampling.
+
+    `student` and `teacher`: their parameters, as in `sft_flops`.
+    """
+    student = model_weights(training.start) if student is None else student
+    teacher = model_weights(training.teacher) if teacher is None else teacher
     if student is None or teacher is None:
         return None
     tokens = training.max_input_tokens + training.max_output_tokens

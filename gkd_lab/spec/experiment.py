@@ -63,11 +63,20 @@ AXES = tuple(field.alias or name for name, field in Grid.model_fields.items())
 _SCALARS = set(AXES) - {"objectives"}
 
 
+ClaimId = Literal[
+    "C1", "C2", "C3", "C4", "C4b", "C5", "C6", "C6b", "C7", "C8", "C9", "C10", "C11", "C12", "C13", "C14",
+    "C15", "C16", "C17", "C18", "C19", "C20", "C21", "C22", "C23", "C24", "C25", "C26", "C27", "C28",
+]  # fmt: skip
+FigureName = Literal[
+    "1", "2", "3", "4", "5", "6", "7", "8", "9", "A.10", "A.11", "A.12", "A.13", "A.14", "A.15", "A.16",
+]  # fmt: skip
+
+
 class Paper(Section):
     """What of the paper an experiment answers."""
 
-    figures: tuple[str, ...] = ()
-    claims: tuple[str, ...] = ()
+    figures: tuple[FigureName, ...] = Field(default=(), description="as the ICLR 2024 text numbers them")
+    claims: tuple[ClaimId, ...] = Field(default=(), description="of `gkd-lab claims`")
 
 
 class TaskSettings(Settings):

@@ -265,6 +265,7 @@ def _share(
         "teacher": resolver.sft_model(task, "teacher", settings, defaults),
         "start": resolver.sft_model(task, "student", settings, defaults),
         "optimizer": _optimizer(settings),
+        "train_rows": _fewer(settings.train_rows, settings.data),
         **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
     }
     fast = {name: getattr(settings, name) for name in _PER_CELL}
@@ -277,6 +278,12 @@ def _share(
     if source == "teacher":
         method = {**method, "text": TeacherText()}
     return _Shared(training, evaluations, fast, settings.objectives, None, method)
+
+
+def _fewer(rows: int | None, data: DataSettings | None) -> int | None:
+    """None where it is all there are."""
+    there = None if data is None else data.train
+    return None if rows is None or (there is not None and rows >= there) else rows
 
 
 _NOT_SETTINGS = ("models", "evaluations", "family", "per_student")

@@ -224,6 +224,9 @@ class Settings(Section):
     tokenizer: TokenizerSettings | None = Field(
         default=None, description="of models that are made from scratch"
     )
+    train_rows: PositiveInt | None = Field(
+        default=None, description="distil on the first rows only; teacher and starting student see all"
+    )
     steps: PositiveInt | None = Field(default=None, description="optimizer steps of distillation")
     batch_size: PositiveInt | None = Field(default=None, description="sequences per optimizer step")
     optimizer: OptimizerName | None = Field(

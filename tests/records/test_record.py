@@ -47,7 +47,7 @@ def test_a_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, .
     assert record.state() == "missing"
     record.finish(steps=1)
     assert record.state() == "done"
-    assert record.status() == {"state": "done", "steps": 1}
+    assert record.status() == {"state": "done", "steps": 1, "seconds": 0.0}
     assert not record.steps_folder.exists()
     record.forget_failure()
     assert record.state() == "done"

@@ -85,7 +85,7 @@ def test_it_says_what_lmbda_and_beta_did(store: Store, tmp_path: Path) -> None:
         r"that differ in λ only: higher \(one seed, paired bootstrap over examples\)\.",
         page.text,
     )
-    assert sum(tag == "svg" for tag, _ in page.tags) == 3
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
     assert re.search(r"55\.0 52\.0 to 58\.0 bootstrap, examples 1 \+25\.0 undecided done", page.text)
     assert re.search(r"70\.0 67\.0 to 73\.0 .* 1 \+40\.0 \[\+2\d\.0, \+5\d\.0\] higher done", page.text)
     assert re.search(

@@ -14,7 +14,7 @@ from gkd_lab.runs.options import RunOptions
 from gkd_lab.runs.progress import Reporter
 from gkd_lab.spec import GridOfCells
 
-TIMED = ("status.json", "provenance.json", "digests.json")
+TIMED = ("status.json", "provenance.json", "digests.json", "times.jsonl", "files.json")
 """Files that say when and where, and so differ between two equal runs."""
 
 

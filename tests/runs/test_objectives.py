@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.records import Store
+from gkd_lab.runs import cells
 from gkd_lab.runs.quiet import quieten
 from gkd_lab.runs.run import run
 from gkd_lab.runs.teacher_text import FILE
@@ -80,12 +81,27 @@ def test_terms_of_a_mixed_loss_are_in_the_history(tmp_path: Path) -> None:
             assert row["loss"] == pytest.approx(row["loss/divergence"] + row["loss/cross_entropy"], rel=1e-5)
 
 
-def test_a_text_that_lost_lines_is_named(tmp_path: Path) -> None:
+def test_only_the_first_rows_are_distilled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    taken = cells._trainer
+
+    def watched(pack: Any, teacher: Any, found: list[Any], *rest: Any) -> Any:
+        seen.append(len(found))
+        return taken(pack, teacher, found, *rest)
+
+    monkeypatch.setattr(cells, "_trainer", watched)
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"train_rows": [8, 40]}, **GREEDY)
+    assert run(grid, options(tmp_path / "outputs")).failed == []
+    assert sorted(set(seen)) == [8, 40]
+
+
+def test_a_text_that_lost_lines_is_written_again(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"]}, **GREEDY)
     outputs = tmp_path / "outputs"
     run(grid, options(outputs))
     (file,) = outputs.glob(f"nano/*/text-*/{FILE}")
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     more = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"], "seed": [1]}, **GREEDY)
-    (line,) = run(more, options(outputs)).failed
-    assert "has 39 texts for 40 prompts" in line
+    assert run(more, options(outputs)).failed == []
+    assert file.read_text() == whole

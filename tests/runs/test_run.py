@@ -56,7 +56,10 @@ def test_a_run_leaves_whole_records_and_a_second_one_does_nothing(task: str, tmp
         spec = json.loads((record.folder / "spec.json").read_text())
         assert spec["fingerprint"].startswith(cell.fingerprint)
         assert spec["spec"] == cell.training.model_dump(mode="json")
-        assert record.status() == {"state": "done", "steps": 4}
+        status = record.status()
+        assert (status["state"], status["steps"], status["shared_by"]) == ("done", 4, len(grid.cells))
+        assert status["seconds"] > 0
+        assert status["tokens"] > 0
         assert not record.steps_folder.exists()
         provenance = json.loads((record.folder / "provenance.json").read_text())
         assert provenance["pack"] == [c.fingerprint for c in in_pack_order(grid)]

@@ -73,6 +73,14 @@ def test_cells_whose_rows_somebody_else_wrote_do_not_share_a_model() -> None:
     assert made == [{"seqkd"}, {"sft", "supervised_kd"}]
 
 
+def test_fewer_rows_to_distil_on_leave_teacher_and_start_as_they_are() -> None:
+    few, every = cell(train_rows=10), cell()
+    assert few.training.train_rows == 10
+    assert (few.training.teacher, few.training.start) == (every.training.teacher, every.training.start)
+    assert few.fingerprint != every.fingerprint
+    assert cell(train_rows=100).training == cell(train_rows=1000).training == every.training
+
+
 def test_the_folder_says_what_was_learnt_from() -> None:
     assert "lmbda=0_cross_entropy_teacher-text_seed=0-" in cell(method="seqkd").folder
     assert "lmbda=0_cross_entropy_seed=0-" in cell(method="sft").folder
