@@ -256,8 +256,13 @@ def table(
     from gkd_lab.results.table import encode
     from gkd_lab.results.table import table as read_table
 
-    grid = _grid(name, scale, sets, outputs)
-    content = encode(read_table(grid, Store(outputs)), format.value)
+    grid, store = _grid(name, scale, sets, outputs), Store(outputs)
+    frame = read_table(grid, store)
+    if format is TableFormat.parquet:
+        from gkd_lab.results.sources import sources
+
+        frame.attrs = sources(grid, store)
+    content = encode(frame, format.value)
     if output is None:
         sys.stdout.buffer.write(content)
     elif output.is_dir():
