@@ -5,11 +5,11 @@ It never depends on what is left to do, so that a resumed run meets the same pac
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from gkd_lab.spec.cell import Cell, Training
 from gkd_lab.spec.errors import SpecError
-from gkd_lab.spec.identity import canonical
+from gkd_lab.spec.identity import Frozen, canonical
 
 PackLimit = int | Literal["auto", "off"]
 AUTO = 16
@@ -33,8 +33,12 @@ def parse_limit(text: str) -> PackLimit:
 def packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
     """The cells in groups of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
     groups: dict[str, list[Cell]] = {}
+    known: dict[tuple[Any, ...], str] = {}
     for cell in cells:
-        groups.setdefault(_common(cell.training), []).append(cell)
+        key = _seen(cell.training)
+        if key not in known:
+            known[key] = _common(cell.training)
+        groups.setdefault(known[key], []).append(cell)
     found = []
     for group in groups.values():
         size = _size(group[0], limit)
@@ -72,8 +76,17 @@ def _size(cell: Cell, limit: PackLimit) -> int:
     return AUTO if limit == "auto" else limit
 
 
+def _seen(training: Training) -> tuple[Any, ...]:
+    """Equal for trainings that refer to the same objects: most cells of a grid do."""
+    values = (getattr(training, name) for name in _SHARED)
+    return (*(id(value) if isinstance(value, Frozen) else value for value in values), training.source.text)
+
+
+_SHARED = tuple(name for name in Training.model_fields if name not in _OWN)
+
+
 def _common(training: Training) -> str:
-    shared = {name: getattr(training, name) for name in type(training).model_fields if name not in _OWN}
+    shared = {name: getattr(training, name) for name in _SHARED}
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
     # Rows are common to a pack, so who wrote them is.
     return canonical({**shared, "optimizer": optimizer, "text": training.source.text})
