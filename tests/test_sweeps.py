@@ -12,7 +12,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from gkd_lab import experiments
-from gkd_lab.cli import _fields
+from gkd_lab.cli_words import fields_of
 from gkd_lab.spec import SpecError
 from gkd_lab.spec.sweep import as_value, sweep_file
 
@@ -40,7 +40,7 @@ def points_of(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def cell_of(words: list[str], outputs: Path) -> str:
     """Fingerprint of the cell that `gkd-lab cell` takes a command for."""
     assert words[:4] == ["/usr/bin/env", "gkd-lab", "cell", "--experiment"]
-    grid = experiments.load_one(_fields(words[5:]), name=words[4], outputs=outputs)
+    grid = experiments.load_one(fields_of(words[5:]), name=words[4], outputs=outputs)
     return grid.cells[0].full_fingerprint
 
 
