@@ -2,9 +2,12 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
@@ -40,6 +43,19 @@ def nearest(value: object, choices: Iterable[object]) -> str:
 def unknown(kind: str, value: object, choices: Iterable[object]) -> SpecError:
     """The error for a name that is not among its choices."""
     return SpecError(f"unknown {kind} {value!r}; {nearest(value, choices)}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What can be wrong with a YAML file that a user names, as one line. Raises SpecError."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> SpecError:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, Union, get_args
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
-from gkd_lab.spec.errors import SpecError, explain
+from gkd_lab.spec.errors import SpecError, explain, reading
 from gkd_lab.spec.identity import canonical
 from gkd_lab.spec.settings import AnyEvaluationSettings, Section, Settings, merge
 
@@ -127,14 +127,8 @@ def _stated(layer: TaskSettings) -> dict[str, Any]:
 
 def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
     """The experiment in the YAML file `path`, `--set` overrides applied. Raises SpecError."""
-    try:
+    with reading(path):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
     _check_grid(document, str(path))

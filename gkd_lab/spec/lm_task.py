@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from gkd_lab.spec.errors import SpecError
+from gkd_lab.spec.errors import SpecError, reading
 
 SUFFIXES = (".yaml", ".yml")
 SHIPPED = Path(__file__).parent.parent / "evaluation" / "lm_tasks"
@@ -116,16 +116,10 @@ _Loader.add_constructor("!function", _function)
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """One file, its includes left as they are. Raises SpecError."""
-    try:
+    with reading(path):
         loader = _Loader(path.read_text(encoding="utf-8"))
         loader.folder = path.resolve().parent
         document = loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
     return document
