@@ -12,7 +12,6 @@ from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.objectives import CrossEntropy, Term
 from gkd_lab.distill.pack_trainer import AllCellsFailed
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
@@ -42,7 +41,8 @@ from gkd_lab.runs.saving import Saving
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
 from gkd_lab.runs.stopping import finishing_steps
 from gkd_lab.runs.teacher_text import ensure_text, with_teacher_text
-from gkd_lab.spec.cell import AnyObjective, Cell, CrossEntropyObjective, Training
+from gkd_lab.runs.terms import term_of
+from gkd_lab.spec.cell import Cell, Training
 from gkd_lab.spec.packs import why_alone
 
 
@@ -290,21 +290,8 @@ def _arguments(cell: Cell, record: Record) -> CellArguments:
         student_temperature=plain.student_temperature,
         learning_rate=training.optimizer.learning_rate,
         output_dir=str(record.steps_folder),
-        objectives=tuple(_term(one) for one in training.objectives),
+        objectives=tuple(term_of(one) for one in training.objectives),
     )
-
-
-def _term(objective: AnyObjective) -> Term:
-    if isinstance(objective, CrossEntropyObjective):
-        return Term(CrossEntropy(), objective.weight, objective.final_weight)
-    measure = Divergence(
-        kind=objective.divergence,
-        beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
-        student_temperature=objective.student_temperature,
-        teacher_temperature=objective.teacher_temperature,
-        rescale=objective.rescale,
-    )
-    return Term(measure, objective.weight, objective.final_weight)
 
 
 def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDConfig:

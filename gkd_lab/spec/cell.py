@@ -9,26 +9,22 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticKnownError
 
 from gkd_lab.spec.identity import Frozen, Place, Since
+from gkd_lab.spec.objectives import AnyObjective, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Family = Literal["decoder-only", "encoder-decoder"]
 Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
 LossNormalization = Literal["sequence", "token"]
-Divergence = Literal["jsd", "tv"]
 Decoding = Literal["greedy", "sample", "beam"]
 Split = Literal["train", "validation", "test"]
 
@@ -116,89 +112,6 @@ class SftModel(Frozen):
     max_input_tokens: PositiveInt
     max_output_tokens: PositiveInt
     precision: Precision
-
-
-class Objective(Frozen):
-    """One term of the loss: a divergence between teacher and student, token by token (Eq. 2).
-
-    `jsd` is JSD(beta), the two KLs at its ends (Eq. 1); `tv` is total variation, half the sum of |p - q|,
-    with which f-distill trains (Wen et al. 2023; Fig. 2). What a divergence does not read is resolved to
-    one value, so that objectives that cannot differ are equal.
-    """
-
-    type: Literal["divergence"] = "divergence"
-    divergence: Annotated[Divergence, Since("jsd")] = Field(
-        default="jsd", description="`jsd`: JSD(beta); `tv`: total variation, which has no beta"
-    )
-    beta: Share | None = Field(
-        default=None,
-        validate_default=True,
-        description="weight of the teacher; 0 forward KL, 1 reverse KL; null for `tv`",
-    )
-    rescale: Annotated[bool, Since(False)] = Field(
-        default=False,
-        description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs stay as they are",
-    )
-    teacher_temperature: PositiveFloat
-    student_temperature: PositiveFloat
-    weight: NonNegativeFloat = 1.0
-    final_weight: Annotated[NonNegativeFloat | None, Since(None)] = Field(
-        default=None, description="to which the weight moves linearly; null: it stays"
-    )
-
-    @field_validator("beta")
-    @classmethod
-    def _belongs_to_jsd(cls, beta: float | None, info: ValidationInfo) -> float | None:
-        if info.data.get("divergence") == "tv":
-            return None
-        if beta is None:
-            raise PydanticKnownError("missing")
-        return beta
-
-    @field_validator("rescale")
-    @classmethod
-    def _changes_the_inside_only(cls, rescale: bool, info: ValidationInfo) -> bool:
-        """The limits of JSD(beta) / (beta (1 - beta)) at 0 and 1 are the KLs that stand there already."""
-        return rescale and info.data.get("beta") not in (None, 0, 1)
-
-
-class CrossEntropyObjective(Frozen):
-    """One term of the loss: -log q of the tokens that the data or the teacher wrote.
-
-    Alone it is supervised fine-tuning, and sequence-level KD (Kim and Rush 2016) on the teacher's text. Of
-    what the student wrote itself it teaches nothing.
-    """
-
-    type: Literal["cross_entropy"] = "cross_entropy"
-    weight: NonNegativeFloat = 1.0
-    final_weight: Annotated[NonNegativeFloat | None, Since(None)] = Field(
-        default=None, description="to which the weight moves linearly; null: it stays"
-    )
-
-    @property
-    def beta(self) -> None:
-        """It has none."""
-
-    @property
-    def divergence(self) -> str:
-        """What stands in its place."""
-        return self.type
-
-
-OBJECTIVES = {"divergence": "Objective", "cross_entropy": "CrossEntropyObjective"}
-"""Type of an objective -> the class that describes it."""
-
-
-def kind_of_objective(objective: Any) -> str:
-    """Its class, for pydantic; a divergence may leave its type out."""
-    given = objective.get("type") if isinstance(objective, dict) else getattr(objective, "type", None)
-    return OBJECTIVES.get(given or "divergence", str(given))
-
-
-AnyObjective = Annotated[
-    Annotated[Objective, Tag("Objective")] | Annotated[CrossEntropyObjective, Tag("CrossEntropyObjective")],
-    Discriminator(kind_of_objective),
-]
 
 
 class TeacherText(Frozen):

@@ -9,15 +9,12 @@ from pydantic import ValidationError
 
 from gkd_lab.spec.cell import (
     AnyEvaluation,
-    AnyObjective,
     Cell,
-    CrossEntropyObjective,
     DataSpec,
     Evaluation,
     Family,
     HarnessEvaluation,
     ModelSpec,
-    Objective,
     OptimizerSpec,
     SftModel,
     SftSpec,
@@ -30,10 +27,16 @@ from gkd_lab.spec.errors import SpecError, explain, unknown
 from gkd_lab.spec.experiment import Experiment, Scale
 from gkd_lab.spec.identity import canonical
 from gkd_lab.spec.lm_task import lm_eval_version, lm_task
+from gkd_lab.spec.objectives import (
+    AnyObjective,
+    AnyObjectiveSettings,
+    CrossEntropyObjective,
+    Divergent,
+    Objective,
+)
 from gkd_lab.spec.settings import (
     AnyEvaluationSettings,
     DataSettings,
-    Divergent,
     EvaluationSettings,
     HarnessSettings,
     ModelSettings,
@@ -247,7 +250,7 @@ class _Shared:
     training: dict[str, Any]
     evaluations: tuple[AnyEvaluation, ...]
     fast: dict[str, Any]
-    objectives: tuple[Divergent | CrossEntropyObjective, ...] | None
+    objectives: tuple[AnyObjectiveSettings, ...] | None
     source: Source | None
     method: Mapping[str, Any]
     of_reverse_kl: OptimizerSpec | None = None
@@ -367,7 +370,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """The paper's baselines in its own terms (§3, §4): what each one sets."""
 
 
-def _objective(values: Mapping[str, Any]) -> Objective | CrossEntropyObjective:
+def _objective(values: Mapping[str, Any]) -> AnyObjective:
     """The defaults of `Objective` stand for what neither the experiment nor the task's scale says."""
     if values.get("type") == "cross_entropy":
         return CrossEntropyObjective()
@@ -391,7 +394,7 @@ def _source(values: Mapping[str, Any]) -> Source:
 
 
 def _filled(
-    objectives: tuple[Divergent | CrossEntropyObjective, ...] | None, values: Mapping[str, Any]
+    objectives: tuple[AnyObjectiveSettings, ...] | None, values: Mapping[str, Any]
 ) -> tuple[AnyObjective, ...]:
     """What is stated as a list, its divergences with the temperatures that hold besides."""
     return tuple(one.filled(values) if isinstance(one, Divergent) else one for one in objectives or ())

@@ -4,7 +4,6 @@ A setting that an experiment leaves out comes from the task's defaults at the ch
 divergence, `beta` and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,18 +20,14 @@ from pydantic import (
 
 from gkd_lab.spec.cell import (
     Architecture,
-    CrossEntropyObjective,
     Decoding,
-    Divergence,
     LossNormalization,
-    Objective,
     OptimizerName,
     Precision,
-    Share,
     Source,
     Split,
-    kind_of_objective,
 )
+from gkd_lab.spec.objectives import AnyObjectiveSettings, Divergence, Share
 
 Method = Literal[
     "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft"
@@ -109,30 +104,6 @@ class ModelSettings(Section):
             return None
         forward = self.feed_forward or 4 * self.width
         return Architecture(layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward)
-
-
-class Divergent(Objective):
-    """A divergence whose temperatures may be those of the other settings."""
-
-    teacher_temperature: PositiveFloat | None = None  # type: ignore[assignment]
-    student_temperature: PositiveFloat | None = None  # type: ignore[assignment]
-
-    def filled(self, settings: Mapping[str, Any]) -> Objective:
-        """The whole objective."""
-        stated = self.model_dump(exclude_none=True)
-        names = ("teacher_temperature", "student_temperature")
-        return Objective(**{**{name: settings[name] for name in names}, **stated})
-
-
-def _objective_class(objective: Any) -> str:
-    kind = kind_of_objective(objective)
-    return "Divergent" if kind == "Objective" else kind
-
-
-AnyObjectiveSettings = Annotated[
-    Annotated[Divergent, Tag("Divergent")] | Annotated[CrossEntropyObjective, Tag("CrossEntropyObjective")],
-    Discriminator(_objective_class),
-]
 
 
 class EvaluationSettings(Section):

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.spec.cell import CrossEntropyObjective, Objective, TeacherText
+from gkd_lab.spec.cell import TeacherText
 from gkd_lab.spec.grid import METHODS
+from gkd_lab.spec.objectives import CrossEntropyObjective, Objective
 from gkd_lab.spec.packs import packs
 
 from .stub import cell, grid, refusal

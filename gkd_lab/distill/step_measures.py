@@ -1,0 +1,110 @@
+"""Terms of a loss that read more of a step than logits: hidden states, attentions, a discriminator's view.
+
+What such a term computes is said by a `StepMeasure`; a `StepModule` of its own computes it for each cell, so
+that the cells of a pack stay apart as they do alone. What a module learns is its own: an optimizer, a place
+in the cell's checkpoints, and no place in the student that is exported.
+
+Shapes: B rows of a cell, C completion tokens, T positions of a stack, L layers, H width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from gkd_lab.models.forward import Sequences
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a model's forward pass left behind on a cell's rows.
+
+    last: what the output head reads for each completion token, (B, C, H).
+    outputs: name -> tensors, under transformers' names: `hidden_states` ((B, T, H): the embeddings, then
+        each layer's) and `attentions` ((B, heads, T, T): each layer's); of an encoder-decoder
+        `decoder_hidden_states`, `encoder_hidden_states`, `decoder_attentions`, `cross_attentions`, ...
+        Only what the measures of the run ask for is there.
+    config: of the model.
+    """
+
+    last: Tensor
+    outputs: Mapping[str, tuple[Tensor, ...]]
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cell's part of a micro-batch.
+
+    weights: (B, C), of each completion token in the cell's loss: 0 where nothing is trained, and a sum of 1
+        over all micro-batches of the step.
+    step: optimizer steps done; with `seed` it keys whatever is random.
+    """
+
+    rows: Sequences
+    student: Pass
+    teacher: Pass | None
+    weights: Tensor
+    on_policy: bool
+    step: int
+    seed: int
+
+    @property
+    def share(self) -> Tensor:
+        """This micro-batch's share of the step, (): what a mean over its rows is to be multiplied by."""
+        return self.weights.sum()
+
+
+class StepModule(nn.Module, ABC):
+    """A term of one cell. Its parameters, if it has any, learn from what `forward` and `own_loss` give."""
+
+    learning_rate: float | None = None
+    """Of its parameters, before the schedule; None: the cell's."""
+
+    @abstractmethod
+    def forward(self, seen: Seen) -> Tensor:
+        """The term's value, (), in float32 or float64, differentiable by the student's pass.
+
+        Its parameters take a gradient from it as well, times the term's weight.
+        """
+
+    def own_loss(self, seen: Seen) -> Tensor | None:
+        """A loss for the module's parameters alone, (), which must not reach the student; None: it has none.
+
+        Where there is one, `forward` gives the parameters nothing.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class StepMeasure(ABC):
+    """What a term computes: a frozen description, equal for terms that are."""
+
+    kind: ClassVar[str]
+    """Its `type` in an experiment, and the name that it is logged under."""
+    reads_teacher: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ()
+    """What both passes record: of "hidden_states" and "attentions"."""
+
+    @abstractmethod
+    def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> StepModule:
+        """A module for a cell, its parameters drawn from `seed` alone (`torch.Generator`).
+
+        Raises ValueError if student and teacher do not have what the measure names.
+        """
+
+
+@dataclass
+class Trained:
+    """A module with the optimizer of its parameters, where it has any."""
+
+    module: StepModule
+    optimizer: torch.optim.Optimizer | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = list(self.module.parameters())
+        self.optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0) if parameters else None
