@@ -2,7 +2,7 @@
 lmbda (Fig 8), and how training went.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -59,13 +59,14 @@ def _draw_map(axes: Axes, panel: Panel, metric: str) -> None:
         for lmbda, beta, group in by_place(panel.cells)
         if group[metric].notna().any()
     }
+    decimals = _decimals(gains.values())
     for lmbda, beta, group in by_place(panel.cells):
         square = (betas.index(beta), lmbdas.index(lmbda))
         gain = gains.get((lmbda, beta))
         if gain is None:
             _draw_void(axes, square, worst(list(group["status"])))
         else:
-            text = _signed(gain) if panel.start is not None else f"{gain:.1f}"
+            text = _signed(gain, decimals) if panel.start is not None else f"{gain:.{decimals}f}"
             done = int(group[metric].notna().sum())
             note = "" if done == len(group) else f"\n{done} of {len(group)} seeds"
             color = _color(gain, list(gains.values()))
@@ -208,8 +209,15 @@ def _draw_histories(axes: Axes, cells: Sequence[Cell], store: Store, quantity: s
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+def _decimals(gains: Iterable[float]) -> int:
+    """Two where one would make most squares alike, as in Figure 6, and the numbers have two to show."""
+    known = list(gains)
+    small = bool(known) and max(map(abs, known)) < 2
+    return 2 if small and any(abs(10 * gain - round(10 * gain)) > 1e-6 for gain in known) else 1
+
+
+def _signed(value: float, decimals: int = 1) -> str:
+    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(metric: str) -> str:

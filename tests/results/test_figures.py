@@ -62,6 +62,16 @@ def test_losses_of_points_carry_a_real_minus_sign(store: Store) -> None:
     assert squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
 
 
+def test_gains_that_are_all_small_show_a_second_decimal(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    frame = table(grid, store)
+    frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
+    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
+    frame["accuracy"] = (10 * frame["accuracy"]).round() / 10
+    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.3"
+
+
 def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> None:
     grid = made_grid()
     fill(grid, store, cells=grid.cells[2:])
