@@ -7,10 +7,11 @@ tables make *figures*. Importing this package loads no torch: the trainer is loa
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GKDConfig", "GKDTrainer", "__version__"]
+__all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__"]
 
 if TYPE_CHECKING:
     from gkd_lab.distill.config import GKDConfig
+    from gkd_lab.distill.teaching import Teacher
     from gkd_lab.distill.trainer import GKDTrainer
 
 
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from gkd_lab.distill.config import GKDConfig
 
         return GKDConfig
+    if name == "Teacher":
+        from gkd_lab.distill.teaching import Teacher
+
+        return Teacher
     raise AttributeError(f"module 'gkd_lab' has no attribute {name!r}")

@@ -18,6 +18,8 @@ from gkd_lab.spec import Experiment, GridOfCells, Revisions, SpecError, expand, 
 from gkd_lab.spec.cell import DataSpec, Evaluation
 from gkd_lab.spec.errors import nearest, unknown
 from gkd_lab.spec.experiment import Scale, override, parse_experiment
+from gkd_lab.spec.objectives import RewardObjective
+from gkd_lab.spec.rewards import BUILT_IN, imported
 from gkd_lab.spec.settings import DataSettings
 from gkd_lab.tasks import SPLITS, TASKS, Task, check_form, source_revision
 
@@ -112,13 +114,18 @@ def _refuse_several(grid: GridOfCells) -> None:
 
 
 def check_sources(grid: GridOfCells) -> None:
-    """Refuse, before anything is run, made rows whose generator is not installed. Raises SpecError."""
+    """Refuse, before anything is run, made rows whose generator is not installed, and a reward that is no
+    function: this imports the modules that the experiment names. Raises SpecError.
+    """
     made = {(cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"}
     for task, generator in sorted(made, key=str):
         try:
             TASKS[task].generators[generator or "made"].check()
         except ValueError as error:
             raise SpecError(str(error)) from error
+    objectives = (one for cell in grid.cells for one in cell.training.objectives)
+    for name in sorted({one.name for one in objectives if isinstance(one, RewardObjective)} - {*BUILT_IN}):
+        imported(name)
 
 
 def _expanded(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> GridOfCells:

@@ -12,8 +12,11 @@ from gkd_lab.spec.experiment import Scale
 from gkd_lab.spec.packs import packs
 
 COUNTS = {
+    "adversarial": 9,
     "baselines": 108,
+    "cross_tokenizer": 12,
     "data_fraction": 48,
+    "hidden_states": 18,
     "instruction": 15,
     "lambda_beta_arithmetic": 75,
     "lambda_beta_sampling": 45,
@@ -24,15 +27,19 @@ COUNTS = {
     "nano_instruction": 15,
     "nano_summarization": 15,
     "nano_translation": 15,
+    "offline_teacher": 24,
     "on_policy_share": 70,
     "quality_diversity": 15,
     "quickstart": 15,
+    "rl_tradeoff": 18,
     "self_distillation": 15,
+    "several_teachers": 12,
+    "soft_and_hard": 18,
     "student_size": 81,
     "teacher_temperature": 30,
 }
-METHODS_COLLAPSE = {"baselines", "instruction", "self_distillation"}
-"""Their methods fix a divergence which the others cross."""
+METHODS_COLLAPSE = {"baselines", "instruction", "rl_tradeoff", "self_distillation"}
+"""Their methods fix a divergence, or a weight, which the others cross."""
 COUNTED_BY_ROWS = {"data_fraction"}
 LARGER = {"self_distillation": {"teacher": "large", "student": "google/flan-t5-large"}}
 """What an experiment's description says to set there."""

@@ -18,10 +18,16 @@ from gkd_lab.models.forward import Sequences
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; the completion ends with the end of sequence unless it was cut."""
+    """Token ids of one row; the completion ends with the end of sequence unless it was cut.
+
+    number: the row's place in the data, by which scores that were kept of it are found; -1: it has none.
+    route: the number of the teacher that the row is meant for; -1: of any.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    number: int = -1
+    route: int = -1
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,13 @@ def collate(examples: Sequence[Example], pad_id: int, *, is_encoder_decoder: boo
     """Examples as padded tensors: a decoder's prompts on the left, everything else on the right."""
     prompts = _pad([e.prompt_ids for e in examples], pad_id, left=not is_encoder_decoder)
     completions = _pad([e.completion_ids for e in examples], pad_id, left=False)
-    return Sequences(*prompts, *completions)
+    routes, numbers = ([getattr(example, name) for example in examples] for name in ("route", "number"))
+    return Sequences(*prompts, *completions, routes=_of_rows(routes), numbers=_of_rows(numbers))
+
+
+def _of_rows(found: Sequence[int]) -> Tensor | None:
+    """(N, 1); None where no row has such a number."""
+    return torch.tensor(found)[:, None] if any(number >= 0 for number in found) else None
 
 
 def _pad(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -91,8 +103,8 @@ class Collator:
         examples = [self.encode_row(row) for row in rows]
         batch = collate(examples, self.pad_id, is_encoder_decoder=self.is_encoder_decoder)
         if all(isinstance(row, Example) for row in rows):
-            return vars(batch)
-        return {**vars(batch), **in_form_of_trl(batch, is_encoder_decoder=self.is_encoder_decoder)}
+            return batch.tensors()
+        return {**batch.tensors(), **in_form_of_trl(batch, is_encoder_decoder=self.is_encoder_decoder)}
 
 
 class FollowEpochs(TrainerCallback):

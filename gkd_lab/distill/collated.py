@@ -18,15 +18,19 @@ NOT_TRAINED = -100
 
 def as_sequences(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
     """A collated batch, by our collator or by a user's in TRL's form. ValueError: it is neither."""
-    names = Sequences.__dataclass_fields__
-    if names.keys() <= batch.keys():
-        return Sequences(*(batch[name] for name in names))
+    if is_collated_here(batch):
+        return Sequences(**{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch})
     if not is_collated_for_trl(batch):
         raise ValueError(
             f"the data collator returns {sorted(batch)}; GKDTrainer needs `input_ids`, `attention_mask` and "
             "`labels`, as TRL's DataCollatorForChatML returns them"
         )
     return sequences_of(batch, pad_id, is_encoder_decoder=is_encoder_decoder)
+
+
+def is_collated_here(batch: Mapping[str, Any]) -> bool:
+    """Whether the batch has the tensors of `Sequences`, by name."""
+    return {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"} <= batch.keys()
 
 
 def in_form_of_trl(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.objectives import Term, Terms, parsed, reads_teacher, without_labels
+from gkd_lab.distill.objectives import PolicyGradient, Term, Terms, parsed, where_they_apply
+from gkd_lab.spec.rewards import check_sampling, nothing_off_policy
 
 with warnings.catch_warnings():
     # TRL warns that its experimental names may move; constraints.txt pins where they are.
@@ -35,6 +36,8 @@ class GKDConfig(TrlGKDConfig):
         objectives: What the loss is made of, such as `[{"type": "divergence", "beta": 0.1, "weight": 1},
             {"type": "cross_entropy", "weight": 0.5}]`; what a divergence leaves out is that of the fields
             above. None: that one divergence. Each term is logged by itself.
+        log_term_gradients: Log the norm of each term's gradient on a step's last micro-batch,
+            `grad_norm/NAME`; it costs a forward and a backward pass a term, on the steps that are logged.
         teacher_dtype: Dtype of the teacher's weights; None leaves them as they are.
         park_teacher: Keep the teacher on the CPU while the student trains and samples.
         eval_on_policy: `evaluate` also lets the student write, and reports the loss on that.
@@ -58,6 +61,9 @@ class GKDConfig(TrlGKDConfig):
     )
     objectives: list[dict[str, Any]] | str | None = field(
         default=None, metadata={"help": "The terms of the loss with their weights, as JSON."}
+    )
+    log_term_gradients: bool = field(
+        default=False, metadata={"help": "Log the norm of each term's gradient."}
     )
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Dtype of the teacher's weights, such as `bfloat16`."}
@@ -117,11 +123,19 @@ class CellArguments:
     """What the loss is made of; empty: the divergence that the fields above describe."""
 
     def __post_init__(self) -> None:
-        if self.lmbda > 0 and not reads_teacher(self.terms()):
+        if self.lmbda > 0 and not any(term.applies(on_policy=True) for term in self.terms()):
             raise ValueError(
                 f"lmbda {self.lmbda} lets the student write, and cross-entropy has nothing to teach of its "
                 "own text: set lmbda to 0, or add a divergence"
             )
+        if any(isinstance(term.measure, PolicyGradient) for term in self.terms()):
+            self._check_reward()
+
+    def _check_reward(self) -> None:
+        """A reward is of what the student samples, by the very distribution that it is trained as."""
+        check_sampling(self.lmbda, self.temperature)
+        if self.lmbda < 1 and not any(term.applies(on_policy=False) for term in self.terms()):
+            raise ValueError(nothing_off_policy(self.lmbda))
 
     @classmethod
     def of(cls, args: GKDConfig) -> "CellArguments":
@@ -136,10 +150,10 @@ class CellArguments:
     def terms(self, *, on_policy: bool = False, progress: float = 0.0) -> Terms:
         """The terms of the loss after a share of the steps.
 
-        Of what the student wrote itself cross-entropy has the weight 0.
+        What teaches nothing of this text has the weight 0, as cross-entropy of what the student wrote itself.
         """
         own = tuple(term.at(progress) for term in self.objectives) or (Term(self.measure()),)
-        return without_labels(own) if on_policy else own
+        return where_they_apply(own, on_policy=on_policy)
 
     def measure(self) -> Divergence:
         """The divergence that the cell's own fields describe."""

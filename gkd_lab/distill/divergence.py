@@ -26,6 +26,8 @@ class Divergence:
     kind: JSD(beta) with the two KLs at its ends, or total variation, which has no beta.
     rescale: divide JSD(beta) by beta (1 - beta) for 0 < beta < 1. Near P = Q it is beta (1 - beta) / 2 chi^2
         and each KL is chi^2 / 2, so then all betas agree there, and it is continuous at both ends.
+    square_temperature: multiply by the product of the two temperatures, T^2 where they are equal, so that
+        the gradient keeps its size while both soften (Hinton et al. 2015, section 2).
 
     Raises ValueError for a beta outside of [0, 1] and for a temperature that is not positive.
     """
@@ -35,6 +37,7 @@ class Divergence:
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
     rescale: bool = False
+    square_temperature: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("jsd", "tv"):
@@ -50,12 +53,14 @@ class Divergence:
     def factor(self) -> float:
         """What the divergence is multiplied by."""
         inside = self.kind == "jsd" and 0 < self.beta < 1
-        return 1 / (self.beta * (1 - self.beta)) if self.rescale and inside else 1.0
+        scale = 1 / (self.beta * (1 - self.beta)) if self.rescale and inside else 1.0
+        squared = self.student_temperature * self.teacher_temperature if self.square_temperature else 1.0
+        return scale * squared
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Value of each token, (N,), by plain formulas and autograd: the reference."""
         if self.kind == "tv":
-            return total_variation(
+            return self.factor * total_variation(
                 student_logits_NV,
                 teacher_logits_NV,
                 student_temperature=self.student_temperature,

@@ -143,6 +143,7 @@ class PackTrainer(Trainer):
                 if "learning_rate" in logs:
                     factor = logs["learning_rate"] / (self.cells[0].learning_rate or 1)
                     row["learning_rate"] = cell.learning_rate * factor
+                row |= self._facts(n)
                 if self.log_cell is not None and n not in self.failures:
                     self.log_cell(n, {"step": self.state.global_step, **row})
             if len(rows) == 1:
@@ -154,6 +155,9 @@ class PackTrainer(Trainer):
             return here
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device)) > 0)
 
+    def _summed_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
     def _over_ranks(self, sums: Tensor) -> Tensor:
         if self.args.world_size == 1:
             return sums
@@ -161,15 +165,18 @@ class PackTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Each cell's own folder, all of them before any older one goes."""
+        step = self.state.global_step
         if not self.pack.is_packed:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_own(0, checkpoints.folder_of(self._get_output_dir(trial=trial), step))
             return
-        step = self.state.global_step
         for n, cell in enumerate(self.cells):
             if n in self.failures:
                 continue
             with checkpoints.appearing(checkpoints.folder_of(cell.output_dir, step)) as folder:
                 checkpoints.save(folder, self.pack.parameters_of(n), self._views[n], self.optimizer)
+                self._save_own(n, folder)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         for cell in self.cells:
             checkpoints.keep_only(cell.output_dir, step)
@@ -177,9 +184,11 @@ class PackTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.pack.is_packed:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_own(0, Path(resume_from_checkpoint))
             return
         for n, folder in self._folders_like(resume_from_checkpoint):
             self.pack.load(n, checkpoints.weights(folder))
+            self._load_own(n, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.pack.is_packed:
@@ -188,6 +197,18 @@ class PackTrainer(Trainer):
             for n, folder in self._folders_like(checkpoint):
                 checkpoints.load_optimizer(folder, self._views[n], self.optimizer)
             checkpoints.set_schedule(self.lr_scheduler, self.optimizer, self.state.global_step)
+
+    # ---- what a subclass keeps of each cell besides its weights ----
+
+    def _facts(self, cell: int) -> dict[str, float]:
+        """More of the cell's last step, for its row."""
+        return {}
+
+    def _save_own(self, cell: int, folder: Path) -> None:
+        """Into the cell's checkpoint."""
+
+    def _load_own(self, cell: int, folder: Path) -> None:
+        """From the cell's checkpoint."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: random choices are keyed by the step, and a stored state would replace its dropout."""

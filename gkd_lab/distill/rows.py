@@ -6,6 +6,7 @@ The prompt is what the model sees before it answers: neither its text nor its id
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -64,7 +65,10 @@ class RowEncoder:
 
     def __call__(self, row: Row | Example) -> Example:
         """The row as ids; without a target its completion is empty. ValueError: the row has no known form."""
-        return row if isinstance(row, Example) else self._cut(self._encoded(self._formatted(row)))
+        if isinstance(row, Example):
+            return row
+        formatted = self._formatted(row)
+        return replace(self._cut(self._encoded(formatted)), route=route_of(formatted))
 
     def _formatted(self, row: Row) -> Row:
         """The row as the user's function returns it, without the empty columns that Arrow fills in."""
@@ -306,6 +310,14 @@ def _messages(row: Row, column: str) -> list[Row]:
             "{'role': 'user', 'content': 'text'}"
         )
     return list(messages)
+
+
+def route_of(row: Row) -> int:
+    """The number in the column `teacher`, where there is one."""
+    number = row.get("teacher", -1)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"the column `teacher` holds {number!r}: the number of a teacher, 0 for the first")
+    return number
 
 
 def _one_answer(row: Row) -> Row:

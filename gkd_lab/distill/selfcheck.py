@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gkd_lab.distill.bench import TEXTS, Bench
 from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.steps import StepBatch, cell_sums, trained_items
+from gkd_lab.distill.steps import StepBatch, cell_sums, projected, trained_items
 from gkd_lab.models.forward import Sequences, completion_logits, evaluating
 
 WIDER = 5
@@ -230,7 +230,8 @@ def _compared(bench: Bench, teacher: str, cell: CellArguments) -> tuple[float, f
         own, guide = (bench.heads[side].unprojected(bench.rows) for side in ("student", teacher))
     hidden = own.hidden.requires_grad_()
     items = trained_items(batch, 1, "token")
-    sums = cell_sums(own, guide, batch, [cell], items, "token", bench.vocabulary)
+    guides = {0: projected(guide, 1)}
+    sums = cell_sums(own, guides, batch, [cell], items, "token", bench.vocabulary)
     (gradient,) = torch.autograd.grad(sums.losses.sum(), hidden)
     return float(sums.losses.detach()), float(gradient.norm())
 

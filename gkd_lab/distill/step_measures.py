@@ -9,14 +9,14 @@ Shapes: B rows of a cell, C completion tokens, T positions of a stack, L layers,
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from gkd_lab.models.forward import Sequences
+from gkd_lab.models.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Pass:
         `decoder_hidden_states`, `encoder_hidden_states`, `decoder_attentions`, `cross_attentions`, ...
         Only what the measures of the run ask for is there.
     config: of the model.
+    projection: its head, as the loss reads it; of a pack the cell's own.
     """
 
     last: Tensor
     outputs: Mapping[str, tuple[Tensor, ...]]
     config: PretrainedConfig
+    projection: Projection
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class StepModule(nn.Module, ABC):
         """
         return None
 
+    def logged(self) -> dict[str, float]:
+        """What the log is to say of the last step besides the term's value, such as an accuracy."""
+        return {}
+
 
 @dataclass(frozen=True)
 class StepMeasure(ABC):
@@ -96,15 +102,3 @@ class StepMeasure(ABC):
 
         Raises ValueError if student and teacher do not have what the measure names.
         """
-
-
-@dataclass
-class Trained:
-    """A module with the optimizer of its parameters, where it has any."""
-
-    module: StepModule
-    optimizer: torch.optim.Optimizer | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        parameters = list(self.module.parameters())
-        self.optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0) if parameters else None

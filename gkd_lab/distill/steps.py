@@ -3,8 +3,8 @@
 Shapes: K cells, S distinct seeds, B rows a cell, C completion tokens, V vocabulary, M teacher blocks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.config import CellArguments
+from gkd_lab.distill.guides import Guide, Projected, gathered
+from gkd_lab.distill.objectives import Terms
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.heads import Unprojected
 
@@ -30,6 +32,25 @@ class StepBatch:
     """Which of the seeds' prompts a block of teacher rows answers."""
     progress: float = 0.0
     """Share of the training's steps that lie behind, 1 in the last one."""
+    scales: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(cell, number of its term) -> (B, C), a factor on the tokens' weights in this term, as a reward's."""
+    step: int = 0
+    """Optimizer steps done."""
+    only: int | None = None
+    """Number of the only term that counts, for its gradient alone; None: all of them."""
+
+    def terms(self, n: int, cell: CellArguments) -> Terms:
+        """What the loss of cell `n` is made of here; what does not count weighs 0."""
+        terms = cell.terms(on_policy=self.on_policy[n], progress=self.progress)
+        if self.only is None:
+            return terms
+        return tuple(
+            term if place == self.only else replace(term, weight=0.0) for place, term in enumerate(terms)
+        )
+
+
+FOUR = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+"""What all rows have."""
 
 
 def blocks(batch: Sequences, count: int) -> list[Sequences]:
@@ -49,11 +70,14 @@ def joined(parts: Sequence[Sequences], pad_id: int) -> Sequences:
     def padded(tensor: Tensor, value: int) -> Tensor:
         return functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
+    both = (set(part.tensors()) - FOUR for part in parts)
+    more = {name: torch.cat([part.tensors()[name] for part in parts]) for name in set.intersection(*both)}
     return Sequences(
         torch.cat([part.prompt_ids for part in parts]),
         torch.cat([part.prompt_mask for part in parts]),
         torch.cat([padded(part.completion_ids, pad_id) for part in parts]),
         torch.cat([padded(part.completion_mask, 0) for part in parts]),
+        **more,
     )
 
 
@@ -90,6 +114,23 @@ def trained_items(batch: StepBatch, cells: int, normalization: str) -> Tensor:
     return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
 
 
+def cell_weights(batch: StepBatch, cells: int, items: Tensor, normalization: str) -> Tensor:
+    """Weight of each token in its cell's loss, (K, B, C); over all micro-batches of a step they sum to 1."""
+    weights = token_weights(masks_of_blocks(batch, cells), normalization)
+    return weights[list(batch.block_of_cell)] / items.to(weights.device).clamp_min(1)[:, None, None]
+
+
+def masks_of_blocks(batch: StepBatch, cells: int) -> Tensor:
+    """Mask of the trained tokens of the teacher's rows, block after block, (M, B, C)."""
+    mask = batch.teacher.completion_mask
+    return mask.reshape(-1, batch.student.rows // cells, mask.shape[1])
+
+
+def projected(read: Unprojected, blocks: int) -> Projected:
+    """What a teacher's forward pass over `blocks` blocks of rows says of their tokens."""
+    return Projected(read.hidden.reshape(blocks, -1, read.hidden.shape[-1]), read.projection)
+
+
 def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
     """Weight of each token in the sum over a block that is still to be divided by its items, (M, B, C)."""
     masks = masks_MBC.double()
@@ -98,7 +139,7 @@ def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
 
 def cell_sums(
     student: Unprojected,
-    teacher: Unprojected | None,
+    guides: Mapping[int, Guide],
     batch: StepBatch,
     cells: Sequence[CellArguments],
     items: Tensor,
@@ -107,36 +148,34 @@ def cell_sums(
 ) -> CellSums:
     """Loss and entropy of each cell, summed over this micro-batch; the loss is divided by the step's `items`.
 
-    student: (K*B, C, H); teacher: (M*B, C, H), or None where no cell compares with it. Only positions that
-    are trained on are projected.
+    student: (K*B, C, H); guides: of M blocks of B*C tokens, by the teacher's number. Only positions that are
+    trained on are projected.
     """
-    count, length = len(cells), batch.student.completion_mask.shape[1]
-    masks = batch.teacher.completion_mask.reshape(-1, student.hidden.shape[0] // count, length)
+    count = len(cells)
+    masks = masks_of_blocks(batch, count)
     weights = token_weights(masks, normalization).flatten(1)
     trained = max(1, int((weights > 0).sum(-1).max()))
     # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
     chosen = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
     block = torch.tensor(batch.block_of_cell, device=chosen.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
-    guide = None
-    if teacher is not None:
-        guide = _gathered(teacher.hidden.reshape(len(masks), -1, teacher.hidden.shape[-1]), chosen)
+    routes = None
+    if batch.teacher.routes is not None:
+        routes = batch.teacher.routes.view(masks.shape[:2])[..., None].expand_as(masks).flatten(1)
     return divergence_sums(
-        _gathered(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
+        gathered(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
         student.projection,
-        guide,
-        None if teacher is None else teacher.projection,
+        None,
+        None,
         batch.block_of_cell,
-        [
-            cell.terms(on_policy=own, progress=batch.progress)
-            for cell, own in zip(cells, batch.on_policy, strict=True)
-        ],
+        [batch.terms(n, cell) for n, cell in enumerate(cells)],
         weights.gather(1, chosen)[block] / divisors,
+        guides={number: guide.chosen(chosen) for number, guide in guides.items()},
         labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, chosen)[block],
+        routes=None if routes is None else routes.gather(1, chosen),
+        scales={
+            (n, term): scale.to(chosen.device).flatten().gather(0, chosen[block[n]])
+            for (n, term), scale in batch.scales.items()
+        },
         vocabulary=vocabulary,
     )
-
-
-def _gathered(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """(M, T, H) at positions (M, N) -> (M, N, H)."""
-    return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -6,39 +6,61 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from trl.models.utils import _ForwardRedirection
 
 from gkd_lab.distill import setup, trl_form
 from gkd_lab.distill.averages import Averages
 from gkd_lab.distill.batches import Collator, FollowEpochs, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
+from gkd_lab.distill.classification import classification_of
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
-from gkd_lab.distill.objectives import reads_teacher
+from gkd_lab.distill.objectives import reads_texts, teachers_read
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
-from gkd_lab.distill.reading import Reader
+from gkd_lab.distill.prompts import Prompts, PromptsOfRows
+from gkd_lab.distill.rewards import Hooks, Ranks, Rewards
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, sampling_config
-from gkd_lab.distill.steps import StepBatch, blocks, cell_sums, joined, step_batch, trained_items
+from gkd_lab.distill.sources import TeacherSource, size_or_model
+from gkd_lab.distill.step_modules import StepModules, StepOwn
+from gkd_lab.distill.steps import (
+    StepBatch,
+    blocks,
+    cell_sums,
+    cell_weights,
+    joined,
+    step_batch,
+    trained_items,
+)
 from gkd_lab.distill.streams import is_on_policy, key
+from gkd_lab.distill.teaching import (
+    LiveTeacher,
+    Said,
+    Teacher,
+    Teaching,
+    check_routes,
+    check_teachers,
+    inside,
+)
+from gkd_lab.distill.term_gradients import term_norms
+from gkd_lab.distill.text_teacher import TextTeacher
 from gkd_lab.models.attention import attention_in_float32
 from gkd_lab.models.forward import Sequences, evaluating
-from gkd_lab.models.heads import Head, Unprojected
+from gkd_lab.models.heads import Head
 from gkd_lab.models.packing import Pack
-from gkd_lab.models.sharding import place_student, place_teacher
-from gkd_lab.models.teachers import at_work, load_student, load_teacher
-from gkd_lab.models.vocabulary import shared_vocabulary, tokenizer_of
+from gkd_lab.models.sharding import place_student
+from gkd_lab.models.teachers import load_student, load_teacher
+from gkd_lab.models.vocabulary import tokenizer_of, vocabulary_of
 
 
 class GKDTrainer(PackTrainer):
@@ -48,8 +70,9 @@ class GKDTrainer(PackTrainer):
 
     Args:
         model: The student, or its name; or leave it out and give `pack`.
-        teacher_model: The teacher, or its name; frozen here. None: `args.teacher_model_name_or_path`, and
-            without that a frozen copy of the student as it starts.
+        teacher_model: The teacher, or its name; frozen here. Or a `TeacherSource`, such as scores that were
+            kept. None: `args.teacher_model_name_or_path`, and without that a frozen copy of the student as it
+            starts.
         args: Common to all cells.
         data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
         train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `Example`s.
@@ -58,7 +81,10 @@ class GKDTrainer(PackTrainer):
         peft_config: Trains an adapter instead of the model.
         formatting_func: Applied to each row first.
         teacher_processing_class: The teacher's tokenizer, where it is not in the teacher's folder; it must
-            be the student's.
+            be the student's, unless the teacher reads texts (the objective `uld`) and nothing else.
+        more_teachers: Teachers besides the first, from number 1 on: a divergence says with which it compares.
+        teacher_prompts: How a teacher with another tokenizer reads prompts, by the student's ids. Those of
+            rows that are no `Example`s are encoded for both.
         pack, cells: K students in one model, and what differs between them.
         log_cell: Called with (cell, row) whenever the Trainer logs.
         on_failure: Called with (cell, why) at once when a cell's loss or gradient is no number.
@@ -74,7 +100,7 @@ class GKDTrainer(PackTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
-        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | TeacherSource | str | None = None,
         args: GKDConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -88,16 +114,22 @@ class GKDTrainer(PackTrainer):
         formatting_func: Any = None,
         *,
         teacher_processing_class: Any = None,
+        more_teachers: Sequence[Teacher] = (),
+        teacher_prompts: Prompts | None = None,
         pack: Pack | None = None,
         cells: Sequence[CellArguments] | None = None,
         log_cell: CellLog | None = None,
         on_failure: Callable[[int, str], None] | None = None,
         tokenizer: Any = None,
     ) -> None:
+        unstated = args is None
         args = setup.arguments(args, model)
         student = pack.model if pack is not None else _student(model, args)
         self._tokenizer = setup.tokenizer_for(processing_class, tokenizer, student, args)
-        teacher = load_teacher(
+        source = teacher_model if isinstance(teacher_model, TeacherSource) else None
+        if source is not None:
+            source.check(student, cells or [CellArguments.of(args)], args)
+        teacher: Any = source or load_teacher(
             teacher_model,
             name_or_path=args.teacher_model_name_or_path,
             init_kwargs=args.teacher_model_init_kwargs,
@@ -106,13 +138,28 @@ class GKDTrainer(PackTrainer):
             trust_remote_code=args.trust_remote_code,
         )
         copied = teacher_model in (None, model) and not args.teacher_model_name_or_path
-        known = teacher_processing_class or (self._tokenizer if copied else tokenizer_of(teacher))
-        self._vocabulary = shared_vocabulary(student, teacher, self._tokenizer, known)
+        of_teacher = source.tokenizer if source is not None else tokenizer_of(teacher)
+        known = teacher_processing_class or (self._tokenizer if copied else of_teacher)
+        more = [one.loaded(student, trust_remote_code=args.trust_remote_code) for one in more_teachers]
+        pairs = [(teacher, known)]
+        for one, read in zip(more_teachers, more, strict=True):
+            pairs.append((read, one.processing_class or tokenizer_of(read)))
+        self._classes = classification_of(student, pairs, self._tokenizer, args, unstated=unstated)
+        cells = cells or [CellArguments.of(args)]
+        if self._classes is None:
+            compared = teachers_read(cell.terms() for cell in cells) + [0] * args.seq_kd
+            self._vocabulary = min(
+                vocabulary_of(student, size_or_model(read), self._tokenizer, own, compared=number in compared)
+                for number, (read, own) in enumerate(pairs)
+            )
+        else:
+            self._vocabulary = len(self._classes.names)
         pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
         if args.disable_dropout:
             setup.disable_dropout(pack.model)
         self._is_encoder_decoder = bool(student.config.is_encoder_decoder)
-        ends = end_ids(student, self._tokenizer)
+        writes = self._classes is None
+        ends = end_ids(student, self._tokenizer) if writes else torch.tensor([], dtype=torch.long)
         self._encode = RowEncoder(
             self._tokenizer,
             end_ids=ends.tolist(),
@@ -122,13 +169,19 @@ class GKDTrainer(PackTrainer):
             formatting_func=formatting_func,
         )
         pad_id = self._tokenizer.pad_token_id
+        prompts = self._prompts_of(cells, known, teacher, args, teacher_prompts)
+        collator: Any = Collator(prompts or self._encode, pad_id, self._is_encoder_decoder)
+        if self._classes is not None:
+            cells = self._classes.cells(cells)
+            collator = self._classes.collator(cells, args, formatting_func)
+            compute_metrics = compute_metrics or self._classes.compute_metrics
         super().__init__(
             pack,
-            cells or [CellArguments.of(args)],
+            cells,
             log_cell,
             on_failure,
             args=args,
-            data_collator=data_collator or Collator(self._encode, pad_id, self._is_encoder_decoder),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self._tokenizer,
@@ -137,26 +190,49 @@ class GKDTrainer(PackTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._student_head, self._teacher_head = Head(self.pack.model), Head(teacher)
-        self._read = Reader(self._teacher_head)
+        self._student_head = Head(self.pack.model)
+        live: Any = None if source else LiveTeacher(teacher, self.accelerator, parked=args.park_teacher)
         self.model = place_student(self.pack.model, self.accelerator)
-        self.teacher_model = place_teacher(teacher, self.accelerator, parked=args.park_teacher)
-        self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
-        self.generation_config = sampling_config(
-            self.pack.model, ends, pad_id, args.max_new_tokens, args.temperature
+        self.teacher_model: Any = live and live.model
+        self._teacher_head: Any = live and live.head
+        self._teachers: list[Teaching] = [source or live]
+        for one, model_of_it in zip(more_teachers, more, strict=True):
+            parked = args.park_teacher if one.parked is None else one.parked
+            self._teachers.append(LiveTeacher(model_of_it, self.accelerator, parked=parked))
+        if self._classes is not None:
+            self._classes.align(self._teachers)
+        check_teachers(self._teachers, teachers_read(cell.terms() for cell in self.cells))
+        self._start_step_modules()
+        if prompts is not None:
+            reader = TextTeacher(self._teachers[0], known, self._tokenizer, ends.tolist(), prompts.known)
+            self._modules.read_texts_with(reader)
+        self._rewards = Rewards(
+            self.cells,
+            self._tokenizer,
+            args.loss_normalization,
+            self.accelerator.device,
+            Hooks(self._fail, self._logged.add_reward),
+            Ranks(args.world_size, self._summed_over_ranks),
         )
+        self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
+        if writes:
+            self.generation_config = sampling_config(
+                self.pack.model, ends, pad_id, args.max_new_tokens, args.temperature
+            )
         first = self.cells[0]
         if args.seq_kd and len({(cell.seed, cell.temperature) for cell in self.cells}) > 1:
             raise ValueError(
                 "seq_kd=True writes one text for a prompt, and the cells of the pack differ in seed or "
                 "temperature: run them alone (`--pack off`)"
             )
+        writer: Any = live and live.head.model  # a source writes nothing, and seq_kd is refused with it
         self._teacher_text = TeacherText(
-            self._teacher_head.model, self._limits, first.temperature, first.seed, self._on_any_rank
+            writer, self._limits, first.temperature, first.seed, self._on_any_rank
         )
         self._vllm = self._start_vllm() if args.use_vllm else None
         self._own_text = Averages(len(self.cells))
         self._evaluated = 0
+        self._term_norms: list[dict[str, float]] = []
         self._epochs = FollowEpochs()
         self.add_callback(self._epochs)
 
@@ -173,6 +249,39 @@ class GKDTrainer(PackTrainer):
             self._limits.end_ids,
             self._vocabulary,
         )
+
+    def _prompts_of(
+        self,
+        cells: Sequence[CellArguments],
+        tokenizer: Any,
+        teacher: Any,
+        args: GKDConfig,
+        known: Prompts | None,
+    ) -> PromptsOfRows | None:
+        """How the teacher reads prompts, where a term lets it read texts."""
+        if not reads_texts(cell.terms() for cell in cells):
+            return None
+        if args.dataloader_num_workers:
+            raise ValueError(
+                "uld keeps the teacher's prompts where rows are collated: set dataloader_num_workers to 0"
+            )
+        return PromptsOfRows(self._encode, tokenizer, teacher.config, known)
+
+    def _start_step_modules(self) -> None:
+        """What the loss's terms compute besides logits, and what of it learns."""
+        model = self._student_head.model
+        self._modules = StepModules(
+            self.cells,
+            model.config,
+            self._teachers[0].config,
+            self.accelerator.device,
+            model.dtype,
+            partial(self.accelerator.reduce, reduction="mean"),
+        )
+        if self._modules.learn and self.args.fp16:
+            raise ValueError("a term of the loss learns, which fp16's scaled gradients do not fit: use bf16")
+        if self._modules.learn:
+            self.add_callback(StepOwn(self._modules, self.failures))
 
     # ---- data ----
 
@@ -208,6 +317,8 @@ class GKDTrainer(PackTrainer):
         """All micro-batches of one optimizer step: toss the coin, let students write, count items."""
         pad_id = self._limits.pad_id
         fetched = [self._sequences(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        for rows in fetched:
+            check_routes((cell.terms() for cell in self.cells), rows.routes)
         step, rank = self.state.global_step, self.args.process_index
         # Dropout of this step, resumed or not; ranks drop different units.
         torch.manual_seed(key(self.args.seed, step, f"dropout {rank}" if rank else "dropout"))
@@ -222,12 +333,13 @@ class GKDTrainer(PackTrainer):
                 fixed = self._off_policy(fixed)
             written = self._written(fixed, writing, place)
             batch = step_batch(self.seeds, self.cells, fixed, written, pad_id)
-            batches.append(replace(batch, progress=step / max(1, self.state.max_steps - 1)))
+            batches.append(replace(batch, progress=step / max(1, self.state.max_steps - 1), step=step))
         counts = [trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches]
         items = torch.stack(counts).sum(0).to(device) if counts else None
         if self.args.world_size > 1 and items is not None:
             # The gradient is averaged over ranks, so each divides by the mean count.
             items = self.accelerator.reduce(items, reduction="mean")
+        batches = self._rewards.scaled(batches, fetched, items)
         samples = [self._sample(batch, items, len(batches)) for batch in batches]
         # A subclass written for TRL divides by a plain number.
         return samples, items if items is None or self.pack.is_packed else items[0]
@@ -235,7 +347,7 @@ class GKDTrainer(PackTrainer):
     def _sample(self, batch: StepBatch, items: Any, parts: int) -> dict[str, Any]:
         """A micro-batch for `compute_loss`; of a single student also in TRL's form, for a subclass."""
         sample = {"batch": batch, "items": items, "parts": parts}
-        if self.pack.is_packed:
+        if self.pack.is_packed or self._classes is not None:
             return sample
         return {**sample, **in_form_of_trl(batch.student, is_encoder_decoder=self._is_encoder_decoder)}
 
@@ -306,12 +418,31 @@ class GKDTrainer(PackTrainer):
         sums, extra = self._sums(model, batch, items)
         if ours:
             self._note(sums, batch)
+            if self.args.log_term_gradients and (self.state.global_step + 1) % self.state.logging_steps == 0:
+                losses = partial(self._sums_of, model, items)
+                self._term_norms = term_norms(self.pack, self.cells, losses, batch)
         total = torch.where(self._alive(sums.losses.device), sums.losses, 0).sum()
         if extra is not None:
             total = total + extra / parts
         return (total, {"losses": sums.losses}) if return_outputs else total
 
+    def term_gradients(self, inputs: dict[str, Any]) -> list[dict[str, float]]:
+        """For each cell name of a term -> norm of its gradient by the student's weights, its weight included.
+
+        `inputs` as for `compute_loss`; nothing learns from it, and nothing is logged.
+        """
+        if "batch" in inputs:
+            batch, items = inputs["batch"], inputs["items"]
+        else:
+            batch, items = self._off_policy_batch(self._sequences(inputs))
+        return term_norms(self.pack, self.cells, partial(self._sums_of, self.model, items), batch)
+
+    def _sums_of(self, model: nn.Module, items: Tensor, batch: StepBatch) -> Tensor:
+        return self._sums(model, batch, items)[0].losses
+
     def _sequences(self, batch: Mapping[str, Any]) -> Sequences:
+        if self._classes is not None:
+            return self._classes.sequences(batch)
         return as_sequences(batch, self._limits.pad_id, is_encoder_decoder=self._is_encoder_decoder)
 
     def _off_policy_batch(self, fixed: Sequences) -> tuple[StepBatch, Tensor]:
@@ -322,30 +453,62 @@ class GKDTrainer(PackTrainer):
 
     def _sums(self, model: nn.Module, batch: StepBatch, items: Tensor) -> tuple[CellSums, Tensor | None]:
         """Losses and entropies of the cells, and the load-balancing loss of a mixture of experts."""
-        asked = any(reads_teacher(cell.terms()) for cell in self.cells)
-        with self._teacher_at_work() if asked else nullcontext():
-            guide = self._guide(batch) if asked else None
-            # Still at work: the loss reads the teacher's head.
-            compare = partial(self._compare, guide=guide, items=items)
-            *sums, extra = _inside(model, self.pack.model, compare, batch)
+        with ExitStack() as at_work:
+            said = self._said(batch, at_work)
+            compare = partial(self._compare, said=said, items=items)
+            *sums, extra = inside(model, self.pack.model, compare, batch)
         return CellSums(*sums), extra
 
-    def _guide(self, batch: StepBatch) -> Unprojected:
-        """What the teacher makes of the step's rows."""
-        with torch.no_grad(), self.accelerator.autocast():
-            guide: Unprojected = _inside(self.teacher_model, self._teacher_head.model, self._read, batch)
-        return guide
+    def _said(self, batch: StepBatch, at_work: ExitStack) -> dict[int, Said]:
+        """What the teachers make of the step's rows, by number.
+
+        Until `at_work` ends, what the loss still reads stays on the device: a single teacher, or the heads of
+        several, which come to the device one after another.
+        """
+        asked = teachers_read(cell.terms() for cell in self.cells)
+        if len(asked) == 1:
+            teacher = self._teachers[asked[0]]
+            at_work.enter_context(teacher.at_work())
+            return {asked[0]: self._says(asked[0], batch)}
+        found = {}
+        for number in asked:
+            with self._teachers[number].at_work():
+                found[number] = self._says(number, batch)
+        for number in asked:
+            at_work.enter_context(self._teachers[number].head_at_work())
+        return found
+
+    def _says(self, number: int, batch: StepBatch) -> Said:
+        modules = self._modules
+        asks = modules.asks if number == 0 and modules.reads_teacher else ()
+        return self._teachers[number].says(batch, asks)
 
     def _compare(
-        self, batch: StepBatch, guide: Unprojected | None, items: Tensor
+        self, batch: StepBatch, said: Mapping[int, Said], items: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it."""
-        own = self._student_head.unprojected(batch.student)
-        sums = cell_sums(own, guide, batch, self.cells, items, self.args.loss_normalization, self._vocabulary)
+        own = self._student_head.unprojected(batch.student, self._modules.asks)
+        normalization = self.args.loss_normalization
+        guides = {number: one.guide for number, one in said.items()}
+        sums = cell_sums(own, guides, batch, self.cells, items, normalization, self._vocabulary)
+        if self._modules:
+            weights = cell_weights(batch, len(self.cells), items, normalization)
+            states = said[0].states if 0 in said else None
+            sums = sums.with_terms(self._modules.values(own, states, batch, weights))
         return sums.losses, sums.entropies, sums.terms, own.aux_loss
 
     def _teacher_at_work(self) -> Any:
-        return at_work(self.teacher_model, self.args.device, parked=self.args.park_teacher)
+        return self._teachers[0].at_work()
+
+    def _facts(self, cell: int) -> dict[str, float]:
+        norms = self._term_norms[cell] if self._term_norms else {}
+        return self._modules.logged(cell) | {f"grad_norm/{name}": norm for name, norm in norms.items()}
+
+    def _save_own(self, cell: int, folder: Path) -> None:
+        self._modules.save(cell, folder)
+
+    def _load_own(self, cell: int, folder: Path) -> None:
+        self._modules.load(cell, folder)
 
     def _note(self, sums: CellSums, batch: StepBatch) -> None:
         losses = sums.losses.detach()
@@ -389,6 +552,8 @@ class GKDTrainer(PackTrainer):
                 self._evaluate_own_text(model, fixed)
             if prediction_loss_only or self.pack.is_packed:
                 return loss, None, None
+            if self._classes is not None:
+                return loss, *self._classes.logits_and_labels(model, fixed)
             return loss, *trl_form.logits_and_labels(model, fixed, self._is_encoder_decoder)
 
     def _evaluate_own_text(self, model: nn.Module, fixed: Sequences) -> None:
@@ -399,7 +564,9 @@ class GKDTrainer(PackTrainer):
         rank, world = self.args.process_index, self.args.world_size
         place = Place(self.state.global_step, 0, 1, rank, world, fixed.rows)
         written = self._written(copies, everyone, place, purpose)
-        batch = step_batch(self.seeds, self.cells, copies, written, self._limits.pad_id)
+        batch = self._rewards.left_out(
+            step_batch(self.seeds, self.cells, copies, written, self._limits.pad_id)
+        )
         items = trained_items(batch, len(self.cells), self.args.loss_normalization)
         sums, _ = self._sums(model, batch, items)
         self._own_text.add(sums.losses, sums.entropies, batch, self._limits.end_ids)
@@ -409,10 +576,3 @@ def _student(model: Any, args: GKDConfig) -> PreTrainedModel:
     if model is None:
         raise ValueError("give the student as `model`, or several of them as `pack`")
     return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
-
-
-def _inside(wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any) -> Any:
-    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP have the weights at hand."""
-    if wrapped is inner and not isinstance(inner, FSDPModule):
-        return method(argument)
-    return _ForwardRedirection()(wrapped, inner, method, argument)

@@ -85,6 +85,30 @@ class Chrf(TextMetric):
     names = ("chrf",)
 
 
+class Labels(TextMetric):
+    """Accuracy, macro F1 and Matthews' correlation of labels, -100 to 100."""
+
+    names = ("label_accuracy", "f1_macro", "matthews")
+
+
+class BinaryF1(TextMetric):
+    """F1 of the last of two labels."""
+
+    names = ("f1_binary",)
+
+
+class Tags(TextMetric):
+    """Accuracy and macro F1 of one tag for each token, between blanks."""
+
+    names = ("tag_accuracy", "tag_f1_macro")
+
+
+class Correlation(TextMetric):
+    """Pearson's and Spearman's correlation of texts that are numbers, -100 to 100."""
+
+    names = ("pearson", "spearman")
+
+
 class SelfBleu(evaluate.Metric):
     """Self-BLEU of several texts a prompt: `compute(predictions=[["a text", "another"], ...])`."""
 

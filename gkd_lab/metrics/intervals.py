@@ -11,7 +11,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-CORPUS_METRICS = ("bleu", "chrf")
+from gkd_lab.metrics.classification import interval as classification_interval
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
+
+CORPUS_METRICS = ("bleu", "chrf", *CLASSIFICATION_METRICS)
 """Scores of a whole corpus; the mean of their sentence scores is another number."""
 
 Floats = NDArray[np.float64]
@@ -103,6 +106,9 @@ def interval(
 
     With several `samples` a prompt, one after another, prompts are drawn; a corpus score then has none.
     """
+    if metric in CLASSIFICATION_METRICS:
+        drawn = draws(len(predictions), 1000, 0)
+        return classification_interval(metric, predictions, references, drawn) if samples == 1 else None
     if metric in CORPUS_METRICS:
         return corpus_interval(metric, predictions, references) if samples == 1 else None
     return mean_interval(np.reshape(per_example, (-1, samples)).mean(axis=1).tolist())

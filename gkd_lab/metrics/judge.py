@@ -26,6 +26,8 @@ class Prediction:
     """Whether it wrote the end of sequence before the limit."""
     sample: int = 0
     """Which of the prompt's texts it is; they follow one another, and the next prompt's start at 0 again."""
+    probabilities: Mapping[str, float] | None = None
+    """Of a classifier: of each label."""
 
 
 _STORED: dict[str, type] = {
@@ -98,6 +100,7 @@ def _rows(
             "references": list(prediction.references),
             "tokens": prediction.tokens,
             "ended": prediction.ended,
+            **({} if prediction.probabilities is None else {"probabilities": prediction.probabilities}),
             "scores": {name: score.per_example[n] for name, score in scores.items()},
         }
         for n, prediction in enumerate(predictions)

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from gkd_lab.metrics.answers import ANSWER, LAST_NUMBER, extract_answer, last_number, without_ignored
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 from gkd_lab.spec.errors import unknown
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ References = Sequence[Sequence[str]]  # one or more acceptable texts per example
 class Score:
     """One metric over all examples.
 
-    `value` is the mean of `per_example` for all but bleu and chrf, which are corpus scores; their
-    `per_example` holds sentence scores, for looking and for resampling, not for averaging.
+    `value` is the mean of `per_example` for all but bleu, chrf, F1, Matthews and `tag_accuracy`, which are
+    corpus scores; their `per_example` holds sentence scores, for looking, not for averaging.
     """
 
-    value: float  # 0 to 100
+    value: float  # 0 to 100, of a correlation -100 to 100
     per_example: list[float]
     signature: str
     extra: dict[str, float] = field(default_factory=dict)  # rates, 0 to 1
@@ -74,6 +75,17 @@ def _corpus(kind: str) -> Callable[[Sequence[str], References], Score]:
     return scored
 
 
+def _classification(metric: str) -> Callable[[Sequence[str], References], Score]:
+    def scored(predictions: Sequence[str], references: References) -> Score:
+        from gkd_lab.metrics.classification import per_text, statistics
+
+        counted, rule = statistics(metric, predictions, references)
+        each = per_text(metric, predictions, references)
+        return Score(rule(counted.sum(0).tolist()), each, f"{metric}|rule:gkd-lab-classification-1")
+
+    return scored
+
+
 def _self_bleu(predictions: Sequence[str], prompts: Sequence[int] | None) -> Score:
     from gkd_lab.metrics.diversity import self_bleu, signature
 
@@ -98,6 +110,7 @@ _SINGLE: dict[str, Callable[[Sequence[str], References], Score]] = {
     "exact_match": _exact_match,
     "bleu": _corpus("bleu"),
     "chrf": _corpus("chrf"),
+    **{metric: _classification(metric) for metric in CLASSIFICATION_METRICS},
 }
 METRICS: tuple[str, ...] = (
     "accuracy",
@@ -108,6 +121,7 @@ METRICS: tuple[str, ...] = (
     "bleu",
     "chrf",
     "self_bleu",
+    *CLASSIFICATION_METRICS,
 )
 
 

@@ -15,6 +15,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from gkd_lab.models.classifiers import kind_of, positions
+from gkd_lab.models.packed import cells_in
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -23,25 +26,33 @@ class Sequences:
     prompt_ids, prompt_mask: (N, P); padded on the left for a decoder-only model.
     completion_ids, completion_mask: (N, C); padded on the right; the mask covers what is trained on, up to
     and including the end of sequence.
+    token_type_ids: (N, P), which of a pair of texts a prompt's token belongs to; None: there is one text.
+    routes: (N, 1), the number of the teacher that a row is meant for; None: they are not told apart.
+    numbers: (N, 1), a row's place in the data, by which scores that were kept of it are found; or None.
+
+    Of a classifier the prompt is the text, padded on the right, and the completion its labels: one a row
+    (C = 1) or one a token (C = P); of a regression numbers.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    token_type_ids: Tensor | None = None
+    routes: Tensor | None = None
+    numbers: Tensor | None = None
 
     @property
     def rows(self) -> int:
         return self.prompt_ids.shape[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sequences":
-        """The same change to all four tensors."""
-        return Sequences(
-            change(self.prompt_ids),
-            change(self.prompt_mask),
-            change(self.completion_ids),
-            change(self.completion_mask),
-        )
+        """The same change to all tensors."""
+        return Sequences(**{name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that are there."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def repeated(self, times: int) -> "Sequences":
         """The same rows `times` over, block after block: one block a cell."""
@@ -67,6 +78,8 @@ def completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
     """What the forward pass of `model`, which is not wrapped, reads to predict the completion's tokens."""
+    if kind_of(model) is not None:
+        return _text_alone(model, batch)
     if model.config.is_encoder_decoder:
         return {
             "input_ids": batch.prompt_ids,
@@ -88,8 +101,26 @@ def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
     return named
 
 
+def _text_alone(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
+    """What a classifier reads. Positions are its own affair, but a pack must be told each row's: in order, as
+    most models have them by themselves."""
+    named = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
+    if batch.token_type_ids is not None and takes(model, "token_type_ids"):
+        named["token_type_ids"] = batch.token_type_ids
+    if cells_in(model) > 1 and takes(model, "position_ids"):
+        ids = batch.prompt_ids
+        named["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return named
+
+
 def of_completion(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
-    """The part of a forward pass's outputs that predicts the completion, (N, T, ...) -> (N, C, ...)."""
+    """The part of a forward pass's outputs that predicts the completion, (N, T, ...) -> (N, C, ...).
+
+    Of a classifier `outputs` are its logits.
+    """
+    kind = kind_of(model)
+    if kind is not None:
+        return positions(outputs, kind)
     if model.config.is_encoder_decoder:
         return outputs
     return outputs[:, -batch.completion_ids.shape[1] - 1 : -1]

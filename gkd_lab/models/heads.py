@@ -6,9 +6,9 @@ tokens, H hidden width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from gkd_lab.models.classifiers import kind_of
 from gkd_lab.models.forward import Sequences, arguments, evaluating, of_completion, takes, unwrapped
 from gkd_lab.models.packed import PackedLinear
 from gkd_lab.models.projection import Projection
@@ -41,11 +42,13 @@ class Unprojected:
         when `projection.weight` is None.
     aux_loss: a mixture of experts' load-balancing loss times its coefficient, when the model's configuration
         asks for router logits.
+    outputs: what else was asked for, by transformers' name: `hidden_states`, `decoder_attentions`, ...
     """
 
     hidden: Tensor
     projection: Projection
     aux_loss: Tensor | None
+    outputs: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 class Head:
@@ -60,36 +63,43 @@ class Head:
         self.model = model
         self._bare = unwrapped(model)
         self._config = self._bare.config.get_text_config(decoder=True)
-        self._module: nn.Module | None = model.get_output_embeddings()
+        self.columns: list[int] | None = None
+        """Of a classifier: which of its logits are compared, in this order; None: all."""
+        classifies = kind_of(self._bare) is not None
+        self._module: nn.Module | None = None if classifies else model.get_output_embeddings()
         self._places = _places_of(self._module, model)
         reason = self._why_not_linear()
         self.is_linear = reason is None
         if self.is_linear and is_deepspeed_zero3_enabled():
             self._register_with_zero_3()
-        if reason is not None:
+        if reason is not None and not classifies:
             logger.warning(
                 "%s: the loss gets all logits at once, which takes more memory, as %s",
                 type(self._bare).__name__,
                 reason,
             )
 
-    def unprojected(self, batch: Sequences) -> Unprojected:
+    def unprojected(self, batch: Sequences, asks: Sequence[str] = ()) -> Unprojected:
         """Hidden states, head and auxiliary loss for the tokens of `batch`.
 
         It calls `model.forward`, not the model, so that it can itself run inside of a wrapper's forward.
+
+        Args:
+            asks: What else the pass is to record: of "hidden_states" and "attentions".
 
         Raises:
             ValueError: if the configuration asks for a router loss that the model does not return.
         """
         if self.is_linear:
-            hidden, output = self._forward(batch, 0.0)
-            return Unprojected(hidden, self.projection(), self._aux_loss(output))
-        output = self.model.forward(**self._arguments(batch))
+            hidden, output = self._forward(batch, 0.0, asks)
+            return Unprojected(hidden, self.projection(), self._aux_loss(output), _asked(output, asks))
+        output = self.model.forward(**self._arguments(batch, asks))
         logits = of_completion(self._bare, output.logits, batch)
-        return Unprojected(logits, Projection(None), self._aux_loss(output))
+        logits = logits if self.columns is None else logits[..., self.columns]
+        return Unprojected(logits, Projection(None), self._aux_loss(output), _asked(output, asks))
 
-    def _arguments(self, batch: Sequences) -> dict[str, Any]:
-        named = arguments(self._bare, batch)
+    def _arguments(self, batch: Sequences, asks: Sequence[str] = ()) -> dict[str, Any]:
+        named = arguments(self._bare, batch) | {f"output_{name}": True for name in asks}
         return named | {"output_router_logits": True} if self.routes() else named
 
     def _register_with_zero_3(self) -> None:
@@ -119,9 +129,9 @@ class Head:
         assert len(seen) == 1, f"the head was called {len(seen)} times"
         return seen[0], output
 
-    def _forward(self, batch: Sequences, logit: float) -> tuple[Tensor, Any]:
+    def _forward(self, batch: Sequences, logit: float, asks: Sequence[str] = ()) -> tuple[Tensor, Any]:
         """The same for the completions' tokens alone, (N, C, H)."""
-        seen, output = self._reads(self._arguments(batch), logit)
+        seen, output = self._reads(self._arguments(batch, asks), logit)
         return of_completion(self._bare, seen, batch), output
 
     def projection(self) -> Projection:
@@ -205,6 +215,15 @@ class Head:
             if not off <= 8 * max(precision, _rounding_of_products(own)):
                 return f"{name} by its head and configuration differ from its own by {off:.1e} of the largest"
         return None
+
+
+def _asked(output: Any, asks: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
+    """What a forward pass recorded of `asks`, in each of its stacks."""
+    return {
+        name: value
+        for name, value in output.items()
+        if value is not None and any(name == one or name.endswith(f"_{one}") for one in asks)
+    }
 
 
 def keep_untied(model: PreTrainedModel) -> None:

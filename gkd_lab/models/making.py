@@ -1,19 +1,26 @@
 """Making and loading: tokenizers trained on a task's rows, models from scratch, checkpoints.
 
-Nano models: Llama-like decoders and T5-like encoder-decoders (gated GELU, relative bias, tied head).
+Nano models: Llama-like decoders, T5-like encoder-decoders (gated GELU, relative bias, tied head),
+ModernBERT-like classifiers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -21,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gkd_lab.models.classifiers import classified
 from gkd_lab.models.heads import keep_untied
 from gkd_lab.spec.cell import Architecture, Family, TokenizerSpec
 from gkd_lab.spec.errors import SpecError
@@ -65,11 +73,17 @@ def make_model(
     seed: int,
     max_tokens: int,
     dropout: float,
+    labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """A model with random weights drawn from `seed`; `max_tokens` bounds input plus output."""
+    """A model with random weights drawn from `seed`; `max_tokens` bounds input plus output.
+
+    labels: of a classifier, in the order of its outputs; none of a regression.
+    """
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if classified(family):
+            return _classifier(family, architecture, len(tokenizer), max_tokens, dropout, labels, ids)
         if family == "decoder-only":
             return LlamaForCausalLM(
                 LlamaConfig(
@@ -102,11 +116,55 @@ def make_model(
         )
 
 
+def _classifier(
+    family: Family,
+    architecture: Architecture,
+    vocab_size: int,
+    max_tokens: int,
+    dropout: float,
+    labels: Sequence[str],
+    ids: dict[str, int],
+) -> PreTrainedModel:
+    """A ModernBERT, which learns from scratch where a BERT of this size stays at the commonest label."""
+    problem = "regression" if family == "regression" else "single_label_classification"
+    config = ModernBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=architecture.width,
+        intermediate_size=architecture.feed_forward,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        max_position_embeddings=max_tokens,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        mlp_dropout=dropout,
+        classifier_pooling="mean",
+        initializer_range=0.1,  # ours: at widths of a few dozen the default of 0.02 learns slower
+        problem_type=problem,
+        id2label=dict(enumerate(labels or ("score",))),
+        label2id={label: n for n, label in enumerate(labels or ("score",))},
+        bos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+        **ids,
+    )
+    if family == "token-classification":
+        return ModernBertForTokenClassification(config)
+    return ModernBertForSequenceClassification(config)
+
+
+def loader(family: Family) -> Any:
+    """transformers' class that loads a model of `family`."""
+    return {
+        "decoder-only": AutoModelForCausalLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+        "token-classification": AutoModelForTokenClassification,
+    }.get(family, AutoModelForSequenceClassification)
+
+
 def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> PreTrainedModel:
     """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
-    auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
     with quiet():
-        model = auto.from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
+        model = loader(family).from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
     keep_untied(model)
     return model
 

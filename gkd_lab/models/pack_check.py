@@ -4,16 +4,18 @@ Shapes: K members, N = 2*K rows, C = 3 completion tokens, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from gkd_lab.models.classifiers import kind_of
 from gkd_lab.models.forward import Sequences, completion_logits, evaluating
 from gkd_lab.models.heads import relative_error
 
+Compute = Callable[[PreTrainedModel, Sequences], Tensor]
 ROWS = 2
 """Of each member: one with padding and one without."""
 WRITTEN = 2
@@ -43,7 +45,10 @@ def check_code(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> N
         CannotPack: if the pack differs, or its model's code cannot work with one.
     """
     batch = _batch(packed, len(members))
-    for what, compute in (("logits", completion_logits), ("generated logits", _written_logits)):
+    computed: list[tuple[str, Compute]] = [("logits", completion_logits)]
+    if kind_of(packed) is None:
+        computed.append(("generated logits", _written_logits))
+    for what, compute in computed:
         with _plainly_computing(packed, members):
             expected = torch.cat([compute(m, _rows(batch, n)) for n, m in enumerate(members)])
             found = compute(packed, batch)
@@ -71,7 +76,8 @@ def _batch(model: PreTrainedModel, cells: int) -> Sequences:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (count, 7), generator=draw)
     mask = torch.ones_like(ids)
-    mask[::ROWS, slice(2, 4) if model.config.is_encoder_decoder else slice(0, 2)] = 0
+    padded_right = model.config.is_encoder_decoder or kind_of(model) is not None
+    mask[::ROWS, slice(2, 4) if padded_right else slice(0, 2)] = 0
     return Sequences(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:]).to(model.device)
 
 

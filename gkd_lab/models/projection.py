@@ -43,6 +43,12 @@ class Projection:
         bias = None if self.bias is None else self.bias[..., :rows]
         return replace(self, weight=weight, bias=bias)
 
+    def of_cell(self, cell: int) -> "Projection":
+        """One of K packed students' own; itself where nothing is packed."""
+        weight = self.weight if self.weight is None or self.weight.dim() == 2 else self.weight[cell]
+        bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[cell % len(self.bias)]
+        return replace(self, weight=weight, bias=bias)
+
     def packed(self) -> "Projection":
         """The same with a leading K, 1 where there was none."""
         weight = self.weight if self.weight is None or self.weight.dim() == 3 else self.weight[None]

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from gkd_lab.models.classifiers import auto_class, kind_of
+from gkd_lab.models.forward import unwrapped
 from gkd_lab.models.heads import keep_untied
 from gkd_lab.models.sharding import is_quantized
 
@@ -80,7 +82,8 @@ def load_student(
 
 
 def pretrained(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
-    """`from_pretrained` of the class that the configuration of `name` asks for, in either family.
+    """`from_pretrained` of the class that the configuration of `name` asks for, in either family, or of the
+    classifier that its configuration names.
 
     `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
     """
@@ -91,7 +94,8 @@ def pretrained(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -
     config = kwargs.get("config")
     if config is None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **files)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(config) or writer
     with _unsplit() if _forgets_untied(name, config, files) else nullcontext():
         model = auto.from_pretrained(name, **kwargs)
     keep_untied(model)
@@ -192,6 +196,15 @@ def _check_family(student: PreTrainedModel, teacher: Any) -> None:
     if getattr(teacher, "config", None) is None:
         name = type(teacher).__name__
         raise ValueError(f"teacher_model is a {name}, which has no config: pass a transformers model")
+    kinds = [kind_of(unwrapped(model)) for model in (student, teacher)]
+    if kinds[0] != kinds[1]:
+        shown = [kind or "language modelling" for kind in kinds]
+        raise ValueError(
+            f"the student is made for {shown[0]} and the teacher for {shown[1]}: choose a teacher for "
+            f"{shown[0]}"
+        )
+    if kinds[0] is not None:
+        return
     names = {True: "encoder-decoder", False: "decoder-only"}
     families = [names[bool(model.config.is_encoder_decoder)] for model in (student, teacher)]
     if families[0] != families[1]:

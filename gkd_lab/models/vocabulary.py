@@ -28,24 +28,29 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 WAY_OUT = (
-    "choose a teacher of the student's family, or a method for two tokenizers, such as TRL's GOLD "
-    "(trl.experimental.gold)"
+    "choose a teacher of the student's family, or let this one read the text in its own tokens, `objectives: "
+    "[{type: uld}, {type: cross_entropy}]`"
 )
 
 
 def shared_vocabulary(
-    student: PreTrainedModel, teacher: PreTrainedModel, student_tokenizer: Any, teacher_tokenizer: Any | None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | int,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any | None,
 ) -> int:
     """How many leading vocabulary entries both models can be compared on: the smaller of both heads.
 
     What lies beyond is padding of the larger head, as in Qwen2.5 (0.5B: 151936 rows, 7B: 152064, one
     tokenizer). Warns where only the equal size speaks for the pair, and where the ends of sequence differ.
+    `teacher` may be the number of its entries alone.
 
     Raises:
         ValueError: if the tokenizers differ, or heads of two sizes come with no proof that they agree, or a
             head has no row for one of the tokenizer's ids.
     """
-    sizes = {"student": head_size(student), "teacher": head_size(teacher)}
+    of_teacher = teacher if isinstance(teacher, int) else head_size(teacher)
+    sizes = {"student": head_size(student), "teacher": of_teacher}
     if teacher_tokenizer is None:
         _accept_unproven(sizes)
     else:
@@ -60,6 +65,25 @@ def shared_vocabulary(
         _warn_of_ends(student_tokenizer, teacher_tokenizer)
     _check_ids_fit(student_tokenizer, sizes)
     return min(sizes.values())
+
+
+def vocabulary_of(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | int,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any | None,
+    *,
+    compared: bool,
+) -> int:
+    """`shared_vocabulary`; the student's own where tokens differ and nothing is compared token by token."""
+    if compared or teacher_tokenizer is None:
+        return shared_vocabulary(student, teacher, student_tokenizer, teacher_tokenizer)
+    spare = _added_behind(student_tokenizer, teacher_tokenizer)
+    if same_tokenizer(student_tokenizer, teacher_tokenizer, spare) is None:
+        return shared_vocabulary(student, teacher, student_tokenizer, teacher_tokenizer)
+    own = head_size(student)
+    _check_ids_fit(student_tokenizer, {"student": own})
+    return own
 
 
 def head_size(model: PreTrainedModel) -> int:

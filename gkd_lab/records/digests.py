@@ -8,7 +8,7 @@ from gkd_lab.records.files import read_json, write_json
 
 FILE = "files.json"
 _KEPT = ("spec.json", "provenance.json", "metrics.jsonl", "texts.jsonl")
-"""Files that nothing changes after the training; a checkpoint's are all kept."""
+"""Files that nothing changes after the training; those of a checkpoint and of a teacher's scores all are."""
 
 
 def write_digests(folder: Path) -> None:
@@ -45,4 +45,5 @@ def digest(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     yield from (folder / name for name in _KEPT if (folder / name).is_file())
-    yield from sorted(path for path in folder.glob("checkpoint/**/*") if path.is_file())
+    for kept in ("checkpoint", "scores"):
+        yield from sorted(path for path in folder.glob(f"{kept}/**/*") if path.is_file())

@@ -39,12 +39,18 @@ def provenance(**more: Any) -> dict[str, Any]:
 
 
 def sources_of(training: Training, scale: str, store: Store) -> dict[str, Any]:
-    """Data, models and seeds of a training: revisions, and the weights of both models as they were then."""
+    """Data, models and seeds of a training: revisions, and the weights of both models as they were then.
+
+    Of a teacher whose scores were kept also their files.
+    """
+    scores = training.scores
+    kept = None if scores is None else stored_digests(store.scores(scale, scores).folder)
     return {
         "data": _data(training.data),
         "teacher": {**_model(training.teacher), "files": _weights(store, scale, "teacher", training.teacher)},
         "start": {**_model(training.start), "files": _weights(store, scale, "start", training.start)},
         "seeds": {"training": training.seed, "data": training.data.seed},
+        **({} if scores is None else {"scores": {"fingerprint": scores.full_fingerprint, "files": kept}}),
     }
 
 

@@ -29,9 +29,11 @@ from gkd_lab.spec.cell import (
     AnyEvaluation,
     Cell,
     HarnessEvaluation,
+    ScoresSpec,
     SftModel,
     TextSpec,
     artifact_folder,
+    scores_folder,
     text_folder,
 )
 from gkd_lab.spec.identity import FORMAT, Frozen
@@ -229,3 +231,7 @@ class Store:
     def text(self, scale: str, text: TextSpec) -> Record:
         """The record of what a teacher wrote for the prompts of a training split."""
         return Record(self.root / text_folder(scale, text))
+
+    def scores(self, scale: str, scores: ScoresSpec) -> Record:
+        """The record of what a teacher says of every token of a training split."""
+        return Record(self.root / scores_folder(scale, scores))

@@ -19,6 +19,7 @@ from gkd_lab.results.statistics import points
 from gkd_lab.results.table import axes_of
 from gkd_lab.spec import Cell
 from gkd_lab.spec.grid import METHODS
+from gkd_lab.spec.objectives import Objective, RewardObjective
 
 Place = dict[str, Any]
 
@@ -123,7 +124,7 @@ _OWN_FIELDS = {
     "learning_rate": "learning_rate",
     "train_rows": "train",
 }
-_RECOGNISED = ("method", "divergence", "source")
+_RECOGNISED = ("method", "divergence", "source", "alpha", "anchor")
 
 
 class _Reader:
@@ -167,8 +168,8 @@ class _Reader:
             "rest": json.dumps(rest, sort_keys=True, default=str) if rest else None,
             "role": "cell",
             "lmbda": float(row["lmbda"]),
-            "loss": loss,
-            "beta": float(row["beta"]) if loss == "jsd" else None,
+            **_of_reward(cell, loss),
+            "beta": None if pd.isna(row["beta"]) or not loss.startswith("jsd") else float(row["beta"]),
         }
 
     def _share(self, row: dict[Any, Any]) -> float | None:
@@ -229,6 +230,22 @@ def _loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
         return cell.divergence + written
     divergence = "jsd" if row["beta"] != float("inf") else "tv"
     return _loss_by_name(row.get("method"), divergence) or divergence
+
+
+def _of_reward(cell: Cell | None, loss: str) -> Place:
+    """The weight of the divergence beside a reward's, and whom it holds to: the start, in RLEF*.
+
+    A cell with a reward is no example of what its divergence does alone; `loss` says so.
+    """
+    objectives = () if cell is None else cell.training.objectives
+    rewards = sum(one.weight for one in objectives if isinstance(one, RewardObjective))
+    if not rewards:
+        return {"loss": loss}
+    held = [one for one in objectives if isinstance(one, Objective)]
+    total = rewards + sum(one.weight for one in held)
+    if any(one.teachers != (0,) for one in held):
+        return {"loss": f"{loss} with a reward", "anchor": "start"}
+    return {"loss": f"{loss} with a reward", "alpha": round(1 - rewards / total, 6)}
 
 
 def _loss_by_name(method: Any, divergence: Any) -> str | None:

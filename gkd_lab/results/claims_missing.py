@@ -35,7 +35,7 @@ def _undone(places: Sequence[Place]) -> list[str]:
 _MEASURES = {
     "quality": "score",
     "self_bleu": "Self-BLEU (an evaluation with samples and the metric self_bleu)",
-    "entailment": "entailment (training with a reward is not built)",
+    "entailment": "entailment (a reward here, not a score)",
     "step_time": "times of cells that were trained alone (`run --pack off`)",
 }
 
@@ -66,7 +66,7 @@ def _asked(name: str, value: Any) -> str:
     if name == "train":
         return "axis train_rows"
     if name == "alpha":
-        return "cells with a reward (not built)"
+        return "cells with a reward (settings reward and alpha)"
     if callable(value):
         return f"cells with the asked for {name}"
     values = value if isinstance(value, tuple) else (value,)

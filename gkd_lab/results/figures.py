@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gkd_lab.records import Store, worst
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.panels import Panel, add_legend, by_place, head, lay_out, panels
 from gkd_lab.results.statistics import NO_BETA, summary
 from gkd_lab.results.style import (
@@ -25,7 +26,6 @@ from gkd_lab.results.style import (
     PAPER,
     VOID,
     divergence_color,
-    divergence_label,
     readable_on,
     styled,
 )

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.results.differences import CONFIDENCE, Difference
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.statistics import Effect, Samples, lmbda_effect, summary
-from gkd_lab.results.style import divergence_label
 from gkd_lab.results.table import axes_of
 
 

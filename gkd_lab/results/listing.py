@@ -6,9 +6,10 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from gkd_lab.records import State
+from gkd_lab.results.loss_label import loss_label
 from gkd_lab.results.overview import CellView, Overview
 from gkd_lab.spec import GridOfCells
 from gkd_lab.spec.cost import NOMINAL_RATE
@@ -43,12 +44,14 @@ def _identity(view: CellView, axes: Iterable[str]) -> list[str]:
     one = view.cell
     beta = "-" if one.beta is None else f"{one.beta:g}"
     own = [one.fingerprint, one.task, f"{one.lmbda:g}", beta, str(one.seed)]
-    return own + [_value(one.labels[axis]) for axis in axes]
+    return own + [_value(axis, one.labels[axis]) for axis in axes]
 
 
-def _value(label: object) -> str:
+def _value(axis: str, label: Any) -> str:
+    if axis == "objectives":
+        return loss_label(label)
     if isinstance(label, dict):
-        return ",".join(f"{key}={_value(value)}" for key, value in label.items())
+        return ",".join(f"{key}={_value(key, value)}" for key, value in label.items())
     return f"{label:g}" if isinstance(label, float) else str(label)
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from gkd_lab.results.loss_label import divergence_label, loss_label
 from gkd_lab.results.panels import lay_out
 from gkd_lab.results.statistics import summary
 from gkd_lab.results.style import (
@@ -17,7 +18,6 @@ from gkd_lab.results.style import (
     MARKERS,
     MUTED,
     divergence_color,
-    divergence_label,
     styled,
 )
 from gkd_lab.results.table import axes_of
@@ -37,34 +37,38 @@ _BASELINE = "#b4bac4"
 _COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
 
 
-def bars(frame: pd.DataFrame, metric: str) -> Figure:
+def bars(frame: pd.DataFrame, metric: str, by: str = "method") -> Figure:
     """A bar a method, in the order of Figure 9, with its value and 95 % interval; a panel for each task.
 
     GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is
-    supervised. Panels have the same rows: what one of them lacks is an empty row.
+    supervised. Panels have the same rows: what one of them lacks is an empty row. `by` another axis, such
+    as `objectives`, there is a bar for each of its values, as they are met, in the divergence's colour.
     """
     with styled():
-        found = described_panels(frame, metric, without=("method",))
-        rows = _in_order(pd.concat([cells for _, cells in found]))
+        found = described_panels(frame, metric, without=(by,))
+        rows = _in_order(pd.concat([cells for _, cells in found]), by)
         figure, axes = lay_out(len(found), 4.2, 0.8 + 0.27 * len(rows), sharey=True)
         for (title, cells), place in zip(found, axes, strict=True):
-            _draw_bars(place, cells, rows, title, metric)
+            _draw_bars(place, cells, rows, title, metric, by)
         axes[0].invert_yaxis()
         return figure
 
 
-def _in_order(cells: pd.DataFrame) -> list[str]:
+def _in_order(cells: pd.DataFrame, by: str) -> list[str]:
+    if by != "method":
+        return list(dict.fromkeys(_label(by, value) for value in cells[by]))
     rank = {method: number for number, method in enumerate(METHODS)}
     ranked = cells.assign(rank=cells["method"].map(rank)).sort_values(["rank", "beta"])
     return list(dict.fromkeys(_method_label(row) for row in ranked.to_dict("records")))
 
 
-def _draw_bars(axes: Axes, cells: pd.DataFrame, rows: list[str], title: str, metric: str) -> None:
+def _draw_bars(axes: Axes, cells: pd.DataFrame, rows: list[str], title: str, metric: str, by: str) -> None:
     digits = 1 if cells["mean"].abs().max() >= 2 else 2
     for row in cells.to_dict("records"):
-        place = rows.index(_method_label(row))
-        color = divergence_color(row["beta"]) if row["method"].startswith("gkd") else _BASELINE
-        alpha = 0.55 if row["method"] == "gkd_supervised" else 1.0
+        method = row["method"] if by == "method" else "gkd"
+        place = rows.index(_method_label(row) if by == "method" else _label(by, row[by]))
+        color = divergence_color(row["beta"]) if method.startswith("gkd") else _BASELINE
+        alpha = 0.55 if method == "gkd_supervised" else 1.0
         axes.barh(place, row["mean"], color=color, alpha=alpha, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
             axes.hlines(place, row["low"], row["high"], color=INK, lw=1.1)
@@ -176,6 +180,8 @@ def _label(axis: str, value: Any, named: bool = False) -> str:
         return METHODS[value]
     if axis == "beta":
         return divergence_label(value)
+    if axis == "objectives":
+        return loss_label(value)
     text = value if isinstance(value, str) else f"{value:,}" if value >= 100 else f"{value:g}"
     return f"{axis.replace('_', ' ')} {text}" if named else text
 

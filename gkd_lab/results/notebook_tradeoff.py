@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.notebook_figures import described_panels, legend_of, values_of
 from gkd_lab.results.panels import lay_out
-from gkd_lab.results.style import MARKERS, MUTED, divergence_color, divergence_label, styled
+from gkd_lab.results.style import MARKERS, MUTED, divergence_color, styled
 from gkd_lab.results.table import axes_of
 
 _METRICS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}

@@ -192,7 +192,10 @@ _OF_AXIS = {
     "lmbda": {"source"},
     "temperature": {"source"},
     "source": {"source"},
-    "method": {"source", "objectives"},
+    "method": {"source", "objectives", "teachers"},
+    "reward": {"objectives"},
+    "alpha": {"objectives"},
+    "anchor": {"objectives", "teachers"},
     "beta": {"objectives"},
     "divergence": {"objectives"},
     "rescale_divergence": {"objectives"},
@@ -214,7 +217,7 @@ def _undeclared(grid: GridOfCells) -> list[str]:
     for axis in grid.axes:
         section = axis.split(".")[0]
         declared |= _OF_AXIS.get(axis, {axis})
-        if section in ("data", "tokenizer") or axis == "precision":
+        if section in ("data", "tokenizer", "teacher_tokenizer") or axis == "precision":
             declared |= _OF_BOTH_MODELS
         if axis in ("max_input_tokens", "max_output_tokens"):
             declared |= _OF_BOTH_MODELS

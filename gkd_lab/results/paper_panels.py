@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from gkd_lab.results import paper
 from gkd_lab.results.claims_facts import Fact
 from gkd_lab.results.claims_words import named, varying
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.panels import head, lay_out
 from gkd_lab.results.style import (
     FAINT,
@@ -26,7 +27,6 @@ from gkd_lab.results.style import (
     LOSSES_AND_GAINS,
     PAPER,
     VOID,
-    divergence_label,
     readable_on,
     styled,
 )

@@ -15,8 +15,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gkd_lab.records import Record, Store
 from gkd_lab.results.claims_of_run import step_seconds
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.panels import lay_out
-from gkd_lab.results.style import MARKERS, MUTED, divergence_color, divergence_label, styled
+from gkd_lab.results.style import MARKERS, MUTED, divergence_color, styled
 from gkd_lab.spec import Cell, GridOfCells
 
 QUANTITIES = {

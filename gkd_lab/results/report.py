@@ -16,11 +16,12 @@ from gkd_lab.results.differences import Difference, against_start
 from gkd_lab.results.evidence import best_cell, failures, origins, sample, samples
 from gkd_lab.results.figures import curves, heat_map, losses
 from gkd_lab.results.findings import findings, place
+from gkd_lab.results.loss_label import divergence_label
 from gkd_lab.results.paper_panels_report import at_equal_cost, beside_the_paper, claim_rows, facts_of
 from gkd_lab.results.resampling import Sample
 from gkd_lab.results.rows import headline
 from gkd_lab.results.statistics import all_points, summary
-from gkd_lab.results.style import divergence_label, inline_svg
+from gkd_lab.results.style import inline_svg
 from gkd_lab.results.table import axes_of, table
 from gkd_lab.spec import Cell, GridOfCells
 

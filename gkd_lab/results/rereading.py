@@ -19,6 +19,7 @@ from gkd_lab.spec.cell import (
     Evaluation,
     HarnessEvaluation,
     ModelSpec,
+    ScoresSpec,
     SftModel,
     TextSpec,
     Training,
@@ -26,7 +27,7 @@ from gkd_lab.spec.cell import (
 from gkd_lab.spec.identity import FORMAT, SHOWN, Frozen
 
 T = TypeVar("T", bound=Frozen)
-Spec = Training | SftModel | TextSpec
+Spec = Training | SftModel | TextSpec | ScoresSpec
 Sources = Mapping[tuple[str, ...], str]
 """(data or model, its place) -> revision."""
 
@@ -202,6 +203,8 @@ class Reading:
 def _kind(folder: Path) -> type[Spec]:
     if folder.name.startswith(("teacher-", "start-")):
         return SftModel
+    if folder.name.startswith("scores-"):
+        return ScoresSpec
     return TextSpec if folder.name.startswith("text-") else Training
 
 
@@ -220,7 +223,7 @@ def revisions_of(spec: Spec) -> Iterator[tuple[tuple[str, ...], str]]:
     if isinstance(spec, Training):
         yield from revisions_of(spec.teacher)
         yield from revisions_of(spec.start)
-    elif isinstance(spec, TextSpec):
+    elif isinstance(spec, TextSpec | ScoresSpec):
         yield from revisions_of(spec.teacher)
         yield from _of_data(spec.task, spec.data)
     else:

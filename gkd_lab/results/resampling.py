@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gkd_lab.metrics.classification import statistics
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 from gkd_lab.metrics.intervals import CORPUS_METRICS, draws
 from gkd_lab.records.predictions import by_prompt
 
@@ -61,8 +63,12 @@ def sample_of(metric: str, rows: Sequence[Mapping[str, Any]], values: Sequence[f
 
 
 def _counted(metric: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Array, Corpus]:
-    """sacreBLEU's counts of each text (T, K) at its defaults, and the score of such counts."""
+    """Counts of each text (T, K), of BLEU and chrF sacreBLEU's at its defaults, and the score of such."""
     from gkd_lab.metrics.corpus import measure, streams
+
+    if metric in CLASSIFICATION_METRICS:
+        texts = [row["prediction"] for row in rows]
+        return statistics(metric, texts, [row["references"] for row in rows])
 
     scorer = measure("bleu" if metric == "bleu" else "chrf")
     # What its own paired bootstrap resamples; that reports no interval of the difference.

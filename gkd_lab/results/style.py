@@ -62,15 +62,6 @@ def styled() -> Iterator[None]:
         yield
 
 
-def divergence_label(beta: float | None) -> str:
-    """`Forward KL`, `JSD(0.1)`, ..., `Reverse KL`, as the paper's axes have it; without a beta
-    (None, infinite or NaN) `Total variation`.
-    """
-    if beta is None or not math.isfinite(beta):
-        return "Total variation"
-    return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
-
-
 def divergence_color(beta: float | None) -> tuple[float, float, float, float]:
     """The same colour for the same divergence in every figure; `beta` as for its label."""
     if beta is None or not math.isfinite(beta):

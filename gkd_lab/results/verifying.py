@@ -44,7 +44,9 @@ def _folders(grid: GridOfCells, store: Store) -> set[Path]:
     known = {store.of(cell).folder for cell in grid.cells}
     known |= {store.artifact(grid.scale, role, model).folder for role, model, _ in references(grid.cells)}
     texts = (cell.training.text for cell in grid.cells)
-    return known | {store.text(grid.scale, text).folder for text in texts if text is not None}
+    known |= {store.text(grid.scale, text).folder for text in texts if text is not None}
+    scores = (cell.training.scores for cell in grid.cells)
+    return known | {store.scores(grid.scale, one).folder for one in scores if one is not None}
 
 
 def _sources(grid: GridOfCells) -> dict[tuple[str, ...], str]:

@@ -27,7 +27,8 @@ from gkd_lab.runs.mending import damaged_file, mend_finished, mend_unfinished
 from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, report_cut, rows, texts
 from gkd_lab.runs.sft import fine_tune
-from gkd_lab.spec.cell import Role, SftModel
+from gkd_lab.spec.cell import CLASSIFIERS, Role, SftModel
+from gkd_lab.tasks import get_task
 
 
 class ArtifactFailed(RuntimeError):
@@ -36,7 +37,7 @@ class ArtifactFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An artifact in memory."""
+    """An artifact in memory; in a teacher's place also what knows what it says."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -139,7 +140,8 @@ def _initial(model: SftModel, train: Any) -> Loaded:
     spec = model.model
     if spec.architecture is None:
         return Loaded(*load_pretrained(spec, model.family, model.precision))
-    words = [text for row in texts(model, train) for text in row]
+    read = 1 if model.family in CLASSIFIERS else 2  # a classifier never reads its labels
+    words = [text for row in texts(model, train) for text in row[:read]]
     tokenizer = train_tokenizer(model.tokenizer, words)
     made = make_model(
         model.family,
@@ -148,5 +150,6 @@ def _initial(model: SftModel, train: Any) -> Loaded:
         seed=spec.init_seed,
         max_tokens=model.max_input_tokens + model.max_output_tokens,
         dropout=model.dropout,
+        labels=get_task(model.task).labels,
     )
     return Loaded(made.to(DTYPES[model.precision]), tokenizer)

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
-from gkd_lab.distill.batches import Example
+from gkd_lab.distill.batches import Example, collate
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.divergence import Divergence
 from gkd_lab.distill.pack_trainer import AllCellsFailed
+from gkd_lab.distill.scoring import numbered
+from gkd_lab.distill.sources import ServedTeacher
+from gkd_lab.distill.teaching import Teacher
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
-from gkd_lab.models.vocabulary import same_tokenizer
+from gkd_lab.models.served import Endpoint
 from gkd_lab.records import Record
 from gkd_lab.records.alone import forget_reason
 from gkd_lab.records.provenance import provenance, sources_of
@@ -36,13 +39,16 @@ from gkd_lab.runs.memory import (
 )
 from gkd_lab.runs.mending import mend_finished, mend_unfinished
 from gkd_lab.runs.options import RunOptions, device
+from gkd_lab.runs.routes import with_routes
 from gkd_lab.runs.rows import examples, report_cut, rows
 from gkd_lab.runs.saving import Saving
 from gkd_lab.runs.sft import Follow, common_arguments, optimizer_arguments
 from gkd_lab.runs.stopping import finishing_steps
+from gkd_lab.runs.teacher_scores import ensure_scores, stored_teacher
 from gkd_lab.runs.teacher_text import ensure_text, with_teacher_text
 from gkd_lab.runs.terms import term_of
-from gkd_lab.spec.cell import Cell, Training
+from gkd_lab.runs.two_tokenizers import check_tokenizers, in_own_tokens, teacher_prompts
+from gkd_lab.spec.cell import Cell, Role, Training
 from gkd_lab.spec.packs import why_alone
 
 
@@ -72,10 +78,12 @@ def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
         return Limit(len(cells))
     first = cells[0].training
     student, teacher = _student(cells[0], options), _teacher(cells[0], options)
-    _check_tokenizers(teacher.tokenizer, student.tokenizer)
+    check_tokenizers(teacher.tokenizer, student.tokenizer, cells)
     found = _examples(first, cells[0].scale, student.tokenizer, [], options)
     pack = Pack.of([student.model])
-    trainer = _trainer(pack, teacher, found, cells[:1], [options.store.of(cells[0])], options)
+    trainer = _trainer(
+        pack, teacher, found, cells[:1], [options.store.of(cells[0])], options, student.tokenizer
+    )
     free = free_bytes(trainer.args.device.type) // options.workers
     limit = fitting(len(cells), bytes_of_step(trainer, _longest(found, cells)), free)
     if limit.why:
@@ -89,12 +97,16 @@ def _longest(found: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch
     rows = sorted(found, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))[-training.batch_size :]
     prompt = max(len(row.prompt_ids) for row in rows)
     completion = max(len(row.completion_ids) for row in rows)
+    if training.scores is not None:  # of other tokens none are known
+        return collate(rows, 0, is_encoder_decoder=training.start.family == "encoder-decoder").tensors()
     if any(cell.lmbda > 0 for cell in cells):
         completion = training.max_output_tokens
     lengths = {"prompt": max(1, prompt), "completion": max(1, completion)}
     shapes = {name: (training.batch_size, length) for name, length in lengths.items()}
     ids = {f"{name}_ids": torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
-    return ids | {f"{name}_mask": torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
+    masks = {f"{name}_mask": torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
+    routed = any(row.route >= 0 for row in rows)
+    return ids | masks | ({"routes": torch.tensor([[row.route] for row in rows])} if routed else {})
 
 
 def _student(cell: Cell, options: RunOptions) -> artifacts.Loaded:
@@ -106,8 +118,36 @@ def _student(cell: Cell, options: RunOptions) -> artifacts.Loaded:
 
 
 def _teacher(cell: Cell, options: RunOptions) -> artifacts.Loaded:
-    teacher = cell.training.teacher
+    """The teacher, or in its place the scores that it gave once, or its server."""
+    teacher, scores = cell.training.teacher, cell.training.scores
+    if teacher.model.served is not None:
+        return _behind_a_server(cell, options)
+    if scores is not None:
+        kept = stored_teacher(ensure_scores(scores, cell.scale, options))
+        return artifacts.Loaded(kept, kept.tokenizer)
     return artifacts.load(artifacts.ensure("teacher", teacher, cell.scale, options), teacher)
+
+
+def _behind_a_server(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+    """Its tokenizer is the student's where none is given."""
+    model, start = cell.training.teacher.model, cell.training.start
+    place = model.path or model.pretrained or artifacts.ensure("start", start, cell.scale, options).checkpoint
+    assert model.server and model.served and model.top_k, "a served teacher's description is whole"
+    patience = {} if model.patience is None else {"patience": model.patience}
+    endpoint = Endpoint(model.server, model.served, model.top_k, **patience)
+    source = ServedTeacher(endpoint, load_tokenizer(place))
+    return artifacts.Loaded(source, source.tokenizer)
+
+
+def _more_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
+    """Those besides the first, from number 1 on."""
+    training = cell.training
+    found = []
+    for model in training.teachers:
+        role: Role = "start" if model == training.start else "teacher"
+        loaded = artifacts.load(artifacts.ensure(role, model, cell.scale, options), model)
+        found.append(Teacher(loaded.model, processing_class=loaded.tokenizer))
+    return found
 
 
 def _train_fitting(cells: list[Cell], why: str, options: RunOptions) -> None:
@@ -144,8 +184,8 @@ def _train(cells: list[Cell], why: str, options: RunOptions, parts: int = 1) -> 
             pack.load(n, weights(folder_of(str(record.steps_folder), done)))
     if done < first.steps:
         guide = _teacher(cells[0], options)
-        _check_tokenizers(guide.tokenizer, student.tokenizer)
-        _distil(pack, guide, found, cells, records, done, options, parts)
+        check_tokenizers(guide.tokenizer, student.tokenizer, cells)
+        _distil(pack, guide, student.tokenizer, found, cells, records, done, options, parts)
     alone = why_alone(cells[0])
     facts = _facts(cells, f"alone: {alone}" if alone else why)
     if parts > 1:
@@ -171,30 +211,27 @@ def _facts(cells: Sequence[Cell], why: str) -> dict[str, Any]:
     return {**facts, "device": device(), **({"pack_limit": why} if why else {})}
 
 
-def _check_tokenizers(teacher: Any, student: Any) -> None:
-    difference = same_tokenizer(student, teacher)
-    if difference is not None:
-        raise ValueError(
-            "teacher and student do not share a tokenizer, so their distributions cannot be compared: "
-            f"{difference}; choose a pair of one family"
-        )
-
-
 def _examples(
     training: Training, scale: str, tokenizer: Any, records: Sequence[Record], options: RunOptions
 ) -> list[Example]:
     data = rows(training.task, training.data, "train", options.cache)
     found, cut = examples(training.start, tokenizer, data)
+    found = with_routes(found, data, training.objectives)
     for record in records:
         report_cut(record.folder, "train", cut)
     if training.text is not None:
-        found = with_teacher_text(found, ensure_text(training.text, scale, options))
+        text = ensure_text(training.text, scale, options)
+        teacher = options.store.artifact(scale, "teacher", training.teacher)
+        found = in_own_tokens(with_teacher_text(found, text), text, training, teacher, tokenizer)
+    if training.scores is not None:
+        found = numbered(found)
     return found[: training.train_rows]
 
 
 def _distil(
     pack: Pack,
     teacher: artifacts.Loaded,
+    tokenizer: Any,
     found: list[Example],
     cells: Sequence[Cell],
     records: Sequence[Record],
@@ -205,7 +242,7 @@ def _distil(
     """Train the pack from step `done` to its end; a cell that fails has its verdict at once."""
     training = cells[0].training
     with options.reporter.phase(f"{training.task}: {_called(cells)}", training.steps, done) as advance:
-        trainer = _trainer(pack, teacher, found, cells, records, options, parts)
+        trainer = _trainer(pack, teacher, found, cells, records, options, tokenizer, parts)
         trainer.add_callback(Follow(advance))
         trainer.add_callback(Saving([record.steps_folder for record in records], trainer._logged))
         resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
@@ -220,16 +257,20 @@ def _trainer(
     cells: Sequence[Cell],
     records: Sequence[Record],
     options: RunOptions,
+    tokenizer: Any,
     parts: int = 1,
 ) -> GKDTrainer:
+    """`tokenizer`: the student's."""
     trainer = InParts(
         pack=pack,
         cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
         teacher_model=teacher.model,
         args=_config(cells[0], records[0], options, parts),
         train_dataset=found,
-        processing_class=teacher.tokenizer,
+        processing_class=tokenizer,
         teacher_processing_class=teacher.tokenizer,
+        teacher_prompts=teacher_prompts(teacher.tokenizer, found, cells, options),
+        more_teachers=_more_teachers(cells[0], options),
         log_cell=lambda n, row: _log(records[n], row, options),
         on_failure=lambda n, why: _fail(records[n], f"FloatingPointError: {why}", options),
     )

@@ -6,8 +6,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from gkd_lab.evaluation.classifying import classify
 from gkd_lab.evaluation.decoding import predict
 from gkd_lab.metrics.judge import judge
+from gkd_lab.models.classifiers import classified
 from gkd_lab.models.packing import Pack
 from gkd_lab.records import EvaluationRecord, Record
 from gkd_lab.records.alone import kept_reason
@@ -162,7 +164,10 @@ def _evaluate(
             done += more
             advance(done)
 
-        predictions = predict(pack, tokenizer, found, encoded, evaluation, progress)
+        if classified(model.family):
+            predictions = classify(pack, tokenizer, found, encoded, progress)
+        else:
+            predictions = predict(pack, tokenizer, found, encoded, evaluation, progress)
     seconds = (time.monotonic() - began) / len(records)
     for record, written in zip(records, predictions, strict=True):
         scores, lines = judge(evaluation.metrics, written)

@@ -26,23 +26,24 @@ def mend_unfinished(record: Record, options: RunOptions) -> None:
 
 
 def mend_finished(record: Record, options: RunOptions) -> None:
-    """A finished model or teacher's text that is not as it was written is to be made again.
+    """A finished model, teacher's text or scores that are not as it was written is to be made again.
 
     The caller holds the record's lock.
     """
     damaged = damaged_file(record)
     if damaged is not None and record.status().get("state") == "done":
-        place = set_aside(record.checkpoint if record.checkpoint in damaged.parents else damaged)
+        # A folder as a whole: its files belong together.
+        place = set_aside(record.folder / damaged.relative_to(record.folder).parts[0])
         record.status_file.unlink()
         where = "" if place is None else f", set aside: {place}"
         options.reporter.say(f"{damaged} is not as it was written{where}; it is made again")
 
 
 def damaged_file(record: Record) -> Path | None:
-    """What is gone or has changed of a finished model or text; None where nothing was noted."""
+    """What is gone or has changed of a finished model, text or scores; None where nothing was noted."""
     for name, known in (stored_digests(record.folder) or {}).items():
         path = record.folder / name
-        if name.startswith(("checkpoint/", "texts")) and _digest_now(path) != known:
+        if name.startswith(("checkpoint/", "scores/", "texts")) and _digest_now(path) != known:
             return path
     return None
 

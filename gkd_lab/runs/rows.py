@@ -1,12 +1,14 @@
 """The rows that a cell or an artifact needs, as texts and as token ids, and how many were cut or left out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gkd_lab.distill.batches import Cut, Example, encode
+from gkd_lab.distill.classification import Labelled, labelled
+from gkd_lab.models.classifiers import classified
 from gkd_lab.records.files import write_json
 from gkd_lab.spec.cell import DataSpec, SftModel, Split
 from gkd_lab.tasks import Row, get_task, load_rows
@@ -63,16 +65,26 @@ def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
     return [(row.prompt + end, row.target) for row in found]
 
 
-def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Example], Taken]:
-    """Token ids of the rows within the model's limits, and how many rows were cut or left out."""
-    encoded, cut = encode(
-        tokenizer,
-        texts(model, found),
-        is_encoder_decoder=model.family == "encoder-decoder",
-        max_input_tokens=model.max_input_tokens,
-        max_output_tokens=model.max_output_tokens,
-    )
-    return encoded, Taken(**vars(cut), dropped=found.dropped if isinstance(found, SplitRows) else {})
+def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Any], Taken]:
+    """Token ids of the rows within the model's limits, and how many rows were cut or left out.
+
+    `Example`s, or of a classifier `Labelled`.
+    """
+    encoded: Sequence[Example | Labelled]
+    pairs, limit = texts(model, found), model.max_input_tokens
+    kind = classified(model.family)
+    if kind is not None:
+        names = get_task(model.task).labels
+        encoded, cut = labelled(tokenizer, kind, names, pairs, max_input_tokens=limit)
+    else:
+        encoded, cut = encode(
+            tokenizer,
+            pairs,
+            is_encoder_decoder=model.family == "encoder-decoder",
+            max_input_tokens=limit,
+            max_output_tokens=model.max_output_tokens,
+        )
+    return list(encoded), Taken(**vars(cut), dropped=found.dropped if isinstance(found, SplitRows) else {})
 
 
 def report_cut(folder: Path, split: str, cut: Cut) -> None:

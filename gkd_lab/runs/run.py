@@ -39,7 +39,7 @@ def run(grid: GridOfCells, options: RunOptions) -> Outcome:
     tried, elsewhere = [], []
     for group in groups(grid.cells, options):
         training = group[0].training
-        needed = (training.teacher.full_fingerprint, training.start.full_fingerprint)
+        needed = (model.full_fingerprint for _, model in training.models)
         why = next((broken[model] for model in needed if model in broken), None)
         if why is not None:
             _leave_out(group, "failed", why, options)

@@ -49,6 +49,8 @@ def _window(averages: Averages, cell: int) -> dict[str, Any]:
 
 def _go_on(averages: Averages, cell: int, window: dict[str, Any]) -> None:
     averages.batches = window["batches"]
-    for name, value in window["sums"].items():
-        averages.sums[name][cell] = value
-    averages.terms[:, cell] = averages.terms.new_tensor(window["terms"])
+    for name in averages.sums.keys() & window["sums"].keys():
+        averages.sums[name][cell] = window["sums"][name]
+    # The pack that it was saved in may have had cells with more terms than any has here.
+    terms = averages.terms.new_tensor(window["terms"])[: averages.most]
+    averages.terms[: len(terms), cell] = terms

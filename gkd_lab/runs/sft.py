@@ -1,15 +1,17 @@
 """Supervised fine-tuning of teachers and starting students, by the libraries' own trainers.
 
-TRL's SFTTrainer for decoder-only models, transformers' Seq2SeqTrainer for encoder-decoders.
+TRL's SFTTrainer for decoder-only models, transformers' Seq2SeqTrainer for encoder-decoders, its Trainer for
+classifiers.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from torch import Tensor
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -18,10 +20,13 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.checkpoints import complete_steps, folder_of, keep_only
+from gkd_lab.distill.classification import Labelled, collate, in_form_of_transformers
+from gkd_lab.models.classifiers import kind_of
 from gkd_lab.records import Record
 from gkd_lab.runs.progress import Advance
 from gkd_lab.runs.saving import Saving
@@ -85,7 +90,7 @@ class Follow(TrainerCallback):
 def fine_tune(
     model: PreTrainedModel,
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     sft: SftSpec,
     record: Record,
     advance: Advance,
@@ -93,7 +98,7 @@ def fine_tune(
     save_every: int,
     log_every: int,
 ) -> None:
-    """Train `model` in place on the examples' completions; resumes from the record's checkpoints."""
+    """Train `model` in place on completions or labels; resumes from the record's checkpoints."""
     folder = record.steps_folder
     done = max(complete_steps(folder), default=0)
     record.rewind(done)
@@ -110,7 +115,9 @@ def fine_tune(
         "seed": sft.seed,
         "remove_unused_columns": False,
     }
-    build = _seq2seq if model.config.is_encoder_decoder else _causal
+    build: Callable[..., Trainer] = _seq2seq if model.config.is_encoder_decoder else _causal
+    if kind_of(model) is not None:
+        build = _classifier
     trainer = build(model, tokenizer, examples, arguments)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Follow(advance, record))
@@ -143,6 +150,24 @@ def _causal(
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
+    )
+
+
+def _classifier(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Labelled], arguments: dict[str, Any]
+) -> Trainer:
+    kind = kind_of(model)
+    assert kind is not None, "a classifier"
+
+    def collated(rows: Sequence[Labelled]) -> dict[str, Tensor]:
+        return in_form_of_transformers(collate(rows, tokenizer.pad_token_id, kind), kind)
+
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=list(examples),
+        processing_class=tokenizer,
+        data_collator=collated,
     )
 
 

@@ -1,6 +1,7 @@
 """What a teacher writes for every training prompt: once, under a lock, for all cells that ask for it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def with_teacher_text(found: Sequence[Example], record: Record) -> list[Example]
     lines = read_lines(record.folder / FILE)
     if len(lines) != len(found):
         raise ValueError(f"{record.folder / FILE} has {len(lines)} texts for {len(found)} prompts: delete it")
-    return [Example(row.prompt_ids, line["ids"]) for row, line in zip(found, lines, strict=True)]
+    return [replace(row, completion_ids=line["ids"]) for row, line in zip(found, lines, strict=True)]
 
 
 def _write(text: TextSpec, scale: str, record: Record, options: RunOptions) -> None:

@@ -88,6 +88,8 @@ def forget_failures(grid: GridOfCells, store: Store) -> None:
         _forget(store.of(cell), [cell])
         if cell.training.text is not None:
             _forget(store.text(grid.scale, cell.training.text), [])
+        if cell.training.scores is not None:
+            _forget(store.scores(grid.scale, cell.training.scores), [])
 
 
 def _forget(record: Record, cells: Sequence[Cell]) -> None:

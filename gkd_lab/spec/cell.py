@@ -21,12 +21,18 @@ from pydantic import (
 from gkd_lab.spec.identity import Frozen, Place, Since
 from gkd_lab.spec.objectives import AnyObjective, Share
 
-Family = Literal["decoder-only", "encoder-decoder"]
+Family = Literal[
+    "decoder-only", "encoder-decoder", "sequence-classification", "token-classification", "regression"
+]
+CLASSIFIERS: tuple[Family, ...] = ("sequence-classification", "token-classification", "regression")
+"""Families of models that write nothing: encoders with a label for a text, or for each token."""
 Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
 LossNormalization = Literal["sequence", "token"]
 Decoding = Literal["greedy", "sample", "beam"]
 Split = Literal["train", "validation", "test"]
+Role = Literal["teacher", "start"]
+ScoreType = Literal["float16", "bfloat16", "float32"]
 
 
 class DataSpec(Frozen):
@@ -57,7 +63,7 @@ class TokenizerSpec(Frozen):
 
 
 class Architecture(Frozen):
-    """A model made from scratch: a Llama-like decoder or a T5-like encoder-decoder."""
+    """A model made from scratch: Llama-like decoder, T5-like encoder-decoder, ModernBERT-like classifier."""
 
     layers: PositiveInt = Field(description="in each stack")
     width: PositiveInt = Field(description="d_model")
@@ -94,6 +100,14 @@ class ModelSpec(Frozen):
     path: Annotated[str | None, Place()] = None
     revision: str | None = None
     init_seed: int = 0
+    server: Annotated[str | None, Place()] = Field(default=None, description="address of one that is served")
+    served: Annotated[str | None, Since(None)] = Field(default=None, description="its name there")
+    top_k: Annotated[PositiveInt | None, Since(None)] = Field(
+        default=None, description="tokens that are read of each of its distributions"
+    )
+    patience: Annotated[PositiveFloat | None, Place()] = Field(
+        default=None, description="seconds to wait for the server; None: five minutes"
+    )
     keep_layers: Annotated[PositiveInt | tuple[NonNegativeInt, ...] | None, Since(None)] = Field(
         default=None, description="of a loaded model; a number: evenly spaced, the first and last among them"
     )
@@ -139,6 +153,23 @@ class TeacherText(Frozen):
         return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
 
 
+class TeacherScores(Frozen):
+    """Distributions that the teacher gives once of every token that is trained on, in the place of itself.
+
+    With `top_k` the mass of all other tokens is spread evenly over them.
+    """
+
+    top_k: PositiveInt | None = Field(
+        default=None, description="tokens named of each distribution; null: all of the vocabulary"
+    )
+    dtype: ScoreType = Field(default="float32", description="of the log-probabilities that are kept")
+
+    @property
+    def name(self) -> str:
+        """`full`, `top32`."""
+        return "full" if self.top_k is None else f"top{self.top_k}"
+
+
 class Source(Frozen):
     """Who writes the sequence that is trained on: one coin per step (Algorithm 1)."""
 
@@ -162,14 +193,47 @@ class TextSpec(Frozen):
     max_output_tokens: PositiveInt
 
 
+class ScoresSpec(Frozen):
+    """An artifact that cells share: what a teacher says of a training split's targets, or of its own text."""
+
+    task: str
+    teacher: SftModel
+    data: DataSpec
+    text: TeacherText | None = Field(description="that is scored; None: the data's targets")
+    scores: TeacherScores
+    max_input_tokens: PositiveInt
+    max_output_tokens: PositiveInt
+    precision: Precision
+
+    @property
+    def written(self) -> TextSpec | None:
+        """What the teacher must have written before this begins."""
+        if self.text is None:
+            return None
+        return TextSpec(
+            task=self.task,
+            teacher=self.teacher,
+            data=self.data,
+            text=self.text,
+            max_input_tokens=self.max_input_tokens,
+            max_output_tokens=self.max_output_tokens,
+        )
+
+
 class Training(Frozen):
     """Everything that decides what a distilled student becomes."""
 
     task: str
     teacher: SftModel
     start: SftModel
+    teachers: Annotated[tuple[SftModel, ...], Since(())] = Field(
+        default=(), description="besides the first, numbered from 1, as divergences name them"
+    )
     objectives: tuple[AnyObjective, ...] = Field(min_length=1)
     source: Source
+    teacher_scores: Annotated[TeacherScores | None, Since(None)] = Field(
+        default=None, description="None: the teacher itself reads every step's rows"
+    )
     loss_normalization: LossNormalization
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="sequences per optimizer step")
@@ -182,6 +246,16 @@ class Training(Frozen):
     max_output_tokens: PositiveInt
     precision: Precision
     seed: int = Field(description="drives data order, coin and sampling, nothing else")
+
+    @property
+    def models(self) -> "tuple[tuple[Role, SftModel], ...]":
+        """All that it needs: its first teacher, its start, other teachers."""
+        more: tuple[tuple[Role, SftModel], ...] = tuple(
+            ("teacher", model) for model in self.teachers if model != self.start
+        )
+        first: tuple[tuple[Role, SftModel], ...] = (("teacher", self.teacher), ("start", self.start))
+        # One that is served is neither built nor judged here.
+        return *(first if self.teacher.model.served is None else first[1:]), *more
 
     @property
     def data(self) -> DataSpec:
@@ -200,6 +274,22 @@ class Training(Frozen):
             text=self.source.text,
             max_input_tokens=self.max_input_tokens,
             max_output_tokens=self.max_output_tokens,
+        )
+
+    @property
+    def scores(self) -> ScoresSpec | None:
+        """What must be known of the teacher's distributions before this begins."""
+        if self.teacher_scores is None:
+            return None
+        return ScoresSpec(
+            task=self.task,
+            teacher=self.teacher,
+            data=self.data,
+            text=self.source.text,
+            scores=self.teacher_scores,
+            max_input_tokens=self.max_input_tokens,
+            max_output_tokens=self.max_output_tokens,
+            precision=self.precision,
         )
 
 
@@ -317,11 +407,10 @@ class Cell:
         """Where its record lies below the outputs folder: readable first, fingerprint second."""
         divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
         divergence += "_teacher-text" if self.training.source.text else ""
+        kept = self.training.teacher_scores
+        divergence += f"_scores-{kept.name}" if kept else ""
         name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"
         return f"{self.scale}/{self.task}/{name}"
-
-
-Role = Literal["teacher", "start"]
 
 
 class Reference(NamedTuple):
@@ -336,11 +425,7 @@ def references(cells: Iterable[Cell]) -> list[Reference]:
     """The distinct teachers and starting students of some cells, in order of first appearance."""
     found: dict[tuple[Role, str], Reference] = {}
     for cell in cells:
-        pair: tuple[tuple[Role, SftModel], ...] = (
-            ("teacher", cell.training.teacher),
-            ("start", cell.training.start),
-        )
-        for role, model in pair:
+        for role, model in cell.training.models:
             key = (role, model.full_fingerprint)
             found.setdefault(key, Reference(role, model, [])).cells.append(cell)
     return list(found.values())
@@ -349,6 +434,11 @@ def references(cells: Iterable[Cell]) -> list[Reference]:
 def text_folder(scale: str, text: TextSpec) -> str:
     """Where a teacher's text lies below the outputs folder."""
     return f"{scale}/{text.task}/text-{text.text.decoding}-{text.fingerprint}"
+
+
+def scores_folder(scale: str, scores: ScoresSpec) -> str:
+    """Where a teacher's scores lie below the outputs folder."""
+    return f"{scale}/{scores.task}/scores-{scores.scores.name}-{scores.fingerprint}"
 
 
 def artifact_folder(scale: str, role: str, model: SftModel) -> str:

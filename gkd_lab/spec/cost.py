@@ -44,7 +44,7 @@ def sft_flops(model: SftModel, count: int | None = None) -> float | None:
 def training_flops(
     training: Training, student: int | None = None, teacher: int | None = None
 ) -> float | None:
-    """Of one cell alone: student forward and backward, teacher forward, sampling.
+    """Of one cell alone: student forward and backward, teacher forward unless its scores are kept, sampling.
 
     `student` and `teacher`: their parameters, as in `sft_flops`.
     """
@@ -53,5 +53,6 @@ def training_flops(
     if student is None or teacher is None:
         return None
     tokens = training.max_input_tokens + training.max_output_tokens
-    per_token = 6 * student + 2 * teacher + 2 * student * training.source.lmbda
+    reads = 0 if training.teacher_scores else 2 * teacher
+    per_token = 6 * student + reads + 2 * student * training.source.lmbda
     return float(per_token * tokens * training.batch_size * training.steps)

@@ -21,7 +21,7 @@ def _axes() -> dict[str, Any]:
     for name, field in Settings.model_fields.items():
         stated = tuple(part for part in get_args(field.annotation) if part is not type(None))
         axes[name] = _axis(Union[stated], field.description)  # noqa: UP007  # of a list of types
-    for section in ("data", "tokenizer"):
+    for section in ("data", "tokenizer", "teacher_tokenizer"):
         model = get_args(Settings.model_fields[section].annotation)[0]
         for name, field in model.model_fields.items():
             place = f"{section}.{name}"

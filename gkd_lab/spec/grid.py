@@ -20,20 +20,26 @@ from gkd_lab.spec.cell import (
     SftSpec,
     Source,
     TeacherText,
-    TokenizerSpec,
     Training,
 )
+from gkd_lab.spec.classes import check_classes
 from gkd_lab.spec.errors import SpecError, explain, unknown
 from gkd_lab.spec.experiment import Experiment, Scale
 from gkd_lab.spec.identity import canonical
 from gkd_lab.spec.lm_task import lm_eval_version, lm_task
+from gkd_lab.spec.matching import check_matching
 from gkd_lab.spec.objectives import (
     AnyObjective,
     AnyObjectiveSettings,
     CrossEntropyObjective,
     Divergent,
     Objective,
+    Rewarded,
+    RewardFields,
+    RewardObjective,
 )
+from gkd_lab.spec.offline import check_served, kept, scores_of, served
+from gkd_lab.spec.rewarded import check_writer, resolved, terms_of
 from gkd_lab.spec.settings import (
     AnyEvaluationSettings,
     DataSettings,
@@ -44,6 +50,8 @@ from gkd_lab.spec.settings import (
     evaluation_settings,
     merge,
 )
+from gkd_lab.spec.several import START, more_teachers, numbered
+from gkd_lab.spec.two_tokenizers import check_sizes, check_tokenizers, tokenizer_of
 
 
 class TaskDefaults(Protocol):
@@ -92,6 +100,8 @@ _PER_CELL = (
     "teacher_temperature",
     "student_temperature",
     "temperature",
+    "alpha",
+    "anchor",
 )
 
 
@@ -161,16 +171,23 @@ class _Resolver:
         shared = self.shared[key]
         fast = {key: point[key] for key in _PER_CELL if key in point}
         values = {**shared.fast, **fast, **shared.method}
-        objectives = _filled(shared.objectives, values) or (_objective(values),)
+        stated = _filled(shared, values, self.revisions)
+        objectives = stated or terms_of(_objective(values), shared.reward, values)
         of_reverse_kl = {"optimizer": shared.of_reverse_kl} if objectives[0].beta == 1 else {}
         source = shared.source or _source(values)
-        _check_writer(objectives, source)
+        check_writer(objectives, source)
+        scores = scores_of(shared.training["teacher_scores"], objectives, source)
+        teachers = {"teachers": (shared.training["start"],)} if values["anchor"] == "start" else {}
         training = Training(
             objectives=objectives,
             source=source,
             seed=values["seed"],
-            **{**shared.training, **of_reverse_kl},
+            **{**shared.training, **of_reverse_kl, **teachers, "teacher_scores": scores},
         )
+        check_matching(training)
+        check_tokenizers(training)
+        check_served(training)
+        check_classes(training, shared.evaluations)
         return Cell(self.scale, training, shared.evaluations, point)
 
     def _resolve(self, point: dict[str, Any]) -> "_Shared":
@@ -239,6 +256,9 @@ _LONG_FORM = {
         "beta",
         "divergence",
         "rescale_divergence",
+        "reward",
+        "alpha",
+        "anchor",
     ),
 }
 
@@ -253,6 +273,7 @@ class _Shared:
     objectives: tuple[AnyObjectiveSettings, ...] | None
     source: Source | None
     method: Mapping[str, Any]
+    reward: RewardObjective | None = None
     of_reverse_kl: OptimizerSpec | None = None
 
 
@@ -263,24 +284,35 @@ def _share(
     evaluations: tuple[AnyEvaluation, ...],
     resolver: _Resolver,
 ) -> _Shared:
+    start = resolver.sft_model(task, "student", settings, defaults)
     training = {
         "task": task.name,
         "teacher": resolver.sft_model(task, "teacher", settings, defaults),
-        "start": resolver.sft_model(task, "student", settings, defaults),
+        "teachers": tuple(
+            start
+            if name == START
+            else resolver.sft_model(task, "teacher", settings.model_copy(update={"teacher": asked}), defaults)
+            for name, asked in more_teachers(settings.objectives or (), settings.teachers or {}).items()
+        ),
+        "start": start,
         "optimizer": _optimizer(settings),
         "train_rows": _fewer(settings.train_rows, settings.data),
+        "teacher_scores": kept(settings.teacher_scores),
         **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
     }
     fast = {name: getattr(settings, name) for name in _PER_CELL}
     _check(settings)
     source, method = settings.source, METHODS[settings.method or "gkd"]
+    reward = _reward(settings.reward, resolver.revisions)
+    if reward is None and "alpha" in method:
+        raise SpecError(f"method {settings.method} learns from a reward: set `reward`, such as exact_match")
     if isinstance(source, Source):
         said = source.model_dump(exclude_none=True)
         source = _source({"temperature": settings.temperature, **said})
-        return _Shared(training, evaluations, fast, settings.objectives, source, method)
+        return _Shared(training, evaluations, fast, settings.objectives, source, method, reward)
     if source == "teacher":
         method = {**method, "text": TeacherText()}
-    return _Shared(training, evaluations, fast, settings.objectives, None, method)
+    return _Shared(training, evaluations, fast, settings.objectives, None, method, reward)
 
 
 def _fewer(rows: int | None, data: DataSettings | None) -> int | None:
@@ -328,9 +360,7 @@ def _stretched(
 def _check(settings: Settings) -> None:
     """What can be said but not be done."""
     _check_schedule(_optimizer(settings), settings.steps or 0, "")
-    tokenizer = settings.tokenizer
-    if tokenizer is not None and tokenizer.kind == "bpe" and (tokenizer.vocab_size or 1024) < 300:
-        raise SpecError(f"tokenizer.vocab_size: {tokenizer.vocab_size} is too small for bpe: 300 at least")
+    check_sizes(settings)
 
 
 def _check_schedule(optimizer: OptimizerSpec, steps: int, where: str) -> None:
@@ -366,6 +396,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "f_distill": {"lmbda": 0.5, "divergence": "tv", "beta": None},  # Wen et al. 2023
     "seqkd": {"lmbda": 0.0, "type": "cross_entropy", "text": TeacherText()},  # Kim and Rush 2016
     "sft": {"lmbda": 0.0, "type": "cross_entropy"},
+    # ours: the smallest alpha of Fig. 5, next to which RLEF* lies there; its own is not stated
+    "rlef": {"lmbda": 1.0, "anchor": "start", "alpha": 0.05},  # Roit et al. 2023, as RLEF* in Fig. 5
 }
 """The paper's baselines in its own terms (§3, §4): what each one sets."""
 
@@ -393,19 +425,26 @@ def _source(values: Mapping[str, Any]) -> Source:
     )
 
 
-def _filled(
-    objectives: tuple[AnyObjectiveSettings, ...] | None, values: Mapping[str, Any]
-) -> tuple[AnyObjective, ...]:
+def _filled(shared: _Shared, values: Mapping[str, Any], revisions: Revisions) -> tuple[AnyObjective, ...]:
     """What is stated as a list, its divergences with the temperatures that hold besides."""
-    return tuple(one.filled(values) if isinstance(one, Divergent) else one for one in objectives or ())
+    number = numbered(shared.objectives or ())
+    return tuple(_whole(one, values, number, revisions) for one in shared.objectives or ())
 
 
-def _check_writer(objectives: Iterable[AnyObjective], source: Source) -> None:
-    if source.lmbda > 0 and all(isinstance(one, CrossEntropyObjective) for one in objectives):
-        raise SpecError(
-            f"lmbda {source.lmbda:g} lets the student write, and cross_entropy has nothing to teach of its "
-            "own text: set lmbda to 0, or add a divergence to the objectives"
-        )
+def _whole(
+    one: AnyObjectiveSettings, values: Mapping[str, Any], number: Mapping[str, int], revisions: Revisions
+) -> AnyObjective:
+    if isinstance(one, Divergent):
+        return one.filled(values, number)
+    return resolved(one, revisions.model) if isinstance(one, Rewarded) else one
+
+
+def _reward(stated: str | RewardFields | None, revisions: Revisions) -> RewardObjective | None:
+    """A name is short for a reward with the default baseline."""
+    if stated is None:
+        return None
+    fields = {"name": stated} if isinstance(stated, str) else stated.model_dump()
+    return resolved(Rewarded(**fields), revisions.model)
 
 
 def _optimizer(settings: Settings) -> OptimizerSpec:
@@ -422,7 +461,14 @@ _OPTIMIZER_FIELDS = (
     "warmup_steps",
     "cooldown_steps",
 )
-_MODEL_FIELDS = ("data", "tokenizer", "max_input_tokens", "max_output_tokens", "precision")
+_MODEL_FIELDS = (
+    "data",
+    "tokenizer",
+    "teacher_tokenizer",
+    "max_input_tokens",
+    "max_output_tokens",
+    "precision",
+)
 """What a teacher or a starting student takes from the settings besides its own description."""
 
 
@@ -440,7 +486,6 @@ def _sft_model(
     models that it starts from as they are.
     """
     asked = getattr(settings, role)
-    assert settings.tokenizer is not None, "every scale states a tokenizer"
     if isinstance(asked, str) and asked in models:
         name, model = asked, models[asked]
     elif isinstance(asked, str):
@@ -453,8 +498,8 @@ def _sft_model(
         task=task,
         family=family,
         data=data,
-        tokenizer=TokenizerSpec(**settings.tokenizer.model_dump()),
-        model=_model(name, model, revisions),
+        tokenizer=tokenizer_of(role, settings),
+        model=_model(role, name, model, revisions),
         sft=_sft(model, recipe),
         dropout=recipe.dropout,  # type: ignore[arg-type]
         max_input_tokens=settings.max_input_tokens,  # type: ignore[arg-type]
@@ -463,7 +508,9 @@ def _sft_model(
     )
 
 
-def _model(name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
+def _model(role: str, name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
+    if model.server is not None:
+        return served(role, model, revisions.model)
     if model.pretrained is not None:
         hub, path, revision = revisions.model(model.pretrained)
         return ModelSpec(

@@ -26,11 +26,12 @@ from gkd_lab.spec.cell import (
     Precision,
     Source,
     Split,
+    TeacherScores,
 )
-from gkd_lab.spec.objectives import AnyObjectiveSettings, Divergence, Share
+from gkd_lab.spec.objectives import AnyObjectiveSettings, Divergence, RewardFields, Share
 
 Method = Literal[
-    "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft"
+    "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft", "rlef"
 ]
 
 
@@ -97,6 +98,21 @@ class ModelSettings(Section):
     )
     init_seed: int | None = None
     sft: SftSettings | None = None
+    server: str | None = Field(
+        default=None,
+        description="of a teacher: an OpenAI-compatible address that gives prompt log-probabilities as vLLM "
+        "does, such as http://127.0.0.1:8000/v1; its key comes from GKD_LAB_TEACHER_KEY",
+    )
+    model: str | None = Field(default=None, description="its name on the server")
+    top_k: PositiveInt | None = Field(
+        default=None, description="tokens to read of each of its distributions; vLLM allows 20 by itself"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="folder or hub name of a served teacher's tokenizer; default: the student's"
+    )
+    patience: PositiveFloat | None = Field(
+        default=None, description="seconds to wait for a server that does not answer; default 300"
+    )
 
     def architecture(self) -> Architecture | None:
         """The architecture, when it is one to be made; feed_forward defaults to 4 widths."""
@@ -177,9 +193,26 @@ class Settings(Section):
         min_length=1,
         description="the long form of the divergence: terms of the loss with their weights",
     )
+    reward: str | RewardFields | None = Field(
+        default=None,
+        description="what the student's own text is rewarded for, by a name, or in the long form",
+    )
+    alpha: Share | None = Field(
+        default=None,
+        description="with a reward: weight of the divergence, and 1 - alpha of the reward (Eq. 5)",
+    )
+    anchor: Literal["teacher", "start"] | None = Field(
+        default=None,
+        description="with a reward: whom the divergence holds to; `start`: the student as it starts (RLEF*)",
+    )
     source: Literal["data", "teacher"] | Source | None = Field(
         default=None,
         description="who writes what the student does not: `data`, or `teacher`; or the long form of lmbda",
+    )
+    teacher_scores: Literal["live", "full"] | TeacherScores | None = Field(
+        default=None,
+        description="the teacher's distributions of fixed text, kept once for all cells, `full` or as "
+        "{top_k: 32}; `live`, the default: the teacher itself reads every step's rows",
     )
     method: Method | None = Field(
         default=None, description="a baseline of the paper by name: sets lmbda, the divergence and the source"
@@ -190,10 +223,16 @@ class Settings(Section):
     teacher: str | ModelSettings | None = Field(
         default=None, description="a model of the scale by name, a folder, a hub name, or its fields"
     )
+    teachers: dict[str, str | ModelSettings] | None = Field(
+        default=None, description="more of them by name, for divergences that say with which they compare"
+    )
     student: str | ModelSettings | None = Field(default=None, description="as the teacher")
     data: DataSettings | None = Field(default=None, description="rows to learn from and to be judged on")
     tokenizer: TokenizerSettings | None = Field(
         default=None, description="of models that are made from scratch"
+    )
+    teacher_tokenizer: TokenizerSettings | None = Field(
+        default=None, description="of a teacher that is made, where it has another one than the student"
     )
     train_rows: PositiveInt | None = Field(
         default=None, description="distil on the first rows only; teacher and starting student see all"

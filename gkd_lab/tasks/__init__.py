@@ -1,7 +1,15 @@
 """What is learnt and how it is judged: one small file per task, one registry. No torch here."""
 
 from gkd_lab.spec.errors import unknown
-from gkd_lab.tasks import arithmetic, instruction, summarization, translation
+from gkd_lab.tasks import (
+    arithmetic,
+    classification,
+    instruction,
+    scoring,
+    summarization,
+    tagging,
+    translation,
+)
 from gkd_lab.tasks.data import Rows, load_rows, source_revision
 from gkd_lab.tasks.form import check_form
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
@@ -21,7 +29,16 @@ __all__ = [
 ]
 
 TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (arithmetic, translation, summarization, instruction)
+    module.TASK.name: module.TASK
+    for module in (
+        arithmetic,
+        translation,
+        summarization,
+        instruction,
+        classification,
+        tagging,
+        scoring,
+    )
 }
 
 

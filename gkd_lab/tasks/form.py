@@ -1,6 +1,7 @@
 """How a row is put to a model: worked examples before the question, calculator marks kept or left out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gkd_lab.tasks.task import Row, Task
@@ -20,9 +21,15 @@ def check_form(task: Task, kind: str, *, shots: int = 0, calculator_marks: bool 
 
 
 def parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
-    """Raw row -> Row in the form that is asked for; see `check_form`."""
+    """Raw row -> Row in the form that is asked for; see `check_form`. A column `teacher` is kept."""
     marked = task.parse_marked if calculator_marks else None
-    return marked or task.parse
+    read = marked or task.parse
+
+    def parse(raw: Mapping[str, Any]) -> Row:
+        row, teacher = read(raw), raw.get("teacher")
+        return row if teacher is None else replace(row, teacher=str(teacher))
+
+    return parse
 
 
 def with_shots(
@@ -33,4 +40,4 @@ def with_shots(
     examples = [parse(raw) for raw in task.exemplars[:shots]]
     shown = "".join(f"Q: {example.prompt}\nA: {example.target}\n\n" for example in examples)
     for row in rows:
-        yield Row(f"{shown}Q: {row.prompt}\nA:", row.target, row.references) if shots else row
+        yield replace(row, prompt=f"{shown}Q: {row.prompt}\nA:") if shots else row

@@ -89,3 +89,34 @@ def smol_models(steps: int) -> dict[str, Any]:
 def made(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
     """A model made from scratch and trained on the task."""
     return {"layers": layers, "width": width, "heads": heads, "sft": sft}
+
+
+def classifiers(**changes: Any) -> dict[str, Any]:
+    """Settings of a task at nano scale whose models are encoders that classify; `changes` replace some."""
+    return {
+        "data": {"source": "made", "train": 4_000, "validation": 500, "test": 1_000},
+        "tokenizer": {"kind": "word", "vocab_size": 128},
+        "models": {
+            "xl": made(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            # No fine-tuning before: a classifier starts from its random weights, and learns in one go.
+            "large": made_only(2, 64, 4),
+            "base": made_only(2, 32, 4),
+            "small": made_only(1, 32, 4),
+        },
+        "lmbda": 0.0,  # a classifier writes nothing
+        "teacher_temperature": 1.0,
+        "steps": 400,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "warmup_steps": 20,
+        "cooldown_steps": 100,
+        "max_input_tokens": 56,
+        "max_output_tokens": 1,  # nothing is written
+        "evaluations": [{"decoding": "greedy", "split": "test"}],
+        **changes,
+    }
+
+
+def made_only(layers: int, width: int, heads: int) -> dict[str, Any]:
+    """A model made from scratch that distillation trains first."""
+    return {"layers": layers, "width": width, "heads": heads}

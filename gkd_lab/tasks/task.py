@@ -11,7 +11,9 @@ from typing import Any, Literal
 from gkd_lab.spec.settings import merge
 from gkd_lab.tasks.scales import COMMON
 
-Family = Literal["decoder-only", "encoder-decoder"]
+Family = Literal[
+    "decoder-only", "encoder-decoder", "sequence-classification", "token-classification", "regression"
+]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -23,6 +25,7 @@ class Row:
     prompt: str
     target: str
     references: tuple[str, ...]  # (target,) unless the data has several
+    teacher: str | None = None  # which of several teachers the row is meant for
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Task:
     parse: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
     hub_name: str  # the data the paper used
     parse_marked: Callable[[Mapping[str, Any]], Row] | None = None  # keeps calculator marks, where there are
+    labels: tuple[str, ...] = ()  # what a classifier chooses from, in the order of its outputs
     exemplars: tuple[Mapping[str, Any], ...] = ()  # worked examples for few-shot prompts, as raw rows
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scale -> settings, with `models` (name -> settings), `evaluations`, `per_student` (name -> what

@@ -12,6 +12,7 @@ from transformers import PrinterCallback
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.objectives import Terms
+from gkd_lab.distill.teaching import Teacher
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.packing import Pack
 from gkd_lab.spec.cell import Family
@@ -105,6 +106,7 @@ def distil(
     examples: Sequence[Example] | None = None,
     resume: str | None = None,
     prepare: Prepare = lambda trainer: None,
+    more_teachers: Sequence[Teacher] = (),
     **changes: Any,
 ) -> Run:
     """Train the cells as one model (or one cell as a plain model) from equal weights."""
@@ -118,6 +120,7 @@ def distil(
         args=arguments(folder, **changes),
         train_dataset=list(examples or tiny_examples()),
         processing_class=tiny_tokenizer(),
+        more_teachers=more_teachers,
         log_cell=lambda n, row: history[n].append(row),
     )
     trainer.remove_callback(PrinterCallback)

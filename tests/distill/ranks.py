@@ -22,6 +22,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "on": {"lmbda": 1.0},
     "mixed sequences": {"lmbda": 0.5, "loss_normalization": "sequence"},
     "accumulated": {"lmbda": 0.5, "gradient_accumulation_steps": 2},
+    "rewarded": {
+        "lmbda": 1.0,
+        "temperature": 1.0,
+        "objectives": [{"weight": 0.5}, {"type": "reward", "name": "rougeL", "normalize": True}],
+    },
 }
 
 
@@ -73,6 +78,8 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         "truncated": logged(made, "truncated"),
         "entropy": logged(made, "entropy"),
         "on_policy": logged(made, "on_policy"),
+        "reward": logged(made, "reward"),
+        "advantage_std": logged(made, "advantage_std"),
         "written": written,
     }
 

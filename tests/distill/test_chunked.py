@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gkd_lab.distill import chunked
 from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.divergence import Divergence
+from gkd_lab.distill.guides import Projected
 from gkd_lab.distill.objectives import terms_of
 from gkd_lab.models import projection
 from gkd_lab.models.projection import Projection
@@ -400,7 +401,11 @@ def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
     arguments = dict(vars(given))
     student, head = arguments.pop("student"), arguments.pop("student_head")
     objectives = tuple(terms_of(one) for one in arguments.pop("divergences"))
-    return student, head, chunked._Call(**arguments, objectives=objectives, labels=None)
+    guides = {0: Projected(arguments.pop("teacher"), arguments.pop("teacher_head"))}
+    call = chunked._Call(
+        **arguments, guides=guides, objectives=objectives, labels=None, routes=None, scales={}
+    )
+    return student, head, call
 
 
 def assert_paths_agree(given: Problem) -> None:

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from gkd_lab.records import Store
 from gkd_lab.results.figures import curves, heat_map, losses
-from gkd_lab.results.style import divergence_color, divergence_label, inline_svg, readable_on
+from gkd_lab.results.loss_label import divergence_label
+from gkd_lab.results.style import divergence_color, inline_svg, readable_on
 from gkd_lab.results.table import table
 
 from .made_store import fill, made_grid

@@ -61,7 +61,7 @@ def other_values(spec: Frozen, path: tuple[str, ...] = ()) -> list[tuple[tuple[s
         if isinstance(value, Frozen):
             for deeper, changed in other_values(value, place):
                 found.append((deeper, spec.model_copy(update={name: changed})))
-        elif isinstance(value, tuple) and isinstance(value[0], Frozen):
+        elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):
             for deeper, changed in other_values(value[0], place):
                 found.append((deeper, spec.model_copy(update={name: (changed, *value[1:])})))
             found.append((place, spec.model_copy(update={name: value + value})))
@@ -114,7 +114,7 @@ def test_the_places_are_known_one_by_one() -> None:
     assert places(Training) == set()
     assert places(SftModel) == set()
     assert places(type(cell().training.data)) == {"path", "validation", "test"}
-    assert places(type(cell().training.start.model)) == {"name", "path"}
+    assert places(type(cell().training.start.model)) == {"name", "path", "server", "patience"}
     assert places(Evaluation) == {"metrics"}
 
 

@@ -20,12 +20,15 @@ IN_OUR_TERMS: dict[str, dict[str, Any]] = {
     "f_distill": {"lmbda": 0.5, "divergence": "tv"},
     "seqkd": {"source": {"lmbda": 0, "text": {}}, "objectives": [{"type": "cross_entropy"}]},
     "sft": {"source": {"lmbda": 0}, "objectives": [{"type": "cross_entropy"}]},
+    "rlef": {"lmbda": 1, "beta": 0.1, "anchor": "start", "alpha": 0.05},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_baseline_is_the_cell_that_its_definition_describes(method: str) -> None:
-    assert cell(method=method, lmbda=0.25, beta=0.1).training == cell(**IN_OUR_TERMS[method]).training
+    more = {"reward": "exact_match"} if "alpha" in METHODS[method] else {}
+    one = cell(method=method, lmbda=0.25, beta=0.1, **more).training
+    assert one == cell(**IN_OUR_TERMS[method], **more).training
 
 
 def test_methods_are_an_axis_and_what_a_method_does_not_read_collapses() -> None:

@@ -1,0 +1,53 @@
+"""Several teachers, as an experiment names them: which there are, and their numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gkd_lab.spec.errors import SpecError, nearest
+from gkd_lab.spec.objectives import FIRST_TEACHER, AnyObjectiveSettings, Divergent
+
+START = "start"
+"""Name of the student as it starts, frozen, where it is a teacher."""
+
+
+def numbered(objectives: Iterable[AnyObjectiveSettings]) -> dict[str, int]:
+    """Number of each teacher that a divergence names; the run's own is 0, others follow as they appear."""
+    named = [name for one in objectives if isinstance(one, Divergent) for name in one.teacher_names]
+    return {name: number for number, name in enumerate(dict.fromkeys([FIRST_TEACHER, *named]))}
+
+
+def more_teachers(objectives: Iterable[AnyObjectiveSettings], teachers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those besides the first, by name, in the order of their numbers; `start` stands for itself.
+
+    One that no divergence names is left out: objectives may be an axis. Raises SpecError for a name that
+    `teachers` has not, numbers that do not fit the names, and a reserved name.
+    """
+    listed = list(objectives)
+    for name in (FIRST_TEACHER, START):
+        if name in teachers:
+            raise SpecError(f"teachers: {name!r} has a meaning already; choose another name")
+    for one in listed:
+        if isinstance(one, Divergent):
+            _check(one)
+    known = {FIRST_TEACHER: None, START: START, **teachers}
+    for name in numbered(listed):
+        if name not in known:
+            raise SpecError(f"objectives: unknown teacher {name!r}; {nearest(name, known)}")
+    return {name: known[name] for name in numbered(listed) if name != FIRST_TEACHER}
+
+
+def _check(one: Divergent) -> None:
+    count = len(one.teacher_names)
+    if len(set(one.teacher_names)) < count:
+        raise SpecError(f"objectives: teacher {list(one.teacher_names)} names one of them twice")
+    for field in ("mixture", "mixture_temperatures"):
+        values = getattr(one, field)
+        if values is not None and len(values) != count:
+            raise SpecError(f"objectives: {len(values)} numbers in {field} for {count} teachers: one of each")
+    if one.mixture is not None and abs(sum(one.mixture) - 1) > 1e-6:
+        raise SpecError(f"objectives: mixture {list(one.mixture)} must sum to 1, not {sum(one.mixture):g}")
+    if one.routed and (count == 1 or one.mixture is not None):
+        raise SpecError(
+            "objectives: routed takes one of several teachers for each row: name them in `teacher`, and "
+            "leave `mixture` out"
+        )

@@ -1,0 +1,49 @@
+"""Sequence classification: whether a made review is positive, negative or mixed (reviews.py).
+
+    prompt  the soup was not good , but the staff was very lovely .
+    target  positive
+
+Real rows have `text` and `label`, one of these three.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from gkd_lab.spec.errors import nearest
+from gkd_lab.tasks import reviews
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import classifiers
+from gkd_lab.tasks.task import MadeSource, Row, Task, text_field
+
+MADE_VERSION = "classification-made-1"
+LABELS = ("negative", "mixed", "positive")
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row with `text` and `label`, a name."""
+    text, label = text_field(raw, "text"), text_field(raw, "label")
+    if label not in LABELS:
+        raise ValueError(f"field 'label': {label!r} is no label; {nearest(label, LABELS)}")
+    return Row(text, label, (label,))
+
+
+def _pair(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw(random_numbers)
+    return review.text, LABELS[1 + (review.score > 0) - (review.score < 0)]
+
+
+TASK = Task(
+    name="classification",
+    family="sequence-classification",
+    metrics=("label_accuracy", "f1_macro", "matthews"),
+    generators={
+        "made": MadeSource(
+            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
+        )
+    },
+    parse=parse,
+    hub_name="nyu-mll/glue",
+    labels=LABELS,
+    scales={"nano": classifiers()},
+)

@@ -1,0 +1,47 @@
+"""Regression: how good a made review is, as a number (reviews.py), a quarter of what its clauses sum up to.
+
+    prompt  the soup was not good , but the staff was very lovely .
+    target  1.75
+
+Real rows have `text` and `label`, a number.
+"""
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from gkd_lab.tasks import reviews
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import classifiers
+from gkd_lab.tasks.task import MadeSource, Row, Task, text_field
+
+MADE_VERSION = "scoring-made-1"
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row with `text` and `label`, a finite number."""
+    value = raw.get("label")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"field 'label' must be a number, got {value!r:.60}")
+    return Row(text_field(raw, "text"), repr(float(value)), (repr(float(value)),))
+
+
+def _pair(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw(random_numbers)
+    return review.text, repr(review.score / 4)
+
+
+TASK = Task(
+    name="scoring",
+    family="regression",
+    metrics=("pearson", "spearman"),
+    generators={
+        "made": MadeSource(
+            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
+        )
+    },
+    parse=parse,
+    hub_name="sentence-transformers/stsb",
+    scales={"nano": classifiers(objectives=[{"type": "squared_error"}])},
+)

@@ -1,0 +1,52 @@
+"""Token classification: the thing that is reviewed, and whether an opinion praises or blames (reviews.py).
+
+    prompt  the soup was not good .
+    target  O THING O O BLAME O
+
+Real rows have `tokens` and `tags`, lists of as many.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from gkd_lab.tasks import reviews
+from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.scales import classifiers
+from gkd_lab.tasks.task import MadeSource, Row, Task
+
+MADE_VERSION = "tagging-made-1"
+
+
+def parse(raw: Mapping[str, Any]) -> Row:
+    """A row with `tokens` and `tags`; tokens are joined by blanks, so they must have none."""
+    tokens, tags = raw.get("tokens"), raw.get("tags")
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
+        raise ValueError("fields 'tokens' and 'tags' must be lists of the same length, one entry at least")
+    if any(not isinstance(one, str) or len(one.split()) != 1 for one in tokens):
+        raise ValueError("field 'tokens': each must be one word, without blanks")
+    strange = [tag for tag in tags if tag not in reviews.TAGS]
+    if strange:
+        raise ValueError(f"field 'tags': {strange[0]!r} is no tag; valid: {', '.join(reviews.TAGS)}")
+    return Row(" ".join(tokens), " ".join(tags), (" ".join(tags),))
+
+
+def _pair(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw(random_numbers)
+    return review.text, " ".join(review.tags)
+
+
+TASK = Task(
+    name="tagging",
+    family="token-classification",
+    metrics=("tag_f1_macro", "tag_accuracy"),
+    generators={
+        "made": MadeSource(
+            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
+        )
+    },
+    parse=parse,
+    hub_name="eriktks/conll2003",
+    labels=reviews.TAGS,
+    scales={"nano": classifiers()},
+)
