@@ -77,6 +77,8 @@ def check_writer(objectives: Iterable[AnyObjective], source: Source) -> None:
     the student's own.
     """
     kinds = {type(one) for one in objectives if one.weight or one.final_weight}
+    if not kinds:
+        raise SpecError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
     if RewardObjective in kinds:
         check_sampling(source.lmbda, source.temperature)
         if source.lmbda < 1 and kinds == {RewardObjective}:

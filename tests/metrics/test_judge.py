@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gkd_lab.metrics import METRICS, Scorer, score
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 from gkd_lab.metrics.intervals import mean_interval
 from gkd_lab.metrics.judge import Prediction, judge, prediction_of
 
@@ -74,7 +75,9 @@ def test_a_prompt_that_lost_a_text_is_an_error() -> None:
 
 
 def test_one_scorer_for_many_cells_gives_what_each_gets_alone() -> None:
-    metrics = [metric for metric in METRICS if metric != "self_bleu"]
+    of_labels = ("label_accuracy", "f1_macro", "matthews")
+    others = ("self_bleu", *CLASSIFICATION_METRICS)
+    metrics = [*(metric for metric in METRICS if metric not in others), *of_labels]
     cells = [written(SOLUTIONS), written(SOLUTIONS[::-1]), written(["a running dog", "#### 5", "x", "x"])]
     scorer = Scorer()
     together = [judge(metrics, cell, scorer) for cell in cells]

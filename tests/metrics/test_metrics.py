@@ -9,6 +9,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from gkd_lab.metrics import METRICS, extract_answer, score, score_many
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 from gkd_lab.metrics import rouge as rouge_module
 
 PREDICTIONS = [
@@ -17,7 +18,7 @@ PREDICTIONS = [
     "running dogs",
     "",
 ]
-AGAINST_REFERENCES = [metric for metric in METRICS if metric != "self_bleu"]
+AGAINST_REFERENCES = [metric for metric in METRICS if metric not in ("self_bleu", *CLASSIFICATION_METRICS)]
 REFERENCES = [
     ["The cat is on the mat.", "A cat sat on a mat."],
     ["Der Zug fährt am Montag um halb fünf ab"],

@@ -48,10 +48,27 @@ def grid_of(folder: Path, task: str) -> GridOfCells:
     return tiny_grid(folder, task, task, grid=GRIDS[task], **SMALL)
 
 
-@pytest.mark.parametrize("task", GRIDS)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[GridOfCells, Path]:
+    folder = tmp_path_factory.mktemp("classification")
+    grid = grid_of(folder, "classification")
+    assert run(grid, options(folder / "outputs")).failed == []
+    return grid, folder / "outputs"
+
+
+@pytest.mark.parametrize("task", ["tagging", "scoring"])
 def test_a_grid_of_classifiers_is_trained_as_one_model_and_judged(tmp_path: Path, task: str) -> None:
     grid, outputs = grid_of(tmp_path, task), tmp_path / "outputs"
     assert run(grid, options(outputs)).failed == []
+    is_judged(grid, outputs)
+
+
+def test_classes_are_judged_too(finished: tuple[GridOfCells, Path]) -> None:
+    is_judged(*finished)
+
+
+def is_judged(grid: GridOfCells, outputs: Path) -> None:
+    """Every row of the table has every score with its ends; the cells were one model; scores can be redone."""
     rows = table_of(grid, outputs)
     assert [row["status"] for row in rows] == ["done"] * len(rows)
     metrics = grid.cells[0].evaluations[0].metrics
@@ -65,9 +82,8 @@ def test_a_grid_of_classifiers_is_trained_as_one_model_and_judged(tmp_path: Path
     assert part.scores() == before
 
 
-def test_predictions_have_the_probability_of_every_label(tmp_path: Path) -> None:
-    grid, outputs = grid_of(tmp_path, "classification"), tmp_path / "outputs"
-    run(grid, options(outputs))
+def test_predictions_have_the_probability_of_every_label(finished: tuple[GridOfCells, Path]) -> None:
+    grid, outputs = finished
     record = Store(outputs).of(grid.cells[0])
     part = record.evaluation(grid.cells[0].evaluations[0])
     lines = [json.loads(line) for line in (part.folder / "predictions.jsonl").read_text().splitlines()]
@@ -81,9 +97,8 @@ def test_predictions_have_the_probability_of_every_label(tmp_path: Path) -> None
         assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
 
 
-@pytest.mark.parametrize("task", ["classification", "scoring"])
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[GridOfCells, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = GKDTrainer.training_step
 
@@ -92,26 +107,21 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return step(trainer, *args, **more)
 
-    found = []
-    for name in ("straight", "cut"):
-        grid, outputs = grid_of(tmp_path / name, task), tmp_path / name / "outputs"
-        if name == "cut":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(GKDTrainer, "training_step", cut)
-                run(grid, options(outputs))
-        assert run(grid, options(outputs)).failed == []
-        found.append(contents(outputs))
-    assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2
-    assert found[0] == found[1]
-
-
-def test_two_classifiers_are_compared_by_each_metric(tmp_path: Path) -> None:
     grid, outputs = grid_of(tmp_path, "classification"), tmp_path / "outputs"
-    run(grid, options(outputs))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GKDTrainer, "training_step", cut)
+        run(grid, options(outputs))
+    assert run(grid, options(outputs)).failed == []
+    assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+    assert contents(outputs) == contents(finished[1])
+
+
+def test_two_classifiers_are_compared_by_each_metric(finished: tuple[GridOfCells, Path]) -> None:
+    grid, outputs = finished
     one, other = (Store(outputs).of(cell) for cell in grid.cells[:2])
     evaluation = grid.cells[0].evaluations[0]
     for metric in ("label_accuracy", "f1_macro", "matthews"):
         found = compare(one, other, metric=metric)
         values = [record.evaluation(evaluation).scores()[metric]["value"] for record in (one, other)]
-        assert [found.a.value, found.b.value] == pytest.approx(values)
+        assert [found.a.score, found.b.score] == pytest.approx(values)
         assert found.paired and found.n == 12

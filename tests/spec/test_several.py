@@ -81,6 +81,12 @@ def test_a_teacher_that_nothing_names_is_no_part_of_a_cell() -> None:
     assert one.training == cell(objectives=listed, source={"lmbda": 0}).training
 
 
+def test_weights_that_are_all_0_are_refused() -> None:
+    listed = [{"beta": 0.5, "weight": 0}, {"type": "cross_entropy", "weight": 0}]
+    message = refusal(objectives=listed, source={"lmbda": 0})
+    assert message.endswith("objectives: all weights are 0, so nothing would be learnt; give one a weight")
+
+
 def test_a_reserved_name_is_refused() -> None:
     listed = [{"beta": 0.5, "teacher": "start"}]
     message = refusal(objectives=listed, source={"lmbda": 0}, teachers={"start": SMALL})
