@@ -14,6 +14,7 @@ from gkd_lab.spec.packs import packs
 COUNTS = {
     "adversarial": 9,
     "baselines": 108,
+    "classification": 21,
     "cross_tokenizer": 12,
     "data_fraction": 48,
     "hidden_states": 18,
@@ -41,6 +42,8 @@ COUNTS = {
 METHODS_COLLAPSE = {"baselines", "instruction", "rl_tradeoff", "self_distillation"}
 """Their methods fix a divergence, or a weight, which the others cross."""
 COUNTED_BY_ROWS = {"data_fraction"}
+NANO_ONLY = {"classification"}
+"""Classifiers are made from scratch."""
 LARGER = {"self_distillation": {"teacher": "large", "student": "google/flan-t5-large"}}
 """What an experiment's description says to set there."""
 ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
@@ -206,7 +209,7 @@ def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tm
 
 
 @pytest.mark.parametrize("scale", ["smol", "paper"])
-@pytest.mark.parametrize("name", [name for name in COUNTS if name not in COUNTED_BY_ROWS])
+@pytest.mark.parametrize("name", [name for name in COUNTS if name not in COUNTED_BY_ROWS | NANO_ONLY])
 def test_every_experiment_has_as_many_cells_at_the_larger_scales(name: str, scale: Scale) -> None:
     changes = LARGER.get(name, {})
     assert experiments.outline(name, scale=scale, overrides=changes)[1] == COUNTS[name]

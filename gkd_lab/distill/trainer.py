@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from gkd_lab.distill import setup, trl_form
+from gkd_lab.distill.attentions import give_maps
 from gkd_lab.distill.averages import Averages
 from gkd_lab.distill.batches import Collator, FollowEpochs, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
@@ -55,7 +56,7 @@ from gkd_lab.distill.teaching import (
 from gkd_lab.distill.term_gradients import term_norms
 from gkd_lab.distill.text_teacher import TextTeacher
 from gkd_lab.models.attention import attention_in_float32
-from gkd_lab.models.forward import Sequences, evaluating
+from gkd_lab.models.forward import Sequences, evaluating, unwrapped
 from gkd_lab.models.heads import Head
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.sharding import place_student
@@ -76,6 +77,7 @@ class GKDTrainer(PackTrainer):
         args: Common to all cells.
         data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
         train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `Example`s.
+            Of a classifier: `text` (and `text_pair`), `tokens` or `input_ids`, and `label` or `labels`.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer of the student; None: the one in the model's folder.
         peft_config: Trains an adapter instead of the model.
@@ -278,6 +280,10 @@ class GKDTrainer(PackTrainer):
             model.dtype,
             partial(self.accelerator.reduce, reduction="mean"),
         )
+        if "attentions" in self._modules.asks:
+            for head in (self._student_head, self._teacher_head):
+                if head is not None:
+                    give_maps(unwrapped(head.model))
         if self._modules.learn and self.args.fp16:
             raise ValueError("a term of the loss learns, which fp16's scaled gradients do not fit: use bf16")
         if self._modules.learn:

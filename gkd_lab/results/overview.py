@@ -181,11 +181,12 @@ def _unread(grid: GridOfCells) -> list[str]:
     without = [cell for cell in grid.cells if cell.beta is None]
     stated = {task for task in {cell.task for cell in without} if "beta" in grid.experiment.stated(task)}
     count = sum("beta" in grid.axes or cell.task in stated for cell in without)
-    kinds = " and ".join(sorted({_SPOKEN[cell.divergence] for cell in without}, reverse=True))
+    kinds = " and ".join(sorted({_spoken(cell.divergence) for cell in without}, reverse=True))
     return [f"{kinds} reads no beta: {count} of {len(grid.cells)} cells"] if count else []
 
 
-_SPOKEN = {"tv": "total variation", "cross_entropy": "cross-entropy"}
+def _spoken(kind: str) -> str:
+    return {"tv": "total variation", "cross_entropy": "cross-entropy"}.get(kind, kind.replace("_", " "))
 
 
 _OF_AXIS = {

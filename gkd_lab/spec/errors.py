@@ -74,7 +74,7 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> SpecE
     if kind == "missing":
         return SpecError(f"{where}: {place} is missing")
     reason = _reason(kind, value, annotation) or deepest["msg"]
-    if isinstance(value, list) and kind != "too_short" and not place.startswith("grid"):
+    if isinstance(value, list) and kind not in ("too_short", "layer_map") and not place.startswith("grid"):
         reason += "; several values make an axis: write them under `grid`"
     return SpecError(f"{where}: {place}: {_shown(value)} is not valid: {reason}")
 

@@ -9,8 +9,8 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from gkd_lab.metrics import METRICS, extract_answer, score, score_many
-from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 from gkd_lab.metrics import rouge as rouge_module
+from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
 
 PREDICTIONS = [
     "The cat sat on the mat.",

@@ -68,7 +68,7 @@ def test_classes_are_judged_too(finished: tuple[GridOfCells, Path]) -> None:
 
 
 def is_judged(grid: GridOfCells, outputs: Path) -> None:
-    """Every row of the table has every score with its ends; the cells were one model; scores can be redone."""
+    """Every row of the table has every score with its ends; one pack; scores can be redone."""
     rows = table_of(grid, outputs)
     assert [row["status"] for row in rows] == ["done"] * len(rows)
     metrics = grid.cells[0].evaluations[0].metrics
