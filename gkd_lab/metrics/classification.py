@@ -17,7 +17,6 @@ Pairs = Sequence[tuple[str, str]]
 """(predicted, true) labels."""
 
 
-
 def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
     """Share of equal labels, 0 to 1. Both (N,), of any one type; ValueError: no labels, or unequal counts."""
     return _of_counts("accuracy", predictions, references)

@@ -60,9 +60,12 @@ def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     `NO_BETA` for total variation.
     """
     keys = ["role", "task", "lmbda", "beta", *axes_of(frame)]
+    rows = all_points(frame)
+    # Two teachers are not two seeds of one.
+    model = rows["cell"].where(rows["role"] != "cell", "") if "cell" in rows else rows["role"]
     found = [
-        {**dict(zip(keys, values, strict=True)), **_describe(group, metric)}
-        for values, group in all_points(frame).groupby(keys, dropna=False, sort=False)
+        {**dict(zip(keys, values[:-1], strict=True)), **_describe(group, metric)}
+        for values, group in rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
     ]
     return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n", "interval"])
 

@@ -140,3 +140,15 @@ def test_a_single_example_decides_nothing() -> None:
 def test_without_a_finished_pair_there_is_no_effect() -> None:
     assert lmbda_effect(_frame({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: None) is None
     assert lmbda_effect(_frame({(1, 0, 0): 1.0}), "accuracy", lambda c: None) is None
+
+
+def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    grid = made_grid()
+    fill(grid, store)
+    frame = table(grid, store)
+    teacher = frame[frame["role"] == "teacher"]
+    both = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])
+    described = summary(both, "accuracy")
+    assert sorted(described[described["role"] == "teacher"]["mean"]) == [10.0, 95.0]
+    assert list(described["n"]).count(2) == list(summary(frame, "accuracy")["n"]).count(2)

@@ -17,7 +17,8 @@ def by_hand(text: str) -> int:
     """The rule once more, from the text alone."""
     total = 0
     for but, factor, opinion in CLAUSE.findall(text):
-        value = reviews.OPINIONS.get(opinion, 0) * {"very": 2, "truly": 2, "not": -1, "hardly": -1}.get(factor, 1)
+        times = {"very": 2, "truly": 2, "not": -1, "hardly": -1}.get(factor, 1)
+        value = times * reviews.OPINIONS.get(opinion, 0)  # an aside gives none
         total += 2 * value if but else value
     return total
 
