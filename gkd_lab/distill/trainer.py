@@ -25,6 +25,7 @@ from gkd_lab.distill.chunked import CellSums
 from gkd_lab.distill.classification import classification_of
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
+from gkd_lab.distill.given_teachers import GivenTeachers
 from gkd_lab.distill.objectives import reads_texts, teachers_read
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
 from gkd_lab.distill.prompts import Prompts, PromptsOfRows
@@ -32,7 +33,7 @@ from gkd_lab.distill.rewards import Hooks, Ranks, Rewards
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, sampling_config
-from gkd_lab.distill.sources import TeacherSource, size_or_model
+from gkd_lab.distill.sources import TeacherSource
 from gkd_lab.distill.step_modules import StepModules, StepOwn
 from gkd_lab.distill.steps import (
     StepBatch,
@@ -48,7 +49,6 @@ from gkd_lab.distill.teaching import (
     LiveTeacher,
     Said,
     Teacher,
-    Teaching,
     check_routes,
     check_teachers,
     inside,
@@ -60,8 +60,7 @@ from gkd_lab.models.forward import Sequences, evaluating, unwrapped
 from gkd_lab.models.heads import Head
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.sharding import place_student
-from gkd_lab.models.teachers import load_student, load_teacher
-from gkd_lab.models.vocabulary import tokenizer_of, vocabulary_of
+from gkd_lab.models.teachers import load_student
 
 
 class GKDTrainer(PackTrainer):
@@ -128,32 +127,23 @@ class GKDTrainer(PackTrainer):
         args = setup.arguments(args, model)
         student = pack.model if pack is not None else _student(model, args)
         self._tokenizer = setup.tokenizer_for(processing_class, tokenizer, student, args)
-        source = teacher_model if isinstance(teacher_model, TeacherSource) else None
-        if source is not None:
-            source.check(student, cells or [CellArguments.of(args)], args)
-        teacher: Any = source or load_teacher(
-            teacher_model,
-            name_or_path=args.teacher_model_name_or_path,
-            init_kwargs=args.teacher_model_init_kwargs,
-            student=student,
-            dtype=args.teacher_dtype,
-            trust_remote_code=args.trust_remote_code,
-        )
-        copied = teacher_model in (None, model) and not args.teacher_model_name_or_path
-        of_teacher = source.tokenizer if source is not None else tokenizer_of(teacher)
-        known = teacher_processing_class or (self._tokenizer if copied else of_teacher)
-        more = [one.loaded(student, trust_remote_code=args.trust_remote_code) for one in more_teachers]
-        pairs = [(teacher, known)]
-        for one, read in zip(more_teachers, more, strict=True):
-            pairs.append((read, one.processing_class or tokenizer_of(read)))
-        self._classes = classification_of(student, pairs, self._tokenizer, args, unstated=unstated)
         cells = cells or [CellArguments.of(args)]
+        given = GivenTeachers.of(
+            teacher_model,
+            more_teachers,
+            student,
+            cells,
+            args,
+            tokenizer=teacher_processing_class,
+            of_student=self._tokenizer,
+            is_copy=teacher_model in (None, model) and not args.teacher_model_name_or_path,
+        )
+        self._classes = classification_of(
+            student, given.with_tokenizers(), self._tokenizer, args, unstated=unstated
+        )
         if self._classes is None:
             compared = teachers_read(cell.terms() for cell in cells) + [0] * args.seq_kd
-            self._vocabulary = min(
-                vocabulary_of(student, size_or_model(read), self._tokenizer, own, compared=number in compared)
-                for number, (read, own) in enumerate(pairs)
-            )
+            self._vocabulary = given.vocabulary(student, self._tokenizer, compared)
         else:
             self._vocabulary = len(self._classes.names)
         pack = pack if pack is not None else Pack.alone(setup.adapted(student, peft_config, args))
@@ -171,7 +161,7 @@ class GKDTrainer(PackTrainer):
             formatting_func=formatting_func,
         )
         pad_id = self._tokenizer.pad_token_id
-        prompts = self._prompts_of(cells, known, teacher, args, teacher_prompts)
+        prompts = self._prompts_of(cells, given, args, teacher_prompts)
         collator: Any = Collator(prompts or self._encode, pad_id, self._is_encoder_decoder)
         if self._classes is not None:
             cells = self._classes.cells(cells)
@@ -193,20 +183,18 @@ class GKDTrainer(PackTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._student_head = Head(self.pack.model)
-        live: Any = None if source else LiveTeacher(teacher, self.accelerator, parked=args.park_teacher)
+        self._teachers = given.placed(self.accelerator, parked=args.park_teacher)
         self.model = place_student(self.pack.model, self.accelerator)
+        live = self._teachers[0] if isinstance(self._teachers[0], LiveTeacher) else None
         self.teacher_model: Any = live and live.model
         self._teacher_head: Any = live and live.head
-        self._teachers: list[Teaching] = [source or live]
-        for one, model_of_it in zip(more_teachers, more, strict=True):
-            parked = args.park_teacher if one.parked is None else one.parked
-            self._teachers.append(LiveTeacher(model_of_it, self.accelerator, parked=parked))
         if self._classes is not None:
             self._classes.align(self._teachers)
         check_teachers(self._teachers, teachers_read(cell.terms() for cell in self.cells))
         self._start_step_modules()
         if prompts is not None:
-            reader = TextTeacher(self._teachers[0], known, self._tokenizer, ends.tolist(), prompts.known)
+            first_teacher, words = self._teachers[0], prompts.known
+            reader = TextTeacher(first_teacher, given.tokenizer, self._tokenizer, ends.tolist(), words)
             self._modules.read_texts_with(reader)
         self._rewards = Rewards(
             self.cells,
@@ -255,8 +243,7 @@ class GKDTrainer(PackTrainer):
     def _prompts_of(
         self,
         cells: Sequence[CellArguments],
-        tokenizer: Any,
-        teacher: Any,
+        given: GivenTeachers,
         args: GKDConfig,
         known: Prompts | None,
     ) -> PromptsOfRows | None:
@@ -267,7 +254,7 @@ class GKDTrainer(PackTrainer):
             raise ValueError(
                 "uld keeps the teacher's prompts where rows are collated: set dataloader_num_workers to 0"
             )
-        return PromptsOfRows(self._encode, tokenizer, teacher.config, known)
+        return PromptsOfRows(self._encode, given.tokenizer, given.first.config, known)
 
     def _start_step_modules(self) -> None:
         """What the loss's terms compute besides logits, and what of it learns."""
