@@ -74,7 +74,8 @@ class Bench:
 
     def _collated(self, rows: list[dict[str, Any]]) -> Sequences:
         batch = self.trainer.data_collator(rows)
-        return Sequences(*(batch[name].to(self.device) for name in Sequences.__dataclass_fields__))
+        fields = Sequences.__dataclass_fields__
+        return Sequences(**{name: batch[name].to(self.device) for name in fields if name in batch})
 
     def row(self, n: int) -> Sequences:
         """One row as a batch, as wide as the whole batch."""

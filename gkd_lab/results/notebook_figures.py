@@ -47,7 +47,8 @@ def bars(frame: pd.DataFrame, metric: str, by: str = "method") -> Figure:
     with styled():
         found = described_panels(frame, metric, without=(by,))
         rows = _in_order(pd.concat([cells for _, cells in found]), by)
-        figure, axes = lay_out(len(found), 4.2, 0.8 + 0.27 * len(rows), sharey=True)
+        width = max(4.2, 2.6 + 0.075 * max(map(len, rows)))
+        figure, axes = lay_out(len(found), width, 0.8 + 0.27 * len(rows), sharey=True)
         for (title, cells), place in zip(found, axes, strict=True):
             _draw_bars(place, cells, rows, title, metric, by)
         axes[0].invert_yaxis()

@@ -46,7 +46,7 @@ def one_step(folder: Path, *args: Any, **options: Any) -> GKDTrainer:
 def fixed_batch(made: GKDTrainer, rows: int = 4) -> Sequences:
     data: Any = made.train_dataset
     batch = made.data_collator([data[n] for n in range(rows)])
-    return Sequences(*(batch[name] for name in Sequences.__dataclass_fields__))
+    return Sequences(**{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch})
 
 
 def by_hand(made: GKDTrainer, batch: Sequences, **temperatures: float) -> tuple[Tensor, Tensor]:
