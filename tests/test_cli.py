@@ -82,8 +82,8 @@ def test_a_wrong_experiment_is_answered_by_one_message_and_2(
 
 
 WRONG_WORDS = {
-    "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'? valid: baselines,",
-    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: baselines,",
+    "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'? valid: adversarial,",
+    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: adversarial,",
     "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set =1": "--set '=1': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set lmbda={": "lmbda={: expected",

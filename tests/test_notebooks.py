@@ -39,7 +39,8 @@ def made_table(name: str, outputs: Path) -> pd.DataFrame:
     score = fixed.fillna(
         60 + 9 * frame["lmbda"] - frame["beta"].fillna(0.3) + 0.4 * frame["seed"].astype(float)
     )
-    metrics = frame["task"].map(lambda task: (*TASKS[task].metrics, "self_bleu"))
+    more = ("self_bleu", "rouge2") if name == "rl_tradeoff" else ("self_bleu",)
+    metrics = frame["task"].map(lambda task: (*TASKS[task].metrics, *more))
     for column in (one for one in frame if frame[one].isna().all() and one not in ("stands_for", "error")):
         metric, _, bound = column.rsplit("/", 1)[-1].partition(".")
         measured = metrics.map(lambda names, metric=metric: metric in names)

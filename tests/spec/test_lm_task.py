@@ -12,6 +12,8 @@ from gkd_lab.spec.lm_task import SHIPPED, lm_eval_version, lm_task, read_task_fi
 from gkd_lab.spec.settings import HarnessSettings
 from gkd_lab.tasks import TASKS
 
+WRITING = ("decoder-only", "encoder-decoder")
+
 TASK = """
 task: colours
 dataset_path: json
@@ -116,9 +118,10 @@ def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity(
     assert place.fingerprint == mmlu.fingerprint
 
 
-def test_every_task_of_ours_ships_as_a_task_file_with_its_metrics() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == set(TASKS)
-    for name, task in TASKS.items():
+def test_every_task_of_ours_that_writes_text_ships_as_a_task_file_with_its_metrics() -> None:
+    writing = {name: task for name, task in TASKS.items() if task.family in WRITING}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == set(writing)
+    for name, task in writing.items():
         text = (SHIPPED / f"{name}.yaml").read_text()
         config = yaml.safe_load(text.replace("!function ", ""))
         assert config["task"] == f"gkd_{name}"
