@@ -127,12 +127,11 @@ class GKDTrainer(PackTrainer):
         args = setup.arguments(args, model)
         student = pack.model if pack is not None else _student(model, args)
         self._tokenizer = setup.tokenizer_for(processing_class, tokenizer, student, args)
-        cells = cells or [CellArguments.of(args)]
         given = GivenTeachers.of(
             teacher_model,
             more_teachers,
             student,
-            cells,
+            cells or [CellArguments.of(args)],
             args,
             tokenizer=teacher_processing_class,
             of_student=self._tokenizer,
@@ -141,6 +140,8 @@ class GKDTrainer(PackTrainer):
         self._classes = classification_of(
             student, given.with_tokenizers(), self._tokenizer, args, unstated=unstated
         )
+        # Of a classifier the arguments that nobody stated are others from here on.
+        cells = cells or [CellArguments.of(args)]
         if self._classes is None:
             compared = teachers_read(cell.terms() for cell in cells) + [0] * args.seq_kd
             self._vocabulary = given.vocabulary(student, self._tokenizer, compared)

@@ -353,7 +353,7 @@ def test_a_trainer_with_kept_scores_has_no_teacher_s_model(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a teacher's model was loaded")
 
-    monkeypatch.setattr("gkd_lab.distill.trainer.load_teacher", never)
+    monkeypatch.setattr("gkd_lab.distill.given_teachers.load_teacher", never)
     found = trained(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0.0)], teacher)
     assert found.trainer.teacher_model is None
 
