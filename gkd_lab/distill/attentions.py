@@ -21,6 +21,9 @@ from gkd_lab.spec.layer_maps import UNIFORM, LayerMap, Pair, layer_map
 GIVES_MAPS = "eager"
 """transformers' only implementation of attention that hands its maps out."""
 
+HEADROOM = 2.0**16
+"""How far above the smallest normal number a probability has to be for its logarithm to have a gradient."""
+
 
 def score_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of the scores before the softmax, (N, h, T), (N, h, T) -> (N, h): TinyBERT's.
@@ -46,8 +49,13 @@ def divergence_of_maps(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _log(maps: Tensor, read: Tensor) -> Tensor:
-    """Logarithm where a key is read, 0 elsewhere, without a gradient there."""
-    return torch.where(read, maps, 1).log()
+    """Logarithm where a key is read, 0 elsewhere, without a gradient there.
+
+    Nor has a probability one that is so small that the logarithm's gradient, 1 / p, times what comes back to
+    it leaves the dtype's range (1e-33 in float32): infinity here is NaN behind the softmax.
+    """
+    finite = maps > torch.finfo(maps.dtype).tiny * HEADROOM
+    return torch.where(read, torch.where(finite, maps, maps.detach()), 1).log()
 
 
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": score_error, "kl": divergence_of_maps}

@@ -4,7 +4,7 @@ Shapes: M blocks of N tokens, n of them in a chunk, V vocabulary, H width, G tea
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -151,8 +151,3 @@ def project(
         for span in arithmetic.spans(head.weight):
             arithmetic.multiply(hidden, head.weight[:, span].mT, raw[..., span])
     return raw if head.bias is None else raw.add_(head.bias[:, None])
-
-
-def distinct(targets: Sequence[Target]) -> list[Target]:
-    """Each target once, in order of first appearance."""
-    return list(dict.fromkeys(targets))

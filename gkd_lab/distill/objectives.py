@@ -201,6 +201,12 @@ def teachers_read(all_terms: Iterable[Terms]) -> list[int]:
     return sorted({teacher for terms in all_terms for term in terms for teacher in term.teachers})
 
 
+def asked_for(all_terms: Iterable[Terms]) -> tuple[str, ...]:
+    """What passes record besides what heads read, in alphabetical order."""
+    measures = [term.measure for terms in all_terms for term in terms]
+    return tuple(sorted({ask for one in measures if isinstance(one, StepMeasure) for ask in one.asks}))
+
+
 def reads_texts(all_terms: Iterable[Terms]) -> bool:
     """Whether any of the terms lets the teacher read texts in its own tokens."""
     return any(isinstance(term.measure, Uld) for terms in all_terms for term in terms)

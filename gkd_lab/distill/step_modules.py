@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, TrainerCallback
 
 from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.objectives import names
+from gkd_lab.distill.objectives import asked_for, names
 from gkd_lab.distill.step_measures import Pass, Seen, StepMeasure, StepModule
 from gkd_lab.distill.steps import StepBatch, blocks
 from gkd_lab.distill.uld import TextReader, UldModule
@@ -70,7 +70,7 @@ class StepModules:
                 if isinstance(term.measure, StepMeasure):
                     module = term.measure.module(student, teacher, cell.seed).to(device, wide)
                     self._own[n, place] = _Own(called[place], module)
-        self.asks = tuple(sorted({ask for measure in self._measures() for ask in measure.asks}))
+        self.asks = asked_for(cell.terms() for cell in cells)
         self.reads_teacher = any(measure.reads_teacher for measure in self._measures())
 
     def _measures(self) -> list[StepMeasure]:

@@ -26,7 +26,7 @@ from gkd_lab.distill.classification import classification_of
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.given_teachers import GivenTeachers
-from gkd_lab.distill.objectives import reads_texts, teachers_read
+from gkd_lab.distill.objectives import asked_for, reads_texts, teachers_read
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
 from gkd_lab.distill.prompts import Prompts, PromptsOfRows
 from gkd_lab.distill.rewards import Hooks, Ranks, Rewards
@@ -260,6 +260,10 @@ class GKDTrainer(PackTrainer):
     def _start_step_modules(self) -> None:
         """What the loss's terms compute besides logits, and what of it learns."""
         model = self._student_head.model
+        if "attentions" in asked_for(cell.terms() for cell in self.cells):
+            for head in (self._student_head, self._teacher_head):
+                if head is not None:
+                    give_maps(unwrapped(head.model))
         self._modules = StepModules(
             self.cells,
             model.config,
@@ -268,10 +272,6 @@ class GKDTrainer(PackTrainer):
             model.dtype,
             partial(self.accelerator.reduce, reduction="mean"),
         )
-        if "attentions" in self._modules.asks:
-            for head in (self._student_head, self._teacher_head):
-                if head is not None:
-                    give_maps(unwrapped(head.model))
         if self._modules.learn and self.args.fp16:
             raise ValueError("a term of the loss learns, which fp16's scaled gradients do not fit: use bf16")
         if self._modules.learn:

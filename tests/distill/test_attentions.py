@@ -1,6 +1,7 @@
 """Matching of attention maps: values and gradients by plain formulas, and what gives no maps."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,3 +213,25 @@ def of_float32(family: Family, students: int) -> dict[str, Any]:
     for model in (*models, teacher):
         give_maps(model)
     return {"students": models, "teacher": teacher, "dtype": torch.float32, "max_steps": 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", (True, False))
+def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: bool, tmp_path: Path) -> None:
+    terms = parsed([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}], Divergence())
+    cells = [cell(tmp_path, str(n), objectives=terms) for n in range(2 if packed else 1)]
+    students = [tiny_model(family, 7, dtype=torch.float32) for _ in cells]
+    assert {model.config._attn_implementation for model in students} == {"sdpa"}
+    run = distil(tmp_path, family, cells, packed=packed, students=students, dtype=torch.float32)
+    assert all(row["loss/attentions"] > 0 for row in run.history[0])
+
+
+@pytest.mark.parametrize("loss", (score_error, divergence_of_maps))
+def test_a_probability_near_zero_counts_and_its_gradient_is_finite(loss: Callable[..., Tensor]) -> None:
+    scores = torch.tensor([[[0.0, -60.0, -80.0, -95.0]]], requires_grad=True)
+    uniform = torch.full((1, 1, 4), 0.25)
+    value = loss(scores.softmax(-1), uniform)
+    value.sum().backward()
+    exact = loss(scores.detach().double().softmax(-1), uniform.double())
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert scores.grad is not None and scores.grad.isfinite().all()
