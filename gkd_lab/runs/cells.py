@@ -143,10 +143,10 @@ def _more_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
     """Those besides the first, from number 1 on."""
     training = cell.training
     found = []
-    for model in training.teachers:
+    for number, model in enumerate(training.teachers, start=1):
         role: Role = "start" if model == training.start else "teacher"
         loaded = artifacts.load(artifacts.ensure(role, model, cell.scale, options), model)
-        found.append(Teacher(loaded.model, processing_class=loaded.tokenizer))
+        found.append(Teacher(loaded.model, *training.held(number), loaded.tokenizer))
     return found
 
 
@@ -338,6 +338,7 @@ def _arguments(cell: Cell, record: Record) -> CellArguments:
 def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDConfig:
     """Every argument of the trainer, stated; what differs between cells is in `CellArguments`."""
     training = cell.training
+    teacher_dtype, parked = training.held(0)
     return GKDConfig(
         **common_arguments(record.steps_folder, training.steps, options.checkpoint_every, options.log_every),
         **optimizer_arguments(training.optimizer),
@@ -349,4 +350,6 @@ def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDC
         disable_dropout=training.dropout == 0,
         seed=training.seed,
         bf16=training.precision == "bf16",
+        teacher_dtype=teacher_dtype,
+        park_teacher=parked,
     )

@@ -25,7 +25,7 @@ from gkd_lab.runs.options import RunOptions, device
 from gkd_lab.runs.rows import examples, rows, texts
 from gkd_lab.spec.cell import Evaluation, HarnessEvaluation, SftModel
 from gkd_lab.spec.errors import SpecError
-from gkd_lab.spec.grid import harness_evaluations
+from gkd_lab.spec.evaluations import harness_evaluations
 from gkd_lab.spec.lm_task import SHIPPED, Function, load_yaml
 from gkd_lab.spec.settings import HarnessSettings
 

@@ -229,6 +229,12 @@ class Training(Frozen):
     teachers: Annotated[tuple[SftModel, ...], Since(())] = Field(
         default=(), description="besides the first, numbered from 1, as divergences name them"
     )
+    teacher_dtypes: Annotated[tuple[ScoreType | None, ...], Since(())] = Field(
+        default=(), description="of each teacher's weights, by number; None, and (): as they were trained"
+    )
+    parked: Annotated[tuple[bool, ...], Place()] = Field(
+        default=(), description="which teachers, by number, are on the CPU between uses; (): none"
+    )
     objectives: tuple[AnyObjective, ...] = Field(min_length=1)
     source: Source
     teacher_scores: Annotated[TeacherScores | None, Since(None)] = Field(
@@ -256,6 +262,11 @@ class Training(Frozen):
         first: tuple[tuple[Role, SftModel], ...] = (("teacher", self.teacher), ("start", self.start))
         # One that is served is neither built nor judged here.
         return *(first if self.teacher.model.served is None else first[1:]), *more
+
+    def held(self, number: int) -> tuple[ScoreType | None, bool]:
+        """Type of a teacher's weights (None: as they were trained), and whether it is parked on the CPU."""
+        dtype = self.teacher_dtypes[number] if number < len(self.teacher_dtypes) else None
+        return dtype, self.parked[number] if number < len(self.parked) else False
 
     @property
     def data(self) -> DataSpec:

@@ -11,22 +11,18 @@ from gkd_lab.spec.cell import (
     AnyEvaluation,
     Cell,
     DataSpec,
-    Evaluation,
     Family,
-    HarnessEvaluation,
-    ModelSpec,
     OptimizerSpec,
     SftModel,
-    SftSpec,
     Source,
     TeacherText,
     Training,
 )
 from gkd_lab.spec.classes import check_classes
 from gkd_lab.spec.errors import SpecError, explain, unknown
+from gkd_lab.spec.evaluations import evaluations_asked
 from gkd_lab.spec.experiment import Experiment, Scale
 from gkd_lab.spec.identity import canonical
-from gkd_lab.spec.lm_task import lm_eval_version, lm_task
 from gkd_lab.spec.matching import check_matching
 from gkd_lab.spec.objectives import (
     AnyObjective,
@@ -38,20 +34,18 @@ from gkd_lab.spec.objectives import (
     RewardFields,
     RewardObjective,
 )
-from gkd_lab.spec.offline import check_served, kept, scores_of, served
+from gkd_lab.spec.offline import check_kept, check_served, kept, scores_of
+from gkd_lab.spec.reference_models import READ, check_schedule, held, optimizer_of, sft_model
 from gkd_lab.spec.rewarded import check_writer, resolved, terms_of
 from gkd_lab.spec.settings import (
-    AnyEvaluationSettings,
     DataSettings,
-    EvaluationSettings,
-    HarnessSettings,
     ModelSettings,
     Settings,
     evaluation_settings,
     merge,
 )
 from gkd_lab.spec.several import START, more_teachers, numbered
-from gkd_lab.spec.two_tokenizers import check_sizes, check_tokenizers, tokenizer_of
+from gkd_lab.spec.two_tokenizers import check_sizes, check_tokenizers
 
 
 class TaskDefaults(Protocol):
@@ -187,6 +181,7 @@ class _Resolver:
         check_matching(training)
         check_tokenizers(training)
         check_served(training)
+        check_kept(training)
         check_classes(training, shared.evaluations)
         return Cell(self.scale, training, shared.evaluations, point)
 
@@ -203,20 +198,20 @@ class _Resolver:
         )
         shared = _share(task, settings, defaults, self._evaluations(task, defaults, settings), self)
         rates = {name: value for name, value in reverse_kl.items() if name not in stated}
-        return replace(shared, of_reverse_kl=_optimizer(settings.model_copy(update=rates)))
+        return replace(shared, of_reverse_kl=optimizer_of(settings.model_copy(update=rates)))
 
     def sft_model(
         self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
     ) -> SftModel:
         """The teacher or the student that some settings ask for; the same ones give the same one."""
-        key = (task.name, role, getattr(settings, role), *_read(settings, _MODEL_FIELDS))
+        key = (task.name, role, getattr(settings, role), *_read(settings, READ))
         if key not in self.known:
             data = _in_form(self.revisions.data(task.name, settings.data or DataSettings()), settings.data)
             models = {n: ModelSettings.model_validate(m) for n, m in defaults["models"].items()}
             recipe = Settings.model_validate(_settings_of(defaults))
             family = defaults.get("family", task.family)
-            self.known[key] = _sft_model(
-                task.name, family, role, settings, recipe, models, data, self.revisions
+            self.known[key] = sft_model(
+                task.name, family, role, settings, recipe, models, data, self.revisions.model
             )
         return self.known[key]
 
@@ -244,7 +239,7 @@ class _Resolver:
             limit = settings.max_output_tokens
             assert limit is not None, "every scale states max_output_tokens"
             rows = settings.data or DataSettings()
-            found = (e for asked in stated for e in _evaluations(asked, task.metrics, limit, rows))
+            found = (e for asked in stated for e in evaluations_asked(asked, task.metrics, limit, rows))
             self.known[key] = tuple(dict.fromkeys(found))
         return self.known[key]
 
@@ -285,6 +280,7 @@ def _share(
     resolver: _Resolver,
 ) -> _Shared:
     start = resolver.sft_model(task, "student", settings, defaults)
+    more = more_teachers(settings.objectives or (), settings.teachers or {})
     training = {
         "task": task.name,
         "teacher": resolver.sft_model(task, "teacher", settings, defaults),
@@ -292,10 +288,11 @@ def _share(
             start
             if name == START
             else resolver.sft_model(task, "teacher", settings.model_copy(update={"teacher": asked}), defaults)
-            for name, asked in more_teachers(settings.objectives or (), settings.teachers or {}).items()
+            for name, asked in more.items()
         ),
+        **held((settings.teacher, *more.values())),
         "start": start,
-        "optimizer": _optimizer(settings),
+        "optimizer": optimizer_of(settings),
         "train_rows": _fewer(settings.train_rows, settings.data),
         "teacher_scores": kept(settings.teacher_scores),
         **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
@@ -359,17 +356,8 @@ def _stretched(
 
 def _check(settings: Settings) -> None:
     """What can be said but not be done."""
-    _check_schedule(_optimizer(settings), settings.steps or 0, "")
+    check_schedule(optimizer_of(settings), settings.steps or 0, "")
     check_sizes(settings)
-
-
-def _check_schedule(optimizer: OptimizerSpec, steps: int, where: str) -> None:
-    needed = optimizer.warmup_steps + optimizer.cooldown_steps
-    if needed > steps:
-        raise SpecError(
-            f"{where}warmup_steps {optimizer.warmup_steps} and cooldown_steps {optimizer.cooldown_steps} "
-            f"do not fit into {steps} steps"
-        )
 
 
 def _read(settings: Settings, names: Iterable[str]) -> list[Any]:
@@ -445,172 +433,3 @@ def _reward(stated: str | RewardFields | None, revisions: Revisions) -> RewardOb
         return None
     fields = {"name": stated} if isinstance(stated, str) else stated.model_dump()
     return resolved(Rewarded(**fields), revisions.model)
-
-
-def _optimizer(settings: Settings) -> OptimizerSpec:
-    return OptimizerSpec(
-        name=settings.optimizer,  # type: ignore[arg-type]  # a None is refused by the model
-        **{name: getattr(settings, name) for name in _OPTIMIZER_FIELDS},
-    )
-
-
-_OPTIMIZER_FIELDS = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "cooldown_steps",
-)
-_MODEL_FIELDS = (
-    "data",
-    "tokenizer",
-    "teacher_tokenizer",
-    "max_input_tokens",
-    "max_output_tokens",
-    "precision",
-)
-"""What a teacher or a starting student takes from the settings besides its own description."""
-
-
-def _sft_model(
-    task: str,
-    family: Family,
-    role: str,
-    settings: Settings,
-    recipe: Settings,
-    models: Mapping[str, ModelSettings],
-    data: DataSpec,
-    revisions: Revisions,
-) -> SftModel:
-    """`recipe` are the scale's own settings: what an experiment changes of the distillation leaves the
-    models that it starts from as they are.
-    """
-    asked = getattr(settings, role)
-    if isinstance(asked, str) and asked in models:
-        name, model = asked, models[asked]
-    elif isinstance(asked, str):
-        if not ("/" in asked or asked.startswith((".", "~", "pypi:"))):
-            raise unknown(role, asked, models)
-        name, model = asked.rstrip("/").rsplit("/", 1)[-1], ModelSettings(pretrained=asked)
-    else:
-        name, model = "custom", asked
-    return SftModel(
-        task=task,
-        family=family,
-        data=data,
-        tokenizer=tokenizer_of(role, settings),
-        model=_model(role, name, model, revisions),
-        sft=_sft(model, recipe),
-        dropout=recipe.dropout,  # type: ignore[arg-type]
-        max_input_tokens=settings.max_input_tokens,  # type: ignore[arg-type]
-        max_output_tokens=settings.max_output_tokens,  # type: ignore[arg-type]
-        precision="fp32" if settings.precision == "bf16" else settings.precision,  # type: ignore[arg-type]
-    )
-
-
-def _model(role: str, name: str, model: ModelSettings, revisions: Revisions) -> ModelSpec:
-    if model.server is not None:
-        return served(role, model, revisions.model)
-    if model.pretrained is not None:
-        hub, path, revision = revisions.model(model.pretrained)
-        return ModelSpec(
-            name=name, pretrained=hub, path=path, revision=revision, keep_layers=model.keep_layers
-        )
-    if model.keep_layers is not None:
-        raise SpecError(f"model {name!r}: keep_layers is for a model that is loaded: give `pretrained`")
-    architecture = model.architecture()
-    if architecture is None:
-        raise SpecError(
-            f"model {name!r}: give layers, width and heads to make one, or `pretrained` to load one"
-        )
-    if architecture.width % architecture.heads:
-        raise SpecError(
-            f"model {name!r}: width {architecture.width} is not a multiple of heads {architecture.heads}"
-        )
-    return ModelSpec(name=name, architecture=architecture, init_seed=model.init_seed or 0)
-
-
-def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
-    """The model's own recipe; what it leaves out is the scale's default for the distillation."""
-    sft = model.sft
-    if sft is None or not sft.steps:
-        return None
-    optimizer = _optimizer(settings)
-    stated = sft.model_dump(exclude_none=True)
-    share = sft.steps / (settings.steps or sft.steps)
-    kept = {name: int(getattr(optimizer, name) * share) for name in ("warmup_steps", "cooldown_steps")}
-    changes = {name: stated[name] for name in _OPTIMIZER_FIELDS if name in stated}
-    name = stated.get("optimizer", optimizer.name)
-    own = OptimizerSpec(**{**optimizer.model_dump(), **kept, **changes, "name": name})
-    _check_schedule(own, sft.steps, "sft: ")
-    return SftSpec(
-        steps=sft.steps,
-        batch_size=sft.batch_size or settings.batch_size,  # type: ignore[arg-type]
-        seed=sft.seed or 0,
-        optimizer=own,
-    )
-
-
-def _evaluations(
-    asked: AnyEvaluationSettings, metrics: tuple[str, ...], limit: int, rows: DataSettings
-) -> Iterator[AnyEvaluation]:
-    """What a section asks for: one way of decoding, or each task of lm-eval."""
-    if isinstance(asked, HarnessSettings):
-        yield from harness_evaluations(asked)
-    else:
-        yield _evaluation(asked, metrics, limit, getattr(rows, asked.split))
-
-
-def harness_evaluations(asked: HarnessSettings, *, trusted: bool = False) -> Iterator[HarnessEvaluation]:
-    """An evaluation for each task of lm-eval; `trusted` task files may run code. Raises SpecError."""
-    for name in dict.fromkeys(asked.lm_eval):
-        task = lm_task(name, trusted=trusted)
-        yield HarnessEvaluation(
-            lm_eval=lm_eval_version(),
-            task=task.name,
-            content=task.content,
-            path=task.path,
-            limit=asked.limit,
-            num_fewshot=asked.num_fewshot,
-            metric=asked.metric,
-        )
-
-
-def _evaluation(
-    asked: EvaluationSettings, metrics: tuple[str, ...], limit: int, rows: int | None
-) -> Evaluation:
-    _check_evaluation(asked, asked.metrics or metrics)
-    counts = [count for count in (asked.examples, rows) if count is not None]
-    sampled, beamed = asked.decoding == "sample", asked.decoding == "beam"
-    return Evaluation(
-        decoding=asked.decoding,
-        temperature=(asked.temperature or 1.0) if sampled else None,
-        num_beams=(asked.num_beams or 4) if beamed else None,
-        length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty) if beamed else None,
-        split=asked.split,
-        examples=min(counts, default=None),
-        max_output_tokens=asked.max_output_tokens or limit,
-        seed=asked.seed if sampled else None,
-        samples=asked.samples if (asked.samples or 1) > 1 else None,
-        calculator=asked.calculator,
-        metrics=asked.metrics or metrics,
-    )
-
-
-def _check_evaluation(asked: EvaluationSettings, metrics: tuple[str, ...]) -> None:
-    samples = asked.samples or 1
-    if samples > 1 and asked.decoding != "sample":
-        raise SpecError(
-            f"evaluations: samples: {samples} texts of a {asked.decoding} search would be one text "
-            f"{samples} times; set `decoding: sample`, or leave `samples` out"
-        )
-    if "self_bleu" in metrics and samples == 1:
-        raise SpecError(
-            "evaluations: self_bleu compares several texts of one prompt; "
-            "set `decoding: sample` and `samples: 8`, say"
-        )
-    if asked.calculator and asked.decoding == "beam":
-        raise SpecError(
-            "evaluations: calculator: tokens of beams cannot be chosen for them; "
-            "set `decoding: greedy` or `sample`, or leave `calculator` out"
-        )

@@ -13,7 +13,7 @@ _OF_DISTRIBUTIONS = (Objective, CrossEntropyObjective, RewardObjective)
 _OF_SERVED = {"server", "model", "top_k", "tokenizer", "patience"}
 
 
-class _Finds(Protocol):
+class Finds(Protocol):
     def __call__(self, name: str, /) -> tuple[str | None, str | None, str | None]: ...
 
 
@@ -49,7 +49,17 @@ def _check_distributions_alone(objectives: Iterable[AnyObjective], what: str, wa
             )
 
 
-def served(role: str, model: ModelSettings, find: _Finds) -> ModelSpec:
+def check_kept(training: Training) -> None:
+    """Raises SpecError for weights that are to be held in some way while kept scores stand for them."""
+    if training.teacher_scores is not None and any(training.held(0)):
+        name = "dtype" if training.held(0)[0] else "parked"
+        raise SpecError(
+            f"teacher.{name}: the teacher is not there while cells train on scores that it gave before: "
+            f"leave {name} out, or teacher_scores (`live`)"
+        )
+
+
+def served(role: str, model: ModelSettings, find: Finds) -> ModelSpec:
     """A teacher behind a server, known by its name there and by how much of its distributions is read.
 
     find: name or folder of a tokenizer -> (hub name or None, folder or None, revision).

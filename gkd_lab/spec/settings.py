@@ -24,6 +24,7 @@ from gkd_lab.spec.cell import (
     LossNormalization,
     OptimizerName,
     Precision,
+    ScoreType,
     Source,
     Split,
     TeacherScores,
@@ -98,6 +99,15 @@ class ModelSettings(Section):
     )
     init_seed: int | None = None
     sft: SftSettings | None = None
+    size: str | None = Field(
+        default=None, description="a model of the scale by name, of which the other fields change a part"
+    )
+    dtype: ScoreType | None = Field(
+        default=None, description="of a teacher: its weights' while it teaches; default: as `precision` says"
+    )
+    parked: bool | None = Field(
+        default=None, description="of a teacher: on the CPU between its uses; default false"
+    )
     server: str | None = Field(
         default=None,
         description="of a teacher: an OpenAI-compatible address that gives prompt log-probabilities as vLLM "

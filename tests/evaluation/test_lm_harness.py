@@ -26,7 +26,7 @@ from gkd_lab.runs.quiet import quieten
 from gkd_lab.runs.run import run
 from gkd_lab.spec.cell import TokenizerSpec
 from gkd_lab.spec.errors import SpecError
-from gkd_lab.spec.grid import harness_evaluations
+from gkd_lab.spec.evaluations import harness_evaluations
 from gkd_lab.spec.settings import HarnessSettings
 from gkd_lab.tasks import TASKS
 

@@ -133,3 +133,26 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     before = contents(outputs)
     assert run(grid, options(outputs)).failed == []
     assert contents(outputs) == before
+
+
+def test_teachers_are_held_as_the_experiment_says(tmp_path: Path) -> None:
+    losses = {}
+    for name, held in (("plain", {}), ("lowered", {"dtype": "bfloat16"}), ("parked", {"parked": True})):
+        grid = tiny_grid(
+            tmp_path,
+            "arithmetic",
+            name,
+            grid={"seed": [0]},
+            objectives=MIXTURE,
+            teachers={"small": {**SMALL, **held}},
+            **GREEDY,
+        )
+        # One cell with `plain`, so that it runs in a folder of its own.
+        outputs = tmp_path / ("parked" if name == "parked" else "outputs")
+        assert run(grid, options(outputs)).failed == []
+        losses[name] = [row["loss"] for row in Store(outputs).of(grid.cells[0]).history()]
+    assert losses["parked"] == losses["plain"]
+    assert losses["lowered"] != losses["plain"]
+    assert losses["lowered"] == pytest.approx(losses["plain"], rel=0.02)
+    # What is held otherwise is the same teacher.
+    assert len(list((tmp_path / "outputs").glob("nano/*/teacher-*"))) == 2

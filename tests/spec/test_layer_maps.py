@@ -1,6 +1,8 @@
 """Which layers are matched: rules and lists, and what is wrong with those that no model can follow."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +145,29 @@ def test_of_a_checkpoint_only_what_is_stated_is_known() -> None:
     kept = {"teacher": {"pretrained": "org/large", "keep_layers": [0, 5, 9]}}
     cell(**kept, **objectives(layers=[[1, 3]]))
     assert "layer 4 of the teacher" in refusal(**kept, **objectives(layers=[[1, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("task", "stack", "config"),
+    [
+        ("sums", "decoder", {"num_hidden_layers": 6}),
+        ("sums", "decoder", {"n_layer": 6}),  # GPT-2
+        ("words", "decoder", {"num_layers": 4, "num_decoder_layers": 6}),  # T5
+        ("words", "encoder", {"num_layers": 6, "num_decoder_layers": 4}),
+        ("words", "encoder", {"num_hidden_layers": 4, "encoder_layers": 6}),  # BART
+    ],
+)
+def test_what_a_folder_says_of_its_depth_is_known(
+    task: str, stack: str, config: dict[str, int], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked: dict[str, Any] = {"task": task, "teacher": {"pretrained": str(tmp_path)}}
+    cell(**asked, **objectives(stack=stack, layers=[[1, 6]]))
+    said = refusal(**asked, **objectives(stack=stack, layers=[[1, 7]]))
+    assert "layer 7 of the teacher, in the pair [1, 7]: it has the layers 0 to 6" in said
+
+
+@pytest.mark.parametrize("text", ("", "[1]", '{"layers": "many"}'))
+def test_a_configuration_that_says_nothing_of_it_is_left_to_the_loading(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    cell(teacher={"pretrained": str(tmp_path)}, **objectives(layers=[[1, 40]]))

@@ -7,7 +7,7 @@ import yaml
 
 from gkd_lab.spec.cell import HarnessEvaluation
 from gkd_lab.spec.errors import SpecError
-from gkd_lab.spec.grid import harness_evaluations
+from gkd_lab.spec.evaluations import harness_evaluations
 from gkd_lab.spec.lm_task import SHIPPED, lm_eval_version, lm_task, read_task_file
 from gkd_lab.spec.settings import HarnessSettings
 from gkd_lab.tasks import TASKS

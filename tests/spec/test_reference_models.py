@@ -1,0 +1,68 @@
+"""Teachers and students by a name of the scale, by fields, by both; how a teacher's weights are held."""
+
+from typing import Any
+
+import pytest
+
+from .stub import cell, refusal
+
+MORE = {"objectives": [{"beta": 0.5, "teacher": ["teacher", "other"]}], "source": {"lmbda": 0}}
+
+
+def test_a_size_is_a_model_of_the_scale() -> None:
+    assert cell(student={"size": "large"}).training == cell(student="large").training
+
+
+def test_fields_beside_a_size_replace_its_own() -> None:
+    changed = cell(student={"size": "large", "layers": 3, "sft": {"steps": 7}}).training.start
+    large = cell(student="large").training.start
+    assert changed.model.architecture is not None and large.model.architecture is not None
+    assert changed.model.architecture.layers == 3
+    assert changed.model.architecture.width == large.model.architecture.width
+    assert changed.sft is not None and large.sft is not None
+    assert (changed.sft.steps, changed.sft.batch_size) == (7, large.sft.batch_size)
+    assert changed.model.name == "custom"
+
+
+def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
+    plain = cell(teacher="large").training
+    lowered = cell(teacher={"size": "large", "dtype": "bfloat16"}).training
+    assert lowered.teacher == plain.teacher
+    assert lowered.teacher.model.name == "large"
+    assert lowered.fingerprint != plain.fingerprint
+    assert lowered.held(0) == ("bfloat16", False)
+
+
+def test_where_a_teacher_is_kept_is_no_part_of_a_cell() -> None:
+    plain, parked = (cell(teacher=asked).training for asked in ("large", {"size": "large", "parked": True}))
+    assert parked.fingerprint == plain.fingerprint
+    assert (plain.held(0), parked.held(0)) == ((None, False), (None, True))
+
+
+def test_each_teacher_is_held_in_its_own_way() -> None:
+    one = cell(teachers={"other": {"size": "small", "dtype": "float16", "parked": True}}, **MORE).training
+    assert (one.held(0), one.held(1)) == ((None, False), ("float16", True))
+    assert cell(teachers={"other": "small"}, **MORE).training.teachers == one.teachers
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student": {"size": "smal"}}, "unknown student.size 'smal'; did you mean 'small'"),
+        (
+            {"student": {"size": "small", "parked": True}},
+            "student.parked: says how a teacher's weights are held",
+        ),
+        ({"teacher": {"dtype": "half"}}, "teacher.dtype: 'half' is not valid: valid: float16, bfloat16"),
+        (
+            {"teacher": {"size": "large", "dtype": "float16"}, "lmbda": 0, "teacher_scores": "full"},
+            "teacher.dtype: the teacher is not there while cells train on scores",
+        ),
+        (
+            {"teacher": {"server": "http://127.0.0.1:1/v1", "model": "m", "top_k": 4, "parked": True}},
+            "teacher.parked: a teacher behind a server is as it is served",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(fields: dict[str, Any], message: str) -> None:
+    assert message in refusal(**fields)
