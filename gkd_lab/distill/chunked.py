@@ -278,6 +278,10 @@ class _Readers:
 
     def __init__(self, call: _Call, vocabulary: int, wide: torch.dtype) -> None:
         self.call, self.vocabulary = call, vocabulary
+        self.targets = [
+            [term.target for _, term in call.of_logits(cell) if isinstance(term.measure, OfTeacher)]
+            for cell in range(len(call.objectives))
+        ]
         together = (1 + max(1, len(call.guides))) * vocabulary * wide.itemsize
         self.size = max(CHUNK_BYTES // together, 1)
         longest = min(self.size, call.weights.shape[1])
@@ -295,12 +299,7 @@ class _Readers:
             return made[number]
 
         routes = None if self.call.routes is None else self.call.routes[block, rows]
-        targets = {
-            term.target: None
-            for cell in cells
-            for _, term in self.call.of_logits(cell)
-            if isinstance(term.measure, OfTeacher)
-        }
+        targets = dict.fromkeys(target for cell in cells for target in self.targets[cell])
         return {target: target.logits(of_teacher, routes) for target in targets}
 
 

@@ -5,6 +5,7 @@ comparison is a weighted sum of scores that the claim says is above 0.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(ABC):
     """`where` limits the places; quality is meant unless a measure is named."""
 
     where: Wanted
@@ -69,13 +70,13 @@ class Check:
         """Whether the check speaks of a place."""
         return fits(place, {"measure": "quality", **self.where})
 
+    @abstractmethod
     def free(self) -> set[str]:
         """Fields that differ inside a column."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, places: Sequence[Place]) -> Found:
         """The comparisons of one column."""
-        raise NotImplementedError
 
 
 START = Cells("the SFT student", {"role": "start"})

@@ -12,9 +12,9 @@ from typing import Any
 
 from gkd_lab.spec.errors import nearest
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.made import drawn
 from gkd_lab.tasks.scales import classifiers
-from gkd_lab.tasks.task import MadeSource, Row, Task, text_field
+from gkd_lab.tasks.task import Row, Task, text_field
 
 MADE_VERSION = "classification-made-1"
 LABELS = ("negative", "mixed", "positive")
@@ -37,13 +37,8 @@ TASK = Task(
     name="classification",
     family="sequence-classification",
     metrics=("label_accuracy", "f1_macro", "matthews"),
-    generators={
-        "made": MadeSource(
-            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
-        )
-    },
+    generators={"made": drawn(_pair, MADE_VERSION)},
     parse=parse,
-    hub_name="nyu-mll/glue",
     labels=LABELS,
     scales={"nano": classifiers()},
 )

@@ -155,7 +155,7 @@ def _place(counts: Mapping[Split, int], split: Split, place: str) -> tuple[Split
 
 
 def _no_name(task: Task) -> NoReturn:
-    raise ValueError("data of the hub needs a name, such as " + task.hub_name)
+    raise ValueError("data of the hub needs a name" + (f", such as {task.hub_name}" if task.hub_name else ""))
 
 
 def _hub_rows(

@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 
-from gkd_lab.tasks.task import Row, Split
+from gkd_lab.tasks.task import MadeSource, Row, Split
 
 _SPLIT_OF_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight are train
 _DRAWS_WITHOUT_A_NEW_ROW = 10_000
@@ -19,15 +19,24 @@ def split_of(prompt: str) -> Split:
     return _SPLIT_OF_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
 
 
+Draw = Callable[[random.Random], tuple[str, str]]
+"""Makes one (prompt, target) pair from a generator."""
+
+
+def drawn(draw: Draw, version: str) -> MadeSource:
+    """An endless source of distinct rows."""
+    return MadeSource(lambda seed, split, _: draw_rows(draw, version, seed, split), lambda _: version)
+
+
 def draw_rows(
-    draw: Callable[[random.Random], tuple[str, str]],
+    draw: Draw,
     source: str,
     seed: int,
     split: Split,
     *,
     shared: bool = True,
 ) -> Iterator[Row]:
-    """Endless distinct rows of `split`; `draw` makes one (prompt, target) pair from a generator.
+    """Endless distinct rows of `split`.
 
     `source` names the generator and its version: it keys the random stream with seed and split. Not
     `shared`: what is drawn for this split is never drawn for another, so every prompt is kept.

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.made import drawn
 from gkd_lab.tasks.scales import classifiers
-from gkd_lab.tasks.task import MadeSource, Row, Task, text_field
+from gkd_lab.tasks.task import Row, Task, text_field
 
 MADE_VERSION = "scoring-made-1"
 
@@ -36,12 +36,7 @@ TASK = Task(
     name="scoring",
     family="regression",
     metrics=("pearson", "spearman"),
-    generators={
-        "made": MadeSource(
-            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
-        )
-    },
+    generators={"made": drawn(_pair, MADE_VERSION)},
     parse=parse,
-    hub_name="sentence-transformers/stsb",
     scales={"nano": classifiers(objectives=[{"type": "squared_error"}])},
 )

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made import draw_rows
+from gkd_lab.tasks.made import drawn
 from gkd_lab.tasks.scales import classifiers
-from gkd_lab.tasks.task import MadeSource, Row, Task
+from gkd_lab.tasks.task import Row, Task
 
 MADE_VERSION = "tagging-made-1"
 
@@ -40,13 +40,8 @@ TASK = Task(
     name="tagging",
     family="token-classification",
     metrics=("tag_f1_macro", "tag_accuracy"),
-    generators={
-        "made": MadeSource(
-            lambda seed, split, _: draw_rows(_pair, MADE_VERSION, seed, split), lambda _: MADE_VERSION
-        )
-    },
+    generators={"made": drawn(_pair, MADE_VERSION)},
     parse=parse,
-    hub_name="eriktks/conll2003",
     labels=reviews.TAGS,
     scales={"nano": classifiers()},
 )

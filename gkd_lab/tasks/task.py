@@ -51,7 +51,7 @@ class Task:
     metrics: tuple[str, ...]  # the headline metric first
     generators: Mapping[str, MadeSource]
     parse: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
-    hub_name: str  # the data the paper used
+    hub_name: str | None = None  # the data the paper used
     parse_marked: Callable[[Mapping[str, Any]], Row] | None = None  # keeps calculator marks, where there are
     labels: tuple[str, ...] = ()  # what a classifier chooses from, in the order of its outputs
     exemplars: tuple[Mapping[str, Any], ...] = ()  # worked examples for few-shot prompts, as raw rows

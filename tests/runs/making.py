@@ -1,13 +1,16 @@
 """Tiny experiments that run in seconds, and what a finished outputs folder holds."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from rich.console import Console
 
-from gkd_lab import experiments
+from gkd_lab import GKDTrainer, experiments
 from gkd_lab.records import Store
 from gkd_lab.results.table import encode, table
 from gkd_lab.runs.options import RunOptions
@@ -48,6 +51,21 @@ def options(outputs: Path, reporter: Reporter | None = None, **changes: Any) -> 
     """Checkpoints and log lines every two steps; silent."""
     quiet = Reporter(Console(quiet=True))
     return RunOptions(outputs, checkpoint_every=2, log_every=2, reporter=reporter or quiet, **changes)
+
+
+@contextmanager
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The training that is run within is broken off by Ctrl-C before this step."""
+    whole = GKDTrainer.training_step
+
+    def broken(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
+        if trainer.state.global_step == step:
+            raise KeyboardInterrupt
+        return whole(trainer, *args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GKDTrainer, "training_step", broken)
+        yield
 
 
 def contents(outputs: Path) -> dict[str, bytes]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.records import Store
 from gkd_lab.records.rejudging import rejudge
 from gkd_lab.results.comparing import compare
@@ -16,7 +15,7 @@ from gkd_lab.runs.quiet import quieten
 from gkd_lab.runs.run import run
 from gkd_lab.spec import GridOfCells
 
-from .making import contents, options, table_of, tiny_grid
+from .making import contents, interrupted_at, options, table_of, tiny_grid
 
 SMALL: dict[str, Any] = {
     "data": {"train": 40, "validation": 8, "test": 12},
@@ -100,16 +99,8 @@ def test_predictions_have_the_probability_of_every_label(finished: tuple[GridOfC
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
     finished: tuple[GridOfCells, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = GKDTrainer.training_step
-
-    def cut(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **more)
-
     grid, outputs = grid_of(tmp_path, "classification"), tmp_path / "outputs"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GKDTrainer, "training_step", cut)
+    with interrupted_at(3, monkeypatch):
         run(grid, options(outputs))
     assert run(grid, options(outputs)).failed == []
     assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from gkd_lab import experiments
-from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import load_tokenizer
 from gkd_lab.records import Store
 from gkd_lab.runs.quiet import quieten
@@ -16,7 +15,7 @@ from gkd_lab.runs.teacher_text import FILE
 from gkd_lab.runs.two_tokenizers import in_own_tokens, teacher_prompts
 from gkd_lab.spec import SpecError
 
-from .making import contents, options, table_of, tiny_grid
+from .making import contents, interrupted_at, options, table_of, tiny_grid
 
 PIECES = {"kind": "bpe", "vocab_size": 300}
 ULD = [{"type": "cross_entropy"}, {"type": "uld", "weight": 2}]
@@ -44,20 +43,12 @@ def test_cells_learn_from_a_teacher_of_other_tokens(task: str, tmp_path: Path) -
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = GKDTrainer.training_step
-
-    def cut(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **more)
-
     found = []
     for name in ("straight", "cut"):
         grid = tiny_grid(tmp_path / name, "arithmetic", grid={"lmbda": [0, 1]}, objectives=ULD, **PAIR)
         outputs = tmp_path / name / "outputs"
         if name == "cut":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(GKDTrainer, "training_step", cut)
+            with interrupted_at(3, monkeypatch):
                 run(grid, options(outputs))
         assert run(grid, options(outputs)).failed == []
         found.append(contents(outputs))

@@ -10,14 +10,13 @@ import torch
 
 from gkd_lab import experiments
 from gkd_lab.distill.averages import Averages
-from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.records import Store
 from gkd_lab.runs.quiet import quieten
 from gkd_lab.runs.run import run
 from gkd_lab.runs.saving import _go_on, _window
 from gkd_lab.spec import SpecError
 
-from .making import contents, options, table_of, tiny_grid
+from .making import contents, interrupted_at, options, table_of, tiny_grid
 
 GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
 GRID: dict[str, Any] = {
@@ -54,20 +53,12 @@ def test_alphas_and_the_anchor_at_the_start_run_as_cells(task: str, tmp_path: Pa
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = GKDTrainer.training_step
-
-    def cut(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **more)
-
     found = []
     for name in ("straight", "cut"):
         grid = tiny_grid(tmp_path / name, "arithmetic", **GRID | {"grid": {"alpha": [0.5, 1]}}, **GREEDY)
         outputs = tmp_path / name / "outputs"
         if name == "cut":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(GKDTrainer, "training_step", cut)
+            with interrupted_at(3, monkeypatch):
                 run(grid, options(outputs))
         assert run(grid, options(outputs)).failed == []
         found.append(contents(outputs))
