@@ -17,7 +17,7 @@ COUNTS = {
     "classification": 21,
     "cross_tokenizer": 12,
     "data_fraction": 48,
-    "hidden_states": 18,
+    "hidden_states": 30,
     "instruction": 15,
     "lambda_beta_arithmetic": 75,
     "lambda_beta_sampling": 45,
