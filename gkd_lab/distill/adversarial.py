@@ -12,7 +12,7 @@ Shapes: B rows, C completion tokens, W numbers read of a token.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
@@ -146,15 +146,18 @@ class Game(StepModule):
         for name, values in {**right, "share": torch.ones_like(seen.weights)}.items():
             self._sums[name] = self._sums.get(name, 0) + _mean(values.double(), seen)
 
-    def logged(self) -> dict[str, float]:
+    def logged(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Shares of the student's and of the teacher's tokens that were taken for what they are.
 
-        Of all micro-batches since the last call. Their mean is near a half where the game is in balance or
-        has not begun, and near 1 where the student is found out.
+        Of all micro-batches since the last call, of all ranks. Their mean is near a half where the game is in
+        balance or has not begun, and near 1 where the student is found out.
         """
-        sums = {name: float(value) for name, value in self._sums.items()}
+        if not self._sums:
+            return {}
+        found = over_ranks(torch.stack(list(self._sums.values())))
+        sums = dict(zip(self._sums, found.tolist(), strict=True))
         self._sums = {}
-        share = sums.pop("share", 0.0)
+        share = sums.pop("share")
         return {name: value / share for name, value in sums.items()} if share else {}
 
 

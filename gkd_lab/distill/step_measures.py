@@ -8,7 +8,7 @@ Shapes: B rows of a cell, C completion tokens, T positions of a stack, L layers,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,8 +81,11 @@ class StepModule(nn.Module, ABC):
         """
         return None
 
-    def logged(self) -> dict[str, float]:
-        """What the log is to say of the last step besides the term's value, such as an accuracy."""
+    def logged(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """What the log is to say of the last step besides the term's value, such as an accuracy.
+
+        over_ranks: Mean of a tensor over processes, which all of them call alike.
+        """
         return {}
 
 

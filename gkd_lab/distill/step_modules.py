@@ -48,7 +48,7 @@ class StepModules:
         cells: K.
         student, teacher: The configurations of the models.
         device, dtype: Where modules compute, and in what: float32, or float64 for a student in float64.
-        over_ranks: Mean of a gradient over processes.
+        over_ranks: Mean of a tensor over processes.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class StepModules:
             f"{own.name}/{what}": value
             for (cell, _), own in self._own.items()
             if cell == n
-            for what, value in own.module.logged().items()
+            for what, value in own.module.logged(self._over_ranks).items()
         }
 
     # ---- in a cell's checkpoints ----

@@ -13,7 +13,7 @@ from gkd_lab.distill.batches import Example, collate
 from gkd_lab.distill.prompts import Prompts
 from gkd_lab.distill.spans import Span, check_tells_ends, no_text, spans, spelled, told
 from gkd_lab.distill.steps import StepBatch
-from gkd_lab.distill.teaching import Teaching
+from gkd_lab.distill.teaching import LiveTeacher, Teaching
 from gkd_lab.distill.texts import prompt_ids
 from gkd_lab.distill.uld import Reading
 from gkd_lab.models.forward import Sequences
@@ -49,6 +49,8 @@ class TextTeacher:
         self.is_encoder_decoder = bool(teacher.config.is_encoder_decoder)
         self.end_ids, self.prompts = frozenset(end_ids), {} if prompts is None else prompts
         self._special = no_text(student_tokenizer), no_text(tokenizer)
+        # A sharded teacher gives its head back after each use, and all ranks have to run it together.
+        self._keeps = not (isinstance(teacher, LiveTeacher) and teacher.is_sharded)
         self._last: tuple[list[Example], Reading] | None = None
 
     def at_work(self) -> AbstractContextManager[Any]:
@@ -63,7 +65,7 @@ class TextTeacher:
         prompts = _listed(rows.prompt_ids, rows.prompt_mask)
         completions = _listed(rows.completion_ids, rows.completion_mask)
         asked = [Example(*pair) for pair in zip(prompts, completions, strict=True)]
-        if self._last is None or self._last[0] != asked:
+        if self._last is None or self._last[0] != asked or not self._keeps:
             self._last = asked, self._read(asked, rows)
         return self._last[1]
 
