@@ -195,7 +195,10 @@ def _method_label(row: dict[Any, Any]) -> str:
 def legend_of(figure: Figure, axes: Sequence[Axes], more: Sequence[Line2D] = ()) -> None:
     known = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
     handles = [*known.values(), *more]
-    figure.legend(handles, [str(handle.get_label()) for handle in handles], loc="outside right center")
+    names = [str(handle.get_label()) for handle in handles]
+    legend = figure.legend(handles, names, loc="outside right center")
+    # Beside the panels, which keep their width.
+    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
 
 
 def _short(metric: str) -> str:

@@ -92,13 +92,41 @@ def _draw(axes: Axes, points: list[Gained], title: str, score: str, reward: str)
         if bottom is not None and top is not None:
             axes.vlines(x, bottom, top, color=color, lw=1, alpha=0.6)
         axes.plot(x, y, marker, color=color, ms=6.5)
-        axes.annotate(one.label, (x, y), (5, 5), textcoords="offset points", color=INK, fontsize=8.5)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.axvline(0, color=MUTED, lw=0.8)
     axes.margins(0.18)
+    _name(axes, points)
     axes.set_xlabel(f"gain in the reward: {reward}")
     axes.set_ylabel(f"gain in the score: {score}")
     axes.set_title(title, fontweight="bold", pad=8)
 
+
+def _name(axes: Axes, points: list[Gained]) -> None:
+    """Labels beside their points; one that would hide another stands above it, and is led to its point."""
+    axes.autoscale_view()
+    pixels = axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    for one in sorted(points, key=lambda one: one.score[0]):
+        place = (one.reward[0], one.score[0])
+        x, y = axes.transData.transform(place) / pixels
+        lifted = y
+        for other, height in taken:
+            if abs(x - other) < LABEL[0]:
+                lifted = max(lifted, height + LABEL[1])
+        taken.append((x, lifted))
+        led = {"arrowstyle": "-", "color": MUTED, "lw": 0.5} if lifted > y else None
+        axes.annotate(
+            one.label,
+            place,
+            (8, lifted - y + 4),
+            textcoords="offset points",
+            color=INK,
+            fontsize=8.5,
+            arrowprops=led,
+        )
+
+
+LABEL = (45, 11)
+"""Width and height of a label, in points."""
 
 __all__ = ["rewards"]
