@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
 from gkd_lab.distill import checkpoints, per_cell
 from gkd_lab.distill.averages import Averages
@@ -36,6 +37,16 @@ def of_the_only_cell(name: str) -> property:
         trainer.cells = (replace(trainer._only_cell(name), **changed),)
 
     return property(read, write)
+
+
+class _Follow(TrainerCallback):
+    """A model that is moved when the training begins takes its optimizer's views along."""
+
+    def __init__(self, trainer: "PackTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **state: Any) -> None:
+        per_cell.follow(self.trainer._views, self.trainer.pack)
 
 
 class PackTrainer(Trainer):
@@ -72,6 +83,8 @@ class PackTrainer(Trainer):
                 f"a pack of {pack.size} cells cannot be sharded by FSDP or DeepSpeed: run the cells alone "
                 "(`--pack off`)"
             )
+        if pack.is_packed:
+            self.add_callback(_Follow(self))
         # The losses are divided by the whole step's items, whatever the number of micro-batches.
         self.loss_is_scaled_for_ga = True
 
@@ -126,6 +139,8 @@ class PackTrainer(Trainer):
             self._logged.add_norms(norms)
             return norms[self._alive(norms.device)].mean()
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):  # of shards
+            norm = norm.full_tensor()
         if norm is not None:
             self._logged.add_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
             # fp16 overflows now and then, and its scaler skips that step.
@@ -171,14 +186,14 @@ class PackTrainer(Trainer):
             if self.args.should_save:
                 self._save_own(0, checkpoints.folder_of(self._get_output_dir(trial=trial), step))
             return
-        for n, cell in enumerate(self.cells):
+        for n, cell in enumerate(self.cells if self.args.should_save else ()):
             if n in self.failures:
                 continue
             with checkpoints.appearing(checkpoints.folder_of(cell.output_dir, step)) as folder:
                 checkpoints.save(folder, self.pack.parameters_of(n), self._views[n], self.optimizer)
                 self._save_own(n, folder)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-        for cell in self.cells:
+        for cell in self.cells if self.args.should_save else ():
             checkpoints.keep_only(cell.output_dir, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

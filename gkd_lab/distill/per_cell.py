@@ -22,6 +22,13 @@ def views_of(pack: Pack) -> Views:
     ]
 
 
+def follow(views: Views, pack: Pack) -> None:
+    """Views whose pack has been moved to another place share its memory again."""
+    for n, own in enumerate(views):
+        for name, weight in pack.parameters_of(n).items():
+            own[name].data = weight
+
+
 def groups(
     views: Views, cells: Sequence[CellArguments], decayed: Collection[str], weight_decay: float
 ) -> list[dict[str, object]]:

@@ -154,8 +154,7 @@ class Rewards:
     ) -> list[Tensor]:
         """Those of a cell's term, (B, C) for each micro-batch; what was earned is logged."""
         measure = one.measure
-        values = rewards_of(measure.name, self.rules[measure.rule], *texts)
-        rewards = torch.tensor(values, dtype=torch.float64)
+        rewards = torch.tensor(self._values(measure, texts), dtype=torch.float64)
         each = advantages(rewards, measure.baseline, measure.normalize, self.ranks)
         self.hooks.log(cell, one.name, *_earned(rewards, each, self.ranks))
         sequences = float(_total(rewards.new_tensor(len(rewards)), self.ranks)) / self.ranks.world
@@ -163,6 +162,17 @@ class Rewards:
             scale_of(some, part.completion_mask, items, sequences, self.normalization)
             for some, part in zip(each.split([part.rows for part in parts]), parts, strict=True)
         ]
+
+    def _values(self, measure: PolicyGradient, texts: Texts) -> list[float]:
+        """What this rank's texts earn. Raises ValueError on all ranks where one has no number for a text."""
+        wrong, values = None, list[float]()
+        try:
+            values = rewards_of(measure.name, self.rules[measure.rule], *texts)
+        except ValueError as error:
+            wrong = error
+        if _total(torch.tensor(float(wrong is not None)), self.ranks) > 0:
+            raise wrong or ValueError(f"reward {measure.name!r} failed in another process, which says why")
+        return values
 
     def _texts(self, parts: Sequence[Sequences], fixed: Sequence[Sequences], seed: int) -> Texts:
         """Prompts, what was written, and the data's completions, of a step's rows."""

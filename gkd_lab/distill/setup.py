@@ -150,3 +150,12 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def check_every_process_collates(args: GKDConfig) -> None:
+    """Raises ValueError where one process would collate a stream for others, which miss what it keeps."""
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
+        raise ValueError(
+            "uld keeps the teacher's prompts where rows are collated, and of a stream only the first process "
+            'collates: set accelerator_config={"dispatch_batches": False}'
+        )

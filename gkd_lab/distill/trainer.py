@@ -163,6 +163,8 @@ class GKDTrainer(PackTrainer):
         )
         pad_id = self._tokenizer.pad_token_id
         prompts = self._prompts_of(cells, given, args, teacher_prompts)
+        if prompts is not None and not hasattr(train_dataset, "__len__"):
+            setup.check_every_process_collates(args)
         collator: Any = Collator(prompts or self._encode, pad_id, self._is_encoder_decoder)
         if self._classes is not None:
             cells = self._classes.cells(cells)
@@ -183,8 +185,20 @@ class GKDTrainer(PackTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
+        self._place_models(given)
+        self._start_terms(given, prompts)
+        self._start_writers()
+        self._own_text = Averages(len(self.cells))
+        self._evaluated = 0
+        self._term_norms: list[dict[str, float]] = []
+        self._epochs = FollowEpochs()
+        self.add_callback(self._epochs)
+
+    def _place_models(self, given: GivenTeachers) -> None:
+        """Student and teachers where the run needs them."""
         self._student_head = Head(self.pack.model)
-        self._teachers = given.placed(self.accelerator, parked=args.park_teacher)
+        self._teachers = given.placed(self.accelerator, parked=self.args.park_teacher)
         self.model = place_student(self.pack.model, self.accelerator)
         live = self._teachers[0] if isinstance(self._teachers[0], LiveTeacher) else None
         self.teacher_model: Any = live and live.model
@@ -192,40 +206,39 @@ class GKDTrainer(PackTrainer):
         if self._classes is not None:
             self._classes.align(self._teachers)
         check_teachers(self._teachers, teachers_read(cell.terms() for cell in self.cells))
+
+    def _start_terms(self, given: GivenTeachers, prompts: PromptsOfRows | None) -> None:
+        """What the loss's terms need besides logits."""
         self._start_step_modules()
         if prompts is not None:
-            first_teacher, words = self._teachers[0], prompts.known
-            reader = TextTeacher(first_teacher, given.tokenizer, self._tokenizer, ends.tolist(), words)
+            first, ends = self._teachers[0], self._limits.end_ids.tolist()
+            reader = TextTeacher(first, given.tokenizer, self._tokenizer, ends, prompts.known)
             self._modules.read_texts_with(reader)
         self._rewards = Rewards(
             self.cells,
             self._tokenizer,
-            args.loss_normalization,
+            self.args.loss_normalization,
             self.accelerator.device,
             Hooks(self._fail, self._logged.add_reward),
-            Ranks(args.world_size, self._summed_over_ranks),
+            Ranks(self.args.world_size, self._summed_over_ranks),
         )
-        self._limits = Limits(args.max_new_tokens, ends, pad_id, self._vocabulary)
-        if writes:
+
+    def _start_writers(self) -> None:
+        """What lets the student, and the teacher in its place, write. A classifier writes nothing."""
+        args, limits, first = self.args, self._limits, self.cells[0]
+        if self._classes is None:
             self.generation_config = sampling_config(
-                self.pack.model, ends, pad_id, args.max_new_tokens, args.temperature
+                self.pack.model, limits.end_ids, limits.pad_id, args.max_new_tokens, args.temperature
             )
-        first = self.cells[0]
         if args.seq_kd and len({(cell.seed, cell.temperature) for cell in self.cells}) > 1:
             raise ValueError(
                 "seq_kd=True writes one text for a prompt, and the cells of the pack differ in seed or "
                 "temperature: run them alone (`--pack off`)"
             )
-        writer: Any = live and live.head.model  # a source writes nothing, and seq_kd is refused with it
-        self._teacher_text = TeacherText(
-            writer, self._limits, first.temperature, first.seed, self._on_any_rank
-        )
+        # A source writes nothing, and seq_kd is refused with it.
+        writer: Any = self._teacher_head and self._teacher_head.model
+        self._teacher_text = TeacherText(writer, limits, first.temperature, first.seed, self._on_any_rank)
         self._vllm = self._start_vllm() if args.use_vllm else None
-        self._own_text = Averages(len(self.cells))
-        self._evaluated = 0
-        self._term_norms: list[dict[str, float]] = []
-        self._epochs = FollowEpochs()
-        self.add_callback(self._epochs)
 
     def _start_vllm(self) -> Any:
         from gkd_lab.distill.vllm import VllmWriter
@@ -506,8 +519,13 @@ class GKDTrainer(PackTrainer):
 
     def _note(self, sums: CellSums, batch: StepBatch) -> None:
         losses = sums.losses.detach()
-        for n in (~losses.isfinite()).nonzero().flatten().tolist():
-            self._fail(n, f"the loss is {losses[n].item()}")
+        wrong = ~losses.isfinite()
+        # What one process finds ends the cell in all of them, which otherwise would wait for it.
+        anywhere = wrong if self.args.world_size == 1 else self._summed_over_ranks(wrong.double()) > 0
+        for n in anywhere.nonzero().flatten().tolist():
+            self._fail(
+                n, f"the loss is {losses[n].item()}" + ("" if wrong[n] else " here, elsewhere no number")
+            )
         self._logged.add(losses, sums.entropies, batch, self._limits.end_ids)
         self._logged.add_terms(sums.terms)
 

@@ -4,8 +4,10 @@ Started by test_ranks.py: python ranks.py FOLDER, with RANK and WORLD_SIZE set f
 """
 
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,20 @@ import torch
 from safetensors.torch import save_file
 
 from gkd_lab import GKDTrainer
-from tests.distill.scripts import conversations, llama, logged, losses, trainer, weights
+from gkd_lab.distill.config import CellArguments
+from gkd_lab.distill.divergence import Divergence
+from gkd_lab.distill.objectives import PolicyGradient, Term
+from gkd_lab.models.packing import Pack
+from tests.distill.scripts import (
+    chat_tokenizer,
+    config,
+    conversations,
+    llama,
+    logged,
+    losses,
+    trainer,
+    weights,
+)
 
 CELLS: dict[str, dict[str, Any]] = {
     "off": {"lmbda": 0.0},
@@ -94,6 +109,52 @@ def resumed(folder: Path) -> dict[str, list[float]]:
     return {"straight": losses(straight)[5:], "again": losses(again)[5:]}
 
 
+class Broken(GKDTrainer):
+    """The first cell's loss is no number in the second process at the third step."""
+
+    def _sums(self, *args: Any) -> Any:
+        sums, extra = super()._sums(*args)
+        if self.args.process_index == 1 and self.state.global_step == 2:
+            sums = replace(sums, losses=sums.losses * torch.tensor([math.nan, 1.0]))
+        return sums, extra
+
+
+def no_number(prompts: list[str], texts: list[str], references: list[str]) -> list[float]:
+    """A reward that fails in the second process."""
+    return [math.nan if os.environ.get("RANK") == "1" else 1.0] * len(texts)
+
+
+def packed(folder: Path, kind: type[GKDTrainer] = GKDTrainer, **of_first: Any) -> dict[str, Any]:
+    """Two cells as one model, with checkpoints: each step's loss, and the sum of each one's weights."""
+    world, rows = int(os.environ.get("WORLD_SIZE", "1")), conversations(16)
+    args = config(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=8 // world,
+        save_strategy="steps",
+        save_steps=2,
+        temperature=1.0,
+        **({"ddp_backend": "gloo"} if world > 1 else {}),
+    )
+    cells = [
+        replace(CellArguments.of(args), lmbda=0.5, seed=seed, output_dir=str(folder / f"packed{seed}"))
+        for seed in (0, 1)
+    ]
+    losses: list[list[float]] = [[], []]
+    made = kind(
+        pack=Pack.of([llama(0).double(), llama(2).double()]),
+        cells=[replace(cells[0], **of_first), cells[1]],
+        teacher_model=llama(1, width=24).double(),
+        args=args,
+        train_dataset=rows,
+        processing_class=chat_tokenizer(),
+        log_cell=lambda n, row: losses[n].append(row["loss"]),
+    )
+    made.train()
+    sums = [[float(w.abs().sum()) for w in made.pack.parameters_of(n).values()] for n in (0, 1)]
+    return {"losses": losses, "weights": sums, "failures": made.failures}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
@@ -101,6 +162,11 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     found: dict[str, Any] = {name: train(name, folder) for name in CELLS}
     found["resumed"] = resumed(folder)
+    found["packed"] = packed(folder)
+    if "WORLD_SIZE" in os.environ:
+        reward = Term(PolicyGradient("tests.distill.ranks:no_number"), 0.1)
+        found["no loss"] = packed(folder / "no loss", Broken)
+        found["no reward"] = packed(folder / "no reward", objectives=(Term(Divergence()), reward))
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -90,3 +90,28 @@ def test_resumed_within_an_epoch_ranks_go_on_with_the_rows_that_are_left(runs: A
         assert len(one["straight"]) == 2
         assert one["again"] == one["straight"]
     assert found[1]["straight"] == pytest.approx(found[0]["straight"], rel=1e-6)
+
+
+def test_a_pack_on_two_ranks_learns_what_it_learns_on_one(runs: Any) -> None:
+    (alone_folder, (alone,)), (folder, two) = runs[1], runs[2]
+    for n in (0, 1):
+        assert len(alone["packed"]["losses"][n]) == 4
+        assert two[0]["packed"]["losses"][n] == pytest.approx(alone["packed"]["losses"][n], rel=1e-6)
+        for rank in two:
+            assert rank["packed"]["weights"][n] == pytest.approx(alone["packed"]["weights"][n], rel=1e-9)
+        place = Path(f"packed{n}") / "checkpoint-4" / "model.safetensors"
+        one, other = (load_file(f / place) for f in (alone_folder, folder))
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("what", ("no loss", "no reward"))
+def test_a_cell_that_fails_in_one_process_fails_in_all_and_its_neighbour_goes_on(
+    runs: Any, what: str
+) -> None:
+    two = [rank[what] for rank in runs[2][1]]
+    for rank in two:
+        assert list(rank["failures"]) == ["0"]
+        assert len(rank["losses"][0]) < 4
+        assert rank["losses"][1] == two[0]["losses"][1] == runs[2][1][0]["packed"]["losses"][1]
+        assert rank["weights"][1] == runs[2][1][0]["packed"]["weights"][1]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,9 +56,6 @@ class Sharded(GKDTrainer):
         )
         state.distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return whole(super()._clip_grad_norm(model))
 
 
 def whole(tensor: Any) -> Any:
