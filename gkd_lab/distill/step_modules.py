@@ -200,10 +200,17 @@ class StepOwn(TrainerCallback):
         self.modules, self.failures = modules, failures
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        schedule = given["lr_scheduler"]
-        factor = schedule.lr_lambdas[0](schedule.last_epoch)
-        rates = {n: cell.learning_rate for n, cell in enumerate(self.modules.cells) if n not in self.failures}
+        cells = self.modules.cells
+        rates = {n: cell.learning_rate for n, cell in enumerate(cells) if n not in self.failures}
+        factor = _factor(given["lr_scheduler"], given["optimizer"], cells[0].learning_rate)
         self.modules.step(rates, factor, args.max_grad_norm or 0.0)
+
+
+def _factor(schedule: Any, optimizer: Any, base: float) -> float:
+    """Where a schedule stands; one that is no function of the step, as on a plateau, shows in the rate."""
+    if hasattr(schedule, "lr_lambdas"):
+        return float(schedule.lr_lambdas[0](schedule.last_epoch))
+    return float(optimizer.param_groups[0]["lr"]) / (base or 1)
 
 
 def _value(own: _Own, seen: Seen, *, learning: bool) -> Tensor:

@@ -31,6 +31,7 @@ from gkd_lab.spec.cell import Family
 from ..models.tiny import FAMILIES, tiny_model
 from .driving import Run, assert_close, assert_identical, cell, distil
 from .passes import COMPLETIONS, PROMPTS, labelled, longer, rows, seen
+from .scripts import conversations, llama, trainer
 
 CASES: list[tuple[Family, Name]] = [
     ("decoder-only", "decoder"),
@@ -351,3 +352,25 @@ def test_each_layer_s_term_is_logged_and_a_student_that_is_saved_has_no_projecti
     run.trainer.save_model(str(tmp_path / "student"))
     plain = {name for name, _ in tiny_model("decoder-only", 7).named_parameters()}
     assert set(load_file(tmp_path / "student" / "model.safetensors")) == plain
+
+
+def test_projections_follow_a_schedule_that_is_no_function_of_the_step(tmp_path: Path) -> None:
+    """Each step is evaluated, none is much better than the first, so the rate falls tenfold."""
+    arguments = {
+        "objectives": [{}, {"type": "hidden_states", "weight": 0.05}],
+        "lmbda": 0.0,
+        "max_steps": 3,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.1, "threshold": 0.9},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "loss",
+    }
+    more = {"eval_dataset": conversations(2)}
+    made = trainer(tmp_path, conversations(), teacher=llama(1, width=24), arguments=arguments, **more)
+    (own,) = made._modules._own.values()
+    rates: list[float] = []
+    assert own.optimizer is not None
+    own.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    made.train()
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4])
