@@ -24,8 +24,8 @@ from torch import Tensor
 from gkd_lab import experiments
 from gkd_lab.distill.batches import collate
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.score_files import Layout
-from gkd_lab.distill.stored import Stored, top_scores
+from gkd_lab.distill.teachers.score_files import Layout
+from gkd_lab.distill.teachers.stored import Stored, top_scores
 from gkd_lab.models.forward import completion_logits
 from gkd_lab.runs import artifacts
 from gkd_lab.runs.options import RunOptions

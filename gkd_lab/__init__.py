@@ -11,7 +11,7 @@ __all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__"]
 
 if TYPE_CHECKING:
     from gkd_lab.distill.config import GKDConfig
-    from gkd_lab.distill.teaching import Teacher
+    from gkd_lab.distill.teachers.teaching import Teacher
     from gkd_lab.distill.trainer import GKDTrainer
 
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return GKDConfig
     if name == "Teacher":
-        from gkd_lab.distill.teaching import Teacher
+        from gkd_lab.distill.teachers.teaching import Teacher
 
         return Teacher
     raise AttributeError(f"module 'gkd_lab' has no attribute {name!r}")

@@ -19,7 +19,6 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.guides import Guide, Projected, Read, Target, project
 from gkd_lab.distill.objectives import (
     FIRST,
     CrossEntropy,
@@ -31,6 +30,7 @@ from gkd_lab.distill.objectives import (
     teachers_read,
     terms_of,
 )
+from gkd_lab.distill.teachers.guides import Guide, Projected, Read, Target, project
 from gkd_lab.models.projection import Arithmetic, Projection
 
 CHUNK_BYTES = 128 * 2**20

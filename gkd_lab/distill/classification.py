@@ -21,8 +21,8 @@ from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.divergence import Divergence
 from gkd_lab.distill.objectives import CrossEntropy, LabelError, Term
 from gkd_lab.distill.rows import route_of
-from gkd_lab.distill.squared_error import SquaredError
-from gkd_lab.distill.teaching import LiveTeacher, Teaching
+from gkd_lab.distill.teachers.teaching import LiveTeacher, Teaching
+from gkd_lab.distill.terms.squared_error import SquaredError
 from gkd_lab.metrics import classification as scores
 from gkd_lab.models.classifiers import (
     Kind,

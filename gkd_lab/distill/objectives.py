@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gkd_lab.distill.adversarial import OF_GAME, Adversarial
-from gkd_lab.distill.attentions import Attentions
 from gkd_lab.distill.divergence import Divergence, log_probabilities
-from gkd_lab.distill.guides import Target
-from gkd_lab.distill.hidden_states import OF_LAYERS, HiddenStates
-from gkd_lab.distill.squared_error import AGAINST, SquaredError, against_labels
-from gkd_lab.distill.step_measures import StepMeasure
-from gkd_lab.distill.uld import OF_ULD, Uld
+from gkd_lab.distill.teachers.guides import Target
+from gkd_lab.distill.terms.adversarial import OF_GAME, Adversarial
+from gkd_lab.distill.terms.attentions import Attentions
+from gkd_lab.distill.terms.hidden_states import OF_LAYERS, HiddenStates
+from gkd_lab.distill.terms.squared_error import AGAINST, SquaredError, against_labels
+from gkd_lab.distill.terms.step_measures import StepMeasure
+from gkd_lab.distill.terms.uld import OF_ULD, Uld
 from gkd_lab.spec.rewards import BUILT_IN, check_baseline, check_model, check_name
 
 
@@ -68,7 +68,7 @@ class CrossEntropy(OfLabels):
 @dataclass(frozen=True)
 class PolicyGradient(OfLabels):
     """-log q of the tokens that the student wrote itself, which a step's `scales` multiply by how much better
-    than expected their sequence was: the first term of Eq. 5 by REINFORCE (`gkd_lab.distill.rewards`).
+    than expected their sequence was: the first term of Eq. 5 by REINFORCE (`gkd_lab.distill.terms.rewards`).
 
     name: one of `BUILT_IN`, or a function's import path. model, revision: what `entailment` asks.
     baseline, normalize: as of `rewards.advantages`.

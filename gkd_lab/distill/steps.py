@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.guides import Guide, Projected, gathered
 from gkd_lab.distill.objectives import Terms
+from gkd_lab.distill.teachers.guides import Guide, Projected, gathered
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.heads import Unprojected
 

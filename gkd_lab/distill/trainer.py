@@ -18,23 +18,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from gkd_lab.distill import setup, trl_form
-from gkd_lab.distill.attentions import give_maps
 from gkd_lab.distill.averages import Averages
 from gkd_lab.distill.batches import Collator, FollowEpochs, KeyedBatches
 from gkd_lab.distill.chunked import CellSums
 from gkd_lab.distill.classification import classification_of
 from gkd_lab.distill.collated import as_sequences, in_form_of_trl
 from gkd_lab.distill.config import CellArguments, GKDConfig
-from gkd_lab.distill.given_teachers import GivenTeachers
 from gkd_lab.distill.objectives import asked_for, reads_texts, teachers_read
 from gkd_lab.distill.pack_trainer import CellLog, PackTrainer, of_the_only_cell
-from gkd_lab.distill.prompts import Prompts, PromptsOfRows
-from gkd_lab.distill.rewards import Hooks, Ranks, Rewards
 from gkd_lab.distill.rollout import Limits, Place, TeacherText, write_with_generate
 from gkd_lab.distill.rows import RowEncoder
 from gkd_lab.distill.sampling import end_ids, sampling_config
-from gkd_lab.distill.sources import TeacherSource
-from gkd_lab.distill.step_modules import StepModules, StepOwn
 from gkd_lab.distill.steps import (
     StepBatch,
     blocks,
@@ -45,7 +39,10 @@ from gkd_lab.distill.steps import (
     trained_items,
 )
 from gkd_lab.distill.streams import is_on_policy, key
-from gkd_lab.distill.teaching import (
+from gkd_lab.distill.teachers.given_teachers import GivenTeachers
+from gkd_lab.distill.teachers.prompts import Prompts, PromptsOfRows
+from gkd_lab.distill.teachers.sources import TeacherSource
+from gkd_lab.distill.teachers.teaching import (
     LiveTeacher,
     Said,
     Teacher,
@@ -53,8 +50,11 @@ from gkd_lab.distill.teaching import (
     check_teachers,
     inside,
 )
-from gkd_lab.distill.term_gradients import term_norms
-from gkd_lab.distill.text_teacher import TextTeacher
+from gkd_lab.distill.teachers.text_teacher import TextTeacher
+from gkd_lab.distill.terms.attentions import give_maps
+from gkd_lab.distill.terms.rewards import Hooks, Ranks, Rewards
+from gkd_lab.distill.terms.step_modules import StepModules, StepOwn
+from gkd_lab.distill.terms.term_gradients import term_norms
 from gkd_lab.models.attention import attention_in_float32
 from gkd_lab.models.forward import Sequences, evaluating, unwrapped
 from gkd_lab.models.heads import Head

@@ -13,9 +13,9 @@ from gkd_lab.distill.checkpoints import complete_steps, folder_of, weights
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.divergence import Divergence
 from gkd_lab.distill.pack_trainer import AllCellsFailed
-from gkd_lab.distill.scoring import numbered
-from gkd_lab.distill.sources import ServedTeacher
-from gkd_lab.distill.teaching import Teacher
+from gkd_lab.distill.teachers.scoring import numbered
+from gkd_lab.distill.teachers.sources import ServedTeacher
+from gkd_lab.distill.teachers.teaching import Teacher
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.making import DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack

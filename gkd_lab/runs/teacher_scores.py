@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from gkd_lab.distill.batches import Example
-from gkd_lab.distill.scoring import write_scores
-from gkd_lab.distill.sources import StoredTeacher
+from gkd_lab.distill.teachers.scoring import write_scores
+from gkd_lab.distill.teachers.sources import StoredTeacher
 from gkd_lab.models.making import load_tokenizer, quiet
 from gkd_lab.records import Record
 from gkd_lab.records.provenance import provenance

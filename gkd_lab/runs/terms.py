@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from gkd_lab.distill.adversarial import OF_GAME, Adversarial
-from gkd_lab.distill.attentions import Attentions
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.guides import Target
-from gkd_lab.distill.hidden_states import HiddenStates
 from gkd_lab.distill.objectives import FIRST, CrossEntropy, LabelError, Measure, PolicyGradient, Term
-from gkd_lab.distill.squared_error import SquaredError
-from gkd_lab.distill.uld import Uld
+from gkd_lab.distill.teachers.guides import Target
+from gkd_lab.distill.terms.adversarial import OF_GAME, Adversarial
+from gkd_lab.distill.terms.attentions import Attentions
+from gkd_lab.distill.terms.hidden_states import HiddenStates
+from gkd_lab.distill.terms.squared_error import SquaredError
+from gkd_lab.distill.terms.uld import Uld
 from gkd_lab.spec.objectives import (
     AdversarialObjective,
     AnyObjective,

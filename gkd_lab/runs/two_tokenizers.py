@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.objectives import reads_texts, teachers_read
-from gkd_lab.distill.prompts import Prompts
+from gkd_lab.distill.teachers.prompts import Prompts
 from gkd_lab.distill.texts import ended, target_ids
 from gkd_lab.models.making import load_tokenizer
 from gkd_lab.models.vocabulary import WAY_OUT, same_tokenizer

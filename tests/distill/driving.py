@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from gkd_lab.distill.batches import Example
 from gkd_lab.distill.config import CellArguments, GKDConfig
 from gkd_lab.distill.objectives import Terms
-from gkd_lab.distill.teaching import Teacher
+from gkd_lab.distill.teachers.teaching import Teacher
 from gkd_lab.distill.trainer import GKDTrainer
 from gkd_lab.models.packing import Pack
 from gkd_lab.spec.cell import Family

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.distill.guides import Guide, Projected
 from gkd_lab.distill.steps import StepBatch
-from gkd_lab.distill.teaching import Said
+from gkd_lab.distill.teachers.guides import Guide, Projected
+from gkd_lab.distill.teachers.teaching import Said
 from gkd_lab.models.forward import completion_logits
 from gkd_lab.models.making import make_model, train_tokenizer
 from gkd_lab.models.projection import Projection

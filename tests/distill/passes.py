@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.distill.step_measures import Pass, Seen
+from gkd_lab.distill.terms.step_measures import Pass, Seen
 from gkd_lab.models.forward import Sequences, arguments
 from gkd_lab.models.projection import Projection
 from gkd_lab.spec.cell import Family

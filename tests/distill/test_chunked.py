@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gkd_lab.distill import chunked
 from gkd_lab.distill.chunked import CellSums, divergence_sums
 from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.guides import Projected
 from gkd_lab.distill.objectives import terms_of
+from gkd_lab.distill.teachers.guides import Projected
 from gkd_lab.models import projection
 from gkd_lab.models.projection import Projection
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from gkd_lab import GKDTrainer
 from gkd_lab.distill.classification import UNKNOWN, LabelledRows, measured
-from gkd_lab.distill.squared_error import SquaredError, against_labels
+from gkd_lab.distill.terms.squared_error import SquaredError, against_labels
 from gkd_lab.distill.trainer import Teacher
 from gkd_lab.models.classifiers import Kind
 from gkd_lab.models.packing import CannotPack, Pack

@@ -9,9 +9,9 @@ import torch
 
 from gkd_lab.distill.batches import collate
 from gkd_lab.distill.config import GKDConfig
-from gkd_lab.distill.sources import ServedTeacher, named_scores
 from gkd_lab.distill.steps import StepBatch
-from gkd_lab.distill.stored import Stored, top_scores
+from gkd_lab.distill.teachers.sources import ServedTeacher, named_scores
+from gkd_lab.distill.teachers.stored import Stored, top_scores
 from gkd_lab.models.forward import completion_logits
 from gkd_lab.models.served import KEY, TEXTS_AT_ONCE, Endpoint, ServerDown, ServerRefused
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gkd_lab.distill import score_files
+from gkd_lab.distill.teachers import score_files
 from gkd_lab.records import Record, Store
 from gkd_lab.results.verifying import candidates, verify
 from gkd_lab.runs import artifacts
