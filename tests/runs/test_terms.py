@@ -1,0 +1,57 @@
+"""Experiments whose loss has several terms: each is logged, and a run that was broken off goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from gkd_lab.records import Store
+from gkd_lab.runs.quiet import quieten
+from gkd_lab.runs.run import run
+
+from .making import contents, interrupted_at, options, tiny_grid
+
+TERMS: dict[str, list[dict[str, Any]]] = {
+    "soft and hard": [
+        {"beta": 0, "teacher_temperature": 2, "student_temperature": 2, "square_temperature": True},
+        {"type": "cross_entropy", "weight": 0.5, "final_weight": 0.1},
+    ],
+    "hidden states": [{"beta": 0.1}, {"type": "hidden_states", "weight": 0.1}],
+    "attention": [{"beta": 0.1}, {"type": "attentions", "loss": "kl", "weight": 0.5}],
+    "discriminator": [{"beta": 0.1}, {"type": "adversarial", "width": 8, "weight": 0.1}],
+}
+GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence() -> None:
+    quieten()
+
+
+@pytest.mark.parametrize("task", ("arithmetic", "translation"))
+def test_terms_cross_in_a_grid_and_go_on_bit_for_bit(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("straight", "broken off"):
+        axes = {"objectives": list(TERMS.values()), "lmbda": [0, 1]}
+        grid = tiny_grid(tmp_path / name, task, grid=axes, **GREEDY)
+        outputs = tmp_path / name / "outputs"
+        if name == "broken off":
+            with interrupted_at(3, monkeypatch):
+                run(grid, options(outputs))
+        assert run(grid, options(outputs)).failed == []
+        found.append(contents(outputs))
+    store = Store(outputs)
+    assert store.of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+    assert found[0] == found[1]
+    auto = AutoModelForSeq2SeqLM if task == "translation" else AutoModelForCausalLM
+    for cell in grid.cells:
+        record = store.of(cell)
+        kinds = [one.type for one in cell.training.objectives]
+        for row in record.history():
+            assert {f"loss/{kind}" for kind in kinds} <= row.keys()
+            assert all(row[f"loss/{kind}"] > 0 for kind in kinds if cell.lmbda == 0)
+        _, info = auto.from_pretrained(record.checkpoint, output_loading_info=True)
+        assert not any(info.values())
