@@ -12,7 +12,7 @@ from gkd_lab.spec.experiment import Scale
 from gkd_lab.spec.packs import packs
 
 COUNTS = {
-    "adversarial": 12,
+    "adversarial": 21,
     "baselines": 108,
     "classification": 21,
     "cross_tokenizer": 12,

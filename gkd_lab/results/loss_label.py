@@ -58,7 +58,14 @@ def _teachers(term: Mapping[str, Any]) -> str:
     return " of " + " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
 
 
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _other(kind: str, fields: Mapping[str, Any]) -> str:
     name = kind.replace("_", " ")
-    told = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in fields.values())
+    told = ", ".join(
+        value if isinstance(value, str) else f"{field.replace('_', ' ')} {_number(value)}"
+        for field, value in fields.items()
+    )
     return f"{name} ({told})" if told else name

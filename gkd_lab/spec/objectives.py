@@ -213,7 +213,7 @@ class AdversarialObjective(Other):
         description="what is told apart: last hidden states, or distributions over tokens, in sequence",
     )
     gradient_penalty: NonNegativeFloat = Field(
-        default=1.0, description="gamma of R1, zero-centred, on the teacher's side (Mescheder et al. 2018)"
+        default=10.0, description="gamma of R1, zero-centred, on the teacher's side (Mescheder et al. 2018)"
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="taken from the teacher's label 1 (Salimans et al. 2016)"

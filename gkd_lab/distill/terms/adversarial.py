@@ -38,7 +38,8 @@ class Adversarial(StepMeasure):
 
     reads: `hidden_states`: what the output heads read, each token by itself; `sequences`: distributions over
         tokens, as softmax(logits) times a learnt embedding, with those of `layers` tokens to either side.
-    gradient_penalty: gamma; 0: none. label_smoothing: epsilon, in [0, 0.5).
+    gradient_penalty: gamma, 10 as in the source; 0: none. The larger the weight of the term, the larger it
+        has to be for the game to hold (docs/family.md). label_smoothing: epsilon, in [0, 0.5).
     learning_rate: of the discriminator's own AdamW, before the schedule; it makes one update a step.
     width, layers: of its hidden layers.
 
@@ -48,7 +49,7 @@ class Adversarial(StepMeasure):
     kind: ClassVar[str] = "adversarial"
 
     reads: str = "hidden_states"
-    gradient_penalty: float = 1.0
+    gradient_penalty: float = 10.0
     label_smoothing: float = 0.0
     learning_rate: float = 1e-3
     width: int = 64
