@@ -242,12 +242,14 @@ class Divergent(Diverging):
     @property
     def teacher_names(self) -> tuple[str, ...]:
         """Of those that it compares with."""
-        named = self.teacher or FIRST_TEACHER
+        named = FIRST_TEACHER if self.teacher is None else self.teacher
         return (named,) if isinstance(named, str) else named
 
     def filled(self, settings: Mapping[str, Any], number: Mapping[str, int]) -> Objective:
         """The whole objective, its teachers by number."""
-        stated = self.model_dump(exclude_none=True, exclude={"teacher", "routed"})
+        # A mixture of one is that one.
+        single = {"mixture"} if len(self.teacher_names) == 1 else set()
+        stated = self.model_dump(exclude_none=True, exclude={"teacher", "routed"} | single)
         names = ("teacher_temperature", "student_temperature")
         teachers = tuple(number[name] for name in self.teacher_names)
         known = {"teachers": teachers, "routes": self.teacher_names if self.routed else None}
@@ -289,9 +291,10 @@ OTHERS: tuple[type[Other], ...] = (
 
 def _class_of(objective: Any, divergence: str) -> str:
     """Name of the class that describes an objective, for pydantic; a divergence may leave its type out."""
-    given = objective.get("type") if isinstance(objective, dict) else getattr(objective, "type", None)
+    said = objective if isinstance(objective, dict) else {"type": getattr(objective, "type", "divergence")}
+    given = said.get("type", "divergence")
     known = {"divergence": divergence, **{kind_of(other): other.__name__ for other in OTHERS}}
-    return known.get(given or "divergence", str(given))
+    return known.get(given, given) if isinstance(given, str) else str(given)
 
 
 def kind_of(objective: type[Other]) -> str:

@@ -10,6 +10,9 @@ from gkd_lab.spec.objectives import AnyObjective, CrossEntropyObjective, Objecti
 from gkd_lab.spec.settings import ModelSettings
 
 _OF_DISTRIBUTIONS = (Objective, CrossEntropyObjective, RewardObjective)
+_WITHOUT_TEACHER = (CrossEntropyObjective, RewardObjective)
+OF_SERVER = ("model", "top_k", "tokenizer", "patience")
+"""Fields of a model that mean something only beside `server`."""
 _OF_SERVED = {"server", "model", "top_k", "tokenizer", "patience"}
 
 
@@ -29,7 +32,7 @@ def scores_of(
 ) -> TeacherScores | None:
     """None also where no divergence reads a teacher. Raises SpecError for what kept scores cannot give."""
     listed = tuple(objectives)
-    if stated is None or not any(isinstance(one, Objective) for one in listed):
+    if stated is None or all(isinstance(one, _WITHOUT_TEACHER) for one in listed):
         return None
     if source.lmbda > 0:
         raise SpecError(
@@ -37,6 +40,11 @@ def scores_of(
             "before: set lmbda to 0, or leave teacher_scores out (`live`)"
         )
     _check_distributions_alone(listed, "teacher_scores hold", "leave teacher_scores out (`live`)")
+    if not any(isinstance(one, Objective) and 0 in one.teachers for one in listed):
+        raise SpecError(
+            "teacher_scores: they are of the run's own teacher, which no divergence reads here: leave "
+            "teacher_scores out (`live`)"
+        )
     return stated
 
 
@@ -94,6 +102,11 @@ def _address(server: str) -> str:
     parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SpecError(f"teacher.server: {server!r} is no address; expected one as http://127.0.0.1:8000/v1")
+    try:
+        _ = parts.port
+    except ValueError:
+        # Not repeated: what stands there may be a password.
+        raise SpecError("teacher.server: the port of an address is a number from 0 to 65535") from None
     if parts.username or parts.password or parts.query:
         place = parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
         raise SpecError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from gkd_lab.spec.cell import DataSpec, Family, ModelSpec, OptimizerSpec, SftModel, SftSpec
 from gkd_lab.spec.errors import SpecError, unknown
-from gkd_lab.spec.offline import Finds, served
+from gkd_lab.spec.offline import OF_SERVER, Finds, served
 from gkd_lab.spec.settings import ModelSettings, Settings, merge
 from gkd_lab.spec.two_tokenizers import tokenizer_of
 
@@ -103,6 +103,11 @@ def held(teachers: Iterable[str | ModelSettings | None]) -> dict[str, Any]:
 def _model(role: str, name: str, model: ModelSettings, find: Finds) -> ModelSpec:
     if model.server is not None:
         return served(role, model, find)
+    for field in OF_SERVER:
+        if getattr(model, field) is not None:
+            raise SpecError(
+                f"{role}.{field}: is of a teacher behind a server; give `server` too, or leave it out"
+            )
     if model.pretrained is not None:
         hub, path, revision = find(model.pretrained)
         return ModelSpec(

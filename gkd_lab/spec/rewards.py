@@ -105,7 +105,7 @@ def imported(name: str) -> Rule:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise _no_module(name, error.name) from error
         raise _broken(name, module, error) from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, and may call exit()
         raise _broken(name, module, error) from error
     for part in place.split("."):
         if not hasattr(found, part):
@@ -159,5 +159,5 @@ def _no_module(name: str, module: str) -> SpecError:
     )
 
 
-def _broken(name: str, module: str, error: Exception) -> SpecError:
+def _broken(name: str, module: str, error: BaseException) -> SpecError:
     return SpecError(f"reward {name!r}: importing {module} raised {type(error).__name__}: {error}")

@@ -29,6 +29,11 @@ def more_teachers(objectives: Iterable[AnyObjectiveSettings], teachers: Mapping[
     for one in listed:
         if isinstance(one, Divergent):
             _check(one)
+    if all(isinstance(one, Divergent) and one.teacher_names == (START,) for one in listed) and listed:
+        raise SpecError(
+            "objectives: every divergence is from `start`, the student as it starts, so that nothing can be "
+            "learnt: add one from another teacher, or a reward"
+        )
     known = {FIRST_TEACHER: None, START: START, **teachers}
     for name in numbered(listed):
         if name not in known:
@@ -38,6 +43,8 @@ def more_teachers(objectives: Iterable[AnyObjectiveSettings], teachers: Mapping[
 
 def _check(one: Divergent) -> None:
     count = len(one.teacher_names)
+    if not count:
+        raise SpecError("objectives: teacher []: name one at least, or leave `teacher` out for the run's own")
     if len(set(one.teacher_names)) < count:
         raise SpecError(f"objectives: teacher {list(one.teacher_names)} names one of them twice")
     for field in ("mixture", "mixture_temperatures"):

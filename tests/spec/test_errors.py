@@ -54,6 +54,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"evaluations": []}, "evaluations: [] is not valid: the list is empty"),
     ({"evaluations": {"decoding": "beam"}}, "is not valid: must be a list of values"),
     ({"description": None}, "description: None is not valid: must be text"),
+    (
+        {"objectives": [{"type": ["kl"]}]},
+        "objectives[0].type: ['kl'] is not valid: valid: divergence, cross_e",
+    ),
+    ({"objectives": [{"type": None}]}, "objectives[0].type: None is not valid: valid: divergence, cross_e"),
     ({"objectives": [{"type": "kl"}]}, "objectives[0].type: 'kl' is not valid: valid: divergence, cross_e"),
     ({"objectives": [{"type": "cross_entropy", "beta": 1}]}, "unknown field 'objectives[0].beta'"),
     ({"method": "seqkt"}, "method: 'seqkt' is not valid: did you mean 'seqkd'? valid: gkd,"),

@@ -77,6 +77,22 @@ def test_a_served_teacher_is_no_model_to_be_built() -> None:
             {"lmbda": 0, "teacher_scores": "full", "objectives": [{"beta": 0}, {"type": "adversarial"}]},
             "adversarial reads more of the teacher than its distributions, which are all",
         ),
+        (
+            {
+                "lmbda": 0,
+                "teacher_scores": "full",
+                "objectives": [{"type": "uld"}, {"type": "cross_entropy"}],
+            },
+            "uld reads more of the teacher than its distributions",
+        ),
+        (
+            {
+                "lmbda": 0,
+                "teacher_scores": "full",
+                "objectives": [{"beta": 0, "teacher": "start"}, {"type": "cross_entropy"}],
+            },
+            "teacher_scores: they are of the run's own teacher, which no divergence reads here",
+        ),
         ({"student": SERVER}, "student: a model behind a server cannot be trained"),
         (
             {"teacher": {**SERVER, "layers": 2}},

@@ -68,11 +68,20 @@ def test_all_teachers_of_a_cell_are_built_once() -> None:
         ({"teacher": ["teacher", "small"], "mixture": [1.0]}, "1 numbers in mixture for 2 teachers"),
         ({"teacher": ["teacher", "small"], "mixture": [0.9, 0.2]}, "must sum to 1, not 1.1"),
         ({"teacher": "small", "routed": True}, "routed takes one of several teachers"),
+        ({"teacher": []}, "teacher []: name one at least"),
+        ({"teacher": "start"}, "every divergence is from `start`"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked_for_is_refused(objective: dict[str, Any], message: str) -> None:
     listed = [{"beta": 0.5, **objective}]
     assert message in refusal(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
+
+
+def test_a_mixture_of_one_is_that_one() -> None:
+    mixed, plain = (
+        cell(objectives=[{"beta": 0.5, **more}], source={"lmbda": 0}) for more in ({"mixture": [1]}, {})
+    )
+    assert mixed.fingerprint == plain.fingerprint
 
 
 def test_a_teacher_that_nothing_names_is_no_part_of_a_cell() -> None:

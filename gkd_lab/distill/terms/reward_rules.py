@@ -79,7 +79,7 @@ def rewards_of(name: str, rule: Rule, prompts: Texts, texts: Texts, references: 
         given: Any = rule(list(prompts), list(texts), list(references))
     except NoReference:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything, and may call exit()
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"
         raise ValueError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error

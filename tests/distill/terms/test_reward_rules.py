@@ -246,3 +246,11 @@ def test_what_compares_needs_something_to_compare_with() -> None:
         rule = rule_of(name, None, None, CPU)
         with pytest.raises(ValueError, match=f"reward '{name}' compares .* 1 of 2 rows have none"):
             rewards_of(name, rule, ["p", "q"], ["a", "b"], ["r", ""])
+
+
+def test_a_function_that_leaves_the_program_has_failed() -> None:
+    def leaves(*_: Any) -> Any:
+        raise SystemExit(0)
+
+    with pytest.raises(ValueError, match=r"reward 'm:f' raised SystemExit: 0 \(test_reward_rules.py, line"):
+        rewards_of("m:f", leaves, ["p"], ["t"], ["r"])
