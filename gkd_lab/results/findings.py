@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.results.differences import CONFIDENCE, Difference
-from gkd_lab.results.loss_label import divergence_label
+from gkd_lab.results.loss_label import axis_named, divergence_label
 from gkd_lab.results.statistics import Effect, Samples, lmbda_effect, summary
 from gkd_lab.results.table import axes_of
 
@@ -31,7 +31,9 @@ def findings(
 
 def place(row: Any, axes: Sequence[str]) -> str:
     """`λ = 1, JSD(0.1)`, with the other axes' values."""
-    others = [f"{axis} {row[axis]}" for axis in axes]
+    if "objectives" in axes:  # whose first divergence says itself
+        return ", ".join([f"λ = {row['lmbda']:g}", *(axis_named(axis, row[axis]) for axis in axes)])
+    others = [axis_named(axis, row[axis]) for axis in axes]
     return ", ".join([f"λ = {row['lmbda']:g}", divergence_label(row["beta"]), *others])
 
 

@@ -24,6 +24,19 @@ def loss_label(objectives: Any) -> str:
     return " + ".join(_weighed(dict(term)) for term in listed)
 
 
+def axis_value(axis: str, value: Any) -> str:
+    """A value of an axis for reading: a list of objectives by its terms, a number without needless digits."""
+    if axis == "objectives" and not isinstance(value, float):
+        return loss_label(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def axis_named(axis: str, value: Any) -> str:
+    """`student small`; a list of objectives names itself."""
+    said = axis_value(axis, value)
+    return said if axis == "objectives" else f"{axis} {said}"
+
+
 def _weighed(term: dict[str, Any]) -> str:
     weight, final = term.pop("weight", 1), term.pop("final_weight", None)
     kind = term.pop("type", "divergence")

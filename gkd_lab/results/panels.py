@@ -1,6 +1,7 @@
 """Small multiples: one panel for each task and each value of a further axis."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,11 +9,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gkd_lab.results.loss_label import axis_named
 from gkd_lab.results.statistics import NO_BETA, points
 from gkd_lab.results.style import MUTED
 from gkd_lab.results.table import axes_of
 
 COLUMNS = 3
+WIDEST = 46
+"""Characters of a title's line, as wide as a panel."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def by_place(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]
 
 def _title(values: dict[str, object]) -> str:
     task = str(values.pop("task"))
-    return ", ".join([task, *(f"{axis} {value}" for axis, value in values.items())])
+    said = ", ".join([task, *(axis_named(axis, value) for axis, value in values.items())])
+    return textwrap.fill(said, WIDEST)
 
 
 def _reference(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:

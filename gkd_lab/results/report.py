@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from gkd_lab.records import Record, State, Store, worst
 from gkd_lab.records.files import write_text
@@ -16,7 +17,8 @@ from gkd_lab.results.differences import Difference, against_start
 from gkd_lab.results.evidence import best_cell, failures, origins, sample, samples
 from gkd_lab.results.figures import curves, heat_map, losses
 from gkd_lab.results.findings import findings, place
-from gkd_lab.results.loss_label import divergence_label
+from gkd_lab.results.loss_label import axis_value, divergence_label
+from gkd_lab.results.notebook_figures import bars, lines
 from gkd_lab.results.paper_panels_report import at_equal_cost, beside_the_paper, claim_rows, facts_of
 from gkd_lab.results.resampling import Sample
 from gkd_lab.results.rows import headline
@@ -45,7 +47,7 @@ def write_report(grid: GridOfCells, store: Store, path: Path) -> Path:
         grid=grid,
         experiment=grid.experiment,
         counts=_counts(frame),
-        axes=[(axis, ", ".join(map(_stated, values))) for axis, values in grid.axes.items()],
+        axes=[(axis, _stated(axis, values)) for axis, values in grid.axes.items()],
         tasks=[_task(grid, store, frame, task) for task in frame["task"].unique()],
         claims=claim_rows(grid, store),
         failures=failures(grid, store),
@@ -64,8 +66,8 @@ def _counts(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
     return [(state, by_role["cell"][state], by_role["reference"][state]) for state in STATES]
 
 
-def _stated(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _stated(axis: str, values: Sequence[Any]) -> str:
+    return ("; " if axis == "objectives" else ", ").join(axis_value(axis, value) for value in values)
 
 
 def _task(grid: GridOfCells, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
@@ -117,14 +119,17 @@ def _figures(
     anything: bool,
 ) -> dict[str, Markup]:
     """Name -> inline SVG; the SVG is our own and its texts are escaped by matplotlib."""
-    drawn = {"map": heat_map(frame, metric, task)}
+    drawn: dict[str, Figure] = {}
+    if "objectives" not in axes_of(frame):
+        drawn["map"] = heat_map(frame, metric, task)
     if anything:
-        drawn["curves"] = curves(frame, metric, task)
+        drawn |= _scores_drawn(frame, metric, task)
     logged = [c for c in grid.cells if c.task == task and store.of(c).metrics_file.exists()]
     if 0 < len(logged) <= MOST_HISTORIES:
         drawn["losses"] = losses(grid, store, task)
     labels = {
         "map": f"Heat map of {metric} on {task} over lambda and divergence",
+        "terms": f"{metric} on {task} by the terms of the loss",
         "curves": f"{metric} on {task} against lambda, one line for each divergence",
         "losses": f"Training loss on {task} against the step, for each lambda",
     }
@@ -132,6 +137,16 @@ def _figures(
     return {
         name: Markup(inline_svg(figure, f"{name}{order}", labels[name])) for name, figure in drawn.items()
     }
+
+
+def _scores_drawn(frame: pd.DataFrame, metric: str, task: str) -> dict[str, Figure]:
+    """Scores by the terms of the loss where they are an axis, else by its divergence."""
+    if "objectives" not in axes_of(frame):
+        return {"curves": curves(frame, metric, task)}
+    here = frame[frame["task"] == task]
+    if here["lmbda"].nunique() > 1:
+        return {"terms": lines(here, metric, along="lmbda", apart="objectives")}
+    return {"terms": bars(here, metric, by="objectives")}
 
 
 def _scores(
@@ -150,6 +165,7 @@ def _scores(
         rows.append(
             {
                 **{str(key): None if pd.isna(value) else value for key, value in row.items()},
+                **_told(row),
                 "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
                 "worst": worst(list(states)),
                 "difference": _of(differences, row) if row["role"] == "cell" else None,
@@ -159,6 +175,12 @@ def _scores(
             }
         )
     return rows
+
+
+def _told(row: Mapping[Any, Any]) -> dict[str, str]:
+    """A list of objectives by its terms."""
+    stated = row.get("objectives")
+    return {"objectives": axis_value("objectives", stated)} if isinstance(stated, str | tuple | list) else {}
 
 
 def _of(differences: Sequence[Difference], row: Mapping[Any, Any]) -> Difference | None:

@@ -178,6 +178,22 @@ def test_total_variation_is_named_and_not_taken_for_a_beta(store: Store, tmp_pat
     assert "arithmetic, λ = 0, total variation, seed 0" in page.text
 
 
+@pytest.mark.parametrize("lmbdas", ([0], [0, 1]))
+def test_losses_are_told_apart_by_their_terms(lmbdas: list[int], store: Store, tmp_path: Path) -> None:
+    listed = [[{"beta": 0}], [{"beta": 0}, {"type": "adversarial", "gradient_penalty": 2, "weight": 0.5}]]
+    grid = made_grid(grid={"lmbda": lmbdas, "objectives": listed})
+    fill(grid, store)
+    source, page = report(grid, store, tmp_path)
+    assert "Forward KL; Forward KL + 0.5 adversarial (gradient penalty 2)" in page.text
+    assert "Best of" in page.text and "accuracy by the terms of the loss" in page.text
+    # A row of the table, with its score.
+    assert re.search(
+        r"student 0 Forward KL Forward KL \+ 0\.5 adversarial \(gradient penalty 2\) \d", page.text
+    )
+    assert "gradient_penalty" not in source
+    assert "Each square is" not in page.text
+
+
 def test_long_texts_say_how_much_was_left_out() -> None:
     assert shortened("a" * LONGEST) == "a" * LONGEST
     assert shortened("a" * (LONGEST + 5)).endswith("... (5 more characters)")
