@@ -17,8 +17,9 @@ from gkd_lab.distill.divergence import Divergence, log_probabilities
 from gkd_lab.distill.teachers.guides import Target
 from gkd_lab.distill.terms.adversarial import OF_GAME, Adversarial
 from gkd_lab.distill.terms.attentions import Attentions
-from gkd_lab.distill.terms.hidden_states import OF_LAYERS, HiddenStates
+from gkd_lab.distill.terms.hidden_states import HiddenStates
 from gkd_lab.distill.terms.squared_error import AGAINST, SquaredError, against_labels
+from gkd_lab.distill.terms.stacks import OF_LAYERS
 from gkd_lab.distill.terms.step_measures import StepMeasure
 from gkd_lab.distill.terms.uld import OF_ULD, Uld
 from gkd_lab.spec.rewards import BUILT_IN, check_baseline, check_model, check_name

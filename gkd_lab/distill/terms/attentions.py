@@ -4,19 +4,26 @@ TinyBERT's attention-based distillation (Jiao et al. 2020) and the attention tra
 2020). Shapes: B rows, h heads, Q queries, T keys, N queries that count.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gkd_lab.distill.terms.hidden_states import check_choices
-from gkd_lab.distill.terms.stacks import STACKS, Name, matched, recorded, size, weights_at, widened
-from gkd_lab.distill.terms.step_measures import Seen, StepMeasure, StepModule
+from gkd_lab.distill.terms.stacks import (
+    Distance,
+    OfLayers,
+    matched,
+    recorded,
+    size,
+    weights_at,
+    widened,
+)
+from gkd_lab.distill.terms.step_measures import Seen, StepModule
 from gkd_lab.models.classifiers import kind_of
-from gkd_lab.spec.layer_maps import UNIFORM, LayerMap, Pair, layer_map
+from gkd_lab.spec.layer_maps import Pair
 
 GIVES_MAPS = "eager"
 """transformers' only implementation of attention that hands its maps out."""
@@ -58,33 +65,23 @@ def _log(maps: Tensor, read: Tensor) -> Tensor:
     return torch.where(read, torch.where(finite, maps, maps.detach()), 1).log()
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": score_error, "kl": divergence_of_maps}
+LOSSES: Mapping[str, Distance] = {"mse": score_error, "kl": divergence_of_maps}
 
 
 @dataclass(frozen=True)
-class Attentions(StepMeasure):
+class Attentions(OfLayers):
     """The mean over pairs of layers and over heads of the distance between self-attention maps.
 
     Every real token of a row that is trained on counts as a query, prompt included, as in the sources: maps
     of the prompt are what the completion is read from. They share their row's weight in the loss. Numbers of
     heads that differ: the mean of the maps over the heads of each model is compared.
 
-    layers: as of `HiddenStates`, without 0.
-    loss: "mse": of the scores, TinyBERT's; "kl": of the maps, MiniLM's.
-    stack: "decoder" or "encoder" of a model that has both.
-
-    Raises ValueError for what is not one of these.
+    There is no layer 0. loss: "mse": of the scores, TinyBERT's; "kl": of the maps, MiniLM's.
     """
 
     kind: ClassVar[str] = "attentions"
     asks: ClassVar[tuple[str, ...]] = ("attentions",)
-    layers: LayerMap = UNIFORM
-    loss: Literal["mse", "kl"] = "mse"
-    stack: Name = "decoder"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layer_map(self.layers))
-        check_choices(self.kind, {"loss": (self.loss, LOSSES), "stack": (self.stack, STACKS)})
+    losses: ClassVar[Mapping[str, Distance]] = LOSSES
 
     def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> StepModule:
         """Raises ValueError for a layer or a stack that is not there, and for a model that gives no maps."""

@@ -5,9 +5,9 @@ compares relations between tokens in their place, which needs no projection. Sha
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,16 @@ from transformers import PretrainedConfig
 
 from gkd_lab.distill.streams import key
 from gkd_lab.distill.terms.stacks import (
-    STACKS,
-    Name,
+    Distance,
+    OfLayers,
     matched,
     recorded,
     size,
     weights_at,
     widened,
 )
-from gkd_lab.distill.terms.step_measures import Seen, StepMeasure, StepModule
-from gkd_lab.spec.errors import unknown
-from gkd_lab.spec.layer_maps import UNIFORM, LayerMap, Pair, layer_map
+from gkd_lab.distill.terms.step_measures import Seen, StepModule
+from gkd_lab.spec.layer_maps import Pair
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -39,14 +38,14 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(student, teacher, dim=-1)
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: Mapping[str, Distance] = {
     "mse": mean_squared_error,
     "cosine": cosine_distance,
 }
 
 
 @dataclass(frozen=True)
-class HiddenStates(StepMeasure):
+class HiddenStates(OfLayers):
     """The mean over pairs of layers of the distance between hidden states, weighted as tokens are.
 
     The states of a decoder count where they predict a token that is trained on, each with that token's weight
@@ -55,23 +54,13 @@ class HiddenStates(StepMeasure):
     or label. Where widths differ the student's states pass through a linear map without bias that is learnt
     along, one for each pair (ours: TinyBERT's code has one for all).
 
-    layers: pairs (student's, teacher's) or a rule (`gkd_lab.spec.layer_maps`). 0: the embeddings, as
-        TinyBERT matches them; n: after layer n, of the last one as the head reads it.
-    loss: "mse" or "cosine", which does not see lengths.
-    stack: "decoder" or "encoder" of a model that has both.
-
-    Raises ValueError for what is not one of these.
+    Layer 0 is the embeddings, as TinyBERT matches them; layer n what comes after it, of the last one as the
+    head reads it. loss: "mse" or "cosine", which does not see lengths.
     """
 
     kind: ClassVar[str] = "hidden_states"
     asks: ClassVar[tuple[str, ...]] = ("hidden_states",)
-    layers: LayerMap = UNIFORM
-    loss: Literal["mse", "cosine"] = "mse"
-    stack: Name = "decoder"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", layer_map(self.layers))
-        check_choices(self.kind, {"loss": (self.loss, LOSSES), "stack": (self.stack, STACKS)})
+    losses: ClassVar[Mapping[str, Distance]] = LOSSES
 
     def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> StepModule:
         """Raises ValueError for a layer or a stack that one of the models does not have."""
@@ -79,17 +68,6 @@ class HiddenStates(StepMeasure):
         pairs = matched(self.layers, student, teacher, self.stack, first=0)
         own, guide = (size(config, self.stack, "width") for config in (student, teacher))
         return HiddenMatching(self, pairs, projections(len(pairs), own, guide, seed))
-
-
-OF_LAYERS = ("layers", "loss", "stack")
-"""Fields of an objective that compares layers, in a configuration."""
-
-
-def check_choices(kind: str, chosen: Mapping[str, tuple[str, Any]]) -> None:
-    """Field -> (value, valid ones). Raises SpecError for a value that is not among them."""
-    for name, (value, valid) in chosen.items():
-        if value not in list(valid):
-            raise unknown(f"{name} of {kind}", value, valid)
 
 
 def projections(pairs: int, student: int, teacher: int, seed: int) -> list[nn.Parameter]:

@@ -3,18 +3,49 @@
 Shapes: B rows, C completion tokens, T positions of a stack.
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from gkd_lab.distill.terms.step_measures import Pass, Seen
-from gkd_lab.spec.layer_maps import LayerMap, Pair, pairs_of
+from gkd_lab.distill.terms.step_measures import Pass, Seen, StepMeasure
+from gkd_lab.spec.errors import unknown
+from gkd_lab.spec.layer_maps import UNIFORM, LayerMap, Pair, layer_map, pairs_of
 
 Name = Literal["decoder", "encoder"]
 STACKS: tuple[Name, ...] = ("decoder", "encoder")
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(student's, teacher's) of each token -> how far apart they are."""
+
+
+@dataclass(frozen=True)
+class OfLayers(StepMeasure):
+    """A measure that compares layers of student and teacher, pair by pair.
+
+    layers: pairs (student's, teacher's) or a rule (`gkd_lab.spec.layer_maps`).
+    loss: one of `losses`. stack: "decoder" or "encoder" of a model that has both.
+
+    Raises ValueError for what is not one of these.
+    """
+
+    losses: ClassVar[Mapping[str, Distance]]
+    layers: LayerMap = UNIFORM
+    loss: str = "mse"
+    stack: Name = "decoder"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_map(self.layers))
+        for name, value, valid in (("loss", self.loss, self.losses), ("stack", self.stack, STACKS)):
+            if value not in valid:
+                raise unknown(f"{name} of {self.kind}", value, valid)
+
+
+OF_LAYERS = ("layers", "loss", "stack")
+"""Fields of an objective that compares layers, in a configuration."""
 
 
 def size(config: PretrainedConfig, name: Name, of: Literal["layers", "width", "heads"]) -> int:
