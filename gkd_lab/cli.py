@@ -26,6 +26,7 @@ from gkd_lab.cli_words import (
     Scale,
     Sets,
     TableFormat,
+    TermGradients,
     Worker,
     Workers,
     check_executor,
@@ -147,6 +148,7 @@ def run(
     executor: Executor = "local",
     tracker: Follow = None,
     no_wait: NoWait = False,
+    term_gradients: TermGradients = False,
     worker: Worker = None,
 ) -> None:
     """Train and evaluate every cell; what is done is not done again."""
@@ -158,10 +160,14 @@ def run(
     grid = grid_named(name, scale, sets, outputs)
     if workers == 1:
         held: Literal["pass", "wait"] = "pass" if no_wait else "wait"
-        run_cells(grid, outputs, limit, retry_failed, chosen, held, workers=workers_of(worker))
+        count = workers_of(worker)
+        run_cells(
+            grid, outputs, limit, retry_failed, chosen, held, workers=count, term_gradients=term_gradients
+        )
         return
     words = ["run", name, "--outputs", str(outputs), "--pack", pack, "--tracker", chosen]
     words += [] if scale is None else ["--scale", scale.value]
+    words += ["--term-gradients"] if term_gradients else []
     for text in sets or ():
         words += ["--set", text]
     run_workers(grid, outputs, workers, words, retry_failed)

@@ -71,6 +71,13 @@ Workers = Annotated[int, typer.Option(help="Processes that share out the packs o
 NoWait = Annotated[
     bool, typer.Option("--no-wait", help="Leave cells that other processes work on; default: wait for them.")
 ]
+TermGradients = Annotated[
+    bool,
+    typer.Option(
+        "--term-gradients",
+        help="Log the norm of each term's gradient, which costs a pass a term and log line.",
+    ),
+]
 Worker = Annotated[str | None, typer.Option(hidden=True, metavar="K/N", help="This process is a worker.")]
 
 

@@ -25,12 +25,13 @@ def run_cells(
     held: Literal["pass", "wait"] = "pass",
     *,
     workers: int = 1,
+    term_gradients: bool = False,
 ) -> None:
     """Run a grid in this process, which may be one of several `workers` of the same run."""
     from gkd_lab.runs.stopping import signals_heard
 
     with signals_heard():
-        _run_here(grid, outputs, limit, retry_failed, tracker, held, workers)
+        _run_here(grid, outputs, limit, retry_failed, tracker, held, workers, term_gradients)
 
 
 def _run_here(
@@ -41,6 +42,7 @@ def _run_here(
     tracker: Literal["none", "wandb", "trackio"],
     held: Literal["pass", "wait"],
     workers: int,
+    term_gradients: bool,
 ) -> None:
     store = Store(writable(outputs))
     if not retry_failed and _all_done(grid, store):
@@ -65,6 +67,7 @@ def _run_here(
         tracker=followed,
         held=held,
         workers=workers,
+        term_gradients=term_gradients,
     )
     quieten()
     try:

@@ -352,4 +352,5 @@ def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDC
         bf16=training.precision == "bf16",
         teacher_dtype=teacher_dtype,
         park_teacher=parked,
+        log_term_gradients=options.term_gradients,
     )

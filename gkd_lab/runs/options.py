@@ -27,6 +27,8 @@ class RunOptions:
     """What to do about cells that other processes work on, once nothing else is left."""
     workers: int = 1
     """Processes of this run on this machine, which share its memory and its cells."""
+    term_gradients: bool = False
+    """Whether each log line has the norm of each term's gradient, `grad_norm/NAME`."""
 
     def __post_init__(self) -> None:
         # A row averages the steps since the last one: a resumed run must start a window where the other did.

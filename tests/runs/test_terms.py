@@ -29,6 +29,22 @@ def silence() -> None:
     quieten()
 
 
+def test_gradients_of_terms_are_logged_where_they_are_asked_for(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"objectives": list(TERMS.values())}, lmbda=0, **GREEDY)
+    found = []
+    for asked in (False, True):
+        outputs = tmp_path / str(asked)
+        assert run(grid, options(outputs, term_gradients=asked)).failed == []
+        found.append([Store(outputs).of(cell).history() for cell in grid.cells])
+    for cell, plain, measured in zip(grid.cells, *found, strict=True):
+        for row, more in zip(plain, measured, strict=True):
+            added = {f"grad_norm/{one.type}" for one in cell.training.objectives}
+            assert more.keys() - row.keys() == added
+            assert {name: more[name] for name in row} == row
+        # A discriminator sees no difference at first.
+        assert all(measured[-1][name] > 0 for name in added)
+
+
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
 def test_terms_cross_in_a_grid_and_go_on_bit_for_bit(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
