@@ -44,7 +44,7 @@ from gkd_lab.spec.settings import (
     evaluation_settings,
     merge,
 )
-from gkd_lab.spec.several import START, more_teachers, numbered
+from gkd_lab.spec.several import START, check_holds, more_teachers, numbered
 from gkd_lab.spec.two_tokenizers import check_sizes, check_tokenizers
 
 
@@ -180,6 +180,7 @@ class _Resolver:
         )
         check_matching(training)
         check_tokenizers(training)
+        check_holds(training)
         check_served(training)
         check_kept(training)
         check_classes(training, shared.evaluations)

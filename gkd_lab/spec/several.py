@@ -3,8 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gkd_lab.spec.cell import Training
 from gkd_lab.spec.errors import SpecError, nearest
-from gkd_lab.spec.objectives import FIRST_TEACHER, AnyObjectiveSettings, Divergent
+from gkd_lab.spec.objectives import (
+    FIRST_TEACHER,
+    AnyObjective,
+    AnyObjectiveSettings,
+    Divergent,
+    Objective,
+)
 
 START = "start"
 """Name of the student as it starts, frozen, where it is a teacher."""
@@ -29,16 +36,30 @@ def more_teachers(objectives: Iterable[AnyObjectiveSettings], teachers: Mapping[
     for one in listed:
         if isinstance(one, Divergent):
             _check(one)
-    if all(isinstance(one, Divergent) and one.teacher_names == (START,) for one in listed) and listed:
-        raise SpecError(
-            "objectives: every divergence is from `start`, the student as it starts, so that nothing can be "
-            "learnt: add one from another teacher, or a reward"
-        )
     known = {FIRST_TEACHER: None, START: START, **teachers}
     for name in numbered(listed):
         if name not in known:
             raise SpecError(f"objectives: unknown teacher {name!r}; {nearest(name, known)}")
     return {name: known[name] for name in numbered(listed) if name != FIRST_TEACHER}
+
+
+def check_holds(training: Training) -> None:
+    """Raises SpecError where all that a student is held to is itself as it starts, which teaches nothing."""
+    if training.dropout == 0 and all(_holds(one, training) for one in training.objectives):
+        raise SpecError(
+            "objectives: every divergence is from `start`, the student as it starts, so that nothing can be "
+            "learnt: add one from another teacher, or a reward"
+        )
+
+
+def _holds(one: AnyObjective, training: Training) -> bool:
+    """Whether a divergence is 0 as long as the student has not moved."""
+    if not isinstance(one, Objective) or one.mixture_temperatures is not None or 0 in one.teachers:
+        return False
+    same = all(training.teachers[n - 1] == training.start for n in one.teachers)
+    # Sharpened or flattened it is another distribution, and in another dtype nearly so.
+    held = any(training.held(n)[0] for n in one.teachers)
+    return same and not held and one.teacher_temperature == one.student_temperature
 
 
 def _check(one: Divergent) -> None:

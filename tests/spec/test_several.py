@@ -77,6 +77,13 @@ def test_a_teacher_that_cannot_be_asked_for_is_refused(objective: dict[str, Any]
     assert message in refusal(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
 
 
+def test_the_start_at_another_temperature_has_something_to_teach() -> None:
+    hold = {"beta": 0.5, "teacher": "start"}
+    for more in ({"teacher_temperature": 0.5}, {"student_temperature": 2}):
+        assert training({**hold, **more}).teachers == (training({"beta": 0.5}).start,)
+    assert training(hold, dropout=0.1).dropout == 0.1
+
+
 def test_a_mixture_of_one_is_that_one() -> None:
     mixed, plain = (
         cell(objectives=[{"beta": 0.5, **more}], source={"lmbda": 0}) for more in ({"mixture": [1]}, {})
