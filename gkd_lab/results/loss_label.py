@@ -28,7 +28,7 @@ def axis_value(axis: str, value: Any) -> str:
     """A value of an axis for reading: a list of objectives by its terms, a number without needless digits."""
     if axis == "objectives" and not isinstance(value, float):
         return loss_label(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return _number(value)
 
 
 def axis_named(axis: str, value: Any) -> str:

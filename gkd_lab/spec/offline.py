@@ -13,7 +13,7 @@ _OF_DISTRIBUTIONS = (Objective, CrossEntropyObjective, RewardObjective)
 _WITHOUT_TEACHER = (CrossEntropyObjective, RewardObjective)
 OF_SERVER = ("model", "top_k", "tokenizer", "patience")
 """Fields of a model that mean something only beside `server`."""
-_OF_SERVED = {"server", "model", "top_k", "tokenizer", "patience"}
+_OF_SERVED = {"server", *OF_SERVER}
 
 
 class Finds(Protocol):

@@ -150,6 +150,7 @@ def _sft(model: ModelSettings, settings: Settings) -> SftSpec | None:
 
 
 def check_schedule(optimizer: OptimizerSpec, steps: int, where: str) -> None:
+    """Raises SpecError, which begins with `where`, for a warm-up and a cool-down longer than the steps."""
     needed = optimizer.warmup_steps + optimizer.cooldown_steps
     if needed > steps:
         raise SpecError(

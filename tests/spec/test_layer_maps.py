@@ -170,4 +170,5 @@ def test_what_a_folder_says_of_its_depth_is_known(
 @pytest.mark.parametrize("text", ("", "[1]", '{"layers": "many"}'))
 def test_a_configuration_that_says_nothing_of_it_is_left_to_the_loading(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    cell(teacher={"pretrained": str(tmp_path)}, **objectives(layers=[[1, 40]]))
+    one = cell(teacher={"pretrained": str(tmp_path)}, **objectives(layers=[[1, 40]]))
+    assert one.training.objectives[1].layers == ((1, 40),)  # type: ignore[union-attr]
