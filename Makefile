@@ -30,7 +30,7 @@ types: setup
 	$(BIN)/python -m mypy
 
 schema: setup  ## write the JSON Schema of the experiment file anew
-	$(BIN)/python -m gkd_lab.spec.schema
+	$(BIN)/python -m gkd_lab.config.json_schema
 
 sweeps: setup  ## write the sweep files of all experiments anew
 	for file in experiments/*.yaml; do name=$$(basename $$file .yaml); $(BIN)/gkd-lab sweep $$name > sweeps/$$name.yaml; done

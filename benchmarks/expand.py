@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gkd_lab.spec import GridOfCells, Revisions, expand
-from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
 
 REVISIONS = Revisions(

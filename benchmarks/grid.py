@@ -39,12 +39,12 @@ from trl.experimental.gkd import GKDConfig as TrlConfig
 from trl.experimental.gkd import GKDTrainer as TrlTrainer
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.distill.batches import Example
-from gkd_lab.distill.config import CellArguments
-from gkd_lab.distill.streams import is_on_policy
-from gkd_lab.models.making import train_tokenizer
+from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.encoding.batches import Example
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.models.build import train_tokenizer
 from gkd_lab.models.packing import Pack
-from gkd_lab.spec.cell import TokenizerSpec
+from gkd_lab.models.rng import is_on_policy
 
 LMBDAS, BETAS = (0.0, 0.5, 1.0), (0.0, 0.1, 0.5, 0.9, 1.0)
 CURVE = (1, 3, 5, 15, 45)

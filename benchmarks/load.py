@@ -28,9 +28,9 @@ from typing import Any
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.records import Record, Store
-from gkd_lab.spec import Cell, GridOfCells
-from gkd_lab.spec.cell import Evaluation, references
+from gkd_lab.config import Cell, GridOfCells
+from gkd_lab.config.cell import Evaluation, references
+from gkd_lab.store import Record, Store
 
 PROCESSES = 8
 TARGETS = {"run_s": 60.0, "status_warm": 2.0, "table_warm": 2.0}
@@ -83,9 +83,9 @@ def work(grid: GridOfCells, outputs: Path) -> int:
     """What one process does: run the grid until nothing is left; how many times it went through."""
     from rich.console import Console
 
-    import gkd_lab.runs.run as runs
-    from gkd_lab.runs.options import RunOptions
-    from gkd_lab.runs.progress import Reporter
+    import gkd_lab.runner.run as runs
+    from gkd_lab.runner.progress import Reporter
+    from gkd_lab.runner.run_options import RunOptions
 
     def train(cells: Sequence[Cell], options: Any) -> None:
         for cell in cells:
@@ -106,7 +106,7 @@ def work(grid: GridOfCells, outputs: Path) -> int:
 
 def many_processes(folder: Path, cells: int) -> dict[str, Any]:
     """Forked after the libraries were imported, which takes longer than the work."""
-    import gkd_lab.runs.run  # noqa: F401
+    import gkd_lab.runner.run  # noqa: F401
 
     _, grid = grid_of(folder, cells)
     outputs = folder / "outputs"

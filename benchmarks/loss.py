@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gkd_lab.distill.chunked import divergence_sums
-from gkd_lab.distill.divergence import Divergence
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.fused_loss import divergence_sums
 from gkd_lab.models.projection import Projection
 
 with warnings.catch_warnings():
@@ -190,7 +190,7 @@ def costs(beta: float, size: Size, runs: int) -> dict[str, tuple[float, float]]:
 
 def _alone(name: str, beta: float, size: Size) -> tuple[float, float]:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["gkd_lab.distill.chunked", "trl.trainer.distillation_trainer"])
+    context.set_forkserver_preload(["gkd_lab.losses.fused_loss", "trl.trainer.distillation_trainer"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(cost, name, beta, size).result()
 

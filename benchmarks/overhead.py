@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gkd_lab.runs.options import RunOptions
-from gkd_lab.runs.progress import Advance, Reporter
-from gkd_lab.runs.quiet import quieten
-from gkd_lab.runs.run import run
-from gkd_lab.spec import GridOfCells, Revisions, expand
-from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.experiment import parse_experiment
-from gkd_lab.spec.packs import PackLimit
+from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.experiment import parse_experiment
+from gkd_lab.config.packs import PackLimit
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.progress import Advance, Reporter
+from gkd_lab.runner.run import run
+from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.tasks import TASKS
 
 STEPS = 2

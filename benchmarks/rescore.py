@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.records import Record, Store
-from gkd_lab.spec import Evaluation, GridOfCells
+from gkd_lab.config import Evaluation, GridOfCells
+from gkd_lab.store import Record, Store
 
 WORDS, PREDICTIONS = 20, 500
 RUNS = {

@@ -27,8 +27,8 @@ from rouge_score import rouge_scorer
 
 from gkd_lab.metrics import Scorer
 from gkd_lab.metrics.intervals import mean_intervals
-from gkd_lab.metrics.judge import judge, prediction_of
-from gkd_lab.records.files import read_lines, write_json, write_lines
+from gkd_lab.metrics.scored_predictions import judge, prediction_of
+from gkd_lab.store.files import read_lines, write_json, write_lines
 
 WORDS = re.findall(r"[a-zA-Z]+", " ".join(topics.values()))
 KINDS = ("rouge1", "rouge2", "rougeL")

@@ -36,9 +36,9 @@ from trl.experimental.gkd import GKDConfig as TrlConfig
 from trl.experimental.gkd import GKDTrainer as TrlTrainer
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.distill.streams import is_on_policy
-from gkd_lab.models.making import train_tokenizer
-from gkd_lab.spec.cell import TokenizerSpec
+from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.models.build import train_tokenizer
+from gkd_lab.models.rng import is_on_policy
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.records import Store
-from gkd_lab.results.rows import rows
-from gkd_lab.results.table import table
-from gkd_lab.spec import GridOfCells, Revisions, expand
-from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.experiment import parse_experiment
+from gkd_lab.store import Store
+from gkd_lab.tables.rows import rows
+from gkd_lab.tables.table import table
 from gkd_lab.tasks import TASKS
 
 

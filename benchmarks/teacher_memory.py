@@ -23,10 +23,10 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.distill.teachers.teaching import Teacher
-from gkd_lab.models.making import train_tokenizer
-from gkd_lab.runs.quiet import quieten
-from gkd_lab.spec.cell import TokenizerSpec
+from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.models.build import train_tokenizer
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.teachers.teacher import Teacher
 
 VOCABULARY = 4096
 LARGER, SMALLER, STUDENT = (768, 8), (512, 6), (64, 2)

@@ -22,15 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_lab import experiments
-from gkd_lab.distill.batches import collate
-from gkd_lab.distill.divergence import Divergence
-from gkd_lab.distill.teachers.score_files import Layout
-from gkd_lab.distill.teachers.stored import Stored, top_scores
+from gkd_lab.encoding.batches import collate
+from gkd_lab.losses.divergence import Divergence
 from gkd_lab.models.forward import completion_logits
-from gkd_lab.runs import artifacts
-from gkd_lab.runs.options import RunOptions
-from gkd_lab.runs.quiet import quieten
-from gkd_lab.runs.rows import examples, rows
+from gkd_lab.runner import artifacts
+from gkd_lab.runner.dataset import examples, rows
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.run_options import RunOptions
+from gkd_lab.teachers.score_files import Layout
+from gkd_lab.teachers.top_k_distributions import Stored, top_scores
 
 TASKS = ("arithmetic", "translation", "summarization")
 KEPT = (8, 32, 128, None)

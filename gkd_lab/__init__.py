@@ -10,22 +10,22 @@ __version__ = "0.1.0"
 __all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__"]
 
 if TYPE_CHECKING:
-    from gkd_lab.distill.config import GKDConfig
-    from gkd_lab.distill.teachers.teaching import Teacher
-    from gkd_lab.distill.trainer import GKDTrainer
+    from gkd_lab.teachers.teacher import Teacher
+    from gkd_lab.training.arguments import GKDConfig
+    from gkd_lab.training.trainer import GKDTrainer
 
 
 def __getattr__(name: str) -> Any:
     if name == "GKDTrainer":
-        from gkd_lab.distill.trainer import GKDTrainer
+        from gkd_lab.training.trainer import GKDTrainer
 
         return GKDTrainer
     if name == "GKDConfig":
-        from gkd_lab.distill.config import GKDConfig
+        from gkd_lab.training.arguments import GKDConfig
 
         return GKDConfig
     if name == "Teacher":
-        from gkd_lab.distill.teachers.teaching import Teacher
+        from gkd_lab.teachers.teacher import Teacher
 
         return Teacher
     raise AttributeError(f"module 'gkd_lab' has no attribute {name!r}")

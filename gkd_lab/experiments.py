@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gkd_lab
+from gkd_lab.config import Experiment, GridOfCells, Revisions, SpecError, expand, read_experiment
+from gkd_lab.config.cell import DataSpec, Evaluation
+from gkd_lab.config.errors import nearest, unknown
+from gkd_lab.config.experiment import Scale, override, parse_experiment
+from gkd_lab.config.loss_terms import RewardObjective
+from gkd_lab.config.reward_names import BUILT_IN, imported
+from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
-from gkd_lab.records.files import read_json, write_json
-from gkd_lab.spec import Experiment, GridOfCells, Revisions, SpecError, expand, read_experiment
-from gkd_lab.spec.cell import DataSpec, Evaluation
-from gkd_lab.spec.errors import nearest, unknown
-from gkd_lab.spec.experiment import Scale, override, parse_experiment
-from gkd_lab.spec.objectives import RewardObjective
-from gkd_lab.spec.rewards import BUILT_IN, imported
-from gkd_lab.spec.settings import DataSettings
+from gkd_lab.store.files import read_json, write_json
 from gkd_lab.tasks import SPLITS, TASKS, Task, check_form, source_revision
 
 _PACKAGE = Path(gkd_lab.__file__).parent

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from gkd_lab import experiments
-from gkd_lab.spec import SpecError
-from gkd_lab.spec.experiment import Scale
-from gkd_lab.spec.packs import packs
+from gkd_lab.config import SpecError
+from gkd_lab.config.experiment import Scale
+from gkd_lab.config.packs import packs
 
 COUNTS = {
     "adversarial": 21,

@@ -8,8 +8,8 @@ import pytest
 
 from gkd_lab import GKDConfig, GKDTrainer, Teacher, experiments
 
-from .distill.driving import arguments
 from .models.tiny import tiny_examples, tiny_model, tiny_tokenizer
+from .training.driving import arguments
 
 PAGE = Path(__file__).parents[1] / "docs" / "family.md"
 

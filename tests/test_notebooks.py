@@ -11,11 +11,11 @@ from nbclient import NotebookClient
 
 from gkd_lab import experiments
 from gkd_lab.experiments import load
-from gkd_lab.records import Store
-from gkd_lab.results.table import encode, table
+from gkd_lab.store import Store
+from gkd_lab.tables.table import encode, table
 from gkd_lab.tasks import TASKS
 
-from .results.made_store import fill
+from .tables.made_store import fill
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 OF_PAPER = [path for path in NOTEBOOKS if path.stem != "quickstart"]

@@ -104,7 +104,7 @@ def test_a_wheel_holds_the_package_and_the_experiments_and_nothing_else(tmp_path
     shipped = sorted(name.removeprefix(folder) for name in names if name.startswith(folder))
     assert [name for name in shipped if name.endswith(".yaml")] == experiments
     assert "quickstart.yaml" in shipped
-    assert "gkd_lab/cli.py" in names
+    assert "gkd_lab/cli/commands.py" in names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"gkd_lab", f"gkd_lab-{PROJECT['version']}.dist-info"}
 

@@ -12,9 +12,9 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from gkd_lab import experiments
-from gkd_lab.cli_words import fields_of
-from gkd_lab.spec import SpecError
-from gkd_lab.spec.sweep import as_value, sweep_file
+from gkd_lab.cli.options import fields_of
+from gkd_lab.config import SpecError
+from gkd_lab.config.sweep import as_value, sweep_file
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gkd_lab.distill.token_by_token import Choose
+from gkd_lab.training.decode_loop import Choose
 
 LONGEST = 100
 """Characters of an expression; GSM8K's longest has 30."""

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from gkd_lab.distill.batches import Example, collate
-from gkd_lab.distill.sampling import end_ids, write
-from gkd_lab.distill.steps import blocks
-from gkd_lab.distill.streams import uniforms
+from gkd_lab.config.cell import Evaluation
+from gkd_lab.encoding.batches import Example, collate
 from gkd_lab.evaluation.calculator import Calculator
-from gkd_lab.metrics.judge import Prediction
+from gkd_lab.losses.step_loss import blocks
+from gkd_lab.metrics.scored_predictions import Prediction
 from gkd_lab.models.packing import Pack
-from gkd_lab.spec.cell import Evaluation
+from gkd_lab.models.rng import uniforms
 from gkd_lab.tasks import Row
+from gkd_lab.training.sampling import end_ids, write
 
 SEQUENCES_AT_ONCE = 1024
 """Upper bound of cells x prompts x beams in one batch."""

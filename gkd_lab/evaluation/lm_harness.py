@@ -30,12 +30,12 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from gkd_lab.config.cell import HarnessEvaluation, SftModel
+from gkd_lab.config.errors import SpecError, nearest, unknown
+from gkd_lab.config.lm_eval_task import Function, content_of, read_task_file
 from gkd_lab.evaluation.lm_hash import task_hash
 from gkd_lab.evaluation.lm_scores import stop_each_beam_for_itself
 from gkd_lab.metrics.intervals import mean_interval
-from gkd_lab.spec.cell import HarnessEvaluation, SftModel
-from gkd_lab.spec.errors import SpecError, nearest, unknown
-from gkd_lab.spec.lm_task import Function, content_of, read_task_file
 
 Scores = dict[str, dict[str, Any]]
 

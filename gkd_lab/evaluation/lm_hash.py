@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from gkd_lab.spec.lm_task import lm_eval_version
+from gkd_lab.config.lm_eval_task import lm_eval_version
 
 _PLACES = ("data_files", "data_dir", "cache_dir")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")

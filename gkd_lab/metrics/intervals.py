@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gkd_lab.metrics.classification import interval as classification_interval
-from gkd_lab.metrics.classification_names import CLASSIFICATION_METRICS
+from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
+from gkd_lab.metrics.classifier_metrics import interval as classification_interval
 
 CORPUS_METRICS = ("bleu", "chrf", *CLASSIFICATION_METRICS)
 """Scores of a whole corpus; the mean of their sentence scores is another number."""

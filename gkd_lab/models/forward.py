@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gkd_lab.models.classifiers import kind_of, positions
-from gkd_lab.models.packed import cells_in
+from gkd_lab.models.packed_layers import cells_in
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gkd_lab.models.classifiers import kind_of
 from gkd_lab.models.forward import Sequences, arguments, evaluating, of_completion, takes, unwrapped
-from gkd_lab.models.packed import PackedLinear
+from gkd_lab.models.packed_layers import PackedLinear
 from gkd_lab.models.projection import Projection
 
 logger = logging.getLogger(__name__)

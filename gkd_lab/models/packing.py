@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_lab.models.pack_check import CannotPack, check_code, check_weights, perturbed
-from gkd_lab.models.packed import (
-    Cells,
-    PackedLinear,
-    PackedModule,
-    give_rows_their_bias,
-    packed_form,
-)
+from gkd_lab.models.packed_layers import Cells, PackedLinear, PackedModule, give_rows_their_bias, packed_form
 
 __all__ = ["CannotPack", "Pack", "PackedLinear"]
 

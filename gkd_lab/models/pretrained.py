@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gkd_lab.config.cell import Family, ModelSpec
+from gkd_lab.config.errors import SpecError
+from gkd_lab.models.build import DTYPES, quiet
 from gkd_lab.models.heads import keep_untied
-from gkd_lab.models.making import DTYPES, quiet
-from gkd_lab.spec.cell import Family, ModelSpec
-from gkd_lab.spec.errors import SpecError
 
 
 def load_pretrained(

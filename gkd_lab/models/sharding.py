@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked: bool = False) -> nn.Module:
     """The teacher where `accelerator` needs it: FSDP2 and ZeRO-3 shard it, anything else keeps it whole.
 
-    `parked` leaves it on the CPU: `gkd_lab.models.teachers.at_work` moves it while it is used, FSDP2 moves
+    `parked` leaves it on the CPU: `gkd_lab.models.loading.at_work` moves it while it is used, FSDP2 moves
     its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end of `at_work`, so
     that a loss can read the head. A quantized teacher stays where it was loaded, a copy for each process.
 

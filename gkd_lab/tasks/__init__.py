@@ -1,6 +1,6 @@
 """What is learnt and how it is judged: one small file per task, one registry. No torch here."""
 
-from gkd_lab.spec.errors import unknown
+from gkd_lab.config.errors import unknown
 from gkd_lab.tasks import (
     arithmetic,
     classification,
@@ -11,7 +11,7 @@ from gkd_lab.tasks import (
     translation,
 )
 from gkd_lab.tasks.data import Rows, load_rows, source_revision
-from gkd_lab.tasks.form import check_form
+from gkd_lab.tasks.row_format import check_form
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
 __all__ = [

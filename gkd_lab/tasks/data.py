@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from gkd_lab.spec.errors import nearest, unknown
-from gkd_lab.tasks.folder import DataFolder
-from gkd_lab.tasks.form import check_form, parser, with_shots
+from gkd_lab.config.errors import nearest, unknown
+from gkd_lab.tasks.data_folder import DataFolder
+from gkd_lab.tasks.row_format import check_form, parser, with_shots
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
 Kind = Literal["made", "folder", "hub"]

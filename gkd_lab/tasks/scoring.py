@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made import drawn
-from gkd_lab.tasks.scales import classifiers
+from gkd_lab.tasks.made_data import drawn
+from gkd_lab.tasks.scale_defaults import classifiers
 from gkd_lab.tasks.task import Row, Task, text_field
 
 MADE_VERSION = "scoring-made-1"

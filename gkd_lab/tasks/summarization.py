@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.tasks import events
-from gkd_lab.tasks.made import draw_rows, split_of
-from gkd_lab.tasks.scales import checkpoint, smol_models
-from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.made_data import draw_rows, split_of
+from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
 MADE_VERSION = "summarization-made-1"

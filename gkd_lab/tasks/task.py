@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gkd_lab.spec.settings import merge
-from gkd_lab.tasks.scales import COMMON
+from gkd_lab.config.settings import merge
+from gkd_lab.tasks.scale_defaults import COMMON
 
 Family = Literal[
     "decoder-only", "encoder-decoder", "sequence-classification", "token-classification", "regression"

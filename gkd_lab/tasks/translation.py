@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gkd_lab.tasks.made import draw_rows
-from gkd_lab.tasks.scales import checkpoint, smol_models
-from gkd_lab.tasks.scales import made as made_model
+from gkd_lab.tasks.made_data import draw_rows
+from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
 MADE_VERSION = "translation-made-1"

@@ -9,15 +9,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gkd_lab.distill.batches import collate, encode
-from gkd_lab.distill.sampling import end_ids, write
-from gkd_lab.distill.token_by_token import Choose
+from gkd_lab.config.cell import Architecture, Evaluation, Family, TokenizerSpec
+from gkd_lab.encoding.batches import collate, encode
 from gkd_lab.evaluation.calculator import LONGEST, Calculator, compute
 from gkd_lab.evaluation.decoding import predict
-from gkd_lab.models.making import make_model, train_tokenizer
+from gkd_lab.models.build import make_model, train_tokenizer
 from gkd_lab.models.packing import Pack
-from gkd_lab.spec.cell import Architecture, Evaluation, Family, TokenizerSpec
 from gkd_lab.tasks import Row
+from gkd_lab.training.decode_loop import Choose
+from gkd_lab.training.sampling import end_ids, write
 
 from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
 

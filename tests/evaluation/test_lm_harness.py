@@ -16,21 +16,21 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from gkd_lab.cli import main
+from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.errors import SpecError
+from gkd_lab.config.evaluation_settings import harness_evaluations
+from gkd_lab.config.settings import HarnessSettings
 from gkd_lab.evaluation import lm_scores
 from gkd_lab.evaluation.lm_harness import build, open_checkpoint
 from gkd_lab.metrics import score_many
-from gkd_lab.models.making import train_tokenizer
-from gkd_lab.records import Record, Store
-from gkd_lab.runs.harness import evaluate_record, model_of, own_tasks
-from gkd_lab.runs.quiet import quieten
-from gkd_lab.runs.run import run
-from gkd_lab.spec.cell import TokenizerSpec
-from gkd_lab.spec.errors import SpecError
-from gkd_lab.spec.evaluations import harness_evaluations
-from gkd_lab.spec.settings import HarnessSettings
+from gkd_lab.models.build import train_tokenizer
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.lm_eval_runs import evaluate_record, model_of, own_tasks
+from gkd_lab.runner.run import run
+from gkd_lab.store import Record, Store
 from gkd_lab.tasks import TASKS
 
-from ..runs.making import options, table_of, tiny_grid
+from ..runner.tiny_experiments import options, table_of, tiny_grid
 
 FAMILIES = ("arithmetic", "translation")
 TASK = """

@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.distill.batches import encode
+from gkd_lab.config import SpecError
+from gkd_lab.config.cell import Evaluation, Family
+from gkd_lab.encoding.batches import encode
 from gkd_lab.evaluation import decoding
 from gkd_lab.evaluation.decoding import predict
-from gkd_lab.metrics.judge import Prediction, judge
+from gkd_lab.metrics.scored_predictions import Prediction, judge
 from gkd_lab.models.packing import Pack
-from gkd_lab.spec import SpecError
-from gkd_lab.spec.cell import Evaluation, Family
 from gkd_lab.tasks import Row
 
+from ..config.stub import cell
 from ..models.tiny import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
-from ..spec.stub import cell
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [

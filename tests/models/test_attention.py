@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gkd_lab.config.cell import Family
 from gkd_lab.models.attention import KERNEL, attention_in_float32
 from gkd_lab.models.forward import Sequences, completion_logits
-from gkd_lab.spec.cell import Family
 
 from .tiny import FAMILIES, tiny_model
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
-from gkd_lab.distill.batches import collate
-from gkd_lab.distill.divergence import generalized_jsd
-from gkd_lab.distill.sampling import write
-from gkd_lab.distill.streams import uniforms
+from gkd_lab.encoding.batches import collate
+from gkd_lab.losses.divergence import generalized_jsd
+from gkd_lab.models.build import load_model
 from gkd_lab.models.forward import Sequences, completion_logits, position_ids, shifted_right
 from gkd_lab.models.heads import keep_untied
-from gkd_lab.models.making import load_model
+from gkd_lab.models.rng import uniforms
+from gkd_lab.training.sampling import write
 
 from .families import DECODERS, FAMILIES, make
 from .tiny import END, PAD, tiny_examples

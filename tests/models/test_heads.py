@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gkd_lab.distill.batches import collate
+from gkd_lab.encoding.batches import collate
 from gkd_lab.models.forward import Sequences, completion_logits
 from gkd_lab.models.heads import Head, Unprojected
 from gkd_lab.models.packing import Pack

@@ -20,12 +20,11 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from gkd_lab.distill.batches import collate
-from gkd_lab.distill.sampling import write
-from gkd_lab.distill.steps import blocks
-from gkd_lab.distill.streams import uniforms
+from gkd_lab.config.cell import Family
+from gkd_lab.encoding.batches import collate
+from gkd_lab.losses.step_loss import blocks
 from gkd_lab.models.forward import Sequences, completion_logits
-from gkd_lab.models.packed import (
+from gkd_lab.models.packed_layers import (
     PackedConv1D,
     PackedEmbedding,
     PackedExactNorm,
@@ -34,7 +33,8 @@ from gkd_lab.models.packed import (
     packed_form,
 )
 from gkd_lab.models.packing import CannotPack, Pack
-from gkd_lab.spec.cell import Family
+from gkd_lab.models.rng import uniforms
+from gkd_lab.training.sampling import write
 
 from .families import make
 from .tiny import END, FAMILIES, PAD, tiny_examples, tiny_model

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gkd_lab.distill.batches import collate
+from gkd_lab.config.cell import ModelSpec
+from gkd_lab.config.errors import SpecError
+from gkd_lab.encoding.batches import collate
 from gkd_lab.models.forward import completion_logits
 from gkd_lab.models.pretrained import load_pretrained, with_layers
-from gkd_lab.spec.cell import ModelSpec
-from gkd_lab.spec.errors import SpecError
 
 from .families import make
 from .tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer

@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from gkd_lab.distill.divergence import generalized_jsd
+from gkd_lab.config.cell import Family
+from gkd_lab.losses.divergence import generalized_jsd
 from gkd_lab.models.forward import Sequences, completion_logits
 from gkd_lab.models.heads import Head, keep_untied
+from gkd_lab.models.loading import at_work
 from gkd_lab.models.sharding import place_student, place_teacher, shard
-from gkd_lab.models.teachers import at_work
-from gkd_lab.spec.cell import Family
 
 from .tiny import FAMILIES, FIRST_WORD, LAST_WORD, tiny_model, tiny_tokenizer
 

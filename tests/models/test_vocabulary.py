@@ -8,9 +8,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.models.making import train_tokenizer
+from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.models.build import train_tokenizer
 from gkd_lab.models.vocabulary import head_size, same_tokenizer, shared_vocabulary, tokenizer_of
-from gkd_lab.spec.cell import TokenizerSpec
 
 from .tiny import tiny_model, tiny_tokenizer
 

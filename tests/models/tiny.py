@@ -5,9 +5,9 @@ import random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.distill.batches import Example
-from gkd_lab.models.making import make_model, train_tokenizer
-from gkd_lab.spec.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.encoding.batches import Example
+from gkd_lab.models.build import make_model, train_tokenizer
 
 FAMILIES: tuple[Family, ...] = ("decoder-only", "encoder-decoder")
 WORDS = "a b c d e f g = 1 2 3"

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from gkd_lab.spec import Revisions, expand
-from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.config import Revisions, expand
+from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS, load_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "new_task.md"

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.spec import Cell, Evaluation, Revisions, expand
-from gkd_lab.spec.cell import DataSpec
-from gkd_lab.spec.experiment import parse_experiment
+from gkd_lab.config import Cell, Evaluation, Revisions, expand
+from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
 
 # steps, batch, learning rate, warm-up, cool-down, dropout, tokens in, tokens out, teacher temperature

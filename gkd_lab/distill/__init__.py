@@ -1,1 +1,0 @@
-"""The paper: divergences, who writes the sequence, and the one trainer."""

@@ -1,0 +1,77 @@
+"""What may differ between the cells of one pack: lmbda, divergence, seed, temperatures, learning rate."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gkd_lab.config.reward_names import check_sampling, nothing_off_policy
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.terms import PolicyGradient, Term, Terms, parsed, where_they_apply
+
+
+@dataclass(frozen=True)
+class CellArguments:
+    """What may differ between the cells of a pack; everything else is common to them."""
+
+    lmbda: float
+    beta: float
+    seed: int
+    temperature: float
+    teacher_temperature: float
+    student_temperature: float
+    learning_rate: float
+    output_dir: str
+    """Where the cell's own checkpoints go."""
+    divergence: str = "jsd"
+    rescale_divergence: bool = False
+    objectives: Terms = ()
+    """What the loss is made of; empty: the divergence that the fields above describe."""
+
+    def __post_init__(self) -> None:
+        if self.lmbda > 0 and not any(term.applies(on_policy=True) for term in self.terms()):
+            raise ValueError(
+                f"lmbda {self.lmbda} lets the student write, and cross-entropy has nothing to teach of its "
+                "own text: set lmbda to 0, or add a divergence"
+            )
+        if any(isinstance(term.measure, PolicyGradient) for term in self.terms()):
+            self._check_reward()
+
+    def _check_reward(self) -> None:
+        """A reward is of what the student samples, by the very distribution that it is trained as."""
+        check_sampling(self.lmbda, self.temperature)
+        if self.lmbda < 1 and not any(term.applies(on_policy=False) for term in self.terms()):
+            raise ValueError(nothing_off_policy(self.lmbda))
+
+    @classmethod
+    def of(cls, args: Any) -> "CellArguments":
+        """The one cell that a `GKDConfig` describes."""
+        seed = args.seed if args.data_seed is None else args.data_seed
+        own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        plain = cls(**{**own, "lmbda": 0.0, "seed": seed, "objectives": ()})
+        asked = args.objectives
+        listed = json.loads(asked) if isinstance(asked, str) else asked or []
+        return replace(plain, lmbda=args.lmbda, objectives=parsed(listed, plain.measure()))
+
+    def terms(self, *, on_policy: bool = False, progress: float = 0.0) -> Terms:
+        """The terms of the loss after a share of the steps.
+
+        What teaches nothing of this text has the weight 0, as cross-entropy of what the student wrote itself.
+        """
+        own = tuple(term.at(progress) for term in self.objectives) or (Term(self.measure()),)
+        return where_they_apply(own, on_policy=on_policy)
+
+    def measure(self) -> Divergence:
+        """The divergence that the cell's own fields describe."""
+        return Divergence(
+            kind=self.divergence,  # type: ignore[arg-type]
+            beta=self.beta,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            rescale=self.rescale_divergence,
+        )
+
+
+def shared_seeds(cells: Sequence[CellArguments]) -> list[int]:
+    """The distinct seeds of a pack, in order of first appearance."""
+    return list(dict.fromkeys(cell.seed for cell in cells))

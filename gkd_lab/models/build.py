@@ -1,0 +1,194 @@
+"""Making and loading: tokenizers trained on a task's rows, models from scratch, checkpoints.
+
+Nano models: Llama-like decoders, T5-like encoder-decoders (gated GELU, relative bias, tied head),
+ModernBERT-like classifiers.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import logging as transformers_logging
+
+from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.errors import SpecError
+from gkd_lab.models.classifiers import classified
+from gkd_lab.models.heads import keep_untied
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A word-level or byte-level BPE tokenizer of at most `vocab_size` entries, learnt from `texts`."""
+    special = [PAD, END, UNKNOWN]
+    size = spec.vocab_size or 1024
+    if spec.kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer: trainers.Trainer = trainers.WordLevelTrainer(
+            vocab_size=size, special_tokens=special, show_progress=False
+        )
+    else:
+        if size < 300:
+            raise SpecError(f"tokenizer.vocab_size: {size} is too small for bpe: 300 at least")
+        tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN
+    )
+
+
+def make_model(
+    family: Family,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    max_tokens: int,
+    dropout: float,
+    labels: Sequence[str] = (),
+) -> PreTrainedModel:
+    """A model with random weights drawn from `seed`; `max_tokens` bounds input plus output.
+
+    labels: of a classifier, in the order of its outputs; none of a regression.
+    """
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if classified(family):
+            return _classifier(family, architecture, len(tokenizer), max_tokens, dropout, labels, ids)
+        if family == "decoder-only":
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=architecture.width,
+                    intermediate_size=architecture.feed_forward,
+                    num_hidden_layers=architecture.layers,
+                    num_attention_heads=architecture.heads,
+                    max_position_embeddings=max_tokens,
+                    attention_dropout=dropout,
+                    tie_word_embeddings=True,
+                    bos_token_id=None,
+                    **ids,
+                )
+            )
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=architecture.width,
+                d_kv=architecture.width // architecture.heads,
+                d_ff=architecture.feed_forward,
+                num_layers=architecture.layers,
+                num_decoder_layers=architecture.layers,
+                num_heads=architecture.heads,
+                dropout_rate=dropout,
+                feed_forward_proj="gated-gelu",
+                decoder_start_token_id=tokenizer.pad_token_id,
+                **ids,
+            )
+        )
+
+
+def _classifier(
+    family: Family,
+    architecture: Architecture,
+    vocab_size: int,
+    max_tokens: int,
+    dropout: float,
+    labels: Sequence[str],
+    ids: dict[str, int],
+) -> PreTrainedModel:
+    """A ModernBERT, which learns from scratch where a BERT of this size stays at the commonest label."""
+    problem = "regression" if family == "regression" else "single_label_classification"
+    config = ModernBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=architecture.width,
+        intermediate_size=architecture.feed_forward,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        max_position_embeddings=max_tokens,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        mlp_dropout=dropout,
+        classifier_pooling="mean",
+        initializer_range=0.1,  # ours: at widths of a few dozen the default of 0.02 learns slower
+        problem_type=problem,
+        id2label=dict(enumerate(labels or ("score",))),
+        label2id={label: n for n, label in enumerate(labels or ("score",))},
+        bos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+        **ids,
+    )
+    if family == "token-classification":
+        return ModernBertForTokenClassification(config)
+    return ModernBertForSequenceClassification(config)
+
+
+def loader(family: Family) -> Any:
+    """transformers' class that loads a model of `family`."""
+    return {
+        "decoder-only": AutoModelForCausalLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+        "token-classification": AutoModelForTokenClassification,
+    }.get(family, AutoModelForSequenceClassification)
+
+
+def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> PreTrainedModel:
+    """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
+    with quiet():
+        model = loader(family).from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
+    keep_untied(model)
+    return model
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a checkpoint folder; a pad token is set where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class quiet:  # reads as a verb in a with statement
+    """Within it transformers writes no progress bars."""
+
+    def __enter__(self) -> None:
+        self.shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            transformers_logging.enable_progress_bar()
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,1 @@
+"""Run an experiment: artifacts, packs of cells, evaluation, workers and trackers."""

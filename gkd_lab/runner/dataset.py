@@ -1,0 +1,92 @@
+"""The rows that a cell or an artifact needs, as texts and as token ids, and how many were cut or left out."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.config.cell import DataSpec, SftModel, Split
+from gkd_lab.encoding.batches import Cut, Example, encode
+from gkd_lab.models.classifiers import classified
+from gkd_lab.store.files import write_json
+from gkd_lab.tasks import Row, get_task, load_rows
+from gkd_lab.training.classification_adapter import Labelled, labelled
+
+
+@dataclass(frozen=True)
+class Taken(Cut):
+    """What became of a split's rows: `rows` were taken, so many `prompts` and `completions` of them were
+    longer than their limits and lost what exceeded it, and `dropped` rows were not taken, by reason.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class SplitRows(tuple[Row, ...]):
+    """Rows that remember what their source left out."""
+
+    dropped: dict[str, int]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], dropped: dict[str, int]) -> "SplitRows":
+        made = cls(rows)
+        made.dropped = dropped
+        return made
+
+    def first(self, count: int | None) -> "SplitRows":
+        """The first rows; None: all."""
+        return self if count is None else SplitRows.of(self[:count], self.dropped)
+
+
+@lru_cache(maxsize=16)
+def rows(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
+    """The rows of a split, as many as the spec asks for or as there are. ValueError for broken data."""
+    found = load_rows(
+        get_task(task),
+        data.kind,
+        name=data.name,
+        path=data.path,
+        revision=data.revision,
+        config=data.config,
+        split=split,
+        count=getattr(data, split),
+        seed=data.seed,
+        shots=data.shots,
+        calculator_marks=data.calculator_marks,
+        cache=cache,
+    )
+    return SplitRows.of(found, found.dropped)
+
+
+def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
+    """(prompt, target) as the model reads them: a decoder's prompt ends with a line break."""
+    end = "\n" if model.family == "decoder-only" else ""
+    return [(row.prompt + end, row.target) for row in found]
+
+
+def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Any], Taken]:
+    """Token ids of the rows within the model's limits, and how many rows were cut or left out.
+
+    `Example`s, or of a classifier `Labelled`.
+    """
+    encoded: Sequence[Example | Labelled]
+    pairs, limit = texts(model, found), model.max_input_tokens
+    kind = classified(model.family)
+    if kind is not None:
+        names = get_task(model.task).labels
+        encoded, cut = labelled(tokenizer, kind, names, pairs, max_input_tokens=limit)
+    else:
+        encoded, cut = encode(
+            tokenizer,
+            pairs,
+            is_encoder_decoder=model.family == "encoder-decoder",
+            max_input_tokens=limit,
+            max_output_tokens=model.max_output_tokens,
+        )
+    return list(encoded), Taken(**vars(cut), dropped=found.dropped if isinstance(found, SplitRows) else {})
+
+
+def report_cut(folder: Path, split: str, cut: Cut) -> None:
+    """Say beside the record how many rows were longer than the limits, and how many were left out."""
+    write_json(folder / f"rows-{split}.json", vars(cut))

@@ -1,0 +1,184 @@
+"""Supervised fine-tuning of teachers and starting students, by the libraries' own trainers.
+
+TRL's SFTTrainer for decoder-only models, transformers' Seq2SeqTrainer for encoder-decoders, its Trainer for
+classifiers.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from gkd_lab.config.cell import OptimizerSpec, SftSpec
+from gkd_lab.encoding.batches import Example
+from gkd_lab.models.classifiers import kind_of
+from gkd_lab.runner.checkpoint_callback import Saving
+from gkd_lab.runner.interrupts import finishing_steps
+from gkd_lab.runner.progress import Advance
+from gkd_lab.store import Record
+from gkd_lab.training.checkpoints import complete_steps, folder_of, keep_only
+from gkd_lab.training.classification_adapter import Labelled, collate, in_form_of_transformers
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+
+
+def optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
+    """The optimizer and its schedule as arguments of transformers' Trainer."""
+    return {
+        "optim": OPTIMIZERS[optimizer.name],
+        "learning_rate": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "warmup_steps": optimizer.warmup_steps,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": optimizer.cooldown_steps,
+            "decay_type": "linear",
+        },
+    }
+
+
+def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
+    """What every training of this project tells transformers' Trainer."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "logging_steps": log_every,
+        "report_to": [],
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Stated, since transformers refuses bf16 without a GPU otherwise.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+
+
+class Follow(TrainerCallback):
+    """Tells the progress bar, and writes the Trainer's log into the record."""
+
+    def __init__(self, advance: Advance, record: Record | None = None) -> None:
+        self.advance, self.record = advance, record
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.record is not None and "loss" in (logs or {}):
+            kept = ("loss", "grad_norm", "learning_rate")
+            self.record.log({"step": state.global_step, **{k: logs[k] for k in kept if k in logs}})
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    sft: SftSpec,
+    record: Record,
+    advance: Advance,
+    *,
+    save_every: int,
+    log_every: int,
+) -> None:
+    """Train `model` in place on completions or labels; resumes from the record's checkpoints."""
+    folder = record.steps_folder
+    done = max(complete_steps(folder), default=0)
+    record.rewind(done)
+    if done >= sft.steps:
+        from safetensors.torch import load_model
+
+        load_model(model, folder_of(str(folder), done) / "model.safetensors")
+        return
+    arguments = {
+        **common_arguments(folder, sft.steps, save_every, log_every),
+        **optimizer_arguments(sft.optimizer),
+        "per_device_train_batch_size": sft.batch_size,
+        "dataloader_drop_last": len(examples) > sft.batch_size,
+        "seed": sft.seed,
+        "remove_unused_columns": False,
+    }
+    build: Callable[..., Trainer] = _seq2seq if model.config.is_encoder_decoder else _causal
+    if kind_of(model) is not None:
+        build = _classifier
+    trainer = build(model, tokenizer, examples, arguments)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Follow(advance, record))
+    trainer.add_callback(Saving([folder]))
+    with finishing_steps():
+        trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)
+    keep_only(str(folder), sft.steps)
+
+
+def _causal(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
+) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {
+            "input_ids": e.prompt_ids + e.completion_ids,
+            "labels": [-100] * len(e.prompt_ids) + e.completion_ids,
+        }
+        for e in examples
+    ]
+    config = SFTConfig(
+        **arguments,
+        bf16=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def _classifier(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Labelled], arguments: dict[str, Any]
+) -> Trainer:
+    kind = kind_of(model)
+    assert kind is not None, "a classifier"
+
+    def collated(rows: Sequence[Labelled]) -> dict[str, Tensor]:
+        return in_form_of_transformers(collate(rows, tokenizer.pad_token_id, kind), kind)
+
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=list(examples),
+        processing_class=tokenizer,
+        data_collator=collated,
+    )
+
+
+def _seq2seq(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
+) -> Trainer:
+    rows = [{"input_ids": e.prompt_ids, "labels": e.completion_ids} for e in examples]
+    return Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(**arguments),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )

@@ -1,0 +1,1 @@
+"""Means, paired differences, intervals and tests over a table. No torch."""

@@ -1,0 +1,1 @@
+"""Status, plan and verification of an experiment's cells. No torch."""

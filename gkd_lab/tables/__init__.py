@@ -1,0 +1,1 @@
+"""Records become one tidy table. No torch."""

@@ -1,0 +1,24 @@
+"""From which code, packages and machine the numbers of a table are: kept inside a parquet file."""
+
+import json
+from typing import Any
+
+from gkd_lab.config import GridOfCells
+from gkd_lab.store import Store
+
+_FACTS = ("gkd_lab", "commit", "changed", "python", "packages", "machine", "device", "threads")
+
+
+def sources(grid: GridOfCells, store: Store) -> dict[str, Any]:
+    """Experiment, scale, and for each distinct origin of its finished cells how many have it."""
+    origins: dict[str, int] = {}
+    for cell in grid.cells:
+        facts = store.of(cell).provenance()
+        if facts:
+            origin = json.dumps({name: facts.get(name) for name in _FACTS}, sort_keys=True)
+            origins[origin] = origins.get(origin, 0) + 1
+    return {
+        "experiment": grid.name,
+        "scale": grid.scale,
+        "origins": [{"cells": count, **json.loads(origin)} for origin, count in origins.items()],
+    }

@@ -1,0 +1,1 @@
+"""Teachers: live models, cached scores, servers, models with another tokenizer."""

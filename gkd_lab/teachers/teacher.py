@@ -1,0 +1,155 @@
+"""Who says what a student is compared with: a model that reads each step's rows, or anything that knows them.
+
+Shapes: M blocks of B rows, C completion tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig, PreTrainedModel
+from trl.models.utils import _ForwardRedirection
+
+from gkd_lab.losses.step_loss import StepBatch, projected
+from gkd_lab.losses.teacher_targets import Guide
+from gkd_lab.losses.terms import Terms
+from gkd_lab.models.heads import Head, Unprojected
+from gkd_lab.models.loading import at_work, load_teacher
+from gkd_lab.models.sharding import place_teacher
+from gkd_lab.teachers.shared_prefix import Reader
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a teacher makes of a step's rows.
+
+    guide: its distributions for M blocks of B * C tokens.
+    states: its whole forward pass, where it has one and was asked.
+    """
+
+    guide: Guide
+    states: Unprojected | None = None
+
+
+class Teaching(Protocol):
+    """One teacher of a run."""
+
+    config: PretrainedConfig | None
+    """Of its model; None: there is none here."""
+
+    def at_work(self) -> AbstractContextManager[Any]:
+        """Its weights are on the device within."""
+        ...
+
+    def head_at_work(self) -> AbstractContextManager[Any]:
+        """Its head is on the device within, which a guide reads after `says`."""
+        ...
+
+    def says(self, batch: StepBatch, asks: Sequence[str] = ()) -> Said:
+        """Of the step's rows, without gradient; `asks` what its pass is to record."""
+        ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher besides the first.
+
+    model: The model, which is frozen and cast in place, or its name.
+    dtype: Of its weights, such as "bfloat16"; None leaves them as they are.
+    parked: Keep it on the CPU between its uses; None: as `GKDConfig.park_teacher` says of the first.
+    processing_class: Its tokenizer, where it is not in its folder; it must be the student's.
+    """
+
+    model: PreTrainedModel | str
+    dtype: str | None = None
+    parked: bool | None = None
+    processing_class: Any = None
+
+    def loaded(self, student: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
+        """The frozen model. Raises ValueError for one that does not read what the student reads."""
+        return load_teacher(
+            self.model,
+            name_or_path=None,
+            init_kwargs=None,
+            student=student,
+            dtype=self.dtype,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+class LiveTeacher:
+    """A frozen model, copied to the device, sharded, or parked on the CPU between uses."""
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, *, parked: bool) -> None:
+        self.head = Head(model)
+        self.read = Reader(self.head)
+        self.model = place_teacher(model, accelerator, parked=parked)
+        self.config: PretrainedConfig | None = model.config
+        self.parked, self._accelerator = parked, accelerator
+
+    def at_work(self) -> AbstractContextManager[Any]:
+        return at_work(self.model, self._accelerator.device, parked=self.parked)
+
+    def head_at_work(self) -> AbstractContextManager[Any]:
+        head = self.head.model.get_output_embeddings()
+        if head is None:
+            return nullcontext()
+        return at_work(head, self._accelerator.device, parked=self.parked)
+
+    def says(self, batch: StepBatch, asks: Sequence[str] = ()) -> Said:
+        with torch.no_grad(), self._accelerator.autocast():
+            states: Unprojected = inside(self.model, self.head.model, self._says, (batch, asks))
+        return Said(projected(states, len(batch.prompts_of_block)), states)
+
+    def _says(self, asked: tuple[StepBatch, Sequence[str]]) -> Unprojected:
+        batch, asks = asked
+        # Prompts that are read once leave no states of their own.
+        return self.head.unprojected(batch.teacher, asks) if asks else self.read(batch)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are at hand only within its own forward pass."""
+        return isinstance(self.model, FSDPModule) or self.model is not self.head.model
+
+
+def check_teachers(teachers: Sequence[Teaching], read: Sequence[int]) -> None:
+    """Raises ValueError if the loss reads a teacher that is not there, or several of which one is sharded."""
+    there = len(teachers)
+    if read and read[-1] >= there:
+        numbers = "number 0 alone" if there == 1 else f"numbers 0 to {there - 1}"
+        raise ValueError(
+            f"objectives: a divergence compares with teacher number {read[-1]}, and there is {numbers}: give "
+            "it in `more_teachers`"
+        )
+    if there > 1 and any(isinstance(one, LiveTeacher) and one.is_sharded for one in teachers):
+        raise ValueError(
+            f"{there} teachers cannot be sharded by FSDP or DeepSpeed: keep them whole, and `parked` if they "
+            "do not fit at once"
+        )
+
+
+def check_routes(all_terms: Iterable[Terms], routes: Tensor | None) -> None:
+    """Raises ValueError for rows that are meant for none of the teachers of a routed divergence.
+
+    routes: (N, 1), each row's teacher; None: no row names one.
+    """
+    for target in {term.target for terms in all_terms for term in terms if term.target.routed}:
+        named = [] if routes is None else sorted(set(routes.flatten().tolist()))
+        if not named or not set(named) <= set(target.teachers):
+            said = "none" if not named or -1 in named else f"number {max(named)}"
+            raise ValueError(
+                f"a divergence is routed to the teachers {target.teachers}, and a row names {said}: give "
+                "each row a column `teacher` with the number of one of them"
+            )
+
+
+def inside(wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any) -> Any:
+    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP have the weights at hand."""
+    if wrapped is inner and not isinstance(inner, FSDPModule):
+        return method(argument)
+    return _ForwardRedirection()(wrapped, inner, method, argument)

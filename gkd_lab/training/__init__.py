@@ -1,0 +1,1 @@
+"""GKDTrainer: sampling, packed optimization and checkpoints on transformers' Trainer."""

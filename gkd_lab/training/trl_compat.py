@@ -1,0 +1,85 @@
+"""What scripts written for TRL's GKDTrainer call on the class itself, with TRL's signatures."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd_lab.encoding.trl_batch import in_form_of_trl
+from gkd_lab.losses.divergence import log_probabilities, pointwise_jsd
+from gkd_lab.models.forward import Sequences, completion_logits, evaluating, position_ids, until_end
+
+REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Any = None,
+) -> Tensor:
+    """JSD(beta) between two sets of logits (B, T, V), as TRL's method of this name.
+
+    Computed in float32 at least and finite with -inf logits, which TRL's is not. `labels` (B, T) are -100
+    where nothing counts. `"batchmean"` divides by the tokens that count (without labels by B), as
+    `num_items_in_batch` does by a number given; `"none"` returns one value per vocabulary entry.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is not one of {REDUCTIONS}")
+    log_q = log_probabilities(student_logits, temperature)
+    log_p = log_probabilities(teacher_logits, temperature)
+    if labels is not None:
+        log_q, log_p = log_q[labels != -100], log_p[labels != -100]
+    values = pointwise_jsd(log_q, log_p, beta)
+    if num_items_in_batch is not None:
+        return values.sum() / torch.as_tensor(num_items_in_batch, device=values.device)
+    if reduction == "batchmean":
+        return values.sum() / max(1, values.shape[0])
+    if reduction == "sum":
+        return values.sum()
+    return values.mean() if reduction == "mean" else values
+
+
+def logits_and_labels(model: Any, fixed: Sequences, is_encoder_decoder: bool) -> tuple[Tensor, Tensor]:
+    """What `compute_metrics` gets: logits (B, T, V) and labels (B, T), -100 where nothing is trained.
+
+    A decoder-only model's logits at position t predict the label at t + 1, an encoder-decoder's at t.
+    """
+    batch = in_form_of_trl(fixed, is_encoder_decoder=is_encoder_decoder)
+    if is_encoder_decoder:
+        return completion_logits(model, fixed), batch["labels"]
+    mask = batch["attention_mask"]
+    outputs = model(
+        input_ids=batch["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+    )
+    return outputs.logits, batch["labels"]
+
+
+def generate_on_policy_outputs(
+    model: Any, inputs: Mapping[str, Tensor], generation_config: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers to `inputs["prompts"]` (B, P): ids, attention mask and labels, each (B, P + C).
+
+    The model writes in eval mode. Labels are -100 on the prompt and after the first end of sequence.
+    """
+    prompts, prompt_mask = inputs["prompts"], inputs["prompt_attention_mask"]
+    off = evaluating(model) if isinstance(model, nn.Module) else nullcontext()
+    with torch.no_grad(), off:
+        ids = model.generate(
+            input_ids=prompts,
+            attention_mask=prompt_mask,
+            generation_config=generation_config,
+            return_dict_in_generate=True,
+        ).sequences
+    completion = ids[:, prompts.shape[1] :]
+    ends = generation_config.eos_token_id
+    end_ids = torch.tensor([] if ends is None else ends, dtype=torch.long, device=ids.device).flatten()
+    mask = torch.cat([prompt_mask, until_end(completion, end_ids).to(prompt_mask.dtype)], dim=1)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : prompts.shape[1]] = -100
+    return ids, mask, labels

@@ -1,0 +1,188 @@
+"""The student writes through vLLM, by way of TRL's `VLLMGeneration`, in place of transformers' `generate`.
+
+It never ran with vLLM itself: tests drive it with a stand-in, and hold the calls against TRL's signatures.
+Shapes: N rows, P prompt tokens, C completion tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
+
+from gkd_lab.models.forward import Sequences, until_end
+from gkd_lab.models.rng import key
+from gkd_lab.training.arguments import GKDConfig
+
+COMPLETE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Sampling from the student's own distribution, stated in full: a server would fill what is left open from
+the model's generation configuration. 0 switches top-k off."""
+
+
+class Backend(Protocol):
+    """What is used of TRL's `VLLMGeneration`."""
+
+    temperature: float
+    max_completion_length: int
+
+    def sync_weights(self) -> None:
+        """Give vLLM the student's weights as they are now; all ranks call it."""
+
+    def generate(self, prompts: list[list[int]], images: None, num_generations: int) -> tuple[Any, ...]:
+        """(prompt ids, completion ids, ...), one row a prompt; all ranks call it."""
+
+
+class VllmWriter:
+    """Samples the student's answers with vLLM, which serves the checkpoint that the student was loaded from.
+
+    Each call draws other noise. With `vllm_mode="colocate"` it is keyed by (seed, step, purpose, call of that
+    step, rank), so a resumed run draws the same as long as vLLM batches the same way; a server draws from a
+    generator of its own, and a resumed run differs. vLLM computes in the dtype that the checkpoint's
+    configuration names, which need not be the one that the student trains in.
+
+    Args:
+        model: The student, not wrapped.
+        end_ids: Every id that ends a sequence.
+        vocabulary: Only these first entries may be written; None: all.
+        backend: Builds what samples, from the arguments of `VLLMGeneration`.
+
+    Raises:
+        ValueError: For an encoder-decoder, and for a model that was not loaded from a folder or a hub name.
+        ImportError: Where vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        accelerator: Any,
+        args: GKDConfig,
+        end_ids: Tensor,
+        vocabulary: int | None = None,
+        backend: Callable[..., Backend] | None = None,
+    ) -> None:
+        _refuse_what_vllm_cannot_serve(model, args)
+        if backend is None:
+            _need_vllm()
+            backend = VLLMGeneration
+        self.end_ids, self.pad_id = end_ids, tokenizer.pad_token_id
+        self.device: torch.device = accelerator.device
+        # A tensor-parallel group answers the same prompts together, so its ranks draw the same noise.
+        self.group = accelerator.process_index // args.vllm_tensor_parallel_size
+        self.draws_here = args.vllm_mode == "colocate"
+        self.backend = backend(
+            model=model,
+            accelerator=accelerator,
+            processing_class=tokenizer,
+            **_settings(args, end_ids, vocabulary),
+        )
+        self._synced: int | None = None
+        self._last: tuple[int, str] | None = None
+        self._call = 0
+
+    def write(
+        self,
+        prompts: Sequences,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        step: int,
+        seed: int,
+        purpose: str = "sampling",
+    ) -> Sequences:
+        """The prompts with what the student writes after them, at most `max_new_tokens`, padded on the right.
+
+        `step` counts optimizer steps: weights go to vLLM when it is another than in the last call. All ranks
+        must call it with equally many rows.
+        """
+        if step != self._synced:
+            self.backend.sync_weights()
+            self._synced = step
+        self.backend.temperature, self.backend.max_completion_length = temperature, max_new_tokens
+        with self._noise(seed, step, purpose):
+            answers = self.backend.generate(prompts=_unpadded(prompts), images=None, num_generations=1)[1]
+        ids, mask = self._padded(answers)
+        device = prompts.prompt_ids.device
+        return prompts.with_completions(ids.to(device), mask.to(device))
+
+    @contextmanager
+    def _noise(self, seed: int, step: int, purpose: str) -> Iterator[None]:
+        """Within it this process's generators start from a key of their own; afterwards they are as before.
+
+        A seed among the sampling parameters would be one for all rows, and rows of equal seed draw equal
+        noise (vLLM issue 50440), so vLLM draws from this process's generator instead.
+        """
+        self._call = self._call + 1 if self._last == (step, purpose) else 0
+        self._last = (step, purpose)
+        if not self.draws_here:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(key(seed, step, f"vllm {purpose} {self._call} {self.group}"))
+            yield
+
+    def _padded(self, answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (N, C); the mask ends with the first end of sequence."""
+        rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])[:, None]
+        mask = until_end(ids, self.end_ids.to(ids.device)) & (torch.arange(ids.shape[1]) < lengths)
+        return ids.masked_fill(~mask, self.pad_id), mask.long()
+
+
+def _unpadded(prompts: Sequences) -> list[list[int]]:
+    return [
+        ids[mask.bool()].tolist() for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+    ]
+
+
+def _settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[str, Any]:
+    """What `VLLMGeneration` is told besides the models: everything that decides which text comes out."""
+    sampling: dict[str, Any] = {"stop_token_ids": end_ids.tolist()}
+    if vocabulary is not None:
+        sampling["allowed_token_ids"] = list(range(vocabulary))
+    rows = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    return {
+        "mode": args.vllm_mode,
+        "server_base_url": args.vllm_server_base_url,
+        "server_timeout": args.vllm_server_timeout,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "max_model_length": args.vllm_max_model_length,
+        "max_num_seqs": rows * args.vllm_tensor_parallel_size,
+        "enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "trust_remote_code": args.trust_remote_code,
+        "temperature": args.temperature,
+        "max_completion_length": args.max_new_tokens,
+        "logprobs": None,
+        "generation_kwargs": sampling,
+        **COMPLETE,
+    }
+
+
+def _refuse_what_vllm_cannot_serve(model: PreTrainedModel, args: GKDConfig) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"use_vllm=True with a {type(model).__name__}: vLLM serves decoder-only models here; "
+            "leave use_vllm False to sample with transformers' generate"
+        )
+    if args.vllm_mode == "colocate" and not model.name_or_path:
+        raise ValueError(
+            "use_vllm=True with a model that was not loaded from anywhere: vLLM reads it from a "
+            "checkpoint; call `save_pretrained` for model and tokenizer and load both from that folder"
+        )
+
+
+def _need_vllm() -> None:
+    if not is_vllm_available():
+        raise ImportError(
+            "use_vllm=True needs the package vllm, which is not installed: `pip install vllm`, or "
+            "`pip install 'gkd-lab[vllm]'` (without constraints.txt: vllm pins a torch of its own); "
+            "or leave use_vllm False to sample with transformers' generate"
+        )

@@ -1,0 +1,210 @@
+"""What moves a fingerprint and what does not; ids of records that exist must never change."""
+
+import math
+from typing import Annotated, Any
+
+import pytest
+
+from gkd_lab.config import Evaluation, SftModel, SpecError, Training
+from gkd_lab.config.fingerprint import FORMAT, Frozen, Place, Since, canonical
+
+from .stub import cell, grid
+
+# Ids of cells, models and evaluations of the stub tasks. A change here relabels every record that
+# users have: do not edit a line, raise FORMAT or declare a new field's old value with `Since`.
+GOLDEN = {
+    "plain": "e971d019",
+    "words": "b24b6288",
+    "lmbda 0.5, beta 0.1, seed 3": "7ec5c198",
+    "lmbda 0": "9e7aad99",
+    "total variation": "67c2fe16",
+    "rescaled": "e5455e7a",
+    "a folder": "d072285b",
+    "a loaded student": "810b8b3e",
+    "teacher": "fb77eb3c",
+    "greedy": "b39980b2",
+    "beam": "a98f4e51",
+    "sample": "cd36813a",
+}
+
+
+def described() -> dict[str, Frozen]:
+    ways = [{"decoding": "greedy"}, {"decoding": "beam"}, {"decoding": "sample"}]
+    greedy, beam, sample = cell(evaluations=ways).evaluations
+    return {
+        "plain": cell().training,
+        "words": cell(task="words").training,
+        "lmbda 0.5, beta 0.1, seed 3": cell(lmbda=0.5, beta=0.1, seed=3).training,
+        "lmbda 0": cell(lmbda=0).training,
+        "total variation": cell(divergence="tv").training,
+        "rescaled": cell(beta=0.1, rescale_divergence=True).training,
+        "a folder": cell(data={"source": "/rows"}).training,
+        "a loaded student": cell(student="owner/small").training,
+        "teacher": cell().training.teacher,
+        "greedy": greedy,
+        "beam": beam,
+        "sample": sample,
+    }
+
+
+def test_ids_of_existing_records_stay_what_they_are() -> None:
+    assert FORMAT == 1
+    assert {name: spec.fingerprint for name, spec in described().items()} == GOLDEN
+
+
+def other_values(spec: Frozen, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Frozen]]:
+    """The description with one field changed, for each field at any depth."""
+    found = []
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        place = (*path, name)
+        if isinstance(value, Frozen):
+            for deeper, changed in other_values(value, place):
+                found.append((deeper, spec.model_copy(update={name: changed})))
+        elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):
+            for deeper, changed in other_values(value[0], place):
+                found.append((deeper, spec.model_copy(update={name: (changed, *value[1:])})))
+            found.append((place, spec.model_copy(update={name: value + value})))
+        else:
+            found.append((place, spec.model_copy(update={name: another(value)})))
+        if any(isinstance(mark, Place) for mark in field.metadata):
+            found = [(p if p[: len(place)] != place else (*p, "PLACE"), s) for p, s in found]
+    return found
+
+
+def another(value: Any) -> Any:
+    match value:
+        case None:
+            return 1
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case tuple():
+            return (*value, "more")
+    return f"{value}x"
+
+
+@pytest.mark.parametrize("spec", described().values(), ids=described().keys())
+def test_every_field_moves_the_fingerprint_unless_it_is_a_place(spec: Frozen) -> None:
+    changed = other_values(spec.model_copy())
+    assert len(changed) >= len(type(spec).model_fields)
+    for path, other in changed:
+        moved = fresh(other).full_fingerprint != spec.full_fingerprint
+        assert moved == (path[-1] != "PLACE"), ".".join(path)
+
+
+def fresh(spec: Frozen) -> Frozen:
+    """Copies carry what was computed before; this one has computed nothing."""
+    values = {name: renewed(getattr(spec, name)) for name in type(spec).model_fields}
+    return type(spec).model_construct(**values)
+
+
+def renewed(value: Any) -> Any:
+    if isinstance(value, Frozen):
+        return fresh(value)
+    return tuple(map(renewed, value)) if isinstance(value, tuple) else value
+
+
+def test_the_places_are_known_one_by_one() -> None:
+    def places(spec: type[Frozen]) -> set[str]:
+        fields = spec.model_fields.items()
+        return {n for n, field in fields if any(isinstance(m, Place) for m in field.metadata)}
+
+    assert places(Training) == {"parked"}
+    assert places(SftModel) == set()
+    assert places(type(cell().training.data)) == {"path", "validation", "test"}
+    assert places(type(cell().training.start.model)) == {"name", "path", "server", "patience"}
+    assert places(Evaluation) == {"metrics"}
+
+
+def test_labels_and_evaluations_are_not_part_of_what_was_trained() -> None:
+    by_axis = grid(grid={"lmbda": [0.5], "steps": [20]}).cells[0]
+    by_base = cell(lmbda=0.5, evaluations=[{"decoding": "beam"}])
+    assert by_axis.labels != by_base.labels
+    assert by_axis.evaluations != by_base.evaluations
+    assert by_axis.folder == by_base.folder
+
+
+def test_a_folder_of_rows_is_known_by_its_content_wherever_it_lies() -> None:
+    assert cell(data={"source": "/a"}).fingerprint == cell(data={"source": "/b"}).fingerprint
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0, "0", "0.0", "-0"])
+def test_all_spellings_of_zero_are_one_cell(zero: Any) -> None:
+    assert cell(lmbda=zero, beta=zero).fingerprint == cell(lmbda=0, beta=0).fingerprint
+
+
+def test_all_spellings_of_a_fraction_are_one_cell() -> None:
+    values = [0.5, "0.5", "5e-1", ".5"]
+    assert len({cell(lmbda=value).fingerprint for value in values}) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_has_no_canonical_form(value: float) -> None:
+    with pytest.raises(SpecError, match="finite"):
+        canonical({"x": [value]})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x", object(), 1j])
+def test_a_value_without_a_stable_form_is_refused(value: Any) -> None:
+    with pytest.raises(SpecError, match="no stable form"):
+        canonical((1, value))
+
+
+def test_the_canonical_form_sorts_keys_and_tells_types_apart() -> None:
+    assert canonical({"b": 1.0, "a": (True, None, "1", 1, 0.1)}) == '{"a":[true,null,"1",1,0.1],"b":1}'
+    assert canonical('Grüße \u2028"\n') == '"Grüße \u2028\\"\\n"'
+
+
+class Before(Frozen):
+    steps: int
+    name: Annotated[str, Place()] = "x"
+
+
+class After(Frozen):
+    steps: int
+    name: Annotated[str, Place()] = "x"
+    reward: Annotated[float, Since(before=0)] = 0.0
+
+
+def test_a_later_field_leaves_the_id_at_the_value_that_was_built_in_before() -> None:
+    assert After(steps=3).full_fingerprint == Before(steps=3).full_fingerprint
+    assert After(steps=3, reward=0.5).full_fingerprint != Before(steps=3).full_fingerprint
+
+
+def test_shorthand_and_long_form_are_one_cell() -> None:
+    short = cell(lmbda=0.5, beta=0.1, temperature=0.7, teacher_temperature=0.3)
+    long = cell(
+        source={"lmbda": 0.5, "temperature": 0.7},
+        objectives=[{"beta": 0.1, "teacher_temperature": 0.3, "student_temperature": 1}],
+    )
+    assert short.training == long.training
+    assert short.fingerprint == long.fingerprint
+
+
+def test_a_divergence_without_beta_is_the_same_in_shorthand_and_long_form() -> None:
+    temperatures = {"teacher_temperature": 1, "student_temperature": 1}
+    for stated in {"divergence": "tv"}, {"divergence": "tv", "beta": 0.3, "rescale": True}:
+        assert cell(objectives=[{**stated, **temperatures}]).training == cell(divergence="tv").training
+    rescaled = cell(objectives=[{"beta": 0.1, "rescale": True, **temperatures}])
+    assert rescaled.training == cell(beta=0.1, rescale_divergence=True).training
+
+
+def test_what_was_built_in_before_is_the_same_cell_when_it_is_said() -> None:
+    assert cell(divergence="jsd", rescale_divergence=False).fingerprint == cell().fingerprint
+
+
+@pytest.mark.parametrize("lmbda", [0, 0.5])
+def test_the_long_form_takes_the_sampling_temperature_as_the_shorthand_does(lmbda: float) -> None:
+    assert cell(source={"lmbda": lmbda}).training == cell(lmbda=lmbda).training
+    assert cell(source={"lmbda": 0, "temperature": 0.7}).training == cell(lmbda=0).training
+
+
+def test_the_folder_is_readable_and_ends_in_the_fingerprint() -> None:
+    one = cell(lmbda=0.5, beta=0.1)
+    assert one.folder == f"nano/sums/lmbda=0.5_beta=0.1_seed=0-{one.fingerprint}"
+    varied = cell(lmbda=0.5, divergence="tv")
+    assert varied.folder == f"nano/sums/lmbda=0.5_tv_seed=0-{varied.fingerprint}"
+    assert one.full_fingerprint.startswith(one.fingerprint)
+    assert len(one.full_fingerprint) == 64

@@ -1,0 +1,293 @@
+"""From an experiment to its cells: order, counts, layers of settings, cells that cannot differ."""
+
+from typing import Any
+
+import pytest
+
+from gkd_lab.config.errors import SpecError
+
+from .stub import cell, grid, refusal
+
+
+def test_the_first_axis_varies_slowest_and_the_order_is_the_file_s() -> None:
+    found = grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
+    assert [(one.beta, one.seed) for one in found] == [(1, 3), (1, 1), (1, 2), (0, 3), (0, 1), (0, 2)]
+    turned = grid(grid={"seed": [0, 1], "data.train": [20, 10], "beta": [1, 0]})
+    assert list(turned.axes) == ["task", "seed", "data.train", "beta"]
+    assert [(one.seed, one.beta) for one in turned.cells[::2]] == [(0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+def test_the_task_can_be_an_axis() -> None:
+    found = grid(grid={"task": ["words", "sums"], "lmbda": [0, 1]}).cells
+    assert [(one.task, one.lmbda) for one in found] == [
+        ("words", 0),
+        ("words", 1),
+        ("sums", 0),
+        ("sums", 1),
+    ]
+    assert found[0].training.start.family == "encoder-decoder"
+    assert found[0].evaluations[0].metrics == ("bleu", "chrf")
+
+
+def test_an_experiment_without_a_grid_is_one_cell() -> None:
+    assert len(grid().cells) == len(grid(grid={}).cells) == 1
+
+
+def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
+    found = grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1, 2]})
+    assert len(found.cells) == 4
+    (off_policy,) = (one for one in found.cells if one.lmbda == 0)
+    assert off_policy.training.source.temperature is None
+    assert list(found.stands_for) == [off_policy.full_fingerprint]
+    labels = found.stands_for[off_policy.full_fingerprint]
+    assert [label["temperature"] for label in labels] == [0.5, 1, 2]
+    assert {label["lmbda"] for label in labels} == {0}
+
+
+def test_total_variation_has_no_beta_and_is_one_cell_beside_those_of_jsd() -> None:
+    found = grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
+    assert [(one.divergence, one.beta) for one in found.cells] == [
+        ("jsd", 0),
+        ("jsd", 0.5),
+        ("jsd", 1),
+        ("tv", None),
+    ]
+    asked = {"task": "sums", "divergence": "tv"}
+    assert found.stands_for == {
+        found.cells[-1].full_fingerprint: tuple({**asked, "beta": beta} for beta in (0, 0.5, 1))
+    }
+
+
+def test_a_beta_that_is_stated_for_total_variation_is_not_read() -> None:
+    plain = cell(divergence="tv")
+    assert plain.beta is None
+    assert cell(divergence="tv", beta=0.5).training == plain.training
+    assert cell({"divergence": "tv", "beta": "0.5"}).training == plain.training
+    (crossed,) = grid(divergence="tv", grid={"beta": [0, 1]}).cells
+    assert crossed.training == plain.training
+
+
+def test_rescaling_makes_cells_of_the_betas_between_the_kls_only() -> None:
+    axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.1, 1], "rescale_divergence": [False, True]}
+    found = grid(grid=axes)
+    seen = [(one.divergence, one.beta, one.training.objectives[0].rescale) for one in found.cells]
+    assert seen == [
+        ("jsd", 0, False),
+        ("jsd", 0.1, False),
+        ("jsd", 0.1, True),
+        ("jsd", 1, False),
+        ("tv", None, False),
+    ]
+    assert sorted(map(len, found.stands_for.values())) == [2, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "place"),
+    [
+        ("precision", ["fp32", "bf16", "fp64"], "precision"),
+        ("dropout", [0, 0.1], "dropout"),
+        ("loss_normalization", ["sequence", "token"], "loss_normalization"),
+        ("optimizer", ["adamw", "adafactor"], "optimizer.name"),
+        ("divergence", ["jsd", "tv"], "objectives.divergence"),
+        ("rescale_divergence", [False, True], "objectives.rescale"),
+        ("teacher_temperature", [0.1, 1], "objectives.teacher_temperature"),
+        ("student_temperature", [0.5, 1], "objectives.student_temperature"),
+        ("temperature", [0.5, 1], "source.temperature"),
+    ],
+)
+def test_each_choice_of_the_loss_can_be_an_axis(axis: str, values: list[Any], place: str) -> None:
+    def resolved(value: Any) -> Any:
+        for name in place.split("."):
+            value = getattr(value, name)
+            value = value[0] if isinstance(value, tuple) else value
+        return value
+
+    found = grid(beta=0.5, grid={axis: values}).cells
+    assert [resolved(one.training) for one in found] == values
+    assert len({one.fingerprint for one in found}) == len(values)
+    by_set = grid({axis: str(values).replace("'", "")}, beta=0.5).cells
+    assert [one.training for one in by_set] == [one.training for one in found]
+
+
+def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
+    found = grid(grid={"lmbda": [0.5, "0.5"]})
+    assert len(found.cells) == 1
+    assert found.axes["lmbda"] == (0.5,)
+    assert found.stands_for == {}
+
+
+def test_what_is_said_for_one_task_wins_over_what_is_said_for_all_and_an_axis_over_both() -> None:
+    document = {"steps": 5, "batch_size": 2, "per_task": {"words": {"steps": 7, "batch_size": 3}}}
+    sums, words = grid(grid={"task": ["sums", "words"]}, **document).cells
+    assert (sums.training.steps, words.training.steps) == (5, 7)
+    sums, words = grid(grid={"task": ["sums", "words"], "steps": [9]}, **document).cells
+    assert (sums.training.steps, words.training.steps) == (9, 9)
+    assert (sums.training.batch_size, words.training.batch_size) == (2, 3)
+
+
+def test_a_task_may_have_evaluations_of_its_own() -> None:
+    document = {
+        "evaluations": [{"decoding": "greedy", "split": "validation"}],
+        "per_task": {"words": {"evaluations": [{"decoding": "beam"}]}},
+    }
+    sums, words = grid(grid={"task": ["sums", "words"]}, **document).cells
+    assert [one.name for one in sums.evaluations] == ["greedy@validation"]
+    assert [one.name for one in words.evaluations] == ["beam4"]
+
+
+def test_a_null_says_nothing_except_that_all_rows_are_meant() -> None:
+    assert cell(lmbda=None, steps=None).training == cell().training
+    assert cell(data={"train": None}).training.data.train is None
+    sizes = [one.training.data.train for one in grid(grid={"data.train": [None, 50]}).cells]
+    assert sizes == [None, 50]
+
+
+def test_a_section_s_field_can_be_an_axis_and_leaves_its_neighbours_alone() -> None:
+    found = grid(grid={"data.train": [10, 20], "tokenizer.vocab_size": [32]}).cells
+    assert [one.training.data.train for one in found] == [10, 20]
+    assert {one.training.data.test for one in found} == {10}
+    assert {one.training.start.tokenizer.vocab_size for one in found} == {32}
+
+
+def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_changed() -> None:
+    changed = cell(
+        learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=10, lmbda=0
+    ).training
+    assert changed.start == cell().training.start
+    assert changed.teacher == cell().training.teacher
+    assert changed.optimizer.learning_rate == 0.5
+
+
+def test_set_replaces_an_axis_of_the_file() -> None:
+    found = grid({"lmbda": "0,0.25"}, grid={"lmbda": [1], "beta": [0, 1]})
+    assert found.axes == {"task": ("sums",), "lmbda": (0, 0.25), "beta": (0, 1)}
+    assert list(grid({"lmbda": "0.25"}, grid={"lmbda": [0, 1]}).axes) == ["task", "lmbda"]
+
+
+def test_set_makes_an_axis_of_several_values_and_a_field_of_one() -> None:
+    assert grid({"seed": "1,2"}, seed=5).axes["seed"] == (1, 2)
+    assert grid({"seed": "[1, 2]"}).axes["seed"] == (1, 2)
+    one = grid({"seed": "7"}, seed=5)
+    assert "seed" not in one.axes
+    assert one.cells[0].seed == 7
+
+
+def test_set_reaches_into_sections_and_takes_whole_ones() -> None:
+    assert cell({"data.train": "33"}).training.data.train == 33
+    assert grid({"data.train": "3,4"}).axes["data.train"] == (3, 4)
+    made = cell({"student": "{layers: 1, width: 6, heads: 3}"}).training.start.model
+    assert made.architecture is not None
+    assert (made.architecture.width, made.architecture.feed_forward) == (6, 24)
+
+
+def test_set_wins_over_what_the_file_says_of_one_task() -> None:
+    document = {"per_task": {"sums": {"steps": 7, "data": {"train": 3, "test": 4}}}}
+    assert cell({"steps": "2"}, **document).training.steps == 2
+    data = cell({"data.train": "2"}, **document).training.data
+    assert (data.train, data.test) == (2, 4)
+
+
+def test_only_what_a_decoding_reads_is_part_of_an_evaluation() -> None:
+    ways = [
+        {"decoding": "greedy", "temperature": 0.3, "num_beams": 7, "seed": 5},
+        {"decoding": "sample", "num_beams": 7, "length_penalty": 2},
+        {"decoding": "beam", "temperature": 0.3, "length_penalty": 0},
+    ]
+    greedy, sample, beam = cell(evaluations=ways).evaluations
+    assert (greedy.temperature, greedy.num_beams, greedy.seed) == (None, None, None)
+    assert greedy == cell().evaluations[0]
+    assert (sample.temperature, sample.num_beams, sample.length_penalty) == (1.0, None, None)
+    assert sample.seed == 0
+    assert (beam.temperature, beam.num_beams, beam.length_penalty) == (None, 4, 0)
+    assert [one.name for one in (greedy, sample, beam)] == ["greedy", "sample1", "beam4"]
+    assert {one.max_output_tokens for one in (greedy, sample, beam)} == {12}
+
+
+def test_a_model_is_a_name_or_fields_or_a_checkpoint() -> None:
+    assert cell(student="large").training.start.model == cell().training.teacher.model
+    hub = cell(student="owner/tiny").training.start.model
+    assert (hub.name, hub.pretrained, hub.revision) == ("tiny", "owner/tiny", "abc")
+    local = cell(student="/models/tiny/").training.start.model
+    assert (local.name, local.path, local.revision) == ("tiny", "/models/tiny/", "sha256:1")
+    assert cell(student={"pretrained": "owner/tiny"}).training.start.sft is None
+
+
+def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> None:
+    training = cell(precision="bf16").training
+    assert training.precision == "bf16"
+    assert training.start == cell().training.start
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"lmbda": 0.5, "source": {"lmbda": 0.5, "temperature": 1}}, "source and lmbda"),
+        ({"grid": {"beta": [0]}, "objectives": []}, "objectives"),
+        (
+            {"grid": {"divergence": ["tv"]}, "objectives": [{"beta": 0}]},
+            "objectives and divergence say the same",
+        ),
+        (
+            {"rescale_divergence": True, "objectives": [{"beta": 0}]},
+            "objectives and rescale_divergence say the same",
+        ),
+        ({"method": "seqkd", "objectives": [{"beta": 0}]}, "objectives and method say the same"),
+        ({"student": {"layers": 2}}, "give layers, width and heads"),
+        ({"student": {"layers": 1, "width": 7, "heads": 2}}, "width 7 is not a multiple of heads 2"),
+        ({"student": "smal"}, "unknown student 'smal'; did you mean 'small'? valid: large, small"),
+        ({"scale": "paper"}, "sums has no paper scale; it has: nano"),
+        ({"task": "sum"}, "unknown task 'sum'; did you mean 'sums'? valid: sums, words"),
+        ({"grid": {"task": ["sums", "wrods"]}}, "unknown task 'wrods'; did you mean 'words'?"),
+        ({"per_task": {"wrods": {}}}, "unknown task 'wrods'; did you mean 'words'?"),
+        ({"task": None}, "no task: set `task:` or an axis `grid.task`"),
+    ],
+)
+def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> None:
+    assert said in refusal(**document)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ({"lmbda": "{"}, "lmbda={: expected"),
+        ({"lmbda": ""}, "lmbda=: no value given"),
+        ({"student.width": "3"}, "student is the value 'small', it has no fields"),
+        ({"lmbd": "3"}, "unknown field 'lmbd'; did you mean 'lmbda'?"),
+        ({"lmbd": "3,4"}, "unknown field 'grid.lmbd'; did you mean 'lmbda'?"),
+        ({"lmbda": "0,1.5"}, "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1"),
+    ],
+)
+def test_a_set_that_cannot_be_says_why(sets: dict[str, str], said: str) -> None:
+    assert said in refusal(sets, student="small")
+
+
+def test_every_refusal_is_a_value_error() -> None:
+    assert issubclass(SpecError, ValueError)
+
+
+def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None:
+    usual = cell().training
+    longer = cell(steps=10 * usual.steps).training
+    assert longer.optimizer.warmup_steps == 10 * usual.optimizer.warmup_steps
+    assert longer.optimizer.cooldown_steps == 10 * usual.optimizer.cooldown_steps
+    assert cell(steps=10 * usual.steps, warmup_steps=7).training.optimizer.warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"steps": 10, "warmup_steps": 6, "cooldown_steps": 5},
+        {"objectives": [{"type": "cross_entropy"}], "source": {"lmbda": 0.5}},
+        {"tokenizer": {"kind": "bpe", "vocab_size": 100}},
+    ],
+)
+def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
+    with pytest.raises(SpecError, match=r"do not fit into 10 steps|nothing to teach|300 at least"):
+        cell(**document)
+
+
+def test_how_many_rows_are_judged_changes_the_evaluation_and_not_the_training() -> None:
+    usual, fewer = cell(), cell(data={"test": 5})
+    assert fewer.fingerprint == usual.fingerprint
+    assert fewer.evaluations[0].examples == 5
+    assert fewer.evaluations[0].fingerprint != usual.evaluations[0].fingerprint

@@ -1,0 +1,70 @@
+"""The JSON Schema by which editors complete experiment files is the one that the code reads by."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gkd_lab.config import json_schema
+from gkd_lab.config.experiment import AXES
+from gkd_lab.config.json_schema import schema_text
+from gkd_lab.config.settings import Settings
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+SCHEMA = EXPERIMENTS / "experiment.schema.json"
+
+
+def test_the_committed_schema_is_current() -> None:
+    assert SCHEMA.read_text() == schema_text(), "run `make schema`"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_names_the_schema_on_its_first_line(path: Path) -> None:
+    assert path.open().readline() == f"# yaml-language-server: $schema={SCHEMA.name}\n"
+
+
+def test_every_axis_and_every_setting_can_be_completed_and_is_described() -> None:
+    schema = json_schema()
+    axes = schema["$defs"]["Grid"]["properties"]
+    assert list(axes) == list(AXES)
+    assert {"task", "lmbda", "data.source", "tokenizer.vocab_size"} <= set(axes)
+    assert all(axis["type"] == "array" and axis["minItems"] == 1 for axis in axes.values())
+    bare = [name for name in Settings.model_fields if "description" not in schema["properties"][name]]
+    assert bare == []
+
+
+def errors(document: dict[str, Any]) -> list[str]:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema())
+    return [error.message for error in validator.iter_errors(document)]
+
+
+def test_it_is_a_json_schema() -> None:
+    pytest.importorskip("jsonschema").Draft202012Validator.check_schema(json.loads(schema_text()))
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_obeys_it(path: Path) -> None:
+    assert errors(yaml.safe_load(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lmbd": 0},
+        {"lmbda": 1.5},
+        {"grid": {"lmbda": 0.5}},
+        {"grid": {"lmbda": []}},
+        {"grid": {"lmbda": [1.5]}},
+        {"grid": {"data.sourc": ["made"]}},
+        {"student": {"wdth": 3}},
+        {"optimizer": "adam"},
+        {"evaluations": [{"decoding": "greedi"}]},
+    ],
+    ids=str,
+)
+def test_it_marks_what_the_reader_would_refuse(wrong: dict[str, Any]) -> None:
+    assert errors({"description": "d"}) == []
+    assert len(errors({"description": "d", **wrong})) == 1

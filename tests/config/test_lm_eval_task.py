@@ -1,0 +1,129 @@
+"""Task files of lm-eval are read as data: identified by content, refused where they would run code."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gkd_lab.config.cell import HarnessEvaluation
+from gkd_lab.config.errors import SpecError
+from gkd_lab.config.evaluation_settings import harness_evaluations
+from gkd_lab.config.lm_eval_task import SHIPPED, lm_eval_version, lm_task, read_task_file
+from gkd_lab.config.settings import HarnessSettings
+from gkd_lab.tasks import TASKS
+
+WRITING = ("decoder-only", "encoder-decoder")
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+doc_to_text: question
+"""
+
+
+def written(folder: Path, text: str = TASK, rows: str = '{"question": "?"}\n') -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text(rows)
+    (folder / "task.yaml").write_text(text)
+    return folder / "task.yaml"
+
+
+def content(path: Path) -> str | None:
+    return lm_task(str(path)).content
+
+
+def test_a_task_file_is_known_by_its_content_and_its_data_and_not_by_its_place(tmp_path: Path) -> None:
+    here = content(written(tmp_path / "a"))
+    assert content(written(tmp_path / "b" / "deep")) == here
+    assert content(written(tmp_path / "c", rows='{"question": "!"}\n')) != here
+    assert content(written(tmp_path / "d", text=f"{TASK}num_fewshot: 1\n")) != here
+
+
+def test_data_is_looked_for_beside_the_task_file_and_then_where_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "tasks")
+    beside = {"test": str(tmp_path / "tasks" / "rows.jsonl")}
+    assert read_task_file(path)["dataset_kwargs"] == {"data_files": beside}
+    (tmp_path / "tasks" / "rows.jsonl").rename(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert read_task_file(path)["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+
+
+def test_what_a_file_includes_comes_first_and_counts(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\n")
+    config = read_task_file(tmp_path / "mine.yaml")
+    assert (config["task"], config["doc_to_text"]) == ("mine", "question")
+    before = content(tmp_path / "mine.yaml")
+    path.write_text(TASK.replace("question", "query"))
+    assert content(tmp_path / "mine.yaml") != before
+
+
+WRONG = {
+    "task: [": "not valid YAML: while parsing",
+    "hello": "expected `field: value` lines, got str",
+    "task: x": "`dataset_path`, where its documents come from, is missing",
+    "dataset_path: json": "`task`, the name of the task, is missing",
+    "group: g\ntask: [mmlu]": "a group of tasks; name its tasks instead",
+    "include: task.yaml\ntask: x": "includes itself",
+    "include: other.yaml\ntask: x": "other.yaml: cannot be read: No such file",
+    TASK.replace("rows", "none"): "dataset_kwargs.data_files: no file",
+    TASK + "process_docs: !function utils.docs": "`!function utils.docs` would run Python code",
+    TASK + "metric_list: [{metric: !function os.system}]": "`!function os.system` would run Python code",
+    TASK + "class: Mine": "`class` would run Python code",
+    TASK.replace("json", "pandas", 1): "`dataset_path: pandas` would run Python code",
+    TASK + "x: !!python/object/apply:os.getcwd []": "could not determine a constructor",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG.items(), ids=range(len(WRONG)))
+def test_a_file_that_cannot_be_used_is_answered_by_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(SpecError) as caught:
+        lm_task(str(path))
+    assert said in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_code_that_an_included_file_names_is_refused_too_unless_it_is_trusted(tmp_path: Path) -> None:
+    written(tmp_path, TASK + "process_docs: !function utils.docs\n")
+    (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\n")
+    with pytest.raises(SpecError, match="would run Python code"):
+        lm_task(str(tmp_path / "mine.yaml"))
+    assert lm_task(str(tmp_path / "mine.yaml"), trusted=True).name == "mine"
+
+
+def test_a_file_of_the_name_of_our_functions_is_not_taken_for_them(tmp_path: Path) -> None:
+    ours = TASK + "process_results: !function gkd_lab.evaluation.lm_scores.arithmetic\n"
+    assert lm_task(str(written(tmp_path, ours))).name == "colours"
+    shadow = tmp_path / "gkd_lab" / "evaluation" / "lm_scores.py"
+    shadow.parent.mkdir(parents=True)
+    shadow.write_text("def arithmetic(doc, results): ...\n")
+    with pytest.raises(SpecError, match="would run Python code"):
+        lm_task(str(tmp_path / "task.yaml"))
+
+
+def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity() -> None:
+    asked = HarnessSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
+    mmlu, bbh = harness_evaluations(asked)
+    assert (mmlu.name, bbh.name) == ("mmlu_5shot_first100", "bbh_5shot_first100")
+    assert mmlu.lm_eval == lm_eval_version()
+    changed = [{"lm_eval": "0.0.0"}, {"task": "bbh"}, {"limit": None}, {"num_fewshot": 0}, {"content": "1"}]
+    ids = {mmlu.model_copy(update=change).fingerprint for change in changed}
+    assert len(ids | {mmlu.fingerprint}) == 6
+    place = HarnessEvaluation(**{**mmlu.model_dump(), "path": "/there.yaml", "metric": "acc"})
+    assert place.fingerprint == mmlu.fingerprint
+
+
+def test_every_task_of_ours_that_writes_text_ships_as_a_task_file_with_its_metrics() -> None:
+    writing = {name: task for name, task in TASKS.items() if task.family in WRITING}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == set(writing)
+    for name, task in writing.items():
+        text = (SHIPPED / f"{name}.yaml").read_text()
+        config = yaml.safe_load(text.replace("!function ", ""))
+        assert config["task"] == f"gkd_{name}"
+        assert tuple(entry["metric"] for entry in config["metric_list"]) == task.metrics
+        assert config["process_results"] == f"gkd_lab.evaluation.lm_scores.{name}"

@@ -1,0 +1,159 @@
+"""`alpha`, `reward` and `anchor` as one form of objectives, and what identifies a reward."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gkd_lab.config import SpecError
+from gkd_lab.config.loss_terms import Objective, RewardObjective
+from gkd_lab.config.packs import packs
+from gkd_lab.config.reward_names import BUILT_IN, content_of, imported
+
+from .stub import cell, grid, refusal
+
+SHORT: dict[str, Any] = {"reward": "exact_match", "alpha": 0.25, "beta": 0.9}
+
+
+def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
+    objectives = [{"beta": 0.9, "weight": 0.25}, {"type": "reward", "name": "exact_match", "weight": 0.75}]
+    one = cell(**SHORT)
+    assert one.training == cell(objectives=objectives).training
+    assert one.training.objectives == (
+        Objective(beta=0.9, weight=0.25, teacher_temperature=1, student_temperature=1),
+        RewardObjective(name="exact_match", weight=0.75),
+    )
+    assert (one.beta, one.divergence) == (0.9, "jsd")
+
+
+def test_what_weighs_nothing_is_left_out() -> None:
+    assert cell(**{**SHORT, "alpha": 1}).training == cell(beta=0.9).training
+    (alone,) = cell(**{**SHORT, "alpha": 0}).training.objectives
+    assert alone == RewardObjective(name="exact_match", weight=1)
+    assert "lmbda=1_reward_seed=0-" in cell(**{**SHORT, "alpha": 0}).folder
+
+
+def test_the_other_weight_is_a_round_number_too() -> None:
+    weights = [one.weight for one in cell(**{**SHORT, "alpha": 0.9}).training.objectives]
+    assert weights == [0.9, 0.1]
+
+
+def test_the_long_form_of_a_reward_says_more() -> None:
+    long = {"name": "rouge2", "baseline": "none"}
+    objectives = [{"beta": 0, "weight": 0.5}, {"type": "reward", "weight": 0.5, **long}]
+    assert cell(reward=long, alpha=0.5).training == cell(objectives=objectives).training
+    assert cell(reward={"name": "rouge2"}, alpha=0.5).training == cell(reward="rouge2", alpha=0.5).training
+
+
+def test_rewards_and_alphas_are_axes_and_share_a_model() -> None:
+    found = grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
+    assert len(found) == 5  # without a reward's weight they are one
+    assert [len(pack) for pack in packs(found, "auto")] == [5]
+
+
+def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
+    changes = {"reward": "exact_match", "beta": 0.9}
+    rlef = cell(method="rlef", **changes).training
+    assert rlef == cell(alpha=0.05, anchor="start", **changes).training
+    assert rlef.fingerprint != cell(alpha=0.05, **changes).training.fingerprint
+    assert cell(alpha=0.05, anchor="teacher", **changes).training == cell(alpha=0.05, **changes).training
+    found = grid(grid={"method": ["gkd", "rlef"], "alpha": [0.05, 0.5]}, **changes)
+    assert len(found.cells) == 3
+
+
+def test_a_model_that_judges_is_known_by_its_revision() -> None:
+    (_, hub) = cell(reward={"name": "entailment", "model": "owner/nli"}, alpha=0.5).training.objectives
+    (_, local) = cell(reward={"name": "entailment", "model": "/a/folder"}, alpha=0.5).training.objectives
+    assert (hub.model, hub.revision, hub.path) == ("owner/nli", "abc", None)
+    assert (local.model, local.revision, local.path) == (None, "sha256:1", "/a/folder")
+    assert "folder" not in local.canonical
+
+
+# ---- a user's function ----
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in a package of the current folder whose import would leave a trace."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    folder = tmp_path / name / "deeper"
+    folder.mkdir(parents=True)
+    for place in (tmp_path / name, folder):
+        (place / "__init__.py").write_text("open('imported', 'w').close()\n")
+    file = folder / "rewards.py"
+    file.write_text("def f(prompts, texts, references):\n    return [1.0] * len(texts)\n")
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def name_of(module: Path) -> str:
+    return f"{module.parts[-3]}.deeper.rewards:f"
+
+
+def test_a_function_is_known_by_its_module_s_content_without_being_imported(module: Path) -> None:
+    first = cell(reward=name_of(module), alpha=0.5).training
+    assert not Path("imported").exists()
+    (_, reward) = first.objectives
+    assert reward.content == content_of(name_of(module))
+    module.write_text(module.read_text().replace("1.0", "2.0"))
+    assert cell(reward=name_of(module), alpha=0.5).fingerprint != first.fingerprint
+    assert imported(name_of(module))(["p"], ["t"], ["r"]) == [2]
+    assert Path("imported").exists()
+    assert (
+        content_of(name_of(module)) == cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_our_own_rewards_have_no_file(name: str) -> None:
+    assert content_of(name) is None
+
+
+@pytest.mark.parametrize("name", ["json:dumps", "json.decoder:f", "gkd_lab.config.reward_names:imported"])
+def test_an_installed_module_is_found(name: str) -> None:
+    assert len(content_of(name) or "") == 64
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_thing:f", "json.no_such_thing:f", "json.decoder.deeper:f", "sys:f"]
+)
+def test_a_module_without_a_file_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match=r"there is no module .*; our own rewards: exact_match"):
+        content_of(name)
+
+
+# ---- what makes no sense ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lmbda": 0}, "with lmbda 0 it writes nothing: set lmbda to 1, or leave the reward out"),
+        ({"method": "supervised_kd"}, "with lmbda 0 it writes nothing"),
+        ({"lmbda": 0.5, "alpha": 0}, "lmbda 0.5 takes the other steps from the data"),
+        ({"temperature": 0.5}, "got temperature 0.5: set it to 1"),
+        ({"alpha": None}, "reward: give alpha too"),
+        ({"alpha": 1.5}, "alpha: 1.5 is not valid: must be from 0 to 1"),
+        ({"alpha": 1, "anchor": "start"}, "alpha 1 with anchor start leaves the student nothing but itself"),
+        ({"anchor": "studnt"}, "anchor: 'studnt' is not valid: did you mean 'start'"),
+        ({"reward": None}, "alpha 0.25 says how to weigh a reward: set `reward`"),
+        ({"reward": None, "alpha": None, "anchor": "start"}, "anchor start says how to weigh a reward"),
+        ({"reward": None, "alpha": None, "method": "rlef"}, "method rlef learns from a reward: set `reward`"),
+        ({"reward": "exact_mach"}, "unknown reward 'exact_mach'; did you mean 'exact_match'"),
+        ({"reward": "no_such.thing:f"}, "there is no module 'no_such.thing'"),
+        ({"reward": {"name": "entailment"}}, "asks a sequence-classification model: give `model`"),
+        ({"reward": {"name": "rouge2", "model": "a/b"}}, "reward 'rouge2' reads no model, got 'a/b'"),
+        ({"reward": {"name": "rouge2", "basline": "none"}}, "unknown field 'reward.basline'; did you mean"),
+        ({"reward": {"name": "rouge2", "baseline": "mean"}}, "reward.baseline: 'mean' is not valid"),
+        ({"reward": {"name": "rouge2", "baseline": "none", "normalize": True}}, "baseline 'none' leaves in"),
+        ({"objectives": [{"beta": 0}]}, "objectives and beta, reward, alpha say the same twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(**{name: one for name, one in {**SHORT, **changes}.items() if one is not None})
+
+
+def test_a_listed_reward_is_refused_as_a_short_one_is() -> None:
+    listed = [{"beta": 0.5}, {"type": "reward", "name": "rouge2"}]
+    assert "with lmbda 0 it writes nothing" in refusal(objectives=listed, lmbda=0)
+    assert "objectives[0].name is missing" in refusal(objectives=[{"type": "reward"}])

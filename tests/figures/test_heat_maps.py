@@ -1,0 +1,215 @@
+"""Figures say what the table says; looked at through the texts and lines that they draw."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from gkd_lab.figures.heat_maps import curves, heat_map, losses
+from gkd_lab.figures.style import divergence_color, inline_svg, readable_on
+from gkd_lab.store import Store
+from gkd_lab.tables.loss_labels import divergence_label
+from gkd_lab.tables.table import table
+
+from ..tables.made_store import fill, made_grid
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def squares(figure: Figure, panel: int = 0) -> dict[tuple[int, int], str]:
+    """(column, row from below) -> text in the square."""
+    axes = figure.axes[panel]
+    return {
+        (round(text.get_position()[0]), round(text.get_position()[1])): text.get_text()
+        for text in axes.texts
+        if text.get_ha() == "center"
+    }
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first(
+    store: Store,
+) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    figure = heat_map(table(grid, store), "accuracy")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "Forward KL",
+        "JSD(0.1)",
+        "Reverse KL",
+    ]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "0.5", "1"]
+    assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last row, lmbda 1, is on top
+    shown = squares(figure)
+    assert shown[0, 0] == "+10.0"  # 40 - 30
+    assert shown[0, 2] == "+40.0"
+    assert shown[2, 1] == "+21.0"  # 30 + 30 * 0.5 - 4 + 10 - 30 = 51 - 30
+    bold = [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"]
+    assert bold == ["+40.0"]
+    assert "improvement over the SFT student (30.0)" in texts(figure)
+    assert "teacher 95.0" in texts(figure)
+
+
+def test_losses_of_points_carry_a_real_minus_sign(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store, start=60.0)
+    assert squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
+
+
+def test_gains_that_are_all_small_show_a_second_decimal(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    frame = table(grid, store)
+    frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
+    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
+    frame["accuracy"] = (10 * frame["accuracy"]).round() / 10
+    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.3"
+
+
+def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store, cells=grid.cells[2:])
+    store.of(grid.cells[1]).failed("ValueError: broken")
+    figure = heat_map(table(grid, store), "accuracy")
+    shown = squares(figure)
+    assert (shown[0, 0], shown[1, 0]) == ("missing", "failed")
+    hatched = [patch for patch in figure.axes[0].patches if patch.get_hatch()]
+    assert len(hatched) == 2
+
+
+def test_without_the_sft_student_the_scores_stand_as_measured(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    frame = table(grid, store)
+    figure = heat_map(frame[frame["role"] == "cell"], "accuracy")
+    assert squares(figure)[0, 0] == "40.0"
+    assert "the SFT student is missing" in texts(figure)
+
+
+def test_a_square_averages_its_seeds_and_counts_them(store: Store) -> None:
+    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill(grid, store, cells=grid.cells[:5])
+    shown = squares(heat_map(table(grid, store), "accuracy"))
+    assert shown[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
+    assert shown[0, 1] == "+38.5\n2 of 3 seeds"
+
+
+def test_every_task_and_every_value_of_another_axis_has_its_panel(store: Store) -> None:
+    students = made_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
+    fill(students, store)
+    figure = heat_map(table(students, store), "accuracy")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["arithmetic, student small", "arithmetic, student base"]
+
+    tasks = made_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
+    fill(tasks, store)
+    frame = table(tasks, store)
+    assert [a.get_title(loc="left") for a in heat_map(frame, "bleu").axes] == ["translation"]
+    assert [a.get_title(loc="left") for a in curves(frame, "accuracy").axes] == ["arithmetic"]
+
+
+def test_a_collapsed_cell_is_drawn_wherever_it_was_asked_for(store: Store) -> None:
+    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    fill(grid, store)
+    figure = heat_map(table(grid, store), "accuracy")
+    assert [squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
+
+
+def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) -> None:
+    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
+    fill(grid, store)
+    frame = table(grid, store)
+    figure = heat_map(frame, "accuracy")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
+    columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert columns == ["Forward KL", "Reverse KL", "Total variation"]
+    assert squares(figure)[2, 1] == "+39.0"  # 40 + 30 - 4 / 4 - 30
+    drawn = curves(frame, "accuracy")
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn.axes[0].get_lines()}
+    assert lines["Total variation"] == [39.0, 69.0]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == columns
+    histories = losses(grid, store).legends[0]
+    assert [text.get_text() for text in histories.get_texts()] == columns
+
+
+def test_an_unknown_metric_is_answered_with_the_columns_there_are(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
+        heat_map(table(made_grid(), store), "rouge")
+
+
+def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    axes = curves(table(grid, store), "accuracy").axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert {"Forward KL", "JSD(0.1)", "Reverse KL"} <= set(lines)
+    assert list(lines["Forward KL"].get_ydata()) == [40.0, 55.0, 70.0]
+    bars = axes.collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [(37, 43), (52, 58), (67, 73)]
+    assert {"SFT student 30.0", "teacher 95.0"} <= {text.get_text() for text in axes.texts}
+
+
+def test_losses_have_a_panel_for_each_lmbda_and_a_line_for_each_cell(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store, cells=grid.cells[:5])
+    figure = losses(grid, store)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["λ = 0", "λ = 0.5", "λ = 1"]
+    assert [len(axes.get_lines()) for axes in figure.axes] == [3, 2, 0]
+    shares = losses(grid, store, quantity="on_policy").axes[1].get_lines()[0]
+    assert set(shares.get_ydata()) == {0.5}
+
+
+def test_a_diverged_cell_leaves_the_others_readable(store: Store) -> None:
+    grid = made_grid()
+    fill(grid, store)
+    store.of(grid.cells[0]).log({"step": 550, "loss": float("nan")})
+    axes = losses(grid, store).axes[0]
+    assert axes.get_yscale() == "log"
+    assert 0 < axes.get_ylim()[0] < axes.get_ylim()[1] < 2
+
+
+def test_nothing_done_still_draws(store: Store) -> None:
+    grid = made_grid()
+    frame = table(grid, store)
+    assert set(squares(heat_map(frame, "accuracy")).values()) == {"missing"}
+    assert not curves(frame, "accuracy").legends
+    assert not losses(grid, store).legends
+
+
+def test_labels_are_the_papers_and_colours_differ() -> None:
+    betas = [0, 0.1, 0.5, 0.9, 1.0]
+    labels = ["Forward KL", "JSD(0.1)", "JSD(0.5)", "JSD(0.9)", "Reverse KL"]
+    assert [divergence_label(beta) for beta in betas] == labels
+    assert len({divergence_color(beta) for beta in betas}) == 5
+    for none in (None, float("inf"), float("nan")):
+        assert divergence_label(none) == "Total variation"
+        assert divergence_color(none) not in [divergence_color(beta) for beta in betas]
+
+
+def test_text_contrasts_with_what_it_stands_on() -> None:
+    assert readable_on("#08306b") == "#ffffff"
+    assert readable_on("#eef4fa") == "#000000"
+
+
+def test_svgs_of_one_page_share_no_id_and_ask_for_nothing(store: Store) -> None:
+    import re
+
+    grid = made_grid()
+    fill(grid, store, cells=grid.cells[1:])
+    frame = table(grid, store)
+    first, second = (inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
+    assert ids[0] and not ids[0] & ids[1]
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', first))
+    assert {a or b for a, b in used} <= ids[0]
+    assert "http" not in first and "<style" not in first
+    assert 'aria-label="a &lt; b"' in first
+    assert "missing</text>" in first  # text stays text
+    assert "var(--void)" in first and "#eceef2" not in first

@@ -1,0 +1,237 @@
+"""Matching of attention maps: values and gradients by plain formulas, and what gives no maps."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gkd_lab.config.cell import Family
+from gkd_lab.losses.attentions import (
+    AttentionMatching,
+    Attentions,
+    divergence_of_maps,
+    give_maps,
+    score_error,
+)
+from gkd_lab.losses.auxiliary_losses import Seen
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.layer_stacks import Name
+from gkd_lab.losses.terms import Term, Terms, parsed
+
+from ..models.tiny import FAMILIES, tiny_model
+from ..training.driving import assert_close, cell, distil
+from ..training.passes import COMPLETIONS, PROMPTS, longer, rows, seen
+
+CASES: list[tuple[Family, Name]] = [
+    ("decoder-only", "decoder"),
+    ("encoder-decoder", "decoder"),
+    ("encoder-decoder", "encoder"),
+]
+Loss = Literal["mse", "kl"]
+
+
+def pair(family: Family, heads: int = 4) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """In float32: see `give_maps`. The encoder-decoder's maps are computed in float32 in any case."""
+    models = (
+        tiny_model(family, 7, dtype=torch.float32),
+        tiny_model(family, 3, width=32, heads=heads, dtype=torch.float32),
+    )
+    for model in models:
+        give_maps(model)
+    return models
+
+
+def module_of(measure: Attentions, models: tuple[PreTrainedModel, PreTrainedModel]) -> AttentionMatching:
+    made = measure.module(models[0].config, models[1].config, seed=5)
+    assert isinstance(made, AttentionMatching)
+    return made
+
+
+def test_the_distances_of_two_maps_are_those_worked_out_by_hand() -> None:
+    """Scores (0, 1, 2) and (0, 0, 0): centred (-1, 0, 1), so 2 / 3 in the mean. The last key is hidden."""
+    scores = torch.tensor([0.0, 1.0, 2.0])
+    student = torch.cat([scores.softmax(0), torch.zeros(1)])[None, None]
+    teacher = torch.cat([torch.full((3,), 1 / 3), torch.zeros(1)])[None, None]
+    assert score_error(student, teacher).item() == pytest.approx(2 / 3, rel=1e-6)
+    expected = sum(1 / 3 * math.log(1 / 3 / p) for p in scores.softmax(0).tolist())
+    assert divergence_of_maps(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_added_to_all_scores_of_a_query_counts_for_nothing() -> None:
+    scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    maps = [(scores + shift).softmax(-1) for shift in (0.0, 7.0)]
+    torch.testing.assert_close(score_error(*maps), torch.zeros(3, 2), atol=1e-10, rtol=0)
+
+
+def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
+    """TinyBERT's on centred scores, though it comes by way of the softmax."""
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 2, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    gradient = torch.autograd.grad(score_error(student.softmax(-1), teacher.softmax(-1)).sum(), student)[0]
+    difference = student - teacher
+    centred = (difference - difference.mean(-1, keepdim=True)).detach()
+    torch.testing.assert_close(gradient, 2 * centred / 6)
+
+
+def test_a_map_that_gives_a_key_nothing_has_a_finite_distance_and_gradient() -> None:
+    scores = torch.tensor([[[0.0, -1000.0, 1.0]]], requires_grad=True)
+    teacher = torch.tensor([[[0.2, 0.3, 0.5]]])
+    for distance in (score_error, divergence_of_maps):
+        value = distance(scores.softmax(-1), teacher).sum()
+        assert value.isfinite()
+        assert torch.autograd.grad(value, scores)[0].isfinite().all()
+
+
+def expected(measure: Attentions, given: Seen, family: Family, *, per_head: bool) -> Tensor:
+    """Query by query: half the weight to each row that is trained, in equal parts on its real tokens."""
+    prefix = "" if family == "decoder-only" else f"{measure.stack}_"
+    total = torch.zeros(())
+    width = given.rows.prompt_ids.shape[1]
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        places = {
+            "decoder-only": range(width - len(prompt), width + len(completion)),
+            "encoder-decoder": range(len(prompt if measure.stack == "encoder" else completion)),
+        }[family]
+        for layer in (0, 1):
+            for query in places if completion else ():
+                keys = places if measure.stack == "encoder" else range(places[0], query + 1)
+                maps = [
+                    one.outputs[f"{prefix}attentions"][layer][row, :, query, keys]
+                    for one in (given.student, given.teacher)
+                    if one is not None
+                ]
+                if not per_head:
+                    maps = [one.mean(0, keepdim=True) for one in maps]
+                for s, t in zip(*maps, strict=True):
+                    total = total + plain(measure.loss, s, t) / (2 * len(places) * len(maps[0]) * 2)
+    return total
+
+
+def plain(loss: str, student: Tensor, teacher: Tensor) -> Tensor:
+    if loss == "kl":
+        return torch.nn.functional.kl_div(student.log(), teacher, reduction="sum")
+    return (student.log() - teacher.log()).var(unbiased=False)
+
+
+@pytest.mark.parametrize("loss", ("mse", "kl"))
+@pytest.mark.parametrize("heads", (4, 2))
+@pytest.mark.parametrize(("family", "stack"), CASES)
+def test_value_and_gradients_are_those_of_a_plain_formula(
+    family: Family, stack: Name, heads: int, loss: Loss
+) -> None:
+    models = pair(family, heads)
+    measure = Attentions("uniform", loss, stack)
+    given = seen(*models, rows(family), "attentions")
+    value = module_of(measure, models)(given)
+    other = expected(measure, given, family, per_head=heads == 4)
+    torch.testing.assert_close(value.float(), other, rtol=1e-4, atol=1e-6)
+    assert value > 1e-2
+    learnt = list(models[0].parameters())
+    ours, theirs = (
+        torch.autograd.grad(one, learnt, retain_graph=True, allow_unused=True) for one in (value, other)
+    )
+    for mine, theirs_too in zip(ours, theirs, strict=True):
+        assert (mine is None) == (theirs_too is None)
+        if mine is not None and theirs_too is not None:
+            torch.testing.assert_close(mine, theirs_too, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "stack"), CASES)
+def test_padding_changes_nothing(family: Family, stack: Name) -> None:
+    models = pair(family)
+    module = module_of(Attentions(stack=stack), models)
+    batch = rows(family)
+    values = [module(seen(*models, one, "attentions")) for one in (batch, longer(batch, 3))]
+    torch.testing.assert_close(*values)
+
+
+# ---- where there are no maps ----
+
+
+def test_an_attention_that_gives_no_maps_is_refused() -> None:
+    student, teacher = pair("decoder-only")
+    teacher.set_attn_implementation("sdpa")
+    said = "the teacher's attn_implementation is 'sdpa', which gives no maps: load it with .*='eager'"
+    with pytest.raises(ValueError, match=said):
+        Attentions().module(student.config, teacher.config, 0)
+
+
+def test_a_decoder_in_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN beside padding in float64: use fp32"):
+        give_maps(tiny_model("decoder-only", 7))
+    give_maps(tiny_model("encoder-decoder", 7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"layers": [[0, 1]]}, r"layer 0 of the student, in the pair \[0, 1\]: it has the layers 1 to 2"),
+        ({"loss": "cosine"}, "unknown loss of attentions 'cosine'; valid: mse, kl"),
+        ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], said: str) -> None:
+    student, teacher = (one.config for one in pair("decoder-only"))
+    with pytest.raises(ValueError, match=said):
+        (term,) = parsed([{"type": "attentions", **fields}], Divergence())
+        term.measure.module(student, teacher, 0)  # type: ignore[union-attr]
+
+
+# ---- in the trainer ----
+
+LOSSES: tuple[Terms, ...] = (
+    (Term(Divergence(beta=0.1)), Term(Attentions("last_1", "kl"), 0.5)),
+    (Term(Attentions("uniform"), 0.01),),
+    (Term(Divergence(beta=0.1)),),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_packed_are_those_cells_alone(family: Family, tmp_path: Path) -> None:
+    """To the rounding of float32, in which transformers' eager attention takes its softmax."""
+    cells = [cell(tmp_path, str(n), lmbda=0.5, objectives=terms) for n, terms in enumerate(LOSSES)]
+
+    run = distil(tmp_path, family, cells, **of_float32(family, len(cells)))
+    for n, one in enumerate(cells):
+        alone = distil(tmp_path / "alone", family, [one], packed=False, **of_float32(family, 1))
+        assert_close(run.weights(n), alone.weights(), atol=2e-5)
+        for row, other in zip(run.history[n], alone.history[0], strict=True):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert all(row["loss/attentions"] > 0 for row in run.history[0])
+
+
+def of_float32(family: Family, students: int) -> dict[str, Any]:
+    """Models that give maps, trained for three steps."""
+    models = [tiny_model(family, 7, dtype=torch.float32) for _ in range(students)]
+    teacher = tiny_model(family, 3, width=32, dtype=torch.float32)
+    for model in (*models, teacher):
+        give_maps(model)
+    return {"students": models, "teacher": teacher, "dtype": torch.float32, "max_steps": 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", (True, False))
+def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: bool, tmp_path: Path) -> None:
+    terms = parsed([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}], Divergence())
+    cells = [cell(tmp_path, str(n), objectives=terms) for n in range(2 if packed else 1)]
+    students = [tiny_model(family, 7, dtype=torch.float32) for _ in cells]
+    assert {model.config._attn_implementation for model in students} == {"sdpa"}
+    run = distil(tmp_path, family, cells, packed=packed, students=students, dtype=torch.float32)
+    assert all(row["loss/attentions"] > 0 for row in run.history[0])
+
+
+@pytest.mark.parametrize("loss", (score_error, divergence_of_maps))
+def test_a_probability_near_zero_counts_and_its_gradient_is_finite(loss: Callable[..., Tensor]) -> None:
+    scores = torch.tensor([[[0.0, -60.0, -80.0, -95.0]]], requires_grad=True)
+    uniform = torch.full((1, 1, 4), 0.25)
+    value = loss(scores.softmax(-1), uniform)
+    value.sum().backward()
+    exact = loss(scores.detach().double().softmax(-1), uniform.double())
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert scores.grad is not None and scores.grad.isfinite().all()

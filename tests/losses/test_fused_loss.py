@@ -1,0 +1,503 @@
+"""The loss that never keeps full logits against plain formulas, autograd and TRL's kernel."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gkd_lab.losses import fused_loss
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.fused_loss import CellSums, divergence_sums
+from gkd_lab.losses.teacher_targets import Projected
+from gkd_lab.losses.terms import terms_of
+from gkd_lab.models import projection
+from gkd_lab.models.projection import Projection
+
+TOKENS, WIDTH, TEACHER_WIDTH, VOCABULARY = 13, 6, 5, 17
+EVERY = (
+    Divergence(beta=0.0, teacher_temperature=0.5),
+    Divergence(beta=0.5, student_temperature=1.5, rescale=True),
+    Divergence("tv", student_temperature=0.8),
+    Divergence(beta=1.0),
+    Divergence(beta=0.1),
+)
+HEADS = (
+    {},
+    {"bias": True},
+    {"scale": 0.7},
+    {"softcap": 2.0},
+    {"bias": True, "scale": 0.3, "softcap": 1.5},
+)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@dataclass
+class Problem:
+    """Arguments of `divergence_sums` by name."""
+
+    student: Tensor
+    student_head: Projection
+    teacher: Tensor
+    teacher_head: Projection
+    block_of_cell: Sequence[int]
+    divergences: Sequence[Divergence]
+    weights: Tensor
+    vocabulary: int | None = None
+
+    def sums(self) -> CellSums:
+        return divergence_sums(**vars(self))
+
+    def parameters(self) -> list[Tensor]:
+        tensors = (self.student, self.student_head.weight, self.student_head.bias)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def dense(self) -> Tensor:
+        """The losses by the reference, (K,), with all logits at once."""
+        rows = min(self.student_head.rows(self.student), self.teacher_head.rows(self.teacher))
+        rows = self.vocabulary or rows
+        student = self.student_head(self.student)[..., :rows]
+        teacher = self.teacher_head(self.teacher)[..., :rows]
+        return torch.stack(
+            [
+                (divergence(student[cell], teacher[block]) * self.weights[cell]).sum()
+                for cell, (block, divergence) in enumerate(
+                    zip(self.block_of_cell, self.divergences, strict=True)
+                )
+            ]
+        )
+
+
+def problem(
+    divergences: Sequence[Divergence] = EVERY[:1],
+    blocks: Sequence[int] = (0,),
+    *,
+    rows: tuple[int, int] = (VOCABULARY, VOCABULARY),
+    dtype: torch.dtype = torch.float64,
+    bias: bool = False,
+    **head: Any,
+) -> Problem:
+    cells, teachers = len(divergences), max(blocks) + 1
+    packed = (cells,) if cells > 1 else ()
+    student_bias = normal(5, *packed, rows[0], dtype=dtype).requires_grad_() if bias else None
+    weights = normal(6, cells, TOKENS).abs().float().to(torch.float64)
+    weights[:, 2] = weights[0, 4] = weights[:, 7] = 0
+    return Problem(
+        normal(1, cells, TOKENS, WIDTH, dtype=dtype).requires_grad_(),
+        Projection(normal(2, *packed, rows[0], WIDTH, dtype=dtype).requires_grad_(), student_bias, **head),
+        normal(3, teachers, TOKENS, TEACHER_WIDTH, dtype=dtype),
+        Projection(
+            normal(4, rows[1], TEACHER_WIDTH, dtype=dtype),
+            normal(7, rows[1], dtype=dtype) if bias else None,
+            **head,
+        ),
+        blocks,
+        divergences,
+        weights,
+    )
+
+
+def derivatives(losses: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a sum in which each cell has a factor of its own."""
+    factors = torch.linspace(0.5, 2, len(losses), dtype=losses.dtype)
+    return torch.autograd.grad((losses * factors).sum(), parameters)
+
+
+def assert_like_the_reference(given: Problem, tolerance: float = 1e-12) -> None:
+    losses, reference = given.sums().losses, given.dense()
+    torch.testing.assert_close(losses, reference, rtol=tolerance, atol=tolerance)
+    found = derivatives(losses, given.parameters())
+    expected = derivatives(reference, given.parameters())
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@contextmanager
+def chunks_of(tokens: int, given: Problem, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    logits = (len(given.student) + len(given.teacher)) * VOCABULARY * 8
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_loss, "CHUNK_BYTES", tokens * logits)
+        yield
+
+
+@pytest.mark.parametrize("divergence", EVERY, ids=str)
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_one_cell_has_the_value_and_gradients_of_the_reference(
+    divergence: Divergence, head: dict[str, Any]
+) -> None:
+    assert_like_the_reference(problem([divergence], **head))
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_packed_cells_that_share_teacher_rows_have_those_of_the_reference(head: dict[str, Any]) -> None:
+    assert_like_the_reference(problem(EVERY, (0, 1, 0, 2, 1), **head))
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 3, 10, 11, 12, 100))
+def test_the_size_of_chunks_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=3.0)
+    with chunks_of(tokens, given, monkeypatch):
+        assert_like_the_reference(given)
+
+
+@pytest.mark.parametrize("tokens", (1, 4))
+def test_the_size_of_slices_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_loss, "SLICE_BYTES", tokens * VOCABULARY * 8)
+    assert_like_the_reference(problem(EVERY[:3], (0, 1, 0), bias=True))
+
+
+@pytest.mark.parametrize("rows", ((17, 19), (19, 17)))
+@pytest.mark.parametrize("vocabulary", (None, 11, 17))
+def test_only_the_shared_or_the_asked_part_of_the_vocabularies_counts(
+    rows: tuple[int, int], vocabulary: int | None
+) -> None:
+    given = replace(problem(EVERY[:3], (0, 1, 0), rows=rows, bias=True), vocabulary=vocabulary)
+    assert_like_the_reference(given)
+    given.sums().losses.sum().backward()
+    weight = given.student_head.weight
+    assert weight is not None
+    assert weight.grad is not None
+    assert weight.grad[:, vocabulary or 17 :].eq(0).all()
+
+
+def test_logits_may_be_given_instead_of_hidden_states_and_heads() -> None:
+    given = replace(
+        problem(EVERY[:3], (0, 1, 0)),
+        student=normal(8, 3, TOKENS, VOCABULARY + 2).requires_grad_(),
+        student_head=Projection(None, normal(9, 3, VOCABULARY + 2).requires_grad_(), softcap=2.0),
+        teacher=normal(10, 2, TOKENS, VOCABULARY),
+        teacher_head=Projection(None, scale=0.5),
+    )
+    assert_like_the_reference(given)
+
+
+def test_gradients_are_the_finite_differences_of_the_value() -> None:
+    given = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=2.0)
+    gradients = derivatives(given.sums().losses, given.parameters())
+    factors, step = torch.linspace(0.5, 2, 3, dtype=torch.float64), 1e-6
+    for seed, (parameter, gradient) in enumerate(zip(given.parameters(), gradients, strict=True)):
+        direction = normal(20 + seed, *parameter.shape)
+        values = []
+        for sign in (1, -2):  # one step forward, then to one step back
+            with torch.no_grad():
+                parameter += sign * step * direction
+                values.append(given.sums().losses @ factors)
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-7)
+        with torch.no_grad():
+            parameter += step * direction
+
+
+def test_a_bias_that_cells_share_and_that_is_not_trained_is_added_to_each() -> None:
+    given = problem(EVERY[:3], (0, 1, 0))
+    shared = replace(given.student_head, bias=normal(9, VOCABULARY))
+    given = replace(given, student_head=shared)
+    parameters = given.parameters()[:2]
+    losses, reference = given.sums().losses, given.dense()
+    torch.testing.assert_close(losses, reference, rtol=0, atol=1e-12)
+    torch.testing.assert_close(derivatives(losses, parameters), derivatives(reference, parameters))
+
+
+def test_entropies_are_those_of_the_student_at_its_temperature_where_something_is_trained() -> None:
+    given = problem(EVERY[:3], (0, 1, 0), softcap=2.0)
+    found = given.sums().entropies
+    assert not found.requires_grad
+    for cell, divergence in enumerate(given.divergences):
+        logits = given.student_head(given.student)[cell] / divergence.student_temperature
+        entropies = torch.distributions.Categorical(logits=logits).entropy()
+        expected = entropies[given.weights[cell] > 0].sum()
+        assert found[cell].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    given = problem(EVERY[:2], (0, 0), bias=True)
+    expected = derivatives(given.dense(), given.parameters())
+    for chosen in itertools.product((False, True), repeat=3):
+        for parameter, wanted in zip(given.parameters(), chosen, strict=True):
+            parameter.requires_grad_(wanted)
+        losses = given.sums().losses
+        assert losses.requires_grad == any(chosen)
+        if any(chosen):
+            needed = [p for p in given.parameters() if p.requires_grad]
+            found = derivatives(losses, needed)
+            kept = [g for g, wanted in zip(expected, chosen, strict=True) if wanted]
+            torch.testing.assert_close(found, tuple(kept), rtol=0, atol=1e-12)
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    given = problem(EVERY[:3], (0, 1, 0))
+    with torch.no_grad():
+        sums = given.sums()
+    assert not sums.losses.requires_grad
+    torch.testing.assert_close(sums.losses, given.dense().detach(), rtol=0, atol=1e-12)
+
+
+def test_a_head_tied_to_the_embedding_adds_its_gradient_to_that_of_the_embedding() -> None:
+    given = problem(EVERY[1:2])
+    tied, ids = normal(8, VOCABULARY, WIDTH).requires_grad_(), torch.arange(TOKENS)[None]
+
+    def model() -> Problem:
+        return replace(given, student=tied[ids] * 2, student_head=Projection(tied))
+
+    found, expected = derivatives(model().sums().losses, [tied]), derivatives(model().dense(), [tied])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_second_backward_pass_says_what_to_do() -> None:
+    losses = problem().sums().losses
+    losses.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call it again"):
+        losses.sum().backward()
+
+
+def test_nothing_to_train_on_is_zero_with_zero_gradients() -> None:
+    given = problem(EVERY[:3], (0, 1, 0), bias=True)
+    given.weights = torch.zeros_like(given.weights)
+    losses = given.sums().losses
+    assert losses.eq(0).all()
+    assert all(gradient.eq(0).all() for gradient in derivatives(losses, given.parameters()))
+
+
+def test_tokens_without_weight_are_as_if_they_were_not_there() -> None:
+    given = problem(EVERY[:2], (0, 0))
+    with torch.no_grad():
+        given.student[:, 2] = given.teacher[:, 2] = torch.nan
+    losses = given.sums().losses
+    assert losses.isfinite().all()
+    found = derivatives(losses, given.parameters())
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert found[0][:, 2].eq(0).all()
+
+
+def test_a_broken_cell_breaks_no_other() -> None:
+    given = problem(EVERY[:3], (0, 1, 0))
+    expected = derivatives(given.dense(), given.parameters())
+    with torch.no_grad():
+        given.student[1] = torch.nan
+    found = derivatives(given.sums().losses, given.parameters())
+    for gradient, reference in zip(found, expected, strict=True):
+        assert gradient[1].isnan().any()
+        torch.testing.assert_close(gradient[[0, 2]], reference[[0, 2]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_biases_that_exclude_tokens_make_no_nan(dtype: torch.dtype) -> None:
+    sets = ((), (0,), (3,), (0, 3))
+    for of_student, of_teacher in itertools.product(sets, sets):
+        given = problem(EVERY, (0,) * 5, dtype=dtype, bias=True)
+        student_bias, teacher_bias = given.student_head.bias, given.teacher_head.bias
+        assert student_bias is not None
+        assert teacher_bias is not None
+        with torch.no_grad():
+            student_bias[:, list(of_student)] = -torch.inf
+            teacher_bias[list(of_teacher)] = -torch.inf
+        losses = given.sums().losses
+        bounded = torch.tensor([d.kind == "tv" or 0 < d.beta < 1 for d in EVERY])
+        torch.testing.assert_close(losses[bounded], given.dense()[bounded].to(dtype), rtol=1e-5, atol=1e-5)
+        found = derivatives(losses[bounded], given.parameters())
+        assert all(gradient.isfinite().all() for gradient in found)
+        if set(of_student) >= set(of_teacher):  # else the reverse KL stands for infinity
+            assert derivatives(given.sums().losses[3:4], given.parameters())[0].isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", (*EVERY, Divergence(beta=0.9)), ids=str)
+def test_bf16_hidden_states_give_float32_values_that_are_never_negative(divergence: Divergence) -> None:
+    given = problem([divergence], dtype=torch.bfloat16)
+    near = replace(
+        given,
+        teacher=(given.student.detach().float() * 1.003).bfloat16(),
+        teacher_head=Projection(given.student_head.weight.detach()),  # type: ignore[union-attr]
+        divergences=[Divergence(divergence.kind, divergence.beta)],
+    )
+    for token in range(TOKENS):
+        alone = replace(near, weights=torch.eye(TOKENS)[token][None])
+        assert alone.sums().losses.item() >= 0
+    losses = given.sums().losses
+    assert losses.dtype == torch.float32
+    gradients = derivatives(losses, given.parameters())
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 2
+
+
+def in_double(given: Problem) -> Problem:
+    def wide(head: Projection) -> Projection:
+        weight, bias = (None if t is None else t.detach().double() for t in (head.weight, head.bias))
+        return replace(head, weight=weight, bias=bias)
+
+    return replace(
+        given,
+        student=given.student.detach().double().requires_grad_(),
+        student_head=wide(given.student_head),
+        teacher=given.teacher.double(),
+        teacher_head=wide(given.teacher_head),
+    )
+
+
+@pytest.mark.parametrize("rows", (5, 100))
+def test_bf16_is_projected_into_float32_without_rounding_logits(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "CONVERTED_ROWS", rows)
+    given = problem(EVERY[:3], (0, 1, 0), dtype=torch.bfloat16)
+    exact = in_double(given)
+    torch.testing.assert_close(given.sums().losses.double(), exact.dense(), rtol=1e-5, atol=1e-5)
+    (found,) = derivatives(given.sums().losses, [given.student])
+    (expected,) = derivatives(exact.dense(), [exact.student])
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_lowers_the_operands_as_in_the_model_and_nothing_else() -> None:
+    given = problem(EVERY[:3], (0, 1, 0), dtype=torch.float32, bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = given.sums().losses
+    assert under.dtype == torch.float32
+
+    def rounded(head: Projection) -> Projection:
+        assert head.weight is not None
+        return replace(head, weight=head.weight.bfloat16())
+
+    lowered = replace(
+        given,
+        student=given.student.bfloat16(),
+        student_head=rounded(given.student_head),
+        teacher=given.teacher.bfloat16(),
+        teacher_head=rounded(given.teacher_head),
+    )
+    torch.testing.assert_close(under, lowered.sums().losses, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(under, given.sums().losses)
+    found = derivatives(under, given.parameters())
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("beta", (0.0, 0.1, 0.5, 1.0))
+@pytest.mark.parametrize("temperatures", ((1.0, 1.0), (0.9, 0.9), (1.0, 0.1), (1.5, 0.5)))
+@pytest.mark.parametrize("head", (HEADS[0], HEADS[1], HEADS[2]), ids=str)
+def test_the_path_through_trls_kernel_agrees_with_our_own(
+    beta: float, temperatures: tuple[float, float], head: dict[str, Any]
+) -> None:
+    divergence = Divergence("jsd", beta, *temperatures, rescale=beta == 0.1)
+    given = problem([divergence], rows=(17, 19), dtype=torch.float32, **head)
+    assert_paths_agree(replace(given, weights=given.weights.float()))
+
+
+@pytest.mark.parametrize("rows", ((17, 19), (19, 17)))
+@pytest.mark.parametrize("vocabulary", (None, 11))
+def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
+    rows: tuple[int, int], vocabulary: int | None
+) -> None:
+    divergence = Divergence(beta=0.3, student_temperature=0.7, teacher_temperature=0.7)
+    given = problem([divergence], rows=rows, dtype=torch.float32, **HEADS[4])
+    assert_paths_agree(replace(given, vocabulary=vocabulary))
+
+
+def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
+    arguments = dict(vars(given))
+    student, head = arguments.pop("student"), arguments.pop("student_head")
+    objectives = tuple(terms_of(one) for one in arguments.pop("divergences"))
+    guides = {0: Projected(arguments.pop("teacher"), arguments.pop("teacher_head"))}
+    call = fused_loss._Call(
+        **arguments, guides=guides, objectives=objectives, labels=None, routes=None, scales={}
+    )
+    return student, head, call
+
+
+def assert_paths_agree(given: Problem) -> None:
+    student, head, call = as_call(given)
+    assert fused_loss._fits_trl(student, head, call)
+    ours, theirs = fused_loss._own_sums(student, head, call), fused_loss._trl_sums(student, head, call)
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ours.entropies, theirs.entropies, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        derivatives(ours.losses, given.parameters()),
+        derivatives(theirs.losses, given.parameters()),
+        rtol=5e-5,
+        atol=5e-5,
+    )
+
+
+def unfit() -> dict[str, Problem]:
+    single = problem(EVERY[:1], dtype=torch.float32, bias=True)
+    head, teacher_head = single.student_head, single.teacher_head
+    assert head.bias is not None
+    excluded = head.bias.detach().clone()
+    excluded[3] = -torch.inf
+    return {
+        "float64": problem(EVERY[:1]),
+        "several cells": problem(EVERY[:2], (0, 0), dtype=torch.float32),
+        "total variation": problem([Divergence("tv")], dtype=torch.float32),
+        "an infinite bias": replace(single, student_head=replace(head, bias=excluded)),
+        "logits": replace(single, student=normal(1, 1, TOKENS, 17).float(), student_head=Projection(None)),
+        "a teacher that is capped at another temperature": replace(
+            single, teacher_head=replace(teacher_head, softcap=2.0)
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", unfit())
+def test_what_trls_kernel_lacks_goes_our_own_way(case: str) -> None:
+    student, head, call = as_call(unfit()[case])
+    assert not fused_loss._fits_trl(student, head, call)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any tensor had which an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return result
+
+
+def largest(losses: Any) -> int:
+    with Largest() as seen:
+        losses().sum().backward()
+    return seen.elements
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_no_tensor_as_large_as_the_logits_is_ever_made(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, vocabulary = 400, 300
+    given = Problem(
+        normal(1, 1, tokens, 4, dtype=dtype).requires_grad_(),
+        Projection(normal(2, vocabulary, 4, dtype=dtype).requires_grad_()),
+        normal(3, 1, tokens, 4, dtype=dtype),
+        Projection(normal(4, vocabulary, 4, dtype=dtype)),
+        (0,),
+        EVERY[1:2],
+        torch.ones(1, tokens),
+    )
+    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 2 * vocabulary * 4 * 20)
+    assert largest(lambda: given.sums().losses) <= 20 * vocabulary
+    assert largest(given.dense) >= tokens * vocabulary
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    given = problem(EVERY[:2], (0, 1))
+    weight = given.student_head.weight
+    assert weight is not None
+    for wrong, message in (
+        ({"weights": given.weights[:, :3]}, r"must be \(K, N, H_s\)"),
+        ({"teacher": given.teacher[:, :3]}, r"must be \(K, N, H_s\)"),
+        ({"divergences": EVERY[:1]}, "one of each a cell"),
+        ({"block_of_cell": (0, 2)}, r"must lie in range\(2\)"),
+        ({"vocabulary": 18}, "not in 1 to 17"),
+        ({"student_head": Projection(weight, weight[0, :, 0])}, r"need a bias \(K, V\)"),
+        ({"student_head": Projection(weight[0])}, r"need a head \(K, V, H\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(given, **wrong).sums()

@@ -1,0 +1,218 @@
+"""A loss of several weighted terms: values, gradients, what is logged, and what cannot be asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.fused_loss import CellSums, divergence_sums
+from gkd_lab.losses.terms import CrossEntropy, Term, Terms, names, parsed
+from gkd_lab.models.projection import Projection
+from gkd_lab.training.arguments import GKDConfig
+
+from ..models.tiny import FAMILIES, tiny_model
+from ..training.driving import cell, distil
+from .test_fused_loss import normal
+
+CELLS, TOKENS, WIDTH, VOCABULARY = 3, 7, 5, 11
+HARD, SOFT = CrossEntropy(), Divergence(beta=0.1, teacher_temperature=0.5)
+LISTS: tuple[Terms, ...] = (
+    (Term(SOFT), Term(HARD, 0.5)),
+    (Term(HARD),),
+    (Term(HARD, 0.3), Term(Divergence(beta=1.0), 2.0), Term(Divergence("tv"), 0.0)),
+)
+
+
+def tensors() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "student": normal(1, CELLS, TOKENS, WIDTH).requires_grad_(),
+        "student_head": Projection(normal(2, CELLS, VOCABULARY, WIDTH).requires_grad_()),
+        "teacher": normal(3, 1, TOKENS, WIDTH),
+        "teacher_head": Projection(normal(4, VOCABULARY, WIDTH)),
+        "block_of_cell": (0, 0, 0),
+        "weights": torch.rand(CELLS, TOKENS, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(VOCABULARY, (CELLS, TOKENS), generator=generator),
+    }
+
+
+def dense(given: dict[str, Any], terms: Terms, n: int) -> list[Tensor]:
+    """What each term adds to the loss of cell n, by plain formulas."""
+    student = given["student"][n] @ given["student_head"].weight[n].T
+    teacher = given["teacher"][0] @ given["teacher_head"].weight.T
+    values = []
+    for term in terms:
+        if isinstance(term.measure, CrossEntropy):
+            each = functional.cross_entropy(student, given["labels"][n], reduction="none")
+        else:
+            each = term.measure(student, teacher)
+        values.append(term.weight * (each * given["weights"][n]).sum())
+    return values
+
+
+def test_values_and_gradients_are_the_weighted_sums_of_the_terms() -> None:
+    given = tensors()
+    sums = divergence_sums(divergences=LISTS, **given)
+    for n, terms in enumerate(LISTS):
+        expected = dense(given, terms, n)
+        torch.testing.assert_close(sums.losses[n], torch.stack(expected).sum())
+        for k, value in enumerate(expected):
+            torch.testing.assert_close(sums.terms[n, k], value.detach())
+    parameters = [given["student"], given["student_head"].weight]
+    ours = torch.autograd.grad(sums.losses.sum(), parameters)
+    total = torch.stack([value for n, terms in enumerate(LISTS) for value in dense(given, terms, n)]).sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(total, parameters))
+
+
+def test_cross_entropy_is_finite_where_a_token_is_excluded() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
+    value, gradient, entropy = HARD.value_and_gradient(logits, torch.tensor([1]))
+    assert all(tensor.isfinite().all() for tensor in (value, gradient, entropy))
+    assert value > 1e30
+
+
+def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
+    given = tensors() | {"teacher": None, "teacher_head": None, "block_of_cell": (0, 1, 2)}
+    sums = divergence_sums(divergences=[HARD] * CELLS, **given)
+    expected = torch.stack([dense(tensors(), (Term(HARD),), n)[0] for n in range(CELLS)])
+    torch.testing.assert_close(sums.losses, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None, "teacher_head": None}, "a divergence compares with a teacher"),
+        ({"labels": None}, "cross-entropy reads the tokens themselves"),
+    ],
+)
+def test_what_a_term_reads_must_be_given(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        divergence_sums(divergences=LISTS, **(tensors() | changes))
+
+
+def sums_of(objectives: Terms) -> CellSums:
+    given = tensors()
+    return divergence_sums(divergences=[objectives] * CELLS, **given)
+
+
+def test_two_divergences_of_half_the_weight_are_one() -> None:
+    halves = sums_of((Term(SOFT, 0.5), Term(SOFT, 0.5)))
+    torch.testing.assert_close(halves.losses, sums_of((Term(SOFT),)).losses)
+    torch.testing.assert_close(halves.entropies, sums_of((Term(SOFT),)).entropies)
+
+
+# ---- in the trainer ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", (True, False))
+def test_each_term_is_logged_and_they_add_up(family: str, packed: bool, tmp_path: Path) -> None:
+    terms = (Term(SOFT), Term(HARD, 0.5))
+    cells = [cell(tmp_path, str(n), lmbda=0.5, objectives=terms) for n in range(2 if packed else 1)]
+    run = distil(tmp_path, family, cells, packed=packed)  # type: ignore[arg-type]
+    plain = distil(tmp_path, family, [cell(tmp_path, "2", lmbda=0.5)], packed=False)  # type: ignore[arg-type]
+    for row in run.history[0]:
+        parts = row["loss/divergence"], row["loss/cross_entropy"]
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-9)
+        assert (parts[1] == 0) == (row["on_policy"] == 1)
+    assert {row["on_policy"] for row in run.history[0]} == {0.0, 1.0}
+    assert not any("loss/divergence" in row for row in plain.history[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cross_entropy_alone_is_supervised_fine_tuning(family: str, tmp_path: Path) -> None:
+    """The first step's loss is the model's own, and no teacher is read."""
+    cells = [cell(tmp_path, lmbda=0.0, objectives=(Term(HARD),))]
+    read: list[Any] = []
+
+    def watch(trainer: Any) -> None:
+        trainer.teacher_model.register_forward_pre_hook(lambda *_: read.append(1))
+
+    run = distil(tmp_path, family, cells, packed=False, loss_normalization="token", prepare=watch)  # type: ignore[arg-type]
+    assert not read
+    model = tiny_model(family, 7)  # type: ignore[arg-type]
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    if family == "encoder-decoder":
+        labels = batch["completion_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        own = model(input_ids=batch["prompt_ids"], attention_mask=batch["prompt_mask"], labels=labels).loss
+    else:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        labels = torch.cat([torch.full_like(batch["prompt_ids"], -100), batch["completion_ids"]], 1)
+        own = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            labels=labels.masked_fill(mask == 0, -100),
+        ).loss
+    assert run.losses()[0] == pytest.approx(own.item(), rel=1e-6)
+    assert run.losses()[-1] < run.losses()[0]
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path) -> None:
+    """At rate 0 the terms' values stay, so that what is logged shows the weights."""
+    moving = (Term(SOFT, 1.0, 0.0), Term(HARD, 0.0, 2.0))
+    cells = [
+        cell(tmp_path, str(n), lmbda=0.0, learning_rate=0.0, objectives=terms)
+        for n, terms in enumerate((moving, (Term(SOFT), Term(HARD))) if packed else (moving,))
+    ]
+    run = distil(tmp_path, "decoder-only", cells, packed=packed, max_steps=5)
+    still = (
+        run.history[1]
+        if packed
+        else distil(
+            tmp_path,
+            "decoder-only",
+            [cell(tmp_path, "s", lmbda=0.0, learning_rate=0.0, objectives=(Term(SOFT), Term(HARD)))],
+            packed=False,
+            max_steps=5,
+        ).history[0]
+    )
+    for step, (row, plain) in enumerate(zip(run.history[0], still, strict=True)):
+        share = step / 4
+        assert row["loss/divergence"] == pytest.approx((1 - share) * plain["loss/divergence"], rel=1e-9)
+        assert row["loss/cross_entropy"] == pytest.approx(2 * share * plain["loss/cross_entropy"], rel=1e-9)
+
+
+def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lmbda 0\.5 lets the student write, and cross-entropy has nothing"):
+        cell(tmp_path, lmbda=0.5, objectives=(Term(HARD),))
+
+
+# ---- in a configuration ----
+
+
+def test_a_configuration_lists_terms_and_leaves_out_what_it_says_elsewhere(tmp_path: Path) -> None:
+    listed = [{"type": "divergence", "beta": 0.1}, {"type": "cross_entropy", "weight": 0.5}]
+    config = GKDConfig(
+        output_dir=str(tmp_path), teacher_temperature=0.3, objectives=listed, bf16=False, use_cpu=True
+    )
+    made = CellArguments.of(config)
+    assert made.objectives == (Term(Divergence(beta=0.1, teacher_temperature=0.3)), Term(HARD, 0.5))
+    assert names(made.terms()) == ["divergence", "cross_entropy"]
+
+
+def test_several_terms_of_a_kind_are_numbered() -> None:
+    assert names((Term(SOFT), Term(HARD), Term(SOFT))) == ["divergence", "cross_entropy", "divergence_2"]
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        ({"type": "divergance"}, "type 'divergance' is not one of"),
+        ({"weight": -1}, "weight -1 of divergence is not a number from 0"),
+        ({"final_weight": "x"}, "weight 'x' of divergence is not a number from 0"),
+        ({"gamma": 1}, "divergence has no field 'gamma'; it has divergence, beta"),
+        ({"type": "cross_entropy", "beta": 1}, "cross_entropy has no field 'beta'; it has a weight only"),
+        ({"beta": 2}, "choose it in"),
+    ],
+)
+def test_a_term_that_is_not_understood_is_refused(one: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed([one], SOFT)

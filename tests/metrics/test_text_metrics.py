@@ -1,0 +1,178 @@
+"""Scores against the libraries themselves, hand values, and the documented ends."""
+
+import math
+import re
+from statistics import fmean
+
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from gkd_lab.metrics import METRICS, extract_answer, score, score_many
+from gkd_lab.metrics import rouge as rouge_module
+from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
+
+PREDICTIONS = [
+    "The cat sat on the mat.",
+    "Der Zug fährt am Montag um halb vier ab",
+    "running dogs",
+    "",
+]
+AGAINST_REFERENCES = [metric for metric in METRICS if metric not in ("self_bleu", *CLASSIFICATION_METRICS)]
+REFERENCES = [
+    ["The cat is on the mat.", "A cat sat on a mat."],
+    ["Der Zug fährt am Montag um halb fünf ab"],
+    ["the dog runs", "dogs run"],
+    ["something"],
+]
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_rouge_is_rouge_scores_with_the_best_reference(stem: bool) -> None:
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=stem)
+    scores = score_many(kinds, PREDICTIONS, REFERENCES, use_stemmer=stem)
+    for kind in kinds:
+        expected = [
+            100 * max(scorer.score(text, prediction)[kind].fmeasure for text in texts)
+            for prediction, texts in zip(PREDICTIONS, REFERENCES, strict=True)
+        ]
+        assert scores[kind].per_example == pytest.approx(expected)
+        assert scores[kind].value == pytest.approx(fmean(expected))
+        assert f"|stem:{'yes' if stem else 'no'}|refs:best|" in scores[kind].signature
+
+
+def test_rouge_by_hand() -> None:
+    # 4 of 5 and 4 of 6 words: F = 2 * 4 / 11; bigrams 2 of 4 and 2 of 5: F = 2 * 2 / 9
+    scores = score_many(["rouge2", "rouge1"], ["a b c d e"], [["a b c x d y"]])
+    assert list(scores) == ["rouge2", "rouge1"]
+    assert scores["rouge1"].value == pytest.approx(100 * 8 / 11)
+    assert scores["rouge2"].value == pytest.approx(100 * 4 / 9)
+
+
+def test_several_rouge_kinds_read_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = rouge_scorer.RougeScorer.score
+    monkeypatch.setattr(
+        rouge_module.rouge_scorer.RougeScorer,
+        "score",
+        lambda self, target, prediction: (
+            calls.append((target, prediction)) or original(self, target, prediction)
+        ),
+    )
+    score_many(["rouge1", "rouge2", "rougeL"], ["a b", "c"], [["a b", "b a"], ["c"]])
+    assert calls == [("a b", "a b"), ("b a", "a b"), ("c", "c")]
+
+
+def test_bleu_and_chrf_are_sacrebleus_corpus_scores() -> None:
+    first, second = [texts[0] for texts in REFERENCES], [texts[-1] for texts in REFERENCES]
+    both = [[texts[0], texts[-1]] for texts in REFERENCES]
+    bleu = score("bleu", PREDICTIONS, both)
+    chrf = score("chrf", PREDICTIONS, both)
+    assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [first, second]).score)
+    assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [first, second]).score)
+    assert 0 < bleu.value < 100
+    assert bleu.per_example[1] == pytest.approx(sacrebleu.sentence_bleu(PREDICTIONS[1], [first[1]]).score)
+    version = re.escape(sacrebleu.__version__)
+    assert re.fullmatch(
+        rf"bleu\|nrefs:2\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:{version}",
+        bleu.signature,
+    )
+    assert re.fullmatch(rf"chrf\|nrefs:2\|.*nc:6\|nw:0\|.*version:{version}", chrf.signature)
+
+
+def test_bleu_of_a_sentence_leaves_out_orders_that_it_has_no_words_for() -> None:
+    assert score("bleu", ["a b"], [["a b"]]).per_example == pytest.approx([100])
+
+
+def test_bleu_by_hand() -> None:
+    # 4-gram precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty: their geometric mean
+    expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert score("bleu", ["a b c d x"], [["a b c d y"]]).value == pytest.approx(expected)
+
+
+def test_examples_may_have_different_numbers_of_references() -> None:
+    alone = score("bleu", ["a b c d e", "f g h i j"], [["a b c d e"], ["f g h i j"]])
+    mixed = score("bleu", ["a b c d e", "f g h i j"], [["a b c d e"], ["x", "f g h i j"]])
+    assert alone.value == mixed.value == pytest.approx(100)
+
+
+def test_accuracy_counts_right_answers_and_missing_ones() -> None:
+    result = score(
+        "accuracy",
+        ["1 #### 1,000", "#### 2", "no idea", "#### 4"],
+        [["#### 1000"], ["#### 3"], ["#### 3"], ["#### 5", "#### 4"]],
+    )
+    assert result.value == 50
+    assert result.per_example == [100, 0, 0, 100]
+    assert result.extra == {
+        "extraction_failure_rate": 0.25,
+        "reference_without_answer_rate": 0,
+        "empty_prediction_rate": 0,
+    }
+    assert "rule:gsm8k" in result.signature
+
+
+def test_a_reference_without_an_answer_is_wrong_and_counted() -> None:
+    result = score("accuracy", ["no number"], [["none here"]])
+    assert (result.value, result.extra["reference_without_answer_rate"]) == (0, 1)
+
+
+def test_exact_match_ignores_outer_space_only() -> None:
+    result = score("exact_match", ["a b\n", "A b", "c"], [["a b"], ["a b"], ["d", " c "]])
+    assert result.per_example == [100, 0, 100]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("a #### 1,234 b", "1234"), ("#### -7.5", "-7.5"), ("#### x", None), ("", None)],
+)
+def test_answers_are_extracted_by_the_rule(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("metric", AGAINST_REFERENCES)
+@pytest.mark.parametrize(("prediction", "reference"), [("", "a b"), ("a b", ""), (" ", "a")])
+def test_an_empty_side_scores_zero(metric: str, prediction: str, reference: str) -> None:
+    result = score(metric, [prediction], [[reference]])
+    assert (result.value, result.per_example) == (0, [0])
+    assert result.extra["empty_prediction_rate"] == (not prediction.strip())
+
+
+@pytest.mark.parametrize("metric", AGAINST_REFERENCES)
+def test_two_empty_texts_agree_exactly_and_share_nothing_else(metric: str) -> None:
+    assert score(metric, [""], [[""]]).value == (100 if metric == "exact_match" else 0)
+
+
+@pytest.mark.parametrize("metric", AGAINST_REFERENCES)
+def test_a_document_of_many_words_is_scored_in_a_moment(metric: str) -> None:
+    document = " ".join(f"w{n % 997}" for n in range(20_000))
+    for prediction, reference in (("w1 w2 x", document), (document, "w1 w2 x")):
+        assert 0 <= score(metric, [prediction], [[reference]]).value < 1
+
+
+@pytest.mark.parametrize("metric", AGAINST_REFERENCES)
+def test_a_perfect_prediction_scores_a_hundred(metric: str) -> None:
+    text = "so the sum of them is #### 12"
+    result = score(metric, [text, text], [[text], [text]])
+    assert result.value == pytest.approx(100)
+    assert len(result.per_example) == 2
+    assert math.isclose(fmean(result.per_example), 100)
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "message"),
+    [
+        ("rouge3", ["a"], [["a"]], "unknown metric 'rouge3'; did you mean"),
+        ("blue", ["a"], [["a"]], "did you mean 'bleu'? valid: accuracy, exact_match"),
+        ("bleu", [], [], "nothing to score: there are 0 predictions"),
+        ("bleu", ["a", "b"], [["a"]], "2 predictions, 1 lists of references"),
+        ("bleu", ["a"], [[]], "references[0] is empty"),
+        ("bleu", ["a"], ["a"], "references[0] must be a list of texts, got 'a'"),
+    ],
+)
+def test_wrong_input_is_explained(
+    metric: str, predictions: list[str], references: list[list[str]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        score(metric, predictions, references)

@@ -1,0 +1,96 @@
+"""Random choices depend on (seed, step, purpose) alone; the golden values keep old results reproducible."""
+
+import itertools
+import math
+
+import torch
+
+from gkd_lab.encoding.batches import KeyedBatches
+from gkd_lab.models.rng import is_on_policy, key, permutation, uniforms
+
+
+def coins(lmbda: float, seed: int, steps: int = 1000) -> list[bool]:
+    return [is_on_policy(lmbda, seed, step) for step in range(steps)]
+
+
+def test_the_streams_are_what_they_always_were() -> None:
+    assert key(0, 0, "coin") == 9072144860899798558
+    assert [key(1, 2, p) % 1000 for p in ("coin", "sampling", "order")] == [416, 332, 768]
+    assert "".join("ox"[c] for c in coins(0.5, 0, 20)) == "ooxoxxoxxoxxxooxxxoo"
+    torch.testing.assert_close(
+        uniforms(0, 3, "sampling", 2, 2),
+        torch.tensor(
+            [
+                [0.25752614757477865, 0.8734870229151329],
+                [0.5951908507462763, 0.6031961505301975],
+            ],
+            dtype=torch.float64,
+        ),
+        rtol=0,
+        atol=1e-15,
+    )
+    assert permutation(0, 1, 8) == [6, 1, 7, 2, 3, 0, 5, 4]
+
+
+def test_lmbda_zero_never_samples_and_one_always_does() -> None:
+    for seed in range(3):
+        assert not any(coins(0.0, seed))
+        assert all(coins(1.0, seed))
+
+
+def test_a_larger_lmbda_samples_whenever_a_smaller_one_does() -> None:
+    tosses = [coins(lmbda, 5) for lmbda in (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)]
+    for smaller, larger in itertools.pairwise(tosses):
+        assert all(high or not low for low, high in zip(smaller, larger, strict=True))
+    assert len({sum(toss) for toss in tosses}) == len(tosses)
+
+
+def test_the_coin_is_fair() -> None:
+    steps = 20_000
+    for lmbda in (0.1, 0.5, 0.9):
+        heads = sum(coins(lmbda, 3, steps))
+        deviation = math.sqrt(steps * lmbda * (1 - lmbda))
+        assert abs(heads - steps * lmbda) < 4 * deviation
+
+
+def test_coins_of_neighbouring_steps_and_seeds_are_independent() -> None:
+    rows = [coins(0.5, seed, 4000) for seed in (0, 1)]
+    for one, other in ((rows[0], rows[1]), (rows[0][:-1], rows[0][1:])):
+        agree = sum(a == b for a, b in zip(one, other, strict=True))
+        assert abs(agree - len(one) / 2) < 4 * math.sqrt(len(one) / 4)
+
+
+def test_purposes_seeds_and_steps_have_streams_of_their_own() -> None:
+    asked = [(0, 0, "sampling"), (1, 0, "sampling"), (0, 1, "sampling"), (0, 0, "evaluation")]
+    drawn = {tuple(uniforms(*what, 1, 4)[0].tolist()) for what in asked}
+    assert len(drawn) == len(asked)
+
+
+def test_noise_is_uniform_and_below_one() -> None:
+    noise = uniforms(0, 0, "sampling", 400, 50)
+    assert noise.dtype == torch.float64
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    tenths = torch.histc(noise.flatten(), bins=10, min=0, max=1)
+    chi_square = ((tenths - 2000) ** 2 / 2000).sum()
+    assert chi_square < 27.88  # the 99.9 % point with 9 degrees of freedom
+
+
+def test_the_first_rows_of_a_larger_draw_are_those_of_a_smaller_one() -> None:
+    torch.testing.assert_close(
+        uniforms(0, 0, "sampling", 8, 5)[:2], uniforms(0, 0, "sampling", 2, 5), rtol=0, atol=0
+    )
+
+
+def test_an_epoch_shows_every_row_once_in_an_order_of_its_own() -> None:
+    orders = [permutation(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_batch_holds_the_next_rows_of_each_seed() -> None:
+    batches = list(KeyedBatches(10, 4, (0, 7)))
+    assert len(batches) == 2
+    for position, batch in enumerate(batches):
+        part = slice(4 * position, 4 * position + 4)
+        assert batch == permutation(0, 0, 10)[part] + permutation(7, 0, 10)[part]

@@ -1,0 +1,127 @@
+"""Cells with a reward as cells of a run: what is in their records, resuming, and rewards that are wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gkd_lab import experiments
+from gkd_lab.config import SpecError
+from gkd_lab.runner.checkpoint_callback import _go_on, _window
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.run import run
+from gkd_lab.store import Store
+from gkd_lab.training.metric_accumulator import Averages
+
+from .tiny_experiments import contents, interrupted_at, options, table_of, tiny_grid
+
+GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
+GRID: dict[str, Any] = {
+    "grid": {"method": ["gkd", "rlef"], "alpha": [0, 0.5, 1]},
+    "reward": "rougeL",
+    "beta": 0.9,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence() -> None:
+    quieten()
+
+
+@pytest.mark.parametrize("task", ("arithmetic", "translation"))
+def test_alphas_and_the_anchor_at_the_start_run_as_cells(task: str, tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, task, **GRID, **GREEDY)
+    outputs = tmp_path / "outputs"
+    assert run(grid, options(outputs)).failed == []
+    rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
+    assert [row["status"] for row in rows] == ["done"] * 4
+    for cell in grid.cells:
+        history = Store(outputs).of(cell).history()
+        alpha = cell.labels["alpha"] if cell.labels["method"] == "gkd" else 0.05
+        assert all(("reward" in row) == ("advantage_std" in row) == (alpha < 1) for row in history)
+        assert all(("loss/reward" in row) == (0 < alpha < 1) for row in history)
+    of_rlef = [c for c in grid.cells if c.labels["method"] == "rlef"]
+    first = [Store(outputs).of(cell).history()[0]["loss/divergence"] for cell in of_rlef]
+    of_gkd = [c for c in grid.cells if c.labels == {**of_rlef[0].labels, "method": "gkd", "alpha": 0.5}]
+    beside = Store(outputs).of(of_gkd[0]).history()[0]["loss/divergence"]
+    assert 0 <= max(first) < 1e-3 * beside  # a student that has hardly moved is still its own start
+
+
+def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("straight", "cut"):
+        grid = tiny_grid(tmp_path / name, "arithmetic", **GRID | {"grid": {"alpha": [0.5, 1]}}, **GREEDY)
+        outputs = tmp_path / name / "outputs"
+        if name == "cut":
+            with interrupted_at(3, monkeypatch):
+                run(grid, options(outputs))
+        assert run(grid, options(outputs)).failed == []
+        found.append(contents(outputs))
+    assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+    assert found[0] == found[1]
+
+
+def test_a_window_is_taken_up_by_a_pack_with_fewer_rewards() -> None:
+    before = Averages(2, [["divergence", "reward"], ["reward", "reward_2", "divergence"]])
+    before.add_reward(0, "reward", 0.5, 0.25)
+    before.add_reward(1, "reward_2", 0.75, 0.5)
+    before.add_terms(torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]))
+    before.batches = 1
+    alone = Averages(1, [["divergence", "reward"]])
+    _go_on(alone, 0, _window(before, 0))
+    (row,) = alone.take()
+    assert (row["reward"], row["advantage_std"]) == (0.5, 0.25)
+    assert (row["loss/divergence"], row["loss/reward"]) == (1, 2)
+
+
+OWN = "def short(prompts, texts, references):\n    return [{value} for text in texts]\n"
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module in the current folder, with a name that no other test has."""
+    file = tmp_path / f"own_{tmp_path.name.replace('-', '_')}.py"
+    file.write_text(OWN.format(value="-float(len(text))"))
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_a_reward_that_is_no_number_fails_its_cells_alone(own: Path, tmp_path: Path) -> None:
+    own.write_text(OWN.format(value="float('nan')"))
+    changes = {"grid": {"alpha": [0.5, 1]}, "reward": f"{own.stem}:short"}
+    grid = tiny_grid(tmp_path, "arithmetic", **changes, **GREEDY)
+    outputs = tmp_path / "outputs"
+    assert len(run(grid, options(outputs)).failed) == 1
+    rewarded, plain = (Store(outputs).of(cell).status() for cell in grid.cells)
+    assert plain["state"] == "done"
+    assert f"reward '{own.stem}:short' gave nan for row 0 of 4" in rewarded["error"]
+    assert "at step 1" in rewarded["error"]
+
+
+def test_what_is_no_function_is_told_before_anything_runs(own: Path, tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic", reward=f"{own.stem}:shorter", alpha=0.5, grid={}, **GREEDY)
+    with pytest.raises(SpecError, match=f"{own.stem} has no 'shorter'; did you mean 'short'"):
+        experiments.check_sources(grid)
+
+
+def test_the_command_line_finds_a_function_beside_the_experiment(own: Path, tmp_path: Path) -> None:
+    """And says in one line what is wrong with one."""
+    tiny_grid(tmp_path, "arithmetic", reward=f"{own.stem}:short", alpha=0.5, grid={}, steps=2, **GREEDY)
+    words = [sys.executable, "-P", "-m", "gkd_lab", "run", "tiny.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run(
+        [*words, "--set", f"reward={own.stem}:shrt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().endswith(f"{own.stem} has no 'shrt'; did you mean 'short'? valid: short")
+    assert len(wrong.stderr.strip().splitlines()) == 1

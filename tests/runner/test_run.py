@@ -1,0 +1,211 @@
+"""A tiny experiment from its file to its table: what it leaves, what it does once, what fails alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from gkd_lab.config import GridOfCells
+from gkd_lab.models.rng import is_on_policy
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.run import Outcome, references, run
+from gkd_lab.store import Store
+
+from .tiny_experiments import contents, options, table_of, times, tiny_grid
+
+REAL_ROWS: dict[str, list[dict[str, str]]] = {
+    "arithmetic": [
+        {
+            "question": f"Ann has {n} apples and buys {n + 1} more. How many are there?",
+            "answer": f"{n} + {n + 1} = <<{n}+{n + 1}={2 * n + 1}>>{2 * n + 1}\n#### {2 * n + 1}",
+        }
+        for n in range(24)
+    ],
+    "translation": [{"en": f"page {n} of the book", "de": f"Seite {n} des Buches"} for n in range(24)],
+    "summarization": [
+        {"document": f"On day {n} the river rose. Roads were closed.", "summary": f"Flood on day {n}."}
+        for n in range(24)
+    ],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence() -> None:
+    quieten()
+
+
+def finished(grid: GridOfCells, outputs: Path, **more: Any) -> Outcome:
+    outcome = run(grid, options(outputs, **more))
+    assert outcome.failed == []
+    assert outcome.elsewhere == 0
+    return outcome
+
+
+@pytest.mark.parametrize("task", ("arithmetic", "translation"))
+def test_a_run_leaves_whole_records_and_a_second_one_does_nothing(task: str, tmp_path: Path) -> None:
+    grid, outputs = tiny_grid(tmp_path, task), tmp_path / "outputs"
+    finished(grid, outputs)
+    store = Store(outputs)
+    auto = AutoModelForCausalLM if task == "arithmetic" else AutoModelForSeq2SeqLM
+    for cell in grid.cells:
+        record = store.of(cell)
+        spec = json.loads((record.folder / "spec.json").read_text())
+        assert spec["fingerprint"].startswith(cell.fingerprint)
+        assert spec["spec"] == cell.training.model_dump(mode="json")
+        status = record.status()
+        assert (status["state"], status["steps"], status["shared_by"]) == ("done", 4, len(grid.cells))
+        assert status["seconds"] > 0
+        assert status["tokens"] > 0
+        assert not record.steps_folder.exists()
+        provenance = json.loads((record.folder / "provenance.json").read_text())
+        assert provenance["pack"] == [c.fingerprint for c in in_pack_order(grid)]
+        assert [row["step"] for row in record.history()] == [2, 4]
+        tossed = [is_on_policy(cell.lmbda, 0, step) for step in range(4)]
+        shares = [sum(tossed[:2]) / 2, sum(tossed[2:]) / 2]
+        assert [row["on_policy"] for row in record.history()] == shares
+        assert auto.from_pretrained(record.checkpoint).num_parameters() > 0
+        for evaluation, count in zip(cell.evaluations, (8, 5), strict=True):
+            part = record.evaluation(evaluation)
+            assert part.state() == "done"
+            assert len(part.predictions()) == count
+            assert set(evaluation.metrics) <= part.scores().keys()
+            assert all(part.scores()[name]["signature"] for name in evaluation.metrics)
+    distinct = [load_file(store.of(cell).checkpoint / "model.safetensors") for cell in grid.cells]
+    assert len({tuple(torch.cat([w.flatten() for w in d.values()]).tolist()) for d in distinct}) == 6
+    rows = table_of(grid, outputs)
+    assert [row["role"] for row in rows].count("cell") == 6
+    assert {row["status"] for row in rows} == {"done"}
+    before = times(outputs)
+    finished(grid, outputs)
+    assert times(outputs) == before
+
+
+def in_pack_order(grid: GridOfCells) -> list[Any]:
+    return sorted(grid.cells, key=lambda cell: (cell.seed, cell.lmbda, cell.beta))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "optimizer"), (("arithmetic", "adamw"), ("translation", "adafactor")))
+def test_packed_or_alone_the_results_are_the_same(task: str, optimizer: str, tmp_path: Path) -> None:
+    """In float64, where rounding changes no sampled token; the records have the same names too."""
+    changes: dict[str, Any] = {
+        "precision": "fp64",
+        "optimizer": optimizer,
+        "grid": {"lmbda": [0.5, 1], "beta": [0, 0.5], "seed": [0, 1]},
+    }
+    grid = tiny_grid(tmp_path, task, **changes)
+    finished(grid, tmp_path / "packed")
+    finished(grid, tmp_path / "alone", pack="off")
+    finished(grid, tmp_path / "threes", pack=3)
+    packed, alone, threes = (Store(tmp_path / name) for name in ("packed", "alone", "threes"))
+    for cell in grid.cells:
+        for other in (alone, threes):
+            ours = load_file(packed.of(cell).checkpoint / "model.safetensors")
+            theirs = load_file(other.of(cell).checkpoint / "model.safetensors")
+            assert ours.keys() == theirs.keys()
+            for name, weight in ours.items():
+                assert weight.dtype == torch.float64
+                torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-9, msg=name)
+            for evaluation in cell.evaluations:
+                mine = packed.of(cell).evaluation(evaluation)
+                assert mine.predictions() == other.of(cell).evaluation(evaluation).predictions()
+                assert mine.scores() == other.of(cell).evaluation(evaluation).scores()
+    assert table_of(grid, tmp_path / "packed") == table_of(grid, tmp_path / "alone")
+
+
+def test_a_cell_that_fails_is_named_kept_and_tried_again_when_asked(tmp_path: Path) -> None:
+    """A rate of 1e30 ends one cell; its neighbours are what they are without it."""
+    changes: dict[str, Any] = {"grid": {"lmbda": [0], "learning_rate": [1e-3, 1e30]}}
+    grid, outputs = tiny_grid(tmp_path, "arithmetic", **changes), tmp_path / "outputs"
+    outcome = run(grid, options(outputs))
+    good, bad = (Store(outputs).of(cell) for cell in grid.cells)
+    assert len(outcome.failed) == 1
+    assert "FloatingPointError" in outcome.failed[0]
+    assert str(bad.status_file) in outcome.failed[0]
+    assert good.status()["state"] == "done"
+    assert bad.status()["state"] == "failed"
+    states = {row["cell"]: row["status"] for row in table_of(grid, outputs) if row["role"] == "cell"}
+    assert sorted(states.values()) == ["done", "failed"]
+
+    failed_at = bad.status_file.stat().st_mtime_ns
+    kept = times(good.folder)
+    assert len(run(grid, options(outputs)).failed) == 1
+    assert bad.status_file.stat().st_mtime_ns == failed_at, "not tried without being asked"
+    assert len(run(grid, options(outputs, retry_failed=True)).failed) == 1
+    assert bad.status_file.stat().st_mtime_ns > failed_at
+    assert times(good.folder) == kept
+
+
+def test_a_failed_teacher_fails_its_cells_by_name_and_is_built_when_asked(tmp_path: Path) -> None:
+    grid, outputs = tiny_grid(tmp_path, "arithmetic"), tmp_path / "outputs"
+    role, model, _ = references(grid.cells)[0]
+    record = Store(outputs).artifact("nano", role, model)
+    record.failed("RuntimeError: broken on purpose")
+    outcome = run(grid, options(outputs))
+    assert any("broken on purpose" in line and "6 cells" in line for line in outcome.failed)
+    assert all(Store(outputs).of(cell).state() == "missing" for cell in grid.cells)
+    finished(grid, outputs, retry_failed=True)
+    assert all(Store(outputs).of(cell).state() == "done" for cell in grid.cells)
+
+
+def test_artifacts_and_cells_that_two_experiments_share_are_made_once(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    first = tiny_grid(tmp_path, "arithmetic", "first", grid={"beta": [0, 0.5]})
+    second = tiny_grid(tmp_path, "arithmetic", "second", grid={"beta": [0.5, 1]})
+    finished(first, outputs)
+    before = times(outputs)
+    finished(second, outputs)
+    after = times(outputs)
+    assert {name: after[name] for name in before} == before
+    new = {name.split("/")[2] for name in after.keys() - before.keys()}
+    assert new == {second.cells[1].folder.split("/")[2]}
+
+
+def test_total_variation_a_rescaled_divergence_and_bfloat16_go_the_whole_way(tmp_path: Path) -> None:
+    changes = {"grid": {"divergence": ["jsd", "tv"], "lmbda": [0, 1]}, "beta": 0.1}
+    grid = tiny_grid(tmp_path, "arithmetic", precision="bf16", rescale_divergence=True, **changes)
+    finished(grid, tmp_path / "outputs")
+    losses: dict[float, list[float]] = {0: [], 1: []}
+    for cell in grid.cells:
+        rows = Store(tmp_path / "outputs").of(cell).history()
+        losses[cell.training.source.lmbda].append(rows[0]["loss"])
+    assert all(len(set(pair)) == 2 and min(pair) > 0 for pair in losses.values())
+
+
+@pytest.mark.parametrize("task", tuple(REAL_ROWS))
+def test_a_folder_of_real_rows_goes_the_whole_way(task: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = REAL_ROWS[task]
+    for split, part in (("train", rows[:16]), ("validation", rows[16:20]), ("test", rows[20:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (data / f"{split}.jsonl").write_text(lines)
+    grid = tiny_grid(
+        tmp_path,
+        task,
+        data={"source": str(data)},
+        tokenizer={"kind": "bpe", "vocab_size": 320},
+        grid={"lmbda": [0, 1]},
+        max_input_tokens=64,
+        max_output_tokens=32,
+        evaluations=[{"decoding": "beam", "num_beams": 2}],
+    )
+    outputs = tmp_path / "outputs"
+    finished(grid, outputs)
+    rows_of_table = table_of(grid, outputs)
+    assert {row["status"] for row in rows_of_table} == {"done"}
+    for cell in grid.cells:
+        predictions = Store(outputs).of(cell).evaluation(cell.evaluations[0]).predictions()
+        assert len(predictions) == 4
+        assert cell.training.data.kind == "folder"
+
+
+def test_equal_runs_are_equal_byte_for_byte(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0.5, 1]})
+    finished(grid, tmp_path / "one")
+    finished(grid, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -1,0 +1,158 @@
+"""Experiments with several teachers: built, trained on, resumed from; rows that name one of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.run import run
+from gkd_lab.store import Store
+
+from .tiny_experiments import contents, options, table_of, tiny_grid
+
+GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
+SMALL = {"layers": 1, "width": 12, "heads": 2, "sft": {"steps": 4}}
+MIXTURE = [{"beta": 0.5, "teacher": ["teacher", "small"], "mixture": [0.7, 0.3]}]
+SUM = [{"beta": 0.5}, {"beta": 0.5, "teacher": "small", "weight": 0.5}]
+ANCHORED = [{"beta": 0.5}, {"beta": 0.5, "teacher": "start", "weight": 0.1}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silence() -> None:
+    quieten()
+
+
+@pytest.mark.parametrize("task", ("arithmetic", "translation"))
+def test_cells_learn_from_several_teachers(task: str, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    histories = []
+    for name, listed, more in (
+        ("mixture", MIXTURE, {"small": SMALL}),
+        ("sum", SUM, {"small": SMALL}),
+        ("anchored", ANCHORED, None),
+    ):
+        grid = tiny_grid(
+            tmp_path, task, name, grid={"lmbda": [0, 1]}, objectives=listed, teachers=more, **GREEDY
+        )
+        assert run(grid, options(outputs)).failed == []
+        rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
+        assert [row["status"] for row in rows] == ["done"] * 2
+        histories.append(Store(outputs).of(grid.cells[0]).history())
+    assert histories[0] != histories[1] != histories[2]
+    assert len(list(outputs.glob("nano/*/teacher-*"))) == 2
+
+
+def test_packed_cells_are_those_that_run_alone(tmp_path: Path) -> None:
+    found = []
+    for pack in ("auto", "off"):
+        grid = tiny_grid(
+            tmp_path / str(pack),
+            "arithmetic",
+            grid={"seed": [0, 1, 2]},
+            objectives=MIXTURE,
+            teachers={"small": SMALL},
+            precision="fp64",
+            **GREEDY,
+        )
+        outputs = tmp_path / str(pack) / "outputs"
+        assert run(grid, options(outputs, pack=pack)).failed == []
+        found.append([Store(outputs).of(cell).history() for cell in grid.cells])
+    for one, other in zip(*found, strict=True):
+        for row, twin in zip(one, other, strict=True):
+            assert row["loss"] == pytest.approx(twin["loss"], rel=1e-9)
+
+
+def data(folder: Path, teachers: list[str | None]) -> str:
+    """Arithmetic rows in GSM8K's form that name a teacher each."""
+    folder.mkdir(parents=True)
+    for split, count in (("train", 40), ("validation", 8), ("test", 8)):
+        rows = []
+        for n in range(count):
+            row = {"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"}
+            teacher = teachers[n % len(teachers)]
+            rows.append(row if teacher is None else {**row, "teacher": teacher})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def routed(tmp_path: Path, teachers: list[str | None]) -> Any:
+    return tiny_grid(
+        tmp_path,
+        "arithmetic",
+        grid={"lmbda": [0, 0.5, 1]},
+        objectives=[{"beta": 0.5, "teacher": ["teacher", "small"], "routed": True}],
+        teachers={"small": SMALL},
+        data={"source": data(tmp_path / "data", teachers)},
+        **GREEDY,
+    )
+
+
+def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
+    both = routed(tmp_path / "both", ["teacher", "small", "teacher"])
+    assert run(both, options(tmp_path / "both" / "outputs")).failed == []
+    # Rows that all name one teacher are those of a cell that has no other.
+    first = routed(tmp_path / "first", ["teacher"])
+    outputs = tmp_path / "first" / "outputs"
+    assert run(first, options(outputs)).failed == []
+    plain = tiny_grid(
+        tmp_path / "first",
+        "arithmetic",
+        "plain",
+        grid={"lmbda": [0, 0.5, 1], "beta": [0.5]},
+        data={"source": str(tmp_path / "first" / "data")},
+        **GREEDY,
+    )
+    assert run(plain, options(outputs)).failed == []
+    for one, other in zip(first.cells, plain.cells, strict=True):
+        losses = [[row["loss"] for row in Store(outputs).of(c).history()] for c in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        ([None], "row 0 of the train split names no teacher"),
+        (["teacher", "smol"], "row 1 of the train split is meant for the teacher 'smol'"),
+    ],
+)
+def test_a_row_without_a_teacher_of_the_run_is_named(
+    teachers: list[str | None], message: str, tmp_path: Path
+) -> None:
+    (line, *_) = run(routed(tmp_path / "one", teachers), options(tmp_path / "one" / "outputs")).failed
+    assert message in line
+
+
+def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    grid = tiny_grid(
+        tmp_path, "arithmetic", grid={"seed": [0]}, objectives=MIXTURE, teachers={"small": SMALL}, **GREEDY
+    )
+    outputs = tmp_path / "outputs"
+    run(grid, options(outputs))
+    before = contents(outputs)
+    assert run(grid, options(outputs)).failed == []
+    assert contents(outputs) == before
+
+
+def test_teachers_are_held_as_the_experiment_says(tmp_path: Path) -> None:
+    losses = {}
+    for name, held in (("plain", {}), ("lowered", {"dtype": "bfloat16"}), ("parked", {"parked": True})):
+        grid = tiny_grid(
+            tmp_path,
+            "arithmetic",
+            name,
+            grid={"seed": [0]},
+            objectives=MIXTURE,
+            teachers={"small": {**SMALL, **held}},
+            **GREEDY,
+        )
+        # One cell with `plain`, so that it runs in a folder of its own.
+        outputs = tmp_path / ("parked" if name == "parked" else "outputs")
+        assert run(grid, options(outputs)).failed == []
+        losses[name] = [row["loss"] for row in Store(outputs).of(grid.cells[0]).history()]
+    assert losses["parked"] == losses["plain"]
+    assert losses["lowered"] != losses["plain"]
+    assert losses["lowered"] == pytest.approx(losses["plain"], rel=0.02)
+    # What is held otherwise is the same teacher.
+    assert len(list((tmp_path / "outputs").glob("nano/*/teacher-*"))) == 2

@@ -1,0 +1,213 @@
+"""`gkd-lab selfcheck` as a user meets it: a table for pairs in folders, its exit status, one message."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from gkd_lab.cli import main
+from gkd_lab.config.cell import Family
+from gkd_lab.selfcheck.bench import Pair
+from gkd_lab.selfcheck.checks import BFLOAT16, CHECKS
+from gkd_lab.selfcheck.command import FAMILIES, made
+
+Say = Callable[..., tuple[int, str, str]]
+COLUMNS = 80
+ROW = re.compile(r"(?P<name>\S+(?: \S+)*)  +.* (?P<limit>0|1e-0\d)  (?P<verdict>pass|FAIL)")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Pair]:
+    return {family: made(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def llamas(pairs: dict[str, Pair]) -> Pair:
+    return pairs["decoder-only"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the command runs; it leaves nothing there."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    yield here
+    assert list(here.iterdir()) == []
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run the command; returns (exit status, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(("selfcheck", *words))
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def named(folder: Path) -> tuple[str, ...]:
+    return "--teacher", str(folder / "teacher"), "--student", str(folder / "student")
+
+
+def saved(pair: Pair, folder: Path) -> tuple[str, ...]:
+    """The options that name the pair, in folders of the hub's form."""
+    for name, model, tokenizer in (
+        ("student", pair.student, pair.tokenizer),
+        ("teacher", pair.teacher, pair.teacher_tokenizer),
+    ):
+        model.save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+    return named(folder)
+
+
+def verdicts(out: str) -> dict[str, str]:
+    """Check -> pass or FAIL; of several tables the last one counts."""
+    return {found["name"]: found["verdict"] for line in out.splitlines() if (found := ROW.fullmatch(line))}
+
+
+def failures(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("FAIL ")]
+
+
+def all_pass(*more: str) -> dict[str, str]:
+    return dict.fromkeys(("tokenizers", *(check.name for check in CHECKS), *more), "pass")
+
+
+# ---- what passes ----
+
+
+def test_without_names_two_made_pairs_pass_in_rows_of_one_line(say: Say) -> None:
+    status, out, _ = say()
+    assert status == 0
+    for family, table in zip(FAMILIES, out.split("\n\n")[:2], strict=True):
+        lines = table.splitlines()
+        assert lines[0] == f"{family}, made on the spot"
+        assert verdicts(table) == all_pass()
+        # Above the rows: title, sizes, headings, a rule; below them the count.
+        assert len(lines) == 4 + len(all_pass()) + 1
+        assert max(map(len, lines)) <= COLUMNS
+        assert lines[-1] == f"{len(all_pass())} of {len(all_pass())} checks passed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs_in_folders_pass(family: Family, pairs: dict[str, Pair], tmp_path: Path, say: Say) -> None:
+    status, out, err = say(*saved(pairs[family], tmp_path), "--bf16")
+    assert (status, failures(out)) == (0, [])
+    assert verdicts(out) == all_pass(BFLOAT16.name)
+    assert out.startswith(f"{tmp_path}/student <- {tmp_path}/teacher\n")
+    assert "Traceback" not in err
+
+
+def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
+    llamas: Pair, tmp_path: Path, say: Say
+) -> None:
+    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, llamas.tokenizer, None), tmp_path))
+    assert status == 0
+    assert "teacher's is unknown" in out
+    assert "\nnote tokenizers: teacher and student have 393 vocabulary entries each, but" in out
+
+    wide = made("decoder-only").student
+    wide.resize_token_embeddings(400)
+    status, out, _ = say(*saved(Pair(wide, llamas.teacher, llamas.tokenizer, llamas.tokenizer), tmp_path))
+    assert status == 0
+    assert "\nnote tokenizers: heads of 400 and 393 entries: the first 393 are compared\n" in out
+
+
+# ---- what fails: status 1 and a line for each reason ----
+
+
+def test_tokenizers_that_differ_end_the_checks(llamas: Pair, tmp_path: Path, say: Say) -> None:
+    entries = dict(sorted(llamas.tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
+    entries["x"], entries["y"] = entries["y"], entries["x"]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=entries, merges=[])), pad_token="<pad>", eos_token="</s>"
+    )
+    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, llamas.tokenizer, other), tmp_path))
+    assert status == 1
+    (line,) = failures(out)
+    assert line.startswith("FAIL tokenizers: teacher and student do not share a tokenizer: 2 vocabulary")
+    assert verdicts(out) == {"tokenizers": "FAIL"}
+    assert out.endswith("Nothing else was checked.\n0 of 1 checks passed\n\n")
+
+
+def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
+    llamas: Pair, tmp_path: Path, say: Say
+) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=llamas.tokenizer.backend_tokenizer)
+    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, bare, llamas.tokenizer), tmp_path))
+    assert status == 1
+    (line,) = failures(out)
+    assert line.startswith("FAIL trainer: ValueError: the tokenizer has neither a pad nor an end token: set")
+    assert verdicts(out) == {"tokenizers": "pass", "trainer": "FAIL"}
+    assert "Nothing else was checked." in out
+
+
+def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_measured(
+    tmp_path: Path, say: Say
+) -> None:
+    pair = made("decoder-only")
+    pair.teacher.get_output_embeddings().weight.data[5] = torch.nan
+    status, out, _ = say(*saved(pair, tmp_path))
+    assert status == 1
+    found = verdicts(out)
+    assert list(found) == list(all_pass())
+    assert (found["loss"], found["teacher padding"], found["sampling"]) == ("FAIL", "FAIL", "pass")
+    failed = [name for name, verdict in found.items() if verdict == "FAIL"]
+    assert [line.split(":")[0] for line in failures(out)] == [f"FAIL {name}" for name in failed]
+    assert "FAIL loss: a loss is not finite: weights or logits hold NaN or inf" in failures(out)
+    assert f"{len(found) - len(failed)} of {len(found)} checks passed" in out
+
+
+# ---- what is refused: status 2 and one message ----
+
+
+@pytest.mark.parametrize(("given", "missing"), (("--teacher", "--student"), ("--student", "--teacher")))
+def test_one_name_without_the_other_is_refused(given: str, missing: str, say: Say) -> None:
+    status, out, err = say(given, "somewhere")
+    assert (status, out) == (2, "")
+    assert err == f"gkd-lab: {missing} is missing: name both models, or neither to check two made pairs\n"
+
+
+@pytest.mark.parametrize("option", ("student", "teacher"))
+def test_a_folder_that_is_not_there_is_refused(option: str, llamas: Pair, tmp_path: Path, say: Say) -> None:
+    saved(llamas, tmp_path)
+    (tmp_path / option).rename(tmp_path / "elsewhere")
+    status, out, err = say(*named(tmp_path))
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"gkd-lab: --{option} '{tmp_path}/{option}': no such folder, and no model of that")
+
+
+def test_a_folder_without_a_model_is_refused(llamas: Pair, tmp_path: Path, say: Say) -> None:
+    saved(llamas, tmp_path)
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    status, out, err = say(*named(tmp_path))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"gkd-lab: --teacher '{tmp_path}/teacher' cannot be loaded: ")
+
+
+def test_a_student_without_a_tokenizer_is_refused(llamas: Pair, tmp_path: Path, say: Say) -> None:
+    status, out, err = say(*saved(Pair(llamas.student, llamas.teacher, None, llamas.tokenizer), tmp_path))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"gkd-lab: --student '{tmp_path}/student' has no tokenizer: save")
+
+
+def test_models_of_two_families_are_refused(pairs: dict[str, Pair], tmp_path: Path, say: Say) -> None:
+    one, other = pairs["decoder-only"], pairs["encoder-decoder"]
+    status, out, err = say(*saved(Pair(one.student, other.teacher, one.tokenizer, one.tokenizer), tmp_path))
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line == (
+        f"gkd-lab: --student '{tmp_path}/student' is decoder-only and --teacher '{tmp_path}/teacher' is "
+        "encoder-decoder: choose two models of one kind"
+    )

@@ -1,0 +1,112 @@
+"""Writing survives: a whole old file or a whole new one, and lines up to the first damaged one."""
+
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gkd_lab.store import files
+
+STRANGE = 'Grüße\u2028\x85\x0b\x1c\r\n\t"\\ 你好 🙂'
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 KiB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(small_disk: Path) -> None:
+    path = small_disk / "scores.json"
+    files.write_json(path, {"value": 1})
+    with pytest.raises(OSError) as caught:
+        files.write_json(path, {"value": "x" * 100_000})
+    assert caught.value.errno == errno.ENOSPC
+    assert files.read_json(path) == {"value": 1}
+    assert [one.name for one in small_disk.iterdir()] == ["scores.json"]
+
+
+def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    files.write_json(path, {"value": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"value": float("nan")})
+    path.with_name("folder").mkdir()
+    with pytest.raises(OSError):
+        files.write_text(tmp_path / "folder", "x")
+    with pytest.raises(OSError):
+        files.write_text(path / "below-a-file", "x")
+    assert files.read_json(path) == {"value": 1}
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "scores.json"]
+
+
+def append(path: Path) -> None:
+    files.append_line(path, {"step": 1})
+
+
+def write(path: Path) -> None:
+    files.write_text(path, "x")
+
+
+@pytest.mark.parametrize("how", [append, write])
+def test_a_full_device_raises_and_stays_a_device(how: Callable[[Path], None]) -> None:
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError) as caught:
+        how(full)
+    assert caught.value.errno == errno.ENOSPC
+    assert full.is_char_device()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"1", b"null", b"\xff", b"\0\0\0"])
+def test_a_damaged_object_reads_as_none(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    path.write_bytes(content)
+    assert files.read_json(path) is None
+    assert files.read_json(tmp_path / "none.json") is None
+    assert files.read_json(path / "below-a-file.json") is None
+
+
+def test_any_text_survives_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    rows = [{"prediction": STRANGE}, {"prediction": "b"}]
+    files.write_lines(path, rows)
+    files.append_line(path, rows[0])
+    assert files.read_lines(path) == [*rows, rows[0]]
+    assert "Grüße" in path.read_text()
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 3', b"\0\0\0\0\n", b'{"step": "\xff"}\n', b"3\n", b"3"])
+def test_lines_count_up_to_the_first_damaged_one(cut: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + cut)
+    assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert files.read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_history_is_cut_back_to_a_step_and_goes_on_cleanly(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        files.append_line(path, {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    files.keep_lines_until(path, 2)
+    files.append_line(path, {"step": 3, "again": True})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+    files.keep_lines_until(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()

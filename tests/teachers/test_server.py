@@ -1,0 +1,154 @@
+"""A teacher behind a server: what is asked and read, and a server that is slow, down, or no such server."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gkd_lab.encoding.batches import collate
+from gkd_lab.losses.step_loss import StepBatch
+from gkd_lab.models.forward import completion_logits
+from gkd_lab.teachers.cached_teachers import ServedTeacher, named_scores
+from gkd_lab.teachers.server import KEY, TEXTS_AT_ONCE, Endpoint, ServerDown, ServerRefused
+from gkd_lab.teachers.top_k_distributions import Stored, top_scores
+from gkd_lab.training.arguments import GKDConfig
+
+from ..models.tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
+from .teacher_server import Served, serving
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with serving(Served(tiny_model("decoder-only", 3, width=32, dtype=torch.float32))) as found:
+        yield found
+
+
+def endpoint(served: Served, **changes: Any) -> Endpoint:
+    return Endpoint(**{"server": served.address, "model": "large", "top_k": 4, "patience": 0.3, **changes})
+
+
+def test_a_token_is_named_with_the_most_likely_first(served: Served) -> None:
+    text = [3, 7, 5]
+    (found,) = endpoint(served).scores([text])
+    logits = served.model(torch.tensor([text])).logits[0].detach()
+    exact = top_scores(logits[:2], 4, torch.float32)
+    assert exact.ids is not None
+    assert [[id_ for id_, _ in one] for one in found] == exact.ids.tolist()
+    kept = named_scores(found, 4)
+    torch.testing.assert_close(kept.logs, exact.logs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.tail, exact.tail, rtol=1e-3, atol=1e-3)
+
+
+def test_a_guide_is_what_the_teacher_would_say_of_the_rows(served: Served) -> None:
+    rows = tiny_examples(2 * TEXTS_AT_ONCE + 2)
+    batch = collate(rows, PAD, is_encoder_decoder=False)
+    step = StepBatch(batch, batch, (0, 1), (False, False), (0, 0))
+    guide = ServedTeacher(endpoint(served), tiny_tokenizer()).guide(step)
+    with torch.no_grad():
+        logits = completion_logits(served.model, batch)
+    exact = Stored.of(
+        top_scores(logits, 4, torch.float32).map(lambda t: t.view(2, -1, *t.shape[2:])), logits.shape[-1]
+    )
+    assert guide.shape == exact.shape
+    real = batch.completion_mask.bool().view(2, -1)
+    for block in (0, 1):
+        at = real[block].nonzero()[:, 0]
+        read = [one.reader(14, torch.float32, len(at))(block, at).exp() for one in (guide, exact)]
+        torch.testing.assert_close(*read, rtol=1e-3, atol=1e-5)
+    assert [len(body["prompt"]) for body in served.asked] == [16, 16, 2]
+
+
+def test_the_key_comes_from_the_environment(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.key = "of-this-test-alone"
+    with pytest.raises(ServerRefused, match=rf"status 401\): .*; give its key in .* {KEY}"):
+        endpoint(served).scores([[3, 4]])
+    monkeypatch.setenv(KEY, served.key)
+    assert len(endpoint(served).scores([[3, 4]])[0]) == 1
+    assert served.key not in repr(endpoint(served))
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(served: Served, status: int) -> None:
+    served.down, served.status = 2, status
+    assert len(endpoint(served, patience=1).scores([[3, 4, 5]])[0]) == 2
+    assert len(served.asked) == 3
+
+
+def test_a_server_that_stays_away_is_given_up_after_the_patience(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.down = 1000
+    start = time.monotonic()
+    with pytest.raises(ServerDown, match=r"no answer in 0.3 s .*status 503.*resume from the last checkpoint"):
+        endpoint(served).scores([[3, 4]])
+    assert time.monotonic() - start < 5
+    assert 2 <= len(served.asked) < 10
+    assert [record.getMessage() for record in caplog.records if record.name == "gkd_lab.teachers.server"] == [
+        f"the teacher's server {served.address} does not answer: waiting for up to 0.3 s"
+    ]
+
+
+def test_nobody_at_the_address_is_a_server_that_is_down() -> None:
+    with serving(Served(None)) as gone:
+        pass
+    with pytest.raises(ServerDown, match=r"ConnectError.*Connection refused"):
+        endpoint(gone).scores([[3, 4]])
+
+
+def test_a_server_that_takes_too_long_is_down(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "choice", lambda *_: time.sleep(0.5))
+    with pytest.raises(ServerDown, match="ReadTimeout"):
+        endpoint(served, timeout=0.05).scores([[3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"top_k": 21}, r"status 400\): .*greater than max allowed: 20.*`--max-logprobs`"),
+        ({"model": "lrage"}, r"refuses to score with lrage \(status 404\).*the model's name"),
+    ],
+)
+def test_what_another_try_would_not_change_is_told_at_once(
+    served: Served, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ServerRefused, match=said):
+        endpoint(served, patience=60, **changes).scores([[3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<html>", "answers no JSON: <html>"),
+        ([], "as vLLM does"),
+        ({"choices": [{"index": 0, "text": "x"}]}, "there is no 'prompt_logprobs'"),
+        ({"choices": []}, "0 choices for 1 texts"),
+        ({"choices": [{"index": 0, "prompt_logprobs": None}]}, "no prompt_logprobs for 2 tokens"),
+        ({"choices": [{"index": 0, "prompt_logprobs": [None]}]}, "1 prompt_logprobs for 2 tokens"),
+        ({"choices": [{"index": 0, "prompt_logprobs": [None, {"a": 1}]}]}, "a token's entry is {'a': 1}"),
+        (
+            {"choices": [{"index": 0, "prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}]},
+            "1 tokens of each distribution where 4 are asked for",
+        ),
+    ],
+)
+def test_what_is_no_scores_of_these_texts_is_told(served: Served, answer: Any, said: str) -> None:
+    served.answer = answer
+    with pytest.raises(ServerRefused, match=said):
+        endpoint(served).scores([[3, 4]])
+
+
+@pytest.mark.parametrize(("field", "value"), [("server", "127.0.0.1:8000"), ("top_k", 0)])
+def test_an_endpoint_that_cannot_be_is_refused(field: str, value: Any) -> None:
+    stated: dict[str, Any] = {"server": "http://a/v1", "model": "large", "top_k": 4, field: value}
+    with pytest.raises(ValueError, match=f"{field} {value!r}"):
+        Endpoint(**stated)
+
+
+def test_a_student_that_is_encoder_decoder_is_told_what_to_do(served: Served) -> None:
+    student = tiny_model("encoder-decoder", 7)
+    with pytest.raises(ValueError, match=r"prompt log-probabilities are of one text: .*`StoredTeacher`"):
+        ServedTeacher(endpoint(served), tiny_tokenizer()).check(
+            student, [], GKDConfig(use_cpu=True, bf16=False)
+        )

@@ -1,0 +1,269 @@
+"""Divergences from several teachers: their mixture, their sum, the one that a row is meant for."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gkd_lab import Teacher
+from gkd_lab.config.cell import Family
+from gkd_lab.losses.divergence import Divergence, generalized_jsd
+from gkd_lab.losses.fused_loss import divergence_sums
+from gkd_lab.losses.teacher_targets import Projected, Target
+from gkd_lab.losses.terms import Term, Terms, parsed
+from gkd_lab.models.projection import Projection
+
+from ..losses.test_fused_loss import normal
+from ..models.tiny import FAMILIES, tiny_model
+from ..training.driving import assert_close, assert_identical, cell, distil
+
+CELLS, BLOCKS, TOKENS, VOCABULARY = 2, 2, 7, 11
+MEASURE = Divergence(beta=0.3)
+
+
+def given() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "student": normal(1, CELLS, TOKENS, 5).requires_grad_(),
+        "student_head": Projection(normal(2, CELLS, VOCABULARY, 5).requires_grad_()),
+        "teacher": None,
+        "teacher_head": None,
+        "guides": {
+            0: Projected(normal(3, BLOCKS, TOKENS, 4), Projection(normal(4, VOCABULARY, 4))),
+            1: Projected(normal(5, BLOCKS, TOKENS, 8), Projection(normal(6, VOCABULARY + 3, 8))),
+        },
+        "block_of_cell": (1, 0),
+        "weights": torch.rand(CELLS, TOKENS, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(VOCABULARY, (CELLS, TOKENS), generator=generator),
+    }
+
+
+def logits(one: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each cell's student, and of both teachers at the cell's rows."""
+    students = [one["student"][n] @ one["student_head"].weight[n].T for n in range(CELLS)]
+    teachers = []
+    for n in range(CELLS):
+        block = one["block_of_cell"][n]
+        rows = [g.hidden[block] @ g.head.weight.T for g in one["guides"].values()]
+        teachers.append(torch.stack([row[:, :VOCABULARY] for row in rows]))
+    return students, teachers
+
+
+def assert_is(one: dict[str, Any], target: Target, log_target: list[Tensor], **more: Any) -> None:
+    """Values and gradients are those of the divergence from exp(log_target), by plain formulas."""
+    sums = divergence_sums(divergences=[(Term(MEASURE, target=target),)] * CELLS, **one, **more)
+    students, _ = logits(one)
+    expected = torch.stack(
+        [
+            (generalized_jsd(students[n], log_target[n], MEASURE.beta) * one["weights"][n]).sum()
+            for n in range(CELLS)
+        ]
+    )
+    torch.testing.assert_close(sums.losses, expected)
+    parameters = [one["student"], one["student_head"].weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(sums.losses.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
+    )
+
+
+def test_a_mixture_is_of_probabilities_each_at_its_own_temperature() -> None:
+    one = given()
+    _, teachers = logits(one)
+    target = Target((0, 1), (0.7, 0.3), (0.5, 2.0))
+    mixed = [
+        (0.7 * (both[0] / 0.5).softmax(-1) + 0.3 * (both[1] / 2.0).softmax(-1)).log() for both in teachers
+    ]
+    assert_is(one, target, mixed)
+
+
+def test_a_mixture_without_weights_is_the_mean() -> None:
+    one = given()
+    mixed = [both.softmax(-1).mean(0).log() for both in logits(one)[1]]
+    assert_is(one, Target((0, 1)), mixed)
+
+
+def test_a_routed_divergence_compares_each_row_with_its_own_teacher() -> None:
+    one = given()
+    routes = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 0, 1]])
+    chosen = []
+    for n, both in enumerate(logits(one)[1]):
+        own = routes[one["block_of_cell"][n]]
+        chosen.append(torch.stack([both[int(teacher), place] for place, teacher in enumerate(own)]))
+    assert_is(one, Target((0, 1), routed=True), chosen, routes=routes)
+
+
+def test_a_sum_of_divergences_is_that_of_each_alone() -> None:
+    one = given()
+    lists: Terms = (Term(MEASURE, 0.25), Term(MEASURE, 2.0, target=Target((1,))))
+    together = divergence_sums(divergences=[lists] * CELLS, **one)
+    alone = [divergence_sums(divergences=[(term,)] * CELLS, **one).losses for term in lists]
+    torch.testing.assert_close(together.losses, alone[0] + alone[1])
+    torch.testing.assert_close(together.terms, torch.stack(alone, 1).detach())
+
+
+def test_a_scale_weighs_the_tokens_of_one_term() -> None:
+    one = given()
+    lists: Terms = (Term(MEASURE), Term(MEASURE, target=Target((1,))))
+    scale = normal(9, TOKENS)
+    scaled = divergence_sums(divergences=[lists] * CELLS, scales={(1, 0): scale}, **one)
+    plain = divergence_sums(divergences=[lists] * CELLS, **one)
+    by_weights = {**one, "weights": one["weights"] * scale}
+    weighed = divergence_sums(divergences=[lists[:1]] * CELLS, **by_weights)
+    torch.testing.assert_close(scaled.terms[0], plain.terms[0])
+    torch.testing.assert_close(scaled.terms[1, 1], plain.terms[1, 1])
+    torch.testing.assert_close(scaled.terms[1, 0], weighed.terms[1, 0])
+    (ours,) = torch.autograd.grad(scaled.losses[1], one["student"])
+    (theirs,) = torch.autograd.grad(weighed.losses[1] + plain.terms[1, 1], one["student"])
+    second = divergence_sums(divergences=[lists[1:]] * CELLS, **one).losses[1]
+    torch.testing.assert_close(ours, theirs + torch.autograd.grad(second, one["student"])[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teachers": (0, 0)}, r"teachers \(0, 0\) must be distinct numbers from 0"),
+        ({"teachers": (0, 1), "weights": (1.0,)}, "1 weights for 2 teachers: give one of each"),
+        ({"teachers": (0, 1), "weights": (0.5, 0.6)}, "must sum to 1"),
+        ({"teachers": (0, 1), "temperatures": (0.0, 1.0)}, "must be positive numbers"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Target(**fields)
+
+
+def test_a_routed_loss_must_know_the_routes() -> None:
+    with pytest.raises(ValueError, match="a routed divergence needs to know each row's teacher"):
+        divergence_sums(divergences=[(Term(MEASURE, target=Target((0, 1), routed=True)),)] * CELLS, **given())
+
+
+# ---- in the trainer ----
+
+MIXTURE: Terms = (Term(MEASURE, target=Target((0, 1), (0.6, 0.4))),)
+SUM: Terms = (Term(MEASURE, 0.5), Term(Divergence(beta=1.0), 0.5, target=Target((1,))))
+
+
+def another(family: Family, **options: Any) -> Teacher:
+    return Teacher(tiny_model(family, 11, width=8, heads=2), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("terms", (MIXTURE, SUM), ids=("mixture", "sum"))
+def test_packed_cells_learn_from_several_teachers_as_they_do_alone(
+    family: Family, terms: Terms, tmp_path: Path
+) -> None:
+    lmbdas = (0.0, 0.5, 1.0)
+    cells = [cell(tmp_path, str(n), lmbda=lmbda, objectives=terms) for n, lmbda in enumerate(lmbdas)]
+    packed = distil(tmp_path, family, cells, more_teachers=[another(family)])
+    for n, one in enumerate(cells):
+        alone = distil(tmp_path, family, [one], packed=False, more_teachers=[another(family)])
+        assert_close(packed.weights(n), alone.weights())
+
+
+def test_two_copies_of_a_teacher_are_that_teacher(tmp_path: Path) -> None:
+    twin = Teacher(tiny_model("decoder-only", 3, width=32))
+    mixed = distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=[twin])
+    plain = distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=(Term(MEASURE),))])
+    assert_close(mixed.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_run_with_several_teachers_resumes_bit_for_bit(packed: bool, tmp_path: Path) -> None:
+    cells = [cell(tmp_path, str(n), objectives=terms) for n, terms in enumerate((MIXTURE, SUM)[: 1 + packed])]
+
+    def run(**changes: Any) -> Any:
+        more = [another("decoder-only")]
+        return distil(tmp_path, "decoder-only", cells, packed=packed, more_teachers=more, **changes)
+
+    whole = run()
+    run(save_strategy="steps", save_steps=3, max_steps=6, prepare=stop_after(3))
+    folder = f"{cells[0].output_dir if packed else tmp_path}/checkpoint-3"
+    again = run(resume=folder)
+    for n in range(len(cells)):
+        assert_identical(whole.weights(n), again.weights(n))
+
+
+def stop_after(step: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == step
+
+    return lambda trainer: trainer.add_callback(Stop())
+
+
+def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) -> None:
+    """On a CPU nothing moves, so what would is counted: the larger teacher, and the other one's head."""
+    from gkd_lab.teachers import teacher
+
+    there: list[int] = []
+    most = 0
+    plain = teacher.at_work
+
+    def counted(module: Any, device: Any, *, parked: bool) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def within() -> Any:
+            nonlocal most
+            size = sum({id(p): p.numel() for p in module.parameters()}.values()) if parked else 0
+            there.append(size)
+            most = max(most, sum(there))
+            with plain(module, device, parked=parked):
+                yield
+            there.remove(size)
+
+        return within()
+
+    teachers = [tiny_model("decoder-only", seed, width=32) for seed in (3, 4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "at_work", counted)
+        distil(
+            tmp_path,
+            "decoder-only",
+            [cell(tmp_path, objectives=MIXTURE)],
+            teacher=teachers[0],
+            more_teachers=[Teacher(teachers[1])],
+            park_teacher=True,
+        )
+    larger = sum(p.numel() for p in teachers[0].parameters())
+    assert not there
+    assert most == larger
+
+
+def test_teachers_have_each_its_own_dtype(tmp_path: Path) -> None:
+    run = distil(
+        tmp_path,
+        "decoder-only",
+        [cell(tmp_path, objectives=MIXTURE)],
+        more_teachers=[another("decoder-only", dtype="bfloat16")],
+    )
+    first, second = run.trainer._teachers
+    assert first.head.model.dtype == torch.float64  # type: ignore[attr-defined]
+    assert second.head.model.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert all(math.isfinite(loss) for loss in run.losses())
+
+
+def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compares with teacher number 1, and there is number 0 alone"):
+        distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)])
+
+
+def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
+    more = [another("encoder-decoder")]
+    with pytest.raises(ValueError, match="the student is decoder-only and the teacher encoder-decoder"):
+        distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=more)
+
+
+def test_a_configuration_names_teachers_by_number() -> None:
+    listed = [{"beta": 0.3, "teachers": [0, 1], "weights": [0.6, 0.4]}]
+    assert parsed(listed, Divergence()) == MIXTURE
+
+
+def test_weights_that_are_all_0_are_refused() -> None:
+    with pytest.raises(ValueError, match="all weights are 0, so nothing would be learnt"):
+        parsed([{"weight": 0}, {"type": "cross_entropy", "weight": 0}], Divergence())

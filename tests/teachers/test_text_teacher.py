@@ -1,0 +1,258 @@
+"""A student learns from a teacher of other tokens: on the data and on its own text, packed and resumed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from gkd_lab.config.cell import Family
+from gkd_lab.encoding.row_encoder import RowEncoder
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.terms import CrossEntropy, Term, parsed
+from gkd_lab.losses.uld import Uld
+from gkd_lab.models.packing import Pack
+from gkd_lab.teachers.teacher_prompts import PromptsOfRows
+from gkd_lab.training.trainer import GKDTrainer
+
+from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
+from ..training.driving import Run, arguments, assert_close, assert_identical, cell
+from ..training.pairs import model_of, pieces
+
+ULD = (Term(Uld()),)
+BOTH = (Term(Uld(), 2.0), Term(CrossEntropy()))
+
+
+def distil_pair(
+    folder: Path,
+    cells: Sequence[CellArguments],
+    *,
+    family: Family = "decoder-only",
+    students: Sequence[PreTrainedModel] | None = None,
+    teacher: PreTrainedModel | None = None,
+    rows: Sequence[Any] | None = None,
+    resume: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **changes: Any,
+) -> Run:
+    """A student of words and a teacher of pieces."""
+    models = list(students or [model_of(tiny_tokenizer(), 7, family) for _ in cells])
+    history: list[list[dict[str, float]]] = [[] for _ in cells]
+    trainer = GKDTrainer(
+        pack=Pack.of(models) if len(models) > 1 else Pack.alone(models[0]),
+        cells=cells,
+        teacher_model=teacher or model_of(pieces(), 3, family, width=32),
+        teacher_processing_class=pieces(),
+        args=arguments(folder, **changes),
+        train_dataset=list(rows or tiny_examples()),
+        processing_class=tiny_tokenizer(),
+        callbacks=list(callbacks),
+        log_cell=lambda n, row: history[n].append(row),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return Run(trainer, history)
+
+
+def three(folder: Path) -> list[CellArguments]:
+    """One on the data, one half and half, one on its own text with another seed and other terms."""
+    return [
+        cell(folder, "0", lmbda=0.0, objectives=BOTH),
+        cell(folder, "1", lmbda=0.5, objectives=ULD),
+        cell(folder, "2", lmbda=1.0, seed=1, objectives=(Term(Uld(2.0, 0.5), 3.0),)),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_packed_cells_learn_what_each_learns_alone(family: Family, tmp_path: Path) -> None:
+    cells = three(tmp_path)
+    packed = distil_pair(tmp_path / "packed", cells, family=family)
+    for n, one in enumerate(cells):
+        alone = distil_pair(tmp_path / f"alone{n}", [one], family=family)
+        assert alone.losses() == pytest.approx(packed.losses(n), abs=1e-9)
+        assert_close(alone.weights(), packed.weights(n))
+        assert all(loss > 0 for loss in packed.losses(n))
+    assert all(row["loss/uld"] + row["loss/cross_entropy"] == row["loss"] for row in packed.history[0])
+    assert [row["on_policy"] for row in packed.history[2]] == [1] * 6
+
+
+class StopAt3(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(packed: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    asked = [three(tmp_path / name)[0 if packed else 1 : 3 if packed else 2] for name in "ab"]
+    straight = distil_pair(tmp_path / "a", asked[0], **options)
+    half = distil_pair(tmp_path / "b", asked[1], callbacks=[StopAt3()], **options)
+    assert len(half.losses()) == 3
+    place = Path(asked[1][0].output_dir if packed else tmp_path / "b") / "checkpoint-3"
+    resumed = distil_pair(tmp_path / "b", asked[1], resume=str(place), **options)
+    for n in range(len(asked[0])):
+        assert_identical(resumed.weights(n), straight.weights(n))
+        assert resumed.history[n] == straight.history[n][3:]
+
+
+def test_training_makes_the_student_as_sure_as_its_teacher(tmp_path: Path) -> None:
+    one = cell(tmp_path, lmbda=0.0, learning_rate=1e-2, objectives=ULD)
+    losses = distil_pair(tmp_path, [one], max_steps=60, learning_rate=1e-2).losses()
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+def test_cells_on_the_same_rows_let_the_teacher_read_them_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    from gkd_lab.teachers import teacher
+
+    says = teacher.LiveTeacher.says
+
+    def counted(self: Any, batch: Any, asks: Any = ()) -> Any:
+        reads.append(batch.teacher.rows)
+        return says(self, batch, asks)
+
+    monkeypatch.setattr(teacher.LiveTeacher, "says", counted)
+    cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(Term(Uld(), n + 1.0),)) for n in range(3)]
+    distil_pair(tmp_path, cells, max_steps=2)
+    assert reads == [8, 8]
+
+
+def test_a_pair_of_one_tokenizer_has_both_terms(tmp_path: Path) -> None:
+    """And a student that equals its teacher has nothing to learn from either."""
+    terms = (Term(Divergence(beta=0.5)), Term(Uld()))
+    twin = model_of(tiny_tokenizer(), 7)
+    trainer = GKDTrainer(
+        pack=Pack.alone(model_of(tiny_tokenizer(), 7)),
+        cells=[cell(tmp_path, lmbda=0.0, objectives=terms)],
+        teacher_model=twin,
+        teacher_processing_class=tiny_tokenizer(),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=tiny_examples(),
+        processing_class=tiny_tokenizer(),
+    )
+    assert trainer.train().training_loss < 1e-7
+
+
+def test_a_teacher_that_is_parked_reads_the_same(tmp_path: Path) -> None:
+    one = cell(tmp_path, lmbda=0.5, objectives=BOTH)
+    found = [distil_pair(tmp_path / str(n), [one], park_teacher=bool(n)).weights() for n in range(2)]
+    assert_identical(*found)
+
+
+def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
+    one = cell(tmp_path, lmbda=0.5, objectives=BOTH)
+    whole = distil_pair(tmp_path / "whole", [one])
+    parts = distil_pair(
+        tmp_path / "parts", [one], per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    assert_close(whole.weights(), parts.weights())
+
+
+def test_evaluation_gives_the_loss(tmp_path: Path) -> None:
+    run = distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], max_steps=1)
+    found = run.trainer.evaluate(tiny_examples(16, seed=1))
+    assert 0 < found["eval_loss"] < 2
+
+
+def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
+    one, losses = cell(tmp_path, lmbda=0.0, objectives=ULD), []
+    for bf16 in (False, True):
+        student = model_of(tiny_tokenizer(), 7, dtype=torch.float32)
+        teacher = model_of(pieces(), 3, width=32, dtype=torch.float32)
+        run = distil_pair(
+            tmp_path / str(bf16), [one], students=[student], teacher=teacher, max_steps=1, bf16=bf16
+        )
+        losses.append(run.losses()[0])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[1] != losses[0]
+
+
+# ---- rows of a user ----
+
+ANSWER = "{% if messages[1:] %}{{ messages[1].content }}{% endif %}"
+ROWS = [
+    {"messages": [{"role": "user", "content": f"a b {n}"}, {"role": "assistant", "content": f"{n} c"}]}
+    for n in ("1", "2", "3")
+]
+
+
+def test_each_side_has_its_own_chat_template() -> None:
+    student, teacher = tiny_tokenizer(), pieces()
+    student.chat_template = "{{ messages[0].content }} = " + ANSWER
+    teacher.chat_template = "Q: {{ messages[0].content }}\nA: " + ANSWER
+    encoder = RowEncoder(student, is_encoder_decoder=False, max_length=64, max_new_tokens=8)
+    prompts = PromptsOfRows(encoder, teacher, model_of(pieces(), 3).config)
+    example = prompts(ROWS[0])
+    assert student.decode(example.prompt_ids) == "a b 1 ="
+    assert teacher.decode(prompts.known[tuple(example.prompt_ids)]) == "Q: a b 1\nA: "
+
+
+def test_prompts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gkd_lab.teachers.teacher_prompts.KEPT", 2)
+    encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
+    known = {(1, 2): [3]}
+    prompts = PromptsOfRows(encoder, pieces(), model_of(pieces(), 3).config, known)
+    for text in ("a", "b", "c", "d"):
+        prompts({"prompt": text, "completion": "1"})
+    assert len(prompts.known) == 3
+
+
+def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> None:
+    student = tiny_tokenizer()
+    student.chat_template = "{{ messages[0].content }} ="
+    encoder = RowEncoder(student, is_encoder_decoder=False, max_length=64, max_new_tokens=8)
+    prompts = PromptsOfRows(encoder, pieces(), model_of(pieces(), 3).config)
+    with pytest.raises(ValueError, match=r"uld: with the teacher's tokenizer: .*has no chat template"):
+        prompts({"messages": ROWS[0]["messages"][:1]})
+
+
+# ---- messages ----
+
+
+def test_a_divergence_between_two_tokenizers_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    terms = (Term(Divergence()), Term(Uld()))
+    with pytest.raises(ValueError, match=r"do not share a tokenizer: .*objectives: \[\{type: uld\}"):
+        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=terms)])
+
+
+def test_text_of_a_teacher_written_on_the_fly_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not share a tokenizer"):
+        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], seq_kd=True)
+
+
+def test_a_teacher_that_is_no_model_here_is_refused() -> None:
+    encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
+    with pytest.raises(ValueError, match=r"this teacher is no model that could"):
+        PromptsOfRows(encoder, pieces(), None)
+
+
+@pytest.mark.filterwarnings("ignore:teacher and student have 14 vocabulary entries")
+def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"uld needs the teacher's tokenizer"):
+        GKDTrainer(
+            model=model_of(tiny_tokenizer(), 7),
+            teacher_model=model_of(tiny_tokenizer(), 3),
+            args=arguments(tmp_path, objectives=[{"type": "uld"}]),
+            train_dataset=tiny_examples(),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set dataloader_num_workers to 0"):
+        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], dataloader_num_workers=1)
+
+
+def test_a_configuration_names_it(tmp_path: Path) -> None:
+    plain = Divergence()
+    (term,) = parsed([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}], plain)
+    assert term == Term(Uld(teacher_temperature=0.5), 2)
+    with pytest.raises(ValueError, match=r"uld has no field 'beta'; it has student_temperature"):
+        parsed([{"type": "uld", "beta": 0.5}], plain)
+    with pytest.raises(ValueError, match="uld: student_temperature -1 divides logits"):
+        parsed([{"type": "uld", "student_temperature": -1}], plain)

@@ -1,0 +1,130 @@
+"""Rows that have ended leave the batch, and what is written stays what `generate` alone writes."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gkd_lab.encoding.batches import collate
+from gkd_lab.losses.step_loss import blocks
+from gkd_lab.models.forward import Sequences
+from gkd_lab.models.packing import Pack
+from gkd_lab.models.rng import uniforms
+from gkd_lab.training.decode_loop import LEAVE
+from gkd_lab.training.sampling import write
+
+from ..models.families import make
+from ..models.tiny import FIRST_WORD, LAST_WORD, PAD, tiny_examples
+
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "t5")
+ENDS = torch.tensor([FIRST_WORD, FIRST_WORD + 1, LAST_WORD])
+"""A fifth of the vocabulary, so that rows end here and there."""
+ROWS, TOKENS = 12, 16
+
+
+def prompts(model: PreTrainedModel, count: int = ROWS) -> Sequences:
+    return collate(tiny_examples(count), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+
+
+def written(model: PreTrainedModel, rows: Sequences, noise: Tensor | None) -> Sequences:
+    return write(model, rows, max_new_tokens=TOKENS, end_ids=ENDS, pad_id=PAD, uniforms=noise)
+
+
+def rows_read(model: PreTrainedModel) -> list[int]:
+    """How many rows each forward pass of the decoder has, filled as they happen."""
+    found: list[int] = []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -> None:
+    model = make(family, 0)
+    rows = prompts(model)
+    noise = uniforms(0, 0, "sampling", ROWS, TOKENS)
+    alone = [written(model, rows.map(lambda t, n=n: t[n : n + 1]), noise[n : n + 1]) for n in range(ROWS)]  # type: ignore[misc]
+    read = rows_read(model)
+    together = written(model, rows, noise)
+    for n, own in enumerate(alone):
+        length = int(own.completion_mask.sum())
+        assert together.completion_mask[n].sum() == length
+        assert torch.equal(together.completion_ids[n, :length], own.completion_ids[0, :length])
+        assert (together.completion_ids[n, length:] == PAD).all()
+    assert read[0] == ROWS
+    assert read == sorted(read, reverse=True)
+    assert read[-1] < ROWS / 2
+    lengths = together.completion_mask.sum(1)
+    for step, batch in enumerate(read):
+        going_on = int((lengths > step).sum())
+        assert going_on <= batch
+        assert going_on > LEAVE * batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_search_is_that_of_generate(family: str) -> None:
+    model = make(family, 0)
+    rows = prompts(model)
+    got = written(model, rows, None)
+    ids = model.generate(
+        rows.prompt_ids,
+        attention_mask=rows.prompt_mask,
+        do_sample=False,
+        max_new_tokens=TOKENS,
+        eos_token_id=ENDS.tolist(),
+        pad_token_id=PAD,
+    )[:, 1 if model.config.is_encoder_decoder else rows.prompt_ids.shape[1] :]
+    assert torch.equal(got.completion_ids, ids)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "t5"))
+def test_a_pack_s_cells_keep_equally_many_rows(family: str) -> None:
+    members = [make(family, seed) for seed in range(3)]
+    rows, noise = prompts(members[0]), uniforms(0, 0, "sampling", ROWS, TOKENS)
+    pack = Pack.of(members)
+    read = rows_read(pack.model)
+    together = written(pack.model, rows.repeated(3), noise.repeat(3, 1))
+    assert all(batch % 3 == 0 for batch in read)
+    assert read[-1] < read[0]
+    for own, member in zip(blocks(together, 3), members, strict=True):
+        alone = written(member, rows, noise)
+        width = alone.completion_ids.shape[1]
+        assert torch.equal(own.completion_ids[:, :width], alone.completion_ids)
+        assert own.completion_mask[:, width:].sum() == 0
+
+
+def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", 0)
+    rows, noise = prompts(model), uniforms(0, 0, "sampling", ROWS, TOKENS)
+    expected = written(model, rows, noise)
+    monkeypatch.setattr("gkd_lab.training.decode_loop._shrinks", lambda state: False)
+    read = rows_read(model)
+    assert torch.equal(written(model, rows, noise).completion_ids, expected.completion_ids)
+    assert set(read) == {ROWS}
+
+
+def test_beams_have_no_chooser_of_their_own() -> None:
+    model = make("llama", 0)
+    with pytest.raises(ValueError, match="2 beams cannot be chosen"):
+        write(
+            model,
+            prompts(model),
+            max_new_tokens=TOKENS,
+            end_ids=ENDS,
+            pad_id=PAD,
+            num_beams=2,
+            assisted=lambda choose: choose,
+        )
+
+
+def test_writing_stops_when_the_last_row_has_ended() -> None:
+    model = make("llama", 0)
+    rows = prompts(model, 2)
+    read = rows_read(model)
+    noise = torch.zeros(2, TOKENS, dtype=torch.float64)
+    everything = torch.arange(model.config.vocab_size)
+    answers = write(model, rows, max_new_tokens=TOKENS, end_ids=everything, pad_id=PAD, uniforms=noise)
+    assert answers.completion_ids.shape == (2, 1)
+    assert len(read) == 1

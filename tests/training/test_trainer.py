@@ -1,0 +1,629 @@
+"""Invariants of the one trainer: what may not change a cell's result, and what must."""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.optimization import Adafactor
+
+from gkd_lab.config.cell import Family
+from gkd_lab.encoding.batches import Example, KeyedBatches, collate
+from gkd_lab.losses.divergence import Divergence, generalized_jsd
+from gkd_lab.losses.terms import Term
+from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.packing import Pack
+from gkd_lab.models.rng import is_on_policy, permutation, uniforms
+from gkd_lab.training.pack_trainer import AllCellsFailed
+from gkd_lab.training.sampling import write
+from gkd_lab.training.trainer import GKDTrainer
+
+from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
+from .driving import Run, arguments, assert_close, assert_identical, cell, distil
+
+MIXED = (
+    {"lmbda": 0.0, "beta": 0.0},
+    {"lmbda": 0.5, "beta": 0.1, "teacher_temperature": 0.5},
+    {"lmbda": 1.0, "beta": 0.5, "learning_rate": 1e-4},
+    {"lmbda": 0.5, "beta": 0.9, "seed": 1, "temperature": 0.7},
+    {"lmbda": 1.0, "beta": 1.0, "seed": 1},
+)
+"""Cells of two seeds that differ in everything in which the cells of a pack may differ."""
+
+
+@pytest.fixture(autouse=True)
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' norms cast to float32, which would turn a difference of 1e-16 into one of 1e-8."""
+    cast = torch.Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **more: Any) -> Tensor:
+        hidden = tensor.dtype == torch.float64 and tensor.dim() == 3
+        narrows = hidden and args[:1] == (torch.float32,)
+        return tensor if narrows else cast(tensor, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+def mixed(folder: Path) -> list[Any]:
+    return [cell(folder, str(n), **kind) for n, kind in enumerate(MIXED)]  # type: ignore[arg-type]
+
+
+def largest_difference(one: Run, other: Run, mine: int, its: int) -> float:
+    pairs = zip(one.losses(mine), other.losses(its), strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
+# ---- packed == alone ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("optimizer", ("adamw_torch_fused", "adafactor"))
+def test_cells_packed_learn_what_they_learn_alone(family: Family, optimizer: str, tmp_path: Path) -> None:
+    """Twenty steps over four epochs. Other sampled tokens would show in the losses at once."""
+    cells = mixed(tmp_path)
+    together = distil(tmp_path, family, cells, optim=optimizer, max_steps=20)
+    assert together.trainer.failures == {}
+    for n, one in enumerate(cells):
+        alone = distil(tmp_path, family, [one], packed=False, optim=optimizer, max_steps=20)
+        assert largest_difference(together, alone, n, 0) < 1e-9
+        assert_close(together.weights(n), alone.weights())
+        for mine, its in zip(together.history[n], alone.history[0], strict=True):
+            norms = mine.pop("grad_norm"), its.pop("grad_norm")
+            assert norms[0] == pytest.approx(norms[1], rel=1e-6)  # where it is steep, 1e-16 shows
+            assert mine == pytest.approx(its, abs=1e-9)
+    assert len({tuple(together.losses(n)) for n in range(len(cells))}) == len(cells)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float32_packed_and_alone_have_the_same_losses(family: Family, tmp_path: Path) -> None:
+    cells = mixed(tmp_path)
+    together = distil(tmp_path, family, cells, dtype=torch.float32, max_steps=3)
+    for n, one in enumerate(cells):
+        alone = distil(tmp_path, family, [one], packed=False, dtype=torch.float32, max_steps=3)
+        assert largest_difference(together, alone, n, 0) < 1e-5
+
+
+def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
+    """Its factored moments and its RMS clip see one cell's tensor, never the stack."""
+    seen: list[list[dict[str, Tensor]]] = [[], []]
+
+    def watch(trainer: GKDTrainer) -> None:
+        def before_step(*_: Any) -> None:
+            for n, views in enumerate(trainer._views):
+                gradients = {k: v.grad.clone() for k, v in views.items() if v.grad is not None}
+                seen[n].append(gradients)
+
+        trainer.create_optimizer()
+        trainer.optimizer.register_step_pre_hook(before_step)
+
+    cells = [cell(tmp_path, "0", lmbda=0, beta=0), cell(tmp_path, "1", lmbda=0, beta=1)]
+    run = distil(
+        tmp_path,
+        "encoder-decoder",
+        cells,
+        optim="adafactor",
+        max_steps=4,
+        lr_scheduler_type="constant",
+        lr_scheduler_kwargs={},
+        warmup_steps=0,
+        prepare=watch,
+    )
+    for n in range(2):
+        plain = tiny_model("encoder-decoder", 7)
+        own = Adafactor(plain.parameters(), lr=3e-4, scale_parameter=False, relative_step=False)
+        assert len(seen[n]) == 4
+        for gradients in seen[n]:
+            for name, parameter in plain.named_parameters():
+                parameter.grad = gradients[name]
+            own.step()
+        assert_close(run.weights(n), {k: p.detach() for k, p in plain.named_parameters()}, 1e-12)
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_a_cell_s_loss_has_its_own_weight(packed: bool, tmp_path: Path) -> None:
+    """Without clipping, gradients follow; Adam's step hardly does, so the first step's norm is looked at."""
+    weights = (1.0, 3.0, 0.0) if packed else (3.0,)
+    of_cells = [(Term(Divergence(beta=0.5), weight),) for weight in weights]
+    cells = [cell(tmp_path, str(n), objectives=terms) for n, terms in enumerate(of_cells)]
+    whole = distil(
+        tmp_path, "decoder-only", [cell(tmp_path, "1")], packed=False, max_steps=1, max_grad_norm=0
+    )
+    run = distil(tmp_path, "decoder-only", cells, packed=packed, max_steps=1, max_grad_norm=0)
+    for n, weight in enumerate(weights):
+        for name in ("loss", "grad_norm"):
+            assert run.history[n][0][name] == pytest.approx(weight * whole.history[0][0][name], rel=1e-9)
+        assert run.history[n][0]["entropy"] == pytest.approx(whole.history[0][0]["entropy"], rel=1e-9)
+
+
+def test_clipping_is_per_cell(tmp_path: Path) -> None:
+    """A cell whose gradient is a thousand times larger takes nothing from its neighbours."""
+    calm = cell(tmp_path, "0", lmbda=0, beta=0.5)
+    wild = cell(tmp_path, "1", lmbda=0, beta=1.0, teacher_temperature=1e-3)
+    options: dict[str, Any] = {"max_steps": 4, "max_grad_norm": 0.05, "optim": "sgd"}
+    with_wild = distil(tmp_path, "decoder-only", [calm, wild], **options)
+    with_calm = distil(tmp_path, "decoder-only", [calm, calm], **options)
+    assert with_wild.history[1][0]["grad_norm"] > 100 * with_wild.history[0][0]["grad_norm"]
+    assert with_wild.history[0][0]["grad_norm"] > 0.05, "both are clipped"
+    assert_identical(with_wild.weights(0), with_calm.weights(0))
+
+
+def test_without_a_limit_nothing_is_clipped(tmp_path: Path) -> None:
+    one = cell(tmp_path, lmbda=0, learning_rate=1e-1)
+    options: dict[str, Any] = {"max_steps": 4, "optim": "sgd"}
+    free = distil(tmp_path, "decoder-only", [one], max_grad_norm=0.0, **options)
+    loose = distil(tmp_path, "decoder-only", [one], max_grad_norm=1e9, **options)
+    tight = distil(tmp_path, "decoder-only", [one], max_grad_norm=1e-3, **options)
+    assert_close(free.weights(), loose.weights(), 1e-12)
+    moved = sum((free.weights()[k] - tight.weights()[k]).abs().sum() for k in free.weights())
+    assert moved > 1e-3
+
+
+# ---- resuming ----
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+def stop_at(step: int) -> Any:
+    def prepare(trainer: GKDTrainer) -> None:
+        save = trainer._save_checkpoint
+
+        def save_and_stop(*args: Any) -> None:
+            save(*args)
+            if trainer.state.global_step == step:
+                raise Stopped
+
+        trainer._save_checkpoint = save_and_stop  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("family", "optimizer"),
+    (("decoder-only", "adamw_torch_fused"), ("encoder-decoder", "adafactor")),
+)
+@pytest.mark.parametrize("stop", (2, 5, 6))
+def test_stopped_and_resumed_equals_straight_bit_for_bit(
+    family: Family, optimizer: str, stop: int, tmp_path: Path
+) -> None:
+    """Five steps are an epoch, so that 2, 5 and 6 lie before, on and behind its boundary."""
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "optim": optimizer,
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": stop,
+    }
+    straight = distil(tmp_path / "a", family, mixed(tmp_path / "a"), **options)
+    cells = mixed(tmp_path / "b")
+    with pytest.raises(Stopped):
+        distil(tmp_path / "b", family, cells, prepare=stop_at(stop), **options)
+    place = f"{cells[0].output_dir}/checkpoint-{stop}"
+    resumed = distil(tmp_path / "b", family, cells, resume=place, **options)
+    for n in range(len(cells)):
+        assert_identical(resumed.weights(n), straight.weights(n))
+        assert resumed.history[n] == straight.history[n][stop:]
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_dropout_too_is_resumed_bit_for_bit(packed: bool, tmp_path: Path) -> None:
+    def run(folder: Path, **more: Any) -> Run:
+        return distil(
+            folder,
+            "decoder-only",
+            [cell(folder, lmbda=0.5)],
+            packed=packed,
+            students=[tiny_model("decoder-only", 7, dropout=0.3, dtype=torch.float32)],
+            teacher=tiny_model("decoder-only", 3, dtype=torch.float32),
+            disable_dropout=False,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            **more,
+        )
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", prepare=stop_at(2))
+    place = tmp_path / "b" / ("0/checkpoint-2" if packed else "checkpoint-2")
+    resumed = run(tmp_path / "b", resume=str(place))
+    assert_identical(resumed.weights(), straight.weights())
+    without = distil(tmp_path, "decoder-only", [cell(tmp_path)], dtype=torch.float32, max_steps=4)
+    assert without.losses() != straight.losses(), "dropout must do something here"
+
+
+def test_only_the_last_checkpoint_of_each_cell_stays(tmp_path: Path) -> None:
+    cells = mixed(tmp_path)
+    distil(tmp_path, "decoder-only", cells, max_steps=4, save_strategy="steps", save_steps=2)
+    for one in cells:
+        assert [path.name for path in Path(one.output_dir).iterdir()] == ["checkpoint-4"]
+
+
+# ---- what must not matter ----
+
+
+@pytest.mark.parametrize(
+    ("family", "normalization"), (("decoder-only", "sequence"), ("encoder-decoder", "token"))
+)
+def test_accumulation_changes_nothing(family: Family, normalization: str, tmp_path: Path) -> None:
+    runs = [
+        distil(
+            tmp_path,
+            family,
+            mixed(tmp_path),
+            max_steps=5,
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            loss_normalization=normalization,
+        )
+        for accumulated in (1, 2, 8)
+    ]
+    for other in runs[1:]:
+        for n in range(len(MIXED)):
+            assert largest_difference(runs[0], other, n, n) < 1e-10
+            assert_close(runs[0].weights(n), other.weights(n))
+            for key in ("on_policy", "completion_length", "truncated", "grad_norm"):
+                mine = [row[key] for row in runs[0].history[n]]
+                assert mine == pytest.approx([row[key] for row in other.history[n]], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "normalization"), (("decoder-only", "sequence"), ("encoder-decoder", "token"))
+)
+def test_on_policy_the_references_do_not_matter(family: Family, normalization: str, tmp_path: Path) -> None:
+    long = tiny_examples(longest=9)
+    short = [Example(example.prompt_ids, [END]) for example in long]
+    cells = [cell(tmp_path, "0", lmbda=1.0), cell(tmp_path, "1", lmbda=0.0)]
+    first, second = (
+        distil(tmp_path, family, cells, examples=rows, loss_normalization=normalization)
+        for rows in (long, short)
+    )
+    assert first.losses(0) == pytest.approx(second.losses(0), abs=1e-12)
+    assert_close(first.weights(0), second.weights(0), 1e-12)
+    assert first.losses(1) != second.losses(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_loss(family: Family, tmp_path: Path) -> None:
+    """One prompt of forty words makes every other row's padding long."""
+    rows = tiny_examples(8)
+    wide = [*rows[:7], Example(rows[7].prompt_ids * 7, rows[7].completion_ids * 3)]
+    trainer = distil(tmp_path, family, [cell(tmp_path, lmbda=0.0)], max_steps=1).trainer
+    for examples in (rows, wide):
+        alone = torch.cat([loss_of(trainer, [example]) for example in examples])
+        torch.testing.assert_close(loss_of(trainer, examples)[0], alone.mean(), rtol=0, atol=1e-12)
+
+
+def loss_of(trainer: GKDTrainer, examples: list[Example]) -> Tensor:
+    """The loss on the examples' own targets, (K,), one batch."""
+    encoder_decoder = trainer.pack.model.config.is_encoder_decoder
+    rows = collate(examples, PAD, is_encoder_decoder=encoder_decoder)
+    with torch.no_grad():
+        loss, _, _ = trainer.prediction_step(trainer.model, vars(rows), True)
+    assert loss is not None
+    return loss.reshape(1)
+
+
+def test_the_order_of_rows_in_a_batch_changes_no_loss(tmp_path: Path) -> None:
+    trainer = distil(tmp_path, "encoder-decoder", [cell(tmp_path)], max_steps=1).trainer
+    rows = tiny_examples(8)
+    torch.testing.assert_close(loss_of(trainer, rows), loss_of(trainer, rows[::-1]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_neighbour_changes_nothing(family: Family, tmp_path: Path) -> None:
+    one = cell(tmp_path, "0", lmbda=0.5)
+    beside = [cell(tmp_path, "1", lmbda=lmbda, beta=1.0, seed=4) for lmbda in (0.0, 1.0)]
+    first, second = (distil(tmp_path, family, [one, other]) for other in beside)
+    assert first.losses() == pytest.approx(second.losses(), abs=1e-12)
+    assert_close(first.weights(), second.weights(), 1e-10)
+
+
+# ---- what a step trains on ----
+
+
+def expected_loss(family: Family, step: int, lmbda: float, normalization: str, beta: float = 0.1) -> float:
+    """The loss of a step that changes nothing (rate 0), from the definitions, row by row."""
+    student, teacher = tiny_model(family, 7), tiny_model(family, 3, width=32)
+    examples, encoder_decoder = tiny_examples(), family == "encoder-decoder"
+    chosen = [examples[n] for n in permutation(0, 0, len(examples))[8 * step : 8 * step + 8]]
+    noise = uniforms(0, step, "sampling", 8, 8)
+    sums, lengths = [], []
+    for n, example in enumerate(chosen):
+        row = collate([example], PAD, is_encoder_decoder=encoder_decoder)
+        if is_on_policy(lmbda, 0, step):
+            row = write(
+                student,
+                row,
+                max_new_tokens=8,
+                end_ids=torch.tensor([END]),
+                pad_id=PAD,
+                uniforms=noise[n : n + 1],
+            )
+        length = int(row.completion_mask.sum())
+        with torch.no_grad():
+            q, p = completion_logits(student, row)[0], completion_logits(teacher, row)[0]
+        values = generalized_jsd(q[:length], p[:length], beta, teacher_temperature=0.5)
+        sums.append(values.sum().item())
+        lengths.append(length)
+    if normalization == "token":
+        return sum(sums) / sum(lengths)
+    return sum(total / length for total, length in zip(sums, lengths, strict=True)) / 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("normalization", ("sequence", "token"))
+@pytest.mark.parametrize("lmbda", (0.0, 0.5, 1.0))
+def test_the_loss_is_that_of_the_definition(
+    family: Family, normalization: str, lmbda: float, tmp_path: Path
+) -> None:
+    """Row by row: the coin, the rows of the step, the noise of each row, Eq. 1 and Eq. 2."""
+    one = cell(tmp_path, lmbda=lmbda, beta=0.1, teacher_temperature=0.5, learning_rate=1e-30)
+    run = distil(tmp_path, family, [one], loss_normalization=normalization, max_steps=4)
+    expected = [expected_loss(family, step, lmbda, normalization) for step in range(4)]
+    assert run.losses() == pytest.approx(expected, abs=1e-10)
+    tossed = [float(is_on_policy(lmbda, 0, step)) for step in range(4)]
+    assert [row["on_policy"] for row in run.history[0]] == tossed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beta", (0.0, 0.1, 0.5, 0.9, 1.0))
+def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(
+    family: Family, beta: float, tmp_path: Path
+) -> None:
+    run = distil(
+        tmp_path,
+        family,
+        [cell(tmp_path, lmbda=0.5, beta=beta)],
+        teacher=tiny_model(family, 7),
+        max_steps=2,
+        optim="sgd",
+    )
+    assert max(run.losses()) < 1e-12
+    assert run.history[0][0]["grad_norm"] < 1e-12
+    start = dict(tiny_model(family, 7).named_parameters())
+    assert_close(run.weights(), {k: p.detach() for k, p in start.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("lmbda", (0.0, 1.0))
+def test_the_loss_on_prompt_tokens_has_no_part_in_the_gradient(lmbda: float, tmp_path: Path) -> None:
+    """Last hidden states at prompt positions get no gradient; those that predict the completion all do."""
+    shapes: list[tuple[Tensor, Tensor]] = []
+
+    def watch(trainer: GKDTrainer) -> None:
+        def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = output.last_hidden_state
+            if hidden.requires_grad:
+                hidden.retain_grad()
+                shapes.append((kwargs["attention_mask"], hidden))
+
+        trainer.pack.model.model.register_forward_hook(keep, with_kwargs=True)
+
+    examples = tiny_examples()
+    run = distil(
+        tmp_path,
+        "decoder-only",
+        [cell(tmp_path, lmbda=lmbda)],
+        examples=examples,
+        max_steps=1,
+        prepare=watch,
+    )
+    assert len(shapes) == 1
+    mask, hidden = shapes[0]
+    touched = hidden.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
+    rows = [examples[n] for n in permutation(0, 0, 40)[:8]]
+    prompt_width = max(len(example.prompt_ids) for example in rows)
+    predicts = mask[:, prompt_width:].bool()
+    assert torch.equal(touched[:, prompt_width - 1 : -1], predicts)
+    assert not touched[:, : prompt_width - 1].any() and not touched[:, -1].any()
+    assert run.trainer.failures == {}
+
+
+def test_every_trained_token_counts_up_to_and_with_the_end(tmp_path: Path) -> None:
+    run = distil(tmp_path, "encoder-decoder", [cell(tmp_path, lmbda=0.0)], max_steps=5)
+    lengths = [len(example.completion_ids) for example in tiny_examples()]
+    logged = [row["completion_length"] for row in run.history[0]]
+    assert sum(logged) / 5 == pytest.approx(sum(lengths) / 40)
+    assert all(row["truncated"] == 0 for row in run.history[0])
+
+
+def test_the_coin_is_tossed_once_a_step_and_logged(tmp_path: Path) -> None:
+    run = distil(tmp_path, "decoder-only", mixed(tmp_path), max_steps=12)
+    for n, kind in enumerate(MIXED):
+        lmbda, seed = float(kind["lmbda"]), int(kind.get("seed", 0))
+        expected = [float(is_on_policy(lmbda, seed, step)) for step in range(12)]
+        assert [row["on_policy"] for row in run.history[n]] == expected
+        assert [row["step"] for row in run.history[n]] == list(range(1, 13))
+
+
+def test_truncated_is_the_share_of_written_rows_without_an_end(tmp_path: Path) -> None:
+    run = distil(tmp_path, "decoder-only", [cell(tmp_path, lmbda=1.0)], max_new_tokens=1, max_steps=3)
+    for row in run.history[0]:
+        assert row["completion_length"] == 1
+        assert 0 < row["truncated"] <= 1
+    never = distil(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0.0)], max_steps=3)
+    assert [row["truncated"] for row in never.history[0]] == [0, 0, 0]
+
+
+def test_a_row_of_the_log_is_the_mean_since_the_last_one(tmp_path: Path) -> None:
+    every = distil(tmp_path, "decoder-only", mixed(tmp_path), max_steps=6)
+    third = distil(tmp_path, "decoder-only", mixed(tmp_path), max_steps=6, logging_steps=3)
+    for n in range(len(MIXED)):
+        for key in ("loss", "on_policy", "completion_length", "grad_norm"):
+            values = [row[key] for row in every.history[n]]
+            means = [sum(values[:3]) / 3, sum(values[3:]) / 3]
+            assert [row[key] for row in third.history[n]] == pytest.approx(means, abs=1e-12)
+
+
+def test_each_cell_follows_the_schedule_at_its_own_rate(tmp_path: Path) -> None:
+    cells = [cell(tmp_path, str(n), lmbda=0, learning_rate=rate) for n, rate in enumerate((1e-2, 1e-3))]
+    run = distil(tmp_path, "decoder-only", cells, max_steps=6)
+    shape = [row["learning_rate"] / 1e-2 for row in run.history[0]]
+    assert [row["learning_rate"] / 1e-3 for row in run.history[1]] == pytest.approx(shape)
+    assert shape == pytest.approx([0, 0.5, 1, 1, 1, 0.5])
+
+
+def test_weight_decay_acts_on_each_cell_and_spares_norms(tmp_path: Path) -> None:
+    one = cell(tmp_path, lmbda=0, learning_rate=1e-2)
+    options: dict[str, Any] = {"weight_decay": 0.5, "max_steps": 4}
+    packed = distil(tmp_path, "encoder-decoder", [one, replace(one, beta=1.0)], **options)
+    alone = distil(tmp_path, "encoder-decoder", [one], packed=False, **options)
+    free = distil(tmp_path, "encoder-decoder", [one], packed=False, max_steps=4)
+    assert_close(packed.weights(0), alone.weights(), 1e-12)
+    moved = max((alone.weights()[k] - free.weights()[k]).abs().max() for k in free.weights())
+    assert moved > 1e-3
+
+
+# ---- failures ----
+
+
+def poisoned(cells: int, broken: int, family: Family = "decoder-only") -> list[Any]:
+    models = [tiny_model(family, 7) for _ in range(cells)]
+    with torch.no_grad():
+        models[broken].get_input_embeddings().weight[5] = torch.nan
+    return models
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cell_without_a_number_is_frozen_and_its_neighbours_go_on(family: Family, tmp_path: Path) -> None:
+    cells = mixed(tmp_path)
+    healthy = distil(tmp_path, family, cells)
+    run = distil(tmp_path, family, cells, students=poisoned(len(cells), 1, family))
+    assert list(run.trainer.failures) == [1]
+    assert run.trainer.failures[1].startswith("the loss is nan at step ")
+    for n in (0, 2, 3, 4):
+        assert run.history[n] == healthy.history[n]
+        assert_identical(run.weights(n), healthy.weights(n))
+    before = poisoned(1, 0, family)[0]
+    for name, value in before.named_parameters():
+        torch.testing.assert_close(run.weights(1)[name], value.detach(), equal_nan=True)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw_torch_fused", "adafactor"))
+def test_a_cell_that_diverges_later_is_frozen_then(optimizer: str, tmp_path: Path) -> None:
+    calm, wild = cell(tmp_path, "0"), cell(tmp_path, "1", learning_rate=1e200)
+    options: dict[str, Any] = {"max_steps": 8, "optim": optimizer}
+    run = distil(tmp_path, "decoder-only", [calm, wild], **options)
+    healthy = distil(tmp_path, "decoder-only", [calm, replace(wild, learning_rate=1e-3)], **options)
+    assert list(run.trainer.failures) == [1]
+    assert 1 < int(run.trainer.failures[1].rsplit(" ", 1)[1]) <= 8
+    assert run.history[0] == healthy.history[0]
+    assert_identical(run.weights(0), healthy.weights(0))
+
+
+def test_when_all_cells_fail_the_training_stops_and_says_why(tmp_path: Path) -> None:
+    models = [poisoned(1, 0)[0], poisoned(1, 0)[0]]
+    cells = [cell(tmp_path, str(n), lmbda=lmbda) for n, lmbda in enumerate((0.0, 1.0))]
+    with pytest.raises(AllCellsFailed, match="nan at step"):
+        distil(tmp_path, "decoder-only", cells, students=models)
+
+
+def test_a_plain_model_that_fails_stops_too(tmp_path: Path) -> None:
+    with pytest.raises(AllCellsFailed, match="nan at step 1"):
+        distil(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0)], packed=False, students=poisoned(1, 0))
+
+
+# ---- the trainer as a user meets it ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_model_trains_as_a_pack_of_one(family: Family, tmp_path: Path) -> None:
+    model, teacher = tiny_model(family, 7), tiny_model(family, 3, width=32)
+    args = arguments(tmp_path, lmbda=0.5, beta=0.1, temperature=1.0, seed=5)
+    trainer = GKDTrainer(
+        model=model,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=tiny_examples(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    packed = distil(tmp_path, family, [cell(tmp_path, lmbda=0.5, beta=0.1, seed=5)])
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["loss"] for row in logged] == pytest.approx(packed.losses(), rel=1e-6)  # float32
+    assert {"on_policy", "completion_length", "truncated"} <= logged[0].keys()
+    assert_close({k: p.detach() for k, p in model.named_parameters()}, packed.weights())
+    assert all(not p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_rows_too(family: Family, tmp_path: Path) -> None:
+    rows = [{"prompt": "a b c =", "completion": "1 2"}, {"prompt": "d =", "completion": "3 1 2"}] * 4
+    model = tiny_model(family, 7)
+    trainer = GKDTrainer(
+        model=model,
+        teacher_model=tiny_model(family, 3),
+        args=arguments(tmp_path, max_steps=2, lmbda=0.0),
+        train_dataset=rows,
+        eval_dataset=rows[:2],
+        processing_class=tiny_tokenizer(),
+    )
+    assert trainer.data_collator(rows[:2])["completion_ids"][0, -2:].tolist() == [END, PAD]
+    trainer.train()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_is_the_mean_loss_on_the_data_s_targets(family: Family, tmp_path: Path) -> None:
+    cells = mixed(tmp_path)
+    trainer = distil(tmp_path, family, cells, max_steps=2).trainer
+    state = copy.deepcopy(trainer.model.state_dict())
+    found = trainer.evaluate(tiny_examples(8, seed=3))["eval_loss"]
+    rows = collate(tiny_examples(8, seed=3), PAD, is_encoder_decoder=family == "encoder-decoder")
+    losses = []
+    for n, one in enumerate(cells):
+        student, teacher = trainer.pack.unpack(n), tiny_model(family, 3, width=32)
+        with torch.no_grad():
+            q, p = completion_logits(student, rows), completion_logits(teacher, rows)
+        values = generalized_jsd(
+            q.flatten(0, 1),
+            p.flatten(0, 1),
+            one.beta,
+            teacher_temperature=one.teacher_temperature,
+        ).view(q.shape[:2])
+        lengths = rows.completion_mask.sum(-1)
+        losses.append(((values * rows.completion_mask).sum(-1) / lengths).mean().item())
+    assert found == pytest.approx(math.fsum(losses) / len(losses), abs=1e-6)
+    assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_number_of_cells_that_is_not_the_pack_s_is_refused(tmp_path: Path) -> None:
+    models = [tiny_model("decoder-only", 0), tiny_model("decoder-only", 1)]
+    with pytest.raises(ValueError, match="1 cells for a pack of 2 models"):
+        GKDTrainer(
+            pack=Pack.of(models),
+            cells=[cell(tmp_path)],
+            teacher_model=models[0],
+            args=arguments(tmp_path),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_data_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 rows are fewer than one batch of 4"):
+        KeyedBatches(3, 4, (0,))
+
+
+def test_sequences_move_together() -> None:
+    rows = collate(tiny_examples(3), PAD, is_encoder_decoder=True)
+    twice = rows.repeated(2)
+    assert isinstance(twice, Sequences)
+    assert twice.rows == 6
+    assert torch.equal(twice.prompt_ids[:3], twice.prompt_ids[3:])
+
+
+def test_a_pack_whose_cells_would_need_several_texts_of_the_teacher_is_refused(tmp_path: Path) -> None:
+    cells = [cell(tmp_path / "0", seed=0), cell(tmp_path / "1", seed=1)]
+    with pytest.raises(ValueError, match=r"cells of the pack differ in seed or temperature: .*--pack off"):
+        GKDTrainer(
+            pack=Pack.of([tiny_model("decoder-only", n) for n in range(2)]),
+            cells=cells,
+            teacher_model=tiny_model("decoder-only", 3),
+            args=arguments(tmp_path, seq_kd=True),
+            train_dataset=tiny_examples(8),
+            processing_class=tiny_tokenizer(),
+        )
