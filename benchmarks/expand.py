@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config import Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
 
-REVISIONS = Revisions(
-    data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
-    model=lambda name: (name, None, "1"),
+REVISIONS = RevisionLookup(
+    resolve_data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
+    resolve_model=lambda name: (name, None, "1"),
 )
 
 
@@ -33,10 +33,10 @@ def grids(cells: int) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def expanded(grid: dict[str, list[float]]) -> GridOfCells:
+def expanded(grid: dict[str, list[float]]) -> Grid:
     """All cells of a grid; fingerprints are taken on the way, to find the cells that collapse."""
     document = {"description": "speed", "task": "arithmetic", "grid": grid}
-    return expand("speed", parse_experiment(document, "speed"), TASKS, REVISIONS)
+    return expand_grid("speed", parse_experiment(document, "speed"), TASKS, REVISIONS)
 
 
 def plain(cells: list[dict[str, Any]]) -> list[str]:

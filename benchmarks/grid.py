@@ -252,7 +252,7 @@ def our_pack(grid: Grid, count: int, steps: int, bf16: bool) -> Clock:
     with tempfile.TemporaryDirectory() as folder:
         student = model(grid.student, grid, 0)
         trainer = GKDTrainer(
-            pack=Pack.of([student] * count) if count > 1 else Pack.alone(student),
+            pack=Pack.build([student] * count) if count > 1 else Pack.build_single(student),
             cells=cells(count, folder),
             teacher_model=model(grid.teacher, grid, 1),
             args=arguments(GKDConfig, grid, folder, steps, bf16),

@@ -28,18 +28,18 @@ from typing import Any
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.config import Cell, GridOfCells
-from gkd_lab.config.cell import Evaluation, references
+from gkd_lab.config import Cell, Grid
+from gkd_lab.config.cell import Evaluation, list_references
 from gkd_lab.store import Record, Store
 
 PROCESSES = 8
 TARGETS = {"run_s": 60.0, "status_warm": 2.0, "table_warm": 2.0}
 """Seconds for 500 cells and for 10,000 records on 2 cores."""
-READ = ("status.json", "scores.json", "metrics.jsonl")
+LISTED_FILES = ("status.json", "scores.json", "metrics.jsonl")
 SCORES = {"accuracy": {"value": 71.2, "low": 67.0, "high": 75.4, "n": 500, "signature": "made"}}
 
 
-def grid_of(folder: Path, cells: int) -> tuple[Path, GridOfCells]:
+def build_grid(folder: Path, cells: int) -> tuple[Path, Grid]:
     """lmbda x beta x seed on arithmetic: `cells` of them, a multiple of 25."""
     quarters, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
     axes = {"lmbda": quarters, "beta": betas, "seed": [*range(cells // 25)]}
@@ -52,34 +52,34 @@ def grid_of(folder: Path, cells: int) -> tuple[Path, GridOfCells]:
     return path, experiments.load(str(path), outputs=folder / "outputs")
 
 
-def finish(record: Record, cell: Cell) -> None:
+def write_record(record: Record, cell: Cell) -> None:
     """A tiny record with a history, a checkpoint and an evaluation."""
-    record.rewind(0)
+    record.rewind_history(0)
     for step in (200, 400):
-        record.log({"step": step, "loss": 1 / step, "on_policy": cell.lmbda, "completion_length": 9.0})
+        record.log_row({"step": step, "loss": 1 / step, "on_policy": cell.lmbda, "completion_length": 9.0})
     record.checkpoint.mkdir(exist_ok=True)
     (record.checkpoint / "model.safetensors").write_bytes(b"weights")
     record.write_provenance({"python": platform.python_version()})
     record.finish(steps=400, tokens=3600, shared_by=1, device="cpu")
-    judge(record, cell)
+    write_evaluation(record, cell)
 
 
-def judge(record: Record, cell: Cell) -> None:
+def write_evaluation(record: Record, cell: Cell) -> None:
     for evaluation in cell.evaluations:
         assert isinstance(evaluation, Evaluation)
-        record.evaluation(evaluation).write(evaluation, [], SCORES, rows=0)
+        record.get_evaluation(evaluation).write_results(evaluation, [], SCORES, rows=0)
 
 
-def references_done(grid: GridOfCells, store: Store) -> None:
+def finish_references(grid: Grid, store: Store) -> None:
     """Teacher and start, which nobody has to build."""
-    for role, model, cells in references(grid.cells):
-        record = store.artifact(grid.scale, role, model)
-        record.describe(model, role=role)
+    for role, model, cells in list_references(grid.cells):
+        record = store.get_artifact(grid.scale, role, model)
+        record.write_spec(model, role=role)
         record.finish(parameters=1000)
-        judge(record, cells[0])
+        write_evaluation(record, cells[0])
 
 
-def work(grid: GridOfCells, outputs: Path) -> int:
+def run_process(grid: Grid, outputs: Path) -> int:
     """What one process does: run the grid until nothing is left; how many times it went through."""
     from rich.console import Console
 
@@ -94,12 +94,12 @@ def work(grid: GridOfCells, outputs: Path) -> int:
                 record.describe(cell.training, scale=cell.scale, labels=cell.labels)
                 with (outputs / "ran.log").open("a") as log:
                     log.write(f"{cell.full_fingerprint}\n")
-                finish(record, cell)
+                write_record(record, cell)
 
     runs.train, runs.evaluate_cells = train, lambda cells, options: None  # type: ignore[assignment]
-    options = RunOptions(outputs, pack="off", reporter=Reporter(Console(quiet=True)), held="pass")
+    options = RunOptions(outputs, pack="off", reporter=Reporter(Console(quiet=True)), busy_cells="pass")
     rounds = 1
-    while runs.run(grid, options).elsewhere:
+    while runs.run(grid, options).busy_cell_count:
         rounds += 1
     return rounds
 
@@ -108,15 +108,15 @@ def many_processes(folder: Path, cells: int) -> dict[str, Any]:
     """Forked after the libraries were imported, which takes longer than the work."""
     import gkd_lab.runner.run  # noqa: F401
 
-    _, grid = grid_of(folder, cells)
+    _, grid = build_grid(folder, cells)
     outputs = folder / "outputs"
-    references_done(grid, Store(outputs))
+    finish_references(grid, Store(outputs))
     began, children = time.perf_counter(), []
     for _ in range(PROCESSES):
         pid = os.fork()
         if not pid:
             try:
-                work(grid, outputs)
+                run_process(grid, outputs)
             except BaseException:
                 import traceback
 
@@ -127,7 +127,7 @@ def many_processes(folder: Path, cells: int) -> dict[str, Any]:
     states = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     seconds = time.perf_counter() - began
     ran = Counter((outputs / "ran.log").read_text().split())
-    done = sum(Store(outputs).of(cell).state() == "done" for cell in grid.cells)
+    done = sum(Store(outputs).get_record(cell).read_state() == "done" for cell in grid.cells)
     found = {"cells": cells, "processes": PROCESSES, "done": done, "ran": sum(ran.values())}
     twice = sum(count > 1 for count in ran.values())
     return {
@@ -140,33 +140,33 @@ def many_processes(folder: Path, cells: int) -> dict[str, Any]:
 
 def large_store(folder: Path, records: int) -> dict[str, Any]:
     """One record through its own interface, then copies of its files for all other cells."""
-    path, grid = grid_of(folder, records)
+    path, grid = build_grid(folder, records)
     outputs = folder / "outputs"
     store = Store(outputs)
-    references_done(grid, store)
-    first = store.of(grid.cells[0])
-    first.describe(grid.cells[0].training)
-    finish(first, grid.cells[0])
+    finish_references(grid, store)
+    first = store.get_record(grid.cells[0])
+    first.write_spec(grid.cells[0].training)
+    write_record(first, grid.cells[0])
     for cell in grid.cells[1:]:
-        shutil.copytree(first.folder, store.of(cell).folder, copy_function=copy)
+        shutil.copytree(first.folder, store.get_record(cell).folder, copy_function=copy_record_file)
     time.sleep(2.5)  # the index takes no file that was written just now
-    plain = min(plain_loop(grid, store) for _ in range(3))
+    plain = min(measure_plain_loop(grid, store) for _ in range(3))
     found: dict[str, Any] = {"records": records, "plain_s": round(plain, 2)}
     for command in ("status", "table"):
         shutil.rmtree(outputs / ".cache", ignore_errors=True)
-        drop(grid, store)
-        found[f"{command}_cold"] = seconds_of(command, path, outputs)
-        again = [seconds_of(command, path, outputs) for _ in range(3)]
+        drop_page_cache(grid, store)
+        found[f"{command}_cold"] = measure_command(command, path, outputs)
+        again = [measure_command(command, path, outputs) for _ in range(3)]
         found[f"{command}_warm"] = min(again, key=lambda one: one["wall_s"])
     return found
 
 
-def copy(source: str, target: str) -> None:
+def copy_record_file(source: str, target: str) -> None:
     """What a listing reads as a file of its own; the rest is one file under many names."""
-    (shutil.copyfile if Path(source).name in READ else os.link)(source, target)
+    (shutil.copyfile if Path(source).name in LISTED_FILES else os.link)(source, target)
 
 
-def plain_loop(grid: GridOfCells, store: Store) -> float:
+def measure_plain_loop(grid: Grid, store: Store) -> float:
     """Seconds to open and parse a cell's two statuses and its scores, of all cells."""
     began = time.perf_counter()
     for cell in grid.cells:
@@ -178,7 +178,7 @@ def plain_loop(grid: GridOfCells, store: Store) -> float:
     return time.perf_counter() - began
 
 
-def drop(grid: GridOfCells, store: Store) -> None:
+def drop_page_cache(grid: Grid, store: Store) -> None:
     """Forget the content of what is read, as far as the system lets a user do that."""
     os.sync()
     for cell in grid.cells:
@@ -188,7 +188,7 @@ def drop(grid: GridOfCells, store: Store) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds_of(command: str, path: Path, outputs: Path) -> dict[str, float]:
+def measure_command(command: str, path: Path, outputs: Path) -> dict[str, float]:
     """The whole command, imports included; `cpu_s` stays comparable while other work keeps the cores busy."""
     words = [sys.executable, "-m", "gkd_lab", command, str(path), "--outputs", str(outputs)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import divergence_sums
+from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.models.projection import Projection
 
 with warnings.catch_warnings():
@@ -75,7 +75,9 @@ class Tensors:
 def ours(t: Tensors, beta: float) -> Tensor:
     weights = torch.ones(t.student.shape[:2], device=t.student.device)
     heads = Projection(t.head), Projection(t.teacher_head)
-    sums = divergence_sums(t.student, heads[0], t.teacher, heads[1], (0,), (Divergence(beta=beta),), weights)
+    sums = compute_cell_losses(
+        t.student, heads[0], t.teacher, heads[1], (0,), (Divergence(beta=beta),), weights
+    )
     return sums.losses.sum()
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config import Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.config.packs import PackLimit
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.progress import Advance, Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.tasks import TASKS
 
@@ -30,7 +30,7 @@ STEPS = 2
 TARGET = 1.0
 
 
-class Clock(Reporter):
+class PhaseClock(Reporter):
     """Silent; adds up the seconds inside of training and decoding phases."""
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ class Clock(Reporter):
         self.seconds = 0.0
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
         start = time.perf_counter()
         yield lambda count: None
         self.seconds += time.perf_counter() - start
 
 
-def grid_of(cells: int, task: str) -> GridOfCells:
+def build_grid(cells: int, task: str) -> Grid:
     """`cells` cells of the task's nano models with little data and two steps."""
     sft = {"steps": STEPS, "batch_size": 4}
     models = {
@@ -62,36 +62,38 @@ def grid_of(cells: int, task: str) -> GridOfCells:
         "cooldown_steps": 0,
         **models,
     }
-    revisions = Revisions(
-        data=lambda task, settings: DataSpec(
+    revisions = RevisionLookup(
+        resolve_data=lambda task, settings: DataSpec(
             kind="made", name="made", revision="1", train=64, validation=8, test=8
         ),
-        model=lambda name: (name, None, "1"),
+        resolve_model=lambda name: (name, None, "1"),
     )
-    return expand("overhead", parse_experiment(document, "overhead"), TASKS, revisions)
+    return expand_grid("overhead", parse_experiment(document, "overhead"), TASKS, revisions)
 
 
 def measure(task: str, cells: int, pack: PackLimit) -> tuple[float, float]:
     """(seconds in all, seconds in training and decoding) of `cells` cells whose artifacts are there."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder)
-        grid = grid_of(cells + 1, task)
+        grid = build_grid(cells + 1, task)
         first, rest = grid.cells[:1], grid.cells[1:]
-        failed = run(_with(grid, first), RunOptions(outputs, reporter=Clock())).failed
+        failed = run_grid(_replace_cells(grid, first), RunOptions(outputs, reporter=PhaseClock())).failures
         assert not failed, failed
-        clock, start = Clock(), time.perf_counter()
-        assert not run(_with(grid, rest), RunOptions(outputs, pack=pack, reporter=clock)).failed
+        clock, start = PhaseClock(), time.perf_counter()
+        assert not run_grid(
+            _replace_cells(grid, rest), RunOptions(outputs, pack=pack, reporter=clock)
+        ).failures
         return time.perf_counter() - start, clock.seconds
 
 
-def _with(grid: GridOfCells, cells: tuple) -> GridOfCells:  # type: ignore[type-arg]
-    return GridOfCells(grid.name, grid.scale, grid.experiment, grid.axes, cells, {})
+def _replace_cells(grid: Grid, cells: tuple) -> Grid:  # type: ignore[type-arg]
+    return Grid(grid.name, grid.scale, grid.experiment, grid.axes, cells, {})
 
 
 def main() -> None:
     """Measure both families, packed and alone; print."""
     cells = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-    quieten()
+    silence_libraries()
     torch.manual_seed(0)
     limits: tuple[PackLimit, ...] = ("auto", "off")
     for task in ("arithmetic", "summarization"):

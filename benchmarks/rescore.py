@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.config import Evaluation, GridOfCells
+from gkd_lab.config import Evaluation, Grid
 from gkd_lab.store import Record, Store
 
 WORDS, PREDICTIONS = 20, 500
@@ -36,7 +36,7 @@ TARGET = 360.0
 """Seconds for 1,000 records on 2 cores."""
 
 
-def experiment(folder: Path, cells: int) -> Path:
+def write_experiment(folder: Path, cells: int) -> Path:
     """lmbda x beta x seed on summarization: `cells` of them, a multiple of 25."""
     axes = {
         "lmbda": [0, 0.25, 0.5, 0.75, 1],
@@ -50,7 +50,7 @@ def experiment(folder: Path, cells: int) -> Path:
     return path
 
 
-def vocabulary() -> list[str]:
+def build_vocabulary() -> list[str]:
     """3,000 words with endings that a stemmer must look at."""
     draw = random.Random(0)
     letters = "abcdefghijklmnoprstuvw"
@@ -58,9 +58,9 @@ def vocabulary() -> list[str]:
     return [stem + ending for stem in stems for ending in ("", "s", "ed", "ing", "ation")]
 
 
-def write_store(grid: GridOfCells, store: Store) -> None:
+def write_store(grid: Grid, store: Store) -> None:
     """All cells share prompts and references, as in a run; no two predictions are the same."""
-    words, draw = vocabulary(), random.Random(1)
+    words, draw = build_vocabulary(), random.Random(1)
     references = [draw.choices(words, k=WORDS) for _ in range(PREDICTIONS)]
     for cell in grid.cells:
         written = [
@@ -69,7 +69,7 @@ def write_store(grid: GridOfCells, store: Store) -> None:
         ]
         evaluation = cell.evaluations[0]
         assert isinstance(evaluation, Evaluation)
-        write_record(store.of(cell), evaluation, references, written)
+        write_record(store.get_record(cell), evaluation, references, written)
 
 
 def write_record(
@@ -86,11 +86,11 @@ def write_record(
         }
         for n, (text, reference) in enumerate(zip(written, references, strict=True))
     ]
-    record.evaluation(evaluation).write(evaluation, rows, {}, rows=len(rows))
+    record.get_evaluation(evaluation).write_results(evaluation, rows, {}, rows=len(rows))
     record.finish(steps=1)
 
 
-def seconds_of(path: Path, outputs: Path, metrics: tuple[str, ...]) -> dict[str, float]:
+def time_rescore(path: Path, outputs: Path, metrics: tuple[str, ...]) -> dict[str, float]:
     """The whole command, imports and writing included; `cpu_s` is that of all its processes."""
     words = ["rescore", str(path), "--outputs", str(outputs), "--metrics", ",".join(metrics)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -111,11 +111,11 @@ def main() -> None:
     taken = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = experiment(folder, cells)
+        path = write_experiment(folder, cells)
         grid = experiments.load(str(path), outputs=folder / "outputs")
         write_store(grid, Store(folder / "outputs"))
         for run, metrics in RUNS.items():
-            one = taken[run] = seconds_of(path, folder / "outputs", metrics)
+            one = taken[run] = time_rescore(path, folder / "outputs", metrics)
             share = one["wall_s"] / target
             print(
                 f"{run}: {one['wall_s']} s, {one['cpu_s']} s of CPU; {share:.2f} x the target {target:.0f} s",

@@ -14,56 +14,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config import GridOfCells, Revisions, expand
+from gkd_lab.config import Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
-from gkd_lab.tables.rows import rows
+from gkd_lab.tables.rows import build_table_rows
 from gkd_lab.tables.table import table
 from gkd_lab.tasks import TASKS
 
 
-def grid_of(cells: int) -> GridOfCells:
+def build_grid(cells: int) -> Grid:
     """Arithmetic at `cells` (a multiple of 25) points: 5 lmbdas, 5 betas, seeds."""
     quarters, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
     axes = {"seed": list(range(cells // 25)), "lmbda": quarters, "beta": betas}
     document = {"description": "speed of the table", "task": "arithmetic", "grid": axes}
-    revisions = Revisions(
-        data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
-        model=lambda name: (name, None, "1"),
+    revisions = RevisionLookup(
+        resolve_data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
+        resolve_model=lambda name: (name, None, "1"),
     )
-    return expand("table", parse_experiment(document, "table"), TASKS, revisions)
+    return expand_grid("table", parse_experiment(document, "table"), TASKS, revisions)
 
 
-def write_records(grid: GridOfCells, store: Store) -> None:
+def write_records(grid: Grid, store: Store) -> None:
     """One record through its own interface, then copies of its files for all other cells."""
     first = grid.cells[0]
-    record, evaluation = store.of(first), first.evaluations[0]
+    record, evaluation = store.get_record(first), first.evaluations[0]
     score = {"value": 71.2, "low": 67.0, "high": 75.4, "n": 500, "signature": "accuracy|rule:gsm8k"}
     extras = {"mean_length": {"value": 31.5}, "truncated": {"value": 0.01}}
     scores = {**dict.fromkeys(evaluation.metrics, score), **extras}
-    record.evaluation(evaluation).write(evaluation, [], scores, seconds=1.0)
+    record.get_evaluation(evaluation).write_results(evaluation, [], scores, seconds=1.0)
     record.finish(seconds=10.0)
     for cell in grid.cells[1:]:
-        shutil.copytree(record.folder, store.of(cell).folder, copy_function=shutil.copyfile)
+        shutil.copytree(record.folder, store.get_record(cell).folder, copy_function=shutil.copyfile)
 
 
-def plain_loop(grid: GridOfCells, store: Store) -> None:
+def read_files(grid: Grid, store: Store) -> None:
     """What cannot be avoided: open and parse the files that the table needs."""
     for cell in grid.cells:
         folder = f"{store.root}/{cell.folder}"
         judged = f"{folder}/evaluations/{cell.evaluations[0].folder}"
         for name in (folder, judged):
-            _read(f"{name}/status.json")
-        _read(f"{judged}/scores.json")
+            _read_json(f"{name}/status.json")
+        _read_json(f"{judged}/scores.json")
 
 
-def _read(path: str) -> Any:
+def _read_json(path: str) -> Any:
     with open(path, "rb") as file:
         return json.loads(file.read())
 
 
-def best_of(runs: int, work: Callable[[], object]) -> float:
+def time_fastest(runs: int, work: Callable[[], object]) -> float:
     """Seconds of the fastest of `runs`."""
     seconds = []
     for _ in range(runs):
@@ -77,12 +77,12 @@ def main() -> None:
     """Build, measure, print."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     with tempfile.TemporaryDirectory() as folder:
-        grid, store = grid_of(count), Store(Path(folder))
+        grid, store = build_grid(count), Store(Path(folder))
         write_records(grid, store)
         assert table(grid, store)["status"].value_counts()["done"] == len(grid.cells)
-        plain = best_of(3, lambda: plain_loop(grid, store))
-        for name, work in (("rows", rows), ("table", table)):
-            seconds = best_of(3, lambda work=work: work(grid, store))
+        plain = time_fastest(3, lambda: read_files(grid, store))
+        for name, work in (("rows", build_table_rows), ("table", table)):
+            seconds = time_fastest(3, lambda work=work: work(grid, store))
             print(
                 f"{name}: {seconds:.2f} s for {len(grid.cells)} records, "
                 f"{seconds / len(grid.cells) * 1e6:.0f} us a record, "

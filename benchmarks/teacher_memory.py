@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gkd_lab import GKDConfig, GKDTrainer
 from gkd_lab.config.cell import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.teachers.teacher import Teacher
 
 VOCABULARY = 4096
@@ -95,7 +95,7 @@ def _on_cpu(trainer: GKDTrainer, folder: Path) -> int:
     elsewhere: Any = SimpleNamespace(
         device=torch.device("cpu:0"), autocast=trainer.accelerator.autocast, state=trainer.accelerator.state
     )
-    for teacher in trainer._teachers:
+    for teacher in trainer.teachers:
         teacher._accelerator = elsewhere  # type: ignore[attr-defined]
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -114,7 +114,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    quieten()
+    silence_libraries()
     torch.manual_seed(0)
     tokenizer = train_tokenizer(
         TokenizerSpec(kind="word", vocab_size=VOCABULARY), [" ".join(f"w{n}" for n in range(VOCABULARY - 8))]

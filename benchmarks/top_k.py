@@ -4,7 +4,7 @@
 
 Teacher and starting student of each task at nano scale are taken from DIR, or made there. The loss is the
 mean over the tokens of N training rows, its gradient that of all of the student's weights, both against the
-live teacher's. `spread` is what `Stored` does with the mass of all other tokens, `dropped` gives them none.
+live teacher's. `spread` is what `TopKTeacherLogits` does with the mass of all other tokens, `dropped` gives them none.
 Bytes a token are those on disk in float32; nothing here depends on the machine's speed.
 """
 
@@ -22,15 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_lab import experiments
-from gkd_lab.encoding.batches import collate
+from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.models.forward import completion_logits
+from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.dataset import examples, rows
-from gkd_lab.runner.library_logging import quieten
+from gkd_lab.runner.dataset import encode_examples, load_split
+from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.run_options import RunOptions
-from gkd_lab.teachers.score_files import Layout
-from gkd_lab.teachers.top_k_distributions import Stored, top_scores
+from gkd_lab.teachers.score_files import ScoreLayout
+from gkd_lab.teachers.top_k_distributions import TopKTeacherLogits, select_top_k
 
 TASKS = ("arithmetic", "translation", "summarization")
 KEPT = (8, 32, 128, None)
@@ -47,22 +47,24 @@ class Pair:
     """A task's teacher and starting student on some of its training rows."""
 
     def __init__(self, task: str, options: RunOptions, count: int) -> None:
-        grid = experiments.load_one({"task": task, "lmbda": "0"}, outputs=options.outputs)
+        grid = experiments.load_single_cell({"task": task, "lmbda": "0"}, outputs=options.outputs)
         training, scale = grid.cells[0].training, grid.scale
-        teacher = artifacts.load(
-            artifacts.ensure("teacher", training.teacher, scale, options), training.teacher
+        teacher = artifacts.load_artifact(
+            artifacts.ensure_artifact("teacher", training.teacher, scale, options), training.teacher
         )
-        start = artifacts.load(artifacts.ensure("start", training.start, scale, options), training.start)
-        data = rows(task, training.data, "train", options.cache)
-        found, _ = examples(training.start, start.tokenizer, data.first(count))
-        batch = collate(
+        start = artifacts.load_artifact(
+            artifacts.ensure_artifact("start", training.start, scale, options), training.start
+        )
+        data = load_split(task, training.data, "train", options.cache_folder)
+        found, _ = encode_examples(training.start, start.tokenizer, data.take_first(count))
+        batch = collate_examples(
             found, start.tokenizer.pad_token_id, is_encoder_decoder=start.model.config.is_encoder_decoder
         )
         real = batch.completion_mask.bool()
         with torch.no_grad():
-            self.teacher = completion_logits(teacher.model.eval(), batch)[real]
+            self.teacher = compute_completion_logits(teacher.model.eval(), batch)[real]
         self.student = start.model.eval()
-        self.logits = completion_logits(self.student, batch)[real]
+        self.logits = compute_completion_logits(self.student, batch)[real]
         self.weights = [p for p in self.student.parameters() if p.requires_grad]
 
     def loss_and_gradient(self, measure: Divergence, target: Tensor) -> tuple[float, Tensor]:
@@ -75,12 +77,14 @@ class Pair:
 def kept(teacher: Tensor, top_k: int | None, tail: str) -> Tensor:
     """The teacher's logits as they come back from a store, (N, V)."""
     size = teacher.shape[-1]
-    scores = top_scores(teacher, top_k, torch.float32).map(lambda tensor: tensor[None])
+    scores = select_top_k(teacher, top_k, torch.float32).apply(lambda tensor: tensor[None])
     everything = torch.arange(len(teacher))
-    found = Stored.of(scores, size).reader(size, torch.float32, len(teacher))(0, everything)
+    found = TopKTeacherLogits.create(scores, size).create_reader(size, torch.float32, len(teacher))(
+        0, everything
+    )
     if tail == "spread" or scores.ids is None:
         return found
-    return torch.full_like(found, -math.inf).scatter_(1, scores.ids[0].long(), scores.logs[0])
+    return torch.full_like(found, -math.inf).scatter_(1, scores.ids[0].long(), scores.log_probs[0])
 
 
 def degrees(one: Tensor, other: Tensor) -> float:
@@ -95,7 +99,7 @@ def errors(task: str, pair: Pair) -> Iterator[dict[str, Any]]:
     for name, measure in MEASURES.items():
         loss, gradient = pair.loss_and_gradient(measure, pair.teacher)
         for top_k in dict.fromkeys(k if k and k < size else None for k in KEPT):
-            layout = Layout.of([1], top_k, size, "float32")
+            layout = ScoreLayout.create([1], top_k, size, "float32")
             for tail in ("spread", "dropped") if layout.top_k else ("spread",):
                 found, own = pair.loss_and_gradient(measure, kept(pair.teacher, top_k, tail))
                 yield {
@@ -110,7 +114,7 @@ def errors(task: str, pair: Pair) -> Iterator[dict[str, Any]]:
                     "loss_error": abs(found - loss) / loss if found < 1e6 else None,
                     "gradient_degrees": degrees(own, gradient),
                     "gradient_ratio": float(own.norm() / gradient.norm()),
-                    "bytes_a_token": layout.bytes_a_token,
+                    "bytes_a_token": layout.bytes_per_token,
                 }
 
 
@@ -139,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with versions")
     given = parser.parse_args()
-    quieten()
+    silence_libraries()
     options, found = RunOptions(given.outputs), []
     for task in given.tasks:
         own = list(errors(task, Pair(task, options, given.rows)))

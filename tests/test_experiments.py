@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from gkd_lab import experiments
-from gkd_lab.config import SpecError
+from gkd_lab.config import ConfigError
 from gkd_lab.config.experiment import Scale
-from gkd_lab.config.packs import packs
+from gkd_lab.config.packs import group_cells_into_packs
 
 COUNTS = {
     "adversarial": 21,
@@ -57,7 +57,7 @@ def rows(folder: Path, text: str = ROW) -> Path:
 
 
 def test_every_experiment_has_a_stated_count() -> None:
-    assert set(COUNTS) == set(experiments.names())
+    assert set(COUNTS) == set(experiments.list_experiment_files())
 
 
 def test_a_generator_that_is_not_installed_is_told_before_anything_runs(
@@ -68,9 +68,11 @@ def test_a_generator_that_is_not_installed_is_told_before_anything_runs(
 
     monkeypatch.setattr("gkd_lab.tasks.instruction.version", missing)
     grid = experiments.load("nano_instruction", outputs=tmp_path)
-    with pytest.raises(SpecError, match=r"need reasoning-gym .* \(there is none\): pip install 'gkd-lab\[r"):
-        experiments.check_sources(grid)
-    experiments.check_sources(experiments.load("quickstart", outputs=tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"need reasoning-gym .* \(there is none\): pip install 'gkd-lab\[r"
+    ):
+        experiments.check_generators_and_rewards(grid)
+    experiments.check_generators_and_rewards(experiments.load("quickstart", outputs=tmp_path))
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
@@ -79,7 +81,7 @@ def test_every_experiment_expands_to_its_stated_count(name: str, count: int, tmp
     assert len(grid.cells) == count
     assert bool(grid.stands_for) == (name in METHODS_COLLAPSE)
     assert f"{count} cells" in grid.experiment.description
-    assert experiments.outline(name)[1] == count
+    assert experiments.outline_experiment(name)[1] == count
 
 
 def test_the_nano_grid_crosses_lmbda_and_beta_with_all_three_tasks(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_the_nano_grid_crosses_lmbda_and_beta_with_all_three_tasks(tmp_path: Pat
     tasks = ("arithmetic", "translation", "summarization")
     betas = (0, 0.1, 0.5, 0.9, 1)
     assert points == {(t, x, b) for t in tasks for x in (0, 0.5, 1) for b in betas}
-    assert [len(group) for group in packs(cells, "auto")] == [15, 15, 15]
+    assert [len(group) for group in group_cells_into_packs(cells, "auto")] == [15, 15, 15]
 
 
 def test_experiments_share_the_cells_that_they_both_ask_for(tmp_path: Path) -> None:
@@ -103,38 +105,38 @@ def test_an_experiment_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.M
         Path(place).write_text("description: d\ntask: arithmetic\n")
     assert experiments.load("own").name == "own"
     assert experiments.load("mine.yaml").name == "mine"
-    assert set(experiments.names()) == {"own", *COUNTS}
-    with pytest.raises(SpecError, match=r"no experiment file 'none.yaml'; experiments by name: own"):
+    assert set(experiments.list_experiment_files()) == {"own", *COUNTS}
+    with pytest.raises(ConfigError, match=r"no experiment file 'none.yaml'; experiments by name: own"):
         experiments.load("none.yaml")
-    with pytest.raises(SpecError, match="unknown experiment 'quikstart'; did you mean 'quickstart'"):
+    with pytest.raises(ConfigError, match="unknown experiment 'quikstart'; did you mean 'quickstart'"):
         experiments.load("quikstart")
 
 
 def test_one_cell_of_an_experiment_is_the_cell_that_the_experiment_plans(tmp_path: Path) -> None:
     planned = experiments.load("quickstart", outputs=tmp_path).cells
     fields = {"task": "arithmetic", "lmbda": "0.5", "beta": "0.1"}
-    (one,) = experiments.load_one(fields, name="quickstart", outputs=tmp_path).cells
-    (alone,) = experiments.load_one(fields, outputs=tmp_path).cells
+    (one,) = experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path).cells
+    (alone,) = experiments.load_single_cell(fields, outputs=tmp_path).cells
     assert one.folder in {cell.folder for cell in planned}
     assert alone.folder == one.folder
 
 
 @pytest.mark.parametrize("fields", [{"lmbda": "0,1", "beta": "0"}, {"lmbda": "0"}])
 def test_one_cell_is_one(fields: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="cells of 'quickstart' match: give one value for --"):
-        experiments.load_one(fields, name="quickstart", outputs=tmp_path)
+    with pytest.raises(ConfigError, match="cells of 'quickstart' match: give one value for --"):
+        experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path)
 
 
 def test_total_variation_needs_no_beta_to_be_one_cell(tmp_path: Path) -> None:
     fields = {"task": "arithmetic", "lmbda": "0", "divergence": "tv"}
-    (cell,) = experiments.load_one(fields, name="quickstart", outputs=tmp_path).cells
+    (cell,) = experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path).cells
     assert (cell.divergence, cell.beta) == ("tv", None)
 
 
 def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> None:
     def fingerprint(folder: Path) -> str:
         fields = {"task": "arithmetic", "data.source": str(folder)}
-        (cell,) = experiments.load_one(fields, outputs=tmp_path / "outputs").cells
+        (cell,) = experiments.load_single_cell(fields, outputs=tmp_path / "outputs").cells
         assert cell.training.data.kind == "folder"
         return cell.full_fingerprint
 
@@ -147,13 +149,13 @@ def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> 
 
 def test_a_folder_that_is_not_there_names_the_nearest_one(tmp_path: Path) -> None:
     rows(tmp_path / "gsm8k")
-    with pytest.raises(SpecError, match=r"no folder '.*/gsm8'.*did you mean '.*/gsm8k'"):
+    with pytest.raises(ConfigError, match=r"no folder '.*/gsm8'.*did you mean '.*/gsm8k'"):
         experiments.load("quickstart", overrides={"data.source": str(tmp_path / "gsm8")})
 
 
 def test_an_unknown_metric_is_refused_before_anything_runs(tmp_path: Path) -> None:
     overrides = {"evaluations": "[{decoding: greedy, metrics: [acuracy]}]"}
-    with pytest.raises(SpecError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
+    with pytest.raises(ConfigError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
         experiments.load("quickstart", overrides=overrides, outputs=tmp_path)
 
 
@@ -161,15 +163,15 @@ HUB = {"task": "arithmetic", "data.source": "owner/rows"}
 
 
 def test_a_hub_name_that_is_not_resolved_asks_for_one_line_which_then_works(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="the hub is offline") as caught:
-        experiments.load_one(HUB, outputs=tmp_path)
+    with pytest.raises(ConfigError, match="the hub is offline") as caught:
+        experiments.load_single_cell(HUB, outputs=tmp_path)
     place, _, line = str(caught.value).partition("add it to ")[2].partition(": ")
     assert place == str(tmp_path / "revisions.json")
     Path(place).write_text(line)
-    with pytest.raises(SpecError, match="write the commit of 'owner/rows' in the place of COMMIT"):
-        experiments.load_one(HUB, outputs=tmp_path)
+    with pytest.raises(ConfigError, match="write the commit of 'owner/rows' in the place of COMMIT"):
+        experiments.load_single_cell(HUB, outputs=tmp_path)
     Path(place).write_text(line.replace("COMMIT", "0a1b2c"))
-    (cell,) = experiments.load_one(HUB, outputs=tmp_path).cells
+    (cell,) = experiments.load_single_cell(HUB, outputs=tmp_path).cells
     assert cell.training.data.revision == "0a1b2c"
     assert cell.training.data.name == "owner/rows"
 
@@ -179,7 +181,7 @@ def test_a_commit_is_part_of_the_identity(tmp_path: Path) -> None:
     for commit in ("0a", "0b"):
         known = tmp_path / "revisions.json"
         known.write_text(json.dumps({"datasets": {"owner/rows": commit}}))
-        found.add(experiments.load_one(HUB, outputs=tmp_path).cells[0].fingerprint)
+        found.add(experiments.load_single_cell(HUB, outputs=tmp_path).cells[0].fingerprint)
     assert len(found) == 2
 
 
@@ -187,15 +189,15 @@ def test_a_commit_is_part_of_the_identity(tmp_path: Path) -> None:
 def test_a_damaged_list_of_revisions_is_told_and_left_alone(text: str, tmp_path: Path) -> None:
     known = tmp_path / "revisions.json"
     known.write_text(text)
-    with pytest.raises(SpecError, match=r"revisions.json: (not valid JSON|expected)"):
-        experiments.load_one(HUB, outputs=tmp_path)
+    with pytest.raises(ConfigError, match=r"revisions.json: (not valid JSON|expected)"):
+        experiments.load_single_cell(HUB, outputs=tmp_path)
     assert known.read_text() == text
 
 
 def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tmp_path: Path) -> None:
     def revision(folder: Path) -> str | None:
         fields = {"task": "arithmetic", "student": str(folder)}
-        (cell,) = experiments.load_one(fields, outputs=tmp_path / "outputs").cells
+        (cell,) = experiments.load_single_cell(fields, outputs=tmp_path / "outputs").cells
         return cell.training.start.model.revision
 
     for name in ("one", "two"):
@@ -204,7 +206,7 @@ def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tm
     assert revision(tmp_path / "one") == revision(tmp_path / "two")
     (tmp_path / "two" / "model.safetensors").write_text("weights")
     assert revision(tmp_path / "one") != revision(tmp_path / "two")
-    with pytest.raises(SpecError, match="no checkpoint folder"):
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
         revision(tmp_path / "three")
 
 
@@ -212,4 +214,4 @@ def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tm
 @pytest.mark.parametrize("name", [name for name in COUNTS if name not in COUNTED_BY_ROWS | NANO_ONLY])
 def test_every_experiment_has_as_many_cells_at_the_larger_scales(name: str, scale: Scale) -> None:
     changes = LARGER.get(name, {})
-    assert experiments.outline(name, scale=scale, overrides=changes)[1] == COUNTS[name]
+    assert experiments.outline_experiment(name, scale=scale, overrides=changes)[1] == COUNTS[name]

@@ -53,4 +53,4 @@ def test_every_member_has_an_experiment_of_its_own() -> None:
     """What a section calls its nano result is an experiment with a notebook."""
     named = re.findall(r"\(\.\./analysis/(\w+)\.ipynb\)", PAGE.read_text())
     assert len(named) >= 8
-    assert set(named) <= set(experiments.names())
+    assert set(named) <= set(experiments.list_experiment_files())

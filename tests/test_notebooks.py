@@ -12,10 +12,10 @@ from nbclient import NotebookClient
 from gkd_lab import experiments
 from gkd_lab.experiments import load
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode, table
+from gkd_lab.tables.table import encode_table, table
 from gkd_lab.tasks import TASKS
 
-from .tables.made_store import fill
+from .tables.made_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 OF_PAPER = [path for path in NOTEBOOKS if path.stem != "quickstart"]
@@ -64,7 +64,7 @@ def shown(cells: list[nbformat.NotebookNode], kind: str) -> list[str]:
 
 def test_the_quickstart_runs_and_shows_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = set(NOTEBOOKS) - set(OF_PAPER)
-    fill(load(path.stem, outputs=tmp_path), Store(tmp_path))
+    fill_store(load(path.stem, outputs=tmp_path), Store(tmp_path))
     monkeypatch.setenv("GKD_LAB_OUTPUTS", str(tmp_path))
     notebook = executed(nbformat.read(path, as_version=4), tmp_path)
     assert len(shown(notebook.cells, "image/png")) == 4 == len(FIGURE.findall("\n".join(code_of(path))))
@@ -78,14 +78,16 @@ def test_the_paper_s_notebooks_run_and_show_their_figures_and_verdicts(
     notebooks = [nbformat.read(path, as_version=4) for path in OF_PAPER]
     joined = nbformat.v4.new_notebook(metadata=notebooks[0].metadata)
     for path, notebook in zip(OF_PAPER, notebooks, strict=True):
-        (tmp_path / f"{path.stem}.parquet").write_bytes(encode(made_table(path.stem, tmp_path), "parquet"))
+        (tmp_path / f"{path.stem}.parquet").write_bytes(
+            encode_table(made_table(path.stem, tmp_path), "parquet")
+        )
         joined.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
     executed(joined, tmp_path)
     for path, notebook in zip(OF_PAPER, notebooks, strict=True):
         figures = FIGURE.findall("\n".join(code_of(path)))
         assert len(shown(notebook.cells, "image/png")) == len(figures) > 0, path.stem
         printed = "".join(shown(notebook.cells, "stream"))
-        claims = experiments.outline(path.stem)[0].paper.claims
+        claims = experiments.outline_experiment(path.stem)[0].paper.claims
         assert re.findall(r"^(C\d+b?) ", printed, re.MULTILINE) == list(claims), path.stem
         assert printed.count("The paper's own numbers:") == len(claims)
 
@@ -121,7 +123,10 @@ def test_kept_outputs_hold_no_error_and_no_place_on_a_machine(path: Path) -> Non
 
 
 def test_every_figure_of_the_paper_that_is_an_experiment_has_one_and_a_notebook() -> None:
-    found = {name: set(experiments.outline(name)[0].paper.figures) for name in experiments.names()}
+    found = {
+        name: set(experiments.outline_experiment(name)[0].paper.figures)
+        for name in experiments.list_experiment_files()
+    }
     figures = {*"123456789", *(f"A.{number}" for number in range(10, 16))}
     assert set().union(*found.values()) == figures
     assert {path.stem for path in NOTEBOOKS} == {name for name in found if not name.startswith("nano_")}

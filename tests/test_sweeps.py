@@ -12,9 +12,9 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from gkd_lab import experiments
-from gkd_lab.cli.options import fields_of
-from gkd_lab.config import SpecError
-from gkd_lab.config.sweep import as_value, sweep_file
+from gkd_lab.cli.options import parse_cell_fields
+from gkd_lab.config import ConfigError
+from gkd_lab.config.sweep import encode_axis_value, format_sweep_file
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
@@ -40,7 +40,7 @@ def points_of(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def cell_of(words: list[str], outputs: Path) -> str:
     """Fingerprint of the cell that `gkd-lab cell` takes a command for."""
     assert words[:4] == ["/usr/bin/env", "gkd-lab", "cell", "--experiment"]
-    grid = experiments.load_one(fields_of(words[5:]), name=words[4], outputs=outputs)
+    grid = experiments.load_single_cell(parse_cell_fields(words[5:]), name=words[4], outputs=outputs)
     return grid.cells[0].full_fingerprint
 
 
@@ -52,7 +52,7 @@ def test_every_experiment_has_a_sweep_file() -> None:
 def test_a_sweep_file_is_what_the_command_prints_of_its_experiment(name: str) -> None:
     text = (ROOT / "sweeps" / f"{name}.yaml").read_text()
     hint = f"write it anew: gkd-lab sweep {name} > sweeps/{name}.yaml"
-    assert text == sweep_file(name, experiments.outline(name)[0], None, {}), hint
+    assert text == format_sweep_file(name, experiments.outline_experiment(name)[0], None, {}), hint
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,12 +60,12 @@ def test_every_cell_of_a_sweep_is_a_cell_of_the_plan(name: str, tmp_path: Path) 
     """Whole numbers arrive as they are written or, from elsewhere, with a point: one cell either way."""
     try:
         planned = {cell.full_fingerprint for cell in experiments.load(name, outputs=tmp_path).cells}
-    except SpecError as error:
+    except ConfigError as error:
         pytest.skip(f"cannot be resolved here: {error}")
     sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
     assert set(found) == planned
-    assert len(set(found)) == experiments.outline(name)[1]
+    assert len(set(found)) == experiments.outline_experiment(name)[1]
 
 
 def test_zero_one_and_text_are_the_same_cell(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_every_kind_of_value_comes_through_the_client_as_it_was(tmp_path: Path) 
     for axis, text in AXES.items():
         set_for_all = {"steps": "100", "lmbda": "1", "beta": "0.5", axis: text}
         planned = experiments.load("quickstart", overrides=set_for_all, outputs=tmp_path).cells
-        experiment, _ = experiments.outline("quickstart", overrides=set_for_all)
-        sweep = yaml.safe_load(sweep_file("quickstart", experiment, None, set_for_all))
+        experiment, _ = experiments.outline_experiment("quickstart", overrides=set_for_all)
+        sweep = yaml.safe_load(format_sweep_file("quickstart", experiment, None, set_for_all))
         assert "--steps=100" in sweep["command"]
         assert len(sweep["parameters"][axis]["values"]) == 2
         found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
@@ -98,7 +98,7 @@ def test_every_kind_of_value_comes_through_the_client_as_it_was(tmp_path: Path) 
 
 @pytest.mark.parametrize("value", ["small", "1", "null", "a,b", "yes", "a: b", "'", '"', "/a b/c", "[", "#"])
 def test_text_that_yaml_takes_for_something_else_is_quoted(value: str) -> None:
-    assert yaml.safe_load(f"[{as_value(value)}]") == [value]
+    assert yaml.safe_load(f"[{encode_axis_value(value)}]") == [value]
 
 
 def test_an_experiment_without_an_axis_is_refused(tmp_path: Path) -> None:

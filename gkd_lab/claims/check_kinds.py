@@ -6,119 +6,125 @@ from itertools import pairwise
 from typing import Literal
 
 from gkd_lab.claims.checks import (
-    START,
-    Cells,
+    SFT_STUDENT,
     Check,
-    Comparison,
-    Found,
-    Term,
-    freed,
-    level,
-    levels,
-    levels_of,
-    matching,
-    same_values,
-    span,
-    with_twins,
+    ColumnContrasts,
+    Contrast,
+    ModelSelector,
+    WeightedScore,
+    add_dependent_fields,
+    build_span_scores,
+    collect_varying_fields,
+    find_matches,
+    format_axis_value,
+    group_by_axis,
+    group_matches_by_axis,
+    have_equal_values,
 )
-from gkd_lab.claims.facts import Place
-from gkd_lab.claims.place_names import apart
+from gkd_lab.claims.facts import FigureCell
+from gkd_lab.claims.place_names import format_distinction
 
 
 @dataclass(frozen=True)
-class Above(Check):
+class ScoresHigher(Check):
     """Each of `a`, or with `best` the best of them, above each of `b`."""
 
-    a: Cells
-    b: tuple[Cells, ...]
-    best: bool = False
+    better: ModelSelector
+    worse: tuple[ModelSelector, ...]
+    best_only: bool = False
 
-    def free(self) -> set[str]:
-        return freed(self.a, *self.b)
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.better, *self.worse)
 
-    def find(self, places: Sequence[Place]) -> Found:
-        upper = matching(places, self.a)
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        upper = find_matches(places, self.better)
         if not upper:
-            return Found([], [self.a.name])
-        lower = [(cells, matching(places, cells)) for cells in self.b]
-        groups = [tuple(upper)] if self.best else [(n,) for n in upper]
+            return ColumnContrasts([], [self.better.name])
+        lower = [(cells, find_matches(places, cells)) for cells in self.worse]
+        groups = [tuple(upper)] if self.best_only else [(n,) for n in upper]
         comparisons = [
-            Comparison(
-                _versus(places, group[0], n, cells, len(groups) > 1), (Term(1, group, "max"), Term(-1, (n,)))
+            Contrast(
+                _format_contrast_label(places, group[0], n, cells, len(groups) > 1),
+                (WeightedScore(1, group, "max"), WeightedScore(-1, (n,))),
             )
             for group in groups
             for cells, found in lower
             for n in found
         ]
-        return Found(comparisons, [cells.name for cells, found in lower if not found])
+        return ColumnContrasts(comparisons, [cells.name for cells, found in lower if not found])
 
 
 @dataclass(frozen=True)
-class Order(Check):
+class Ranking(Check):
     """Each of `cells` above the next one."""
 
-    cells: tuple[Cells, ...]
+    selectors: tuple[ModelSelector, ...]
 
-    def free(self) -> set[str]:
-        return freed(*self.cells)
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(*self.selectors)
 
-    def find(self, places: Sequence[Place]) -> Found:
-        found = [matching(places, cells) for cells in self.cells]
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        found = [find_matches(places, cells) for cells in self.selectors]
         comparisons = [
-            Comparison(f"{a.name} against {b.name}", (Term(1, tuple(above)), Term(-1, tuple(below))))
-            for (a, b), (above, below) in zip(pairwise(self.cells), pairwise(found), strict=True)
+            Contrast(
+                f"{a.name} against {b.name}",
+                (WeightedScore(1, tuple(above)), WeightedScore(-1, tuple(below))),
+            )
+            for (a, b), (above, below) in zip(pairwise(self.selectors), pairwise(found), strict=True)
             if above and below
         ]
-        return Found(comparisons, [c.name for c, there in zip(self.cells, found, strict=True) if not there])
+        return ColumnContrasts(
+            comparisons, [c.name for c, there in zip(self.selectors, found, strict=True) if not there]
+        )
 
 
 @dataclass(frozen=True)
-class Monotone(Check):
+class MonotoneTrend(Check):
     """Scores rise (or fall) along an axis, step by step."""
 
     axis: str
-    falling: bool = False
+    is_falling: bool = False
 
-    def free(self) -> set[str]:
-        return with_twins({self.axis})
+    def list_varying_fields(self) -> set[str]:
+        return add_dependent_fields({self.axis})
 
-    def find(self, places: Sequence[Place]) -> Found:
-        found = levels(places, self.axis)
-        sign = -1 if self.falling else 1
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        found = group_by_axis(places, self.axis)
+        sign = -1 if self.is_falling else 1
         comparisons = [
-            Comparison(
-                f"from {level(self.axis, a)} to {level(self.axis, b)}",
-                (Term(sign, tuple(found[b])), Term(-sign, tuple(found[a]))),
+            Contrast(
+                f"from {format_axis_value(self.axis, a)} to {format_axis_value(self.axis, b)}",
+                (WeightedScore(sign, tuple(found[b])), WeightedScore(-sign, tuple(found[a]))),
             )
             for a, b in pairwise(found)
         ]
-        return Found(comparisons, [] if comparisons else [f"two values of {self.axis}"])
+        return ColumnContrasts(comparisons, [] if comparisons else [f"two values of {self.axis}"])
 
 
 @dataclass(frozen=True)
-class Narrowing(Check):
+class ShrinkingSpan(Check):
     """The span over `over` shrinks along an axis: upwards, or `downwards` from its largest value."""
 
     axis: str
-    over: str
-    downwards: bool = False
+    span_axis: str
+    is_descending: bool = False
 
-    def free(self) -> set[str]:
-        return with_twins({self.axis, self.over})
+    def list_varying_fields(self) -> set[str]:
+        return add_dependent_fields({self.axis, self.span_axis})
 
-    def find(self, places: Sequence[Place]) -> Found:
-        spans = {name: one for name, one in levels(places, self.axis).items() if len(one) > 1}
-        order = list(spans)[::-1] if self.downwards else list(spans)
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        spans = {name: one for name, one in group_by_axis(places, self.axis).items() if len(one) > 1}
+        order = list(spans)[::-1] if self.is_descending else list(spans)
         comparisons = [
-            Comparison(
-                f"from {level(self.axis, a)} to {level(self.axis, b)}",
-                (*span(spans[a]), *span(spans[b], -1)),
+            Contrast(
+                f"from {format_axis_value(self.axis, a)} to {format_axis_value(self.axis, b)}",
+                (*build_span_scores(spans[a]), *build_span_scores(spans[b], -1)),
             )
             for a, b in pairwise(order)
-            if same_values(places, spans[a], spans[b], self.over)
+            if have_equal_values(places, spans[a], spans[b], self.span_axis)
         ]
-        return Found(
-            comparisons, [] if comparisons else [f"two values of {self.axis} over the same {self.over}s"]
+        return ColumnContrasts(
+            comparisons, [] if comparisons else [f"two values of {self.axis} over the same {self.span_axis}s"]
         )
 
 
@@ -126,106 +132,128 @@ class Narrowing(Check):
 class SpanBelowEffect(Check):
     """The span over `over` among `a` is smaller than a minus b at each value of `over`."""
 
-    a: Cells
-    b: Cells
-    over: str
+    better: ModelSelector
+    worse: ModelSelector
+    span_axis: str
 
-    def free(self) -> set[str]:
-        return freed(self.a, self.b) | with_twins({self.over})
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.better, self.worse) | add_dependent_fields({self.span_axis})
 
-    def find(self, places: Sequence[Place]) -> Found:
-        upper, lower = (levels_of(places, cells, self.over) for cells in (self.a, self.b))
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        upper, lower = (
+            group_matches_by_axis(places, cells, self.span_axis) for cells in (self.better, self.worse)
+        )
         every = [n for found in upper.values() for n in found]
         comparisons = [
-            Comparison(
-                f"the effect at {level(self.over, value)}",
-                (Term(1, tuple(upper[value])), Term(-1, tuple(lower[value])), *span(every, -1)),
+            Contrast(
+                f"the effect at {format_axis_value(self.span_axis, value)}",
+                (
+                    WeightedScore(1, tuple(upper[value])),
+                    WeightedScore(-1, tuple(lower[value])),
+                    *build_span_scores(every, -1),
+                ),
             )
             for value in upper
             if value in lower and len(upper) > 1
         ]
-        absent = [c.name for c, found in ((self.a, upper), (self.b, lower)) if not found]
-        return Found(comparisons, absent or ([] if comparisons else [f"two values of {self.over}"]))
+        absent = [c.name for c, found in ((self.better, upper), (self.worse, lower)) if not found]
+        return ColumnContrasts(
+            comparisons, absent or ([] if comparisons else [f"two values of {self.span_axis}"])
+        )
 
 
 @dataclass(frozen=True)
-class GainTimes(Check):
+class GainRatio(Check):
     """The gain of `a` over the start, summed over `over`, is `factor` times that of `b`.
 
     `b` is the mean of the baselines, or with `best` the best one at each value of `over`.
     """
 
-    a: Cells
-    b: tuple[Cells, ...]
+    better: ModelSelector
+    baselines: tuple[ModelSelector, ...]
     factor: float
-    over: str
-    best: bool = False
+    averaged_axis: str
+    best_only: bool = False
 
-    def free(self) -> set[str]:
-        return freed(self.a, START, *self.b) | with_twins({self.over})
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.better, SFT_STUDENT, *self.baselines) | add_dependent_fields(
+            {self.averaged_axis}
+        )
 
-    def find(self, places: Sequence[Place]) -> Found:
-        ours, starts = (levels_of(places, cells, self.over) for cells in (self.a, START))
-        theirs = [levels_of(places, cells, self.over) for cells in self.b]
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        ours, starts = (
+            group_matches_by_axis(places, cells, self.averaged_axis) for cells in (self.better, SFT_STUDENT)
+        )
+        theirs = [group_matches_by_axis(places, cells, self.averaged_axis) for cells in self.baselines]
         at = [one for one in ours if one in starts and all(one in other for other in theirs)]
-        pools = ((self.a, ours), (START, starts), *zip(self.b, theirs, strict=True))
+        pools = ((self.better, ours), (SFT_STUDENT, starts), *zip(self.baselines, theirs, strict=True))
         if not at:
-            return Found([], [cells.name for cells, found in pools if not found] or [f"a common {self.over}"])
+            return ColumnContrasts(
+                [], [cells.name for cells, found in pools if not found] or [f"a common {self.averaged_axis}"]
+            )
         share = 1 / len(at)
-        initial = [Term(-share, tuple(starts[one])) for one in at]
-        gain = [Term(share, tuple(ours[one])) for one in at]
-        kind: Literal["max", "mean"] = "max" if self.best else "mean"
-        other = [Term(share, tuple(n for by in theirs for n in by[one]), kind) for one in at]
+        initial = [WeightedScore(-share, tuple(starts[one])) for one in at]
+        gain = [WeightedScore(share, tuple(ours[one])) for one in at]
+        kind: Literal["max", "mean"] = "max" if self.best_only else "mean"
+        other = [WeightedScore(share, tuple(n for by in theirs for n in by[one]), kind) for one in at]
         sums = (*gain, *initial), (*other, *initial)
-        return Found([Comparison(self._label(), *sums, factor=self.factor)])
+        return ColumnContrasts([Contrast(self._format_label(), *sums, factor=self.factor)])
 
-    def _label(self) -> str:
-        of_one = f" times {self.b[0].name}" if len(self.b) == 1 else ""
+    def _format_label(self) -> str:
+        of_one = f" times {self.baselines[0].name}" if len(self.baselines) == 1 else ""
         return f"said: {self.factor:g}{of_one}"
 
 
 @dataclass(frozen=True)
-class Measured(Check):
+class MeasuredDifference(Check):
     """How far `a` is above `b`, or how many times `b` it is; no verdict."""
 
-    a: Cells
-    b: Cells
-    ratio: bool = False
+    first: ModelSelector
+    second: ModelSelector
+    is_ratio: bool = False
 
-    def free(self) -> set[str]:
-        return freed(self.a, self.b)
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.first, self.second)
 
-    def find(self, places: Sequence[Place]) -> Found:
-        upper, lower = (tuple(matching(places, cells)) for cells in (self.a, self.b))
-        absent = [c.name for c, found in ((self.a, upper), (self.b, lower)) if not found]
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        upper, lower = (tuple(find_matches(places, cells)) for cells in (self.first, self.second))
+        absent = [c.name for c, found in ((self.first, upper), (self.second, lower)) if not found]
         if absent:
-            return Found([], absent)
-        if self.ratio:
-            return Found([Comparison("ratio", (Term(1, upper),), (Term(1, lower),))])
-        return Found([Comparison("difference", (Term(1, upper), Term(-1, lower)))])
+            return ColumnContrasts([], absent)
+        if self.is_ratio:
+            return ColumnContrasts(
+                [Contrast("ratio", (WeightedScore(1, upper),), (WeightedScore(1, lower),))]
+            )
+        return ColumnContrasts([Contrast("difference", (WeightedScore(1, upper), WeightedScore(-1, lower)))])
 
 
 @dataclass(frozen=True)
-class ChangeAlong(Check):
+class DifferenceOfChanges(Check):
     """How much more `a` changes than `b` between the two largest values of an axis; no verdict."""
 
-    a: Cells
-    b: Cells
+    first: ModelSelector
+    second: ModelSelector
     axis: str
 
-    def free(self) -> set[str]:
-        return freed(self.a, self.b) | with_twins({self.axis})
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.first, self.second) | add_dependent_fields({self.axis})
 
-    def find(self, places: Sequence[Place]) -> Found:
-        upper, lower = (levels_of(places, cells, self.axis) for cells in (self.a, self.b))
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
+        upper, lower = (
+            group_matches_by_axis(places, cells, self.axis) for cells in (self.first, self.second)
+        )
         at = [one for one in upper if one in lower]
-        absent = [c.name for c, found in ((self.a, upper), (self.b, lower)) if not found]
+        absent = [c.name for c, found in ((self.first, upper), (self.second, lower)) if not found]
         if len(at) < 2:
-            return Found([], absent or [f"two values of {self.axis}"])
+            return ColumnContrasts([], absent or [f"two values of {self.axis}"])
         signs = ((1, upper[at[-1]]), (-1, upper[at[-2]]), (-1, lower[at[-1]]), (1, lower[at[-2]]))
-        return Found([Comparison("change", tuple(Term(sign, tuple(found)) for sign, found in signs))])
+        return ColumnContrasts(
+            [Contrast("change", tuple(WeightedScore(sign, tuple(found)) for sign, found in signs))]
+        )
 
 
-def _versus(places: Sequence[Place], one: int, other: int, cells: Cells, several: bool) -> str:
+def _format_contrast_label(
+    places: Sequence[FigureCell], one: int, other: int, cells: ModelSelector, is_ambiguous: bool
+) -> str:
     against = f"against {cells.name}"
-    return f"{apart(places[one], places[other])} {against}" if several else against
+    return f"{format_distinction(places[one], places[other])} {against}" if is_ambiguous else against

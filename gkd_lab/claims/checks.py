@@ -10,157 +10,161 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gkd_lab.claims.facts import SIZES, WHAT, Place
-from gkd_lab.claims.place_names import said
+from gkd_lab.claims.facts import MODEL_FIELDS, STUDENT_SIZES, FigureCell
+from gkd_lab.claims.place_names import format_field
 
-Wanted = Mapping[str, Any]
+Conditions = Mapping[str, Any]
 """Field of a place -> the value, a tuple of values, or a condition that it must meet."""
 
 
 @dataclass(frozen=True)
-class Cells:
+class ModelSelector:
     """Some models of a column, by what they were made with."""
 
     name: str
-    wanted: Wanted
+    conditions: Conditions
 
-    def match(self, place: Place) -> bool:
+    def matches(self, place: FigureCell) -> bool:
         """Whether a place is one of them; cells are meant unless a role is named."""
-        return fits(place, {"role": "cell", **self.wanted})
+        return meets_conditions(place, {"role": "cell", **self.conditions})
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedScore:
     """`weight` times the mean, largest or smallest score of some places."""
 
     weight: float
-    places: tuple[int, ...]
+    cell_indices: tuple[int, ...]
     """Indices into the column's places."""
-    reduce: Literal["mean", "max", "min"] = "mean"
+    reduction: Literal["mean", "max", "min"] = "mean"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """Terms whose sum a claim says is above 0; with `over`, above `factor` times the sum of those.
 
     With `over` and no factor it is their ratio, to be measured.
     """
 
     label: str
-    terms: tuple[Term, ...]
-    over: tuple[Term, ...] = ()
+    terms: tuple[WeightedScore, ...]
+    denominator: tuple[WeightedScore, ...] = ()
     factor: float | None = None
 
 
 @dataclass(frozen=True)
-class Found:
+class ColumnContrasts:
     """The comparisons of a column, and which of the asked for models are not in it."""
 
-    comparisons: list[Comparison]
-    absent: list[str] = field(default_factory=list)
+    contrasts: list[Contrast]
+    missing_models: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Check(ABC):
     """`where` limits the places; quality is meant unless a measure is named."""
 
-    where: Wanted
+    conditions: Conditions
 
-    def selects(self, place: Place) -> bool:
+    def is_relevant(self, figure_cell: FigureCell) -> bool:
         """Whether the check speaks of a place."""
-        return fits(place, {"measure": "quality", **self.where})
+        return meets_conditions(figure_cell, {"measure": "quality", **self.conditions})
 
     @abstractmethod
-    def free(self) -> set[str]:
+    def list_varying_fields(self) -> set[str]:
         """Fields that differ inside a column."""
 
     @abstractmethod
-    def find(self, places: Sequence[Place]) -> Found:
+    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
         """The comparisons of one column."""
 
 
-START = Cells("the SFT student", {"role": "start"})
-TEACHER = Cells("the teacher", {"role": "teacher"})
+SFT_STUDENT = ModelSelector("the SFT student", {"role": "start"})
+TEACHER = ModelSelector("the teacher", {"role": "teacher"})
 
 
-def fits(place: Place, wanted: Wanted) -> bool:
+def meets_conditions(figure_cell: FigureCell, conditions: Conditions) -> bool:
     """Whether each field that is asked for has the value, one of the values, or meets the condition."""
-    return all(_fits(place.get(name), value) for name, value in wanted.items())
+    return all(_meets_condition(figure_cell.get(name), value) for name, value in conditions.items())
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, tuple):
-        return any(_fits(value, one) for one in wanted)
-    if callable(wanted):
-        return value is not None and bool(wanted(value))
-    if isinstance(wanted, (int, float)) and isinstance(value, (int, float)):
-        return math.isclose(value, wanted, rel_tol=1e-3, abs_tol=1e-9)
-    return bool(value == wanted)
+def _meets_condition(value: Any, condition: Any) -> bool:
+    if isinstance(condition, tuple):
+        return any(_meets_condition(value, one) for one in condition)
+    if callable(condition):
+        return value is not None and bool(condition(value))
+    if isinstance(condition, (int, float)) and isinstance(value, (int, float)):
+        return math.isclose(value, condition, rel_tol=1e-3, abs_tol=1e-9)
+    return bool(value == condition)
 
 
-def at_least(bound: float) -> Callable[[float], bool]:
+def require_minimum(bound: float) -> Callable[[float], bool]:
     """A condition on a field."""
     return lambda value: value >= bound
 
 
-def other_than(name: str) -> Callable[[str], bool]:
+def require_other(name: str) -> Callable[[str], bool]:
     """A condition on a field."""
     return lambda value: value != name
 
 
-def span(places: Sequence[int], sign: int = 1) -> Iterator[Term]:
+def build_span_scores(places: Sequence[int], sign: int = 1) -> Iterator[WeightedScore]:
     """The largest minus the smallest score, as two terms."""
-    yield Term(sign, tuple(places), "max")
-    yield Term(-sign, tuple(places), "min")
+    yield WeightedScore(sign, tuple(places), "max")
+    yield WeightedScore(-sign, tuple(places), "min")
 
 
-_TWINS = {
+_DEPENDENT_FIELDS = {
     "temperature": {"evaluation"},
     "beta": {"loss"},
     "loss": {"beta"},
     "anchor": {"alpha", "loss", "beta"},
-    "role": set(WHAT),
+    "role": set(MODEL_FIELDS),
 }
 """Fields that cannot stay the same where another one changes."""
 
 
-def with_twins(fields: set[str]) -> set[str]:
+def add_dependent_fields(fields: set[str]) -> set[str]:
     """These fields, and those that change with them."""
-    return fields.union(*(_TWINS.get(name, set()) for name in fields))
+    return fields.union(*(_DEPENDENT_FIELDS.get(name, set()) for name in fields))
 
 
-def freed(*cells: Cells) -> set[str]:
+def collect_varying_fields(*selectors: ModelSelector) -> set[str]:
     """The fields by which some models are told apart, which differ inside a column."""
-    return with_twins({name for one in cells for name in one.wanted})
+    return add_dependent_fields({name for one in selectors for name in one.conditions})
 
 
-def matching(places: Sequence[Place], cells: Cells) -> list[int]:
+def find_matches(places: Sequence[FigureCell], selector: ModelSelector) -> list[int]:
     """Indices of the places that are some models."""
-    return [n for n, place in enumerate(places) if cells.match(place)]
+    return [n for n, place in enumerate(places) if selector.matches(place)]
 
 
-def levels(places: Sequence[Place], axis: str) -> dict[Any, list[int]]:
+def group_by_axis(places: Sequence[FigureCell], axis: str) -> dict[Any, list[int]]:
     """`levels_of` all cells."""
-    return levels_of(places, Cells("", {}), axis)
+    return group_matches_by_axis(places, ModelSelector("", {}), axis)
 
 
-def levels_of(places: Sequence[Place], cells: Cells, axis: str) -> dict[Any, list[int]]:
+def group_matches_by_axis(
+    places: Sequence[FigureCell], selector: ModelSelector, axis: str
+) -> dict[Any, list[int]]:
     """Value of an axis -> its places, in order; sizes of students are ordered by name."""
     found: dict[Any, list[int]] = {}
-    for n in matching(places, cells):
+    for n in find_matches(places, selector):
         if places[n].get(axis) is not None:
             found.setdefault(places[n][axis], []).append(n)
-    ordered = [one for one in SIZES if one in found] if axis == "student" else sorted(found)
+    ordered = [one for one in STUDENT_SIZES if one in found] if axis == "student" else sorted(found)
     if axis == "student":
-        ordered += [one for one in found if one not in SIZES] if len(found) == 1 else []
+        ordered += [one for one in found if one not in STUDENT_SIZES] if len(found) == 1 else []
     return {value: found[value] for value in ordered}
 
 
-def same_values(places: Sequence[Place], a: Sequence[int], b: Sequence[int], name: str) -> bool:
+def have_equal_values(
+    places: Sequence[FigureCell], a: Sequence[int], b: Sequence[int], field_name: str
+) -> bool:
     """Spans compare only over the same values."""
-    return {places[n].get(name) for n in a} == {places[n].get(name) for n in b}
+    return {places[n].get(field_name) for n in a} == {places[n].get(field_name) for n in b}
 
 
-def level(axis: str, value: Any) -> str:
+def format_axis_value(axis: str, value: Any) -> str:
     """A value of an axis in words."""
-    return said(axis, value)
+    return format_field(axis, value)

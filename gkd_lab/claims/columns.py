@@ -4,26 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gkd_lab.claims.facts import Place
-from gkd_lab.claims.place_names import named, varying
+from gkd_lab.claims.facts import FigureCell
+from gkd_lab.claims.place_names import find_distinguishing_fields, format_fields
 from gkd_lab.statistics.bootstrap import Array
 
-Outcome = Literal["holds", "fails", "undecided", "tie"]
+ContrastOutcome = Literal["holds", "fails", "undecided", "tie"]
 
-_WORST: tuple[Outcome, ...] = ("fails", "undecided", "tie", "holds")
+_OUTCOMES_WORST_FIRST: tuple[ContrastOutcome, ...] = ("fails", "undecided", "tie", "holds")
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedContrast:
     """One comparison in numbers."""
 
     label: str
-    outcome: Outcome
+    outcome: ContrastOutcome
     effect: float
     low: float | None
     high: float | None
-    by_seed: dict[int, float]
-    resampled: Array | None
+    seed_effects: dict[int, float]
+    resampled_effects: Array | None
     ratio: float | None
 
 
@@ -31,58 +31,60 @@ class Judged:
 class Column:
     """All comparisons of one column; the least of them stands for it."""
 
-    place: Place
-    comparisons: list[Judged]
-    absent: list[str]
+    shared_fields: FigureCell
+    contrasts: list[JudgedContrast]
+    missing_models: list[str]
     """Models that the check asks for and the table does not."""
-    undone: list[Place]
+    unfinished_cells: list[FigureCell]
     """Those of its places that have no score yet."""
 
     @property
-    def outcome(self) -> Outcome:
-        return min((one.outcome for one in self.comparisons), key=_WORST.index)
+    def outcome(self) -> ContrastOutcome:
+        return min((one.outcome for one in self.contrasts), key=_OUTCOMES_WORST_FIRST.index)
 
     @property
-    def least(self) -> Judged:
-        return min(self.comparisons, key=lambda one: one.effect)
+    def weakest(self) -> JudgedContrast:
+        return min(self.contrasts, key=lambda one: one.effect)
 
 
-def told(columns: Sequence[Column], measured: bool) -> str:
+def format_columns(columns: Sequence[Column], measured: bool) -> str:
     """All columns in a sentence: counts and exceptions, or numbers where there is no verdict."""
     if not measured:
-        return counted(columns)
-    fields = varying([column.place for column in columns])
-    sign = "" if columns[0].least.ratio is not None else "+"
-    parts = [f"{named(c.place, fields)} {c.least.effect:{sign}.2f}".strip() for c in columns]
+        return format_counts(columns)
+    fields = find_distinguishing_fields([column.shared_fields for column in columns])
+    sign = "" if columns[0].weakest.ratio is not None else "+"
+    parts = [
+        f"{format_fields(c.shared_fields, fields)} {c.weakest.effect:{sign}.2f}".strip() for c in columns
+    ]
     return f"{len(columns)} of {len(columns)} measured, no verdict: {', '.join(parts)}"
 
 
-def counted(columns: Sequence[Column]) -> str:
+def format_counts(columns: Sequence[Column]) -> str:
     """`54 of 55`, and the exceptions by name; ratios where the claim is about one."""
-    fields = varying([column.place for column in columns])
+    fields = find_distinguishing_fields([column.shared_fields for column in columns])
     held = sum(column.outcome == "holds" for column in columns)
     parts = [f"{held} of {len(columns)}"]
     for outcome, word in (("fails", "fails"), ("tie", "ties"), ("undecided", "undecided")):
-        names = [_exception(column, fields) for column in columns if column.outcome == outcome]
+        names = [_format_exception(column, fields) for column in columns if column.outcome == outcome]
         parts += [f"{word}: {' | '.join(names)}"] if names else []
-    ratios = [_with_ratio(column, fields) for column in columns if column.least.ratio is not None]
+    ratios = [_format_ratio(column, fields) for column in columns if column.weakest.ratio is not None]
     parts += [f"ratios: {', '.join(ratios)}"] if ratios else []
     return "; ".join(parts)
 
 
-def _exception(column: Column, fields: Sequence[str]) -> str:
-    same = [one for one in column.comparisons if one.outcome == column.outcome]
+def _format_exception(column: Column, fields: Sequence[str]) -> str:
+    same = [one for one in column.contrasts if one.outcome == column.outcome]
     told = ", ".join(f"{one.label} {one.effect:+.2f}" for one in same)
-    if len(column.comparisons) == 1:
+    if len(column.contrasts) == 1:
         told = f"{same[0].effect:+.2f}"
-    name = named(column.place, fields)
+    name = format_fields(column.shared_fields, fields)
     if not name:
         return ", ".join(f"{one.label} {one.effect:+.2f}" for one in same)
     return f"{name} ({told})"
 
 
-def _with_ratio(column: Column, fields: Sequence[str]) -> str:
-    one = column.least
+def _format_ratio(column: Column, fields: Sequence[str]) -> str:
+    one = column.weakest
     assert one.ratio is not None
-    name = named(column.place, fields)
+    name = format_fields(column.shared_fields, fields)
     return f"{name} {one.ratio:.2f} ({one.label})".strip()

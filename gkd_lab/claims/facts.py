@@ -15,56 +15,56 @@ import pandas as pd
 from gkd_lab.claims import paper
 from gkd_lab.config import Cell
 from gkd_lab.config.grid import METHODS
-from gkd_lab.config.loss_terms import Objective, RewardObjective
+from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedReward
 from gkd_lab.metrics import METRICS
-from gkd_lab.statistics.summaries import points
-from gkd_lab.tables.rows import plain
-from gkd_lab.tables.table import axes_of
+from gkd_lab.statistics.summaries import expand_collapsed_cells
+from gkd_lab.tables.rows import encode_axis_value
+from gkd_lab.tables.table import list_axes
 
-Place = dict[str, Any]
+FigureCell = dict[str, Any]
 
-WHAT = ("role", "lmbda", "loss", "beta", "alpha", "anchor")
+MODEL_FIELDS = ("role", "lmbda", "loss", "beta", "alpha", "anchor")
 """Fields of a place that tell a model from the others of its column."""
-CONTEXT = (
+CONTEXT_FIELDS = (
     "task", "metric", "measure", "student", "pair", "decoding", "temperature", "evaluation", "train",
     "teacher_temperature", "learning_rate", "rest",
 )  # fmt: skip
-FACTORS = (*CONTEXT, *WHAT)
+FIGURE_CELL_FIELDS = (*CONTEXT_FIELDS, *MODEL_FIELDS)
 
-SIZES = ("small", "base", "large")
+STUDENT_SIZES = ("small", "base", "large")
 """Names of students, from small to large, in the paper and at every scale of ours."""
 
 
 @dataclass(frozen=True)
-class Fact:
+class Measurement:
     """A score of one model, one seed and one evaluation."""
 
-    place: Place
+    figure_cell: FigureCell
     value: float | None
     """None: not done yet."""
     seed: int = 0
-    error: float = 0.0
+    reading_error: float = 0.0
     """By how much a number read off a figure may be wrong."""
-    cell: str | None = None
+    fingerprint: str | None = None
     """Fingerprint of the model, in a table."""
-    column: str | None = None
+    score_column: str | None = None
     """`<evaluation>/<metric>`, in a table."""
 
 
-def of_paper(figures: Iterable[str] | None = None) -> list[Fact]:
+def load_paper_measurements(figures: Iterable[str] | None = None) -> list[Measurement]:
     """The paper's own numbers, of some figures or of all."""
-    frame = paper.values()
+    frame = paper.load_values()
     chosen = frame if figures is None else frame[frame["figure"].isin(tuple(figures))]
-    return _once(fact for row in chosen.to_dict("records") for fact in _of_paper_row(row))
+    return _remove_duplicates(fact for row in chosen.to_dict("records") for fact in _convert_paper_row(row))
 
 
-def _of_paper_row(row: dict[Any, Any]) -> Iterator[Fact]:
+def _convert_paper_row(row: dict[Any, Any]) -> Iterator[Measurement]:
     row = {str(name): None if pd.isna(value) else value for name, value in row.items()}
     metric = row["metric"]
     place = {
         "task": row["task"],
         "metric": metric,
-        "measure": metric if metric in _NOT_QUALITY else "quality",
+        "measure": metric if metric in _OTHER_MEASURES else "quality",
         "student": row["student"],
         "pair": "self" if row["figure"] == "A.10" else "smaller",
         "decoding": row["decoding"],
@@ -73,116 +73,124 @@ def _of_paper_row(row: dict[Any, Any]) -> Iterator[Fact]:
         "teacher_temperature": row["teacher_temperature"],
         "role": row["role"],
         "lmbda": row["lmbda"],
-        "loss": _loss_by_name(row["method"], row["divergence"]),
+        "loss": _classify_method_loss(row["method"], row["divergence"]),
         "beta": row["beta"],
         "alpha": row["alpha"],
         "anchor": "start" if row["method"] == "rlef" else None,
     }
-    yield Fact(place, row["value"], error=row["error"])
+    yield Measurement(place, row["value"], reading_error=row["error"])
     if row["role"] == "cell" and (row["start"] is not None or row["form"] == "gain"):
         is_gain = row["form"] == "gain"
         error = 0.0 if is_gain else row["gain_error"] - row["error"]
-        yield Fact(_reference(place, "start"), 0.0 if is_gain else row["start"], error=error)
+        yield Measurement(
+            _describe_reference(place, "start"), 0.0 if is_gain else row["start"], reading_error=error
+        )
 
 
-_NOT_QUALITY = ("self_bleu", "entailment", "step_time")
+_OTHER_MEASURES = ("self_bleu", "entailment", "step_time")
 
 
-def _reference(place: Place, role: str) -> Place:
+def _describe_reference(place: FigureCell, role: str) -> FigureCell:
     """The place of a model that a cell is held against."""
-    return {**place, **dict.fromkeys(WHAT), "role": role}
+    return {**place, **dict.fromkeys(MODEL_FIELDS), "role": role}
 
 
-def _once(facts: Iterable[Fact]) -> list[Fact]:
+def _remove_duplicates(measurements: Iterable[Measurement]) -> list[Measurement]:
     """Of several facts of one place and seed the first: a start that many cells share is one number."""
-    found: dict[Any, Fact] = {}
-    for fact in facts:
-        key = (*(fact.place.get(name) for name in FACTORS), fact.seed)
+    found: dict[Any, Measurement] = {}
+    for fact in measurements:
+        key = (*(fact.figure_cell.get(name) for name in FIGURE_CELL_FIELDS), fact.seed)
         if key not in found or found[key].value is None:
             found[key] = fact
     return list(found.values())
 
 
-def of_table(
+def extract_measurements(
     frame: pd.DataFrame,
     cells: Mapping[str, Cell] | None = None,
-    seconds: Mapping[str, float] | None = None,
-) -> list[Fact]:
+    step_seconds: Mapping[str, float] | None = None,
+) -> list[Measurement]:
     """A table's scores: of every evaluation its first metric, and Self-BLEU.
 
     `cells` (fingerprint -> cell) tell what the columns do not: divergences without a beta, settings
     that are no axis. `seconds` (fingerprint -> of a step) are the times of cells that ran alone.
     """
-    reader = _Reader(frame, cells or {}, seconds or {})
-    return _once(fact for row in points(frame).to_dict("records") for fact in reader.facts(row))
+    reader = _TableReader(frame, cells or {}, step_seconds or {})
+    return _remove_duplicates(
+        fact for row in expand_collapsed_cells(frame).to_dict("records") for fact in reader.read_row(row)
+    )
 
 
-_DECODING = re.compile(r"(greedy|sample|beam)([\d.]+)?")
-_OWN_FIELDS = {
+_DECODING_NAME = re.compile(r"(greedy|sample|beam)([\d.]+)?")
+_AXIS_FIELDS = {
     "student": "student",
     "teacher_temperature": "teacher_temperature",
     "learning_rate": "learning_rate",
     "train_rows": "train",
 }
-_RECOGNISED = ("method", "divergence", "source", "alpha", "anchor")
+_METHOD_AXES = ("method", "divergence", "source", "alpha", "anchor")
 
 
-class _Reader:
+class _TableReader:
     """Rows of one table as facts."""
 
     def __init__(self, frame: pd.DataFrame, cells: Mapping[str, Cell], seconds: Mapping[str, float]) -> None:
-        self.cells, self.seconds = cells, seconds
-        self.axes = axes_of(frame)
-        self.measured = {task: list(_measured(frame, task)) for task in frame["task"].unique()}
+        self.cells, self.step_seconds = cells, seconds
+        self.axes = list_axes(frame)
+        self.score_columns = {task: list(_find_score_columns(frame, task)) for task in frame["task"].unique()}
         references = frame[frame["role"] != "cell"].to_dict("records")
         self.references = {(row["role"], row["cell"]): row for row in references}
         rows = frame["train_rows"].max() if "train_rows" in frame else None
-        self.most_rows = None if rows is None or pd.isna(rows) else float(rows)
+        self.max_train_rows = None if rows is None or pd.isna(rows) else float(rows)
 
-    def facts(self, row: dict[Any, Any]) -> Iterator[Fact]:
-        place, seed = self._place(row), int(row["seed"])
-        for column, measure in self.measured[row["task"]]:
-            here = {**place, **_of_evaluation(column), "measure": measure}
-            yield Fact(here, _number(row[column]), seed, cell=row["cell"], column=column)
+    def read_row(self, row: dict[Any, Any]) -> Iterator[Measurement]:
+        place, seed = self._describe_cell(row), int(row["seed"])
+        for column, measure in self.score_columns[row["task"]]:
+            here = {**place, **_parse_score_column(column), "measure": measure}
+            yield Measurement(
+                here, _parse_number(row[column]), seed, fingerprint=row["cell"], score_column=column
+            )
             for role in ("start", "teacher"):
                 known = self.references.get((role, row[f"{role}_cell"]))
                 if known is not None:
-                    value, there = _number(known[column]), _reference(here, role)
-                    yield Fact(there, value, seed, cell=known["cell"], column=column)
-        if row["cell"] in self.seconds:
+                    value, there = _parse_number(known[column]), _describe_reference(here, role)
+                    yield Measurement(there, value, seed, fingerprint=known["cell"], score_column=column)
+        if row["cell"] in self.step_seconds:
             timed = {**place, "metric": "step_time", "measure": "step_time"}
-            yield Fact(timed, self.seconds[row["cell"]], seed)
+            yield Measurement(timed, self.step_seconds[row["cell"]], seed)
 
-    def _place(self, row: dict[Any, Any]) -> Place:
+    def _describe_cell(self, row: dict[Any, Any]) -> FigureCell:
         cell = self.cells.get(row["cell"])
-        own = {name: plain(row[axis]) for axis, name in _OWN_FIELDS.items() if axis in self.axes}
-        rest = {axis: row[axis] for axis in self.axes if axis not in _OWN_FIELDS and axis not in _RECOGNISED}
+        own = {name: encode_axis_value(row[axis]) for axis, name in _AXIS_FIELDS.items() if axis in self.axes}
+        rest = {
+            axis: row[axis] for axis in self.axes if axis not in _AXIS_FIELDS and axis not in _METHOD_AXES
+        }
         if cell is not None:
             own.setdefault("student", cell.training.start.model.name)
-        loss = _loss(cell, row)
+        loss = _classify_loss(cell, row)
         return {
             "task": row["task"],
-            "pair": _pair(cell, own.get("student")),
+            "pair": _classify_pair(cell, own.get("student")),
             **own,
-            "train": self._share(row),
+            "train": self._compute_train_share(row),
             "rest": json.dumps(rest, sort_keys=True, default=str) if rest else None,
             "role": "cell",
             "lmbda": float(row["lmbda"]),
-            **_of_reward(cell, loss),
+            **_describe_reward(cell, loss),
             "beta": None if pd.isna(row["beta"]) or not loss.startswith("jsd") else float(row["beta"]),
         }
 
-    def _share(self, row: dict[Any, Any]) -> float | None:
+    def _compute_train_share(self, row: dict[Any, Any]) -> float | None:
         """Of the most training rows that the table has; null in the axis stands for all."""
         if "train_rows" not in self.axes:
             return None
         rows = row["train_rows"]
-        if self.most_rows is None or rows is None or pd.isna(rows):
+        if self.max_train_rows is None or rows is None or pd.isna(rows):
             return 1.0
-        return round(float(rows) / self.most_rows, 4)
+        return round(float(rows) / self.max_train_rows, 4)
 
 
-def _measured(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, str]]:
+def _find_score_columns(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, str]]:
     """(score column, measure) of each evaluation of a task: its first metric, and Self-BLEU."""
     here = frame[frame["task"] == task]
     names: dict[str, None] = {}
@@ -190,7 +198,7 @@ def _measured(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, str]]:
         states = json.loads(found) if isinstance(found, str) else found
         names.update(dict.fromkeys(states if isinstance(states, dict) else ()))
     for name in names:
-        columns = [one for one in frame.columns if _is_score(one, name)]
+        columns = [one for one in frame.columns if _is_score_column(one, name)]
         there = [one for one in columns if here[one].notna().any()] or columns
         yield from ((one, "quality") for one in there[:1] if one.rsplit("/", 1)[1] != "self_bleu")
         if f"{name}/self_bleu" in columns:
@@ -199,17 +207,17 @@ def _measured(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, str]]:
             yield f"{name}/self_bleu", "self_bleu"
 
 
-def _is_score(column: str, evaluation: str) -> bool:
+def _is_score_column(column: str, evaluation: str) -> bool:
     before, slash, metric = column.partition("/")
     if not slash or before != evaluation or metric.endswith((".low", ".high")):
         return False
-    return metric in METRICS or not _DECODING.match(evaluation)
+    return metric in METRICS or not _DECODING_NAME.match(evaluation)
 
 
-def _of_evaluation(column: str) -> Place:
+def _parse_score_column(column: str) -> FigureCell:
     """How texts were decoded, from an evaluation's name; a benchmark of lm-eval is a metric of its own."""
     evaluation, metric = column.split("/", 1)
-    decoded = _DECODING.match(evaluation)
+    decoded = _DECODING_NAME.match(evaluation)
     if decoded is None:
         known = [name for name in ("mmlu", "bbh") if evaluation.startswith(name)]
         return {"metric": known[0] if known else evaluation, "decoding": None, "evaluation": evaluation}
@@ -221,7 +229,7 @@ def _of_evaluation(column: str) -> Place:
     }  # fmt: skip
 
 
-def _loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
+def _classify_loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
     """`jsd`, `tv`, `seqkd` or `sft`; a table alone knows the latter by their method."""
     if cell is not None:
         if cell.divergence == "cross_entropy":
@@ -229,31 +237,31 @@ def _loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
         written = "" if cell.training.source.text is None else " on the teacher's text"
         return cell.divergence + written
     divergence = "jsd" if row["beta"] != float("inf") else "tv"
-    return _loss_by_name(row.get("method"), divergence) or divergence
+    return _classify_method_loss(row.get("method"), divergence) or divergence
 
 
-def _of_reward(cell: Cell | None, loss: str) -> Place:
+def _describe_reward(cell: Cell | None, loss: str) -> FigureCell:
     """The weight of the divergence beside a reward's, and whom it holds to: the start, in RLEF*.
 
     A cell with a reward is no example of what its divergence does alone; `loss` says so.
     """
     objectives = () if cell is None else cell.training.objectives
-    rewards = sum(one.weight for one in objectives if isinstance(one, RewardObjective))
+    rewards = sum(one.weight for one in objectives if isinstance(one, ResolvedReward))
     if not rewards:
         return {"loss": loss}
-    held = [one for one in objectives if isinstance(one, Objective)]
+    held = [one for one in objectives if isinstance(one, ResolvedDivergence)]
     total = rewards + sum(one.weight for one in held)
     if any(one.teachers != (0,) for one in held):
         return {"loss": f"{loss} with a reward", "anchor": "start"}
     return {"loss": f"{loss} with a reward", "alpha": round(1 - rewards / total, 6)}
 
 
-def _loss_by_name(method: Any, divergence: Any) -> str | None:
+def _classify_method_loss(method: Any, divergence: Any) -> str | None:
     sets = METHODS.get(method, {}) if isinstance(method, str) else {}
     return str(method) if sets.get("type") == "cross_entropy" else divergence
 
 
-def _pair(cell: Cell | None, student: Any) -> str:
+def _classify_pair(cell: Cell | None, student: Any) -> str:
     """Whether the student is as large as its teacher: self-distillation."""
     if cell is not None:
         teacher, start = cell.training.teacher.model, cell.training.start.model
@@ -264,5 +272,5 @@ def _pair(cell: Cell | None, student: Any) -> str:
     return "self" if student in ("teacher", "xl") else "smaller"
 
 
-def _number(value: Any) -> float | None:
+def _parse_number(value: Any) -> float | None:
     return None if value is None or pd.isna(value) else float(value)

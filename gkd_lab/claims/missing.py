@@ -3,36 +3,38 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gkd_lab.claims.checks import Check, fits
-from gkd_lab.claims.facts import WHAT, Fact, Place
-from gkd_lab.claims.place_names import named, said, varying
+from gkd_lab.claims.checks import Check, meets_conditions
+from gkd_lab.claims.facts import MODEL_FIELDS, FigureCell, Measurement
+from gkd_lab.claims.place_names import find_distinguishing_fields, format_field, format_fields
 
-NOTHING = "0 of 0; "
+UNJUDGED_PREFIX = "0 of 0; "
 """How the detail of a claim without a column begins: a script finds `k of n` in every one."""
 
-MOST_NAMED = 8
+MAX_LISTED_CELLS = 8
 """Missing places that are named one by one."""
 
 
-def why_not(why: Sequence[str], undone: Sequence[Place]) -> str:
+def format_unjudged(reasons: Sequence[str], unfinished_cells: Sequence[FigureCell]) -> str:
     """Why there is no verdict at all."""
-    return f"{NOTHING}cannot be judged: {'; '.join([*why, *_undone(undone)])}"
+    return f"{UNJUDGED_PREFIX}cannot be judged: {'; '.join([*reasons, *_list_unfinished(unfinished_cells)])}"
 
 
-def not_there(absent: Sequence[str], why: Sequence[str], undone: Sequence[Place]) -> list[str]:
+def list_gaps(
+    missing_models: Sequence[str], reasons: Sequence[str], unfinished_cells: Sequence[FigureCell]
+) -> list[str]:
     """What a verdict was given without."""
-    without = [f"not in the table: {', '.join(absent)}"] if absent else []
-    return [*without, *why, *_undone(undone)]
+    without = [f"not in the table: {', '.join(missing_models)}"] if missing_models else []
+    return [*without, *reasons, *_list_unfinished(unfinished_cells)]
 
 
-def _undone(places: Sequence[Place]) -> list[str]:
-    fields = {*varying(places), *WHAT}
-    names = list(dict.fromkeys(named(place, fields) for place in places))
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return [f"not done: {' | '.join(names[:MOST_NAMED])}{more}"] if names else []
+def _list_unfinished(places: Sequence[FigureCell]) -> list[str]:
+    fields = {*find_distinguishing_fields(places), *MODEL_FIELDS}
+    names = list(dict.fromkeys(format_fields(place, fields) for place in places))
+    more = f" and {len(names) - MAX_LISTED_CELLS} more" if len(names) > MAX_LISTED_CELLS else ""
+    return [f"not done: {' | '.join(names[:MAX_LISTED_CELLS])}{more}"] if names else []
 
 
-_MEASURES = {
+_MEASURE_DESCRIPTIONS = {
     "quality": "score",
     "self_bleu": "Self-BLEU (an evaluation with samples and the metric self_bleu)",
     "entailment": "entailment (a reward here, not a score)",
@@ -40,22 +42,24 @@ _MEASURES = {
 }
 
 
-def lacking(check: Check, facts: Sequence[Fact]) -> str:
+def explain_missing_data(check: Check, measurements: Sequence[Measurement]) -> str:
     """The first field that no fact meets."""
-    wanted = {"measure": "quality", **check.where}
-    if not facts:
+    wanted = {"measure": "quality", **check.conditions}
+    if not measurements:
         return "no cells"
-    left = [fact for fact in facts if fact.place["role"] == "cell"]
+    left = [fact for fact in measurements if fact.figure_cell["role"] == "cell"]
     for name in sorted(wanted, key=lambda name: name != "task"):
-        left = [fact for fact in left if fits(fact.place, {name: wanted[name]})]
+        left = [fact for fact in left if meets_conditions(fact.figure_cell, {name: wanted[name]})]
         if not left:
-            return f"no {_asked(name, wanted[name])}"
-    return "no cells in which all of this is so: " + ", ".join(_asked(*one) for one in check.where.items())
+            return f"no {_format_condition(name, wanted[name])}"
+    return "no cells in which all of this is so: " + ", ".join(
+        _format_condition(*one) for one in check.conditions.items()
+    )
 
 
-def _asked(name: str, value: Any) -> str:
+def _format_condition(name: str, value: Any) -> str:
     if name == "measure":
-        return _MEASURES[value]
+        return _MEASURE_DESCRIPTIONS[value]
     if name == "task":
         return f"cells of task {value}"
     if name == "pair":
@@ -70,4 +74,4 @@ def _asked(name: str, value: Any) -> str:
     if callable(value):
         return f"cells with the asked for {name}"
     values = value if isinstance(value, tuple) else (value,)
-    return "cells with " + " or ".join(said(name, one) or str(one) for one in values)
+    return "cells with " + " or ".join(format_field(name, one) or str(one) for one in values)

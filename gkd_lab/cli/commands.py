@@ -14,36 +14,36 @@ import typer
 
 from gkd_lab import __version__, experiments
 from gkd_lab.cli.options import (
-    ComparisonFormat,
-    Executor,
-    Follow,
-    Held,
-    Name,
-    NoWait,
-    Outputs,
-    Pack,
-    Retry,
-    Scale,
-    Sets,
+    ExecutorOption,
+    ExperimentArgument,
+    LockedCellAction,
+    NoWaitOption,
+    OutputFormat,
+    OutputsOption,
+    PackOption,
+    RetryFailedOption,
+    ScaleOption,
+    SetOption,
     TableFormat,
-    TermGradients,
-    Worker,
-    Workers,
-    check_executor,
-    check_folder,
-    fields_of,
-    grid_named,
-    leave,
-    metrics_named,
-    overrides_of,
-    resolved_anew,
-    value_of,
-    workers_of,
-    writable,
+    TermGradientsOption,
+    TrackerOption,
+    WorkerOption,
+    WorkersOption,
+    check_executor_options,
+    check_outputs_folder,
+    create_outputs_folder,
+    exit_with_message,
+    get_scale_value,
+    load_grid,
+    load_grid_without_cache,
+    parse_cell_fields,
+    parse_metric_names,
+    parse_overrides,
+    parse_worker_count,
 )
-from gkd_lab.cli.run_commands import SIGNALLED, is_agents, run_cells, run_workers, tracker_asked
-from gkd_lab.config import SpecError
-from gkd_lab.config.packs import parse_limit
+from gkd_lab.cli.run_commands import SIGNAL_EXIT_BASE, choose_tracker, is_sweep_agent, run_cells, run_workers
+from gkd_lab.config import ConfigError
+from gkd_lab.config.packs import parse_pack_limit
 from gkd_lab.store import DamagedRecord, Store
 from gkd_lab.store.files import write_bytes
 
@@ -70,20 +70,20 @@ def version(
 @app.command("list")
 def list_experiments() -> None:
     """Name every experiment with its number of cells and its question."""
-    from gkd_lab.status.render import aligned, folded
+    from gkd_lab.status.render import align_columns, wrap_last_column
 
     found, broken = [], []
-    for name in experiments.names():
+    for name in experiments.list_experiment_files():
         try:
-            experiment, cells = experiments.outline(name)
-        except SpecError as error:
+            experiment, cells = experiments.outline_experiment(name)
+        except ConfigError as error:
             found.append([name, "?", "", "cannot be read, see below"])
             broken.append(f"gkd-lab: {error}")
             continue
         figures = ", ".join(experiment.paper.figures)
         question = experiment.description.split(". ")[0].strip()
         found.append([name, str(cells), figures, question])
-    for line in aligned(["experiment", "cells", "figures", "question"], folded(found)):
+    for line in align_columns(["experiment", "cells", "figures", "question"], wrap_last_column(found)):
         print(line)
     for line in broken:
         print(line, file=sys.stderr)
@@ -93,43 +93,43 @@ def list_experiments() -> None:
 
 @app.command()
 def plan(
-    name: Name,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
-    pack: Pack = "auto",
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    pack: PackOption = "auto",
 ) -> None:
     """Show every cell with its status and cost; run nothing."""
-    from gkd_lab.status.overview import overview
-    from gkd_lab.status.render import cell_lines, summary_lines
+    from gkd_lab.status.overview import build_overview
+    from gkd_lab.status.render import render_cells, render_summary
 
-    limit = parse_limit(pack)
-    grid = grid_named(name, scale, sets, outputs)
-    found = overview(grid, Store(outputs), limit)
-    print("\n".join((*cell_lines(grid, found, progress=False), *summary_lines(found))))
+    limit = parse_pack_limit(pack)
+    grid = load_grid(name, scale, sets, outputs)
+    found = build_overview(grid, Store(outputs), limit)
+    print("\n".join((*render_cells(grid, found, show_progress=False), *render_summary(found))))
 
 
 @app.command()
 def status(
-    name: Name,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
     watch: Annotated[bool, typer.Option("--watch", help="Look again until all is done, or Ctrl-C.")] = False,
 ) -> None:
     """Show how far every cell is, who works on it and how fast, and why it failed."""
-    from gkd_lab.status.overview import overview
-    from gkd_lab.status.render import cell_lines, failure_lines, reference_lines
+    from gkd_lab.status.overview import build_overview
+    from gkd_lab.status.render import render_cells, render_failures, render_running_artifacts
 
-    grid = grid_named(name, scale, sets, outputs)
+    grid = load_grid(name, scale, sets, outputs)
     if watch:
-        from gkd_lab.status.watch import watch as watch_until_settled
+        from gkd_lab.status.watch import watch_grid as watch_until_settled
 
         found = watch_until_settled(grid, Store(outputs))
     else:
-        found = overview(grid, Store(outputs), "auto")
-    print("\n".join((*cell_lines(grid, found, progress=True), *reference_lines(found))))
-    failed = list(failure_lines(found))
+        found = build_overview(grid, Store(outputs), "auto")
+    print("\n".join((*render_cells(grid, found, show_progress=True), *render_running_artifacts(found))))
+    failed = list(render_failures(found))
     for line in failed:
         print(line)
     if failed:
@@ -138,29 +138,31 @@ def status(
 
 @app.command()
 def run(
-    name: Name,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
-    pack: Pack = "auto",
-    retry_failed: Retry = False,
-    workers: Workers = 1,
-    executor: Executor = "local",
-    tracker: Follow = None,
-    no_wait: NoWait = False,
-    term_gradients: TermGradients = False,
-    worker: Worker = None,
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    pack: PackOption = "auto",
+    retry_failed: RetryFailedOption = False,
+    workers: WorkersOption = 1,
+    executor: ExecutorOption = "local",
+    tracker: TrackerOption = None,
+    no_wait: NoWaitOption = False,
+    term_gradients: TermGradientsOption = False,
+    worker: WorkerOption = None,
 ) -> None:
     """Train and evaluate every cell; what is done is not done again."""
-    check_executor(executor, workers, no_wait)
-    limit = parse_limit(pack)
-    chosen = tracker_asked(tracker)
-    if is_agents() and chosen == "wandb":
-        raise SpecError("a sweep agent's run is one cell: let it call `gkd-lab cell`, or say --tracker none")
-    grid = grid_named(name, scale, sets, outputs)
+    check_executor_options(executor, workers, no_wait)
+    limit = parse_pack_limit(pack)
+    chosen = choose_tracker(tracker)
+    if is_sweep_agent() and chosen == "wandb":
+        raise ConfigError(
+            "a sweep agent's run is one cell: let it call `gkd-lab cell`, or say --tracker none"
+        )
+    grid = load_grid(name, scale, sets, outputs)
     if workers == 1:
         held: Literal["pass", "wait"] = "pass" if no_wait else "wait"
-        count = workers_of(worker)
+        count = parse_worker_count(worker)
         run_cells(
             grid, outputs, limit, retry_failed, chosen, held, workers=count, term_gradients=term_gradients
         )
@@ -181,64 +183,67 @@ def cell(
     experiment: Annotated[
         str | None, typer.Option(metavar="EXP", help="Base, scale and evaluations come from here.")
     ] = None,
-    scale: Scale = None,
-    outputs: Outputs = Path("outputs"),
-    retry_failed: Retry = False,
-    tracker: Follow = None,
+    scale: ScaleOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    retry_failed: RetryFailedOption = False,
+    tracker: TrackerOption = None,
     held: Annotated[
-        Held, typer.Option(help="A cell that another process works on: wait for it, or pass it over.")
-    ] = Held.wait,
+        LockedCellAction,
+        typer.Option(help="A cell that another process works on: wait for it, or pass it over."),
+    ] = LockedCellAction.wait,
 ) -> None:
     """Run one cell: `--task arithmetic --lmbda 0.5 --beta 0.1 --seed 0 ...`, as a sweep agent calls it."""
-    chosen = tracker_asked(tracker)
+    chosen = choose_tracker(tracker)
     try:
-        check_folder(outputs)
-        fields = fields_of(context.args)
-        grid = experiments.load_one(fields, name=experiment, scale=value_of(scale), outputs=outputs)
-    except SpecError as error:
-        if is_agents() and chosen == "wandb":
-            from gkd_lab.runner.wandb_tracker import refused
+        check_outputs_folder(outputs)
+        fields = parse_cell_fields(context.args)
+        grid = experiments.load_single_cell(
+            fields, name=experiment, scale=get_scale_value(scale), outputs=outputs
+        )
+    except ConfigError as error:
+        if is_sweep_agent() and chosen == "wandb":
+            from gkd_lab.runner.wandb_tracker import report_refused_parameters
 
-            refused(str(error))
+            report_refused_parameters(str(error))
         raise
     run_cells(grid, outputs, "off", retry_failed, chosen, held.value)
-    print(Store(outputs).of(grid.cells[0]).folder)
+    print(Store(outputs).get_record(grid.cells[0]).folder)
 
 
 @app.command()
-def sweep(name: Name, scale: Scale = None, sets: Sets = None) -> None:
+def sweep(name: ExperimentArgument, scale: ScaleOption = None, sets: SetOption = None) -> None:
     """Print a sweep file for wandb agents, whose cells are the experiment's."""
-    from gkd_lab.config.sweep import sweep_file
+    from gkd_lab.config.sweep import format_sweep_file
 
-    fields = overrides_of(sets)
-    experiment, _ = experiments.outline(name, scale=value_of(scale), overrides=fields)
-    print(sweep_file(name, experiment, value_of(scale), fields), end="")
+    fields = parse_overrides(sets)
+    experiment, _ = experiments.outline_experiment(name, scale=get_scale_value(scale), overrides=fields)
+    print(format_sweep_file(name, experiment, get_scale_value(scale), fields), end="")
 
 
 @app.command()
 def table(
-    name: Name,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
     format: Annotated[TableFormat, typer.Option(help="Of what is written.")] = TableFormat.md,
     output: Annotated[Path | None, typer.Option("-o", help="A file; default: stdout.")] = None,
 ) -> None:
     """Write one row per cell and reference model, with status and scores."""
-    from gkd_lab.tables.table import encode
+    from gkd_lab.tables.table import encode_table
     from gkd_lab.tables.table import table as read_table
 
-    grid, store = grid_named(name, scale, sets, outputs), Store(outputs)
+    grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
     frame = read_table(grid, store)
     if format is TableFormat.parquet:
-        from gkd_lab.tables.table_sources import sources
+        from gkd_lab.tables.table_sources import collect_table_provenance
 
-        frame.attrs.update(sources(grid, store))
-    content = encode(frame, format.value)
+        frame.attrs.update(collect_table_provenance(grid, store))
+    content = encode_table(frame, format.value)
     if output is None:
         sys.stdout.buffer.write(content)
     elif output.is_dir():
-        raise SpecError(f"-o {str(output)!r} is a folder; name a file in it")
+        raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it")
     else:
         write_bytes(output, content)
 
@@ -252,7 +257,7 @@ def evaluate(
         str,
         typer.Option(metavar="NAME,FILE.yaml", help="Of lm-eval; `own`: the cell's own task as one."),
     ],
-    outputs: Outputs = Path("outputs"),
+    outputs: OutputsOption = Path("outputs"),
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default all.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Default: each task's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents at once.")] = 16,
@@ -261,24 +266,24 @@ def evaluate(
     ] = False,
 ) -> None:
     """Run tasks of lm-eval on a finished cell; `table` shows their scores beside its own."""
-    from gkd_lab.config.lm_eval_task import lm_task
+    from gkd_lab.config.lm_eval_task import resolve_lm_eval_task
     from gkd_lab.store.lookup import find_record
 
-    check_folder(outputs)
+    check_outputs_folder(outputs)
     record = find_record(cell, outputs)
     names = list(filter(None, (name.strip() for name in tasks.split(","))))
     if not names:
-        raise SpecError(f"--tasks {tasks!r}: expected tasks of lm-eval or YAML files, as NAME,FILE.yaml")
-    if record.state() != "done":
-        raise SpecError(f"{record.folder}: its training is {record.state()}, finish it first")
+        raise ConfigError(f"--tasks {tasks!r}: expected tasks of lm-eval or YAML files, as NAME,FILE.yaml")
+    if record.read_state() != "done":
+        raise ConfigError(f"{record.folder}: its training is {record.read_state()}, finish it first")
     for name in names:
-        lm_task(name, trusted=trust_remote_code)
-    writable(record.folder)
-    from gkd_lab.runner.library_logging import quieten
+        resolve_lm_eval_task(name, trusted=trust_remote_code)
+    create_outputs_folder(record.folder)
+    from gkd_lab.runner.library_logging import silence_libraries
     from gkd_lab.runner.lm_eval_runs import evaluate_record
     from gkd_lab.runner.run_options import RunOptions
 
-    quieten()
+    silence_libraries()
     found = evaluate_record(
         record,
         names,
@@ -288,18 +293,18 @@ def evaluate(
         batch_size=batch_size,
         trusted=trust_remote_code,
     )
-    failed = [one for one in found if one.part.state() == "failed"]
+    failed = [one for one in found if one.record.read_state() == "failed"]
     for one in found:
-        for metric, score in one.part.scores().items() if one not in failed else ():
-            print(f"{one.evaluation.name}/{metric}: {_score(score)}")
+        for metric, score in one.record.read_scores().items() if one not in failed else ():
+            print(f"{one.evaluation.name}/{metric}: {_format_score(score)}")
     for one in failed:
-        reason = f"{one.part.status()['error']} (see {one.part.status_file})"
+        reason = f"{one.record.read_status()['error']} (see {one.record.status_file})"
         print(f"failed: {one.evaluation.name}: {reason}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 
 
-def _score(score: dict[str, Any]) -> str:
+def _format_score(score: dict[str, Any]) -> str:
     value = "no number" if score["value"] is None else f"{score['value']:.4f}"
     return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
 
@@ -309,41 +314,45 @@ def claims(
     name: Annotated[
         str, typer.Argument(metavar="EXP|paper", help="An experiment; `paper`: the paper's own numbers.")
     ],
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
-    format: Annotated[ComparisonFormat, typer.Option(help="Of what is printed.")] = ComparisonFormat.text,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    format: Annotated[OutputFormat, typer.Option(help="Of what is printed.")] = OutputFormat.text,
 ) -> None:
     """Say which of the paper's claims hold in a run, or in the paper's own numbers."""
     from gkd_lab.claims.definitions import CLAIMS
     from gkd_lab.claims.judge import judge_paper
     from gkd_lab.claims.run_claims import judge_run
-    from gkd_lab.claims.verdict_text import as_json, text_lines
+    from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
 
     asked: Sequence[str] = ()
     if name == "paper":
         if scale is not None or sets:
-            raise SpecError("the paper's own numbers have no --scale and nothing to --set")
+            raise ConfigError("the paper's own numbers have no --scale and nothing to --set")
         found = judge_paper(CLAIMS.values())
     else:
-        grid = grid_named(name, scale, sets, outputs)
+        grid = load_grid(name, scale, sets, outputs)
         asked = grid.experiment.paper.claims
         found = judge_run(grid, Store(outputs))
-    print(as_json(found) if format is ComparisonFormat.json else "\n".join(text_lines(found, asked)))
+    print(
+        encode_verdicts(found)
+        if format is OutputFormat.json
+        else "\n".join(format_verdict_lines(found, asked))
+    )
 
 
 @app.command()
 def report(
-    name: Name,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
     output: Annotated[Path | None, typer.Option("-o", help="Default: in the outputs.")] = None,
 ) -> None:
     """Write one self-contained HTML page: heat map, curves, table, samples."""
     from gkd_lab.report.html_report import write_report
 
-    grid = grid_named(name, scale, sets, outputs)
+    grid = load_grid(name, scale, sets, outputs)
     place = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
     print(f"report: {write_report(grid, Store(outputs), place).resolve()}")
 
@@ -356,66 +365,73 @@ def compare(
     evaluation: Annotated[
         str | None, typer.Option(help="By name, such as greedy. Default: the first that both have.")
     ] = None,
-    outputs: Outputs = Path("outputs"),
-    format: Annotated[ComparisonFormat, typer.Option(help="Of what is printed.")] = ComparisonFormat.text,
+    outputs: OutputsOption = Path("outputs"),
+    format: Annotated[OutputFormat, typer.Option(help="Of what is printed.")] = OutputFormat.text,
 ) -> None:
     """Show how two cells differ: settings, scores, paired difference, the examples that differ most."""
-    from gkd_lab.report.comparison import compare as compare_records
-    from gkd_lab.report.comparison_text import as_json, show
+    from gkd_lab.report.comparison import compare_records as compare_records
+    from gkd_lab.report.comparison_text import format_comparison_json, print_comparison
     from gkd_lab.store.lookup import find_record
 
-    check_folder(outputs)
+    check_outputs_folder(outputs)
     pair = find_record(cell_a, outputs), find_record(cell_b, outputs)
     found = compare_records(*pair, evaluation=evaluation, metric=metric)
-    if format is ComparisonFormat.json:
-        print(as_json(found))
+    if format is OutputFormat.json:
+        print(format_comparison_json(found))
     else:
-        show(found)
+        print_comparison(found)
 
 
 @app.command()
 def rescore(
-    name: Name,
+    name: ExperimentArgument,
     metrics: Annotated[
         str | None, typer.Option(metavar="M1,M2", help="Default: those that the evaluations ask for.")
     ] = None,
-    scale: Scale = None,
-    sets: Sets = None,
-    outputs: Outputs = Path("outputs"),
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
 ) -> None:
     """Compute metrics anew from the stored predictions of every cell; load no model."""
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.tables.rescoring import jobs
-    from gkd_lab.tables.rescoring import rescore as rescore_all
-    from gkd_lab.tables.rescoring_text import rescored_lines, unscored_lines
+    from gkd_lab.tables.rescoring import collect_rescore_jobs
+    from gkd_lab.tables.rescoring import rescore_records as rescore_all
+    from gkd_lab.tables.rescoring_text import format_rescored_lines, format_unscored_lines
 
-    asked = metrics_named(metrics)
-    grid = grid_named(name, scale, sets, outputs)
-    work, missing = jobs(grid, Store(outputs), asked)
+    asked = parse_metric_names(metrics)
+    grid = load_grid(name, scale, sets, outputs)
+    work, missing = collect_rescore_jobs(grid, Store(outputs), asked)
     if not work:
-        leave(f"nothing to rescore: {grid.name} has no finished evaluation below {str(outputs)!r} yet", 1)
+        exit_with_message(
+            f"nothing to rescore: {grid.name} has no finished evaluation below {str(outputs)!r} yet", 1
+        )
     try:
         with Reporter().phase(f"{grid.name}: records", len(work)) as advance:
             outcome = rescore_all(work, advance)
     except OSError as error:
-        leave(f"{error}; what was rescored is kept, rescore again to go on", 1)
-    print("\n".join(rescored_lines(outcome, len(work))))
-    for line in unscored_lines(grid, outcome, missing):
+        exit_with_message(f"{error}; what was rescored is kept, rescore again to go on", 1)
+    print("\n".join(format_rescored_lines(outcome, len(work))))
+    for line in format_unscored_lines(grid, outcome, missing):
         print(line, file=sys.stderr)
-    if not outcome.whole:
+    if not outcome.is_complete:
         raise typer.Exit(1)
 
 
 @app.command()
-def verify(name: Name, scale: Scale = None, sets: Sets = None, outputs: Outputs = Path("outputs")) -> None:
+def verify(
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+) -> None:
     """Read every record again; report what no longer matches its fingerprint."""
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.status.verify import candidates
-    from gkd_lab.status.verify import verify as verify_all
+    from gkd_lab.status.verify import list_candidate_records
+    from gkd_lab.status.verify import verify_records as verify_all
 
-    grid_named(name, scale, sets, outputs)  # what is wrong with the request is said of these outputs
-    grid, store = resolved_anew(name, scale, sets, outputs), Store(outputs)
-    records = candidates(grid, store)
+    load_grid(name, scale, sets, outputs)  # what is wrong with the request is said of these outputs
+    grid, store = load_grid_without_cache(name, scale, sets, outputs), Store(outputs)
+    records = list_candidate_records(grid, store)
     with Reporter().phase(f"{grid.name}: records", len(records)) as advance:
         found = verify_all(grid, store, records, advance)
     for line in found.notes:
@@ -437,16 +453,16 @@ def selfcheck(
     bf16: Annotated[bool, typer.Option("--bf16", help="Also compare with bfloat16.")] = False,
 ) -> None:
     """Measure on a pair of models what distillation relies on; train nothing, write no file."""
-    from gkd_lab.runner.library_logging import quieten
-    from gkd_lab.selfcheck.command import selfcheck as check
+    from gkd_lab.runner.library_logging import silence_libraries
+    from gkd_lab.selfcheck.command import run_selfcheck as check
 
-    quieten()
+    silence_libraries()
     if not check(teacher, student, bf16=bf16):
         raise typer.Exit(1)
 
 
-_INTERRUPTED = "interrupted; run again to go on from the last checkpoint"
-_Refused: type[Exception] = typer.BadParameter.__mro__[1]
+_INTERRUPTED_MESSAGE = "interrupted; run again to go on from the last checkpoint"
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """typer's UsageError: an unknown option or command, a missing or invalid value."""
 
 
@@ -456,26 +472,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         left_with = app(args=asked, prog_name="gkd-lab", standalone_mode=False)
-    except SpecError as error:
-        leave(str(error), 2)
-    except _Refused as error:
-        leave(_one_line(error), 2)
+    except ConfigError as error:
+        exit_with_message(str(error), 2)
+    except _UsageError as error:
+        exit_with_message(_format_usage_error(error), 2)
     except DamagedRecord as error:
-        leave(str(error), 1)
+        exit_with_message(str(error), 1)
     except OSError as error:
-        leave(str(error), 1)
+        exit_with_message(str(error), 1)
     except KeyboardInterrupt:
-        leave(_INTERRUPTED, 130)
+        exit_with_message(_INTERRUPTED_MESSAGE, 130)
     except SystemExit as stop:
-        if stop.code == SIGNALLED + signal.SIGTERM:
-            leave(_INTERRUPTED, stop.code)
+        if stop.code == SIGNAL_EXIT_BASE + signal.SIGTERM:
+            exit_with_message(_INTERRUPTED_MESSAGE, stop.code)
         raise
     if left_with == 130:  # how typer returns from Ctrl-C
-        leave(_INTERRUPTED, 130)
+        exit_with_message(_INTERRUPTED_MESSAGE, 130)
     sys.exit(left_with or 0)
 
 
-def _one_line(error: Any) -> str:
+def _format_usage_error(error: Any) -> str:
     # pydantic checks typer's values and announces its own errors so.
     text = error.format_message().replace("Value error, ", "").rstrip(".")
     command = error.ctx.command_path if error.ctx else "gkd-lab"

@@ -10,12 +10,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gkd_lab import experiments
-from gkd_lab.config import GridOfCells, SpecError
-from gkd_lab.config.errors import unknown
+from gkd_lab.config import ConfigError, Grid
+from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.store.files import write_bytes
 
 
-class ScaleName(StrEnum):
+class ScaleChoice(StrEnum):
     """Choices of --scale."""
 
     nano = "nano"
@@ -40,48 +40,54 @@ class TrackerChoice(StrEnum):
     trackio = "trackio"
 
 
-class Held(StrEnum):
+class LockedCellAction(StrEnum):
     """Choices of --held."""
 
     wait = "wait"
     skip = "pass"
 
 
-class ComparisonFormat(StrEnum):
+class OutputFormat(StrEnum):
     """Choices of compare's --format."""
 
     text = "text"
     json = "json"
 
 
-Name = Annotated[str, typer.Argument(metavar="EXP", help="A name in experiments/, or a YAML file.")]
-Scale = Annotated[ScaleName | None, typer.Option(help="Default: the experiment's own.")]
-Sets = Annotated[
+ExperimentArgument = Annotated[
+    str, typer.Argument(metavar="EXP", help="A name in experiments/, or a YAML file.")
+]
+ScaleOption = Annotated[ScaleChoice | None, typer.Option(help="Default: the experiment's own.")]
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=V1,V2", help="Replace an axis or a field; repeatable."),
 ]
-Outputs = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")]
-Pack = Annotated[str, typer.Option(help="auto, off, or the most cells that share one model.")]
-Retry = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
-Follow = Annotated[
+OutputsOption = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")]
+PackOption = Annotated[str, typer.Option(help="auto, off, or the most cells that share one model.")]
+RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
+TrackerOption = Annotated[
     TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")
 ]
-Executor = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
-Workers = Annotated[int, typer.Option(help="Processes that share out the packs of cells, and the cores.")]
-NoWait = Annotated[
+ExecutorOption = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
+WorkersOption = Annotated[
+    int, typer.Option(help="Processes that share out the packs of cells, and the cores.")
+]
+NoWaitOption = Annotated[
     bool, typer.Option("--no-wait", help="Leave cells that other processes work on; default: wait for them.")
 ]
-TermGradients = Annotated[
+TermGradientsOption = Annotated[
     bool,
     typer.Option(
         "--term-gradients",
         help="Log the norm of each term's gradient, which costs a pass a term and log line.",
     ),
 ]
-Worker = Annotated[str | None, typer.Option(hidden=True, metavar="K/N", help="This process is a worker.")]
+WorkerOption = Annotated[
+    str | None, typer.Option(hidden=True, metavar="K/N", help="This process is a worker.")
+]
 
 
-def metrics_named(names: str | None) -> tuple[str, ...] | None:
+def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
     """Of `--metrics a,b`; None: nothing was asked for."""
     from gkd_lab.metrics import METRICS
 
@@ -89,105 +95,107 @@ def metrics_named(names: str | None) -> tuple[str, ...] | None:
         return None
     asked = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not asked:
-        raise SpecError(f"--metrics {names!r} names none; valid: {', '.join(METRICS)}")
+        raise ConfigError(f"--metrics {names!r} names none; valid: {', '.join(METRICS)}")
     for name in asked:
         if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+            raise build_unknown_name_error("metric", name, METRICS)
     return asked
 
 
-def resolved_anew(
-    name: str, scale: ScaleName | None, sets: Sequence[str] | None, outputs: Path
-) -> GridOfCells:
+def load_grid_without_cache(
+    name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path
+) -> Grid:
     """The grid from data and models as they are: hashes that were kept for unchanged files are not used."""
     known = outputs / "revisions.json"
     with tempfile.TemporaryDirectory() as folder:
         if known.is_file():
             write_bytes(Path(folder) / known.name, known.read_bytes())
-        return grid_named(name, scale, sets, Path(folder))
+        return load_grid(name, scale, sets, Path(folder))
 
 
-def workers_of(text: str | None) -> int:
+def parse_worker_count(text: str | None) -> int:
     """N of `K/N`: how many workers a run has."""
     return 1 if text is None else int(text.partition("/")[2])
 
 
-def grid_named(name: str, scale: ScaleName | None, sets: Sequence[str] | None, outputs: Path) -> GridOfCells:
+def load_grid(name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
     """The cells of an experiment by name or file."""
-    check_folder(outputs)
-    return experiments.load(name, scale=value_of(scale), overrides=overrides_of(sets), outputs=outputs)
+    check_outputs_folder(outputs)
+    return experiments.load(
+        name, scale=get_scale_value(scale), overrides=parse_overrides(sets), outputs=outputs
+    )
 
 
-def overrides_of(sets: Sequence[str] | None) -> dict[str, str]:
+def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
     """`--set` texts, by key."""
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise SpecError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
+            raise ConfigError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
         overrides[key.strip()] = value
     return overrides
 
 
-def value_of(scale: ScaleName | None) -> Any:
+def get_scale_value(scale: ScaleChoice | None) -> Any:
     """The scale as experiments know it."""
     return None if scale is None else scale.value
 
 
-def fields_of(arguments: Sequence[str]) -> dict[str, str]:
+def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
     """`--lmbda 0.5` and `--lmbda=0.5` as fields of a cell."""
     fields: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         option = rest.pop(0)
         if not option.startswith("--"):
-            raise SpecError(f"unexpected {option!r}: fields of a cell are given as --FIELD VALUE")
+            raise ConfigError(f"unexpected {option!r}: fields of a cell are given as --FIELD VALUE")
         key, equals, value = option[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise SpecError(f"{option} has no value: fields of a cell are given as --FIELD VALUE")
+                raise ConfigError(f"{option} has no value: fields of a cell are given as --FIELD VALUE")
             value = rest.pop(0)
         if not key:
-            raise SpecError(f"{option!r} names no field: they are given as --FIELD VALUE")
+            raise ConfigError(f"{option!r} names no field: they are given as --FIELD VALUE")
         if key in fields:
-            raise SpecError(f"--{key} is given twice: {fields[key]!r} and {value!r}")
+            raise ConfigError(f"--{key} is given twice: {fields[key]!r} and {value!r}")
         fields[key] = value
     return fields
 
 
-def check_executor(executor: str, workers: int, no_wait: bool) -> None:
+def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
     """Refuse what is not built, and what contradicts itself."""
     if executor in ("ray", "slurm"):
-        raise SpecError(f"--executor {executor} is not built yet; valid: local")
+        raise ConfigError(f"--executor {executor} is not built yet; valid: local")
     if executor != "local":
-        raise SpecError(f"unknown executor {executor!r}; valid: local")
+        raise ConfigError(f"unknown executor {executor!r}; valid: local")
     if workers < 1:
-        raise SpecError(f"--workers {workers}: expected a number of processes from 1")
+        raise ConfigError(f"--workers {workers}: expected a number of processes from 1")
     if workers > 1 and no_wait:
-        raise SpecError(f"--workers {workers} and --no-wait: the workers of a run wait for each other")
+        raise ConfigError(f"--workers {workers} and --no-wait: the workers of a run wait for each other")
 
 
-def check_folder(outputs: Path) -> None:
+def check_outputs_folder(outputs: Path) -> None:
     """Refuse a file in the place of the outputs folder."""
     if outputs.exists() and not outputs.is_dir():
-        raise SpecError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
+        raise ConfigError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
 
 
-def writable(outputs: Path) -> Path:
+def create_outputs_folder(outputs: Path) -> Path:
     """The outputs folder, made and tried. Raises SpecError when nothing can be written there."""
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=outputs) as file:
             file.write(b".")
     except OSError as error:
-        raise SpecError(
+        raise ConfigError(
             f"--outputs {str(outputs)!r}: cannot write there: {error.strerror or error}; "
             "choose another folder with --outputs or GKD_LAB_OUTPUTS"
         ) from error
     return outputs
 
 
-def leave(message: str, status: int) -> NoReturn:
+def exit_with_message(message: str, status: int) -> NoReturn:
     """Say one thing and exit."""
     print(f"gkd-lab: {message}", file=sys.stderr)
     sys.exit(status)

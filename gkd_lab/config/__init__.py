@@ -1,23 +1,23 @@
 """What a run is: experiment files, cells, grids, fingerprints. Pure data; no torch."""
 
-from gkd_lab.config.cell import Cell, Evaluation, SftModel, Training, artifact_folder
-from gkd_lab.config.errors import SpecError
-from gkd_lab.config.experiment import SCALES, Experiment, json_schema, read_experiment
-from gkd_lab.config.grid import GridOfCells, Revisions, TaskDefaults, expand
+from gkd_lab.config.cell import Cell, Evaluation, SftModel, Training, get_artifact_folder
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.experiment import SCALES, Experiment, build_json_schema, read_experiment
+from gkd_lab.config.grid import Grid, RevisionLookup, TaskDefaults, expand_grid
 
 __all__ = [
     "SCALES",
     "Cell",
+    "ConfigError",
     "Evaluation",
     "Experiment",
-    "GridOfCells",
-    "Revisions",
+    "Grid",
+    "RevisionLookup",
     "SftModel",
-    "SpecError",
     "TaskDefaults",
     "Training",
-    "artifact_folder",
-    "expand",
-    "json_schema",
+    "build_json_schema",
+    "expand_grid",
+    "get_artifact_folder",
     "read_experiment",
 ]

@@ -18,13 +18,13 @@ from pydantic import (
     field_validator,
 )
 
-from gkd_lab.config.fingerprint import Frozen, Place, Since
-from gkd_lab.config.loss_terms import AnyObjective, Share
+from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
+from gkd_lab.config.loss_terms import ResolvedTerm, Share
 
 Family = Literal[
     "decoder-only", "encoder-decoder", "sequence-classification", "token-classification", "regression"
 ]
-CLASSIFIERS: tuple[Family, ...] = ("sequence-classification", "token-classification", "regression")
+CLASSIFIER_FAMILIES: tuple[Family, ...] = ("sequence-classification", "token-classification", "regression")
 """Families of models that write nothing: encoders with a label for a text, or for each token."""
 Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
@@ -41,16 +41,16 @@ class DataSpec(Frozen):
     kind: Literal["made", "folder", "hub"]
     name: str | None = Field(default=None, description="generator of made data, or hub name")
     config: str | None = Field(default=None, description="configuration of a hub data set")
-    path: Annotated[str | None, Place()] = None
+    path: Annotated[str | None, NotHashed()] = None
     revision: str = Field(description="commit, SHA-256 of the files, or version of the generator")
     seed: int = 0
     train: PositiveInt | None = Field(default=None, description="rows; None: all there are")
-    validation: Annotated[PositiveInt | None, Place()] = None  # enter by an evaluation's `examples`
-    test: Annotated[PositiveInt | None, Place()] = None
-    shots: Annotated[NonNegativeInt, Since(0)] = Field(
+    validation: Annotated[PositiveInt | None, NotHashed()] = None  # enter by an evaluation's `examples`
+    test: Annotated[PositiveInt | None, NotHashed()] = None
+    shots: Annotated[NonNegativeInt, DefaultFrom(0)] = Field(
         default=0, description="worked examples before every question"
     )
-    calculator_marks: Annotated[bool, Since(False)] = Field(
+    calculator_marks: Annotated[bool, DefaultFrom(False)] = Field(
         default=False, description="targets keep marks such as <<48/2=24>>"
     )
 
@@ -94,21 +94,23 @@ class SftSpec(Frozen):
 class ModelSpec(Frozen):
     """A model before it is trained on the task: made from scratch, or loaded."""
 
-    name: Annotated[str, Place()]
+    name: Annotated[str, NotHashed()]
     architecture: Architecture | None = None
     pretrained: str | None = Field(default=None, description="hub name; a local folder is known by content")
-    path: Annotated[str | None, Place()] = None
+    path: Annotated[str | None, NotHashed()] = None
     revision: str | None = None
     init_seed: int = 0
-    server: Annotated[str | None, Place()] = Field(default=None, description="address of one that is served")
-    served: Annotated[str | None, Since(None)] = Field(default=None, description="its name there")
-    top_k: Annotated[PositiveInt | None, Since(None)] = Field(
+    server: Annotated[str | None, NotHashed()] = Field(
+        default=None, description="address of one that is served"
+    )
+    served: Annotated[str | None, DefaultFrom(None)] = Field(default=None, description="its name there")
+    top_k: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="tokens that are read of each of its distributions"
     )
-    patience: Annotated[PositiveFloat | None, Place()] = Field(
+    patience: Annotated[PositiveFloat | None, NotHashed()] = Field(
         default=None, description="seconds to wait for the server; None: five minutes"
     )
-    keep_layers: Annotated[PositiveInt | tuple[NonNegativeInt, ...] | None, Since(None)] = Field(
+    keep_layers: Annotated[PositiveInt | tuple[NonNegativeInt, ...] | None, DefaultFrom(None)] = Field(
         default=None, description="of a loaded model; a number: evenly spaced, the first and last among them"
     )
 
@@ -139,17 +141,17 @@ class TeacherText(Frozen):
 
     @field_validator("temperature")
     @classmethod
-    def _of_sampling(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _resolve_temperature(cls, value: float | None, info: ValidationInfo) -> float | None:
         return (value or 1.0) if info.data.get("decoding") == "sample" else None
 
     @field_validator("num_beams")
     @classmethod
-    def _of_beams(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _resolve_num_beams(cls, value: int | None, info: ValidationInfo) -> int | None:
         return (value or 4) if info.data.get("decoding") == "beam" else None
 
     @field_validator("length_penalty")
     @classmethod
-    def _of_search(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _resolve_length_penalty(cls, value: float | None, info: ValidationInfo) -> float | None:
         return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
 
 
@@ -177,12 +179,12 @@ class Source(Frozen):
     temperature: PositiveFloat | None = Field(
         default=None, description="of sampling; None where nothing samples"
     )
-    text: Annotated[TeacherText | None, Since(None)] = Field(
+    text: Annotated[TeacherText | None, DefaultFrom(None)] = Field(
         default=None, description="of the teacher, where it takes the place of the data's targets"
     )
 
 
-class TextSpec(Frozen):
+class TeacherTextSpec(Frozen):
     """An artifact that cells share: what a teacher writes for the prompts of a training split."""
 
     task: str
@@ -193,7 +195,7 @@ class TextSpec(Frozen):
     max_output_tokens: PositiveInt
 
 
-class ScoresSpec(Frozen):
+class TeacherScoresSpec(Frozen):
     """An artifact that cells share: what a teacher says of a training split's targets, or of its own text."""
 
     task: str
@@ -206,11 +208,11 @@ class ScoresSpec(Frozen):
     precision: Precision
 
     @property
-    def written(self) -> TextSpec | None:
+    def text_spec(self) -> TeacherTextSpec | None:
         """What the teacher must have written before this begins."""
         if self.text is None:
             return None
-        return TextSpec(
+        return TeacherTextSpec(
             task=self.task,
             teacher=self.teacher,
             data=self.data,
@@ -226,24 +228,24 @@ class Training(Frozen):
     task: str
     teacher: SftModel
     start: SftModel
-    teachers: Annotated[tuple[SftModel, ...], Since(())] = Field(
+    teachers: Annotated[tuple[SftModel, ...], DefaultFrom(())] = Field(
         default=(), description="besides the first, numbered from 1, as divergences name them"
     )
-    teacher_dtypes: Annotated[tuple[ScoreType | None, ...], Since(())] = Field(
+    teacher_dtypes: Annotated[tuple[ScoreType | None, ...], DefaultFrom(())] = Field(
         default=(), description="of each teacher's weights, by number; None, and (): as they were trained"
     )
-    parked: Annotated[tuple[bool, ...], Place()] = Field(
+    parked: Annotated[tuple[bool, ...], NotHashed()] = Field(
         default=(), description="which teachers, by number, are on the CPU between uses; (): none"
     )
-    objectives: tuple[AnyObjective, ...] = Field(min_length=1)
+    objectives: tuple[ResolvedTerm, ...] = Field(min_length=1)
     source: Source
-    teacher_scores: Annotated[TeacherScores | None, Since(None)] = Field(
+    teacher_scores: Annotated[TeacherScores | None, DefaultFrom(None)] = Field(
         default=None, description="None: the teacher itself reads every step's rows"
     )
     loss_normalization: LossNormalization
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="sequences per optimizer step")
-    train_rows: Annotated[PositiveInt | None, Since(None)] = Field(
+    train_rows: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="the first rows of the split that are distilled on; None: all"
     )
     optimizer: OptimizerSpec
@@ -254,7 +256,7 @@ class Training(Frozen):
     seed: int = Field(description="drives data order, coin and sampling, nothing else")
 
     @property
-    def models(self) -> "tuple[tuple[Role, SftModel], ...]":
+    def reference_models(self) -> "tuple[tuple[Role, SftModel], ...]":
         """All that it needs: its first teacher, its start, other teachers."""
         more: tuple[tuple[Role, SftModel], ...] = tuple(
             ("teacher", model) for model in self.teachers if model != self.start
@@ -263,7 +265,7 @@ class Training(Frozen):
         # One that is served is neither built nor judged here.
         return *(first if self.teacher.model.served is None else first[1:]), *more
 
-    def held(self, number: int) -> tuple[ScoreType | None, bool]:
+    def get_teacher_placement(self, number: int) -> tuple[ScoreType | None, bool]:
         """Type of a teacher's weights (None: as they were trained), and whether it is parked on the CPU."""
         dtype = self.teacher_dtypes[number] if number < len(self.teacher_dtypes) else None
         return dtype, self.parked[number] if number < len(self.parked) else False
@@ -274,11 +276,11 @@ class Training(Frozen):
         return self.start.data
 
     @property
-    def text(self) -> TextSpec | None:
+    def text_spec(self) -> TeacherTextSpec | None:
         """What the teacher must have written before this begins."""
         if self.source.text is None:
             return None
-        return TextSpec(
+        return TeacherTextSpec(
             task=self.task,
             teacher=self.teacher,
             data=self.data,
@@ -288,11 +290,11 @@ class Training(Frozen):
         )
 
     @property
-    def scores(self) -> ScoresSpec | None:
+    def scores_spec(self) -> TeacherScoresSpec | None:
         """What must be known of the teacher's distributions before this begins."""
         if self.teacher_scores is None:
             return None
-        return ScoresSpec(
+        return TeacherScoresSpec(
             task=self.task,
             teacher=self.teacher,
             data=self.data,
@@ -315,13 +317,13 @@ class Evaluation(Frozen):
     examples: PositiveInt | None = Field(default=None, description="the first ones; None: all")
     max_output_tokens: PositiveInt
     seed: int | None = None
-    samples: Annotated[PositiveInt | None, Since(None)] = Field(
+    samples: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="texts a prompt, where there are several"
     )
-    calculator: Annotated[bool, Since(False)] = Field(
+    calculator: Annotated[bool, DefaultFrom(False)] = Field(
         default=False, description="compute the results of `<<48/2=24>>` marks"
     )
-    metrics: Annotated[tuple[str, ...], Place()] = Field(min_length=1)
+    metrics: Annotated[tuple[str, ...], NotHashed()] = Field(min_length=1)
 
     @property
     def name(self) -> str:
@@ -338,16 +340,16 @@ class Evaluation(Frozen):
         return f"{self.decoding}-{self.fingerprint}"
 
 
-class HarnessEvaluation(Frozen):
+class LmEvalEvaluation(Frozen):
     """A task of lm-eval on the exported checkpoint: documents, prompts and metrics are the task's own."""
 
     lm_eval: str = Field(description="version of lm-eval: what a task's name stands for")
     task: str
     content: str | None = Field(default=None, description="SHA-256 of a task file and its data")
-    path: Annotated[str | None, Place()] = None
+    path: Annotated[str | None, NotHashed()] = None
     limit: PositiveInt | None = Field(default=None, description="documents of each task; None: all")
     num_fewshot: NonNegativeInt | None = Field(default=None, description="None: the task's own")
-    metric: Annotated[str | None, Place()] = Field(default=None, description="to lead with; all are kept")
+    metric: Annotated[str | None, NotHashed()] = Field(default=None, description="to lead with; all are kept")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -366,7 +368,7 @@ class HarnessEvaluation(Frozen):
         return f"lm_eval-{self.fingerprint}"
 
 
-AnyEvaluation = Evaluation | HarnessEvaluation
+AnyEvaluation = Evaluation | LmEvalEvaluation
 
 
 @dataclass(frozen=True)
@@ -432,27 +434,27 @@ class Reference(NamedTuple):
     cells: list[Cell]
 
 
-def references(cells: Iterable[Cell]) -> list[Reference]:
+def list_references(cells: Iterable[Cell]) -> list[Reference]:
     """The distinct teachers and starting students of some cells, in order of first appearance."""
     found: dict[tuple[Role, str], Reference] = {}
     for cell in cells:
-        for role, model in cell.training.models:
+        for role, model in cell.training.reference_models:
             key = (role, model.full_fingerprint)
             found.setdefault(key, Reference(role, model, [])).cells.append(cell)
     return list(found.values())
 
 
-def text_folder(scale: str, text: TextSpec) -> str:
+def get_text_folder(scale: str, text: TeacherTextSpec) -> str:
     """Where a teacher's text lies below the outputs folder."""
     return f"{scale}/{text.task}/text-{text.text.decoding}-{text.fingerprint}"
 
 
-def scores_folder(scale: str, scores: ScoresSpec) -> str:
+def get_scores_folder(scale: str, scores: TeacherScoresSpec) -> str:
     """Where a teacher's scores lie below the outputs folder."""
     return f"{scale}/{scores.task}/scores-{scores.scores.name}-{scores.fingerprint}"
 
 
-def artifact_folder(scale: str, role: str, model: SftModel) -> str:
+def get_artifact_folder(scale: str, role: str, model: SftModel) -> str:
     """Where an artifact's record lies below the outputs folder; role is `teacher` or `start`."""
     made = model.model.architecture
     kind = f"{made.layers}x{made.width}" if made else (model.model.pretrained or "local")

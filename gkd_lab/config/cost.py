@@ -5,11 +5,11 @@ Counts 2 FLOPs per weight and token forward and 4 backward; sequences are taken 
 
 from gkd_lab.config.cell import Architecture, Family, SftModel, Training
 
-NOMINAL_RATE = 80e9
+NOMINAL_FLOPS_PER_SECOND = 80e9
 """FLOP/s of two CPU cores on nano models, overhead included: measured with the quickstart."""
 
 
-def weights(architecture: Architecture, family: Family, vocab_size: int) -> int:
+def count_architecture_parameters(architecture: Architecture, family: Family, vocab_size: int) -> int:
     """Parameters of a model made from scratch, tied embeddings counted once."""
     width, forward = architecture.width, architecture.feed_forward
     attention, mlp = 4 * width * width, 3 * width * forward
@@ -19,40 +19,44 @@ def weights(architecture: Architecture, family: Family, vocab_size: int) -> int:
     return architecture.layers * stacks + vocab_size * width
 
 
-def model_weights(model: SftModel) -> int | None:
+def count_model_parameters(model: SftModel) -> int | None:
     """Parameters; None for a model that is loaded."""
     architecture = model.model.architecture
     if architecture is None:
         return None
-    return weights(architecture, model.family, model.tokenizer.vocab_size or 1024)
+    return count_architecture_parameters(architecture, model.family, model.tokenizer.vocab_size or 1024)
 
 
-def sft_flops(model: SftModel, count: int | None = None) -> float | None:
+def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float | None:
     """Of building a teacher or a starting student; 0 without fine-tuning.
 
     `count`: its parameters, needed of a model that is loaded; None where they are not known.
     """
-    count = model_weights(model) if count is None else count
+    parameters = count_model_parameters(model) if parameters is None else parameters
     if model.sft is None:
         return 0.0
-    if count is None:
+    if parameters is None:
         return None
     tokens = model.max_input_tokens + model.max_output_tokens
-    return 6.0 * count * tokens * model.sft.batch_size * model.sft.steps
+    return 6.0 * parameters * tokens * model.sft.batch_size * model.sft.steps
 
 
-def training_flops(
-    training: Training, student: int | None = None, teacher: int | None = None
+def estimate_training_flops(
+    training: Training, student_parameters: int | None = None, teacher_parameters: int | None = None
 ) -> float | None:
     """Of one cell alone: student forward and backward, teacher forward unless its scores are kept, sampling.
 
     `student` and `teacher`: their parameters, as in `sft_flops`.
     """
-    student = model_weights(training.start) if student is None else student
-    teacher = model_weights(training.teacher) if teacher is None else teacher
-    if student is None or teacher is None:
+    student_parameters = (
+        count_model_parameters(training.start) if student_parameters is None else student_parameters
+    )
+    teacher_parameters = (
+        count_model_parameters(training.teacher) if teacher_parameters is None else teacher_parameters
+    )
+    if student_parameters is None or teacher_parameters is None:
         return None
     tokens = training.max_input_tokens + training.max_output_tokens
-    reads = 0 if training.teacher_scores else 2 * teacher
-    per_token = 6 * student + reads + 2 * student * training.source.lmbda
+    reads = 0 if training.teacher_scores else 2 * teacher_parameters
+    per_token = 6 * student_parameters + reads + 2 * student_parameters * training.source.lmbda
     return float(per_token * tokens * training.batch_size * training.steps)

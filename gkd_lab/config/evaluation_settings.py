@@ -2,72 +2,78 @@
 
 from collections.abc import Iterator
 
-from gkd_lab.config.cell import AnyEvaluation, Evaluation, HarnessEvaluation
-from gkd_lab.config.errors import SpecError
-from gkd_lab.config.lm_eval_task import lm_eval_version, lm_task
+from gkd_lab.config.cell import AnyEvaluation, Evaluation, LmEvalEvaluation
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.lm_eval_task import get_lm_eval_version, resolve_lm_eval_task
 from gkd_lab.config.settings import AnyEvaluationSettings, DataSettings, EvaluationSettings, HarnessSettings
 
 
-def evaluations_asked(
-    asked: AnyEvaluationSettings, metrics: tuple[str, ...], limit: int, rows: DataSettings
+def resolve_evaluations(
+    settings: AnyEvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, rows: DataSettings
 ) -> Iterator[AnyEvaluation]:
     """One way of decoding, or each task of lm-eval. Raises SpecError."""
-    if isinstance(asked, HarnessSettings):
-        yield from harness_evaluations(asked)
+    if isinstance(settings, HarnessSettings):
+        yield from resolve_lm_eval_evaluations(settings)
     else:
-        yield _evaluation(asked, metrics, limit, getattr(rows, asked.split))
+        yield _resolve_decoding_evaluation(
+            settings, metrics, max_output_tokens, getattr(rows, settings.split)
+        )
 
 
-def harness_evaluations(asked: HarnessSettings, *, trusted: bool = False) -> Iterator[HarnessEvaluation]:
+def resolve_lm_eval_evaluations(
+    settings: HarnessSettings, *, trusted: bool = False
+) -> Iterator[LmEvalEvaluation]:
     """An evaluation for each task of lm-eval; `trusted` task files may run code. Raises SpecError."""
-    for name in dict.fromkeys(asked.lm_eval):
-        task = lm_task(name, trusted=trusted)
-        yield HarnessEvaluation(
-            lm_eval=lm_eval_version(),
+    for name in dict.fromkeys(settings.lm_eval):
+        task = resolve_lm_eval_task(name, trusted=trusted)
+        yield LmEvalEvaluation(
+            lm_eval=get_lm_eval_version(),
             task=task.name,
             content=task.content,
             path=task.path,
-            limit=asked.limit,
-            num_fewshot=asked.num_fewshot,
-            metric=asked.metric,
+            limit=settings.limit,
+            num_fewshot=settings.num_fewshot,
+            metric=settings.metric,
         )
 
 
-def _evaluation(
-    asked: EvaluationSettings, metrics: tuple[str, ...], limit: int, rows: int | None
+def _resolve_decoding_evaluation(
+    settings: EvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, rows: int | None
 ) -> Evaluation:
-    _check_evaluation(asked, asked.metrics or metrics)
-    counts = [count for count in (asked.examples, rows) if count is not None]
-    sampled, beamed = asked.decoding == "sample", asked.decoding == "beam"
+    _check_decoding_settings(settings, settings.metrics or metrics)
+    counts = [count for count in (settings.examples, rows) if count is not None]
+    sampled, beamed = settings.decoding == "sample", settings.decoding == "beam"
     return Evaluation(
-        decoding=asked.decoding,
-        temperature=(asked.temperature or 1.0) if sampled else None,
-        num_beams=(asked.num_beams or 4) if beamed else None,
-        length_penalty=(0.6 if asked.length_penalty is None else asked.length_penalty) if beamed else None,
-        split=asked.split,
+        decoding=settings.decoding,
+        temperature=(settings.temperature or 1.0) if sampled else None,
+        num_beams=(settings.num_beams or 4) if beamed else None,
+        length_penalty=(0.6 if settings.length_penalty is None else settings.length_penalty)
+        if beamed
+        else None,
+        split=settings.split,
         examples=min(counts, default=None),
-        max_output_tokens=asked.max_output_tokens or limit,
-        seed=asked.seed if sampled else None,
-        samples=asked.samples if (asked.samples or 1) > 1 else None,
-        calculator=asked.calculator,
-        metrics=asked.metrics or metrics,
+        max_output_tokens=settings.max_output_tokens or max_output_tokens,
+        seed=settings.seed if sampled else None,
+        samples=settings.samples if (settings.samples or 1) > 1 else None,
+        calculator=settings.calculator,
+        metrics=settings.metrics or metrics,
     )
 
 
-def _check_evaluation(asked: EvaluationSettings, metrics: tuple[str, ...]) -> None:
-    samples = asked.samples or 1
-    if samples > 1 and asked.decoding != "sample":
-        raise SpecError(
-            f"evaluations: samples: {samples} texts of a {asked.decoding} search would be one text "
+def _check_decoding_settings(settings: EvaluationSettings, metrics: tuple[str, ...]) -> None:
+    samples = settings.samples or 1
+    if samples > 1 and settings.decoding != "sample":
+        raise ConfigError(
+            f"evaluations: samples: {samples} texts of a {settings.decoding} search would be one text "
             f"{samples} times; set `decoding: sample`, or leave `samples` out"
         )
     if "self_bleu" in metrics and samples == 1:
-        raise SpecError(
+        raise ConfigError(
             "evaluations: self_bleu compares several texts of one prompt; "
             "set `decoding: sample` and `samples: 8`, say"
         )
-    if asked.calculator and asked.decoding == "beam":
-        raise SpecError(
+    if settings.calculator and settings.decoding == "beam":
+        raise ConfigError(
             "evaluations: calculator: tokens of beams cannot be chosen for them; "
             "set `decoding: greedy` or `sample`, or leave `calculator` out"
         )

@@ -7,47 +7,47 @@ from typing import Any, Literal, Self, Union, get_args
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
-from gkd_lab.config.errors import SpecError, explain, reading
-from gkd_lab.config.fingerprint import canonical
-from gkd_lab.config.settings import AnyEvaluationSettings, Section, Settings, merge
+from gkd_lab.config.errors import ConfigError, explain_validation_error, report_yaml_errors
+from gkd_lab.config.fingerprint import canonical_json
+from gkd_lab.config.settings import AnyEvaluationSettings, Section, Settings, merge_settings
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
 
 
-def _axes() -> dict[str, Any]:
+def _define_axes() -> dict[str, Any]:
     """Every field of `Settings`, and every field of its sections under a dotted name."""
-    axes: dict[str, Any] = {"task": _axis(str, "tasks that are crossed with the other axes")}
+    axes: dict[str, Any] = {"task": _define_axis(str, "tasks that are crossed with the other axes")}
     for name, field in Settings.model_fields.items():
         stated = tuple(part for part in get_args(field.annotation) if part is not type(None))
-        axes[name] = _axis(Union[stated], field.description)  # noqa: UP007  # of a list of types
+        axes[name] = _define_axis(Union[stated], field.description)  # noqa: UP007  # of a list of types
     for section in ("data", "tokenizer", "teacher_tokenizer"):
         model = get_args(Settings.model_fields[section].annotation)[0]
         for name, field in model.model_fields.items():
             place = f"{section}.{name}"
-            axes[f"{section}__{name}"] = _axis(field.annotation, field.description, alias=place)
+            axes[f"{section}__{name}"] = _define_axis(field.annotation, field.description, alias=place)
     return axes
 
 
-def _axis(value: Any, description: str | None, **more: Any) -> tuple[Any, Any]:
+def _define_axis(value: Any, description: str | None, **more: Any) -> tuple[Any, Any]:
     """Type and default of an axis; `None` is no value of one, but inside a section it may mean `all`."""
     return tuple[value, ...], Field(default=None, min_length=1, description=description, **more)
 
 
-class _Axes(Section):
+class _OrderedAxes(Section):
     """Remembers the order in which its fields were written; pydantic's own is that of their declaration."""
 
     _written: tuple[str, ...] = ()
 
     @model_validator(mode="wrap")
     @classmethod
-    def _keep_order(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _remember_order(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         axes = handler(data)
         if isinstance(data, Mapping):
             axes._written = tuple(data)
         return axes
 
-    def values(self) -> dict[str, tuple[Any, ...]]:
+    def list_ordered_values(self) -> dict[str, tuple[Any, ...]]:
         """Axis name -> values as plain data, in the order of the file."""
         dumped = self.model_dump(by_alias=True, exclude_unset=True)
         return {axis: dumped[axis] for axis in self._written}
@@ -55,12 +55,12 @@ class _Axes(Section):
 
 Grid = create_model(
     "Grid",
-    __base__=_Axes,
+    __base__=_OrderedAxes,
     __doc__="Axes: for each field the list of its values; every combination is a cell.",
-    **_axes(),
+    **_define_axes(),
 )
-AXES = tuple(field.alias or name for name, field in Grid.model_fields.items())
-_SCALARS = set(AXES) - {"objectives"}
+AXIS_NAMES = tuple(field.alias or name for name, field in Grid.model_fields.items())
+_SCALAR_AXES = set(AXIS_NAMES) - {"objectives"}
 
 
 ClaimId = Literal[
@@ -99,27 +99,28 @@ class Experiment(TaskSettings):
     )
     per_task: dict[str, TaskSettings] = Field(default={}, description="what holds for one task only")
 
-    def axes(self) -> dict[str, tuple[Any, ...]]:
+    def list_axes(self) -> dict[str, tuple[Any, ...]]:
         """Axis name -> values, in the file's order; the first axis varies slowest."""
-        grid: _Axes = self.grid
+        grid: _OrderedAxes = self.grid
         return {
-            axis: tuple({canonical(v): v for v in found}.values()) for axis, found in grid.values().items()
+            axis: tuple({canonical_json(v): v for v in found}.values())
+            for axis, found in grid.list_ordered_values().items()
         }
 
-    def stated(self, task: str) -> dict[str, Any]:
+    def merge_task_settings(self, task: str) -> dict[str, Any]:
         """The settings that the file states for a task, as plain nested dictionaries."""
-        return merge(*(_stated(layer) for layer in self._layers(task)))
+        return merge_settings(*(_dump_stated_fields(layer) for layer in self._list_settings_layers(task)))
 
-    def evaluations_of(self, task: str) -> tuple[AnyEvaluationSettings, ...] | None:
+    def get_task_evaluations(self, task: str) -> tuple[AnyEvaluationSettings, ...] | None:
         """The evaluations that the file states for a task; None: the task's own."""
-        found = [layer.evaluations for layer in self._layers(task) if layer.evaluations]
+        found = [layer.evaluations for layer in self._list_settings_layers(task) if layer.evaluations]
         return found[-1] if found else None
 
-    def _layers(self, task: str) -> list[TaskSettings]:
+    def _list_settings_layers(self, task: str) -> list[TaskSettings]:
         return [self, *([self.per_task[task]] if task in self.per_task else [])]
 
 
-def _stated(layer: TaskSettings) -> dict[str, Any]:
+def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
     """A field that is null says nothing; inside a section null is a value (`train: null`, all rows)."""
     stated = layer.model_dump(include=set(Settings.model_fields), exclude_unset=True)
     return {name: value for name, value in stated.items() if value is not None}
@@ -127,78 +128,78 @@ def _stated(layer: TaskSettings) -> dict[str, Any]:
 
 def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
     """The experiment in the YAML file `path`, `--set` overrides applied. Raises SpecError."""
-    with reading(path):
+    with report_yaml_errors(path):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
-        raise SpecError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
-    _check_grid(document, str(path))
+        raise ConfigError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
+    _check_grid_lists(document, str(path))
     where = f"{path}, with the values set" if overrides else str(path)
-    return parse_experiment(override(document, overrides or {}), where)
+    return parse_experiment(apply_overrides(document, overrides or {}), where)
 
 
-def parse_experiment(document: Mapping[str, Any], where: str) -> Experiment:
+def parse_experiment(document: Mapping[str, Any], origin: str) -> Experiment:
     """`document` as an Experiment; `where` names it in errors. Raises SpecError."""
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        raise explain(error, where, Experiment) from error
+        raise explain_validation_error(error, origin, Experiment) from error
 
 
-def _check_grid(document: dict[str, Any], where: str) -> None:
+def _check_grid_lists(document: dict[str, Any], origin: str) -> None:
     """Errors that teach, before pydantic's: an axis is a list of values."""
     grid = document["grid"] = {} if document.get("grid") is None else document["grid"]
     if not isinstance(grid, dict):
-        raise SpecError(f"{where}: grid: expected `axis: [values]` lines, got {grid!r}")
+        raise ConfigError(f"{origin}: grid: expected `axis: [values]` lines, got {grid!r}")
     for axis, values in grid.items():
         if not isinstance(values, list):
-            raise SpecError(
-                f"{where}: grid.{axis}: must be a list of values, got {values!r}; did you mean [{values}]?"
+            raise ConfigError(
+                f"{origin}: grid.{axis}: must be a list of values, got {values!r}; did you mean [{values}]?"
             )
         if not values:
-            raise SpecError(f"{where}: grid.{axis}: the list is empty, so there is no cell to run")
+            raise ConfigError(f"{origin}: grid.{axis}: the list is empty, so there is no cell to run")
 
 
-def override(document: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     """`document` with each `key=v1,v2` set, over what it says of single tasks too. Raises SpecError.
 
     Several values, or an axis of the file, make an axis; one value else sets a field.
     """
-    for key, text in texts.items():
-        values = _values(key, text)
+    for key, text in overrides.items():
+        values = _parse_override(key, text)
         grid = document.setdefault("grid", {})
         if key in grid or len(values) > 1:
             grid[key] = values
             continue
-        _put(document, key, values[0])
+        _set_field(document, key, values[0])
         for section in (document.get("per_task") or {}).values():
-            _forget(section, key)
+            _remove_field(section, key)
     return document
 
 
-def _values(key: str, text: str) -> list[Any]:
+def _parse_override(key: str, text: str) -> list[Any]:
     try:
         values = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or "not a YAML value"
-        raise SpecError(f"{key}={text}: {reason}; expected a value, or values as V1,V2") from error
+        raise ConfigError(f"{key}={text}: {reason}; expected a value, or values as V1,V2") from error
     if not values:
-        raise SpecError(f"{key}={text}: no value given; expected a value, or values as V1,V2")
-    is_axis = len(values) == 1 and isinstance(values[0], list) and key in _SCALARS
+        raise ConfigError(f"{key}={text}: no value given; expected a value, or values as V1,V2")
+    is_axis = len(values) == 1 and isinstance(values[0], list) and key in _SCALAR_AXES
     return list(values[0]) if is_axis and values[0] else list(values)
 
 
-def _put(document: dict[str, Any], key: str, value: Any) -> None:
+def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         if document.get(section) is None:
             document[section] = {}
         document = document[section]
         if not isinstance(document, dict):
-            raise SpecError(f"{key}: {section} is the value {document!r}, it has no fields")
+            raise ConfigError(f"{key}: {section} is the value {document!r}, it has no fields")
     document[last] = value
 
 
-def _forget(section: Any, key: str) -> None:
+def _remove_field(section: Any, key: str) -> None:
     *outer, last = key.split(".")
     for name in outer:
         section = section.get(name) if isinstance(section, dict) else None
@@ -206,30 +207,30 @@ def _forget(section: Any, key: str) -> None:
         section.pop(last, None)
 
 
-def json_schema() -> dict[str, Any]:
+def build_json_schema() -> dict[str, Any]:
     """JSON Schema of an experiment file, for editors."""
-    schema = _without_noise(Experiment.model_json_schema(by_alias=True))
+    schema = _strip_titles_and_nulls(Experiment.model_json_schema(by_alias=True))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _without_noise(schema: Any) -> Any:
+def _strip_titles_and_nulls(schema: Any) -> Any:
     """No titles, which only repeat names, and no defaults of null."""
     if isinstance(schema, list):
-        return [_without_noise(item) for item in schema]
+        return [_strip_titles_and_nulls(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept = {k: v for k, v in schema.items() if not (k == "title" and isinstance(v, str))}
-    return {k: _without_noise(v) for k, v in kept.items() if not (k == "default" and v is None)}
+    return {k: _strip_titles_and_nulls(v) for k, v in kept.items() if not (k == "default" and v is None)}
 
 
 __all__ = [
-    "AXES",
+    "AXIS_NAMES",
     "SCALES",
     "Experiment",
     "Paper",
     "Scale",
-    "json_schema",
-    "override",
+    "apply_overrides",
+    "build_json_schema",
     "parse_experiment",
     "read_experiment",
 ]

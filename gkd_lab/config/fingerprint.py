@@ -1,7 +1,7 @@
 """What makes two descriptions the same: canonical JSON, hashed.
 
-Every field counts, defaults included, except those marked `Place` (where something lies or what it is
-called, not what it is) and those marked `Since` while they hold the value that reproduces older records.
+Every field counts, defaults included, except those marked `MicroBatchPosition` (where something lies or what it is
+called, not what it is) and those marked `DefaultFrom` while they hold the value that reproduces older records.
 """
 
 import hashlib
@@ -15,25 +15,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from gkd_lab.config.errors import SpecError
+from gkd_lab.config.errors import ConfigError
 
-FORMAT = 1
+FORMAT_VERSION = 1
 """Raised when a default or a meaning changes, so that older records are not taken for new ones."""
 
-SHOWN = 8
+SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint that are shown."""
 
 
 @dataclass(frozen=True)
-class Place:
+class NotHashed:
     """Marks a field that says where or under which name, and so does not enter the fingerprint."""
 
 
 @dataclass(frozen=True)
-class Since:
+class DefaultFrom:
     """Marks a field that came later: at `before`, the value that older code had built in, it is left out."""
 
-    before: Any
+    old_value: Any
 
 
 class Frozen(BaseModel):
@@ -42,47 +42,47 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @cached_property
-    def canonical(self) -> str:
+    def canonical_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, integral floats written as integers."""
         parts = []
-        for name, marks in _fields_of(type(self)):
+        for name, marks in _list_marked_fields(type(self)):
             value = getattr(self, name)
-            if not any(_left_out(mark, value) for mark in marks):
-                parts.append(f'"{name}":{canonical(value)}')
+            if not any(_is_excluded(mark, value) for mark in marks):
+                parts.append(f'"{name}":{canonical_json(value)}')
         return "{" + ",".join(parts) + "}"
 
     @cached_property
     def full_fingerprint(self) -> str:
         """SHA-256 of the canonical form together with the format version, 64 hexadecimal digits."""
-        return hashlib.sha256(f"{FORMAT}:{self.canonical}".encode()).hexdigest()
+        return hashlib.sha256(f"{FORMAT_VERSION}:{self.canonical_json}".encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
         """The shown part of the fingerprint."""
-        return self.full_fingerprint[:SHOWN]
+        return self.full_fingerprint[:SHOWN_DIGITS]
 
 
-_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
+_MARKED_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
 
 
-def _fields_of(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
-    if model not in _FIELDS:
+def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
+    if model not in _MARKED_FIELDS:
         fields = model.model_fields
-        _FIELDS[model] = [
-            (name, tuple(m for m in fields[name].metadata if isinstance(m, Place | Since)))
+        _MARKED_FIELDS[model] = [
+            (name, tuple(m for m in fields[name].metadata if isinstance(m, NotHashed | DefaultFrom)))
             for name in sorted(fields)
         ]
-    return _FIELDS[model]
+    return _MARKED_FIELDS[model]
 
 
-def _left_out(mark: Any, value: Any) -> bool:
-    return isinstance(mark, Place) or (isinstance(mark, Since) and bool(value == mark.before))
+def _is_excluded(mark: Any, value: Any) -> bool:
+    return isinstance(mark, NotHashed) or (isinstance(mark, DefaultFrom) and bool(value == mark.old_value))
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """The one text of `value`. Raises SpecError for a value without a stable form."""
     if isinstance(value, Frozen):
-        return value.canonical
+        return value.canonical_json
     if isinstance(value, str):
         return encode_basestring(value)
     if value is None or isinstance(value, bool):
@@ -91,11 +91,11 @@ def canonical(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise SpecError(f"{value!r} has no stable form: a description holds finite numbers only")
+            raise ConfigError(f"{value!r} has no stable form: a description holds finite numbers only")
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, tuple | list):
-        return "[" + ",".join(canonical(item) for item in value) + "]"
+        return "[" + ",".join(canonical_json(item) for item in value) + "]"
     if isinstance(value, Mapping):
         items = sorted((str(key), item) for key, item in value.items())
-        return "{" + ",".join(f"{encode_basestring(k)}:{canonical(v)}" for k, v in items) + "}"
-    raise SpecError(f"{value!r} ({type(value).__name__}) has no stable form to be identified by")
+        return "{" + ",".join(f"{encode_basestring(k)}:{canonical_json(v)}" for k, v in items) + "}"
+    raise ConfigError(f"{value!r} ({type(value).__name__}) has no stable form to be identified by")

@@ -16,26 +16,26 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from gkd_lab.config.fingerprint import Frozen, Place, Since
-from gkd_lab.config.layer_maps import UNIFORM, Layers
+from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
+from gkd_lab.config.layer_maps import UNIFORM, LayerMapField
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Divergence = Literal["jsd", "tv"]
+DivergenceKind = Literal["jsd", "tv"]
 FIRST_TEACHER = "teacher"
 """Name of the run's own teacher, number 0."""
-Baseline = Literal["leave_one_out", "none"]
+RewardBaseline = Literal["leave_one_out", "none"]
 
 
-class Weighted(Frozen):
+class WeightedTerm(Frozen):
     """A term of the loss and its weight."""
 
     weight: NonNegativeFloat = 1.0
-    final_weight: Annotated[NonNegativeFloat | None, Since(None)] = Field(
+    final_weight: Annotated[NonNegativeFloat | None, DefaultFrom(None)] = Field(
         default=None, description="to which the weight moves linearly; null: it stays"
     )
 
 
-class Other(Weighted):
+class LossTerm(WeightedTerm):
     """A term that is no divergence; its type stands in the place of one."""
 
     @property
@@ -48,7 +48,7 @@ class Other(Weighted):
         return str(self.type)  # type: ignore[attr-defined]
 
 
-class Diverging(Weighted):
+class DivergenceFields(WeightedTerm):
     """A divergence between teacher and student, token by token (Eq. 2).
 
     `jsd` is JSD(beta), the two KLs at its ends (Eq. 1); `tv` is total variation, half the sum of |p - q|,
@@ -57,7 +57,7 @@ class Diverging(Weighted):
     """
 
     type: Literal["divergence"] = "divergence"
-    divergence: Annotated[Divergence, Since("jsd")] = Field(
+    divergence: Annotated[DivergenceKind, DefaultFrom("jsd")] = Field(
         default="jsd", description="`jsd`: JSD(beta); `tv`: total variation, which has no beta"
     )
     beta: Share | None = Field(
@@ -65,27 +65,27 @@ class Diverging(Weighted):
         validate_default=True,
         description="weight of the teacher; 0 forward KL, 1 reverse KL; null for `tv`",
     )
-    rescale: Annotated[bool, Since(False)] = Field(
+    rescale: Annotated[bool, DefaultFrom(False)] = Field(
         default=False,
         description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs stay as they are",
     )
     teacher_temperature: PositiveFloat
     student_temperature: PositiveFloat
-    square_temperature: Annotated[bool, Since(False)] = Field(
+    square_temperature: Annotated[bool, DefaultFrom(False)] = Field(
         default=False,
         description="multiply by the product of the temperatures, Hinton's T^2; nothing where it is 1",
     )
-    mixture: Annotated[tuple[PositiveFloat, ...] | None, Since(None)] = Field(
+    mixture: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
         default=None,
         description="weights of several teachers' probabilities, which sum to 1; null: all alike",
     )
-    mixture_temperatures: Annotated[tuple[PositiveFloat, ...] | None, Since(None)] = Field(
+    mixture_temperatures: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
         default=None, description="of each of several teachers, before they are mixed; null: 1"
     )
 
     @field_validator("beta")
     @classmethod
-    def _belongs_to_jsd(cls, beta: float | None, info: ValidationInfo) -> float | None:
+    def _check_beta(cls, beta: float | None, info: ValidationInfo) -> float | None:
         if info.data.get("divergence") == "tv":
             return None
         if beta is None:
@@ -94,27 +94,27 @@ class Diverging(Weighted):
 
     @field_validator("rescale")
     @classmethod
-    def _changes_the_inside_only(cls, rescale: bool, info: ValidationInfo) -> bool:
+    def _normalize_rescale(cls, rescale: bool, info: ValidationInfo) -> bool:
         """The limits of JSD(beta) / (beta (1 - beta)) at 0 and 1 are the KLs that stand there already."""
         return rescale and info.data.get("beta") not in (None, 0, 1)
 
     @field_validator("square_temperature")
     @classmethod
-    def _changes_other_temperatures_only(cls, squared: bool, info: ValidationInfo) -> bool:
+    def _normalize_square_temperature(cls, squared: bool, info: ValidationInfo) -> bool:
         values = [info.data.get(name) or 1.0 for name in ("teacher_temperature", "student_temperature")]
         return squared and values[0] * values[1] != 1
 
 
-class Objective(Diverging):
+class ResolvedDivergence(DivergenceFields):
     """A divergence whose teachers are numbered: 0 is the run's own, 1 and on are its `teachers`."""
 
-    teachers: Annotated[tuple[NonNegativeInt, ...], Since((0,))] = Field(default=(0,), min_length=1)
-    routes: Annotated[tuple[str, ...] | None, Since(None)] = Field(
+    teachers: Annotated[tuple[NonNegativeInt, ...], DefaultFrom((0,))] = Field(default=(0,), min_length=1)
+    routes: Annotated[tuple[str, ...] | None, DefaultFrom(None)] = Field(
         default=None, description="what the data calls these teachers, where each row has one of them"
     )
 
 
-class CrossEntropyObjective(Other):
+class CrossEntropyConfig(LossTerm):
     """-log q of the tokens that the data or the teacher wrote.
 
     Alone it is supervised fine-tuning, and sequence-level KD (Kim and Rush 2016) on the teacher's text. Of
@@ -124,13 +124,13 @@ class CrossEntropyObjective(Other):
     type: Literal["cross_entropy"] = "cross_entropy"
 
 
-class OfLayers(Other):
+class LayerTerm(LossTerm):
     """A distance between layers of student and teacher."""
 
     first: ClassVar[int] = 0
     """The lowest layer that a pair may name."""
 
-    layers: Layers = Field(
+    layers: LayerMapField = Field(
         default=UNIFORM,
         description="pairs [student's layer, teacher's layer], or a rule: `uniform`, evenly spaced; `last_k`",
     )
@@ -139,7 +139,7 @@ class OfLayers(Other):
     )
 
 
-class HiddenStatesObjective(OfLayers):
+class HiddenStatesConfig(LayerTerm):
     """The student's hidden states drawn to the teacher's (PKD, Sun et al. 2019; TinyBERT, Jiao et al. 2020).
 
     Layer 0: the embeddings; n: after layer n. Where widths differ a projection is learnt along, which is no
@@ -152,7 +152,7 @@ class HiddenStatesObjective(OfLayers):
     )
 
 
-class AttentionsObjective(OfLayers):
+class AttentionsConfig(LayerTerm):
     """The student's attention maps drawn to the teacher's (TinyBERT; MiniLM, Wang et al. 2020)."""
 
     first: ClassVar[int] = 1
@@ -173,13 +173,13 @@ class RewardFields(Frozen):
     model: str | None = Field(
         default=None, description="of `entailment`: a sequence-classification model, a folder or a hub name"
     )
-    baseline: Baseline = Field(
+    baseline: RewardBaseline = Field(
         default="leave_one_out", description="taken from a reward: the mean of the step's others, or nothing"
     )
     normalize: bool = Field(default=False, description="divide by the standard deviation of a step's rewards")
 
 
-class Rewarded(RewardFields, Other):
+class RewardConfig(RewardFields, LossTerm):
     """A policy gradient towards what a function likes of the student's own text (Eq. 5), by REINFORCE.
 
     Of what others wrote it teaches nothing.
@@ -188,19 +188,19 @@ class Rewarded(RewardFields, Other):
     type: Literal["reward"] = "reward"
 
 
-class RewardObjective(Rewarded):
+class ResolvedReward(RewardConfig):
     """A reward, known by content: its model at a revision, or its function's module."""
 
-    path: Annotated[str | None, Place()] = None
+    path: Annotated[str | None, NotHashed()] = None
     revision: str | None = None
     content: str | None = Field(default=None, description="SHA-256 of the module that has the function")
 
-    def weighing(self, weight: float) -> "RewardObjective":
+    def reweight(self, weight: float) -> "ResolvedReward":
         """The same with another weight."""
         return self.model_copy(update={"weight": weight})
 
 
-class AdversarialObjective(Other):
+class AdversarialConfig(LossTerm):
     """A discriminator learns to tell the student from the teacher, and the student to pass for the teacher.
 
     The non-saturating game of Goodfellow et al. (2014), which goes on beside the other terms. The
@@ -225,7 +225,7 @@ class AdversarialObjective(Other):
     layers: PositiveInt = Field(default=2, description="hidden layers of the discriminator")
 
 
-class Divergent(Diverging):
+class DivergenceConfig(DivergenceFields):
     """A divergence as it is stated: temperatures may be those of the other settings, teachers have names."""
 
     teacher: str | tuple[str, ...] | None = Field(
@@ -245,18 +245,18 @@ class Divergent(Diverging):
         named = FIRST_TEACHER if self.teacher is None else self.teacher
         return (named,) if isinstance(named, str) else named
 
-    def filled(self, settings: Mapping[str, Any], number: Mapping[str, int]) -> Objective:
+    def resolve(self, settings: Mapping[str, Any], teacher_numbers: Mapping[str, int]) -> ResolvedDivergence:
         """The whole objective, its teachers by number."""
         # A mixture of one is that one.
         single = {"mixture"} if len(self.teacher_names) == 1 else set()
         stated = self.model_dump(exclude_none=True, exclude={"teacher", "routed"} | single)
         names = ("teacher_temperature", "student_temperature")
-        teachers = tuple(number[name] for name in self.teacher_names)
+        teachers = tuple(teacher_numbers[name] for name in self.teacher_names)
         known = {"teachers": teachers, "routes": self.teacher_names if self.routed else None}
-        return Objective(**{**{name: settings[name] for name in names}, **stated, **known})
+        return ResolvedDivergence(**{**{name: settings[name] for name in names}, **stated, **known})
 
 
-class UldObjective(Other):
+class ULDConfig(LossTerm):
     """Universal logit distillation, for a teacher with a tokenizer of its own (Boizard et al. 2024).
 
     The teacher reads the same text in its own tokens; probabilities are compared by size, the largest with
@@ -268,7 +268,7 @@ class UldObjective(Other):
     student_temperature: PositiveFloat = Field(default=1.0, description="divides the student's logits here")
 
 
-class SquaredErrorObjective(Other):
+class SquaredErrorConfig(LossTerm):
     """(student - teacher)^2 of a regression's number, or the mean of it over logits (Ba and Caruana 2014)."""
 
     type: Literal["squared_error"] = "squared_error"
@@ -277,14 +277,14 @@ class SquaredErrorObjective(Other):
     )
 
 
-OTHERS: tuple[type[Other], ...] = (
-    CrossEntropyObjective,
-    SquaredErrorObjective,
-    RewardObjective,
-    HiddenStatesObjective,
-    AttentionsObjective,
-    AdversarialObjective,
-    UldObjective,
+NON_DIVERGENCE_TERMS: tuple[type[LossTerm], ...] = (
+    CrossEntropyConfig,
+    SquaredErrorConfig,
+    ResolvedReward,
+    HiddenStatesConfig,
+    AttentionsConfig,
+    AdversarialConfig,
+    ULDConfig,
 )
 """Every objective but the divergence; a new one is one more class, here and in the two unions."""
 
@@ -293,37 +293,41 @@ def _class_of(objective: Any, divergence: str) -> str:
     """Name of the class that describes an objective, for pydantic; a divergence may leave its type out."""
     said = objective if isinstance(objective, dict) else {"type": getattr(objective, "type", "divergence")}
     given = said.get("type", "divergence")
-    known = {"divergence": divergence, **{kind_of(other): other.__name__ for other in OTHERS}}
+    known = {"divergence": divergence, **{term_type(other): other.__name__ for other in NON_DIVERGENCE_TERMS}}
     return known.get(given, given) if isinstance(given, str) else str(given)
 
 
-def kind_of(objective: type[Other]) -> str:
+def term_type(objective: type[LossTerm]) -> str:
     """The `type` of a class of objectives."""
     return str(objective.model_fields["type"].default)
 
 
 def _resolved(objective: Any) -> str:
-    return _class_of(objective, "Objective")
+    return _class_of(objective, "ResolvedDivergence")
 
 
 def _stated(objective: Any) -> str:
-    name = _class_of(objective, "Divergent")
-    return "Rewarded" if name == "RewardObjective" else name
+    name = _class_of(objective, "DivergenceConfig")
+    return "RewardConfig" if name == "ResolvedReward" else name
 
 
 AnyOther = (
-    Annotated[CrossEntropyObjective, Tag("CrossEntropyObjective")]
-    | Annotated[SquaredErrorObjective, Tag("SquaredErrorObjective")]
-    | Annotated[HiddenStatesObjective, Tag("HiddenStatesObjective")]
-    | Annotated[AttentionsObjective, Tag("AttentionsObjective")]
-    | Annotated[AdversarialObjective, Tag("AdversarialObjective")]
-    | Annotated[UldObjective, Tag("UldObjective")]
+    Annotated[CrossEntropyConfig, Tag("CrossEntropyConfig")]
+    | Annotated[SquaredErrorConfig, Tag("SquaredErrorConfig")]
+    | Annotated[HiddenStatesConfig, Tag("HiddenStatesConfig")]
+    | Annotated[AttentionsConfig, Tag("AttentionsConfig")]
+    | Annotated[AdversarialConfig, Tag("AdversarialConfig")]
+    | Annotated[ULDConfig, Tag("ULDConfig")]
 )
-AnyObjective = Annotated[
-    Annotated[Objective, Tag("Objective")] | AnyOther | Annotated[RewardObjective, Tag("RewardObjective")],
+ResolvedTerm = Annotated[
+    Annotated[ResolvedDivergence, Tag("ResolvedDivergence")]
+    | AnyOther
+    | Annotated[ResolvedReward, Tag("ResolvedReward")],
     Discriminator(_resolved),
 ]
-AnyObjectiveSettings = Annotated[
-    Annotated[Divergent, Tag("Divergent")] | AnyOther | Annotated[Rewarded, Tag("Rewarded")],
+TermConfig = Annotated[
+    Annotated[DivergenceConfig, Tag("DivergenceConfig")]
+    | AnyOther
+    | Annotated[RewardConfig, Tag("RewardConfig")],
     Discriminator(_stated),
 ]

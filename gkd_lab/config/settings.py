@@ -29,7 +29,7 @@ from gkd_lab.config.cell import (
     Split,
     TeacherScores,
 )
-from gkd_lab.config.loss_terms import AnyObjectiveSettings, Divergence, RewardFields, Share
+from gkd_lab.config.loss_terms import DivergenceKind, RewardFields, Share, TermConfig
 
 Method = Literal[
     "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft", "rlef"
@@ -124,7 +124,7 @@ class ModelSettings(Section):
         default=None, description="seconds to wait for a server that does not answer; default 300"
     )
 
-    def architecture(self) -> Architecture | None:
+    def build_architecture(self) -> Architecture | None:
         """The architecture, when it is one to be made; feed_forward defaults to 4 widths."""
         if self.layers is None or self.width is None or self.heads is None:
             return None
@@ -163,7 +163,7 @@ class HarnessSettings(Section):
     )
 
 
-def _kind(value: Any) -> str:
+def _tag_evaluation(value: Any) -> str:
     """Which of the two a section is; the class's name, so that an error speaks of its fields alone."""
     said = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
     return "HarnessSettings" if "lm_eval" in said else "EvaluationSettings"
@@ -172,11 +172,11 @@ def _kind(value: Any) -> str:
 AnyEvaluationSettings = Annotated[
     Annotated[EvaluationSettings, Tag("EvaluationSettings")]
     | Annotated[HarnessSettings, Tag("HarnessSettings")],
-    Discriminator(_kind),
+    Discriminator(_tag_evaluation),
 ]
 
 
-def evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | HarnessSettings:
+def parse_evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | HarnessSettings:
     """A task's default evaluation. Raises pydantic's ValidationError."""
     return (HarnessSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
 
@@ -188,7 +188,7 @@ class Settings(Section):
     beta: Share | None = Field(
         default=None, description="JSD(beta): 0 forward KL, 1 reverse KL; nothing to total variation"
     )
-    divergence: Divergence | None = Field(
+    divergence: DivergenceKind | None = Field(
         default=None, description="`jsd`: JSD(beta) (Eq. 1); `tv`: total variation, which has no beta"
     )
     rescale_divergence: bool | None = Field(
@@ -198,7 +198,7 @@ class Settings(Section):
     teacher_temperature: PositiveFloat | None = Field(default=None, description="of the teacher in the loss")
     student_temperature: PositiveFloat | None = Field(default=None, description="of the student in the loss")
     temperature: PositiveFloat | None = Field(default=None, description="of sampling from the student")
-    objectives: tuple[AnyObjectiveSettings, ...] | None = Field(
+    objectives: tuple[TermConfig, ...] | None = Field(
         default=None,
         min_length=1,
         description="the long form of the divergence: terms of the loss with their weights",
@@ -270,13 +270,13 @@ class Settings(Section):
     seed: int | None = Field(default=None, description="drives data order, coin and sampling, nothing else")
 
 
-def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
     """Later layers win; nested sections are merged field by field, everything else is replaced."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             if isinstance(value, dict) and isinstance(merged.get(key), dict):
-                merged[key] = merge(merged[key], value)
+                merged[key] = merge_settings(merged[key], value)
             else:
                 merged[key] = value
     return merged

@@ -7,43 +7,45 @@ from typing import Any
 
 import yaml
 
-from gkd_lab.config.errors import SpecError
+from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.experiment import Experiment
 
-PROJECT = "gkd-lab"
+WANDB_PROJECT = "gkd-lab"
 
 
-def sweep_file(name: str, experiment: Experiment, scale: str | None, fields: Mapping[str, str]) -> str:
+def format_sweep_file(name: str, experiment: Experiment, scale: str | None, fields: Mapping[str, str]) -> str:
     """The YAML text of a grid sweep whose cells are the experiment's. Raises SpecError where nothing varies.
 
     `name` is how the experiment is called, `scale` and `fields` what was asked for beside its file: fields
     that are no axes are said in the command. The server's grid varies the first name of the alphabet slowest.
     """
-    axes = experiment.axes()
+    axes = experiment.list_axes()
     if not axes:
-        raise SpecError(f"{name}: no axis to sweep over; make one with --set KEY=V1,V2")
+        raise ConfigError(f"{name}: no axis to sweep over; make one with --set KEY=V1,V2")
     stated = [f"--{key}={value}" for key, value in fields.items() if key not in axes]
     words = [*(("--scale", scale) if scale else ()), *stated]
     document = {
         "program": "gkd-lab",
         "command": ["${env}", "gkd-lab", "cell", "--experiment", name, *words, "${args}"],
-        "project": PROJECT,
+        "project": WANDB_PROJECT,
         "name": Path(name).stem,
         "description": " ".join(experiment.description.split()),
         "method": "grid",
-        "parameters": {axis: {"values": [as_value(v) for v in values]} for axis, values in axes.items()},
+        "parameters": {
+            axis: {"values": [encode_axis_value(v) for v in values]} for axis, values in axes.items()
+        },
     }
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(document, Dumper=_SweepDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def as_value(value: Any) -> Any:
+def encode_axis_value(value: Any) -> Any:
     """A value as the client can carry it to `--axis=value`: numbers and truth as they are, others as text.
 
     The client writes what is no text in Python's own form (`None`, `{'a': 1}`), which is not read back.
     """
     if isinstance(value, bool | int | float):
         return int(value) if isinstance(value, float) and value.is_integer() else value
-    plain = json.loads(json.dumps(value, default=_as_data))
+    plain = json.loads(json.dumps(value, default=_dump_model))
     if isinstance(plain, str) and _reads_back(plain, plain):
         return plain
     text = json.dumps(plain, ensure_ascii=False)
@@ -59,16 +61,16 @@ def _reads_back(text: str, value: Any) -> bool:
         return False
 
 
-def _as_data(value: Any) -> Any:
+def _dump_model(value: Any) -> Any:
     return value.model_dump(mode="json", exclude_unset=True)
 
 
-class _Dumper(yaml.SafeDumper):
+class _SweepDumper(yaml.SafeDumper):
     """Lists of plain values on one line, as in the experiments."""
 
 
-def _in_one_line(dumper: _Dumper, values: Sequence[Any]) -> yaml.Node:
+def _represent_list_inline(dumper: _SweepDumper, values: Sequence[Any]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
 
-_Dumper.add_representer(list, _in_one_line)
+_SweepDumper.add_representer(list, _represent_list_inline)

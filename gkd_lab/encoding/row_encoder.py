@@ -13,16 +13,16 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gkd_lab.encoding.batches import Example
-from gkd_lab.encoding.tokenization import cut_prompt, ended, prompt_ids, target_ids
+from gkd_lab.encoding.tokenization import ensure_end_id, tokenize_prompts, tokenize_targets, truncate_prompt
 from gkd_lab.encoding.trl_batch import NOT_TRAINED
 
-Row = Mapping[str, Any]
-Messages = Sequence[Row]
+RowMapping = Mapping[str, Any]
+Messages = Sequence[RowMapping]
 
 IMAGE_COLUMNS = ("image", "images", "pixel_values")
-ASKING = ("system", "developer", "user", "tool", "function", "environment", "ipython")
+PROMPT_ROLES = ("system", "developer", "user", "tool", "function", "environment", "ipython")
 """Roles whose turn, as the last one, waits for an answer; any other, such as `assistant`, gives it."""
-FORMS = """\
+ROW_FORMS = """\
   `messages`: the last assistant turn is the target; without one the row is a prompt
   `prompt`, with or without `completion`: both texts or both lists of messages
   `prompt` (the templated text) with `messages`
@@ -31,7 +31,7 @@ FORMS = """\
 
 
 class RowEncoder:
-    """Turns a row of a user's data set into an `Example`: ids of prompt and completion, cut apart.
+    """Turns a row of a user's data set into an `ComparedExample`: ids of prompt and completion, cut apart.
 
     max_length bounds prompt plus completion in tokens; None: no bound. A prompt keeps its last
     `max_length - min(max_new_tokens, max_length // 2)` tokens, the completion the first of what is then left.
@@ -51,7 +51,7 @@ class RowEncoder:
         max_length: int | None,
         max_new_tokens: int,
         end_ids: Sequence[int] = (),
-        formatting_func: Callable[[Row], Row] | None = None,
+        formatting_func: Callable[[RowMapping], RowMapping] | None = None,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length={max_length}: a prompt and a completion need 2 tokens at least")
@@ -61,16 +61,18 @@ class RowEncoder:
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.end_ids = [*(i for i in [tokenizer.eos_token_id] if i is not None), *end_ids]
         self.formatting_func = formatting_func
-        self.rows = self.prompts_cut = self.completions_cut = 0
+        self.rows_read = self.prompts_cut = self.completions_cut = 0
 
-    def __call__(self, row: Row | Example) -> Example:
+    def __call__(self, row: RowMapping | Example) -> Example:
         """The row as ids; without a target its completion is empty. ValueError: the row has no known form."""
         if isinstance(row, Example):
             return row
-        formatted = self._formatted(row)
-        return replace(self._cut(self._encoded(formatted)), route=route_of(formatted))
+        formatted = self._apply_formatting(row)
+        return replace(
+            self._truncate_example(self._encode_row(formatted)), route=read_teacher_index(formatted)
+        )
 
-    def _formatted(self, row: Row) -> Row:
+    def _apply_formatting(self, row: RowMapping) -> RowMapping:
         """The row as the user's function returns it, without the empty columns that Arrow fills in."""
         made: Any = row if self.formatting_func is None else self.formatting_func(row)
         if not isinstance(made, Mapping):
@@ -80,71 +82,83 @@ class RowEncoder:
             )
         return {column: value for column, value in made.items() if value is not None}
 
-    def _encoded(self, row: Row) -> Example:
+    def _encode_row(self, row: RowMapping) -> Example:
         _refuse_images(row)
         if "input_ids" in row:
-            return self._from_ids(row)
+            return self._encode_input_ids(row)
         if "prompt_ids" in row:
-            return Example(_integers(row["prompt_ids"]), _integers(row.get("completion_ids", ())))
+            return Example(_parse_integers(row["prompt_ids"]), _parse_integers(row.get("completion_ids", ())))
         if "messages" in row:
-            return self._from_messages(row, _messages(row, "messages"))
+            return self._encode_messages(row, _read_messages(row, "messages"))
         if "prompt" in row:
-            return self._from_prompt(row)
-        raise ValueError(f"no prompt can be read from a row with the columns {sorted(row)}; known:\n{FORMS}")
+            return self._encode_prompt_row(row)
+        raise ValueError(
+            f"no prompt can be read from a row with the columns {sorted(row)}; known:\n{ROW_FORMS}"
+        )
 
     # Chats
 
-    def _from_messages(self, row: Row, messages: Messages) -> Example:
+    def _encode_messages(self, row: RowMapping, messages: Messages) -> Example:
         """Either a chat that ends with its target, or a chat that waits for an answer."""
         prompt = row.get("prompt")
         if not isinstance(prompt, str | None):
             raise ValueError(
                 "`prompt` as a list beside `messages` says the same twice: remove one of the two"
             )
-        answered = messages[-1]["role"] not in ASKING
+        answered = messages[-1]["role"] not in PROMPT_ROLES
         if prompt is None:
-            prompt = self._asked(row, messages[:-1] if answered else messages)
+            prompt = self._render_prompt(row, messages[:-1] if answered else messages)
         if not answered:
-            return self._texts(prompt, None) if self._is_plain() else Example(self._prompt_ids(prompt), [])
-        answer = self._answer(row, messages, prompt)
-        return self._texts(prompt, answer) if self._is_plain() else self._answered(prompt, answer)
+            return (
+                self._encode_texts(prompt, None)
+                if self._uses_plain_text()
+                else Example(self._tokenize_prompt(prompt), [])
+            )
+        answer = self._render_answer(row, messages, prompt)
+        return (
+            self._encode_texts(prompt, answer)
+            if self._uses_plain_text()
+            else self._encode_rendered_chat(prompt, answer)
+        )
 
-    def _asked(self, row: Row, messages: Messages) -> str:
+    def _render_prompt(self, row: RowMapping, messages: Messages) -> str:
         """The prompt's text, up to where the assistant begins to write."""
         if not messages:
             raise ValueError("`messages` holds nothing before the assistant's turn: there is no prompt")
-        if self._is_plain():
-            return self._plain(row, messages)
-        return self._templated(row, messages, add_generation_prompt=True)
+        if self._uses_plain_text():
+            return self._join_contents(row, messages)
+        return self._apply_chat_template(row, messages, add_generation_prompt=True)
 
-    def _answer(self, row: Row, messages: Messages, prompt: str) -> str:
+    def _render_answer(self, row: RowMapping, messages: Messages, prompt: str) -> str:
         """What the whole chat's text has after the prompt's."""
-        if self._is_plain():
-            return self._plain(row, messages[-1:])
-        whole = self._templated(row, messages)
+        if self._uses_plain_text():
+            return self._join_contents(row, messages[-1:])
+        whole = self._apply_chat_template(row, messages)
         if not whole.startswith(prompt):
-            raise ValueError(_not_a_beginning(prompt, whole, given=row.get("prompt") is not None))
+            raise ValueError(
+                _explain_prompt_mismatch(prompt, whole, has_prompt_column=row.get("prompt") is not None)
+            )
         return whole.removeprefix(prompt)
 
-    def _answered(self, prompt: str, answer: str) -> Example:
+    def _encode_rendered_chat(self, prompt: str, answer: str) -> Example:
         """Joined, so that pieces which mark the begin of a text stay away from the answer's; else apart."""
-        prompt_ids = self._prompt_ids(prompt)
+        prompt_ids = self._tokenize_prompt(prompt)
         if not self.is_encoder_decoder:
-            whole = self._ids(prompt + answer)
+            whole = self._tokenize(prompt + answer)
             if whole[: len(prompt_ids)] == prompt_ids:
-                return Example(prompt_ids, self._ended(whole[len(prompt_ids) :]))
-        return Example(prompt_ids, self._ended(self._ids(answer)))
+                return Example(prompt_ids, self._append_end_id(whole[len(prompt_ids) :]))
+        return Example(prompt_ids, self._append_end_id(self._tokenize(answer)))
 
-    def _is_plain(self) -> bool:
+    def _uses_plain_text(self) -> bool:
         return self.is_encoder_decoder and self.tokenizer.chat_template is None
 
-    def _plain(self, row: Row, messages: Messages) -> str:
+    def _join_contents(self, row: RowMapping, messages: Messages) -> str:
         """Without a template an encoder-decoder reads the contents alone, one a line."""
         if row.get("tools"):
             raise ValueError("`tools` need a chat template, and this tokenizer has none: remove the column")
-        return "\n".join(text for message in messages for text in _texts(message))
+        return "\n".join(text for message in messages for text in _list_message_texts(message))
 
-    def _templated(self, row: Row, messages: Messages, **options: Any) -> str:
+    def _apply_chat_template(self, row: RowMapping, messages: Messages, **options: Any) -> str:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the row holds messages and the tokenizer has no chat template: set "
@@ -163,59 +177,63 @@ class RowEncoder:
 
     # Texts
 
-    def _from_prompt(self, row: Row) -> Example:
+    def _encode_prompt_row(self, row: RowMapping) -> Example:
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, str) and isinstance(completion, str | None):
-            return self._texts(prompt, completion)
+            return self._encode_texts(prompt, completion)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError(
                 "`prompt` and `completion` are of different kinds, a text and a list of messages: "
                 "give two texts or two lists"
             )
-        asked = _messages(row, "prompt")
+        asked = _read_messages(row, "prompt")
         if completion:
-            return self._from_messages({**row, "prompt": None}, [*asked, _one_answer(row)])
-        text = self._awaiting(row, asked)
-        return self._texts(text, None) if self._is_plain() else Example(self._prompt_ids(text), [])
+            return self._encode_messages({**row, "prompt": None}, [*asked, _read_single_answer(row)])
+        text = self._render_open_prompt(row, asked)
+        return (
+            self._encode_texts(text, None)
+            if self._uses_plain_text()
+            else Example(self._tokenize_prompt(text), [])
+        )
 
-    def _awaiting(self, row: Row, messages: Messages) -> str:
+    def _render_open_prompt(self, row: RowMapping, messages: Messages) -> str:
         """A prompt alone, which may end with the beginning of the assistant's own turn."""
-        if messages[-1]["role"] != "assistant" or self._is_plain():
-            return self._asked(row, messages)
-        return self._templated(row, messages, continue_final_message=True)
+        if messages[-1]["role"] != "assistant" or self._uses_plain_text():
+            return self._render_prompt(row, messages)
+        return self._apply_chat_template(row, messages, continue_final_message=True)
 
-    def _texts(self, prompt: str, completion: str | None) -> Example:
+    def _encode_texts(self, prompt: str, completion: str | None) -> Example:
         """Both as the tokenizer writes a text; no chat template had a hand in them."""
         kind = {"is_encoder_decoder": self.is_encoder_decoder}
-        (asked,) = prompt_ids(self.tokenizer, [prompt], **kind)
+        (asked,) = tokenize_prompts(self.tokenizer, [prompt], **kind)
         if completion is None:
             return Example(asked, [])
-        (answer,) = target_ids(self.tokenizer, [completion], **kind)
-        return Example(asked, self._ended(answer))
+        (answer,) = tokenize_targets(self.tokenizer, [completion], **kind)
+        return Example(asked, self._append_end_id(answer))
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def _tokenize_prompt(self, text: str) -> list[int]:
         """Of a templated text."""
-        return self._ids(text, special=self.is_encoder_decoder)
+        return self._tokenize(text, special=self.is_encoder_decoder)
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
+    def _tokenize(self, text: str, special: bool = False) -> list[int]:
         # Not verbose: it would warn of long texts, which are cut later.
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _append_end_id(self, ids: list[int]) -> list[int]:
         if not self.end_ids:
             raise ValueError("the tokenizer has no end of sequence: set `tokenizer.eos_token`")
-        return ended(ids, self.end_ids)
+        return ensure_end_id(ids, self.end_ids)
 
     # Ready-made ids
 
-    def _from_ids(self, row: Row) -> Example:
-        ids = _integers(row["input_ids"])
+    def _encode_input_ids(self, row: RowMapping) -> Example:
+        ids = _parse_integers(row["input_ids"])
         if self.is_encoder_decoder and "labels" in row:
-            source = _where(ids, _column(row, "attention_mask", ids))
-            return Example(source, [i for i in _integers(row["labels"]) if i != NOT_TRAINED])
-        trained = self._trained(row, ids)
-        real = _column(row, "attention_mask", ids)
-        trained, ids = _where(trained, real), _where(ids, real)
+            source = _select_ids(ids, _read_token_column(row, "attention_mask", ids))
+            return Example(source, [i for i in _parse_integers(row["labels"]) if i != NOT_TRAINED])
+        trained = self._build_training_mask(row, ids)
+        real = _read_token_column(row, "attention_mask", ids)
+        trained, ids = _select_ids(trained, real), _select_ids(ids, real)
         start, count = trained.index(1) if 1 in trained else len(ids), sum(trained)
         if sum(trained[start : start + count]) != count:
             raise ValueError(
@@ -224,12 +242,12 @@ class RowEncoder:
             )
         return Example(ids[:start], ids[start : start + count])
 
-    def _trained(self, row: Row, ids: list[int]) -> list[int]:
+    def _build_training_mask(self, row: RowMapping, ids: list[int]) -> list[int]:
         """1 where a token is trained on."""
         if "completion_mask" in row:
-            return [int(value != 0) for value in _column(row, "completion_mask", ids)]
+            return [int(value != 0) for value in _read_token_column(row, "completion_mask", ids)]
         if "labels" in row:
-            labels = _column(row, "labels", ids)
+            labels = _read_token_column(row, "labels", ids)
             if any(label not in (NOT_TRAINED, i) for label, i in zip(labels, ids, strict=True)):
                 raise ValueError(
                     "`labels` differ from `input_ids` where they are not -100: do not shift them"
@@ -238,23 +256,29 @@ class RowEncoder:
         if "prompt" in row:
             prompt = row["prompt"]
             if isinstance(prompt, str):
-                (asked,) = prompt_ids(self.tokenizer, [prompt], is_encoder_decoder=self.is_encoder_decoder)
+                (asked,) = tokenize_prompts(
+                    self.tokenizer, [prompt], is_encoder_decoder=self.is_encoder_decoder
+                )
                 if ids[: len(asked)] == asked:
-                    return _after(asked, ids)
-            text = prompt if isinstance(prompt, str) else self._awaiting(row, _messages(row, "prompt"))
-            return _after(self._prompt_ids(text), ids)
+                    return _mask_completion(asked, ids)
+            text = (
+                prompt
+                if isinstance(prompt, str)
+                else self._render_open_prompt(row, _read_messages(row, "prompt"))
+            )
+            return _mask_completion(self._tokenize_prompt(text), ids)
         raise ValueError("`input_ids` alone do not say where the prompt ends: add `completion_mask`")
 
     # Limits
 
-    def _cut(self, example: Example) -> Example:
+    def _truncate_example(self, example: Example) -> Example:
         """Apart: how much of the prompt stays does not depend on the completion."""
         prompt, completion = example.prompt_ids, example.completion_ids
         if not prompt:
             raise ValueError("the prompt is empty: a completion needs one token at least to follow from")
-        kept, follows = self._within(prompt, completion)
+        kept, follows = self._truncate_ids(prompt, completion)
         cut_before = self.prompts_cut + self.completions_cut > 0
-        self.rows += 1
+        self.rows_read += 1
         self.prompts_cut += len(kept) < len(prompt)
         self.completions_cut += len(follows) < len(completion)
         if not cut_before and self.prompts_cut + self.completions_cut > 0:
@@ -265,20 +289,20 @@ class RowEncoder:
             )
         return Example(kept, follows)
 
-    def _within(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
+    def _truncate_ids(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
         limit = self.max_length
         if limit is None:
             return prompt, completion
         if self.is_encoder_decoder:
-            return cut_prompt(self.tokenizer, prompt, limit, is_encoder_decoder=True), completion[:limit]
+            return truncate_prompt(self.tokenizer, prompt, limit, is_encoder_decoder=True), completion[:limit]
         room = limit - min(self.max_new_tokens, limit // 2)
-        kept = cut_prompt(self.tokenizer, prompt, room, is_encoder_decoder=False)
+        kept = truncate_prompt(self.tokenizer, prompt, room, is_encoder_decoder=False)
         return kept, completion[: limit - len(kept)]
 
 
-def _refuse_images(row: Row) -> None:
-    named = [name for name in IMAGE_COLUMNS if name in row and not _is_empty(row[name])]
-    shown = {part["type"] for part in _parts(row) if part.get("type", "text") != "text"}
+def _refuse_images(row: RowMapping) -> None:
+    named = [name for name in IMAGE_COLUMNS if name in row and not _is_empty_list(row[name])]
+    shown = {part["type"] for part in _list_content_parts(row) if part.get("type", "text") != "text"}
     if named or shown:
         found = f"the column `{named[0]}`" if named else f"a message part of type {min(shown)!r}"
         raise ValueError(
@@ -287,11 +311,11 @@ def _refuse_images(row: Row) -> None:
         )
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and not value
 
 
-def _parts(row: Row) -> list[Row]:
+def _list_content_parts(row: RowMapping) -> list[RowMapping]:
     """The parts of messages whose content is a list of parts."""
     turns = [row[c] for c in ("messages", "prompt", "completion") if isinstance(row.get(c), list | tuple)]
     contents = [message.get("content") for turn in turns for message in turn if isinstance(message, Mapping)]
@@ -299,7 +323,7 @@ def _parts(row: Row) -> list[Row]:
     return [part for content in listed for part in content if isinstance(part, Mapping)]
 
 
-def _messages(row: Row, column: str) -> list[Row]:
+def _read_messages(row: RowMapping, column: str) -> list[RowMapping]:
     messages = row[column]
     listed = isinstance(messages, list | tuple) and all(
         isinstance(m, Mapping) and "role" in m for m in messages
@@ -312,7 +336,7 @@ def _messages(row: Row, column: str) -> list[Row]:
     return list(messages)
 
 
-def route_of(row: Row) -> int:
+def read_teacher_index(row: RowMapping) -> int:
     """The number in the column `teacher`, where there is one."""
     number = row.get("teacher", -1)
     if isinstance(number, bool) or not isinstance(number, int):
@@ -320,8 +344,8 @@ def route_of(row: Row) -> int:
     return number
 
 
-def _one_answer(row: Row) -> Row:
-    completion = _messages(row, "completion")
+def _read_single_answer(row: RowMapping) -> RowMapping:
+    completion = _read_messages(row, "completion")
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
         raise ValueError(
@@ -331,17 +355,17 @@ def _one_answer(row: Row) -> Row:
     return completion[0]
 
 
-def _texts(message: Row) -> list[str]:
+def _list_message_texts(message: RowMapping) -> list[str]:
     content = message.get("content") or ""
     if isinstance(content, str):
         return [content]
     return [part if isinstance(part, str) else part["text"] for part in content]
 
 
-def _not_a_beginning(prompt: str, whole: str, *, given: bool) -> str:
+def _explain_prompt_mismatch(prompt: str, whole: str, *, has_prompt_column: bool) -> str:
     """Why an answer cannot be put behind its prompt."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
-    if given:
+    if has_prompt_column:
         return (
             f"`prompt` ({prompt!r:.80}) is not how the templated `messages` begin ({whole!r:.80}): "
             "remove one of the two columns"
@@ -355,17 +379,17 @@ def _not_a_beginning(prompt: str, whole: str, *, given: bool) -> str:
     )
 
 
-def _integers(values: Any) -> list[int]:
+def _parse_integers(values: Any) -> list[int]:
     return [int(value) for value in values]
 
 
-def _where(ids: list[int], kept: list[int]) -> list[int]:
-    return [i for i, keep in zip(ids, kept, strict=True) if keep]
+def _select_ids(ids: list[int], mask: list[int]) -> list[int]:
+    return [i for i, keep in zip(ids, mask, strict=True) if keep]
 
 
-def _column(row: Row, name: str, ids: list[int]) -> list[int]:
+def _read_token_column(row: RowMapping, name: str, ids: list[int]) -> list[int]:
     """A column that has one entry a token; an attention mask may be missing where nothing is padded."""
-    values = _integers(row[name]) if name in row else [1] * len(ids)
+    values = _parse_integers(row[name]) if name in row else [1] * len(ids)
     if len(values) != len(ids):
         raise ValueError(
             f"`{name}` has {len(values)} entries and `input_ids` {len(ids)}: one a token is needed"
@@ -373,7 +397,7 @@ def _column(row: Row, name: str, ids: list[int]) -> list[int]:
     return values
 
 
-def _after(prompt: list[int], ids: list[int]) -> list[int]:
+def _mask_completion(prompt: list[int], ids: list[int]) -> list[int]:
     if ids[: len(prompt)] != prompt:
         raise ValueError(
             f"`input_ids` begin with {ids[:8]}, the ids of `prompt` with {prompt[:8]}: they differ within "

@@ -4,32 +4,32 @@ from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
-Ids = list[int]
+TokenIds = list[int]
 
 
-def prompt_ids(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[Ids]:
+def tokenize_prompts(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
     """Prompts that are texts, not written by a chat template, which says itself what surrounds them.
 
     A source ends as the tokenizer ends it; a decoder's prompt gets what belongs in front of a text, such as
     Gemma's `<bos>`, and nothing behind it, where the completion follows.
     """
-    whole = _tokenized(tokenizer, texts, special=True)
+    whole = _tokenize(tokenizer, texts, special=True)
     if is_encoder_decoder:
         return whole
-    bare = _tokenized(tokenizer, texts, special=False)
+    bare = _tokenize(tokenizer, texts, special=False)
     end = tokenizer.eos_token_id
-    return [_before(ids, inner, end) + inner for ids, inner in zip(whole, bare, strict=True)]
+    return [_find_prefix(ids, inner, end) + inner for ids, inner in zip(whole, bare, strict=True)]
 
 
-def target_ids(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[Ids]:
+def tokenize_targets(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
     """Completions that are texts; an encoder-decoder's have what its decoder writes first, such as `<s>`."""
     if not is_encoder_decoder or not texts:
-        return _tokenized(tokenizer, texts, special=False)
-    found: list[Ids] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]
+        return _tokenize(tokenizer, texts, special=False)
+    found: list[TokenIds] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]
     return found
 
 
-def ended(ids: Ids, end_ids: Sequence[int]) -> Ids:
+def ensure_end_id(ids: TokenIds, end_ids: Sequence[int]) -> TokenIds:
     """With an end of sequence, the first of `end_ids`, if it holds none of them.
 
     A chat template may write more behind it, such as a newline: that is trained on, as in TRL.
@@ -37,7 +37,7 @@ def ended(ids: Ids, end_ids: Sequence[int]) -> Ids:
     return ids if any(i in end_ids for i in ids) else [*ids, end_ids[0]]
 
 
-def cut_prompt(tokenizer: Any, ids: Ids, limit: int, *, is_encoder_decoder: bool) -> Ids:
+def truncate_prompt(tokenizer: Any, ids: TokenIds, limit: int, *, is_encoder_decoder: bool) -> TokenIds:
     """At most `limit` ids: a source's first ones and its own end; a decoder's last ones and its own begin."""
     if len(ids) <= limit:
         return ids
@@ -49,15 +49,15 @@ def cut_prompt(tokenizer: Any, ids: Ids, limit: int, *, is_encoder_decoder: bool
     return ids[: limit - len(tail)] + tail
 
 
-def _tokenized(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[Ids]:
+def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[TokenIds]:
     if not texts:
         return []
     # Not verbose: it would warn of long texts, which are cut later.
-    found: list[Ids] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    found: list[TokenIds] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
     return found
 
 
-def _before(whole: Ids, inner: Ids, end: int | None) -> Ids:
+def _find_prefix(whole: TokenIds, inner: TokenIds, end: int | None) -> TokenIds:
     """What stands before `inner` in `whole`; before nothing that is all but the end of sequence."""
     if not inner:
         return [i for i in whole if i != end]

@@ -12,28 +12,28 @@ from torch.nn.functional import pad
 
 from gkd_lab.models.forward import Sequences
 
-Pair = tuple[Tensor, Tensor]
+IdsAndMask = tuple[Tensor, Tensor]
 NOT_TRAINED = -100
 
 
-def as_sequences(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
+def parse_collated_batch(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
     """A collated batch, by our collator or by a user's in TRL's form. ValueError: it is neither."""
-    if is_collated_here(batch):
+    if has_sequence_tensors(batch):
         return Sequences(**{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch})
-    if not is_collated_for_trl(batch):
+    if not is_trl_batch(batch):
         raise ValueError(
             f"the data collator returns {sorted(batch)}; GKDTrainer needs `input_ids`, `attention_mask` and "
             "`labels`, as TRL's DataCollatorForChatML returns them"
         )
-    return sequences_of(batch, pad_id, is_encoder_decoder=is_encoder_decoder)
+    return parse_trl_batch(batch, pad_id, is_encoder_decoder=is_encoder_decoder)
 
 
-def is_collated_here(batch: Mapping[str, Any]) -> bool:
+def has_sequence_tensors(batch: Mapping[str, Any]) -> bool:
     """Whether the batch has the tensors of `Sequences`, by name."""
     return {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"} <= batch.keys()
 
 
-def in_form_of_trl(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:
+def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:
     """The tensors of TRL's chat collator; labels are -100 where nothing is trained.
 
     input_ids, attention_mask and labels are what the model's own forward takes: (N, T) each, or for an
@@ -54,12 +54,14 @@ def in_form_of_trl(batch: Sequences, *, is_encoder_decoder: bool = False) -> dic
     }
 
 
-def is_collated_for_trl(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
+def is_trl_batch(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
     """Whether a collator made the batch as TRL's and transformers' do: ids and labels in a mapping."""
     return isinstance(batch, Mapping) and "input_ids" in batch and "labels" in batch
 
 
-def sequences_of(batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False) -> Sequences:
+def parse_trl_batch(
+    batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False
+) -> Sequences:
     """A batch in the form of TRL's DataCollatorForChatML, for users who pass a collator of their own.
 
     N rows, T tokens, P prompt tokens. input_ids, attention_mask, labels: (N, T), padded on either side,
@@ -75,28 +77,28 @@ def sequences_of(batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder
         raise ValueError("the data collator returns no attention_mask: padding cannot be told from text")
     real, trained = batch["attention_mask"].bool(), labels != NOT_TRAINED
     if is_encoder_decoder:
-        source = _aligned(ids, real, pad_id, left=False)
-        return Sequences(*source, *_aligned(labels, trained, pad_id, left=False))
-    _check_trained(ids, labels, real, trained)
-    prompts = _aligned(ids, real & (trained.cumsum(1) == 0), pad_id, left=True)
+        source = _align_ids(ids, real, pad_id, left=False)
+        return Sequences(*source, *_align_ids(labels, trained, pad_id, left=False))
+    _check_trained_tokens(ids, labels, real, trained)
+    prompts = _align_ids(ids, real & (trained.cumsum(1) == 0), pad_id, left=True)
     if "prompts" in batch:
-        stated = _aligned(batch["prompts"], batch["prompt_attention_mask"].bool(), pad_id, left=True)
-        _check_stated(stated, prompts, trained.any(1), pad_id)
+        stated = _align_ids(batch["prompts"], batch["prompt_attention_mask"].bool(), pad_id, left=True)
+        _check_prompt_column(stated, prompts, trained.any(1), pad_id)
         prompts = stated
     _refuse_rows(~prompts[1].any(1), "have no prompt: a completion needs one token at least to follow from")
-    return Sequences(*prompts, *_aligned(ids, trained, pad_id, left=False))
+    return Sequences(*prompts, *_align_ids(ids, trained, pad_id, left=False))
 
 
-def _aligned(ids: Tensor, kept: Tensor, pad_id: int, *, left: bool) -> Pair:
+def _align_ids(ids: Tensor, selected: Tensor, pad_id: int, *, left: bool) -> IdsAndMask:
     """The kept ids of each row, in order, padded on the left or the right, and their mask."""
-    width = max(1, int(kept.sum(1).max()))
-    order = (kept if left else ~kept).long().argsort(dim=1, stable=True)
+    width = max(1, int(selected.sum(1).max()))
+    order = (selected if left else ~selected).long().argsort(dim=1, stable=True)
     order = order[:, -width:] if left else order[:, :width]
-    mask = kept.gather(1, order)
+    mask = selected.gather(1, order)
     return ids.gather(1, order).masked_fill(~mask, pad_id), mask.long()
 
 
-def _check_trained(ids: Tensor, labels: Tensor, real: Tensor, trained: Tensor) -> None:
+def _check_trained_tokens(ids: Tensor, labels: Tensor, real: Tensor, trained: Tensor) -> None:
     starts = trained & ~pad(trained, (1, 0))[:, :-1]
     _refuse_rows(
         starts.sum(1) > 1, "train on several parts with untrained ones between them: mask all but one"
@@ -109,16 +111,22 @@ def _check_trained(ids: Tensor, labels: Tensor, real: Tensor, trained: Tensor) -
     )
 
 
-def _check_stated(stated: Pair, before: Pair, answered: Tensor, pad_id: int) -> None:
+def _check_prompt_column(
+    column_prompts: IdsAndMask, inferred_prompts: IdsAndMask, has_completion: Tensor, pad_id: int
+) -> None:
     """Stated prompts must be what the trained tokens follow: both kinds of step share one prompt."""
-    width = max(stated[0].shape[1], before[0].shape[1])
-    differs = torch.zeros_like(answered)
-    for one, other, fill in zip(stated, before, (pad_id, 0), strict=True):
+    width = max(column_prompts[0].shape[1], inferred_prompts[0].shape[1])
+    differs = torch.zeros_like(has_completion)
+    for one, other, fill in zip(column_prompts, inferred_prompts, (pad_id, 0), strict=True):
         wide = [pad(tensor, (width - tensor.shape[1], 0), value=fill) for tensor in (one, other)]
         differs |= (wide[0] != wide[1]).any(1)
-    _refuse_rows(differs & answered, "have other `prompts` than stand in input_ids before the trained tokens")
+    _refuse_rows(
+        differs & has_completion, "have other `prompts` than stand in input_ids before the trained tokens"
+    )
 
 
-def _refuse_rows(wrong: Tensor, reason: str) -> None:
-    if wrong.any():
-        raise ValueError(f"rows {wrong.nonzero().flatten().tolist()} of the data collator's batch {reason}")
+def _refuse_rows(is_invalid: Tensor, reason: str) -> None:
+    if is_invalid.any():
+        raise ValueError(
+            f"rows {is_invalid.nonzero().flatten().tolist()} of the data collator's batch {reason}"
+        )

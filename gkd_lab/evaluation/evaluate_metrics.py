@@ -11,7 +11,7 @@ import evaluate
 from gkd_lab.metrics import METRICS, score, score_many
 
 _TEXT = datasets.Value("string")
-_EITHER_FORM = [
+_REFERENCE_FEATURES = [
     datasets.Features({"predictions": _TEXT, "references": datasets.List(_TEXT)}),
     datasets.Features({"predictions": _TEXT, "references": _TEXT}),
 ]
@@ -34,7 +34,7 @@ class TextMetric(evaluate.Metric):
             description=f"gkd_lab.metrics: {', '.join(self.names)}, 0 to 100",
             citation="",
             inputs_description="predictions: texts; references: a text or texts for each",
-            features=_EITHER_FORM,
+            features=_REFERENCE_FEATURES,
         )
 
     def _compute(
@@ -44,7 +44,7 @@ class TextMetric(evaluate.Metric):
         scores = score_many(self.names, list(predictions), texts, use_stemmer=use_stemmer)
         result: dict[str, Any] = {name: one.value for name, one in scores.items()}
         for one in scores.values():
-            result.update(one.extra)
+            result.update(one.rates)
         result["signatures"] = {name: one.signature for name, one in scores.items()}
         return result
 
@@ -127,9 +127,9 @@ class SelfBleu(evaluate.Metric):
         texts = [text for group in predictions for text in group]
         prompts = [n for n, group in enumerate(predictions) for _ in group]
         one = score("self_bleu", texts, [[""]] * len(texts), prompts=prompts)
-        return {"self_bleu": one.value, **one.extra, "signatures": {"self_bleu": one.signature}}
+        return {"self_bleu": one.value, **one.rates, "signatures": {"self_bleu": one.signature}}
 
 
-_BY_SETTING = {f"{kind}_stem" for kind in Rouge.names}
-_OWN = {name for metric in TextMetric.__subclasses__() for name in metric.names}
-assert {*_OWN, *_BY_SETTING, "self_bleu"} == set(METRICS)
+_STEMMED_METRICS = {f"{kind}_stem" for kind in Rouge.names}
+_COVERED_METRICS = {name for metric in TextMetric.__subclasses__() for name in metric.names}
+assert {*_COVERED_METRICS, *_STEMMED_METRICS, "self_bleu"} == set(METRICS)

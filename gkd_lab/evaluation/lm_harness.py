@@ -30,14 +30,14 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from gkd_lab.config.cell import HarnessEvaluation, SftModel
-from gkd_lab.config.errors import SpecError, nearest, unknown
-from gkd_lab.config.lm_eval_task import Function, content_of, read_task_file
-from gkd_lab.evaluation.lm_hash import task_hash
+from gkd_lab.config.cell import LmEvalEvaluation, SftModel
+from gkd_lab.config.errors import ConfigError, build_unknown_name_error, suggest_choices
+from gkd_lab.config.lm_eval_task import FunctionTag, hash_task_config, read_task_file
+from gkd_lab.evaluation.lm_hash import compute_task_hash
 from gkd_lab.evaluation.lm_scores import stop_each_beam_for_itself
-from gkd_lab.metrics.intervals import mean_interval
+from gkd_lab.metrics.intervals import bootstrap_mean_interval
 
-Scores = dict[str, dict[str, Any]]
+HarnessScores = dict[str, dict[str, Any]]
 
 BATCH_SIZE = 16
 """Documents at once; it changes scores by rounding only."""
@@ -51,34 +51,34 @@ RESAMPLES = 1000
 class BuiltTask:
     """A task, a group of tasks, or the tasks of a tag, with their documents."""
 
-    evaluation: HarnessEvaluation
-    loaded: dict[str, Any]
+    evaluation: LmEvalEvaluation
+    task_objects: dict[str, Any]
     """lm-eval's `tasks`, `groups` and `group_map`."""
     hash: str
     trusted: bool
 
     @property
-    def documents(self) -> int:
+    def document_count(self) -> int:
         """How many are asked, at most `limit` of each task."""
-        counts = [len(task.eval_docs) for task in self.loaded["tasks"].values()]
+        counts = [len(task.eval_docs) for task in self.task_objects["tasks"].values()]
         limit = self.evaluation.limit
         return sum(count if limit is None else min(count, limit) for count in counts)
 
 
 @lru_cache(maxsize=8)
-def build(evaluation: HarnessEvaluation, *, trusted: bool = False) -> BuiltTask:
+def build_task(evaluation: LmEvalEvaluation, *, trusted: bool = False) -> BuiltTask:
     """The task with its documents, and its hash. Raises SpecError: unknown, refused, or without its data."""
-    with _quiet(trusted):
-        asked = _found(evaluation, trusted)
-        manager = _manager(evaluation.path is None)
+    with _silence_and_sandbox(trusted):
+        asked = _resolve_task(evaluation, trusted)
+        manager = _get_task_manager(evaluation.path is None)
         try:
             loaded = dict(manager.load([asked]))
         except Exception as error:
             # Data sets, templates and metrics raise errors of many libraries; each means: not like this.
-            raise SpecError(_why(evaluation, error)) from error
+            raise ConfigError(_explain_build_error(evaluation, error)) from error
         for task in loaded["tasks"].values():
             _set_fewshot(task, evaluation.num_fewshot)
-        return BuiltTask(evaluation, loaded, task_hash(loaded), trusted)
+        return BuiltTask(evaluation, loaded, compute_task_hash(loaded), trusted)
 
 
 def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int = BATCH_SIZE) -> HFLM:
@@ -89,7 +89,7 @@ def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int 
     """
     encoder = model.family == "encoder-decoder"
     longest = resolve_max_length(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-    with _quiet(trusted=False):
+    with _silence_and_sandbox(trusted=False):
         return HFLM(
             pretrained=str(folder),
             backend="seq2seq" if encoder else "causal",
@@ -99,55 +99,59 @@ def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int 
         )
 
 
-def run(lm: HFLM, built: BuiltTask, advance: Callable[[int], None]) -> tuple[Scores, list[dict[str, Any]]]:
+def run_task(
+    lm: HFLM, built_task: BuiltTask, report_progress: Callable[[int], None]
+) -> tuple[HarnessScores, list[dict[str, Any]]]:
     """(scores, one row a document and filter); `advance` hears how many requests are answered."""
     stop_each_beam_for_itself()
     random.seed(0)
     np.random.seed(FEWSHOT_SEED)
     torch.manual_seed(FEWSHOT_SEED)
-    for task in built.loaded["tasks"].values():
+    for task in built_task.task_objects["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    lm.set_cache_hook(_Hook(advance))
-    with _quiet(built.trusted):
-        results = evaluate(lm, built.loaded, limit=built.evaluation.limit, bootstrap_iters=RESAMPLES)
+    lm.set_cache_hook(_RequestCounter(report_progress))
+    with _silence_and_sandbox(built_task.trusted):
+        results = evaluate(
+            lm, built_task.task_objects, limit=built_task.evaluation.limit, bootstrap_iters=RESAMPLES
+        )
     assert results is not None, "one process holds all results"
-    return _scores(built, results), list(_rows(results["samples"]))
+    return _collect_scores(built_task, results), list(_iterate_prediction_rows(results["samples"]))
 
 
-class _Hook:
+class _RequestCounter:
     """Called by lm-eval with each answered request, for its cache; here to count them."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance, self.done = advance, 0
+    def __init__(self, report_progress: Callable[[int], None]) -> None:
+        self.report_progress, self.answered_requests = report_progress, 0
 
     def add_partial(self, *_: Any) -> None:
-        self.done += 1
-        self.advance(self.done)
+        self.answered_requests += 1
+        self.report_progress(self.answered_requests)
 
 
 @cache
-def _manager(by_name: bool) -> TaskManager:
+def _get_task_manager(include_defaults: bool) -> TaskManager:
     """The index of lm-eval's own tasks takes seconds to read; a task file needs none of it."""
-    return TaskManager(include_defaults=by_name)
+    return TaskManager(include_defaults=include_defaults)
 
 
-def _found(evaluation: HarnessEvaluation, trusted: bool) -> str | dict[str, Any]:
+def _resolve_task(evaluation: LmEvalEvaluation, trusted: bool) -> str | dict[str, Any]:
     """What lm-eval is asked to load: a known name, or the configuration in a file."""
     if evaluation.path is None:
-        known = _manager(True).all_tasks
+        known = _get_task_manager(True).all_tasks
         if evaluation.task not in known:
-            close = nearest(evaluation.task, known).partition("valid:")[0]
-            raise SpecError(
+            close = suggest_choices(evaluation.task, known).partition("valid:")[0]
+            raise ConfigError(
                 f"unknown lm-eval task {evaluation.task!r}; {close}`lm-eval ls tasks` lists all {len(known)}"
             )
         return evaluation.task
     path = Path(evaluation.path)
     config = read_task_file(path, trusted=trusted)
-    if content_of(config) != evaluation.content:
-        raise SpecError(f"{path}: it, or its data, has changed since it was asked for; run again")
+    if hash_task_config(config) != evaluation.content:
+        raise ConfigError(f"{path}: it, or its data, has changed since it was asked for; run again")
     if not trusted:
         _refuse_metrics(path, config)
-    called: dict[str, Any] = _called(config)
+    called: dict[str, Any] = _import_functions(config)
     return called
 
 
@@ -155,30 +159,30 @@ def _refuse_metrics(path: Path, config: Mapping[str, Any]) -> None:
     """lm-eval would fetch a metric that it does not know from the hub, as code."""
     for entry in config.get("metric_list") or ():
         metric = entry.get("metric") if isinstance(entry, dict) else entry
-        if isinstance(metric, Function) or config.get("process_results") is not None:
+        if isinstance(metric, FunctionTag) or config.get("process_results") is not None:
             continue
         known = sorted(METRIC_REGISTRY)
         if metric not in known or (isinstance(entry, dict) and entry.get("hf_evaluate")):
-            raise unknown(f"metric in {path}", metric, known)
+            raise build_unknown_name_error(f"metric in {path}", metric, known)
 
 
-def _called(value: Any) -> Any:
+def _import_functions(value: Any) -> Any:
     """The configuration with its functions imported: installed ones, or those of a trusted file."""
-    if isinstance(value, Function):
+    if isinstance(value, FunctionTag):
         return _import_func_in_yml(value.text, value.folder)
     if isinstance(value, dict):
-        return {key: _called(item) for key, item in value.items()}
-    return [_called(item) for item in value] if isinstance(value, list) else value
+        return {key: _import_functions(item) for key, item in value.items()}
+    return [_import_functions(item) for item in value] if isinstance(value, list) else value
 
 
-def _set_fewshot(task: Task, asked: int | None) -> None:
+def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
     """As lm-eval's command: a task that is made for no examples stays without."""
     own = task.get_config("num_fewshot")
-    if own is None or (asked is not None and own != 0):
-        task.set_config(key="num_fewshot", value=asked or 0)
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
 
 
-def _why(evaluation: HarnessEvaluation, error: Exception) -> str:
+def _explain_build_error(evaluation: LmEvalEvaluation, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     asked, text = evaluation.path or evaluation.task, f"{type(error).__name__}: {error}".splitlines()[0]
     if offline and (isinstance(error, ConnectionError) or "offline" in text.lower()):
@@ -190,7 +194,7 @@ def _why(evaluation: HarnessEvaluation, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(trusted: bool) -> Iterator[None]:
+def _silence_and_sandbox(trusted: bool) -> Iterator[None]:
     """Within it lm-eval logs errors only and shows no bars; templates of what is not trusted are sandboxed.
 
     Its environment can reach any Python object from a template: `{{ doc.__class__.__mro__ }}`.
@@ -200,7 +204,7 @@ def _quiet(trusted: bool) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = lambda bar, *items, **more: init(bar, *items, **{**more, "disable": True})
     if not trusted:
-        lm_eval.utils.env = _sandbox(environment.filters)
+        lm_eval.utils.env = _build_sandbox(environment.filters)
     try:
         yield
     finally:
@@ -208,20 +212,20 @@ def _quiet(trusted: bool) -> Iterator[None]:
         tqdm.__init__, lm_eval.utils.env = init, environment
 
 
-def _sandbox(filters: Mapping[str, Any]) -> SandboxedEnvironment:
+def _build_sandbox(filters: Mapping[str, Any]) -> SandboxedEnvironment:
     made = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     made.filters.update(filters)
     return made
 
 
-def _scores(built: BuiltTask, results: Mapping[str, Any]) -> Scores:
+def _collect_scores(built_task: BuiltTask, results: Mapping[str, Any]) -> HarnessScores:
     """Metric -> value, interval, origin: of the task or group itself, else of each task of a tag."""
-    evaluation, found = built.evaluation, results["results"]
-    facts = {"lm_eval": evaluation.lm_eval, "task_hash": built.hash}
+    evaluation, found = built_task.evaluation, results["results"]
+    facts = {"lm_eval": evaluation.lm_eval, "task_hash": built_task.hash}
     samples = results["samples"]
-    own = _metrics(found.get(evaluation.task, {}), samples.get(evaluation.task, ()))
-    others = [name for name in built.loaded["tasks"] if name != evaluation.task]
-    members = {name: _metrics(found[name], samples[name]) for name in others}
+    own = _parse_metrics(found.get(evaluation.task, {}), samples.get(evaluation.task, ()))
+    others = [name for name in built_task.task_objects["tasks"] if name != evaluation.task]
+    members = {name: _parse_metrics(found[name], samples[name]) for name in others}
     if not own:
         own = {f"{name}.{metric}": one for name, parts in members.items() for metric, one in parts.items()}
         members = {}
@@ -229,51 +233,51 @@ def _scores(built: BuiltTask, results: Mapping[str, Any]) -> Scores:
         raise ValueError(f"{evaluation.task}: lm-eval gave no score")
     for metric in evaluation.metrics:
         if metric not in own:
-            raise SpecError(f"{evaluation.task} has no score {metric!r}; {nearest(metric, own)}")
-    scores: Scores = {}
+            raise ConfigError(f"{evaluation.task} has no score {metric!r}; {suggest_choices(metric, own)}")
+    scores: HarnessScores = {}
     for metric, one in own.items():
         parts = {name: m[metric]["value"] for name, m in members.items() if metric in m}
-        signature = f"{evaluation.task}|{metric}|lm-eval:{evaluation.lm_eval}|task:{built.hash}"
+        signature = f"{evaluation.task}|{metric}|lm-eval:{evaluation.lm_eval}|task:{built_task.hash}"
         scores[metric] = {**one, "signature": signature, **facts, **({"tasks": parts} if parts else {})}
     return scores
 
 
-def _metrics(found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Scores:
+def _parse_metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> HarnessScores:
     """`acc,none` is `acc`; `exact_match,strict-match` keeps its filter. Values are lm-eval's own."""
-    scores: Scores = {}
-    for key, value in found.items():
+    scores: HarnessScores = {}
+    for key, value in results.items():
         metric, comma, way = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
             continue
-        error = _finite(found.get(f"{metric}_stderr,{way}"))
+        error = _parse_finite(results.get(f"{metric}_stderr,{way}"))
         each = [one.get(metric) for one in samples if one["filter"] == way]
         scores[metric if way == "none" else key] = {
-            "value": _finite(value),
-            **_interval(float(value), error, each),
+            "value": _parse_finite(value),
+            **_compute_interval(float(value), error, each),
             **({} if error is None else {"stderr": error}),
-            "n": found.get("sample_len"),
+            "n": results.get("sample_len"),
         }
     return scores
 
 
-def _interval(value: float, error: float | None, each: Sequence[Any]) -> dict[str, float]:
+def _compute_interval(value: float, stderr: float | None, sample_values: Sequence[Any]) -> dict[str, float]:
     """As for every score, over examples, where the value is their mean; else by lm-eval's standard error."""
-    numbers = [float(one) for one in each if isinstance(one, int | float | np.number)]
-    if numbers and len(numbers) == len(each) and math.isclose(np.mean(numbers), value):
-        low, high = mean_interval(numbers)
-    elif error is not None:
-        low, high = value - 1.96 * error, value + 1.96 * error
+    numbers = [float(one) for one in sample_values if isinstance(one, int | float | np.number)]
+    if numbers and len(numbers) == len(sample_values) and math.isclose(np.mean(numbers), value):
+        low, high = bootstrap_mean_interval(numbers)
+    elif stderr is not None:
+        low, high = value - 1.96 * stderr, value + 1.96 * stderr
     else:
         return {}
     return {"low": low, "high": high}
 
 
-def _finite(value: Any) -> float | None:
+def _parse_finite(value: Any) -> float | None:
     is_number = isinstance(value, int | float | np.number)
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+def _iterate_prediction_rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
     for task, found in samples.items():
         for one in found:
             answers = one["filtered_resps"]
@@ -283,20 +287,20 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[s
                 "document": one["doc_id"],
                 "filter": one["filter"],
                 "prompt": str(one["arguments"][0][0]),
-                "prediction": _shown(answers) if text is None else text,
+                "prediction": _join_answers(answers) if text is None else text,
                 "references": [str(one["target"])],
-                "scores": {name: _plain(one[name]) for name in one["metrics"]},
+                "scores": {name: _convert_to_json_value(one[name]) for name in one["metrics"]},
             }
 
 
-def _shown(answers: Sequence[Any]) -> str:
+def _join_answers(answers: Sequence[Any]) -> str:
     """Log-likelihoods, one a choice, with whether the choice is what the model would write."""
     return "; ".join(str(answer) for answer in answers)
 
 
-def _plain(value: Any) -> Any:
+def _convert_to_json_value(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.number):
         value = value.tolist()
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return _finite(value) if isinstance(value, float) else value
+        return [_convert_to_json_value(item) for item in value]
+    return _parse_finite(value) if isinstance(value, float) else value

@@ -12,61 +12,61 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from gkd_lab.config.lm_eval_task import lm_eval_version
+from gkd_lab.config.lm_eval_task import get_lm_eval_version
 
-_PLACES = ("data_files", "data_dir", "cache_dir")
+_PATH_FIELDS = ("data_files", "data_dir", "cache_dir")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def task_hash(loaded: Mapping[str, Any]) -> str:
+def compute_task_hash(loaded: Mapping[str, Any]) -> str:
     """`sha256:...` of what `TaskManager.load` returned."""
     parts = {
-        "lm_eval": lm_eval_version(),
-        "tasks": {name: _of_task(task) for name, task in sorted(loaded["tasks"].items())},
-        "groups": {name: _of_group(group) for name, group in sorted(loaded.get("groups", {}).items())},
+        "lm_eval": get_lm_eval_version(),
+        "tasks": {name: _describe_task(task) for name, task in sorted(loaded["tasks"].items())},
+        "groups": {name: _describe_group(group) for name, group in sorted(loaded.get("groups", {}).items())},
     }
-    return f"sha256:{hashlib.sha256(_text(parts).encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(_serialize(parts).encode()).hexdigest()}"
 
 
-def _of_task(task: Any) -> dict[str, Any]:
+def _describe_task(task: Any) -> dict[str, Any]:
     config = {name: value for name, value in vars(task.config).items() if value is not None}
     config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
     kwargs = config.get("dataset_kwargs") or {}
-    config["dataset_kwargs"] = {name: value for name, value in kwargs.items() if name not in _PLACES}
-    if kwargs.keys() & set(_PLACES):
-        config.pop("dataset_path", None) if _is_place(config.get("dataset_path")) else None
+    config["dataset_kwargs"] = {name: value for name, value in kwargs.items() if name not in _PATH_FIELDS}
+    if kwargs.keys() & set(_PATH_FIELDS):
+        config.pop("dataset_path", None) if _is_absolute_path(config.get("dataset_path")) else None
     examples = task.fewshot_docs() if task.config.num_fewshot else None
     return {
         "config": config,
-        "documents": _of_rows(task.eval_docs),
-        "examples": None if examples is None else _of_rows(examples),
+        "documents": _hash_rows(task.eval_docs),
+        "examples": None if examples is None else _hash_rows(examples),
     }
 
 
-def _is_place(path: Any) -> bool:
+def _is_absolute_path(path: Any) -> bool:
     return isinstance(path, str) and path.startswith("/")
 
 
-def _of_group(group: Any) -> dict[str, Any]:
-    return {"members": list(group.child_names), "version": group.version, "sums": _sums(group)}
+def _describe_group(group: Any) -> dict[str, Any]:
+    return {"members": list(group.child_names), "version": group.version, "sums": _describe_aggregates(group)}
 
 
-def _sums(group: Any) -> Any:
+def _describe_aggregates(group: Any) -> Any:
     return [vars(one) for one in group.aggregate_metric_list or ()]
 
 
-def _of_rows(rows: Iterable[Any]) -> str:
+def _hash_rows(rows: Iterable[Any]) -> str:
     total = hashlib.sha256()
     for row in rows:
-        total.update(_text(row).encode() + b"\n")
+        total.update(_serialize(row).encode() + b"\n")
     return total.hexdigest()
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_told)
+def _serialize(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_serialize_object)
 
 
-def _told(value: Any) -> Any:
+def _serialize_object(value: Any) -> Any:
     """Functions by their text, as lm-eval tells them; what else JSON has no form for without its address."""
     if isinstance(value, partial):
         return [value.func, list(value.args), value.keywords]

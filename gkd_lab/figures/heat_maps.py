@@ -12,25 +12,32 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gkd_lab.config import Cell, GridOfCells
-from gkd_lab.figures.panels import Panel, add_legend, by_place, head, lay_out, panels
+from gkd_lab.config import Cell, Grid
+from gkd_lab.figures.panels import (
+    Panel,
+    add_divergence_legend,
+    build_panels,
+    create_axes,
+    group_cells_by_point,
+    set_panel_title,
+)
 from gkd_lab.figures.style import (
     FAINT,
-    GAINS,
+    GAIN_COLORS,
     INK,
-    LOSSES_AND_GAINS,
     MARKERS,
+    MISSING,
     MUTED,
     PAPER,
-    VOID,
-    divergence_color,
-    readable_on,
-    styled,
+    SIGNED_COLORS,
+    apply_style,
+    choose_text_color,
+    get_divergence_color,
 )
 from gkd_lab.statistics.summaries import NO_BETA, summary
-from gkd_lab.store import Store, worst
+from gkd_lab.store import Store, combine_states
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import axes_of
+from gkd_lab.tables.table import list_axes
 
 Color = tuple[float, float, float, float]
 
@@ -41,63 +48,63 @@ def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figur
     Without a score of the SFT student the scores themselves. One panel for each task that has the
     metric and each value of a further axis. The best is bold; what is not done is hatched.
     """
-    with styled():
-        found = panels(frame, metric, task)
+    with apply_style():
+        found = build_panels(frame, metric, task)
         width = max(4.2, 1.05 + 0.86 * max(panel.cells["beta"].nunique() for panel in found))
         height = 1.45 + 0.5 * max(panel.cells["lmbda"].nunique() for panel in found)
-        figure, axes = lay_out(len(found), width, height)
+        figure, axes = create_axes(len(found), width, height)
         for panel, place in zip(found, axes, strict=True):
-            _draw_map(place, panel, metric)
+            _draw_heat_map(place, panel, metric)
         return figure
 
 
-def _draw_map(axes: Axes, panel: Panel, metric: str) -> None:
+def _draw_heat_map(axes: Axes, panel: Panel, metric: str) -> None:
     lmbdas = sorted(panel.cells["lmbda"].unique())
     betas = sorted(panel.cells["beta"].unique())
     gains = {
-        (lmbda, beta): group[metric].mean() - (panel.start or 0.0)
-        for lmbda, beta, group in by_place(panel.cells)
+        (lmbda, beta): group[metric].mean() - (panel.start_score or 0.0)
+        for lmbda, beta, group in group_cells_by_point(panel.cells)
         if group[metric].notna().any()
     }
-    decimals = _decimals(gains.values())
-    for lmbda, beta, group in by_place(panel.cells):
+    decimals = _choose_decimals(gains.values())
+    for lmbda, beta, group in group_cells_by_point(panel.cells):
         square = (betas.index(beta), lmbdas.index(lmbda))
         gain = gains.get((lmbda, beta))
         if gain is None:
-            _draw_void(axes, square, worst(list(group["status"])))
+            _draw_void(axes, square, combine_states(list(group["status"])))
         else:
-            text = _signed(gain, decimals) if panel.start is not None else f"{gain:.{decimals}f}"
+            text = _format_signed(gain, decimals) if panel.start_score is not None else f"{gain:.{decimals}f}"
             done = int(group[metric].notna().sum())
             note = "" if done == len(group) else f"\n{done} of {len(group)} seeds"
-            color = _color(gain, list(gains.values()))
+            color = _choose_color(gain, list(gains.values()))
             _draw_square(axes, square, text + note, color, bold=gain == max(gains.values()))
     _frame_map(axes, [f"{lmbda:g}" for lmbda in lmbdas], [divergence_label(b) for b in betas])
-    head(axes, panel.title, f"{_short(metric)}, {panel.subtitle}")
+    set_panel_title(axes, panel.title, f"{_shorten_metric(metric)}, {panel.subtitle}")
 
 
 def _draw_square(axes: Axes, square: tuple[int, int], text: str, color: Color, bold: bool) -> None:
     corner = (square[0] - 0.5, square[1] - 0.5)
     axes.add_patch(Rectangle(corner, 1, 1, fc=color, ec=PAPER, lw=2))
     axes.text(
-        *square, text, ha="center", va="center", color=readable_on(color),
+        *square, text, ha="center", va="center", color=choose_text_color(color),
         fontweight="bold" if bold else "normal", fontsize=8 if "\n" in text else 10.5,
     )  # fmt: skip
 
 
 def _draw_void(axes: Axes, square: tuple[int, int], state: str) -> None:
     corner = (square[0] - 0.5, square[1] - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fc=VOID, ec=FAINT, hatch="////", lw=0))
+    axes.add_patch(Rectangle(corner, 1, 1, fc=MISSING, ec=FAINT, hatch="////", lw=0))
     axes.add_patch(Rectangle(corner, 1, 1, fc="none", ec=PAPER, lw=2))
     axes.text(*square, state, ha="center", va="center", color=INK, fontsize=8.5, style="italic")
 
 
-def _color(value: float, values: Sequence[float]) -> Color:
+def _choose_color(value: float, values: Sequence[float]) -> Color:
     """Pale to dark blue over the range; where signs differ, 0 is white and losses are orange."""
     low, high = min(values), max(values)
     if low < 0 < high:
         end = max(-low, high)
-        return LOSSES_AND_GAINS(float(Normalize(-end, end)(value)))
-    return GAINS(float(Normalize(low, high)(value)) if low < high else 0.5)
+        return SIGNED_COLORS(float(Normalize(-end, end)(value)))
+    return GAIN_COLORS(float(Normalize(low, high)(value)) if low < high else 0.5)
 
 
 def _frame_map(axes: Axes, rows: list[str], columns: list[str]) -> None:
@@ -116,21 +123,21 @@ def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
 
     Points of one lmbda stand side by side so that their intervals can be read.
     """
-    with styled():
-        found = panels(frame, metric, task)
-        figure, axes = lay_out(len(found), 6.4 if len(found) == 1 else 4.4, 3.3)
+    with apply_style():
+        found = build_panels(frame, metric, task)
+        figure, axes = create_axes(len(found), 6.4 if len(found) == 1 else 4.4, 3.3)
         described = summary(frame, metric)
         for panel, place in zip(found, axes, strict=True):
-            _draw_curves(place, panel, described, axes_of(frame))
-            place.set_ylabel(_short(metric))
-        add_legend(figure, axes)
+            _draw_curves(place, panel, described, list_axes(frame))
+            place.set_ylabel(_shorten_metric(metric))
+        add_divergence_legend(figure, axes)
         return figure
 
 
-def _draw_curves(axes: Axes, panel: Panel, described: pd.DataFrame, others: list[str]) -> None:
+def _draw_curves(axes: Axes, panel: Panel, described: pd.DataFrame, other_axes: list[str]) -> None:
     first = panel.cells.iloc[0]
     here = described[(described["role"] == "cell") & (described["task"] == first["task"])]
-    for axis in others:
+    for axis in other_axes:
         if described[axis].nunique(dropna=False) > 1 and not panel.cells[axis].nunique() > 1:
             here = here[here[axis].isna() if pd.isna(first[axis]) else here[axis] == first[axis]]
     lmbdas = sorted(panel.cells["lmbda"].unique())
@@ -140,7 +147,7 @@ def _draw_curves(axes: Axes, panel: Panel, described: pd.DataFrame, others: list
         line = here[(here["beta"] == beta) & here["mean"].notna()].sort_values("lmbda")
         if not line.empty:
             offset = (index - (len(betas) - 1) / 2) * step
-            _draw_line(axes, line, offset, beta, MARKERS[index % len(MARKERS)])
+            _draw_curve(axes, line, offset, beta, MARKERS[index % len(MARKERS)])
     _draw_references(axes, panel)
     axes.set_xticks(lmbdas, [f"{lmbda:g}" for lmbda in lmbdas])
     axes.set_xlabel("λ, share of student-written batches")
@@ -149,9 +156,9 @@ def _draw_curves(axes: Axes, panel: Panel, described: pd.DataFrame, others: list
     axes.set_title(panel.title, fontweight="bold", pad=10)
 
 
-def _draw_line(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marker: str) -> None:
+def _draw_curve(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marker: str) -> None:
     x, y = line["lmbda"] + offset, line["mean"].astype(float)
-    color = divergence_color(beta)
+    color = get_divergence_color(beta)
     axes.plot(x, y, color=color, marker=marker, ms=5, lw=1.6, label=divergence_label(beta))
     low, high = line["low"].astype(float), line["high"].astype(float)
     axes.vlines(x, low, high, color=color, lw=1.2, alpha=0.6)
@@ -159,7 +166,7 @@ def _draw_line(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marke
 
 def _draw_references(axes: Axes, panel: Panel) -> None:
     """Dashed lines, named at their right ends; the upper name above its line, the lower below."""
-    known = {"SFT student": panel.start, "teacher": panel.teacher}
+    known = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
     there = {name: value for name, value in known.items() if value is not None}
     for name, value in there.items():
         above = value == max(there.values())
@@ -170,36 +177,36 @@ def _draw_references(axes: Axes, panel: Panel) -> None:
         )  # fmt: skip
 
 
-def losses(grid: GridOfCells, store: Store, task: str | None = None, quantity: str = "loss") -> Figure:
+def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str = "loss") -> Figure:
     """How training went: a logged quantity against the step, a panel for each lmbda, a line a cell.
 
     Losses are on a log scale; those of different divergences do not compare, their shapes do.
     """
     chosen = [cell for cell in grid.cells if task in (None, cell.task)]
     lmbdas = sorted({cell.lmbda for cell in chosen})
-    with styled():
-        figure, axes = lay_out(len(lmbdas), 3.1, 2.7, sharey=True)
+    with apply_style():
+        figure, axes = create_axes(len(lmbdas), 3.1, 2.7, sharey=True)
         for lmbda, place in zip(lmbdas, axes, strict=True):
-            _draw_histories(place, [c for c in chosen if c.lmbda == lmbda], store, quantity)
+            _draw_loss_curves(place, [c for c in chosen if c.lmbda == lmbda], store, quantity)
             place.set_title(f"λ = {lmbda:g}", fontweight="bold")
             place.set_xlabel("step")
         if axes:
             axes[0].set_ylabel(quantity.replace("_", " "))
-        add_legend(figure, axes)
+        add_divergence_legend(figure, axes)
         return figure
 
 
-def _draw_histories(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
+def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
     lowest, highest = np.inf, 0.0
     for cell in sorted(cells, key=lambda cell: NO_BETA if cell.beta is None else cell.beta):
-        logged = [row for row in store.of(cell).history() if row.get(quantity) is not None]
+        logged = [row for row in store.get_record(cell).read_history() if row.get(quantity) is not None]
         if logged:
             values = [float(row[quantity]) for row in logged]
             finite = [value for value in values if np.isfinite(value)]
             lowest, highest = min([lowest, *finite]), max([highest, *finite])
             axes.plot(
                 [row["step"] for row in logged], values, lw=1.3, alpha=0.9,
-                color=divergence_color(cell.beta), label=divergence_label(cell.beta),
+                color=get_divergence_color(cell.beta), label=divergence_label(cell.beta),
             )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if quantity == "loss" and 0 < lowest < highest:
@@ -209,16 +216,16 @@ def _draw_histories(axes: Axes, cells: Sequence[Cell], store: Store, quantity: s
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _decimals(gains: Iterable[float]) -> int:
+def _choose_decimals(gains: Iterable[float]) -> int:
     """Two where one would make most squares alike, as in Figure 6, and the numbers have two to show."""
     known = list(gains)
     small = bool(known) and max(map(abs, known)) < 2
     return 2 if small and any(abs(10 * gain - round(10 * gain)) > 1e-6 for gain in known) else 1
 
 
-def _signed(value: float, decimals: int = 1) -> str:
+def _format_signed(value: float, decimals: int = 1) -> str:
     return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _short(metric: str) -> str:
+def _shorten_metric(metric: str) -> str:
     return metric.rsplit("/", 1)[-1].replace("_", " ")

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gkd_lab.figures.style import MUTED
-from gkd_lab.statistics.summaries import NO_BETA, points
-from gkd_lab.tables.loss_labels import axis_named
-from gkd_lab.tables.table import axes_of
+from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells
+from gkd_lab.tables.loss_labels import format_axis_setting
+from gkd_lab.tables.table import list_axes
 
-COLUMNS = 3
-WIDEST = 46
+MAX_COLUMNS = 3
+TITLE_CHARACTERS = 46
 """Characters of a title's line, as wide as a panel."""
 
 
@@ -25,41 +25,41 @@ class Panel:
 
     title: str
     cells: pd.DataFrame
-    start: float | None
-    teacher: float | None
+    start_score: float | None
+    teacher_score: float | None
 
     @property
     def subtitle(self) -> str:
         """What improvements are measured against, and the teacher's score."""
-        teacher = "missing" if self.teacher is None else f"{self.teacher:.1f}"
-        if self.start is None:
+        teacher = "missing" if self.teacher_score is None else f"{self.teacher_score:.1f}"
+        if self.start_score is None:
             return f"as measured: the SFT student is missing\nteacher {teacher}"
-        return f"improvement over the SFT student ({self.start:.1f})\nteacher {teacher}"
+        return f"improvement over the SFT student ({self.start_score:.1f})\nteacher {teacher}"
 
 
-def panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
+def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
     """Panels in the table's order; of one task, or of all tasks that have the metric."""
     if metric not in frame.columns:
         scores = [name for name in frame.columns if "/" in name and not name.endswith((".low", ".high"))]
         raise ValueError(f"no column {metric!r} in the table; scores are: {', '.join(scores)}")
-    cells = points(frame)
+    cells = expand_collapsed_cells(frame)
     measured = [name for name, group in frame.groupby("task") if group[metric].notna().any()]
     wanted = [task] if task is not None else measured or list(cells["task"].unique())
     cells = cells[cells["task"].isin(wanted)]
-    varying = [axis for axis in axes_of(frame) if cells[axis].nunique(dropna=False) > 1]
+    varying = [axis for axis in list_axes(frame) if cells[axis].nunique(dropna=False) > 1]
     return [
         Panel(
-            _title(dict(zip(["task", *varying], values, strict=True))),
+            _format_title(dict(zip(["task", *varying], values, strict=True))),
             group,
-            _reference(frame, metric, "start", group),
-            _reference(frame, metric, "teacher", group),
+            _find_reference_score(frame, metric, "start", group),
+            _find_reference_score(frame, metric, "teacher", group),
         )
         for values, group in cells.groupby(["task", *varying], dropna=False, sort=False)
     ]
 
 
-def lay_out(
-    count: int, width: float, height: float, sharey: bool = False, columns: int = COLUMNS
+def create_axes(
+    count: int, width: float, height: float, sharey: bool = False, columns: int = MAX_COLUMNS
 ) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels of `width` x `height` inches, at most `columns` a row."""
     columns = min(count, columns) or 1
@@ -73,7 +73,7 @@ def lay_out(
     return figure, axes[:count]
 
 
-def head(axes: Axes, title: str, subtitle: str) -> None:
+def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
     """Title in ink over two quiet lines, which may be wider than the panel."""
     axes.set_title(title, pad=34, fontweight="bold")
     axes.annotate(
@@ -82,33 +82,33 @@ def head(axes: Axes, title: str, subtitle: str) -> None:
     ).set_in_layout(False)  # fmt: skip
 
 
-def add_legend(figure: Figure, axes: list[Axes]) -> None:
+def add_divergence_legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend for all panels, forward KL first; nothing where nothing is drawn."""
     handles = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
     if handles:
-        labels = sorted(map(str, handles), key=_kl_order)
+        labels = sorted(map(str, handles), key=_parse_beta)
         figure.legend([handles[label] for label in labels], labels, loc="outside right center")
 
 
-def _kl_order(label: str) -> float:
+def _parse_beta(label: str) -> float:
     """The beta that a label of `divergence_label` stands for."""
     ends = {"Forward KL": 0.0, "Reverse KL": 1.0, "Total variation": NO_BETA}
     return ends[label] if label in ends else float(label[4:-1])
 
 
-def by_place(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]:
+def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]:
     """(lmbda, beta, the cells there: one a seed)."""
     for _, group in cells.groupby(["lmbda", "beta"], sort=True):
         yield float(group["lmbda"].iloc[0]), float(group["beta"].iloc[0]), group
 
 
-def _title(values: dict[str, object]) -> str:
+def _format_title(values: dict[str, object]) -> str:
     task = str(values.pop("task"))
-    said = ", ".join([task, *(axis_named(axis, value) for axis, value in values.items())])
-    return textwrap.fill(said, WIDEST)
+    said = ", ".join([task, *(format_axis_setting(axis, value) for axis, value in values.items())])
+    return textwrap.fill(said, TITLE_CHARACTERS)
 
 
-def _reference(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
+def _find_reference_score(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
     used = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
     scores = used[metric].dropna()
     return float(scores.iloc[0]) if len(scores) == 1 else None

@@ -12,22 +12,22 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba
 from matplotlib.figure import Figure
 
 INK, MUTED, FAINT, PAPER = "#1f2430", "#697080", "#d8dce3", "#fefefe"
-VOID = "#eceef2"
-_THEMED = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", VOID: "void"}
+MISSING = "#eceef2"
+_THEME_NAMES = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", MISSING: "void"}
 
 # Okabe and Ito's blue, sky, grey, orange and vermilion: ordered from forward to reverse KL.
-_DIVERGENCES = LinearSegmentedColormap.from_list(
+_DIVERGENCE_COLORS = LinearSegmentedColormap.from_list(
     "divergences",
     [(0, "#0072b2"), (0.1, "#56b4e9"), (0.5, "#8c8c8c"), (0.9, "#e69f00"), (1, "#c8500a")],
 )
-_TOTAL_VARIATION = "#009e73"  # Okabe and Ito's green
+_TOTAL_VARIATION_COLOR = "#009e73"  # Okabe and Ito's green
 MARKERS = "osD^vP*X"
-GAINS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
-LOSSES_AND_GAINS = LinearSegmentedColormap.from_list(
+GAIN_COLORS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
+SIGNED_COLORS = LinearSegmentedColormap.from_list(
     "losses_and_gains", ["#a63c06", "#f0a868", "#f6f6f4", "#7fb2d9", "#08457e"]
 )
 
-_RC: dict[Any, Any] = {
+_RC_PARAMS: dict[Any, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9.5,
     "text.color": INK,
@@ -56,27 +56,27 @@ _RC: dict[Any, Any] = {
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def apply_style() -> Iterator[None]:
     """Figures drawn inside look like all others."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC_PARAMS):
         yield
 
 
-def divergence_color(beta: float | None) -> tuple[float, float, float, float]:
+def get_divergence_color(beta: float | None) -> tuple[float, float, float, float]:
     """The same colour for the same divergence in every figure; `beta` as for its label."""
     if beta is None or not math.isfinite(beta):
-        return to_rgba(_TOTAL_VARIATION)
-    return _DIVERGENCES(float(beta))
+        return to_rgba(_TOTAL_VARIATION_COLOR)
+    return _DIVERGENCE_COLORS(float(beta))
 
 
-def readable_on(color: tuple[float, float, float, float] | str) -> str:
+def choose_text_color(color: tuple[float, float, float, float] | str) -> str:
     """Black or white, whichever contrasts more with `color` (WCAG 2 relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#ffffff" if (1.05 / (luminance + 0.05)) > (luminance + 0.05) / 0.05 else "#000000"
 
 
-def inline_svg(figure: Figure, name: str, label: str) -> str:
+def render_inline_svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an `<svg>` element: text stays text, colours follow the theme of the page.
 
     Ids are prefixed with `name`, so that figures of one page do not borrow each other's clip paths.
@@ -93,14 +93,14 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'\b(fill|stroke)="(#[0-9a-f]{6})"', r'style="\1: \2"', svg)
-    svg = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _themed, svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(label)}"', 1)
+    svg = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _replace_theme_color, svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_escape_attribute(label)}"', 1)
 
 
-def _themed(match: re.Match[str]) -> str:
-    role = _THEMED.get(match[2])
+def _replace_theme_color(match: re.Match[str]) -> str:
+    role = _THEME_NAMES.get(match[2])
     return f"{match[1]}: var(--{role})" if role else match[0]
 
 
-def _attribute(text: str) -> str:
+def _escape_attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

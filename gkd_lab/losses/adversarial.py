@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from gkd_lab.config.errors import unknown
-from gkd_lab.losses.auxiliary_losses import Pass, Seen, StepMeasure, StepModule
-from gkd_lab.losses.discriminator import Discriminator, SoftTokens, States, View
-from gkd_lab.models.rng import key
+from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs, ModelOutputs
+from gkd_lab.losses.discriminator import Discriminator, HiddenStateFeatures, SoftTokenFeatures, TokenFeatures
+from gkd_lab.models.rng import derive_seed
 
-WINDOWS = {"hidden_states": 1, "sequences": 3}
+WINDOW_SIZES = {"hidden_states": 1, "sequences": 3}
 """What can be read -> how many neighbouring tokens a layer reads: a hidden state knows its context, a
 distribution does not."""
 
 
 @dataclass(frozen=True)
-class Adversarial(StepMeasure):
+class AdversarialLoss(AuxiliaryLoss):
     """What the discriminator reads, and how it is built and held back.
 
     reads: `hidden_states`: what the output heads read, each token by itself; `sequences`: distributions over
@@ -56,8 +56,8 @@ class Adversarial(StepMeasure):
     layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.reads not in WINDOWS:
-            raise unknown("reads of adversarial", self.reads, WINDOWS)
+        if self.reads not in WINDOW_SIZES:
+            raise build_unknown_name_error("reads of adversarial", self.reads, WINDOW_SIZES)
         for name in ("gradient_penalty", "label_smoothing", "learning_rate"):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name} {getattr(self, name)!r} of adversarial must be a number")
@@ -75,121 +75,135 @@ class Adversarial(StepMeasure):
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} of adversarial must be a positive number")
 
-    def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> "Game":
+    def create_module(
+        self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
+    ) -> "AdversarialModule":
         """A discriminator that sees no difference yet: all its scores are 0.
 
         Raises ValueError where there is no teacher whose forward pass can be read.
         """
         if teacher is None:
             raise ValueError("adversarial reads a teacher's forward pass: give a teacher that runs here")
-        generator = torch.Generator().manual_seed(key(seed, 0, "adversarial"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, 0, "adversarial"))
         own, its = student.get_text_config(decoder=True), teacher.get_text_config(decoder=True)
         if self.reads == "sequences":
             vocabulary = min(own.vocab_size, its.vocab_size)
-            return Game(self, SoftTokens(vocabulary, self.width, generator), generator)
-        return Game(self, States(own.hidden_size, its.hidden_size, generator), generator)
+            return AdversarialModule(self, SoftTokenFeatures(vocabulary, self.width, generator), generator)
+        return AdversarialModule(
+            self, HiddenStateFeatures(own.hidden_size, its.hidden_size, generator), generator
+        )
 
 
-OF_GAME = tuple(field.name for field in fields(Adversarial))
+OF_GAME = tuple(field.name for field in fields(AdversarialLoss))
 """What an objective of this kind says besides its weight."""
 
 
-class Game(StepModule):
+class AdversarialModule(AuxiliaryModule):
     """A cell's discriminator, and what it sees of both passes."""
 
-    def __init__(self, measure: Adversarial, view: View, generator: torch.Generator) -> None:
+    def __init__(self, loss: AdversarialLoss, view: TokenFeatures, generator: torch.Generator) -> None:
         super().__init__()
-        self.measure, self.view = measure, view
-        self.learning_rate = measure.learning_rate
-        window = WINDOWS[measure.reads]
-        self.judge = Discriminator(view.width, measure.width, measure.layers, window, generator)
-        self._sums: dict[str, Tensor] = {}
+        self.loss, self.view = loss, view
+        self.learning_rate = loss.learning_rate
+        window = WINDOW_SIZES[loss.reads]
+        self.judge = Discriminator(view.width, loss.width, loss.layers, window, generator)
+        self._accuracy_sums: dict[str, Tensor] = {}
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The student's loss, (); it gives the discriminator no gradient."""
-        with fixed(self):
-            return self._fooling(seen, seen.student)
+        with freeze_parameters(self):
+            return self._student_loss(inputs, inputs.student)
 
-    def own_loss(self, seen: Seen) -> Tensor:
+    def parameter_loss(self, inputs: LossInputs) -> Tensor:
         """The discriminator's loss and that of the student's projection, (); no model gets a gradient."""
-        student = _detached(seen.student)
-        if not self.view.helps_student:
-            return self._judging(seen, student)
-        with fixed(self.view):
-            loss = self._judging(seen, student)
-        with fixed(self.judge):
-            return loss + self._fooling(seen, student)
+        student = _detach_outputs(inputs.student)
+        if not self.view.learns_with_student:
+            return self._discriminator_loss(inputs, student)
+        with freeze_parameters(self.view):
+            loss = self._discriminator_loss(inputs, student)
+        with freeze_parameters(self.judge):
+            return loss + self._student_loss(inputs, student)
 
-    def _fooling(self, seen: Seen, student: Pass) -> Tensor:
-        real = seen.weights > 0
+    def _student_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
+        real = inputs.weights > 0
         scores = self.judge(self.view(student, real, False), real)
-        return _mean(functional.softplus(-scores), seen)
+        return _weighted_sum(functional.softplus(-scores), inputs)
 
-    def _judging(self, seen: Seen, student: Pass) -> Tensor:
-        assert seen.teacher is not None, "a game has a teacher"
-        real, epsilon = seen.weights > 0, self.measure.label_smoothing
+    def _discriminator_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
+        assert inputs.teacher is not None, "a game has a teacher"
+        real, epsilon = inputs.weights > 0, self.loss.label_smoothing
         of_student = self.judge(self.view(student, real, False), real)
-        read = self.view(_detached(seen.teacher), real, True)
+        read = self.view(_detach_outputs(inputs.teacher), real, True)
         if not read.requires_grad:
             read.requires_grad_()
         of_teacher = self.judge(read, real)
         taken = (1 - epsilon) * functional.softplus(-of_teacher) + epsilon * functional.softplus(of_teacher)
-        loss = _mean(taken + functional.softplus(of_student), seen)
-        self._note(seen, accuracy_student=_right(-of_student), accuracy_teacher=_right(of_teacher))
-        if not self.measure.gradient_penalty:
+        loss = _weighted_sum(taken + functional.softplus(of_student), inputs)
+        self._add_accuracies(
+            inputs,
+            accuracy_student=_score_correctness(-of_student),
+            accuracy_teacher=_score_correctness(of_teacher),
+        )
+        if not self.loss.gradient_penalty:
             return loss
-        squares = _squared_gradients(of_teacher, read, real)
-        return loss + self.measure.gradient_penalty / 2 * _mean(squares, seen)
+        squares = _squared_gradient_norms(of_teacher, read, real)
+        return loss + self.loss.gradient_penalty / 2 * _weighted_sum(squares, inputs)
 
     # ---- whether the game is in balance ----
 
-    def _note(self, seen: Seen, **right: Tensor) -> None:
-        for name, values in {**right, "share": torch.ones_like(seen.weights)}.items():
-            self._sums[name] = self._sums.get(name, 0) + _mean(values.double(), seen)
+    def _add_accuracies(self, inputs: LossInputs, **right: Tensor) -> None:
+        for name, values in {**right, "share": torch.ones_like(inputs.weights)}.items():
+            self._accuracy_sums[name] = self._accuracy_sums.get(name, 0) + _weighted_sum(
+                values.double(), inputs
+            )
 
-    def logged(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+    def collect_logs(
+        self, average_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> dict[str, float]:
         """Shares of the student's and of the teacher's tokens that were taken for what they are.
 
         Of all micro-batches since the last call, of all ranks. Their mean is near a half where the game is in
         balance or has not begun, and near 1 where the student is found out.
         """
-        if not self._sums:
+        if not self._accuracy_sums:
             return {}
-        found = over_ranks(torch.stack(list(self._sums.values())))
-        sums = dict(zip(self._sums, found.tolist(), strict=True))
-        self._sums = {}
+        found = average_over_ranks(torch.stack(list(self._accuracy_sums.values())))
+        sums = dict(zip(self._accuracy_sums, found.tolist(), strict=True))
+        self._accuracy_sums = {}
         share = sums.pop("share")
         return {name: value / share for name, value in sums.items()} if share else {}
 
 
-def _mean(values: Tensor, seen: Seen) -> Tensor:
+def _weighted_sum(values: Tensor, inputs: LossInputs) -> Tensor:
     """What this micro-batch adds to the mean of values (B, C) over the step's real tokens, ()."""
-    weights = seen.weights.to(values.dtype)
+    weights = inputs.weights.to(values.dtype)
     return (values.masked_fill(weights <= 0, 0) * weights).sum()
 
 
-def _right(scores: Tensor) -> Tensor:
+def _score_correctness(scores: Tensor) -> Tensor:
     """1 above 0, and a half at 0, which says nothing; no gradient."""
     return (scores.detach().sign() + 1) / 2
 
 
-def _squared_gradients(scores: Tensor, read: Tensor, real: Tensor) -> Tensor:
+def _squared_gradient_norms(scores: Tensor, features: Tensor, mask: Tensor) -> Tensor:
     """|d (sum of scores) / d (what is read of a token)|^2, (B, C), for scores (B, C) of `read` (B, C, W)."""
-    total = scores.masked_fill(~real, 0).sum()
-    (gradient,) = torch.autograd.grad(total, read, create_graph=True)
+    total = scores.masked_fill(~mask, 0).sum()
+    (gradient,) = torch.autograd.grad(total, features, create_graph=True)
     return gradient.square().sum(-1)
 
 
-def _detached(of: Pass) -> Pass:
+def _detach_outputs(outputs: ModelOutputs) -> ModelOutputs:
     """A pass that takes no gradient."""
-    head = of.projection
+    head = outputs.projection
     weight = None if head.weight is None else head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
-    return replace(of, last=of.last.detach(), projection=replace(head, weight=weight, bias=bias))
+    return replace(
+        outputs, last_hidden=outputs.last_hidden.detach(), projection=replace(head, weight=weight, bias=bias)
+    )
 
 
 @contextmanager
-def fixed(module: nn.Module) -> Iterator[None]:
+def freeze_parameters(module: nn.Module) -> Iterator[None]:
     """What is computed within takes the module's parameters for constants."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gkd_lab.config.reward_names import check_sampling, nothing_off_policy
+from gkd_lab.config.reward_names import check_reward_sampling, off_policy_message
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import PolicyGradient, Term, Terms, parsed, where_they_apply
+from gkd_lab.losses.terms import (
+    RewardLoss,
+    WeightedLoss,
+    WeightedLosses,
+    parse_terms,
+    zero_inapplicable_terms,
+)
 
 
 @dataclass(frozen=True)
@@ -25,43 +31,45 @@ class CellArguments:
     """Where the cell's own checkpoints go."""
     divergence: str = "jsd"
     rescale_divergence: bool = False
-    objectives: Terms = ()
+    objectives: WeightedLosses = ()
     """What the loss is made of; empty: the divergence that the fields above describe."""
 
     def __post_init__(self) -> None:
-        if self.lmbda > 0 and not any(term.applies(on_policy=True) for term in self.terms()):
+        if self.lmbda > 0 and not any(term.is_applicable(on_policy=True) for term in self.list_terms()):
             raise ValueError(
                 f"lmbda {self.lmbda} lets the student write, and cross-entropy has nothing to teach of its "
                 "own text: set lmbda to 0, or add a divergence"
             )
-        if any(isinstance(term.measure, PolicyGradient) for term in self.terms()):
-            self._check_reward()
+        if any(isinstance(term.loss, RewardLoss) for term in self.list_terms()):
+            self._check_reward_sampling()
 
-    def _check_reward(self) -> None:
+    def _check_reward_sampling(self) -> None:
         """A reward is of what the student samples, by the very distribution that it is trained as."""
-        check_sampling(self.lmbda, self.temperature)
-        if self.lmbda < 1 and not any(term.applies(on_policy=False) for term in self.terms()):
-            raise ValueError(nothing_off_policy(self.lmbda))
+        check_reward_sampling(self.lmbda, self.temperature)
+        if self.lmbda < 1 and not any(term.is_applicable(on_policy=False) for term in self.list_terms()):
+            raise ValueError(off_policy_message(self.lmbda))
 
     @classmethod
-    def of(cls, args: Any) -> "CellArguments":
+    def build(cls, args: Any) -> "CellArguments":
         """The one cell that a `GKDConfig` describes."""
         seed = args.seed if args.data_seed is None else args.data_seed
         own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
         plain = cls(**{**own, "lmbda": 0.0, "seed": seed, "objectives": ()})
         asked = args.objectives
         listed = json.loads(asked) if isinstance(asked, str) else asked or []
-        return replace(plain, lmbda=args.lmbda, objectives=parsed(listed, plain.measure()))
+        return replace(plain, lmbda=args.lmbda, objectives=parse_terms(listed, plain.build_divergence()))
 
-    def terms(self, *, on_policy: bool = False, progress: float = 0.0) -> Terms:
+    def list_terms(self, *, on_policy: bool = False, progress: float = 0.0) -> WeightedLosses:
         """The terms of the loss after a share of the steps.
 
         What teaches nothing of this text has the weight 0, as cross-entropy of what the student wrote itself.
         """
-        own = tuple(term.at(progress) for term in self.objectives) or (Term(self.measure()),)
-        return where_they_apply(own, on_policy=on_policy)
+        own = tuple(term.interpolate_weight(progress) for term in self.objectives) or (
+            WeightedLoss(self.build_divergence()),
+        )
+        return zero_inapplicable_terms(own, on_policy=on_policy)
 
-    def measure(self) -> Divergence:
+    def build_divergence(self) -> Divergence:
         """The divergence that the cell's own fields describe."""
         return Divergence(
             kind=self.divergence,  # type: ignore[arg-type]
@@ -72,6 +80,6 @@ class CellArguments:
         )
 
 
-def shared_seeds(cells: Sequence[CellArguments]) -> list[int]:
+def distinct_seeds(cells: Sequence[CellArguments]) -> list[int]:
     """The distinct seeds of a pack, in order of first appearance."""
     return list(dict.fromkeys(cell.seed for cell in cells))

@@ -85,15 +85,15 @@ class Divergence:
         """
         log_q, q = _log_and_probabilities(student_logits_NV, self.student_temperature)
         log_p, p = _log_and_probabilities(teacher_logits_NV, self.teacher_temperature)
-        entropy = -_dot(q, log_q)
+        entropy = -_row_dot(q, log_q)
         if self.kind == "tv":
-            value, gradient = _total_variation(q, p)
+            value, gradient = _total_variation_gradient(q, p)
         elif self.beta == 0:
-            value, gradient = _forward_kl(log_q, q, log_p, p)
+            value, gradient = _forward_kl_gradient(log_q, q, log_p, p)
         elif self.beta == 1:
-            value, gradient = _reverse_kl(log_q, q, log_p)
+            value, gradient = _reverse_kl_gradient(log_q, q, log_p)
         else:
-            value, gradient = _jsd(log_q, q, log_p, p, self.beta)
+            value, gradient = _jsd_gradient(log_q, q, log_p, p, self.beta)
         factor = self.factor
         if factor / self.student_temperature != 1:
             gradient *= factor / self.student_temperature
@@ -140,28 +140,28 @@ def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     log_q, log_p: (..., V), the student's and the teacher's `log_probabilities`.
     """
     if beta == 0:
-        return _kl_terms(log_p, log_q)
+        return _pointwise_kl(log_p, log_q)
     if beta == 1:
-        return _kl_terms(log_q, log_p)
+        return _pointwise_kl(log_q, log_p)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _kl_terms(log_p, log_m) + (1 - beta) * _kl_terms(log_q, log_m)
+    return beta * _pointwise_kl(log_p, log_m) + (1 - beta) * _pointwise_kl(log_q, log_m)
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), in float32 (float64 for float64), with a finite number for log 0."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide if temperature == 1 else wide / temperature
-    return scaled.log_softmax(-1).clamp_min(_log_zero(wide))
+    return scaled.log_softmax(-1).clamp_min(_finite_log_zero(wide))
 
 
-def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _pointwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p log(p / q), before the sum."""
     return log_p.exp() * (log_p - log_q)
 
 
-def _log_zero(like: Tensor) -> float:
+def _finite_log_zero(reference: Tensor) -> float:
     """A finite stand-in for log 0: it keeps 0 * log 0 at 0, in the value and in the gradient."""
-    return torch.finfo(like.dtype).min / 8
+    return torch.finfo(reference.dtype).min / 8
 
 
 # Below are values, (N,), and their gradients by the student's logits over its temperature, (N, V): with
@@ -173,16 +173,16 @@ def _log_and_probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, 
     return logs, logs.exp()
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
+def _row_dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-1)
 
 
-def _centred(gradient: Tensor, q: Tensor, total: Tensor) -> Tensor:
-    return gradient.sub_(total[:, None]).mul_(q)
+def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
+    return gradient.sub_(row_sum[:, None]).mul_(q)
 
 
-def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    value, zero = _dot(p, log_p.sub_(log_q)), _log_zero(log_q)
+def _forward_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    value, zero = _row_dot(p, log_p.sub_(log_q)), _finite_log_zero(log_q)
     if log_q.min() > zero:
         return value, q.sub_(p)
     # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either.
@@ -190,24 +190,24 @@ def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Ten
     return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
-def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     ratio = log_q.sub_(log_p)
-    value = _dot(q, ratio)
-    return value, _centred(ratio, q, value)
+    value = _row_dot(q, ratio)
+    return value, _softmax_gradient(ratio, q, value)
 
 
-def _jsd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
     log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
-    to_teacher = _dot(p, log_p.sub_(log_m))
+    to_teacher = _row_dot(p, log_p.sub_(log_m))
     ratio = log_q.sub_(log_m)
-    to_student = _dot(q, ratio)
+    to_student = _row_dot(q, ratio)
     value = beta * to_teacher + (1 - beta) * to_student
-    return value, _centred(ratio, q, to_student).mul_(1 - beta)
+    return value, _softmax_gradient(ratio, q, to_student).mul_(1 - beta)
 
 
-def _total_variation(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def _total_variation_gradient(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     difference = q - p
     value = difference.abs().sum(-1) / 2
     sign = difference.sign_().div_(2)
-    return value, _centred(sign, q, _dot(q, sign))
+    return value, _softmax_gradient(sign, q, _row_dot(q, sign))

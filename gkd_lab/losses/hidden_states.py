@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from gkd_lab.config.layer_maps import Pair
-from gkd_lab.losses.auxiliary_losses import Seen, StepModule
-from gkd_lab.losses.layer_stacks import Distance, OfLayers, matched, recorded, size, weights_at, widened
-from gkd_lab.models.rng import key
+from gkd_lab.config.layer_maps import LayerPair
+from gkd_lab.losses.auxiliary_losses import AuxiliaryModule, LossInputs
+from gkd_lab.losses.layer_stacks import (
+    Distance,
+    LayerLoss,
+    match_layers,
+    position_weights,
+    stack_outputs,
+    stack_size,
+    widen_dtype,
+)
+from gkd_lab.models.rng import derive_seed
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,14 +38,14 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(student, teacher, dim=-1)
 
 
-LOSSES: Mapping[str, Distance] = {
+HIDDEN_STATE_DISTANCES: Mapping[str, Distance] = {
     "mse": mean_squared_error,
     "cosine": cosine_distance,
 }
 
 
 @dataclass(frozen=True)
-class HiddenStates(OfLayers):
+class HiddenStateLoss(LayerLoss):
     """The mean over pairs of layers of the distance between hidden states, weighted as tokens are.
 
     The states of a decoder count where they predict a token that is trained on, each with that token's weight
@@ -51,57 +59,64 @@ class HiddenStates(OfLayers):
     """
 
     kind: ClassVar[str] = "hidden_states"
-    asks: ClassVar[tuple[str, ...]] = ("hidden_states",)
-    losses: ClassVar[Mapping[str, Distance]] = LOSSES
+    required_outputs: ClassVar[tuple[str, ...]] = ("hidden_states",)
+    distances: ClassVar[Mapping[str, Distance]] = HIDDEN_STATE_DISTANCES
 
-    def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> StepModule:
+    def create_module(
+        self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
+    ) -> AuxiliaryModule:
         """Raises ValueError for a layer or a stack that one of the models does not have."""
         assert teacher is not None, "hidden states are matched with a teacher's"
-        pairs = matched(self.layers, student, teacher, self.stack, first=0)
-        own, guide = (size(config, self.stack, "width") for config in (student, teacher))
-        return HiddenMatching(self, pairs, projections(len(pairs), own, guide, seed))
+        pairs = match_layers(self.layers, student, teacher, self.stack, first=0)
+        own, guide = (stack_size(config, self.stack, "width") for config in (student, teacher))
+        return HiddenStateModule(self, pairs, create_projections(len(pairs), own, guide, seed))
 
 
-def projections(pairs: int, student: int, teacher: int, seed: int) -> list[nn.Parameter]:
+def create_projections(count: int, student_width: int, teacher_width: int, seed: int) -> list[nn.Parameter]:
     """A map of student width to teacher width for each pair, (teacher, student); none of equal widths.
 
     Drawn as torch draws a linear layer's weights, uniform within 1 / sqrt(student).
     """
-    if student == teacher:
+    if student_width == teacher_width:
         return []
-    generator = torch.Generator().manual_seed(key(seed, 0, "projections"))
-    bound = 1 / math.sqrt(student)
-    drawn = (torch.rand(teacher, student, generator=generator, dtype=torch.float64) for _ in range(pairs))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 0, "projections"))
+    bound = 1 / math.sqrt(student_width)
+    drawn = (
+        torch.rand(teacher_width, student_width, generator=generator, dtype=torch.float64)
+        for _ in range(count)
+    )
     return [nn.Parameter(((2 * one - 1) * bound).float()) for one in drawn]
 
 
-class HiddenMatching(StepModule):
+class HiddenStateModule(AuxiliaryModule):
     """A cell's hidden-layer matching, and its projections."""
 
     def __init__(
-        self, measure: HiddenStates, pairs: Sequence[Pair], projections: Sequence[nn.Parameter]
+        self, loss: HiddenStateLoss, pairs: Sequence[LayerPair], projections: Sequence[nn.Parameter]
     ) -> None:
         super().__init__()
-        self.measure, self.pairs = measure, tuple(pairs)
+        self.loss, self.pairs = loss, tuple(pairs)
         self.projections = nn.ParameterList(projections)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         """Distance of the matched layers, (): per token, weighted, the mean over pairs."""
-        assert seen.teacher is not None, "hidden states are matched with a teacher's"
-        measure = self.measure
+        assert inputs.teacher is not None, "hidden states are matched with a teacher's"
+        measure = self.loss
         students, teachers = (
-            recorded(one, measure.kind, measure.stack) for one in (seen.student, seen.teacher)
+            stack_outputs(one, measure.kind, measure.stack) for one in (inputs.student, inputs.teacher)
         )
-        every = weights_at(seen, measure.stack, students[0].shape[1], predictions=True)
+        every = position_weights(inputs, measure.stack, students[0].shape[1], predictions=True)
         kept = every > 0
         total = every.new_zeros(())
         for n, (own, guide) in enumerate(self.pairs):
-            student = self._projected(n, widened(students[own][kept]))
-            teacher = widened(teachers[guide][kept]).to(student.dtype)
-            total = total + LOSSES[measure.loss](student, teacher) @ every[kept].to(student.dtype)
+            student = self._project_student(n, widen_dtype(students[own][kept]))
+            teacher = widen_dtype(teachers[guide][kept]).to(student.dtype)
+            total = total + HIDDEN_STATE_DISTANCES[measure.loss](student, teacher) @ every[kept].to(
+                student.dtype
+            )
         return total / len(self.pairs)
 
-    def _projected(self, pair: int, states: Tensor) -> Tensor:
+    def _project_student(self, pair: int, states: Tensor) -> Tensor:
         """(N, student's H) -> (N, teacher's H)."""
         if not self.projections:
             return states

@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd_lab.losses.cell_arguments import CellArguments, shared_seeds
-from gkd_lab.losses.reward_functions import rewards_of, rule_of
-from gkd_lab.losses.step_loss import StepBatch, blocks, token_weights
-from gkd_lab.losses.terms import PolicyGradient, Terms, names
+from gkd_lab.losses.cell_arguments import CellArguments, distinct_seeds
+from gkd_lab.losses.reward_functions import compute_rewards, load_reward_function
+from gkd_lab.losses.step_loss import MicroBatch, split_blocks, token_weights
+from gkd_lab.losses.terms import RewardLoss, WeightedLosses, term_names
 from gkd_lab.models.forward import Sequences
 
-Texts = tuple[list[str], list[str], list[str]]
+RewardTexts = tuple[list[str], list[str], list[str]]
 """Prompts, what the student wrote, and what the data has in its place."""
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes that share a step: how many, and the sum of a tensor over them."""
 
-    world: int = 1
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    size: int = 1
+    sum_tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
-def advantages(rewards: Tensor, baseline: str, normalize: bool, ranks: Ranks) -> Tensor:
+def compute_advantages(rewards: Tensor, baseline: str, normalize: bool, processes: ProcessGroup) -> Tensor:
     """The advantage of each row of this rank, (n,), from their rewards, (n,), float64.
 
     `leave_one_out`: r_i less the mean of the step's N - 1 other rows, which is N / (N - 1) (r_i - mean) and
@@ -43,18 +43,20 @@ def advantages(rewards: Tensor, baseline: str, normalize: bool, ranks: Ranks) ->
     """
     if baseline == "none":
         return rewards
-    count, total = _total(torch.stack([torch.ones_like(rewards).sum(), rewards.sum()]), ranks)
+    count, total = _sum_over_processes(
+        torch.stack([torch.ones_like(rewards).sum(), rewards.sum()]), processes
+    )
     if count < 2:
         return torch.zeros_like(rewards)
     centred = rewards - total / count
     if normalize:
-        std = (_total(centred.square().sum(), ranks) / count).sqrt()
+        std = (_sum_over_processes(centred.square().sum(), processes) / count).sqrt()
         # Equal rewards may differ from their mean by rounding.
         centred = torch.where(std > 1e-9, centred / std.clamp_min(1e-9), 0.0)
     return centred * count / (count - 1)
 
 
-def scale_of(
+def reinforce_scales(
     advantages_B: Tensor, mask_BC: Tensor, items: Tensor, sequences: float, normalization: str
 ) -> Tensor:
     """Factor on the weights of the tokens in a cell's loss, (B, C), that makes the term REINFORCE's.
@@ -70,32 +72,32 @@ def scale_of(
 
 
 @dataclass(frozen=True)
-class Hooks:
+class RewardHooks:
     """What a trainer does with what a step earned.
 
     fail: (cell, why) when a reward is no number. log: (cell, name of the term, mean reward, standard
     deviation of the advantages).
     """
 
-    fail: Callable[[int, str], None]
-    log: Callable[[int, str, float, float], None]
+    fail_cell: Callable[[int, str], None]
+    log_reward: Callable[[int, str, float, float], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class RewardTerm:
     """A reward among the terms of a cell's loss: which of them, what it is called, and what it is."""
 
     number: int
     name: str
-    measure: PolicyGradient
+    loss: RewardLoss
 
 
-def _asked(terms: Terms) -> list[Asked]:
-    named = enumerate(zip(names(terms), terms, strict=True))
-    return [Asked(n, name, t.measure) for n, (name, t) in named if isinstance(t.measure, PolicyGradient)]
+def _list_reward_terms(terms: WeightedLosses) -> list[RewardTerm]:
+    named = enumerate(zip(term_names(terms), terms, strict=True))
+    return [RewardTerm(n, name, t.loss) for n, (name, t) in named if isinstance(t.loss, RewardLoss)]
 
 
-class Rewards:
+class RewardScaler:
     """The rewards of a trainer's cells; each function or model is found once. ValueError for one that is not.
 
     Args:
@@ -110,91 +112,108 @@ class Rewards:
         tokenizer: Any,
         normalization: str,
         device: torch.device,
-        hooks: Hooks,
-        ranks: Ranks = Ranks(),
+        hooks: RewardHooks,
+        processes: ProcessGroup = ProcessGroup(),
     ) -> None:
-        self.tokenizer, self.normalization, self.hooks, self.ranks = tokenizer, normalization, hooks, ranks
-        seeds = shared_seeds(cells)
+        self.tokenizer, self.normalization, self.hooks, self.processes = (
+            tokenizer,
+            normalization,
+            hooks,
+            processes,
+        )
+        seeds = distinct_seeds(cells)
         self.seed_of_cell = [seeds.index(cell.seed) for cell in cells]
-        self.seeds = len(seeds)
-        self.asked = [_asked(cell.terms()) for cell in cells]
-        rules = {one.measure.rule for asked in self.asked for one in asked}
-        self.rules = {rule: rule_of(*rule, device) for rule in rules}
+        self.seed_count = len(seeds)
+        self.reward_terms = [_list_reward_terms(cell.list_terms()) for cell in cells]
+        rules = {one.loss.function_key for asked in self.reward_terms for one in asked}
+        self.reward_functions = {rule: load_reward_function(*rule, device) for rule in rules}
 
-    def scaled(
-        self, batches: Sequence[StepBatch], fixed: Sequence[Sequences], items: Tensor | None
-    ) -> list[StepBatch]:
+    def add_reward_scales(
+        self, batches: Sequence[MicroBatch], dataset_rows: Sequence[Sequences], items: Tensor | None
+    ) -> list[MicroBatch]:
         """The micro-batches of a step with the factors that make their rewards a policy gradient.
 
         fixed: the data's own rows, (S*B) for each micro-batch; items: what losses are divided by, (K,).
         """
         scales: list[dict[tuple[int, int], Tensor]] = [dict(batch.scales) for batch in batches]
-        for cell, asked in enumerate(self.asked):
+        for cell, asked in enumerate(self.reward_terms):
             if items is None or not asked or not batches[0].on_policy[cell]:
                 continue
-            parts = [blocks(batch.student, len(self.asked))[cell] for batch in batches]
-            texts = self._texts(parts, fixed, self.seed_of_cell[cell])
+            parts = [split_blocks(batch.student, len(self.reward_terms))[cell] for batch in batches]
+            texts = self._decode_texts(parts, dataset_rows, self.seed_of_cell[cell])
             try:
                 for one in asked:
-                    factors = self._factors(cell, one, texts, parts, items[cell])
+                    factors = self._compute_scales(cell, one, texts, parts, items[cell])
                     for into, factor in zip(scales, factors, strict=True):
                         into[cell, one.number] = factor
             except ValueError as error:
-                self.hooks.fail(cell, str(error))
+                self.hooks.fail_cell(cell, str(error))
         return [replace(batch, scales=found) for batch, found in zip(batches, scales, strict=True)]
 
-    def left_out(self, batch: StepBatch) -> StepBatch:
+    def remove_rewards(self, batch: MicroBatch) -> MicroBatch:
         """A batch whose loss counts no reward."""
-        none = torch.zeros(batch.student.rows // len(self.asked), batch.student.completion_mask.shape[1])
-        mine = [(cell, one.number) for cell, asked in enumerate(self.asked) for one in asked]
+        none = torch.zeros(
+            batch.student.num_rows // len(self.reward_terms), batch.student.completion_mask.shape[1]
+        )
+        mine = [(cell, one.number) for cell, asked in enumerate(self.reward_terms) for one in asked]
         return replace(batch, scales={**batch.scales, **dict.fromkeys(mine, none)})
 
-    def _factors(
-        self, cell: int, one: Asked, texts: Texts, parts: Sequence[Sequences], items: Tensor
+    def _compute_scales(
+        self, cell: int, term: RewardTerm, texts: RewardTexts, parts: Sequence[Sequences], items: Tensor
     ) -> list[Tensor]:
         """Those of a cell's term, (B, C) for each micro-batch; what was earned is logged."""
-        measure = one.measure
-        rewards = torch.tensor(self._values(measure, texts), dtype=torch.float64)
-        each = advantages(rewards, measure.baseline, measure.normalize, self.ranks)
-        self.hooks.log(cell, one.name, *_earned(rewards, each, self.ranks))
-        sequences = float(_total(rewards.new_tensor(len(rewards)), self.ranks)) / self.ranks.world
+        measure = term.loss
+        rewards = torch.tensor(self._compute_rewards(measure, texts), dtype=torch.float64)
+        each = compute_advantages(rewards, measure.baseline, measure.normalize, self.processes)
+        self.hooks.log_reward(cell, term.name, *_reward_statistics(rewards, each, self.processes))
+        sequences = (
+            float(_sum_over_processes(rewards.new_tensor(len(rewards)), self.processes)) / self.processes.size
+        )
         return [
-            scale_of(some, part.completion_mask, items, sequences, self.normalization)
-            for some, part in zip(each.split([part.rows for part in parts]), parts, strict=True)
+            reinforce_scales(some, part.completion_mask, items, sequences, self.normalization)
+            for some, part in zip(each.split([part.num_rows for part in parts]), parts, strict=True)
         ]
 
-    def _values(self, measure: PolicyGradient, texts: Texts) -> list[float]:
+    def _compute_rewards(self, loss: RewardLoss, texts: RewardTexts) -> list[float]:
         """What this rank's texts earn. Raises ValueError on all ranks where one has no number for a text."""
         wrong, values = None, list[float]()
         try:
-            values = rewards_of(measure.name, self.rules[measure.rule], *texts)
+            values = compute_rewards(loss.name, self.reward_functions[loss.function_key], *texts)
         except ValueError as error:
             wrong = error
-        if _total(torch.tensor(float(wrong is not None)), self.ranks) > 0:
-            raise wrong or ValueError(f"reward {measure.name!r} failed in another process, which says why")
+        if _sum_over_processes(torch.tensor(float(wrong is not None)), self.processes) > 0:
+            raise wrong or ValueError(f"reward {loss.name!r} failed in another process, which says why")
         return values
 
-    def _texts(self, parts: Sequence[Sequences], fixed: Sequence[Sequences], seed: int) -> Texts:
+    def _decode_texts(
+        self, parts: Sequence[Sequences], dataset_rows: Sequence[Sequences], seed: int
+    ) -> RewardTexts:
         """Prompts, what was written, and the data's completions, of a step's rows."""
-        own = [blocks(rows, self.seeds)[seed] for rows in fixed]
-        prompts = [text for part in own for text in self._decoded(part.prompt_ids, part.prompt_mask)]
-        texts = [text for part in parts for text in self._decoded(part.completion_ids, part.completion_mask)]
-        wanted = [text for part in own for text in self._decoded(part.completion_ids, part.completion_mask)]
+        own = [split_blocks(rows, self.seed_count)[seed] for rows in dataset_rows]
+        prompts = [text for part in own for text in self._decode_rows(part.prompt_ids, part.prompt_mask)]
+        texts = [
+            text for part in parts for text in self._decode_rows(part.completion_ids, part.completion_mask)
+        ]
+        wanted = [
+            text for part in own for text in self._decode_rows(part.completion_ids, part.completion_mask)
+        ]
         return prompts, texts, wanted
 
-    def _decoded(self, ids: Tensor, mask: Tensor) -> list[str]:
+    def _decode_rows(self, ids: Tensor, mask: Tensor) -> list[str]:
         """As an evaluation reads what was written: no special tokens, nothing around it."""
         kept = [row[used.bool()].tolist() for row, used in zip(ids, mask, strict=True)]
         found: list[str] = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         return [text.strip() for text in found]
 
 
-def _total(tensor: Tensor, ranks: Ranks) -> Tensor:
-    return tensor if ranks.world == 1 else ranks.total(tensor).to(tensor)
+def _sum_over_processes(tensor: Tensor, processes: ProcessGroup) -> Tensor:
+    return tensor if processes.size == 1 else processes.sum_tensor(tensor).to(tensor)
 
 
-def _earned(rewards: Tensor, each: Tensor, ranks: Ranks) -> tuple[float, float]:
+def _reward_statistics(rewards: Tensor, advantages: Tensor, processes: ProcessGroup) -> tuple[float, float]:
     """Mean reward and the advantages' standard deviation, over all ranks."""
-    sums = torch.stack([torch.ones_like(rewards).sum(), rewards.sum(), each.sum(), each.square().sum()])
-    count, reward, first, second = _total(sums, ranks).tolist()
+    sums = torch.stack(
+        [torch.ones_like(rewards).sum(), rewards.sum(), advantages.sum(), advantages.square().sum()]
+    )
+    count, reward, first, second = _sum_over_processes(sums, processes).tolist()
     return reward / count, max(0.0, second / count - (first / count) ** 2) ** 0.5

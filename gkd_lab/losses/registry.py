@@ -3,34 +3,41 @@
 from typing import Any
 
 from gkd_lab.config.loss_terms import (
-    AdversarialObjective,
-    AnyObjective,
-    AttentionsObjective,
-    CrossEntropyObjective,
-    HiddenStatesObjective,
-    Objective,
-    RewardObjective,
-    SquaredErrorObjective,
-    UldObjective,
+    AdversarialConfig,
+    AttentionsConfig,
+    CrossEntropyConfig,
+    HiddenStatesConfig,
+    ResolvedDivergence,
+    ResolvedReward,
+    ResolvedTerm,
+    SquaredErrorConfig,
+    ULDConfig,
 )
-from gkd_lab.losses.adversarial import OF_GAME, Adversarial
-from gkd_lab.losses.attentions import Attentions
+from gkd_lab.losses.adversarial import OF_GAME, AdversarialLoss
+from gkd_lab.losses.attentions import AttentionLoss
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.hidden_states import HiddenStates
+from gkd_lab.losses.hidden_states import HiddenStateLoss
 from gkd_lab.losses.squared_error import SquaredError
-from gkd_lab.losses.teacher_targets import Target
-from gkd_lab.losses.terms import FIRST, CrossEntropy, LabelError, Measure, PolicyGradient, Term
-from gkd_lab.losses.uld import Uld
+from gkd_lab.losses.teacher_targets import TeacherTarget
+from gkd_lab.losses.terms import (
+    FIRST_TEACHER_TARGET,
+    CrossEntropy,
+    LabelSquaredError,
+    Loss,
+    RewardLoss,
+    WeightedLoss,
+)
+from gkd_lab.losses.uld import ULD
 
 
-def term_of(objective: AnyObjective) -> Term:
+def build_term(objective: ResolvedTerm) -> WeightedLoss:
     """The measure that an objective describes, with its weight."""
-    target = _target(objective) if isinstance(objective, Objective) else FIRST
-    return Term(_measure(objective), objective.weight, objective.final_weight, target)
+    target = _build_target(objective) if isinstance(objective, ResolvedDivergence) else FIRST_TEACHER_TARGET
+    return WeightedLoss(_build_loss(objective), objective.weight, objective.final_weight, target)
 
 
-def _target(objective: Objective) -> Target:
-    return Target(
+def _build_target(objective: ResolvedDivergence) -> TeacherTarget:
+    return TeacherTarget(
         teachers=objective.teachers,
         weights=objective.mixture or (),
         temperatures=objective.mixture_temperatures or (),
@@ -38,9 +45,9 @@ def _target(objective: Objective) -> Target:
     )
 
 
-def _measure(objective: Any) -> Measure:
+def _build_loss(objective: Any) -> Loss:
     match objective:
-        case Objective():
+        case ResolvedDivergence():
             return Divergence(
                 kind=objective.divergence,
                 beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
@@ -49,24 +56,24 @@ def _measure(objective: Any) -> Measure:
                 rescale=objective.rescale,
                 square_temperature=objective.square_temperature,
             )
-        case CrossEntropyObjective():
+        case CrossEntropyConfig():
             return CrossEntropy()
-        case SquaredErrorObjective():
-            return SquaredError() if objective.against == "teacher" else LabelError()
-        case RewardObjective():
-            return PolicyGradient(
+        case SquaredErrorConfig():
+            return SquaredError() if objective.against == "teacher" else LabelSquaredError()
+        case ResolvedReward():
+            return RewardLoss(
                 objective.name,
                 objective.path or objective.model,
                 objective.revision if objective.model else None,  # a folder is what it is
                 objective.baseline,
                 objective.normalize,
             )
-        case HiddenStatesObjective():
-            return HiddenStates(objective.layers, objective.loss, objective.stack)
-        case AttentionsObjective():
-            return Attentions(objective.layers, objective.loss, objective.stack)
-        case UldObjective():
-            return Uld(objective.student_temperature, objective.teacher_temperature)
-        case AdversarialObjective():
-            return Adversarial(**objective.model_dump(include=set(OF_GAME)))
+        case HiddenStatesConfig():
+            return HiddenStateLoss(objective.layers, objective.loss, objective.stack)
+        case AttentionsConfig():
+            return AttentionLoss(objective.layers, objective.loss, objective.stack)
+        case ULDConfig():
+            return ULD(objective.student_temperature, objective.teacher_temperature)
+        case AdversarialConfig():
+            return AdversarialLoss(**objective.model_dump(include=set(OF_GAME)))
     raise TypeError(f"{type(objective).__name__} has no measure")

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
-from gkd_lab.config.reward_names import ENTAILMENT, Rule, check_model, check_name, imported
+from gkd_lab.config.reward_names import (
+    ENTAILMENT,
+    RewardFunction,
+    check_reward_model,
+    check_reward_name,
+    import_reward,
+)
 from gkd_lab.metrics.answers import extract_answer
-from gkd_lab.metrics.rouge import Rouge
+from gkd_lab.metrics.rouge import RougeScorer
 
 Texts = list[str]
 
@@ -23,17 +29,17 @@ def exact_match(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
 
     Of a reference without such an answer the whole text counts, as in the metric `exact_match`. Else 0.
     """
-    return [float(_same(text, wanted)) for text, wanted in zip(texts, references, strict=True)]
+    return [float(_is_exact_match(text, wanted)) for text, wanted in zip(texts, references, strict=True)]
 
 
-def _same(text: str, reference: str) -> bool:
+def _is_exact_match(text: str, reference: str) -> bool:
     answer = extract_answer(reference)
     return text.strip() == reference.strip() if answer is None else extract_answer(text) == answer
 
 
-def rouge(kind: str) -> Rule:
+def create_rouge_reward(kind: str) -> RewardFunction:
     """The F-measure of `rouge2` or `rougeL` against the reference, not stemmed, from 0 to 1."""
-    score = Rouge((kind,), use_stemmer=False)
+    score = RougeScorer((kind,), use_stemmer=False)
 
     def rule(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
         values = score(texts, [[reference] for reference in references])[kind]
@@ -42,42 +48,50 @@ def rouge(kind: str) -> Rule:
     return rule
 
 
-def rule_of(name: str, model: str | None, revision: str | None, device: torch.device | str) -> Rule:
+def load_reward_function(
+    name: str, model: str | None, revision: str | None, device: torch.device | str
+) -> RewardFunction:
     """The rule of this name, ready for use. Raises SpecError, a ValueError, for what cannot be found."""
-    check_name(name)
-    check_model(name, model)
+    check_reward_name(name)
+    check_reward_model(name, model)
     if name == ENTAILMENT:
-        from gkd_lab.losses.entailment import entailment
+        from gkd_lab.losses.entailment import load_entailment_reward
 
         assert model is not None, "checked"
-        return entailment(model, revision, torch.device(device))
+        return load_entailment_reward(model, revision, torch.device(device))
     if name == "exact_match":
-        return _with_references(name, exact_match)
-    return _with_references(name, rouge(name)) if name.startswith("rouge") else imported(name)
+        return _require_references(name, exact_match)
+    return (
+        _require_references(name, create_rouge_reward(name))
+        if name.startswith("rouge")
+        else import_reward(name)
+    )
 
 
-def _with_references(name: str, rule: Rule) -> Rule:
+def _require_references(name: str, function: RewardFunction) -> RewardFunction:
     def checked(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
         missing = [row for row, reference in enumerate(references) if not reference]
         if missing:
-            raise NoReference(
+            raise MissingReferenceError(
                 f"reward {name!r} compares with the data's completion, and {len(missing)} of "
                 f"{len(references)} rows have none (prompt {prompts[missing[0]]!r:.80})"
             )
-        return rule(prompts, texts, references)
+        return function(prompts, texts, references)
 
     return checked
 
 
-class NoReference(ValueError):
+class MissingReferenceError(ValueError):
     """A rule that compares was given nothing to compare with."""
 
 
-def rewards_of(name: str, rule: Rule, prompts: Texts, texts: Texts, references: Texts) -> list[float]:
+def compute_rewards(
+    name: str, function: RewardFunction, prompts: Texts, texts: Texts, references: Texts
+) -> list[float]:
     """What a rule gives, as finite numbers. Raises ValueError naming the reward, the row and the value."""
     try:
-        given: Any = rule(list(prompts), list(texts), list(references))
-    except NoReference:
+        given: Any = function(list(prompts), list(texts), list(references))
+    except MissingReferenceError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything, and may call exit()
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -87,10 +101,10 @@ def rewards_of(name: str, rule: Rule, prompts: Texts, texts: Texts, references: 
         raise ValueError(f"reward {name!r} gave {given!r:.80}, not a list of {len(texts)} numbers")
     if len(given) != len(texts):
         raise ValueError(f"reward {name!r} gave {len(given)} values for {len(texts)} texts")
-    return [_number(name, row, value, texts) for row, value in enumerate(given)]
+    return [_finite_reward(name, row, value, texts) for row, value in enumerate(given)]
 
 
-def _number(name: str, row: int, value: Any, texts: Sequence[str]) -> float:
+def _finite_reward(name: str, row: int, value: Any, texts: Sequence[str]) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -34,7 +34,7 @@ class SquaredError:
         return gap.square().mean(-1), gap * (2 / gap.shape[-1]), -(logs.exp() * logs).sum(-1)
 
 
-def against_labels(student_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def label_squared_error(student_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of the data's own numbers: hard labels of a regression. ValueError: V is not 1."""
     if student_NV.shape[-1] != 1:
         raise ValueError(

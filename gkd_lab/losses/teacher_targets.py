@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gkd_lab.losses.divergence import log_probabilities
-from gkd_lab.models.projection import Arithmetic, Projection
+from gkd_lab.models.projection import MatmulPrecision, Projection
 
-Read = Callable[[int, Tensor], Tensor]
+LogitReader = Callable[[int, Tensor], Tensor]
 """(block, rows (n,)) -> logits (n, V), in a buffer that the next call overwrites."""
 
 
-class Guide(Protocol):
+class TeacherLogits(Protocol):
     """A teacher's distributions for M blocks of N tokens, as logits that are made where they are needed."""
 
     @property
@@ -36,17 +36,17 @@ class Guide(Protocol):
         """How many tokens it knows of."""
         ...
 
-    def chosen(self, positions: Tensor) -> "Guide":
+    def select_positions(self, positions: Tensor) -> "TeacherLogits":
         """The same at positions (M, N') alone."""
         ...
 
-    def reader(self, vocabulary: int, wide: torch.dtype, longest: int) -> Read:
+    def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
         """Logits of the first `vocabulary` tokens, in `wide`, of at most `longest` rows at once."""
         ...
 
 
 @dataclass(frozen=True)
-class Projected:
+class HiddenTeacherLogits:
     """Hidden states (M, N, H), without gradient, and the head that turns them into logits."""
 
     hidden: Tensor
@@ -62,25 +62,25 @@ class Projected:
 
     @property
     def vocabulary(self) -> int:
-        return self.head.rows(self.hidden)
+        return self.head.get_vocabulary_size(self.hidden)
 
-    def chosen(self, positions: Tensor) -> "Projected":
-        return Projected(gathered(self.hidden, positions), self.head)
+    def select_positions(self, positions: Tensor) -> "HiddenTeacherLogits":
+        return HiddenTeacherLogits(gather_positions(self.hidden, positions), self.head)
 
-    def reader(self, vocabulary: int, wide: torch.dtype, longest: int) -> Read:
-        head = self.head.packed().first(vocabulary)
-        arithmetic = Arithmetic.of(self.hidden, wide)
-        buffer = self.hidden.new_empty(longest * vocabulary, dtype=wide)
+    def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
+        head = self.head.add_cell_axis().truncate_vocabulary(vocabulary)
+        arithmetic = MatmulPrecision.create(self.hidden, dtype)
+        buffer = self.hidden.new_empty(max_rows * vocabulary, dtype=dtype)
 
         def read(block: int, rows: Tensor) -> Tensor:
             hidden = self.hidden[block, rows][None]
-            return head.logits(project(hidden, head, vocabulary, arithmetic, buffer))[0]
+            return head.scale_and_cap(project_hidden(hidden, head, vocabulary, arithmetic, buffer))[0]
 
         return read
 
 
 @dataclass(frozen=True)
-class Target:
+class TeacherTarget:
     """Which of the teachers a divergence compares with, and how several become one distribution.
 
     teachers: their numbers. One: its own logits. Several: sum_i w_i softmax(z_i / T_i), or with `routed` for
@@ -105,49 +105,49 @@ class Target:
         if self.weights and abs(sum(self.weights) - 1) > 1e-6:
             raise ValueError(f"weights {self.weights} of a mixture of teachers must sum to 1")
 
-    def logits(self, of_teacher: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
+    def combine_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
         """Logits (n, V) of what is compared with, from each teacher's.
 
         routes: (n,), for each token the teacher that its row is meant for.
         """
         if self.routed:
-            return self._routed(of_teacher, routes)
+            return self._route_logits(teacher_logits, routes)
         if len(self.teachers) == 1 and not self.temperatures:
-            return of_teacher(self.teachers[0])
+            return teacher_logits(self.teachers[0])
         temperatures = self.temperatures or (1.0,) * len(self.teachers)
         weights = self.weights or (1 / len(self.teachers),) * len(self.teachers)
         mixed: Tensor | None = None
         for teacher, weight, temperature in zip(self.teachers, weights, temperatures, strict=True):
-            part = log_probabilities(of_teacher(teacher), temperature).add_(math.log(weight))
+            part = log_probabilities(teacher_logits(teacher), temperature).add_(math.log(weight))
             mixed = part if mixed is None else torch.logaddexp(mixed, part)
         assert mixed is not None, "a target has a teacher"
         return mixed
 
-    def _routed(self, of_teacher: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
+    def _route_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
         if routes is None:
             raise ValueError("a routed divergence needs to know each row's teacher: give `routes`")
         temperatures = dict(zip(self.teachers, self.temperatures, strict=False))
         found: Tensor | None = None
         for teacher in self.teachers:
-            part = of_teacher(teacher) / temperatures.get(teacher, 1.0)
+            part = teacher_logits(teacher) / temperatures.get(teacher, 1.0)
             found = part if found is None else torch.where((routes == teacher)[:, None], part, found)
         assert found is not None, "a target has a teacher"
         return found
 
 
-def gathered(hidden: Tensor, chosen: Tensor) -> Tensor:
+def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """(M, T, H) at positions (M, N) -> (M, N, H)."""
-    return hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def project(
-    hidden: Tensor, head: Projection, vocabulary: int, arithmetic: Arithmetic, buffer: Tensor
+def project_hidden(
+    hidden: Tensor, head: Projection, vocabulary: int, arithmetic: MatmulPrecision, buffer: Tensor
 ) -> Tensor:
     """h W^T + b of (K, n, H) hidden states, (K, n, V), in the beginning of the buffer."""
     raw = buffer[: hidden.shape[0] * hidden.shape[1] * vocabulary].view(*hidden.shape[:2], vocabulary)
     if head.weight is None:
         raw.copy_(hidden[..., :vocabulary])
     else:
-        for span in arithmetic.spans(head.weight):
+        for span in arithmetic.split_rows(head.weight):
             arithmetic.multiply(hidden, head.weight[:, span].mT, raw[..., span])
     return raw if head.bias is None else raw.add_(head.bias[:, None])

@@ -13,19 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gkd_lab.config.reward_names import BUILT_IN, check_baseline, check_model, check_name
-from gkd_lab.losses.adversarial import OF_GAME, Adversarial
-from gkd_lab.losses.attentions import Attentions
-from gkd_lab.losses.auxiliary_losses import StepMeasure
+from gkd_lab.config.reward_names import (
+    BUILT_IN_REWARDS,
+    check_reward_baseline,
+    check_reward_model,
+    check_reward_name,
+)
+from gkd_lab.losses.adversarial import OF_GAME, AdversarialLoss
+from gkd_lab.losses.attentions import AttentionLoss
+from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss
 from gkd_lab.losses.divergence import Divergence, log_probabilities
-from gkd_lab.losses.hidden_states import HiddenStates
+from gkd_lab.losses.hidden_states import HiddenStateLoss
 from gkd_lab.losses.layer_stacks import OF_LAYERS
-from gkd_lab.losses.squared_error import AGAINST, SquaredError, against_labels
-from gkd_lab.losses.teacher_targets import Target
-from gkd_lab.losses.uld import OF_ULD, Uld
+from gkd_lab.losses.squared_error import AGAINST, SquaredError, label_squared_error
+from gkd_lab.losses.teacher_targets import TeacherTarget
+from gkd_lab.losses.uld import OF_ULD, ULD
 
 
-class OfLabels(ABC):
+class LabelLoss(ABC):
     """A measure of single tokens that reads the tokens themselves and no teacher."""
 
     kind: ClassVar[str]
@@ -41,7 +46,7 @@ class OfLabels(ABC):
 
 
 @dataclass(frozen=True)
-class CrossEntropy(OfLabels):
+class CrossEntropy(LabelLoss):
     """-log q of the token that is there: the hard labels of Hinton et al. (2015), Sequence KD's loss
     (Kim and Rush 2016), and that of supervised fine-tuning.
     """
@@ -67,7 +72,7 @@ class CrossEntropy(OfLabels):
 
 
 @dataclass(frozen=True)
-class PolicyGradient(OfLabels):
+class RewardLoss(LabelLoss):
     """-log q of the tokens that the student wrote itself, which a step's `scales` multiply by how much better
     than expected their sequence was: the first term of Eq. 5 by REINFORCE (`gkd_lab.losses.policy_gradient`).
 
@@ -85,12 +90,12 @@ class PolicyGradient(OfLabels):
     on_policy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        check_model(self.name, self.model)
-        check_baseline(self.baseline, self.normalize)
+        check_reward_name(self.name)
+        check_reward_model(self.name, self.model)
+        check_reward_baseline(self.baseline, self.normalize)
 
     @property
-    def rule(self) -> tuple[str, str | None, str | None]:
+    def function_key(self) -> tuple[str, str | None, str | None]:
         """What says how texts are rewarded: name, model and its revision."""
         return self.name, self.model, self.revision
 
@@ -102,7 +107,7 @@ class PolicyGradient(OfLabels):
 
 
 @dataclass(frozen=True)
-class LabelError(OfLabels):
+class LabelSquaredError(LabelLoss):
     """(student - label)^2: what a regression learns of the data's own numbers."""
 
     kind: ClassVar[str] = "squared_error_labels"
@@ -112,30 +117,30 @@ class LabelError(OfLabels):
         self, student_logits_NV: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `SquaredError`'s, of one output a row. ValueError: there are more."""
-        return against_labels(student_logits_NV, labels_N)
+        return label_squared_error(student_logits_NV, labels_N)
 
 
-OfTeacher = Divergence | SquaredError
+TeacherLoss = Divergence | SquaredError
 """Measures of single tokens that compare with a teacher's logits."""
-Measure = OfTeacher | OfLabels | StepMeasure
+Loss = TeacherLoss | LabelLoss | AuxiliaryLoss
 
 
-FIRST = Target()
+FIRST_TEACHER_TARGET = TeacherTarget()
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedLoss:
     """A measure and its weight in the loss, which may move linearly to another one over the training.
 
     target: of a divergence, which teachers it compares with.
     """
 
-    measure: Measure
+    loss: Loss
     weight: float = 1.0
     final_weight: float | None = None
-    target: Target = FIRST
+    target: TeacherTarget = FIRST_TEACHER_TARGET
 
-    def at(self, progress: float) -> "Term":
+    def interpolate_weight(self, progress: float) -> "WeightedLoss":
         """The term after this share of the training's steps, its weight constant."""
         if self.final_weight is None:
             return self
@@ -145,49 +150,49 @@ class Term:
     @property
     def name(self) -> str:
         """Under which the term is logged."""
-        return "divergence" if isinstance(self.measure, Divergence) else self.measure.kind
+        return "divergence" if isinstance(self.loss, Divergence) else self.loss.kind
 
     @property
-    def is_of_tokens(self) -> bool:
+    def is_token_loss(self) -> bool:
         """Whether it is computed token by token from the logits."""
-        return not isinstance(self.measure, StepMeasure)
+        return not isinstance(self.loss, AuxiliaryLoss)
 
     @property
     def reads_labels(self) -> bool:
         """Whether it reads the tokens themselves."""
-        return isinstance(self.measure, OfLabels)
+        return isinstance(self.loss, LabelLoss)
 
     @property
     def teachers(self) -> tuple[int, ...]:
         """Numbers of the teachers that it reads."""
-        if isinstance(self.measure, OfTeacher):
+        if isinstance(self.loss, TeacherLoss):
             return self.target.teachers
-        return (0,) if isinstance(self.measure, StepMeasure) and self.measure.reads_teacher else ()
+        return (0,) if isinstance(self.loss, AuxiliaryLoss) and self.loss.reads_teacher else ()
 
-    def applies(self, *, on_policy: bool) -> bool:
+    def is_applicable(self, *, on_policy: bool) -> bool:
         """Whether it teaches anything of text that the student wrote (`on_policy`), or that others wrote."""
-        return not isinstance(self.measure, OfLabels) or self.measure.on_policy == on_policy
+        return not isinstance(self.loss, LabelLoss) or self.loss.on_policy == on_policy
 
 
-Terms = tuple[Term, ...]
+WeightedLosses = tuple[WeightedLoss, ...]
 
 
-def terms_of(objective: Measure | Sequence[Term]) -> Terms:
+def list_terms(terms: Loss | Sequence[WeightedLoss]) -> WeightedLosses:
     """A measure alone is the only term, of weight 1."""
-    if isinstance(objective, OfTeacher | OfLabels | StepMeasure):
-        return (Term(objective),)
-    return tuple(objective)
+    if isinstance(terms, TeacherLoss | LabelLoss | AuxiliaryLoss):
+        return (WeightedLoss(terms),)
+    return tuple(terms)
 
 
-def where_they_apply(terms: Terms, *, on_policy: bool) -> Terms:
+def zero_inapplicable_terms(terms: WeightedLosses, *, on_policy: bool) -> WeightedLosses:
     """The same with weight 0 for what teaches nothing of such text."""
     return tuple(
-        term if term.applies(on_policy=on_policy) else Term(term.measure, 0.0, target=term.target)
+        term if term.is_applicable(on_policy=on_policy) else WeightedLoss(term.loss, 0.0, target=term.target)
         for term in terms
     )
 
 
-def names(terms: Terms) -> list[str]:
+def term_names(terms: WeightedLosses) -> list[str]:
     """A name for each term of a cell: `divergence`, `divergence_2`, ..."""
     seen: dict[str, int] = {}
     named = []
@@ -197,20 +202,22 @@ def names(terms: Terms) -> list[str]:
     return named
 
 
-def teachers_read(all_terms: Iterable[Terms]) -> list[int]:
+def required_teachers(all_terms: Iterable[WeightedLosses]) -> list[int]:
     """Numbers of the teachers that any of the terms reads, in their order."""
     return sorted({teacher for terms in all_terms for term in terms for teacher in term.teachers})
 
 
-def asked_for(all_terms: Iterable[Terms]) -> tuple[str, ...]:
+def required_outputs(all_terms: Iterable[WeightedLosses]) -> tuple[str, ...]:
     """What passes record besides what heads read, in alphabetical order."""
-    measures = [term.measure for terms in all_terms for term in terms]
-    return tuple(sorted({ask for one in measures if isinstance(one, StepMeasure) for ask in one.asks}))
+    measures = [term.loss for terms in all_terms for term in terms]
+    return tuple(
+        sorted({ask for one in measures if isinstance(one, AuxiliaryLoss) for ask in one.required_outputs})
+    )
 
 
-def reads_texts(all_terms: Iterable[Terms]) -> bool:
+def needs_text_reader(all_terms: Iterable[WeightedLosses]) -> bool:
     """Whether any of the terms lets the teacher read texts in its own tokens."""
-    return any(isinstance(term.measure, Uld) for terms in all_terms for term in terms)
+    return any(isinstance(term.loss, ULD) for terms in all_terms for term in terms)
 
 
 # ---- as they are written in a configuration ----
@@ -218,19 +225,19 @@ def reads_texts(all_terms: Iterable[Terms]) -> bool:
 Fields = Mapping[str, Any]
 
 
-def parsed(listed: Sequence[Fields], default: Divergence) -> Terms:
+def parse_terms(listed: Sequence[Fields], default: Divergence) -> WeightedLosses:
     """Terms as they are written in a configuration; `default` has what a divergence does not say.
 
     Raises:
         ValueError: for an unknown type, an unknown field, weights that are not numbers from 0, or all 0.
     """
-    terms = tuple(_parsed(one, default) for one in listed)
+    terms = tuple(_parse_term(one, default) for one in listed)
     if terms and not any(term.weight or term.final_weight for term in terms):
         raise ValueError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
     return terms
 
 
-def _parsed(one: Fields, default: Divergence) -> Term:
+def _parse_term(one: Fields, default: Divergence) -> WeightedLoss:
     fields = {"type": "divergence", "weight": 1.0, "final_weight": None, **one}
     kind, weight, final = (fields.pop(name) for name in ("type", "weight", "final_weight"))
     for value in (weight, 0 if final is None else final):
@@ -243,11 +250,11 @@ def _parsed(one: Fields, default: Divergence) -> Term:
         if name not in known:
             has = f"; it has {', '.join(known)} and weight" if known else "; it has a weight only"
             raise ValueError(f"objectives: {kind} has no field {name!r}{has}")
-    target = Target(**{name: _as_written(fields.pop(name)) for name in _OF_TARGET if name in fields})
-    return Term(read(fields, default), weight, final, target)
+    target = TeacherTarget(**{name: _convert_list(fields.pop(name)) for name in _OF_TARGET if name in fields})
+    return WeightedLoss(read(fields, default), weight, final, target)
 
 
-def _as_written(value: Any) -> Any:
+def _convert_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -269,27 +276,29 @@ _OF_TARGET = ("teachers", "weights", "temperatures", "routed")
 _OF_REWARD = ("name", "model", "revision", "baseline", "normalize")
 
 
-def _policy_gradient(fields: Fields, _: Divergence) -> PolicyGradient:
+def _policy_gradient(fields: Fields, _: Divergence) -> RewardLoss:
     if "name" not in fields:
-        raise ValueError(f"objectives: a reward needs a name: {', '.join(BUILT_IN)}, or module:function")
-    return PolicyGradient(**fields)
+        raise ValueError(
+            f"objectives: a reward needs a name: {', '.join(BUILT_IN_REWARDS)}, or module:function"
+        )
+    return RewardLoss(**fields)
 
 
-def _squared_error(fields: Fields, _: Divergence) -> SquaredError | LabelError:
+def _squared_error(fields: Fields, _: Divergence) -> SquaredError | LabelSquaredError:
     against = fields.get("against", "teacher")
     if against not in AGAINST:
         raise ValueError(f"objectives: squared_error: against {against!r} is not one of {', '.join(AGAINST)}")
-    return SquaredError() if against == "teacher" else LabelError()
+    return SquaredError() if against == "teacher" else LabelSquaredError()
 
 
-READERS: dict[str, tuple[Sequence[str], Callable[[Fields, Divergence], Measure]]] = {
+READERS: dict[str, tuple[Sequence[str], Callable[[Fields, Divergence], Loss]]] = {
     "divergence": ((*_OF_DIVERGENCE, *_OF_TARGET), _divergence),
     "cross_entropy": ((), lambda fields, _: CrossEntropy()),
     SquaredError.kind: (("against",), _squared_error),
-    HiddenStates.kind: (OF_LAYERS, lambda fields, _: HiddenStates(**fields)),
-    Attentions.kind: (OF_LAYERS, lambda fields, _: Attentions(**fields)),
-    Adversarial.kind: (OF_GAME, lambda fields, _: Adversarial(**fields)),
-    Uld.kind: (OF_ULD, lambda fields, _: Uld(**fields)),
+    HiddenStateLoss.kind: (OF_LAYERS, lambda fields, _: HiddenStateLoss(**fields)),
+    AttentionLoss.kind: (OF_LAYERS, lambda fields, _: AttentionLoss(**fields)),
+    AdversarialLoss.kind: (OF_GAME, lambda fields, _: AdversarialLoss(**fields)),
+    ULD.kind: (OF_ULD, lambda fields, _: ULD(**fields)),
     "reward": (_OF_REWARD, _policy_gradient),
 }
 """Type of an objective -> the fields that it may have, and how they become a measure."""

@@ -5,16 +5,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-INCOMPLETE = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"
 """What decoders write for bytes that are no character, or not yet."""
-Ends = list[int | None]
+TokenEnds = list[int | None]
 """For each token how many characters of the text are there once it is read; None: it adds none."""
 Span = tuple[list[int], list[int]]
 """Numbers of the tokens on either side that cover the same stretch of text."""
 
 
 @dataclass(frozen=True)
-class Told:
+class DecodedText:
     """The text that token ids stand for; the end of sequence counts as one more character behind it.
 
     Tokens that are no text (special ones, what follows the end, the beginning of a character that never came)
@@ -22,33 +22,35 @@ class Told:
     """
 
     text: str
-    ends: Ends
-    ended: bool
+    ends: TokenEnds
+    is_complete: bool
 
 
-def no_text(tokenizer: Any) -> frozenset[int]:
+def non_text_ids(tokenizer: Any) -> frozenset[int]:
     """Ids that a text has no place for: padding, the ends, what a chat template writes, the unknown token."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 
-def told(tokenizer: Any, ids: Sequence[int], end_ids: Collection[int], special: Collection[int]) -> Told:
+def decode_completion(
+    tokenizer: Any, ids: Sequence[int], end_ids: Collection[int], non_text: Collection[int]
+) -> DecodedText:
     """The text of a completion, whatever way it was split: a student need not split as its tokenizer would.
 
     tokenizer: a fast one. end_ids: the first of them ends the text. special: its `no_text`.
     """
     stop = next((n for n, i in enumerate(ids) if i in end_ids), len(ids))
-    written = [n for n in range(stop) if ids[n] not in special]
-    text, lengths = _decoded(tokenizer, [ids[n] for n in written])
-    ends: Ends = [None] * len(ids)
+    written = [n for n in range(stop) if ids[n] not in non_text]
+    text, lengths = _decode_prefixes(tokenizer, [ids[n] for n in written])
+    ends: TokenEnds = [None] * len(ids)
     for n, length in zip(written, lengths, strict=True):
         ends[n] = length
     if stop < len(ids):
         ends[stop] = len(text) + 1
-    return Told(text, ends, stop < len(ids))
+    return DecodedText(text, ends, stop < len(ids))
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, Ends]:
+def _decode_prefixes(tokenizer: Any, ids: Sequence[int]) -> tuple[str, TokenEnds]:
     """The text as far as it has whole characters, and how much of it is there after each token.
 
     Every beginning is decoded by itself, as what a token adds depends on those before it: 8 ms for 320 tokens
@@ -57,49 +59,49 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> tuple[str, Ends]:
     beginnings = [list(ids[: n + 1]) for n in range(len(ids))]
     texts = tokenizer.backend_tokenizer.decode_batch(beginnings, skip_special_tokens=False)
     whole = texts[-1] if texts else ""
-    ends: Ends = []
+    ends: TokenEnds = []
     waiting = 0
     for text in texts:
         waiting += 1
-        if whole.startswith(text) and not text.endswith(INCOMPLETE) and text:
+        if whole.startswith(text) and not text.endswith(REPLACEMENT_CHARACTER) and text:
             ends += [len(text)] * waiting
             waiting = 0
     told = next((end for end in reversed(ends) if end is not None), 0)
     return whole[:told], [*ends, *[None] * waiting]
 
 
-def spelled(
-    tokenizer: Any, said: Told, special: Collection[int], *, is_encoder_decoder: bool
-) -> tuple[list[int], Ends]:
+def encode_completion(
+    tokenizer: Any, decoded: DecodedText, non_text: Collection[int], *, is_encoder_decoder: bool
+) -> tuple[list[int], TokenEnds]:
     """The same completion in a tokenizer's own ids, as `target_ids` would give them, and their ends.
 
     special: its `no_text`; where it reads something as unknown, that is text.
     """
-    kind: dict[str, Any] = {"text_target": said.text} if is_encoder_decoder else {"text": said.text}
+    kind: dict[str, Any] = {"text_target": decoded.text} if is_encoder_decoder else {"text": decoded.text}
     found = tokenizer(
         **kind, add_special_tokens=is_encoder_decoder, return_offsets_mapping=True, verbose=False
     )
     end = tokenizer.eos_token_id
     ids: list[int] = list(found["input_ids"])
-    ends: Ends = [
-        None if i in special and i != tokenizer.unk_token_id else last
+    ends: TokenEnds = [
+        None if i in non_text and i != tokenizer.unk_token_id else last
         for i, (_, last) in zip(ids, found["offset_mapping"], strict=True)
     ]
     if ids and ids[-1] == end:
         ids, ends = ids[:-1], ends[:-1]
-    return ([*ids, end], [*ends, len(said.text) + 1]) if said.ended else (ids, ends)
+    return ([*ids, end], [*ends, len(decoded.text) + 1]) if decoded.is_complete else (ids, ends)
 
 
-def spans(one: Ends, other: Ends) -> list[Span]:
+def align_spans(first: TokenEnds, second: TokenEnds) -> list[Span]:
     """The shortest stretches of text that both sides cover with whole tokens, in their order.
 
     What lies behind the last common end, as where one side gave up within a word, is in none of them.
     """
-    common = sorted({end for end in one if end is not None} & {end for end in other if end is not None})
-    return list(zip(_cut(one, common), _cut(other, common), strict=True))
+    common = sorted({end for end in first if end is not None} & {end for end in second if end is not None})
+    return list(zip(_group_by_span(first, common), _group_by_span(second, common), strict=True))
 
 
-def _cut(ends: Ends, marks: Sequence[int]) -> list[list[int]]:
+def _group_by_span(ends: TokenEnds, marks: Sequence[int]) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in marks]
     for position, end in enumerate(ends):
         if end is not None and marks and end <= marks[-1]:
@@ -107,7 +109,7 @@ def _cut(ends: Ends, marks: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def check_tells_ends(owner: str, tokenizer: Any) -> None:
+def check_token_ends(owner: str, tokenizer: Any) -> None:
     """Raises ValueError for a tokenizer that is not there, is not fast, or has no end of sequence."""
     if tokenizer is None:
         raise ValueError(

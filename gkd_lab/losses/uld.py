@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from gkd_lab.losses.auxiliary_losses import Seen, StepMeasure, StepModule
+from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs
 from gkd_lab.losses.divergence import log_probabilities
-from gkd_lab.losses.teacher_targets import Guide
+from gkd_lab.losses.teacher_targets import TeacherLogits
 from gkd_lab.losses.token_spans import Span
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection
@@ -31,13 +31,13 @@ CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextTeacherLogits:
     """What a teacher made of the texts of a cell's rows.
 
     guide: its distributions for one block of B * D tokens. ids: (B, D), its own tokens. spans: of each row.
     """
 
-    guide: Guide
+    logits: TeacherLogits
     ids: Tensor
     spans: Sequence[Sequence[Span]]
 
@@ -45,17 +45,17 @@ class Reading:
 class TextReader(Protocol):
     """A teacher that reads texts, in whatever tokens."""
 
-    def at_work(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         """Its weights are on the device within."""
         ...
 
-    def reading(self, rows: Sequences) -> Reading:
+    def read_rows(self, rows: Sequences) -> TextTeacherLogits:
         """What it makes of the texts of a student's rows, without gradient."""
         ...
 
 
 @dataclass(frozen=True)
-class Uld(StepMeasure):
+class ULD(AuxiliaryLoss):
     """L1 distance of the sorted probabilities, the shorter side's with zeros behind: mean over a row's spans.
 
     Spans share their row's weight evenly, so that with one tokenizer each token has its own. It knows how
@@ -73,50 +73,52 @@ class Uld(StepMeasure):
             if not 0 < value < math.inf:
                 raise ValueError(f"uld: {name} {value} divides logits: choose a positive number")
 
-    def module(self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int) -> "UldModule":
-        return UldModule(self)
+    def create_module(
+        self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
+    ) -> "ULDModule":
+        return ULDModule(self)
 
 
 OF_ULD = ("student_temperature", "teacher_temperature")
 """Its fields in a configuration."""
 
 
-class UldModule(StepModule):
+class ULDModule(AuxiliaryModule):
     """The term of one cell; `teacher` is set before the first step."""
 
     teacher: TextReader | None = None
 
-    def __init__(self, measure: Uld) -> None:
+    def __init__(self, loss: ULD) -> None:
         super().__init__()
-        self.measure = measure
+        self.loss = loss
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         """The term's value, (); gradients are made here, while the teacher is at work."""
         if self.teacher is None:
             raise ValueError("uld reads texts with a teacher of its own: give the module's `teacher` first")
-        with self.teacher.at_work():
-            reading = self.teacher.reading(seen.rows)
-            return span_sum(self.measure, seen, reading)
+        with self.teacher.activate():
+            reading = self.teacher.read_rows(inputs.rows)
+            return sum_span_distances(self.loss, inputs, reading)
 
 
 @dataclass(frozen=True)
-class _Side:
+class _SideTokens:
     """Tokens of one side in a chunk: places in the flat rows, (n,), their ids, and each one's span."""
 
-    places: Tensor
+    positions: Tensor
     ids: Tensor
     span: Tensor
 
     @property
-    def is_last(self) -> Tensor:
+    def is_span_end(self) -> Tensor:
         """(n,), of each span's last token."""
         following = self.span.roll(-1)
         following[-1] = -1
         return following != self.span
 
-    def joined(self, logits: Tensor, temperature: float) -> Tensor:
+    def join_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
         """Each span's, (G, V): what may stand as its last token, times the probability of those before it."""
-        logs, last = log_probabilities(logits, temperature), self.is_last
+        logs, last = log_probabilities(logits, temperature), self.is_span_end
         before = logs.gather(1, self.ids[:, None])[:, 0].masked_fill(last, 0)
         chain = before.new_zeros(int(last.sum())).index_add(0, self.span, before)
         return (logs[last] + chain[:, None]).exp()
@@ -124,37 +126,39 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Chunk:
-    student: _Side
-    teacher: _Side
+    student: _SideTokens
+    teacher: _SideTokens
     weights: Tensor
     """(G,)"""
 
 
-def span_sum(measure: Uld, seen: Seen, reading: Reading) -> Tensor:
+def sum_span_distances(loss: ULD, inputs: LossInputs, teacher: TextTeacherLogits) -> Tensor:
     """Sum over spans of weight * distance, (), chunk by chunk; differentiable by the student's pass."""
-    hidden, head = seen.student.last, seen.student.projection
+    hidden, head = inputs.student.last_hidden, inputs.student.projection
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    sizes = head.rows(hidden), reading.guide.vocabulary
-    chunks = list(_chunks(seen, reading, sizes, wide))
-    longest = max((len(chunk.teacher.places) for chunk in chunks), default=1)
-    read = reading.guide.reader(sizes[1], wide, longest)
+    sizes = head.get_vocabulary_size(hidden), teacher.logits.vocabulary
+    chunks = list(_iterate_chunks(inputs, teacher, sizes, wide))
+    longest = max((len(chunk.teacher.positions) for chunk in chunks), default=1)
+    read = teacher.logits.create_reader(sizes[1], wide, longest)
 
     def value(chunk: _Chunk, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         with torch.no_grad():
-            said = read(0, chunk.teacher.places)
-            target = chunk.teacher.joined(said, measure.teacher_temperature)
-        rows = hidden.flatten(0, 1)[chunk.student.places].to(wide)
-        own = chunk.student.joined(_widened(head, weight, bias, wide)(rows), measure.student_temperature)
-        return distance(own, target) @ chunk.weights
+            said = read(0, chunk.teacher.positions)
+            target = chunk.teacher.join_probabilities(said, loss.teacher_temperature)
+        rows = hidden.flatten(0, 1)[chunk.student.positions].to(wide)
+        own = chunk.student.join_probabilities(
+            _replace_head_weights(head, weight, bias, wide)(rows), loss.student_temperature
+        )
+        return sorted_l1_distance(own, target) @ chunk.weights
 
     tensors = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        total: Tensor = _Sum.apply(value, chunks, *tensors)
+        total: Tensor = _ChunkedSum.apply(value, chunks, *tensors)
         return total
     return sum((value(chunk, *tensors) for chunk in chunks), hidden.new_zeros((), dtype=wide))
 
 
-def distance(one: Tensor, other: Tensor) -> Tensor:
+def sorted_l1_distance(one: Tensor, other: Tensor) -> Tensor:
     """L1 distance of the sorted rows, (G, V) and (G, V') -> (G,); what one has more counts as it is."""
     first, second = (rows.sort(dim=-1, descending=True).values for rows in (one, other))
     shared = min(first.shape[-1], second.shape[-1])
@@ -162,34 +166,40 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (first[:, :shared] - second[:, :shared]).abs().sum(-1) + rest
 
 
-def _widened(head: Projection, weight: Tensor | None, bias: Tensor | None, wide: torch.dtype) -> Projection:
+def _replace_head_weights(
+    head: Projection, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Projection:
     """The same head with these weights, in the dtype that logits are made in."""
     return replace(
         head,
-        weight=None if weight is None else weight.to(wide),
-        bias=None if bias is None else bias.to(wide),
+        weight=None if weight is None else weight.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
     )
 
 
-def _chunks(seen: Seen, reading: Reading, sizes: tuple[int, int], wide: torch.dtype) -> Iterator[_Chunk]:
+def _iterate_chunks(
+    inputs: LossInputs, teacher: TextTeacherLogits, vocabularies: tuple[int, int], dtype: torch.dtype
+) -> Iterator[_Chunk]:
     """The spans of all rows, so many at once that their logits fit."""
-    rows = seen.weights.sum(-1).to(wide)
-    ids = seen.rows.completion_ids, reading.ids
-    found: list[tuple[int, Span]] = [(row, one) for row, spans in enumerate(reading.spans) for one in spans]
-    counts = torch.tensor([len(spans) for spans in reading.spans], device=rows.device)
+    rows = inputs.weights.sum(-1).to(dtype)
+    ids = inputs.rows.completion_ids, teacher.ids
+    found: list[tuple[int, Span]] = [(row, one) for row, spans in enumerate(teacher.spans) for one in spans]
+    counts = torch.tensor([len(spans) for spans in teacher.spans], device=rows.device)
     share = rows / counts.clamp_min(1)
-    for some in _within(found, sizes, CHUNK_BYTES // wide.itemsize):
-        yield _Chunk(_side(some, 0, ids[0]), _side(some, 1, ids[1]), share[[row for row, _ in some]])
+    for some in _group_spans(found, vocabularies, CHUNK_BYTES // dtype.itemsize):
+        yield _Chunk(
+            _build_side(some, 0, ids[0]), _build_side(some, 1, ids[1]), share[[row for row, _ in some]]
+        )
 
 
-def _within(
-    found: Sequence[tuple[int, Span]], sizes: tuple[int, int], most: int
+def _group_spans(
+    spans: Sequence[tuple[int, Span]], vocabularies: tuple[int, int], max_logits: int
 ) -> Iterator[list[tuple[int, Span]]]:
     some: list[tuple[int, Span]] = []
     used = 0
-    for row, one in found:
-        cost = sum(len(tokens) * size for tokens, size in zip(one, sizes, strict=True))
-        if some and used + cost > most:
+    for row, one in spans:
+        cost = sum(len(tokens) * size for tokens, size in zip(one, vocabularies, strict=True))
+        if some and used + cost > max_logits:
             yield some
             some, used = [], 0
         some.append((row, one))
@@ -198,19 +208,19 @@ def _within(
         yield some
 
 
-def _side(some: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _Side:
+def _build_side(spans: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _SideTokens:
     width = ids.shape[1]
-    listed = [(row * width + place, n) for n, (row, one) in enumerate(some) for place in one[side]]
+    listed = [(row * width + place, n) for n, (row, one) in enumerate(spans) for place in one[side]]
     places, span = torch.tensor(listed, device=ids.device).unbind(1)
-    return _Side(places, ids.flatten()[places], span)
+    return _SideTokens(places, ids.flatten()[places], span)
 
 
-class _Sum(torch.autograd.Function):
+class _ChunkedSum(torch.autograd.Function):
     """A sum over chunks whose gradients are made in the forward pass, so that only one's logits are there."""
 
     @staticmethod
     def forward(
-        ctx: Any, value: Callable[..., Tensor], chunks: Sequence[_Chunk], *tensors: Tensor | None
+        ctx: Any, chunk_value: Callable[..., Tensor], chunks: Sequence[_Chunk], *tensors: Tensor | None
     ) -> Tensor:
         wanted = ctx.needs_input_grad[2:]
         own = [
@@ -221,7 +231,7 @@ class _Sum(torch.autograd.Function):
         total = own[0].new_zeros((), dtype=torch.promote_types(own[0].dtype, torch.float32))
         for chunk in chunks:
             with torch.enable_grad():
-                part = value(chunk, *own)
+                part = chunk_value(chunk, *own)
             part.backward()
             total += part.detach()
         ctx.gradients = [None if tensor is None else tensor.grad for tensor in own]

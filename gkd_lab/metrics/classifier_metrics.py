@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gkd_lab.metrics.classifier_metric_names import OF_LABELS, OF_NUMBERS
+from gkd_lab.metrics.classifier_metric_names import CORRELATION_METRICS, LABEL_METRICS
 
 Floats = NDArray[np.float64]
-Pairs = Sequence[tuple[str, str]]
+LabelPairs = Sequence[tuple[str, str]]
 """(predicted, true) labels."""
 
 
 def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
     """Share of equal labels, 0 to 1. Both (N,), of any one type; ValueError: no labels, or unequal counts."""
-    return _of_counts("accuracy", predictions, references)
+    return _score_labels("accuracy", predictions, references)
 
 
 def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
     """Mean over labels of F1, 0 to 1, over those that are predicted or there (scikit-learn's `macro`)."""
-    return _of_counts("f1_macro", predictions, references)
+    return _score_labels("f1_macro", predictions, references)
 
 
 def f1_binary(predictions: ArrayLike, references: ArrayLike, positive: Any = None) -> float:
@@ -33,27 +33,27 @@ def f1_binary(predictions: ArrayLike, references: ArrayLike, positive: Any = Non
     Raises:
         ValueError: if there are more than two labels.
     """
-    return _of_counts("f1_binary", predictions, references, positive)
+    return _score_labels("f1_binary", predictions, references, positive)
 
 
 def matthews(predictions: ArrayLike, references: ArrayLike) -> float:
     """Matthews' correlation of any number of labels (Gorodkin 2004), -1 to 1; 0 if one side is constant."""
-    return _of_counts("matthews", predictions, references)
+    return _score_labels("matthews", predictions, references)
 
 
 def pearson(predictions: ArrayLike, references: ArrayLike) -> float:
     """Pearson's correlation of two lists of numbers, -1 to 1; 0 where one of them is constant."""
-    x, y = _numbers(predictions, references)
-    return _correlation(_moments(x, y).sum(0))
+    x, y = _center_numbers(predictions, references)
+    return _compute_correlation(_compute_moments(x, y).sum(0))
 
 
 def spearman(predictions: ArrayLike, references: ArrayLike) -> float:
     """Pearson's correlation of the ranks; equal numbers share their mean rank."""
-    x, y = _numbers(predictions, references)
-    return _correlation(_moments(_ranks(x), _ranks(y)).sum(0))
+    x, y = _center_numbers(predictions, references)
+    return _compute_correlation(_compute_moments(_rank_numbers(x), _rank_numbers(y)).sum(0))
 
 
-def statistics(
+def compute_statistics(
     metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[Floats, Callable[[Sequence[float]], float]]:
     """What each text counts, (N, K), and the score of such counts summed, -100 to 100.
@@ -61,38 +61,48 @@ def statistics(
     Spearman's ranks are those among all texts, in a resample too. Of several references the first counts
     that is equal, else the first. Raises ValueError for texts that are no labels, tags or numbers.
     """
-    if metric in OF_NUMBERS:
-        x, y = _numbers(_read(predictions, "predictions"), _read([r[0] for r in references], "references"))
-        moments = _moments(x, y) if metric == "pearson" else _moments(_ranks(x), _ranks(y))
-        return moments, lambda row: 100.0 * _correlation(np.asarray(row))
-    pairs = [_pairs(metric, *pair) for pair in zip(predictions, references, strict=True)]
+    if metric in CORRELATION_METRICS:
+        x, y = _center_numbers(
+            _parse_numbers(predictions, "predictions"),
+            _parse_numbers([r[0] for r in references], "references"),
+        )
+        moments = (
+            _compute_moments(x, y)
+            if metric == "pearson"
+            else _compute_moments(_rank_numbers(x), _rank_numbers(y))
+        )
+        return moments, lambda row: 100.0 * _compute_correlation(np.asarray(row))
+    pairs = [_pair_labels(metric, *pair) for pair in zip(predictions, references, strict=True)]
     labels = sorted({label for example in pairs for pair in example for label in pair})
-    rule = _checked(metric.removeprefix("tag_").removeprefix("label_"), labels)
-    return _counts(pairs, labels), lambda row: 100.0 * rule(np.asarray(row).reshape(3, -1))
+    rule = _get_count_score(metric.removeprefix("tag_").removeprefix("label_"), labels)
+    return _count_labels_per_text(pairs, labels), lambda row: 100.0 * rule(np.asarray(row).reshape(3, -1))
 
 
-def per_text(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def score_texts(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """A value for each text, 0 to 100: the share of it that is right.
 
     Of a correlation it is 100 times the product of both sides' standard scores: the mean is the correlation.
     """
-    if metric not in OF_NUMBERS:
-        pairs = [_pairs(metric, *pair) for pair in zip(predictions, references, strict=True)]
+    if metric not in CORRELATION_METRICS:
+        pairs = [_pair_labels(metric, *pair) for pair in zip(predictions, references, strict=True)]
         return [100.0 * float(np.mean([one == other for one, other in example])) for example in pairs]
-    moments, _ = statistics(metric, predictions, references)
+    moments, _ = compute_statistics(metric, predictions, references)
     total = moments.sum(0)
-    n, spread = total[0], _spread(total)
+    n, spread = total[0], _compute_spread(total)
     means = total[1:3] / n
     products = (moments[:, 1] - means[0]) * (moments[:, 2] - means[1])
     return (100.0 * n * products / spread).tolist() if spread > 0 else [0.0] * int(n)
 
 
-def interval(
-    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], draws: Iterable[Floats]
+def bootstrap_interval(
+    metric: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    resample_counts: Iterable[Floats],
 ) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles of the score of resamples; draws: (R, N) times each text is drawn."""
-    counted, score = statistics(metric, predictions, references)
-    found = [score(row) for counts in draws for row in (counts @ counted).tolist()]
+    counted, score = compute_statistics(metric, predictions, references)
+    found = [score(row) for counts in resample_counts for row in (counts @ counted).tolist()]
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
 
@@ -100,7 +110,7 @@ def interval(
 # ---- labels ----
 
 
-def _of_counts(rule: str, predictions: ArrayLike, references: ArrayLike, positive: Any = None) -> float:
+def _score_labels(rule: str, predictions: ArrayLike, references: ArrayLike, positive: Any = None) -> float:
     found, true = np.ravel(predictions), np.ravel(references)
     if not len(found) or len(found) != len(true):
         raise ValueError(
@@ -109,20 +119,20 @@ def _of_counts(rule: str, predictions: ArrayLike, references: ArrayLike, positiv
     labels, numbers = np.unique(np.concatenate([found, true]), return_inverse=True)
     if positive is not None:
         if rule == "f1_binary" and len(set(labels.tolist()) | {positive}) > 2:
-            _checked(rule, labels.tolist())
-        return float(_f1(_summed(numbers == np.searchsorted(labels, positive), 2))[1])
-    return _checked(rule, labels.tolist())(_summed(numbers, len(labels)))
+            _get_count_score(rule, labels.tolist())
+        return float(_compute_label_f1(_count_labels(numbers == np.searchsorted(labels, positive), 2))[1])
+    return _get_count_score(rule, labels.tolist())(_count_labels(numbers, len(labels)))
 
 
-def _summed(numbers: NDArray[Any], labels: int) -> Floats:
+def _count_labels(numbers: NDArray[Any], labels: int) -> Floats:
     """Hits, predictions and occurrences of each label, (3, L), from the numbers of both, (2N,)."""
     found, true = np.split(numbers.astype(np.intp), 2)
     parts = (found[found == true], found, true)
     return np.array([np.bincount(part, minlength=labels) for part in parts], dtype=np.float64)
 
 
-def _pairs(metric: str, prediction: str, references: Sequence[str]) -> Pairs:
-    if metric in OF_LABELS:
+def _pair_labels(metric: str, prediction: str, references: Sequence[str]) -> LabelPairs:
+    if metric in LABEL_METRICS:
         found, accepted = prediction.strip(), [text.strip() for text in references]
         return [(found, found if found in accepted else accepted[0])]
     accepted = [" ".join(text.split()) for text in references]
@@ -136,7 +146,7 @@ def _pairs(metric: str, prediction: str, references: Sequence[str]) -> Pairs:
     return list(zip(tags, true, strict=True))
 
 
-def _counts(examples: Sequence[Pairs], labels: Sequence[str]) -> Floats:
+def _count_labels_per_text(examples: Sequence[LabelPairs], labels: Sequence[str]) -> Floats:
     """Hits, predictions and occurrences of each label in each example, (N, 3L)."""
     number = {label: n for n, label in enumerate(labels)}
     counts = np.zeros((len(examples), 3, len(labels)))
@@ -148,35 +158,35 @@ def _counts(examples: Sequence[Pairs], labels: Sequence[str]) -> Floats:
     return counts.reshape(len(examples), -1)
 
 
-def _checked(rule: str, labels: Sequence[Any]) -> Callable[[Floats], float]:
+def _get_count_score(rule: str, labels: Sequence[Any]) -> Callable[[Floats], float]:
     if rule == "f1_binary" and len(labels) > 2:
         raise ValueError(
             f"f1_binary is of two labels, and there are {len(labels)}: {', '.join(map(str, labels))}; "
             "choose f1_macro"
         )
-    return _RULES[rule]
+    return _COUNT_SCORES[rule]
 
 
-def _f1(counts: Floats) -> Floats:
+def _compute_label_f1(counts: Floats) -> Floats:
     """F1 of each label, (L,); 0 for one that is nowhere."""
     hits, found, true = counts
     return 2 * hits / np.maximum(found + true, 1)
 
 
-def _accuracy(counts: Floats) -> float:
+def _compute_accuracy(counts: Floats) -> float:
     return float(counts[0].sum() / counts[2].sum())
 
 
-def _f1_macro(counts: Floats) -> float:
+def _compute_macro_f1(counts: Floats) -> float:
     seen = counts[1] + counts[2] > 0
-    return float(_f1(counts)[seen].mean())
+    return float(_compute_label_f1(counts)[seen].mean())
 
 
-def _f1_binary(counts: Floats) -> float:
-    return float(_f1(counts)[-1])
+def _compute_binary_f1(counts: Floats) -> float:
+    return float(_compute_label_f1(counts)[-1])
 
 
-def _matthews(counts: Floats) -> float:
+def _compute_matthews(counts: Floats) -> float:
     hits, found, true = counts
     total = true.sum()
     together = hits.sum() * total - found @ true
@@ -184,24 +194,24 @@ def _matthews(counts: Floats) -> float:
     return float(together / spread) if spread > 0 else 0.0
 
 
-_RULES: dict[str, Callable[[Floats], float]] = {
-    "accuracy": _accuracy,
-    "f1_macro": _f1_macro,
-    "f1_binary": _f1_binary,
-    "matthews": _matthews,
+_COUNT_SCORES: dict[str, Callable[[Floats], float]] = {
+    "accuracy": _compute_accuracy,
+    "f1_macro": _compute_macro_f1,
+    "f1_binary": _compute_binary_f1,
+    "matthews": _compute_matthews,
 }
 
 # ---- numbers ----
 
 
-def _read(texts: Sequence[str], what: str) -> Floats:
+def _parse_numbers(texts: Sequence[str], what: str) -> Floats:
     try:
         return np.array([float(text) for text in texts])
     except ValueError as error:
         raise ValueError(f"a correlation is of numbers, and the {what} have others: {error}") from error
 
 
-def _numbers(predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Floats]:
+def _center_numbers(predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Floats]:
     """Both centred, so that their sums of squares lose no digits."""
     x, y = (np.ravel(side).astype(np.float64) for side in (predictions, references))
     if len(x) < 2 or len(x) != len(y):
@@ -213,19 +223,19 @@ def _numbers(predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Flo
     return x - x.mean(), y - y.mean()
 
 
-def _ranks(values: Floats) -> Floats:
+def _rank_numbers(values: Floats) -> Floats:
     from scipy.stats import rankdata  # takes a second to load
 
     ranks: Floats = rankdata(values)
     return ranks - ranks.mean()
 
 
-def _moments(x: Floats, y: Floats) -> Floats:
+def _compute_moments(x: Floats, y: Floats) -> Floats:
     """1, x, y, x^2, y^2 and xy of each example, (N, 6)."""
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
 
-def _spread(total: Floats) -> float:
+def _compute_spread(total: Floats) -> float:
     """n times the product of both standard deviations; 0 where one side is constant, rounding aside."""
     n, x, y, xx, yy, _ = total
     spreads = np.maximum([xx - x * x / n, yy - y * y / n], 0)
@@ -233,7 +243,7 @@ def _spread(total: Floats) -> float:
     return 0.0 if constant.any() else float(np.sqrt(spreads[0]) * np.sqrt(spreads[1]))
 
 
-def _correlation(total: Floats) -> float:
+def _compute_correlation(total: Floats) -> float:
     n, x, y, _, _, xy = total
-    spread = _spread(total)
+    spread = _compute_spread(total)
     return float(np.clip((xy - x * y / n) / spread, -1, 1)) if spread > 0 else 0.0

@@ -12,18 +12,18 @@ from typing import Any
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-PAIRS_KEPT = 2**16
+MAX_CACHED_PAIRS = 2**16
 """Pairs whose counts are remembered: about 40 MB with sentences of 20 words."""
 
 
-class _Bleu(BLEU):
+class _CachedBLEU(BLEU):
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        return _counted("bleu", self, hypotheses, references)
+        return _extract_statistics("bleu", self, hypotheses, references)
 
 
-class _Chrf(CHRF):
+class _CachedCHRF(CHRF):
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        return _counted("chrf", self, hypotheses, references)
+        return _extract_statistics("chrf", self, hypotheses, references)
 
     def _compute_score_from_stats(self, stats: Any) -> Any:
         """A resample that scores 0 is a float, any other a numpy one, and `statistics` refuses the mix."""
@@ -32,39 +32,41 @@ class _Chrf(CHRF):
         return score
 
 
-def measure(kind: str, *, of_sentences: bool = False) -> Any:
+def build_sacrebleu_metric(name: str, *, sentence_level: bool = False) -> Any:
     """sacreBLEU's `bleu` or `chrf` at its defaults; BLEU of sentences at the effective order, as it asks."""
-    return _Chrf() if kind == "chrf" else _Bleu(effective_order=of_sentences)
+    return _CachedCHRF() if name == "chrf" else _CachedBLEU(effective_order=sentence_level)
 
 
-def streams(references: Sequence[Sequence[str]]) -> list[list[str]]:
+def transpose_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
     """One list per reference position, as sacreBLEU wants them; None where an example has fewer."""
     return list(map(list, zip_longest(*references)))  # sacreBLEU's types leave its None out
 
 
-def _counted(kind: str, metric: Any, hypotheses: Sequence[str], references: Any) -> list[list[int]]:
+def _extract_statistics(
+    name: str, metric: Any, hypotheses: Sequence[str], references: Any
+) -> list[list[int]]:
     given = [tuple(text for text in texts if text is not None) for texts in zip(*references, strict=True)]
     sizes = set(map(len, given))
     metric.num_refs = sizes.pop() if len(sizes) == 1 else -1  # what its signature says
-    return [list(_counts(kind, text, texts)) for text, texts in zip(hypotheses, given, strict=True)]
+    return [list(_count_ngrams(name, text, texts)) for text, texts in zip(hypotheses, given, strict=True)]
 
 
-@lru_cache(maxsize=PAIRS_KEPT)
-def _counts(kind: str, prediction: str, references: tuple[str, ...]) -> tuple[int, ...]:
+@lru_cache(maxsize=MAX_CACHED_PAIRS)
+def _count_ngrams(name: str, prediction: str, references: tuple[str, ...]) -> tuple[int, ...]:
     """What sacreBLEU sums over a corpus."""
-    plain = CHRF() if kind == "chrf" else BLEU()
+    plain = CHRF() if name == "chrf" else BLEU()
     (counts,) = plain._extract_corpus_statistics([prediction], [[text] for text in references])
     return tuple(counts)
 
 
 def score_corpus(
-    kind: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[float, list[float], str]:
     """Corpus value, sentence values, signature (of the corpus value)."""
-    corpus, sentence = measure(kind), measure(kind, of_sentences=True)
-    value = corpus.corpus_score(list(predictions), streams(references)).score
+    corpus, sentence = build_sacrebleu_metric(name), build_sacrebleu_metric(name, sentence_level=True)
+    value = corpus.corpus_score(list(predictions), transpose_references(references)).score
     per_example = [
         sentence.sentence_score(prediction, list(texts)).score
         for prediction, texts in zip(predictions, references, strict=True)
     ]
-    return value, per_example, f"{kind}|{corpus.get_signature()}"
+    return value, per_example, f"{name}|{corpus.get_signature()}"

@@ -8,10 +8,10 @@ neither the order of the n-grams nor the number of texts: the order here is 4, B
 from collections.abc import Sequence
 from importlib.metadata import version
 
-ORDER = 4
+MAX_NGRAM_ORDER = 4
 
 
-def self_bleu(texts: Sequence[str]) -> list[float]:
+def compute_self_bleu(texts: Sequence[str]) -> list[float]:
     """BLEU of each text against all others of the same prompt, 0 (all different) to 100 (all equal).
 
     A text of fewer than 4 words lacks n-grams of the highest orders and stays below 100, as in NLTK.
@@ -21,7 +21,7 @@ def self_bleu(texts: Sequence[str]) -> list[float]:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     words = [NLTKWordTokenizer().tokenize(text) for text in texts]
-    weights, smoothing = (1 / ORDER,) * ORDER, SmoothingFunction().method1
+    weights, smoothing = (1 / MAX_NGRAM_ORDER,) * MAX_NGRAM_ORDER, SmoothingFunction().method1
     known: dict[str, float] = {}
     for n, text in enumerate(texts):
         if text not in known:
@@ -30,6 +30,6 @@ def self_bleu(texts: Sequence[str]) -> list[float]:
     return [known[text] for text in texts]
 
 
-def signature(samples: int) -> str:
+def format_signature(samples: int) -> str:
     """Rule, settings and version; `samples` texts a prompt."""
-    return f"self_bleu|order:{ORDER}|samples:{samples}|smooth:method1|tok:nltk|version:{version('nltk')}"
+    return f"self_bleu|order:{MAX_NGRAM_ORDER}|samples:{samples}|smooth:method1|tok:nltk|version:{version('nltk')}"

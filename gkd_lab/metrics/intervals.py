@@ -12,31 +12,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
-from gkd_lab.metrics.classifier_metrics import interval as classification_interval
+from gkd_lab.metrics.classifier_metrics import bootstrap_interval as classification_interval
 
 CORPUS_METRICS = ("bleu", "chrf", *CLASSIFICATION_METRICS)
 """Scores of a whole corpus; the mean of their sentence scores is another number."""
 
 Floats = NDArray[np.float64]
 
-_AT_ONCE = 5_000_000
+_MAX_MATRIX_NUMBERS = 5_000_000
 """Numbers held at once, of draws and of means: 40 MB."""
-_DECIMALS = 9
+_ROUNDING_DECIMALS = 9
 """Finer digits differ between a cell alone and the same cell among others: sums in another order."""
 
 
-def mean_interval(
+def bootstrap_mean_interval(
     per_example: Sequence[float], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles of the mean over resampled examples. ValueError for none."""
     values = np.asarray(per_example, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"an interval needs one value an example, got an array of {values.shape}")
-    low, high = mean_intervals(values[None], resamples=resamples, seed=seed)[0]
+    low, high = bootstrap_mean_intervals(values[None], resamples=resamples, seed=seed)[0]
     return float(low), float(high)
 
 
-def mean_intervals(per_example: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Floats:
+def bootstrap_mean_intervals(per_example: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Floats:
     """`mean_interval` of M cells at once: values (M, N) -> ends (M, 2).
 
     All cells see the same draws: how often each example was drawn, times the examples' values, is the sums.
@@ -44,27 +44,30 @@ def mean_intervals(per_example: ArrayLike, *, resamples: int = 1000, seed: int =
     values = np.asarray(per_example, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"intervals need values (cells, examples), got an array of {values.shape}")
-    cells = max(1, _AT_ONCE // resamples)
+    cells = max(1, _MAX_MATRIX_NUMBERS // resamples)
     return np.concatenate(
-        [_ends(values[n : n + cells], resamples, seed) for n in range(0, len(values), cells)]
+        [_compute_interval_ends(values[n : n + cells], resamples, seed) for n in range(0, len(values), cells)]
     )
 
 
-def _ends(values: Floats, resamples: int, seed: int) -> Floats:
-    means = [values @ counts.T / values.shape[1] for counts in draws(values.shape[1], resamples, seed)]
+def _compute_interval_ends(values: Floats, resamples: int, seed: int) -> Floats:
+    means = [
+        values @ counts.T / values.shape[1]
+        for counts in draw_resample_counts(values.shape[1], resamples, seed)
+    ]
     ends = np.percentile(np.concatenate(means, axis=1), [2.5, 97.5], axis=1, overwrite_input=True)
-    return np.round(ends.T, _DECIMALS)
+    return np.round(ends.T, _ROUNDING_DECIMALS)
 
 
-def draws(examples: int, resamples: int, seed: int) -> Iterator[Floats]:
+def draw_resample_counts(examples: int, resamples: int, seed: int) -> Iterator[Floats]:
     """How often each example is drawn in each resample, (resamples, examples), in parts; always the same."""
-    rows = max(1, _AT_ONCE // examples)
+    rows = max(1, _MAX_MATRIX_NUMBERS // examples)
     for part, first in enumerate(range(0, resamples, rows)):
-        yield _counts(examples, min(rows, resamples - first), seed, part)
+        yield _draw_count_matrix(examples, min(rows, resamples - first), seed, part)
 
 
 @lru_cache(maxsize=4)
-def _counts(examples: int, resamples: int, seed: int, part: int) -> Floats:
+def _draw_count_matrix(examples: int, resamples: int, seed: int, part: int) -> Floats:
     """One part of `draws`: as many draws as examples a row."""
     generator = np.random.default_rng((seed, part))
     drawn = generator.integers(examples, size=(resamples, examples))
@@ -73,7 +76,7 @@ def _counts(examples: int, resamples: int, seed: int, part: int) -> Floats:
     return counts.reshape(resamples, examples).astype(np.float64)
 
 
-def corpus_interval(
+def bootstrap_corpus_interval(
     metric: str,
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -85,30 +88,34 @@ def corpus_interval(
     It resamples the sentences' sufficient statistics (seed 12345, or SACREBLEU_SEED) and publishes
     half the width of the middle 95 %: the interval is the score plus and minus that, in 0 to 100.
     """
-    from gkd_lab.metrics.corpus import measure, streams
+    from gkd_lab.metrics.corpus import build_sacrebleu_metric, transpose_references
 
-    scorer = measure(metric)
-    score = scorer.corpus_score(list(predictions), streams(references), n_bootstrap=resamples)
+    scorer = build_sacrebleu_metric(metric)
+    score = scorer.corpus_score(list(predictions), transpose_references(references), n_bootstrap=resamples)
     facts = json.loads(score.format(width=6, is_json=True, signature=str(scorer.get_signature())))
     half = float(facts.get("confidence_var", 0.0))  # left out where every resample scores 0
     return max(0.0, score.score - half), min(100.0, score.score + half)
 
 
-def interval(
+def compute_interval(
     metric: str,
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     per_example: Sequence[float],
     *,
-    samples: int = 1,
+    samples_per_prompt: int = 1,
 ) -> tuple[float, float] | None:
     """Low and high end for a metric: of the corpus score where it is one, else of the mean.
 
     With several `samples` a prompt, one after another, prompts are drawn; a corpus score then has none.
     """
     if metric in CLASSIFICATION_METRICS:
-        drawn = draws(len(predictions), 1000, 0)
-        return classification_interval(metric, predictions, references, drawn) if samples == 1 else None
+        drawn = draw_resample_counts(len(predictions), 1000, 0)
+        return (
+            classification_interval(metric, predictions, references, drawn)
+            if samples_per_prompt == 1
+            else None
+        )
     if metric in CORPUS_METRICS:
-        return corpus_interval(metric, predictions, references) if samples == 1 else None
-    return mean_interval(np.reshape(per_example, (-1, samples)).mean(axis=1).tolist())
+        return bootstrap_corpus_interval(metric, predictions, references) if samples_per_prompt == 1 else None
+    return bootstrap_mean_interval(np.reshape(per_example, (-1, samples_per_prompt)).mean(axis=1).tolist())

@@ -10,7 +10,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from gkd_lab.metrics.intervals import interval
+from gkd_lab.metrics.intervals import compute_interval
 from gkd_lab.metrics.text_metrics import Score, Scorer
 
 
@@ -30,7 +30,7 @@ class Prediction:
     """Of a classifier: of each label."""
 
 
-_STORED: dict[str, type] = {
+_REQUIRED_FIELDS: dict[str, type] = {
     "prompt": str,
     "prediction": str,
     "references": list,
@@ -39,9 +39,9 @@ _STORED: dict[str, type] = {
 }
 
 
-def prediction_of(row: Mapping[str, Any]) -> Prediction:
+def parse_prediction(row: Mapping[str, Any]) -> Prediction:
     """A stored row as what it was made from. ValueError names what is missing or of another kind."""
-    for name, kind in _STORED.items():
+    for name, kind in _REQUIRED_FIELDS.items():
         if name not in row:
             raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, row))}")
         if not isinstance(row[name], kind):
@@ -52,7 +52,7 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
     )
 
 
-def judge(
+def score_predictions(
     metrics: Sequence[str], predictions: Sequence[Prediction], scorer: Scorer | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(scores, rows): metric -> value, 95 % interval over examples, n, signature; and a row an example.
@@ -66,21 +66,21 @@ def judge(
     references = [prediction.references for prediction in predictions]
     prompts = list(accumulate(prediction.sample == 0 for prediction in predictions))
     found = (scorer or Scorer()).score_many(metrics, texts, references, prompts=prompts)
-    samples = _texts_of_each(prompts)
+    samples = _count_samples_per_prompt(prompts)
     scores: dict[str, dict[str, Any]] = {}
     for name, score in found.items():
-        ends = interval(name, texts, references, score.per_example, samples=samples)
+        ends = compute_interval(name, texts, references, score.per_example, samples_per_prompt=samples)
         bounds = {} if ends is None else {"low": ends[0], "high": ends[1]}
         scores[name] = {"value": score.value, **bounds, "n": len(texts), "signature": score.signature}
-        for rate, value in score.extra.items():
+        for rate, value in score.rates.items():
             scores[rate] = {"value": value}
     scores["mean_length"] = {"value": fmean(prediction.tokens for prediction in predictions)}
     scores["eos_rate"] = {"value": fmean(prediction.ended for prediction in predictions)}
     scores["truncated"] = {"value": fmean(not prediction.ended for prediction in predictions)}
-    return scores, _rows(predictions, found, several=samples > 1)
+    return scores, _build_prediction_rows(predictions, found, include_sample=samples > 1)
 
 
-def _texts_of_each(prompts: Sequence[int]) -> int:
+def _count_samples_per_prompt(prompts: Sequence[int]) -> int:
     counts = set(Counter(prompts).values())
     if len(counts) > 1:
         raise ValueError(
@@ -89,13 +89,13 @@ def _texts_of_each(prompts: Sequence[int]) -> int:
     return counts.pop()
 
 
-def _rows(
-    predictions: Sequence[Prediction], scores: Mapping[str, Score], several: bool
+def _build_prediction_rows(
+    predictions: Sequence[Prediction], scores: Mapping[str, Score], include_sample: bool
 ) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prediction.prompt,
-            **({"sample": prediction.sample} if several else {}),
+            **({"sample": prediction.sample} if include_sample else {}),
             "prediction": prediction.text,
             "references": list(prediction.references),
             "tokens": prediction.tokens,

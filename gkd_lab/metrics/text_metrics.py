@@ -12,12 +12,18 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from gkd_lab.config.errors import unknown
-from gkd_lab.metrics.answers import ANSWER, LAST_NUMBER, extract_answer, last_number, without_ignored
+from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.metrics.answers import (
+    ANSWER_PATTERN,
+    LAST_NUMBER_PATTERN,
+    extract_answer,
+    extract_last_number,
+    normalize_answer,
+)
 from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
 
 if TYPE_CHECKING:
-    from gkd_lab.metrics.rouge import Rouge
+    from gkd_lab.metrics.rouge import RougeScorer
 
 References = Sequence[Sequence[str]]  # one or more acceptable texts per example
 
@@ -33,10 +39,10 @@ class Score:
     value: float  # 0 to 100, of a correlation -100 to 100
     per_example: list[float]
     signature: str
-    extra: dict[str, float] = field(default_factory=dict)  # rates, 0 to 1
+    rates: dict[str, float] = field(default_factory=dict)  # rates, 0 to 1
 
 
-def _accuracy(predictions: Sequence[str], references: References) -> Score:
+def _score_accuracy(predictions: Sequence[str], references: References) -> Score:
     answers = [extract_answer(text) for text in predictions]
     accepted = [{extract_answer(text) for text in texts} - {None} for texts in references]
     hits = [100.0 * (a in wanted) for a, wanted in zip(answers, accepted, strict=True)]
@@ -44,21 +50,23 @@ def _accuracy(predictions: Sequence[str], references: References) -> Score:
         "extraction_failure_rate": fmean(answer is None for answer in answers),
         "reference_without_answer_rate": fmean(not wanted for wanted in accepted),
     }
-    return Score(fmean(hits), hits, f"accuracy|rule:gsm8k|answer:{ANSWER.pattern}", rates)
+    return Score(fmean(hits), hits, f"accuracy|rule:gsm8k|answer:{ANSWER_PATTERN.pattern}", rates)
 
 
-def _accuracy_flexible(predictions: Sequence[str], references: References) -> Score:
-    answers = [last_number(text) for text in predictions]
+def _score_flexible_accuracy(predictions: Sequence[str], references: References) -> Score:
+    answers = [extract_last_number(text) for text in predictions]
     hits = [
-        100.0 * (answer is not None and without_ignored(answer) in set(map(without_ignored, texts)))
+        100.0 * (answer is not None and normalize_answer(answer) in set(map(normalize_answer, texts)))
         for answer, texts in zip(answers, references, strict=True)
     ]
     rates = {"flexible_extraction_failure_rate": fmean(answer is None for answer in answers)}
-    signature = f"accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:{LAST_NUMBER.pattern}"
+    signature = (
+        f"accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:{LAST_NUMBER_PATTERN.pattern}"
+    )
     return Score(fmean(hits), hits, signature, rates)
 
 
-def _exact_match(predictions: Sequence[str], references: References) -> Score:
+def _score_exact_match(predictions: Sequence[str], references: References) -> Score:
     hits = [
         100.0 * (prediction.strip() in {text.strip() for text in texts})
         for prediction, texts in zip(predictions, references, strict=True)
@@ -66,7 +74,7 @@ def _exact_match(predictions: Sequence[str], references: References) -> Score:
     return Score(fmean(hits), hits, "exact_match|strip:yes|case:mixed")
 
 
-def _corpus(kind: str) -> Callable[[Sequence[str], References], Score]:
+def _build_corpus_scorer(kind: str) -> Callable[[Sequence[str], References], Score]:
     def scored(predictions: Sequence[str], references: References) -> Score:
         from gkd_lab.metrics.corpus import score_corpus
 
@@ -75,19 +83,19 @@ def _corpus(kind: str) -> Callable[[Sequence[str], References], Score]:
     return scored
 
 
-def _classification(metric: str) -> Callable[[Sequence[str], References], Score]:
+def _build_classification_scorer(metric: str) -> Callable[[Sequence[str], References], Score]:
     def scored(predictions: Sequence[str], references: References) -> Score:
-        from gkd_lab.metrics.classifier_metrics import per_text, statistics
+        from gkd_lab.metrics.classifier_metrics import compute_statistics, score_texts
 
-        counted, rule = statistics(metric, predictions, references)
-        each = per_text(metric, predictions, references)
+        counted, rule = compute_statistics(metric, predictions, references)
+        each = score_texts(metric, predictions, references)
         return Score(rule(counted.sum(0).tolist()), each, f"{metric}|rule:gkd-lab-classification-1")
 
     return scored
 
 
-def _self_bleu(predictions: Sequence[str], prompts: Sequence[int] | None) -> Score:
-    from gkd_lab.metrics.diversity import self_bleu, signature
+def _score_self_bleu(predictions: Sequence[str], prompts: Sequence[int] | None) -> Score:
+    from gkd_lab.metrics.diversity import compute_self_bleu, format_signature
 
     ids = range(len(predictions)) if prompts is None else prompts
     pairs = groupby(zip(ids, predictions, strict=True), key=lambda pair: pair[0])
@@ -98,26 +106,26 @@ def _self_bleu(predictions: Sequence[str], prompts: Sequence[int] | None) -> Sco
             "self_bleu compares several texts of one prompt, as many of each: there are from "
             f"{sizes[0]} to {sizes[-1]}; set `samples: 8`, say, in an evaluation that samples"
         )
-    values = [value for group in groups for value in self_bleu(group)]
-    return Score(fmean(values), values, signature(sizes[0]))
+    values = [value for group in groups for value in compute_self_bleu(group)]
+    return Score(fmean(values), values, format_signature(sizes[0]))
 
 
-_ROUGE_KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-_STEMMED = "_stem"
-_SINGLE: dict[str, Callable[[Sequence[str], References], Score]] = {
-    "accuracy": _accuracy,
-    "accuracy_flexible": _accuracy_flexible,
-    "exact_match": _exact_match,
-    "bleu": _corpus("bleu"),
-    "chrf": _corpus("chrf"),
-    **{metric: _classification(metric) for metric in CLASSIFICATION_METRICS},
+_ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_STEM_SUFFIX = "_stem"
+_METRIC_FUNCTIONS: dict[str, Callable[[Sequence[str], References], Score]] = {
+    "accuracy": _score_accuracy,
+    "accuracy_flexible": _score_flexible_accuracy,
+    "exact_match": _score_exact_match,
+    "bleu": _build_corpus_scorer("bleu"),
+    "chrf": _build_corpus_scorer("chrf"),
+    **{metric: _build_classification_scorer(metric) for metric in CLASSIFICATION_METRICS},
 }
 METRICS: tuple[str, ...] = (
     "accuracy",
     "exact_match",
     "accuracy_flexible",
-    *_ROUGE_KINDS,
-    *(f"{kind}{_STEMMED}" for kind in _ROUGE_KINDS),
+    *_ROUGE_VARIANTS,
+    *(f"{kind}{_STEM_SUFFIX}" for kind in _ROUGE_VARIANTS),
     "bleu",
     "chrf",
     "self_bleu",
@@ -125,7 +133,7 @@ METRICS: tuple[str, ...] = (
 )
 
 
-def _check(
+def _check_inputs(
     metrics: Sequence[str],
     predictions: Sequence[str],
     references: References,
@@ -133,7 +141,7 @@ def _check(
 ) -> None:
     for metric in metrics:
         if metric not in METRICS:
-            raise unknown("metric", metric, METRICS)
+            raise build_unknown_name_error("metric", metric, METRICS)
     if not predictions:
         raise ValueError("nothing to score: there are 0 predictions")
     if len(predictions) != len(references):
@@ -159,7 +167,7 @@ class Scorer:
     """
 
     def __init__(self) -> None:
-        self._rouge: dict[tuple[tuple[str, ...], bool], Rouge] = {}
+        self._rouge_scorers: dict[tuple[tuple[str, ...], bool], RougeScorer] = {}
 
     def score_many(
         self,
@@ -178,7 +186,7 @@ class Scorer:
         prediction, those of one prompt in a row; only `self_bleu` asks. Raises ValueError for an unknown
         metric, zero examples or an example without references.
         """
-        _check(metrics, predictions, references, prompts)
+        _check_inputs(metrics, predictions, references, prompts)
         rouge = self._score_rouge(metrics, predictions, references, use_stemmer)
         empty = fmean(not prediction.strip() for prediction in predictions)
         scores = {}
@@ -186,10 +194,10 @@ class Scorer:
             if metric in rouge:
                 one = rouge[metric]
             elif metric == "self_bleu":
-                one = _self_bleu(predictions, prompts)
+                one = _score_self_bleu(predictions, prompts)
             else:
-                one = _SINGLE[metric](predictions, references)
-            one.extra["empty_prediction_rate"] = empty
+                one = _METRIC_FUNCTIONS[metric](predictions, references)
+            one.rates["empty_prediction_rate"] = empty
             scores[metric] = one
         return scores
 
@@ -203,24 +211,24 @@ class Scorer:
         """Those of the metrics that are ROUGE's."""
         asked: dict[bool, dict[str, str]] = {}
         for metric in metrics:
-            kind = metric.removesuffix(_STEMMED)
-            if kind in _ROUGE_KINDS:
+            kind = metric.removesuffix(_STEM_SUFFIX)
+            if kind in _ROUGE_VARIANTS:
                 asked.setdefault(use_stemmer or kind != metric, {})[metric] = kind
         found: dict[str, Score] = {}
         for stem, kinds in asked.items():
-            scorer = self._rouge_scorer(tuple(dict.fromkeys(kinds.values())), stem)
+            scorer = self._get_rouge_scorer(tuple(dict.fromkeys(kinds.values())), stem)
             values = scorer(predictions, references)
             for metric, kind in kinds.items():
                 one = values[kind]
-                found[metric] = Score(fmean(one), one, scorer.signature(kind))
+                found[metric] = Score(fmean(one), one, scorer.format_signature(kind))
         return found
 
-    def _rouge_scorer(self, kinds: tuple[str, ...], use_stemmer: bool) -> "Rouge":
-        from gkd_lab.metrics.rouge import Rouge
+    def _get_rouge_scorer(self, kinds: tuple[str, ...], use_stemmer: bool) -> "RougeScorer":
+        from gkd_lab.metrics.rouge import RougeScorer
 
-        if (kinds, use_stemmer) not in self._rouge:
-            self._rouge[kinds, use_stemmer] = Rouge(kinds, use_stemmer=use_stemmer)
-        return self._rouge[kinds, use_stemmer]
+        if (kinds, use_stemmer) not in self._rouge_scorers:
+            self._rouge_scorers[kinds, use_stemmer] = RougeScorer(kinds, use_stemmer=use_stemmer)
+        return self._rouge_scorers[kinds, use_stemmer]
 
 
 def score_many(

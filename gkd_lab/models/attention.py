@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-KERNEL = "sdpa"
+ATTENTION_KERNEL = "sdpa"
 
 
 @contextmanager
-def attention_in_float32(wanted: bool = True) -> Iterator[None]:
+def upcast_cpu_attention(enabled: bool = True) -> Iterator[None]:
     """Within it transformers' `sdpa` attention of tensors on a CPU is computed in float32 at least."""
-    if not wanted:
+    if not enabled:
         yield
         return
-    own = ALL_ATTENTION_FUNCTIONS[KERNEL]
+    own = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
 
     def widened(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -29,17 +29,19 @@ def attention_in_float32(wanted: bool = True) -> Iterator[None]:
             return own(module, query, key, value, mask, **options)
         with torch.autocast("cpu", enabled=False):
             wide = mask if mask is None or mask.dtype == torch.bool else mask.float()
-            found, weights = own(module, query.float(), key.float(), value.float(), wide, **_widened(options))
+            found, weights = own(
+                module, query.float(), key.float(), value.float(), wide, **_upcast_position_bias(options)
+            )
         return found.to(query.dtype), weights
 
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = widened
+    ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = widened
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS[KERNEL] = own
+        ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = own
 
 
-def _widened(options: dict[str, Any]) -> dict[str, Any]:
+def _upcast_position_bias(options: dict[str, Any]) -> dict[str, Any]:
     """T5's bias by position is added to what the softmax reads."""
     bias = options.get("position_bias")
     return options if bias is None else {**options, "position_bias": bias.float()}

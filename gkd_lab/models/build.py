@@ -29,12 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
-from gkd_lab.config.errors import SpecError
-from gkd_lab.models.classifiers import classified
-from gkd_lab.models.heads import keep_untied
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.models.classifiers import parse_classifier_kind
+from gkd_lab.models.heads import mark_untied_head
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -49,7 +49,7 @@ def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedToke
         )
     else:
         if size < 300:
-            raise SpecError(f"tokenizer.vocab_size: {size} is too small for bpe: 300 at least")
+            raise ConfigError(f"tokenizer.vocab_size: {size} is too small for bpe: 300 at least")
         tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -82,8 +82,8 @@ def make_model(
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if classified(family):
-            return _classifier(family, architecture, len(tokenizer), max_tokens, dropout, labels, ids)
+        if parse_classifier_kind(family):
+            return _build_classifier(family, architecture, len(tokenizer), max_tokens, dropout, labels, ids)
         if family == "decoder-only":
             return LlamaForCausalLM(
                 LlamaConfig(
@@ -116,7 +116,7 @@ def make_model(
         )
 
 
-def _classifier(
+def _build_classifier(
     family: Family,
     architecture: Architecture,
     vocab_size: int,
@@ -152,7 +152,7 @@ def _classifier(
     return ModernBertForSequenceClassification(config)
 
 
-def loader(family: Family) -> Any:
+def get_auto_class(family: Family) -> Any:
     """transformers' class that loads a model of `family`."""
     return {
         "decoder-only": AutoModelForCausalLM,
@@ -163,9 +163,11 @@ def loader(family: Family) -> Any:
 
 def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> PreTrainedModel:
     """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
-    with quiet():
-        model = loader(family).from_pretrained(str(folder), dtype=DTYPES[precision], trust_remote_code=False)
-    keep_untied(model)
+    with hide_progress_bars():
+        model = get_auto_class(family).from_pretrained(
+            str(folder), dtype=PRECISION_DTYPES[precision], trust_remote_code=False
+        )
+    mark_untied_head(model)
     return model
 
 
@@ -177,18 +179,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class quiet:  # reads as a verb in a with statement
+class hide_progress_bars:  # reads as a verb in a with statement
     """Within it transformers writes no progress bars."""
 
     def __enter__(self) -> None:
-        self.shown = transformers_logging.is_progress_bar_enabled()
+        self.was_enabled = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
-        if self.shown:
+        if self.was_enabled:
             transformers_logging.enable_progress_bar()
 
 
-def parameter_count(model: PreTrainedModel) -> int:
+def count_trainable_parameters(model: PreTrainedModel) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -19,29 +19,29 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from gkd_lab.models.vocabulary import same_tokenizer
+from gkd_lab.models.vocabulary import find_tokenizer_difference
 
-Kind = Literal["sequence-classification", "token-classification", "regression"]
+ClassifierKind = Literal["sequence-classification", "token-classification", "regression"]
 
-_OF_SEQUENCES = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-_OF_TOKENS = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
+_SEQUENCE_CLASSIFIER_NAMES = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+_TOKEN_CLASSIFIER_NAMES = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
 
 
-def kind_of(model: Any) -> Kind | None:
+def get_classifier_kind(model: Any) -> ClassifierKind | None:
     """What a model that is not wrapped classifies; None: it is no classifier.
 
     Raises:
         ValueError: for several labels at once, and for a regression of several numbers.
     """
     names = {ancestor.__name__ for ancestor in type(model).__mro__}
-    if names & _OF_TOKENS or isinstance(model, GenericForTokenClassification):
+    if names & _TOKEN_CLASSIFIER_NAMES or isinstance(model, GenericForTokenClassification):
         return "token-classification"
-    if names & _OF_SEQUENCES or isinstance(model, GenericForSequenceClassification):
-        return _of_sequences(model.config)
+    if names & _SEQUENCE_CLASSIFIER_NAMES or isinstance(model, GenericForSequenceClassification):
+        return _read_sequence_classifier_kind(model.config)
     return None
 
 
-def _of_sequences(config: PretrainedConfig) -> Kind:
+def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
     numeric = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if config.problem_type == "multi_label_classification" or (numeric and config.num_labels > 1):
         raise ValueError(
@@ -51,64 +51,66 @@ def _of_sequences(config: PretrainedConfig) -> Kind:
     return "regression" if numeric else "sequence-classification"
 
 
-def classified(family: str) -> Kind | None:
+def parse_classifier_kind(family: str) -> ClassifierKind | None:
     """The kind of classifier that a cell's family of models is; None: it writes."""
-    return next((kind for kind in get_args(Kind) if kind == family), None)
+    return next((kind for kind in get_args(ClassifierKind) if kind == family), None)
 
 
-def auto_class(config: PretrainedConfig) -> Any | None:
+def get_classifier_auto_class(config: PretrainedConfig) -> Any | None:
     """The class that loads what the configuration names as its architecture; None: it is no classifier."""
     named = set(config.architectures or ())
-    if named & _OF_TOKENS:
+    if named & _TOKEN_CLASSIFIER_NAMES:
         return AutoModelForTokenClassification
-    return AutoModelForSequenceClassification if named & _OF_SEQUENCES else None
+    return AutoModelForSequenceClassification if named & _SEQUENCE_CLASSIFIER_NAMES else None
 
 
-def positions(outputs: Tensor, kind: Kind) -> Tensor:
+def add_label_axis(logits: Tensor, kind: ClassifierKind) -> Tensor:
     """A forward pass's logits with a position for each label: (N, V) or (N, P, V) -> (N, C, V)."""
-    return outputs if kind == "token-classification" else outputs[:, None]
+    return logits if kind == "token-classification" else logits[:, None]
 
 
-def labels_of(model: PreTrainedModel) -> list[str]:
+def list_label_names(model: PreTrainedModel) -> list[str]:
     """The names of a classifier's labels in the order of its logits."""
     names = model.config.id2label
     return [names[n] for n in range(model.config.num_labels)]
 
 
-def teacher_columns(student: PreTrainedModel, teacher: PreTrainedModel, kind: Kind) -> list[int] | None:
+def match_teacher_labels(
+    student: PreTrainedModel, teacher: PreTrainedModel, kind: ClassifierKind
+) -> list[int] | None:
     """Where the teacher has each of the student's labels; None: in the same places.
 
     Raises:
         ValueError: if they do not have the same labels; the message names the difference.
     """
-    own, other = labels_of(student), labels_of(teacher)
+    own, other = list_label_names(student), list_label_names(teacher)
     if kind == "regression" or own == other:
         return None
     missing, extra = (sorted(set(a) - set(b)) for a, b in ((own, other), (other, own)))
     if missing or extra or len(own) != len(other):
         raise ValueError(
-            f"student and teacher must have the same labels: the student has {_shown(own)}, the teacher has "
-            f"{_shown(other)}{_only('student', missing)}{_only('teacher', extra)}; load the student with "
+            f"student and teacher must have the same labels: the student has {_format_labels(own)}, the teacher has "
+            f"{_format_labels(other)}{_format_extra_labels('student', missing)}{_format_extra_labels('teacher', extra)}; load the student with "
             "`id2label=teacher.config.id2label, label2id=teacher.config.label2id`, or rename those of one"
         )
     return [other.index(label) for label in own]
 
 
-def _shown(labels: list[str]) -> str:
+def _format_labels(labels: list[str]) -> str:
     shown = ", ".join(map(repr, labels[:8]))
     return f"{len(labels)} ({shown}{', ...' if len(labels) > 8 else ''})"
 
 
-def _only(owner: str, labels: list[str]) -> str:
+def _format_extra_labels(owner: str, labels: list[str]) -> str:
     return f"; only the {owner} has {', '.join(map(repr, labels[:8]))}" if labels else ""
 
 
-def check_pair(
+def check_classifier_tokenizers(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, teacher_tokenizer: Any | None
 ) -> None:
     """Both must read the same ids. Raises ValueError where that is known to be otherwise."""
     if teacher_tokenizer is not None:
-        reason = same_tokenizer(tokenizer, teacher_tokenizer)
+        reason = find_tokenizer_difference(tokenizer, teacher_tokenizer)
         if reason is not None:
             raise ValueError(
                 f"teacher and student read the same ids, and their tokenizers differ: {reason}; choose a "
@@ -125,6 +127,6 @@ def check_pair(
             )
 
 
-def name_padding(model: PreTrainedModel, pad_id: int) -> None:
+def set_pad_token_id(model: PreTrainedModel, pad_id: int) -> None:
     """A decoder classifies a row by the last token that is not the padding its configuration names."""
     model.config.get_text_config().pad_token_id = pad_id

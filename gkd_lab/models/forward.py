@@ -15,8 +15,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gkd_lab.models.classifiers import kind_of, positions
-from gkd_lab.models.packed_layers import cells_in
+from gkd_lab.models.classifiers import add_label_axis, get_classifier_kind
+from gkd_lab.models.packed_layers import count_cells
 
 
 @dataclass(frozen=True)
@@ -43,48 +43,48 @@ class Sequences:
     numbers: Tensor | None = None
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Sequences":
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Sequences":
         """The same change to all tensors."""
-        return Sequences(**{name: change(tensor) for name, tensor in self.tensors().items()})
+        return Sequences(**{name: change(tensor) for name, tensor in self.named_tensors().items()})
 
-    def tensors(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, of those that are there."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
-    def repeated(self, times: int) -> "Sequences":
+    def repeat_rows(self, times: int) -> "Sequences":
         """The same rows `times` over, block after block: one block a cell."""
-        return self.map(lambda tensor: tensor.repeat(times, 1))
+        return self.map_tensors(lambda tensor: tensor.repeat(times, 1))
 
     def to(self, device: torch.device | str) -> "Sequences":
-        return self.map(lambda tensor: tensor.to(device))
+        return self.map_tensors(lambda tensor: tensor.to(device))
 
-    def with_completions(self, ids: Tensor, mask: Tensor) -> "Sequences":
+    def replace_completions(self, ids: Tensor, mask: Tensor) -> "Sequences":
         return replace(self, completion_ids=ids, completion_mask=mask)
 
 
-def position_ids(mask: Tensor) -> Tensor:
+def compute_position_ids(mask: Tensor) -> Tensor:
     """Positions that start at 0 with the first real token, whatever the padding; (N, T)."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
+def compute_completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """Logits that predict each completion token, (N, C, V). The model may be wrapped, as by DDP."""
-    bare = unwrapped(model)
-    return of_completion(bare, model(**arguments(bare, batch)).logits, batch)
+    bare = unwrap_model(model)
+    return slice_completion_outputs(bare, model(**build_forward_arguments(bare, batch)).logits, batch)
 
 
-def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
+def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
     """What the forward pass of `model`, which is not wrapped, reads to predict the completion's tokens."""
-    if kind_of(model) is not None:
-        return _text_alone(model, batch)
+    if get_classifier_kind(model) is not None:
+        return _build_classifier_arguments(model, batch)
     if model.config.is_encoder_decoder:
         return {
             "input_ids": batch.prompt_ids,
             "attention_mask": batch.prompt_mask,
-            "decoder_input_ids": shifted_right(model.config, batch.completion_ids),
+            "decoder_input_ids": shift_right(model.config, batch.completion_ids),
             "use_cache": False,
         }
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
@@ -94,51 +94,51 @@ def arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
         "use_cache": False,
     }
     # Without it absolute positions would count the padding; a model that has none takes no such argument.
-    if takes(model, "position_ids"):
-        named["position_ids"] = position_ids(mask)
-    if takes(model, "logits_to_keep"):
+    if accepts_argument(model, "position_ids"):
+        named["position_ids"] = compute_position_ids(mask)
+    if accepts_argument(model, "logits_to_keep"):
         named["logits_to_keep"] = batch.completion_ids.shape[1] + 1
     return named
 
 
-def _text_alone(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
+def _build_classifier_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
     """What a classifier reads. Positions are its own affair, but a pack must be told each row's: in order, as
     most models have them by themselves."""
     named = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
-    if batch.token_type_ids is not None and takes(model, "token_type_ids"):
+    if batch.token_type_ids is not None and accepts_argument(model, "token_type_ids"):
         named["token_type_ids"] = batch.token_type_ids
-    if cells_in(model) > 1 and takes(model, "position_ids"):
+    if count_cells(model) > 1 and accepts_argument(model, "position_ids"):
         ids = batch.prompt_ids
         named["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return named
 
 
-def of_completion(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
+def slice_completion_outputs(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
     """The part of a forward pass's outputs that predicts the completion, (N, T, ...) -> (N, C, ...).
 
     Of a classifier `outputs` are its logits.
     """
-    kind = kind_of(model)
+    kind = get_classifier_kind(model)
     if kind is not None:
-        return positions(outputs, kind)
+        return add_label_axis(outputs, kind)
     if model.config.is_encoder_decoder:
         return outputs
     return outputs[:, -batch.completion_ids.shape[1] - 1 : -1]
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
+def unwrap_model(model: Any) -> PreTrainedModel:
     """The model of transformers inside of DDP and an adapter."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if is_peft_model(inner) else inner
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
+def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
     """Whether the forward pass of `model`, which is not wrapped, has a parameter of this name."""
-    return argument in _parameters(type(model).forward)
+    return argument in _list_parameter_names(type(model).forward)
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Dropout off within, and every module as it was afterwards."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
@@ -151,11 +151,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+def _list_parameter_names(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def shifted_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
+def shift_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
     """What the decoder reads while it predicts `completion_ids`.
 
     Raises ValueError for a model that does not say what its decoder reads first.
@@ -172,7 +172,7 @@ def shifted_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
     )
 
 
-def until_end(ids: Tensor, end_ids: Tensor) -> Tensor:
+def make_completion_mask(ids: Tensor, end_ids: Tensor) -> Tensor:
     """Mask of the tokens up to and including the first end of sequence, (N, C)."""
     ended = torch.isin(ids, end_ids).long()
     return (ended.cumsum(-1) - ended) == 0

@@ -20,14 +20,14 @@ from transformers import (
 )
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from gkd_lab.models.classifiers import auto_class, kind_of
-from gkd_lab.models.forward import unwrapped
-from gkd_lab.models.heads import keep_untied
+from gkd_lab.models.classifiers import get_classifier_auto_class, get_classifier_kind
+from gkd_lab.models.forward import unwrap_model
+from gkd_lab.models.heads import mark_untied_head
 from gkd_lab.models.sharding import is_quantized
 
 InitKwargs = Mapping[str, Any] | str | None
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 """Arguments of `from_pretrained` that say which files are meant, and so hold for the configuration too."""
 
 
@@ -54,16 +54,18 @@ def load_teacher(
     """
     wanted = name_or_path if teacher_model is None else teacher_model
     if isinstance(wanted, str):
-        teacher = pretrained(wanted, _with_dtype(init_kwargs, dtype), trust_remote_code=trust_remote_code)
+        teacher = load_auto_model(
+            wanted, _merge_dtype(init_kwargs, dtype), trust_remote_code=trust_remote_code
+        )
     elif init_kwargs:
         raise ValueError(
             f"teacher_model_init_kwargs {init_kwargs!r} can only be used when the teacher is loaded by name, "
             f"but it is {'a copy of the student' if wanted is None else 'already a model'}: drop them"
         )
     else:
-        teacher = _copy(student) if wanted is None or wanted is student else wanted
-        teacher = teacher if dtype is None or is_quantized(teacher) else teacher.to(DTYPES[dtype])
-    _check_family(student, teacher)
+        teacher = _copy_student(student) if wanted is None or wanted is student else wanted
+        teacher = teacher if dtype is None or is_quantized(teacher) else teacher.to(TEACHER_DTYPES[dtype])
+    _check_same_family(student, teacher)
     return teacher.eval().requires_grad_(False)
 
 
@@ -72,8 +74,8 @@ def load_student(
 ) -> PreTrainedModel:
     """The student; loaded by name its weights are float32 unless `init_kwargs` say otherwise, as in TRL."""
     if isinstance(model, str):
-        kwargs = {"dtype": "float32", **_parsed(init_kwargs)}
-        return pretrained(model, kwargs, trust_remote_code=trust_remote_code)
+        kwargs = {"dtype": "float32", **_parse_init_kwargs(init_kwargs)}
+        return load_auto_model(model, kwargs, trust_remote_code=trust_remote_code)
     if init_kwargs:
         warnings.warn(
             f"model_init_kwargs {init_kwargs!r} are ignored: the student is already a model", stacklevel=2
@@ -81,28 +83,28 @@ def load_student(
     return model
 
 
-def pretrained(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
+def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
     """`from_pretrained` of the class that the configuration of `name` asks for, in either family, or of the
     classifier that its configuration names.
 
     `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
     """
-    kwargs = {"trust_remote_code": trust_remote_code, **_parsed(init_kwargs)}
+    kwargs = {"trust_remote_code": trust_remote_code, **_parse_init_kwargs(init_kwargs)}
     if "dtype" in kwargs:
-        kwargs["dtype"] = _dtype(kwargs["dtype"])
-    files = {key: kwargs[key] for key in WHERE if key in kwargs}
+        kwargs["dtype"] = _parse_dtype(kwargs["dtype"])
+    files = {key: kwargs[key] for key in FILE_ARGUMENTS if key in kwargs}
     config = kwargs.get("config")
     if config is None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **files)
     writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    auto = auto_class(config) or writer
-    with _unsplit() if _forgets_untied(name, config, files) else nullcontext():
+    auto = get_classifier_auto_class(config) or writer
+    with _disable_zero3_init() if _misreports_tied_head(name, config, files) else nullcontext():
         model = auto.from_pretrained(name, **kwargs)
-    keep_untied(model)
+    mark_untied_head(model)
     return model
 
 
-def _forgets_untied(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
+def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
     """Whether the configuration says that head and embeddings are tied though its file says no, as T5's.
 
     transformers then compares their weights, and takes any two that ZeRO-3 has split for equal.
@@ -113,7 +115,7 @@ def _forgets_untied(name: str, config: PretrainedConfig, files: Mapping[str, Any
 
 
 @contextmanager
-def _unsplit() -> Iterator[None]:
+def _disable_zero3_init() -> Iterator[None]:
     """ZeRO-3 splits what is loaded within only when it makes its engine."""
     chosen = deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
@@ -150,7 +152,7 @@ def at_work(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> 
             tensor.data = data
 
 
-def _parsed(init_kwargs: InitKwargs) -> dict[str, Any]:
+def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
     """A copy; on the command line the arguments are JSON. `torch_dtype` is what `dtype` was called."""
     kwargs = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
     if "torch_dtype" in kwargs:
@@ -159,9 +161,9 @@ def _parsed(init_kwargs: InitKwargs) -> dict[str, Any]:
     return kwargs
 
 
-def _with_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
-    kwargs = _parsed(init_kwargs)
-    if dtype is not None and _dtype(kwargs.setdefault("dtype", dtype)) != DTYPES[dtype]:
+def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
+    kwargs = _parse_init_kwargs(init_kwargs)
+    if dtype is not None and _parse_dtype(kwargs.setdefault("dtype", dtype)) != TEACHER_DTYPES[dtype]:
         raise ValueError(
             f"teacher_dtype={dtype!r}, but teacher_model_init_kwargs have dtype={kwargs['dtype']!r}: "
             "give one of them"
@@ -169,7 +171,7 @@ def _with_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
     return kwargs
 
 
-def _dtype(value: Any) -> Any:
+def _parse_dtype(value: Any) -> Any:
     if value in ("auto", None) or isinstance(value, torch.dtype):
         return value
     named = getattr(torch, str(value), None)
@@ -178,7 +180,7 @@ def _dtype(value: Any) -> Any:
     return named
 
 
-def _copy(student: PreTrainedModel) -> PreTrainedModel:
+def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "ZeRO-3 has split the student's weights, so it cannot be copied as its own teacher: "
@@ -192,11 +194,11 @@ def _copy(student: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(student)
 
 
-def _check_family(student: PreTrainedModel, teacher: Any) -> None:
+def _check_same_family(student: PreTrainedModel, teacher: Any) -> None:
     if getattr(teacher, "config", None) is None:
         name = type(teacher).__name__
         raise ValueError(f"teacher_model is a {name}, which has no config: pass a transformers model")
-    kinds = [kind_of(unwrapped(model)) for model in (student, teacher)]
+    kinds = [get_classifier_kind(unwrap_model(model)) for model in (student, teacher)]
     if kinds[0] != kinds[1]:
         shown = [kind or "language modelling" for kind in kinds]
         raise ValueError(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from gkd_lab.models.classifiers import kind_of
-from gkd_lab.models.forward import Sequences, completion_logits, evaluating
-from gkd_lab.models.heads import relative_error
+from gkd_lab.models.classifiers import get_classifier_kind
+from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
+from gkd_lab.models.heads import compute_relative_error
 
-Compute = Callable[[PreTrainedModel, Sequences], Tensor]
-ROWS = 2
+LogitFunction = Callable[[PreTrainedModel, Sequences], Tensor]
+ROWS_PER_MEMBER = 2
 """Of each member: one with padding and one without."""
-WRITTEN = 2
+NEW_TOKENS = 2
 """New tokens: one after the prompt and one with a cache."""
 
 
@@ -26,7 +26,7 @@ class CannotPack(ValueError):
     """These models cannot become one; the message says why, and each can run alone."""
 
 
-def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def make_perturbed_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A copy in float32 whose weights all differ from those of another seed; no number in it is NaN."""
     changed = copy.deepcopy(model).float().eval()
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -38,57 +38,57 @@ def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return changed
 
 
-def check_code(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
+def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
     """Logits and what is written with a cache, of members made by `perturbed`, which this may change.
 
     Raises:
         CannotPack: if the pack differs, or its model's code cannot work with one.
     """
-    batch = _batch(packed, len(members))
-    computed: list[tuple[str, Compute]] = [("logits", completion_logits)]
-    if kind_of(packed) is None:
-        computed.append(("generated logits", _written_logits))
+    batch = _make_random_batch(packed, len(members))
+    computed: list[tuple[str, LogitFunction]] = [("logits", compute_completion_logits)]
+    if get_classifier_kind(packed) is None:
+        computed.append(("generated logits", _generate_logits))
     for what, compute in computed:
-        with _plainly_computing(packed, members):
-            expected = torch.cat([compute(m, _rows(batch, n)) for n, m in enumerate(members)])
+        with _plain_inference(packed, members):
+            expected = torch.cat([compute(m, _select_cell_rows(batch, n)) for n, m in enumerate(members)])
             found = compute(packed, batch)
         if not expected.isfinite().any():
-            raise CannotPack(f"{_name(packed)} has no finite {what} to compare a pack with")
-        _compare(what, packed, found, expected, torch.float32)
+            raise CannotPack(f"{_get_class_name(packed)} has no finite {what} to compare a pack with")
+        _check_close(what, packed, found, expected, torch.float32)
 
 
-def check_weights(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
+def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
     """Each member's logits; those that are the same object are computed once.
 
     Raises:
         CannotPack: if the pack's differ.
     """
-    rows = _rows(_batch(packed, 1), 0)
-    with _plainly_computing(packed, members):
-        alone = {id(member): completion_logits(member, rows) for member in members}
-        found = completion_logits(packed, rows.repeated(len(members)))
-    _compare("logits", packed, found, torch.cat([alone[id(m)] for m in members]), packed.dtype)
+    rows = _select_cell_rows(_make_random_batch(packed, 1), 0)
+    with _plain_inference(packed, members):
+        alone = {id(member): compute_completion_logits(member, rows) for member in members}
+        found = compute_completion_logits(packed, rows.repeat_rows(len(members)))
+    _check_close("logits", packed, found, torch.cat([alone[id(m)] for m in members]), packed.dtype)
 
 
-def _batch(model: PreTrainedModel, cells: int) -> Sequences:
+def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
     """Random tokens; prompts padded where the model's family has its padding."""
-    count = ROWS * cells
+    count = ROWS_PER_MEMBER * cell_count
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().num_embeddings, (count, 7), generator=draw)
     mask = torch.ones_like(ids)
-    padded_right = model.config.is_encoder_decoder or kind_of(model) is not None
-    mask[::ROWS, slice(2, 4) if padded_right else slice(0, 2)] = 0
+    padded_right = model.config.is_encoder_decoder or get_classifier_kind(model) is not None
+    mask[::ROWS_PER_MEMBER, slice(2, 4) if padded_right else slice(0, 2)] = 0
     return Sequences(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:]).to(model.device)
 
 
-def _rows(batch: Sequences, cell: int) -> Sequences:
-    return batch.map(lambda tensor: tensor[cell * ROWS : (cell + 1) * ROWS])
+def _select_cell_rows(batch: Sequences, cell: int) -> Sequences:
+    return batch.map_tensors(lambda tensor: tensor[cell * ROWS_PER_MEMBER : (cell + 1) * ROWS_PER_MEMBER])
 
 
-def _written_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
+def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """Logits of the tokens that a greedy search chooses, (N, WRITTEN, V)."""
     model.generation_config = GenerationConfig(
-        max_new_tokens=WRITTEN,
+        max_new_tokens=NEW_TOKENS,
         do_sample=False,
         use_cache=True,
         pad_token_id=0,
@@ -102,11 +102,11 @@ def _written_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 
 @contextmanager
-def _plainly_computing(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
+def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
     """Without dropout, gradients and autocast; what the model's code raises becomes CannotPack."""
     try:
         with (
-            evaluating(packed, *members),
+            eval_mode(packed, *members),
             torch.no_grad(),
             torch.autocast(packed.device.type, enabled=False),
         ):
@@ -115,21 +115,23 @@ def _plainly_computing(packed: PreTrainedModel, members: Sequence[PreTrainedMode
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CannotPack(f"the code of {_name(packed)} does not work with a pack ({reason})") from error
-
-
-def _compare(
-    what: str, packed: PreTrainedModel, found: Tensor, expected: Tensor, precision: torch.dtype
-) -> None:
-    off = relative_error(found, expected)
-    if not off <= _rounding(precision, packed.device):
         raise CannotPack(
-            f"the {what} of the packed {_name(packed)} differ from those of its members by {off:.0e} "
+            f"the code of {_get_class_name(packed)} does not work with a pack ({reason})"
+        ) from error
+
+
+def _check_close(
+    quantity: str, packed: PreTrainedModel, actual: Tensor, expected: Tensor, precision: torch.dtype
+) -> None:
+    off = compute_relative_error(actual, expected)
+    if not off <= _get_tolerance(precision, packed.device):
+        raise CannotPack(
+            f"the {quantity} of the packed {_get_class_name(packed)} differ from those of its members by {off:.0e} "
             "of the largest"
         )
 
 
-def _rounding(precision: torch.dtype, device: torch.device) -> float:
+def _get_tolerance(precision: torch.dtype, device: torch.device) -> float:
     """Largest relative difference between products of other shapes, through all layers.
 
     Norms are in float32 in a float64 model too, and CUDA may multiply float32 with the 10 bits of TF32.
@@ -139,5 +141,5 @@ def _rounding(precision: torch.dtype, device: torch.device) -> float:
     return 16 * torch.finfo(precision).eps
 
 
-def _name(model: PreTrainedModel) -> str:
+def _get_class_name(model: PreTrainedModel) -> str:
     return type(model).__name__

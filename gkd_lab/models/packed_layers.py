@@ -13,33 +13,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-Cells = slice | Tensor
+CellSelection = slice | Tensor
 """Which cells: neighbours, or indices, (k,)."""
 
 
 class PackedModule(nn.Module):
     """Weights of K modules, stacked; `chosen` restricts a forward pass to some of the cells."""
 
-    casts = False
+    casts_under_autocast = False
     """Whether autocast narrows these weights, so that it may be done beforehand."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         for name, value in members[0]._parameters.items():
-            own = None if value is None else _stack(member.get_parameter(name) for member in members)
+            own = (
+                None if value is None else _stack_parameters(member.get_parameter(name) for member in members)
+            )
             self.register_parameter(name, own)
-        self.chosen: dict[str, Tensor] = {}
+        self.selected_weights: dict[str, Tensor] = {}
 
-    def active(self, name: str) -> Tensor | None:
+    def get_active_tensor(self, name: str) -> Tensor | None:
         """The stacked tensor `name`, (K, ...), of the chosen cells."""
-        return self.chosen.get(name, self._parameters.get(name))
+        return self.selected_weights.get(name, self._parameters.get(name))
 
-    def active_weight(self) -> Tensor:
-        weight = self.active("weight")
+    def get_active_weight(self) -> Tensor:
+        weight = self.get_active_tensor("weight")
         assert weight is not None
         return weight
 
-    def choose(self, cells: Cells, dtype: torch.dtype | None, made: dict[tuple[int, bool], Tensor]) -> None:
+    def select_cells(
+        self, cells: CellSelection, dtype: torch.dtype | None, weight_cache: dict[tuple[int, bool], Tensor]
+    ) -> None:
         """Forward passes see these cells' weights only, outside of the gradient.
 
         A slice is a view; indices are copied once, as are weights that change their dtype. Weights that
@@ -48,20 +52,22 @@ class PackedModule(nn.Module):
         for name, value in self._parameters.items():
             if value is not None:
                 # A head narrows the weights that it shares with an embedding, which does not.
-                key = id(value), self.casts
-                if key not in made:
+                key = id(value), self.casts_under_autocast
+                if key not in weight_cache:
                     own = value.detach()[cells]
-                    made[key] = own.to(dtype) if dtype is not None and self.casts else own
-                self.chosen[name] = made[key]
+                    weight_cache[key] = (
+                        own.to(dtype) if dtype is not None and self.casts_under_autocast else own
+                    )
+                self.selected_weights[name] = weight_cache[key]
 
-    def choose_all(self) -> None:
-        self.chosen = {}
+    def select_all_cells(self) -> None:
+        self.selected_weights = {}
 
 
 class PackedLinear(PackedModule):
     """K linear layers: one batched matrix product."""
 
-    casts = True
+    casts_under_autocast = True
 
     def __init__(self, members: Sequence[nn.Linear]) -> None:
         super().__init__(members)
@@ -69,13 +75,13 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ..., I) -> (N, ..., O)."""
-        return _product(x, self.active_weight().transpose(1, 2), self.active("bias"))
+        return _multiply_per_cell(x, self.get_active_weight().transpose(1, 2), self.get_active_tensor("bias"))
 
 
 class PackedConv1D(PackedModule):
     """K of GPT-2's linear layers, whose weights are (I, O)."""
 
-    casts = True
+    casts_under_autocast = True
 
     def __init__(self, members: Sequence[Conv1D]) -> None:
         super().__init__(members)
@@ -83,7 +89,7 @@ class PackedConv1D(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ..., I) -> (N, ..., O)."""
-        return _product(x, self.active_weight(), self.active("bias"))
+        return _multiply_per_cell(x, self.get_active_weight(), self.get_active_tensor("bias"))
 
 
 class PackedEmbedding(PackedModule):
@@ -94,7 +100,7 @@ class PackedEmbedding(PackedModule):
         first = members[0]
         self.num_embeddings, self.embedding_dim = first.num_embeddings, first.embedding_dim
         self.padding_idx = first.padding_idx
-        self.look_up = None if type(first) is nn.Embedding else without_weights(first)
+        self.lookup_module = None if type(first) is nn.Embedding else strip_weights(first)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(N, T) -> (N, T, H).
@@ -102,7 +108,7 @@ class PackedEmbedding(PackedModule):
         Raises:
             ValueError: if the ids have another number of rows than the batch, as default positions may.
         """
-        weight = self.active_weight()
+        weight = self.get_active_weight()
         cells, entries, _ = weight.shape
         if ids.dim() < 2 or ids.shape[0] % cells:
             raise ValueError(
@@ -110,16 +116,16 @@ class PackedEmbedding(PackedModule):
                 "belongs to: give the model ids, such as `position_ids`, for every row of the batch"
             )
         offsets = torch.arange(cells, device=ids.device)[:, None] * entries
-        rows_read = self._read((ids.reshape(cells, -1) + offsets).view(ids.shape), weight.flatten(0, 1))
+        rows_read = self._look_up((ids.reshape(cells, -1) + offsets).view(ids.shape), weight.flatten(0, 1))
         if self.padding_idx is None or not rows_read.requires_grad:
             return rows_read
         # As in nn.Embedding, reading the padding token gives its row no gradient.
         return torch.where((ids == self.padding_idx)[..., None], rows_read.detach(), rows_read)
 
-    def _read(self, ids: Tensor, table: Tensor) -> Tensor:
-        if self.look_up is None:
+    def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        if self.lookup_module is None:
             return functional.embedding(ids, table)
-        return called_with(self.look_up, ids, weight=table)
+        return call_with_weights(self.lookup_module, ids, weight=table)
 
 
 class PackedNorm(PackedModule):
@@ -127,26 +133,26 @@ class PackedNorm(PackedModule):
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
-        self.norm = without_weights(members[0])
+        self.norm = strip_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ..., H) -> (N, ..., H)."""
-        weight, bias = self.active_weight(), self.active("bias")
+        weight, bias = self.get_active_weight(), self.get_active_tensor("bias")
         shift = {} if bias is None else {"bias": bias[:, None]}
         rows = x.reshape(weight.shape[0], -1, x.shape[-1])
-        return called_with(self.norm, rows, weight=weight[:, None], **shift).view(x.shape)
+        return call_with_weights(self.norm, rows, weight=weight[:, None], **shift).view(x.shape)
 
 
-class PackedExactNorm(PackedModule):
+class PackedTorchNorm(PackedModule):
     """K norms whose weights must have the input's shape: normalized with unit scale, then scaled by cell."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
-        self.norm = without_weights(members[0])
+        self.norm = strip_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ..., H) -> (N, ..., H)."""
-        weight, bias = self.active_weight(), self.active("bias")
+        weight, bias = self.get_active_weight(), self.get_active_tensor("bias")
         y = self.norm(x)
         rows = y.reshape(weight.shape[0], -1, x.shape[-1])
         rows = rows * weight[:, None] if bias is None else torch.addcmul(bias[:, None], rows, weight[:, None])
@@ -158,11 +164,11 @@ class PackedRelativeBias(PackedModule):
 
     def forward(self, buckets: Tensor) -> Tensor:
         """(Q, T) -> (Q, T, K*heads)."""
-        table = self.active_weight().transpose(0, 1).flatten(1)
+        table = self.get_active_weight().transpose(0, 1).flatten(1)
         return functional.embedding(buckets, table)
 
 
-def give_rows_their_bias(attention: nn.Module) -> None:
+def patch_relative_bias(attention: nn.Module) -> None:
     """T5 computes one bias for all rows of a batch; a pack needs each row to get its cell's."""
     compute = attention.compute_bias
     table = attention.relative_attention_bias
@@ -184,13 +190,13 @@ def give_rows_their_bias(attention: nn.Module) -> None:
     attention.compute_bias = compute_bias  # type: ignore[assignment]
 
 
-def cells_in(model: nn.Module) -> int:
+def count_cells(model: nn.Module) -> int:
     """How many cells a batch of this model carries at the moment; 1 if it is no pack."""
     packed = next((m for m in model.modules() if isinstance(m, PackedModule)), None)
-    return 1 if packed is None else packed.active_weight().shape[0]
+    return 1 if packed is None else packed.get_active_weight().shape[0]
 
 
-def packed_form(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
+def pack_modules(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
     """The members' weights in one module; None if they hold none or there is no form for them."""
     first = members[0]
     if name.endswith("relative_attention_bias"):
@@ -204,7 +210,7 @@ def packed_form(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
     if isinstance(first, nn.Embedding):
         return PackedEmbedding(members)  # type: ignore[arg-type]
     if isinstance(first, nn.LayerNorm | nn.RMSNorm):
-        return PackedExactNorm(members)
+        return PackedTorchNorm(members)
     return PackedNorm(members) if _holds_only_vectors(first) else None
 
 
@@ -216,7 +222,7 @@ def _holds_only_vectors(module: nn.Module) -> bool:
     )
 
 
-def without_weights(module: nn.Module) -> nn.Module:
+def strip_weights(module: nn.Module) -> nn.Module:
     """A copy with neutral vectors, or an empty table, as buffers in the place of its parameters."""
     # Not the weights themselves: they may be a large table.
     known = {id(p): None for p in module.parameters(recurse=False)}
@@ -230,7 +236,7 @@ def without_weights(module: nn.Module) -> nn.Module:
     return bare
 
 
-def called_with(module: nn.Module, x: Tensor, **weights: Tensor) -> Tensor:
+def call_with_weights(module: nn.Module, x: Tensor, **weights: Tensor) -> Tensor:
     """What `module`, made by `without_weights`, makes of `x` with these; gradients flow to their sources."""
     held = module._buffers
     own = dict(held)
@@ -242,12 +248,12 @@ def called_with(module: nn.Module, x: Tensor, **weights: Tensor) -> Tensor:
     return y
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_per_cell(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(N, ..., I) times (K, I, O) plus (K, O) -> (N, ..., O)."""
     rows = x.reshape(weight.shape[0], -1, x.shape[-1])
     y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
     return y.view(*x.shape[:-1], -1)
 
 
-def _stack(tensors: Iterator[nn.Parameter]) -> nn.Parameter:
+def _stack_parameters(tensors: Iterator[nn.Parameter]) -> nn.Parameter:
     return nn.Parameter(torch.stack([tensor.detach() for tensor in tensors]))

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gkd_lab.models.pack_check import CannotPack, check_code, check_weights, perturbed
-from gkd_lab.models.packed_layers import Cells, PackedLinear, PackedModule, give_rows_their_bias, packed_form
+from gkd_lab.models.pack_check import (
+    CannotPack,
+    check_forward_and_generation,
+    check_member_logits,
+    make_perturbed_copy,
+)
+from gkd_lab.models.packed_layers import (
+    CellSelection,
+    PackedLinear,
+    PackedModule,
+    pack_modules,
+    patch_relative_bias,
+)
 
 __all__ = ["CannotPack", "Pack", "PackedLinear"]
 
@@ -28,12 +39,12 @@ class Pack:
         self._template = template
 
     @classmethod
-    def alone(cls, model: PreTrainedModel) -> "Pack":
+    def build_single(cls, model: PreTrainedModel) -> "Pack":
         """A pack of one: the model itself, of any architecture."""
         return cls(model, 1, model)
 
     @classmethod
-    def of(cls, members: Sequence[PreTrainedModel]) -> "Pack":
+    def build(cls, members: Sequence[PreTrainedModel]) -> "Pack":
         """Stack the weights of `members`, which are not changed.
 
         Two changed copies of the first member, and then the members, are computed packed and alone.
@@ -41,12 +52,12 @@ class Pack:
         Raises:
             CannotPack: if the members differ in kind, or a pack of them in its numbers; the message says why.
         """
-        _check_alike(members)
-        copies = [perturbed(members[0], seed) for seed in range(2)]
-        check_code(_stacked(copies), copies)
+        _check_same_architecture(members)
+        copies = [make_perturbed_copy(members[0], seed) for seed in range(2)]
+        check_forward_and_generation(_stack_models(copies), copies)
         del copies
-        model = _stacked(members)
-        check_weights(model, members)
+        model = _stack_models(members)
+        check_member_logits(model, members)
         return cls(model, len(members), copy.deepcopy(members[0]))
 
     @property
@@ -54,14 +65,14 @@ class Pack:
         """Whether the weights have a cell axis; a pack `alone` has none."""
         return self._template is not self.model
 
-    def parameters_of(self, cell: int) -> dict[str, Tensor]:
+    def get_cell_parameters(self, cell: int) -> dict[str, Tensor]:
         """Name -> the cell's share of each trainable parameter: a view, without gradient history."""
         named = self.model.named_parameters()
         if not self.is_packed:
             return {name: p.detach() for name, p in named if p.requires_grad}
         return {name: p.detach()[cell] for name, p in named if p.requires_grad}
 
-    def gradients_of(self, cell: int) -> dict[str, Tensor | None]:
+    def get_cell_gradients(self, cell: int) -> dict[str, Tensor | None]:
         """Name -> the cell's share of each parameter's gradient: a view."""
         found: dict[str, Tensor | None] = {}
         for name, p in self.model.named_parameters():
@@ -69,19 +80,19 @@ class Pack:
                 found[name] = p.grad if p.grad is None or not self.is_packed else p.grad[cell]
         return found
 
-    def unpack(self, cell: int) -> PreTrainedModel:
+    def unpack_cell(self, cell: int) -> PreTrainedModel:
         """The cell's model, a plain one. It is reused by the next call: save it or copy it."""
         if self.is_packed:
             state = {
-                name: value[cell] if _is_packed(self.model, name) else value
+                name: value[cell] if _is_packed_parameter(self.model, name) else value
                 for name, value in self.model.state_dict().items()
             }
             self._template.load_state_dict(state)
         return self._template
 
-    def load(self, cell: int, state: dict[str, Tensor]) -> None:
+    def load_cell(self, cell: int, state: dict[str, Tensor]) -> None:
         """Put a plain model's weights into the cell's place. Names that are tied may be left out."""
-        own = self.parameters_of(cell)
+        own = self.get_cell_parameters(cell)
         missing = sorted(set(own) - set(state))
         if missing:
             raise ValueError(f"weights lack {missing[0]!r} ({len(missing)} of {len(own)} missing)")
@@ -89,7 +100,9 @@ class Pack:
             view.copy_(state[name])
 
     @contextmanager
-    def only(self, cells: Sequence[int], dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+    def select_cells(
+        self, cells: Sequence[int], dtype: torch.dtype | None = None
+    ) -> Iterator[PreTrainedModel]:
         """The model of these cells alone, for sampling: rows of its batch are theirs, in this order.
 
         Args:
@@ -101,17 +114,17 @@ class Pack:
             yield self.model
             return
         packed = [m for m in self.model.modules() if isinstance(m, PackedModule)]
-        chosen, made = _chosen(cells, self.model.device), dict[tuple[int, bool], Tensor]()
+        chosen, made = _make_cell_selection(cells, self.model.device), dict[tuple[int, bool], Tensor]()
         for module in packed:
-            module.choose(chosen, dtype, made)
+            module.select_cells(chosen, dtype, made)
         try:
             yield self.model
         finally:
             for module in packed:
-                module.choose_all()
+                module.select_all_cells()
 
 
-def _chosen(cells: Sequence[int], device: torch.device) -> Cells:
+def _make_cell_selection(cells: Sequence[int], device: torch.device) -> CellSelection:
     """A slice if the cells are neighbours in their order, which makes views of the weights."""
     first = cells[0]
     if list(cells) == list(range(first, first + len(cells))):
@@ -119,10 +132,10 @@ def _chosen(cells: Sequence[int], device: torch.device) -> Cells:
     return torch.tensor(list(cells), device=device)
 
 
-def _stacked(members: Sequence[PreTrainedModel]) -> PreTrainedModel:
+def _stack_models(members: Sequence[PreTrainedModel]) -> PreTrainedModel:
     model = copy.deepcopy(members[0])
     _replace_modules(model, members)
-    left = [n for n, p in model.named_parameters() if not _is_packed(model, n)]
+    left = [n for n, p in model.named_parameters() if not _is_packed_parameter(model, n)]
     if left:
         raise CannotPack(f"no packed form for the module that holds {left[0]!r}")
     return model
@@ -135,7 +148,7 @@ def _replace_modules(model: nn.Module, members: Sequence[PreTrainedModel]) -> No
     for name, module in list(model.named_modules(remove_duplicate=False)):
         parts = [member.get_submodule(name) for member in members]
         if id(module) not in made:
-            packed = packed_form(name, parts)
+            packed = pack_modules(name, parts)
             if packed is None:
                 continue
             weight = module._parameters["weight"]
@@ -144,13 +157,13 @@ def _replace_modules(model: nn.Module, members: Sequence[PreTrainedModel]) -> No
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])
         if child == "relative_attention_bias":
-            give_rows_their_bias(model.get_submodule(parent))
+            patch_relative_bias(model.get_submodule(parent))
 
 
-def _check_alike(members: Sequence[PreTrainedModel]) -> None:
-    first, buffers = _traits(members[0]), dict(members[0].named_buffers())
+def _check_same_architecture(members: Sequence[PreTrainedModel]) -> None:
+    first, buffers = _describe_architecture(members[0]), dict(members[0].named_buffers())
     for position, member in enumerate(members[1:], start=1):
-        traits = _traits(member)
+        traits = _describe_architecture(member)
         for name in first | traits:
             ours, other = first.get(name), traits.get(name)
             if ours != other:
@@ -160,16 +173,16 @@ def _check_alike(members: Sequence[PreTrainedModel]) -> None:
                 raise CannotPack(f"model {position} differs from model 0 in its buffer {name!r}")
 
 
-def _traits(model: PreTrainedModel) -> dict[str, object]:
+def _describe_architecture(model: PreTrainedModel) -> dict[str, object]:
     """All that must be equal: class, shapes, and the configuration, which decides what shapes do not show."""
     shapes = {f"shape of {name}": tuple(p.shape) for name, p in model.named_parameters()}
     traits = {"class": type(model).__name__, "dtype": model.dtype, **shapes}
-    return traits | {k: v for k, v in model.config.to_dict().items() if k not in _PROVENANCE}
+    return traits | {k: v for k, v in model.config.to_dict().items() if k not in _PROVENANCE_FIELDS}
 
 
-_PROVENANCE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_PROVENANCE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that say where a model comes from, not what it computes."""
 
 
-def _is_packed(model: nn.Module, parameter: str) -> bool:
+def _is_packed_parameter(model: nn.Module, parameter: str) -> bool:
     return isinstance(model.get_submodule(parameter.rpartition(".")[0]), PackedModule)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 CONVERTED_ROWS = 32_768
 """Rows of a head that are converted at once where its dtype is not the one to multiply in."""
-HALVES = (torch.bfloat16, torch.float16)
-WIDE_RESULTS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+HAS_WIDE_RESULTS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
 """CUDA can multiply half precision into float32 (torch 2.8 and later)."""
 
 
@@ -35,36 +35,36 @@ class Projection:
         raw = hidden if self.weight is None else hidden @ self.weight.mT
         if self.bias is not None:
             raw = raw + (self.bias if self.bias.dim() == 1 else self.bias[:, None])
-        return self.logits(raw)
+        return self.scale_and_cap(raw)
 
-    def first(self, rows: int) -> "Projection":
+    def truncate_vocabulary(self, size: int) -> "Projection":
         """Only the first `rows` entries of the vocabulary."""
-        weight = None if self.weight is None else self.weight[..., :rows, :]
-        bias = None if self.bias is None else self.bias[..., :rows]
+        weight = None if self.weight is None else self.weight[..., :size, :]
+        bias = None if self.bias is None else self.bias[..., :size]
         return replace(self, weight=weight, bias=bias)
 
-    def of_cell(self, cell: int) -> "Projection":
+    def select_cell(self, cell: int) -> "Projection":
         """One of K packed students' own; itself where nothing is packed."""
         weight = self.weight if self.weight is None or self.weight.dim() == 2 else self.weight[cell]
         bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[cell % len(self.bias)]
         return replace(self, weight=weight, bias=bias)
 
-    def packed(self) -> "Projection":
+    def add_cell_axis(self) -> "Projection":
         """The same with a leading K, 1 where there was none."""
         weight = self.weight if self.weight is None or self.weight.dim() == 3 else self.weight[None]
         bias = self.bias if self.bias is None or self.bias.dim() == 2 else self.bias[None]
         return replace(self, weight=weight, bias=bias)
 
-    def rows(self, hidden: Tensor) -> int:
+    def get_vocabulary_size(self, hidden: Tensor) -> int:
         """Entries of the vocabulary."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[-2]
 
-    def logits(self, raw: Tensor) -> Tensor:
+    def scale_and_cap(self, raw: Tensor) -> Tensor:
         """Scaled and capped `raw` = h W^T + b; `raw` itself where there is nothing to do."""
         scaled = raw if self.scale == 1 else raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
-    def raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
+    def compute_raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """A gradient by the logits made one by h W^T + b, in place."""
         if self.softcap is not None:
             gradient.mul_(1 - (logits / self.softcap).square())
@@ -72,29 +72,29 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class MatmulPrecision:
     """Operands in the dtype that the model's own head would multiply in; sums and results in a wide one."""
 
-    operands: torch.dtype
-    results: torch.dtype
+    operand_dtype: torch.dtype
+    result_dtype: torch.dtype
 
     @staticmethod
-    def of(hidden: Tensor, results: torch.dtype) -> "Arithmetic":
+    def create(hidden: Tensor, result_dtype: torch.dtype) -> "MatmulPrecision":
         """As the model would do it here: what autocast does to its head counts."""
         device = hidden.device.type
         lowered = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        return Arithmetic(torch.get_autocast_dtype(device) if lowered else hidden.dtype, results)
+        return MatmulPrecision(torch.get_autocast_dtype(device) if lowered else hidden.dtype, result_dtype)
 
-    def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         """out = left @ right, batched, plus what was in `out` if `add`."""
-        left, right = left.to(self.operands), right.to(self.operands)
-        if out.is_cuda and self.operands in HALVES and WIDE_RESULTS:
-            torch.baddbmm(out, left, right, out_dtype=self.results, beta=int(add), out=out)
+        left, right = left.to(self.operand_dtype), right.to(self.operand_dtype)
+        if out.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS:
+            torch.baddbmm(out, left, right, out_dtype=self.result_dtype, beta=int(accumulate), out=out)
         else:
-            out.baddbmm_(left.to(self.results), right.to(self.results), beta=int(add))
+            out.baddbmm_(left.to(self.result_dtype), right.to(self.result_dtype), beta=int(accumulate))
 
-    def spans(self, weight: Tensor) -> Iterator[slice]:
+    def split_rows(self, weight: Tensor) -> Iterator[slice]:
         """The rows of a head, (K, V, H), in pieces if they are to be converted, else all at once."""
         vocabulary = weight.shape[1]
-        rows = vocabulary if weight.dtype == self.operands == self.results else CONVERTED_ROWS
+        rows = vocabulary if weight.dtype == self.operand_dtype == self.result_dtype else CONVERTED_ROWS
         return (slice(start, start + rows) for start in range(0, vocabulary, rows))

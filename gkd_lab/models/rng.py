@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def key(seed: int, step: int, purpose: str) -> int:
+def derive_seed(seed: int, step: int, purpose: str) -> int:
     """63 bits for a generator."""
     digest = hashlib.blake2b(f"{seed}:{step}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -23,17 +23,17 @@ def is_on_policy(lmbda: float, seed: int, step: int) -> bool:
     lmbda 0 never samples and 1 always does. For one seed and step a larger lmbda is heads whenever a
     smaller one is.
     """
-    return random.Random(key(seed, step, "coin")).random() < lmbda
+    return random.Random(derive_seed(seed, step, "coin")).random() < lmbda
 
 
-def uniforms(seed: int, step: int, purpose: str, rows: int, tokens: int) -> Tensor:
+def draw_uniforms(seed: int, step: int, purpose: str, rows: int, tokens: int) -> Tensor:
     """Noise in [0, 1) for `rows` sequences, float64, (rows, tokens)."""
-    generator = torch.Generator().manual_seed(key(seed, step, purpose))
+    generator = torch.Generator().manual_seed(derive_seed(seed, step, purpose))
     return torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
 
 
-def permutation(seed: int, epoch: int, size: int) -> list[int]:
+def draw_permutation(seed: int, epoch: int, size: int) -> list[int]:
     """Order of the rows in one pass over the data."""
-    generator = torch.Generator().manual_seed(key(seed, epoch, "order"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order

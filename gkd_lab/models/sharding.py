@@ -44,7 +44,7 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked:
     if accelerator.distributed_type == DistributedType.FSDP:
         _refuse_fsdp_1(accelerator)
         offload = CPUOffloadPolicy() if parked else accelerator.state.fsdp_plugin.cpu_offload
-        return _sharded(teacher, accelerator, offload, reshard_root=False)
+        return _shard_with_plugin(teacher, accelerator, offload, reshard_root=False)
     return teacher if parked else teacher.to(accelerator.device)
 
 
@@ -53,9 +53,11 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
-def _refuse_parking(parked: bool, what: str, way_out: str) -> None:
+def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> None:
     if parked:
-        raise ValueError(f"park_teacher=True, but {what} cannot be moved between uses: {way_out}")
+        raise ValueError(
+            f"park_teacher=True, but {weights_description} cannot be moved between uses: {way_out}"
+        )
 
 
 def _refuse_fsdp_1(accelerator: Accelerator) -> None:
@@ -74,30 +76,30 @@ def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrai
     if not accelerator.is_fsdp2 or not student.config.is_encoder_decoder:
         return student
     plugin = accelerator.state.fsdp_plugin
-    sharded = _sharded(student, accelerator, plugin.cpu_offload, reshard_root=None)
+    sharded = _shard_with_plugin(student, accelerator, plugin.cpu_offload, reshard_root=None)
     # fully_shard renames the classes of what it shards, so accelerate would look for the blocks in vain.
     plugin.auto_wrap_policy = None
     return sharded
 
 
-def _sharded(
+def _shard_with_plugin(
     model: PreTrainedModel, accelerator: Accelerator, offload: OffloadPolicy | None, reshard_root: bool | None
 ) -> PreTrainedModel:
     """`shard` with the choices of accelerate's plugin."""
     plugin = accelerator.state.fsdp_plugin
-    return shard(
+    return shard_model(
         model,
-        _mesh(accelerator),
+        _get_sharding_mesh(accelerator),
         # The plugin's names are the student's: they serve a teacher that has none of its own.
         blocks=set(model._no_split_modules or plugin.transformer_cls_names_to_wrap or ()),
         reshard_root=reshard_root,
         mp_policy=plugin.mixed_precision_policy,
         offload_policy=offload,
-        from_first_rank=bool(plugin.cpu_ram_efficient_loading),
+        broadcast_weights=bool(plugin.cpu_ram_efficient_loading),
     )
 
 
-def _mesh(accelerator: Accelerator) -> DeviceMesh:
+def _get_sharding_mesh(accelerator: Accelerator) -> DeviceMesh:
     """The dimensions over which accelerate shards the student."""
     mesh = accelerator.torch_device_mesh
     if mesh is None:
@@ -105,7 +107,7 @@ def _mesh(accelerator: Accelerator) -> DeviceMesh:
     return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
 
 
-def shard(
+def shard_model(
     model: PreTrainedModel,
     mesh: DeviceMesh,
     *,
@@ -113,7 +115,7 @@ def shard(
     reshard_root: bool | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
-    from_first_rank: bool = False,
+    broadcast_weights: bool = False,
 ) -> PreTrainedModel:
     """`fully_shard` each transformer block, and the rest (embeddings, head, last norm) as the root.
 
@@ -139,12 +141,12 @@ def shard(
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
     }
-    if from_first_rank:
+    if broadcast_weights:
         model.tie_weights()  # One tensor for a tied weight on every rank, so that all broadcast alike.
     # A tied weight has to be in one group only: as no block holds one, it is the root's, which comes last.
     for unit in (*found, model):
-        if from_first_rank:
-            _receive(unit, mesh.device_type)
+        if broadcast_weights:
+            _broadcast_weights(unit, mesh.device_type)
         fully_shard(unit, reshard_after_forward=reshard_root if unit is model else True, **options)
     # `generate` calls an encoder by itself, which alone would not gather the root's embeddings.
     register_fsdp_forward_method(model, "generate")
@@ -152,7 +154,7 @@ def shard(
 
 
 @torch.no_grad()
-def _receive(unit: nn.Module, device: str) -> None:
+def _broadcast_weights(unit: nn.Module, device: str) -> None:
     """Give the weights and buffers of `unit` that are not sharded yet rank 0's values."""
     received: dict[Tensor, Tensor] = {}
     for module in unit.modules():
@@ -162,11 +164,11 @@ def _receive(unit: nn.Module, device: str) -> None:
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if tensor not in received:
-                    received[tensor] = _from_rank_0(tensor, device)
+                    received[tensor] = _broadcast_tensor(tensor, device)
                 tensors[name] = received[tensor]
 
 
-def _from_rank_0(tensor: Tensor, device: str) -> Tensor:
+def _broadcast_tensor(tensor: Tensor, device: str) -> Tensor:
     value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     dist.broadcast(value, src=0)
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

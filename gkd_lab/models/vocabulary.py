@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import has_file
 
-PROBES = (
+PROBE_TEXTS = (
     "Hello, world! Don't we'll I've",
     "  two spaces\n\n\tand a tab \r\n  ",
     "naïve café, Ünïcödé ﬁ ｆｕｌｌ, 漢字かな, 한국어, العربية, हिन्दी, ру́сский, 🙂👩‍👩‍👧 e\u0301",
@@ -27,13 +27,13 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-WAY_OUT = (
+MISMATCH_ADVICE = (
     "choose a teacher of the student's family, or let this one read the text in its own tokens, `objectives: "
     "[{type: uld}, {type: cross_entropy}]`"
 )
 
 
-def shared_vocabulary(
+def get_shared_vocabulary_size(
     student: PreTrainedModel,
     teacher: PreTrainedModel | int,
     student_tokenizer: Any,
@@ -49,78 +49,78 @@ def shared_vocabulary(
         ValueError: if the tokenizers differ, or heads of two sizes come with no proof that they agree, or a
             head has no row for one of the tokenizer's ids.
     """
-    of_teacher = teacher if isinstance(teacher, int) else head_size(teacher)
-    sizes = {"student": head_size(student), "teacher": of_teacher}
+    of_teacher = teacher if isinstance(teacher, int) else get_head_size(teacher)
+    sizes = {"student": get_head_size(student), "teacher": of_teacher}
     if teacher_tokenizer is None:
-        _accept_unproven(sizes)
+        _check_sizes_without_tokenizer(sizes)
     else:
-        spare = _added_behind(student_tokenizer, teacher_tokenizer)
-        reason = same_tokenizer(student_tokenizer, teacher_tokenizer, spare)
+        spare = _list_appended_tokens(student_tokenizer, teacher_tokenizer)
+        reason = find_tokenizer_difference(student_tokenizer, teacher_tokenizer, spare)
         if reason is not None:
             raise ValueError(
-                f"teacher and student do not share a tokenizer: {reason}; {WAY_OUT}. If the teacher was "
+                f"teacher and student do not share a tokenizer: {reason}; {MISMATCH_ADVICE}. If the teacher was "
                 "trained with another tokenizer than its folder's, give it as `teacher_processing_class`"
             )
-        _warn_of_spare(spare)
-        _warn_of_ends(student_tokenizer, teacher_tokenizer)
+        _warn_appended_tokens(spare)
+        _warn_different_eos(student_tokenizer, teacher_tokenizer)
     _check_ids_fit(student_tokenizer, sizes)
     return min(sizes.values())
 
 
-def vocabulary_of(
+def get_compared_vocabulary_size(
     student: PreTrainedModel,
     teacher: PreTrainedModel | int,
     student_tokenizer: Any,
     teacher_tokenizer: Any | None,
     *,
-    compared: bool,
+    compares_tokens: bool,
 ) -> int:
     """`shared_vocabulary`; the student's own where tokens differ and nothing is compared token by token."""
-    if compared or teacher_tokenizer is None:
-        return shared_vocabulary(student, teacher, student_tokenizer, teacher_tokenizer)
-    spare = _added_behind(student_tokenizer, teacher_tokenizer)
-    if same_tokenizer(student_tokenizer, teacher_tokenizer, spare) is None:
-        return shared_vocabulary(student, teacher, student_tokenizer, teacher_tokenizer)
-    own = head_size(student)
+    if compares_tokens or teacher_tokenizer is None:
+        return get_shared_vocabulary_size(student, teacher, student_tokenizer, teacher_tokenizer)
+    spare = _list_appended_tokens(student_tokenizer, teacher_tokenizer)
+    if find_tokenizer_difference(student_tokenizer, teacher_tokenizer, spare) is None:
+        return get_shared_vocabulary_size(student, teacher, student_tokenizer, teacher_tokenizer)
+    own = get_head_size(student)
     _check_ids_fit(student_tokenizer, {"student": own})
     return own
 
 
-def head_size(model: PreTrainedModel) -> int:
+def get_head_size(model: PreTrainedModel) -> int:
     """V, the width of the logits: rows of the output head, which `config.vocab_size` need not tell."""
     head = model.get_output_embeddings()
     # Not `weight.shape`: that is 0 under ZeRO-3 and has a cell axis in a pack.
     return model.config.get_text_config().vocab_size if head is None else head.out_features
 
 
-def same_tokenizer(a: Any, b: Any, spare: Collection[str] = ()) -> str | None:
+def find_tokenizer_difference(a: Any, b: Any, ignored_tokens: Collection[str] = ()) -> str | None:
     """Why the ids of two tokenizers do not mean the same, with an example; None if they do.
 
     Compared: every entry of the vocabulary but `spare` ones of `a`, and the ids of probe texts. Padding, end
     and beginning of sequence and chat template may differ, as they do between base and instruct models of
     one family.
     """
-    entries = {token: number for token, number in a.get_vocab().items() if token not in spare}
-    return _entry_that_differs(entries, b.get_vocab()) or _text_that_differs(a, b, spare)
+    entries = {token: number for token, number in a.get_vocab().items() if token not in ignored_tokens}
+    return _find_entry_difference(entries, b.get_vocab()) or _find_text_difference(a, b, ignored_tokens)
 
 
-def _added_behind(student: Any, teacher: Any) -> list[str]:
+def _list_appended_tokens(student: Any, teacher: Any) -> list[str]:
     """Tokens that a script added to the student's tokenizer, behind all of the teacher's."""
     known = teacher.get_vocab()
     last = max(known.values())
     return sorted(t for t, n in student.get_added_vocab().items() if t not in known and n > last)
 
 
-def _warn_of_spare(spare: Collection[str]) -> None:
-    if spare:
+def _warn_appended_tokens(tokens: Collection[str]) -> None:
+    if tokens:
         warnings.warn(
-            f"the teacher's tokenizer lacks {', '.join(map(repr, spare))}: the teacher never learnt what they"
+            f"the teacher's tokenizer lacks {', '.join(map(repr, tokens))}: the teacher never learnt what they"
             " mean, so they should be padding, not text",
             stacklevel=3,
         )
 
 
-def tokenizer_of(model: PreTrainedModel) -> Any | None:
+def load_model_tokenizer(model: PreTrainedModel) -> Any | None:
     """The tokenizer in the folder or hub repository that `model` was loaded from; None if there is none.
 
     Remote code is never run. A tokenizer needs files: without them transformers makes up an empty one.
@@ -137,13 +137,13 @@ def tokenizer_of(model: PreTrainedModel) -> Any | None:
         return None
 
 
-def _accept_unproven(sizes: dict[str, int]) -> None:
+def _check_sizes_without_tokenizer(sizes: dict[str, int]) -> None:
     prove = "pass the teacher's tokenizer as `teacher_processing_class=...`"
     if sizes["student"] != sizes["teacher"]:
         raise ValueError(
             f"the student has {sizes['student']} vocabulary entries and the teacher {sizes['teacher']}, and "
             f"the teacher's tokenizer is unknown, so the extra ones may be more than padding: {prove}, "
-            f"or {WAY_OUT}"
+            f"or {MISMATCH_ADVICE}"
         )
     warnings.warn(
         f"teacher and student have {sizes['student']} vocabulary entries each, but the teacher's "
@@ -152,7 +152,7 @@ def _accept_unproven(sizes: dict[str, int]) -> None:
     )
 
 
-def _warn_of_ends(student: Any, teacher: Any) -> None:
+def _warn_different_eos(student: Any, teacher: Any) -> None:
     if student.eos_token_id != teacher.eos_token_id:
         warnings.warn(
             f"the student's sequences end with {student.eos_token!r}, the teacher's with "
@@ -172,7 +172,7 @@ def _check_ids_fit(tokenizer: Any, sizes: dict[str, int]) -> None:
             )
 
 
-def _entry_that_differs(a: dict[str, int], b: dict[str, int]) -> str | None:
+def _find_entry_difference(a: dict[str, int], b: dict[str, int]) -> str | None:
     differing = a.items() ^ b.items()
     if not differing:
         return None
@@ -183,9 +183,11 @@ def _entry_that_differs(a: dict[str, int], b: dict[str, int]) -> str | None:
     return f"{count} vocabulary entries differ, for example {token!r} has {ids}"
 
 
-def _text_that_differs(a: Any, b: Any, spare: Collection[str]) -> str | None:
-    special = dict.fromkeys(t for t in [*a.all_special_tokens, *b.all_special_tokens] if t not in spare)
-    for text in (*PROBES, *(f"a{token}b {token}" for token in special)):
+def _find_text_difference(a: Any, b: Any, ignored_tokens: Collection[str]) -> str | None:
+    special = dict.fromkeys(
+        t for t in [*a.all_special_tokens, *b.all_special_tokens] if t not in ignored_tokens
+    )
+    for text in (*PROBE_TEXTS, *(f"a{token}b {token}" for token in special)):
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (a, b)]
         if ids[0] != ids[1]:
             agreed = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False))

@@ -6,27 +6,29 @@ from typing import Any
 
 import pandas as pd
 
-from gkd_lab.config import Cell, GridOfCells
+from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.files import read_json
-from gkd_lab.tables.rows import judged_by
+from gkd_lab.tables.rows import get_primary_metric
 
-LONGEST = 1500
+MAX_CHARACTERS = 1500
 """Characters of a text that a report shows."""
 
 
-def judged(store: Store, cell: Cell, evaluation: AnyEvaluation) -> dict[str, EvaluationRecord]:
+def get_evaluations_by_role(
+    store: Store, cell: Cell, evaluation: AnyEvaluation
+) -> dict[str, EvaluationRecord]:
     """The evaluation of the cell's start, of the cell and of its teacher."""
     records = {
-        "start": store.artifact(cell.scale, "start", cell.training.start),
-        "cell": store.of(cell),
-        "teacher": store.artifact(cell.scale, "teacher", cell.training.teacher),
+        "start": store.get_artifact(cell.scale, "start", cell.training.start),
+        "cell": store.get_record(cell),
+        "teacher": store.get_artifact(cell.scale, "teacher", cell.training.teacher),
     }
-    return {role: record.evaluation(evaluation) for role, record in records.items()}
+    return {role: record.get_evaluation(evaluation) for role, record in records.items()}
 
 
-def best_cell(grid: GridOfCells, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
+def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
     """The cell with the highest score of a task; the first of several."""
     scored = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
     if scored.empty:
@@ -35,42 +37,45 @@ def best_cell(grid: GridOfCells, frame: pd.DataFrame, metric: str, task: str) ->
     return next(cell for cell in grid.cells if cell.fingerprint == fingerprint)
 
 
-def samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, Any]]:
+def select_samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, Any]]:
     """`count` examples, spread evenly, each with what the start, the cell and the teacher wrote."""
-    evaluation, metric = judged_by(cell)
-    written = {role: record.predictions() for role, record in judged(store, cell, evaluation).items()}
+    evaluation, metric = get_primary_metric(cell)
+    written = {
+        role: record.read_prediction_rows()
+        for role, record in get_evaluations_by_role(store, cell, evaluation).items()
+    }
     total = len(written["cell"])
     chosen = range(total) if total <= count else (i * total // count for i in range(count))
-    return [_sample(written, index, metric) for index in chosen]
+    return [_build_sample(written, index, metric) for index in chosen]
 
 
-def _sample(written: dict[str, list[dict[str, Any]]], index: int, metric: str) -> dict[str, Any]:
-    example = written["cell"][index]
+def _build_sample(predictions: dict[str, list[dict[str, Any]]], index: int, metric: str) -> dict[str, Any]:
+    example = predictions["cell"][index]
     outputs = {}
-    for role, rows in written.items():
+    for role, rows in predictions.items():
         same = index < len(rows) and rows[index].get("prompt") == example.get("prompt")
         row = rows[index] if same else {}
         outputs[role] = {
-            "text": shortened(row["prediction"]) if row else None,
+            "text": shorten_text(row["prediction"]) if row else None,
             "score": row.get("scores", {}).get(metric),
             "ended": row.get("ended", True),
         }
-    references = [shortened(text) for text in example.get("references", [])]
+    references = [shorten_text(text) for text in example.get("references", [])]
     return {
         "number": index + 1,
-        "prompt": shortened(example.get("prompt", "")),
+        "prompt": shorten_text(example.get("prompt", "")),
         "references": references,
         "outputs": outputs,
     }
 
 
-def shortened(text: str) -> str:
+def shorten_text(text: str) -> str:
     """Long texts end with how much was left out."""
-    left_out = len(text) - LONGEST
-    return text if left_out <= 0 else f"{text[:LONGEST]} ... ({left_out} more characters)"
+    left_out = len(text) - MAX_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} ... ({left_out} more characters)"
 
 
-def failures(grid: GridOfCells, store: Store) -> list[dict[str, str]]:
+def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
     """Every failed part: what it is, where it lies below the outputs folder, error, traceback."""
     return [
         {
@@ -79,39 +84,39 @@ def failures(grid: GridOfCells, store: Store) -> list[dict[str, str]]:
             "error": str(status.get("error", "")),
             "traceback": str(status.get("traceback", "")),
         }
-        for name, record, evaluations in _parts(grid, store)
-        for part in (record, *(record.evaluation(one) for one in evaluations))
-        if (status := part.status()).get("state") == "failed"
+        for name, record, evaluations in _list_records(grid, store)
+        for part in (record, *(record.get_evaluation(one) for one in evaluations))
+        if (status := part.read_status()).get("state") == "failed"
     ]
 
 
-def origins(grid: GridOfCells, store: Store) -> list[tuple[str, str]]:
+def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:
     """Provenance of all finished records: a fact and its values, several where records differ."""
     facts: dict[str, dict[str, None]] = {}
     times: list[str] = []
-    for _, record, _ in _parts(grid, store):
+    for _, record, _ in _list_records(grid, store):
         found = read_json(record.folder / "provenance.json") or {}
         times += [found.pop("time")] if "time" in found else []
         for name, value in found.items():
-            facts.setdefault(name, {})[_stated(value)] = None
+            facts.setdefault(name, {})[_format_fact(value)] = None
     dated = [("recorded", f"{min(times)} to {max(times)}")] if times else []
     return [*dated, *((name.replace("_", " "), "; ".join(v)) for name, v in facts.items())]
 
 
-def _parts(grid: GridOfCells, store: Store) -> Iterator[tuple[str, Record, tuple[AnyEvaluation, ...]]]:
+def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple[AnyEvaluation, ...]]]:
     seen = set()
     for cell in grid.cells:
         for role, model in (("start", cell.training.start), ("teacher", cell.training.teacher)):
             if (role, model.fingerprint) not in seen:
                 seen.add((role, model.fingerprint))
-                record = store.artifact(grid.scale, role, model)
+                record = store.get_artifact(grid.scale, role, model)
                 yield f"{cell.task}, {role} {model.model.name}", record, cell.evaluations
         divergence = "total variation" if cell.beta is None else f"β = {cell.beta:g}"
         name = f"{cell.task}, λ = {cell.lmbda:g}, {divergence}, seed {cell.seed}"
-        yield name, store.of(cell), cell.evaluations
+        yield name, store.get_record(cell), cell.evaluations
 
 
-def _stated(value: Any) -> str:
+def _format_fact(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):

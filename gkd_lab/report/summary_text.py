@@ -5,14 +5,18 @@ from typing import Any
 
 import pandas as pd
 
-from gkd_lab.statistics.differences import CONFIDENCE, Difference
-from gkd_lab.statistics.summaries import Effect, Samples, lmbda_effect, summary
-from gkd_lab.tables.loss_labels import axis_named, divergence_label
-from gkd_lab.tables.table import axes_of
+from gkd_lab.statistics.differences import CONFIDENCE_LEVEL, StartDifference
+from gkd_lab.statistics.summaries import Effect, StatisticsLookup, estimate_lmbda_effect, summary
+from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
+from gkd_lab.tables.table import list_axes
 
 
-def findings(
-    frame: pd.DataFrame, metric: str, task: str, samples: Samples, against_start: Sequence[Difference]
+def describe_results(
+    frame: pd.DataFrame,
+    metric: str,
+    task: str,
+    samples: StatisticsLookup,
+    start_differences: Sequence[StartDifference],
 ) -> list[str]:
     """Best cell, who is better than its start, range over beta, effect of lmbda; gaps are said."""
     here = frame[frame["task"] == task]
@@ -20,34 +24,34 @@ def findings(
     cells = described[(described["role"] == "cell") & described["mean"].notna()]
     if cells.empty:
         return ["No cell of this task has a score yet, so there is nothing to say about λ or β."]
-    effect = lmbda_effect(here, metric, samples)
+    effect = estimate_lmbda_effect(here, metric, samples)
     return [
-        _best(cells, described, axes_of(frame)),
-        _against_start(against_start),
-        _over_beta(cells, axes_of(frame)),
-        _over_lmbda(here, effect),
+        _describe_best(cells, described, list_axes(frame)),
+        _describe_start_comparison(start_differences),
+        _describe_beta_effect(cells, list_axes(frame)),
+        _describe_lmbda_effect(here, effect),
     ]
 
 
-def place(row: Any, axes: Sequence[str]) -> str:
+def describe_point(row: Any, axes: Sequence[str]) -> str:
     """`λ = 1, JSD(0.1)`, with the other axes' values."""
     if "objectives" in axes:  # whose first divergence says itself
-        return ", ".join([f"λ = {row['lmbda']:g}", *(axis_named(axis, row[axis]) for axis in axes)])
-    others = [axis_named(axis, row[axis]) for axis in axes]
+        return ", ".join([f"λ = {row['lmbda']:g}", *(format_axis_setting(axis, row[axis]) for axis in axes)])
+    others = [format_axis_setting(axis, row[axis]) for axis in axes]
     return ", ".join([f"λ = {row['lmbda']:g}", divergence_label(row["beta"]), *others])
 
 
-def with_interval(row: Any) -> str:
+def format_score(row: Any) -> str:
     """`93.2 [90.8, 95.1]`, without brackets where there is no interval."""
     ends = "" if row["interval"] == "none" else f" [{row['low']:.1f}, {row['high']:.1f}]"
     return f"{row['mean']:.1f}{ends}"
 
 
-def _best(cells: pd.DataFrame, described: pd.DataFrame, axes: list[str]) -> str:
+def _describe_best(cells: pd.DataFrame, summaries: pd.DataFrame, axes: list[str]) -> str:
     best = cells.iloc[int(cells["mean"].argmax())]
     compared = []
     for role, name in (("start", "the SFT student"), ("teacher", "the teacher")):
-        known = described[(described["role"] == role) & described["mean"].notna()]
+        known = summaries[(summaries["role"] == role) & summaries["mean"].notna()]
         for axis in axes:  # where the reference depends on an axis, the one of the best cell
             known = known[known[axis].isna() | (known[axis] == best[axis])]
         if len(known) == 1:
@@ -55,10 +59,10 @@ def _best(cells: pd.DataFrame, described: pd.DataFrame, axes: list[str]) -> str:
             word = "above" if difference >= 0 else "below"
             compared.append(f"{abs(difference):.1f} {word} {name} ({known['mean'].iloc[0]:.1f})")
     against = f", {' and '.join(compared)}" if compared else ""
-    return f"Best of {len(cells)}: {place(best, axes)} with {with_interval(best)}{against}."
+    return f"Best of {len(cells)}: {describe_point(best, axes)} with {format_score(best)}{against}."
 
 
-def _against_start(differences: Sequence[Difference]) -> str:
+def _describe_start_comparison(differences: Sequence[StartDifference]) -> str:
     if not differences:
         return "No student can be compared with the SFT student that it started from."
     verdicts = [one.verdict for one in differences]
@@ -68,18 +72,18 @@ def _against_start(differences: Sequence[Difference]) -> str:
     return (
         f"Against the SFT student that they started from, {count['higher']} of {len(verdicts)} students are "
         f"higher, {count['lower']} lower, {count['undecided']} undecided "
-        f"({len(verdicts)} comparisons, Holm-adjusted at {CONFIDENCE:.0%})."
+        f"({len(verdicts)} comparisons, Holm-adjusted at {CONFIDENCE_LEVEL:.0%})."
     )
 
 
-def _over_beta(cells: pd.DataFrame, axes: list[str]) -> str:
+def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
     top = cells["lmbda"].max()
     there = cells[cells["lmbda"] == top].groupby("beta")["mean"].mean()
     if len(there) < 2:
         return f"At λ = {top:g} one divergence only has a score, so nothing is said about β."
     best, least = there.idxmax(), there.idxmin()
     averaged = f", averaged over {', '.join(axes)}" if axes else ""
-    overlap = _overlap(cells[cells["lmbda"] == top], best, least) if not axes else ""
+    overlap = _describe_overlap(cells[cells["lmbda"] == top], best, least) if not axes else ""
     return (
         f"At λ = {top:g} the {len(there)} divergences span "
         f"{there[best] - there[least]:.1f}{averaged}: from {there[least]:.1f} "
@@ -87,15 +91,15 @@ def _over_beta(cells: pd.DataFrame, axes: list[str]) -> str:
     )
 
 
-def _overlap(cells: pd.DataFrame, best: float, least: float) -> str:
-    upper, lower = (cells[cells["beta"] == beta].iloc[0] for beta in (best, least))
+def _describe_overlap(cells: pd.DataFrame, best_beta: float, worst_beta: float) -> str:
+    upper, lower = (cells[cells["beta"] == beta].iloc[0] for beta in (best_beta, worst_beta))
     if pd.isna(upper["low"]) or pd.isna(lower["high"]):
         return ""
     apart = upper["low"] > lower["high"]
     return "; their intervals do not overlap" if apart else "; their intervals overlap"
 
 
-def _over_lmbda(frame: pd.DataFrame, effect: Effect | None) -> str:
+def _describe_lmbda_effect(frame: pd.DataFrame, effect: Effect | None) -> str:
     lmbdas = frame["lmbda"].dropna()
     low, high = lmbdas.min(), lmbdas.max()
     if low == high:

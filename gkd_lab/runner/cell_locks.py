@@ -8,11 +8,11 @@ from filelock import Timeout
 from gkd_lab.config.cell import Cell
 from gkd_lab.runner.run_options import RunOptions
 
-PATIENCE = 0.2
+LOCK_TIMEOUT = 0.2
 """Seconds, not 0: a reader that asks whether a cell is claimed holds the lock for an instant."""
 
 
-class Claimed:
+class PackLock:
     """The cells of a pack that this process may work on, locked for as long as the block lasts.
 
     They are claimed in sorted order, all or those it gets: of two processes that meet at a pack, the second
@@ -20,27 +20,27 @@ class Claimed:
     """
 
     def __init__(self, cells: Sequence[Cell], options: RunOptions) -> None:
-        self.wanted, self.options = cells, options
-        self.cells: list[Cell] = []
-        self.elsewhere: list[Cell] = []
+        self.requested_cells, self.options = cells, options
+        self.locked_cells: list[Cell] = []
+        self.busy_cells: list[Cell] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Claimed":
+    def __enter__(self) -> "PackLock":
         with self._stack as stack:
-            for cell in sorted(self.wanted, key=lambda cell: cell.folder):
-                self._claim(cell, stack)
+            for cell in sorted(self.requested_cells, key=lambda cell: cell.folder):
+                self._try_lock_cell(cell, stack)
             self._stack = stack.pop_all()
-        others = {cell.full_fingerprint for cell in self.elsewhere}
-        self.cells = [cell for cell in self.wanted if cell.full_fingerprint not in others]
+        others = {cell.full_fingerprint for cell in self.busy_cells}
+        self.locked_cells = [cell for cell in self.requested_cells if cell.full_fingerprint not in others]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _claim(self, cell: Cell, stack: ExitStack) -> None:
-        patience = 0.02 if self.elsewhere else PATIENCE
-        lock = self.options.store.of(cell).lock()
+    def _try_lock_cell(self, cell: Cell, stack: ExitStack) -> None:
+        patience = 0.02 if self.busy_cells else LOCK_TIMEOUT
+        lock = self.options.store.get_record(cell).lock()
         try:
             stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.02))
         except Timeout:
-            self.elsewhere.append(cell)
+            self.busy_cells.append(cell)

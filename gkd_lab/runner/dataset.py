@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.cell import DataSpec, SftModel, Split
-from gkd_lab.encoding.batches import Cut, Example, encode
-from gkd_lab.models.classifiers import classified
+from gkd_lab.encoding.batches import Example, TruncationCounts, encode_rows
+from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.store.files import write_json
 from gkd_lab.tasks import Row, get_task, load_rows
-from gkd_lab.training.classification_adapter import Labelled, labelled
+from gkd_lab.training.classification_adapter import LabelledExample, encode_labelled_rows
 
 
 @dataclass(frozen=True)
-class Taken(Cut):
+class SplitReport(TruncationCounts):
     """What became of a split's rows: `rows` were taken, so many `prompts` and `completions` of them were
     longer than their limits and lost what exceeded it, and `dropped` rows were not taken, by reason.
     """
@@ -29,18 +29,18 @@ class SplitRows(tuple[Row, ...]):
     dropped: dict[str, int]
 
     @classmethod
-    def of(cls, rows: Iterable[Row], dropped: dict[str, int]) -> "SplitRows":
+    def create(cls, rows: Iterable[Row], dropped: dict[str, int]) -> "SplitRows":
         made = cls(rows)
         made.dropped = dropped
         return made
 
-    def first(self, count: int | None) -> "SplitRows":
+    def take_first(self, count: int | None) -> "SplitRows":
         """The first rows; None: all."""
-        return self if count is None else SplitRows.of(self[:count], self.dropped)
+        return self if count is None else SplitRows.create(self[:count], self.dropped)
 
 
 @lru_cache(maxsize=16)
-def rows(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
+def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
     """The rows of a split, as many as the spec asks for or as there are. ValueError for broken data."""
     found = load_rows(
         get_task(task),
@@ -56,37 +56,39 @@ def rows(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
         calculator_marks=data.calculator_marks,
         cache=cache,
     )
-    return SplitRows.of(found, found.dropped)
+    return SplitRows.create(found, found.dropped_counts)
 
 
-def texts(model: SftModel, found: tuple[Row, ...]) -> list[tuple[str, str]]:
+def build_text_pairs(model: SftModel, rows: tuple[Row, ...]) -> list[tuple[str, str]]:
     """(prompt, target) as the model reads them: a decoder's prompt ends with a line break."""
     end = "\n" if model.family == "decoder-only" else ""
-    return [(row.prompt + end, row.target) for row in found]
+    return [(row.prompt + end, row.target) for row in rows]
 
 
-def examples(model: SftModel, tokenizer: Any, found: tuple[Row, ...]) -> tuple[list[Any], Taken]:
+def encode_examples(model: SftModel, tokenizer: Any, rows: tuple[Row, ...]) -> tuple[list[Any], SplitReport]:
     """Token ids of the rows within the model's limits, and how many rows were cut or left out.
 
-    `Example`s, or of a classifier `Labelled`.
+    `ComparedExample`s, or of a classifier `LabelledExample`.
     """
-    encoded: Sequence[Example | Labelled]
-    pairs, limit = texts(model, found), model.max_input_tokens
-    kind = classified(model.family)
+    encoded: Sequence[Example | LabelledExample]
+    pairs, limit = build_text_pairs(model, rows), model.max_input_tokens
+    kind = parse_classifier_kind(model.family)
     if kind is not None:
         names = get_task(model.task).labels
-        encoded, cut = labelled(tokenizer, kind, names, pairs, max_input_tokens=limit)
+        encoded, cut = encode_labelled_rows(tokenizer, kind, names, pairs, max_input_tokens=limit)
     else:
-        encoded, cut = encode(
+        encoded, cut = encode_rows(
             tokenizer,
             pairs,
             is_encoder_decoder=model.family == "encoder-decoder",
             max_input_tokens=limit,
             max_output_tokens=model.max_output_tokens,
         )
-    return list(encoded), Taken(**vars(cut), dropped=found.dropped if isinstance(found, SplitRows) else {})
+    return list(encoded), SplitReport(
+        **vars(cut), dropped=rows.dropped if isinstance(rows, SplitRows) else {}
+    )
 
 
-def report_cut(folder: Path, split: str, cut: Cut) -> None:
+def write_split_report(folder: Path, split: str, report: TruncationCounts) -> None:
     """Say beside the record how many rows were longer than the limits, and how many were left out."""
-    write_json(folder / f"rows-{split}.json", vars(cut))
+    write_json(folder / f"rows-{split}.json", vars(report))

@@ -7,20 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gkd_lab.store import Part
+from gkd_lab.store import RecordPart
 
-OF_THE_MACHINE = {
+INFRASTRUCTURE_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM),
 }
 """What the system says of itself; libraries use OSError for a checkpoint that is not there, too."""
 
-NEEDED = 8 << 20
+MIN_FREE_BYTES = 8 << 20
 """Bytes below which a file system counts as full."""
 
 
 @contextmanager
-def kept_by(parts: Iterable[Part], outputs: Path) -> Iterator[None]:
+def record_failures(parts: Iterable[RecordPart], outputs: Path) -> Iterator[None]:
     """An error inside becomes the failure of each part that has no verdict yet, and is raised again.
 
     A full disk or another fault of the machine is nobody's failure: it is raised as an OSError, and what
@@ -29,15 +29,15 @@ def kept_by(parts: Iterable[Part], outputs: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        if isinstance(error, OSError) and error.errno in INFRASTRUCTURE_ERRNOS:
             raise
-        if shutil.disk_usage(outputs).free < NEEDED:
+        if shutil.disk_usage(outputs).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, "No space left on device", str(outputs)) from error
         for part in parts:
-            if not part.status():
-                part.failed(f"{type(error).__name__}: {error}", traceback.format_exc())
-        raise PartFailed(f"{type(error).__name__}: {error}") from error
+            if not part.read_status():
+                part.mark_failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise RecordedFailure(f"{type(error).__name__}: {error}") from error
 
 
-class PartFailed(RuntimeError):
+class RecordedFailure(RuntimeError):
     """Something failed and its record says why; others go on."""

@@ -13,71 +13,71 @@ from typing import Any
 from gkd_lab.store import lock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAID = b"\nstopping after this step, when its checkpoint is written; once more stops at once\n"
+STOP_MESSAGE = b"\nstopping after this step, when its checkpoint is written; once more stops at once\n"
 
 
 class Terminated(SystemExit):
     """SIGTERM came; the exit status is 143."""
 
 
-_asked: int | None = None
-_trainings = 0
+_received_signal: int | None = None
+_active_trainings = 0
 
 
 @contextmanager
-def signals_heard() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Inside, SIGINT raises KeyboardInterrupt and SIGTERM Terminated; a training delays either by a step.
 
     For the main thread only, as Python's signals are.
     """
-    global _asked
-    before = {number: signal.signal(number, _hear) for number in SIGNALS}
+    global _received_signal
+    before = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
     try:
         yield
     finally:
-        _asked = None
+        _received_signal = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def finishing_steps() -> Iterator[None]:
+def delay_signals() -> Iterator[None]:
     """Around a training that looks at `is_asked` after each step: leaving the block stops the process."""
-    global _trainings
-    _trainings += 1
+    global _active_trainings
+    _active_trainings += 1
     try:
         yield
     finally:
-        _trainings -= 1
-    if _asked is not None:
-        raise _reason(_asked)
+        _active_trainings -= 1
+    if _received_signal is not None:
+        raise _create_interrupt(_received_signal)
 
 
-def is_asked() -> bool:
+def is_stop_requested() -> bool:
     """Whether the training is to save now and stop.
 
     Raises OSError (ESTALE) where another machine has taken over a record: nothing may be written there.
     """
-    taken = lock.lost()
+    taken = lock.find_lost_folder()
     if taken is not None:
-        why = f"this process was silent for {lock.STALE:.0f} s and another took over its work"
+        why = f"this process was silent for {lock.STALE_SECONDS:.0f} s and another took over its work"
         raise OSError(errno.ESTALE, why, str(taken))
-    return _asked is not None
+    return _received_signal is not None
 
 
-def _hear(number: int, _: Any) -> None:
-    global _asked
-    first = _asked is None
-    _asked = number
-    if first and _trainings:
+def _handle_signal(number: int, _: Any) -> None:
+    global _received_signal
+    first = _received_signal is None
+    _received_signal = number
+    if first and _active_trainings:
         # Not print, in the middle of which the signal may have come; the reader may be gone.
         with suppress(OSError):
-            os.write(2, SAID)
+            os.write(2, STOP_MESSAGE)
         return
     for one in SIGNALS:
         signal.signal(one, signal.SIG_DFL)
-    raise _reason(number)
+    raise _create_interrupt(number)
 
 
-def _reason(number: int) -> BaseException:
+def _create_interrupt(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)

@@ -5,7 +5,7 @@ import os
 import warnings
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Errors only from transformers and datasets, no progress bars but ours, no notes on renamed fields."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\..*")

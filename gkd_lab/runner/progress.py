@@ -17,11 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[int], None]
+ProgressUpdate = Callable[[int], None]
 """Called with how much has been done in all."""
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1:02:03`, `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -39,14 +39,14 @@ class Reporter:
         self.console.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
         """Work of `total` units of which `done` were done before."""
-        show = self._bar if self.console.is_terminal else self._lines
+        show = self._show_bar if self.console.is_terminal else self._print_progress_lines
         with show(name, total, done) as advance:
             yield advance
 
     @contextmanager
-    def _bar(self, name: str, total: int, done: int) -> Iterator[Advance]:
+    def _show_bar(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -60,7 +60,7 @@ class Reporter:
             yield lambda count: progress.update(task, completed=count)
 
     @contextmanager
-    def _lines(self, name: str, total: int, done: int) -> Iterator[Advance]:
+    def _print_progress_lines(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
         start, reached = time.monotonic(), done * 4 // max(total, 1)
         self.say(f"{name}: {done} of {total}")
 
@@ -70,7 +70,7 @@ class Reporter:
                 reached = count * 4 // total
                 passed = time.monotonic() - start
                 left = passed / max(count - done, 1) * (total - count)
-                self.say(f"{name}: {count} of {total}, {span(left)} left")
+                self.say(f"{name}: {count} of {total}, {format_duration(left)} left")
 
         yield advance
-        self.say(f"{name}: done in {span(time.monotonic() - start)}")
+        self.say(f"{name}: done in {format_duration(time.monotonic() - start)}")

@@ -23,7 +23,7 @@ class RunOptions:
     """Optimizer steps between two rows of a cell's metrics.jsonl."""
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=Tracker)
-    held: Literal["pass", "wait"] = "pass"
+    busy_cells: Literal["pass", "wait"] = "pass"
     """What to do about cells that other processes work on, once nothing else is left."""
     workers: int = 1
     """Processes of this run on this machine, which share its memory and its cells."""
@@ -42,12 +42,12 @@ class RunOptions:
         return Store(self.outputs)
 
     @property
-    def cache(self) -> Path:
+    def cache_folder(self) -> Path:
         """Where slow sources keep what they read."""
         return self.outputs / ".cache"
 
 
-def device() -> str:
+def select_device() -> str:
     """Where models are put for evaluation; trainers find theirs by themselves."""
     import torch
 

@@ -25,23 +25,27 @@ from transformers import (
 
 from gkd_lab.config.cell import OptimizerSpec, SftSpec
 from gkd_lab.encoding.batches import Example
-from gkd_lab.models.classifiers import kind_of
-from gkd_lab.runner.checkpoint_callback import Saving
-from gkd_lab.runner.interrupts import finishing_steps
-from gkd_lab.runner.progress import Advance
+from gkd_lab.models.classifiers import get_classifier_kind
+from gkd_lab.runner.checkpoint_callback import CheckpointCallback
+from gkd_lab.runner.interrupts import delay_signals
+from gkd_lab.runner.progress import ProgressUpdate
 from gkd_lab.store import Record
-from gkd_lab.training.checkpoints import complete_steps, folder_of, keep_only
-from gkd_lab.training.classification_adapter import Labelled, collate, in_form_of_transformers
+from gkd_lab.training.checkpoints import build_checkpoint_path, list_complete_steps, remove_other_checkpoints
+from gkd_lab.training.classification_adapter import (
+    LabelledExample,
+    build_transformers_batch,
+    collate_labelled_rows,
+)
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+OPTIMIZER_NAMES = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 
 
-def optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
+def build_optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
     """The optimizer and its schedule as arguments of transformers' Trainer."""
     return {
-        "optim": OPTIMIZERS[optimizer.name],
+        "optim": OPTIMIZER_NAMES[optimizer.name],
         "learning_rate": optimizer.learning_rate,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
@@ -54,7 +58,7 @@ def optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
     }
 
 
-def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
+def build_trainer_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
     """What every training of this project tells transformers' Trainer."""
     return {
         "output_dir": str(folder),
@@ -72,10 +76,10 @@ def common_arguments(folder: Path, steps: int, save_every: int, log_every: int) 
     }
 
 
-class Follow(TrainerCallback):
+class HistoryCallback(TrainerCallback):
     """Tells the progress bar, and writes the Trainer's log into the record."""
 
-    def __init__(self, advance: Advance, record: Record | None = None) -> None:
+    def __init__(self, advance: ProgressUpdate, record: Record | None = None) -> None:
         self.advance, self.record = advance, record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -84,7 +88,7 @@ class Follow(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.record is not None and "loss" in (logs or {}):
             kept = ("loss", "grad_norm", "learning_rate")
-            self.record.log({"step": state.global_step, **{k: logs[k] for k in kept if k in logs}})
+            self.record.log_row({"step": state.global_step, **{k: logs[k] for k in kept if k in logs}})
 
 
 def fine_tune(
@@ -93,41 +97,43 @@ def fine_tune(
     examples: Sequence[Any],
     sft: SftSpec,
     record: Record,
-    advance: Advance,
+    advance: ProgressUpdate,
     *,
     save_every: int,
     log_every: int,
 ) -> None:
     """Train `model` in place on completions or labels; resumes from the record's checkpoints."""
     folder = record.steps_folder
-    done = max(complete_steps(folder), default=0)
-    record.rewind(done)
+    done = max(list_complete_steps(folder), default=0)
+    record.rewind_history(done)
     if done >= sft.steps:
         from safetensors.torch import load_model
 
-        load_model(model, folder_of(str(folder), done) / "model.safetensors")
+        load_model(model, build_checkpoint_path(str(folder), done) / "model.safetensors")
         return
     arguments = {
-        **common_arguments(folder, sft.steps, save_every, log_every),
-        **optimizer_arguments(sft.optimizer),
+        **build_trainer_arguments(folder, sft.steps, save_every, log_every),
+        **build_optimizer_arguments(sft.optimizer),
         "per_device_train_batch_size": sft.batch_size,
         "dataloader_drop_last": len(examples) > sft.batch_size,
         "seed": sft.seed,
         "remove_unused_columns": False,
     }
-    build: Callable[..., Trainer] = _seq2seq if model.config.is_encoder_decoder else _causal
-    if kind_of(model) is not None:
-        build = _classifier
+    build: Callable[..., Trainer] = (
+        _create_seq2seq_trainer if model.config.is_encoder_decoder else _create_causal_trainer
+    )
+    if get_classifier_kind(model) is not None:
+        build = _create_classifier_trainer
     trainer = build(model, tokenizer, examples, arguments)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Follow(advance, record))
-    trainer.add_callback(Saving([folder]))
-    with finishing_steps():
-        trainer.train(resume_from_checkpoint=str(folder_of(str(folder), done)) if done else None)
-    keep_only(str(folder), sft.steps)
+    trainer.add_callback(HistoryCallback(advance, record))
+    trainer.add_callback(CheckpointCallback([folder]))
+    with delay_signals():
+        trainer.train(resume_from_checkpoint=str(build_checkpoint_path(str(folder), done)) if done else None)
+    remove_other_checkpoints(str(folder), sft.steps)
 
 
-def _causal(
+def _create_causal_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
     from trl import SFTConfig, SFTTrainer
@@ -153,14 +159,14 @@ def _causal(
     )
 
 
-def _classifier(
-    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Labelled], arguments: dict[str, Any]
+def _create_classifier_trainer(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[LabelledExample], arguments: dict[str, Any]
 ) -> Trainer:
-    kind = kind_of(model)
+    kind = get_classifier_kind(model)
     assert kind is not None, "a classifier"
 
-    def collated(rows: Sequence[Labelled]) -> dict[str, Tensor]:
-        return in_form_of_transformers(collate(rows, tokenizer.pad_token_id, kind), kind)
+    def collated(rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
+        return build_transformers_batch(collate_labelled_rows(rows, tokenizer.pad_token_id, kind), kind)
 
     return Trainer(
         model=model,
@@ -171,7 +177,7 @@ def _classifier(
     )
 
 
-def _seq2seq(
+def _create_seq2seq_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
     rows = [{"input_ids": e.prompt_ids, "labels": e.completion_ids} for e in examples]

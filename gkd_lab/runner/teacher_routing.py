@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from gkd_lab.config.errors import nearest
-from gkd_lab.config.loss_terms import AnyObjective, Objective
+from gkd_lab.config.errors import suggest_choices
+from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedTerm
 from gkd_lab.encoding.batches import Example
 from gkd_lab.tasks import Row
 
 
-def with_routes(
-    found: Sequence[Example], rows: Sequence[Row], objectives: Iterable[AnyObjective]
+def assign_teachers(
+    examples: Sequence[Example], rows: Sequence[Row], objectives: Iterable[ResolvedTerm]
 ) -> list[Example]:
     """The same rows, each with its teacher's number, where a divergence is routed.
 
@@ -18,25 +18,25 @@ def with_routes(
     """
     numbers: dict[str, int] = {}
     for one in objectives:
-        if isinstance(one, Objective) and one.routes is not None:
+        if isinstance(one, ResolvedDivergence) and one.routes is not None:
             numbers |= dict(zip(one.routes, one.teachers, strict=True))
     if not numbers:
-        return list(found)
+        return list(examples)
     return [
-        replace(example, route=_number(row, place, numbers))
-        for place, (example, row) in enumerate(zip(found, rows, strict=True))
+        replace(example, route=_find_teacher_number(row, place, numbers))
+        for place, (example, row) in enumerate(zip(examples, rows, strict=True))
     ]
 
 
-def _number(row: Row, place: int, numbers: dict[str, int]) -> int:
+def _find_teacher_number(row: Row, row_index: int, numbers: dict[str, int]) -> int:
     if row.teacher is None:
         raise ValueError(
-            f"a divergence is routed, and row {place} of the train split names no teacher: give the data a "
+            f"a divergence is routed, and row {row_index} of the train split names no teacher: give the data a "
             f"column `teacher` with {' or '.join(map(repr, numbers))}"
         )
     if row.teacher not in numbers:
         raise ValueError(
-            f"row {place} of the train split is meant for the teacher {row.teacher!r}, which no routed "
-            f"divergence has; {nearest(row.teacher, numbers)}"
+            f"row {row_index} of the train split is meant for the teacher {row.teacher!r}, which no routed "
+            f"divergence has; {suggest_choices(row.teacher, numbers)}"
         )
     return numbers[row.teacher]

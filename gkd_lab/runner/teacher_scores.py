@@ -8,80 +8,82 @@ from typing import Any
 
 import torch
 
-from gkd_lab.config.cell import ScoresSpec
+from gkd_lab.config.cell import TeacherScoresSpec
 from gkd_lab.encoding.batches import Example
-from gkd_lab.models.build import load_tokenizer, quiet
+from gkd_lab.models.build import hide_progress_bars, load_tokenizer
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.dataset import examples, rows
-from gkd_lab.runner.failures import kept_by
-from gkd_lab.runner.memory import release
-from gkd_lab.runner.repair import damaged_file, mend_finished
-from gkd_lab.runner.run_options import RunOptions, device
-from gkd_lab.runner.teacher_text import ensure_text, with_teacher_text
+from gkd_lab.runner.dataset import encode_examples, load_split
+from gkd_lab.runner.failures import record_failures
+from gkd_lab.runner.memory import release_memory
+from gkd_lab.runner.repair import find_damaged_file, quarantine_damaged_result
+from gkd_lab.runner.run_options import RunOptions, select_device
+from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
-from gkd_lab.store.provenance import provenance
-from gkd_lab.teachers.cached_teachers import StoredTeacher
-from gkd_lab.teachers.score_writer import write_scores
+from gkd_lab.store.provenance import collect_provenance
+from gkd_lab.teachers.cached_teachers import CachedTeacher
+from gkd_lab.teachers.score_writer import write_teacher_scores
 
-FOLDER, TOKENIZER = "scores", "tokenizer"
+SCORES_FOLDER, TOKENIZER_FOLDER = "scores", "tokenizer"
 
 
-def ensure_scores(scores: ScoresSpec, scale: str, options: RunOptions) -> Record:
+def ensure_teacher_scores(scores: TeacherScoresSpec, scale: str, options: RunOptions) -> Record:
     """The finished record of a teacher's scores; made now if it is not there. Raises PartFailed."""
-    record = options.store.scores(scale, scores)
-    if record.status().get("state") != "done" or damaged_file(record) is not None:
-        with artifacts.waited_for(record, "teacher's scores", options):
-            mend_finished(record, options)
+    record = options.store.get_teacher_scores(scale, scores)
+    if record.read_status().get("state") != "done" or find_damaged_file(record) is not None:
+        with artifacts.hold_record_lock(record, "teacher's scores", options):
+            quarantine_damaged_result(record, options)
             if options.retry_failed:
-                record.forget_failure()
-            if not record.status():
-                with kept_by([record], options.outputs):
-                    _write(scores, scale, record, options)
-                release()
+                record.clear_failure()
+            if not record.read_status():
+                with record_failures([record], options.outputs):
+                    _write_teacher_scores(scores, scale, record, options)
+                release_memory()
     return record
 
 
-def stored_teacher(record: Record) -> StoredTeacher:
+def load_cached_teacher(record: Record) -> CachedTeacher:
     """The finished scores in the place of the teacher, with its tokenizer. Its model is not loaded."""
-    status = record.status()
+    status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(
             f"the teacher's scores failed: {status.get('error')} (see {record.status_file}; --retry-failed "
             "tries again)"
         )
-    folder = record.folder / FOLDER
-    return StoredTeacher(folder, load_tokenizer(folder / TOKENIZER))
+    folder = record.folder / SCORES_FOLDER
+    return CachedTeacher(folder, load_tokenizer(folder / TOKENIZER_FOLDER))
 
 
-def _write(scores: ScoresSpec, scale: str, record: Record, options: RunOptions) -> None:
-    record.describe(scores)
-    teacher = artifacts.load(artifacts.ensure("teacher", scores.teacher, scale, options), scores.teacher)
-    found, _ = examples(
-        scores.teacher, teacher.tokenizer, rows(scores.task, scores.data, "train", options.cache)
+def _write_teacher_scores(scores: TeacherScoresSpec, scale: str, record: Record, options: RunOptions) -> None:
+    record.write_spec(scores)
+    teacher = artifacts.load_artifact(
+        artifacts.ensure_artifact("teacher", scores.teacher, scale, options), scores.teacher
     )
-    if scores.written is not None:
-        found = with_teacher_text(found, ensure_text(scores.written, scale, options))
-    folder = record.folder / FOLDER
+    found, _ = encode_examples(
+        scores.teacher, teacher.tokenizer, load_split(scores.task, scores.data, "train", options.cache_folder)
+    )
+    if scores.text_spec is not None:
+        found = apply_teacher_text(found, ensure_teacher_text(scores.text_spec, scale, options))
+    folder = record.folder / SCORES_FOLDER
     with options.reporter.phase(
         f"{scores.task}: teacher's scores of {len(found)} rows", len(found)
     ) as advance:
-        write_scores(
-            teacher.model.to(device()),
+        write_teacher_scores(
+            teacher.model.to(select_device()),
             found,
             folder,
             pad_id=teacher.tokenizer.pad_token_id,
             top_k=scores.scores.top_k,
             dtype=scores.scores.dtype,
-            lowered=scores.precision == "bf16",
-            advance=advance,
+            use_bfloat16=scores.precision == "bf16",
+            report_progress=advance,
         )
-    with quiet():
-        teacher.tokenizer.save_pretrained(folder / TOKENIZER)
-    record.write_provenance(provenance(threads=torch.get_num_threads(), device=device()))
-    record.finish(**_facts(record, found))
+    with hide_progress_bars():
+        teacher.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    record.write_provenance(collect_provenance(threads=torch.get_num_threads(), device=select_device()))
+    record.finish(**_count_scores(record, found))
 
 
-def _facts(record: Record, found: Sequence[Example]) -> dict[str, Any]:
-    files = (record.folder / FOLDER).glob("*.safetensors")
-    tokens = sum(len(row.completion_ids) for row in found)
-    return {"rows": len(found), "tokens": tokens, "bytes": sum(file.stat().st_size for file in files)}
+def _count_scores(record: Record, examples: Sequence[Example]) -> dict[str, Any]:
+    files = (record.folder / SCORES_FOLDER).glob("*.safetensors")
+    tokens = sum(len(row.completion_ids) for row in examples)
+    return {"rows": len(examples), "tokens": tokens, "bytes": sum(file.stat().st_size for file in files)}

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from gkd_lab.config import Cell, GridOfCells
+from gkd_lab.config import Cell, Grid
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.rows import evaluation_names
+from gkd_lab.tables.rows import name_evaluations
 
 TrackerName = Literal["none", "wandb", "trackio"]
 
@@ -19,142 +19,148 @@ TrackerName = Literal["none", "wandb", "trackio"]
 class Tracker:
     """`--tracker none`: follows no cell and imports nothing."""
 
-    follows_done = False
+    tracks_finished_cells = False
     """Whether a cell for which nothing is left to do has a run too: a sweep agent's has."""
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open_session(self) -> Iterator[None]:
         """The runs started inside end with this block, each with its record's verdict."""
         yield
 
-    def start(self, cell: Cell, record: Record) -> None:
+    def start_run(self, cell: Cell, record: Record) -> None:
         """Open the cell's run, or go on with it; what its record holds already is sent first."""
 
-    def log(self, record: Record, row: Mapping[str, Any]) -> None:
+    def log_row(self, record: Record, row: Mapping[str, Any]) -> None:
         """A row of the record's history, as it is written."""
 
-    def judged(self, record: Record) -> None:
+    def log_scores(self, record: Record) -> None:
         """New scores are in the record."""
 
-    def settle(self, record: Record) -> None:
+    def finish_run(self, record: Record) -> None:
         """End the record's run with the verdict that the record holds."""
 
-    def left_out(self, cell: Cell, record: Record, status: str, why: str) -> None:
+    def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
         """The cell was not run by this process; `failed` is a status that counts as a failure."""
 
 
 class TrackedRun(Protocol):
     """One open run of a tracker's."""
 
-    step: int
+    next_step: int
     """The first step that is not there yet."""
-    known: set[str]
+    logged_scores: set[str]
     """Names of scores that are there already."""
 
     def log(self, row: Mapping[str, Any], step: int) -> None: ...
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None: ...
 
 
-Open = Callable[[Cell, dict[str, Any]], TrackedRun]
+OpenRun = Callable[[Cell, dict[str, Any]], TrackedRun]
 """Opens the run of a cell with this config."""
 
 
-ATTEMPTS = 2
+MAX_OPEN_ATTEMPTS = 2
 """Runs in a row that cannot be opened before no more is tried: each may wait for a server's answer."""
 
 
-class Mirror(Tracker):
+class MirrorTracker(Tracker):
     """Runs at a tracker, one for each cell that is worked on."""
 
-    def __init__(self, name: str, opens: Open, experiment: str, reporter: Reporter, *, agent: bool) -> None:
-        self.name, self.opens, self.experiment, self.reporter = name, opens, experiment, reporter
-        self.follows_done = agent
+    def __init__(
+        self, name: str, opens: OpenRun, experiment: str, reporter: Reporter, *, agent: bool
+    ) -> None:
+        self.name, self.open_run, self.experiment, self.reporter = name, opens, experiment, reporter
+        self.tracks_finished_cells = agent
         self._runs: dict[Record, tuple[Cell, TrackedRun]] = {}
         self._failed_in_a_row = 0
-        self._warned = False
+        self._has_warned = False
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open_session(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
             interrupted = not isinstance(error, Exception)
             for record in list(self._runs):
-                if record.status():
-                    self.settle(record)
+                if record.read_status():
+                    self.finish_run(record)
                 else:
-                    self._end(record, {"status": "interrupted", "error": why}, 1, interrupted=interrupted)
+                    self._end_run(record, {"status": "interrupted", "error": why}, 1, interrupted=interrupted)
             raise
         for record in list(self._runs):
-            self.settle(record)
+            self.finish_run(record)
 
-    def start(self, cell: Cell, record: Record) -> None:
-        if record in self._runs or self._failed_in_a_row >= ATTEMPTS:
+    def start_run(self, cell: Cell, record: Record) -> None:
+        if record in self._runs or self._failed_in_a_row >= MAX_OPEN_ATTEMPTS:
             return
-        with self._forgiven(record):
+        with self._ignore_errors(record):
             self._failed_in_a_row += 1
-            run = self.opens(cell, config_of(cell, self.experiment))
+            run = self.open_run(cell, build_run_config(cell, self.experiment))
             self._runs[record], self._failed_in_a_row = (cell, run), 0
-        for row in record.history():
-            self.log(record, row)
-        self.judged(record)
+        for row in record.read_history():
+            self.log_row(record, row)
+        self.log_scores(record)
 
-    def log(self, record: Record, row: Mapping[str, Any]) -> None:
+    def log_row(self, record: Record, row: Mapping[str, Any]) -> None:
         if record in self._runs:
             _, run = self._runs[record]
             values = {name: value for name, value in row.items() if name != "step"}
-            if row["step"] >= run.step:
-                self._send(record, values, row["step"])
+            if row["step"] >= run.next_step:
+                self._send_values(record, values, row["step"])
 
-    def judged(self, record: Record) -> None:
+    def log_scores(self, record: Record) -> None:
         if record in self._runs:
             cell, run = self._runs[record]
-            new = {name: v for name, v in scores_of(cell, record).items() if name not in run.known}
+            new = {
+                name: v for name, v in collect_scores(cell, record).items() if name not in run.logged_scores
+            }
             if new:
-                self._send(record, new, max(run.step, cell.training.steps + 1))
-                run.known.update(new)
+                self._send_values(record, new, max(run.next_step, cell.training.steps + 1))
+                run.logged_scores.update(new)
 
-    def settle(self, record: Record) -> None:
+    def finish_run(self, record: Record) -> None:
         if record in self._runs:
             cell, _ = self._runs[record]
-            verdict = verdict_of(cell, record)
-            self._end(record, {**scores_of(cell, record), **verdict}, int(verdict["status"] != "done"))
+            verdict = summarize_status(cell, record)
+            self._end_run(
+                record, {**collect_scores(cell, record), **verdict}, int(verdict["status"] != "done")
+            )
 
-    def left_out(self, cell: Cell, record: Record, status: str, why: str) -> None:
-        self.start(cell, record)
-        self._end(record, {"status": status, "error": why}, int(status == "failed"))
+    def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
+        self.start_run(cell, record)
+        self._end_run(record, {"status": status, "error": reason}, int(status == "failed"))
 
-    def _send(self, record: Record, values: Mapping[str, Any], step: int) -> None:
+    def _send_values(self, record: Record, values: Mapping[str, Any], step: int) -> None:
         _, run = self._runs[record]
-        with self._forgiven(record):
+        with self._ignore_errors(record):
             run.log(values, step)
-            run.step = step + 1
+            run.next_step = step + 1
 
-    def _end(
+    def _end_run(
         self, record: Record, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool = False
     ) -> None:
         if record in self._runs:
             _, run = self._runs.pop(record)
-            with self._forgiven(record):
+            with self._ignore_errors(record):
                 run.end(summary, exit_code, interrupted=interrupted)
 
     @contextmanager
-    def _forgiven(self, record: Record) -> Iterator[None]:
+    def _ignore_errors(self, record: Record) -> Iterator[None]:
         """Whatever a tracker raises ends that run's mirror alone: network, disk, server and library do."""
         try:
             yield
         except Exception as error:
             self._runs.pop(record, None)
-            if not self._warned:
-                self._warned = True
+            if not self._has_warned:
+                self._has_warned = True
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self.reporter.say(
                     f"warning: {self.name} failed ({reason}); cells go on, their records hold everything"
                 )
 
 
-def config_of(cell: Cell, experiment: str) -> dict[str, Any]:
+def build_run_config(cell: Cell, experiment: str) -> dict[str, Any]:
     """What a run is found by: the axis values, names, and the resolved specification."""
     return {
         **cell.labels,
@@ -167,43 +173,47 @@ def config_of(cell: Cell, experiment: str) -> dict[str, Any]:
     }
 
 
-def scores_of(cell: Cell, record: Record) -> dict[str, float]:
+def collect_scores(cell: Cell, record: Record) -> dict[str, float]:
     """`<evaluation>/<metric>` -> value, for what has been judged; the names are the table's columns."""
-    names = evaluation_names(cell.evaluations)
+    names = name_evaluations(cell.evaluations)
     return {
         f"{names[evaluation.folder]}/{metric}": score["value"]
         for evaluation in cell.evaluations
-        for metric, score in record.evaluation(evaluation).scores().items()
+        for metric, score in record.get_evaluation(evaluation).read_scores().items()
     }
 
 
-def verdict_of(cell: Cell, record: Record) -> dict[str, Any]:
+def summarize_status(cell: Cell, record: Record) -> dict[str, Any]:
     """`status` of the cell as a whole, and the last line of the first error."""
-    parts = [record, *(record.evaluation(evaluation) for evaluation in cell.evaluations)]
-    verdicts = [part.status() for part in parts]
+    parts = [record, *(record.get_evaluation(evaluation) for evaluation in cell.evaluations)]
+    verdicts = [part.read_status() for part in parts]
     for verdict in verdicts:
         if verdict.get("state") == "failed":
             return {"status": "failed", "error": str(verdict.get("error")).strip().splitlines()[-1]}
     return {"status": "done" if all(verdicts) else "missing"}
 
 
-def replay(grid: GridOfCells, store: Store, tracker: Tracker) -> None:
+def replay_records(grid: Grid, store: Store, tracker: Tracker) -> None:
     """Send what finished cells hold: nothing is trained, and torch is not loaded."""
-    with tracker.open():
+    with tracker.open_session():
         for cell in grid.cells:
-            tracker.start(cell, store.of(cell))
+            tracker.start_run(cell, store.get_record(cell))
 
 
-def tracker_named(name: TrackerName, experiment: str, outputs: Path, reporter: Reporter) -> Tracker:
+def create_tracker(name: TrackerName, experiment: str, outputs: Path, reporter: Reporter) -> Tracker:
     """The tracker of one invocation. Raises SpecError where its package is missing."""
     if name == "none":
         return Tracker()
     if name == "wandb":
-        from gkd_lab.runner.wandb_tracker import Wandb, is_agents
+        from gkd_lab.runner.wandb_tracker import WandbClient, is_sweep_agent
 
-        return Mirror(
-            name, Wandb(experiment, outputs, reporter).open, experiment, reporter, agent=is_agents()
+        return MirrorTracker(
+            name,
+            WandbClient(experiment, outputs, reporter).open_run,
+            experiment,
+            reporter,
+            agent=is_sweep_agent(),
         )
-    from gkd_lab.runner.trackio_tracker import Trackio
+    from gkd_lab.runner.trackio_tracker import TrackioClient
 
-    return Mirror(name, Trackio(experiment).open, experiment, reporter, agent=False)
+    return MirrorTracker(name, TrackioClient(experiment).open_run, experiment, reporter, agent=False)

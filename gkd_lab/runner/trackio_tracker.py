@@ -7,21 +7,21 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from gkd_lab.config import Cell, SpecError
-from gkd_lab.config.sweep import PROJECT
+from gkd_lab.config import Cell, ConfigError
+from gkd_lab.config.sweep import WANDB_PROJECT
 
 
-class Trackio:
+class TrackioClient:
     """Opens runs. Raises SpecError where trackio is not installed."""
 
     def __init__(self, experiment: str) -> None:
-        self.experiment, self._trackio = experiment, _imported()
+        self.experiment, self._trackio = experiment, _import_trackio()
 
-    def open(self, cell: Cell, config: dict[str, Any]) -> "TrackioRun":
+    def open_run(self, cell: Cell, config: dict[str, Any]) -> "TrackioRun":
         """The run of a cell; one of that name is gone on with."""
         begin = partial(
             self._trackio.init,
-            project=PROJECT,
+            project=WANDB_PROJECT,
             name=cell.folder.partition("/")[2],
             group=self.experiment,
             config=config,
@@ -29,7 +29,7 @@ class Trackio:
             embed=False,
         )
         # In a context of its own, since `init` ends the run that it finds open in the current one.
-        with _off_stdout():
+        with _discard_stdout():
             return TrackioRun(copy_context().run(begin))
 
 
@@ -38,8 +38,8 @@ class TrackioRun:
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.step = 0
-        self.known: set[str] = set()
+        self.next_step = 0
+        self.logged_scores: set[str] = set()
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """A row of the history."""
@@ -47,23 +47,23 @@ class TrackioRun:
 
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
         """A last row with the verdict, and everything written."""
-        self._run.log({**summary, "exit_code": exit_code}, step=self.step)
-        with _off_stdout():
+        self._run.log({**summary, "exit_code": exit_code}, step=self.next_step)
+        with _discard_stdout():
             self._run.finish()
 
 
-def _imported() -> Any:
+def _import_trackio() -> Any:
     try:
         import trackio
     except ImportError as error:
-        raise SpecError(
+        raise ConfigError(
             "--tracker trackio: trackio is not installed; add it with `pip install gkd-lab[trackio]`"
         ) from error
     return trackio
 
 
 @contextlib.contextmanager
-def _off_stdout() -> Iterator[None]:
+def _discard_stdout() -> Iterator[None]:
     """What it prints goes nowhere: standard output is a command's result."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -9,97 +9,104 @@ import torch
 from transformers import PrinterCallback
 
 from gkd_lab.config.cell import Cell, Role, Training
-from gkd_lab.config.packs import why_alone
-from gkd_lab.encoding.batches import Example, collate
+from gkd_lab.config.packs import explain_unpackable
+from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.registry import term_of
-from gkd_lab.models.build import DTYPES, load_model, load_tokenizer
+from gkd_lab.losses.registry import build_term
+from gkd_lab.models.build import PRECISION_DTYPES, load_model, load_tokenizer
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.checkpoint_callback import Saving
-from gkd_lab.runner.cross_tokenizer import check_tokenizers, in_own_tokens, teacher_prompts
-from gkd_lab.runner.dataset import examples, report_cut, rows
-from gkd_lab.runner.in_parts import InParts
-from gkd_lab.runner.interrupts import finishing_steps
+from gkd_lab.runner.checkpoint_callback import CheckpointCallback
+from gkd_lab.runner.cross_tokenizer import check_shared_tokenizer, map_teacher_prompts, retokenize_completions
+from gkd_lab.runner.dataset import encode_examples, load_split, write_split_report
+from gkd_lab.runner.in_parts import MicroBatchTrainer
+from gkd_lab.runner.interrupts import delay_signals
 from gkd_lab.runner.memory import (
-    Limit,
-    bytes_of_step,
-    fitting,
-    free_bytes,
-    in_packs,
-    is_out_of_memory,
-    release,
-    smaller_batches,
+    PackCapacity,
+    compute_capacity,
+    increase_micro_batches,
+    is_out_of_memory_error,
+    measure_free_bytes,
+    measure_step_bytes,
+    release_memory,
+    run_packs,
 )
-from gkd_lab.runner.repair import mend_finished, mend_unfinished
-from gkd_lab.runner.run_options import RunOptions, device
-from gkd_lab.runner.sft import Follow, common_arguments, optimizer_arguments
-from gkd_lab.runner.teacher_routing import with_routes
-from gkd_lab.runner.teacher_scores import ensure_scores, stored_teacher
-from gkd_lab.runner.teacher_text import ensure_text, with_teacher_text
+from gkd_lab.runner.repair import quarantine_damaged_result, repair_unfinished_training
+from gkd_lab.runner.run_options import RunOptions, select_device
+from gkd_lab.runner.sft import HistoryCallback, build_optimizer_arguments, build_trainer_arguments
+from gkd_lab.runner.teacher_routing import assign_teachers
+from gkd_lab.runner.teacher_scores import ensure_teacher_scores, load_cached_teacher
+from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
-from gkd_lab.store.pack_cache import forget_reason
-from gkd_lab.store.provenance import provenance, sources_of
-from gkd_lab.store.timing import tokens
-from gkd_lab.store.usage import Meter
-from gkd_lab.teachers.cached_teachers import ServedTeacher
-from gkd_lab.teachers.score_writer import numbered
-from gkd_lab.teachers.server import Endpoint
+from gkd_lab.store.pack_cache import delete_unpackable_reason
+from gkd_lab.store.provenance import collect_provenance, describe_sources
+from gkd_lab.store.timing import count_completion_tokens
+from gkd_lab.store.usage import UsageMeter
+from gkd_lab.teachers.cached_teachers import ServerTeacher
+from gkd_lab.teachers.score_writer import number_examples
+from gkd_lab.teachers.server import TeacherServer
 from gkd_lab.teachers.teacher import Teacher
 from gkd_lab.training.arguments import GKDConfig
-from gkd_lab.training.checkpoints import complete_steps, folder_of, weights
+from gkd_lab.training.checkpoints import build_checkpoint_path, list_complete_steps, load_checkpoint_weights
 from gkd_lab.training.pack_trainer import AllCellsFailed
 from gkd_lab.training.trainer import GKDTrainer
 
 
-def train(cells: Sequence[Cell], options: RunOptions) -> None:
+def train_cells(cells: Sequence[Cell], options: RunOptions) -> None:
     """Train those of a claimed pack that have no verdict yet; failures are kept in their records."""
     open_cells = []
     for cell in cells:
-        record = options.store.of(cell)
-        if not all(record.evaluation(evaluation).status() for evaluation in cell.evaluations):
-            mend_finished(record, options)
+        record = options.store.get_record(cell)
+        if not all(record.get_evaluation(evaluation).read_status() for evaluation in cell.evaluations):
+            quarantine_damaged_result(record, options)
         if options.retry_failed:
-            record.forget_failure()
-        if not record.status():
+            record.clear_failure()
+        if not record.read_status():
             open_cells.append(cell)
     if not open_cells:
         return
     for cell in open_cells:
-        options.store.of(cell).describe(cell.training, scale=cell.scale, labels=cell.labels)
-        options.tracker.start(cell, options.store.of(cell))
-    limit, work = partial(_limit, open_cells, options), partial(_train_fitting, options=options)
-    in_packs(open_cells, options.store.of, limit, work, options)
+        options.store.get_record(cell).write_spec(cell.training, scale=cell.scale, labels=cell.labels)
+        options.tracker.start_run(cell, options.store.get_record(cell))
+    limit, work = (
+        partial(_limit_training_pack, open_cells, options),
+        partial(_train_in_micro_batches, options=options),
+    )
+    run_packs(open_cells, options.store.get_record, limit, work, options)
 
 
-def _limit(cells: Sequence[Cell], options: RunOptions) -> Limit:
+def _limit_training_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
     """How many of the cells fit as one model. A number that was asked for is taken as it is."""
     if options.pack != "auto" or len(cells) == 1:
-        return Limit(len(cells))
+        return PackCapacity(len(cells))
     first = cells[0].training
-    student, teacher = _student(cells[0], options), _teacher(cells[0], options)
-    check_tokenizers(teacher.tokenizer, student.tokenizer, cells)
-    found = _examples(first, cells[0].scale, student.tokenizer, [], options)
-    pack = Pack.of([student.model])
-    trainer = _trainer(
-        pack, teacher, found, cells[:1], [options.store.of(cells[0])], options, student.tokenizer
+    student, teacher = _load_sft_student(cells[0], options), _load_teacher(cells[0], options)
+    check_shared_tokenizer(teacher.tokenizer, student.tokenizer, cells)
+    found = _load_examples(first, cells[0].scale, student.tokenizer, [], options)
+    pack = Pack.build([student.model])
+    trainer = _build_trainer(
+        pack, teacher, found, cells[:1], [options.store.get_record(cells[0])], options, student.tokenizer
     )
-    free = free_bytes(trainer.args.device.type) // options.workers
-    limit = fitting(len(cells), bytes_of_step(trainer, _longest(found, cells)), free)
-    if limit.why:
-        options.reporter.say(f"{first.task}: {limit.why}")
+    free = measure_free_bytes(trainer.args.device.type) // options.workers
+    limit = compute_capacity(
+        len(cells), measure_step_bytes(trainer, _build_longest_batch(found, cells)), free
+    )
+    if limit.reason:
+        options.reporter.say(f"{first.task}: {limit.reason}")
     return limit
 
 
-def _longest(found: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:
+def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:
     """A batch as long as a step of these cells can be: the longest rows, with all that can be sampled."""
     training = cells[0].training
-    rows = sorted(found, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))[-training.batch_size :]
+    rows = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))[-training.batch_size :]
     prompt = max(len(row.prompt_ids) for row in rows)
     completion = max(len(row.completion_ids) for row in rows)
-    if training.scores is not None:  # of other tokens none are known
-        return collate(rows, 0, is_encoder_decoder=training.start.family == "encoder-decoder").tensors()
+    if training.scores_spec is not None:  # of other tokens none are known
+        return collate_examples(
+            rows, 0, is_encoder_decoder=training.start.family == "encoder-decoder"
+        ).named_tensors()
     if any(cell.lmbda > 0 for cell in cells):
         completion = training.max_output_tokens
     lengths = {"prompt": max(1, prompt), "completion": max(1, completion)}
@@ -110,217 +117,225 @@ def _longest(found: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch
     return ids | masks | ({"routes": torch.tensor([[row.route] for row in rows])} if routed else {})
 
 
-def _student(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+def _load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
     """The starting student, in the dtype that it is trained in."""
     start = cell.training.start
-    loaded = artifacts.load(artifacts.ensure("start", start, cell.scale, options), start)
-    loaded.model.to(DTYPES["fp64" if cell.training.precision == "fp64" else "fp32"])
+    loaded = artifacts.load_artifact(artifacts.ensure_artifact("start", start, cell.scale, options), start)
+    loaded.model.to(PRECISION_DTYPES["fp64" if cell.training.precision == "fp64" else "fp32"])
     return loaded
 
 
-def _teacher(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+def _load_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
     """The teacher, or in its place the scores that it gave once, or its server."""
-    teacher, scores = cell.training.teacher, cell.training.scores
+    teacher, scores = cell.training.teacher, cell.training.scores_spec
     if teacher.model.served is not None:
-        return _behind_a_server(cell, options)
+        return _connect_served_teacher(cell, options)
     if scores is not None:
-        kept = stored_teacher(ensure_scores(scores, cell.scale, options))
-        return artifacts.Loaded(kept, kept.tokenizer)
-    return artifacts.load(artifacts.ensure("teacher", teacher, cell.scale, options), teacher)
+        kept = load_cached_teacher(ensure_teacher_scores(scores, cell.scale, options))
+        return artifacts.LoadedModel(kept, kept.tokenizer)
+    return artifacts.load_artifact(
+        artifacts.ensure_artifact("teacher", teacher, cell.scale, options), teacher
+    )
 
 
-def _behind_a_server(cell: Cell, options: RunOptions) -> artifacts.Loaded:
+def _connect_served_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
     """Its tokenizer is the student's where none is given."""
     model, start = cell.training.teacher.model, cell.training.start
-    place = model.path or model.pretrained or artifacts.ensure("start", start, cell.scale, options).checkpoint
+    place = (
+        model.path
+        or model.pretrained
+        or artifacts.ensure_artifact("start", start, cell.scale, options).checkpoint
+    )
     assert model.server and model.served and model.top_k, "a served teacher's description is whole"
     patience = {} if model.patience is None else {"patience": model.patience}
-    endpoint = Endpoint(model.server, model.served, model.top_k, **patience)
-    source = ServedTeacher(endpoint, load_tokenizer(place))
-    return artifacts.Loaded(source, source.tokenizer)
+    endpoint = TeacherServer(model.server, model.served, model.top_k, **patience)
+    source = ServerTeacher(endpoint, load_tokenizer(place))
+    return artifacts.LoadedModel(source, source.tokenizer)
 
 
-def _more_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
+def _load_extra_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
     """Those besides the first, from number 1 on."""
     training = cell.training
     found = []
     for number, model in enumerate(training.teachers, start=1):
         role: Role = "start" if model == training.start else "teacher"
-        loaded = artifacts.load(artifacts.ensure(role, model, cell.scale, options), model)
-        found.append(Teacher(loaded.model, *training.held(number), loaded.tokenizer))
+        loaded = artifacts.load_artifact(artifacts.ensure_artifact(role, model, cell.scale, options), model)
+        found.append(Teacher(loaded.model, *training.get_teacher_placement(number), loaded.tokenizer))
     return found
 
 
-def _train_fitting(cells: list[Cell], why: str, options: RunOptions) -> None:
+def _train_in_micro_batches(cells: list[Cell], limit_reason: str, options: RunOptions) -> None:
     """Train these cells; a single one that runs out of memory in ever smaller micro-batches."""
     parts = 1
     while True:
         try:
-            return _train(cells, why, options, parts)
+            return _train_pack(cells, limit_reason, options, parts)
         except (MemoryError, RuntimeError) as error:
-            if len(cells) > 1 or not is_out_of_memory(error):
+            if len(cells) > 1 or not is_out_of_memory_error(error):
                 raise
-            parts = smaller_batches(cells[0], parts, error, options)
-        release()
+            parts = increase_micro_batches(cells[0], parts, error, options)
+        release_memory()
 
 
-def _train(cells: list[Cell], why: str, options: RunOptions, parts: int = 1) -> None:
+def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro_batches: int = 1) -> None:
     """Train these cells as one model from the last step that all have; `why` there are no more of them.
 
     Each step's batch is taken in `parts`.
     """
-    first, meter = cells[0].training, Meter()
-    records = [options.store.of(cell) for cell in cells]
-    student = _student(cells[0], options)
-    found = _examples(first, cells[0].scale, student.tokenizer, records, options)
-    pack = _pack([student.model] * len(cells))
+    first, meter = cells[0].training, UsageMeter()
+    records = [options.store.get_record(cell) for cell in cells]
+    student = _load_sft_student(cells[0], options)
+    found = _load_examples(first, cells[0].scale, student.tokenizer, records, options)
+    pack = _build_pack([student.model] * len(cells))
     if len(cells) > 1:
-        forget_reason(options.store.artifact(cells[0].scale, "start", first.start))
+        delete_unpackable_reason(options.store.get_artifact(cells[0].scale, "start", first.start))
     for record in records:
-        mend_unfinished(record, options)
-    done = _common_step(records)
+        repair_unfinished_training(record, options)
+    done = _find_common_step(records)
     for n, record in enumerate(records):
-        record.rewind(done)
+        record.rewind_history(done)
         if done:
-            pack.load(n, weights(folder_of(str(record.steps_folder), done)))
+            pack.load_cell(n, load_checkpoint_weights(build_checkpoint_path(str(record.steps_folder), done)))
     if done < first.steps:
-        guide = _teacher(cells[0], options)
-        check_tokenizers(guide.tokenizer, student.tokenizer, cells)
-        _distil(pack, guide, student.tokenizer, found, cells, records, done, options, parts)
-    alone = why_alone(cells[0])
-    facts = _facts(cells, f"alone: {alone}" if alone else why)
-    if parts > 1:
-        facts["rows_at_once"] = first.batch_size // parts
+        guide = _load_teacher(cells[0], options)
+        check_shared_tokenizer(guide.tokenizer, student.tokenizer, cells)
+        _run_trainer(pack, guide, student.tokenizer, found, cells, records, done, options, micro_batches)
+    alone = explain_unpackable(cells[0])
+    facts = _describe_pack(cells, f"alone: {alone}" if alone else limit_reason)
+    if micro_batches > 1:
+        facts["rows_at_once"] = first.batch_size // micro_batches
     for n, record in enumerate(records):
-        if not record.status():
-            artifacts.export(pack.unpack(n), student.tokenizer, record)
-            came_from = sources_of(cells[n].training, cells[0].scale, options.store)
+        if not record.read_status():
+            artifacts.export_checkpoint(pack.unpack_cell(n), student.tokenizer, record)
+            came_from = describe_sources(cells[n].training, cells[0].scale, options.store)
             record.write_provenance(
-                provenance(**came_from, **facts, resumed_at_step=done, spent=meter.spent())
+                collect_provenance(**came_from, **facts, resumed_at_step=done, spent=meter.read_usage())
             )
             record.finish(
                 steps=first.steps,
-                tokens=round(tokens(record.history(), first.batch_size)),
+                tokens=round(count_completion_tokens(record.read_history(), first.batch_size)),
                 shared_by=len(cells),
-                device=device(),
+                device=select_device(),
             )
 
 
-def _facts(cells: Sequence[Cell], why: str) -> dict[str, Any]:
+def _describe_pack(cells: Sequence[Cell], limit_reason: str) -> dict[str, Any]:
     """Who shared the model, and why no one else did where something kept them apart."""
     facts = {"pack": [cell.fingerprint for cell in cells], "threads": torch.get_num_threads()}
-    return {**facts, "device": device(), **({"pack_limit": why} if why else {})}
+    return {**facts, "device": select_device(), **({"pack_limit": limit_reason} if limit_reason else {})}
 
 
-def _examples(
+def _load_examples(
     training: Training, scale: str, tokenizer: Any, records: Sequence[Record], options: RunOptions
 ) -> list[Example]:
-    data = rows(training.task, training.data, "train", options.cache)
-    found, cut = examples(training.start, tokenizer, data)
-    found = with_routes(found, data, training.objectives)
+    data = load_split(training.task, training.data, "train", options.cache_folder)
+    found, cut = encode_examples(training.start, tokenizer, data)
+    found = assign_teachers(found, data, training.objectives)
     for record in records:
-        report_cut(record.folder, "train", cut)
-    if training.text is not None:
-        text = ensure_text(training.text, scale, options)
-        teacher = options.store.artifact(scale, "teacher", training.teacher)
-        found = in_own_tokens(with_teacher_text(found, text), text, training, teacher, tokenizer)
-    if training.scores is not None:
-        found = numbered(found)
+        write_split_report(record.folder, "train", cut)
+    if training.text_spec is not None:
+        text = ensure_teacher_text(training.text_spec, scale, options)
+        teacher = options.store.get_artifact(scale, "teacher", training.teacher)
+        found = retokenize_completions(apply_teacher_text(found, text), text, training, teacher, tokenizer)
+    if training.scores_spec is not None:
+        found = number_examples(found)
     return found[: training.train_rows]
 
 
-def _distil(
+def _run_trainer(
     pack: Pack,
-    teacher: artifacts.Loaded,
+    teacher: artifacts.LoadedModel,
     tokenizer: Any,
-    found: list[Example],
+    examples: list[Example],
     cells: Sequence[Cell],
     records: Sequence[Record],
     done: int,
     options: RunOptions,
-    parts: int,
+    micro_batches: int,
 ) -> None:
     """Train the pack from step `done` to its end; a cell that fails has its verdict at once."""
     training = cells[0].training
-    with options.reporter.phase(f"{training.task}: {_called(cells)}", training.steps, done) as advance:
-        trainer = _trainer(pack, teacher, found, cells, records, options, tokenizer, parts)
-        trainer.add_callback(Follow(advance))
-        trainer.add_callback(Saving([record.steps_folder for record in records], trainer._logged))
-        resume = str(folder_of(str(records[0].steps_folder), done)) if done else None
-        with finishing_steps(), suppress(AllCellsFailed):
+    with options.reporter.phase(
+        f"{training.task}: {_format_pack_name(cells)}", training.steps, done
+    ) as advance:
+        trainer = _build_trainer(pack, teacher, examples, cells, records, options, tokenizer, micro_batches)
+        trainer.add_callback(HistoryCallback(advance))
+        trainer.add_callback(CheckpointCallback([record.steps_folder for record in records], trainer.metrics))
+        resume = str(build_checkpoint_path(str(records[0].steps_folder), done)) if done else None
+        with delay_signals(), suppress(AllCellsFailed):
             trainer.train(resume_from_checkpoint=resume)
 
 
-def _trainer(
+def _build_trainer(
     pack: Pack,
-    teacher: artifacts.Loaded,
-    found: list[Example],
+    teacher: artifacts.LoadedModel,
+    examples: list[Example],
     cells: Sequence[Cell],
     records: Sequence[Record],
     options: RunOptions,
     tokenizer: Any,
-    parts: int = 1,
+    micro_batches: int = 1,
 ) -> GKDTrainer:
     """`tokenizer`: the student's."""
-    trainer = InParts(
+    trainer = MicroBatchTrainer(
         pack=pack,
-        cells=[_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
+        cells=[_build_cell_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
         teacher_model=teacher.model,
-        args=_config(cells[0], records[0], options, parts),
-        train_dataset=found,
+        args=_build_trainer_config(cells[0], records[0], options, micro_batches),
+        train_dataset=examples,
         processing_class=tokenizer,
         teacher_processing_class=teacher.tokenizer,
-        teacher_prompts=teacher_prompts(teacher.tokenizer, found, cells, options),
-        more_teachers=_more_teachers(cells[0], options),
-        log_cell=lambda n, row: _log(records[n], row, options),
-        on_failure=lambda n, why: _fail(records[n], f"FloatingPointError: {why}", options),
+        teacher_prompts=map_teacher_prompts(teacher.tokenizer, examples, cells, options),
+        more_teachers=_load_extra_teachers(cells[0], options),
+        log_cell=lambda n, row: _log_row(records[n], row, options),
+        on_failure=lambda n, why: _fail_cell(records[n], f"FloatingPointError: {why}", options),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _log(record: Record, row: dict[str, float], options: RunOptions) -> None:
-    record.log(row)
-    options.tracker.log(record, row)
+def _log_row(record: Record, row: dict[str, float], options: RunOptions) -> None:
+    record.log_row(row)
+    options.tracker.log_row(record, row)
 
 
-def _fail(record: Record, why: str, options: RunOptions) -> None:
-    record.failed(why)
-    options.tracker.settle(record)
+def _fail_cell(record: Record, reason: str, options: RunOptions) -> None:
+    record.mark_failed(reason)
+    options.tracker.finish_run(record)
 
 
-def _called(cells: Sequence[Cell]) -> str:
+def _format_pack_name(cells: Sequence[Cell]) -> str:
     if len(cells) == 1:
         return f"cell {cells[0].fingerprint}, distillation"
     return f"{len(cells)} cells as one model, distillation"
 
 
-def _pack(members: Sequence[Any]) -> Pack:
+def _build_pack(members: Sequence[Any]) -> Pack:
     """Models as one; a single one of an architecture that cannot be packed as it is. Raises CannotPack."""
     try:
-        return Pack.of(members)
+        return Pack.build(members)
     except CannotPack:
         if len(members) > 1:
             raise
-        return Pack.alone(members[0])
+        return Pack.build_single(members[0])
 
 
-def load_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
+def load_trained_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
     """The finished students of some cells as one model, and their tokenizer. Raises CannotPack."""
     first = cells[0].training
     precision = "fp64" if first.precision == "fp64" else "fp32"
-    folders = [options.store.of(cell).checkpoint for cell in cells]
+    folders = [options.store.get_record(cell).checkpoint for cell in cells]
     members = [load_model(folder, first.start.family, precision) for folder in folders]
-    return _pack(members), load_tokenizer(folders[0])
+    return _build_pack(members), load_tokenizer(folders[0])
 
 
-def _common_step(records: Sequence[Record]) -> int:
+def _find_common_step(records: Sequence[Record]) -> int:
     """The last step at which every cell of the pack can be resumed."""
-    steps = [complete_steps(record.steps_folder) for record in records]
+    steps = [list_complete_steps(record.steps_folder) for record in records]
     return max(set.intersection(*steps), default=0)
 
 
-def _arguments(cell: Cell, record: Record) -> CellArguments:
+def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
     training = cell.training
     plain = Divergence()
     return CellArguments(
@@ -332,19 +347,21 @@ def _arguments(cell: Cell, record: Record) -> CellArguments:
         student_temperature=plain.student_temperature,
         learning_rate=training.optimizer.learning_rate,
         output_dir=str(record.steps_folder),
-        objectives=tuple(term_of(one) for one in training.objectives),
+        objectives=tuple(build_term(one) for one in training.objectives),
     )
 
 
-def _config(cell: Cell, record: Record, options: RunOptions, parts: int) -> GKDConfig:
+def _build_trainer_config(cell: Cell, record: Record, options: RunOptions, micro_batches: int) -> GKDConfig:
     """Every argument of the trainer, stated; what differs between cells is in `CellArguments`."""
     training = cell.training
-    teacher_dtype, parked = training.held(0)
+    teacher_dtype, parked = training.get_teacher_placement(0)
     return GKDConfig(
-        **common_arguments(record.steps_folder, training.steps, options.checkpoint_every, options.log_every),
-        **optimizer_arguments(training.optimizer),
-        per_device_train_batch_size=training.batch_size // parts,
-        gradient_accumulation_steps=parts,
+        **build_trainer_arguments(
+            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
+        ),
+        **build_optimizer_arguments(training.optimizer),
+        per_device_train_batch_size=training.batch_size // micro_batches,
+        gradient_accumulation_steps=micro_batches,
         dataloader_drop_last=True,
         max_new_tokens=training.max_output_tokens,
         loss_normalization=training.loss_normalization,

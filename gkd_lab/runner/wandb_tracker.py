@@ -12,11 +12,11 @@ from typing import Any, Literal
 import wandb
 
 from gkd_lab.config import Cell
-from gkd_lab.config.sweep import PROJECT
+from gkd_lab.config.sweep import WANDB_PROJECT
 from gkd_lab.runner.progress import Reporter
 
-SECONDS_TO_REACH = 30
-SECONDS_TO_FINISH = 60
+INIT_TIMEOUT_SECONDS = 30
+FINISH_TIMEOUT_SECONDS = 60
 """wandb retries for days by default; what was not sent stays on disk for `wandb sync`."""
 
 _SETTINGS = {
@@ -33,57 +33,57 @@ _SETTINGS = {
 Mode = Literal["online", "offline"]
 
 
-class Wandb:
+class WandbClient:
     """Opens runs; says once where they are."""
 
     def __init__(self, experiment: str, outputs: Path, reporter: Reporter) -> None:
         self.experiment, self.outputs, self.reporter = experiment, outputs, reporter
         self._mode: Mode | None = None
-        self._said = False
+        self._has_reported = False
 
-    def open(self, cell: Cell, config: dict[str, Any]) -> "WandbRun":
+    def open_run(self, cell: Cell, config: dict[str, Any]) -> "WandbRun":
         """The run of a cell; offline where there is no login or no answer."""
         wandb.setup(settings=wandb.Settings(silent=True))
-        self._mode = self._mode or _mode()
+        self._mode = self._mode or _choose_mode()
         try:
-            run = self._init(cell, config)
+            run = self._init_run(cell, config)
         except wandb.Error as error:
-            if self._mode != "online" or self._said:
+            if self._mode != "online" or self._has_reported:
                 raise
             wandb.teardown()  # the id counts as taken by the attempt that failed
             wandb.setup(settings=wandb.Settings(silent=True))
             self._mode = "offline"
             reason = " ".join(str(error).split())
             self.reporter.say(f"warning: wandb: its server cannot be used ({reason}); runs are kept offline")
-            run = self._init(cell, config)
-        self._say(run)
+            run = self._init_run(cell, config)
+        self._report_location(run)
         return WandbRun(run)
 
-    def _init(self, cell: Cell, config: dict[str, Any]) -> Any:
-        agents = is_agents()
+    def _init_run(self, cell: Cell, config: dict[str, Any]) -> Any:
+        agents = is_sweep_agent()
         # An agent has set project and id, which are its own.
-        ours: dict[str, Any] = {} if agents else {"project": _project(), "id": run_id(cell)}
+        ours: dict[str, Any] = {} if agents else {"project": _choose_project(), "id": build_run_id(cell)}
         return wandb.init(
             **ours,
             group=self.experiment,
-            name=name_of(cell),
+            name=build_run_name(cell),
             config=config,
             dir=None if os.environ.get("WANDB_DIR") else str(self.outputs),
             mode=self._mode,
             resume="allow",
             reinit="default" if agents else "create_new",
-            settings=wandb.Settings(**_SETTINGS, **_patience()),
+            settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()),
         )
 
-    def _say(self, run: Any) -> None:
-        if self._said:
+    def _report_location(self, run: Any) -> None:
+        if self._has_reported:
             return
-        self._said = True
+        self._has_reported = True
         if run.offline:
             place = Path(run.dir).parent.parent
             self.reporter.say(f"wandb: offline; `wandb sync {place}/offline-run-*` sends the runs later")
         elif run.url:
-            self.reporter.say(f"wandb: {run.url if is_agents() else run.project_url}")
+            self.reporter.say(f"wandb: {run.url if is_sweep_agent() else run.project_url}")
 
 
 class WandbRun:
@@ -91,8 +91,8 @@ class WandbRun:
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.step = run.starting_step
-        self.known = set(run.summary.keys())
+        self.next_step = run.starting_step
+        self.logged_scores = set(run.summary.keys())
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """A row of the history, sent at once."""
@@ -106,42 +106,42 @@ class WandbRun:
         self._run.finish(exit_code=exit_code)
 
 
-def refused(why: str) -> None:
+def report_refused_parameters(reason: str) -> None:
     """Tell the agent's run why no cell could be made of its parameters; a tracker's own fault is let go."""
     with suppress(Exception):
         wandb.setup(settings=wandb.Settings(silent=True))
-        run = wandb.init(mode=_mode(), settings=wandb.Settings(**_SETTINGS, **_patience()))
-        run.summary.update({"status": "failed", "error": why})
+        run = wandb.init(mode=_choose_mode(), settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()))
+        run.summary.update({"status": "failed", "error": reason})
         run.finish(exit_code=2)
 
 
-def is_agents() -> bool:
+def is_sweep_agent() -> bool:
     """Whether a sweep agent started this process: the run is the agent's, and there is only one."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-def run_id(cell: Cell) -> str:
+def build_run_id(cell: Cell) -> str:
     """The same wherever the cell is run, so that a resumed cell goes on with its run."""
     return cell.full_fingerprint[:16]
 
 
-def name_of(cell: Cell) -> str:
+def build_run_name(cell: Cell) -> str:
     """Task and readable folder."""
     return cell.folder.partition("/")[2]
 
 
-def _project() -> str:
-    return os.environ.get("WANDB_PROJECT") or PROJECT
+def _choose_project() -> str:
+    return os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
 
 
-def _mode() -> Mode | None:
+def _choose_mode() -> Mode | None:
     """As WANDB_MODE says; without it, online where there is a login. Never asks for a key."""
     if os.environ.get("WANDB_MODE"):
         return None
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
-def _patience() -> dict[str, float]:
+def _choose_timeouts() -> dict[str, float]:
     """How long to wait for the server, where no variable of wandb's says it."""
-    limits = {"init_timeout": SECONDS_TO_REACH, "finish_timeout": SECONDS_TO_FINISH}
+    limits = {"init_timeout": INIT_TIMEOUT_SECONDS, "finish_timeout": FINISH_TIMEOUT_SECONDS}
     return {name: float(value) for name, value in limits.items() if f"WANDB_{name.upper()}" not in os.environ}

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.models.forward import Sequences, completion_logits, evaluating
-from gkd_lab.models.rng import uniforms
+from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
+from gkd_lab.models.rng import draw_uniforms
 from gkd_lab.training.arguments import GKDConfig
-from gkd_lab.training.sampling import write
+from gkd_lab.training.sampling import generate_completions
 from gkd_lab.training.trainer import GKDTrainer
 
-TEXTS = (
+PROMPTS_AND_ANSWERS = (
     ("What is two plus three?", "Two plus three is five."),
     ("Name the largest planet of the solar system and say what it is made of.", "Jupiter, mostly of gas."),
     ("Say hello.", "Hello! It is good to see you. How can I help you today?"),
     ("Shorten: The meeting, which began late, lasted until noon.", "The late meeting ended at noon."),
 )
 """Prompts and answers of different lengths, so that padding and averages matter."""
-NEW_TOKENS = 16
+MAX_NEW_TOKENS = 16
 TEACHER_TEMPERATURE = 0.5
 """Other than the student's, so that there is something to learn even from a teacher equal to the student."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """Who learns from whom. teacher_tokenizer: None if it is not known."""
 
     student: PreTrainedModel
@@ -40,48 +40,50 @@ class Pair:
     teacher_tokenizer: Any | None
 
 
-class Bench:
+class PairBench:
     """A trainer of the pair, and rows that its own encoder and collator made.
 
     `refusal` says why the tokenizer's chat template cannot be used; the rows are then plain texts.
     """
 
-    def __init__(self, pair: Pair, folder: Path) -> None:
+    def __init__(self, pair: ModelPair, folder: Path) -> None:
         self.pair = pair
         self.trainer = GKDTrainer(
             model=pair.student,
             teacher_model=pair.teacher,
-            args=_arguments(folder),
+            args=_build_arguments(folder),
             processing_class=pair.tokenizer,
             teacher_processing_class=pair.teacher_tokenizer,
         )
         self.student: Any = self.trainer.model
         self.teacher: Any = self.trainer.teacher_model
-        self.heads = {"student": self.trainer._student_head, "teacher": self.trainer._teacher_head}
+        self.heads = {"student": self.trainer.student_head, "teacher": self.trainer.teacher_head}
         self.device = self.trainer.args.device
         self.is_encoder_decoder = bool(pair.student.config.is_encoder_decoder)
-        self.vocabulary = self.trainer._vocabulary
-        self.refusal: str | None = None
-        self.rows = self._rows()
+        self.vocabulary_size = self.trainer.vocabulary_size
+        self.chat_template_error: str | None = None
+        self.rows = self._build_rows()
 
-    def _rows(self) -> Sequences:
+    def _build_rows(self) -> Sequences:
         if self.pair.tokenizer.chat_template is not None:
             try:
-                return self._collated([{"messages": _chat(*text)} for text in TEXTS])
+                return self._collate_rows([{"messages": _build_chat(*text)} for text in PROMPTS_AND_ANSWERS])
             except ValueError as error:
-                self.refusal = str(error)
-        return self._collated([{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in TEXTS])
+                self.chat_template_error = str(error)
+        return self._collate_rows(
+            [{"prompt": prompt, "completion": f" {answer}"} for prompt, answer in PROMPTS_AND_ANSWERS]
+        )
 
-    def _collated(self, rows: list[dict[str, Any]]) -> Sequences:
+    def _collate_rows(self, rows: list[dict[str, Any]]) -> Sequences:
         batch = self.trainer.data_collator(rows)
         fields = Sequences.__dataclass_fields__
         return Sequences(**{name: batch[name].to(self.device) for name in fields if name in batch})
 
-    def row(self, n: int) -> Sequences:
+    def select_row(self, n: int) -> Sequences:
         """One row as a batch, as wide as the whole batch."""
-        return self.rows.map(lambda tensor: tensor[n : n + 1])
+        return self.rows.map_tensors(lambda tensor: tensor[n : n + 1])
 
-    def micro_batches(
+    def build_micro_batches(
         self, parts: Sequence[Sequences], lmbda: float, *, step: int = 0, normalization: str = "token"
     ) -> list[dict[str, Any]]:
         """What optimizer step `step` trains on, as the trainer itself makes it of these micro-batches."""
@@ -95,48 +97,48 @@ class Bench:
         samples, _ = trainer.get_batch_samples(batches, len(parts), self.device)
         return samples
 
-    def backward(self, samples: Sequence[dict[str, Any]]) -> float:
+    def compute_loss_and_gradient(self, samples: Sequence[dict[str, Any]]) -> float:
         """The loss of a step; its gradient is added to that in the student's weights."""
         self.trainer.current_gradient_accumulation_steps = len(samples)
         losses = [self.trainer.training_step(self.student, sample) for sample in samples]
         return float(torch.stack(losses).sum())
 
-    def written(self, rows: Sequences, noise: Tensor | None = None) -> Sequences:
+    def generate_answers(self, rows: Sequences, noise: Tensor | None = None) -> Sequences:
         """What the student answers, token by token from its cache: by `noise`, or its best tokens."""
-        return write(
+        return generate_completions(
             self.student,
             rows,
-            max_new_tokens=NEW_TOKENS,
-            end_ids=self.trainer._limits.end_ids,
-            pad_id=self.trainer._limits.pad_id,
+            max_new_tokens=MAX_NEW_TOKENS,
+            end_ids=self.trainer.generation_limits.end_ids,
+            pad_id=self.trainer.generation_limits.pad_id,
             uniforms=noise,
-            vocabulary=self.vocabulary,
+            vocabulary_size=self.vocabulary_size,
         )
 
-    def noise(self) -> Tensor:
-        return uniforms(0, 0, "selfcheck", self.rows.rows, NEW_TOKENS)
+    def draw_noise(self) -> Tensor:
+        return draw_uniforms(0, 0, "selfcheck", self.rows.num_rows, MAX_NEW_TOKENS)
 
-    def probabilities(self, model: Any, rows: Sequences) -> Tensor:
+    def compute_probabilities(self, model: Any, rows: Sequences) -> Tensor:
         """Of each trained token's place by the training forward, (tokens, V)."""
-        return self.logits(model, rows).float().softmax(-1)
+        return self.compute_logits(model, rows).float().softmax(-1)
 
-    def logits(self, model: Any, rows: Sequences) -> Tensor:
+    def compute_logits(self, model: Any, rows: Sequences) -> Tensor:
         """The model's own, of each trained token's place, (tokens, V)."""
-        with torch.no_grad(), evaluating(model):
-            logits = completion_logits(model, rows)[rows.completion_mask.bool()]
-        return logits[:, : self.vocabulary]
+        with torch.no_grad(), eval_mode(model):
+            logits = compute_completion_logits(model, rows)[rows.completion_mask.bool()]
+        return logits[:, : self.vocabulary_size]
 
 
-def _chat(question: str, answer: str) -> list[dict[str, str]]:
+def _build_chat(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _arguments(folder: Path) -> GKDConfig:
+def _build_arguments(folder: Path) -> GKDConfig:
     """TRL's defaults, in float32 and with nothing reported."""
     return GKDConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=len(TEXTS),
-        max_new_tokens=NEW_TOKENS,
+        per_device_train_batch_size=len(PROMPTS_AND_ANSWERS),
+        max_new_tokens=MAX_NEW_TOKENS,
         teacher_temperature=TEACHER_TEMPERATURE,
         temperature=1.0,
         bf16=False,

@@ -16,95 +16,107 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
 
 from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
-from gkd_lab.config.errors import SpecError
+from gkd_lab.config.errors import ConfigError
 from gkd_lab.models.build import make_model, train_tokenizer
-from gkd_lab.models.loading import pretrained
-from gkd_lab.models.vocabulary import head_size, shared_vocabulary, tokenizer_of
+from gkd_lab.models.loading import load_auto_model
+from gkd_lab.models.vocabulary import get_head_size, get_shared_vocabulary_size, load_model_tokenizer
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.selfcheck.bench import TEXTS, Bench, Pair
-from gkd_lab.selfcheck.checks import BFLOAT16, CHECKS, ERRORS, Finding, failed, stopped
+from gkd_lab.selfcheck.bench import PROMPTS_AND_ANSWERS, ModelPair, PairBench
+from gkd_lab.selfcheck.checks import (
+    BFLOAT16_CHECK,
+    CHECKS,
+    PAIR_ERRORS,
+    InvarianceResult,
+    create_error_result,
+    create_failed_result,
+)
 
-Results = list[tuple[str, str, Finding]]
+CheckResults = list[tuple[str, str, InvarianceResult]]
 """Name, meaning and finding of each check."""
 
-FAMILIES: tuple[Family, ...] = ("decoder-only", "encoder-decoder")
-SPREAD = {"decoder-only": 10.0, "encoder-decoder": 3.0}
+MADE_FAMILIES: tuple[Family, ...] = ("decoder-only", "encoder-decoder")
+WEIGHT_SCALES = {"decoder-only": 10.0, "encoder-decoder": 3.0}
 """Untrained weights times this: else every next token is about equally likely and no check could fail."""
 
 
-def selfcheck(teacher: str | None, student: str | None, *, bf16: bool = False) -> bool:
+def run_selfcheck(teacher: str | None, student: str | None, *, bf16: bool = False) -> bool:
     """Print a table for the named pair, or for two made ones; whether all checks passed.
 
     Raises SpecError for names that cannot be loaded and models of two families.
     """
     if (teacher is None) != (student is None):
         missing = "--teacher" if teacher is None else "--student"
-        raise SpecError(f"{missing} is missing: name both models, or neither to check two made pairs")
+        raise ConfigError(f"{missing} is missing: name both models, or neither to check two made pairs")
     out, reporter = Console(highlight=False), Reporter()
-    pairs: Iterator[tuple[str, Pair]]
+    pairs: Iterator[tuple[str, ModelPair]]
     if teacher is None or student is None:
-        pairs = ((f"{family}, made on the spot", made(family)) for family in FAMILIES)
+        pairs = ((f"{family}, made on the spot", make_pair(family)) for family in MADE_FAMILIES)
     else:
-        pairs = iter([(f"{student} <- {teacher}", load(teacher, student, reporter))])
-    passed = [_report(out, title, pair, measure(pair, reporter, bf16=bf16)) for title, pair in pairs]
+        pairs = iter([(f"{student} <- {teacher}", load_pair(teacher, student, reporter))])
+    passed = [_print_report(out, title, pair, run_checks(pair, reporter, bf16=bf16)) for title, pair in pairs]
     return all(passed)
 
 
-def load(teacher: str, student: str, reporter: Reporter) -> Pair:
+def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
     """Both models in float32 with their tokenizers. Remote code is never run."""
-    configs = {option: _config(option, name) for option, name in _named(teacher, student)}
+    configs = {option: _load_config(option, name) for option, name in _list_options(teacher, student)}
     kinds = {o: "encoder-decoder" if c.is_encoder_decoder else "decoder-only" for o, c in configs.items()}
     if len(set(kinds.values())) > 1:
-        raise SpecError(
+        raise ConfigError(
             f"--student {student!r} is {kinds['--student']} and --teacher {teacher!r} is "
             f"{kinds['--teacher']}: choose two models of one kind"
         )
     models: dict[str, PreTrainedModel] = {}
     with reporter.phase("loading", 2) as advance:
-        for option, name in _named(teacher, student):
-            models[option] = _model(option, name)
+        for option, name in _list_options(teacher, student):
+            models[option] = _load_model(option, name)
             advance(len(models))
-    tokenizer = tokenizer_of(models["--student"])
+    tokenizer = load_model_tokenizer(models["--student"])
     if tokenizer is None:
-        raise SpecError(f"--student {student!r} has no tokenizer: save it there, `tokenizer.save_pretrained`")
-    return Pair(models["--student"], models["--teacher"], tokenizer, tokenizer_of(models["--teacher"]))
-
-
-def _named(teacher: str, student: str) -> Sequence[tuple[str, str]]:
-    return ("--student", student), ("--teacher", teacher)
-
-
-def _config(option: str, name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(option, name, error) from error
-
-
-def _model(option: str, name: str) -> PreTrainedModel:
-    try:
-        return pretrained(name, {"dtype": torch.float32}, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _cannot_load(option, name, error) from error
-
-
-def _cannot_load(option: str, name: str, error: Exception) -> SpecError:
-    if Path(name).exists():
-        return SpecError(f"{option} {name!r} cannot be loaded: {_first_line(error)}")
-    return SpecError(
-        f"{option} {name!r}: no such folder, and no model of that name can be had from the hub "
-        f"({_first_line(error)})"
+        raise ConfigError(
+            f"--student {student!r} has no tokenizer: save it there, `tokenizer.save_pretrained`"
+        )
+    return ModelPair(
+        models["--student"], models["--teacher"], tokenizer, load_model_tokenizer(models["--teacher"])
     )
 
 
-def _first_line(error: Exception) -> str:
+def _list_options(teacher: str, student: str) -> Sequence[tuple[str, str]]:
+    return ("--student", student), ("--teacher", teacher)
+
+
+def _load_config(option: str, name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _build_load_error(option, name, error) from error
+
+
+def _load_model(option: str, name: str) -> PreTrainedModel:
+    try:
+        return load_auto_model(name, {"dtype": torch.float32}, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _build_load_error(option, name, error) from error
+
+
+def _build_load_error(option: str, name: str, error: Exception) -> ConfigError:
+    if Path(name).exists():
+        return ConfigError(f"{option} {name!r} cannot be loaded: {_get_first_line(error)}")
+    return ConfigError(
+        f"{option} {name!r}: no such folder, and no model of that name can be had from the hub "
+        f"({_get_first_line(error)})"
+    )
+
+
+def _get_first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
-def made(family: Family) -> Pair:
+def make_pair(family: Family) -> ModelPair:
     """A teacher of three layers and a student of two, with one byte-level tokenizer of 512 entries."""
     tokenizer = train_tokenizer(
-        TokenizerSpec(kind="bpe", vocab_size=512), [f"{prompt} {answer}" for prompt, answer in TEXTS]
+        TokenizerSpec(kind="bpe", vocab_size=512),
+        [f"{prompt} {answer}" for prompt, answer in PROMPTS_AND_ANSWERS],
     )
     models = []
     for seed, (layers, width) in enumerate(((2, 64), (3, 96))):
@@ -113,76 +125,76 @@ def made(family: Family) -> Pair:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() > 1 and "shared" not in name:
-                    weight.mul_(SPREAD[family])
+                    weight.mul_(WEIGHT_SCALES[family])
         models.append(model)
-    return Pair(models[0], models[1], tokenizer, tokenizer)
+    return ModelPair(models[0], models[1], tokenizer, tokenizer)
 
 
-def measure(pair: Pair, reporter: Reporter, *, bf16: bool = False) -> Results:
+def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> CheckResults:
     """All findings; none after a vocabulary that is not common, or a trainer that refuses the pair."""
-    first = ("tokenizers", "ids mean the same to both", _tokenizers(pair))
+    first = ("tokenizers", "ids mean the same to both", _check_tokenizers(pair))
     if not first[2].passed:
         return [first]
-    checks = (*CHECKS, BFLOAT16) if bf16 else CHECKS
+    checks = (*CHECKS, BFLOAT16_CHECK) if bf16 else CHECKS
     results = [first]
     with (
         tempfile.TemporaryDirectory() as folder,
-        _unheard(),
+        _silence_warnings(),
         reporter.phase("checks", len(checks)) as advance,
     ):
         try:
-            bench = Bench(pair, Path(folder))
-        except ERRORS as error:
-            return [first, ("trainer", "takes the pair", stopped(error))]
+            bench = PairBench(pair, Path(folder))
+        except PAIR_ERRORS as error:
+            return [first, ("trainer", "takes the pair", create_error_result(error))]
         for check in checks:
             results.append((check.name, check.meaning, check(bench)))
             advance(len(results) - 1)
     return results
 
 
-def _tokenizers(pair: Pair) -> Finding:
+def _check_tokenizers(pair: ModelPair) -> InvarianceResult:
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         try:
-            shared_vocabulary(pair.student, pair.teacher, pair.tokenizer, pair.teacher_tokenizer)
+            get_shared_vocabulary_size(pair.student, pair.teacher, pair.tokenizer, pair.teacher_tokenizer)
         except ValueError as error:
-            return failed(str(error), "differ")
+            return create_failed_result(str(error), "differ")
     notes = [str(one.message) for one in remarks]
-    sizes = [head_size(model) for model in (pair.student, pair.teacher)]
+    sizes = [get_head_size(model) for model in (pair.student, pair.teacher)]
     if sizes[0] != sizes[1]:
         notes.append(f"heads of {sizes[0]:,} and {sizes[1]:,} entries: the first {min(sizes):,} are compared")
     shown = "teacher's is unknown" if pair.teacher_tokenizer is None else f"{len(pair.tokenizer):,} entries"
-    return Finding(0.0, 0.0, shown, remark="; ".join(notes))
+    return InvarianceResult(0.0, 0.0, shown, note="; ".join(notes))
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def _silence_warnings() -> Iterator[None]:
     """The checks report what the trainer would warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _report(out: Console, title: str, pair: Pair, results: Results) -> bool:
+def _print_report(out: Console, title: str, pair: ModelPair, results: CheckResults) -> bool:
     """Print sizes, table and the reasons of what failed; whether all passed."""
     # Words are wrapped for a person; a file or a pipe gets a line for each reason.
     say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
-    sizes = [f"{_parameters(model) / 1e6:,.1f} M" for model in (pair.student, pair.teacher)]
+    sizes = [f"{_count_parameters(model) / 1e6:,.1f} M" for model in (pair.student, pair.teacher)]
     say(f"{title}\nstudent {sizes[0]}, teacher {sizes[1]} parameters, float32")
-    out.print(_table(results))
+    out.print(_build_table(results))
     wrong = [(name, finding) for name, _, finding in results if not finding.passed]
     for name, finding in wrong:
         say(f"FAIL {name}: {finding.reason}")
     for name, _, finding in results:
-        if finding.remark:
-            say(f"note {name}: {finding.remark}")
+        if finding.note:
+            say(f"note {name}: {finding.note}")
     if len(results) < len(CHECKS):
         out.print("Nothing else was checked.")
     out.print(f"{len(results) - len(wrong)} of {len(results)} checks passed\n")
     return not wrong
 
 
-def _table(results: Results) -> Table:
+def _build_table(results: CheckResults) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("check", "what holds", "measured"):
         table.add_column(heading, overflow="fold")
@@ -191,10 +203,10 @@ def _table(results: Results) -> Table:
     for name, meaning, finding in results:
         verdict = "[green]pass[/green]" if finding.passed else "[bold red]FAIL[/bold red]"
         limit = f"{finding.tolerance:.0e}" if finding.tolerance else "0"
-        table.add_row(name, meaning, escape(finding.shown), limit, verdict)
+        table.add_row(name, meaning, escape(finding.measurement), limit, verdict)
     return table
 
 
-def _parameters(model: PreTrainedModel) -> int:
+def _count_parameters(model: PreTrainedModel) -> int:
     """All parameters, frozen ones too."""
     return sum(parameter.numel() for parameter in model.parameters())

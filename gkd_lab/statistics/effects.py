@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_lab.statistics.bootstrap import Array, middle
+from gkd_lab.statistics.bootstrap import Array, compute_percentile_interval
 
 Interval = tuple[float, float]
 
-SAME = 1e-6
+SCORE_TOLERANCE = 1e-6
 """Points by which a stored score and that of the stored texts may differ; beyond, a metric has changed."""
 
 
@@ -33,33 +33,35 @@ class Effect:
         return "higher" if self.low > 0 else "lower"
 
 
-def over_seeds(differences: Sequence[float], pairs: int) -> Effect:
+def estimate_seed_effect(differences: Sequence[float], pairs: int) -> Effect:
     """The effect from one mean difference a seed, at least two."""
-    low, high = t_interval(differences)
+    low, high = compute_t_interval(differences)
     error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
     mean = float(np.mean(differences))
     over = f"{len(differences)} seeds, Student's t"
-    return Effect(mean, low, high, pairs, over, t_test(mean, error, len(differences)))
+    return Effect(mean, low, high, pairs, over, compute_p_value(mean, error, len(differences)))
 
 
-def over_examples(mean: float, resampled: Array, examples: int, pairs: int, over: str) -> Effect:
+def estimate_bootstrap_effect(
+    mean: float, resampled: Array, examples: int, pairs: int, method: str
+) -> Effect:
     """The effect from its bootstrap distribution; of a single example nothing is decided."""
     if examples < 2:
         return Effect(mean, None, None, pairs, "one example, no interval")
-    low, high = middle(resampled)
-    return Effect(mean, low, high, pairs, over, t_test(mean, float(np.std(resampled)), examples))
+    low, high = compute_percentile_interval(resampled)
+    return Effect(mean, low, high, pairs, method, compute_p_value(mean, float(np.std(resampled)), examples))
 
 
-def t_test(mean: float, error: float, count: int) -> float:
+def compute_p_value(mean: float, standard_error: float, count: int) -> float:
     """Two-sided p-value of a mean of `count` values with this standard error (Student's t)."""
     from scipy.special import stdtr
 
-    if error == 0:
+    if standard_error == 0:
         return 1.0 if mean == 0 else 0.0
-    return float(2 * stdtr(count - 1, -abs(mean) / error))
+    return float(2 * stdtr(count - 1, -abs(mean) / standard_error))
 
 
-def t_interval(values: Sequence[float]) -> Interval:
+def compute_t_interval(values: Sequence[float]) -> Interval:
     """95 % interval of the mean of at least two independent values (Student's t)."""
     from scipy.special import stdtrit
 

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell
-from gkd_lab.store import EvaluationRecord, Record, State, worst
-from gkd_lab.store.index import Facts, Index
-from gkd_lab.store.lock import owner
-from gkd_lab.store.tail import last_row
-from gkd_lab.store.timing import seconds_a_step, tokens
+from gkd_lab.store import EvaluationRecord, Record, State, combine_states
+from gkd_lab.store.index import RecordFacts, RecordIndex
+from gkd_lab.store.lock import read_owner
+from gkd_lab.store.tail import read_last_row
+from gkd_lab.store.timing import count_completion_tokens, estimate_seconds_per_step
 
-_OF_STATUS = ("state", "steps", "seconds", "tokens", "shared_by", "device")
-_OF_ROW = ("step", "loss", "on_policy")
+_STATUS_KEYS = ("state", "steps", "seconds", "tokens", "shared_by", "device")
+_ROW_KEYS = ("step", "loss", "on_policy")
 
 
 @dataclass(frozen=True)
-class Standing:
+class CellProgress:
     """What the files of a cell's record say."""
 
     state: State
@@ -31,80 +31,80 @@ class Standing:
     """Of the training, at the present pace; None where no process is at it."""
     error: str | None
     """The last line of the first error."""
-    log: Path | None
+    error_file: Path | None
     """The file that holds the traceback."""
-    status: Facts
+    training_status: RecordFacts
     """Of the training, `state`, `seconds`, `shared_by`, `device` and more, where it is done."""
 
 
-def standing(record: Record, cell: Cell, index: Index) -> Standing:
+def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgress:
     """Read a cell's record; of a finished one through the index."""
     names = [evaluation.folder for evaluation in cell.evaluations]
-    files = ["status.json", *(f"evaluations/{n}/{file}" for n in names for file in _OF_PART)]
-    facts = index.facts(cell.folder, files, lambda: _facts(record, cell))
-    states = [_state(facts, n, cell) for n in range(len(names))]
+    files = ["status.json", *(f"evaluations/{n}/{file}" for n in names for file in _EVALUATION_FILES)]
+    facts = index.get_facts(cell.folder, files, lambda: _collect_record_facts(record, cell))
+    states = [_get_evaluation_state(facts, n, cell) for n in range(len(names))]
     training: State = facts["status"].get("state", "missing")
-    busy = "missing" in (training, *states) and record.is_claimed()
+    busy = "missing" in (training, *states) and record.is_locked()
     unfinished: State = "running" if busy else "missing"
-    whole = worst([unfinished if state == "missing" else state for state in (training, *states)])
-    error, log = _failure(facts, record, cell)
-    return Standing(
+    whole = combine_states([unfinished if state == "missing" else state for state in (training, *states)])
+    error, log = _find_failure(facts, record, cell)
+    return CellProgress(
         state=whole,
-        owner=_owner(record) if busy else None,
+        owner=_format_owner(record) if busy else None,
         error=error,
-        log=log,
-        status=facts["status"],
-        **(_finished(facts) if training != "missing" else _under_way(record, cell, busy)),
+        error_file=log,
+        training_status=facts["status"],
+        **(_summarize_finished(facts) if training != "missing" else _summarize_running(record, cell, busy)),
     )
 
 
-_OF_PART = ("status.json", "scores.json")
+_EVALUATION_FILES = ("status.json", "scores.json")
 
 
-def _facts(record: Record, cell: Cell) -> Facts:
-    status, parts = record.status(), _parts(record, cell)
-    kept = {name: status[name] for name in _OF_STATUS if name in status}
-    row = last_row(record.metrics_file) if status else {}
+def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
+    status, parts = record.read_status(), _list_evaluations(record, cell)
+    kept = {name: status[name] for name in _STATUS_KEYS if name in status}
+    row = read_last_row(record.metrics_file) if status else {}
     return {
         "status": kept,
-        "row": {name: row[name] for name in _OF_ROW if name in row},
-        "errors": [_last_line(status), *(_last_line(part.status()) for part in parts)],
-        "parts": [part.state() for part in parts],
-        "scores": [list(part.scores()) for part in parts],
+        "row": {name: row[name] for name in _ROW_KEYS if name in row},
+        "errors": [_get_error_line(status), *(_get_error_line(part.read_status()) for part in parts)],
+        "parts": [part.read_state() for part in parts],
+        "scores": [list(part.read_scores()) for part in parts],
     }
 
 
-def _last_line(status: dict[str, Any]) -> str | None:
+def _get_error_line(status: dict[str, Any]) -> str | None:
     if status.get("state") != "failed":
         return None
     lines = str(status.get("error") or "").strip().splitlines()
     return lines[-1] if lines else "failed without a message"
 
 
-def _state(facts: Facts, n: int, cell: Cell) -> State:
+def _get_evaluation_state(facts: RecordFacts, n: int, cell: Cell) -> State:
     """Of an evaluation; one that lacks a metric is not done."""
     state: State = facts["parts"][n]
     lacks = not set(cell.evaluations[n].metrics) <= set(facts["scores"][n])
     return "missing" if state == "done" and lacks else state
 
 
-def _failure(facts: Facts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
+def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
     for n, error in enumerate(facts["errors"]):
         if error is not None:
-            return error, [record, *_parts(record, cell)][n].status_file
+            return error, [record, *_list_evaluations(record, cell)][n].status_file
     return None, None
 
 
-def _parts(record: Record, cell: Cell) -> list[EvaluationRecord]:
-    return [record.evaluation(evaluation) for evaluation in cell.evaluations]
+def _list_evaluations(record: Record, cell: Cell) -> list[EvaluationRecord]:
+    return [record.get_evaluation(evaluation) for evaluation in cell.evaluations]
 
 
-def _owner(record: Record) -> str | None:
-    facts = owner(record.folder)
+def _format_owner(record: Record) -> str | None:
+    facts = read_owner(record.folder)
     return None if not facts else f"{facts.get('host')}:{facts.get('pid')}"
 
 
-def _finished(facts: Facts) -> dict[str, Any]:
+def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
     status, row = facts["status"], facts["row"]
     clock = status.get("seconds")
     return {
@@ -116,20 +116,22 @@ def _finished(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _under_way(record: Record, cell: Cell, busy: bool) -> dict[str, Any]:
-    begun = busy or record.steps_folder.exists()
-    history = record.history() if begun else []
+def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str, Any]:
+    begun = is_running or record.steps_folder.exists()
+    history = record.read_history() if begun else []
     last = history[-1] if history else {}
     step = int(last.get("step", 0))
-    pace = seconds_a_step(record.times()) if busy else None
+    pace = estimate_seconds_per_step(record.read_step_times()) if is_running else None
     return {
         "step": step,
         "loss": last.get("loss"),
         "on_policy": last.get("on_policy"),
-        "tokens_per_second": _tokens_a_step(history, cell) / pace if pace else None,
+        "tokens_per_second": _compute_tokens_per_step(history, cell) / pace if pace else None,
         "seconds_left": None if pace is None else pace * (cell.training.steps - step),
     }
 
 
-def _tokens_a_step(history: list[dict[str, Any]], cell: Cell) -> float:
-    return tokens(history, cell.training.batch_size) / history[-1]["step"] if history else 0.0
+def _compute_tokens_per_step(history: list[dict[str, Any]], cell: Cell) -> float:
+    return (
+        count_completion_tokens(history, cell.training.batch_size) / history[-1]["step"] if history else 0.0
+    )

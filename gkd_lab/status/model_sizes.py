@@ -9,19 +9,19 @@ from math import prod
 from pathlib import Path
 
 from gkd_lab.config.cell import ModelSpec, SftModel
-from gkd_lab.config.cost import model_weights
+from gkd_lab.config.cost import count_model_parameters
 from gkd_lab.store import Record
 
 _LAYER = re.compile(r"(^|.*\.)(?:layers|layer|block|blk|h)\.(\d+)\.")
 """A stack and the number of a layer in it, in the names of transformers and of GGUF."""
 
 
-def parameters(model: SftModel, record: Record) -> int | None:
+def count_parameters(model: SftModel, record: Record) -> int | None:
     """Of a teacher or a starting student; None for a loaded one whose files are not here."""
-    counted = model_weights(model)
+    counted = count_model_parameters(model)
     if counted is not None:
         return counted
-    built = record.status().get("parameters")
+    built = record.read_status().get("parameters")
     return int(built) if built else in_files(model.model)
 
 

@@ -7,37 +7,37 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.status.overview import Overview, overview
-from gkd_lab.status.render import cell_lines, reference_lines, standing_line
+from gkd_lab.config import Grid
+from gkd_lab.status.overview import Overview, build_overview
+from gkd_lab.status.render import render_cells, render_running_artifacts, render_state_counts
 from gkd_lab.store import Store
 
-Drawing = Generator[None, Overview, None]
+OverviewDisplay = Generator[None, Overview, None]
 
-EVERY = 2.0
+REFRESH_SECONDS = 2.0
 """Seconds between two looks."""
 
 
-def watch(
-    grid: GridOfCells,
+def watch_grid(
+    grid: Grid,
     store: Store,
     console: Console | None = None,
-    wait: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Overview:
     """Show the grid until all of it is settled or Ctrl-C; returns the last that was seen.
 
     A terminal is redrawn; a file or a pipe gets a line whenever the counts of states change.
     """
     console = console or Console()
-    found = overview(grid, store, "auto")
-    show = _redrawn if console.is_terminal else _lines
+    found = build_overview(grid, store, "auto")
+    show = _redraw_terminal if console.is_terminal else _print_state_changes
     drawing = show(grid, console)
     next(drawing)
     try:
         drawing.send(found)
-        while not found.settled:
-            wait(EVERY)
-            found = overview(grid, store, "auto")
+        while not found.is_settled:
+            sleep(REFRESH_SECONDS)
+            found = build_overview(grid, store, "auto")
             drawing.send(found)
     except KeyboardInterrupt:
         pass
@@ -46,24 +46,24 @@ def watch(
     return found
 
 
-def _redrawn(grid: GridOfCells, console: Console) -> Drawing:
+def _redraw_terminal(grid: Grid, console: Console) -> OverviewDisplay:
     # Gone at the end: the whole listing takes its place.
     with Live(console=console, transient=True, auto_refresh=False) as live:
         while True:
-            live.update(_screen(grid, (yield), console), refresh=True)
+            live.update(_build_screen(grid, (yield), console), refresh=True)
 
 
-def _screen(grid: GridOfCells, found: Overview, console: Console) -> Group:
+def _build_screen(grid: Grid, overview: Overview, console: Console) -> Group:
     """As much as fits: all cells, or those that are worked on or failed."""
-    built = list(reference_lines(found))
-    lines, room = list(cell_lines(grid, found, progress=True)), console.height - 2 - len(built)
+    built = list(render_running_artifacts(overview))
+    lines, room = list(render_cells(grid, overview, show_progress=True)), console.height - 2 - len(built)
     if len(lines) > room:
-        lines = list(cell_lines(grid, found, progress=True, only=("running", "failed")))[:room]
+        lines = list(render_cells(grid, overview, show_progress=True, only=("running", "failed")))[:room]
     text = [Text.from_ansi(line, no_wrap=True, overflow="ellipsis") for line in (*lines, *built)]
-    return Group(*text, Text(f"{standing_line(found)}; Ctrl-C leaves, the work goes on"))
+    return Group(*text, Text(f"{render_state_counts(overview)}; Ctrl-C leaves, the work goes on"))
 
 
-def _lines(grid: GridOfCells, console: Console) -> Drawing:
+def _print_state_changes(grid: Grid, console: Console) -> OverviewDisplay:
     said = None
     while True:
         found = yield
@@ -71,5 +71,5 @@ def _lines(grid: GridOfCells, console: Console) -> Drawing:
         if counts != said:
             said = counts
             console.print(
-                f"{grid.name}: {standing_line(found)}", soft_wrap=True, markup=False, highlight=False
+                f"{grid.name}: {render_state_counts(found)}", soft_wrap=True, markup=False, highlight=False
             )

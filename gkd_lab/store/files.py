@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def set_aside(path: Path) -> Path | None:
+def quarantine_path(path: Path) -> Path | None:
     """Rename what is damaged, in place of what was set aside before; returns where it is now."""
     if not path.exists():
         return None
@@ -54,18 +54,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line, by rename."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
+def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     """One more JSON line, in one write."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of `path`, up to the first damaged one (an interrupted write); [] without a file."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
@@ -82,7 +82,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def keep_lines_until(path: Path, step: int) -> None:
+def drop_lines_beyond_step(path: Path, step: int) -> None:
     """Drop what was logged after `step`, so that a resumed run does not log a step twice."""
     if path.exists():
-        write_lines(path, [row for row in read_lines(path) if row.get("step", 0) <= step])
+        write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])

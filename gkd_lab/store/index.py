@@ -14,56 +14,58 @@ from typing import Any
 
 from gkd_lab.store.files import read_json, write_text
 
-_VERSION = 1
+_INDEX_VERSION = 1
 """Raised when what is kept of a record changes."""
-_WORTH = 500
+_MIN_RECORDS = 500
 """Records below which reading them is as fast."""
-_SETTLED = 2.0
+_SETTLE_SECONDS = 2.0
 """Seconds for which a file must have been as it is: two changes within a clock tick have one time, as git
 says of its own index (Documentation/technical/racy-git)."""
 
-Facts = dict[str, Any]
-Stamp = list[int] | None
+RecordFacts = dict[str, Any]
+FileStamp = list[int] | None
 
 
-class Index:
+class RecordIndex:
     """The index of one outputs folder; `save` it when all was asked."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = str(root), root / ".cache" / "records.json"
         stored = read_json(self.path) or {}
-        same = stored.get("version") == _VERSION
+        same = stored.get("version") == _INDEX_VERSION
         self._layouts: list[list[str]] = stored["layouts"] if same else []
-        self._kept: dict[str, tuple[int, list[Stamp], Facts]] = stored["records"] if same else {}
-        self._new = 0
+        self._entries: dict[str, tuple[int, list[FileStamp], RecordFacts]] = stored["records"] if same else {}
+        self._new_entries = 0
 
-    def facts(self, folder: str, files: Sequence[str], read: Callable[[], Facts]) -> Facts:
+    def get_facts(
+        self, folder: str, files: Sequence[str], read_facts: Callable[[], RecordFacts]
+    ) -> RecordFacts:
         """What `read` returns of the record in `folder`, which it makes of nothing but these `files`."""
         place, names = f"{self.root}/{folder}", list(files)
-        stamps = [_stamp(f"{place}/{name}") for name in names]
-        kept = self._kept.get(folder)
+        stamps = [_read_file_stamp(f"{place}/{name}") for name in names]
+        kept = self._entries.get(folder)
         if kept is not None and kept[1] == stamps and self._layouts[kept[0]] == names:
             return kept[2]
-        found = read()
-        if stamps[0] is not None and _is_settled(stamps):
+        found = read_facts()
+        if stamps[0] is not None and _are_files_settled(stamps):
             if names not in self._layouts:
                 self._layouts.append(names)
-            self._kept[folder] = self._layouts.index(names), stamps, found
-            self._new += 1
+            self._entries[folder] = self._layouts.index(names), stamps, found
+            self._new_entries += 1
         return found
 
     def save(self) -> None:
         """Write it where that is worth the time: to a large store, when more than a fiftieth is new."""
-        if len(self._kept) < _WORTH or self._new * 50 < len(self._kept):
+        if len(self._entries) < _MIN_RECORDS or self._new_entries * 50 < len(self._entries):
             return
         # A store that can only be read, or is full, is listed without.
         with suppress(OSError):
-            content = {"version": _VERSION, "layouts": self._layouts, "records": self._kept}
+            content = {"version": _INDEX_VERSION, "layouts": self._layouts, "records": self._entries}
             write_text(self.path, json.dumps(content) + "\n")
-            self._new = 0
+            self._new_entries = 0
 
 
-def _stamp(path: str) -> Stamp:
+def _read_file_stamp(path: str) -> FileStamp:
     try:
         about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -71,6 +73,6 @@ def _stamp(path: str) -> Stamp:
     return [about.st_mtime_ns, about.st_size, about.st_ino]
 
 
-def _is_settled(stamps: Sequence[Stamp]) -> bool:
+def _are_files_settled(stamps: Sequence[FileStamp]) -> bool:
     newest = max(stamp[0] for stamp in stamps if stamp is not None)
-    return time.time() - newest / 1e9 > _SETTLED
+    return time.time() - newest / 1e9 > _SETTLE_SECONDS

@@ -5,32 +5,32 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.metrics.scored_predictions import prediction_of
+from gkd_lab.metrics.scored_predictions import parse_prediction
 from gkd_lab.store.record import DamagedRecord, EvaluationRecord
 
-Row = dict[str, Any]
+PredictionRow = dict[str, Any]
 
 
 class DamagedPredictions(DamagedRecord):
     """Predictions that are gone, cut short or not as they were written."""
 
 
-def read_predictions(part: EvaluationRecord) -> list[Row]:
+def read_predictions(part: EvaluationRecord) -> list[PredictionRow]:
     """All rows of a finished evaluation. Raises DamagedPredictions with file and line."""
     path = part.folder / "predictions.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DamagedPredictions(f"{path} is missing") from error
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line]
-    written = part.status().get("rows")
+    rows = [_parse_prediction_row(path, number, line) for number, line in enumerate(lines, 1) if line]
+    written = part.read_status().get("rows")
     if not rows or written not in (None, len(rows)):
         left = f"{len(rows)} of {written or 'its'} predictions are left"
         raise DamagedPredictions(f"{path} is cut short: {left}")
     return rows
 
 
-def by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
     """Positions of the texts of each prompt: several where several were sampled."""
     groups: list[list[int]] = []
     for position, row in enumerate(rows):
@@ -40,7 +40,7 @@ def by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
     return groups
 
 
-def _row(path: Path, number: int, line: bytes) -> Row:
+def _parse_prediction_row(path: Path, number: int, line: bytes) -> PredictionRow:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -49,7 +49,7 @@ def _row(path: Path, number: int, line: bytes) -> Row:
         shown = line[:60].decode("utf-8", "backslashreplace")
         raise DamagedPredictions(f"{path}:{number}: expected a JSON object, got {shown!r}")
     try:
-        prediction_of(row)
+        parse_prediction(row)
     except ValueError as error:
         raise DamagedPredictions(f"{path}:{number}: {error}") from error
     if not isinstance(row.get("scores"), dict):

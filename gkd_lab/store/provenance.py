@@ -15,7 +15,7 @@ from typing import Any
 
 import gkd_lab
 from gkd_lab.config.cell import DataSpec, SftModel, Training
-from gkd_lab.store.file_hashes import stored_digests
+from gkd_lab.store.file_hashes import read_file_hashes
 from gkd_lab.store.record import Store
 
 PACKAGES = (
@@ -24,50 +24,56 @@ PACKAGES = (
 )
 
 
-def provenance(**more: Any) -> dict[str, Any]:
+def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
     """Facts of this process, now; `more` is added."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "gkd_lab": gkd_lab.__version__,
-        **_code(),
+        **_describe_code(),
         "python": platform.python_version(),
-        "packages": _versions(),
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), **_hardware()},
-        "command": [Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])],
-        **more,
+        "packages": _collect_package_versions(),
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), **_describe_hardware()},
+        "command": [Path(sys.argv[0]).name, *redact_secrets(sys.argv[1:])],
+        **extra_facts,
     }
 
 
-def sources_of(training: Training, scale: str, store: Store) -> dict[str, Any]:
+def describe_sources(training: Training, scale: str, store: Store) -> dict[str, Any]:
     """Data, models and seeds of a training: revisions, and the weights of both models as they were then.
 
     Of a teacher whose scores were kept also their files.
     """
-    scores = training.scores
-    kept = None if scores is None else stored_digests(store.scores(scale, scores).folder)
+    scores = training.scores_spec
+    kept = None if scores is None else read_file_hashes(store.get_teacher_scores(scale, scores).folder)
     return {
-        "data": _data(training.data),
-        "teacher": {**_model(training.teacher), "files": _weights(store, scale, "teacher", training.teacher)},
-        "start": {**_model(training.start), "files": _weights(store, scale, "start", training.start)},
+        "data": _describe_data(training.data),
+        "teacher": {
+            **_describe_model(training.teacher),
+            "files": _list_weight_hashes(store, scale, "teacher", training.teacher),
+        },
+        "start": {
+            **_describe_model(training.start),
+            "files": _list_weight_hashes(store, scale, "start", training.start),
+        },
         "seeds": {"training": training.seed, "data": training.data.seed},
         **({} if scores is None else {"scores": {"fingerprint": scores.full_fingerprint, "files": kept}}),
     }
 
 
-def _data(data: DataSpec) -> dict[str, Any]:
+def _describe_data(data: DataSpec) -> dict[str, Any]:
     return data.model_dump(include={"kind", "name", "config", "revision"}, exclude_none=True)
 
 
-def _model(model: SftModel) -> dict[str, Any]:
+def _describe_model(model: SftModel) -> dict[str, Any]:
     """Of a model that was loaded also where from; a local one is known by its content."""
     seeds = {"init": model.model.init_seed, **({} if model.sft is None else {"sft": model.sft.seed})}
     loaded = model.model.model_dump(include={"pretrained", "revision"}, exclude_none=True)
     return {"fingerprint": model.full_fingerprint, **loaded, "seeds": seeds}
 
 
-def _weights(store: Store, scale: str, role: str, model: SftModel) -> dict[str, str]:
+def _list_weight_hashes(store: Store, scale: str, role: str, model: SftModel) -> dict[str, str]:
     """SHA-256 of each file of weights of an artifact's checkpoint."""
-    stored = stored_digests(store.artifact(scale, role, model).folder) or {}
+    stored = read_file_hashes(store.get_artifact(scale, role, model).folder) or {}
     return {name: one for name, one in stored.items() if name.endswith(".safetensors")}
 
 
@@ -75,10 +81,10 @@ _SECRET_NAME = re.compile(r"(?i)token|secret|passw|credential|api_?key|auth(?!or
 _SECRET_VALUE = re.compile(
     r"\b(hf_|sk-|gh[pousr]_|github_pat_|wandb_v1_)\w[\w-]{9,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
-_HIDDEN = "[hidden]"
+_REDACTED = "[hidden]"
 
 
-def without_secrets(words: Sequence[str]) -> list[str]:
+def redact_secrets(words: Sequence[str]) -> list[str]:
     """The words of a command; what follows a secret's name, or looks like a secret, is hidden."""
     known = [
         value
@@ -88,22 +94,22 @@ def without_secrets(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if before.startswith("-") and "=" not in before and _is_secret(before):
-            word = _HIDDEN
-        elif equals and value and _is_secret(name):
-            word = f"{name}={_HIDDEN}"
+        if before.startswith("-") and "=" not in before and _is_secret_name(before):
+            word = _REDACTED
+        elif equals and value and _is_secret_name(name):
+            word = f"{name}={_REDACTED}"
         for secret in known:
-            word = word.replace(secret, _HIDDEN)
-        shown.append(_SECRET_VALUE.sub(_HIDDEN, word))
+            word = word.replace(secret, _REDACTED)
+        shown.append(_SECRET_VALUE.sub(_REDACTED, word))
     return shown
 
 
-def _is_secret(option: str) -> bool:
+def _is_secret_name(option: str) -> bool:
     # Names of ours that hold one of these words: `max_output_tokens`, `tokenizer.kind`.
     return _SECRET_NAME.search(re.sub(r"tokens|tokenizer", "", option)) is not None
 
 
-def _hardware() -> dict[str, Any]:
+def _describe_hardware() -> dict[str, Any]:
     """Processor, memory, and the GPUs that torch sees where it is loaded: it is not imported for this."""
     found: dict[str, Any] = {}
     if hasattr(os, "sched_getaffinity"):
@@ -121,7 +127,7 @@ def _hardware() -> dict[str, Any]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _collect_package_versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:
@@ -132,20 +138,20 @@ def _versions() -> dict[str, str]:
 
 
 @cache
-def _code() -> dict[str, Any]:
+def _describe_code() -> dict[str, Any]:
     """Commit of the source checkout, and what was changed since; nothing for an installed package."""
     root = Path(gkd_lab.__file__).parent.parent
-    return checkout(root) if (root / ".git").exists() else {}
+    return describe_checkout(root) if (root / ".git").exists() else {}
 
 
-def checkout(root: Path) -> dict[str, Any]:
+def describe_checkout(root: Path) -> dict[str, Any]:
     """`commit`, whether it was `changed`, and then `diff`: SHA-256 of the changes, new modules included.
 
     The changes themselves are not kept: they may hold what must stay secret.
     """
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
-    added = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "gkd_lab")
+    commit = _run_git(root, "rev-parse", "HEAD")
+    changes = _run_git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
+    added = _run_git(root, "ls-files", "-z", "--others", "--exclude-standard", "gkd_lab")
     if commit is None or changes is None or added is None:
         return {"commit": commit}
     new = sorted(name for name in added.split("\0") if (root / name).is_file())
@@ -157,7 +163,7 @@ def checkout(root: Path) -> dict[str, Any]:
     return {"commit": commit, "changed": True, "diff": total.hexdigest()}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _run_git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments],

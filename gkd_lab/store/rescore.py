@@ -4,25 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_lab.metrics.scored_predictions import judge, prediction_of
+from gkd_lab.metrics.scored_predictions import parse_prediction, score_predictions
 from gkd_lab.metrics.text_metrics import Scorer
-from gkd_lab.store.files import write_json, write_lines
+from gkd_lab.store.files import write_json, write_json_lines
 from gkd_lab.store.predictions import read_predictions
 from gkd_lab.store.record import EvaluationRecord
 
-Scores = dict[str, dict[str, Any]]
+MetricScores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Rejudged:
+class RescoredEvaluation:
     """Scores of one evaluation before and after."""
 
-    before: Scores
-    after: Scores
-    predictions: int
+    scores_before: MetricScores
+    scores_after: MetricScores
+    prediction_count: int
 
 
-def rejudge(part: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | None = None) -> Rejudged:
+def rescore_evaluation(
+    part: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | None = None
+) -> RescoredEvaluation:
     """Compute `metrics` from the stored predictions of a finished evaluation and store them.
 
     Scores that are not named stay. Files whose content would be the same are left as they are. Raises
@@ -30,14 +32,14 @@ def rejudge(part: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | Non
     holds the record's lock.
     """
     rows = read_predictions(part)
-    found, lines = judge(metrics, [prediction_of(row) for row in rows], scorer)
-    before = part.scores()
+    found, lines = score_predictions(metrics, [parse_prediction(row) for row in rows], scorer)
+    before = part.read_scores()
     after = {**before, **found}
     rescored = [
         {**row, "scores": {**row["scores"], **line["scores"]}} for row, line in zip(rows, lines, strict=True)
     ]
     if rescored != rows:
-        write_lines(part.folder / "predictions.jsonl", rescored)
+        write_json_lines(part.folder / "predictions.jsonl", rescored)
     if after != before:
         write_json(part.folder / "scores.json", after)
-    return Rejudged(before, after, len(rows))
+    return RescoredEvaluation(before, after, len(rows))

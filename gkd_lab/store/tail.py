@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-_ENOUGH = 4096
+_TAIL_BYTES = 4096
 """Bytes that hold the last row of any history of ours."""
 
 
-def last_row(path: Path) -> dict[str, Any]:
+def read_last_row(path: Path) -> dict[str, Any]:
     """The last whole JSON line of a file; `{}` where there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _ENOUGH))
+            file.seek(max(0, size - _TAIL_BYTES))
             *whole, _ = file.read().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -9,44 +9,44 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.store.files import append_line, keep_lines_until, read_lines
+from gkd_lab.store.files import append_json_line, drop_lines_beyond_step, read_json_lines
 
-FILE = "times.jsonl"
-_RECENT = 5
+TIMES_FILE = "times.jsonl"
+_RECENT_ROWS = 5
 """Rows over which the present pace is taken."""
 
-Rows = Sequence[Mapping[str, Any]]
+TimeRows = Sequence[Mapping[str, Any]]
 
 
-def begin(folder: Path, step: int) -> None:
+def log_process_start(folder: Path, step: int) -> None:
     """A process begins, or goes on, after `step`; what an earlier one noted beyond it is forgotten."""
-    keep_lines_until(folder / FILE, step)
-    append_line(folder / FILE, {"step": step, "time": round(time.time(), 3), "began": True})
+    drop_lines_beyond_step(folder / TIMES_FILE, step)
+    append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3), "began": True})
 
 
-def note(folder: Path, step: int) -> None:
+def log_step_time(folder: Path, step: int) -> None:
     """A row of the history was written after `step`."""
-    append_line(folder / FILE, {"step": step, "time": round(time.time(), 3)})
+    append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3)})
 
 
-def times(folder: Path) -> list[dict[str, Any]]:
+def read_step_times(folder: Path) -> list[dict[str, Any]]:
     """`{"step", "time"}` in seconds since 1970, in order; `began` where a process took up the work."""
-    return read_lines(folder / FILE)
+    return read_json_lines(folder / TIMES_FILE)
 
 
-def seconds(rows: Rows) -> float:
+def sum_work_seconds(rows: TimeRows) -> float:
     """Seconds at work: the time between two processes does not count."""
-    return sum(spent for spent, _ in _spans(rows))
+    return sum(spent for spent, _ in _iterate_spans(rows))
 
 
-def seconds_a_step(rows: Rows) -> float | None:
+def estimate_seconds_per_step(rows: TimeRows) -> float | None:
     """The present pace; None before the running process has written a second time."""
-    last = _last_process(rows)[-_RECENT - 1 :]
+    last = _select_last_process(rows)[-_RECENT_ROWS - 1 :]
     steps = last[-1]["step"] - last[0]["step"] if last else 0
-    return seconds(last) / steps if steps > 0 else None
+    return sum_work_seconds(last) / steps if steps > 0 else None
 
 
-def tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
+def count_completion_tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
     """Completion tokens that were trained on: mean length times rows, over the steps of each row."""
     found, before = 0.0, 0
     for row in history:
@@ -55,13 +55,13 @@ def tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
     return found
 
 
-def _spans(rows: Rows) -> Iterator[tuple[float, int]]:
+def _iterate_spans(rows: TimeRows) -> Iterator[tuple[float, int]]:
     """(seconds, steps) between neighbouring rows of one process; a clock set back counts as no time."""
     for before, row in pairwise(rows):
         if not row.get("began"):
             yield max(0.0, row["time"] - before["time"]), row["step"] - before["step"]
 
 
-def _last_process(rows: Rows) -> list[Mapping[str, Any]]:
+def _select_last_process(rows: TimeRows) -> list[Mapping[str, Any]]:
     begun = [n for n, row in enumerate(rows) if row.get("began")]
     return list(rows[begun[-1] if begun else 0 :])

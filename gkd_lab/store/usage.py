@@ -13,19 +13,19 @@ from typing import Any
 _RAPL = Path("/sys/class/powercap")
 
 
-class Meter:
+class UsageMeter:
     """Reads the counters now, and says later how far they have moved. Energy is that of the whole machine."""
 
     def __init__(self, powercap: Path = _RAPL) -> None:
         self.powercap = powercap
-        self.clock, self.processors = time.monotonic(), time.process_time()
+        self.start_seconds, self.start_cpu_seconds = time.monotonic(), time.process_time()
         self.packages, self.accelerators = _package_energy(powercap), _accelerator_energy()
 
-    def spent(self) -> dict[str, float]:
+    def read_usage(self) -> dict[str, float]:
         """`seconds`, `cpu_seconds` of this process; `cpu_joules` (RAPL), `gpu_joules` (NVML) if readable."""
         found = {
-            "seconds": time.monotonic() - self.clock,
-            "cpu_seconds": time.process_time() - self.processors,
+            "seconds": time.monotonic() - self.start_seconds,
+            "cpu_seconds": time.process_time() - self.start_cpu_seconds,
             "cpu_joules": _moved(self.packages, _package_energy(self.powercap), _ranges(self.powercap)),
             "gpu_joules": _moved(self.accelerators, _accelerator_energy(), {}),
         }

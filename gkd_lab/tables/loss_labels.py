@@ -21,31 +21,31 @@ def loss_label(objectives: Any) -> str:
     What a term leaves out is not said, nor a weight of 1.
     """
     listed = json.loads(objectives) if isinstance(objectives, str) else objectives
-    return " + ".join(_weighed(dict(term)) for term in listed)
+    return " + ".join(_format_weighted_term(dict(term)) for term in listed)
 
 
-def axis_value(axis: str, value: Any) -> str:
+def format_axis_value(axis: str, value: Any) -> str:
     """A value of an axis for reading: a list of objectives by its terms, a number without needless digits."""
     if axis == "objectives" and not isinstance(value, float):
         return loss_label(value)
-    return _number(value)
+    return _format_number(value)
 
 
-def axis_named(axis: str, value: Any) -> str:
+def format_axis_setting(axis: str, value: Any) -> str:
     """`student small`; a list of objectives names itself."""
-    said = axis_value(axis, value)
+    said = format_axis_value(axis, value)
     return said if axis == "objectives" else f"{axis} {said}"
 
 
-def _weighed(term: dict[str, Any]) -> str:
+def _format_weighted_term(term: dict[str, Any]) -> str:
     weight, final = term.pop("weight", 1), term.pop("final_weight", None)
     kind = term.pop("type", "divergence")
-    name = _divergence(term) if kind == "divergence" else _other(kind, term)
+    name = _format_divergence_term(term) if kind == "divergence" else _format_other_term(kind, term)
     said = f"{weight:g} " if weight != 1 else ""
     return f"{said if final is None else f'{weight:g} to {final:g} '}{name}"
 
 
-def _divergence(term: dict[str, Any]) -> str:
+def _format_divergence_term(term: dict[str, Any]) -> str:
     name = "Total variation" if term.get("divergence") == "tv" else divergence_label(term.get("beta"))
     temperatures = [term.get(f"{side}_temperature", 1) for side in ("teacher", "student")]
     if temperatures[0] == temperatures[1] != 1:
@@ -55,10 +55,10 @@ def _divergence(term: dict[str, Any]) -> str:
             name += f" at the {side}'s T = {value:g}" if value != 1 else ""
     name += " times T\N{SUPERSCRIPT TWO}" if term.get("square_temperature") else ""
     name += " rescaled" if term.get("rescale") else ""
-    return name + _teachers(term)
+    return name + _format_teachers(term)
 
 
-def _teachers(term: Mapping[str, Any]) -> str:
+def _format_teachers(term: Mapping[str, Any]) -> str:
     named = term.get("teacher")
     if named is None:
         return ""
@@ -71,14 +71,14 @@ def _teachers(term: Mapping[str, Any]) -> str:
     return " of " + " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _other(kind: str, fields: Mapping[str, Any]) -> str:
-    name = kind.replace("_", " ")
+def _format_other_term(term_type: str, settings: Mapping[str, Any]) -> str:
+    name = term_type.replace("_", " ")
     told = ", ".join(
-        value if isinstance(value, str) else f"{field.replace('_', ' ')} {_number(value)}"
-        for field, value in fields.items()
+        value if isinstance(value, str) else f"{field.replace('_', ' ')} {_format_number(value)}"
+        for field, value in settings.items()
     )
     return f"{name} ({told})" if told else name

@@ -11,189 +11,200 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from gkd_lab.config import Cell, GridOfCells
-from gkd_lab.config.cell import HarnessEvaluation, references
+from gkd_lab.config import Cell, Grid
+from gkd_lab.config.cell import LmEvalEvaluation, list_references
 from gkd_lab.metrics import Scorer
 from gkd_lab.store import DamagedRecord, EvaluationRecord, Record, Store
-from gkd_lab.store.rescore import Scores, rejudge
-from gkd_lab.tables.rows import evaluation_names
+from gkd_lab.store.rescore import MetricScores, rescore_evaluation
+from gkd_lab.tables.rows import name_evaluations
 
-Advance = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
-_ALONE_BELOW = 100
+_MIN_RECORDS_FOR_PROCESSES = 100
 """Records that one process rescores as soon as others have started: each imports for a second or two."""
-_AT_ONCE = 8
+_RECORDS_PER_CHUNK = 8
 """Records that a process is given at a time."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationJob:
     """One evaluation of a record, and what is to be computed of it."""
 
-    part: EvaluationRecord
+    record: EvaluationRecord
     name: str
     """Its task and its name in the table."""
     metrics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Job:
+class RescoreJob:
     """A cell or a reference model with its finished evaluations."""
 
     record: Record
-    judged: tuple[Judged, ...]
+    evaluations: tuple[EvaluationJob, ...]
 
 
 @dataclass(frozen=True)
-class Change:
+class ScoreChange:
     """A score before and after; None where there was none."""
 
     name: str
-    was: float | None
-    now: float
-    was_signature: str | None
-    signature: str
+    old_value: float | None
+    new_value: float
+    old_signature: str | None
+    new_signature: str
 
     @property
-    def moved(self) -> bool:
-        return self.was != self.now or self.was_signature != self.signature
+    def is_changed(self) -> bool:
+        return self.old_value != self.new_value or self.old_signature != self.new_signature
 
 
 @dataclass
-class Outcome:
+class RescoreOutcome:
     """What became of some records."""
 
-    evaluations: int = 0
-    predictions: int = 0
-    changes: list[Change] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    evaluation_count: int = 0
+    prediction_count: int = 0
+    changes: list[ScoreChange] = field(default_factory=list)
+    damage_messages: list[str] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
     """(why a metric cannot judge them, the evaluation's folder)."""
-    busy: list[str] = field(default_factory=list)
+    locked_folders: list[str] = field(default_factory=list)
     """Records that another process works on: left alone."""
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all that there is was rescored."""
-        return not (self.damaged or self.refused or self.busy)
+        return not (self.damage_messages or self.refusals or self.locked_folders)
 
-    def add(self, other: "Outcome") -> None:
-        self.evaluations += other.evaluations
-        self.predictions += other.predictions
+    def add(self, other: "RescoreOutcome") -> None:
+        self.evaluation_count += other.evaluation_count
+        self.prediction_count += other.prediction_count
         self.changes += other.changes
-        self.damaged += other.damaged
-        self.refused += other.refused
-        self.busy += other.busy
+        self.damage_messages += other.damage_messages
+        self.refusals += other.refusals
+        self.locked_folders += other.locked_folders
 
 
-def jobs(grid: GridOfCells, store: Store, metrics: Sequence[str] | None) -> tuple[list[Job], list[str]]:
+def collect_rescore_jobs(
+    grid: Grid, store: Store, metrics: Sequence[str] | None
+) -> tuple[list[RescoreJob], list[str]]:
     """(what can be rescored, folders of evaluations without predictions yet), reference models first.
 
     `metrics` None: those that the evaluations of the grid ask for. lm-eval's are not among them.
     """
     found, missing = [], []
-    for record, cells in _records(grid, store):
-        judged = list(_judged(record, cells, metrics))
-        there = tuple(one for one in judged if one.part.state() == "done")
-        missing += [str(one.part.folder) for one in judged if one.part.state() != "done"]
+    for record, cells in _iterate_records(grid, store):
+        judged = list(_collect_evaluations(record, cells, metrics))
+        there = tuple(one for one in judged if one.record.read_state() == "done")
+        missing += [str(one.record.folder) for one in judged if one.record.read_state() != "done"]
         if there:
-            found.append(Job(record, there))
+            found.append(RescoreJob(record, there))
     return found, missing
 
 
-def by_lm_eval(grid: GridOfCells) -> list[str]:
+def list_lm_eval_evaluations(grid: Grid) -> list[str]:
     """Names of the evaluations whose scores are lm-eval's own: no predictions of ours to score again."""
     every = (one for cell in grid.cells for one in cell.evaluations)
-    return list(dict.fromkeys(one.name for one in every if isinstance(one, HarnessEvaluation)))
+    return list(dict.fromkeys(one.name for one in every if isinstance(one, LmEvalEvaluation)))
 
 
-def rescore(work: Sequence[Job], advance: Advance = lambda done: None) -> Outcome:
+def rescore_records(
+    jobs: Sequence[RescoreJob], report_progress: ProgressCallback = lambda done: None
+) -> RescoreOutcome:
     """Rescore each record under its lock; `advance` is told how many are through.
 
     Damage and locks are in the outcome, and the other records are done. Raises OSError when nothing
     can be written.
     """
-    outcome, done = Outcome(), 0
-    for part, count in _outcomes(work):
+    outcome, done = RescoreOutcome(), 0
+    for part, count in _rescore_in_processes(jobs):
         outcome.add(part)
         done += count
-        advance(done)
+        report_progress(done)
     return outcome
 
 
-def _outcomes(work: Sequence[Job]) -> Iterator[tuple[Outcome, int]]:
+def _rescore_in_processes(jobs: Sequence[RescoreJob]) -> Iterator[tuple[RescoreOutcome, int]]:
     workers = os.cpu_count() or 1
-    if len(work) < _ALONE_BELOW or workers == 1:
-        yield from ((rescore_some([job]), 1) for job in work)
+    if len(jobs) < _MIN_RECORDS_FOR_PROCESSES or workers == 1:
+        yield from ((rescore_sequentially([job]), 1) for job in jobs)
         return
-    groups = [work[at : at + _AT_ONCE] for at in range(0, len(work), _AT_ONCE)]
+    groups = [jobs[at : at + _RECORDS_PER_CHUNK] for at in range(0, len(jobs), _RECORDS_PER_CHUNK)]
     # A started process, not a forked one: the caller may hold threads.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _leave_interrupts_to_the_caller) as pool:
-        yield from zip(pool.map(rescore_some, groups), map(len, groups), strict=True)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts) as pool:
+        yield from zip(pool.map(rescore_sequentially, groups), map(len, groups), strict=True)
 
 
-def _leave_interrupts_to_the_caller() -> None:
+def _ignore_interrupts() -> None:
     """Ctrl-C reaches all processes of a terminal: a record under way is finished, no other is begun."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache
-def _scorer() -> Scorer:
+def _get_scorer() -> Scorer:
     """One for all records of a process: they share references, and often predictions."""
     return Scorer()
 
 
-def rescore_some(work: Iterable[Job]) -> Outcome:
+def rescore_sequentially(jobs: Iterable[RescoreJob]) -> RescoreOutcome:
     """One record after another, in this process."""
-    outcome, scorer = Outcome(), _scorer()
-    for job in work:
+    outcome, scorer = RescoreOutcome(), _get_scorer()
+    for job in jobs:
         try:
             # Not 0: a reader that asks whether a record is claimed holds the lock for an instant.
             with job.record.lock().acquire(timeout=0.2, poll_interval=0.02):
-                for judged in job.judged:
-                    _rescore(judged, outcome, scorer)
+                for judged in job.evaluations:
+                    _rescore_evaluation(judged, outcome, scorer)
         except Timeout:
-            outcome.busy.append(str(job.record.folder))
+            outcome.locked_folders.append(str(job.record.folder))
     return outcome
 
 
-def _rescore(judged: Judged, outcome: Outcome, scorer: Scorer) -> None:
+def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scorer: Scorer) -> None:
     try:
-        found = rejudge(judged.part, judged.metrics, scorer)
+        found = rescore_evaluation(evaluation.record, evaluation.metrics, scorer)
     except DamagedRecord as error:
-        outcome.damaged.append(str(error))
+        outcome.damage_messages.append(str(error))
         return
     except ValueError as error:  # self_bleu of one text a prompt
-        outcome.refused.append((str(error), str(judged.part.folder)))
+        outcome.refusals.append((str(error), str(evaluation.record.folder)))
         return
-    outcome.evaluations += 1
-    outcome.predictions += found.predictions
-    outcome.changes += [_change(judged.name, one, found.before, found.after) for one in judged.metrics]
+    outcome.evaluation_count += 1
+    outcome.prediction_count += found.prediction_count
+    outcome.changes += [
+        _build_score_change(evaluation.name, one, found.scores_before, found.scores_after)
+        for one in evaluation.metrics
+    ]
 
 
-def _change(name: str, metric: str, before: Scores, after: Scores) -> Change:
+def _build_score_change(name: str, metric: str, before: MetricScores, after: MetricScores) -> ScoreChange:
     was, now = before.get(metric, {}), after[metric]
-    return Change(f"{name}/{metric}", was.get("value"), now["value"], was.get("signature"), now["signature"])
+    return ScoreChange(
+        f"{name}/{metric}", was.get("value"), now["value"], was.get("signature"), now["signature"]
+    )
 
 
-def _records(grid: GridOfCells, store: Store) -> Iterator[tuple[Record, list[Cell]]]:
-    for role, model, cells in references(grid.cells):
-        yield store.artifact(grid.scale, role, model), cells
+def _iterate_records(grid: Grid, store: Store) -> Iterator[tuple[Record, list[Cell]]]:
+    for role, model, cells in list_references(grid.cells):
+        yield store.get_artifact(grid.scale, role, model), cells
     for cell in grid.cells:
-        yield store.of(cell), [cell]
+        yield store.get_record(cell), [cell]
 
 
-def _judged(record: Record, cells: Sequence[Cell], metrics: Sequence[str] | None) -> Iterator[Judged]:
+def _collect_evaluations(
+    record: Record, cells: Sequence[Cell], metrics: Sequence[str] | None
+) -> Iterator[EvaluationJob]:
     """Each evaluation once, with all that some cell asks of it."""
     asked: dict[Path, tuple[EvaluationRecord, str, dict[str, None]]] = {}
     for evaluations in dict.fromkeys(cell.evaluations for cell in cells):
-        names = evaluation_names(evaluations)
+        names = name_evaluations(evaluations)
         for evaluation in evaluations:
-            if isinstance(evaluation, HarnessEvaluation):
+            if isinstance(evaluation, LmEvalEvaluation):
                 continue
-            part = record.evaluation(evaluation)
+            part = record.get_evaluation(evaluation)
             name = f"{cells[0].task} {names[evaluation.folder]}"
             wanted = asked.setdefault(part.folder, (part, name, {}))[2]
             wanted.update(dict.fromkeys(metrics or evaluation.metrics))
     for part, name, wanted in asked.values():
-        yield Judged(part, name, tuple(wanted))
+        yield EvaluationJob(part, name, tuple(wanted))

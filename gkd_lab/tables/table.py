@@ -6,18 +6,18 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.store import Store
-from gkd_lab.tables.rows import Row, extra_axes, metric_columns, rows
+from gkd_lab.tables.rows import TableRow, build_table_rows, list_extra_axes, list_metric_columns
 
-Format = Literal["csv", "json", "parquet", "md"]
-FORMATS: tuple[Format, ...] = ("csv", "json", "parquet", "md")
+TableFormat = Literal["csv", "json", "parquet", "md"]
+TABLE_FORMATS: tuple[TableFormat, ...] = ("csv", "json", "parquet", "md")
 
-_FIRST = ("cell", "role", "task", "lmbda", "beta", "seed")
-_LAST = ("start_cell", "teacher_cell", "stands_for", "error")
+_LEADING_COLUMNS = ("cell", "role", "task", "lmbda", "beta", "seed")
+_TRAILING_COLUMNS = ("start_cell", "teacher_cell", "stands_for", "error")
 
 
-def table(grid: GridOfCells, store: Store) -> pd.DataFrame:
+def table(grid: Grid, store: Store) -> pd.DataFrame:
     """One row a training cell and one a reference model, references first, cells in grid order.
 
     Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes,
@@ -25,18 +25,25 @@ def table(grid: GridOfCells, store: Store) -> pd.DataFrame:
     evaluation) with `.low` and `.high`, `start_cell` and `teacher_cell` (whose rows to compare
     with), `stands_for`, `error`. Total variation has no `beta`: it is null in its cells.
     """
-    found = rows(grid, store)
-    axes = extra_axes(grid)
-    columns = [*_FIRST, *axes, "status", "evaluations", *_score_columns(grid, found), *_LAST]
+    found = build_table_rows(grid, store)
+    axes = list_extra_axes(grid)
+    columns = [
+        *_LEADING_COLUMNS,
+        *axes,
+        "status",
+        "evaluations",
+        *_list_score_columns(grid, found),
+        *_TRAILING_COLUMNS,
+    ]
     frame = pd.DataFrame(found, columns=columns)
     frame[["lmbda", "beta"]] = frame[["lmbda", "beta"]].astype("float64")
     for column in ("seed", *axes):
-        if all(_is_whole(row[column]) for row in found):
+        if all(_is_integer_or_missing(row[column]) for row in found):
             frame[column] = frame[column].astype("Int64")
     return frame
 
 
-def axes_of(frame: pd.DataFrame) -> list[str]:
+def list_axes(frame: pd.DataFrame) -> list[str]:
     """The axes beside task, lmbda, beta and seed: the columns from `seed` to `status`.
 
     `divergence` is not among them: `beta` says it, by a null where there is none.
@@ -46,99 +53,104 @@ def axes_of(frame: pd.DataFrame) -> list[str]:
     return [axis for axis in axes if axis != "divergence"]
 
 
-def encode(frame: pd.DataFrame, format: Format) -> bytes:
+def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
     """The table in one of `FORMATS`; text is UTF-8.
 
     In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown is for reading:
     numbers are rounded and empty columns left out.
     """
-    writers = {"csv": _csv, "json": _json, "parquet": _parquet, "md": _markdown}
+    writers = {"csv": _encode_csv, "json": _encode_json, "parquet": _encode_parquet, "md": _encode_markdown}
     return writers[format](frame)
 
 
-def records_of(frame: pd.DataFrame) -> list[Row]:
+def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
     """Rows as plain dictionaries, None for what is missing."""
     columns = [
-        [None if _is_null(value) else value for value in frame[name].astype(object)] for name in frame.columns
+        [None if _is_missing(value) else value for value in frame[name].astype(object)]
+        for name in frame.columns
     ]
     names = list(frame.columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _score_columns(grid: GridOfCells, found: list[Row]) -> list[str]:
+def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
     """Those asked for, then what else was measured, each in the order first met."""
     columns: dict[str, None] = {}
     for evaluations in dict.fromkeys(cell.evaluations for cell in grid.cells):
-        columns.update(dict.fromkeys(metric_columns(evaluations)))
-    known = {*_FIRST, *extra_axes(grid), "status", "evaluations", *_LAST}
-    for row in found:
+        columns.update(dict.fromkeys(list_metric_columns(evaluations)))
+    known = {*_LEADING_COLUMNS, *list_extra_axes(grid), "status", "evaluations", *_TRAILING_COLUMNS}
+    for row in table_rows:
         columns.update(dict.fromkeys(name for name in row if name not in known))
     return list(columns)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer_or_missing(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _is_null(value: Any) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and value != value)
 
 
-def _csv(frame: pd.DataFrame) -> bytes:
-    return _flat(frame).to_csv(index=False).encode()
+def _encode_csv(frame: pd.DataFrame) -> bytes:
+    return _encode_nested_columns(frame).to_csv(index=False).encode()
 
 
-def _json(frame: pd.DataFrame) -> bytes:
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in records_of(frame)]
+def _encode_json(frame: pd.DataFrame) -> bytes:
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in list_table_rows(frame)]
     return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
+def _encode_parquet(frame: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    _flat(frame).to_parquet(buffer, index=False)
+    _encode_nested_columns(frame).to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
-def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+def _encode_nested_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """Objects as JSON text, for formats whose cells hold one value."""
     flat = frame.copy()
     for column in ("evaluations", "stands_for"):
         flat[column] = [
-            None if _is_null(value) else json.dumps(value, ensure_ascii=False) for value in frame[column]
+            None if _is_missing(value) else json.dumps(value, ensure_ascii=False) for value in frame[column]
         ]
     return flat
 
 
-_NOT_FOR_READING = ("evaluations", "start_cell", "teacher_cell")
+_HIDDEN_COLUMNS = ("evaluations", "start_cell", "teacher_cell")
 
 
-def _markdown(frame: pd.DataFrame) -> bytes:
+def _encode_markdown(frame: pd.DataFrame) -> bytes:
     """Aligned, a score with its interval in one column, each score once."""
-    names = [name for name in frame.columns if not frame[name].isna().all() and not _is_said(name, frame)]
-    body = [[_with_bounds(row, name) for name in names] for row in records_of(frame)]
+    names = [
+        name
+        for name in frame.columns
+        if not frame[name].isna().all() and not _is_redundant_column(name, frame)
+    ]
+    body = [[_format_score(row, name) for name in names] for row in list_table_rows(frame)]
     widths = [max(map(len, column)) for column in zip(names, *body, strict=True)]
     lines = [names, ["-" * width for width in widths], *body]
     padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in padded).encode()
 
 
-def _is_said(name: str, frame: pd.DataFrame) -> bool:
+def _is_redundant_column(name: str, frame: pd.DataFrame) -> bool:
     """Whether another column, or another format, says what this one would."""
     bound = name.endswith((".low", ".high", ".lm_eval", ".task_hash"))
     twin = "/" in name and name.split("/", 1)[1] in frame.columns
-    return name in _NOT_FOR_READING or bound or twin
+    return name in _HIDDEN_COLUMNS or bound or twin
 
 
-def _with_bounds(row: Row, name: str) -> str:
+def _format_score(row: TableRow, name: str) -> str:
     low, high = row.get(f"{name}.low"), row.get(f"{name}.high")
     if row[name] is None or low is None or high is None:
-        return _shown(row[name])
+        return _format_value(row[name])
     if 0 < max(abs(low), abs(high)) <= 1:  # a share, as lm-eval gives it
         return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
     return f"{row[name]:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):

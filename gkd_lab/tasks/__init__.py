@@ -1,6 +1,6 @@
 """What is learnt and how it is judged: one small file per task, one registry. No torch here."""
 
-from gkd_lab.config.errors import unknown
+from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.tasks import (
     arithmetic,
     classification,
@@ -10,8 +10,8 @@ from gkd_lab.tasks import (
     tagging,
     translation,
 )
-from gkd_lab.tasks.data import Rows, load_rows, source_revision
-from gkd_lab.tasks.row_format import check_form
+from gkd_lab.tasks.data import RowList, get_source_revision, load_rows
+from gkd_lab.tasks.row_format import check_row_format
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
 __all__ = [
@@ -19,13 +19,13 @@ __all__ = [
     "TASKS",
     "MadeSource",
     "Row",
-    "Rows",
+    "RowList",
     "Split",
     "Task",
-    "check_form",
+    "check_row_format",
+    "get_source_revision",
     "get_task",
     "load_rows",
-    "source_revision",
 ]
 
 TASKS: dict[str, Task] = {
@@ -45,5 +45,5 @@ TASKS: dict[str, Task] = {
 def get_task(name: str) -> Task:
     """The task called `name`; ValueError with the valid and the nearest name otherwise."""
     if name not in TASKS:
-        raise unknown("task", name, TASKS)
+        raise build_unknown_name_error("task", name, TASKS)
     return TASKS[name]

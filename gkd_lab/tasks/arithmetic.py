@@ -17,15 +17,15 @@ from typing import Any
 
 from gkd_lab.metrics import extract_answer
 from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
 from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
-MADE_VERSION = "arithmetic-made-1"
-SHORTEST, LONGEST = 6, 10  # numbers in a chain
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
+GENERATOR_VERSION = "arithmetic-made-1"
+MIN_NUMBERS, MAX_NUMBERS = 6, 10  # numbers in a chain
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"-?[0-9][0-9.,]*")
-_ROUNDED = re.compile(r"-?[0-9.]+e\+[0-9]+")  # SVAMP writes 5 of its answers as 2.20906e+07
+_SCIENTIFIC_NUMBER = re.compile(r"-?[0-9.]+e\+[0-9]+")  # SVAMP writes 5 of its answers as 2.20906e+07
 
 
 def is_correct(solution: str, reference: str) -> bool:
@@ -34,21 +34,21 @@ def is_correct(solution: str, reference: str) -> bool:
     return answer is not None and answer == extract_answer(reference)
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
-    row = parse_marked(raw)
-    solution = _CALCULATOR.sub("", row.target)
+    row = parse_row_with_marks(raw)
+    solution = _CALCULATOR_MARK.sub("", row.target)
     return Row(row.prompt, solution, (solution,))
 
 
-def parse_marked(raw: Mapping[str, Any]) -> Row:
+def parse_row_with_marks(raw: Mapping[str, Any]) -> Row:
     """As `parse`, with the marks that a calculator reads."""
     question = text_field(raw, "question")
     answer = raw.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         raw = {**raw, "answer": f"{answer:.15g}"}
     solution = text_field(raw, "answer")
-    if _ROUNDED.fullmatch(solution):
+    if _SCIENTIFIC_NUMBER.fullmatch(solution):
         solution = f"{float(solution):.15g}"
     if _NUMBER.fullmatch(solution):
         solution = f"#### {solution}"
@@ -57,15 +57,15 @@ def parse_marked(raw: Mapping[str, Any]) -> Row:
     return Row(question, solution, (solution,))
 
 
-def _chain_sum(random_numbers: random.Random) -> tuple[str, str]:
-    digits = random_numbers.choices(range(1, 10), k=random_numbers.randint(SHORTEST, LONGEST))
+def _draw_chain_sum(random_numbers: random.Random) -> tuple[str, str]:
+    digits = random_numbers.choices(range(1, 10), k=random_numbers.randint(MIN_NUMBERS, MAX_NUMBERS))
     steps = [f"{digit} {total}" for digit, total in zip(digits, accumulate(digits), strict=True)]
     return " + ".join(map(str, digits)) + " =", f"{' '.join(steps[1:])} #### {sum(digits)}"
 
 
-def made(seed: int, split: Split) -> Iterator[Row]:
+def generate_rows(seed: int, split: Split) -> Iterator[Row]:
     """Endless chain sums of 6 to 10 numbers from 1 to 9."""
-    return draw_rows(_chain_sum, MADE_VERSION, seed, split)
+    return draw_rows(_draw_chain_sum, GENERATOR_VERSION, seed, split)
 
 
 # The first four chain-of-thought exemplars of Wei et al. (2022), the 4-shot prompt of §A.5.
@@ -126,7 +126,7 @@ SCALES = {
     },
     "smol": {
         "data": {"source": "openai/gsm8k", "config": "main"},
-        "models": smol_models(1_000),
+        "models": define_smol_models(1_000),
         "max_input_tokens": 256,
         "max_output_tokens": 256,
         "evaluations": _GREEDY,
@@ -138,10 +138,10 @@ SCALES = {
         "data": {"source": "openai/gsm8k", "config": "main", "shots": 4, "calculator_marks": True},
         "models": {
             # FLAN-T5, fine-tuned for 10K steps on the solutions (§4.3)
-            "xl": checkpoint("google/flan-t5-xl", steps=10_000),
-            "large": checkpoint("google/flan-t5-large", steps=10_000),
-            "base": checkpoint("google/flan-t5-base", steps=10_000),
-            "small": checkpoint("google/flan-t5-small", steps=10_000),
+            "xl": define_pretrained_model("google/flan-t5-xl", steps=10_000),
+            "large": define_pretrained_model("google/flan-t5-large", steps=10_000),
+            "base": define_pretrained_model("google/flan-t5-base", steps=10_000),
+            "small": define_pretrained_model("google/flan-t5-small", steps=10_000),
         },
         "teacher_temperature": 0.1,  # Table A.2
         "steps": 40_000,  # Table A.2
@@ -159,9 +159,11 @@ TASK = Task(
     name="arithmetic",
     family="decoder-only",
     metrics=("accuracy",),
-    generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION)},
-    parse=parse,
-    parse_marked=parse_marked,
+    generators={
+        "made": MadeSource(lambda seed, split, _: generate_rows(seed, split), lambda _: GENERATOR_VERSION)
+    },
+    parse_row=parse_row,
+    parse_row_with_marks=parse_row_with_marks,
     exemplars=EXEMPLARS,
     hub_name="openai/gsm8k",
 )

@@ -10,26 +10,26 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from gkd_lab.config.errors import nearest
+from gkd_lab.config.errors import suggest_choices
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made_data import drawn
-from gkd_lab.tasks.scale_defaults import classifiers
+from gkd_lab.tasks.made_data import build_generator
+from gkd_lab.tasks.scale_defaults import define_classifier_scale
 from gkd_lab.tasks.task import Row, Task, text_field
 
-MADE_VERSION = "classification-made-1"
+GENERATOR_VERSION = "classification-made-1"
 LABELS = ("negative", "mixed", "positive")
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row with `text` and `label`, a name."""
     text, label = text_field(raw, "text"), text_field(raw, "label")
     if label not in LABELS:
-        raise ValueError(f"field 'label': {label!r} is no label; {nearest(label, LABELS)}")
+        raise ValueError(f"field 'label': {label!r} is no label; {suggest_choices(label, LABELS)}")
     return Row(text, label, (label,))
 
 
-def _pair(random_numbers: random.Random) -> tuple[str, str]:
-    review = reviews.draw(random_numbers)
+def _draw_labelled_review(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw_review(random_numbers)
     return review.text, LABELS[1 + (review.score > 0) - (review.score < 0)]
 
 
@@ -37,8 +37,8 @@ TASK = Task(
     name="classification",
     family="sequence-classification",
     metrics=("label_accuracy", "f1_macro", "matthews"),
-    generators={"made": drawn(_pair, MADE_VERSION)},
-    parse=parse,
+    generators={"made": build_generator(_draw_labelled_review, GENERATOR_VERSION)},
+    parse_row=parse_row,
     labels=LABELS,
-    scales={"nano": classifiers()},
+    scales={"nano": define_classifier_scale()},
 )

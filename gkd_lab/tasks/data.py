@@ -12,34 +12,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from gkd_lab.config.errors import nearest, unknown
+from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.tasks.data_folder import DataFolder
-from gkd_lab.tasks.row_format import check_form, parser, with_shots
+from gkd_lab.tasks.row_format import build_row_parser, check_row_format, prepend_shots
 from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
 
-Kind = Literal["made", "folder", "hub"]
-HELD_OUT_SHARE = 10  # one in ten of train ...
-MOST_HELD_OUT = 500  # ... but no more than this
+SourceKind = Literal["made", "folder", "hub"]
+HELD_OUT_DIVISOR = 10  # one in ten of train ...
+MAX_HELD_OUT_ROWS = 500  # ... but no more than this
 
 logger = logging.getLogger(__name__)
 
 
-def held_out(train_rows: int) -> int:
+def count_held_out_rows(train_rows: int) -> int:
     """How many of train's last rows are validation where the data has none of its own."""
-    return min(MOST_HELD_OUT, max(1, train_rows // HELD_OUT_SHARE)) if train_rows > 1 else 0
+    return min(MAX_HELD_OUT_ROWS, max(1, train_rows // HELD_OUT_DIVISOR)) if train_rows > 1 else 0
 
 
-class Rows(list[Row]):
+class RowList(list[Row]):
     """Rows of a split, with how many rows before the last one were left out, by reason."""
 
-    def __init__(self, rows: Iterable[Row] = (), dropped: Mapping[str, int] | None = None) -> None:
+    def __init__(self, rows: Iterable[Row] = (), dropped_counts: Mapping[str, int] | None = None) -> None:
         super().__init__(rows)
-        self.dropped: dict[str, int] = dict(dropped or {})
+        self.dropped_counts: dict[str, int] = dict(dropped_counts or {})
 
 
 def load_rows(
     task: Task,
-    kind: Kind,
+    kind: SourceKind,
     *,
     name: str | None = None,
     path: str | Path | None = None,
@@ -51,7 +51,7 @@ def load_rows(
     shots: int = 0,
     calculator_marks: bool = False,
     cache: Path | None = None,
-) -> Rows:
+) -> RowList:
     """The first `count` rows of a split; all there are if fewer, or if `count` is None.
 
     made: generator `name` ("made" by default), `seed`; an endless one needs `count`.
@@ -62,25 +62,25 @@ def load_rows(
     `cache` is a folder where a slow source may keep what it read.
     Raises ValueError, with the way out, for anything wrong in the request or the data.
     """
-    _check(split, kind, count)
-    check_form(task, kind, shots=shots, calculator_marks=calculator_marks)
-    parse, dropped = parser(task, calculator_marks), Counter[str]()
+    _check_request(split, kind, count)
+    check_row_format(task, kind, shots=shots, calculator_marks=calculator_marks)
+    parse, dropped = build_row_parser(task, calculator_marks), Counter[str]()
     if kind == "made":
-        found = _made_rows(_generator(task, name or "made"), split, count, seed, cache)
+        found = _generate_rows(_get_generator(task, name or "made"), split, count, seed, cache)
     elif kind == "folder":
-        found = _folder_rows(parse, _folder(path, config), split)
+        found = _read_folder_rows(parse, _open_folder(path, config), split)
     else:
-        found = _hub_rows(parse, name or _no_name(task), config, revision, split, dropped)
-    shown = with_shots(task, found, shots=shots, calculator_marks=calculator_marks)
-    rows = Rows(islice(shown, count), dropped)
+        found = _read_hub_rows(parse, name or _raise_missing_name(task), config, revision, split, dropped)
+    shown = prepend_shots(task, found, shots=shots, calculator_marks=calculator_marks)
+    rows = RowList(islice(shown, count), dropped)
     for reason, number in dropped.items():
         logger.warning("%s, %s: left out %d rows with %s", name, split, number, reason)
     return rows
 
 
-def source_revision(
+def get_source_revision(
     task: Task,
-    kind: Kind,
+    kind: SourceKind,
     *,
     name: str | None = None,
     path: str | Path | None = None,
@@ -93,29 +93,29 @@ def source_revision(
     made: the generator's version; folder: SHA-256 of its data files; hub: the commit given.
     """
     if kind == "made":
-        return _generator(task, name or "made").version(cache)
+        return _get_generator(task, name or "made").version(cache)
     if kind == "folder":
-        return f"sha256:{_folder(path, config).digest(cache)}"
+        return f"sha256:{_open_folder(path, config).compute_digest(cache)}"
     if not revision:
         raise ValueError(f"data of the hub ({name}) needs a revision: a commit, not a branch")
     return revision
 
 
-def _check(split: str, kind: str, count: int | None) -> None:
-    for value, valid, what in ((split, SPLITS, "split"), (kind, get_args(Kind), "kind of data")):
+def _check_request(split: str, kind: str, count: int | None) -> None:
+    for value, valid, what in ((split, SPLITS, "split"), (kind, get_args(SourceKind), "kind of data")):
         if value not in valid:
-            raise unknown(what, value, valid)
+            raise build_unknown_name_error(what, value, valid)
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
 
 
-def _generator(task: Task, name: str) -> MadeSource:
+def _get_generator(task: Task, name: str) -> MadeSource:
     if name not in task.generators:
-        raise ValueError(f"{task.name} has no made source {name!r}; {nearest(name, task.generators)}")
+        raise ValueError(f"{task.name} has no made source {name!r}; {suggest_choices(name, task.generators)}")
     return task.generators[name]
 
 
-def _made_rows(
+def _generate_rows(
     source: MadeSource, split: Split, count: int | None, seed: int, cache: Path | None
 ) -> Iterator[Row]:
     if count is None and source.endless:
@@ -124,42 +124,49 @@ def _made_rows(
     return source.rows(seed, split, cache)
 
 
-def _folder(path: str | Path | None, config: str | None) -> DataFolder:
+def _open_folder(path: str | Path | None, config: str | None) -> DataFolder:
     if path is None:
         raise ValueError("data in a folder needs a path")
     return DataFolder(Path(path) / config if config else Path(path))
 
 
-Parse = Callable[[Mapping[str, Any]], Row]
+RowParser = Callable[[Mapping[str, Any]], Row]
 
 
-def _folder_rows(parse: Parse, folder: DataFolder, split: Split) -> Iterator[Row]:
-    source, start, stop = _place(folder.counts, split, str(folder.path))
-    for where, raw in islice(folder.rows(source), start, stop):
+def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) -> Iterator[Row]:
+    source, start, stop = _locate_split(folder.row_counts, split, str(folder.path))
+    for where, raw in islice(folder.read_rows(source), start, stop):
         try:
-            yield parse(raw)
+            yield parse_row(raw)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
 
-def _place(counts: Mapping[Split, int], split: Split, place: str) -> tuple[Split, int, int | None]:
+def _locate_split(
+    counts: Mapping[Split, int], split: Split, source_name: str
+) -> tuple[Split, int, int | None]:
     """Where a split's rows are: (split to read, first row, end); the rule for held-out rows."""
-    held = held_out(counts.get("train", 0)) if "validation" not in counts else 0
+    held = count_held_out_rows(counts.get("train", 0)) if "validation" not in counts else 0
     if split in counts and not (split == "train" and held):
         return split, 0, None
     if split == "test" or not held:
-        raise ValueError(f"{place} has no split {split!r}; it has: {', '.join(counts)}")
+        raise ValueError(f"{source_name} has no split {split!r}; it has: {', '.join(counts)}")
     kept = counts["train"] - held
-    logger.info("%s has no validation: the last %d of %d train rows", place, held, counts["train"])
+    logger.info("%s has no validation: the last %d of %d train rows", source_name, held, counts["train"])
     return ("train", 0, kept) if split == "train" else ("train", kept, None)
 
 
-def _no_name(task: Task) -> NoReturn:
+def _raise_missing_name(task: Task) -> NoReturn:
     raise ValueError("data of the hub needs a name" + (f", such as {task.hub_name}" if task.hub_name else ""))
 
 
-def _hub_rows(
-    parse: Parse, name: str, config: str | None, revision: str | None, split: Split, dropped: Counter[str]
+def _read_hub_rows(
+    parse_row: RowParser,
+    name: str,
+    config: str | None,
+    revision: str | None,
+    split: Split,
+    dropped_counts: Counter[str],
 ) -> Iterator[Row]:
     import datasets  # slow, and only here
 
@@ -168,14 +175,14 @@ def _hub_rows(
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name!r} ({config=}, {revision=}): {error}") from error
     counts = {one: len(loaded[one]) for one in SPLITS if one in loaded}
-    source, start, stop = _place(counts, split, name)
+    source, start, stop = _locate_split(counts, split, name)
     for index in range(start, counts[source] if stop is None else stop):
         raw = loaded[source][index]
         if _has_empty_field(raw):
-            dropped["an empty field"] += 1
+            dropped_counts["an empty field"] += 1
             continue
         try:
-            yield parse(raw)
+            yield parse_row(raw)
         except ValueError as error:
             raise ValueError(f"{name}, {source} row {index}: {error}") from error
 

@@ -24,37 +24,37 @@ class DataFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files: dict[Split, list[Path]] = _split_files(_existing(path))
+        self.files: dict[Split, list[Path]] = _list_split_files(_require_folder(path))
 
     @cached_property
-    def counts(self) -> dict[Split, int]:
+    def row_counts(self) -> dict[Split, int]:
         """Rows per split."""
-        return {split: sum(map(_count, files)) for split, files in self.files.items()}
+        return {split: sum(map(_count_rows, files)) for split, files in self.files.items()}
 
-    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The raw rows of a split in file order, each with its `FILE:LINE`."""
         for file in self.files[split]:
-            yield from (_jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file))
+            yield from (_read_jsonl_rows(file) if file.suffix == ".jsonl" else _read_parquet_rows(file))
 
-    def digest(self, cache: Path | None = None) -> str:
+    def compute_digest(self, cache: Path | None = None) -> str:
         """SHA-256 over the sorted relative names and the bytes of all data files.
 
         In the folder `cache` the digest of each file is kept by path, size and time.
         """
-        known = _read_known(cache)
+        known = _read_digest_cache(cache)
         total = hashlib.sha256()
         files = sorted(file for files in self.files.values() for file in files)
         for file in files:
             stat = file.stat()
             key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
             if key not in known:
-                known[key] = _file_digest(file)
+                known[key] = _hash_file(file)
             total.update(f"{file.relative_to(self.path).as_posix()}\0{known[key]}\n".encode())
-        _write_known(cache, known)
+        _write_digest_cache(cache, known)
         return total.hexdigest()
 
 
-def _existing(path: Path) -> Path:
+def _require_folder(path: Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
@@ -65,7 +65,7 @@ def _existing(path: Path) -> Path:
     raise ValueError(f"no folder {path}.{hint}")
 
 
-def _split_files(path: Path) -> dict[Split, list[Path]]:
+def _list_split_files(path: Path) -> dict[Split, list[Path]]:
     names = sorted((*path.glob("*"), *path.glob("data/*")))
     matches = [(file, match) for file in names if (match := _DATA_FILE.fullmatch(file.name))]
     files: dict[Split, list[Path]] = {}
@@ -82,30 +82,30 @@ def _split_files(path: Path) -> dict[Split, list[Path]]:
     return files
 
 
-def _check_shards(found: list[tuple[Path, re.Match[str]]]) -> None:
+def _check_shards(split_files: list[tuple[Path, re.Match[str]]]) -> None:
     """One whole file, or every shard of one set, once."""
-    names = [str(file) for file, _ in found]
-    shapes = {(file.parent, match[3], match[4]) for file, match in found}
+    names = [str(file) for file, _ in split_files]
+    shapes = {(file.parent, match[3], match[4]) for file, match in split_files}
     if len(shapes) > 1:
         raise ValueError(f"more than one form of the same split, keep one: {', '.join(names)}")
-    (_, total, _), numbers = shapes.pop(), [int(match[2]) for _, match in found if match[2]]
+    (_, total, _), numbers = shapes.pop(), [int(match[2]) for _, match in split_files if match[2]]
     if total and numbers != list(range(int(total))):
         missing = sorted(set(range(int(total))) - set(numbers))
         raise ValueError(f"{names[0]}: of {int(total)} shards these are missing: {missing}")
 
 
-def _count(file: Path) -> int:
+def _count_rows(file: Path) -> int:
     if file.suffix == ".jsonl":
         with file.open("rb") as lines:
             rows = sum(1 for line in lines if line.strip())
     else:
-        rows = int(_parquet(file).metadata.num_rows)
+        rows = int(_open_parquet(file).metadata.num_rows)
     if not rows:
         raise ValueError(f"{file}: the file is empty, expected at least one row")
     return rows
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -127,15 +127,15 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, raw
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     number = 0
-    for batch in _parquet(file).iter_batches():
+    for batch in _open_parquet(file).iter_batches():
         for raw in batch.to_pylist():
             number += 1
             yield f"{file}:{number}", raw
 
 
-def _parquet(file: Path) -> Any:
+def _open_parquet(file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
@@ -145,20 +145,20 @@ def _parquet(file: Path) -> Any:
         raise ValueError(f"{file}: expected a parquet file, {error}") from error
 
 
-def _file_digest(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_known(cache: Path | None) -> dict[str, str]:
+def _read_digest_cache(cache: Path | None) -> dict[str, str]:
     path = cache / "digests.json" if cache else None
     return dict(json.loads(path.read_text())) if path and path.exists() else {}
 
 
-def _write_known(cache: Path | None, known: dict[str, str]) -> None:
+def _write_digest_cache(cache: Path | None, digests: dict[str, str]) -> None:
     if cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = cache / f"digests.{os.getpid()}"
-    unfinished.write_text(json.dumps(known, indent=0))
+    unfinished.write_text(json.dumps(digests, indent=0))
     unfinished.replace(cache / "digests.json")

@@ -24,7 +24,7 @@ PACKAGES = ("numpy", "pandas", "torch", "transformers", "datasets", "matplotlib"
 BODY_WORDS = (15, 120)
 FIRST_LINE_WORDS = (4, 24)
 
-Pair = tuple[str, str]  # body, first line
+DocstringPair = tuple[str, str]  # body, first line
 
 _SKIPPED_FOLDERS = {"test", "tests", "_vendor", "testing"}
 _NOT_PROSE = re.compile(
@@ -44,7 +44,7 @@ _MARKUP = (
 )
 
 
-def _plain(text: str) -> str:
+def _remove_markup(text: str) -> str:
     for markup, replacement in _MARKUP:
         text = markup.sub(replacement, text)
     return " ".join(text.split())
@@ -62,15 +62,15 @@ def _is_prose(text: str) -> bool:
     )
 
 
-def _pair(docstring: str) -> Pair | None:
+def _parse_pair(docstring: str) -> DocstringPair | None:
     """The prose of one docstring and its first paragraph, or None where it has no good pair."""
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
     body: list[str] = []
     for paragraph in paragraphs[1:]:
         if paragraph[0].isspace() or any(map(_NOT_PROSE.search, paragraph.splitlines())):
             break
-        body.append(_plain(paragraph))
-    first_line, text = _plain(paragraphs[0]), " ".join(body)
+        body.append(_remove_markup(paragraph))
+    first_line, text = _remove_markup(paragraphs[0]), " ".join(body)
     if (
         BODY_WORDS[0] <= len(text.split()) <= BODY_WORDS[1]
         and FIRST_LINE_WORDS[0] <= len(first_line.split()) <= FIRST_LINE_WORDS[1]
@@ -81,7 +81,7 @@ def _pair(docstring: str) -> Pair | None:
     return None
 
 
-def _files(package: str) -> list[Path]:
+def _list_source_files(package: str) -> list[Path]:
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or spec.origin is None:
         raise ValueError(f"the docstrings source reads the package {package!r}: install it")
@@ -90,7 +90,7 @@ def _files(package: str) -> list[Path]:
     return sorted(p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def _read_docstrings(path: Path) -> Iterator[str]:
     source = path.read_bytes()
     if b'"""' not in source:
         return
@@ -101,7 +101,7 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield docstring
 
 
-def extract() -> list[Pair]:
+def extract_pairs() -> list[DocstringPair]:
     """All good pairs of the installed packages, no body and no first line twice.
 
     The order is that of a hash of the body: fixed, and mixed over the packages. Takes about half
@@ -110,36 +110,36 @@ def extract() -> list[Pair]:
     by_body: dict[str, str] = {}
     first_lines: set[str] = set()
     for package in PACKAGES:
-        for path in _files(package):
-            for pair in filter(None, map(_pair, _docstrings(path))):
+        for path in _list_source_files(package):
+            for pair in filter(None, map(_parse_pair, _read_docstrings(path))):
                 if pair[0] not in by_body and pair[1].lower() not in first_lines:
                     by_body[pair[0]] = pair[1]
                     first_lines.add(pair[1].lower())
     return sorted(by_body.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
 
 
-def _installed() -> str:
+def _format_versions() -> str:
     """The extraction's version and the packages', as one name."""
     names = (f"{package}-{package_version(package)}" for package in PACKAGES)
     return "+".join((EXTRACTION_VERSION, *names))
 
 
 @remembered
-def pairs(cache: Path | None = None) -> tuple[Pair, ...]:
+def load_pairs(cache: Path | None = None) -> tuple[DocstringPair, ...]:
     """The pairs of the installed packages; kept in a file of the folder `cache` if one is given."""
     if cache is None:
-        return tuple(extract())
-    key = hashlib.sha256(_installed().encode()).hexdigest()[:16]
+        return tuple(extract_pairs())
+    key = hashlib.sha256(_format_versions().encode()).hexdigest()[:16]
     path = cache / f"docstrings-{key}.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(extract()))
+        unfinished.write_text(json.dumps(extract_pairs()))
         unfinished.replace(path)
     return tuple((body, first_line) for body, first_line in json.loads(path.read_text()))
 
 
-def version(cache: Path | None = None) -> str:
+def compute_version(cache: Path | None = None) -> str:
     """The packages' versions and the SHA-256 of the pairs."""
-    digest = hashlib.sha256(json.dumps(pairs(cache)).encode()).hexdigest()
-    return f"{_installed()}/{digest}"
+    digest = hashlib.sha256(json.dumps(load_pairs(cache)).encode()).hexdigest()
+    return f"{_format_versions()}/{digest}"

@@ -17,7 +17,7 @@ class EventKind:
     summary: str
 
 
-KINDS = (
+EVENT_KINDS = (
     EventKind(
         leads=(
             "A fire broke out at the {place} in {city} on {day} {part}.",

@@ -15,17 +15,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
 from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
-GYM = "0.1.25"
+REASONING_GYM_VERSION = "0.1.25"
 """The one release of reasoning-gym whose rows these are: its texts change from one to the next."""
-MADE_VERSION = f"instruction-made-1+reasoning-gym-{GYM}"
+GENERATOR_VERSION = f"instruction-made-1+reasoning-gym-{REASONING_GYM_VERSION}"
 
 _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-Kinds = Mapping[str, Mapping[str, Any]]
-HELD_IN: Kinds = {
+QuestionKinds = Mapping[str, Mapping[str, Any]]
+HELD_IN: QuestionKinds = {
     "chain_sum": _TWO_DIGITS,
     "family_relationships": {"min_family_size": 3, "max_family_size": 3},
     "gcd": {"max_value": 40},
@@ -37,7 +37,7 @@ HELD_IN: Kinds = {
         "max_value": 20,
     },
 }
-HELD_OUT: Kinds = {
+HELD_OUT: QuestionKinds = {
     "basic_arithmetic": {
         **_TWO_DIGITS,
         "operators": ("+", "-"),
@@ -48,18 +48,18 @@ HELD_OUT: Kinds = {
 }
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row of FLAN, MMLU or BBH; ValueError if a field is missing or an answer is not a choice."""
     if "inputs" in raw or "targets" in raw:
         prompt, target = text_field(raw, "inputs"), text_field(raw, "targets")
     else:
         prompt, target = text_field(raw, "question"), text_field(raw, "answer")
     if raw.get("choices") is not None:
-        prompt = _with_choices(prompt, target, raw["choices"])
+        prompt = _append_choices(prompt, target, raw["choices"])
     return Row(prompt, target, (target,))
 
 
-def _with_choices(question: str, answer: str, choices: Any) -> str:
+def _append_choices(question: str, answer: str, choices: Any) -> str:
     """The form of Hendrycks et al. (2021): a choice a line, each behind its letter."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field 'choices' must be a list of texts, got {choices!r:.60}")
@@ -70,38 +70,38 @@ def _with_choices(question: str, answer: str, choices: Any) -> str:
     return "\n".join([question, *lines, "Answer:"])
 
 
-def check_installed() -> None:
+def check_reasoning_gym() -> None:
     """ValueError unless the one release of reasoning-gym is there."""
     try:
         found = version("reasoning-gym")
     except PackageNotFoundError:
         found = "none"
-    if found != GYM:
+    if found != REASONING_GYM_VERSION:
         raise ValueError(
-            f"the made rows of instruction need reasoning-gym {GYM} (there is {found}): "
+            f"the made rows of instruction need reasoning-gym {REASONING_GYM_VERSION} (there is {found}): "
             "pip install 'gkd-lab[reasoning]'"
         )
 
 
 @cache
-def _generator(kind: str, split: Split) -> Any:
+def _create_generator(kind: str, split: Split) -> Any:
     from reasoning_gym import create_dataset  # loads sympy and more
 
     settings = (HELD_OUT if split == "test" else HELD_IN)[kind]
     return create_dataset(kind, seed=0, size=1, **settings)
 
 
-def made(seed: int, split: Split) -> Iterator[Row]:
+def generate_rows(seed: int, split: Split) -> Iterator[Row]:
     """Endless questions of the split's kinds, each kind as likely."""
     kinds = tuple(HELD_OUT if split == "test" else HELD_IN)
 
     def draw(random_numbers: random.Random) -> tuple[str, str]:
-        generator = _generator(random_numbers.choice(kinds), split)
+        generator = _create_generator(random_numbers.choice(kinds), split)
         # An item depends on its number alone, which may exceed the size that a data set states.
         item = generator[random_numbers.getrandbits(48)]
         return " ".join(item["question"].split()), item["answer"]
 
-    return draw_rows(draw, MADE_VERSION, seed, split, shared=split != "test")
+    return draw_rows(draw, GENERATOR_VERSION, seed, split, shared=split != "test")
 
 
 _GREEDY = {"decoding": "greedy"}
@@ -135,7 +135,7 @@ SCALES = {
     },
     "smol": {
         "data": {"source": "Muennighoff/flan"},
-        "models": smol_models(2_000),
+        "models": define_smol_models(2_000),
         "max_input_tokens": 512,
         "max_output_tokens": 128,
         "evaluations": [{**_GREEDY, "split": "test"}],
@@ -144,10 +144,10 @@ SCALES = {
         "data": {"source": "Muennighoff/flan"},  # FLAN2021 (§4.4): `inputs`, `targets`, `task`
         "models": {
             # FLAN-T5 as released, without fine-tuning (§4.4)
-            "xl": checkpoint("google/flan-t5-xl"),
-            "large": checkpoint("google/flan-t5-large"),
-            "base": checkpoint("google/flan-t5-base"),
-            "small": checkpoint("google/flan-t5-small"),
+            "xl": define_pretrained_model("google/flan-t5-xl"),
+            "large": define_pretrained_model("google/flan-t5-large"),
+            "base": define_pretrained_model("google/flan-t5-base"),
+            "small": define_pretrained_model("google/flan-t5-small"),
         },
         "student": "base",  # Fig. A.11
         "beta": 1.0,  # reverse KL, the best on FLAN (Fig. A.11)
@@ -177,9 +177,11 @@ TASK = Task(
     metrics=("exact_match",),
     generators={
         "made": MadeSource(
-            lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION, check=check_installed
+            lambda seed, split, _: generate_rows(seed, split),
+            lambda _: GENERATOR_VERSION,
+            check=check_reasoning_gym,
         )
     },
-    parse=parse,
+    parse_row=parse_row,
     hub_name="Muennighoff/flan",
 )

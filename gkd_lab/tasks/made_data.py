@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterator
 
 from gkd_lab.tasks.task import MadeSource, Row, Split
 
-_SPLIT_OF_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight are train
-_DRAWS_WITHOUT_A_NEW_ROW = 10_000
+_SPLIT_BY_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight are train
+_MAX_REJECTED_DRAWS = 10_000
 
 
-def split_of(prompt: str) -> Split:
+def assign_split(prompt: str) -> Split:
     """The one split `prompt` belongs to: 80 % train, 10 % validation, 10 % test."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
-    return _SPLIT_OF_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
+    return _SPLIT_BY_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
 
 
-Draw = Callable[[random.Random], tuple[str, str]]
+PairSampler = Callable[[random.Random], tuple[str, str]]
 """Makes one (prompt, target) pair from a generator."""
 
 
-def drawn(draw: Draw, version: str) -> MadeSource:
+def build_generator(draw: PairSampler, version: str) -> MadeSource:
     """An endless source of distinct rows."""
     return MadeSource(lambda seed, split, _: draw_rows(draw, version, seed, split), lambda _: version)
 
 
 def draw_rows(
-    draw: Draw,
+    draw: PairSampler,
     source: str,
     seed: int,
     split: Split,
@@ -44,9 +44,9 @@ def draw_rows(
     random_numbers = random.Random(f"{source}/{seed}/{split}")
     seen: set[str] = set()
     wasted = 0
-    while wasted < _DRAWS_WITHOUT_A_NEW_ROW:
+    while wasted < _MAX_REJECTED_DRAWS:
         prompt, target = draw(random_numbers)
-        if prompt in seen or (shared and split_of(prompt) != split):
+        if prompt in seen or (shared and assign_split(prompt) != split):
             wasted += 1
             continue
         wasted = 0

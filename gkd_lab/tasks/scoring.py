@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made_data import drawn
-from gkd_lab.tasks.scale_defaults import classifiers
+from gkd_lab.tasks.made_data import build_generator
+from gkd_lab.tasks.scale_defaults import define_classifier_scale
 from gkd_lab.tasks.task import Row, Task, text_field
 
-MADE_VERSION = "scoring-made-1"
+GENERATOR_VERSION = "scoring-made-1"
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row with `text` and `label`, a finite number."""
     value = raw.get("label")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -27,8 +27,8 @@ def parse(raw: Mapping[str, Any]) -> Row:
     return Row(text_field(raw, "text"), repr(float(value)), (repr(float(value)),))
 
 
-def _pair(random_numbers: random.Random) -> tuple[str, str]:
-    review = reviews.draw(random_numbers)
+def _draw_scored_review(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw_review(random_numbers)
     return review.text, repr(review.score / 4)
 
 
@@ -36,7 +36,7 @@ TASK = Task(
     name="scoring",
     family="regression",
     metrics=("pearson", "spearman"),
-    generators={"made": drawn(_pair, MADE_VERSION)},
-    parse=parse,
-    scales={"nano": classifiers(objectives=[{"type": "squared_error"}])},
+    generators={"made": build_generator(_draw_scored_review, GENERATOR_VERSION)},
+    parse_row=parse_row,
+    scales={"nano": define_classifier_scale(objectives=[{"type": "squared_error"}])},
 )

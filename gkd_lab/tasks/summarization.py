@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.tasks import events
-from gkd_lab.tasks.made_data import draw_rows, split_of
-from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.made_data import assign_split, draw_rows
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
 from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
-MADE_VERSION = "summarization-made-1"
+GENERATOR_VERSION = "summarization-made-1"
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row with `document` and `summary`; `references`, where there, are what is compared with."""
     document, summary = text_field(raw, "document"), text_field(raw, "summary")
     references = raw.get("references") or [summary]
@@ -31,9 +31,9 @@ def parse(raw: Mapping[str, Any]) -> Row:
     return Row(document, summary, tuple(references))
 
 
-def _report(random_numbers: random.Random) -> tuple[str, str]:
+def _draw_report(random_numbers: random.Random) -> tuple[str, str]:
     facts = events.draw_facts(random_numbers)
-    kind = random_numbers.choice(events.KINDS)
+    kind = random_numbers.choice(events.EVENT_KINDS)
     told = [random_numbers.choice(kind.leads), random_numbers.choice(kind.details)]
     asides = random_numbers.sample(events.ASIDES, random_numbers.randint(1, 3))
     for aside in asides:
@@ -41,25 +41,25 @@ def _report(random_numbers: random.Random) -> tuple[str, str]:
     return " ".join(told).format_map(facts), kind.summary.format_map(facts)
 
 
-def made(seed: int, split: Split) -> Iterator[Row]:
+def generate_rows(seed: int, split: Split) -> Iterator[Row]:
     """Endless event reports, each with its one-sentence summary."""
-    return draw_rows(_report, MADE_VERSION, seed, split)
+    return draw_rows(_draw_report, GENERATOR_VERSION, seed, split)
 
 
-def installed_docstrings(split: Split, cache: Path | None = None) -> Iterator[Row]:
+def read_docstring_rows(split: Split, cache: Path | None = None) -> Iterator[Row]:
     """The docstring pairs of `split`, in a fixed order that mixes the packages."""
     from gkd_lab.tasks import docstrings  # loads ast, inspect and more
 
-    for body, first_line in docstrings.pairs(cache):
-        if split_of(body) == split:
+    for body, first_line in docstrings.load_pairs(cache):
+        if assign_split(body) == split:
             yield Row(body, first_line, (first_line,))
 
 
-def docstrings_version(cache: Path | None = None) -> str:
+def get_docstrings_version(cache: Path | None = None) -> str:
     """The packages' versions and the SHA-256 of the pairs."""
     from gkd_lab.tasks import docstrings
 
-    return docstrings.version(cache)
+    return docstrings.compute_version(cache)
 
 
 _GREEDY = [{"decoding": "greedy", "split": "test"}]
@@ -92,7 +92,7 @@ SCALES = {
     },
     "smol": {
         "data": {"source": "EdinburghNLP/xsum"},
-        "models": smol_models(1_000),
+        "models": define_smol_models(1_000),
         "max_input_tokens": 512,
         "max_output_tokens": 64,  # Table A.1
         "evaluations": _GREEDY,
@@ -101,10 +101,10 @@ SCALES = {
         "data": {"source": "EdinburghNLP/xsum"},
         "models": {
             # T5 v1.1 LM-adapted, fine-tuned on XSum (§4.1)
-            "xl": checkpoint("google/t5-xl-lm-adapt", steps=8_000),
-            "large": checkpoint("google/t5-large-lm-adapt", steps=38_000),
-            "base": checkpoint("google/t5-base-lm-adapt", steps=50_000),
-            "small": checkpoint("google/t5-small-lm-adapt", steps=100_000),
+            "xl": define_pretrained_model("google/t5-xl-lm-adapt", steps=8_000),
+            "large": define_pretrained_model("google/t5-large-lm-adapt", steps=38_000),
+            "base": define_pretrained_model("google/t5-base-lm-adapt", steps=50_000),
+            "small": define_pretrained_model("google/t5-small-lm-adapt", steps=100_000),
         },
         "teacher_temperature": 1.0,  # Table A.1, for greedy evaluation
         "steps": 40_000,  # Table A.1
@@ -127,13 +127,13 @@ TASK = Task(
     family="encoder-decoder",
     metrics=("rouge2", "rouge1", "rougeL"),
     generators={
-        "made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: MADE_VERSION),
+        "made": MadeSource(lambda seed, split, _: generate_rows(seed, split), lambda _: GENERATOR_VERSION),
         "docstrings": MadeSource(
-            lambda _, split, cache: installed_docstrings(split, cache),
-            docstrings_version,
+            lambda _, split, cache: read_docstring_rows(split, cache),
+            get_docstrings_version,
             endless=False,
         ),
     },
-    parse=parse,
+    parse_row=parse_row,
     hub_name="EdinburghNLP/xsum",
 )

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.tasks import reviews
-from gkd_lab.tasks.made_data import drawn
-from gkd_lab.tasks.scale_defaults import classifiers
+from gkd_lab.tasks.made_data import build_generator
+from gkd_lab.tasks.scale_defaults import define_classifier_scale
 from gkd_lab.tasks.task import Row, Task
 
-MADE_VERSION = "tagging-made-1"
+GENERATOR_VERSION = "tagging-made-1"
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row with `tokens` and `tags`; tokens are joined by blanks, so they must have none."""
     tokens, tags = raw.get("tokens"), raw.get("tags")
     if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
@@ -31,8 +31,8 @@ def parse(raw: Mapping[str, Any]) -> Row:
     return Row(" ".join(tokens), " ".join(tags), (" ".join(tags),))
 
 
-def _pair(random_numbers: random.Random) -> tuple[str, str]:
-    review = reviews.draw(random_numbers)
+def _draw_tagged_review(random_numbers: random.Random) -> tuple[str, str]:
+    review = reviews.draw_review(random_numbers)
     return review.text, " ".join(review.tags)
 
 
@@ -40,8 +40,8 @@ TASK = Task(
     name="tagging",
     family="token-classification",
     metrics=("tag_f1_macro", "tag_accuracy"),
-    generators={"made": drawn(_pair, MADE_VERSION)},
-    parse=parse,
+    generators={"made": build_generator(_draw_tagged_review, GENERATOR_VERSION)},
+    parse_row=parse_row,
     labels=reviews.TAGS,
-    scales={"nano": classifiers()},
+    scales={"nano": define_classifier_scale()},
 )

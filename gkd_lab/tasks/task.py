@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gkd_lab.config.settings import merge
-from gkd_lab.tasks.scale_defaults import COMMON
+from gkd_lab.config.settings import merge_settings
+from gkd_lab.tasks.scale_defaults import COMMON_SETTINGS
 
 Family = Literal[
     "decoder-only", "encoder-decoder", "sequence-classification", "token-classification", "regression"
@@ -50,9 +50,11 @@ class Task:
     family: Family
     metrics: tuple[str, ...]  # the headline metric first
     generators: Mapping[str, MadeSource]
-    parse: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
+    parse_row: Callable[[Mapping[str, Any]], Row]  # one raw row of real data -> Row, or ValueError
     hub_name: str | None = None  # the data the paper used
-    parse_marked: Callable[[Mapping[str, Any]], Row] | None = None  # keeps calculator marks, where there are
+    parse_row_with_marks: Callable[[Mapping[str, Any]], Row] | None = (
+        None  # keeps calculator marks, where there are
+    )
     labels: tuple[str, ...] = ()  # what a classifier chooses from, in the order of its outputs
     exemplars: tuple[Mapping[str, Any], ...] = ()  # worked examples for few-shot prompts, as raw rows
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -60,14 +62,14 @@ class Task:
     changes for that student, and its `reverse_kl`: what changes for that divergence besides), and
     `real`: what changes when the rows are not the made ones."""
 
-    def defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         """All settings at `scale` for rows from `source` (None: the scale's own choice)."""
         if scale not in self.scales:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         own = dict(self.scales[scale])
         real = own.pop("real", {})
         chosen = source or own["data"]["source"]
-        return merge(dict(COMMON[scale]), own, real if chosen != "made" else {})
+        return merge_settings(dict(COMMON_SETTINGS[scale]), own, real if chosen != "made" else {})
 
 
 def text_field(raw: Mapping[str, Any], name: str) -> str:

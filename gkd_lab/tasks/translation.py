@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import checkpoint, smol_models
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
 from gkd_lab.tasks.scale_defaults import made as made_model
 from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
 
-MADE_VERSION = "translation-made-1"
+GENERATOR_VERSION = "translation-made-1"
 
 # One sentence in both languages; the slots are drawn in phrases.py.
-TEMPLATES = (
+SENTENCE_TEMPLATES = (
     ("{vehicle} leaves at {time} on {weekday}", "{vehicle} fährt am {weekday} um {time} ab"),
     (
         "{vehicle} from {country} arrives at {time} on {date}",
@@ -69,7 +69,7 @@ TEMPLATES = (
 )
 
 
-def parse(raw: Mapping[str, Any]) -> Row:
+def parse_row(raw: Mapping[str, Any]) -> Row:
     """A row with `en` and `de`, at the top or under `translation`; ValueError otherwise."""
     pair = raw.get("translation", raw)
     if not isinstance(pair, Mapping):
@@ -78,31 +78,31 @@ def parse(raw: Mapping[str, Any]) -> Row:
     return Row(text_field(pair, "en"), target, (target,))
 
 
-def _sentence_case(text: str) -> str:
+def _capitalize_first_letter(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _phrase(random_numbers: random.Random) -> tuple[str, str]:
+def _draw_sentence_pair(random_numbers: random.Random) -> tuple[str, str]:
     from gkd_lab.tasks.phrases import draw_slots  # loads babel and num2words
 
-    english, german = random_numbers.choice(TEMPLATES)
+    english, german = random_numbers.choice(SENTENCE_TEMPLATES)
     english_slots, german_slots = draw_slots(random_numbers)
     return (
-        _sentence_case(english.format_map(english_slots)),
-        _sentence_case(german.format_map(german_slots)),
+        _capitalize_first_letter(english.format_map(english_slots)),
+        _capitalize_first_letter(german.format_map(german_slots)),
     )
 
 
-def made(seed: int, split: Split) -> Iterator[Row]:
+def generate_rows(seed: int, split: Split) -> Iterator[Row]:
     """Endless English sentences with one German translation each."""
-    return draw_rows(_phrase, MADE_VERSION, seed, split)
+    return draw_rows(_draw_sentence_pair, GENERATOR_VERSION, seed, split)
 
 
-def made_version() -> str:
+def get_generator_version() -> str:
     """The generator's version and those of the libraries that write its words."""
     from importlib.metadata import version
 
-    return f"{MADE_VERSION}+babel-{version('babel')}+num2words-{version('num2words')}"
+    return f"{GENERATOR_VERSION}+babel-{version('babel')}+num2words-{version('num2words')}"
 
 
 _BEAM = [{"decoding": "beam", "num_beams": 4, "length_penalty": 0.6, "split": "test"}]
@@ -134,7 +134,7 @@ SCALES = {
     },
     "smol": {
         "data": {"source": "wmt/wmt14", "config": "de-en"},
-        "models": smol_models(2_000),  # ours: SmolLM2 knows no German
+        "models": define_smol_models(2_000),  # ours: SmolLM2 knows no German
         "max_input_tokens": 128,
         "max_output_tokens": 128,
         "evaluations": [{"decoding": "greedy", "split": "test"}],
@@ -143,10 +143,10 @@ SCALES = {
         "data": {"source": "wmt/wmt14", "config": "de-en"},
         "models": {
             # T5 v1.1 LM-adapted, fine-tuned on WMT (§4.2)
-            "xl": checkpoint("google/t5-xl-lm-adapt", steps=50_000),
-            "large": checkpoint("google/t5-large-lm-adapt", steps=110_000),
-            "base": checkpoint("google/t5-base-lm-adapt", steps=250_000),
-            "small": checkpoint("google/t5-small-lm-adapt", steps=250_000),
+            "xl": define_pretrained_model("google/t5-xl-lm-adapt", steps=50_000),
+            "large": define_pretrained_model("google/t5-large-lm-adapt", steps=110_000),
+            "base": define_pretrained_model("google/t5-base-lm-adapt", steps=250_000),
+            "small": define_pretrained_model("google/t5-small-lm-adapt", steps=250_000),
         },
         "teacher_temperature": 1.0,  # Table A.3
         "steps": 100_000,  # Table A.3
@@ -165,7 +165,11 @@ TASK = Task(
     name="translation",
     family="encoder-decoder",
     metrics=("bleu", "chrf"),
-    generators={"made": MadeSource(lambda seed, split, _: made(seed, split), lambda _: made_version())},
-    parse=parse,
+    generators={
+        "made": MadeSource(
+            lambda seed, split, _: generate_rows(seed, split), lambda _: get_generator_version()
+        )
+    },
+    parse_row=parse_row,
     hub_name="wmt/wmt14",
 )

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.step_loss import StepBatch
-from gkd_lab.losses.teacher_targets import Guide
-from gkd_lab.models.classifiers import kind_of
-from gkd_lab.models.forward import unwrapped
-from gkd_lab.teachers.score_files import ScoreFiles
-from gkd_lab.teachers.server import Endpoint, Named
-from gkd_lab.teachers.teacher import Said
-from gkd_lab.teachers.top_k_distributions import Scores, Stored, joined
+from gkd_lab.losses.step_loss import MicroBatch
+from gkd_lab.losses.teacher_targets import TeacherLogits
+from gkd_lab.models.classifiers import get_classifier_kind
+from gkd_lab.models.forward import unwrap_model
+from gkd_lab.teachers.score_files import ScoreReader
+from gkd_lab.teachers.server import TeacherServer, TokenLogProbs
+from gkd_lab.teachers.teacher import TeacherOutput
+from gkd_lab.teachers.top_k_distributions import TopKScores, TopKTeacherLogits, concatenate_scores
 
 
-class TeacherSource(ABC):
+class ModelFreeTeacher(ABC):
     """Gives a step's guide without a teacher's forward pass; `GKDTrainer` takes it as `teacher_model`.
 
     name: what messages call it. size: V, entries of its vocabulary.
@@ -32,28 +32,34 @@ class TeacherSource(ABC):
     knows_any_text: whether it can speak of what a student has just written.
     """
 
-    name: str
-    size: int
+    description: str
+    vocabulary_size: int
     tokenizer: Any | None
-    knows_any_text: bool
+    can_score_new_text: bool
 
     @abstractmethod
-    def guide(self, batch: StepBatch) -> Guide:
+    def compute_logits(self, batch: MicroBatch) -> TeacherLogits:
         """What the teacher says of M blocks of B*C tokens, on the batch's device."""
 
-    def check(self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any) -> None:
+    def check_compatibility(
+        self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any
+    ) -> None:
         """Raises ValueError for what only a model in this process can do."""
-        if kind_of(unwrapped(student)) is not None:
-            raise ValueError(f"the student classifies, and {self.name} knows of texts alone: give a model")
+        if get_classifier_kind(unwrap_model(student)) is not None:
+            raise ValueError(
+                f"the student classifies, and {self.description} knows of texts alone: give a model"
+            )
         if args.seq_kd:
-            raise ValueError(f"seq_kd=True lets the teacher write, which {self.name} cannot: give a model")
-        if self.knows_any_text:
+            raise ValueError(
+                f"seq_kd=True lets the teacher write, which {self.description} cannot: give a model"
+            )
+        if self.can_score_new_text:
             return
         lmbda = max(cell.lmbda for cell in cells)
         if lmbda > 0 or args.eval_on_policy:
             which = f"lmbda={lmbda:g} lets" if lmbda > 0 else "eval_on_policy=True lets"
             raise ValueError(
-                f"{which} the student write, and {self.name} is of text that was there before: set lmbda=0, "
+                f"{which} the student write, and {self.description} is of text that was there before: set lmbda=0, "
                 "or let the teacher itself read what the student writes"
             )
 
@@ -61,63 +67,63 @@ class TeacherSource(ABC):
 
     config: PretrainedConfig | None = None
 
-    def at_work(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         """It has no weights that could be moved."""
         return nullcontext()
 
-    def head_at_work(self) -> AbstractContextManager[Any]:
+    def activate_head(self) -> AbstractContextManager[Any]:
         """It has no head."""
         return nullcontext()
 
-    def says(self, batch: StepBatch, asks: Sequence[str] = ()) -> Said:
+    def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
         """Raises ValueError where more than distributions is asked for."""
-        if asks:
+        if output_names:
             raise ValueError(
-                f"an objective reads the teacher's {', '.join(asks)}, and {self.name} knows its "
+                f"an objective reads the teacher's {', '.join(output_names)}, and {self.description} knows its "
                 "distributions alone: let the teacher itself read the rows, or drop the objective"
             )
-        return Said(self.guide(batch))
+        return TeacherOutput(self.compute_logits(batch))
 
 
-class StoredTeacher(TeacherSource):
-    """The scores in a folder (see `score_files`), of rows that are known by their `Example.number`."""
+class CachedTeacher(ModelFreeTeacher):
+    """The scores in a folder (see `score_files`), of rows that are known by their `ComparedExample.number`."""
 
-    name, knows_any_text = "a store of its scores", False
+    description, can_score_new_text = "a store of its scores", False
 
     def __init__(self, folder: str | Path, tokenizer: Any | None = None) -> None:
-        self.files, self.tokenizer = ScoreFiles(Path(folder)), tokenizer
-        self.size = self.files.layout.vocabulary
+        self.score_reader, self.tokenizer = ScoreReader(Path(folder)), tokenizer
+        self.vocabulary_size = self.score_reader.layout.vocabulary
 
-    def guide(self, batch: StepBatch) -> Stored:
+    def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
         """Raises ValueError for a row that was not scored, or with another completion."""
         rows = batch.teacher
         if rows.numbers is None:
             raise ValueError(
                 "the teacher's scores are found by the rows' numbers, and these rows have none: give "
-                "`Example`s with `number`, the row's place in the data that was scored"
+                "`ComparedExample`s with `number`, the row's place in the data that was scored"
             )
         real = rows.completion_mask.bool()
         found = [
-            self._row(number, ids[mask].tolist())
+            self._read_row(number, ids[mask].tolist())
             for number, ids, mask in zip(
                 rows.numbers.flatten().tolist(), rows.completion_ids, real, strict=True
             )
         ]
         blocks = len(batch.prompts_of_block)
-        scores = padded(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
-        return Stored.of(scores, self.size)
+        scores = pad_scores(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
+        return TopKTeacherLogits.create(scores, self.vocabulary_size)
 
-    def _row(self, number: int, asked: Sequence[int]) -> Scores:
-        tokens, scores = self.files.row(number)
+    def _read_row(self, number: int, asked: Sequence[int]) -> TopKScores:
+        tokens, scores = self.score_reader.read_row(number)
         if tokens.tolist() != list(asked):
             raise ValueError(
                 f"row {number} has another completion ({len(asked)} tokens) than the one that the teacher "
-                f"scored ({len(tokens)} tokens): the scores in {str(self.files.folder)!r} are of other text"
+                f"scored ({len(tokens)} tokens): the scores in {str(self.score_reader.folder)!r} are of other text"
             )
         return scores
 
 
-class ServedTeacher(TeacherSource):
+class ServerTeacher(ModelFreeTeacher):
     """A decoder-only teacher behind a server, whose tokenizer is the student's own.
 
     What it names is exact to the digits that it sends. The tail is 1 minus the sum of the named, and so no
@@ -126,21 +132,23 @@ class ServedTeacher(TeacherSource):
     endpoint: where it is and what it is asked for. tokenizer: the teacher's.
     """
 
-    name, knows_any_text = "a server", True
+    description, can_score_new_text = "a server", True
 
-    def __init__(self, endpoint: Endpoint, tokenizer: Any) -> None:
-        self.endpoint, self.tokenizer = endpoint, tokenizer
-        self.size = 1 + max(tokenizer.get_vocab().values())
+    def __init__(self, server: TeacherServer, tokenizer: Any) -> None:
+        self.server, self.tokenizer = server, tokenizer
+        self.vocabulary_size = 1 + max(tokenizer.get_vocab().values())
 
-    def check(self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any) -> None:
-        super().check(student, cells, args)
+    def check_compatibility(
+        self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any
+    ) -> None:
+        super().check_compatibility(student, cells, args)
         if student.config.is_encoder_decoder:
             raise ValueError(
                 "the student is encoder-decoder, and a server's prompt log-probabilities are of one text: "
-                "choose a decoder-only pair, or keep the teacher's scores (`StoredTeacher`)"
+                "choose a decoder-only pair, or keep the teacher's scores (`CachedTeacher`)"
             )
 
-    def guide(self, batch: StepBatch) -> Stored:
+    def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
         """Raises ServerDown and ServerRefused."""
         rows = batch.teacher
         lengths = rows.completion_mask.sum(-1).tolist()
@@ -150,34 +158,36 @@ class ServedTeacher(TeacherSource):
                 rows.prompt_ids, rows.prompt_mask, rows.completion_ids, rows.completion_mask, strict=True
             )
         ]
-        answers = self.endpoint.scores(texts)
+        answers = self.server.request_scores(texts)
         found = [
-            named_scores(one[len(one) - length :], self.endpoint.top_k)
+            build_top_k_scores(one[len(one) - length :], self.server.top_k)
             for one, length in zip(answers, lengths, strict=True)
         ]
         blocks = len(batch.prompts_of_block)
-        scores = padded(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
-        return Stored.of(scores, self.size)
+        scores = pad_scores(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
+        return TopKTeacherLogits.create(scores, self.vocabulary_size)
 
 
-def named_scores(named: Sequence[Named], top_k: int) -> Scores:
+def build_top_k_scores(named: Sequence[TokenLogProbs], top_k: int) -> TopKScores:
     """What a server said of C tokens, the `top_k` most likely of each, as (C, k)."""
     logs = torch.tensor([[log for _, log in one] for one in named], dtype=torch.float64).view(-1, top_k)
     ids = torch.tensor([[id_ for id_, _ in one] for one in named], dtype=torch.int32).view(-1, top_k)
     tail = (1 - logs.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
-    return Scores(logs.float(), ids, tail.float())
+    return TopKScores(logs.float(), ids, tail.float())
 
 
-def size_or_model(teacher: TeacherSource | PreTrainedModel) -> Any:
+def get_vocabulary_size(teacher: ModelFreeTeacher | PreTrainedModel) -> Any:
     """What tells how many entries its vocabulary has."""
-    return teacher.size if isinstance(teacher, TeacherSource) else teacher
+    return teacher.vocabulary_size if isinstance(teacher, ModelFreeTeacher) else teacher
 
 
-def padded(found: Sequence[Scores], width: int, blocks: int, device: torch.device | str) -> Scores:
+def pad_scores(
+    found: Sequence[TopKScores], width: int, blocks: int, device: torch.device | str
+) -> TopKScores:
     """Scores of M*B rows, each of its own tokens, as those of M blocks of B*C tokens; 0 behind them."""
 
-    whole = joined(found)
-    lengths = [len(one.logs) for one in found]
+    whole = concatenate_scores(found)
+    lengths = [len(one.log_probs) for one in found]
 
     def put(tensor: Tensor) -> Tensor:
         rows = tensor.new_zeros(len(found), width, *tensor.shape[1:])
@@ -185,4 +195,4 @@ def padded(found: Sequence[Scores], width: int, blocks: int, device: torch.devic
             row[: len(part)] = part
         return rows.view(blocks, -1, *rows.shape[2:]).to(device)
 
-    return whole.map(put)
+    return whole.apply(put)

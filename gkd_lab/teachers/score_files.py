@@ -2,7 +2,7 @@
 
     index.json          rows, rows_a_file, top_k (null: all of the vocabulary), vocabulary, dtype
     00000.safetensors   starts (rows + 1,): where each row's tokens begin; tokens (T,): what was scored;
-                        logs (T, k), ids (T, k) and tail (T,) as in `Scores`
+                        logs (T, k), ids (T, k) and tail (T,) as in `TopKScores`
 
 A file appears by rename, so that whoever goes on writing takes what is there. Shapes: T tokens of a file.
 """
@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gkd_lab.store.files import read_json, write_json
-from gkd_lab.teachers.top_k_distributions import Scores
+from gkd_lab.teachers.top_k_distributions import TopKScores
 
-INDEX = "index.json"
-FILE_BYTES = 256 * 2**20
+INDEX_FILE = "index.json"
+TARGET_FILE_BYTES = 256 * 2**20
 """About the size of a file; it is in memory while it is written."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Layout:
+class ScoreLayout:
     """How the scores of some rows are spread over files.
 
     top_k: tokens named of each distribution; None: all `vocabulary` of them. dtype: a name in DTYPES.
@@ -40,23 +40,23 @@ class Layout:
     dtype: str
 
     @classmethod
-    def of(cls, lengths: Sequence[int], top_k: int | None, vocabulary: int, dtype: str) -> "Layout":
+    def create(cls, lengths: Sequence[int], top_k: int | None, vocabulary: int, dtype: str) -> "ScoreLayout":
         """For rows with so many scored tokens each; the longest of them decide how many make a file."""
         named = None if top_k is None or top_k >= vocabulary else top_k
         layout = cls(len(lengths), 1, named, vocabulary, dtype)
-        longest = max(1, *lengths) * layout.bytes_a_token
-        return cls(len(lengths), max(1, FILE_BYTES // longest), named, vocabulary, dtype)
+        longest = max(1, *lengths) * layout.bytes_per_token
+        return cls(len(lengths), max(1, TARGET_FILE_BYTES // longest), named, vocabulary, dtype)
 
     @property
-    def bytes_a_token(self) -> int:
+    def bytes_per_token(self) -> int:
         """Of the log-probabilities, of the ids where they are named, of the tail, and of the token itself."""
-        one = DTYPES[self.dtype].itemsize
+        one = SCORE_DTYPES[self.dtype].itemsize
         return 4 + (self.vocabulary * one if self.top_k is None else self.top_k * (one + 4) + one)
 
-    def file_of(self, folder: Path, number: int) -> Path:
+    def build_file_path(self, folder: Path, number: int) -> Path:
         return folder / f"{number:05d}.safetensors"
 
-    def parts(self) -> list[range]:
+    def split_rows(self) -> list[range]:
         """The rows of each file."""
         step = self.rows_a_file
         return [range(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
@@ -65,52 +65,52 @@ class Layout:
 class ScoreWriter:
     """Writes the files of a layout; those that are there and of this layout are left as they are."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: ScoreLayout) -> None:
         self.folder, self.layout = folder, layout
-        if read_json(folder / INDEX) != vars(layout):
+        if read_json(folder / INDEX_FILE) != vars(layout):
             for old in folder.glob("*.safetensors"):
                 old.unlink()
-            write_json(folder / INDEX, vars(layout))
+            write_json(folder / INDEX_FILE, vars(layout))
 
-    def missing(self) -> list[range]:
+    def list_missing_rows(self) -> list[range]:
         """Rows of the files that are still to be written."""
         return [
             rows
-            for number, rows in enumerate(self.layout.parts())
-            if not _is_whole(self.layout.file_of(self.folder, number), rows)
+            for number, rows in enumerate(self.layout.split_rows())
+            if not _is_file_complete(self.layout.build_file_path(self.folder, number), rows)
         ]
 
-    def write(self, rows: range, tokens: Sequence[Sequence[int]], scores: Sequence[Scores]) -> None:
+    def write_file(self, rows: range, tokens: Sequence[Sequence[int]], scores: Sequence[TopKScores]) -> None:
         """The file of these rows: what was scored in each, and its scores."""
         starts = torch.tensor([0, *(len(ids) for ids in tokens)]).cumsum(0)
         found = {
             "starts": starts,
             "tokens": torch.tensor([one for ids in tokens for one in ids], dtype=torch.int32),
-            "logs": torch.cat([one.logs for one in scores]),
+            "logs": torch.cat([one.log_probs for one in scores]),
         }
         if self.layout.top_k is not None:
             found["ids"] = torch.cat([one.ids for one in scores if one.ids is not None])
-            found["tail"] = torch.cat([one.tail for one in scores if one.tail is not None])
-        place = self.layout.file_of(self.folder, rows.start // self.layout.rows_a_file)
+            found["tail"] = torch.cat([one.tail_log_prob for one in scores if one.tail_log_prob is not None])
+        place = self.layout.build_file_path(self.folder, rows.start // self.layout.rows_a_file)
         part = place.with_name(f".{place.name}.part")
         save_file(found, part)
         part.replace(place)
 
 
-class ScoreFiles:
+class ScoreReader:
     """The scores of a finished folder. Nothing is read but the rows that are asked for.
 
     Raises ValueError for a folder that holds none.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = read_json(folder / INDEX)
+        index = read_json(folder / INDEX_FILE)
         if index is None:
-            raise ValueError(f"{str(folder)!r} holds no scores of a teacher: there is no {INDEX} in it")
-        self.folder, self.layout = folder, Layout(**index)
-        self._open: dict[int, Any] = {}
+            raise ValueError(f"{str(folder)!r} holds no scores of a teacher: there is no {INDEX_FILE} in it")
+        self.folder, self.layout = folder, ScoreLayout(**index)
+        self._open_files: dict[int, Any] = {}
 
-    def row(self, number: int) -> tuple[Tensor, Scores]:
+    def read_row(self, number: int) -> tuple[Tensor, TopKScores]:
         """The tokens (C,) that were scored of row `number`, and their scores (C, k).
 
         Raises:
@@ -122,7 +122,7 @@ class ScoreFiles:
                 f"row {number} is asked for: only rows of the data that was scored have any"
             )
         file, place = divmod(number, self.layout.rows_a_file)
-        held = self._file(file)
+        held = self._open_file(file)
         first, last = held.get_slice("starts")[place : place + 2].tolist()
 
         def part(name: str) -> Tensor:
@@ -130,22 +130,22 @@ class ScoreFiles:
             return found
 
         if self.layout.top_k is None:
-            return part("tokens"), Scores(part("logs"))
-        return part("tokens"), Scores(part("logs"), part("ids"), part("tail"))
+            return part("tokens"), TopKScores(part("logs"))
+        return part("tokens"), TopKScores(part("logs"), part("ids"), part("tail"))
 
-    def _file(self, number: int) -> Any:
-        if number not in self._open:
-            path = self.layout.file_of(self.folder, number)
+    def _open_file(self, number: int) -> Any:
+        if number not in self._open_files:
+            path = self.layout.build_file_path(self.folder, number)
             try:
-                self._open[number] = safe_open(path, "pt").__enter__()
+                self._open_files[number] = safe_open(path, "pt").__enter__()
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"{path} cannot be read ({error}): delete it, to have it made again"
                 ) from error
-        return self._open[number]
+        return self._open_files[number]
 
 
-def _is_whole(path: Path, rows: range) -> bool:
+def _is_file_complete(path: Path, rows: range) -> bool:
     """Whether it can be opened, which compares its header with its size, and is of so many rows."""
     try:
         with safe_open(path, "pt") as file:

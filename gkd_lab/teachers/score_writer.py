@@ -10,26 +10,26 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gkd_lab.encoding.batches import Example, collate
-from gkd_lab.losses.teacher_targets import Projected
-from gkd_lab.models.attention import attention_in_float32
-from gkd_lab.models.forward import Sequences, evaluating
-from gkd_lab.models.heads import Head
-from gkd_lab.models.vocabulary import head_size
-from gkd_lab.teachers.score_files import DTYPES, Layout, ScoreWriter
-from gkd_lab.teachers.top_k_distributions import Scores, kept_of
+from gkd_lab.encoding.batches import Example, collate_examples
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
+from gkd_lab.models.attention import upcast_cpu_attention
+from gkd_lab.models.forward import Sequences, eval_mode
+from gkd_lab.models.heads import OutputHead
+from gkd_lab.models.vocabulary import get_head_size
+from gkd_lab.teachers.score_files import SCORE_DTYPES, ScoreLayout, ScoreWriter
+from gkd_lab.teachers.top_k_distributions import TopKScores, compute_top_k_scores
 
-ROWS_AT_ONCE = 64
-CHUNK_BYTES = 128 * 2**20
+ROWS_PER_BATCH = 64
+LOGITS_CHUNK_BYTES = 128 * 2**20
 """Size of the logits that are made at once."""
 
 
-def numbered(examples: Sequence[Example]) -> list[Example]:
+def number_examples(examples: Sequence[Example]) -> list[Example]:
     """The rows with their place among them, by which their scores are found."""
     return [replace(row, number=number) for number, row in enumerate(examples)]
 
 
-def write_scores(
+def write_teacher_scores(
     teacher: PreTrainedModel,
     examples: Sequence[Example],
     folder: str | Path,
@@ -37,12 +37,12 @@ def write_scores(
     pad_id: int,
     top_k: int | None = None,
     dtype: str = "float32",
-    lowered: bool = False,
-    advance: Callable[[int], None] = lambda rows: None,
+    use_bfloat16: bool = False,
+    report_progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
     """Write what `teacher` says of each row's completion; files that are there already are kept.
 
-    A row's place is its number: train on `numbered` rows with a `StoredTeacher` of the folder.
+    A row's place is its number: train on `numbered` rows with a `CachedTeacher` of the folder.
 
     Args:
         top_k: tokens named of each distribution, with the mass of all others; None: all of the vocabulary.
@@ -52,41 +52,41 @@ def write_scores(
 
     Raises ValueError for a dtype that is none of these, and for top_k below 1.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} of a teacher's scores is not one of {', '.join(DTYPES)}")
+    if dtype not in SCORE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} of a teacher's scores is not one of {', '.join(SCORE_DTYPES)}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} names no token: give 1 or more, or None for all of the vocabulary")
     lengths = [len(example.completion_ids) for example in examples]
-    writer = ScoreWriter(Path(folder), Layout.of(lengths, top_k, head_size(teacher), dtype))
-    head, missing = Head(teacher), writer.missing()
+    writer = ScoreWriter(Path(folder), ScoreLayout.create(lengths, top_k, get_head_size(teacher), dtype))
+    head, missing = OutputHead(teacher), writer.list_missing_rows()
     done = len(examples) - sum(map(len, missing))
     for rows in missing:
-        found: dict[int, Scores] = {}
+        found: dict[int, TopKScores] = {}
         # Rows of like length are read together.
         order = sorted(rows, key=lambda n: len(examples[n].prompt_ids) + lengths[n])
-        for first in range(0, len(order), ROWS_AT_ONCE):
-            some = order[first : first + ROWS_AT_ONCE]
-            batch = collate(
+        for first in range(0, len(order), ROWS_PER_BATCH):
+            some = order[first : first + ROWS_PER_BATCH]
+            batch = collate_examples(
                 [examples[n] for n in some], pad_id, is_encoder_decoder=teacher.config.is_encoder_decoder
             )
-            found.update(zip(some, _read(head, batch, writer.layout, lowered), strict=True))
-            advance(done + len(found))
+            found.update(zip(some, _score_batch(head, batch, writer.layout, use_bfloat16), strict=True))
+            report_progress(done + len(found))
         done += len(found)
-        writer.write(rows, [examples[n].completion_ids for n in rows], [found[n] for n in rows])
+        writer.write_file(rows, [examples[n].completion_ids for n in rows], [found[n] for n in rows])
 
 
-def _read(head: Head, batch: Sequences, layout: Layout, lowered: bool) -> list[Scores]:
+def _score_batch(head: OutputHead, batch: Sequences, layout: ScoreLayout, lowered: bool) -> list[TopKScores]:
     """Of each row's real tokens."""
     device = head.model.get_input_embeddings().weight.device
     batch = batch.to(device)
     with (
         torch.no_grad(),
-        evaluating(head.model),
-        attention_in_float32(lowered and device.type == "cpu"),
+        eval_mode(head.model),
+        upcast_cpu_attention(lowered and device.type == "cpu"),
         torch.autocast(device.type, torch.bfloat16, enabled=lowered),
     ):
-        read = head.unprojected(batch)
+        read = head.compute_unprojected(batch)
         real = batch.completion_mask.bool()
-        guide = Projected(read.hidden[real][None], read.projection)
-        kept = kept_of(guide, layout.top_k, DTYPES[layout.dtype], CHUNK_BYTES)
+        guide = HiddenTeacherLogits(read.hidden[real][None], read.projection)
+        kept = compute_top_k_scores(guide, layout.top_k, SCORE_DTYPES[layout.dtype], LOGITS_CHUNK_BYTES)
     return kept.split(real.sum(-1).tolist())

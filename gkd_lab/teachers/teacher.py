@@ -15,42 +15,42 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
-from gkd_lab.losses.step_loss import StepBatch, projected
-from gkd_lab.losses.teacher_targets import Guide
-from gkd_lab.losses.terms import Terms
-from gkd_lab.models.heads import Head, Unprojected
+from gkd_lab.losses.step_loss import MicroBatch, project_blocks
+from gkd_lab.losses.teacher_targets import TeacherLogits
+from gkd_lab.losses.terms import WeightedLosses
+from gkd_lab.models.heads import OutputHead, UnprojectedOutput
 from gkd_lab.models.loading import at_work, load_teacher
 from gkd_lab.models.sharding import place_teacher
-from gkd_lab.teachers.shared_prefix import Reader
+from gkd_lab.teachers.shared_prefix import SharedPrefixReader
 
 
 @dataclass(frozen=True)
-class Said:
+class TeacherOutput:
     """What a teacher makes of a step's rows.
 
     guide: its distributions for M blocks of B * C tokens.
     states: its whole forward pass, where it has one and was asked.
     """
 
-    guide: Guide
-    states: Unprojected | None = None
+    logits: TeacherLogits
+    forward_output: UnprojectedOutput | None = None
 
 
-class Teaching(Protocol):
+class TeacherInterface(Protocol):
     """One teacher of a run."""
 
     config: PretrainedConfig | None
     """Of its model; None: there is none here."""
 
-    def at_work(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         """Its weights are on the device within."""
         ...
 
-    def head_at_work(self) -> AbstractContextManager[Any]:
+    def activate_head(self) -> AbstractContextManager[Any]:
         """Its head is on the device within, which a guide reads after `says`."""
         ...
 
-    def says(self, batch: StepBatch, asks: Sequence[str] = ()) -> Said:
+    def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
         """Of the step's rows, without gradient; `asks` what its pass is to record."""
         ...
 
@@ -70,7 +70,7 @@ class Teacher:
     parked: bool | None = None
     processing_class: Any = None
 
-    def loaded(self, student: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
+    def load_model(self, student: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
         """The frozen model. Raises ValueError for one that does not read what the student reads."""
         return load_teacher(
             self.model,
@@ -86,30 +86,32 @@ class LiveTeacher:
     """A frozen model, copied to the device, sharded, or parked on the CPU between uses."""
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, *, parked: bool) -> None:
-        self.head = Head(model)
-        self.read = Reader(self.head)
+        self.head = OutputHead(model)
+        self.read_batch = SharedPrefixReader(self.head)
         self.model = place_teacher(model, accelerator, parked=parked)
         self.config: PretrainedConfig | None = model.config
         self.parked, self._accelerator = parked, accelerator
 
-    def at_work(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         return at_work(self.model, self._accelerator.device, parked=self.parked)
 
-    def head_at_work(self) -> AbstractContextManager[Any]:
+    def activate_head(self) -> AbstractContextManager[Any]:
         head = self.head.model.get_output_embeddings()
         if head is None:
             return nullcontext()
         return at_work(head, self._accelerator.device, parked=self.parked)
 
-    def says(self, batch: StepBatch, asks: Sequence[str] = ()) -> Said:
+    def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
         with torch.no_grad(), self._accelerator.autocast():
-            states: Unprojected = inside(self.model, self.head.model, self._says, (batch, asks))
-        return Said(projected(states, len(batch.prompts_of_block)), states)
+            states: UnprojectedOutput = run_inside_forward(
+                self.model, self.head.model, self._run_forward_pass, (batch, output_names)
+            )
+        return TeacherOutput(project_blocks(states, len(batch.prompts_of_block)), states)
 
-    def _says(self, asked: tuple[StepBatch, Sequence[str]]) -> Unprojected:
+    def _run_forward_pass(self, asked: tuple[MicroBatch, Sequence[str]]) -> UnprojectedOutput:
         batch, asks = asked
         # Prompts that are read once leave no states of their own.
-        return self.head.unprojected(batch.teacher, asks) if asks else self.read(batch)
+        return self.head.compute_unprojected(batch.teacher, asks) if asks else self.read_batch(batch)
 
     @property
     def is_sharded(self) -> bool:
@@ -117,13 +119,13 @@ class LiveTeacher:
         return isinstance(self.model, FSDPModule) or self.model is not self.head.model
 
 
-def check_teachers(teachers: Sequence[Teaching], read: Sequence[int]) -> None:
+def check_teacher_numbers(teachers: Sequence[TeacherInterface], used_numbers: Sequence[int]) -> None:
     """Raises ValueError if the loss reads a teacher that is not there, or several of which one is sharded."""
     there = len(teachers)
-    if read and read[-1] >= there:
+    if used_numbers and used_numbers[-1] >= there:
         numbers = "number 0 alone" if there == 1 else f"numbers 0 to {there - 1}"
         raise ValueError(
-            f"objectives: a divergence compares with teacher number {read[-1]}, and there is {numbers}: give "
+            f"objectives: a divergence compares with teacher number {used_numbers[-1]}, and there is {numbers}: give "
             "it in `more_teachers`"
         )
     if there > 1 and any(isinstance(one, LiveTeacher) and one.is_sharded for one in teachers):
@@ -133,7 +135,7 @@ def check_teachers(teachers: Sequence[Teaching], read: Sequence[int]) -> None:
         )
 
 
-def check_routes(all_terms: Iterable[Terms], routes: Tensor | None) -> None:
+def check_row_routes(all_terms: Iterable[WeightedLosses], routes: Tensor | None) -> None:
     """Raises ValueError for rows that are meant for none of the teachers of a routed divergence.
 
     routes: (N, 1), each row's teacher; None: no row names one.
@@ -148,7 +150,9 @@ def check_routes(all_terms: Iterable[Terms], routes: Tensor | None) -> None:
             )
 
 
-def inside(wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any) -> Any:
+def run_inside_forward(
+    wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any
+) -> Any:
     """Run `method` within the forward pass of `wrapped`, where DDP and FSDP have the weights at hand."""
     if wrapped is inner and not isinstance(inner, FSDPModule):
         return method(argument)

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from gkd_lab.losses.divergence import log_probabilities
-from gkd_lab.losses.teacher_targets import Guide, Read, gathered
+from gkd_lab.losses.teacher_targets import LogitReader, TeacherLogits, gather_positions
 
 
 @dataclass(frozen=True)
-class Scores:
+class TopKScores:
     """What is kept of distributions over a vocabulary.
 
     logs: (..., k) log-probabilities, the largest first; with k = V in the order of the vocabulary.
@@ -37,124 +37,131 @@ class Scores:
     tail: (...), log of the probability of all other tokens together; None with k = V.
     """
 
-    logs: Tensor
+    log_probs: Tensor
     ids: Tensor | None = None
-    tail: Tensor | None = None
+    tail_log_prob: Tensor | None = None
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "TopKScores":
         """The same change to all that is there."""
-        ids, tail = self.ids, self.tail
-        return Scores(
-            change(self.logs), None if ids is None else change(ids), None if tail is None else change(tail)
+        ids, tail = self.ids, self.tail_log_prob
+        return TopKScores(
+            change(self.log_probs),
+            None if ids is None else change(ids),
+            None if tail is None else change(tail),
         )
 
-    def split(self, lengths: Sequence[int]) -> list["Scores"]:
+    def split(self, lengths: Sequence[int]) -> list["TopKScores"]:
         """So many tokens each, one after another."""
         ends = accumulate(lengths)
         return [
-            self.map(itemgetter(slice(end - length, end))) for end, length in zip(ends, lengths, strict=True)
+            self.apply(itemgetter(slice(end - length, end)))
+            for end, length in zip(ends, lengths, strict=True)
         ]
 
 
-def top_scores(logits: Tensor, top_k: int | None, dtype: torch.dtype) -> Scores:
+def select_top_k(logits: Tensor, top_k: int | None, dtype: torch.dtype) -> TopKScores:
     """Of logits (n, V) the k most likely tokens; None, or V and more: all of them. ids are int32.
 
     The mass of the others is summed by itself: 1 minus the sum of the named would keep none of its digits.
     """
     logs = log_probabilities(logits)
     if top_k is None or top_k >= logs.shape[-1]:
-        return Scores(_kept(logs, dtype))
+        return TopKScores(_convert_dtype(logs, dtype))
     top, ids = logs.topk(top_k)
     tail = logs.scatter(-1, ids, -math.inf).logsumexp(-1)
-    return Scores(_kept(top, dtype), ids.int(), _kept(tail, dtype))
+    return TopKScores(_convert_dtype(top, dtype), ids.int(), _convert_dtype(tail, dtype))
 
 
-def _kept(logs: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert_dtype(logs: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype of the store, never -inf, of which differences are no numbers."""
     return logs.clamp_min(torch.finfo(dtype).min / 8).to(dtype)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A `Guide` of kept distributions.
+class TopKTeacherLogits:
+    """A `TeacherLogits` of kept distributions.
 
     logs: (M, N, k). ids: (M, N, k), or None with k = V. others: (M, N), log-probability of each token that is
     not named, or None with k = V. size: V.
     """
 
-    logs: Tensor
+    log_probs: Tensor
     ids: Tensor | None
-    others: Tensor | None
-    size: int
+    unnamed_log_prob: Tensor | None
+    vocabulary_size: int
 
     @classmethod
-    def of(cls, scores: Scores, size: int) -> "Stored":
+    def create(cls, scores: TopKScores, size: int) -> "TopKTeacherLogits":
         """Scores of (M, N) tokens, their tail spread evenly.
 
         Raises:
             ValueError: if all tokens seem to be named, but are not in the order of the vocabulary.
         """
         if scores.ids is None:
-            return cls(scores.logs, None, None, size)
+            return cls(scores.log_probs, None, None, size)
         unnamed = size - scores.ids.shape[-1]
-        if unnamed < 1 or scores.tail is None:
+        if unnamed < 1 or scores.tail_log_prob is None:
             raise ValueError(
                 f"{scores.ids.shape[-1]} tokens of a vocabulary of {size} are named, which leaves none to be "
                 "the tail: give the log-probabilities of all, in the order of the vocabulary, without ids"
             )
-        return cls(scores.logs, scores.ids, scores.tail - math.log(unnamed), size)
+        return cls(scores.log_probs, scores.ids, scores.tail_log_prob - math.log(unnamed), size)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.logs.shape[0], self.logs.shape[1]
+        return self.log_probs.shape[0], self.log_probs.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.logs.dtype
+        return self.log_probs.dtype
 
     @property
     def vocabulary(self) -> int:
-        return self.size
+        return self.vocabulary_size
 
-    def chosen(self, positions: Tensor) -> "Stored":
-        ids = None if self.ids is None else gathered(self.ids, positions)
-        others = None if self.others is None else self.others.gather(1, positions)
-        return Stored(gathered(self.logs, positions), ids, others, self.size)
+    def select_positions(self, positions: Tensor) -> "TopKTeacherLogits":
+        ids = None if self.ids is None else gather_positions(self.ids, positions)
+        others = None if self.unnamed_log_prob is None else self.unnamed_log_prob.gather(1, positions)
+        return TopKTeacherLogits(
+            gather_positions(self.log_probs, positions), ids, others, self.vocabulary_size
+        )
 
-    def reader(self, vocabulary: int, wide: torch.dtype, longest: int) -> Read:
-        logs, ids, others = self.logs, self.ids, self.others
+    def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
+        logs, ids, others = self.log_probs, self.ids, self.unnamed_log_prob
         if ids is None or others is None:
-            return lambda block, rows: logs[block, rows, :vocabulary].to(wide)
-        buffer = logs.new_empty((longest, self.size), dtype=wide)
+            return lambda block, rows: logs[block, rows, :vocabulary].to(dtype)
+        buffer = logs.new_empty((max_rows, self.vocabulary_size), dtype=dtype)
 
         def read(block: int, rows: Tensor) -> Tensor:
             logits = buffer[: len(rows)]
             logits.copy_(others[block, rows, None].expand_as(logits))
-            logits.scatter_(1, ids[block, rows].long(), logs[block, rows].to(wide))
+            logits.scatter_(1, ids[block, rows].long(), logs[block, rows].to(dtype))
             return logits[:, :vocabulary]
 
         return read
 
 
-def kept_of(guide: Guide, top_k: int | None, dtype: torch.dtype, chunk_bytes: int) -> Scores:
+def compute_top_k_scores(
+    guide: TeacherLogits, top_k: int | None, dtype: torch.dtype, chunk_bytes: int
+) -> TopKScores:
     """What to keep of the tokens of a guide's only block, (N, k), in chunks of its logits; on the CPU."""
     size, tokens = guide.vocabulary, guide.shape[1]
     wide = torch.promote_types(guide.dtype, torch.float32)
     longest = max(1, min(tokens, chunk_bytes // (size * wide.itemsize)))
-    read = guide.reader(size, wide, longest)
+    read = guide.create_reader(size, wide, longest)
     parts = [
-        top_scores(read(0, rows), top_k, dtype).map(Tensor.cpu)
+        select_top_k(read(0, rows), top_k, dtype).apply(Tensor.cpu)
         for rows in torch.arange(tokens).split(longest)
     ]
-    return joined(parts)
+    return concatenate_scores(parts)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def concatenate_scores(parts: Sequence[TopKScores]) -> TopKScores:
     """One under the other."""
     ids = [part.ids for part in parts if part.ids is not None]
-    tails = [part.tail for part in parts if part.tail is not None]
-    return Scores(
-        torch.cat([part.logs for part in parts]),
+    tails = [part.tail_log_prob for part in parts if part.tail_log_prob is not None]
+    return TopKScores(
+        torch.cat([part.log_probs for part in parts]),
         torch.cat(ids) if ids else None,
         torch.cat(tails) if tails else None,
     )

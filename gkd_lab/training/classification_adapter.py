@@ -15,31 +15,38 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
-from gkd_lab.config.errors import nearest
-from gkd_lab.encoding.batches import Cut
-from gkd_lab.encoding.row_encoder import route_of
-from gkd_lab.encoding.trl_batch import NOT_TRAINED, is_collated_here
+from gkd_lab.config.errors import suggest_choices
+from gkd_lab.encoding.batches import TruncationCounts
+from gkd_lab.encoding.row_encoder import read_teacher_index
+from gkd_lab.encoding.trl_batch import NOT_TRAINED, has_sequence_tensors
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.squared_error import SquaredError
-from gkd_lab.losses.terms import CrossEntropy, LabelError, Term
+from gkd_lab.losses.terms import CrossEntropy, LabelSquaredError, WeightedLoss
 from gkd_lab.metrics import classifier_metrics as scores
-from gkd_lab.models.classifiers import Kind, check_pair, kind_of, labels_of, name_padding, teacher_columns
-from gkd_lab.models.forward import Sequences, completion_logits, unwrapped
-from gkd_lab.teachers.teacher import LiveTeacher, Teaching
+from gkd_lab.models.classifiers import (
+    ClassifierKind,
+    check_classifier_tokenizers,
+    get_classifier_kind,
+    list_label_names,
+    match_teacher_labels,
+    set_pad_token_id,
+)
+from gkd_lab.models.forward import Sequences, compute_completion_logits, unwrap_model
+from gkd_lab.teachers.teacher import LiveTeacher, TeacherInterface
 from gkd_lab.training.arguments import GKDConfig
 
 Row = Mapping[str, Any]
-UNKNOWN = -1
+UNKNOWN_LABEL = -1
 """In the place of a label that no term reads: the position counts, and no metric does."""
-FORMS = """\
+CLASSIFICATION_ROW_FORMATS = """\
   `text`, with or without `text_pair`
   `tokens`: the words of a text, split
   `input_ids`, with or without `attention_mask` and `token_type_ids`"""
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledExample:
     """Ids of one row, and its labels: one, or one for each token; of a regression a number.
 
     Labels are NOT_TRAINED where nothing counts, and UNKNOWN (of a regression NaN) where none was given.
@@ -51,15 +58,15 @@ class Labelled:
     token_type_ids: list[int] | None = None
     route: int = -1
 
-    def first(self, count: int) -> "Labelled":
+    def truncate(self, max_tokens: int) -> "LabelledExample":
         """Cut after so many tokens."""
-        labels = self.labels[:count] if len(self.labels) == len(self.input_ids) else self.labels
-        types = None if self.token_type_ids is None else self.token_type_ids[:count]
-        return replace(self, input_ids=self.input_ids[:count], labels=labels, token_type_ids=types)
+        labels = self.labels[:max_tokens] if len(self.labels) == len(self.input_ids) else self.labels
+        types = None if self.token_type_ids is None else self.token_type_ids[:max_tokens]
+        return replace(self, input_ids=self.input_ids[:max_tokens], labels=labels, token_type_ids=types)
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What the model reads, as an `Example` calls it."""
+        """What the model reads, as an `ComparedExample` calls it."""
         return self.input_ids
 
     @property
@@ -68,31 +75,31 @@ class Labelled:
         return self.labels
 
 
-def labelled(
+def encode_labelled_rows(
     tokenizer: Any,
-    kind: Kind,
+    kind: ClassifierKind,
     names: Sequence[str],
     rows: Sequence[tuple[str, str]],
     *,
     max_input_tokens: int,
-) -> tuple[list[Labelled], Cut]:
+) -> tuple[list[LabelledExample], TruncationCounts]:
     """(text, target) pairs as ids; a target is a label's name, a tag for each word, or a number."""
-    encode = LabelledRows(tokenizer, kind, names, max_length=None, needed=True)
-    whole = [encode(_as_row(kind, text, target)) for text, target in rows]
-    cut = Cut(
+    encode = LabelledRowEncoder(tokenizer, kind, names, max_length=None, labels_required=True)
+    whole = [encode(_build_classification_row(kind, text, target)) for text, target in rows]
+    cut = TruncationCounts(
         rows=len(rows), prompts=sum(len(row.input_ids) > max_input_tokens for row in whole), completions=0
     )
-    return [row.first(max_input_tokens) for row in whole], cut
+    return [row.truncate(max_input_tokens) for row in whole], cut
 
 
-def _as_row(kind: Kind, text: str, target: str) -> Row:
+def _build_classification_row(kind: ClassifierKind, text: str, target: str) -> Row:
     if kind == "token-classification":
         return {"tokens": text.split(), "labels": target.split()}
     return {"text": text, "label": float(target) if kind == "regression" else target}
 
 
-class LabelledRows:
-    """Turns a row of a user's data set into a `Labelled`, cut after `max_length` tokens.
+class LabelledRowEncoder:
+    """Turns a row of a user's data set into a `LabelledExample`, cut after `max_length` tokens.
 
     A label is its number or its name. Of `tokens` the first piece of a word has the word's label and its
     other pieces none. `label` and `labels` are the same column. Without `needed` it may be missing: soft
@@ -102,32 +109,32 @@ class LabelledRows:
     def __init__(
         self,
         tokenizer: Any,
-        kind: Kind,
+        kind: ClassifierKind,
         names: Sequence[str],
         *,
         max_length: int | None,
-        needed: bool,
+        labels_required: bool,
         formatting_func: Callable[[Row], Row] | None = None,
     ) -> None:
         self.tokenizer, self.kind, self.names = tokenizer, kind, tuple(names)
         limits = [limit for limit in (max_length, tokenizer.model_max_length) if limit is not None]
-        self.max_length, self.needed = min(limits), needed
+        self.max_length, self.labels_required = min(limits), labels_required
         self.formatting_func = formatting_func
 
-    def __call__(self, row: Row | Labelled) -> Labelled:
+    def __call__(self, row: Row | LabelledExample) -> LabelledExample:
         """The row as ids. ValueError: it has no known form, or a label that is none of the model's."""
-        if isinstance(row, Labelled):
+        if isinstance(row, LabelledExample):
             return row
         row = row if self.formatting_func is None else self.formatting_func(row)
         row = {column: value for column, value in row.items() if value is not None}
-        ids, types, words = self._read(row)
+        ids, types, words = self._tokenize_row(row)
         ids, words = ids[: self.max_length], words[: self.max_length]
         if not ids:
             raise ValueError("the row's text is empty: there is nothing to classify")
         types = None if types is None else types[: self.max_length]
-        return Labelled(ids, self._labels(row, words), types, route_of(row))
+        return LabelledExample(ids, self._encode_labels(row, words), types, read_teacher_index(row))
 
-    def _read(self, row: Row) -> tuple[list[int], list[int] | None, list[int | None]]:
+    def _tokenize_row(self, row: Row) -> tuple[list[int], list[int] | None, list[int | None]]:
         """Ids, which text of a pair each belongs to, and which of the row's labels; None: none."""
         if "input_ids" in row:
             ids = [int(i) for i in row["input_ids"]]
@@ -136,7 +143,7 @@ class LabelledRows:
             return [ids[n] for n in kept], types and [int(types[n]) for n in kept], list(kept)
         if "tokens" not in row and "text" not in row:
             raise ValueError(
-                f"no text can be read from a row with the columns {sorted(row)}; known:\n{FORMS}"
+                f"no text can be read from a row with the columns {sorted(row)}; known:\n{CLASSIFICATION_ROW_FORMATS}"
             )
         split = "tokens" in row
         texts = [list(row["tokens"])] if split else [row[c] for c in ("text", "text_pair") if c in row]
@@ -144,9 +151,9 @@ class LabelledRows:
             *texts, is_split_into_words=split, truncation=True, max_length=min(self.max_length, 2**31)
         )
         ids = read["input_ids"]
-        return ids, read.get("token_type_ids"), self._words(read, split, len(ids))
+        return ids, read.get("token_type_ids"), self._map_tokens_to_labels(read, split, len(ids))
 
-    def _words(self, read: Any, split: bool, count: int) -> list[int | None]:
+    def _map_tokens_to_labels(self, read: Any, split: bool, count: int) -> list[int | None]:
         if self.kind != "token-classification":
             return [None] * count
         if not self.tokenizer.is_fast:
@@ -155,25 +162,29 @@ class LabelledRows:
                 "`input_ids` and a label for each"
             )
         if not split:
-            return [None if mask else n for n, mask in enumerate(_special(read, count))]
+            return [None if mask else n for n, mask in enumerate(_find_special_tokens(read, count))]
         words = read.word_ids()
         return [word if word not in words[:n] else None for n, word in enumerate(words)]
 
-    def _labels(self, row: Row, words: Sequence[int | None]) -> list[int] | list[float]:
+    def _encode_labels(self, row: Row, words: Sequence[int | None]) -> list[int] | list[float]:
         column = next((name for name in ("labels", "label") if name in row), None)
-        if column is None and self.needed:
+        if column is None and self.labels_required:
             raise ValueError(
                 f"the row has no `label`, which the loss reads; its columns are {', '.join(sorted(row))}. "
                 "Soft targets alone need none: leave out the terms that read labels"
             )
         if self.kind == "token-classification":
-            return self._of_tokens(row, column, words)
+            return self._encode_token_labels(row, column, words)
         value = None if column is None else row[column]
-        return [self._number(value)] if self.kind == "regression" else [self._label(value)]
+        return (
+            [self._parse_regression_label(value)]
+            if self.kind == "regression"
+            else [self._encode_class_label(value)]
+        )
 
-    def _of_tokens(self, row: Row, column: str | None, words: Sequence[int | None]) -> list[int]:
+    def _encode_token_labels(self, row: Row, column: str | None, words: Sequence[int | None]) -> list[int]:
         if column is None:
-            return [NOT_TRAINED if word is None else UNKNOWN for word in words]
+            return [NOT_TRAINED if word is None else UNKNOWN_LABEL for word in words]
         given = row[column]
         expected = next((len(row[name]) for name in ("tokens", "input_ids") if name in row), None)
         if expected is None:
@@ -181,15 +192,17 @@ class LabelledRows:
         if isinstance(given, str | int) or len(given) != expected:
             found = "1" if isinstance(given, str | int) else str(len(given))
             raise ValueError(f"`{column}` has {found} entries for {expected} tokens: give one for each")
-        return [NOT_TRAINED if word is None else self._label(given[word]) for word in words]
+        return [NOT_TRAINED if word is None else self._encode_class_label(given[word]) for word in words]
 
-    def _label(self, value: Any) -> int:
+    def _encode_class_label(self, value: Any) -> int:
         """A label's number."""
         if value is None:
-            return UNKNOWN
+            return UNKNOWN_LABEL
         if isinstance(value, str):
             if value not in self.names:
-                raise ValueError(f"label {value!r} is none of the model's; {nearest(value, self.names)}")
+                raise ValueError(
+                    f"label {value!r} is none of the model's; {suggest_choices(value, self.names)}"
+                )
             return self.names.index(value)
         number = int(value)
         if number == NOT_TRAINED and self.kind == "token-classification":
@@ -201,7 +214,7 @@ class LabelledRows:
             )
         return number
 
-    def _number(self, value: Any) -> float:
+    def _parse_regression_label(self, value: Any) -> float:
         if value is None:
             return math.nan
         try:
@@ -213,62 +226,64 @@ class LabelledRows:
         return number
 
 
-def _special(read: Any, count: int) -> list[bool]:
+def _find_special_tokens(read: Any, count: int) -> list[bool]:
     """Which of the ids the tokenizer added itself."""
     return [sequence is None for sequence in (read.sequence_ids() if count else [])]
 
 
 @dataclass(frozen=True)
-class LabelCollator:
+class ClassificationCollator:
     """Rows as tensors by name, padded on the right."""
 
-    encode: Callable[[Any], Labelled]
+    encode_row: Callable[[Any], LabelledExample]
     pad_id: int
-    kind: Kind
+    kind: ClassifierKind
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        return collate([self.encode(row) for row in rows], self.pad_id, self.kind).tensors()
+        return collate_labelled_rows(
+            [self.encode_row(row) for row in rows], self.pad_id, self.kind
+        ).named_tensors()
 
 
-def collate(rows: Sequence[Labelled], pad_id: int, kind: Kind) -> Sequences:
+def collate_labelled_rows(rows: Sequence[LabelledExample], pad_id: int, kind: ClassifierKind) -> Sequences:
     """Rows as `Sequences`: the text is the prompt, its labels are the completion."""
     width = max(len(row.input_ids) for row in rows)
-    ids = _padded([row.input_ids for row in rows], width, pad_id)
-    mask = _padded([[1] * len(row.input_ids) for row in rows], width, 0)
+    ids = _pad_id_lists([row.input_ids for row in rows], width, pad_id)
+    mask = _pad_id_lists([[1] * len(row.input_ids) for row in rows], width, 0)
     types = None
     if any(row.token_type_ids for row in rows):
-        types = _padded([row.token_type_ids or [0] * len(row.input_ids) for row in rows], width, 0)
+        types = _pad_id_lists([row.token_type_ids or [0] * len(row.input_ids) for row in rows], width, 0)
     if kind == "regression":
         labels = torch.tensor([row.labels for row in rows], dtype=torch.float32)
     else:
         longest = max(len(row.labels) for row in rows)
-        labels = _padded([row.labels for row in rows], longest, NOT_TRAINED)
-    found = _with_labels(ids, mask, labels, types)
+        labels = _pad_id_lists([row.labels for row in rows], longest, NOT_TRAINED)
+    found = _build_labelled_sequences(ids, mask, labels, types)
     routes = [row.route for row in rows]
     return replace(found, routes=torch.tensor(routes)[:, None]) if max(routes) >= 0 else found
 
 
-def _padded(rows: Sequence[Sequence[Any]], width: int, value: int) -> Tensor:
+def _pad_id_lists(rows: Sequence[Sequence[Any]], width: int, value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
 
 
-def _with_labels(ids: Tensor, mask: Tensor, labels: Tensor, types: Tensor | None) -> Sequences:
+def _build_labelled_sequences(ids: Tensor, mask: Tensor, labels: Tensor, types: Tensor | None) -> Sequences:
     """labels: (N, C). What does not count is a label 0 of a position that is not trained."""
     counts = labels != NOT_TRAINED
     return Sequences(ids, mask, labels.masked_fill(~counts, 0), counts.long(), types)
 
 
-def in_form_of_transformers(rows: Sequences, kind: Kind) -> dict[str, Tensor]:
+def build_transformers_batch(rows: Sequences, kind: ClassifierKind) -> dict[str, Tensor]:
     """What a classifier's own forward takes; labels are -100 where none counts. (N,), of tokens (N, P)."""
     labels = rows.completion_ids
     if kind != "regression":
-        labels = labels.masked_fill((rows.completion_mask == 0) | (labels == UNKNOWN), NOT_TRAINED)
+        labels = labels.masked_fill((rows.completion_mask == 0) | (labels == UNKNOWN_LABEL), NOT_TRAINED)
     labels = labels if kind == "token-classification" else labels[:, 0]
     types = {} if rows.token_type_ids is None else {"token_type_ids": rows.token_type_ids}
     return {"input_ids": rows.prompt_ids, "attention_mask": rows.prompt_mask, **types, "labels": labels}
 
 
-class Classification:
+class ClassificationAdapter:
     """What the trainer does in another way for a pair of classifiers than for language models.
 
     Raises:
@@ -277,77 +292,79 @@ class Classification:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: ClassifierKind,
         student: PreTrainedModel,
         teachers: Sequence[tuple[PreTrainedModel, Any]],
         tokenizer: Any,
         args: GKDConfig,
     ) -> None:
         self.kind, self.tokenizer = kind, tokenizer
-        self.names = labels_of(student)
+        self.label_names = list_label_names(student)
         for teacher, own in teachers:
-            check_pair(student, teacher, tokenizer, own)
-        self.columns = [teacher_columns(student, teacher, kind) for teacher, _ in teachers]
+            check_classifier_tokenizers(student, teacher, tokenizer, own)
+        self.teacher_label_columns = [match_teacher_labels(student, teacher, kind) for teacher, _ in teachers]
         for model in (student, *(teacher for teacher, _ in teachers)):
-            name_padding(model, tokenizer.pad_token_id)
+            set_pad_token_id(model, tokenizer.pad_token_id)
         for name in ("seq_kd", "use_vllm", "eval_on_policy"):
             if getattr(args, name):
-                raise ValueError(f"{name}=True lets a model write, and {_a(kind)} model writes nothing")
+                raise ValueError(
+                    f"{name}=True lets a model write, and {_add_article(kind)} model writes nothing"
+                )
 
-    def align(self, teachers: Sequence[Teaching]) -> None:
+    def align_teacher_labels(self, teachers: Sequence[TeacherInterface]) -> None:
         """Have each teacher, in the order of the pairs, name its labels in the student's order."""
-        for teacher, columns in zip(teachers, self.columns, strict=True):
+        for teacher, columns in zip(teachers, self.teacher_label_columns, strict=True):
             if isinstance(teacher, LiveTeacher):
-                teacher.head.columns = columns
+                teacher.head.logit_indices = columns
 
-    def cells(self, cells: Sequence[CellArguments]) -> list[CellArguments]:
+    def resolve_cell_arguments(self, cells: Sequence[CellArguments]) -> list[CellArguments]:
         """The same with what a regression learns by default; ValueError for what does not fit."""
-        return [self._checked(cell) for cell in cells]
+        return [self._resolve_cell(cell) for cell in cells]
 
-    def _checked(self, cell: CellArguments) -> CellArguments:
+    def _resolve_cell(self, cell: CellArguments) -> CellArguments:
         if cell.lmbda > 0:
             raise ValueError(
-                f"lmbda={cell.lmbda:g} lets the student write its own text, and {_a(self.kind)} model writes "
+                f"lmbda={cell.lmbda:g} lets the student write its own text, and {_add_article(self.kind)} model writes "
                 "nothing: set lmbda=0"
             )
         if not cell.objectives and self.kind == "regression":
-            cell = replace(cell, objectives=(Term(SquaredError()),))
-        for term in cell.terms():
-            self._check(term)
+            cell = replace(cell, objectives=(WeightedLoss(SquaredError()),))
+        for term in cell.list_terms():
+            self._check_term(term)
         return cell
 
-    def _check(self, term: Term) -> None:
+    def _check_term(self, term: WeightedLoss) -> None:
         numeric = self.kind == "regression"
-        if not isinstance(term.measure, Divergence | CrossEntropy | SquaredError | LabelError):
+        if not isinstance(term.loss, Divergence | CrossEntropy | SquaredError | LabelSquaredError):
             raise ValueError(f"objectives: {term.name} reads what only a language model has; leave it out")
-        if numeric and isinstance(term.measure, Divergence | CrossEntropy):
+        if numeric and isinstance(term.loss, Divergence | CrossEntropy):
             raise ValueError(
                 f"objectives: {term.name} compares distributions, and a regression has one number: choose "
                 "{'type': 'squared_error'}, against the teacher or, with 'against': 'labels', the data"
             )
-        if not numeric and isinstance(term.measure, LabelError):
+        if not numeric and isinstance(term.loss, LabelSquaredError):
             raise ValueError(
                 "objectives: squared_error against labels needs numbers: of classes choose cross_entropy"
             )
 
-    def collator(
+    def build_collator(
         self, cells: Sequence[CellArguments], args: GKDConfig, formatting_func: Callable[[Row], Row] | None
-    ) -> LabelCollator:
+    ) -> ClassificationCollator:
         """Rows to tensors; labels may be missing where no cell's loss reads them."""
-        needed = any(term.reads_labels for cell in cells for term in cell.terms())
-        encode = LabelledRows(
+        needed = any(term.reads_labels for cell in cells for term in cell.list_terms())
+        encode = LabelledRowEncoder(
             self.tokenizer,
             self.kind,
-            self.names,
+            self.label_names,
             max_length=args.max_length,
-            needed=needed,
+            labels_required=needed,
             formatting_func=formatting_func,
         )
-        return LabelCollator(encode, self.tokenizer.pad_token_id, self.kind)
+        return ClassificationCollator(encode, self.tokenizer.pad_token_id, self.kind)
 
-    def sequences(self, batch: Mapping[str, Any]) -> Sequences:
+    def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
         """A collated batch, by our collator or by one of transformers'. ValueError: it is neither."""
-        if is_collated_here(batch):
+        if has_sequence_tensors(batch):
             return Sequences(
                 **{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch}
             )
@@ -359,49 +376,53 @@ class Classification:
             )
         labels = batch["labels"].view(len(batch["input_ids"]), -1)
         labels = labels.float() if self.kind == "regression" else labels
-        return _with_labels(batch["input_ids"], batch["attention_mask"], labels, batch.get("token_type_ids"))
+        return _build_labelled_sequences(
+            batch["input_ids"], batch["attention_mask"], labels, batch.get("token_type_ids")
+        )
 
-    def logits_and_labels(self, model: Any, fixed: Sequences) -> tuple[Tensor, Tensor]:
+    def compute_logits_and_labels(self, model: Any, fixed: Sequences) -> tuple[Tensor, Tensor]:
         """What `compute_metrics` gets, as from transformers' Trainer: labels are -100 where none counts.
 
         (N, V) and (N,); of tokens (N, P, V) and (N, P).
         """
-        logits = completion_logits(model, fixed)
-        labels = in_form_of_transformers(fixed, self.kind)["labels"]
+        logits = compute_completion_logits(model, fixed)
+        labels = build_transformers_batch(fixed, self.kind)["labels"]
         return logits if self.kind == "token-classification" else logits[:, 0], labels
 
     @property
     def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         """Metrics of an evaluation where the user gives none."""
-        return partial(measured, kind=self.kind, labels=len(self.names))
+        return partial(compute_classification_metrics, kind=self.kind, n_labels=len(self.label_names))
 
 
-def classification_of(
+def build_classification_adapter(
     student: PreTrainedModel,
     teachers: Sequence[tuple[PreTrainedModel, Any]],
     tokenizer: Any,
     args: GKDConfig,
     *,
-    unstated: bool = False,
-) -> Classification | None:
+    use_default_arguments: bool = False,
+) -> ClassificationAdapter | None:
     """None: these are language models. teachers: with the tokenizer of each, or None.
 
     With `unstated` arguments a classifier has `lmbda=0`, the only one it can have.
     """
-    kind = kind_of(unwrapped(student))
+    kind = get_classifier_kind(unwrap_model(student))
     if kind is None:
         return None
-    if unstated:
+    if use_default_arguments:
         args.lmbda = 0.0
-    bare = [(unwrapped(teacher), own) for teacher, own in teachers]
-    return Classification(kind, unwrapped(student), bare, tokenizer, args)
+    bare = [(unwrap_model(teacher), own) for teacher, own in teachers]
+    return ClassificationAdapter(kind, unwrap_model(student), bare, tokenizer, args)
 
 
-def measured(evaluated: EvalPrediction, *, kind: Kind, labels: int) -> dict[str, float]:
+def compute_classification_metrics(
+    evaluation: EvalPrediction, *, kind: ClassifierKind, n_labels: int
+) -> dict[str, float]:
     """Accuracy, macro F1, of two labels also F1 of the second, and Matthews' correlation; of a regression
     Pearson's and Spearman's. 0 to 1, correlations from -1; nothing where no row has a label.
     """
-    found, true = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
+    found, true = np.asarray(evaluation.predictions), np.asarray(evaluation.label_ids)
     if kind == "regression":
         known = np.isfinite(true)
         x, y = found.reshape(-1)[known], true[known]
@@ -413,10 +434,10 @@ def measured(evaluated: EvalPrediction, *, kind: Kind, labels: int) -> dict[str,
     if not len(y):
         return {}
     values = {"accuracy": scores.accuracy(x, y), "f1_macro": scores.f1_macro(x, y)}
-    if labels == 2:
+    if n_labels == 2:
         values["f1"] = scores.f1_binary(x, y, positive=1)
     return {**values, "matthews": scores.matthews(x, y)}
 
 
-def _a(kind: Kind) -> str:
+def _add_article(kind: ClassifierKind) -> str:
     return f"a {kind}"

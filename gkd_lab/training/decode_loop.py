@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Choose = Callable[[Tensor, Tensor, int], Tensor]
+TokenChooser = Callable[[Tensor, Tensor, int], Tensor]
 """Scores (n, V) of rows (n,) of the first batch at a token's position -> tokens (n,)."""
 
-LEAVE = 0.75
+SHRINK_THRESHOLD = 0.75
 """Rows leave once at most this share of the batch is left: each time copies the cache once."""
 
-_BY_ROW = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids")
+_PER_ROW_INPUTS = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids")
 
 
-def likeliest(scores: Tensor, rows: Tensor, position: int) -> Tensor:
+def choose_most_likely(scores: Tensor, rows: Tensor, position: int) -> Tensor:
     """Greedy search."""
     return scores.argmax(-1)
 
 
 @dataclass(frozen=True)
-class InverseCdf:
+class InverseCdfSampler:
     """Draws the token where the cumulative distribution passes the row's uniform number.
 
     Attributes:
@@ -51,7 +51,7 @@ class InverseCdf:
 
 
 @dataclass(frozen=True)
-class TokenByToken:
+class DecodeLoop:
     """For `generate(custom_generate=...)`: ids (N, T) -> ids (N, T + new), padded where a row has ended.
 
     Attributes:
@@ -61,10 +61,10 @@ class TokenByToken:
         cells: K, whose blocks of rows must stay equally long.
     """
 
-    choose: Choose
+    choose_tokens: TokenChooser
     end_ids: Tensor
     pad_id: int
-    cells: int = 1
+    n_cells: int = 1
 
     @torch.no_grad()
     def __call__(
@@ -93,39 +93,43 @@ class TokenByToken:
                 output, state, is_encoder_decoder=model.config.is_encoder_decoder
             )
             scores = logits_processor(ids, output.logits[:, -1])
-            tokens = self.choose(scores, rows, length - first).masked_fill(ended, self.pad_id)
+            tokens = self.choose_tokens(scores, rows, length - first).masked_fill(ended, self.pad_id)
             written[rows, length] = tokens
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             ended = ended | torch.isin(tokens, ends)
             # Sharded models compute together until the last rank's last row has ended.
             if not model._has_unfinished_sequences(bool(ended.all()), synced_gpus, device=ids.device):
                 return written[:, : length + 1]
-            if not synced_gpus and (stay := self._staying(ended)) is not None and _shrinks(state):
+            if (
+                not synced_gpus
+                and (stay := self._select_unfinished_rows(ended)) is not None
+                and _can_drop_rows(state)
+            ):
                 rows, ids, ended = rows[stay], ids[stay], ended[stay]
-                _keep_rows(state, stay)
+                _select_state_rows(state, stay)
         return written
 
-    def _staying(self, ended: Tensor) -> Tensor | None:
+    def _select_unfinished_rows(self, ended: Tensor) -> Tensor | None:
         """Rows that go on, with some that ended where other cells have more; None: not worth it yet."""
-        by_cell = ended.view(self.cells, -1)
+        by_cell = ended.view(self.n_cells, -1)
         longest, needed = by_cell.shape[1], int((~by_cell).sum(1).max())
-        if needed > LEAVE * longest:
+        if needed > SHRINK_THRESHOLD * longest:
             return None
         # In their order, those that go on before those that ended.
         order = by_cell.int().argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
-        offsets = torch.arange(self.cells, device=ended.device)[:, None] * longest
+        offsets = torch.arange(self.n_cells, device=ended.device)[:, None] * longest
         return (order + offsets).flatten()
 
 
-def _shrinks(state: dict[str, Any]) -> bool:
+def _can_drop_rows(state: dict[str, Any]) -> bool:
     """Whether a cache can lose rows; recurrent states, say, have other forms."""
     return hasattr(state.get("past_key_values"), "batch_select_indices")
 
 
-def _keep_rows(state: dict[str, Any], rows: Tensor) -> None:
+def _select_state_rows(state: dict[str, Any], rows: Tensor) -> None:
     """Only these rows in what the model is given with the next token."""
     state["past_key_values"].batch_select_indices(rows)
-    for name in _BY_ROW:
+    for name in _PER_ROW_INPUTS:
         if state.get(name) is not None:
             state[name] = state[name][rows]
     encoded = state.get("encoder_outputs")

@@ -12,29 +12,33 @@ from torch import Tensor, nn
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.packing import Pack
 
-Views = list[dict[str, nn.Parameter]]
+CellParameters = list[dict[str, nn.Parameter]]
 
 
-def views_of(pack: Pack) -> Views:
+def create_parameter_views(pack: Pack) -> CellParameters:
     """For each cell name -> its weights, as parameters that share the pack's memory."""
     return [
-        {name: nn.Parameter(view) for name, view in pack.parameters_of(n).items()} for n in range(pack.size)
+        {name: nn.Parameter(view) for name, view in pack.get_cell_parameters(n).items()}
+        for n in range(pack.size)
     ]
 
 
-def follow(views: Views, pack: Pack) -> None:
+def reattach_parameter_views(cell_parameters: CellParameters, pack: Pack) -> None:
     """Views whose pack has been moved to another place share its memory again."""
-    for n, own in enumerate(views):
-        for name, weight in pack.parameters_of(n).items():
+    for n, own in enumerate(cell_parameters):
+        for name, weight in pack.get_cell_parameters(n).items():
             own[name].data = weight
 
 
-def groups(
-    views: Views, cells: Sequence[CellArguments], decayed: Collection[str], weight_decay: float
+def build_parameter_groups(
+    cell_parameters: CellParameters,
+    cells: Sequence[CellArguments],
+    decayed: Collection[str],
+    weight_decay: float,
 ) -> list[dict[str, object]]:
     """Parameter groups for the optimizer: each cell's at its own rate, decayed weights apart."""
     found: list[dict[str, object]] = []
-    for cell, own in zip(cells, views, strict=True):
+    for cell, own in zip(cells, cell_parameters, strict=True):
         for decays in (True, False):
             parameters = [view for name, view in own.items() if (name in decayed) == decays]
             if parameters:
@@ -43,9 +47,9 @@ def groups(
     return found
 
 
-def clip(
+def clip_cell_gradients(
     model: nn.Module,
-    views: Views,
+    cell_parameters: CellParameters,
     max_norm: float | None,
     failed: Collection[int],
     on_failure: Callable[[int, str], None],
@@ -60,7 +64,7 @@ def clip(
         scale = (max_norm / (norms + 1e-6)).clamp_max(1)
         for _, g in named:
             g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
-    for n, own in enumerate(views):
+    for n, own in enumerate(cell_parameters):
         for name, gradient in named:
             own[name].grad = None if n in failed else gradient[n]
     return norms

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from gkd_lab.models.forward import Sequences, evaluating, until_end, unwrapped
-from gkd_lab.models.packed_layers import cells_in
-from gkd_lab.training.decode_loop import Choose, InverseCdf, TokenByToken, likeliest
+from gkd_lab.models.forward import Sequences, eval_mode, make_completion_mask, unwrap_model
+from gkd_lab.models.packed_layers import count_cells
+from gkd_lab.training.decode_loop import DecodeLoop, InverseCdfSampler, TokenChooser, choose_most_likely
 
 
-def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **more: Any) -> GenerationConfig:
+def build_generation_config(
+    model: PreTrainedModel, end_ids: Tensor, pad_id: int, **overrides: Any
+) -> GenerationConfig:
     """A configuration that states every choice; end of sequence as given."""
     ends = end_ids.tolist()
     return GenerationConfig(
@@ -34,23 +36,23 @@ def generation_config(model: PreTrainedModel, end_ids: Tensor, pad_id: int, **mo
             "pad_token_id": pad_id,
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
             "decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None),
-            "forced_bos_token_id": _forced_first(model),
-            **more,
+            "forced_bos_token_id": _get_forced_first_token(model),
+            **overrides,
         }
     )
 
 
-def _forced_first(model: PreTrainedModel) -> int | None:
+def _get_forced_first_token(model: PreTrainedModel) -> int | None:
     """What an encoder-decoder's every text begins with: mBART's language, BART's `<s>`."""
     named = (getattr(c, "forced_bos_token_id", None) for c in (model.generation_config, model.config))
     return next((i for i in named if i is not None), None) if model.config.is_encoder_decoder else None
 
 
-def sampling_config(
+def build_sampling_config(
     model: PreTrainedModel, end_ids: Tensor, pad_id: int, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Plain sampling, as TRL's trainer shows it to its users; `write` itself draws from given noise."""
-    return generation_config(
+    return build_generation_config(
         model,
         end_ids,
         pad_id,
@@ -62,7 +64,7 @@ def sampling_config(
     )
 
 
-def end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
+def collect_end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
     """Every id that ends a sequence: those of the model's configurations and the tokenizer's, once each."""
     ids: list[int | None] = []
     for config in (model.generation_config, model.config, tokenizer):
@@ -72,7 +74,7 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def write(
+def generate_completions(
     model: PreTrainedModel,
     prompts: Sequences,
     *,
@@ -83,8 +85,8 @@ def write(
     temperature: float | Tensor = 1.0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
-    vocabulary: int | None = None,
-    assisted: Callable[[Choose], Choose] | None = None,
+    vocabulary_size: int | None = None,
+    wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
 ) -> Sequences:
     """The prompts with what the model writes after them, at most `max_new_tokens`.
 
@@ -93,7 +95,7 @@ def write(
     `assisted` may choose a token in the place of either, as a calculator does; ValueError for it with beams.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
-    config = generation_config(
+    config = build_generation_config(
         model,
         end_ids,
         pad_id,
@@ -101,15 +103,17 @@ def write(
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
-    if assisted is not None and num_beams > 1:
+    if wrap_chooser is not None and num_beams > 1:
         raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
-    choose: Choose = likeliest if uniforms is None else InverseCdf(uniforms, temperature, vocabulary)
-    choose = choose if assisted is None else assisted(choose)
-    loop = TokenByToken(choose, end_ids, pad_id, cells_in(model)) if num_beams == 1 else None
+    choose: TokenChooser = (
+        choose_most_likely if uniforms is None else InverseCdfSampler(uniforms, temperature, vocabulary_size)
+    )
+    choose = choose if wrap_chooser is None else wrap_chooser(choose)
+    loop = DecodeLoop(choose, end_ids, pad_id, count_cells(model)) if num_beams == 1 else None
     # A mixture of experts would balance its load over the prompt's mask and one token's logits, and fail.
     routes = getattr(model.config.get_text_config(), "output_router_logits", False)
     router_off = {"output_router_logits": False} if routes else {}
-    with evaluating(model), only_configured_by(model, config):
+    with eval_mode(model), override_generation_config(model, config):
         written = model.generate(
             input_ids=prompts.prompt_ids,
             attention_mask=prompts.prompt_mask,
@@ -119,15 +123,15 @@ def write(
         )
     skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
     ids = written[:, skip:]
-    mask = until_end(ids, end_ids.to(ids.device))
-    return prompts.with_completions(ids.masked_fill(~mask, pad_id), mask.long())
+    mask = make_completion_mask(ids, end_ids.to(ids.device))
+    return prompts.replace_completions(ids.masked_fill(~mask, pad_id), mask.long())
 
 
 @contextmanager
-def only_configured_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def override_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Within it the model's own generation configuration cannot fill what `config` leaves open."""
     # An adapter's `generate` puts its configuration into the model that it adapts.
-    inner = unwrapped(model)
+    inner = unwrap_model(model)
     own = model.generation_config, inner.generation_config
     model.generation_config = config
     try:

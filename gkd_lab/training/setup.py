@@ -10,15 +10,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_lab.training.arguments import GKDConfig
 
-UNUSED = {
+UNSUPPORTED_FIELDS = {
     "packing": "rows are not packed: each prompt is answered by the student in its own row",
     "padding_free": "rows are padded: the student samples from a batch of prompts",
 }
 """Fields of TRL's SFTConfig that TRL's own GKDTrainer cannot honour either."""
-ORDERS = ("random", "sequential")
+SAMPLING_STRATEGIES = ("random", "sequential")
 
 
-def arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
+def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
     """The arguments, or defaults for this model. Raises ValueError for those that do not fit GKD."""
     if args is None:
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -28,13 +28,13 @@ def arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
         raise TypeError(
             f"args is a {type(args).__name__}; give a gkd_lab.GKDConfig, which takes TRL's fields"
         )
-    for name, why in UNUSED.items():
+    for name, why in UNSUPPORTED_FIELDS.items():
         if getattr(args, name):
             raise ValueError(f"{name}=True does not fit GKD: {why}; leave it False")
-    if args.train_sampling_strategy not in ORDERS:
+    if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} does not fit GKD: how long a row "
-            f"gets is not known before it is written; choose one of {ORDERS}"
+            f"gets is not known before it is written; choose one of {SAMPLING_STRATEGIES}"
         )
     if args.activation_offloading:
         warnings.warn(
@@ -54,7 +54,7 @@ def arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
     return args
 
 
-def tokenizer_for(
+def resolve_tokenizer(
     processing_class: Any, tokenizer: Any, model: PreTrainedModel, args: GKDConfig
 ) -> PreTrainedTokenizerBase:
     """The text tokenizer, with the pad token, end token and chat template that `args` names."""
@@ -62,7 +62,7 @@ def tokenizer_for(
         warnings.warn("tokenizer is deprecated: use processing_class", FutureWarning, stacklevel=3)
         processing_class = processing_class or tokenizer
     if processing_class is None:
-        processing_class = _own_tokenizer(model, args)
+        processing_class = _load_model_tokenizer(model, args)
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"{type(processing_class).__name__} reads images or sound; GKDTrainer distils text: give its "
@@ -70,18 +70,18 @@ def tokenizer_for(
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}, not a tokenizer")
-    _name_tokens(processing_class, model, args)
+    _set_special_tokens(processing_class, model, args)
     return processing_class
 
 
-def _own_tokenizer(model: PreTrainedModel, args: GKDConfig) -> PreTrainedTokenizerBase:
+def _load_model_tokenizer(model: PreTrainedModel, args: GKDConfig) -> PreTrainedTokenizerBase:
     name = model.config._name_or_path
     if not name:
         raise ValueError("the model does not say where its tokenizer is: give it as `processing_class`")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
-def _name_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: GKDConfig) -> None:
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: GKDConfig) -> None:
     known = tokenizer.get_vocab()
     for field in ("eos_token", "pad_token"):
         token = getattr(args, field)
@@ -105,20 +105,20 @@ def _name_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, arg
             )
 
 
-def adapted(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
+def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
     """The model with what is asked for: a router's loss, an adapter, which is drawn from `args.seed`."""
     set_seed(args.seed)
     if args.router_aux_loss_coef is not None:
-        _weigh_router_loss(model, args.router_aux_loss_coef)
+        _set_router_loss_weight(model, args.router_aux_loss_coef)
     if peft_config is not None:
-        model = _with_adapter(model, peft_config)
+        model = _add_peft_adapter(model, peft_config)
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         # Frozen embeddings give checkpointed layers no input that asks for a gradient.
         model.enable_input_require_grads()
     return model
 
 
-def _weigh_router_loss(model: PreTrainedModel, weight: float) -> None:
+def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
     """The configuration is where `gkd_lab.models.heads` reads whether and how much this loss counts."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
@@ -130,7 +130,7 @@ def _weigh_router_loss(model: PreTrainedModel, weight: float) -> None:
         )
 
 
-def _with_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
+def _add_peft_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
     try:
         from peft import PeftConfig, PeftModel, get_peft_model
     except ImportError as missing:
@@ -152,7 +152,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_every_process_collates(args: GKDConfig) -> None:
+def check_stream_collation(args: GKDConfig) -> None:
     """Raises ValueError where one process would collate a stream for others, which miss what it keeps."""
     if args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
         raise ValueError(

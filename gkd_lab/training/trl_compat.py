@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_lab.encoding.trl_batch import in_form_of_trl
+from gkd_lab.encoding.trl_batch import build_trl_batch
 from gkd_lab.losses.divergence import log_probabilities, pointwise_jsd
-from gkd_lab.models.forward import Sequences, completion_logits, evaluating, position_ids, until_end
+from gkd_lab.models.forward import (
+    Sequences,
+    compute_completion_logits,
+    compute_position_ids,
+    eval_mode,
+    make_completion_mask,
+)
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
@@ -45,17 +51,22 @@ def generalized_jsd_loss(
     return values.mean() if reduction == "mean" else values
 
 
-def logits_and_labels(model: Any, fixed: Sequences, is_encoder_decoder: bool) -> tuple[Tensor, Tensor]:
+def compute_logits_and_labels(
+    model: Any, fixed: Sequences, is_encoder_decoder: bool
+) -> tuple[Tensor, Tensor]:
     """What `compute_metrics` gets: logits (B, T, V) and labels (B, T), -100 where nothing is trained.
 
     A decoder-only model's logits at position t predict the label at t + 1, an encoder-decoder's at t.
     """
-    batch = in_form_of_trl(fixed, is_encoder_decoder=is_encoder_decoder)
+    batch = build_trl_batch(fixed, is_encoder_decoder=is_encoder_decoder)
     if is_encoder_decoder:
-        return completion_logits(model, fixed), batch["labels"]
+        return compute_completion_logits(model, fixed), batch["labels"]
     mask = batch["attention_mask"]
     outputs = model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        position_ids=compute_position_ids(mask),
+        use_cache=False,
     )
     return outputs.logits, batch["labels"]
 
@@ -68,7 +79,7 @@ def generate_on_policy_outputs(
     The model writes in eval mode. Labels are -100 on the prompt and after the first end of sequence.
     """
     prompts, prompt_mask = inputs["prompts"], inputs["prompt_attention_mask"]
-    off = evaluating(model) if isinstance(model, nn.Module) else nullcontext()
+    off = eval_mode(model) if isinstance(model, nn.Module) else nullcontext()
     with torch.no_grad(), off:
         ids = model.generate(
             input_ids=prompts,
@@ -79,7 +90,7 @@ def generate_on_policy_outputs(
     completion = ids[:, prompts.shape[1] :]
     ends = generation_config.eos_token_id
     end_ids = torch.tensor([] if ends is None else ends, dtype=torch.long, device=ids.device).flatten()
-    mask = torch.cat([prompt_mask, until_end(completion, end_ids).to(prompt_mask.dtype)], dim=1)
+    mask = torch.cat([prompt_mask, make_completion_mask(completion, end_ids).to(prompt_mask.dtype)], dim=1)
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, : prompts.shape[1]] = -100
     return ids, mask, labels

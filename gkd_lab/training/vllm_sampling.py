@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from gkd_lab.models.forward import Sequences, until_end
-from gkd_lab.models.rng import key
+from gkd_lab.models.forward import Sequences, make_completion_mask
+from gkd_lab.models.rng import derive_seed
 from gkd_lab.training.arguments import GKDConfig
 
-COMPLETE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+FULL_DISTRIBUTION_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling from the student's own distribution, stated in full: a server would fill what is left open from
 the model's generation configuration. 0 switches top-k off."""
 
 
-class Backend(Protocol):
+class VllmBackend(Protocol):
     """What is used of TRL's `VLLMGeneration`."""
 
     temperature: float
@@ -37,7 +37,7 @@ class Backend(Protocol):
         """(prompt ids, completion ids, ...), one row a prompt; all ranks call it."""
 
 
-class VllmWriter:
+class VllmSampler:
     """Samples the student's answers with vLLM, which serves the checkpoint that the student was loaded from.
 
     Each call draws other noise. With `vllm_mode="colocate"` it is keyed by (seed, step, purpose, call of that
@@ -63,29 +63,29 @@ class VllmWriter:
         accelerator: Any,
         args: GKDConfig,
         end_ids: Tensor,
-        vocabulary: int | None = None,
-        backend: Callable[..., Backend] | None = None,
+        vocabulary_size: int | None = None,
+        backend: Callable[..., VllmBackend] | None = None,
     ) -> None:
-        _refuse_what_vllm_cannot_serve(model, args)
+        _check_model_is_servable(model, args)
         if backend is None:
-            _need_vllm()
+            _check_vllm_is_installed()
             backend = VLLMGeneration
         self.end_ids, self.pad_id = end_ids, tokenizer.pad_token_id
         self.device: torch.device = accelerator.device
         # A tensor-parallel group answers the same prompts together, so its ranks draw the same noise.
         self.group = accelerator.process_index // args.vllm_tensor_parallel_size
-        self.draws_here = args.vllm_mode == "colocate"
+        self.is_colocated = args.vllm_mode == "colocate"
         self.backend = backend(
             model=model,
             accelerator=accelerator,
             processing_class=tokenizer,
-            **_settings(args, end_ids, vocabulary),
+            **_build_backend_settings(args, end_ids, vocabulary_size),
         )
-        self._synced: int | None = None
-        self._last: tuple[int, str] | None = None
-        self._call = 0
+        self._synced_step: int | None = None
+        self._last_call: tuple[int, str] | None = None
+        self._call_number = 0
 
-    def write(
+    def sample_completions(
         self,
         prompts: Sequences,
         *,
@@ -100,49 +100,51 @@ class VllmWriter:
         `step` counts optimizer steps: weights go to vLLM when it is another than in the last call. All ranks
         must call it with equally many rows.
         """
-        if step != self._synced:
+        if step != self._synced_step:
             self.backend.sync_weights()
-            self._synced = step
+            self._synced_step = step
         self.backend.temperature, self.backend.max_completion_length = temperature, max_new_tokens
-        with self._noise(seed, step, purpose):
-            answers = self.backend.generate(prompts=_unpadded(prompts), images=None, num_generations=1)[1]
-        ids, mask = self._padded(answers)
+        with self._seed_generators(seed, step, purpose):
+            answers = self.backend.generate(
+                prompts=_list_prompt_ids(prompts), images=None, num_generations=1
+            )[1]
+        ids, mask = self._pad_completions(answers)
         device = prompts.prompt_ids.device
-        return prompts.with_completions(ids.to(device), mask.to(device))
+        return prompts.replace_completions(ids.to(device), mask.to(device))
 
     @contextmanager
-    def _noise(self, seed: int, step: int, purpose: str) -> Iterator[None]:
+    def _seed_generators(self, seed: int, step: int, purpose: str) -> Iterator[None]:
         """Within it this process's generators start from a key of their own; afterwards they are as before.
 
         A seed among the sampling parameters would be one for all rows, and rows of equal seed draw equal
         noise (vLLM issue 50440), so vLLM draws from this process's generator instead.
         """
-        self._call = self._call + 1 if self._last == (step, purpose) else 0
-        self._last = (step, purpose)
-        if not self.draws_here:
+        self._call_number = self._call_number + 1 if self._last_call == (step, purpose) else 0
+        self._last_call = (step, purpose)
+        if not self.is_colocated:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(key(seed, step, f"vllm {purpose} {self._call} {self.group}"))
+            torch.manual_seed(derive_seed(seed, step, f"vllm {purpose} {self._call_number} {self.group}"))
             yield
 
-    def _padded(self, answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _pad_completions(self, answers: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask, (N, C); the mask ends with the first end of sequence."""
         rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])[:, None]
-        mask = until_end(ids, self.end_ids.to(ids.device)) & (torch.arange(ids.shape[1]) < lengths)
+        mask = make_completion_mask(ids, self.end_ids.to(ids.device)) & (torch.arange(ids.shape[1]) < lengths)
         return ids.masked_fill(~mask, self.pad_id), mask.long()
 
 
-def _unpadded(prompts: Sequences) -> list[list[int]]:
+def _list_prompt_ids(prompts: Sequences) -> list[list[int]]:
     return [
         ids[mask.bool()].tolist() for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
     ]
 
 
-def _settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[str, Any]:
+def _build_backend_settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[str, Any]:
     """What `VLLMGeneration` is told besides the models: everything that decides which text comes out."""
     sampling: dict[str, Any] = {"stop_token_ids": end_ids.tolist()}
     if vocabulary is not None:
@@ -162,11 +164,11 @@ def _settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[
         "max_completion_length": args.max_new_tokens,
         "logprobs": None,
         "generation_kwargs": sampling,
-        **COMPLETE,
+        **FULL_DISTRIBUTION_SAMPLING,
     }
 
 
-def _refuse_what_vllm_cannot_serve(model: PreTrainedModel, args: GKDConfig) -> None:
+def _check_model_is_servable(model: PreTrainedModel, args: GKDConfig) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"use_vllm=True with a {type(model).__name__}: vLLM serves decoder-only models here; "
@@ -179,7 +181,7 @@ def _refuse_what_vllm_cannot_serve(model: PreTrainedModel, args: GKDConfig) -> N
         )
 
 
-def _need_vllm() -> None:
+def _check_vllm_is_installed() -> None:
     if not is_vllm_available():
         raise ImportError(
             "use_vllm=True needs the package vllm, which is not installed: `pip install vllm`, or "

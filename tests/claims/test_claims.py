@@ -9,17 +9,17 @@ import pandas as pd
 import pytest
 
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import of_table
-from gkd_lab.claims.judge import Finding, judge
+from gkd_lab.claims.facts import extract_measurements
+from gkd_lab.claims.judge import ClaimVerdict, judge
 from gkd_lab.claims.run_claims import judge_run
-from gkd_lab.claims.verdict_text import as_json, text_lines
-from gkd_lab.config import Cell, GridOfCells, Revisions, expand
+from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
+from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode, table
+from gkd_lab.tables.table import encode_table, table
 
-from ..tables.made_store import MadeTask, fill, finish, made_grid
+from ..tables.made_store import FakeTask, build_grid, fill_store, write_finished_record
 
 Value = Callable[[Cell], float]
 NOISE = (-1.0, 0.0, 1.0)
@@ -30,140 +30,154 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def found(grid: GridOfCells, store: Store, name: str) -> Finding:
+def judge_claim(grid: Grid, store: Store, name: str) -> ClaimVerdict:
     return {one.claim.id: one for one in judge_run(grid, store)}[name]
 
 
-def seeded(effect: float, spread: float) -> Value:
+def build_seeded_score(effect: float, spread: float) -> Value:
     """lmbda adds `effect`, with a seed's own noise in it."""
     return lambda cell: 40.0 + cell.lmbda * (effect + spread * NOISE[cell.seed])
 
 
 def test_a_column_holds_when_its_interval_lies_above_zero(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=seeded(5.0, 1.0))
-    one = found(grid, store, "C1")
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=build_seeded_score(5.0, 1.0))
+    one = judge_claim(grid, store, "C1")
     # t(0.975, 2) / sqrt(3) = 2.484
-    assert (one.verdict, one.n, one.detail) == ("holds", 2, "2 of 2")
+    assert (one.verdict, one.column_count, one.detail) == ("holds", 2, "2 of 2")
     assert (one.effect, one.low, one.high) == pytest.approx((5.0, 5 - 2.484, 5 + 2.484), abs=1e-3)
 
 
 def test_it_fails_below_zero_and_is_undecided_around_it(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=seeded(-5.0, 1.0))
-    one = found(grid, store, "C1")
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=build_seeded_score(-5.0, 1.0))
+    one = judge_claim(grid, store, "C1")
     assert one.verdict == "fails"
     assert one.detail == "0 of 2; fails: forward KL (-5.00) | reverse KL (-5.00)"
     around = Store(store.root / "around")
-    fill(grid, around, value=seeded(1.0, 1.0))
-    assert found(grid, around, "C1").verdict == "undecided"
-    assert found(grid, around, "C1").detail == "0 of 2; undecided: forward KL (+1.00) | reverse KL (+1.00)"
+    fill_store(grid, around, score=build_seeded_score(1.0, 1.0))
+    assert judge_claim(grid, around, "C1").verdict == "undecided"
+    assert (
+        judge_claim(grid, around, "C1").detail == "0 of 2; undecided: forward KL (+1.00) | reverse KL (+1.00)"
+    )
 
 
 def test_one_failing_column_makes_the_claim_fail(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "beta": [0, 0.1, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=lambda cell: 40 + cell.seed + cell.lmbda * (-3 if cell.beta == 1 else 3))
-    one = found(grid, store, "C1")
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 0.1, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=lambda cell: 40 + cell.seed + cell.lmbda * (-3 if cell.beta == 1 else 3))
+    one = judge_claim(grid, store, "C1")
     assert (one.verdict, one.detail) == ("fails", "2 of 3; fails: reverse KL (-3.00)")
 
 
 def test_seeds_are_paired(store: Store) -> None:
     """What a seed does to both ends of a comparison is no noise of their difference."""
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=lambda cell: 40 + 10 * NOISE[cell.seed] + cell.lmbda)
-    assert found(grid, store, "C1").low == pytest.approx(1.0)
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=lambda cell: 40 + 10 * NOISE[cell.seed] + cell.lmbda)
+    assert judge_claim(grid, store, "C1").low == pytest.approx(1.0)
 
 
 def test_one_seed_is_judged_over_its_examples(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "beta": [0, 1]})
-    fill(grid, store, value=lambda cell: 80.0 if cell.lmbda else 40.0)
-    one = found(grid, store, "C1")
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1]})
+    fill_store(grid, store, score=lambda cell: 80.0 if cell.lmbda else 40.0)
+    one = judge_claim(grid, store, "C1")
     assert one.verdict == "holds"
     assert one.low is not None and 20 < one.low < 40 < one.high < 60  # type: ignore[operator]
 
 
 def test_without_stored_texts_one_seed_is_undecided(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1]})
-    fill(grid, store, value=lambda cell: 80.0 if cell.lmbda else 40.0)
-    (one,) = judge([CLAIMS["C1"]], of_table(table(grid, store)))
+    grid = build_grid(grid={"lmbda": [0, 1]})
+    fill_store(grid, store, score=lambda cell: 80.0 if cell.lmbda else 40.0)
+    (one,) = judge([CLAIMS["C1"]], extract_measurements(table(grid, store)))
     assert (one.verdict, one.effect, one.low) == ("undecided", 40.0, None)
 
 
 def test_missing_cells_are_named_and_the_others_judged(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
     done = [cell for cell in grid.cells if not (cell.lmbda == 1 and cell.beta == 1)]
-    fill(grid, store, cells=done, value=seeded(5.0, 1.0))
-    one = found(grid, store, "C1")
+    fill_store(grid, store, cells=done, score=build_seeded_score(5.0, 1.0))
+    one = judge_claim(grid, store, "C1")
     assert (one.verdict, one.detail) == ("holds", "1 of 1; not done: λ = 1, reverse KL")
 
 
 def test_with_nothing_done_every_claim_says_why(store: Store) -> None:
-    found = judge_run(made_grid(), store)
-    assert all(one.verdict == "undecided" and one.n == 0 for one in found)
+    found = judge_run(build_grid(), store)
+    assert all(one.verdict == "undecided" and one.column_count == 0 for one in found)
     assert all(one.detail.startswith("0 of 0; cannot be judged: ") for one in found)
     assert all(len(one.detail) > len("0 of 0; cannot be judged: ") for one in found)
 
 
 def test_a_claim_that_cannot_be_judged_names_the_axis_or_the_task(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0.5, 1]})
-    fill(grid, store)
-    assert found(grid, store, "C1").detail == "0 of 0; cannot be judged: no fixed data (λ = 0)"
-    assert found(grid, store, "C9").detail == "0 of 0; cannot be judged: no cells of task translation"
-    assert "axis train_rows" in found(grid, store, "C19").detail
-    assert "run --pack off" in found(grid, store, "C26").detail
-    assert "reward" in found(grid, store, "C22").detail or "summarization" in found(grid, store, "C22").detail
+    grid = build_grid(grid={"lmbda": [0.5, 1]})
+    fill_store(grid, store)
+    assert judge_claim(grid, store, "C1").detail == "0 of 0; cannot be judged: no fixed data (λ = 0)"
+    assert judge_claim(grid, store, "C9").detail == "0 of 0; cannot be judged: no cells of task translation"
+    assert "axis train_rows" in judge_claim(grid, store, "C19").detail
+    assert "run --pack off" in judge_claim(grid, store, "C26").detail
+    assert (
+        "reward" in judge_claim(grid, store, "C22").detail
+        or "summarization" in judge_claim(grid, store, "C22").detail
+    )
 
 
 METHODS = ["gkd", "supervised_kd", "seqkd", "imitkd", "f_distill", "sft"]
-QUALITY = {"gkd": 60.0, "supervised_kd": 50.0, "seqkd": 45.0, "imitkd": 55.0, "f_distill": 52.0, "sft": 42.0}
+METHOD_SCORES = {
+    "gkd": 60.0,
+    "supervised_kd": 50.0,
+    "seqkd": 45.0,
+    "imitkd": 55.0,
+    "f_distill": 52.0,
+    "sft": 42.0,
+}
 
 
-def by_method(cell: Cell) -> float:
-    return QUALITY[cell.labels["method"]] + 0.1 * NOISE[cell.seed]
+def score_method(cell: Cell) -> float:
+    return METHOD_SCORES[cell.labels["method"]] + 0.1 * NOISE[cell.seed]
 
 
-def of_methods(store: Store) -> GridOfCells:
-    grid = made_grid(grid={"method": METHODS, "seed": [0, 1, 2]}, lmbda=1, beta=0)
-    fill(grid, store, value=by_method)
+def fill_method_grid(store: Store) -> Grid:
+    grid = build_grid(grid={"method": METHODS, "seed": [0, 1, 2]}, lmbda=1, beta=0)
+    fill_store(grid, store, score=score_method)
     return grid
 
 
 def test_baselines_are_recognised_by_what_they_are(store: Store) -> None:
-    grid = of_methods(store)
-    one = found(grid, store, "C14")
-    assert (one.verdict, one.n) == ("holds", 1)
-    assert [c.label for c in one.columns[0].comparisons] == [
+    grid = fill_method_grid(store)
+    one = judge_claim(grid, store, "C14")
+    assert (one.verdict, one.column_count) == ("holds", 1)
+    assert [c.label for c in one.columns[0].contrasts] == [
         "against the SFT student",
         "against supervised KD",
         "against SeqKD",
     ]
-    assert [round(c.effect) for c in one.columns[0].comparisons] == [30, 10, 15]
-    mixed = found(grid, store, "C15")
-    assert [round(c.effect) for c in mixed.columns[0].comparisons] == [5, 8]
+    assert [round(c.effect) for c in one.columns[0].contrasts] == [30, 10, 15]
+    mixed = judge_claim(grid, store, "C15")
+    assert [round(c.effect) for c in mixed.columns[0].contrasts] == [5, 8]
 
 
 def test_a_table_from_a_file_tells_baselines_by_their_method(store: Store) -> None:
     """A parquet that was committed has no store beside it."""
-    grid = of_methods(store)
+    grid = fill_method_grid(store)
     file = store.root / "table.parquet"
-    file.write_bytes(encode(table(grid, store), "parquet"))
-    (one,) = judge([CLAIMS["C14"]], of_table(pd.read_parquet(file)))
-    assert (one.verdict, one.n) == ("holds", 1)
-    assert len(one.columns[0].comparisons) == 3
+    file.write_bytes(encode_table(table(grid, store), "parquet"))
+    (one,) = judge([CLAIMS["C14"]], extract_measurements(pd.read_parquet(file)))
+    assert (one.verdict, one.column_count) == ("holds", 1)
+    assert len(one.columns[0].contrasts) == 3
 
 
 def test_a_grid_without_a_method_axis_is_judged_for_what_it_has(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 0.5, 1], "beta": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=seeded(5.0, 0.1))
-    one = found(grid, store, "C14")
+    grid = build_grid(grid={"lmbda": [0, 0.5, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=build_seeded_score(5.0, 0.1))
+    one = judge_claim(grid, store, "C14")
     assert one.verdict == "holds"
     assert "not in the table: SeqKD" in one.detail
 
 
 def test_the_best_divergence_must_beat_each_of_the_others(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [1], "beta": [0, 0.1, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=lambda cell: 50.0 - 3 * cell.beta - (cell.beta > 0) + 0.1 * NOISE[cell.seed])
-    one = found(grid, store, "C12")
+    grid = build_grid(grid={"lmbda": [1], "beta": [0, 0.1, 1], "seed": [0, 1, 2]})
+    fill_store(
+        grid, store, score=lambda cell: 50.0 - 3 * cell.beta - (cell.beta > 0) + 0.1 * NOISE[cell.seed]
+    )
+    one = judge_claim(grid, store, "C12")
     assert one.verdict == "holds"
     assert one.effect == pytest.approx(1.3)  # against JSD(0.1), the least of its leads
     assert "not in the table: JSD(0.5), JSD(0.9)" in one.detail
@@ -171,34 +185,36 @@ def test_the_best_divergence_must_beat_each_of_the_others(store: Store) -> None:
 
 def test_the_gain_is_held_against_the_start(store: Store) -> None:
     """60 - 30 is less than 1.9 times the mean of 50 - 30 and 45 - 30."""
-    grid = of_methods(store)
-    one = found(grid, store, "C16")
+    grid = fill_method_grid(store)
+    one = judge_claim(grid, store, "C16")
     assert one.verdict == "fails"
     assert one.effect == pytest.approx(30 - 1.9 * 17.5)
     assert f"{30 / 17.5:.2f} (said: 1.9)" in one.detail
     assert f"{30 / 20:.2f} (said: 1.9)" in one.detail
 
 
-def grid_of(task: MadeTask, **document: Any) -> GridOfCells:
+def build_task_grid(task: FakeTask, **document: Any) -> Grid:
     """A grid of another task, whose cells know how many rows they learn from."""
-    revisions = Revisions(
-        data=lambda name, settings: DataSpec(kind="made", name=name, revision="1", train=settings.train),
-        model=lambda name: (name, None, "1"),
+    revisions = RevisionLookup(
+        resolve_data=lambda name, settings: DataSpec(
+            kind="made", name=name, revision="1", train=settings.train
+        ),
+        resolve_model=lambda name: (name, None, "1"),
     )
     experiment = parse_experiment({"description": "made up", "task": task.name, **document}, "made.yaml")
-    return expand("made", experiment, {task.name: task}, revisions)
+    return expand_grid("made", experiment, {task.name: task}, revisions)
 
 
 def test_a_share_of_the_data_is_of_the_largest_in_the_table(store: Store) -> None:
     axes = {"train_rows": [50, 1000], "method": ["supervised_kd", "imitkd", "gkd"], "seed": [0, 1, 2]}
-    grid = grid_of(MadeTask("arithmetic"), grid=axes, lmbda=1, beta=0.1)
+    grid = build_task_grid(FakeTask("arithmetic"), grid=axes, lmbda=1, beta=0.1)
     values = {(50, "gkd"): 49.0, (1000, "gkd"): 60.0}
 
     def value(cell: Cell) -> float:
         return values.get((cell.labels["train_rows"], cell.labels["method"]), 50.0) + 0.1 * cell.seed
 
-    fill(grid, store, value=value)
-    one = found(grid, store, "C18")
+    fill_store(grid, store, score=value)
+    one = judge_claim(grid, store, "C18")
     assert (one.verdict, one.effect) == ("fails", pytest.approx(-1.0))
 
 
@@ -208,44 +224,44 @@ def test_diversity_is_judged_at_each_sampling_temperature(store: Store) -> None:
         for t in (1, 0.5)
     ]
     axes = {"beta": [0, 0.5, 1], "seed": [0, 1, 2]}
-    task = MadeTask("summarization", ("rouge2",))
-    grid = grid_of(task, grid=axes, lmbda=1, evaluations=sampled)
-    fill(grid, store, value=lambda cell: 40 + 2 * (cell.beta or 0) + 0.01 * NOISE[cell.seed])
-    one = found(grid, store, "C7")
+    task = FakeTask("summarization", ("rouge2",))
+    grid = build_task_grid(task, grid=axes, lmbda=1, evaluations=sampled)
+    fill_store(grid, store, score=lambda cell: 40 + 2 * (cell.beta or 0) + 0.01 * NOISE[cell.seed])
+    one = judge_claim(grid, store, "C7")
     assert (one.verdict, one.detail) == ("holds", "2 of 2")
     assert one.effect == pytest.approx(0.5)
-    assert {column.place["temperature"] for column in one.columns} == {0.5, 1.0}
-    assert found(grid, store, "C6").verdict == "holds"
-    assert found(grid, store, "C8").verdict == "undecided"  # as wide at both
+    assert {column.shared_fields["temperature"] for column in one.columns} == {0.5, 1.0}
+    assert judge_claim(grid, store, "C6").verdict == "holds"
+    assert judge_claim(grid, store, "C8").verdict == "undecided"  # as wide at both
 
 
 def test_self_distillation_is_known_by_the_size_of_the_models(store: Store) -> None:
     axes = {"method": ["supervised_kd", "imitkd", "f_distill", "gkd"], "beta": [0, 0.9], "seed": [0, 1, 2]}
-    grid = made_grid(grid=axes, lmbda=1, student="base", teacher="base")
-    fill(grid, store, value=lambda cell: by_method(cell) + (cell.beta or 0), teacher=41.0)
-    assert found(grid, store, "C24").verdict == "holds"
-    assert found(grid, store, "C24").detail.startswith("3 of 3")
-    assert "smaller than its teacher" in found(grid, store, "C1").detail
+    grid = build_grid(grid=axes, lmbda=1, student="base", teacher="base")
+    fill_store(grid, store, score=lambda cell: score_method(cell) + (cell.beta or 0), teacher_score=41.0)
+    assert judge_claim(grid, store, "C24").verdict == "holds"
+    assert judge_claim(grid, store, "C24").detail.startswith("3 of 3")
+    assert "smaller than its teacher" in judge_claim(grid, store, "C1").detail
 
 
 def test_step_times_are_those_of_cells_that_ran_alone(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1]})
+    grid = build_grid(grid={"lmbda": [0, 1]})
     for cell in grid.cells:
-        record = store.of(cell)
-        finish(record, cell, 40.0)
+        record = store.get_record(cell)
+        write_finished_record(record, cell, 40.0)
         seconds = 30.0 if cell.lmbda else 15.0
         record.write_provenance(
             {"spent": {"seconds": seconds}, "pack": [cell.fingerprint], "resumed_at_step": 0}
         )
-    assert found(grid, store, "C26").effect == pytest.approx(2.0)
-    store.of(grid.cells[0]).write_provenance({"spent": {"seconds": 15.0}, "pack": ["a", "b"]})
-    assert found(grid, store, "C26").n == 0
+    assert judge_claim(grid, store, "C26").effect == pytest.approx(2.0)
+    store.get_record(grid.cells[0]).write_provenance({"spent": {"seconds": 15.0}, "pack": ["a", "b"]})
+    assert judge_claim(grid, store, "C26").column_count == 0
 
 
 def test_json_has_the_fields_that_scripts_rely_on(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=seeded(5.0, 1.0))
-    rows: list[dict[str, Any]] = json.loads(as_json(judge_run(grid, store)))
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=build_seeded_score(5.0, 1.0))
+    rows: list[dict[str, Any]] = json.loads(encode_verdicts(judge_run(grid, store)))
     assert [row["id"] for row in rows] == list(CLAIMS)
     assert {tuple(row) for row in rows} == {("id", "verdict", "effect", "low", "high", "n", "detail")}
     assert {row["verdict"] for row in rows} <= {"holds", "fails", "undecided"}
@@ -253,9 +269,9 @@ def test_json_has_the_fields_that_scripts_rely_on(store: Store) -> None:
 
 
 def test_text_shows_what_was_judged_or_asked_for_and_the_rest_in_short(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, value=seeded(5.0, 1.0))
-    lines = list(text_lines(judge_run(grid, store), ["C9"]))
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=build_seeded_score(5.0, 1.0))
+    lines = list(format_verdict_lines(judge_run(grid, store), ["C9"]))
     text = "\n".join(lines)
     assert lines[0].startswith("C1   holds      On-policy data beats fixed data")
     assert "+5.00 [+2.52, +7.48]; 1 of 1" in text

@@ -7,11 +7,11 @@ import pytest
 
 from gkd_lab.claims import paper
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import FACTORS, of_paper
-from gkd_lab.claims.judge import Finding, judge_paper
+from gkd_lab.claims.facts import FIGURE_CELL_FIELDS, load_paper_measurements
+from gkd_lab.claims.judge import ClaimVerdict, judge_paper
 from gkd_lab.config.experiment import ClaimId, FigureName
 
-FINDINGS = {one.claim.id: one for one in judge_paper(CLAIMS.values())}
+VERDICTS = {one.claim.id: one for one in judge_paper(CLAIMS.values())}
 
 EXPECTED = {
     "C1": ("fails", "54 of 55"),
@@ -44,15 +44,15 @@ EXPECTED = {
 }
 
 
-def detail(name: str) -> str:
-    return FINDINGS[name].detail
+def get_detail(name: str) -> str:
+    return VERDICTS[name].detail
 
 
 @pytest.mark.parametrize(("name", "expected"), EXPECTED.items())
 def test_the_verdict_is_that_of_the_papers_numbers(name: str, expected: tuple[str, str]) -> None:
-    found: Finding = FINDINGS[name]
+    found: ClaimVerdict = VERDICTS[name]
     assert (found.verdict, found.detail.split(";")[0]) == expected
-    assert found.n == int(expected[1].split()[-1])
+    assert found.column_count == int(expected[1].split()[-1])
 
 
 def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:
@@ -60,59 +60,61 @@ def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:
     assert {f"C{n}" for n in range(1, 29)} <= set(CLAIMS)
     assert set(EXPECTED) | {"C26", "C27", "C28"} == set(CLAIMS)
     named = {figure for claim in CLAIMS.values() for figure in claim.figures}
-    assert named <= set(paper.figures())
+    assert named <= set(paper.load_figures())
     assert named - {"text A.3"} <= set(typing.get_args(FigureName))
 
 
 def test_every_detail_says_k_of_n() -> None:
-    assert all(re.match(r"\d+ of \d+\b", one.detail) for one in FINDINGS.values())
+    assert all(re.match(r"\d+ of \d+\b", one.detail) for one in VERDICTS.values())
 
 
 def test_exceptions_are_named() -> None:
-    assert detail("C1") == "54 of 55; fails: summarization, base, sampling, forward KL (-0.20)"
-    assert "arithmetic, large, greedy, reverse KL (-0.20)" in detail("C2")
-    assert "ties: summarization, small, sampling, forward KL (+0.00)" in detail("C2")
-    assert detail("C3").count(" | ") == 5  # six ties, one after the other
-    assert "fails: small (" in detail("C5")
-    assert "fails: small (against JSD(0.5) -0.30)" in detail("C6b")
-    assert "γ = 0.3 (from JSD(0.9) to reverse KL -0.06)" in detail("C7")
-    assert "ties: large (against reverse KL +0.00)" in detail("C12")
-    assert "fails: large (against forward KL -0.50)" in detail("C13")
-    assert "arithmetic, greedy (from base to large -0.90)" in detail("C25")
+    assert get_detail("C1") == "54 of 55; fails: summarization, base, sampling, forward KL (-0.20)"
+    assert "arithmetic, large, greedy, reverse KL (-0.20)" in get_detail("C2")
+    assert "ties: summarization, small, sampling, forward KL (+0.00)" in get_detail("C2")
+    assert get_detail("C3").count(" | ") == 5  # six ties, one after the other
+    assert "fails: small (" in get_detail("C5")
+    assert "fails: small (against JSD(0.5) -0.30)" in get_detail("C6b")
+    assert "γ = 0.3 (from JSD(0.9) to reverse KL -0.06)" in get_detail("C7")
+    assert "ties: large (against reverse KL +0.00)" in get_detail("C12")
+    assert "fails: large (against forward KL -0.50)" in get_detail("C13")
+    assert "arithmetic, greedy (from base to large -0.90)" in get_detail("C25")
 
 
 def test_what_section_6_says_besides_is_said_besides() -> None:
-    assert "without reverse KL: 0 of 1; ties" in detail("C8")
-    assert "besides, λ = 0.5: 0 of 2" in detail("C9") and "besides, λ = 0: 0 of 2" in detail("C9")
-    assert "sampling (against ImitKD -0.12, against f-distill -0.24)" in detail("C15")
-    assert "against supervised KD with all data -0.21" in detail("C18")
-    assert "besides, with 25 %: 1 of 1" in detail("C18")
-    assert "on-policy GKD with forward KL: 0 of 1" in detail("C24")
+    assert "without reverse KL: 0 of 1; ties" in get_detail("C8")
+    assert "besides, λ = 0.5: 0 of 2" in get_detail("C9") and "besides, λ = 0: 0 of 2" in get_detail("C9")
+    assert "sampling (against ImitKD -0.12, against f-distill -0.24)" in get_detail("C15")
+    assert "against supervised KD with all data -0.21" in get_detail("C18")
+    assert "besides, with 25 %: 1 of 1" in get_detail("C18")
+    assert "on-policy GKD with forward KL: 0 of 1" in get_detail("C24")
 
 
 def test_the_ratio_of_gains_is_given_by_both_formulas() -> None:
-    of_the_mean, of_the_best = detail("C16").split("besides")
+    of_the_mean, of_the_best = get_detail("C16").split("besides")
     for text, ratios in ((of_the_mean, ("2.11", "2.76", "1.91")), (of_the_best, ("1.80", "1.73", "1.65"))):
         assert all(f" {ratio} (said" in text for ratio in ratios)
-    assert "1.55 (said: 1.53 times ImitKD)" in detail("C17")
-    assert "2.59 (said: 2.62 times f-distill)" in detail("C17")
+    assert "1.55 (said: 1.53 times ImitKD)" in get_detail("C17")
+    assert "2.59 (said: 2.62 times f-distill)" in get_detail("C17")
 
 
 def test_measurements_have_numbers_and_no_verdict() -> None:
-    assert detail("C26") == "3 of 3 measured, no verdict: small 1.80, base 2.00, large 2.20"
-    assert FINDINGS["C26"].effect == pytest.approx(2.0)
-    assert "forward KL +2.93, JSD(0.1) +3.52" in detail("C28") and "reverse KL +1.63" in detail("C28")
-    assert detail("C27") == "0 of 0; cannot be judged: the paper prints no number of it"
-    assert {FINDINGS[name].verdict for name in ("C26", "C27", "C28")} == {"undecided"}
+    assert get_detail("C26") == "3 of 3 measured, no verdict: small 1.80, base 2.00, large 2.20"
+    assert VERDICTS["C26"].effect == pytest.approx(2.0)
+    assert "forward KL +2.93, JSD(0.1) +3.52" in get_detail("C28") and "reverse KL +1.63" in get_detail("C28")
+    assert get_detail("C27") == "0 of 0; cannot be judged: the paper prints no number of it"
+    assert {VERDICTS[name].verdict for name in ("C26", "C27", "C28")} == {"undecided"}
 
 
 def test_in_its_figures_a_claim_finds_each_place_once() -> None:
     """Two figures that show the same cell would make its column ambiguous."""
     for claim in CLAIMS.values():
-        cells = [fact for fact in of_paper(claim.figures) if fact.place["role"] == "cell"]
-        places = [tuple(fact.place.get(name) for name in FACTORS) for fact in cells]
+        cells = [
+            fact for fact in load_paper_measurements(claim.figures) if fact.figure_cell["role"] == "cell"
+        ]
+        places = [tuple(fact.figure_cell.get(name) for name in FIGURE_CELL_FIELDS) for fact in cells]
         assert len(places) == len(set(places)), claim.id
-        rows = paper.values()
+        rows = paper.load_values()
         shown = rows["figure"].isin(claim.figures) & (rows["role"] == "cell")
         assert len(cells) == shown.sum(), claim.id
 
@@ -121,6 +123,6 @@ def test_what_rounding_could_turn_is_a_tie_and_no_more() -> None:
     """13.2 against 13.1 is printed apart (C1 holds there); 13.1 against 13.1 is not."""
     place = ("small", "sample", 0.0)
     fields = ("student", "decoding", "beta")
-    (small,) = (c for c in FINDINGS["C1"].columns if tuple(c.place[name] for name in fields) == place)
+    (small,) = (c for c in VERDICTS["C1"].columns if tuple(c.shared_fields[name] for name in fields) == place)
     assert small.outcome == "holds"
-    assert small.least.effect == pytest.approx(0.1)
+    assert small.weakest.effect == pytest.approx(0.1)

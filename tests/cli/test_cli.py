@@ -172,10 +172,10 @@ def test_the_variable_names_the_outputs_and_the_option_wins(
     say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = experiments.load("quickstart", outputs="there").cells[0]
-    Store(Path("there")).of(done).finish(steps=1)
+    Store(Path("there")).get_record(done).finish(steps=1)
     for evaluation in done.evaluations:
         scores = {metric: {"value": 1.0} for metric in evaluation.metrics}
-        Store(Path("there")).of(done).evaluation(evaluation).write(evaluation, [], scores)
+        Store(Path("there")).get_record(done).get_evaluation(evaluation).write_results(evaluation, [], scores)
     assert "15 cells, 0 done" in say("plan", "quickstart")[1]
     monkeypatch.setenv("GKD_LAB_OUTPUTS", "there")
     assert "15 cells, 1 done" in say("plan", "quickstart")[1]
@@ -215,18 +215,18 @@ def test_every_line_is_whole_in_a_narrow_pipe(say: Say, monkeypatch: pytest.Monk
 
 def test_a_failed_cell_is_named_with_its_error_and_status_is_1(say: Say) -> None:
     failed = experiments.load("quickstart").cells[2]
-    Store(Path("outputs")).of(failed).failed("ValueError: no luck", "Traceback ...")
+    Store(Path("outputs")).get_record(failed).mark_failed("ValueError: no luck", "Traceback ...")
     status, out, _ = say("status", "quickstart")
     assert status == 1
     assert out.splitlines()[3].split()[:6] == [failed.fingerprint, *["arithmetic", "0", "0.5", "0", "failed"]]
-    log = Store(Path("outputs")).of(failed).status_file
+    log = Store(Path("outputs")).get_record(failed).status_file
     assert out.splitlines()[-1] == f"failed: {failed.folder}: ValueError: no luck (see {log})"
 
 
 def test_watching_a_settled_grid_ends_at_once_with_the_status_that_it_has(say: Say) -> None:
     words = ("quickstart", "--set", "lmbda=0", "--set", "beta=0.5")
     cell = experiments.load("quickstart", overrides={"lmbda": "0", "beta": "0.5"}).cells[0]
-    Store(Path("outputs")).of(cell).failed("ValueError: no luck", "Traceback ...")
+    Store(Path("outputs")).get_record(cell).mark_failed("ValueError: no luck", "Traceback ...")
     status, out, _ = say("status", *words, "--watch")
     assert status == 1
     assert out.splitlines()[0].startswith("quickstart: 1 failed; left to do")
@@ -237,7 +237,9 @@ def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say)
     status, out, _ = say("list")
     assert status == 0
     shown = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
-    assert shown == {name: str(experiments.outline(name)[1]) for name in experiments.names()}
+    assert shown == {
+        name: str(experiments.outline_experiment(name)[1]) for name in experiments.list_experiment_files()
+    }
     Path("experiments").mkdir()
     experiment("description: d\nlmbd: 0\n", "experiments/broken.yaml")
     status, out, err = say("list")
@@ -249,8 +251,8 @@ def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say)
 
 def test_a_cell_is_evaluated_when_its_training_is_done(say: Say) -> None:
     begun = experiments.load("quickstart").cells[0]
-    record = Store(Path("outputs")).of(begun)
-    record.describe(begun.training, scale=begun.scale, labels=begun.labels)
+    record = Store(Path("outputs")).get_record(begun)
+    record.write_spec(begun.training, scale=begun.scale, labels=begun.labels)
     status, out, err = say("evaluate", begun.fingerprint, "--tasks", "mmlu")
     assert (status, out) == (2, "")
     assert err == f"gkd-lab: {record.folder}: its training is missing, finish it first\n"
@@ -319,14 +321,14 @@ def test_reading_commands_import_nothing_of_training(words: str) -> None:
 
 def judged(*texts: str, lmbda: float = 0) -> str:
     """A quickstart cell of this lmbda with these answers, all of which should be `1 #### 1`; its digits."""
-    from gkd_lab.metrics.scored_predictions import Prediction, judge
+    from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 
     cell = next(one for one in experiments.load("quickstart").cells if one.lmbda == lmbda)
-    record, evaluation = Store(Path("outputs")).of(cell), cell.evaluations[0]
-    record.describe(cell.training, scale=cell.scale, labels=cell.labels)
+    record, evaluation = Store(Path("outputs")).get_record(cell), cell.evaluations[0]
+    record.write_spec(cell.training, scale=cell.scale, labels=cell.labels)
     written = [Prediction(f"{n}?", text, ("1 #### 1",), 3, True) for n, text in enumerate(texts)]
-    scores, rows = judge(("exact_match",), written)
-    record.evaluation(evaluation).write(evaluation, rows, scores, rows=len(rows))
+    scores, rows = score_predictions(("exact_match",), written)
+    record.get_evaluation(evaluation).write_results(evaluation, rows, scores, rows=len(rows))
     record.finish(steps=1)
     return cell.fingerprint
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_lab.config import Cell, GridOfCells, Revisions, SpecError, expand
+from gkd_lab.config import Cell, ConfigError, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec, Family
-from gkd_lab.config.experiment import override, parse_experiment
+from gkd_lab.config.experiment import apply_overrides, parse_experiment
 from gkd_lab.config.settings import DataSettings
 
 
@@ -20,7 +20,7 @@ class StubTask:
     family: Family
     metrics: tuple[str, ...]
 
-    def defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         if scale != "nano":
             raise ValueError(f"{self.name} has no {scale} scale; it has: nano")
         return {
@@ -79,12 +79,14 @@ def model_of(place: str) -> tuple[str | None, str | None, str]:
     return place, None, "abc"
 
 
-def grid(sets: Mapping[str, str] | None = None, **document: Any) -> GridOfCells:
+def grid(sets: Mapping[str, str] | None = None, **document: Any) -> Grid:
     """The cells of an experiment on `sums` unless it says otherwise."""
     has_task = "task" in document or "task" in document.get("grid", {})
     whole = {"description": "stub", **({} if has_task else {"task": "sums"}), **document}
-    experiment = parse_experiment(override(whole, sets or {}), "stub.yaml")
-    return expand("stub", experiment, TASKS, Revisions(data=data_of, model=model_of))
+    experiment = parse_experiment(apply_overrides(whole, sets or {}), "stub.yaml")
+    return expand_grid(
+        "stub", experiment, TASKS, RevisionLookup(resolve_data=data_of, resolve_model=model_of)
+    )
 
 
 def cell(sets: Mapping[str, str] | None = None, **document: Any) -> Cell:
@@ -96,6 +98,6 @@ def refusal(sets: Mapping[str, str] | None = None, **document: Any) -> str:
     """What is said of a request that is wrong."""
     try:
         grid(sets, **document)
-    except SpecError as error:
+    except ConfigError as error:
         return str(error)
     raise AssertionError(f"accepted: {document} {sets}")

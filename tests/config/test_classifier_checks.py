@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.config.errors import SpecError
-from gkd_lab.config.loss_terms import SquaredErrorObjective
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.loss_terms import SquaredErrorConfig
 
 
 def loaded(folder: Path, **fields: Any) -> Any:
@@ -22,7 +22,7 @@ def test_a_classifier_is_distilled_on_the_data_by_default(tmp_path: Path) -> Non
     assert (cell.lmbda, cell.training.start.family) == (0, "sequence-classification")
     assert cell.training.start.sft is None and cell.training.teacher.sft is not None
     (number,) = loaded(tmp_path, task="scoring").cells
-    assert number.training.objectives == (SquaredErrorObjective(),)
+    assert number.training.objectives == (SquaredErrorConfig(),)
     assert "squared_error" in number.folder
 
 
@@ -54,10 +54,10 @@ def test_a_classifier_is_distilled_on_the_data_by_default(tmp_path: Path) -> Non
 def test_what_does_not_fit_is_told_before_anything_runs(
     tmp_path: Path, fields: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(ConfigError, match=said):
         loaded(tmp_path, **fields)
 
 
 def test_the_logits_of_a_language_model_can_be_matched(tmp_path: Path) -> None:
     (cell,) = loaded(tmp_path, task="arithmetic", objectives=[{"type": "squared_error"}]).cells
-    assert cell.training.objectives == (SquaredErrorObjective(against="teacher"),)
+    assert cell.training.objectives == (SquaredErrorConfig(against="teacher"),)

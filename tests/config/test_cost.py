@@ -4,7 +4,7 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.config import Cell
-from gkd_lab.config.cost import model_weights, sft_flops, training_flops
+from gkd_lab.config.cost import count_model_parameters, estimate_sft_flops, estimate_training_flops
 
 
 @pytest.fixture(scope="module")
@@ -15,25 +15,25 @@ def cell() -> Cell:
 def test_a_training_costs_what_its_tokens_do(cell: Cell) -> None:
     training = cell.training
     tokens = (training.max_input_tokens + training.max_output_tokens) * training.batch_size * training.steps
-    assert training_flops(training, 10, 100) == (6 * 10 + 2 * 100 + 2 * 10 * 0.5) * tokens
+    assert estimate_training_flops(training, 10, 100) == (6 * 10 + 2 * 100 + 2 * 10 * 0.5) * tokens
     twice = training.model_copy(update={"steps": 2 * training.steps})
-    assert training_flops(twice) == 2 * training_flops(training)  # type: ignore[operator]
+    assert estimate_training_flops(twice) == 2 * estimate_training_flops(training)  # type: ignore[operator]
 
 
 def test_given_parameters_are_the_same_as_counted_ones(cell: Cell) -> None:
     start, teacher = cell.training.start, cell.training.teacher
-    assert training_flops(cell.training) == training_flops(
-        cell.training, model_weights(start), model_weights(teacher)
+    assert estimate_training_flops(cell.training) == estimate_training_flops(
+        cell.training, count_model_parameters(start), count_model_parameters(teacher)
     )
-    assert sft_flops(start) == sft_flops(start, model_weights(start))
+    assert estimate_sft_flops(start) == estimate_sft_flops(start, count_model_parameters(start))
 
 
 def test_a_loaded_model_costs_nothing_known_until_its_size_is(cell: Cell) -> None:
     start = cell.training.start
     loaded = start.model_copy(update={"model": start.model.model_copy(update={"architecture": None})})
     training = cell.training.model_copy(update={"start": loaded})
-    assert sft_flops(loaded) is None
-    assert training_flops(training) is None
-    assert sft_flops(loaded, 10) == pytest.approx(sft_flops(start, 10))
-    assert training_flops(training, 10) == training_flops(cell.training, 10)
-    assert sft_flops(loaded.model_copy(update={"sft": None})) == 0
+    assert estimate_sft_flops(loaded) is None
+    assert estimate_training_flops(training) is None
+    assert estimate_sft_flops(loaded, 10) == pytest.approx(estimate_sft_flops(start, 10))
+    assert estimate_training_flops(training, 10) == estimate_training_flops(cell.training, 10)
+    assert estimate_sft_flops(loaded.model_copy(update={"sft": None})) == 0

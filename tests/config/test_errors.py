@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import SpecError, read_experiment
+from gkd_lab.config import ConfigError, read_experiment
 
 from .stub import refusal
 
@@ -80,7 +80,7 @@ def test_a_wrong_value_is_named_with_its_place_and_what_would_be_right(
 def refused(text: str | bytes, folder: Path) -> str:
     path = folder / "mine.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read_experiment(path)
     message = str(caught.value)
     assert str(path) in message
@@ -110,18 +110,18 @@ def test_a_file_that_is_no_experiment_says_what_it_is(text: str | bytes, said: s
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.yaml"):
-        with pytest.raises(SpecError, match="cannot be read"):
+        with pytest.raises(ConfigError, match="cannot be read"):
             read_experiment(path)
 
 
 def test_a_grid_with_nothing_in_it_is_no_grid(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: d\ntask: sums\ngrid:\n")
-    assert read_experiment(path).axes() == {}
+    assert read_experiment(path).list_axes() == {}
 
 
 def test_an_error_in_what_was_set_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: d\n")
-    with pytest.raises(SpecError, match=r"with the values set: beta: 'abc' is not valid"):
+    with pytest.raises(ConfigError, match=r"with the values set: beta: 'abc' is not valid"):
         read_experiment(path, {"beta": "abc"})

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import pytest
 
-from gkd_lab.config import Evaluation, SftModel, SpecError, Training
-from gkd_lab.config.fingerprint import FORMAT, Frozen, Place, Since, canonical
+from gkd_lab.config import ConfigError, Evaluation, SftModel, Training
+from gkd_lab.config.fingerprint import FORMAT_VERSION, DefaultFrom, Frozen, NotHashed, canonical_json
 
 from .stub import cell, grid
 
 # Ids of cells, models and evaluations of the stub tasks. A change here relabels every record that
-# users have: do not edit a line, raise FORMAT or declare a new field's old value with `Since`.
+# users have: do not edit a line, raise FORMAT or declare a new field's old value with `DefaultFrom`.
 GOLDEN = {
     "plain": "e971d019",
     "words": "b24b6288",
@@ -48,7 +48,7 @@ def described() -> dict[str, Frozen]:
 
 
 def test_ids_of_existing_records_stay_what_they_are() -> None:
-    assert FORMAT == 1
+    assert FORMAT_VERSION == 1
     assert {name: spec.fingerprint for name, spec in described().items()} == GOLDEN
 
 
@@ -67,7 +67,7 @@ def other_values(spec: Frozen, path: tuple[str, ...] = ()) -> list[tuple[tuple[s
             found.append((place, spec.model_copy(update={name: value + value})))
         else:
             found.append((place, spec.model_copy(update={name: another(value)})))
-        if any(isinstance(mark, Place) for mark in field.metadata):
+        if any(isinstance(mark, NotHashed) for mark in field.metadata):
             found = [(p if p[: len(place)] != place else (*p, "PLACE"), s) for p, s in found]
     return found
 
@@ -109,7 +109,7 @@ def renewed(value: Any) -> Any:
 def test_the_places_are_known_one_by_one() -> None:
     def places(spec: type[Frozen]) -> set[str]:
         fields = spec.model_fields.items()
-        return {n for n, field in fields if any(isinstance(m, Place) for m in field.metadata)}
+        return {n for n, field in fields if any(isinstance(m, NotHashed) for m in field.metadata)}
 
     assert places(Training) == {"parked"}
     assert places(SftModel) == set()
@@ -142,30 +142,30 @@ def test_all_spellings_of_a_fraction_are_one_cell() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_has_no_canonical_form(value: float) -> None:
-    with pytest.raises(SpecError, match="finite"):
-        canonical({"x": [value]})
+    with pytest.raises(ConfigError, match="finite"):
+        canonical_json({"x": [value]})
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"x", object(), 1j])
 def test_a_value_without_a_stable_form_is_refused(value: Any) -> None:
-    with pytest.raises(SpecError, match="no stable form"):
-        canonical((1, value))
+    with pytest.raises(ConfigError, match="no stable form"):
+        canonical_json((1, value))
 
 
 def test_the_canonical_form_sorts_keys_and_tells_types_apart() -> None:
-    assert canonical({"b": 1.0, "a": (True, None, "1", 1, 0.1)}) == '{"a":[true,null,"1",1,0.1],"b":1}'
-    assert canonical('Grüße \u2028"\n') == '"Grüße \u2028\\"\\n"'
+    assert canonical_json({"b": 1.0, "a": (True, None, "1", 1, 0.1)}) == '{"a":[true,null,"1",1,0.1],"b":1}'
+    assert canonical_json('Grüße \u2028"\n') == '"Grüße \u2028\\"\\n"'
 
 
 class Before(Frozen):
     steps: int
-    name: Annotated[str, Place()] = "x"
+    name: Annotated[str, NotHashed()] = "x"
 
 
 class After(Frozen):
     steps: int
-    name: Annotated[str, Place()] = "x"
-    reward: Annotated[float, Since(before=0)] = 0.0
+    name: Annotated[str, NotHashed()] = "x"
+    reward: Annotated[float, DefaultFrom(before=0)] = 0.0
 
 
 def test_a_later_field_leaves_the_id_at_the_value_that_was_built_in_before() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.errors import SpecError
+from gkd_lab.config.errors import ConfigError
 
 from .stub import cell, grid, refusal
 
@@ -262,7 +262,7 @@ def test_a_set_that_cannot_be_says_why(sets: dict[str, str], said: str) -> None:
 
 
 def test_every_refusal_is_a_value_error() -> None:
-    assert issubclass(SpecError, ValueError)
+    assert issubclass(ConfigError, ValueError)
 
 
 def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None:
@@ -282,7 +282,7 @@ def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None
     ],
 )
 def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
-    with pytest.raises(SpecError, match=r"do not fit into 10 steps|nothing to teach|300 at least"):
+    with pytest.raises(ConfigError, match=r"do not fit into 10 steps|nothing to teach|300 at least"):
         cell(**document)
 
 

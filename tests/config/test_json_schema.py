@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gkd_lab.config import json_schema
-from gkd_lab.config.experiment import AXES
-from gkd_lab.config.json_schema import schema_text
+from gkd_lab.config.experiment import AXIS_NAMES, build_json_schema
+from gkd_lab.config.json_schema import format_json_schema
 from gkd_lab.config.settings import Settings
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -17,7 +16,7 @@ SCHEMA = EXPERIMENTS / "experiment.schema.json"
 
 
 def test_the_committed_schema_is_current() -> None:
-    assert SCHEMA.read_text() == schema_text(), "run `make schema`"
+    assert SCHEMA.read_text() == format_json_schema(), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -26,9 +25,9 @@ def test_every_experiment_names_the_schema_on_its_first_line(path: Path) -> None
 
 
 def test_every_axis_and_every_setting_can_be_completed_and_is_described() -> None:
-    schema = json_schema()
+    schema = build_json_schema()
     axes = schema["$defs"]["Grid"]["properties"]
-    assert list(axes) == list(AXES)
+    assert list(axes) == list(AXIS_NAMES)
     assert {"task", "lmbda", "data.source", "tokenizer.vocab_size"} <= set(axes)
     assert all(axis["type"] == "array" and axis["minItems"] == 1 for axis in axes.values())
     bare = [name for name in Settings.model_fields if "description" not in schema["properties"][name]]
@@ -37,12 +36,12 @@ def test_every_axis_and_every_setting_can_be_completed_and_is_described() -> Non
 
 def errors(document: dict[str, Any]) -> list[str]:
     jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(json_schema())
+    validator = jsonschema.Draft202012Validator(build_json_schema())
     return [error.message for error in validator.iter_errors(document)]
 
 
 def test_it_is_a_json_schema() -> None:
-    pytest.importorskip("jsonschema").Draft202012Validator.check_schema(json.loads(schema_text()))
+    pytest.importorskip("jsonschema").Draft202012Validator.check_schema(json.loads(format_json_schema()))
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import SpecError
-from gkd_lab.config.layer_maps import LayerMap, Pair, layer_map, pairs_of
-from gkd_lab.config.loss_terms import AttentionsObjective, HiddenStatesObjective
+from gkd_lab.config import ConfigError
+from gkd_lab.config.layer_maps import LayerMap, LayerPair, parse_layer_map, resolve_layer_pairs
+from gkd_lab.config.loss_terms import AttentionsConfig, HiddenStatesConfig
 
 from .stub import cell, refusal
 
@@ -28,8 +28,10 @@ from .stub import cell, refusal
         (((2, 1), (2, 6), (1, 6)), 2, 6, ((2, 1), (2, 6), (1, 6))),
     ],
 )
-def test_a_map_means_pairs(layers: LayerMap, student: int, teacher: int, pairs: tuple[Pair, ...]) -> None:
-    assert pairs_of(layers, student, teacher) == pairs
+def test_a_map_means_pairs(
+    layers: LayerMap, student: int, teacher: int, pairs: tuple[LayerPair, ...]
+) -> None:
+    assert resolve_layer_pairs(layers, student, teacher) == pairs
 
 
 @pytest.mark.parametrize(
@@ -41,22 +43,22 @@ def test_a_map_means_pairs(layers: LayerMap, student: int, teacher: int, pairs: 
     ],
 )
 def test_a_layer_that_is_not_there_is_named(layers: LayerMap, said: str) -> None:
-    with pytest.raises(SpecError, match=said):
-        pairs_of(layers, 4, 8)
+    with pytest.raises(ConfigError, match=said):
+        resolve_layer_pairs(layers, 4, 8)
 
 
 def test_the_shallower_model_bounds_the_last_layers() -> None:
     with pytest.raises(
-        SpecError, match="last_5: there are 2 layers in the teacher; the nearest rule is last_2"
+        ConfigError, match="last_5: there are 2 layers in the teacher; the nearest rule is last_2"
     ):
-        pairs_of("last_5", 4, 2)
+        resolve_layer_pairs("last_5", 4, 2)
 
 
 def test_a_map_of_attention_starts_at_the_first_layer() -> None:
     with pytest.raises(
-        SpecError, match=r"layer 0 of the student, .* has the layers 1 to 4; the nearest is 1"
+        ConfigError, match=r"layer 0 of the student, .* has the layers 1 to 4; the nearest is 1"
     ):
-        pairs_of(((0, 0),), 4, 8, first=1)
+        resolve_layer_pairs(((0, 0),), 4, 8, lowest_layer=1)
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -77,8 +79,8 @@ WRONG: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("layers", "said"), WRONG)
 def test_what_is_no_map_is_refused_in_a_configuration_and_in_an_experiment(layers: Any, said: str) -> None:
-    with pytest.raises(SpecError, match=said):
-        layer_map(layers)
+    with pytest.raises(ConfigError, match=said):
+        parse_layer_map(layers)
     message = refusal(objectives=[{"beta": 0}, {"type": "hidden_states", "layers": layers}])
     assert re.search(rf"^stub.yaml: objectives\[1\].layers: .* is not valid: .*{said}", message), message
 
@@ -92,12 +94,12 @@ def objectives(**fields: Any) -> dict[str, Any]:
 
 def test_an_experiment_states_a_map_in_either_form() -> None:
     by_rule = cell(**objectives(loss="cosine", weight=0.5)).training.objectives[1]
-    assert by_rule == HiddenStatesObjective(layers="uniform", loss="cosine", weight=0.5)
+    assert by_rule == HiddenStatesConfig(layers="uniform", loss="cosine", weight=0.5)
     by_list = cell(**objectives(layers=[[0, 0], [1, 1]])).training.objectives[1]
-    assert by_list == HiddenStatesObjective(layers=((0, 0), (1, 1)))
+    assert by_list == HiddenStatesConfig(layers=((0, 0), (1, 1)))
     assert cell(**objectives()).fingerprint != cell(**objectives(layers="last_1")).fingerprint
     maps = cell(objectives=[{"beta": 0}, {"type": "attentions", "loss": "kl"}]).training.objectives[1]
-    assert maps == AttentionsObjective(loss="kl")
+    assert maps == AttentionsConfig(loss="kl")
 
 
 @pytest.mark.parametrize(

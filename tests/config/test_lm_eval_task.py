@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gkd_lab.config.cell import HarnessEvaluation
-from gkd_lab.config.errors import SpecError
-from gkd_lab.config.evaluation_settings import harness_evaluations
-from gkd_lab.config.lm_eval_task import SHIPPED, lm_eval_version, lm_task, read_task_file
+from gkd_lab.config.cell import LmEvalEvaluation
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
+from gkd_lab.config.lm_eval_task import (
+    SHIPPED_TASKS_FOLDER,
+    get_lm_eval_version,
+    read_task_file,
+    resolve_lm_eval_task,
+)
 from gkd_lab.config.settings import HarnessSettings
 from gkd_lab.tasks import TASKS
 
@@ -31,7 +36,7 @@ def written(folder: Path, text: str = TASK, rows: str = '{"question": "?"}\n') -
 
 
 def content(path: Path) -> str | None:
-    return lm_task(str(path)).content
+    return resolve_lm_eval_task(str(path)).content
 
 
 def test_a_task_file_is_known_by_its_content_and_its_data_and_not_by_its_place(tmp_path: Path) -> None:
@@ -82,8 +87,8 @@ WRONG = {
 @pytest.mark.parametrize(("text", "said"), WRONG.items(), ids=range(len(WRONG)))
 def test_a_file_that_cannot_be_used_is_answered_by_one_line(text: str, said: str, tmp_path: Path) -> None:
     path = written(tmp_path, text)
-    with pytest.raises(SpecError) as caught:
-        lm_task(str(path))
+    with pytest.raises(ConfigError) as caught:
+        resolve_lm_eval_task(str(path))
     assert said in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
@@ -91,38 +96,38 @@ def test_a_file_that_cannot_be_used_is_answered_by_one_line(text: str, said: str
 def test_code_that_an_included_file_names_is_refused_too_unless_it_is_trusted(tmp_path: Path) -> None:
     written(tmp_path, TASK + "process_docs: !function utils.docs\n")
     (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\n")
-    with pytest.raises(SpecError, match="would run Python code"):
-        lm_task(str(tmp_path / "mine.yaml"))
-    assert lm_task(str(tmp_path / "mine.yaml"), trusted=True).name == "mine"
+    with pytest.raises(ConfigError, match="would run Python code"):
+        resolve_lm_eval_task(str(tmp_path / "mine.yaml"))
+    assert resolve_lm_eval_task(str(tmp_path / "mine.yaml"), trusted=True).name == "mine"
 
 
 def test_a_file_of_the_name_of_our_functions_is_not_taken_for_them(tmp_path: Path) -> None:
     ours = TASK + "process_results: !function gkd_lab.evaluation.lm_scores.arithmetic\n"
-    assert lm_task(str(written(tmp_path, ours))).name == "colours"
+    assert resolve_lm_eval_task(str(written(tmp_path, ours))).name == "colours"
     shadow = tmp_path / "gkd_lab" / "evaluation" / "lm_scores.py"
     shadow.parent.mkdir(parents=True)
     shadow.write_text("def arithmetic(doc, results): ...\n")
-    with pytest.raises(SpecError, match="would run Python code"):
-        lm_task(str(tmp_path / "task.yaml"))
+    with pytest.raises(ConfigError, match="would run Python code"):
+        resolve_lm_eval_task(str(tmp_path / "task.yaml"))
 
 
 def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity() -> None:
     asked = HarnessSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
-    mmlu, bbh = harness_evaluations(asked)
+    mmlu, bbh = resolve_lm_eval_evaluations(asked)
     assert (mmlu.name, bbh.name) == ("mmlu_5shot_first100", "bbh_5shot_first100")
-    assert mmlu.lm_eval == lm_eval_version()
+    assert mmlu.lm_eval == get_lm_eval_version()
     changed = [{"lm_eval": "0.0.0"}, {"task": "bbh"}, {"limit": None}, {"num_fewshot": 0}, {"content": "1"}]
     ids = {mmlu.model_copy(update=change).fingerprint for change in changed}
     assert len(ids | {mmlu.fingerprint}) == 6
-    place = HarnessEvaluation(**{**mmlu.model_dump(), "path": "/there.yaml", "metric": "acc"})
+    place = LmEvalEvaluation(**{**mmlu.model_dump(), "path": "/there.yaml", "metric": "acc"})
     assert place.fingerprint == mmlu.fingerprint
 
 
 def test_every_task_of_ours_that_writes_text_ships_as_a_task_file_with_its_metrics() -> None:
     writing = {name: task for name, task in TASKS.items() if task.family in WRITING}
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == set(writing)
+    assert {path.stem for path in SHIPPED_TASKS_FOLDER.glob("*.yaml")} == set(writing)
     for name, task in writing.items():
-        text = (SHIPPED / f"{name}.yaml").read_text()
+        text = (SHIPPED_TASKS_FOLDER / f"{name}.yaml").read_text()
         config = yaml.safe_load(text.replace("!function ", ""))
         assert config["task"] == f"gkd_{name}"
         assert tuple(entry["metric"] for entry in config["metric_list"]) == task.metrics

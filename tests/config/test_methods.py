@@ -6,8 +6,8 @@ import pytest
 
 from gkd_lab.config.cell import TeacherText
 from gkd_lab.config.grid import METHODS
-from gkd_lab.config.loss_terms import CrossEntropyObjective, Objective
-from gkd_lab.config.packs import packs
+from gkd_lab.config.loss_terms import CrossEntropyConfig, ResolvedDivergence
+from gkd_lab.config.packs import group_cells_into_packs
 
 from .stub import cell, grid, refusal
 
@@ -40,8 +40,8 @@ def test_methods_are_an_axis_and_what_a_method_does_not_read_collapses() -> None
 def test_the_source_can_be_the_teacher_in_one_word() -> None:
     one = cell(source="teacher", lmbda=0.5, beta=0.1)
     assert one.training.source.text == TeacherText(decoding="sample", temperature=1)
-    assert one.training.text is not None
-    assert one.training.text.teacher == one.training.teacher
+    assert one.training.text_spec is not None
+    assert one.training.text_spec.teacher == one.training.teacher
     assert one.fingerprint != cell(lmbda=0.5, beta=0.1).fingerprint
     assert cell(source="data", lmbda=0.5).training == cell(lmbda=0.5).training
 
@@ -60,8 +60,8 @@ def test_objectives_are_listed_with_weights_and_take_the_temperatures_that_hold_
     listed = [{"type": "divergence", "beta": 0.1, "weight": 2}, {"type": "cross_entropy", "weight": 0.5}]
     one = cell(objectives=listed, teacher_temperature=0.3, source={"lmbda": 0.5})
     assert one.training.objectives == (
-        Objective(beta=0.1, weight=2, teacher_temperature=0.3, student_temperature=1),
-        CrossEntropyObjective(weight=0.5),
+        ResolvedDivergence(beta=0.1, weight=2, teacher_temperature=0.3, student_temperature=1),
+        CrossEntropyConfig(weight=0.5),
     )
     assert (one.beta, one.divergence) == (0.1, "jsd")
 
@@ -73,7 +73,7 @@ def test_objectives_are_an_axis() -> None:
 
 def test_cells_whose_rows_somebody_else_wrote_do_not_share_a_model() -> None:
     found = grid(grid={"method": ["seqkd", "sft", "supervised_kd"]}).cells
-    made = [{one.labels["method"] for one in pack} for pack in packs(found, "auto")]
+    made = [{one.labels["method"] for one in pack} for pack in group_cells_into_packs(found, "auto")]
     assert made == [{"seqkd"}, {"sft", "supervised_kd"}]
 
 

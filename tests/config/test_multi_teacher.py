@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import Training, references
+from gkd_lab.config.cell import Training, list_references
 
 from .stub import cell, grid, refusal
 
@@ -57,7 +57,7 @@ def test_all_teachers_of_a_cell_are_built_once() -> None:
         source={"lmbda": 0},
         teachers={"small": SMALL},
     )
-    assert [one.role for one in references(found.cells)] == ["teacher", "start", "teacher"]
+    assert [one.role for one in list_references(found.cells)] == ["teacher", "start", "teacher"]
 
 
 @pytest.mark.parametrize(

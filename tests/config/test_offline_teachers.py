@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import TeacherScores, references
-from gkd_lab.config.packs import packs
+from gkd_lab.config.cell import TeacherScores, list_references
+from gkd_lab.config.packs import group_cells_into_packs
 
 from .stub import cell, grid, refusal
 
@@ -22,7 +22,7 @@ def test_what_is_kept_is_part_of_the_identity() -> None:
     asked = ["live", "full", {"top_k": 8}, {"top_k": 8, "dtype": "float16"}]
     found = grid(lmbda=0, grid={"teacher_scores": asked}).cells
     assert len({one.fingerprint for one in found}) == 4
-    assert len({one.training.scores.fingerprint for one in found[1:] if one.training.scores}) == 3
+    assert len({one.training.scores_spec.fingerprint for one in found[1:] if one.training.scores_spec}) == 3
     assert "_scores-top8_seed=0-" in found[2].folder
 
 
@@ -30,15 +30,15 @@ def test_cells_share_scores_whatever_else_they_differ_in() -> None:
     axes = {"beta": [0, 0.5], "seed": [0, 1], "train_rows": [8, 16], "student": ["small", "large"]}
     found = grid(lmbda=0, teacher_scores={"top_k": 8}, grid=axes).cells
     assert len(found) == 16
-    assert len({one.training.scores.fingerprint for one in found if one.training.scores}) == 1
+    assert len({one.training.scores_spec.fingerprint for one in found if one.training.scores_spec}) == 1
 
 
 def test_scores_are_of_the_text_that_is_trained_on() -> None:
-    of_data = cell(lmbda=0, teacher_scores="full").training.scores
-    of_text = cell(source="teacher", lmbda=0, teacher_scores="full").training.scores
+    of_data = cell(lmbda=0, teacher_scores="full").training.scores_spec
+    of_text = cell(source="teacher", lmbda=0, teacher_scores="full").training.scores_spec
     assert of_data is not None and of_text is not None
-    assert (of_data.written, of_data.fingerprint != of_text.fingerprint) == (None, True)
-    assert of_text.written == cell(source="teacher", lmbda=0).training.text
+    assert (of_data.text_spec, of_data.fingerprint != of_text.fingerprint) == (None, True)
+    assert of_text.text_spec == cell(source="teacher", lmbda=0).training.text_spec
 
 
 def test_where_no_divergence_reads_a_teacher_nothing_is_kept() -> None:
@@ -47,7 +47,7 @@ def test_where_no_divergence_reads_a_teacher_nothing_is_kept() -> None:
 
 def test_cells_with_and_without_kept_scores_do_not_share_a_model() -> None:
     found = grid(lmbda=0, grid={"teacher_scores": ["live", "full"], "beta": [0, 0.5]}).cells
-    made = [{one.labels["teacher_scores"] for one in pack} for pack in packs(found, "auto")]
+    made = [{one.labels["teacher_scores"] for one in pack} for pack in group_cells_into_packs(found, "auto")]
     assert made == [{"live"}, {"full"}]
 
 
@@ -61,7 +61,7 @@ def test_a_served_teacher_is_known_by_its_name_and_what_is_read_of_it() -> None:
 
 
 def test_a_served_teacher_is_no_model_to_be_built() -> None:
-    assert [one.role for one in references([cell(teacher=SERVER)])] == ["start"]
+    assert [one.role for one in list_references([cell(teacher=SERVER)])] == ["start"]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import Cell, SpecError
-from gkd_lab.config.packs import AUTO, PackLimit, evenly, packs, parse_limit, why_alone
+from gkd_lab.config import Cell, ConfigError
+from gkd_lab.config.packs import (
+    AUTO_PACK_SIZE,
+    PackLimit,
+    explain_unpackable,
+    group_cells_into_packs,
+    parse_pack_limit,
+    split_evenly,
+)
 
 from .stub import grid
 
@@ -33,12 +40,12 @@ def keys(groups: list[list[Cell]]) -> list[list[tuple[int, float, float]]]:
 )
 def test_what_each_cell_keeps_for_itself_does_not_part_cells(axis: str, values: list[Any]) -> None:
     found = grid(beta=0.1, grid={axis: values}) if axis != "beta" else grid(grid={axis: values})
-    assert [len(group) for group in packs(found.cells, 16)] == [2]
+    assert [len(group) for group in group_cells_into_packs(found.cells, 16)] == [2]
 
 
 def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model() -> None:
     found = grid(grid={"lmbda": [0, 1], "learning_rate": [1e-3, 2e-3], "temperature": [0.5, 1]})
-    assert [len(group) for group in packs(found.cells, 16)] == [6]
+    assert [len(group) for group in group_cells_into_packs(found.cells, 16)] == [6]
 
 
 @pytest.mark.parametrize(
@@ -61,18 +68,18 @@ def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model
     ],
 )
 def test_cells_that_differ_in_anything_else_do_not(axis: str, values: list[Any]) -> None:
-    assert [len(group) for group in packs(grid(grid={axis: values}).cells, 16)] == [1, 1]
+    assert [len(group) for group in group_cells_into_packs(grid(grid={axis: values}).cells, 16)] == [1, 1]
 
 
 def test_members_are_sorted_by_seed_coin_and_divergence() -> None:
-    (group,) = keys(packs(grid(grid=AXES).cells, 99))
+    (group,) = keys(group_cells_into_packs(grid(grid=AXES).cells, 99))
     assert group == sorted(group)
     assert len(group) == 18
 
 
 def test_total_variation_comes_last_among_the_divergences() -> None:
     found = grid(grid={"divergence": ["tv", "jsd"], "beta": [1, 0], "lmbda": [1, 0]})
-    (group,) = packs(found.cells, 16)
+    (group,) = group_cells_into_packs(found.cells, 16)
     assert [(one.lmbda, one.beta) for one in group] == [
         (lmbda, beta) for lmbda in (0, 1) for beta in (0, 1, None)
     ]
@@ -81,49 +88,54 @@ def test_total_variation_comes_last_among_the_divergences() -> None:
 @pytest.mark.parametrize("limit", [1, 4, 7, 18, "auto", "off"])
 def test_the_groups_are_the_same_in_whatever_order_the_cells_come(limit: PackLimit) -> None:
     cells = list(grid(grid={**AXES, "steps": [1, 2]}).cells)
-    wanted = {tuple(one.fingerprint for one in group) for group in packs(cells, limit)}
+    wanted = {tuple(one.fingerprint for one in group) for group in group_cells_into_packs(cells, limit)}
     random.Random(0).shuffle(cells)
-    assert {tuple(one.fingerprint for one in group) for group in packs(cells, limit)} == wanted
+    assert {
+        tuple(one.fingerprint for one in group) for group in group_cells_into_packs(cells, limit)
+    } == wanted
 
 
 def test_a_limit_is_kept_and_no_cell_is_lost() -> None:
     cells = grid(grid=AXES).cells
-    assert [len(group) for group in packs(cells, 7)] == [7, 7, 4]
-    assert [len(group) for group in packs(cells, "auto")] == [AUTO, 18 - AUTO]
-    assert [len(group) for group in packs(cells, "off")] == [1] * 18
-    assert {one for group in packs(cells, 7) for one in group} == set(cells)
+    assert [len(group) for group in group_cells_into_packs(cells, 7)] == [7, 7, 4]
+    assert [len(group) for group in group_cells_into_packs(cells, "auto")] == [
+        AUTO_PACK_SIZE,
+        18 - AUTO_PACK_SIZE,
+    ]
+    assert [len(group) for group in group_cells_into_packs(cells, "off")] == [1] * 18
+    assert {one for group in group_cells_into_packs(cells, 7) for one in group} == set(cells)
 
 
 def test_a_cell_with_dropout_runs_alone_and_says_why() -> None:
     cells = grid(grid={"lmbda": [0, 1]}, dropout=0.1).cells
-    assert [len(group) for group in packs(cells, 16)] == [1, 1]
-    assert "dropout" in (why_alone(cells[0]) or "")
-    assert why_alone(grid().cells[0]) is None
+    assert [len(group) for group in group_cells_into_packs(cells, 16)] == [1, 1]
+    assert "dropout" in (explain_unpackable(cells[0]) or "")
+    assert explain_unpackable(grid().cells[0]) is None
 
 
 @pytest.mark.parametrize("student", ["owner/tiny", "/a/folder"])
 def test_cells_with_a_loaded_student_share_one_model_as_others_do(student: str) -> None:
     cells = grid(grid={"lmbda": [0, 1], "beta": [0, 1]}, student=student).cells
-    assert [len(group) for group in packs(cells, 16)] == [4]
-    assert why_alone(cells[0]) is None
+    assert [len(group) for group in group_cells_into_packs(cells, 16)] == [4]
+    assert explain_unpackable(cells[0]) is None
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 16])
 def test_a_pack_that_is_parted_is_parted_evenly_and_so_is_what_is_left_of_it(limit: int) -> None:
     for cells in range(1, 50):
-        sizes = evenly(cells, limit)
+        sizes = split_evenly(cells, limit)
         assert sum(sizes) == cells
         assert len(sizes) == -(-cells // limit)
         assert sizes[0] <= limit
         assert sizes[0] - sizes[-1] <= 1
-        assert sizes[1:] == (evenly(cells - sizes[0], limit) if cells > sizes[0] else [])
+        assert sizes[1:] == (split_evenly(cells - sizes[0], limit) if cells > sizes[0] else [])
 
 
 def test_a_limit_is_auto_or_off_or_a_number_from_one() -> None:
-    assert [parse_limit(text) for text in ("auto", "off", "1", "32")] == ["auto", "off", 1, 32]
+    assert [parse_pack_limit(text) for text in ("auto", "off", "1", "32")] == ["auto", "off", 1, 32]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "2.5", "²", "AUTO"])
 def test_any_other_limit_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="expected auto, off or a number of cells from 1"):
-        parse_limit(text)
+    with pytest.raises(ConfigError, match="expected auto, off or a number of cells from 1"):
+        parse_pack_limit(text)

@@ -30,18 +30,18 @@ def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
     assert lowered.teacher == plain.teacher
     assert lowered.teacher.model.name == "large"
     assert lowered.fingerprint != plain.fingerprint
-    assert lowered.held(0) == ("bfloat16", False)
+    assert lowered.get_teacher_placement(0) == ("bfloat16", False)
 
 
 def test_where_a_teacher_is_kept_is_no_part_of_a_cell() -> None:
     plain, parked = (cell(teacher=asked).training for asked in ("large", {"size": "large", "parked": True}))
     assert parked.fingerprint == plain.fingerprint
-    assert (plain.held(0), parked.held(0)) == ((None, False), (None, True))
+    assert (plain.get_teacher_placement(0), parked.get_teacher_placement(0)) == ((None, False), (None, True))
 
 
 def test_each_teacher_is_held_in_its_own_way() -> None:
     one = cell(teachers={"other": {"size": "small", "dtype": "float16", "parked": True}}, **MORE).training
-    assert (one.held(0), one.held(1)) == ((None, False), ("float16", True))
+    assert (one.get_teacher_placement(0), one.get_teacher_placement(1)) == ((None, False), ("float16", True))
     assert cell(teachers={"other": "small"}, **MORE).training.teachers == one.teachers
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import SpecError
-from gkd_lab.config.loss_terms import Objective, RewardObjective
-from gkd_lab.config.packs import packs
-from gkd_lab.config.reward_names import BUILT_IN, content_of, imported
+from gkd_lab.config import ConfigError
+from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedReward
+from gkd_lab.config.packs import group_cells_into_packs
+from gkd_lab.config.reward_names import BUILT_IN_REWARDS, hash_reward_module, import_reward
 
 from .stub import cell, grid, refusal
 
@@ -20,8 +20,8 @@ def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
     one = cell(**SHORT)
     assert one.training == cell(objectives=objectives).training
     assert one.training.objectives == (
-        Objective(beta=0.9, weight=0.25, teacher_temperature=1, student_temperature=1),
-        RewardObjective(name="exact_match", weight=0.75),
+        ResolvedDivergence(beta=0.9, weight=0.25, teacher_temperature=1, student_temperature=1),
+        ResolvedReward(name="exact_match", weight=0.75),
     )
     assert (one.beta, one.divergence) == (0.9, "jsd")
 
@@ -29,7 +29,7 @@ def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
 def test_what_weighs_nothing_is_left_out() -> None:
     assert cell(**{**SHORT, "alpha": 1}).training == cell(beta=0.9).training
     (alone,) = cell(**{**SHORT, "alpha": 0}).training.objectives
-    assert alone == RewardObjective(name="exact_match", weight=1)
+    assert alone == ResolvedReward(name="exact_match", weight=1)
     assert "lmbda=1_reward_seed=0-" in cell(**{**SHORT, "alpha": 0}).folder
 
 
@@ -48,7 +48,7 @@ def test_the_long_form_of_a_reward_says_more() -> None:
 def test_rewards_and_alphas_are_axes_and_share_a_model() -> None:
     found = grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
     assert len(found) == 5  # without a reward's weight they are one
-    assert [len(pack) for pack in packs(found, "auto")] == [5]
+    assert [len(pack) for pack in group_cells_into_packs(found, "auto")] == [5]
 
 
 def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
@@ -66,7 +66,7 @@ def test_a_model_that_judges_is_known_by_its_revision() -> None:
     (_, local) = cell(reward={"name": "entailment", "model": "/a/folder"}, alpha=0.5).training.objectives
     assert (hub.model, hub.revision, hub.path) == ("owner/nli", "abc", None)
     assert (local.model, local.revision, local.path) == (None, "sha256:1", "/a/folder")
-    assert "folder" not in local.canonical
+    assert "folder" not in local.canonical_json
 
 
 # ---- a user's function ----
@@ -94,32 +94,35 @@ def test_a_function_is_known_by_its_module_s_content_without_being_imported(modu
     first = cell(reward=name_of(module), alpha=0.5).training
     assert not Path("imported").exists()
     (_, reward) = first.objectives
-    assert reward.content == content_of(name_of(module))
+    assert reward.content == hash_reward_module(name_of(module))
     module.write_text(module.read_text().replace("1.0", "2.0"))
     assert cell(reward=name_of(module), alpha=0.5).fingerprint != first.fingerprint
-    assert imported(name_of(module))(["p"], ["t"], ["r"]) == [2]
+    assert import_reward(name_of(module))(["p"], ["t"], ["r"]) == [2]
     assert Path("imported").exists()
     assert (
-        content_of(name_of(module)) == cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
+        hash_reward_module(name_of(module))
+        == cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
     )
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", BUILT_IN_REWARDS)
 def test_our_own_rewards_have_no_file(name: str) -> None:
-    assert content_of(name) is None
+    assert hash_reward_module(name) is None
 
 
-@pytest.mark.parametrize("name", ["json:dumps", "json.decoder:f", "gkd_lab.config.reward_names:imported"])
+@pytest.mark.parametrize(
+    "name", ["json:dumps", "json.decoder:f", "gkd_lab.config.reward_names:import_reward"]
+)
 def test_an_installed_module_is_found(name: str) -> None:
-    assert len(content_of(name) or "") == 64
+    assert len(hash_reward_module(name) or "") == 64
 
 
 @pytest.mark.parametrize(
     "name", ["no_such_thing:f", "json.no_such_thing:f", "json.decoder.deeper:f", "sys:f"]
 )
 def test_a_module_without_a_file_is_refused(name: str) -> None:
-    with pytest.raises(SpecError, match=r"there is no module .*; our own rewards: exact_match"):
-        content_of(name)
+    with pytest.raises(ConfigError, match=r"there is no module .*; our own rewards: exact_match"):
+        hash_reward_module(name)
 
 
 # ---- what makes no sense ----

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.config.cell import TokenizerSpec
-from gkd_lab.config.loss_terms import CrossEntropyObjective, UldObjective
+from gkd_lab.config.loss_terms import CrossEntropyConfig, ULDConfig
 
 from .stub import cell, grid, refusal
 
@@ -17,7 +17,7 @@ def test_a_teacher_may_have_a_tokenizer_of_its_own() -> None:
     one = cell(teacher_tokenizer=PIECES, objectives=ULD, lmbda=0.5).training
     assert one.teacher.tokenizer == TokenizerSpec(kind="bpe", vocab_size=300)
     assert one.start.tokenizer == TokenizerSpec(kind="word", vocab_size=64)
-    assert one.objectives == (CrossEntropyObjective(weight=0.5), UldObjective(teacher_temperature=2))
+    assert one.objectives == (CrossEntropyConfig(weight=0.5), ULDConfig(teacher_temperature=2))
 
 
 def test_the_same_tokenizer_said_twice_is_the_same_cell() -> None:

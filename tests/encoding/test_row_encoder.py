@@ -17,9 +17,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_lab.config.cell import TokenizerSpec
-from gkd_lab.encoding.batches import Example, collate
+from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.encoding.row_encoder import RowEncoder
-from gkd_lab.encoding.trl_batch import is_collated_for_trl, sequences_of
+from gkd_lab.encoding.trl_batch import is_trl_batch, parse_trl_batch
 from gkd_lab.models.build import train_tokenizer
 from gkd_lab.models.forward import Sequences
 
@@ -448,7 +448,7 @@ def test_pitfall_16_holds_for_messages() -> None:
     examples = [ours(row) for row in rows]
     assert len({tuple(example.prompt_ids) for example in examples}) == 1
     assert all(len(example.prompt_ids + example.completion_ids) <= 20 for example in examples)
-    assert (ours.rows, ours.prompts_cut, ours.completions_cut) == (3, 3, 2)
+    assert (ours.rows_read, ours.prompts_cut, ours.completions_cut) == (3, 3, 2)
 
 
 def test_a_prompt_leaves_room_for_the_new_tokens_and_no_more() -> None:
@@ -473,7 +473,7 @@ def test_one_token_of_each_is_always_kept(max_length: int, max_new_tokens: int) 
 def test_without_a_limit_nothing_is_cut() -> None:
     ours = encoder()
     assert len(ours({"prompt_ids": [3] * 5000, "completion_ids": [4] * 5000}).prompt_ids) == 5000
-    assert (ours.rows, ours.prompts_cut, ours.completions_cut) == (1, 0, 0)
+    assert (ours.rows_read, ours.prompts_cut, ours.completions_cut) == (1, 0, 0)
 
 
 def test_the_first_row_that_is_cut_is_reported_with_its_sizes() -> None:
@@ -518,23 +518,23 @@ def test_a_batch_of_trls_collator_is_what_our_rows_give() -> None:
     rows = [{"messages": messages} for messages in CHATS]
     batch = DataCollatorForChatML(tokenizer, max_length=1024)(rows)
     examples = [encoder(tokenizer)(row) for row in rows]
-    assert is_collated_for_trl(batch)
-    ours = collate(examples, tokenizer.pad_token_id, is_encoder_decoder=False)
-    assert_same(sequences_of(batch, tokenizer.pad_token_id), ours)
+    assert is_trl_batch(batch)
+    ours = collate_examples(examples, tokenizer.pad_token_id, is_encoder_decoder=False)
+    assert_same(parse_trl_batch(batch, tokenizer.pad_token_id), ours)
 
 
 @pytest.mark.parametrize("left", [True, False])
 def test_a_batch_without_prompts_is_parted_at_the_first_trained_token(left: bool) -> None:
-    ours = collate(ROWS, PAD, is_encoder_decoder=False)
-    assert_same(sequences_of(batch_of(ROWS, left=left), PAD), ours)
+    ours = collate_examples(ROWS, PAD, is_encoder_decoder=False)
+    assert_same(parse_trl_batch(batch_of(ROWS, left=left), PAD), ours)
 
 
 @pytest.mark.parametrize("left", [True, False])
 def test_prompts_may_be_padded_on_either_side(left: bool) -> None:
     prompts = batch_of([Example(row.prompt_ids, []) for row in ROWS], left=left)
     stated = {"prompts": prompts["input_ids"], "prompt_attention_mask": prompts["attention_mask"]}
-    ours = collate(ROWS, PAD, is_encoder_decoder=False)
-    assert_same(sequences_of({**batch_of(ROWS, left=False), **stated}, PAD), ours)
+    ours = collate_examples(ROWS, PAD, is_encoder_decoder=False)
+    assert_same(parse_trl_batch({**batch_of(ROWS, left=False), **stated}, PAD), ours)
 
 
 def test_where_nothing_is_trained_the_stated_prompts_are_taken() -> None:
@@ -543,22 +543,22 @@ def test_where_nothing_is_trained_the_stated_prompts_are_taken() -> None:
         "prompts": torch.tensor([[5, 6], [PAD, 8]]),
         "prompt_attention_mask": torch.tensor([[1, 1], [0, 1]]),
     }
-    expected = collate([Example([5, 6], []), Example([8], [])], PAD, is_encoder_decoder=False)
-    assert_same(sequences_of(batch, PAD), expected)
+    expected = collate_examples([Example([5, 6], []), Example([8], [])], PAD, is_encoder_decoder=False)
+    assert_same(parse_trl_batch(batch, PAD), expected)
 
 
 def test_untrained_tokens_after_the_answer_are_left_away() -> None:
     batch = batch_of([Example([5, 6], [7, END]), Example([8], [9, 10, 11])], left=False)
     batch["labels"][1, 3:] = -100
     expected = [Example([5, 6], [7, END]), Example([8], [9, 10])]
-    assert_same(sequences_of(batch, PAD), collate(expected, PAD, is_encoder_decoder=False))
+    assert_same(parse_trl_batch(batch, PAD), collate_examples(expected, PAD, is_encoder_decoder=False))
 
 
 def test_an_encoder_decoders_batch_has_source_and_target_apart() -> None:
     rows = [{"input_ids": r.prompt_ids, "labels": r.completion_ids} for r in ROWS[:2]]
     batch = DataCollatorForSeq2Seq(tiny_tokenizer())([dict(row) for row in rows])
-    ours = collate(ROWS[:2], PAD, is_encoder_decoder=True)
-    assert_same(sequences_of(batch, PAD, is_encoder_decoder=True), ours)
+    ours = collate_examples(ROWS[:2], PAD, is_encoder_decoder=True)
+    assert_same(parse_trl_batch(batch, PAD, is_encoder_decoder=True), ours)
 
 
 def change(name: str, place: tuple[int, int], value: int) -> dict[str, Tensor]:
@@ -579,7 +579,7 @@ def change(name: str, place: tuple[int, int], value: int) -> dict[str, Tensor]:
 )
 def test_batches_that_cannot_be_parted_are_refused(batch: dict[str, Tensor], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        sequences_of(batch, PAD)
+        parse_trl_batch(batch, PAD)
 
 
 @pytest.mark.parametrize("prompts", [[[5, 6, 7], [PAD, PAD, 10]], [[5, 6, 7], [PAD, 8, 9]]])
@@ -587,10 +587,10 @@ def test_prompts_that_contradict_the_rows_are_refused(prompts: list[list[int]]) 
     ids = torch.tensor(prompts)
     batch = {**batch_of(ROWS[:2], left=False), "prompts": ids, "prompt_attention_mask": (ids != PAD).long()}
     with pytest.raises(ValueError, match=r"rows \[1\] .* other `prompts`"):
-        sequences_of(batch, PAD)
+        parse_trl_batch(batch, PAD)
 
 
 def test_our_own_batches_are_told_from_trls() -> None:
-    assert not is_collated_for_trl(collate(ROWS, PAD, is_encoder_decoder=False))
-    assert not is_collated_for_trl({"input_ids": torch.zeros(1, 1)})
-    assert is_collated_for_trl(batch_of(ROWS, left=True))
+    assert not is_trl_batch(collate_examples(ROWS, PAD, is_encoder_decoder=False))
+    assert not is_trl_batch({"input_ids": torch.zeros(1, 1)})
+    assert is_trl_batch(batch_of(ROWS, left=True))

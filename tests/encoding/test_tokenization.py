@@ -6,9 +6,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from gkd_lab.encoding.batches import Example, encode
+from gkd_lab.encoding.batches import Example, encode_rows
 from gkd_lab.encoding.row_encoder import RowEncoder
-from gkd_lab.encoding.tokenization import cut_prompt, ended, prompt_ids, target_ids
+from gkd_lab.encoding.tokenization import ensure_end_id, tokenize_prompts, tokenize_targets, truncate_prompt
 
 from ..models.tiny import tiny_tokenizer
 
@@ -43,7 +43,7 @@ def test_a_decoders_prompt_has_the_begin_of_a_text_and_no_end(template: str) -> 
 
 def test_an_empty_prompt_of_a_decoder_is_the_begin_alone() -> None:
     made = tokenizer_that_writes("<s> $A")
-    assert prompt_ids(made, [""], is_encoder_decoder=False) == [[made.bos_token_id]]
+    assert tokenize_prompts(made, [""], is_encoder_decoder=False) == [[made.bos_token_id]]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_source_and_target_of_an_encoder_decoder_are_as_its_tokenizer_writes_the
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_the_runner_encodes_rows_as_the_trainer_does(template: str, is_encoder_decoder: bool) -> None:
     made = tokenizer_that_writes(template)
-    (found,), cut = encode(
+    (found,), cut = encode_rows(
         made,
         [("a b c", "d e")],
         is_encoder_decoder=is_encoder_decoder,
@@ -89,8 +89,8 @@ def test_the_runner_encodes_rows_as_the_trainer_does(template: str, is_encoder_d
 def test_no_rows_are_no_examples() -> None:
     made = tiny_tokenizer()
     for kind in (False, True):
-        found = encode(made, [], is_encoder_decoder=kind, max_input_tokens=1, max_output_tokens=1)
-        assert found[0] == [] and target_ids(made, [], is_encoder_decoder=kind) == []
+        found = encode_rows(made, [], is_encoder_decoder=kind, max_input_tokens=1, max_output_tokens=1)
+        assert found[0] == [] and tokenize_targets(made, [], is_encoder_decoder=kind) == []
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_no_rows_are_no_examples() -> None:
 )
 def test_a_source_that_is_cut_keeps_its_end(template: str, limit: int, kept: str) -> None:
     made = tokenizer_that_writes(template)
-    (whole,) = prompt_ids(made, ["a b c d e"], is_encoder_decoder=True)
-    assert shown(made, cut_prompt(made, whole, limit, is_encoder_decoder=True)) == kept
+    (whole,) = tokenize_prompts(made, ["a b c d e"], is_encoder_decoder=True)
+    assert shown(made, truncate_prompt(made, whole, limit, is_encoder_decoder=True)) == kept
     ours = encoder(made, is_encoder_decoder=True, max_length=max(limit, 2))
     if limit > 1:
         assert shown(made, ours({"prompt": "a b c d e"}).prompt_ids) == kept
@@ -116,14 +116,14 @@ def test_a_source_that_is_cut_keeps_its_end(template: str, limit: int, kept: str
 @pytest.mark.parametrize(("limit", "kept"), [(3, "<s> d e"), (1, "e"), (6, "<s> a b c d e")])
 def test_a_decoders_prompt_that_is_cut_keeps_its_begin_and_its_last_words(limit: int, kept: str) -> None:
     made = tokenizer_that_writes("<s> $A")
-    (whole,) = prompt_ids(made, ["a b c d e"], is_encoder_decoder=False)
-    assert shown(made, cut_prompt(made, whole, limit, is_encoder_decoder=False)) == kept
+    (whole,) = tokenize_prompts(made, ["a b c d e"], is_encoder_decoder=False)
+    assert shown(made, truncate_prompt(made, whole, limit, is_encoder_decoder=False)) == kept
 
 
 def test_any_end_at_which_the_student_stops_is_an_end() -> None:
-    assert ended([5, 7], [2, 7]) == [5, 7]
-    assert ended([5, 7, 9], [2, 7]) == [5, 7, 9]
-    assert ended([5], [2, 7]) == [5, 2]
+    assert ensure_end_id([5, 7], [2, 7]) == [5, 7]
+    assert ensure_end_id([5, 7, 9], [2, 7]) == [5, 7, 9]
+    assert ensure_end_id([5], [2, 7]) == [5, 2]
     made = tiny_tokenizer()
     stop = made.convert_tokens_to_ids("e")
     ours = encoder(made, is_encoder_decoder=False, end_ids=[stop])

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from gkd_lab.config.cell import Architecture, Evaluation, Family, TokenizerSpec
-from gkd_lab.encoding.batches import collate, encode
-from gkd_lab.evaluation.calculator import LONGEST, Calculator, compute
-from gkd_lab.evaluation.decoding import predict
+from gkd_lab.encoding.batches import collate_examples, encode_rows
+from gkd_lab.evaluation.calculator import MAX_CHARACTERS, Calculator, evaluate_expression
+from gkd_lab.evaluation.decoding import generate_predictions
 from gkd_lab.models.build import make_model, train_tokenizer
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
-from gkd_lab.training.decode_loop import Choose
-from gkd_lab.training.sampling import end_ids, write
+from gkd_lab.training.decode_loop import TokenChooser
+from gkd_lab.training.sampling import collect_end_ids, generate_completions
 
 from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
 
@@ -47,7 +47,7 @@ from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
     ],
 )
 def test_arithmetic_is_exact_and_written_as_gsm8k_writes_it(expression: str, value: str) -> None:
-    assert compute(expression) == value
+    assert evaluate_expression(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -81,22 +81,22 @@ def test_arithmetic_is_exact_and_written_as_gsm8k_writes_it(expression: str, val
         "1\n+1",
         "٣+1",
         "9" * 17,
-        "9" * LONGEST + "*9",
+        "9" * MAX_CHARACTERS + "*9",
         "(" * 10_000,
         "-" * 100_000 + "1",
     ],
 )
 def test_anything_else_is_left_to_the_model(expression: str) -> None:
-    assert compute(expression) is None
+    assert evaluate_expression(expression) is None
 
 
 def test_random_sums_agree_with_fractions() -> None:
     draw = random.Random(0)
     for _ in range(300):
         a, b, c = (draw.randint(1, 999) for _ in range(3))
-        assert compute(f"{a}+{b}*{c}") == str(a + b * c)
-        assert compute(f"({a}-{b})*{c}") == str((a - b) * c)
-        assert float(compute(f"{a}/{b}") or "nan") == pytest.approx(a / b, abs=1e-6)
+        assert evaluate_expression(f"{a}+{b}*{c}") == str(a + b * c)
+        assert evaluate_expression(f"({a}-{b})*{c}") == str((a - b) * c)
+        assert float(evaluate_expression(f"{a}/{b}") or "nan") == pytest.approx(a / b, abs=1e-6)
 
 
 SOLUTIONS = [
@@ -151,7 +151,7 @@ def corrected(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     wanted: list[int] = tokenizer.encode(text, add_special_tokens=False)
     written: list[int] = []
     for token in wanted:
-        written += calculator.completed(written, token) if token in calculator.equals else [token]
+        written += calculator.complete_mark(written, token) if token in calculator.equals_tokens else [token]
     found: str = tokenizer.decode(written, clean_up_tokenization_spaces=False)
     return found
 
@@ -169,10 +169,10 @@ def test_a_token_that_holds_a_guess_at_the_result_is_replaced() -> None:
     for guess in ("=1", "=3", "=2>>"):
         (token,) = tokenizer.encode(guess)
         before = tokenizer.encode("<<8/4")
-        assert tokenizer.decode([*before, *calculator.completed(before, token)]) == "<<8/4=2>>"
+        assert tokenizer.decode([*before, *calculator.complete_mark(before, token)]) == "<<8/4=2>>"
     (token,) = tokenizer.encode("2=")
     before = tokenizer.encode("<<48/")
-    assert tokenizer.decode([*before, *calculator.completed(before, token)]) == "<<48/2=24>>"
+    assert tokenizer.decode([*before, *calculator.complete_mark(before, token)]) == "<<48/2=24>>"
 
 
 def test_results_keep_the_spacing_of_the_expression() -> None:
@@ -197,14 +197,14 @@ def test_other_equals_signs_are_left_alone(text: str) -> None:
     tokenizer = by_bytes()
     calculator = Calculator(tokenizer)
     *before, last = tokenizer.encode(text)
-    assert calculator.completed(before, last) == [last]
+    assert calculator.complete_mark(before, last) == [last]
 
 
 def test_a_result_that_the_tokenizer_has_no_word_for_is_left_to_the_model() -> None:
     tokenizer = by_words()
     calculator = Calculator(tokenizer)
     *before, last = tokenizer.encode("<< 8 - 9 =".replace("-", "+ 8 + 8 +"))
-    assert calculator.completed(before, last) == [last]  # 33 is not in its vocabulary
+    assert calculator.complete_mark(before, last) == [last]  # 33 is not in its vocabulary
 
 
 def test_a_tokenizer_without_the_marks_is_refused_with_the_way_out() -> None:
@@ -212,7 +212,7 @@ def test_a_tokenizer_without_the_marks_is_refused_with_the_way_out() -> None:
         Calculator(tiny_tokenizer())
 
 
-def scripted(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Choose:
+def scripted(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> TokenChooser:
     """Writes the texts and ends, whatever the model says; a due result shifts the rest to the right."""
     end = tokenizer.eos_token_id
     ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
@@ -228,19 +228,19 @@ def test_every_row_gets_its_own_result_while_others_end_and_leave(family: Family
     tokenizer = by_bytes()
     made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
     models_ = [make_model(family, made, tokenizer, seed=n, max_tokens=64, dropout=0.0) for n in range(2)]
-    pack = Pack.of(models_)
+    pack = Pack.build(models_)
     # What stands where the result goes has as many tokens as the result.
     texts = ["a", "b <<48/2=14>>24", "", "<<2*3=0>>", "none", "<<1+1=3>> <<5-3=9>>", "x", "<<(=1>>"]
-    prompts = collate(tiny_examples(len(texts)), 0, is_encoder_decoder=family == "encoder-decoder")
+    prompts = collate_examples(tiny_examples(len(texts)), 0, is_encoder_decoder=family == "encoder-decoder")
     calculator, script = Calculator(tokenizer), scripted(tokenizer, texts * 2)
     assert len(tokenizer.encode("14>>")) == len(tokenizer.encode("24>>"))
-    written = write(
+    written = generate_completions(
         pack.model,
-        prompts.repeated(2),
+        prompts.repeat_rows(2),
         max_new_tokens=40,
-        end_ids=end_ids(pack.model, tokenizer),
+        end_ids=collect_end_ids(pack.model, tokenizer),
         pad_id=tokenizer.pad_token_id,
-        assisted=lambda _: calculator.assist(script),
+        wrap_chooser=lambda _: calculator.assist_choice(script),
     )
     found = tokenizer.batch_decode(written.completion_ids, skip_special_tokens=True)
     right = ["a", "b <<48/2=24>>24", "", "<<2*3=6>>", "none", "<<1+1=2>> <<5-3=2>>", "x", "<<(=1>>"]
@@ -250,9 +250,9 @@ def test_every_row_gets_its_own_result_while_others_end_and_leave(family: Family
 def test_an_evaluation_switches_it_on_and_every_result_is_right() -> None:
     tokenizer = by_words()
     made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
-    pack = Pack.alone(make_model("decoder-only", made, tokenizer, seed=0, max_tokens=80, dropout=0.0))
+    pack = Pack.build_single(make_model("decoder-only", made, tokenizer, seed=0, max_tokens=80, dropout=0.0))
     rows = [Row(f"a {n % 9} +", "a", ("a",)) for n in range(600)]
-    examples, _ = encode(
+    examples, _ = encode_rows(
         tokenizer,
         [(row.prompt, row.target) for row in rows],
         is_encoder_decoder=False,
@@ -264,9 +264,9 @@ def test_an_evaluation_switches_it_on_and_every_result_is_right() -> None:
     )
     results = []
     for evaluation in (plain, plain.model_copy(update={"calculator": True})):
-        texts = [one.text for one in predict(pack, tokenizer, rows, examples, evaluation)[0]]
+        texts = [one.text for one in generate_predictions(pack, tokenizer, rows, examples, evaluation)[0]]
         found = [match for text in texts for match in re.findall(r"<<([^<>=]*)= (\S+)(?: (\S+)|$)", text)]
-        known = [(compute(expression), value, end) for expression, value, end in found]
+        known = [(evaluate_expression(expression), value, end) for expression, value, end in found]
         # A value that is no word of the tokenizer's is the model's own, as is one without a calculator.
         results.append([one for one in known if one[0] is not None and one[0] in tokenizer.get_vocab()])
     without, assisted = results

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from gkd_lab.config.cell import Evaluation, Family
-from gkd_lab.encoding.batches import encode
+from gkd_lab.encoding.batches import encode_rows
 from gkd_lab.evaluation import decoding
-from gkd_lab.evaluation.decoding import predict
+from gkd_lab.evaluation.decoding import generate_predictions
 from gkd_lab.metrics.scored_predictions import Prediction
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
@@ -42,23 +42,23 @@ def rows(count: int = 12) -> list[Row]:
 
 
 def predicted(pack: Pack, family: Family, way: str, found: list[Row]) -> list[list[Prediction]]:
-    examples, _ = encode(
+    examples, _ = encode_rows(
         TOKENIZER,
         [(row.prompt, row.target) for row in found],
         is_encoder_decoder=family == "encoder-decoder",
         max_input_tokens=16,
         max_output_tokens=8,
     )
-    return predict(pack, TOKENIZER, found, examples, WAYS[way])
+    return generate_predictions(pack, TOKENIZER, found, examples, WAYS[way])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_pack_predicts_what_each_model_predicts_alone(family: Family, way: str) -> None:
     models, found = [tiny_model(family, seed) for seed in range(3)], rows()
-    together = predicted(Pack.of(models), family, way, found)
+    together = predicted(Pack.build(models), family, way, found)
     for cell, model in enumerate(models):
-        assert together[cell] == predicted(Pack.alone(model), family, way, found)[0]
+        assert together[cell] == predicted(Pack.build_single(model), family, way, found)[0]
     assert len({p.text for predictions in together for p in predictions}) > 3
 
 
@@ -66,13 +66,13 @@ def test_a_pack_predicts_what_each_model_predicts_alone(family: Family, way: str
 def test_rows_keep_their_order_and_do_not_depend_on_their_batch(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, found = Pack.alone(tiny_model("decoder-only", 0)), rows()
+    model, found = Pack.build_single(tiny_model("decoder-only", 0)), rows()
     together = predicted(model, "decoder-only", way, found)[0]
     assert [p.prompt for p in together] == [row.prompt for row in found]
     assert [p.references for p in together] == [row.references for row in found]
-    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 5)
+    monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 5)
     assert predicted(model, "decoder-only", way, found)[0] == together
-    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 1)
+    monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 1)
     assert predicted(model, "decoder-only", way, found)[0] == together
 
 
@@ -80,17 +80,17 @@ def test_sampling_noise_belongs_to_the_row_s_place() -> None:
     """So the first rows of a longer evaluation are those of a shorter one, and cells share the noise."""
     found = [rows()[0]] * 8
     model = tiny_model("decoder-only", 0)
-    longer = predicted(Pack.alone(model), "decoder-only", "sample", found)[0]
+    longer = predicted(Pack.build_single(model), "decoder-only", "sample", found)[0]
     assert len({p.text for p in longer}) > 1, "one prompt, eight draws"
-    shorter = predicted(Pack.alone(model), "decoder-only", "sample", found[:3])[0]
+    shorter = predicted(Pack.build_single(model), "decoder-only", "sample", found[:3])[0]
     assert shorter == longer[:3]
-    twins = predicted(Pack.of([model, model]), "decoder-only", "sample", found)
+    twins = predicted(Pack.build([model, model]), "decoder-only", "sample", found)
     assert twins[0] == twins[1] == longer
 
 
 def test_lengths_count_the_end_and_say_whether_there_was_one() -> None:
     found = rows(30)
-    predictions = predicted(Pack.alone(tiny_model("decoder-only", 0)), "decoder-only", "sample", found)
+    predictions = predicted(Pack.build_single(tiny_model("decoder-only", 0)), "decoder-only", "sample", found)
     ended = [p for p in predictions[0] if p.ended]
     cut = [p for p in predictions[0] if not p.ended]
     assert ended
@@ -101,24 +101,24 @@ def test_lengths_count_the_end_and_say_whether_there_was_one() -> None:
 
 
 def test_progress_hears_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", 5)
+    monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 5)
     heard: list[int] = []
     found = rows(12)
-    examples, _ = encode(
+    examples, _ = encode_rows(
         TOKENIZER,
         [(row.prompt, row.target) for row in found],
         is_encoder_decoder=False,
         max_input_tokens=16,
         max_output_tokens=8,
     )
-    pack = Pack.alone(tiny_model("decoder-only", 0))
-    predict(pack, TOKENIZER, found, examples, WAYS["greedy"], heard.append)
+    pack = Pack.build_single(tiny_model("decoder-only", 0))
+    generate_predictions(pack, TOKENIZER, found, examples, WAYS["greedy"], heard.append)
     assert heard == [5, 5, 2]
 
 
 def test_prediction_leaves_the_model_in_training_mode_and_without_gradients() -> None:
     model = tiny_model("decoder-only", 0).train()
-    predicted(Pack.alone(model), "decoder-only", "greedy", rows(4))
+    predicted(Pack.build_single(model), "decoder-only", "greedy", rows(4))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()

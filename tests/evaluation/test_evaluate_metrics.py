@@ -27,7 +27,7 @@ def test_compute_equals_the_plain_functions(evaluate_metrics, name: str) -> None
     for one, plain in expected.items():
         assert result[one] == pytest.approx(plain.value)
         assert result["signatures"][one] == plain.signature
-        assert {key: result[key] for key in plain.extra} == plain.extra
+        assert {key: result[key] for key in plain.rates} == plain.rates
 
 
 def test_one_text_per_example_is_enough(evaluate_metrics) -> None:  # type: ignore[no-untyped-def]

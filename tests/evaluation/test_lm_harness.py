@@ -17,16 +17,16 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from gkd_lab.cli import main
 from gkd_lab.config.cell import TokenizerSpec
-from gkd_lab.config.errors import SpecError
-from gkd_lab.config.evaluation_settings import harness_evaluations
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
 from gkd_lab.config.settings import HarnessSettings
 from gkd_lab.evaluation import lm_scores
-from gkd_lab.evaluation.lm_harness import build, open_checkpoint
+from gkd_lab.evaluation.lm_harness import build_task, open_checkpoint
 from gkd_lab.metrics import score_many
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.lm_eval_runs import evaluate_record, model_of, own_tasks
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.lm_eval_runs import evaluate_record, read_model_spec, write_record_tasks
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Record, Store
 from gkd_lab.tasks import TASKS
 
@@ -68,16 +68,16 @@ def tiny(folder: Path, task: str, **changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cell of each family."""
-    quieten()
+    silence_libraries()
     folder = tmp_path_factory.mktemp("lm")
     for task in FAMILIES:
-        assert run(tiny(folder, task), options(folder / "outputs")).failed == []
+        assert run_grid(tiny(folder, task), options(folder / "outputs")).failures == []
     return folder / "outputs"
 
 
 def record_of(outputs: Path, task: str) -> Record:
     (cell,) = tiny(outputs.parent, task).cells
-    return Store(outputs).of(cell)
+    return Store(outputs).get_record(cell)
 
 
 def task_file(folder: Path, text: str = TASK, rows: Any = ROWS) -> str:
@@ -88,18 +88,18 @@ def task_file(folder: Path, text: str = TASK, rows: Any = ROWS) -> str:
 
 
 def built(path: str, **more: Any) -> Any:
-    (evaluation,) = harness_evaluations(HarnessSettings(lm_eval=(path,), **more))
-    return build(evaluation)
+    (evaluation,) = resolve_lm_eval_evaluations(HarnessSettings(lm_eval=(path,), **more))
+    return build_task(evaluation)
 
 
 @pytest.mark.parametrize("task", FAMILIES)
 def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path) -> None:
     (cell,) = tiny(outputs.parent, task).cells
-    record = Store(outputs).of(cell)
+    record = Store(outputs).get_record(cell)
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(record.checkpoint)},
-        tasks=[load_yaml(path) for path in own_tasks(record, options(outputs))],
+        tasks=[load_yaml(path) for path in write_record_tasks(record, options(outputs))],
         task_manager=TaskManager(include_defaults=False),
         device="cpu",
         batch_size=1,
@@ -107,28 +107,32 @@ def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path)
     for evaluation in cell.evaluations:
         name = f"gkd_{task}_{evaluation.name}"
         theirs = [one["filtered_resps"][0].strip() for one in found["samples"][name]]
-        ours = record.evaluation(evaluation)
-        assert theirs == [one["prediction"] for one in ours.predictions()]
+        ours = record.get_evaluation(evaluation)
+        assert theirs == [one["prediction"] for one in ours.read_prediction_rows()]
         assert len(set(theirs)) > 4
         for metric in TASKS[task].metrics:
             value = found["results"][name][f"{metric},none"]
-            assert value == pytest.approx(ours.scores()[metric]["value"], abs=1e-9)
-    ended = [row["ended"] for e in cell.evaluations for row in record.evaluation(e).predictions()]
+            assert value == pytest.approx(ours.read_scores()[metric]["value"], abs=1e-9)
+    ended = [
+        row["ended"] for e in cell.evaluations for row in record.get_evaluation(e).read_prediction_rows()
+    ]
     assert set(ended) == {True, False}
 
 
 @pytest.mark.parametrize("task", FAMILIES)
 def test_the_own_task_of_a_cell_repeats_its_scores_in_batches(task: str, outputs: Path) -> None:
     (cell,) = tiny(outputs.parent, task).cells
-    record = Store(outputs).of(cell)
+    record = Store(outputs).get_record(cell)
     found = evaluate_record(record, ["own"], options(outputs), batch_size=5)
-    repeated = {judged.evaluation.name: judged.part for judged in found}
+    repeated = {judged.evaluation.name: judged.record for judged in found}
     for evaluation in cell.evaluations:
-        again, first = repeated[f"gkd_{task}_{evaluation.name}"], record.evaluation(evaluation)
-        texts = [row["prediction"] for row in first.predictions()]
-        assert [row["prediction"].strip() for row in again.predictions()] == texts
+        again, first = repeated[f"gkd_{task}_{evaluation.name}"], record.get_evaluation(evaluation)
+        texts = [row["prediction"] for row in first.read_prediction_rows()]
+        assert [row["prediction"].strip() for row in again.read_prediction_rows()] == texts
         for metric in TASKS[task].metrics:
-            assert again.scores()[metric]["value"] == pytest.approx(first.scores()[metric]["value"], abs=1e-9)
+            assert again.read_scores()[metric]["value"] == pytest.approx(
+                first.read_scores()[metric]["value"], abs=1e-9
+            )
 
 
 @pytest.mark.parametrize("task", FAMILIES)
@@ -159,21 +163,21 @@ def test_one_beam_that_ends_does_not_end_the_others() -> None:
 def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_path: Path) -> None:
     grid, record = tiny(outputs.parent, "arithmetic"), record_of(outputs, "arithmetic")
     (judged,) = evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
-    scores, rows = judged.part.scores(), judged.part.predictions()
+    scores, rows = judged.record.read_scores(), judged.record.read_prediction_rows()
     hits = [row["scores"]["acc"] for row in rows]
     assert scores["acc"]["value"] == sum(hits) / 4
     assert 0 <= scores["acc"]["low"] <= scores["acc"]["value"] <= scores["acc"]["high"] <= 1
     assert [row["prompt"] for row in rows] == [row["question"] for row in ROWS[:4]]
-    status = judged.part.status()
+    status = judged.record.read_status()
     assert (status["state"], status["rows"], status["lm_eval"]) == ("done", 4, lm_eval.__version__)
     (row,) = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
     assert row["colours_first4/acc"] == scores["acc"]["value"]
     assert row["colours_first4.task_hash"] == scores["acc"]["task_hash"] == status["task_hash"]
     assert row["colours_first4.lm_eval"] == lm_eval.__version__
     assert (row["status"], row["evaluations"]["colours_first4"]) == ("done", "done")
-    before = judged.part.status_file.stat().st_mtime_ns
+    before = judged.record.status_file.stat().st_mtime_ns
     evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
-    assert judged.part.status_file.stat().st_mtime_ns == before
+    assert judged.record.status_file.stat().st_mtime_ns == before
 
 
 def test_a_task_hash_moves_with_documents_and_configuration_and_with_nothing_else(tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_a_task_that_cannot_be_set_up_is_refused_before_the_model_is_loaded(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(ConfigError) as caught:
         built(task_file(tmp_path, text))
     assert said in str(caught.value)
 
@@ -212,16 +216,16 @@ def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: 
     path = task_file(tmp_path, TASK + "process_docs: !function first.docs\n")
     (tmp_path / "first.py").write_text("def docs(rows):\n    return rows.select([0, 1])\n")
     record = record_of(outputs, "arithmetic")
-    with pytest.raises(SpecError, match="would run Python code"):
+    with pytest.raises(ConfigError, match="would run Python code"):
         evaluate_record(record, [path], options(outputs))
     (judged,) = evaluate_record(record, [path], options(outputs), trusted=True)
-    assert len(judged.part.predictions()) == 2
+    assert len(judged.record.read_prediction_rows()) == 2
 
 
 def test_a_cell_that_was_never_searched_has_no_own_task(outputs: Path, tmp_path: Path) -> None:
     shutil.copy(record_of(outputs, "arithmetic").folder / "spec.json", tmp_path)
-    with pytest.raises(SpecError, match="no greedy or beam search without a calculator was stored"):
-        own_tasks(Record(tmp_path), options(outputs))
+    with pytest.raises(ConfigError, match="no greedy or beam search without a calculator was stored"):
+        write_record_tasks(Record(tmp_path), options(outputs))
 
 
 def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, tmp_path: Path) -> None:
@@ -229,7 +233,7 @@ def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, 
     folder = shutil.copytree(record.checkpoint, tmp_path / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
-    model = model_of(record)
+    model = read_model_spec(record)
     assert open_checkpoint(folder, model, "cpu").max_length == 512
     long = model.model_copy(update={"max_input_tokens": 1024})
     assert open_checkpoint(folder, long, "cpu").max_length == 1024
@@ -239,7 +243,7 @@ def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path,
     path = task_file(tmp_path)
     asked = [{"lm_eval": [path], "limit": 3}, {"decoding": "greedy"}]
     grid = tiny(outputs.parent, "arithmetic", evaluations=asked)
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     rows = table_of(grid, outputs)
     assert {row["status"] for row in rows} == {"done"}
     assert all(
@@ -252,7 +256,7 @@ def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path,
 def test_a_metric_that_a_task_lacks_fails_its_evaluation_alone(outputs: Path, tmp_path: Path) -> None:
     asked = [{"lm_eval": [task_file(tmp_path)], "limit": 5, "metric": "f1"}, {"decoding": "greedy"}]
     grid = tiny(outputs.parent, "translation", evaluations=asked)
-    failed = run(grid, options(outputs)).failed
+    failed = run_grid(grid, options(outputs)).failures
     assert len(failed) == 3
     assert all("colours has no score 'f1'; valid: acc" in line for line in failed)
     assert {row["evaluations"]["greedy"] for row in table_of(grid, outputs)} == {"done"}
@@ -268,12 +272,12 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_lm_eval_command_prints_the_number_of_our_table(outputs: Path, tmp_path: Path) -> None:
     record = record_of(outputs, "translation")
-    (beam,) = [path for path in own_tasks(record, options(outputs)) if "beam" in path.name]
+    (beam,) = [path for path in write_record_tasks(record, options(outputs)) if "beam" in path.name]
     words = ["--model", "hf", "--model_args", f"pretrained={record.checkpoint}", "--device", "cpu"]
     done = command("lm_eval", "run", *words, "--tasks", str(beam), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (cell,) = tiny(outputs.parent, "translation").cells
-    value = record.evaluation(cell.evaluations[1]).scores()["bleu"]["value"]
+    value = record.get_evaluation(cell.evaluations[1]).read_scores()["bleu"]["value"]
     (line,) = [line for line in done.stdout.splitlines() if "|bleu" in line.replace(" ", "")]
     assert f"{value:.4f}" in line
 

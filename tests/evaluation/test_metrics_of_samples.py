@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import SpecError
+from gkd_lab.config import ConfigError
 from gkd_lab.config.cell import Evaluation, Family
-from gkd_lab.encoding.batches import encode
+from gkd_lab.encoding.batches import encode_rows
 from gkd_lab.evaluation import decoding
-from gkd_lab.evaluation.decoding import predict
-from gkd_lab.metrics.scored_predictions import Prediction, judge
+from gkd_lab.evaluation.decoding import generate_predictions
+from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
 
@@ -40,16 +40,16 @@ def sampled(
 def predicted(
     evaluation: Evaluation, family: Family = "decoder-only", cells: int = 1
 ) -> list[list[Prediction]]:
-    pack = Pack.of([tiny_model(family, seed) for seed in range(cells)])
+    pack = Pack.build([tiny_model(family, seed) for seed in range(cells)])
     texts = [(row.prompt, row.target) for row in ROWS]
-    examples, _ = encode(
+    examples, _ = encode_rows(
         TOKENIZER,
         texts,
         is_encoder_decoder=family == "encoder-decoder",
         max_input_tokens=16,
         max_output_tokens=8,
     )
-    return predict(pack, TOKENIZER, ROWS, examples, evaluation)
+    return generate_predictions(pack, TOKENIZER, ROWS, examples, evaluation)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,13 +66,13 @@ def test_each_prompt_gets_its_texts_in_a_row_and_a_pack_gets_what_each_model_get
 def test_texts_do_not_depend_on_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = predicted(sampled(3))
     for size in (1, 7):
-        monkeypatch.setattr(decoding, "SEQUENCES_AT_ONCE", size)
+        monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", size)
         assert predicted(sampled(3)) == [found]
 
 
 def test_self_bleu_is_lower_the_higher_the_temperature() -> None:
     cold, warm = (
-        judge(["self_bleu"], predicted(sampled(4, temperature))[0])[0]["self_bleu"]
+        score_predictions(["self_bleu"], predicted(sampled(4, temperature))[0])[0]["self_bleu"]
         for temperature in (0.05, 3.0)
     )
     assert warm["value"] < cold["value"]
@@ -82,9 +82,11 @@ def test_self_bleu_is_lower_the_higher_the_temperature() -> None:
 def test_progress_counts_prompts() -> None:
     heard: list[int] = []
     texts = [(row.prompt, row.target) for row in ROWS]
-    examples, _ = encode(TOKENIZER, texts, is_encoder_decoder=False, max_input_tokens=16, max_output_tokens=8)
-    pack = Pack.alone(tiny_model("decoder-only", 0))
-    predict(pack, TOKENIZER, ROWS, examples, sampled(5), heard.append)
+    examples, _ = encode_rows(
+        TOKENIZER, texts, is_encoder_decoder=False, max_input_tokens=16, max_output_tokens=8
+    )
+    pack = Pack.build_single(tiny_model("decoder-only", 0))
+    generate_predictions(pack, TOKENIZER, ROWS, examples, sampled(5), heard.append)
     assert sum(heard) == len(ROWS)
 
 
@@ -101,7 +103,7 @@ def evaluation(**fields: Any) -> Evaluation:
 def test_new_fields_leave_older_evaluations_what_they_were() -> None:
     plain = evaluation(decoding="sample", temperature=0.5)
     assert evaluation(decoding="sample", temperature=0.5, samples=1, calculator=False) == plain
-    assert "samples" not in plain.canonical and "calculator" not in plain.canonical
+    assert "samples" not in plain.canonical_json and "calculator" not in plain.canonical_json
     several = evaluation(decoding="sample", temperature=0.5, samples=8)
     assisted = evaluation(decoding="sample", temperature=0.5, calculator=True)
     assert len({one.fingerprint for one in (plain, several, assisted)}) == 3
@@ -122,5 +124,5 @@ def test_new_fields_leave_older_evaluations_what_they_were() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(ConfigError, match=message):
         evaluation(**fields)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from gkd_lab.figures.heat_maps import curves, heat_map, losses
-from gkd_lab.figures.style import divergence_color, inline_svg, readable_on
+from gkd_lab.figures.heat_maps import curves, heat_map, loss_curves
+from gkd_lab.figures.style import choose_text_color, get_divergence_color, render_inline_svg
 from gkd_lab.store import Store
 from gkd_lab.tables.loss_labels import divergence_label
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import fill, made_grid
+from ..tables.made_store import build_grid, fill_store
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def texts(figure: Figure) -> str:
 def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first(
     store: Store,
 ) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     figure = heat_map(table(grid, store), "accuracy")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -58,14 +58,14 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
 
 
 def test_losses_of_points_carry_a_real_minus_sign(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store, start=60.0)
+    grid = build_grid()
+    fill_store(grid, store, start_score=60.0)
     assert squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
 
 
 def test_gains_that_are_all_small_show_a_second_decimal(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     frame = table(grid, store)
     frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
     assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
@@ -74,9 +74,9 @@ def test_gains_that_are_all_small_show_a_second_decimal(store: Store) -> None:
 
 
 def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[2:])
-    store.of(grid.cells[1]).failed("ValueError: broken")
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[2:])
+    store.get_record(grid.cells[1]).mark_failed("ValueError: broken")
     figure = heat_map(table(grid, store), "accuracy")
     shown = squares(figure)
     assert (shown[0, 0], shown[1, 0]) == ("missing", "failed")
@@ -85,8 +85,8 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
 
 
 def test_without_the_sft_student_the_scores_stand_as_measured(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     frame = table(grid, store)
     figure = heat_map(frame[frame["role"] == "cell"], "accuracy")
     assert squares(figure)[0, 0] == "40.0"
@@ -94,37 +94,37 @@ def test_without_the_sft_student_the_scores_stand_as_measured(store: Store) -> N
 
 
 def test_a_square_averages_its_seeds_and_counts_them(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, cells=grid.cells[:5])
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, cells=grid.cells[:5])
     shown = squares(heat_map(table(grid, store), "accuracy"))
     assert shown[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
     assert shown[0, 1] == "+38.5\n2 of 3 seeds"
 
 
 def test_every_task_and_every_value_of_another_axis_has_its_panel(store: Store) -> None:
-    students = made_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
-    fill(students, store)
+    students = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
+    fill_store(students, store)
     figure = heat_map(table(students, store), "accuracy")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["arithmetic, student small", "arithmetic, student base"]
 
-    tasks = made_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
-    fill(tasks, store)
+    tasks = build_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
+    fill_store(tasks, store)
     frame = table(tasks, store)
     assert [a.get_title(loc="left") for a in heat_map(frame, "bleu").axes] == ["translation"]
     assert [a.get_title(loc="left") for a in curves(frame, "accuracy").axes] == ["arithmetic"]
 
 
 def test_a_collapsed_cell_is_drawn_wherever_it_was_asked_for(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    fill(grid, store)
+    grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    fill_store(grid, store)
     figure = heat_map(table(grid, store), "accuracy")
     assert [squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
 
 
 def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) -> None:
-    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
-    fill(grid, store)
+    grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
+    fill_store(grid, store)
     frame = table(grid, store)
     figure = heat_map(frame, "accuracy")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
@@ -135,18 +135,18 @@ def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) 
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn.axes[0].get_lines()}
     assert lines["Total variation"] == [39.0, 69.0]
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == columns
-    histories = losses(grid, store).legends[0]
+    histories = loss_curves(grid, store).legends[0]
     assert [text.get_text() for text in histories.get_texts()] == columns
 
 
 def test_an_unknown_metric_is_answered_with_the_columns_there_are(store: Store) -> None:
     with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
-        heat_map(table(made_grid(), store), "rouge")
+        heat_map(table(build_grid(), store), "rouge")
 
 
 def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     axes = curves(table(grid, store), "accuracy").axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert {"Forward KL", "JSD(0.1)", "Reverse KL"} <= set(lines)
@@ -157,54 +157,54 @@ def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> N
 
 
 def test_losses_have_a_panel_for_each_lmbda_and_a_line_for_each_cell(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[:5])
-    figure = losses(grid, store)
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[:5])
+    figure = loss_curves(grid, store)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["λ = 0", "λ = 0.5", "λ = 1"]
     assert [len(axes.get_lines()) for axes in figure.axes] == [3, 2, 0]
-    shares = losses(grid, store, quantity="on_policy").axes[1].get_lines()[0]
+    shares = loss_curves(grid, store, quantity="on_policy").axes[1].get_lines()[0]
     assert set(shares.get_ydata()) == {0.5}
 
 
 def test_a_diverged_cell_leaves_the_others_readable(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store)
-    store.of(grid.cells[0]).log({"step": 550, "loss": float("nan")})
-    axes = losses(grid, store).axes[0]
+    grid = build_grid()
+    fill_store(grid, store)
+    store.get_record(grid.cells[0]).log_row({"step": 550, "loss": float("nan")})
+    axes = loss_curves(grid, store).axes[0]
     assert axes.get_yscale() == "log"
     assert 0 < axes.get_ylim()[0] < axes.get_ylim()[1] < 2
 
 
 def test_nothing_done_still_draws(store: Store) -> None:
-    grid = made_grid()
+    grid = build_grid()
     frame = table(grid, store)
     assert set(squares(heat_map(frame, "accuracy")).values()) == {"missing"}
     assert not curves(frame, "accuracy").legends
-    assert not losses(grid, store).legends
+    assert not loss_curves(grid, store).legends
 
 
 def test_labels_are_the_papers_and_colours_differ() -> None:
     betas = [0, 0.1, 0.5, 0.9, 1.0]
     labels = ["Forward KL", "JSD(0.1)", "JSD(0.5)", "JSD(0.9)", "Reverse KL"]
     assert [divergence_label(beta) for beta in betas] == labels
-    assert len({divergence_color(beta) for beta in betas}) == 5
+    assert len({get_divergence_color(beta) for beta in betas}) == 5
     for none in (None, float("inf"), float("nan")):
         assert divergence_label(none) == "Total variation"
-        assert divergence_color(none) not in [divergence_color(beta) for beta in betas]
+        assert get_divergence_color(none) not in [get_divergence_color(beta) for beta in betas]
 
 
 def test_text_contrasts_with_what_it_stands_on() -> None:
-    assert readable_on("#08306b") == "#ffffff"
-    assert readable_on("#eef4fa") == "#000000"
+    assert choose_text_color("#08306b") == "#ffffff"
+    assert choose_text_color("#eef4fa") == "#000000"
 
 
 def test_svgs_of_one_page_share_no_id_and_ask_for_nothing(store: Store) -> None:
     import re
 
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[1:])
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[1:])
     frame = table(grid, store)
-    first, second = (inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
+    first, second = (render_inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0] and not ids[0] & ids[1]
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', first))

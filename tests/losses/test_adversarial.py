@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from gkd_lab.config.cell import Family
-from gkd_lab.config.loss_terms import AdversarialObjective
+from gkd_lab.config.loss_terms import AdversarialConfig
 from gkd_lab.losses import discriminator
-from gkd_lab.losses.adversarial import Adversarial, Game
-from gkd_lab.losses.auxiliary_losses import Pass, Seen
+from gkd_lab.losses.adversarial import AdversarialLoss, AdversarialModule
+from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
 from gkd_lab.losses.discriminator import mean_embeddings
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.registry import term_of
-from gkd_lab.losses.terms import Term, Terms, parsed
+from gkd_lab.losses.registry import build_term
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.trainer import GKDTrainer
@@ -41,46 +41,46 @@ def config(width: int, vocabulary: int = VOCABULARY) -> GPT2Config:
     return GPT2Config(n_embd=width, vocab_size=vocabulary, n_head=1)
 
 
-def made_pass(seed: int, width: int) -> Pass:
+def made_pass(seed: int, width: int) -> ModelOutputs:
     """Random hidden states and head; what no token is behind is no number."""
     last = normal(seed, ROWS, LONGEST, width)
     last[~real()] = torch.nan
     head = Projection(normal(seed + 100, VOCABULARY, width).requires_grad_())
-    return Pass(last.requires_grad_(), {}, config(width), head)
+    return ModelOutputs(last.requires_grad_(), {}, config(width), head)
 
 
 def real() -> Tensor:
     return torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]
 
 
-def seen(student: Pass, teacher: Pass | None) -> Seen:
+def seen(student: ModelOutputs, teacher: ModelOutputs | None) -> LossInputs:
     """Weights that sum to 0.9: a micro-batch is a part of its step."""
     ids = torch.zeros(ROWS, LONGEST, dtype=torch.long)
     weights = normal(5, ROWS, LONGEST).abs() * real()
     rows = Sequences(ids, ids + 1, ids, real().long())
-    return Seen(rows, student, teacher, 0.9 * weights / weights.sum(), on_policy=False, step=0, seed=0)
+    return LossInputs(rows, student, teacher, 0.9 * weights / weights.sum(), on_policy=False, step=0, seed=0)
 
 
-def pair(student: int = STUDENT) -> Seen:
+def pair(student: int = STUDENT) -> LossInputs:
     return seen(made_pass(1, student), made_pass(2, TEACHER))
 
 
-def game(measure: Adversarial, student: int = STUDENT, *, spread: float = 1.0) -> Game:
+def game(measure: AdversarialLoss, student: int = STUDENT, *, spread: float = 1.0) -> AdversarialModule:
     """A discriminator in float64 with scores that differ (at 0 they are as they start)."""
-    module = measure.module(config(student), config(TEACHER), 0).double()
-    assert isinstance(module, Game)
+    module = measure.create_module(config(student), config(TEACHER), 0).double()
+    assert isinstance(module, AdversarialModule)
     with torch.no_grad():
         module.judge.score.weight.copy_(spread * normal(9, 1, measure.width))
         module.judge.score.bias.fill_(0.3 * spread)
     return module
 
 
-def plain_inputs(module: Game, of: Pass, is_teacher: bool) -> list[Tensor]:
+def plain_inputs(module: AdversarialModule, of: ModelOutputs, is_teacher: bool) -> list[Tensor]:
     """What is read of each row's tokens, (length, W), by plain formulas."""
     found = []
     for row, length in enumerate(LENGTHS):
-        hidden = of.last[row, :length]
-        if module.measure.reads == "sequences":
+        hidden = of.last_hidden[row, :length]
+        if module.loss.reads == "sequences":
             assert of.projection.weight is not None
             distributions = (hidden @ of.projection.weight.T).softmax(-1)
             table = module.view.embedding
@@ -95,7 +95,7 @@ def plain_inputs(module: Game, of: Pass, is_teacher: bool) -> list[Tensor]:
     return found
 
 
-def plain_scores(module: Game, read: Tensor) -> Tensor:
+def plain_scores(module: AdversarialModule, read: Tensor) -> Tensor:
     """Scores of one row's tokens, (length, W) -> (length,), token by token."""
     aside = module.judge.window // 2
     for layer in module.judge.hidden:
@@ -111,12 +111,12 @@ def plain_scores(module: Game, read: Tensor) -> Tensor:
     return read @ module.judge.score.weight[0] + module.judge.score.bias
 
 
-def mean(values: list[Tensor], of: Seen) -> Tensor:
+def mean(values: list[Tensor], of: LossInputs) -> Tensor:
     rows = [(v * of.weights[row, : len(v)]).sum() for row, v in enumerate(values)]
     return torch.stack(rows).sum()
 
 
-def plain_losses(module: Game, of: Seen) -> tuple[Tensor, Tensor]:
+def plain_losses(module: AdversarialModule, of: LossInputs) -> tuple[Tensor, Tensor]:
     """The student's and the discriminator's without a penalty, as binary cross-entropies."""
     assert of.teacher is not None
     fake = [plain_scores(module, read) for read in plain_inputs(module, of.student, False)]
@@ -126,7 +126,7 @@ def plain_losses(module: Game, of: Seen) -> tuple[Tensor, Tensor]:
         p = scores.sigmoid()
         return -(label * p.log() + (1 - label) * (1 - p).log())
 
-    label = 1 - module.measure.label_smoothing
+    label = 1 - module.loss.label_smoothing
     own = [entropy(t, label) + entropy(f, 0) for t, f in zip(true, fake, strict=True)]
     return mean([entropy(f, 1) for f in fake], of), mean(own, of)
 
@@ -138,22 +138,22 @@ def plain_losses(module: Game, of: Seen) -> tuple[Tensor, Tensor]:
 def test_an_untrained_discriminator_is_neutral(reads: str) -> None:
     """Its scores are 0: both losses are those of a coin, and the student gets no push."""
     of = pair(TEACHER)
-    module = Adversarial(reads=reads).module(config(TEACHER), config(TEACHER), 0).double()
+    module = AdversarialLoss(reads=reads).create_module(config(TEACHER), config(TEACHER), 0).double()
     value = module(of)
     assert value.item() == pytest.approx(0.9 * LOG_2)
     value.backward()
-    assert of.student.last.grad is not None
-    assert not of.student.last.grad.any()
-    own = module.own_loss(of)
+    assert of.student.last_hidden.grad is not None
+    assert not of.student.last_hidden.grad.any()
+    own = module.parameter_loss(of)
     assert own is not None
     assert own.item() == pytest.approx(0.9 * 2 * LOG_2)
-    assert module.logged() == {"accuracy_student": 0.5, "accuracy_teacher": 0.5}
+    assert module.collect_logs() == {"accuracy_student": 0.5, "accuracy_teacher": 0.5}
 
 
 def test_losses_of_a_score_of_one_by_hand() -> None:
     """-log sigmoid(1) = 0.313262; -log sigmoid(-1) = 1.313262."""
-    module = game(Adversarial(gradient_penalty=0), TEACHER, spread=0)
-    smooth = game(Adversarial(gradient_penalty=0, label_smoothing=0.1), TEACHER, spread=0)
+    module = game(AdversarialLoss(gradient_penalty=0), TEACHER, spread=0)
+    smooth = game(AdversarialLoss(gradient_penalty=0, label_smoothing=0.1), TEACHER, spread=0)
     for one in (module, smooth):
         one.judge.score.bias.data.fill_(1.0)
     of = pair(TEACHER)
@@ -163,8 +163,8 @@ def test_losses_of_a_score_of_one_by_hand() -> None:
     assert own(smooth, of).item() == pytest.approx(0.9 * (smoothed + 1.313262), abs=1e-6)
 
 
-def own(module: Game, of: Seen) -> Tensor:
-    return module.own_loss(of)
+def own(module: AdversarialModule, of: LossInputs) -> Tensor:
+    return module.parameter_loss(of)
 
 
 @pytest.mark.parametrize("reads", READS)
@@ -172,14 +172,14 @@ def own(module: Game, of: Seen) -> Tensor:
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
 def test_losses_are_those_of_plain_formulas(reads: str, student: int, smoothing: float) -> None:
     """Padding, which is no number here, is read by neither."""
-    measure = Adversarial(reads=reads, gradient_penalty=0, label_smoothing=smoothing, width=6)
+    measure = AdversarialLoss(reads=reads, gradient_penalty=0, label_smoothing=smoothing, width=6)
     module, of = game(measure, student), pair(student)
     fooling, judging = plain_losses(module, of)
     torch.testing.assert_close(module(of), fooling)
     learns_along = fooling if reads == "hidden_states" and student != TEACHER else 0
     torch.testing.assert_close(own(module, of), judging + learns_along)
-    (ours,) = torch.autograd.grad(module(of), [of.student.last])
-    (plain,) = torch.autograd.grad(fooling, [of.student.last])
+    (ours,) = torch.autograd.grad(module(of), [of.student.last_hidden])
+    (plain,) = torch.autograd.grad(fooling, [of.student.last_hidden])
     torch.testing.assert_close(ours[real()], plain[real()])
     assert not ours[~real()].any()
     assert ours[real()].any()
@@ -189,8 +189,8 @@ def test_losses_are_those_of_plain_formulas(reads: str, student: int, smoothing:
 def test_the_penalty_is_the_squared_gradient_on_the_teacher_s_side(reads: str) -> None:
     """By hand: each row alone, the gradient of the sum of its scores by what is read of each token."""
     of = pair()
-    module = game(Adversarial(reads=reads, gradient_penalty=0, width=6))
-    penalized = game(Adversarial(reads=reads, gradient_penalty=4, width=6))
+    module = game(AdversarialLoss(reads=reads, gradient_penalty=0, width=6))
+    penalized = game(AdversarialLoss(reads=reads, gradient_penalty=4, width=6))
     assert of.teacher is not None
     squares = []
     for read in plain_inputs(module, of.teacher, True):
@@ -205,7 +205,7 @@ def test_the_penalty_is_the_squared_gradient_on_the_teacher_s_side(reads: str) -
 @pytest.mark.parametrize("reads", READS)
 def test_the_discriminator_s_gradient_is_that_of_its_loss_penalty_included(reads: str) -> None:
     of = pair(TEACHER)
-    module = game(Adversarial(reads=reads, gradient_penalty=2, label_smoothing=0.1, width=5), TEACHER)
+    module = game(AdversarialLoss(reads=reads, gradient_penalty=2, label_smoothing=0.1, width=5), TEACHER)
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(own(module, of), parameters)
     assert len(gradients) == 6 + (reads == "sequences")
@@ -245,9 +245,9 @@ def test_what_is_read_does_not_grow_with_the_models() -> None:
     of = pair()
     assert of.teacher is not None
     for reads in READS:
-        module = game(Adversarial(reads=reads))
+        module = game(AdversarialLoss(reads=reads))
         for factor in (1e-6, 1.0, 1e6):
-            large = replace(of.teacher, last=of.teacher.last * factor)
+            large = replace(of.teacher, last_hidden=of.teacher.last_hidden * factor)
             read = module.view(large, real(), True)
             assert read.isfinite().all()
             assert (read.norm(dim=-1) <= module.view.width**0.5 * (1 + 1e-9)).all()
@@ -259,17 +259,18 @@ def test_a_model_in_half_precision_plays_a_discriminator_in_float32(reads: str) 
     of = pair()
     assert of.teacher is not None
     halves = [
-        replace(one, last=one.last.detach().bfloat16().requires_grad_()) for one in (of.student, of.teacher)
+        replace(one, last_hidden=one.last_hidden.detach().bfloat16().requires_grad_())
+        for one in (of.student, of.teacher)
     ]
-    module = game(Adversarial(reads=reads)).float()
-    whole = game(Adversarial(reads=reads))
+    module = game(AdversarialLoss(reads=reads)).float()
+    whole = game(AdversarialLoss(reads=reads))
     half = replace(of, student=halves[0], teacher=halves[1])
     for ours, exact in ((module(half), whole(of)), (own(module, half), own(whole, of))):
         assert ours.dtype == torch.float32
         assert ours.item() == pytest.approx(exact.item(), rel=0.05)
     module(half).backward()
-    assert halves[0].last.grad is not None
-    assert halves[0].last.grad.isfinite().all()
+    assert halves[0].last_hidden.grad is not None
+    assert halves[0].last_hidden.grad.isfinite().all()
 
 
 # ---- whom it reaches ----
@@ -277,17 +278,22 @@ def test_a_model_in_half_precision_plays_a_discriminator_in_float32(reads: str) 
 
 @pytest.mark.parametrize("reads", READS)
 def test_neither_side_puts_a_gradient_into_the_other(reads: str) -> None:
-    of, module = pair(), game(Adversarial(reads=reads))
+    of, module = pair(), game(AdversarialLoss(reads=reads))
     assert of.teacher is not None
-    models = [of.student.last, of.student.projection.weight, of.teacher.last, of.teacher.projection.weight]
+    models = [
+        of.student.last_hidden,
+        of.student.projection.weight,
+        of.teacher.last_hidden,
+        of.teacher.projection.weight,
+    ]
     module(of).backward()
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(parameter.requires_grad for parameter in module.parameters())
-    assert of.student.last.grad is not None
+    assert of.student.last_hidden.grad is not None
     head = of.student.projection.weight
     assert head is not None
     assert (head.grad is not None) == (reads == "sequences")
-    assert of.teacher.last.grad is None
+    assert of.teacher.last_hidden.grad is None
     for model in models:
         assert model is not None
         model.grad = None
@@ -298,7 +304,7 @@ def test_neither_side_puts_a_gradient_into_the_other(reads: str) -> None:
 
 def test_the_projection_is_on_the_student_s_side() -> None:
     """It gets the gradient of the student's loss, and nothing of the discriminator's."""
-    of, module = pair(), game(Adversarial())
+    of, module = pair(), game(AdversarialLoss())
     assert module.view.projection is not None
     weight = module.view.projection.weight
     assert isinstance(weight, Tensor)
@@ -310,10 +316,10 @@ def test_the_projection_is_on_the_student_s_side() -> None:
 
 def test_weights_are_drawn_from_the_seed_and_nothing_else() -> None:
     for reads in READS:
-        measure = Adversarial(reads=reads)
+        measure = AdversarialLoss(reads=reads)
         before = torch.get_rng_state()
         one, same, other = (
-            measure.module(config(STUDENT), config(TEACHER), s).state_dict() for s in (0, 0, 1)
+            measure.create_module(config(STUDENT), config(TEACHER), s).state_dict() for s in (0, 0, 1)
         )
         assert torch.equal(before, torch.get_rng_state())
         assert_identical(one, same)
@@ -323,21 +329,21 @@ def test_weights_are_drawn_from_the_seed_and_nothing_else() -> None:
 # ---- the game ----
 
 
-def learn(module: Game, of: Seen, steps: int, rate: float = 0.01) -> dict[str, float]:
+def learn(module: AdversarialModule, of: LossInputs, steps: int, rate: float = 0.01) -> dict[str, float]:
     """Updates of the discriminator alone; the last one's accuracies."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0)
     for _ in range(steps):
-        module.logged()
+        module.collect_logs()
         optimizer.zero_grad()
         own(module, of).backward()
         optimizer.step()
-    return module.logged()
+    return module.collect_logs()
 
 
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("held", ({"gradient_penalty": 0.1}, {"gradient_penalty": 0, "label_smoothing": 0.1}))
 def test_it_learns_to_tell_two_models_apart(reads: str, held: dict[str, float]) -> None:
-    of, module = pair(TEACHER), game(Adversarial(reads=reads, **held), TEACHER, spread=0)  # type: ignore[arg-type]
+    of, module = pair(TEACHER), game(AdversarialLoss(reads=reads, **held), TEACHER, spread=0)  # type: ignore[arg-type]
     found = learn(module, of, 150)
     assert found.keys() == {"accuracy_student", "accuracy_teacher"}
     assert min(found.values()) > 0.9
@@ -348,11 +354,11 @@ def test_it_learns_to_tell_two_models_apart(reads: str, held: dict[str, float]) 
 def test_equal_models_leave_it_undecided(reads: str) -> None:
     """The equilibrium: no score, no gradient to either side (Mescheder et al. 2018, section 2.1)."""
     one = made_pass(1, TEACHER)
-    of, module = seen(one, one), game(Adversarial(reads=reads), TEACHER, spread=0)
+    of, module = seen(one, one), game(AdversarialLoss(reads=reads), TEACHER, spread=0)
     assert learn(module, of, 20) == {"accuracy_student": 0.5, "accuracy_teacher": 0.5}
     module(of).backward()
-    assert one.last.grad is not None
-    assert one.last.grad.abs().max() < 1e-12
+    assert one.last_hidden.grad is not None
+    assert one.last_hidden.grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
@@ -362,12 +368,14 @@ def test_its_best_score_is_the_log_ratio_of_frequencies(smoothing: float) -> Non
     kinds = torch.tensor([[1.0, 2.0, -1.0, 0.0], [-2.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
     rows = Sequences(*[torch.ones(1, 4, dtype=torch.long)] * 4)
 
-    def of_kinds(*which: int) -> Pass:
-        return Pass(kinds[list(which)][None], {}, config(4), Projection(normal(1, VOCABULARY, 4)))
+    def of_kinds(*which: int) -> ModelOutputs:
+        return ModelOutputs(kinds[list(which)][None], {}, config(4), Projection(normal(1, VOCABULARY, 4)))
 
     weights = torch.full((1, 4), 0.25, dtype=torch.float64)
-    of = Seen(rows, of_kinds(0, 1, 1, 1), of_kinds(0, 0, 0, 1), weights, on_policy=False, step=0, seed=0)
-    measure = Adversarial(gradient_penalty=0, label_smoothing=smoothing)
+    of = LossInputs(
+        rows, of_kinds(0, 1, 1, 1), of_kinds(0, 0, 0, 1), weights, on_policy=False, step=0, seed=0
+    )
+    measure = AdversarialLoss(gradient_penalty=0, label_smoothing=smoothing)
     module = game(measure, 4, spread=0)
     learn(module, of, 400)
     learn(module, of, 100, rate=1e-4)
@@ -381,7 +389,7 @@ def test_a_penalty_keeps_the_scores_of_disjoint_models_near() -> None:
     of = pair(TEACHER)
     spread = []
     for penalty in (0.0, 1.0, 10.0):
-        module = game(Adversarial(gradient_penalty=penalty), TEACHER, spread=0)
+        module = game(AdversarialLoss(gradient_penalty=penalty), TEACHER, spread=0)
         learn(module, of, 200)
         spread.append(module(of).item())
     assert spread[0] > 2 * spread[1] > 2 * spread[2]
@@ -390,8 +398,10 @@ def test_a_penalty_keeps_the_scores_of_disjoint_models_near() -> None:
 # ---- in the trainer ----
 
 
-def terms(reads: str, weight: float = 0.5, **more: Any) -> Terms:
-    return Term(Divergence(beta=0.5)), Term(Adversarial(reads=reads, width=8, **more), weight)
+def terms(reads: str, weight: float = 0.5, **more: Any) -> WeightedLosses:
+    return WeightedLoss(Divergence(beta=0.5)), WeightedLoss(
+        AdversarialLoss(reads=reads, width=8, **more), weight
+    )
 
 
 def three(folder: Path) -> list[Any]:
@@ -432,7 +442,7 @@ def test_three_packed_learn_what_they_learn_alone(family: Family, tmp_path: Path
 
 def states(run: Run, n: int) -> dict[str, Tensor]:
     """Of the cell's only module."""
-    (own,) = run.trainer._modules._of(n).values()
+    (own,) = run.trainer.auxiliary_modules._cell_modules(n).values()
     return own.module.state_dict()
 
 
@@ -550,7 +560,7 @@ def fall(rows: list[dict[str, float]], name: str) -> float:
 )
 def test_a_game_that_cannot_be_played_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parsed([{}, {"type": "adversarial", **fields}], Divergence())
+        parse_terms([{}, {"type": "adversarial", **fields}], Divergence())
 
 
 @pytest.mark.parametrize(
@@ -558,22 +568,22 @@ def test_a_game_that_cannot_be_played_is_refused(fields: dict[str, Any], message
 )
 def test_an_experiment_cannot_ask_for_it_either(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
-        AdversarialObjective(**fields)
+        AdversarialConfig(**fields)
 
 
 def test_it_needs_a_teacher_that_runs_here_and_states_that_a_head_reads() -> None:
     with pytest.raises(ValueError, match="adversarial reads a teacher's forward pass"):
-        Adversarial().module(config(3), None, 0)
+        AdversarialLoss().create_module(config(3), None, 0)
     logits = replace(made_pass(1, VOCABULARY), projection=Projection(None))
     with pytest.raises(ValueError, match="7 numbers a token where the student's 3 hidden states should be"):
-        game(Adversarial())(seen(logits, made_pass(2, TEACHER)))
-    wider = Adversarial(reads="sequences").module(config(3, 9), config(4, 9), 0).double()
+        game(AdversarialLoss())(seen(logits, made_pass(2, TEACHER)))
+    wider = AdversarialLoss(reads="sequences").create_module(config(3, 9), config(4, 9), 0).double()
     with pytest.raises(ValueError, match="a head of 7 tokens has no distribution over 9"):
         wider(pair())
 
 
 def test_an_experiment_and_a_configuration_describe_the_same_game() -> None:
-    stated = AdversarialObjective(reads="sequences", label_smoothing=0.1, weight=0.2)
+    stated = AdversarialConfig(reads="sequences", label_smoothing=0.1, weight=0.2)
     listed = {"type": "adversarial", "reads": "sequences", "label_smoothing": 0.1, "weight": 0.2}
-    assert term_of(stated) == parsed([listed], Divergence())[0]
-    assert term_of(AdversarialObjective()) == Term(Adversarial())
+    assert build_term(stated) == parse_terms([listed], Divergence())[0]
+    assert build_term(AdversarialConfig()) == WeightedLoss(AdversarialLoss())

@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 
 from gkd_lab.config.cell import Family
 from gkd_lab.losses.attentions import (
-    AttentionMatching,
-    Attentions,
-    divergence_of_maps,
-    give_maps,
+    AttentionLoss,
+    AttentionModule,
+    attention_kl,
+    enable_attention_maps,
     score_error,
 )
-from gkd_lab.losses.auxiliary_losses import Seen
+from gkd_lab.losses.auxiliary_losses import LossInputs
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.layer_stacks import Name
-from gkd_lab.losses.terms import Term, Terms, parsed
+from gkd_lab.losses.layer_stacks import StackName
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
 
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import assert_close, cell, distil
 from ..training.passes import COMPLETIONS, PROMPTS, longer, rows, seen
 
-CASES: list[tuple[Family, Name]] = [
+CASES: list[tuple[Family, StackName]] = [
     ("decoder-only", "decoder"),
     ("encoder-decoder", "decoder"),
     ("encoder-decoder", "encoder"),
@@ -42,13 +42,13 @@ def pair(family: Family, heads: int = 4) -> tuple[PreTrainedModel, PreTrainedMod
         tiny_model(family, 3, width=32, heads=heads, dtype=torch.float32),
     )
     for model in models:
-        give_maps(model)
+        enable_attention_maps(model)
     return models
 
 
-def module_of(measure: Attentions, models: tuple[PreTrainedModel, PreTrainedModel]) -> AttentionMatching:
-    made = measure.module(models[0].config, models[1].config, seed=5)
-    assert isinstance(made, AttentionMatching)
+def module_of(measure: AttentionLoss, models: tuple[PreTrainedModel, PreTrainedModel]) -> AttentionModule:
+    made = measure.create_module(models[0].config, models[1].config, seed=5)
+    assert isinstance(made, AttentionModule)
     return made
 
 
@@ -59,7 +59,7 @@ def test_the_distances_of_two_maps_are_those_worked_out_by_hand() -> None:
     teacher = torch.cat([torch.full((3,), 1 / 3), torch.zeros(1)])[None, None]
     assert score_error(student, teacher).item() == pytest.approx(2 / 3, rel=1e-6)
     expected = sum(1 / 3 * math.log(1 / 3 / p) for p in scores.softmax(0).tolist())
-    assert divergence_of_maps(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+    assert attention_kl(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_is_added_to_all_scores_of_a_query_counts_for_nothing() -> None:
@@ -82,13 +82,13 @@ def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
 def test_a_map_that_gives_a_key_nothing_has_a_finite_distance_and_gradient() -> None:
     scores = torch.tensor([[[0.0, -1000.0, 1.0]]], requires_grad=True)
     teacher = torch.tensor([[[0.2, 0.3, 0.5]]])
-    for distance in (score_error, divergence_of_maps):
+    for distance in (score_error, attention_kl):
         value = distance(scores.softmax(-1), teacher).sum()
         assert value.isfinite()
         assert torch.autograd.grad(value, scores)[0].isfinite().all()
 
 
-def expected(measure: Attentions, given: Seen, family: Family, *, per_head: bool) -> Tensor:
+def expected(measure: AttentionLoss, given: LossInputs, family: Family, *, per_head: bool) -> Tensor:
     """Query by query: half the weight to each row that is trained, in equal parts on its real tokens."""
     prefix = "" if family == "decoder-only" else f"{measure.stack}_"
     total = torch.zeros(())
@@ -123,10 +123,10 @@ def plain(loss: str, student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize("heads", (4, 2))
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_value_and_gradients_are_those_of_a_plain_formula(
-    family: Family, stack: Name, heads: int, loss: Loss
+    family: Family, stack: StackName, heads: int, loss: Loss
 ) -> None:
     models = pair(family, heads)
-    measure = Attentions("uniform", loss, stack)
+    measure = AttentionLoss("uniform", loss, stack)
     given = seen(*models, rows(family), "attentions")
     value = module_of(measure, models)(given)
     other = expected(measure, given, family, per_head=heads == 4)
@@ -143,9 +143,9 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
-def test_padding_changes_nothing(family: Family, stack: Name) -> None:
+def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(Attentions(stack=stack), models)
+    module = module_of(AttentionLoss(stack=stack), models)
     batch = rows(family)
     values = [module(seen(*models, one, "attentions")) for one in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
@@ -159,13 +159,13 @@ def test_an_attention_that_gives_no_maps_is_refused() -> None:
     teacher.set_attn_implementation("sdpa")
     said = "the teacher's attn_implementation is 'sdpa', which gives no maps: load it with .*='eager'"
     with pytest.raises(ValueError, match=said):
-        Attentions().module(student.config, teacher.config, 0)
+        AttentionLoss().create_module(student.config, teacher.config, 0)
 
 
 def test_a_decoder_in_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN beside padding in float64: use fp32"):
-        give_maps(tiny_model("decoder-only", 7))
-    give_maps(tiny_model("encoder-decoder", 7))
+        enable_attention_maps(tiny_model("decoder-only", 7))
+    enable_attention_maps(tiny_model("encoder-decoder", 7))
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,16 @@ def test_a_decoder_in_float64_is_refused() -> None:
 def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], said: str) -> None:
     student, teacher = (one.config for one in pair("decoder-only"))
     with pytest.raises(ValueError, match=said):
-        (term,) = parsed([{"type": "attentions", **fields}], Divergence())
-        term.measure.module(student, teacher, 0)  # type: ignore[union-attr]
+        (term,) = parse_terms([{"type": "attentions", **fields}], Divergence())
+        term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
 
 
 # ---- in the trainer ----
 
-LOSSES: tuple[Terms, ...] = (
-    (Term(Divergence(beta=0.1)), Term(Attentions("last_1", "kl"), 0.5)),
-    (Term(Attentions("uniform"), 0.01),),
-    (Term(Divergence(beta=0.1)),),
+LOSSES: tuple[WeightedLosses, ...] = (
+    (WeightedLoss(Divergence(beta=0.1)), WeightedLoss(AttentionLoss("last_1", "kl"), 0.5)),
+    (WeightedLoss(AttentionLoss("uniform"), 0.01),),
+    (WeightedLoss(Divergence(beta=0.1)),),
 )
 
 
@@ -211,14 +211,14 @@ def of_float32(family: Family, students: int) -> dict[str, Any]:
     models = [tiny_model(family, 7, dtype=torch.float32) for _ in range(students)]
     teacher = tiny_model(family, 3, width=32, dtype=torch.float32)
     for model in (*models, teacher):
-        give_maps(model)
+        enable_attention_maps(model)
     return {"students": models, "teacher": teacher, "dtype": torch.float32, "max_steps": 3}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", (True, False))
 def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: bool, tmp_path: Path) -> None:
-    terms = parsed([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}], Divergence())
+    terms = parse_terms([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}], Divergence())
     cells = [cell(tmp_path, str(n), objectives=terms) for n in range(2 if packed else 1)]
     students = [tiny_model(family, 7, dtype=torch.float32) for _ in cells]
     assert {model.config._attn_implementation for model in students} == {"sdpa"}
@@ -226,7 +226,7 @@ def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: b
     assert all(row["loss/attentions"] > 0 for row in run.history[0])
 
 
-@pytest.mark.parametrize("loss", (score_error, divergence_of_maps))
+@pytest.mark.parametrize("loss", (score_error, attention_kl))
 def test_a_probability_near_zero_counts_and_its_gradient_is_finite(loss: Callable[..., Tensor]) -> None:
     scores = torch.tensor([[[0.0, -60.0, -80.0, -95.0]]], requires_grad=True)
     uniform = torch.full((1, 1, 4), 0.25)

@@ -126,7 +126,7 @@ def learnt(made: GKDTrainer) -> dict[str, Tensor]:
     """Parameters of the terms themselves."""
     return {
         f"{place}.{name}": p.detach().clone()
-        for (_, place), own in made._modules._own.items()
+        for (_, place), own in made.auxiliary_modules._term_modules.items()
         for name, p in own.module.named_parameters()
     }
 

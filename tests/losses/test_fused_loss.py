@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_lab.losses import fused_loss
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import CellSums, divergence_sums
-from gkd_lab.losses.teacher_targets import Projected
-from gkd_lab.losses.terms import terms_of
+from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
+from gkd_lab.losses.terms import list_terms
 from gkd_lab.models import projection
 from gkd_lab.models.projection import Projection
 
@@ -54,8 +54,8 @@ class Problem:
     weights: Tensor
     vocabulary: int | None = None
 
-    def sums(self) -> CellSums:
-        return divergence_sums(**vars(self))
+    def sums(self) -> CellLosses:
+        return compute_cell_losses(**vars(self))
 
     def parameters(self) -> list[Tensor]:
         tensors = (self.student, self.student_head.weight, self.student_head.bias)
@@ -63,7 +63,10 @@ class Problem:
 
     def dense(self) -> Tensor:
         """The losses by the reference, (K,), with all logits at once."""
-        rows = min(self.student_head.rows(self.student), self.teacher_head.rows(self.teacher))
+        rows = min(
+            self.student_head.get_vocabulary_size(self.student),
+            self.teacher_head.get_vocabulary_size(self.teacher),
+        )
         rows = self.vocabulary or rows
         student = self.student_head(self.student)[..., :rows]
         teacher = self.teacher_head(self.teacher)[..., :rows]
@@ -400,18 +403,21 @@ def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
 def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
     arguments = dict(vars(given))
     student, head = arguments.pop("student"), arguments.pop("student_head")
-    objectives = tuple(terms_of(one) for one in arguments.pop("divergences"))
-    guides = {0: Projected(arguments.pop("teacher"), arguments.pop("teacher_head"))}
-    call = fused_loss._Call(
-        **arguments, guides=guides, objectives=objectives, labels=None, routes=None, scales={}
+    objectives = tuple(list_terms(one) for one in arguments.pop("divergences"))
+    guides = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
+    call = fused_loss._LossArguments(
+        **arguments, teachers=guides, terms=objectives, labels=None, routes=None, scales={}
     )
     return student, head, call
 
 
 def assert_paths_agree(given: Problem) -> None:
     student, head, call = as_call(given)
-    assert fused_loss._fits_trl(student, head, call)
-    ours, theirs = fused_loss._own_sums(student, head, call), fused_loss._trl_sums(student, head, call)
+    assert fused_loss._is_trl_computable(student, head, call)
+    ours, theirs = (
+        fused_loss._compute_on_cpu(student, head, call),
+        fused_loss._compute_by_trl(student, head, call),
+    )
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(ours.entropies, theirs.entropies, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(
@@ -443,7 +449,7 @@ def unfit() -> dict[str, Problem]:
 @pytest.mark.parametrize("case", unfit())
 def test_what_trls_kernel_lacks_goes_our_own_way(case: str) -> None:
     student, head, call = as_call(unfit()[case])
-    assert not fused_loss._fits_trl(student, head, call)
+    assert not fused_loss._is_trl_computable(student, head, call)
 
 
 class Largest(TorchDispatchMode):

@@ -20,12 +20,17 @@ from transformers import (
 )
 
 from gkd_lab.config.cell import Family
-from gkd_lab.losses.auxiliary_losses import Seen
+from gkd_lab.losses.auxiliary_losses import LossInputs
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.hidden_states import HiddenMatching, HiddenStates, cosine_distance, mean_squared_error
-from gkd_lab.losses.layer_stacks import Name, size
-from gkd_lab.losses.terms import Term, Terms, parsed
+from gkd_lab.losses.hidden_states import (
+    HiddenStateLoss,
+    HiddenStateModule,
+    cosine_distance,
+    mean_squared_error,
+)
+from gkd_lab.losses.layer_stacks import StackName, stack_size
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
 from gkd_lab.models.forward import Sequences
 from gkd_lab.training.arguments import GKDConfig
 
@@ -34,7 +39,7 @@ from ..training.driving import Run, assert_close, assert_identical, cell, distil
 from ..training.passes import COMPLETIONS, PROMPTS, labelled, longer, rows, seen
 from ..training.scripts import conversations, llama, trainer
 
-CASES: list[tuple[Family, Name]] = [
+CASES: list[tuple[Family, StackName]] = [
     ("decoder-only", "decoder"),
     ("encoder-decoder", "decoder"),
     ("encoder-decoder", "encoder"),
@@ -46,13 +51,13 @@ def pair(family: Family, teacher_width: int = 32) -> tuple[PreTrainedModel, PreT
     return tiny_model(family, 7), tiny_model(family, 3, width=teacher_width)
 
 
-def module_of(measure: HiddenStates, models: tuple[PreTrainedModel, PreTrainedModel]) -> HiddenMatching:
-    made = measure.module(models[0].config, models[1].config, seed=5).double()
-    assert isinstance(made, HiddenMatching)
+def module_of(measure: HiddenStateLoss, models: tuple[PreTrainedModel, PreTrainedModel]) -> HiddenStateModule:
+    made = measure.create_module(models[0].config, models[1].config, seed=5).double()
+    assert isinstance(made, HiddenStateModule)
     return made
 
 
-def positions(family: Family, stack: Name, batch: Sequences) -> list[tuple[int, int, float]]:
+def positions(family: Family, stack: StackName, batch: Sequences) -> list[tuple[int, int, float]]:
     """(row, position in the stack, weight), token by token: half the weight to each row that is trained."""
     found = []
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -74,9 +79,9 @@ def plain(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def expected(
-    module: HiddenMatching, given: Seen, family: Family, pairs: tuple[tuple[int, int], ...]
+    module: HiddenStateModule, given: LossInputs, family: Family, pairs: tuple[tuple[int, int], ...]
 ) -> Tensor:
-    measure = module.measure
+    measure = module.loss
     prefix = "" if family == "decoder-only" else f"{measure.stack}_"
     own, guide = (one.outputs[f"{prefix}hidden_states"] for one in (given.student, given.teacher) if one)
     total = torch.zeros((), dtype=torch.float64)
@@ -103,10 +108,10 @@ def test_the_distances_of_two_vectors_are_those_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("width", (16, 32))
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_value_and_gradients_are_those_of_a_plain_formula(
-    family: Family, stack: Name, width: int, loss: Loss
+    family: Family, stack: StackName, width: int, loss: Loss
 ) -> None:
     models = pair(family, width)
-    module = module_of(HiddenStates(((0, 0), (1, 2), (2, 2)), loss, stack), models)
+    module = module_of(HiddenStateLoss(((0, 0), (1, 2), (2, 2)), loss, stack), models)
     given = seen(*models, rows(family), "hidden_states")
     assert len(module.projections) == (3 if width == 32 else 0)
     value, other = module(given), expected(module, given, family, ((0, 0), (1, 2), (2, 2)))
@@ -123,17 +128,17 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(family: Family, stack: Name) -> None:
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(family: Family, stack: StackName) -> None:
     model = tiny_model(family, 7)
     for loss in ("mse", "cosine"):
-        module = module_of(HiddenStates("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
+        module = module_of(HiddenStateLoss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
         assert module(seen(model, model, rows(family), "hidden_states")).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
-def test_padding_changes_nothing(family: Family, stack: Name) -> None:
+def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(HiddenStates("uniform", stack=stack), models)
+    module = module_of(HiddenStateLoss("uniform", stack=stack), models)
     batch = rows(family)
     values = [module(seen(*models, one, "hidden_states")) for one in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
@@ -143,7 +148,9 @@ def test_the_last_layer_is_what_the_head_reads() -> None:
     model = tiny_model("decoder-only", 7)
     given = seen(model, model, rows("decoder-only"), "hidden_states")
     head = model.get_output_embeddings()
-    torch.testing.assert_close(head(given.student.outputs["hidden_states"][2])[:, -5:], given.student.last)
+    torch.testing.assert_close(
+        head(given.student.outputs["hidden_states"][2])[:, -5:], given.student.last_hidden
+    )
 
 
 def classifier(width: int, seed: int) -> PreTrainedModel:
@@ -155,7 +162,7 @@ def classifier(width: int, seed: int) -> PreTrainedModel:
 
 def test_of_a_classifier_every_token_of_a_text_shares_the_weight_of_its_label() -> None:
     models = classifier(8, 0), classifier(12, 1)
-    module = module_of(HiddenStates(((1, 2),)), models)
+    module = module_of(HiddenStateLoss(((1, 2),)), models)
     given = seen(*models, labelled(rows("encoder-decoder")), "hidden_states")
     assert given.teacher is not None
     total = torch.zeros((), dtype=torch.float64)
@@ -171,7 +178,7 @@ def test_rows_without_anything_trained_add_nothing() -> None:
     models = pair("decoder-only")
     given = seen(*models, rows("decoder-only"), "hidden_states")
     given.weights.zero_()
-    value = module_of(HiddenStates(), models)(given)
+    value = module_of(HiddenStateLoss(), models)(given)
     assert value.item() == 0
     value.backward()
 
@@ -183,7 +190,7 @@ def test_projections_come_from_the_seed_alone_and_leave_other_draws_as_they_are(
     student, teacher = (one.config for one in pair("decoder-only"))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, again, other = (HiddenStates().module(student, teacher, seed) for seed in (1, 1, 2))
+    first, again, other = (HiddenStateLoss().create_module(student, teacher, seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     drawn = [dict(one.named_parameters()) for one in (first, again, other)]
     assert {name: tuple(p.shape) for name, p in drawn[0].items()} == {
@@ -199,7 +206,7 @@ def test_projections_come_from_the_seed_alone_and_leave_other_draws_as_they_are(
 
 def test_models_of_one_width_need_no_projection() -> None:
     config = tiny_model("decoder-only", 7).config
-    assert not list(HiddenStates().module(config, config, 0).parameters())
+    assert not list(HiddenStateLoss().create_module(config, config, 0).parameters())
 
 
 # ---- what models have ----
@@ -211,11 +218,11 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
     bart = BartConfig(
         encoder_layers=2, decoder_layers=5, d_model=8, encoder_attention_heads=4, decoder_attention_heads=2
     )
-    assert size(llama, "decoder", "layers") == 3
+    assert stack_size(llama, "decoder", "layers") == 3
     for config, heads in ((t5, {"decoder": 4, "encoder": 4}), (bart, {"decoder": 2, "encoder": 4})):
-        assert [size(config, stack, "layers") for stack in ("decoder", "encoder")] == [5, 2]
-        assert [size(config, stack, "width") for stack in ("decoder", "encoder")] == [8, 8]
-        assert {stack: size(config, stack, "heads") for stack in ("decoder", "encoder")} == heads
+        assert [stack_size(config, stack, "layers") for stack in ("decoder", "encoder")] == [5, 2]
+        assert [stack_size(config, stack, "width") for stack in ("decoder", "encoder")] == [8, 8]
+        assert {stack: stack_size(config, stack, "heads") for stack in ("decoder", "encoder")} == heads
 
 
 @pytest.mark.parametrize(
@@ -229,10 +236,10 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
 def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
     fields: dict[str, Any], said: str
 ) -> None:
-    (term,) = parsed([{"type": "hidden_states", **fields}], Divergence())
+    (term,) = parse_terms([{"type": "hidden_states", **fields}], Divergence())
     student, teacher = (one.config for one in pair("decoder-only"))
     with pytest.raises(ValueError, match=said):
-        term.measure.module(student, teacher, 0)  # type: ignore[union-attr]
+        term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -247,23 +254,23 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
 )
 def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        parsed([{"type": "hidden_states", **fields}], Divergence())
+        parse_terms([{"type": "hidden_states", **fields}], Divergence())
 
 
 def test_a_configuration_lists_it_as_json(tmp_path: Path) -> None:
     listed = [{"beta": 0.1}, {"type": "hidden_states", "layers": [[2, 1]], "loss": "cosine", "weight": 0.1}]
     config = GKDConfig(output_dir=str(tmp_path), objectives=json.dumps(listed), bf16=False, use_cpu=True)
-    wanted = Term(HiddenStates(((2, 1),), "cosine"), 0.1)
-    assert CellArguments.of(config).objectives[1] == wanted
+    wanted = WeightedLoss(HiddenStateLoss(((2, 1),), "cosine"), 0.1)
+    assert CellArguments.build(config).objectives[1] == wanted
 
 
 # ---- in the trainer ----
 
 KL = Divergence(beta=0.1)
-LOSSES: tuple[Terms, ...] = (
-    (Term(KL), Term(HiddenStates("last_1", "cosine"), 0.5)),
-    (Term(KL), Term(HiddenStates("uniform"), 0.05, 0.5)),
-    (Term(HiddenStates(((0, 0), (2, 1))), 0.3),),
+LOSSES: tuple[WeightedLosses, ...] = (
+    (WeightedLoss(KL), WeightedLoss(HiddenStateLoss("last_1", "cosine"), 0.5)),
+    (WeightedLoss(KL), WeightedLoss(HiddenStateLoss("uniform"), 0.05, 0.5)),
+    (WeightedLoss(HiddenStateLoss(((0, 0), (2, 1))), 0.3),),
 )
 
 
@@ -369,7 +376,7 @@ def test_projections_follow_a_schedule_that_is_no_function_of_the_step(tmp_path:
     }
     more = {"eval_dataset": conversations(2)}
     made = trainer(tmp_path, conversations(), teacher=llama(1, width=24), arguments=arguments, **more)
-    (own,) = made._modules._own.values()
+    (own,) = made.auxiliary_modules._term_modules.values()
     rates: list[float] = []
     assert own.optimizer is not None
     own.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))

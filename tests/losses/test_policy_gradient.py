@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import divergence_sums
-from gkd_lab.losses.policy_gradient import Ranks, advantages, scale_of
+from gkd_lab.losses.fused_loss import compute_cell_losses
+from gkd_lab.losses.policy_gradient import ProcessGroup, compute_advantages, reinforce_scales
 from gkd_lab.losses.step_loss import token_weights
-from gkd_lab.losses.terms import CrossEntropy, PolicyGradient, Term, Terms, parsed
+from gkd_lab.losses.terms import CrossEntropy, RewardLoss, WeightedLoss, WeightedLosses, parse_terms
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.pack_trainer import AllCellsFailed
@@ -24,13 +24,13 @@ from ..models.tiny import FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokeniz
 from ..training.driving import Run, assert_close, assert_identical, cell, distil
 from ..training.test_trainer import Stopped, stop_at
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 BASELINES = [("leave_one_out", False), ("none", False)]
-SOFT = Term(Divergence(beta=0.9), 0.25)
+SOFT = WeightedLoss(Divergence(beta=0.9), 0.25)
 
 
-def rewarded(name: str = "rougeL", weight: float = 0.75, **more: Any) -> Term:
-    return Term(PolicyGradient(name, **more), weight)
+def rewarded(name: str = "rougeL", weight: float = 0.75, **more: Any) -> WeightedLoss:
+    return WeightedLoss(RewardLoss(name, **more), weight)
 
 
 # ---- the gradient, on a policy whose expectations can be written out ----
@@ -59,16 +59,16 @@ def loss_on(logits: Tensor, chosen: Sequence[int], normalization: str, baseline:
     mask = torch.tensor([[1, len(text) - 1] for text in texts])
     weights = token_weights(mask[None], normalization)[0]
     items = (mask.sum() if normalization == "token" else torch.tensor(len(texts))).double()
-    each = advantages(REWARDS[list(chosen)], baseline, normalize, ALONE)
-    scale = scale_of(each, mask, items, len(texts), normalization)
+    each = compute_advantages(REWARDS[list(chosen)], baseline, normalize, ALONE)
+    scale = reinforce_scales(each, mask, items, len(texts), normalization)
     hidden = torch.stack([torch.stack([logits[0], logits[text[0]]]) for text in texts])
-    return divergence_sums(
+    return compute_cell_losses(
         hidden.flatten(0, 1)[None],
         Projection(None),
         None,
         None,
         (0,),
-        [PolicyGradient("rougeL")],
+        [RewardLoss("rougeL")],
         (weights / items).flatten()[None],
         labels=labels.flatten()[None],
         scales={(0, 0): scale.flatten()},
@@ -99,7 +99,7 @@ def test_on_a_bandit_it_is_the_known_gradient() -> None:
     mean = sum(p * r for p, r in zip(q.tolist(), rewards, strict=True))
     known = [-p * (r - mean) for p, r in zip(q.tolist(), rewards, strict=True)]
     found = torch.zeros_like(q)
-    measure = PolicyGradient("rougeL")
+    measure = RewardLoss("rougeL")
     for action, reward in enumerate(rewards):
         _, gradient, _ = measure.value_and_gradient(logits[None], torch.tensor([action]))
         found += q[action] * reward * gradient[0]
@@ -123,24 +123,24 @@ def test_both_normalizations_give_one_gradient_step_by_step() -> None:
 def test_leave_one_out_is_what_others_earned_on_average() -> None:
     rewards = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
     expected = torch.tensor([1 - 2.0, 0 - 2.5, 4 - 0.5], dtype=torch.float64)
-    torch.testing.assert_close(advantages(rewards, "leave_one_out", False, ALONE), expected)
+    torch.testing.assert_close(compute_advantages(rewards, "leave_one_out", False, ALONE), expected)
     spread = (((1 - 5 / 3) ** 2 + (5 / 3) ** 2 + (4 - 5 / 3) ** 2) / 3) ** 0.5
-    torch.testing.assert_close(advantages(rewards, "leave_one_out", True, ALONE), expected / spread)
-    assert advantages(rewards, "none", False, ALONE).tolist() == [1, 0, 4]
+    torch.testing.assert_close(compute_advantages(rewards, "leave_one_out", True, ALONE), expected / spread)
+    assert compute_advantages(rewards, "none", False, ALONE).tolist() == [1, 0, 4]
 
 
 @pytest.mark.parametrize("normalize", (False, True))
 def test_equal_rewards_teach_nothing_and_neither_does_a_single_one(normalize: bool) -> None:
     for rewards in (torch.full((7,), 0.1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)):
-        assert advantages(rewards, "leave_one_out", normalize, ALONE).abs().max() < 1e-12
+        assert compute_advantages(rewards, "leave_one_out", normalize, ALONE).abs().max() < 1e-12
 
 
 def test_the_other_ranks_are_others_too() -> None:
     """Two ranks, as one of them sees it: the sums of both."""
     here, there = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([4.0, 3.0], dtype=torch.float64)
-    everyone = advantages(torch.cat([here, there]), "leave_one_out", False, ALONE)
-    ranks = Ranks(2, lambda sums: sums + torch.tensor([2.0, 7.0], dtype=torch.float64))
-    torch.testing.assert_close(advantages(here, "leave_one_out", False, ranks), everyone[:2])
+    everyone = compute_advantages(torch.cat([here, there]), "leave_one_out", False, ALONE)
+    ranks = ProcessGroup(2, lambda sums: sums + torch.tensor([2.0, 7.0], dtype=torch.float64))
+    torch.testing.assert_close(compute_advantages(here, "leave_one_out", False, ranks), everyone[:2])
 
 
 # ---- in the trainer ----
@@ -148,10 +148,10 @@ def test_the_other_ranks_are_others_too() -> None:
 
 def packed_cells(folder: Path) -> list[CellArguments]:
     """Two rewards in one cell, another seed, one that is not rewarded at all."""
-    lists: list[Terms] = [
+    lists: list[WeightedLosses] = [
         (SOFT, rewarded()),
         (SOFT, rewarded("exact_match", 0.3), rewarded("rouge2", 0.2, normalize=True)),
-        (Term(Divergence(beta=0.1)),),
+        (WeightedLoss(Divergence(beta=0.1)),),
     ]
     return [
         cell(folder, str(n), lmbda=1.0 - 0.4 * n, seed=n % 2, objectives=terms)
@@ -248,7 +248,7 @@ def test_what_is_rewarded_becomes_more(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 60, "per_device_train_batch_size": 16, "warmup_steps": 0}
     lists = (
         (rewarded(HERE + "brevity", 1.0),),
-        (Term(Divergence(beta=0.9), 1.0), rewarded("exact_match", 0.0)),
+        (WeightedLoss(Divergence(beta=0.9), 1.0), rewarded("exact_match", 0.0)),
     )
     cells = [
         cell(tmp_path, str(n), lmbda=1.0, learning_rate=3e-3, objectives=terms)
@@ -346,16 +346,16 @@ def test_rows_without_a_completion_cannot_be_compared_with(tmp_path: Path) -> No
     ],
 )
 def test_a_reward_needs_text_of_the_student_s_own(
-    changes: dict[str, Any], terms: Terms, message: str, tmp_path: Path
+    changes: dict[str, Any], terms: WeightedLosses, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cell(tmp_path, **{"lmbda": 1.0, **changes}, objectives=terms)
 
 
 def test_with_cross_entropy_the_other_steps_have_something_to_teach(tmp_path: Path) -> None:
-    made = cell(tmp_path, lmbda=0.5, objectives=(rewarded(), Term(CrossEntropy(), 0.5)))
-    assert [term.weight for term in made.terms(on_policy=True)] == [0.75, 0.0]
-    assert [term.weight for term in made.terms(on_policy=False)] == [0.0, 0.5]
+    made = cell(tmp_path, lmbda=0.5, objectives=(rewarded(), WeightedLoss(CrossEntropy(), 0.5)))
+    assert [term.weight for term in made.list_terms(on_policy=True)] == [0.75, 0.0]
+    assert [term.weight for term in made.list_terms(on_policy=False)] == [0.0, 0.5]
 
 
 def test_a_configuration_names_its_reward(tmp_path: Path) -> None:
@@ -363,8 +363,8 @@ def test_a_configuration_names_its_reward(tmp_path: Path) -> None:
     config = GKDConfig(
         output_dir=str(tmp_path), lmbda=1.0, temperature=1.0, objectives=listed, bf16=False, use_cpu=True
     )
-    terms = CellArguments.of(config).objectives
-    assert terms == (Term(Divergence(beta=0.9), 0.25), rewarded("rouge2"))
+    terms = CellArguments.build(config).objectives
+    assert terms == (WeightedLoss(Divergence(beta=0.9), 0.25), rewarded("rouge2"))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_configuration_names_its_reward(tmp_path: Path) -> None:
 )
 def test_a_reward_that_is_not_understood_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parsed([{"type": "reward", **fields}], Divergence())
+        parse_terms([{"type": "reward", **fields}], Divergence())
 
 
 def test_evaluation_on_own_text_leaves_the_reward_out(tmp_path: Path) -> None:
@@ -405,13 +405,13 @@ def test_each_rule_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     asked: list[str] = []
     from gkd_lab.losses import policy_gradient
 
-    found: Callable[..., Any] = policy_gradient.rule_of
+    found: Callable[..., Any] = policy_gradient.load_reward_function
 
     def counted(name: str, *rest: Any) -> Any:
         asked.append(name)
         return found(name, *rest)
 
-    monkeypatch.setattr(policy_gradient, "rule_of", counted)
+    monkeypatch.setattr(policy_gradient, "load_reward_function", counted)
     distil(
         tmp_path,
         "decoder-only",

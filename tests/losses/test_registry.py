@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from ..runner.tiny_experiments import contents, interrupted_at, options, tiny_grid
@@ -26,7 +26,7 @@ GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 def test_gradients_of_terms_are_logged_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_gradients_of_terms_are_logged_where_they_are_asked_for(tmp_path: Path) 
     found = []
     for asked in (False, True):
         outputs = tmp_path / str(asked)
-        assert run(grid, options(outputs, term_gradients=asked)).failed == []
-        found.append([Store(outputs).of(cell).history() for cell in grid.cells])
+        assert run_grid(grid, options(outputs, term_gradients=asked)).failures == []
+        found.append([Store(outputs).get_record(cell).read_history() for cell in grid.cells])
     for cell, plain, measured in zip(grid.cells, *found, strict=True):
         for row, more in zip(plain, measured, strict=True):
             added = {f"grad_norm/{one.type}" for one in cell.training.objectives}
@@ -56,17 +56,17 @@ def test_terms_cross_in_a_grid_and_go_on_bit_for_bit(
         outputs = tmp_path / name / "outputs"
         if name == "broken off":
             with interrupted_at(3, monkeypatch):
-                run(grid, options(outputs))
-        assert run(grid, options(outputs)).failed == []
+                run_grid(grid, options(outputs))
+        assert run_grid(grid, options(outputs)).failures == []
         found.append(contents(outputs))
     store = Store(outputs)
-    assert store.of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+    assert store.get_record(grid.cells[0]).read_provenance()["resumed_at_step"] == 2
     assert found[0] == found[1]
     auto = AutoModelForSeq2SeqLM if task == "translation" else AutoModelForCausalLM
     for cell in grid.cells:
-        record = store.of(cell)
+        record = store.get_record(cell)
         kinds = [one.type for one in cell.training.objectives]
-        for row in record.history():
+        for row in record.read_history():
             assert {f"loss/{kind}" for kind in kinds} <= row.keys()
             assert all(row[f"loss/{kind}"] > 0 for kind in kinds if cell.lmbda == 0)
         _, info = auto.from_pretrained(record.checkpoint, output_loading_info=True)

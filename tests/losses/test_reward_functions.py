@@ -11,8 +11,13 @@ from rouge_score import rouge_scorer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from gkd_lab.losses.entailment import ROWS_AT_ONCE, entailment
-from gkd_lab.losses.reward_functions import exact_match, rewards_of, rouge, rule_of
+from gkd_lab.losses.entailment import ROWS_AT_ONCE, load_entailment_reward
+from gkd_lab.losses.reward_functions import (
+    compute_rewards,
+    create_rouge_reward,
+    exact_match,
+    load_reward_function,
+)
 from gkd_lab.metrics import score
 from gkd_lab.tasks.arithmetic import is_correct
 
@@ -40,7 +45,7 @@ def test_rouge_is_rouge_score_s_f_measure(kind: str) -> None:
     references = ["the cat sat on the mat"] * len(texts)
     scorer = rouge_scorer.RougeScorer([kind], use_stemmer=False)
     known = [scorer.score(r, t)[kind].fmeasure for t, r in zip(texts, references, strict=True)]
-    assert rouge(kind)(["p"] * len(texts), texts, references) == pytest.approx(known, abs=1e-12)
+    assert create_rouge_reward(kind)(["p"] * len(texts), texts, references) == pytest.approx(known, abs=1e-12)
     assert known[-1] == 1 and 0 < known[0] < 1
 
 
@@ -86,13 +91,13 @@ def judge(folder: Path, labels: dict[int, str] | None = None, longest: int = 64)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    entailment.cache_clear()
+    load_entailment_reward.cache_clear()
     return judge(tmp_path / "judge")
 
 
 def test_entailment_is_the_probability_of_the_model_s_own_label(folder: Path) -> None:
     premises, texts = ["a b c", "d e f g", "a"], ["a b", "h", ""]
-    found = rule_of("entailment", str(folder), None, CPU)(premises, texts, [""] * 3)
+    found = load_reward_function("entailment", str(folder), None, CPU)(premises, texts, [""] * 3)
     model = BertForSequenceClassification.from_pretrained(folder).eval()
     for premise, text, value in zip(premises, texts, found, strict=True):
         ids = [2, *map(WORDS.index, premise.split()), 3, *map(WORDS.index, text.split()), 3]
@@ -103,20 +108,20 @@ def test_entailment_is_the_probability_of_the_model_s_own_label(folder: Path) ->
 
 
 def test_entailment_s_premise_is_the_prompt(folder: Path) -> None:
-    rule = entailment(str(folder), None, CPU)
+    rule = load_entailment_reward(str(folder), None, CPU)
     (one,), (other,) = rule(["a b"], ["c d"], [""]), rule(["c d"], ["a b"], [""])
     assert abs(one - other) > 1e-3
 
 
 def test_pairs_longer_than_the_model_reads_are_cut(tmp_path: Path) -> None:
-    entailment.cache_clear()
-    rule = entailment(str(judge(tmp_path / "short", longest=12)), None, CPU)
+    load_entailment_reward.cache_clear()
+    rule = load_entailment_reward(str(judge(tmp_path / "short", longest=12)), None, CPU)
     (value,) = rule(["a " * 50], ["b " * 50], [""])
     assert 0 <= value <= 1
 
 
 def test_more_rows_than_fit_at_once_are_what_they_are_alone(folder: Path) -> None:
-    rule = entailment(str(folder), None, CPU)
+    rule = load_entailment_reward(str(folder), None, CPU)
     premises = ["a b c d e f g h"[: 1 + 2 * (n % 8)] for n in range(ROWS_AT_ONCE + 3)]
     together = rule(premises, ["a"] * len(premises), [""] * len(premises))
     assert together == pytest.approx([rule([p], ["a"], [""])[0] for p in premises], rel=1e-4)
@@ -131,7 +136,7 @@ def test_a_model_is_loaded_once_and_frozen(folder: Path, monkeypatch: pytest.Mon
         lambda model, on: made.append((model, on)) or original(model, on),
     )
     for _ in range(2):
-        rule_of("entailment", str(folder), None, CPU)
+        load_reward_function("entailment", str(folder), None, CPU)
     ((model, on),) = made
     assert not on and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -141,12 +146,12 @@ def test_a_model_without_the_label_is_refused(tmp_path: Path) -> None:
     labels = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     place = judge(tmp_path / "unnamed", labels)
     with pytest.raises(ValueError, match="is called 'entailment'; it has: LABEL_0, LABEL_1, LABEL_2"):
-        entailment(str(place), None, CPU)
+        load_entailment_reward(str(place), None, CPU)
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward 'entailment': the model '.*none' cannot be loaded: "):
-        entailment(str(tmp_path / "none"), None, CPU)
+        load_entailment_reward(str(tmp_path / "none"), None, CPU)
 
 
 # ---- a user's function ----
@@ -179,9 +184,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_function_is_found_by_its_import_path(package: str) -> None:
-    rule = rule_of(f"{package}.rewards:brevity", None, None, CPU)
+    rule = load_reward_function(f"{package}.rewards:brevity", None, None, CPU)
     assert rule(["p", "p"], ["ab", ""], ["", ""]) == [-2, 0]
-    assert rule_of(f"{package}.rewards:Scale.double", None, None, CPU)(["p"], ["t"], ["r"]) == [2]
+    assert load_reward_function(f"{package}.rewards:Scale.double", None, None, CPU)(["p"], ["t"], ["r"]) == [
+        2
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,7 @@ def test_a_function_is_found_by_its_import_path(package: str) -> None:
 )
 def test_a_function_that_cannot_be_had_is_told(place: str, message: str, package: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rule_of(f"{package}.{place}", None, None, CPU)
+        load_reward_function(f"{package}.{place}", None, None, CPU)
 
 
 @pytest.mark.parametrize("name", ["brevity", "my package:f", "a:b:c", ":f", "a.b:", "os.system('x'):y"])
@@ -207,7 +214,7 @@ def test_what_is_no_import_path_imports_nothing(name: str) -> None:
     with pytest.raises(
         ValueError, match=r"unknown reward .*valid: exact_match, rouge2, rougeL, entailment, or"
     ):
-        rule_of(name, None, None, CPU)
+        load_reward_function(name, None, None, CPU)
 
 
 @pytest.mark.parametrize(
@@ -226,26 +233,26 @@ def test_what_is_no_import_path_imports_nothing(name: str) -> None:
 )
 def test_values_that_are_no_rewards_are_told(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^reward 'm:f' {message}"):
-        rewards_of("m:f", lambda *_: given, ["p", "p"], ["first", "second"], ["", ""])
+        compute_rewards("m:f", lambda *_: given, ["p", "p"], ["first", "second"], ["", ""])
 
 
 @pytest.mark.parametrize("given", [(1, 0), np.array([1.0, 0.0]), torch.tensor([1.0, 0.0]), [True, False]])
 def test_any_sequence_of_numbers_will_do(given: Any) -> None:
-    assert rewards_of("m:f", lambda *_: given, ["p", "p"], ["a", "b"], ["", ""]) == [1, 0]
+    assert compute_rewards("m:f", lambda *_: given, ["p", "p"], ["a", "b"], ["", ""]) == [1, 0]
 
 
 def test_what_a_function_raises_is_told_with_its_place(package: str) -> None:
     name = f"{package}.rewards:divides"
     message = rf"reward '{name}' raised ZeroDivisionError: division by zero \(rewards.py, line 10\)"
     with pytest.raises(ValueError, match=message):
-        rewards_of(name, rule_of(name, None, None, CPU), ["p"], ["t"], ["r"])
+        compute_rewards(name, load_reward_function(name, None, None, CPU), ["p"], ["t"], ["r"])
 
 
 def test_what_compares_needs_something_to_compare_with() -> None:
     for name in ("exact_match", "rouge2", "rougeL"):
-        rule = rule_of(name, None, None, CPU)
+        rule = load_reward_function(name, None, None, CPU)
         with pytest.raises(ValueError, match=f"reward '{name}' compares .* 1 of 2 rows have none"):
-            rewards_of(name, rule, ["p", "q"], ["a", "b"], ["r", ""])
+            compute_rewards(name, rule, ["p", "q"], ["a", "b"], ["r", ""])
 
 
 def test_a_function_that_leaves_the_program_has_failed() -> None:
@@ -253,4 +260,4 @@ def test_a_function_that_leaves_the_program_has_failed() -> None:
         raise SystemExit(0)
 
     with pytest.raises(ValueError, match=r"reward 'm:f' raised SystemExit: 0 \(test_reward_rules.py, line"):
-        rewards_of("m:f", leaves, ["p"], ["t"], ["r"])
+        compute_rewards("m:f", leaves, ["p"], ["t"], ["r"])

@@ -8,12 +8,12 @@ import torch
 
 from gkd_lab.config.cell import Family
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import CrossEntropy, Term, Terms
+from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, WeightedLosses
 
 from ..models.tiny import FAMILIES
 from ..training.driving import assert_identical, cell, distil
 
-TERMS: Terms = (Term(Divergence(beta=0.1)), Term(CrossEntropy(), 0.5))
+TERMS: WeightedLosses = (WeightedLoss(Divergence(beta=0.1)), WeightedLoss(CrossEntropy(), 0.5))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import CellSums, divergence_sums
-from gkd_lab.losses.terms import CrossEntropy, Term, Terms, names, parsed
+from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
+from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, WeightedLosses, parse_terms, term_names
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.arguments import GKDConfig
 
@@ -21,10 +21,10 @@ from .test_fused_loss import normal
 
 CELLS, TOKENS, WIDTH, VOCABULARY = 3, 7, 5, 11
 HARD, SOFT = CrossEntropy(), Divergence(beta=0.1, teacher_temperature=0.5)
-LISTS: tuple[Terms, ...] = (
-    (Term(SOFT), Term(HARD, 0.5)),
-    (Term(HARD),),
-    (Term(HARD, 0.3), Term(Divergence(beta=1.0), 2.0), Term(Divergence("tv"), 0.0)),
+LISTS: tuple[WeightedLosses, ...] = (
+    (WeightedLoss(SOFT), WeightedLoss(HARD, 0.5)),
+    (WeightedLoss(HARD),),
+    (WeightedLoss(HARD, 0.3), WeightedLoss(Divergence(beta=1.0), 2.0), WeightedLoss(Divergence("tv"), 0.0)),
 )
 
 
@@ -41,23 +41,23 @@ def tensors() -> dict[str, Any]:
     }
 
 
-def dense(given: dict[str, Any], terms: Terms, n: int) -> list[Tensor]:
+def dense(given: dict[str, Any], terms: WeightedLosses, n: int) -> list[Tensor]:
     """What each term adds to the loss of cell n, by plain formulas."""
     student = given["student"][n] @ given["student_head"].weight[n].T
     teacher = given["teacher"][0] @ given["teacher_head"].weight.T
     values = []
     for term in terms:
-        if isinstance(term.measure, CrossEntropy):
+        if isinstance(term.loss, CrossEntropy):
             each = functional.cross_entropy(student, given["labels"][n], reduction="none")
         else:
-            each = term.measure(student, teacher)
+            each = term.loss(student, teacher)
         values.append(term.weight * (each * given["weights"][n]).sum())
     return values
 
 
 def test_values_and_gradients_are_the_weighted_sums_of_the_terms() -> None:
     given = tensors()
-    sums = divergence_sums(divergences=LISTS, **given)
+    sums = compute_cell_losses(terms=LISTS, **given)
     for n, terms in enumerate(LISTS):
         expected = dense(given, terms, n)
         torch.testing.assert_close(sums.losses[n], torch.stack(expected).sum())
@@ -78,8 +78,8 @@ def test_cross_entropy_is_finite_where_a_token_is_excluded() -> None:
 
 def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
     given = tensors() | {"teacher": None, "teacher_head": None, "block_of_cell": (0, 1, 2)}
-    sums = divergence_sums(divergences=[HARD] * CELLS, **given)
-    expected = torch.stack([dense(tensors(), (Term(HARD),), n)[0] for n in range(CELLS)])
+    sums = compute_cell_losses(terms=[HARD] * CELLS, **given)
+    expected = torch.stack([dense(tensors(), (WeightedLoss(HARD),), n)[0] for n in range(CELLS)])
     torch.testing.assert_close(sums.losses, expected)
 
 
@@ -92,18 +92,18 @@ def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
 )
 def test_what_a_term_reads_must_be_given(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        divergence_sums(divergences=LISTS, **(tensors() | changes))
+        compute_cell_losses(terms=LISTS, **(tensors() | changes))
 
 
-def sums_of(objectives: Terms) -> CellSums:
+def sums_of(objectives: WeightedLosses) -> CellLosses:
     given = tensors()
-    return divergence_sums(divergences=[objectives] * CELLS, **given)
+    return compute_cell_losses(terms=[objectives] * CELLS, **given)
 
 
 def test_two_divergences_of_half_the_weight_are_one() -> None:
-    halves = sums_of((Term(SOFT, 0.5), Term(SOFT, 0.5)))
-    torch.testing.assert_close(halves.losses, sums_of((Term(SOFT),)).losses)
-    torch.testing.assert_close(halves.entropies, sums_of((Term(SOFT),)).entropies)
+    halves = sums_of((WeightedLoss(SOFT, 0.5), WeightedLoss(SOFT, 0.5)))
+    torch.testing.assert_close(halves.losses, sums_of((WeightedLoss(SOFT),)).losses)
+    torch.testing.assert_close(halves.entropies, sums_of((WeightedLoss(SOFT),)).entropies)
 
 
 # ---- in the trainer ----
@@ -112,7 +112,7 @@ def test_two_divergences_of_half_the_weight_are_one() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", (True, False))
 def test_each_term_is_logged_and_they_add_up(family: str, packed: bool, tmp_path: Path) -> None:
-    terms = (Term(SOFT), Term(HARD, 0.5))
+    terms = (WeightedLoss(SOFT), WeightedLoss(HARD, 0.5))
     cells = [cell(tmp_path, str(n), lmbda=0.5, objectives=terms) for n in range(2 if packed else 1)]
     run = distil(tmp_path, family, cells, packed=packed)  # type: ignore[arg-type]
     plain = distil(tmp_path, family, [cell(tmp_path, "2", lmbda=0.5)], packed=False)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_each_term_is_logged_and_they_add_up(family: str, packed: bool, tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cross_entropy_alone_is_supervised_fine_tuning(family: str, tmp_path: Path) -> None:
     """The first step's loss is the model's own, and no teacher is read."""
-    cells = [cell(tmp_path, lmbda=0.0, objectives=(Term(HARD),))]
+    cells = [cell(tmp_path, lmbda=0.0, objectives=(WeightedLoss(HARD),))]
     read: list[Any] = []
 
     def watch(trainer: Any) -> None:
@@ -157,10 +157,10 @@ def test_cross_entropy_alone_is_supervised_fine_tuning(family: str, tmp_path: Pa
 @pytest.mark.parametrize("packed", (True, False))
 def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path) -> None:
     """At rate 0 the terms' values stay, so that what is logged shows the weights."""
-    moving = (Term(SOFT, 1.0, 0.0), Term(HARD, 0.0, 2.0))
+    moving = (WeightedLoss(SOFT, 1.0, 0.0), WeightedLoss(HARD, 0.0, 2.0))
     cells = [
         cell(tmp_path, str(n), lmbda=0.0, learning_rate=0.0, objectives=terms)
-        for n, terms in enumerate((moving, (Term(SOFT), Term(HARD))) if packed else (moving,))
+        for n, terms in enumerate((moving, (WeightedLoss(SOFT), WeightedLoss(HARD))) if packed else (moving,))
     ]
     run = distil(tmp_path, "decoder-only", cells, packed=packed, max_steps=5)
     still = (
@@ -169,7 +169,15 @@ def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path)
         else distil(
             tmp_path,
             "decoder-only",
-            [cell(tmp_path, "s", lmbda=0.0, learning_rate=0.0, objectives=(Term(SOFT), Term(HARD)))],
+            [
+                cell(
+                    tmp_path,
+                    "s",
+                    lmbda=0.0,
+                    learning_rate=0.0,
+                    objectives=(WeightedLoss(SOFT), WeightedLoss(HARD)),
+                )
+            ],
             packed=False,
             max_steps=5,
         ).history[0]
@@ -182,7 +190,7 @@ def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path)
 
 def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lmbda 0\.5 lets the student write, and cross-entropy has nothing"):
-        cell(tmp_path, lmbda=0.5, objectives=(Term(HARD),))
+        cell(tmp_path, lmbda=0.5, objectives=(WeightedLoss(HARD),))
 
 
 # ---- in a configuration ----
@@ -193,13 +201,20 @@ def test_a_configuration_lists_terms_and_leaves_out_what_it_says_elsewhere(tmp_p
     config = GKDConfig(
         output_dir=str(tmp_path), teacher_temperature=0.3, objectives=listed, bf16=False, use_cpu=True
     )
-    made = CellArguments.of(config)
-    assert made.objectives == (Term(Divergence(beta=0.1, teacher_temperature=0.3)), Term(HARD, 0.5))
-    assert names(made.terms()) == ["divergence", "cross_entropy"]
+    made = CellArguments.build(config)
+    assert made.objectives == (
+        WeightedLoss(Divergence(beta=0.1, teacher_temperature=0.3)),
+        WeightedLoss(HARD, 0.5),
+    )
+    assert term_names(made.list_terms()) == ["divergence", "cross_entropy"]
 
 
 def test_several_terms_of_a_kind_are_numbered() -> None:
-    assert names((Term(SOFT), Term(HARD), Term(SOFT))) == ["divergence", "cross_entropy", "divergence_2"]
+    assert term_names((WeightedLoss(SOFT), WeightedLoss(HARD), WeightedLoss(SOFT))) == [
+        "divergence",
+        "cross_entropy",
+        "divergence_2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,4 +230,4 @@ def test_several_terms_of_a_kind_are_numbered() -> None:
 )
 def test_a_term_that_is_not_understood_is_refused(one: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parsed([one], SOFT)
+        parse_terms([one], SOFT)

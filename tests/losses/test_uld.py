@@ -11,20 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab.config.cell import Family
-from gkd_lab.encoding.batches import Example, collate
+from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses import uld
-from gkd_lab.losses.auxiliary_losses import Pass, Seen
-from gkd_lab.losses.teacher_targets import Projected
-from gkd_lab.losses.token_spans import Span, no_text, spelled, told
-from gkd_lab.losses.uld import Reading, Uld, UldModule, distance, span_sum
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
+from gkd_lab.losses.token_spans import Span, decode_completion, encode_completion, non_text_ids
+from gkd_lab.losses.uld import ULD, TextTeacherLogits, ULDModule, sorted_l1_distance, sum_span_distances
+from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.projection import Projection
 from gkd_lab.teachers.text_teacher import TextTeacher
 
 from ..models.tiny import FAMILIES
 from ..training.pairs import Plain, model_of, pieces, plain_distance, words
 
-PLAIN = Uld()
+PLAIN = ULD()
 ROWS = ("a b = 12 bad", "c cab 3", "21 21")
 
 
@@ -40,19 +40,19 @@ def examples(tokenizer: PreTrainedTokenizerFast, family: Family = "decoder-only"
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, family: Family = "decoder-only") -> Sequences:
-    return collate(
+    return collate_examples(
         examples(tokenizer), tokenizer.pad_token_id, is_encoder_decoder=family == "encoder-decoder"
     )
 
 
 def seen_of(
     logits: Tensor, rows: Sequences, projection: Projection | None = None, config: Any = None
-) -> Seen:
+) -> LossInputs:
     """A step on these rows alone: each row has the same weight, shared by its tokens (Eq. 2)."""
     mask = rows.completion_mask.double()
     weights = mask / mask.sum(-1, keepdim=True) / len(mask)
-    own = Pass(logits, {}, config, projection or Projection(None))
-    return Seen(rows, own, None, weights, on_policy=False, step=0, seed=0)
+    own = ModelOutputs(logits, {}, config, projection or Projection(None))
+    return LossInputs(rows, own, None, weights, on_policy=False, step=0, seed=0)
 
 
 def reader(
@@ -69,13 +69,13 @@ def value_of(
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
     teacher_tokenizer: PreTrainedTokenizerFast,
-    measure: Uld = PLAIN,
+    measure: ULD = PLAIN,
     family: Family = "decoder-only",
 ) -> Tensor:
     rows = rows_of(student_tokenizer, family)
-    module = UldModule(measure)
+    module = ULDModule(measure)
     module.teacher = reader(teacher, teacher_tokenizer, student_tokenizer)
-    value: Tensor = module(seen_of(completion_logits(student, rows), rows))
+    value: Tensor = module(seen_of(compute_completion_logits(student, rows), rows))
     return value
 
 
@@ -84,7 +84,7 @@ def by_hand(
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
     teacher_tokenizer: PreTrainedTokenizerFast,
-    measure: Uld = PLAIN,
+    measure: ULD = PLAIN,
 ) -> Tensor:
     """Word by word: tokens of a word are found by splitting the text at its spaces, one row at a time."""
     total = torch.zeros((), dtype=torch.float64)
@@ -126,8 +126,8 @@ def test_the_value_is_that_of_two_sorted_distributions() -> None:
     """Sorted: 0.5 0.3 0.2 0 and 0.4 0.3 0.2 0.1."""
     one = torch.tensor([[0.3, 0.5, 0.2]])
     other = torch.tensor([[0.1, 0.3, 0.4, 0.2]])
-    torch.testing.assert_close(distance(one, other), torch.tensor([0.2]))
-    torch.testing.assert_close(distance(other, one), torch.tensor([0.2]))
+    torch.testing.assert_close(sorted_l1_distance(one, other), torch.tensor([0.2]))
+    torch.testing.assert_close(sorted_l1_distance(other, one), torch.tensor([0.2]))
 
 
 def test_tokens_of_one_span_are_joined_by_the_chain_rule() -> None:
@@ -136,8 +136,8 @@ def test_tokens_of_one_span_are_joined_by_the_chain_rule() -> None:
     teacher = torch.tensor([[[0.1, 0.2, 0.7]]]).log()
     rows = Sequences(*(torch.tensor([[0, 1]]), torch.ones(1, 2).long()) * 2)
     spans: list[list[Span]] = [[([0, 1], [0])]]
-    reading = Reading(Projected(teacher, Projection(None)), torch.tensor([[2]]), spans)
-    value = span_sum(Uld(), seen_of(student, rows), reading)
+    reading = TextTeacherLogits(HiddenTeacherLogits(teacher, Projection(None)), torch.tensor([[2]]), spans)
+    value = sum_span_distances(ULD(), seen_of(student, rows), reading)
     torch.testing.assert_close(value, torch.tensor(abs(0.4 - 0.7) + abs(0.1 - 0.2) + 0.1))
 
 
@@ -145,8 +145,8 @@ PAIRS = {"words of pieces": (words, pieces), "pieces of words": (pieces, words),
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("measure", [Uld(), Uld(student_temperature=2.0, teacher_temperature=0.5)])
-def test_it_is_the_plain_formula_s_on_rows_of_different_lengths(pair: str, measure: Uld) -> None:
+@pytest.mark.parametrize("measure", [ULD(), ULD(student_temperature=2.0, teacher_temperature=0.5)])
+def test_it_is_the_plain_formula_s_on_rows_of_different_lengths(pair: str, measure: ULD) -> None:
     one, other = (make() for make in PAIRS[pair])
     student, teacher = model_of(one, 1), model_of(other, 2, width=32)
     expected = by_hand(student, teacher, one, other, measure)
@@ -188,7 +188,7 @@ def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch
         monkeypatch.setattr(uld, "CHUNK_BYTES", size)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         added = torch.ones(len(one), dtype=torch.float64).requires_grad_() if bias else None
-        module = UldModule(Uld())
+        module = ULDModule(ULD())
         module.teacher = reader(teacher, other, one)
         value = module(seen_of(leaves[0], rows, Projection(leaves[1], added, scale=0.5, softcap=5.0)))
         (3 * value).backward()
@@ -203,7 +203,7 @@ def test_its_gradient_agrees_with_finite_differences() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     torch.manual_seed(0)
     logits = torch.randn(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
-    module = UldModule(Uld())
+    module = ULDModule(ULD())
     module.teacher = reader(teacher, other, one)
     assert torch.autograd.gradcheck(lambda x: module(seen_of(x, rows)), 3 * logits.requires_grad_())
 
@@ -213,7 +213,7 @@ def test_minus_infinity_is_a_probability_of_0() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     logits[..., :2] = -math.inf
-    module = UldModule(Uld())
+    module = ULDModule(ULD())
     module.teacher = reader(teacher, other, one)
     value = module(seen_of(logits.requires_grad_(), rows))
     value.backward()
@@ -235,10 +235,10 @@ def test_rows_of_weight_0_and_rows_without_a_span_count_nothing() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     seen = seen_of(logits.requires_grad_(), rows)
-    module = UldModule(Uld())
+    module = ULDModule(ULD())
     module.teacher = reader(teacher, other, one)
     assert module(replace(seen, weights=0 * seen.weights)) == 0
-    nothing = rows.with_completions(rows.completion_ids * 0, rows.completion_mask)
+    nothing = rows.replace_completions(rows.completion_ids * 0, rows.completion_mask)
     value = module(replace(seen, rows=nothing))
     value.backward()
     assert value == 0
@@ -273,10 +273,10 @@ def by_trl(
     for side, (model, tokenizer) in enumerate(((student, one), (teacher, other))):
         found, offsets = [], []
         for row in examples(one):
-            said = told(one, row.completion_ids, [one.eos_token_id], no_text(one))
+            said = decode_completion(one, row.completion_ids, [one.eos_token_id], non_text_ids(one))
             ids, ends = row.completion_ids, said.ends
             if side:
-                ids, ends = spelled(other, said, no_text(other), is_encoder_decoder=False)
+                ids, ends = encode_completion(other, said, non_text_ids(other), is_encoder_decoder=False)
             prompt = tokenizer(one.decode(row.prompt_ids))["input_ids"]
             found.append((prompt, ids))
             offsets.append([0] * len(prompt) + [min(end or 0, len(said.text)) for end in ends])
@@ -310,7 +310,7 @@ def test_trl_s_default_compares_what_follows_each_token() -> None:
     same = by_trl(student, student, tokenizer, tokenizer, "observed")
     assert same < 1e-12
     rows = rows_of(tokenizer)
-    logits = completion_logits(student, rows).detach()
+    logits = compute_completion_logits(student, rows).detach()
     changed = logits.clone()
     changed[:, 0] = changed[:, 0] * 3
     labels = torch.cat([torch.full_like(rows.prompt_ids, -100), rows.completion_ids], 1)
@@ -359,7 +359,7 @@ def test_trl_s_hybrid_does_not_see_what_the_teacher_gives_to_tokens_of_its_own()
     loss.mapping_tensor = torch.tensor([0, 1])
     student, teacher = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.1, 0.1, 0.8]])
     assert loss._compute_hybrid_uld_loss(student, teacher) == 0
-    torch.testing.assert_close(distance(student, teacher), torch.tensor([0.3 + 0.4 + 0.1]))
+    torch.testing.assert_close(sorted_l1_distance(student, teacher), torch.tensor([0.3 + 0.4 + 0.1]))
 
 
 def test_trl_encodes_with_byte_level_tokenizers_alone() -> None:
@@ -375,7 +375,7 @@ def test_trl_encodes_with_byte_level_tokenizers_alone() -> None:
 def test_the_teacher_reads_prompt_and_completion_in_its_own_tokens() -> None:
     one, other = words(), pieces()
     teacher = reader(model_of(other, 2), other, one)
-    reading = teacher.reading(rows_of(one))
+    reading = teacher.read_rows(rows_of(one))
     read = [other.decode(ids[ids != other.pad_token_id]) for ids in reading.ids]
     assert read == ["a b = 12 bad</s>", "c cab 3</s>", "21 21"]
 
@@ -385,8 +385,10 @@ def test_a_prompt_that_is_known_is_read_as_it_is() -> None:
     one, other = words(), pieces()
     row = examples(one)[0]
     known = {tuple(row.prompt_ids): other("a b c\n")["input_ids"]}
-    assert reader(model_of(other, 2), other, one)._prompt(row.prompt_ids) == other("a b")["input_ids"]
-    found = reader(model_of(other, 2), other, one, prompts=known)._prompt(row.prompt_ids)
+    assert (
+        reader(model_of(other, 2), other, one)._translate_prompt(row.prompt_ids) == other("a b")["input_ids"]
+    )
+    found = reader(model_of(other, 2), other, one, prompts=known)._translate_prompt(row.prompt_ids)
     assert found == known[tuple(row.prompt_ids)]
 
 
@@ -395,10 +397,10 @@ def test_rows_that_cells_share_are_read_once() -> None:
     plain = Plain(model_of(other, 2))
     teacher = TextTeacher(plain, other, one, [one.eos_token_id])
     rows = rows_of(one)
-    first = teacher.reading(rows)
-    assert teacher.reading(rows.map(torch.clone)) is first
+    first = teacher.read_rows(rows)
+    assert teacher.read_rows(rows.map_tensors(torch.clone)) is first
     shorter = replace(rows, completion_mask=rows.completion_mask * 0)
-    assert teacher.reading(shorter) is not first
+    assert teacher.read_rows(shorter) is not first
     assert plain.reads == 2
 
 
@@ -414,10 +416,10 @@ def test_a_teacher_of_another_family_reads_the_same_text() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"uld: teacher_temperature 0 divides logits"):
-        Uld(teacher_temperature=0)
+        ULD(teacher_temperature=0)
     one, other = words(), pieces()
     with pytest.raises(ValueError, match=r"give the module's `teacher` first"):
-        UldModule(Uld())(seen_of(torch.zeros(1), rows_of(one)))
+        ULDModule(ULD())(seen_of(torch.zeros(1), rows_of(one)))
     with pytest.raises(ValueError, match=r"uld needs the teacher's tokenizer.*teacher_processing_class"):
         reader(model_of(other, 2), None, one)  # type: ignore[arg-type]
     other.eos_token = None

@@ -58,7 +58,7 @@ def test_the_table_as_one_evaluation() -> None:
     found = score("accuracy", solutions, references)
     assert found.value == pytest.approx(100 * sum(row[2] for row in VERDICTS) / len(VERDICTS))
     without = sum(extract_answer(text) is None for text in solutions)
-    assert found.extra["extraction_failure_rate"] == pytest.approx(without / len(VERDICTS))
+    assert found.rates["extraction_failure_rate"] == pytest.approx(without / len(VERDICTS))
     assert 0 < without < len(VERDICTS)
 
 

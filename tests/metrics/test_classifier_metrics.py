@@ -6,19 +6,19 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from gkd_lab.metrics import classifier_metrics, score_many
-from gkd_lab.metrics.classifier_metric_names import OF_LABELS
+from gkd_lab.metrics.classifier_metric_names import LABEL_METRICS
 from gkd_lab.metrics.classifier_metrics import (
     accuracy,
+    compute_statistics,
     f1_binary,
     f1_macro,
     matthews,
     pearson,
-    per_text,
+    score_texts,
     spearman,
-    statistics,
 )
-from gkd_lab.metrics.intervals import interval
-from gkd_lab.statistics.bootstrap import bootstrap, sample_of
+from gkd_lab.metrics.intervals import compute_interval
+from gkd_lab.statistics.bootstrap import bootstrap_scores, build_example_statistics
 
 # Hits 3 of 5. Label a: 1 hit, predicted 2, there 2. b: 1 hit, predicted 2, there 1. c: 1, 1, 2.
 PREDICTED, TRUE = list("aabbc"), list("acbac")
@@ -79,7 +79,7 @@ def test_correlations_equal_scipy_s(offset):
     assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", OF_LABELS)
+@pytest.mark.parametrize("metric", LABEL_METRICS)
 def test_a_score_of_texts_is_a_hundred_times_that_of_labels(metric):
     found, true = drawn(2, 60, 1)
     texts, references = [f"l{n}" for n in found], [[f"l{n}"] for n in true]
@@ -96,7 +96,7 @@ def test_tags_are_counted_one_by_one():
     assert scores["tag_accuracy"].value == pytest.approx(50.0)
     flat = (["O", "NAME", "CITY", "O"], ["O", "NAME", "O", "CITY"])
     assert scores["tag_f1_macro"].value == pytest.approx(100 * f1_score(*flat, average="macro"))
-    assert per_text("tag_accuracy", texts, references) == pytest.approx([200 / 3, 0.0])
+    assert score_texts("tag_accuracy", texts, references) == pytest.approx([200 / 3, 0.0])
     with pytest.raises(ValueError, match="1 predicted and 2 true ones"):
         score_many(["tag_accuracy"], ["O"], [["O O"]])
 
@@ -129,7 +129,7 @@ def test_a_prediction_equal_to_any_reference_is_right():
 def test_an_interval_is_of_the_score_of_resamples(metric):
     found, true = drawn(3, 40, 5)
     texts, references = [str(n) for n in found], [[str(n)] for n in true]
-    low, high = interval(metric, texts, references, per_text(metric, texts, references))
+    low, high = compute_interval(metric, texts, references, score_texts(metric, texts, references))
     rule = {
         "f1_macro": lambda a, b: f1_score(b, a, average="macro", zero_division=0),
         "matthews": lambda a, b: matthews_corrcoef(b, a),
@@ -146,13 +146,13 @@ def test_a_sample_for_comparisons_has_the_score_as_its_value():
     rows = [{"prediction": str(a), "references": [str(b)]} for a, b in zip(found, true, strict=True)]
     for metric in ("label_accuracy", "f1_macro", "matthews", "pearson", "spearman"):
         expected = score_many([metric], [r["prediction"] for r in rows], [r["references"] for r in rows])
-        sample = sample_of(metric, rows, expected[metric].per_example)
-        assert sample.value == pytest.approx(expected[metric].value)
-        assert bootstrap([sample], resamples=10).std() > 0
+        sample = build_example_statistics(metric, rows, expected[metric].per_example)
+        assert sample.score == pytest.approx(expected[metric].value)
+        assert bootstrap_scores([sample], resamples=10).std() > 0
 
 
 def test_statistics_of_parts_add_up():
     found, true = drawn(4, 30, 2)
     texts, references = [str(n) for n in found], [[str(n)] for n in true]
-    counted, score = statistics("matthews", texts, references)
+    counted, score = compute_statistics("matthews", texts, references)
     assert score(counted.sum(0).tolist()) == pytest.approx(100 * matthews_corrcoef(true, found))

@@ -3,25 +3,25 @@
 import pytest
 
 from gkd_lab.metrics import score
-from gkd_lab.metrics.diversity import self_bleu
+from gkd_lab.metrics.diversity import compute_self_bleu
 
 ONE = "the train leaves the station at noon"
 
 
 def test_equal_texts_score_a_hundred_and_texts_without_a_common_word_nothing() -> None:
-    assert self_bleu([ONE, ONE, ONE]) == pytest.approx([100, 100, 100])
-    assert self_bleu(["a b c d e", "f g h i j"]) == [0, 0]
+    assert compute_self_bleu([ONE, ONE, ONE]) == pytest.approx([100, 100, 100])
+    assert compute_self_bleu(["a b c d e", "f g h i j"]) == [0, 0]
 
 
 def test_it_is_between_for_texts_that_share_a_part() -> None:
     # 1- to 4-gram precisions 6/7, 5/6, 4/5, 3/4 on both sides, equally long
-    found = self_bleu([ONE, "the train leaves the station at night"])
+    found = compute_self_bleu([ONE, "the train leaves the station at night"])
     assert found == pytest.approx([100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25] * 2)
 
 
 def test_a_text_of_fewer_than_four_words_stays_below_a_hundred() -> None:
     # no 3- nor 4-grams: 0 of 1, smoothed to 0.1 of 1
-    assert self_bleu(["a b", "a b"]) == pytest.approx([100 * 0.1**0.5] * 2)
+    assert compute_self_bleu(["a b", "a b"]) == pytest.approx([100 * 0.1**0.5] * 2)
 
 
 def test_texts_are_compared_within_their_prompt() -> None:
@@ -33,7 +33,7 @@ def test_texts_are_compared_within_their_prompt() -> None:
 
 
 def test_an_empty_text_shares_nothing() -> None:
-    assert self_bleu(["", ONE]) == [0, 0]
+    assert compute_self_bleu(["", ONE]) == [0, 0]
 
 
 @pytest.mark.parametrize("prompts", [None, [0, 1, 2], [0, 0, 1]])

@@ -7,52 +7,57 @@ import pytest
 import sacrebleu
 
 from gkd_lab.metrics import score
-from gkd_lab.metrics.intervals import corpus_interval, interval, mean_interval, mean_intervals
+from gkd_lab.metrics.intervals import (
+    bootstrap_corpus_interval,
+    bootstrap_mean_interval,
+    bootstrap_mean_intervals,
+    compute_interval,
+)
 
 
 def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says() -> None:
-    low, high = mean_interval([100.0] * 60 + [0.0] * 140, resamples=4000)
+    low, high = bootstrap_mean_interval([100.0] * 60 + [0.0] * 140, resamples=4000)
     # 30 +- 1.96 * sqrt(0.3 * 0.7 / 200) * 100
     assert low == pytest.approx(30 - 6.35, abs=0.6)
     assert high == pytest.approx(30 + 6.35, abs=0.6)
 
 
 def test_equal_examples_leave_no_doubt_and_the_same_seed_repeats() -> None:
-    assert mean_interval([7.0] * 5) == (7.0, 7.0)
+    assert bootstrap_mean_interval([7.0] * 5) == (7.0, 7.0)
     values = [float(i % 7) for i in range(100)]
-    assert mean_interval(values) == mean_interval(values)
-    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
+    assert bootstrap_mean_interval(values) == bootstrap_mean_interval(values)
+    assert bootstrap_mean_interval(values, seed=1) != bootstrap_mean_interval(values, seed=2)
 
 
 def test_drawing_in_many_chunks_covers_every_resample() -> None:
-    low, high = mean_interval([0.0, 1.0] * 150_000, resamples=40)
+    low, high = bootstrap_mean_interval([0.0, 1.0] * 150_000, resamples=40)
     assert 0.495 < low < 0.5 < high < 0.505
 
 
 def test_no_examples_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="one value an example"):
-        mean_interval([])
+        bootstrap_mean_interval([])
 
 
 def test_many_cells_at_once_get_what_each_gets_alone() -> None:
     values = np.random.default_rng(0).uniform(0, 100, size=(40, 77))
-    together = mean_intervals(values, resamples=300)
-    assert together.tolist() == [list(mean_interval(row, resamples=300)) for row in values.tolist()]
+    together = bootstrap_mean_intervals(values, resamples=300)
+    assert together.tolist() == [list(bootstrap_mean_interval(row, resamples=300)) for row in values.tolist()]
     assert len(np.unique(together)) == together.size
 
 
 def test_cells_see_the_same_draws() -> None:
     """So a constant distance between two cells is that between the ends of their intervals."""
     values = np.random.default_rng(0).uniform(0, 50, size=(1, 60))
-    low, high = mean_intervals(np.concatenate([values, values + 7])).T
+    low, high = bootstrap_mean_intervals(np.concatenate([values, values + 7])).T
     assert low[1] - low[0] == pytest.approx(7, abs=1e-8)
     assert high[1] - high[0] == pytest.approx(7, abs=1e-8)
 
 
 def test_draws_are_of_all_examples_and_as_many() -> None:
-    from gkd_lab.metrics.intervals import _counts
+    from gkd_lab.metrics.intervals import _draw_count_matrix
 
-    counts = _counts(30, 2000, 0, 0)
+    counts = _draw_count_matrix(30, 2000, 0, 0)
     assert counts.shape == (2000, 30)
     assert (counts.sum(axis=1) == 30).all()
     assert counts.mean(axis=0) == pytest.approx(np.ones(30), abs=0.1)
@@ -62,7 +67,7 @@ def test_draws_are_of_all_examples_and_as_many() -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,)])
 def test_values_that_are_no_cells_by_examples_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="values \\(cells, examples\\), got an array of"):
-        mean_intervals(np.zeros(shape))
+        bootstrap_mean_intervals(np.zeros(shape))
 
 
 PREDICTIONS = [
@@ -81,7 +86,7 @@ REFERENCES = [
 def test_a_corpus_interval_surrounds_the_corpus_score(metric: str) -> None:
 
     value = score(metric, PREDICTIONS, REFERENCES).value
-    low, high = corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=200)
+    low, high = bootstrap_corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=200)
     assert 0 < low < value < high < 100
     assert (low + high) / 2 == pytest.approx(value, abs=1e-4)
 
@@ -91,7 +96,7 @@ def test_a_corpus_interval_is_sacrebleus(metric: str) -> None:
     own = {"bleu": sacrebleu.BLEU(), "chrf": sacrebleu.CHRF()}[metric]
     streams = [[texts[0] for texts in REFERENCES]]
     found = own.corpus_score(PREDICTIONS, streams, n_bootstrap=300)
-    low, high = corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=300)
+    low, high = bootstrap_corpus_interval(metric, PREDICTIONS, REFERENCES, resamples=300)
     printed = re.search(r"± ([0-9.]+)", found.format(width=6, signature=str(own.get_signature())))
     assert printed is not None
     assert (high - low) / 2 == pytest.approx(float(printed[1]), abs=1e-5)
@@ -99,32 +104,34 @@ def test_a_corpus_interval_is_sacrebleus(metric: str) -> None:
 
 def test_corpus_scores_take_several_and_unequal_references() -> None:
     references = [[*texts, "another way to say it"] for texts in REFERENCES[:30]] + REFERENCES[30:]
-    low, high = corpus_interval("bleu", PREDICTIONS, references, resamples=100)
+    low, high = bootstrap_corpus_interval("bleu", PREDICTIONS, references, resamples=100)
     assert 0 < low < high <= 100
 
 
 def test_a_corpus_without_any_match_scores_0_without_width() -> None:
-    assert corpus_interval("chrf", ["x"] * 4, [["y"]] * 4, resamples=50) == (0.0, 0.0)
+    assert bootstrap_corpus_interval("chrf", ["x"] * 4, [["y"]] * 4, resamples=50) == (0.0, 0.0)
 
 
 def test_the_metric_decides_which_interval_it_gets() -> None:
     per_example = [0.0, 100.0] * 30
-    assert interval("accuracy", PREDICTIONS, REFERENCES, per_example) == mean_interval(per_example)
-    bleu = interval("bleu", PREDICTIONS, REFERENCES, per_example)
-    assert bleu == corpus_interval("bleu", PREDICTIONS, REFERENCES)
+    assert compute_interval("accuracy", PREDICTIONS, REFERENCES, per_example) == bootstrap_mean_interval(
+        per_example
+    )
+    bleu = compute_interval("bleu", PREDICTIONS, REFERENCES, per_example)
+    assert bleu == bootstrap_corpus_interval("bleu", PREDICTIONS, REFERENCES)
 
 
 def test_several_samples_of_a_prompt_are_drawn_as_one() -> None:
     per_example = [0.0, 100.0, 100.0, 100.0] * 15
-    drawn = interval("accuracy", PREDICTIONS, REFERENCES, per_example, samples=2)
-    assert drawn == mean_interval([50.0, 100.0] * 15)
-    assert interval("bleu", PREDICTIONS, REFERENCES, per_example, samples=2) is None
+    drawn = compute_interval("accuracy", PREDICTIONS, REFERENCES, per_example, samples_per_prompt=2)
+    assert drawn == bootstrap_mean_interval([50.0, 100.0] * 15)
+    assert compute_interval("bleu", PREDICTIONS, REFERENCES, per_example, samples_per_prompt=2) is None
 
 
 def test_a_chrf_of_which_some_resamples_score_nothing_has_an_interval() -> None:
     predictions = ["a b c d e", "q", "q"]
     references = [("a b c d e f",), ("g h i j",), ("k l m",)]
-    ends = interval("chrf", predictions, references, [50.0, 0.0, 0.0])
+    ends = compute_interval("chrf", predictions, references, [50.0, 0.0, 0.0])
     assert ends is not None
     low, high = ends
     assert 0 <= low < high <= 100

@@ -81,5 +81,5 @@ def test_flexible_accuracy_is_lm_evals(target: str) -> None:
     found = score("accuracy_flexible", NUMBERS, [[target]] * len(NUMBERS))
     assert found.per_example == [100 * one for one in expected]
     assert 0 < found.value < 100
-    failures = found.extra["flexible_extraction_failure_rate"]
+    failures = found.rates["flexible_extraction_failure_rate"]
     assert failures == fmean(one == "[invalid]" for one in extracted)

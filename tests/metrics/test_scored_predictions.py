@@ -7,8 +7,8 @@ import pytest
 
 from gkd_lab.metrics import METRICS, Scorer, score
 from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
-from gkd_lab.metrics.intervals import mean_interval
-from gkd_lab.metrics.scored_predictions import Prediction, judge, prediction_of
+from gkd_lab.metrics.intervals import bootstrap_mean_interval
+from gkd_lab.metrics.scored_predictions import Prediction, parse_prediction, score_predictions
 
 SOLUTIONS = ["2+3=5 #### 5", "#### 6", "I do not know", ""]
 
@@ -22,7 +22,7 @@ def written(texts: list[str], samples: int = 1) -> list[Prediction]:
 
 
 def test_lengths_ends_and_failures_stand_beside_an_accuracy() -> None:
-    scores, _ = judge(["accuracy", "accuracy_flexible"], written(SOLUTIONS))
+    scores, _ = score_predictions(["accuracy", "accuracy_flexible"], written(SOLUTIONS))
     assert scores["accuracy"]["value"] == scores["accuracy_flexible"]["value"] == 25
     assert scores["extraction_failure_rate"] == {"value": 0.5}
     assert scores["flexible_extraction_failure_rate"] == {"value": 0.5}
@@ -33,32 +33,32 @@ def test_lengths_ends_and_failures_stand_beside_an_accuracy() -> None:
 
 def test_a_stored_row_reads_back_as_the_prediction_it_was() -> None:
     for predictions in (written(SOLUTIONS), written(SOLUTIONS, samples=2)):
-        _, rows = judge(["accuracy"], predictions)
-        assert [prediction_of(json.loads(json.dumps(row))) for row in rows] == predictions
+        _, rows = score_predictions(["accuracy"], predictions)
+        assert [parse_prediction(json.loads(json.dumps(row))) for row in rows] == predictions
 
 
 def test_single_texts_are_stored_as_they_always_were() -> None:
-    _, rows = judge(["accuracy"], written(SOLUTIONS))
+    _, rows = score_predictions(["accuracy"], written(SOLUTIONS))
     assert list(rows[0]) == ["prompt", "prediction", "references", "tokens", "ended", "scores"]
-    _, rows = judge(["accuracy"], written(SOLUTIONS, samples=2))
+    _, rows = score_predictions(["accuracy"], written(SOLUTIONS, samples=2))
     assert [row["sample"] for row in rows] == [0, 1, 0, 1]
 
 
 def test_a_row_without_a_field_names_it_and_those_that_are_there() -> None:
     row = {"prompt": "p", "prediction": "t", "references": ["r"], "tokens": 1}
     with pytest.raises(ValueError, match="no field 'ended'; the fields there are: prompt, prediction, ref"):
-        prediction_of(row)
+        parse_prediction(row)
     with pytest.raises(ValueError, match="field 'references' must be list, got 'r'"):
-        prediction_of({**row, "ended": True, "references": "r"})
+        parse_prediction({**row, "ended": True, "references": "r"})
 
 
 def test_several_texts_of_a_prompt_are_drawn_together_and_corpus_scores_have_no_interval() -> None:
     predictions = written([*["#### 5"] * 40, *["#### 6"] * 40], samples=4)
-    scores, _ = judge(["accuracy", "bleu", "self_bleu"], predictions)
+    scores, _ = score_predictions(["accuracy", "bleu", "self_bleu"], predictions)
     assert scores["accuracy"]["n"] == 80
     drawn = scores["accuracy"]["low"], scores["accuracy"]["high"]
-    assert drawn == mean_interval([100.0] * 10 + [0.0] * 10)
-    as_if_independent = mean_interval([100.0] * 40 + [0.0] * 40)
+    assert drawn == bootstrap_mean_interval([100.0] * 10 + [0.0] * 10)
+    as_if_independent = bootstrap_mean_interval([100.0] * 40 + [0.0] * 40)
     assert drawn[1] - drawn[0] > 1.5 * (as_if_independent[1] - as_if_independent[0])
     assert "low" not in scores["bleu"]
     assert scores["self_bleu"]["value"] == scores["self_bleu"]["low"]
@@ -66,12 +66,12 @@ def test_several_texts_of_a_prompt_are_drawn_together_and_corpus_scores_have_no_
 
 def test_prompts_of_equal_wording_stay_two_prompts() -> None:
     twice = [replace(one, prompt="same") for one in written(["a b c d"] * 2 + ["e f g h"] * 2, samples=2)]
-    assert judge(["self_bleu"], twice)[0]["self_bleu"]["value"] == pytest.approx(100)
+    assert score_predictions(["self_bleu"], twice)[0]["self_bleu"]["value"] == pytest.approx(100)
 
 
 def test_a_prompt_that_lost_a_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="as many texts: there are from 1 to 2"):
-        judge(["accuracy"], written(SOLUTIONS, samples=2)[:3])
+        score_predictions(["accuracy"], written(SOLUTIONS, samples=2)[:3])
 
 
 def test_one_scorer_for_many_cells_gives_what_each_gets_alone() -> None:
@@ -80,8 +80,8 @@ def test_one_scorer_for_many_cells_gives_what_each_gets_alone() -> None:
     metrics = [*(metric for metric in METRICS if metric not in others), *of_labels]
     cells = [written(SOLUTIONS), written(SOLUTIONS[::-1]), written(["a running dog", "#### 5", "x", "x"])]
     scorer = Scorer()
-    together = [judge(metrics, cell, scorer) for cell in cells]
-    assert together == [judge(metrics, cell) for cell in cells]
+    together = [score_predictions(metrics, cell, scorer) for cell in cells]
+    assert together == [score_predictions(metrics, cell) for cell in cells]
     assert together[0] != together[1]
 
 

@@ -105,7 +105,7 @@ def test_accuracy_counts_right_answers_and_missing_ones() -> None:
     )
     assert result.value == 50
     assert result.per_example == [100, 0, 0, 100]
-    assert result.extra == {
+    assert result.rates == {
         "extraction_failure_rate": 0.25,
         "reference_without_answer_rate": 0,
         "empty_prediction_rate": 0,
@@ -115,7 +115,7 @@ def test_accuracy_counts_right_answers_and_missing_ones() -> None:
 
 def test_a_reference_without_an_answer_is_wrong_and_counted() -> None:
     result = score("accuracy", ["no number"], [["none here"]])
-    assert (result.value, result.extra["reference_without_answer_rate"]) == (0, 1)
+    assert (result.value, result.rates["reference_without_answer_rate"]) == (0, 1)
 
 
 def test_exact_match_ignores_outer_space_only() -> None:
@@ -136,7 +136,7 @@ def test_answers_are_extracted_by_the_rule(text: str, answer: str | None) -> Non
 def test_an_empty_side_scores_zero(metric: str, prediction: str, reference: str) -> None:
     result = score(metric, [prediction], [[reference]])
     assert (result.value, result.per_example) == (0, [0])
-    assert result.extra["empty_prediction_rate"] == (not prediction.strip())
+    assert result.rates["empty_prediction_rate"] == (not prediction.strip())
 
 
 @pytest.mark.parametrize("metric", AGAINST_REFERENCES)

@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gkd_lab.models.heads import keep_untied
+from gkd_lab.models.heads import mark_untied_head
 
 from .tiny import END, LAST_WORD, PAD
 
@@ -126,7 +126,7 @@ def t5(width: int) -> PreTrainedModel:
     )
     model = T5ForConditionalGeneration(config)
     model.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, width))
-    keep_untied(model)
+    mark_untied_head(model)
     return model
 
 

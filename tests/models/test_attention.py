@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gkd_lab.config.cell import Family
-from gkd_lab.models.attention import KERNEL, attention_in_float32
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.attention import ATTENTION_KERNEL, upcast_cpu_attention
+from gkd_lab.models.forward import Sequences, compute_completion_logits
 
 from .tiny import FAMILIES, tiny_model
 
@@ -39,9 +39,9 @@ def student(family: Family) -> PreTrainedModel:
 
 
 def dtypes_of_a_step(model: PreTrainedModel, *, wanted: bool) -> set[torch.dtype]:
-    with attention_in_float32(wanted), Kernels() as seen:
+    with upcast_cpu_attention(wanted), Kernels() as seen:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = completion_logits(model, rows()).float().square().mean()
+            loss = compute_completion_logits(model, rows()).float().square().mean()
         loss.backward()
     return seen.queries
 
@@ -65,21 +65,21 @@ def test_without_it_attention_is_in_bfloat16() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_in_bfloat16_get_their_own_dtype_back(family: Family) -> None:
     model = student(family).bfloat16().eval()
-    with torch.no_grad(), attention_in_float32():
-        assert completion_logits(model, rows()).dtype == torch.bfloat16
+    with torch.no_grad(), upcast_cpu_attention():
+        assert compute_completion_logits(model, rows()).dtype == torch.bfloat16
 
 
 def test_float64_stays_what_it_is() -> None:
     model = student("decoder-only").double().eval()
     with torch.no_grad():
-        plain = completion_logits(model, rows())
-        with attention_in_float32():
-            assert torch.equal(completion_logits(model, rows()), plain)
+        plain = compute_completion_logits(model, rows())
+        with upcast_cpu_attention():
+            assert torch.equal(compute_completion_logits(model, rows()), plain)
 
 
 def test_the_kernel_comes_back_after_an_error_too() -> None:
-    own = ALL_ATTENTION_FUNCTIONS[KERNEL]
-    with pytest.raises(KeyError), attention_in_float32():
-        assert ALL_ATTENTION_FUNCTIONS[KERNEL] is not own
+    own = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
+    with pytest.raises(KeyError), upcast_cpu_attention():
+        assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is not own
         raise KeyError
-    assert ALL_ATTENTION_FUNCTIONS[KERNEL] is own
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is own

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 
-from gkd_lab.encoding.batches import collate
+from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.divergence import generalized_jsd
 from gkd_lab.models.build import load_model
-from gkd_lab.models.forward import Sequences, completion_logits, position_ids, shifted_right
-from gkd_lab.models.heads import keep_untied
-from gkd_lab.models.rng import uniforms
-from gkd_lab.training.sampling import write
+from gkd_lab.models.forward import Sequences, compute_completion_logits, compute_position_ids, shift_right
+from gkd_lab.models.heads import mark_untied_head
+from gkd_lab.models.rng import draw_uniforms
+from gkd_lab.training.sampling import generate_completions
 
 from .families import DECODERS, FAMILIES, make
 from .tiny import END, PAD, tiny_examples
@@ -27,7 +27,7 @@ each_decoder = pytest.mark.parametrize("name", DECODERS)
 
 def batch(model: PreTrainedModel, rows: int = 6) -> Sequences:
     """Prompts of 2 to 6 tokens and completions of 2 to 6."""
-    return collate(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+    return collate_examples(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
 def padded(rows: Sequences, prompt: tuple[int, int], completion: tuple[int, int] = (0, 0)) -> Sequences:
@@ -49,11 +49,11 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def row_by_row(model: PreTrainedModel, rows: Sequences) -> Tensor:
     """Logits of the trained tokens from whole forward passes without padding, cache or our arguments."""
     found = []
-    for n in range(rows.rows):
+    for n in range(rows.num_rows):
         prompt = rows.prompt_ids[n, rows.prompt_mask[n].bool()][None]
         completion = rows.completion_ids[n, rows.completion_mask[n].bool()][None]
         if model.config.is_encoder_decoder:
-            start = shifted_right(model.config, completion)
+            start = shift_right(model.config, completion)
             found.append(model(input_ids=prompt, decoder_input_ids=start).logits[0])
         else:
             both = torch.cat([prompt, completion], dim=1)
@@ -64,7 +64,7 @@ def row_by_row(model: PreTrainedModel, rows: Sequences) -> Tensor:
 def written(
     model: PreTrainedModel, rows: Sequences, noise: Tensor | None = None, temperature: float = 1.0
 ) -> Sequences:
-    return write(
+    return generate_completions(
         model,
         rows,
         max_new_tokens=TOKENS,
@@ -80,7 +80,7 @@ def written(
 def test_completion_logits_are_those_of_a_whole_forward_pass_of_each_row(name: str) -> None:
     model = make(name, 0)
     rows = batch(model)
-    assert_close(completion_logits(model, rows)[rows.completion_mask.bool()], row_by_row(model, rows))
+    assert_close(compute_completion_logits(model, rows)[rows.completion_mask.bool()], row_by_row(model, rows))
 
 
 @each_family
@@ -91,7 +91,9 @@ def test_the_next_token_depends_on_the_whole_prompt(name: str) -> None:
     rows = batch(model)
     first = rows.prompt_mask.argmax(1, keepdim=True)
     other = rows.prompt_ids.scatter(1, first, rows.prompt_ids.gather(1, first) % 11 + 3)
-    moved = completion_logits(model, replace(rows, prompt_ids=other)) - completion_logits(model, rows)
+    moved = compute_completion_logits(model, replace(rows, prompt_ids=other)) - compute_completion_logits(
+        model, rows
+    )
     assert (moved.abs().amax(-1) > 1e-3)[rows.completion_mask.bool()].all()
 
 
@@ -100,10 +102,10 @@ def test_the_next_token_depends_on_the_whole_prompt(name: str) -> None:
 def test_the_amount_of_padding_changes_nothing(name: str) -> None:
     model = make(name, 0)
     rows = batch(model)
-    expected, mask = completion_logits(model, rows), rows.completion_mask.bool()
+    expected, mask = compute_completion_logits(model, rows), rows.completion_mask.bool()
     prompt = (0, 3) if model.config.is_encoder_decoder else (3, 0)
     for wide in (padded(rows, prompt), padded(rows, (0, 0), (0, 4)), padded(rows, prompt, (0, 4))):
-        assert_close(completion_logits(model, wide)[:, : mask.shape[1]][mask], expected[mask])
+        assert_close(compute_completion_logits(model, wide)[:, : mask.shape[1]][mask], expected[mask])
 
 
 @each_decoder
@@ -112,7 +114,7 @@ def test_only_the_completion_s_positions_are_projected(name: str) -> None:
     model = make(name, 0)
     rows, read = batch(model), []
     model.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
-    completion_logits(model, rows)
+    compute_completion_logits(model, rows)
     assert read == [rows.completion_ids.shape[1] + 1]
 
 
@@ -122,14 +124,16 @@ def test_pitfall_15_absolute_positions_start_at_the_first_token_whatever_the_pad
     model = make("gpt2", 0)
     rows = batch(model)
     wide, mask = padded(rows, (5, 0)), rows.completion_mask.bool()
-    assert_close(completion_logits(model, wide)[mask], completion_logits(model, rows)[mask])
+    assert_close(compute_completion_logits(model, wide)[mask], compute_completion_logits(model, rows)[mask])
     ids = torch.cat([wide.prompt_ids, wide.completion_ids], dim=1)
     attention = torch.cat([wide.prompt_mask, wide.completion_mask], dim=1)
     length = wide.completion_ids.shape[1]
     naive = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1]
-    assert (naive - completion_logits(model, rows)).abs()[mask].max() > 1
-    right = model(input_ids=ids, attention_mask=attention, position_ids=position_ids(attention)).logits
-    assert_close(right[:, -length - 1 : -1][mask], completion_logits(model, rows)[mask])
+    assert (naive - compute_completion_logits(model, rows)).abs()[mask].max() > 1
+    right = model(
+        input_ids=ids, attention_mask=attention, position_ids=compute_position_ids(attention)
+    ).logits
+    assert_close(right[:, -length - 1 : -1][mask], compute_completion_logits(model, rows)[mask])
 
 
 @each_family
@@ -137,9 +141,9 @@ def test_pitfall_15_absolute_positions_start_at_the_first_token_whatever_the_pad
 def test_greedy_search_writes_what_the_training_forward_finds_most_likely(name: str) -> None:
     model = make(name, 0)
     answers = written(model, padded(batch(model), (0, 2) if model.config.is_encoder_decoder else (2, 0)))
-    best, mask = completion_logits(model, answers).argmax(-1), answers.completion_mask.bool()
+    best, mask = compute_completion_logits(model, answers).argmax(-1), answers.completion_mask.bool()
     assert torch.equal(best[mask], answers.completion_ids[mask])
-    assert mask.sum() > 2 * answers.rows
+    assert mask.sum() > 2 * answers.num_rows
 
 
 @each_family
@@ -147,13 +151,13 @@ def test_greedy_search_writes_what_the_training_forward_finds_most_likely(name: 
 def test_sampling_draws_from_the_training_forward_s_distributions(name: str) -> None:
     model = make(name, 0)
     rows = batch(model)
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS)
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
     answers = written(model, rows, noise, temperature=0.8)
-    cumulative = (completion_logits(model, answers) / 0.8).double().softmax(-1).cumsum(-1)
+    cumulative = (compute_completion_logits(model, answers) / 0.8).double().softmax(-1).cumsum(-1)
     expected = (cumulative <= noise[:, : cumulative.shape[1], None]).sum(-1)
     mask = answers.completion_mask.bool()
     assert torch.equal(expected[mask], answers.completion_ids[mask])
-    assert mask.sum() > 2 * answers.rows
+    assert mask.sum() > 2 * answers.num_rows
 
 
 @each_family
@@ -171,7 +175,7 @@ def test_a_saved_model_comes_back_with_equal_weights_and_logits(name: str, tmp_p
     if name == "gemma2":
         loaded.set_attn_implementation("eager")
     # Weights read from a file lie elsewhere in memory, and products are rounded accordingly.
-    assert_close(completion_logits(loaded, rows), completion_logits(model, rows))
+    assert_close(compute_completion_logits(loaded, rows), compute_completion_logits(model, rows))
 
 
 @torch.no_grad()
@@ -192,12 +196,12 @@ def test_a_head_of_its_own_is_not_tied_again() -> None:
     model = make("t5", 0)
     own = model.lm_head.weight.detach().clone()
     model.config.tie_word_embeddings = True
-    keep_untied(model)
+    mark_untied_head(model)
     model.tie_weights()
     assert torch.equal(model.lm_head.weight, own)
     assert model.encoder.embed_tokens.weight is model.shared.weight
     tied = make("qwen2", 0)
-    keep_untied(tied)
+    mark_untied_head(tied)
     assert tied.config.tie_word_embeddings
 
 
@@ -208,8 +212,8 @@ def test_a_wider_teacher_gives_every_weight_of_the_student_a_gradient(name: str,
     rows = batch(student)
     mask = rows.completion_mask.bool()
     with torch.no_grad():
-        target = completion_logits(teacher, rows)[mask]
-    loss = generalized_jsd(completion_logits(student, rows)[mask], target, beta).mean()
+        target = compute_completion_logits(teacher, rows)[mask]
+    loss = generalized_jsd(compute_completion_logits(student, rows)[mask], target, beta).mean()
     loss.backward()
     assert torch.isfinite(loss)
     assert loss > 0
@@ -223,4 +227,4 @@ def test_a_model_that_does_not_say_what_its_decoder_reads_first_is_refused() -> 
     model = make("mbart", 0)
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match=r"MBartConfig\.decoder_start_token_id is None.*target language"):
-        completion_logits(model, batch(model))
+        compute_completion_logits(model, batch(model))

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gkd_lab.encoding.batches import collate
-from gkd_lab.models.forward import Sequences, completion_logits
-from gkd_lab.models.heads import Head, Unprojected
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.models.forward import Sequences, compute_completion_logits
+from gkd_lab.models.heads import OutputHead, UnprojectedOutput
 from gkd_lab.models.packing import Pack
 
 from .families import FAMILIES, decoder, make
@@ -30,10 +30,10 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def batch(model: PreTrainedModel, rows: int = 6) -> Sequences:
-    return collate(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+    return collate_examples(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
-def logits_by_hand(parts: Unprojected) -> Tensor:
+def logits_by_hand(parts: UnprojectedOutput) -> Tensor:
     """z = cap tanh(scale (h W^T + b) / cap), (N, C, V)."""
     head, hidden = parts.projection, parts.hidden
     assert head.weight is not None
@@ -79,25 +79,25 @@ class LargestTensor(TorchDispatchMode):
 @each_family
 def test_hidden_states_times_head_are_the_model_s_logits(name: str) -> None:
     model = make(name, 0)
-    head = Head(model)
+    head = OutputHead(model)
     assert head.is_linear
-    parts = head.unprojected(batch(model))
+    parts = head.compute_unprojected(batch(model))
     assert parts.hidden.shape[-1] == 16
     assert parts.aux_loss is None
-    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+    assert_close(logits_by_hand(parts), compute_completion_logits(model, batch(model)))
 
 
 @pytest.mark.parametrize("model", [granite(), cohere()], ids=["granite", "cohere"])
 def test_the_scale_of_logits_is_known(model: PreTrainedModel) -> None:
-    parts = Head(model).unprojected(batch(model))
+    parts = OutputHead(model).compute_unprojected(batch(model))
     assert parts.projection.scale == 0.25
-    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+    assert_close(logits_by_hand(parts), compute_completion_logits(model, batch(model)))
 
 
 @each_family
 def test_gradients_are_those_of_the_dense_logits(name: str) -> None:
     model = make(name, 0)
-    rows, head = batch(model), Head(model)
+    rows, head = batch(model), OutputHead(model)
     weights = torch.linspace(-1, 1, rows.completion_mask.numel() * 14, dtype=model.dtype)
 
     def gradients(logits: Tensor) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ def test_gradients_are_those_of_the_dense_logits(name: str) -> None:
         (logits.flatten() * weights).sum().backward()
         return {key: p.grad.clone() for key, p in model.named_parameters()}
 
-    expected = gradients(completion_logits(model, rows))
-    for key, found in gradients(logits_by_hand(head.unprojected(rows))).items():
+    expected = gradients(compute_completion_logits(model, rows))
+    for key, found in gradients(logits_by_hand(head.compute_unprojected(rows))).items():
         torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
@@ -115,31 +115,31 @@ def test_no_tensor_holds_the_logits_of_all_tokens(name: str) -> None:
     """The vocabulary is made large; the largest tensor is then the head itself."""
     model = make(name, 0)
     model.resize_token_embeddings(5000, mean_resizing=False)
-    rows, head = batch(model, 10), Head(model)
+    rows, head = batch(model, 10), OutputHead(model)
     assert head.is_linear
     assert rows.completion_mask.numel() > 16
     with torch.no_grad(), LargestTensor() as largest:
-        head.unprojected(rows)
+        head.compute_unprojected(rows)
     assert largest.size <= 5000 * 16
     with torch.no_grad(), LargestTensor() as largest:
-        completion_logits(model, rows)
+        compute_completion_logits(model, rows)
     assert largest.size > 5000 * 16
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_a_pack_s_head_has_a_cell_axis(family: Any) -> None:
     members = [tiny_model(family, seed) for seed in range(3)]
-    pack = Pack.of(members)
-    head = Head(pack.model)
+    pack = Pack.build(members)
+    head = OutputHead(pack.model)
     assert head.is_linear
-    parts = head.unprojected(batch(pack.model))
+    parts = head.compute_unprojected(batch(pack.model))
     assert parts.projection.weight is not None
     assert parts.projection.weight.shape == (3, 14, 16)
     cells = parts.hidden.reshape(3, -1, 16) @ parts.projection.weight.mT
-    expected = completion_logits(pack.model, batch(pack.model))
+    expected = compute_completion_logits(pack.model, batch(pack.model))
     assert_close(cells.view(expected.shape), expected)
-    with pack.only([2]):
-        some = head.unprojected(batch(pack.model))
+    with pack.select_cells([2]):
+        some = head.compute_unprojected(batch(pack.model))
         assert some.projection.weight is not None
         assert torch.equal(some.projection.weight, members[2].get_output_embeddings().weight[None])
 
@@ -148,12 +148,12 @@ def test_adapters_on_inner_layers_leave_the_head_linear() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(make("llama", 0), config).double()
-    head = Head(model)
+    head = OutputHead(model)
     assert head.is_linear
-    parts = head.unprojected(batch(model))
-    assert_close(logits_by_hand(parts), completion_logits(model, batch(model)))
+    parts = head.compute_unprojected(batch(model))
+    assert_close(logits_by_hand(parts), compute_completion_logits(model, batch(model)))
     with model.disable_adapter():
-        assert not torch.allclose(completion_logits(model, batch(model)), logits_by_hand(parts))
+        assert not torch.allclose(compute_completion_logits(model, batch(model)), logits_by_hand(parts))
 
 
 def test_an_adapter_on_the_head_gives_all_logits_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,13 +161,13 @@ def test_an_adapter_on_the_head_gives_all_logits_and_a_warning(caplog: pytest.Lo
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(make("llama", 0), config).double()
     with caplog.at_level(logging.WARNING):
-        head = Head(model)
+        head = OutputHead(model)
     assert not head.is_linear
     (record,) = [r for r in caplog.records if r.name == "gkd_lab.models.heads"]
     assert "not a plain linear layer" in record.getMessage()
-    parts = head.unprojected(batch(model))
+    parts = head.compute_unprojected(batch(model))
     assert parts.projection.weight is None
-    assert torch.equal(parts.hidden, completion_logits(model, batch(model)))
+    assert torch.equal(parts.hidden, compute_completion_logits(model, batch(model)))
 
 
 def test_what_a_model_does_to_its_logits_unknown_to_us_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,19 +183,21 @@ def test_what_a_model_does_to_its_logits_unknown_to_us_is_noticed(caplog: pytest
 
     model.__class__ = Capped
     with caplog.at_level(logging.WARNING):
-        head = Head(model)
+        head = OutputHead(model)
     assert not head.is_linear
     assert "a logit of 64 by its head and configuration differ" in caplog.text
-    assert torch.equal(head.unprojected(batch(model)).hidden, completion_logits(model, batch(model)))
+    assert torch.equal(
+        head.compute_unprojected(batch(model)).hidden, compute_completion_logits(model, batch(model))
+    )
 
 
 def test_under_autocast_hidden_states_come_as_the_head_would_multiply_them() -> None:
     model = make("llama", 0, dtype=torch.float32)
-    head = Head(model)
+    head = OutputHead(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = head.unprojected(batch(model))
+        parts = head.compute_unprojected(batch(model))
         logits = torch.nn.functional.linear(parts.hidden, parts.projection.weight)
-        expected = completion_logits(model, batch(model))
+        expected = compute_completion_logits(model, batch(model))
     assert parts.hidden.dtype == torch.bfloat16
     assert torch.equal(logits, expected)
 
@@ -203,7 +205,7 @@ def test_under_autocast_hidden_states_come_as_the_head_would_multiply_them() -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_family
 def test_half_precision_is_recognized_as_linear(name: str, dtype: torch.dtype) -> None:
-    assert Head(make(name, 0, dtype=dtype)).is_linear
+    assert OutputHead(make(name, 0, dtype=dtype)).is_linear
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -212,20 +214,20 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     model = copy.deepcopy(plain)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for each in (plain, model):
-        logits_by_hand(Head(each).unprojected(batch(each))).square().sum().backward()
+        logits_by_hand(OutputHead(each).compute_unprojected(batch(each))).square().sum().backward()
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert_close(one.grad, other.grad)
 
 
 def test_the_head_s_forward_is_restored_even_when_the_model_s_raises() -> None:
     model = make("llama", 0)
-    head, rows = Head(model), batch(model)
+    head, rows = OutputHead(model), batch(model)
     assert "forward" not in vars(model.lm_head)
     with pytest.raises(IndexError):
-        head.unprojected(replace(rows, completion_ids=rows.completion_ids + 100))
+        head.compute_unprojected(replace(rows, completion_ids=rows.completion_ids + 100))
     assert "forward" not in vars(model.lm_head)
     given = model.lm_head.forward = lambda hidden: nn.Linear.forward(model.lm_head, hidden)
-    head.unprojected(rows)
+    head.compute_unprojected(rows)
     assert vars(model.lm_head)["forward"] is given
 
 
@@ -234,7 +236,7 @@ def test_finding_the_head_leaves_training_flags_and_random_numbers_alone() -> No
     model.transformer.h[0].eval()
     flags, state = [m.training for m in model.modules()], torch.get_rng_state()
     model.transformer.drop.p = 0.5
-    Head(model)
+    OutputHead(model)
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -242,15 +244,15 @@ def test_finding_the_head_leaves_training_flags_and_random_numbers_alone() -> No
 def test_weights_that_are_not_there_yet_are_not_tried() -> None:
     with torch.device("meta"):
         model = FAMILIES["llama"](16)
-    assert Head(model).is_linear
+    assert OutputHead(model).is_linear
 
 
 def test_it_runs_inside_of_a_wrapper_s_forward() -> None:
     """`model.forward` is called, so that hooks of the model, as FSDP's, are not run again."""
     model = make("llama", 0)
-    head, calls = Head(model), []
+    head, calls = OutputHead(model), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    head.unprojected(batch(model))
+    head.compute_unprojected(batch(model))
     assert not calls
 
 
@@ -263,7 +265,7 @@ def test_pitfall_25_the_router_s_loss_is_what_the_model_adds_itself() -> None:
     without = model(**named, labels=labels).loss
     model.config.output_router_logits = True
     expected = model(**named, labels=labels).loss - without
-    found = Head(model).unprojected(rows).aux_loss
+    found = OutputHead(model).compute_unprojected(rows).aux_loss
     assert found is not None
     assert found > 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -273,16 +275,16 @@ def test_pitfall_25_the_router_s_loss_is_what_the_model_adds_itself() -> None:
 
 def test_a_router_s_loss_that_the_model_does_not_give_is_refused_with_a_way_out() -> None:
     model = make("llama", 0)
-    head = Head(model)
+    head = OutputHead(model)
     model.config.output_router_logits = True
     with pytest.raises(
         ValueError, match=r"LlamaForCausalLM returns no `aux_loss`.*output_router_logits = False"
     ):
-        head.unprojected(batch(model))
+        head.compute_unprojected(batch(model))
 
 
 def test_a_pack_with_a_member_that_is_no_number_keeps_its_linear_head() -> None:
     members = [tiny_model("decoder-only", n) for n in range(3)]
     with torch.no_grad():
         members[1].get_input_embeddings().weight.fill_(torch.nan)
-    assert Head(Pack.of(members).model).is_linear
+    assert OutputHead(Pack.build(members).model).is_linear

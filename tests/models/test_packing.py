@@ -21,20 +21,20 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from gkd_lab.config.cell import Family
-from gkd_lab.encoding.batches import collate
-from gkd_lab.losses.step_loss import blocks
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.losses.step_loss import split_blocks
+from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.packed_layers import (
     PackedConv1D,
     PackedEmbedding,
-    PackedExactNorm,
     PackedLinear,
     PackedModule,
-    packed_form,
+    PackedTorchNorm,
+    pack_modules,
 )
 from gkd_lab.models.packing import CannotPack, Pack
-from gkd_lab.models.rng import uniforms
-from gkd_lab.training.sampling import write
+from gkd_lab.models.rng import draw_uniforms
+from gkd_lab.training.sampling import generate_completions
 
 from .families import make
 from .tiny import END, FAMILIES, PAD, tiny_examples, tiny_model
@@ -70,11 +70,11 @@ def neox(seed: int) -> PreTrainedModel:
 def batch(family: Family, seed: int = 0, rows: int = CELLS * ROWS) -> Sequences:
     """Rows of different lengths; every cell reads its own."""
     examples = tiny_examples(rows, seed)
-    return collate(examples, PAD, is_encoder_decoder=family == "encoder-decoder")
+    return collate_examples(examples, PAD, is_encoder_decoder=family == "encoder-decoder")
 
 
 def parts(family: Family, rows: Sequences, cells: int = CELLS) -> list[Sequences]:
-    return blocks(rows, cells)
+    return split_blocks(rows, cells)
 
 
 def value(logits: Tensor, mask: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def value(logits: Tensor, mask: Tensor) -> Tensor:
 
 def assert_same_gradients(pack: Pack, alone: list[PreTrainedModel]) -> None:
     for cell, model in enumerate(alone):
-        packed = pack.gradients_of(cell)
+        packed = pack.get_cell_gradients(cell)
         own = {name: p.grad for name, p in model.named_parameters()}
         assert packed.keys() == own.keys()
         for name, gradient in own.items():
@@ -95,11 +95,11 @@ def assert_same_gradients(pack: Pack, alone: list[PreTrainedModel]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_each_model_alone(family: Family) -> None:
     alone, rows = members(family), batch(family)
-    pack = Pack.of(alone)
-    logits = completion_logits(pack.model, rows)
+    pack = Pack.build(alone)
+    logits = compute_completion_logits(pack.model, rows)
     value(logits, rows.completion_mask).sum().backward()
     for cell, (model, own) in enumerate(zip(alone, parts(family, rows), strict=True)):
-        expected = completion_logits(model, own)
+        expected = compute_completion_logits(model, own)
         value(expected, own.completion_mask).sum().backward()
         torch.testing.assert_close(logits[cell * ROWS : (cell + 1) * ROWS], expected, rtol=0, atol=1e-12)
     assert_same_gradients(pack, alone)
@@ -109,37 +109,37 @@ def test_logits_and_gradients_are_those_of_each_model_alone(family: Family) -> N
 def test_a_pad_token_that_was_written_gets_the_gradient_that_it_gets_alone(family: Family) -> None:
     alone, rows = members(family), batch(family)
     rows.completion_ids[:, 0] = PAD
-    pack = Pack.of(alone)
-    value(completion_logits(pack.model, rows), rows.completion_mask).sum().backward()
+    pack = Pack.build(alone)
+    value(compute_completion_logits(pack.model, rows), rows.completion_mask).sum().backward()
     for model, own in zip(alone, parts(family, rows), strict=True):
-        value(completion_logits(model, own), own.completion_mask).sum().backward()
+        value(compute_completion_logits(model, own), own.completion_mask).sum().backward()
     assert_same_gradients(pack, alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_cell_s_rows_give_no_gradient_to_another(family: Family) -> None:
-    pack, rows = Pack.of(members(family)), batch(family)
-    values = value(completion_logits(pack.model, rows), rows.completion_mask)
+    pack, rows = Pack.build(members(family)), batch(family)
+    values = value(compute_completion_logits(pack.model, rows), rows.completion_mask)
     values[ROWS : 2 * ROWS].sum().backward()
     for cell in range(CELLS):
-        moved = any(g.abs().max() > 0 for g in pack.gradients_of(cell).values() if g is not None)
+        moved = any(g.abs().max() > 0 for g in pack.get_cell_gradients(cell).values() if g is not None)
         assert moved == (cell == 1)
 
 
 def test_layer_norms_biases_and_an_untied_head_pack_too() -> None:
     alone, rows = [neox(seed) for seed in range(CELLS)], batch("decoder-only")
-    pack = Pack.of(alone)
-    logits = completion_logits(pack.model, rows)
+    pack = Pack.build(alone)
+    logits = compute_completion_logits(pack.model, rows)
     value(logits, rows.completion_mask).sum().backward()
-    for cell, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
-        expected = completion_logits(model, own)
+    for cell, (model, own) in enumerate(zip(alone, split_blocks(rows, CELLS), strict=True)):
+        expected = compute_completion_logits(model, own)
         value(expected, own.completion_mask).sum().backward()
         torch.testing.assert_close(logits[cell * ROWS : (cell + 1) * ROWS], expected, rtol=0, atol=1e-11)
     assert_same_gradients(pack, alone)
 
 
 def written(model: PreTrainedModel, rows: Sequences, beams: int, noise: Tensor | None) -> Sequences:
-    return write(
+    return generate_completions(
         model,
         rows,
         max_new_tokens=9,
@@ -163,12 +163,12 @@ def assert_same_rows(packed: Sequences, alone: Sequences) -> None:
 def test_what_is_written_is_what_each_model_writes_alone(family: Family, way: str) -> None:
     alone, rows = members(family), batch(family)
     beams = 3 if way == "beam" else 1
-    noise = uniforms(0, 0, "sampling", CELLS * ROWS, 9) if way == "sample" else None
-    together = written(Pack.of(alone).model, rows, beams, noise)
-    for cell, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
+    noise = draw_uniforms(0, 0, "sampling", CELLS * ROWS, 9) if way == "sample" else None
+    together = written(Pack.build(alone).model, rows, beams, noise)
+    for cell, (model, own) in enumerate(zip(alone, split_blocks(rows, CELLS), strict=True)):
         part = slice(cell * ROWS, (cell + 1) * ROWS)
         expected = written(model, own, beams, None if noise is None else noise[part])
-        assert_same_rows(blocks(together, CELLS)[cell], expected)
+        assert_same_rows(split_blocks(together, CELLS)[cell], expected)
     distinct = {tuple(ids) for ids in together.completion_ids.tolist()}
     assert len(distinct) > CELLS, "the models must write different things for this to mean anything"
 
@@ -177,34 +177,34 @@ def test_what_is_written_is_what_each_model_writes_alone(family: Family, way: st
 @pytest.mark.parametrize("chosen", ([1], [0, 2], [2, 0], [0, 1, 2]))
 def test_a_choice_of_cells_reads_and_writes_as_they_do_alone(family: Family, chosen: list[int]) -> None:
     alone = members(family)
-    pack, rows = Pack.of(alone), batch(family, rows=len(chosen) * ROWS)
-    with pack.only(chosen) as model, torch.no_grad():
-        logits = completion_logits(model, rows)
+    pack, rows = Pack.build(alone), batch(family, rows=len(chosen) * ROWS)
+    with pack.select_cells(chosen) as model, torch.no_grad():
+        logits = compute_completion_logits(model, rows)
         text = written(model, rows, 1, None)
-    for place, (cell, own) in enumerate(zip(chosen, blocks(rows, len(chosen)), strict=True)):
-        expected = completion_logits(alone[cell], own)
+    for place, (cell, own) in enumerate(zip(chosen, split_blocks(rows, len(chosen)), strict=True)):
+        expected = compute_completion_logits(alone[cell], own)
         part = slice(place * ROWS, (place + 1) * ROWS)
         torch.testing.assert_close(logits[part], expected, rtol=0, atol=1e-12)
-        assert_same_rows(blocks(text, len(chosen))[place], written(alone[cell], own, 1, None))
+        assert_same_rows(split_blocks(text, len(chosen))[place], written(alone[cell], own, 1, None))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_cells_are_back_after_a_choice_even_if_it_broke(family: Family) -> None:
-    pack, rows = Pack.of(members(family)), batch(family)
-    before = completion_logits(pack.model, rows)
-    with pytest.raises(RuntimeError, match="broken on purpose"), pack.only([1]):
+    pack, rows = Pack.build(members(family)), batch(family)
+    before = compute_completion_logits(pack.model, rows)
+    with pytest.raises(RuntimeError, match="broken on purpose"), pack.select_cells([1]):
         raise RuntimeError("broken on purpose")
-    assert torch.equal(completion_logits(pack.model, rows), before)
+    assert torch.equal(compute_completion_logits(pack.model, rows), before)
 
 
 def test_the_weights_chosen_are_those_of_now() -> None:
-    pack, rows = Pack.of(members("decoder-only")), batch("decoder-only", rows=ROWS)
-    with torch.no_grad(), pack.only([1]) as model:
-        before = completion_logits(model, rows)
-    for view in pack.parameters_of(1).values():
+    pack, rows = Pack.build(members("decoder-only")), batch("decoder-only", rows=ROWS)
+    with torch.no_grad(), pack.select_cells([1]) as model:
+        before = compute_completion_logits(model, rows)
+    for view in pack.get_cell_parameters(1).values():
         view.mul_(1.5)
-    with torch.no_grad(), pack.only([1]) as model:
-        after = completion_logits(model, rows)
+    with torch.no_grad(), pack.select_cells([1]) as model:
+        after = compute_completion_logits(model, rows)
     assert (before - after).abs().max() > 1e-3
 
 
@@ -212,8 +212,8 @@ def test_the_weights_chosen_are_those_of_now() -> None:
 def test_packing_changes_none_of_the_members(family: Family) -> None:
     alone = members(family)
     before = [copy.deepcopy(model.state_dict()) for model in alone]
-    pack = Pack.of(alone)
-    for view in pack.parameters_of(0).values():
+    pack = Pack.build(alone)
+    for view in pack.get_cell_parameters(0).values():
         view.zero_()
     for model, state in zip(alone, before, strict=True):
         assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
@@ -222,47 +222,47 @@ def test_packing_changes_none_of_the_members(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_weights_stay_one_tensor(family: Family) -> None:
     model = tiny_model(family, 0)
-    pack = Pack.of([model, tiny_model(family, 1)])
-    assert pack.parameters_of(0).keys() == dict(model.named_parameters()).keys()
+    pack = Pack.build([model, tiny_model(family, 1)])
+    assert pack.get_cell_parameters(0).keys() == dict(model.named_parameters()).keys()
     head, embedding = pack.model.get_output_embeddings(), pack.model.get_input_embeddings()
     assert head.weight is embedding.weight
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cell_saved_and_loaded_is_the_model_that_it_was_in_the_pack(family: Family, tmp_path: Path) -> None:
-    pack, rows = Pack.of(members(family)), batch(family)
+    pack, rows = Pack.build(members(family)), batch(family)
     generator = torch.Generator().manual_seed(0)
     for cell in range(CELLS):
-        for view in pack.parameters_of(cell).values():
+        for view in pack.get_cell_parameters(cell).values():
             view.add_(0.1 * torch.randn(view.shape, generator=generator, dtype=view.dtype))
-    logits = completion_logits(pack.model, rows)
+    logits = compute_completion_logits(pack.model, rows)
     auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
-    for cell, own in enumerate(blocks(rows, CELLS)):
-        pack.unpack(cell).save_pretrained(tmp_path / str(cell))
+    for cell, own in enumerate(split_blocks(rows, CELLS)):
+        pack.unpack_cell(cell).save_pretrained(tmp_path / str(cell))
         loaded = auto.from_pretrained(tmp_path / str(cell), dtype=torch.float64)
         part = slice(cell * ROWS, (cell + 1) * ROWS)
-        torch.testing.assert_close(completion_logits(loaded, own), logits[part], rtol=0, atol=1e-12)
+        torch.testing.assert_close(compute_completion_logits(loaded, own), logits[part], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_a_cell_changes_it_and_nobody_else(family: Family) -> None:
     alone = members(family)
-    pack, other = Pack.of(alone), tiny_model(family, 9)
+    pack, other = Pack.build(alone), tiny_model(family, 9)
     state = {name: p.detach() for name, p in other.named_parameters()}
-    pack.load(1, state)
+    pack.load_cell(1, state)
     for cell, expected in ((0, alone[0]), (1, other), (2, alone[2])):
         own = dict(expected.named_parameters())
-        assert all(torch.equal(v, own[name]) for name, v in pack.parameters_of(cell).items())
+        assert all(torch.equal(v, own[name]) for name, v in pack.get_cell_parameters(cell).items())
     with pytest.raises(ValueError, match=r"weights lack '.*' \(1 of "):
-        pack.load(0, dict(list(state.items())[1:]))
+        pack.load_cell(0, dict(list(state.items())[1:]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_the_order_of_rows_change_nothing(family: Family) -> None:
     model, rows = tiny_model(family, 0), batch(family)
-    expected = completion_logits(model, rows)
-    order = torch.randperm(rows.rows, generator=torch.Generator().manual_seed(0))
-    moved = completion_logits(model, rows.map(lambda tensor: tensor[order]))
+    expected = compute_completion_logits(model, rows)
+    order = torch.randperm(rows.num_rows, generator=torch.Generator().manual_seed(0))
+    moved = compute_completion_logits(model, rows.map_tensors(lambda tensor: tensor[order]))
     torch.testing.assert_close(moved, expected[order], rtol=0, atol=1e-12)
     left, right = ((3, 0), (0, 3)) if family == "decoder-only" else ((0, 3), (0, 3))
     wide = Sequences(
@@ -271,7 +271,7 @@ def test_padding_and_the_order_of_rows_change_nothing(family: Family) -> None:
         nn.functional.pad(rows.completion_ids, right, value=PAD),
         nn.functional.pad(rows.completion_mask, right, value=0),
     )
-    padded = completion_logits(model, wide)[:, :-3]
+    padded = compute_completion_logits(model, wide)[:, :-3]
     mask = rows.completion_mask.bool()
     torch.testing.assert_close(padded[mask], expected[mask], rtol=0, atol=1e-12)
 
@@ -279,45 +279,45 @@ def test_padding_and_the_order_of_rows_change_nothing(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pack_of_one_and_a_model_alone_agree(family: Family) -> None:
     model, rows = tiny_model(family, 0), batch(family)
-    packed, alone = Pack.of([model]), Pack.alone(model)
+    packed, alone = Pack.build([model]), Pack.build_single(model)
     assert packed.is_packed
     assert not alone.is_packed
-    assert packed.parameters_of(0).keys() == alone.parameters_of(0).keys()
+    assert packed.get_cell_parameters(0).keys() == alone.get_cell_parameters(0).keys()
     torch.testing.assert_close(
-        completion_logits(packed.model, rows),
-        completion_logits(alone.model, rows),
+        compute_completion_logits(packed.model, rows),
+        compute_completion_logits(alone.model, rows),
         rtol=0,
         atol=1e-12,
     )
-    assert alone.unpack(0) is model
+    assert alone.unpack_cell(0) is model
 
 
 def test_models_that_differ_are_refused_with_what_differs() -> None:
     small, large = (tiny_model("decoder-only", 0, width=width) for width in (16, 32))
     with pytest.raises(CannotPack, match=r"model 1 .*embed_tokens.weight: \(14, 32\) and \(14, 16\)"):
-        Pack.of([small, large])
+        Pack.build([small, large])
     with pytest.raises(CannotPack, match=r"model 1 .*class.*T5.*Llama"):
-        Pack.of([small, tiny_model("encoder-decoder", 0)])
+        Pack.build([small, tiny_model("encoder-decoder", 0)])
     with pytest.raises(CannotPack, match=r"model 1 .*float32.*float64"):
-        Pack.of([small, tiny_model("decoder-only", 0, dtype=torch.float32)])
+        Pack.build([small, tiny_model("decoder-only", 0, dtype=torch.float32)])
 
 
 def test_equal_shapes_with_other_heads_are_refused() -> None:
     with pytest.raises(CannotPack, match=r"model 1 .*num_attention_heads"):
-        Pack.of([tiny_model("decoder-only", 0, heads=heads) for heads in (4, 2)])
+        Pack.build([tiny_model("decoder-only", 0, heads=heads) for heads in (4, 2)])
 
 
 def test_weights_without_a_packed_form_are_named() -> None:
     model = make("qwen2_moe", 0)
     with pytest.raises(CannotPack, match=r"no packed form .*mlp\.gate\.weight"):
-        Pack.of([model, model])
+        Pack.build([model, model])
 
 
 # ---- every family that packs ----
 
 
 def rows_for(model: PreTrainedModel, rows: int = CELLS * ROWS) -> Sequences:
-    return collate(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+    return collate_examples(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
 def assert_close(found: Tensor, expected: Tensor, double: float = 1e-6) -> None:
@@ -329,30 +329,30 @@ def assert_close(found: Tensor, expected: Tensor, double: float = 1e-6) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_every_family_s_logits_gradients_and_text_are_those_alone(name: str) -> None:
     alone = [make(name, seed) for seed in range(CELLS)]
-    pack, rows = Pack.of(alone), rows_for(alone[0])
-    logits = completion_logits(pack.model, rows)
+    pack, rows = Pack.build(alone), rows_for(alone[0])
+    logits = compute_completion_logits(pack.model, rows)
     value(logits, rows.completion_mask).sum().backward()
-    text = blocks(written(pack.model, rows, 1, None), CELLS)
-    for n, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
-        expected = completion_logits(model, own)
+    text = split_blocks(written(pack.model, rows, 1, None), CELLS)
+    for n, (model, own) in enumerate(zip(alone, split_blocks(rows, CELLS), strict=True)):
+        expected = compute_completion_logits(model, own)
         value(expected, own.completion_mask).sum().backward()
         assert_close(logits[n * ROWS : (n + 1) * ROWS], expected)
         assert_same_rows(text[n], written(model, own, 1, None))
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
-            assert_close(pack.gradients_of(n)[key], parameter.grad)  # type: ignore[arg-type]
+            assert_close(pack.get_cell_gradients(n)[key], parameter.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_checkpointed_activations_change_no_gradient(name: str) -> None:
-    packs = [Pack.of([make(name, seed) for seed in range(CELLS)]) for _ in range(2)]
+    packs = [Pack.build([make(name, seed) for seed in range(CELLS)]) for _ in range(2)]
     packs[1].model.gradient_checkpointing_enable()
     for pack in packs:
         rows = rows_for(pack.model)
-        value(completion_logits(pack.model.train(), rows), rows.completion_mask).sum().backward()
+        value(compute_completion_logits(pack.model.train(), rows), rows.completion_mask).sum().backward()
     assert packs[1].model.is_gradient_checkpointing
     for cell in range(CELLS):
-        plain, saving = (pack.gradients_of(cell) for pack in packs)
+        plain, saving = (pack.get_cell_gradients(cell) for pack in packs)
         for key, gradient in plain.items():
             assert gradient is not None
             assert_close(saving[key], gradient)  # type: ignore[arg-type]
@@ -366,19 +366,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", PACKED)
 def test_under_autocast_a_pack_is_its_members_up_to_rounding(name: str) -> None:
     alone = [make(name, seed, dtype=torch.float32) for seed in range(CELLS)]
-    pack, rows = Pack.of(alone), rows_for(alone[0])
-    exact = completion_logits(pack.model, rows)
+    pack, rows = Pack.build(alone), rows_for(alone[0])
+    exact = compute_completion_logits(pack.model, rows)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = completion_logits(pack.model, rows)
+        logits = compute_completion_logits(pack.model, rows)
         value(logits.float(), rows.completion_mask).sum().backward()
-        for n, (model, own) in enumerate(zip(alone, blocks(rows, CELLS), strict=True)):
-            expected = completion_logits(model, own)
+        for n, (model, own) in enumerate(zip(alone, split_blocks(rows, CELLS), strict=True)):
+            expected = compute_completion_logits(model, own)
             value(expected.float(), own.completion_mask).sum().backward()
             assert expected.dtype == logits.dtype
             assert relative(logits[n * ROWS : (n + 1) * ROWS], expected) < 0.03
     assert relative(logits, exact) > 1e-4, "autocast must do something here"
     for n, model in enumerate(alone):
-        for key, gradient in pack.gradients_of(n).items():
+        for key, gradient in pack.get_cell_gradients(n).items():
             own = model.get_parameter(key).grad
             assert gradient is not None and own is not None and gradient.dtype == own.dtype
             assert relative(gradient, own) < 0.1, key
@@ -397,10 +397,10 @@ def shares_memory(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize(("chosen", "is_view"), (([1, 2], True), ([1], True), ([0, 2], False)))
 def test_neighbouring_cells_are_read_where_they_are(chosen: list[int], is_view: bool) -> None:
-    pack = Pack.of(members("decoder-only"))
-    with pack.only(chosen):
+    pack = Pack.build(members("decoder-only"))
+    with pack.select_cells(chosen):
         for module in packed_modules(pack):
-            weight = module.active_weight()
+            weight = module.get_active_weight()
             assert len(weight) == len(chosen)
             assert shares_memory(weight, module.get_parameter("weight")) == is_view
 
@@ -408,23 +408,27 @@ def test_neighbouring_cells_are_read_where_they_are(chosen: list[int], is_view: 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("chosen", ([0, 1, 2], [1, 2], [2, 0]))
 def test_narrowed_cells_write_under_autocast_what_they_hold(name: str, chosen: list[int]) -> None:
-    pack = Pack.of([make(name, seed, dtype=torch.float32) for seed in range(CELLS)])
+    pack = Pack.build([make(name, seed, dtype=torch.float32) for seed in range(CELLS)])
     rows = rows_for(pack.model, len(chosen) * ROWS)
-    with torch.no_grad(), pack.only(chosen) as model:
-        exact = completion_logits(model, rows)
+    with torch.no_grad(), pack.select_cells(chosen) as model:
+        exact = compute_completion_logits(model, rows)
         with torch.autocast("cpu", torch.bfloat16):
-            wide = completion_logits(model, rows)
-    with torch.no_grad(), pack.only(chosen, torch.bfloat16) as model, torch.autocast("cpu", torch.bfloat16):
-        narrow = completion_logits(model, rows)
-        assert written(model, rows, 1, None).rows == rows.rows
+            wide = compute_completion_logits(model, rows)
+    with (
+        torch.no_grad(),
+        pack.select_cells(chosen, torch.bfloat16) as model,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        narrow = compute_completion_logits(model, rows)
+        assert written(model, rows, 1, None).num_rows == rows.num_rows
     assert relative(narrow, exact) < 2 * relative(wide, exact) < 0.1
     assert all(p.dtype == torch.float32 for p in pack.model.parameters())
 
 
 def test_narrowed_are_linear_layers_each_weight_once() -> None:
-    pack = Pack.of([make("gpt2", 0, dtype=torch.float32), make("gpt2", 1, dtype=torch.float32)])
-    with pack.only([0, 1], torch.bfloat16) as model:
-        kinds = {type(module): module.active_weight().dtype for module in packed_modules(pack)}
+    pack = Pack.build([make("gpt2", 0, dtype=torch.float32), make("gpt2", 1, dtype=torch.float32)])
+    with pack.select_cells([0, 1], torch.bfloat16) as model:
+        kinds = {type(module): module.get_active_weight().dtype for module in packed_modules(pack)}
         tied = model.get_output_embeddings(), model.get_input_embeddings()
         assert [m.active("weight").dtype for m in tied] == [torch.bfloat16, torch.float32]
         assert model.transformer.h[0].attn.c_attn.active("bias").dtype == torch.bfloat16
@@ -433,13 +437,13 @@ def test_narrowed_are_linear_layers_each_weight_once() -> None:
         PackedConv1D: narrow,
         PackedLinear: narrow,
         PackedEmbedding: torch.float32,
-        PackedExactNorm: torch.float32,
+        PackedTorchNorm: torch.float32,
     }
 
 
 def test_a_model_alone_is_never_narrowed() -> None:
     model = make("llama", 0, dtype=torch.float32)
-    with Pack.alone(model).only([0], torch.bfloat16) as chosen:
+    with Pack.build_single(model).select_cells([0], torch.bfloat16) as chosen:
         assert chosen is model
         assert chosen.dtype == torch.float32
 
@@ -465,7 +469,7 @@ def test_a_norm_scales_each_row_by_its_cell(kind: type, shape: tuple[int, ...]) 
     alone = [kind(4) for _ in range(3)]
     for p in (p for norm in alone for p in norm.parameters()):
         nn.init.normal_(p)
-    packed = packed_form("norm", alone)
+    packed = pack_modules("norm", alone)
     assert packed is not None
     x = torch.randn(shape, requires_grad=True)
     y = packed(x)
@@ -481,7 +485,7 @@ def test_a_norm_scales_each_row_by_its_cell(kind: type, shape: tuple[int, ...]) 
 
 
 def test_ids_without_a_row_for_each_row_of_the_batch_are_refused() -> None:
-    pack = Pack.of([make("gpt2", seed) for seed in range(3)])
+    pack = Pack.build([make("gpt2", seed) for seed in range(3)])
     ids = torch.full((6, 3), 5)
     with pytest.raises(ValueError, match=r"ids of shape \(1, 3\) .* 3 packed models .*position_ids"):
         pack.model(input_ids=ids)
@@ -546,34 +550,36 @@ def same_as(name: str, kind: type[PreTrainedModel], seed: int = 0) -> PreTrained
 def test_code_that_mixes_rows_is_found_out(name: str, kind: type[PreTrainedModel], reason: str) -> None:
     model = same_as(name, kind)
     with pytest.raises(CannotPack, match=reason):
-        Pack.of([model] * 3)
+        Pack.build([model] * 3)
 
 
 def test_what_only_the_numbers_of_a_member_show_is_found_out() -> None:
     alone = [make("llama", seed) for seed in range(2)]
     alone[1].model.norm.variance_epsilon = 1.0
     with pytest.raises(CannotPack, match=r"the logits of the packed LlamaForCausalLM differ .* \de"):
-        Pack.of(alone)
+        Pack.build(alone)
 
 
 def test_members_share_their_buffers_or_do_not_pack() -> None:
     alone = [make("llama", seed) for seed in range(2)]
     for model in alone:
         model.register_buffer("languages", torch.tensor([3.0, 1.0, 4.0]))
-    kept = Pack.of(alone).unpack(1).state_dict()
+    kept = Pack.build(alone).unpack_cell(1).state_dict()
     assert kept.keys() == alone[1].state_dict().keys()
     assert all(torch.equal(kept[name], value) for name, value in alone[1].state_dict().items())
     alone[1].languages[0] = 2.0
     with pytest.raises(CannotPack, match="model 1 differs from model 0 in its buffer 'languages'"):
-        Pack.of(alone)
+        Pack.build(alone)
 
 
 @pytest.mark.parametrize("broken", (0, 2))
 def test_a_member_that_is_not_a_number_packs_with_the_others(broken: int) -> None:
     alone = [make("llama", seed) for seed in range(CELLS)]
     next(alone[broken].parameters()).data.fill_(torch.nan)
-    pack, rows = Pack.of(alone), rows_for(alone[0])
-    logits = blocks(rows.with_completions(completion_logits(pack.model, rows), rows.completion_mask), CELLS)
+    pack, rows = Pack.build(alone), rows_for(alone[0])
+    logits = split_blocks(
+        rows.replace_completions(compute_completion_logits(pack.model, rows), rows.completion_mask), CELLS
+    )
     for n, part in enumerate(logits):
         assert bool(part.completion_ids.isnan().any()) == (n == broken)
 
@@ -584,7 +590,7 @@ def test_members_keep_their_mode_and_their_generation_config() -> None:
     configs = [model.generation_config.to_dict() for model in alone]
     modes = [[m.training for m in model.modules()] for model in alone]
     state = torch.get_rng_state()
-    pack = Pack.of(alone)
+    pack = Pack.build(alone)
     assert torch.equal(torch.get_rng_state(), state)
     assert [[m.training for m in model.modules()] for model in alone] == modes
     assert [model.generation_config.to_dict() for model in (*alone, pack.model)] == [*configs, configs[0]]
@@ -598,7 +604,7 @@ def test_running_out_of_memory_is_not_taken_for_a_family_that_cannot_pack() -> N
             raise torch.OutOfMemoryError("too much")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Pack.of([same_as("llama", Hungry)])
+        Pack.build([same_as("llama", Hungry)])
 
 
 def test_a_norm_without_weights_needs_no_packed_form() -> None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gkd_lab.config.cell import ModelSpec
-from gkd_lab.config.errors import SpecError
-from gkd_lab.encoding.batches import collate
-from gkd_lab.models.forward import completion_logits
-from gkd_lab.models.pretrained import load_pretrained, with_layers
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.models.forward import compute_completion_logits
+from gkd_lab.models.pretrained import keep_layers, load_pretrained
 
 from .families import make
 from .tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
@@ -40,15 +40,15 @@ def deep(family: str) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    rows = collate(tiny_examples(6), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+    rows = collate_examples(tiny_examples(6), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
     with torch.no_grad():
-        return completion_logits(model, rows)
+        return compute_completion_logits(model, rows)
 
 
 @pytest.mark.parametrize("family", DEEP)
 def test_with_all_layers_it_is_the_same_model(family: str) -> None:
     model = deep(family)
-    again = with_layers(model, LAYERS)
+    again = keep_layers(model, LAYERS)
     assert torch.equal(logits(again), logits(model))
     assert again.config.to_dict() == model.config.to_dict()
 
@@ -58,7 +58,7 @@ def test_without_layers_it_computes_as_if_these_did_nothing(family: str) -> None
     model, kept = deep(family), (0, 2)
     if family == "gemma3":
         kept = (0, 1, 3)
-    small = with_layers(model, kept)
+    small = keep_layers(model, kept)
     for name, module in model.named_modules():
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
         if name.endswith(RESIDUAL) and numbers and numbers[0] not in kept:
@@ -71,7 +71,7 @@ def test_without_layers_it_computes_as_if_these_did_nothing(family: str) -> None
 def test_the_smaller_model_has_weights_of_its_own_is_saved_and_read(family: str, tmp_path: Path) -> None:
     model = deep(family)
     before = logits(model)
-    small = with_layers(model, (0, 3))
+    small = keep_layers(model, (0, 3))
     assert small.config.num_hidden_layers == 2
     small.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_the_smaller_model_has_weights_of_its_own_is_saved_and_read(family: str,
 @pytest.mark.parametrize(("count", "expected"), [(1, (0,)), (2, (0, 3)), (3, (0, 2, 3)), (4, (0, 1, 2, 3))])
 def test_a_number_of_layers_is_spread_evenly(count: int, expected: tuple[int, ...]) -> None:
     model = deep("llama")
-    assert torch.equal(logits(with_layers(model, count)), logits(with_layers(model, expected)))
+    assert torch.equal(logits(keep_layers(model, count)), logits(keep_layers(model, expected)))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_number_of_layers_is_spread_evenly(count: int, expected: tuple[int, ..
     ],
 )
 def test_layers_that_cannot_be_kept_are_refused(family: str, kept: object, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        with_layers(deep(family), kept)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        keep_layers(deep(family), kept)  # type: ignore[arg-type]
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
@@ -183,7 +183,9 @@ def test_a_gguf_file_is_loaded_as_a_model_that_trains_and_is_saved(tmp_path: Pat
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
     assert tokenizer("ab", add_special_tokens=False).input_ids == [words.index("ab")]
     assert not hasattr(loaded.config, "quantization_config")
-    completion_logits(loaded, collate(tiny_examples(2), PAD, is_encoder_decoder=False)).sum().backward()
+    compute_completion_logits(
+        loaded, collate_examples(tiny_examples(2), PAD, is_encoder_decoder=False)
+    ).sum().backward()
     loaded.save_pretrained(tmp_path / "plain")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(logits(again), logits(loaded))

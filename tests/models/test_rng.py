@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from gkd_lab.encoding.batches import KeyedBatches
-from gkd_lab.models.rng import is_on_policy, key, permutation, uniforms
+from gkd_lab.encoding.batches import KeyedBatchSampler
+from gkd_lab.models.rng import derive_seed, draw_permutation, draw_uniforms, is_on_policy
 
 
 def coins(lmbda: float, seed: int, steps: int = 1000) -> list[bool]:
@@ -14,11 +14,11 @@ def coins(lmbda: float, seed: int, steps: int = 1000) -> list[bool]:
 
 
 def test_the_streams_are_what_they_always_were() -> None:
-    assert key(0, 0, "coin") == 9072144860899798558
-    assert [key(1, 2, p) % 1000 for p in ("coin", "sampling", "order")] == [416, 332, 768]
+    assert derive_seed(0, 0, "coin") == 9072144860899798558
+    assert [derive_seed(1, 2, p) % 1000 for p in ("coin", "sampling", "order")] == [416, 332, 768]
     assert "".join("ox"[c] for c in coins(0.5, 0, 20)) == "ooxoxxoxxoxxxooxxxoo"
     torch.testing.assert_close(
-        uniforms(0, 3, "sampling", 2, 2),
+        draw_uniforms(0, 3, "sampling", 2, 2),
         torch.tensor(
             [
                 [0.25752614757477865, 0.8734870229151329],
@@ -29,7 +29,7 @@ def test_the_streams_are_what_they_always_were() -> None:
         rtol=0,
         atol=1e-15,
     )
-    assert permutation(0, 1, 8) == [6, 1, 7, 2, 3, 0, 5, 4]
+    assert draw_permutation(0, 1, 8) == [6, 1, 7, 2, 3, 0, 5, 4]
 
 
 def test_lmbda_zero_never_samples_and_one_always_does() -> None:
@@ -62,12 +62,12 @@ def test_coins_of_neighbouring_steps_and_seeds_are_independent() -> None:
 
 def test_purposes_seeds_and_steps_have_streams_of_their_own() -> None:
     asked = [(0, 0, "sampling"), (1, 0, "sampling"), (0, 1, "sampling"), (0, 0, "evaluation")]
-    drawn = {tuple(uniforms(*what, 1, 4)[0].tolist()) for what in asked}
+    drawn = {tuple(draw_uniforms(*what, 1, 4)[0].tolist()) for what in asked}
     assert len(drawn) == len(asked)
 
 
 def test_noise_is_uniform_and_below_one() -> None:
-    noise = uniforms(0, 0, "sampling", 400, 50)
+    noise = draw_uniforms(0, 0, "sampling", 400, 50)
     assert noise.dtype == torch.float64
     assert noise.min() >= 0
     assert noise.max() < 1
@@ -78,19 +78,19 @@ def test_noise_is_uniform_and_below_one() -> None:
 
 def test_the_first_rows_of_a_larger_draw_are_those_of_a_smaller_one() -> None:
     torch.testing.assert_close(
-        uniforms(0, 0, "sampling", 8, 5)[:2], uniforms(0, 0, "sampling", 2, 5), rtol=0, atol=0
+        draw_uniforms(0, 0, "sampling", 8, 5)[:2], draw_uniforms(0, 0, "sampling", 2, 5), rtol=0, atol=0
     )
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_its_own() -> None:
-    orders = [permutation(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [draw_permutation(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_a_batch_holds_the_next_rows_of_each_seed() -> None:
-    batches = list(KeyedBatches(10, 4, (0, 7)))
+    batches = list(KeyedBatchSampler(10, 4, (0, 7)))
     assert len(batches) == 2
     for position, batch in enumerate(batches):
         part = slice(4 * position, 4 * position + 4)
-        assert batch == permutation(0, 0, 10)[part] + permutation(7, 0, 10)[part]
+        assert batch == draw_permutation(0, 0, 10)[part] + draw_permutation(7, 0, 10)[part]

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from gkd_lab.config.cell import Family
 from gkd_lab.losses.divergence import generalized_jsd
-from gkd_lab.models.forward import Sequences, completion_logits
-from gkd_lab.models.heads import Head, keep_untied
+from gkd_lab.models.forward import Sequences, compute_completion_logits
+from gkd_lab.models.heads import OutputHead, mark_untied_head
 from gkd_lab.models.loading import at_work
-from gkd_lab.models.sharding import place_student, place_teacher, shard
+from gkd_lab.models.sharding import place_student, place_teacher, shard_model
 
 from .tiny import FAMILIES, FIRST_WORD, LAST_WORD, tiny_model, tiny_tokenizer
 
@@ -56,7 +56,7 @@ def batch() -> Sequences:
 
 def loss_of(student: nn.Module, teacher_logits: Tensor, rows: Sequences) -> Tensor:
     """Sum over the rows' tokens, so that the ranks' losses add up to that of the whole batch."""
-    losses = generalized_jsd(completion_logits(student, rows), teacher_logits, 0.5)  # type: ignore[arg-type]
+    losses = generalized_jsd(compute_completion_logits(student, rows), teacher_logits, 0.5)  # type: ignore[arg-type]
     return (losses * rows.completion_mask).sum()
 
 
@@ -105,16 +105,16 @@ def choose_fsdp(accelerator: Accelerator) -> None:
 
 
 def part(rank: int) -> Sequences:
-    return batch().map(lambda tensor: tensor[rank * ROWS : (rank + 1) * ROWS])
+    return batch().map_tensors(lambda tensor: tensor[rank * ROWS : (rank + 1) * ROWS])
 
 
 def step(family: Family, rank: int) -> Facts:
     """One step of a sharded pair, its loss and gradients put together again."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    student, teacher = shard(student_of(family), mesh), shard(teacher_of(family), mesh)
+    student, teacher = shard_model(student_of(family), mesh), shard_model(teacher_of(family), mesh)
     pieces = all(isinstance(p, DTensor) for m in (student, teacher) for p in m.parameters())
     with torch.no_grad():
-        logits = completion_logits(teacher, part(rank))
+        logits = compute_completion_logits(teacher, part(rank))
     return {"pieces": pieces, "logits": logits, **backward(student, loss_of(student, logits, part(rank)))}
 
 
@@ -136,11 +136,11 @@ def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
     from trl.models.utils import _ForwardRedirection
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    student, teacher = shard(student_of(family), mesh, reshard_root=reshard), teacher_of(family)
+    student, teacher = shard_model(student_of(family), mesh, reshard_root=reshard), teacher_of(family)
     seen: list[Tensor] = []
 
     def inside(rows: Sequences) -> Tensor:
-        loss = loss_of(Unhooked(student), completion_logits(teacher, rows), rows)  # type: ignore[arg-type]
+        loss = loss_of(Unhooked(student), compute_completion_logits(teacher, rows), rows)  # type: ignore[arg-type]
         head = student.get_output_embeddings().weight
         seen.append(head.detach().clone())
         return loss + head.sum()  # a gradient that reaches the head by itself
@@ -156,7 +156,7 @@ def placed(family: Family, rank: int, accelerator: Accelerator) -> Facts:
     kinds = [kind_of_head(teacher)]
     with at_work(teacher, "cpu", parked=False):
         with torch.no_grad():
-            logits = completion_logits(teacher, part(rank))
+            logits = compute_completion_logits(teacher, part(rank))
         kinds.append(kind_of_head(teacher))
     kinds.append(kind_of_head(teacher))
     local = sum(p.to_local().numel() for p in teacher.parameters() if isinstance(p, DTensor))
@@ -175,14 +175,14 @@ def received(family: Family, rank: int) -> Tensor:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    shard(teacher, init_device_mesh("cpu", (RANKS,)), from_first_rank=True)
+    shard_model(teacher, init_device_mesh("cpu", (RANKS,)), broadcast_weights=True)
     with torch.no_grad():
-        return completion_logits(teacher, part(rank))
+        return compute_completion_logits(teacher, part(rank))
 
 
 def written(family: Family, rank: int) -> Tensor:
     """Greedy text of a sharded model; rank 1 may write less than rank 0, so they stop at different steps."""
-    model = shard(teacher_of(family), init_device_mesh("cpu", (RANKS,)))
+    model = shard_model(teacher_of(family), init_device_mesh("cpu", (RANKS,)))
     return greedy(model, rank)
 
 
@@ -202,7 +202,7 @@ def trained(family: Family, rank: int, accelerator: Accelerator) -> dict[str, Te
     student, teacher = place_student(student_of(family), accelerator), teacher_of(family)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student, optimizer = accelerator.prepare(student, optimizer)
-    loss_of(student, completion_logits(teacher, part(rank)), part(rank)).backward()
+    loss_of(student, compute_completion_logits(teacher, part(rank)), part(rank)).backward()
     optimizer.step()
     return {name: whole(p.detach()) for name, p in student.named_parameters()}
 
@@ -227,7 +227,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
 def whole_step(family: Family, *, head_sum: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the unsharded pair on the whole batch."""
     student = student_of(family)
-    loss = loss_of(student, completion_logits(teacher_of(family), batch()), batch())
+    loss = loss_of(student, compute_completion_logits(teacher_of(family), batch()), batch())
     loss = loss + head_sum * student.get_output_embeddings().weight.sum()
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
@@ -244,7 +244,7 @@ def test_a_sharded_pair_has_the_loss_and_gradients_of_the_whole_one(
     loss, gradients = whole_step(family)
     for rank, found in enumerate(fact[family]["step"] for fact in facts):
         assert found["pieces"]
-        close(found["logits"], completion_logits(teacher_of(family), part(rank)))
+        close(found["logits"], compute_completion_logits(teacher_of(family), part(rank)))
         close(found["loss"], loss)
         close(found["gradients"], gradients)
 
@@ -269,13 +269,13 @@ def test_pitfall_20_a_teacher_under_fsdp_is_sharded_and_gathers_its_head_only_at
     for rank, found in enumerate(fact[family]["placed"] for fact in facts):
         assert found["same"] and found["head"] == ["DTensor", "Parameter", "DTensor"]
         assert found["weights"] == pytest.approx(size / RANKS, rel=0.02)
-        close(found["logits"], completion_logits(teacher_of(family), part(rank)))
+        close(found["logits"], compute_completion_logits(teacher_of(family), part(rank)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_without_weights_get_those_of_the_first(facts: list[Facts], family: Family) -> None:
     for rank, fact in enumerate(facts):
-        close(fact[family]["received"], completion_logits(teacher_of(family), part(rank)))
+        close(fact[family]["received"], compute_completion_logits(teacher_of(family), part(rank)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -319,16 +319,16 @@ def test_a_teacher_is_placed_on_the_device_and_unknown_to_the_accelerator() -> N
 def test_the_head_and_its_hooks_are_not_called_where_the_loss_reads_it(family: Family) -> None:
     """ZeRO-3's hooks would expect a gradient to come back through the head's output."""
     model, calls = student_of(family), []
-    head, own = Head(model), model.get_output_embeddings()
+    head, own = OutputHead(model), model.get_output_embeddings()
     own.register_forward_hook(lambda *_: calls.append(1))
-    hidden = head.unprojected(part(0)).hidden
+    hidden = head.compute_unprojected(part(0)).hidden
     assert not calls and model.get_output_embeddings() is own
-    close(hidden @ own.weight.T, completion_logits(model, part(0)))
+    close(hidden @ own.weight.T, compute_completion_logits(model, part(0)))
 
 
 def test_a_model_without_known_blocks_is_not_sharded_as_one_piece() -> None:
     with pytest.raises(ValueError, match=r"no transformer block named \['GPT2Block'\].*cls_to_wrap"):
-        shard(teacher_of("decoder-only"), None, blocks={"GPT2Block"})  # type: ignore[arg-type]
+        shard_model(teacher_of("decoder-only"), None, blocks={"GPT2Block"})  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
@@ -390,7 +390,7 @@ def save_pair(folder: Path, family: Family, *, tied: bool) -> None:
             weight = model.get_input_embeddings().weight.detach()
             torch.manual_seed(seed)
             model.get_output_embeddings().weight = nn.Parameter(weight + 0.3 * torch.randn_like(weight))
-            keep_untied(model)
+            mark_untied_head(model)
         model.save_pretrained(folder / role)
         tiny_tokenizer().save_pretrained(folder / role)
 

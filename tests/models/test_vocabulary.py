@@ -10,7 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab.config.cell import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.models.vocabulary import head_size, same_tokenizer, shared_vocabulary, tokenizer_of
+from gkd_lab.models.vocabulary import (
+    find_tokenizer_difference,
+    get_head_size,
+    get_shared_vocabulary_size,
+    load_model_tokenizer,
+)
 
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -38,7 +43,7 @@ def test_pitfall_19_padded_heads_of_one_tokenizer_are_compared_on_the_smaller() 
         warnings.simplefilter("error")
         for rows in ((16, 24), (24, 16)):
             student, teacher = map(with_rows, rows)
-            assert shared_vocabulary(student, teacher, tiny_tokenizer(), tiny_tokenizer()) == 16
+            assert get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), tiny_tokenizer()) == 16
 
 
 def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_example() -> None:
@@ -46,7 +51,7 @@ def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_ex
     other = words("a b c d e f g = 1 2 x")
     assert len(other) == len(tiny_tokenizer())
     with pytest.raises(ValueError, match=r"10 vocabulary .*, for example '3' has id 5 and no id.*type: uld"):
-        shared_vocabulary(student, teacher, tiny_tokenizer(), other)
+        get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), other)
 
 
 def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warning() -> None:
@@ -54,14 +59,14 @@ def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warn
     added.add_special_tokens({"pad_token": "[PAD]"})
     student = teacher = with_rows(ENTRIES + 2)
     with pytest.warns(UserWarning, match=r"lacks '\[PAD\]': .*they should be padding"):
-        assert shared_vocabulary(student, teacher, added, tiny_tokenizer()) == ENTRIES + 2
+        assert get_shared_vocabulary_size(student, teacher, added, tiny_tokenizer()) == ENTRIES + 2
     # The teacher may then give probability to an entry that the student's tokenizer has no word for.
     with pytest.raises(ValueError, match=r"'\[PAD\]' has no id and id 14.*teacher_processing_class"):
-        shared_vocabulary(student, teacher, tiny_tokenizer(), added)
+        get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), added)
 
 
 def test_entries_that_changed_places_are_a_difference() -> None:
-    reason = same_tokenizer(words("a a a b b c"), words("b b b a a c"))
+    reason = find_tokenizer_difference(words("a a a b b c"), words("b b b a a c"))
     assert reason == "2 vocabulary entries differ, for example 'a' has id 3 and id 4"
 
 
@@ -71,36 +76,36 @@ def test_tokenizers_that_split_text_differently_differ_though_their_vocabularies
         [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
     assert whole.get_vocab() == digits.get_vocab()
-    assert "differently" in str(same_tokenizer(whole, digits))
-    assert same_tokenizer(whole, bytes_of()) is None
+    assert "differently" in str(find_tokenizer_difference(whole, digits))
+    assert find_tokenizer_difference(whole, bytes_of()) is None
 
 
 def test_a_special_token_on_one_side_only_is_a_difference() -> None:
     plain, chat = bytes_of(), bytes_of()
     chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    assert "'<|im_end|>' has no id and id 274" in str(same_tokenizer(plain, chat))
+    assert "'<|im_end|>' has no id and id 274" in str(find_tokenizer_difference(plain, chat))
 
 
 def test_padding_and_template_may_differ_and_another_end_of_sequence_is_a_warning() -> None:
     student, teacher = tiny_tokenizer(), tiny_tokenizer()
     teacher.pad_token, teacher.chat_template = teacher.eos_token, "{{ messages }}"
-    assert same_tokenizer(student, teacher) is None
+    assert find_tokenizer_difference(student, teacher) is None
     teacher.eos_token = "<unk>"
     model = with_rows(ENTRIES)
     with pytest.warns(UserWarning, match=r"end with '</s>', the teacher's with '<unk>'"):
-        assert shared_vocabulary(model, model, student, teacher) == ENTRIES
+        assert get_shared_vocabulary_size(model, model, student, teacher) == ENTRIES
 
 
 def test_different_sizes_are_refused_while_the_teachers_tokenizer_is_unknown() -> None:
     with pytest.raises(
         ValueError, match=r"16 vocabulary entries and the teacher 24.*teacher_processing_class"
     ):
-        shared_vocabulary(with_rows(16), with_rows(24), tiny_tokenizer(), None)
+        get_shared_vocabulary_size(with_rows(16), with_rows(24), tiny_tokenizer(), None)
 
 
 def test_equal_sizes_are_accepted_with_a_warning_while_the_teachers_tokenizer_is_unknown() -> None:
     with pytest.warns(UserWarning, match=r"was not compared: pass .*teacher_processing_class"):
-        assert shared_vocabulary(with_rows(16), with_rows(16, 1), tiny_tokenizer(), None) == 16
+        assert get_shared_vocabulary_size(with_rows(16), with_rows(16, 1), tiny_tokenizer(), None) == 16
 
 
 @pytest.mark.parametrize("small", ["student", "teacher"])
@@ -110,21 +115,21 @@ def test_a_head_without_a_row_for_a_real_token_is_refused(small: str) -> None:
     with pytest.raises(
         ValueError, match=rf"has id 13, but the {small} has 13 .*resize_token_embeddings\(14\)"
     ):
-        shared_vocabulary(student, teacher, tiny_tokenizer(), tiny_tokenizer())
+        get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), tiny_tokenizer())
 
 
 def test_the_head_is_measured_and_not_the_configuration_believed() -> None:
     model = tiny_model("encoder-decoder", 0)
     model.config.vocab_size = 99
-    assert head_size(model) == ENTRIES
+    assert get_head_size(model) == ENTRIES
 
 
 def test_the_tokenizer_beside_a_models_weights_is_found(tmp_path: Path) -> None:
     tiny_model("decoder-only", 0).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    found = tokenizer_of(type(tiny_model("decoder-only", 0)).from_pretrained(tmp_path))
+    found = load_model_tokenizer(type(tiny_model("decoder-only", 0)).from_pretrained(tmp_path))
     assert found is not None
-    assert same_tokenizer(found, tiny_tokenizer()) is None
+    assert find_tokenizer_difference(found, tiny_tokenizer()) is None
 
 
 @pytest.mark.parametrize("family", ["decoder-only", "encoder-decoder"])
@@ -134,4 +139,4 @@ def test_no_tokenizer_is_made_up_for_a_folder_that_has_none(tmp_path: Path, fami
     model = tiny_model(family, 0)  # type: ignore[arg-type]
     for place in (str(tmp_path), str(tmp_path / "gone"), "nobody/nothing", ""):
         model.name_or_path = place
-        assert tokenizer_of(model) is None
+        assert load_model_tokenizer(model) is None

@@ -15,7 +15,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from gkd_lab.models.classifiers import Kind
+from gkd_lab.models.classifiers import ClassifierKind
 
 from .tiny import WORDS, tiny_tokenizer
 
@@ -46,7 +46,7 @@ CONFIGS = {
 
 def tiny_classifier(
     family: str,
-    kind: Kind,
+    kind: ClassifierKind,
     seed: int,
     *,
     labels: tuple[str, ...] = ("no", "maybe", "yes"),
@@ -75,7 +75,7 @@ def tiny_classifier(
     return model
 
 
-def tiny_rows(kind: Kind, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+def tiny_rows(kind: ClassifierKind, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     """Random texts of 2 to 7 words with a label, one for each word, or a number."""
     draw = random.Random(seed)
     rows: list[dict[str, Any]] = []

@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gkd_lab.config import Cell, GridOfCells, SpecError
-from gkd_lab.report.comparison import Comparison, compare
-from gkd_lab.report.comparison_text import LONGEST, as_json, readable, show
+from gkd_lab.config import Cell, ConfigError, Grid
+from gkd_lab.report.comparison import Comparison, compare_records
+from gkd_lab.report.comparison_text import (
+    MAX_CHARACTERS,
+    escape_text,
+    format_comparison_json,
+    print_comparison,
+)
 from gkd_lab.store import DamagedRecord, Store
 
-from ..tables.made_store import made_grid
-from ..tables.written import cell_record, predictions_of, reference_record, write
+from ..tables.made_store import build_grid
+from ..tables.written import (
+    get_predictions_path,
+    write_cell_record,
+    write_predictions,
+    write_reference_record,
+)
 
 MATCH = [{"decoding": "greedy", "metrics": ["exact_match", "rouge1"]}]
 Rows = list[tuple[str, str, str]]
@@ -25,8 +35,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "outputs")
 
 
-def grid_of(**document: Any) -> GridOfCells:
-    return made_grid(**{"evaluations": MATCH, "grid": {"lmbda": [0, 1]}, **document})
+def grid_of(**document: Any) -> Grid:
+    return build_grid(**{"evaluations": MATCH, "grid": {"lmbda": [0, 1]}, **document})
 
 
 def rows(right: int, of: int = 40, prefix: str = "") -> Rows:
@@ -36,12 +46,12 @@ def rows(right: int, of: int = 40, prefix: str = "") -> Rows:
 
 def compared(store: Store, a: Rows, b: Rows, **options: Any) -> Comparison:
     ours, theirs = grid_of().cells
-    return compare(cell_record(store, ours, a), cell_record(store, theirs, b), **options)
+    return compare_records(write_cell_record(store, ours, a), write_cell_record(store, theirs, b), **options)
 
 
 def text_of(found: Comparison, width: int = 100) -> str:
     out = io.StringIO()
-    show(found, Console(file=out, width=width))
+    print_comparison(found, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -125,11 +135,11 @@ def test_several_texts_of_a_prompt_are_one_example(store: Store) -> None:
     b = [("p", "1", "1"), ("p", "1", "1"), ("q", "1", "1"), ("q", "0", "1")]
     records = []
     for cell, written in ((ours, a), (theirs, b)):
-        record = store.of(cell)
-        record.describe(cell.training)
-        write(record, cell.evaluations[0], written, samples=2)  # type: ignore[arg-type]
+        record = store.get_record(cell)
+        record.write_spec(cell.training)
+        write_predictions(record, cell.evaluations[0], written, samples=2)  # type: ignore[arg-type]
         records.append(record)
-    found = compare(*records)
+    found = compare_records(*records)
     assert (found.n, found.effect.mean) == (2, 0.0)
     assert [(one.prompt, one.score_a, one.score_b) for one in found.examples] == [
         ("p", 50.0, 100.0),
@@ -139,13 +149,13 @@ def test_several_texts_of_a_prompt_are_one_example(store: Store) -> None:
 
 def test_a_cell_is_held_against_its_teacher_and_its_start(store: Store) -> None:
     cell = grid_of().cells[0]
-    record = cell_record(store, cell, rows(10))
-    start = reference_record(store, cell, "start", rows(5))
-    teacher = reference_record(store, cell, "teacher", rows(40))
-    from_start = compare(start, record)
+    record = write_cell_record(store, cell, rows(10))
+    start = write_reference_record(store, cell, "start", rows(5))
+    teacher = write_reference_record(store, cell, "teacher", rows(40))
+    from_start = compare_records(start, record)
     assert from_start.relation == "B started from A"
     assert [(one.name, one.a, one.b) for one in from_start.differs] == [("role", "start", "cell")]
-    against = compare(record, teacher)
+    against = compare_records(record, teacher)
     assert against.relation == "A learnt from the teacher B"
     assert ("model.architecture.width", 8, 16) in [(one.name, one.a, one.b) for one in against.differs]
     assert "A learnt from the teacher B" in text_of(against)
@@ -153,18 +163,20 @@ def test_a_cell_is_held_against_its_teacher_and_its_start(store: Store) -> None:
 
 def test_a_stored_score_of_an_older_metric_is_pointed_out(store: Store) -> None:
     ours, theirs = grid_of().cells
-    a, b = cell_record(store, ours, rows(10)), cell_record(store, theirs, rows(10))
-    part = b.evaluation(theirs.evaluations[0])
-    scores = part.scores()
+    a, b = write_cell_record(store, ours, rows(10)), write_cell_record(store, theirs, rows(10))
+    part = b.get_evaluation(theirs.evaluations[0])
+    scores = part.read_scores()
     scores["exact_match"]["value"] = 99.0
     (part.folder / "scores.json").write_text(json.dumps(scores))
-    found = compare(a, b)
+    found = compare_records(a, b)
     assert found.b.score == 25.0
     assert found.notes == ("the stored score of B is 99.00: the metric has changed, `rescore` renews it",)
 
 
 def test_json_holds_everything(store: Store) -> None:
-    facts = json.loads(as_json(compared(store, rows(10), rows(30))), parse_constant=pytest.fail)
+    facts = json.loads(
+        format_comparison_json(compared(store, rows(10), rows(30))), parse_constant=pytest.fail
+    )
     assert facts["effect"]["verdict"] == "higher"
     assert facts["effect"]["mean"] == facts["b"]["score"] - facts["a"]["score"]
     assert len(facts["examples"]) == 10 and facts["differing"] == 20
@@ -173,45 +185,47 @@ def test_json_holds_everything(store: Store) -> None:
 
 def two(store: Store) -> tuple[Cell, Cell]:
     ours, theirs = grid_of().cells
-    cell_record(store, ours, rows(10))
-    cell_record(store, theirs, rows(30))
+    write_cell_record(store, ours, rows(10))
+    write_cell_record(store, theirs, rows(30))
     return ours, theirs
 
 
 def test_a_wrong_metric_or_evaluation_is_refused_with_the_nearest(store: Store) -> None:
-    a, b = (store.of(cell) for cell in two(store))
-    with pytest.raises(SpecError, match=r"unknown metric 'exact_mach'; did you mean 'exact_match'\?"):
-        compare(a, b, metric="exact_mach")
-    with pytest.raises(SpecError, match=r"unknown evaluation 'gredy'; did you mean 'greedy'\? valid: greedy"):
-        compare(a, b, evaluation="gredy")
-    with pytest.raises(SpecError, match="self_bleu compares several texts of one prompt"):
-        compare(a, b, metric="self_bleu")
-    assert compare(a, b, evaluation="greedy", metric="chrf").metric == "chrf"
+    a, b = (store.get_record(cell) for cell in two(store))
+    with pytest.raises(ConfigError, match=r"unknown metric 'exact_mach'; did you mean 'exact_match'\?"):
+        compare_records(a, b, metric="exact_mach")
+    with pytest.raises(
+        ConfigError, match=r"unknown evaluation 'gredy'; did you mean 'greedy'\? valid: greedy"
+    ):
+        compare_records(a, b, evaluation="gredy")
+    with pytest.raises(ConfigError, match="self_bleu compares several texts of one prompt"):
+        compare_records(a, b, metric="self_bleu")
+    assert compare_records(a, b, evaluation="greedy", metric="chrf").metric == "chrf"
 
 
 def test_what_is_not_evaluated_is_refused_with_its_state(store: Store) -> None:
     ours, theirs = two(store)
-    a, b = store.of(ours), store.of(theirs)
-    b.evaluation(theirs.evaluations[0]).status_file.unlink()
-    with pytest.raises(SpecError, match="has no finished evaluation: it was not evaluated yet; run its"):
-        compare(a, b)
-    b.evaluation(theirs.evaluations[0]).failed("ValueError: no luck")
-    with pytest.raises(SpecError, match=r"failed: greedy-.*: ValueError: no luck"):
-        compare(a, b)
+    a, b = store.get_record(ours), store.get_record(theirs)
+    b.get_evaluation(theirs.evaluations[0]).status_file.unlink()
+    with pytest.raises(ConfigError, match="has no finished evaluation: it was not evaluated yet; run its"):
+        compare_records(a, b)
+    b.get_evaluation(theirs.evaluations[0]).mark_failed("ValueError: no luck")
+    with pytest.raises(ConfigError, match=r"failed: greedy-.*: ValueError: no luck"):
+        compare_records(a, b)
     b.status_file.unlink()
-    with pytest.raises(SpecError, match="its training is not finished"):
-        compare(a, b)
-    with b.lock(), pytest.raises(SpecError, match="its training is running"):
-        compare(a, b)
+    with pytest.raises(ConfigError, match="its training is not finished"):
+        compare_records(a, b)
+    with b.lock(), pytest.raises(ConfigError, match="its training is running"):
+        compare_records(a, b)
 
 
 def test_evaluations_without_anything_in_common_are_refused(store: Store) -> None:
     ours, _ = two(store)
     other = grid_of(evaluations=[{"decoding": "beam"}]).cells[1]
-    store.of(other).evaluation(grid_of().cells[1].evaluations[0]).status_file.unlink()
-    cell_record(store, other, rows(10))
-    with pytest.raises(SpecError, match="no common evaluation: A has greedy; B has beam4"):
-        compare(store.of(ours), store.of(other))
+    store.get_record(other).get_evaluation(grid_of().cells[1].evaluations[0]).status_file.unlink()
+    write_cell_record(store, other, rows(10))
+    with pytest.raises(ConfigError, match="no common evaluation: A has greedy; B has beam4"):
+        compare_records(store.get_record(ours), store.get_record(other))
 
 
 def test_evaluations_of_one_name_are_taken_for_each_other_and_it_is_said(store: Store) -> None:
@@ -219,17 +233,19 @@ def test_evaluations_of_one_name_are_taken_for_each_other_and_it_is_said(store: 
     theirs = grid_of(evaluations=[{"decoding": "greedy", "examples": 20, "metrics": ["exact_match"]}]).cells[
         1
     ]
-    found = compare(cell_record(store, ours, rows(10)), cell_record(store, theirs, rows(10, of=20)))
+    found = compare_records(
+        write_cell_record(store, ours, rows(10)), write_cell_record(store, theirs, rows(10, of=20))
+    )
     assert found.n == 20
     assert any(note.startswith("the evaluations share a name, not all settings") for note in found.notes)
 
 
 def test_damaged_predictions_are_named(store: Store) -> None:
     ours, theirs = two(store)
-    path = predictions_of(store.of(theirs), theirs)
+    path = get_predictions_path(store.get_record(theirs), theirs)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DamagedRecord, match=r"predictions\.jsonl:40: expected a JSON object"):
-        compare(store.of(ours), store.of(theirs))
+        compare_records(store.get_record(ours), store.get_record(theirs))
 
 
 def test_long_texts_are_cut_and_no_text_steers_the_terminal(store: Store) -> None:
@@ -240,6 +256,6 @@ def test_long_texts_are_cut_and_no_text_steers_the_terminal(store: Store) -> Non
     assert "\x1b" not in text and "\x07" not in text
     assert "\\x1b[2Jclear?" in text and "[bold]x[/bold]" in text
     assert "(empty)" in text
-    assert f"({len(long) - LONGEST} more characters)" in text
+    assert f"({len(long) - MAX_CHARACTERS} more characters)" in text
     assert all(len(line) <= 100 for line in text.splitlines() if "word word" in line)
-    assert readable("ok\nline").plain == "ok\nline"
+    assert escape_text("ok\nline").plain == "ok\nline"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.report.html_report import write_report
-from gkd_lab.report.samples import LONGEST, samples, shortened
+from gkd_lab.report.samples import MAX_CHARACTERS, select_samples, shorten_text
 from gkd_lab.store import Store
 
-from ..tables.made_store import fill, finish, made_grid
+from ..tables.made_store import build_grid, fill_store, write_finished_record
 
 
 class Page(HTMLParser):
@@ -40,7 +40,7 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
-def report(grid: GridOfCells, store: Store, tmp_path: Path) -> tuple[str, Page]:
+def report(grid: Grid, store: Store, tmp_path: Path) -> tuple[str, Page]:
     source = write_report(grid, store, tmp_path / "report.html").read_text(encoding="utf-8")
     return source, Page(source)
 
@@ -51,8 +51,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(store: Store, tmp_path: Path) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     source, page = report(grid, store, tmp_path)
     assert not {"script", "link", "iframe", "img", "object", "base"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
@@ -66,8 +66,8 @@ def test_the_page_asks_for_nothing_from_elsewhere(store: Store, tmp_path: Path) 
 
 
 def test_it_says_what_lmbda_and_beta_did(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(description="A question.", paper={"figures": ["7", "A.14"], "claims": ["C1"]})
-    fill(grid, store)
+    grid = build_grid(description="A question.", paper={"figures": ["7", "A.14"], "claims": ["C1"]})
+    fill_store(grid, store)
     _, page = report(grid, store, tmp_path)
     assert "A question." in page.text
     assert "the paper's figures 7, A.14 · claims C1" in page.text
@@ -97,17 +97,17 @@ def test_it_says_what_lmbda_and_beta_did(store: Store, tmp_path: Path) -> None:
 
 
 def test_an_interval_that_holds_zero_is_called_undecided(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1]})
-    fill(grid, store, value=lambda cell: 40.0 + (1 - 2 * cell.seed) * cell.lmbda)
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1]})
+    fill_store(grid, store, score=lambda cell: 40.0 + (1 - 2 * cell.seed) * cell.lmbda)
     _, page = report(grid, store, tmp_path)
     assert "λ only: undecided (2 seeds, Student's t)." in page.text
 
 
 def test_ten_examples_show_start_best_cell_and_teacher(store: Store, tmp_path: Path) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     best = grid.cells[6]
-    shown = samples(store, best)
+    shown = select_samples(store, best)
     assert [sample["number"] for sample in shown] == [1, 6, 11, 16, 21, 26, 31, 36, 41, 46]
     assert set(shown[0]["outputs"]) == {"start", "cell", "teacher"}
     _, page = report(grid, store, tmp_path)
@@ -116,9 +116,9 @@ def test_ten_examples_show_start_best_cell_and_teacher(store: Store, tmp_path: P
 
 
 def test_a_prediction_that_looks_like_code_is_text(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(description="<b>bold</b> & co")
-    fill(grid, store, text='<script>alert("x")</script><img src=x onerror=y>')
-    store.of(grid.cells[0]).failed("<i>broken</i>", "<u>trace</u>")
+    grid = build_grid(description="<b>bold</b> & co")
+    fill_store(grid, store, text='<script>alert("x")</script><img src=x onerror=y>')
+    store.get_record(grid.cells[0]).mark_failed("<i>broken</i>", "<u>trace</u>")
     source, page = report(grid, store, tmp_path)
     assert not {"script", "img", "b", "i", "u"} & {tag for tag, _ in page.tags}
     assert '<script>alert("x")</script><img src=x onerror=y>' in page.text
@@ -127,12 +127,12 @@ def test_a_prediction_that_looks_like_code_is_text(store: Store, tmp_path: Path)
 
 
 def test_failures_are_listed_with_error_and_place(store: Store, tmp_path: Path) -> None:
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[2:])
-    store.of(grid.cells[0]).failed("RuntimeError: out of memory", "Traceback: line 1")
-    bad = store.of(grid.cells[1])
-    finish(bad, grid.cells[1], 40.0)
-    bad.evaluation(grid.cells[1].evaluations[0]).failed("ValueError: no answer")
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[2:])
+    store.get_record(grid.cells[0]).mark_failed("RuntimeError: out of memory", "Traceback: line 1")
+    bad = store.get_record(grid.cells[1])
+    write_finished_record(bad, grid.cells[1], 40.0)
+    bad.get_evaluation(grid.cells[1].evaluations[0]).mark_failed("ValueError: no answer")
     _, page = report(grid, store, tmp_path)
     assert "7 of 9 cells are done" in page.text
     assert "arithmetic, λ = 0, β = 0, seed 0" in page.text
@@ -143,33 +143,33 @@ def test_failures_are_listed_with_error_and_place(store: Store, tmp_path: Path) 
 
 
 def test_with_nothing_done_it_says_so(store: Store, tmp_path: Path) -> None:
-    _, page = report(made_grid(), store, tmp_path)
+    _, page = report(build_grid(), store, tmp_path)
     assert "Nothing is done yet: none of the 9 cells has finished." in page.text
     assert "No cell of this task has a score yet" in page.text
     assert "No record yet." in page.text
 
 
 def test_a_grid_of_tasks_has_a_section_with_the_headline_of_each(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
-    fill(grid, store, cells=grid.cells[:3])
+    grid = build_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
+    fill_store(grid, store, cells=grid.cells[:3])
     _, page = report(grid, store, tmp_path)
     assert "greedy/accuracy" in page.text and "greedy/bleu" in page.text
     assert "No pair of cells at λ = 0 and 1 is done" in page.text
 
 
 def test_a_collapsed_cell_is_reported_at_each_of_its_places(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    fill(grid, store)
+    grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    fill_store(grid, store)
     _, page = report(grid, store, tmp_path)
     for temperature in ("0.5", "1.0"):
         assert f"student 0 JSD(0.5) {temperature} 38.0 35.0 to 41.0" in page.text
 
 
 def test_total_variation_is_named_and_not_taken_for_a_beta(store: Store, tmp_path: Path) -> None:
-    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0.5, 1]})
+    grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0.5, 1]})
     failed, *others = grid.cells
-    fill(grid, store, cells=[cell for cell in others if cell.beta != 1])
-    store.of(failed).failed("ValueError: broken")
+    fill_store(grid, store, cells=[cell for cell in others if cell.beta != 1])
+    store.get_record(failed).mark_failed("ValueError: broken")
     _, page = report(grid, store, tmp_path)
     assert "Best of 3: λ = 1, Total variation with 69.0" in page.text
     assert "from 68.0 (JSD(0.5)) to 69.0 (Total variation)" in page.text
@@ -181,8 +181,8 @@ def test_total_variation_is_named_and_not_taken_for_a_beta(store: Store, tmp_pat
 @pytest.mark.parametrize("lmbdas", ([0], [0, 1]))
 def test_losses_are_told_apart_by_their_terms(lmbdas: list[int], store: Store, tmp_path: Path) -> None:
     listed = [[{"beta": 0}], [{"beta": 0}, {"type": "adversarial", "gradient_penalty": 2, "weight": 0.5}]]
-    grid = made_grid(grid={"lmbda": lmbdas, "objectives": listed})
-    fill(grid, store)
+    grid = build_grid(grid={"lmbda": lmbdas, "objectives": listed})
+    fill_store(grid, store)
     source, page = report(grid, store, tmp_path)
     assert "Forward KL; Forward KL + 0.5 adversarial (gradient penalty 2)" in page.text
     assert "Best of" in page.text and "accuracy by the terms of the loss" in page.text
@@ -195,5 +195,5 @@ def test_losses_are_told_apart_by_their_terms(lmbdas: list[int], store: Store, t
 
 
 def test_long_texts_say_how_much_was_left_out() -> None:
-    assert shortened("a" * LONGEST) == "a" * LONGEST
-    assert shortened("a" * (LONGEST + 5)).endswith("... (5 more characters)")
+    assert shorten_text("a" * MAX_CHARACTERS) == "a" * MAX_CHARACTERS
+    assert shorten_text("a" * (MAX_CHARACTERS + 5)).endswith("... (5 more characters)")

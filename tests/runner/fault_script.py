@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 
 from gkd_lab.runner import interrupts
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.progress import Advance, Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Record, Store, lock
 
 SMALL = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding": "greedy"}]}
@@ -41,7 +41,7 @@ class Acting(Reporter):
         self.name, self.count, self.act = name, count, act
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
         def advance(count: int) -> None:
             if self.name in name and count == self.count:
                 self.act()
@@ -77,7 +77,7 @@ def child(work: Callable[[], None], log: Path) -> int:
     status = 1
     try:
         torch.set_num_threads(1)
-        with interrupts.signals_heard():
+        with interrupts.handle_signals():
             work()
         status = 0
     except KeyboardInterrupt:
@@ -121,12 +121,12 @@ def main() -> None:
     assert source.loader is not None
     making = importlib.util.module_from_spec(source)
     source.loader.exec_module(making)
-    quieten()
+    silence_libraries()
     grid = making.tiny_grid(root, "arithmetic", **SMALL)
 
     def whole(outputs: Path, **more: Any) -> None:
-        outcome = run(grid, making.options(outputs, held="wait", **more))
-        assert not outcome.failed, outcome.failed
+        outcome = run_grid(grid, making.options(outputs, busy_cells="wait", **more))
+        assert not outcome.failures, outcome.failures
 
     def acting(name: str, count: int, act: Callable[[], Any]) -> Work:
         return lambda outputs: whole(outputs, reporter=Acting(name, count, act))
@@ -139,11 +139,11 @@ def main() -> None:
         return work
 
     def a_cell(outputs: Path) -> Record:
-        return Store(outputs).of(grid.cells[0])
+        return Store(outputs).get_record(grid.cells[0])
 
     def taken_over(outputs: Path) -> None:
         """As if this process had been silent for long: a heartbeat that is another's lies in its place."""
-        lock.BEAT = 0.05
+        lock.BEAT_SECONDS = 0.05
 
         def act() -> None:
             other = a_cell(outputs).folder / "other"

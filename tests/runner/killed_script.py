@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.progress import Advance, Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.run import run_grid
 
 
 def die() -> None:
@@ -36,7 +36,7 @@ class DeadlyReporter(Reporter):
         self.phase_name, self.count = phase, count
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
         def advance(count: int) -> None:
             if self.phase_name in name and count >= self.count:
                 die()
@@ -100,12 +100,12 @@ def main() -> None:
     assert found.loader is not None
     making = importlib.util.module_from_spec(found)
     found.loader.exec_module(making)
-    quieten()
+    silence_libraries()
     grid = making.tiny_grid(root, task)
 
     def whole(outputs: Path, **more: Any) -> None:
-        outcome = run(grid, making.options(outputs, **more))
-        assert not outcome.failed, outcome.failed
+        outcome = run_grid(grid, making.options(outputs, **more))
+        assert not outcome.failures, outcome.failures
 
     def counted() -> None:
         count_renames(root / "renames")

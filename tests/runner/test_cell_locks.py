@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from gkd_lab.runner.cell_locks import Claimed
-from gkd_lab.runner.run import groups
+from gkd_lab.runner.cell_locks import PackLock
+from gkd_lab.runner.run import split_packs
 from gkd_lab.store import Record, lock
 
 from .tiny_experiments import options, tiny_grid
@@ -38,8 +38,8 @@ def record(tmp_path: Path) -> Record:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(lock, "STALE", 0.4)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.4)
 
 
 def written_elsewhere(record: Record, beats: int = 0, beat: str = "2001-01-01T00:00:00+00:00") -> None:
@@ -72,11 +72,11 @@ def beating_elsewhere(record: Record) -> Iterator[None]:
 
 def test_an_owner_on_another_machine_is_left_alone_while_it_beats(record: Record, quick: None) -> None:
     with beating_elsewhere(record):
-        assert record.is_claimed()
+        assert record.is_locked()
         with pytest.raises(Timeout):
             record.lock().acquire(timeout=1.0)  # longer than a dead one would be believed
-        assert record.is_claimed()
-        assert record.state() == "running"
+        assert record.is_locked()
+        assert record.read_state() == "running"
 
 
 @pytest.mark.parametrize("clock", ("2001-01-01T00:00:00+00:00", "2099-01-01T00:00:00+00:00"))
@@ -89,10 +89,10 @@ def test_one_that_stops_beating_is_taken_over_by_the_watchers_own_clock(
     began = time.monotonic()
     with record.lock():
         assert time.monotonic() - began < 5
-        found = lock.owner(record.folder)
+        found = lock.read_owner(record.folder)
         assert found is not None
         assert found["pid"] == os.getpid()
-    assert not record.is_claimed()
+    assert not record.is_locked()
     assert sorted(path.name for path in record.folder.iterdir()) == [".lock"]
 
 
@@ -101,30 +101,30 @@ def test_a_dead_owner_on_this_machine_is_taken_over_at_once(record: Record) -> N
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    there = lock.owner(record.folder)
+    there = lock.read_owner(record.folder)
     assert there is not None
     assert there["pid"] == holder.pid
     with pytest.raises(Timeout):
         record.lock().acquire(timeout=0)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    assert lock.owner(record.folder) == there
-    assert not record.is_claimed()
+    assert lock.read_owner(record.folder) == there
+    assert not record.is_locked()
     with record.lock().acquire(timeout=0):
-        assert record.is_claimed()
-    assert lock.owner(record.folder) is None
+        assert record.is_locked()
+    assert lock.read_owner(record.folder) is None
 
 
 def test_a_held_claim_beats_and_a_released_one_leaves_nothing(record: Record, quick: None) -> None:
     with record.lock():
-        first = lock.owner(record.folder)
+        first = lock.read_owner(record.folder)
         time.sleep(0.4)
-        later = lock.owner(record.folder)
+        later = lock.read_owner(record.folder)
         assert first is not None
         assert later is not None
         assert later["beats"] > first["beats"]
         assert {"host", "pid", "started", "beat"} <= later.keys()
-    assert lock.owner(record.folder) is None
+    assert lock.read_owner(record.folder) is None
 
 
 def test_one_that_was_taken_over_knows_it_and_writes_nothing_into_the_new_owners_file(
@@ -157,7 +157,7 @@ def test_of_many_machines_that_find_an_owner_dead_one_takes_over(record: Record)
         def take(start: threading.Barrier = start, got: list[str] = got, dead: bytes = dead) -> None:
             mine = lock.Heartbeat(path)
             start.wait()
-            if lock._replaced(path, dead, mine):
+            if lock._replace_dead_owner(path, dead, mine):
                 got.append(mine.token)
 
         threads = [threading.Thread(target=take) for _ in range(6)]
@@ -165,7 +165,7 @@ def test_of_many_machines_that_find_an_owner_dead_one_takes_over(record: Record)
             thread.start()
         for thread in threads:
             thread.join()
-        there = lock.owner(record.folder)
+        there = lock.read_owner(record.folder)
         assert there is not None
         assert got == [there["token"]]
         assert [one.name for one in record.folder.glob(".owner*")] == [".owner.json"]
@@ -191,19 +191,19 @@ def test_a_pack_is_claimed_whole_or_in_the_part_that_is_free(tmp_path: Path) -> 
     grid = tiny_grid(tmp_path, "arithmetic")
     choices = options(tmp_path / "outputs")
     first = min(grid.cells, key=lambda cell: cell.folder)
-    with choices.store.of(first).lock():
-        with Claimed(grid.cells, choices) as claimed:
-            assert claimed.elsewhere == [first]
-            assert claimed.cells == [cell for cell in grid.cells if cell is not first]
-        with Claimed(grid.cells, choices) as again:
-            assert len(again.cells) == 5, "the others are free again"
+    with choices.store.get_record(first).lock():
+        with PackLock(grid.cells, choices) as claimed:
+            assert claimed.busy_cells == [first]
+            assert claimed.locked_cells == [cell for cell in grid.cells if cell is not first]
+        with PackLock(grid.cells, choices) as again:
+            assert len(again.locked_cells) == 5, "the others are free again"
 
 
 def test_workers_of_one_run_get_packs_of_their_own(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic")
     sizes = {
-        n: [len(pack) for pack in groups(grid.cells, options(tmp_path, workers=n))] for n in (1, 2, 4, 9)
+        n: [len(pack) for pack in split_packs(grid.cells, options(tmp_path, workers=n))] for n in (1, 2, 4, 9)
     }
     assert sizes == {1: [6], 2: [3, 3], 4: [2, 2, 2], 9: [1] * 6}
-    asked = groups(grid.cells, options(tmp_path, workers=2, pack=4))
+    asked = split_packs(grid.cells, options(tmp_path, workers=2, pack=4))
     assert [len(pack) for pack in asked] == [4, 2]

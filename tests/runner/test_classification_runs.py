@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.report.comparison import compare
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.config import Grid
+from gkd_lab.report.comparison import compare_records
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
-from gkd_lab.store.rescore import rejudge
+from gkd_lab.store.rescore import rescore_evaluation
 
 from .tiny_experiments import contents, interrupted_at, options, table_of, tiny_grid
 
@@ -30,7 +30,7 @@ SOFT = [{"beta": 0, "teacher_temperature": 2, "student_temperature": 2, "square_
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 GRIDS: dict[str, Any] = {
@@ -43,48 +43,48 @@ GRIDS: dict[str, Any] = {
 }
 
 
-def grid_of(folder: Path, task: str) -> GridOfCells:
+def grid_of(folder: Path, task: str) -> Grid:
     return tiny_grid(folder, task, task, grid=GRIDS[task], **SMALL)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[GridOfCells, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, Path]:
     folder = tmp_path_factory.mktemp("classification")
     grid = grid_of(folder, "classification")
-    assert run(grid, options(folder / "outputs")).failed == []
+    assert run_grid(grid, options(folder / "outputs")).failures == []
     return grid, folder / "outputs"
 
 
 @pytest.mark.parametrize("task", ["tagging", "scoring"])
 def test_a_grid_of_classifiers_is_trained_as_one_model_and_judged(tmp_path: Path, task: str) -> None:
     grid, outputs = grid_of(tmp_path, task), tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     is_judged(grid, outputs)
 
 
-def test_classes_are_judged_too(finished: tuple[GridOfCells, Path]) -> None:
+def test_classes_are_judged_too(finished: tuple[Grid, Path]) -> None:
     is_judged(*finished)
 
 
-def is_judged(grid: GridOfCells, outputs: Path) -> None:
+def is_judged(grid: Grid, outputs: Path) -> None:
     """Every row of the table has every score with its ends; one pack; scores can be redone."""
     rows = table_of(grid, outputs)
     assert [row["status"] for row in rows] == ["done"] * len(rows)
     metrics = grid.cells[0].evaluations[0].metrics
     assert all(isinstance(row[f"{metric}.low"], float) for row in rows for metric in metrics)
-    record = Store(outputs).of(grid.cells[0])
+    record = Store(outputs).get_record(grid.cells[0])
     facts = json.loads((record.folder / "provenance.json").read_text())
     assert len(facts["pack"]) == len(grid.cells)
-    part = record.evaluation(grid.cells[0].evaluations[0])
-    before = part.scores()
-    rejudge(part, metrics)
-    assert part.scores() == before
+    part = record.get_evaluation(grid.cells[0].evaluations[0])
+    before = part.read_scores()
+    rescore_evaluation(part, metrics)
+    assert part.read_scores() == before
 
 
-def test_predictions_have_the_probability_of_every_label(finished: tuple[GridOfCells, Path]) -> None:
+def test_predictions_have_the_probability_of_every_label(finished: tuple[Grid, Path]) -> None:
     grid, outputs = finished
-    record = Store(outputs).of(grid.cells[0])
-    part = record.evaluation(grid.cells[0].evaluations[0])
+    record = Store(outputs).get_record(grid.cells[0])
+    part = record.get_evaluation(grid.cells[0].evaluations[0])
     lines = [json.loads(line) for line in (part.folder / "predictions.jsonl").read_text().splitlines()]
     model = AutoModelForSequenceClassification.from_pretrained(record.checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(record.checkpoint)
@@ -97,22 +97,22 @@ def test_predictions_have_the_probability_of_every_label(finished: tuple[GridOfC
 
 
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
-    finished: tuple[GridOfCells, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Grid, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid, outputs = grid_of(tmp_path, "classification"), tmp_path / "outputs"
     with interrupted_at(3, monkeypatch):
-        run(grid, options(outputs))
-    assert run(grid, options(outputs)).failed == []
-    assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+        run_grid(grid, options(outputs))
+    assert run_grid(grid, options(outputs)).failures == []
+    assert Store(outputs).get_record(grid.cells[0]).read_provenance()["resumed_at_step"] == 2
     assert contents(outputs) == contents(finished[1])
 
 
-def test_two_classifiers_are_compared_by_each_metric(finished: tuple[GridOfCells, Path]) -> None:
+def test_two_classifiers_are_compared_by_each_metric(finished: tuple[Grid, Path]) -> None:
     grid, outputs = finished
-    one, other = (Store(outputs).of(cell) for cell in grid.cells[:2])
+    one, other = (Store(outputs).get_record(cell) for cell in grid.cells[:2])
     evaluation = grid.cells[0].evaluations[0]
     for metric in ("label_accuracy", "f1_macro", "matthews"):
-        found = compare(one, other, metric=metric)
-        values = [record.evaluation(evaluation).scores()[metric]["value"] for record in (one, other)]
+        found = compare_records(one, other, metric=metric)
+        values = [record.get_evaluation(evaluation).read_scores()[metric]["value"] for record in (one, other)]
         assert [found.a.score, found.b.score] == pytest.approx(values)
         assert found.paired and found.n == 12

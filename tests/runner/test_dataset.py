@@ -8,7 +8,7 @@ import pytest
 
 from gkd_lab.config.cell import Architecture, DataSpec, ModelSpec, SftModel, TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.runner.dataset import examples, report_cut, rows
+from gkd_lab.runner.dataset import encode_examples, load_split, write_split_report
 
 WORDS = TokenizerSpec(kind="word", vocab_size=32)
 
@@ -46,9 +46,9 @@ PAIRS = [
 @pytest.mark.parametrize("family", ("encoder-decoder", "decoder-only"))
 def test_prompt_and_target_are_cut_apart_and_counted(family: str, tmp_path: Path) -> None:
     data = data_in(tmp_path, PAIRS)
-    found = rows("arithmetic", data, "train", tmp_path)
+    found = load_split("arithmetic", data, "train", tmp_path)
     tokenizer = train_tokenizer(WORDS, [text for pair in PAIRS for text in pair])
-    encoded, cut = examples(model(data, family), tokenizer, found)
+    encoded, cut = encode_examples(model(data, family), tokenizer, found)
     assert (cut.rows, cut.prompts, cut.completions, cut.dropped) == (4, 2, 2, {})
     assert [len(one.prompt_ids) for one in encoded] == [2, 4, 1, 4]
     assert [len(one.completion_ids) for one in encoded] == [3, 3, 4, 4]
@@ -66,22 +66,24 @@ def test_what_was_cut_and_left_out_is_told_beside_the_record(
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
     (tmp_path / "validation.jsonl").write_text(json.dumps(lines[0]) + "\n")
     data = DataSpec(kind="hub", name=str(tmp_path), revision="1")  # `datasets` reads a folder alike
-    found = rows("arithmetic", data.model_copy(update={"revision": None}), "train", tmp_path)
-    _, cut = examples(model(data), train_tokenizer(WORDS, ["a b c d e"]), found)
-    report_cut(tmp_path, "train", cut)
+    found = load_split("arithmetic", data.model_copy(update={"revision": None}), "train", tmp_path)
+    _, cut = encode_examples(model(data), train_tokenizer(WORDS, ["a b c d e"]), found)
+    write_split_report(tmp_path, "train", cut)
     told = json.loads((tmp_path / "rows-train.json").read_text())
     assert told == {"rows": 2, "prompts": 2, "completions": 0, "dropped": {"an empty field": 2}}
 
 
 def test_a_document_of_100000_words_is_cut_like_any_other(tmp_path: Path) -> None:
     data = data_in(tmp_path, [("a b " * 50_000, "#### 1")])
-    found = rows("arithmetic", data, "train", tmp_path)
-    (one,), cut = examples(model(data), train_tokenizer(WORDS, ["a b #### 1"]), found)
+    found = load_split("arithmetic", data, "train", tmp_path)
+    (one,), cut = encode_examples(model(data), train_tokenizer(WORDS, ["a b #### 1"]), found)
     assert (len(one.prompt_ids), len(one.completion_ids), cut.prompts) == (4, 3, 1)
 
 
 def test_the_form_of_the_spec_reaches_the_rows(tmp_path: Path) -> None:
     pairs = [("a", "1 + 1 = <<1+1=2>>2\n#### 2")]
-    (row,) = rows("arithmetic", data_in(tmp_path, pairs, shots=1, calculator_marks=True), "train", tmp_path)
+    (row,) = load_split(
+        "arithmetic", data_in(tmp_path, pairs, shots=1, calculator_marks=True), "train", tmp_path
+    )
     assert row.prompt.startswith("Q: There are 15 trees")
     assert row.target == pairs[0][1]

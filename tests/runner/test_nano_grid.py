@@ -6,7 +6,7 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.report.html_report import write_report
-from gkd_lab.runner.run import run
+from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.tables.table import table
 
@@ -27,8 +27,8 @@ CUT = {
 def test_the_nano_grid_runs_all_three_tasks_to_a_table_and_a_report(tmp_path: Path) -> None:
     grid = experiments.load("nano_grid", overrides=CUT, outputs=tmp_path)
     options = RunOptions(tmp_path)
-    outcome = run(grid, options)
-    assert (outcome.failed, outcome.elsewhere) == ([], 0)
+    outcome = run_grid(grid, options)
+    assert (outcome.failures, outcome.busy_cell_count) == ([], 0)
     frame = table(grid, options.store)
     cells = frame[frame.role == "cell"]
     assert set(frame.status) == {"done"}

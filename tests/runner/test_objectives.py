@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from gkd_lab.runner import train_cells
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
-from gkd_lab.runner.teacher_text import FILE
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
+from gkd_lab.runner.teacher_text import TEXTS_FILE
 from gkd_lab.store import Store
 
 from .tiny_experiments import contents, options, table_of, tiny_grid
@@ -19,11 +19,11 @@ GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 def texts(outputs: Path) -> list[dict[str, Any]]:
-    (file,) = outputs.glob(f"nano/*/text-sample-*/{FILE}")
+    (file,) = outputs.glob(f"nano/*/text-sample-*/{TEXTS_FILE}")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -31,7 +31,7 @@ def texts(outputs: Path) -> list[dict[str, Any]]:
 def test_the_teacher_writes_once_and_students_learn_its_text(task: str, tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, task, grid={"method": ["seqkd", "sft"], "seed": [0, 1]}, **GREEDY)
     outputs = tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
     assert [row["status"] for row in rows] == ["done"] * 4
     written = texts(outputs)
@@ -39,7 +39,7 @@ def test_the_teacher_writes_once_and_students_learn_its_text(task: str, tmp_path
     for line in written:
         assert 1 <= len(line["ids"]) <= 10
         assert line["ended"] == (line["ids"][-1] == 1)
-    histories = {cell.labels["method"]: Store(outputs).of(cell).history() for cell in grid.cells}
+    histories = {cell.labels["method"]: Store(outputs).get_record(cell).read_history() for cell in grid.cells}
     assert histories["seqkd"] != histories["sft"]
     assert all(row["on_policy"] == 0 for row in histories["seqkd"])
 
@@ -47,13 +47,13 @@ def test_the_teacher_writes_once_and_students_learn_its_text(task: str, tmp_path
 def test_a_second_run_writes_nothing_again(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"]}, **GREEDY)
     outputs = tmp_path / "outputs"
-    run(grid, options(outputs))
+    run_grid(grid, options(outputs))
     before = contents(outputs)
     (folder,) = outputs.glob("nano/*/text-*")
-    stamp = (folder / FILE).stat().st_mtime_ns
+    stamp = (folder / TEXTS_FILE).stat().st_mtime_ns
     more = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"], "seed": [0, 1]}, **GREEDY)
-    assert run(more, options(outputs)).failed == []
-    assert (folder / FILE).stat().st_mtime_ns == stamp
+    assert run_grid(more, options(outputs)).failures == []
+    assert (folder / TEXTS_FILE).stat().st_mtime_ns == stamp
     assert before.items() <= contents(outputs).items()
 
 
@@ -62,9 +62,9 @@ def test_what_a_teacher_writes_does_not_depend_on_how_rows_are_batched(
 ) -> None:
     found = []
     for rows_at_once in (256, 7):
-        monkeypatch.setattr("gkd_lab.runner.teacher_text.ROWS_AT_ONCE", rows_at_once)
+        monkeypatch.setattr("gkd_lab.runner.teacher_text.BATCH_ROWS", rows_at_once)
         folder = tmp_path / str(rows_at_once)
-        run(
+        run_grid(
             tiny_grid(folder, "arithmetic", grid={"method": ["seqkd"]}, **GREEDY), options(folder / "outputs")
         )
         found.append(texts(folder / "outputs"))
@@ -75,33 +75,33 @@ def test_terms_of_a_mixed_loss_are_in_the_history(tmp_path: Path) -> None:
     listed = [{"beta": 0.5}, {"type": "cross_entropy", "weight": 0.5}]
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0, 0.5]}, objectives=listed, **GREEDY)
     outputs = tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     for cell in grid.cells:
-        for row in Store(outputs).of(cell).history():
+        for row in Store(outputs).get_record(cell).read_history():
             assert row["loss"] == pytest.approx(row["loss/divergence"] + row["loss/cross_entropy"], rel=1e-5)
 
 
 def test_only_the_first_rows_are_distilled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    taken = train_cells._trainer
+    taken = train_cells._build_trainer
 
     def watched(pack: Any, teacher: Any, found: list[Any], *rest: Any) -> Any:
         seen.append(len(found))
         return taken(pack, teacher, found, *rest)
 
-    monkeypatch.setattr(train_cells, "_trainer", watched)
+    monkeypatch.setattr(train_cells, "_build_trainer", watched)
     grid = tiny_grid(tmp_path, "arithmetic", grid={"train_rows": [8, 40]}, **GREEDY)
-    assert run(grid, options(tmp_path / "outputs")).failed == []
+    assert run_grid(grid, options(tmp_path / "outputs")).failures == []
     assert sorted(set(seen)) == [8, 40]
 
 
 def test_a_text_that_lost_lines_is_written_again(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"]}, **GREEDY)
     outputs = tmp_path / "outputs"
-    run(grid, options(outputs))
-    (file,) = outputs.glob(f"nano/*/text-*/{FILE}")
+    run_grid(grid, options(outputs))
+    (file,) = outputs.glob(f"nano/*/text-*/{TEXTS_FILE}")
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     more = tiny_grid(tmp_path, "arithmetic", grid={"method": ["seqkd"], "seed": [1]}, **GREEDY)
-    assert run(more, options(outputs)).failed == []
+    assert run_grid(more, options(outputs)).failures == []
     assert file.read_text() == whole

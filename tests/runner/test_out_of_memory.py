@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 from gkd_lab.training.trainer import GKDTrainer
 
@@ -42,22 +42,22 @@ def test_fewer_rows_at_a_time_give_the_same_cell(
         "evaluations": [{"decoding": "greedy"}],
     }
     grid = tiny_grid(tmp_path, task, **changes)
-    assert run(grid, options(tmp_path / "whole")).failed == []
+    assert run_grid(grid, options(tmp_path / "whole")).failures == []
     out_of_memory_above(1, monkeypatch, from_step=3)
     told = io.StringIO()
-    assert run(grid, options(tmp_path / "parts", Reporter(Console(file=told, width=500)))).failed == []
+    assert run_grid(grid, options(tmp_path / "parts", Reporter(Console(file=told, width=500)))).failures == []
     (cell,) = grid.cells
-    whole, parts = (Store(tmp_path / name).of(cell) for name in ("whole", "parts"))
+    whole, parts = (Store(tmp_path / name).get_record(cell) for name in ("whole", "parts"))
     said = [line for line in told.getvalue().splitlines() if "out of memory" in line]
     assert [line.partition("out of memory with ")[2] for line in said] == [
         "4 rows at once; going on with 2",
         "2 rows at once; going on with 1",
     ]
-    assert parts.provenance()["rows_at_once"] == 1
-    assert parts.provenance()["resumed_at_step"] == 2
+    assert parts.read_provenance()["rows_at_once"] == 1
+    assert parts.read_provenance()["resumed_at_step"] == 2
     ours, theirs = (load_file(one.checkpoint / "model.safetensors") for one in (whole, parts))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    for row, other in zip(whole.history(), parts.history(), strict=True):
+    for row, other in zip(whole.read_history(), parts.read_history(), strict=True):
         assert row == pytest.approx(other, rel=1e-9, abs=1e-12)
     assert table_of(grid, tmp_path / "whole") == table_of(grid, tmp_path / "parts")
 
@@ -67,7 +67,7 @@ def test_a_cell_whose_single_rows_do_not_fit_says_what_to_do(
 ) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, evaluations=[{"decoding": "greedy"}])
     out_of_memory_above(0, monkeypatch)
-    (line,) = run(grid, options(tmp_path / "outputs")).failed
+    (line,) = run_grid(grid, options(tmp_path / "outputs")).failures
     assert grid.cells[0].fingerprint in line
     assert "out of memory even with one row at a time (OutOfMemoryError: CUDA out of memory" in line
     assert "take smaller models" in line

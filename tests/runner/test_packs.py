@@ -18,17 +18,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.evaluation.decoding import predict
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.memory import fitting, free_bytes, is_out_of_memory, of_control_group, saved_bytes
+from gkd_lab.config import Grid
+from gkd_lab.evaluation.decoding import generate_predictions
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.memory import (
+    compute_capacity,
+    is_out_of_memory_error,
+    iterate_cgroup_free_bytes,
+    measure_free_bytes,
+    record_saved_bytes,
+)
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
-from gkd_lab.status.overview import overview
-from gkd_lab.status.render import cell_lines, summary_lines
+from gkd_lab.status.overview import build_overview
+from gkd_lab.status.render import render_cells, render_summary
 from gkd_lab.store import Record, Store
-from gkd_lab.store.pack_cache import keep_reason, kept_reason
+from gkd_lab.store.pack_cache import read_unpackable_reason, write_unpackable_reason
 from gkd_lab.training.trainer import GKDTrainer
 
 from .tiny_experiments import options, table_of, tiny_grid
@@ -39,7 +45,7 @@ PAIR: dict[str, Any] = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding"
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +55,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for task in ("arithmetic", "translation"):
         folder = tmp_path_factory.mktemp(task)
         grid = tiny_grid(folder, task, **PAIR)
-        run(grid, options(folder / "outputs"))
+        run_grid(grid, options(folder / "outputs"))
         found[task] = without_cells(grid, folder / "outputs", folder / "made")
     return found
 
 
-def without_cells(grid: GridOfCells, outputs: Path, copy: Path) -> Path:
+def without_cells(grid: Grid, outputs: Path, copy: Path) -> Path:
     """A copy of an outputs folder in which no cell of the grid is done."""
     shutil.copytree(outputs, copy)
     for cell in grid.cells:
-        shutil.rmtree(Store(copy).of(cell).folder)
+        shutil.rmtree(Store(copy).get_record(cell).folder)
     return copy
 
 
@@ -70,7 +76,7 @@ def outputs(made: dict[str, Path], tmp_path: Path) -> Path:
 
 def verdict(record: Record) -> dict[str, Any]:
     """What a status says but how long it took, and with whom."""
-    return {k: v for k, v in record.status().items() if k not in ("seconds", "shared_by")}
+    return {k: v for k, v in record.read_status().items() if k not in ("seconds", "shared_by")}
 
 
 def start_in(outputs: Path) -> Path:
@@ -78,7 +84,7 @@ def start_in(outputs: Path) -> Path:
     return folder
 
 
-def with_student(folder: Path, task: str, student: Path, **changes: Any) -> GridOfCells:
+def with_student(folder: Path, task: str, student: Path, **changes: Any) -> Grid:
     return tiny_grid(folder, task, student={"pretrained": str(student)}, **{**PAIR, **changes})
 
 
@@ -111,18 +117,18 @@ def told(outputs: Path, **changes: Any) -> tuple[RunOptions, io.StringIO]:
     return options(outputs, Reporter(Console(file=text, width=500)), **changes), text
 
 
-def packs_of(grid: GridOfCells, outputs: Path) -> list[int]:
+def packs_of(grid: Grid, outputs: Path) -> list[int]:
     """How many cells shared each cell's model."""
-    return [len(Store(outputs).of(cell).provenance()["pack"]) for cell in grid.cells]
+    return [len(Store(outputs).get_record(cell).read_provenance()["pack"]) for cell in grid.cells]
 
 
-def limits_of(grid: GridOfCells, outputs: Path) -> set[str | None]:
-    return {Store(outputs).of(cell).provenance().get("pack_limit") for cell in grid.cells}
+def limits_of(grid: Grid, outputs: Path) -> set[str | None]:
+    return {Store(outputs).get_record(cell).read_provenance().get("pack_limit") for cell in grid.cells}
 
 
-def planned(grid: GridOfCells, outputs: Path, limit: Any = "auto") -> str:
-    found = overview(grid, Store(outputs), limit)
-    return "\n".join([*cell_lines(grid, found, progress=False), *summary_lines(found)])
+def planned(grid: Grid, outputs: Path, limit: Any = "auto") -> str:
+    found = build_overview(grid, Store(outputs), limit)
+    return "\n".join([*render_cells(grid, found, show_progress=False), *render_summary(found)])
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "translation"])
@@ -132,20 +138,20 @@ def test_a_loaded_student_is_packed_and_each_cell_leaves_what_it_leaves_alone(
     grid = with_student(tmp_path, task, start_in(made[task]), precision="fp64")
     packed, alone = tmp_path / "packed", tmp_path / "alone"
     assert "1 pack of 2" in planned(grid, packed)
-    assert run(grid, options(packed)).failed == []
+    assert run_grid(grid, options(packed)).failures == []
     without_cells(grid, packed, alone)
-    assert run(grid, options(alone, pack="off")).failed == []
+    assert run_grid(grid, options(alone, pack="off")).failures == []
     assert (packs_of(grid, packed), packs_of(grid, alone)) == ([2, 2], [1, 1])
     assert limits_of(grid, packed) == limits_of(grid, alone) == {None}
     auto = AutoModelForCausalLM if task == "arithmetic" else AutoModelForSeq2SeqLM
     for cell in grid.cells:
-        ours, theirs = Store(packed).of(cell), Store(alone).of(cell)
+        ours, theirs = Store(packed).get_record(cell), Store(alone).get_record(cell)
         files = [{p.relative_to(one.folder) for p in one.folder.rglob("*")} for one in (ours, theirs)]
         assert files[0] == files[1]
         assert (ours.folder / "spec.json").read_bytes() == (theirs.folder / "spec.json").read_bytes()
-        assert [one.status().pop("shared_by") for one in (ours, theirs)] == [2, 1]
+        assert [one.read_status().pop("shared_by") for one in (ours, theirs)] == [2, 1]
         assert verdict(ours) == verdict(theirs)
-        for row, other in zip(ours.history(), theirs.history(), strict=True):
+        for row, other in zip(ours.read_history(), theirs.read_history(), strict=True):
             assert row == pytest.approx(other, rel=1e-6)
         weights, others = (load_file(one.checkpoint / "model.safetensors") for one in (ours, theirs))
         torch.testing.assert_close(weights, others, rtol=0, atol=1e-9)
@@ -162,7 +168,7 @@ def test_cells_that_cannot_be_packed_run_alone_in_order_and_say_why(
     grid = with_student(tmp_path, "translation", student)
     assert "1 pack of 2" in planned(grid, outputs), "it is not known before it is tried"
     asked, text = told(outputs)
-    assert run(grid, asked).failed == []
+    assert run_grid(grid, asked).failures == []
     (line,) = [line for line in text.getvalue().splitlines() if "one after another" in line]
     reason = line.partition("one after another: ")[2]
     assert line.startswith("translation: 2 cells run alone, one after another: ")
@@ -181,24 +187,24 @@ def test_cells_that_cannot_be_packed_run_alone_in_order_and_say_why(
 
 def test_a_reason_is_forgotten_once_the_pack_can_be_made(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", **PAIR)
-    start = Store(outputs).artifact("nano", "start", grid.cells[0].training.start)
-    keep_reason(start, "no packed form for a module of old")
+    start = Store(outputs).get_artifact("nano", "start", grid.cells[0].training.start)
+    write_unpackable_reason(start, "no packed form for a module of old")
     assert "2 cells run alone: no packed form for a module of old" in planned(grid, outputs)
-    run(grid, options(outputs))
+    run_grid(grid, options(outputs))
     assert packs_of(grid, outputs) == [2, 2]
-    assert kept_reason(start) is None
+    assert read_unpackable_reason(start) is None
     assert "run alone" not in planned(grid, outputs)
 
 
 def test_a_cell_with_dropout_says_in_its_record_why_it_ran_alone(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", dropout=0.1, **PAIR)
-    run(grid, options(outputs))
+    run_grid(grid, options(outputs))
     assert limits_of(grid, outputs) == {"alone: dropout draws from one stream"}
 
 
 def out_of_memory_above(cells: int, monkeypatch: pytest.MonkeyPatch, from_step: int = 0) -> None:
     """Steps of larger packs fail as on a full GPU, decoding for them as on a full machine."""
-    step, decode = GKDTrainer.training_step, predict
+    step, decode = GKDTrainer.training_step, generate_predictions
 
     def training_step(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
         if trainer.pack.size > cells and trainer.state.global_step >= from_step:
@@ -211,7 +217,7 @@ def out_of_memory_above(cells: int, monkeypatch: pytest.MonkeyPatch, from_step: 
         return decode(pack, *args)
 
     monkeypatch.setattr(GKDTrainer, "training_step", training_step)
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.predict", decoded)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decoded)
 
 
 def test_a_pack_that_runs_out_of_memory_goes_on_in_halves_from_its_last_checkpoint(
@@ -220,20 +226,22 @@ def test_a_pack_that_runs_out_of_memory_goes_on_in_halves_from_its_last_checkpoi
     axes = {"lmbda": [0.5, 1], "beta": [0, 0.5]}
     changes = {"precision": "fp64", "grid": axes, "evaluations": PAIR["evaluations"]}
     grid = tiny_grid(tmp_path, "arithmetic", **changes)
-    run(grid, options(tmp_path / "whole"))
+    run_grid(grid, options(tmp_path / "whole"))
     without_cells(grid, tmp_path / "whole", tmp_path / "halved")
     out_of_memory_above(2, monkeypatch, from_step=3)
     asked, text = told(tmp_path / "halved")
-    assert run(grid, asked).failed == []
+    assert run_grid(grid, asked).failures == []
     assert packs_of(grid, tmp_path / "halved") == [2] * 4
     assert limits_of(grid, tmp_path / "halved") == {"out of memory with 4 cells as one model"}
     said = [line for line in text.getvalue().splitlines() if "out of memory" in line]
     assert said == ["arithmetic: out of memory with 4 cells as one model; going on with 2 at a time"] * 2
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
     for cell in grid.cells:
-        assert halved.of(cell).provenance()["resumed_at_step"] == 2
-        assert [row["step"] for row in halved.of(cell).history()] == [2, 4]
-        ours, theirs = (load_file(s.of(cell).checkpoint / "model.safetensors") for s in (whole, halved))
+        assert halved.get_record(cell).read_provenance()["resumed_at_step"] == 2
+        assert [row["step"] for row in halved.get_record(cell).read_history()] == [2, 4]
+        ours, theirs = (
+            load_file(s.get_record(cell).checkpoint / "model.safetensors") for s in (whole, halved)
+        )
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert table_of(grid, tmp_path / "whole") == table_of(grid, tmp_path / "halved")
 
@@ -253,20 +261,20 @@ def test_a_cell_that_is_too_large_alone_fails_as_others_do_and_its_neighbours_fi
     monkeypatch.setattr(GKDTrainer, "training_step", training_step)
     changes: dict[str, Any] = {"grid": {"lmbda": [0, 0.5, 1]}, "evaluations": PAIR["evaluations"]}
     grid = tiny_grid(outputs.parent, "arithmetic", **changes)
-    (line,) = run(grid, options(outputs, pack=4)).failed
+    (line,) = run_grid(grid, options(outputs, pack=4)).failures
     assert grid.cells[0].fingerprint in line
     assert "MemoryError: no room" in line
     assert tried == [3, 2, *[1] * 3, 1, 1], "the first cell with 4, 2 and 1 rows at a time"
-    assert [Store(outputs).of(cell).state() for cell in grid.cells] == ["failed", "done", "done"]
+    assert [Store(outputs).get_record(cell).read_state() for cell in grid.cells] == ["failed", "done", "done"]
 
 
 def test_auto_makes_packs_that_fit_into_memory(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gkd_lab.runner.train_cells.bytes_of_step", lambda trainer, inputs: 2**30)
-    monkeypatch.setattr("gkd_lab.runner.train_cells.free_bytes", lambda device: 5 * 2**30)
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.free_bytes", lambda device: 5 * 2**30)
+    monkeypatch.setattr("gkd_lab.runner.train_cells.measure_step_bytes", lambda trainer, inputs: 2**30)
+    monkeypatch.setattr("gkd_lab.runner.train_cells.measure_free_bytes", lambda device: 5 * 2**30)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 5 * 2**30)
     grid = tiny_grid(outputs.parent, "arithmetic", evaluations=PAIR["evaluations"])
     asked, text = told(outputs)
-    assert run(grid, asked).failed == []
+    assert run_grid(grid, asked).failures == []
     assert packs_of(grid, outputs) == [3] * 6
     reason = "6 cells as one model need about 6 GiB, 5 GiB are free: at most 3 at a time"
     assert text.getvalue().count(reason) == 1
@@ -275,10 +283,10 @@ def test_auto_makes_packs_that_fit_into_memory(outputs: Path, monkeypatch: pytes
 
 
 def test_a_number_of_cells_is_taken_as_it_is(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gkd_lab.runner.train_cells.free_bytes", lambda device: 1)
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.free_bytes", lambda device: 1)
+    monkeypatch.setattr("gkd_lab.runner.train_cells.measure_free_bytes", lambda device: 1)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 1)
     grid = tiny_grid(outputs.parent, "arithmetic", **{**PAIR, "grid": {"lmbda": [0, 0.5, 1]}})
-    run(grid, options(outputs, pack=2))
+    run_grid(grid, options(outputs, pack=2))
     assert packs_of(grid, outputs) == [2, 2, 1]
     assert limits_of(grid, outputs) == {None}
 
@@ -286,15 +294,15 @@ def test_a_number_of_cells_is_taken_as_it_is(outputs: Path, monkeypatch: pytest.
 def test_what_was_trained_in_parts_is_judged_in_parts_that_fit(
     outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, sizes = predict, []
+    decode, sizes = generate_predictions, []
 
     def decoded(pack: Any, *args: Any) -> Any:
         sizes.append(pack.size)
         return decode(pack, *args)
 
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.predict", decoded)
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.free_bytes", lambda device: 1)
-    run(tiny_grid(outputs.parent, "arithmetic", **PAIR), options(outputs))
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decoded)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 1)
+    run_grid(tiny_grid(outputs.parent, "arithmetic", **PAIR), options(outputs))
     assert sizes == [1, 1]
 
 
@@ -313,9 +321,9 @@ def test_what_a_cell_needs_is_measured_on_its_own_step(
         measured.append((inputs, once, twice))
         return once
 
-    original = train_cells.bytes_of_step
-    monkeypatch.setattr(train_cells, "bytes_of_step", measure)
-    run(tiny_grid(outputs.parent, "arithmetic", **PAIR), options(outputs))
+    original = train_cells.measure_step_bytes
+    monkeypatch.setattr(train_cells, "measure_step_bytes", measure)
+    run_grid(tiny_grid(outputs.parent, "arithmetic", **PAIR), options(outputs))
     ((inputs, once, twice),) = measured
     assert inputs["completion_ids"].shape == (4, 10), "all that can be sampled"
     assert inputs["prompt_ids"].shape[1] <= 24
@@ -326,7 +334,7 @@ def test_what_a_cell_needs_is_measured_on_its_own_step(
 def test_what_is_saved_counts_each_storage_once_and_no_weight() -> None:
     layer = nn.Linear(4, 4)
     x = torch.ones(5, 4, requires_grad=True)
-    with saved_bytes(layer) as found:
+    with record_saved_bytes(layer) as found:
         (layer(x) + layer(x)).square().sum()
     assert sum(found.values()) == 2 * 5 * 4 * 4, "the input and the sum that is squared"
 
@@ -335,18 +343,18 @@ def test_what_is_saved_counts_each_storage_once_and_no_weight() -> None:
     ("cells", "one", "free", "limit"), [(6, 10, 75, 6), (6, 10, 74, 3), (6, 10, 25, 2), (6, 10, 3, 1)]
 )
 def test_a_pack_may_take_four_fifths_of_what_is_free(cells: int, one: int, free: int, limit: int) -> None:
-    found = fitting(cells, one, free)
-    assert found.cells == limit
-    assert bool(found.why) == (limit < cells)
+    found = compute_capacity(cells, one, free)
+    assert found.max_cells == limit
+    assert bool(found.reason) == (limit < cells)
 
 
 def test_an_error_is_out_of_memory_if_it_says_so() -> None:
     texts = ("CUDA out of memory.", "DefaultCPUAllocator: not enough memory", "x: Can't allocate memory")
-    assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(torch.OutOfMemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes differ"))
-    assert not is_out_of_memory(ValueError("out of memory"))
+    assert all(is_out_of_memory_error(RuntimeError(text)) for text in texts)
+    assert is_out_of_memory_error(MemoryError())
+    assert is_out_of_memory_error(torch.OutOfMemoryError())
+    assert not is_out_of_memory_error(RuntimeError("shapes differ"))
+    assert not is_out_of_memory_error(ValueError("out of memory"))
 
 
 @pytest.mark.parametrize(
@@ -362,9 +370,9 @@ def test_an_error_is_out_of_memory_if_it_says_so() -> None:
 def test_a_control_group_limits_what_is_free(
     names: tuple[str, str, str], cached: str, tmp_path: Path
 ) -> None:
-    assert list(of_control_group(tmp_path)) == []
+    assert list(iterate_cgroup_free_bytes(tmp_path)) == []
     for name, text in zip(names, ("1000\n", "700\n", f"anon 600\n{cached} 100\n"), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert list(of_control_group(tmp_path)) == [400]
-    assert free_bytes("cpu") > 0
+    assert list(iterate_cgroup_free_bytes(tmp_path)) == [400]
+    assert measure_free_bytes("cpu") > 0

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gkd_lab import experiments
-from gkd_lab.config import SpecError
-from gkd_lab.runner.checkpoint_callback import _go_on, _window
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.config import ConfigError
+from gkd_lab.runner.checkpoint_callback import _encode_averages, _restore_averages
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
-from gkd_lab.training.metric_accumulator import Averages
+from gkd_lab.training.metric_accumulator import MetricAccumulator
 
 from .tiny_experiments import contents, interrupted_at, options, table_of, tiny_grid
 
@@ -28,25 +28,25 @@ GRID: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
 def test_alphas_and_the_anchor_at_the_start_run_as_cells(task: str, tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, task, **GRID, **GREEDY)
     outputs = tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
     assert [row["status"] for row in rows] == ["done"] * 4
     for cell in grid.cells:
-        history = Store(outputs).of(cell).history()
+        history = Store(outputs).get_record(cell).read_history()
         alpha = cell.labels["alpha"] if cell.labels["method"] == "gkd" else 0.05
         assert all(("reward" in row) == ("advantage_std" in row) == (alpha < 1) for row in history)
         assert all(("loss/reward" in row) == (0 < alpha < 1) for row in history)
     of_rlef = [c for c in grid.cells if c.labels["method"] == "rlef"]
-    first = [Store(outputs).of(cell).history()[0]["loss/divergence"] for cell in of_rlef]
+    first = [Store(outputs).get_record(cell).read_history()[0]["loss/divergence"] for cell in of_rlef]
     of_gkd = [c for c in grid.cells if c.labels == {**of_rlef[0].labels, "method": "gkd", "alpha": 0.5}]
-    beside = Store(outputs).of(of_gkd[0]).history()[0]["loss/divergence"]
+    beside = Store(outputs).get_record(of_gkd[0]).read_history()[0]["loss/divergence"]
     assert 0 <= max(first) < 1e-3 * beside  # a student that has hardly moved is still its own start
 
 
@@ -59,22 +59,22 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
         outputs = tmp_path / name / "outputs"
         if name == "cut":
             with interrupted_at(3, monkeypatch):
-                run(grid, options(outputs))
-        assert run(grid, options(outputs)).failed == []
+                run_grid(grid, options(outputs))
+        assert run_grid(grid, options(outputs)).failures == []
         found.append(contents(outputs))
-    assert Store(outputs).of(grid.cells[0]).provenance()["resumed_at_step"] == 2
+    assert Store(outputs).get_record(grid.cells[0]).read_provenance()["resumed_at_step"] == 2
     assert found[0] == found[1]
 
 
 def test_a_window_is_taken_up_by_a_pack_with_fewer_rewards() -> None:
-    before = Averages(2, [["divergence", "reward"], ["reward", "reward_2", "divergence"]])
+    before = MetricAccumulator(2, [["divergence", "reward"], ["reward", "reward_2", "divergence"]])
     before.add_reward(0, "reward", 0.5, 0.25)
     before.add_reward(1, "reward_2", 0.75, 0.5)
-    before.add_terms(torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]))
-    before.batches = 1
-    alone = Averages(1, [["divergence", "reward"]])
-    _go_on(alone, 0, _window(before, 0))
-    (row,) = alone.take()
+    before.add_term_losses(torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]))
+    before.n_batches = 1
+    alone = MetricAccumulator(1, [["divergence", "reward"]])
+    _restore_averages(alone, 0, _encode_averages(before, 0))
+    (row,) = alone.pop_means()
     assert (row["reward"], row["advantage_std"]) == (0.5, 0.25)
     assert (row["loss/divergence"], row["loss/reward"]) == (1, 2)
 
@@ -96,8 +96,8 @@ def test_a_reward_that_is_no_number_fails_its_cells_alone(own: Path, tmp_path: P
     changes = {"grid": {"alpha": [0.5, 1]}, "reward": f"{own.stem}:short"}
     grid = tiny_grid(tmp_path, "arithmetic", **changes, **GREEDY)
     outputs = tmp_path / "outputs"
-    assert len(run(grid, options(outputs)).failed) == 1
-    rewarded, plain = (Store(outputs).of(cell).status() for cell in grid.cells)
+    assert len(run_grid(grid, options(outputs)).failures) == 1
+    rewarded, plain = (Store(outputs).get_record(cell).read_status() for cell in grid.cells)
     assert plain["state"] == "done"
     assert f"reward '{own.stem}:short' gave nan for row 0 of 4" in rewarded["error"]
     assert "at step 1" in rewarded["error"]
@@ -105,8 +105,8 @@ def test_a_reward_that_is_no_number_fails_its_cells_alone(own: Path, tmp_path: P
 
 def test_what_is_no_function_is_told_before_anything_runs(own: Path, tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", reward=f"{own.stem}:shorter", alpha=0.5, grid={}, **GREEDY)
-    with pytest.raises(SpecError, match=f"{own.stem} has no 'shorter'; did you mean 'short'"):
-        experiments.check_sources(grid)
+    with pytest.raises(ConfigError, match=f"{own.stem} has no 'shorter'; did you mean 'short'"):
+        experiments.check_generators_and_rewards(grid)
 
 
 def test_the_command_line_finds_a_function_beside_the_experiment(own: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.models.rng import is_on_policy
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import Outcome, references, run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import RunOutcome, list_references, run_grid
 from gkd_lab.store import Store
 
 from .tiny_experiments import contents, options, table_of, times, tiny_grid
@@ -35,13 +35,13 @@ REAL_ROWS: dict[str, list[dict[str, str]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
-def finished(grid: GridOfCells, outputs: Path, **more: Any) -> Outcome:
-    outcome = run(grid, options(outputs, **more))
-    assert outcome.failed == []
-    assert outcome.elsewhere == 0
+def finished(grid: Grid, outputs: Path, **more: Any) -> RunOutcome:
+    outcome = run_grid(grid, options(outputs, **more))
+    assert outcome.failures == []
+    assert outcome.busy_cell_count == 0
     return outcome
 
 
@@ -52,29 +52,29 @@ def test_a_run_leaves_whole_records_and_a_second_one_does_nothing(task: str, tmp
     store = Store(outputs)
     auto = AutoModelForCausalLM if task == "arithmetic" else AutoModelForSeq2SeqLM
     for cell in grid.cells:
-        record = store.of(cell)
+        record = store.get_record(cell)
         spec = json.loads((record.folder / "spec.json").read_text())
         assert spec["fingerprint"].startswith(cell.fingerprint)
         assert spec["spec"] == cell.training.model_dump(mode="json")
-        status = record.status()
+        status = record.read_status()
         assert (status["state"], status["steps"], status["shared_by"]) == ("done", 4, len(grid.cells))
         assert status["seconds"] > 0
         assert status["tokens"] > 0
         assert not record.steps_folder.exists()
         provenance = json.loads((record.folder / "provenance.json").read_text())
         assert provenance["pack"] == [c.fingerprint for c in in_pack_order(grid)]
-        assert [row["step"] for row in record.history()] == [2, 4]
+        assert [row["step"] for row in record.read_history()] == [2, 4]
         tossed = [is_on_policy(cell.lmbda, 0, step) for step in range(4)]
         shares = [sum(tossed[:2]) / 2, sum(tossed[2:]) / 2]
-        assert [row["on_policy"] for row in record.history()] == shares
+        assert [row["on_policy"] for row in record.read_history()] == shares
         assert auto.from_pretrained(record.checkpoint).num_parameters() > 0
         for evaluation, count in zip(cell.evaluations, (8, 5), strict=True):
-            part = record.evaluation(evaluation)
-            assert part.state() == "done"
-            assert len(part.predictions()) == count
-            assert set(evaluation.metrics) <= part.scores().keys()
-            assert all(part.scores()[name]["signature"] for name in evaluation.metrics)
-    distinct = [load_file(store.of(cell).checkpoint / "model.safetensors") for cell in grid.cells]
+            part = record.get_evaluation(evaluation)
+            assert part.read_state() == "done"
+            assert len(part.read_prediction_rows()) == count
+            assert set(evaluation.metrics) <= part.read_scores().keys()
+            assert all(part.read_scores()[name]["signature"] for name in evaluation.metrics)
+    distinct = [load_file(store.get_record(cell).checkpoint / "model.safetensors") for cell in grid.cells]
     assert len({tuple(torch.cat([w.flatten() for w in d.values()]).tolist()) for d in distinct}) == 6
     rows = table_of(grid, outputs)
     assert [row["role"] for row in rows].count("cell") == 6
@@ -84,7 +84,7 @@ def test_a_run_leaves_whole_records_and_a_second_one_does_nothing(task: str, tmp
     assert times(outputs) == before
 
 
-def in_pack_order(grid: GridOfCells) -> list[Any]:
+def in_pack_order(grid: Grid) -> list[Any]:
     return sorted(grid.cells, key=lambda cell: (cell.seed, cell.lmbda, cell.beta))
 
 
@@ -104,16 +104,19 @@ def test_packed_or_alone_the_results_are_the_same(task: str, optimizer: str, tmp
     packed, alone, threes = (Store(tmp_path / name) for name in ("packed", "alone", "threes"))
     for cell in grid.cells:
         for other in (alone, threes):
-            ours = load_file(packed.of(cell).checkpoint / "model.safetensors")
-            theirs = load_file(other.of(cell).checkpoint / "model.safetensors")
+            ours = load_file(packed.get_record(cell).checkpoint / "model.safetensors")
+            theirs = load_file(other.get_record(cell).checkpoint / "model.safetensors")
             assert ours.keys() == theirs.keys()
             for name, weight in ours.items():
                 assert weight.dtype == torch.float64
                 torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-9, msg=name)
             for evaluation in cell.evaluations:
-                mine = packed.of(cell).evaluation(evaluation)
-                assert mine.predictions() == other.of(cell).evaluation(evaluation).predictions()
-                assert mine.scores() == other.of(cell).evaluation(evaluation).scores()
+                mine = packed.get_record(cell).get_evaluation(evaluation)
+                assert (
+                    mine.read_prediction_rows()
+                    == other.get_record(cell).get_evaluation(evaluation).read_prediction_rows()
+                )
+                assert mine.read_scores() == other.get_record(cell).get_evaluation(evaluation).read_scores()
     assert table_of(grid, tmp_path / "packed") == table_of(grid, tmp_path / "alone")
 
 
@@ -121,35 +124,35 @@ def test_a_cell_that_fails_is_named_kept_and_tried_again_when_asked(tmp_path: Pa
     """A rate of 1e30 ends one cell; its neighbours are what they are without it."""
     changes: dict[str, Any] = {"grid": {"lmbda": [0], "learning_rate": [1e-3, 1e30]}}
     grid, outputs = tiny_grid(tmp_path, "arithmetic", **changes), tmp_path / "outputs"
-    outcome = run(grid, options(outputs))
-    good, bad = (Store(outputs).of(cell) for cell in grid.cells)
-    assert len(outcome.failed) == 1
-    assert "FloatingPointError" in outcome.failed[0]
-    assert str(bad.status_file) in outcome.failed[0]
-    assert good.status()["state"] == "done"
-    assert bad.status()["state"] == "failed"
+    outcome = run_grid(grid, options(outputs))
+    good, bad = (Store(outputs).get_record(cell) for cell in grid.cells)
+    assert len(outcome.failures) == 1
+    assert "FloatingPointError" in outcome.failures[0]
+    assert str(bad.status_file) in outcome.failures[0]
+    assert good.read_status()["state"] == "done"
+    assert bad.read_status()["state"] == "failed"
     states = {row["cell"]: row["status"] for row in table_of(grid, outputs) if row["role"] == "cell"}
     assert sorted(states.values()) == ["done", "failed"]
 
     failed_at = bad.status_file.stat().st_mtime_ns
     kept = times(good.folder)
-    assert len(run(grid, options(outputs)).failed) == 1
+    assert len(run_grid(grid, options(outputs)).failures) == 1
     assert bad.status_file.stat().st_mtime_ns == failed_at, "not tried without being asked"
-    assert len(run(grid, options(outputs, retry_failed=True)).failed) == 1
+    assert len(run_grid(grid, options(outputs, retry_failed=True)).failures) == 1
     assert bad.status_file.stat().st_mtime_ns > failed_at
     assert times(good.folder) == kept
 
 
 def test_a_failed_teacher_fails_its_cells_by_name_and_is_built_when_asked(tmp_path: Path) -> None:
     grid, outputs = tiny_grid(tmp_path, "arithmetic"), tmp_path / "outputs"
-    role, model, _ = references(grid.cells)[0]
-    record = Store(outputs).artifact("nano", role, model)
-    record.failed("RuntimeError: broken on purpose")
-    outcome = run(grid, options(outputs))
-    assert any("broken on purpose" in line and "6 cells" in line for line in outcome.failed)
-    assert all(Store(outputs).of(cell).state() == "missing" for cell in grid.cells)
+    role, model, _ = list_references(grid.cells)[0]
+    record = Store(outputs).get_artifact("nano", role, model)
+    record.mark_failed("RuntimeError: broken on purpose")
+    outcome = run_grid(grid, options(outputs))
+    assert any("broken on purpose" in line and "6 cells" in line for line in outcome.failures)
+    assert all(Store(outputs).get_record(cell).read_state() == "missing" for cell in grid.cells)
     finished(grid, outputs, retry_failed=True)
-    assert all(Store(outputs).of(cell).state() == "done" for cell in grid.cells)
+    assert all(Store(outputs).get_record(cell).read_state() == "done" for cell in grid.cells)
 
 
 def test_artifacts_and_cells_that_two_experiments_share_are_made_once(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_total_variation_a_rescaled_divergence_and_bfloat16_go_the_whole_way(tmp
     finished(grid, tmp_path / "outputs")
     losses: dict[float, list[float]] = {0: [], 1: []}
     for cell in grid.cells:
-        rows = Store(tmp_path / "outputs").of(cell).history()
+        rows = Store(tmp_path / "outputs").get_record(cell).read_history()
         losses[cell.training.source.lmbda].append(rows[0]["loss"])
     assert all(len(set(pair)) == 2 and min(pair) > 0 for pair in losses.values())
 
@@ -199,7 +202,9 @@ def test_a_folder_of_real_rows_goes_the_whole_way(task: str, tmp_path: Path) -> 
     rows_of_table = table_of(grid, outputs)
     assert {row["status"] for row in rows_of_table} == {"done"}
     for cell in grid.cells:
-        predictions = Store(outputs).of(cell).evaluation(cell.evaluations[0]).predictions()
+        predictions = (
+            Store(outputs).get_record(cell).get_evaluation(cell.evaluations[0]).read_prediction_rows()
+        )
         assert len(predictions) == 4
         assert cell.training.data.kind == "folder"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from ..teachers.teacher_server import Served, serving
@@ -20,7 +20,7 @@ GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[float]]:
     folder = tmp_path_factory.mktemp("kept")
     asked = {"teacher_scores": {"top_k": 20}, "lmbda": 0, "grid": {"beta": [0.5]}}
     grid, outputs = tiny_grid(folder, "arithmetic", **asked, **GREEDY), folder / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     teacher = grid.cells[0].training.teacher
-    record = Store(outputs).artifact(grid.scale, "teacher", teacher)
-    return artifacts.load(record, teacher).model, losses(grid, outputs)[0]
+    record = Store(outputs).get_artifact(grid.scale, "teacher", teacher)
+    return artifacts.load_artifact(record, teacher).model, losses(grid, outputs)[0]
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def served(kept: tuple[Any, list[float]]) -> Iterator[Served]:
         yield found
 
 
-def losses(grid: GridOfCells, outputs: Path) -> list[list[float]]:
+def losses(grid: Grid, outputs: Path) -> list[list[float]]:
     """Of each cell, in the grid's order."""
-    return [[row["loss"] for row in Store(outputs).of(one).history()] for one in grid.cells]
+    return [[row["loss"] for row in Store(outputs).get_record(one).read_history()] for one in grid.cells]
 
 
-def asked_of(served: Served, folder: Path, **changes: Any) -> GridOfCells:
+def asked_of(served: Served, folder: Path, **changes: Any) -> Grid:
     teacher = {"server": served.address, "model": "large", "top_k": 20, "patience": 0.3}
     return tiny_grid(folder, "arithmetic", teacher=teacher, **{"grid": {"beta": [0.5]}, **GREEDY, **changes})
 
@@ -55,7 +55,7 @@ def test_a_server_s_scores_teach_what_kept_ones_teach(
     served: Served, kept: tuple[Any, list[float]], tmp_path: Path
 ) -> None:
     grid, outputs = asked_of(served, tmp_path, lmbda=0), tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     assert losses(grid, outputs)[0] == pytest.approx(kept[1], rel=1e-3)
     assert [row["role"] for row in table_of(grid, outputs)] == ["start", "cell"]
     assert not list(outputs.glob("nano/*/teacher-*"))
@@ -64,10 +64,10 @@ def test_a_server_s_scores_teach_what_kept_ones_teach(
 def test_a_pack_of_on_policy_cells_is_scored_as_it_writes(served: Served, tmp_path: Path) -> None:
     axes = {"lmbda": [0, 0.5, 1], "seed": [0, 1]}
     grid, outputs = asked_of(served, tmp_path, grid=axes, beta=0.5), tmp_path / "outputs"
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     assert [row["status"] for row in table_of(grid, outputs) if row["role"] == "cell"] == ["done"] * 6
     for one in grid.cells:
-        tossed = {row["on_policy"] for row in Store(outputs).of(one).history()}
+        tossed = {row["on_policy"] for row in Store(outputs).get_record(one).read_history()}
         assert one.lmbda not in (0, 1) or tossed == {one.lmbda}
 
 
@@ -77,15 +77,15 @@ def test_a_server_that_goes_down_fails_the_cell_which_goes_on_where_it_was(
     monkeypatch.setenv("GKD_LAB_TEACHER_KEY", "of-this-test-alone")
     grid = asked_of(served, tmp_path, grid={"beta": [0, 0.5]}, lmbda=0.5)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(grid, options(whole)).failed == []
+    assert run_grid(grid, options(whole)).failures == []
     needed = len(served.asked)
     served.down_after = needed + needed - 1  # the last step of the second run
-    failed = run(grid, options(parts)).failed
+    failed = run_grid(grid, options(parts)).failures
     assert len(failed) == 2
     assert all("ServerDown" in line and "status 503" in line and "--retry-failed" in line for line in failed)
     for one in grid.cells:
-        assert [path.name for path in Store(parts).of(one).steps_folder.iterdir()] == ["checkpoint-2"]
+        assert [path.name for path in Store(parts).get_record(one).steps_folder.iterdir()] == ["checkpoint-2"]
     served.down_after = None
-    assert run(grid, options(parts, retry_failed=True)).failed == []
+    assert run_grid(grid, options(parts, retry_failed=True)).failures == []
     assert contents(whole) == contents(parts)
     assert not any(b"of-this-test-alone" in path.read_bytes() for path in parts.rglob("*") if path.is_file())

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from .tiny_experiments import contents, options, table_of, tiny_grid
@@ -21,7 +21,7 @@ ANCHORED = [{"beta": 0.5}, {"beta": 0.5, "teacher": "start", "weight": 0.1}]
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
@@ -36,10 +36,10 @@ def test_cells_learn_from_several_teachers(task: str, tmp_path: Path) -> None:
         grid = tiny_grid(
             tmp_path, task, name, grid={"lmbda": [0, 1]}, objectives=listed, teachers=more, **GREEDY
         )
-        assert run(grid, options(outputs)).failed == []
+        assert run_grid(grid, options(outputs)).failures == []
         rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
         assert [row["status"] for row in rows] == ["done"] * 2
-        histories.append(Store(outputs).of(grid.cells[0]).history())
+        histories.append(Store(outputs).get_record(grid.cells[0]).read_history())
     assert histories[0] != histories[1] != histories[2]
     assert len(list(outputs.glob("nano/*/teacher-*"))) == 2
 
@@ -57,8 +57,8 @@ def test_packed_cells_are_those_that_run_alone(tmp_path: Path) -> None:
             **GREEDY,
         )
         outputs = tmp_path / str(pack) / "outputs"
-        assert run(grid, options(outputs, pack=pack)).failed == []
-        found.append([Store(outputs).of(cell).history() for cell in grid.cells])
+        assert run_grid(grid, options(outputs, pack=pack)).failures == []
+        found.append([Store(outputs).get_record(cell).read_history() for cell in grid.cells])
     for one, other in zip(*found, strict=True):
         for row, twin in zip(one, other, strict=True):
             assert row["loss"] == pytest.approx(twin["loss"], rel=1e-9)
@@ -91,11 +91,11 @@ def routed(tmp_path: Path, teachers: list[str | None]) -> Any:
 
 def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
     both = routed(tmp_path / "both", ["teacher", "small", "teacher"])
-    assert run(both, options(tmp_path / "both" / "outputs")).failed == []
+    assert run_grid(both, options(tmp_path / "both" / "outputs")).failures == []
     # Rows that all name one teacher are those of a cell that has no other.
     first = routed(tmp_path / "first", ["teacher"])
     outputs = tmp_path / "first" / "outputs"
-    assert run(first, options(outputs)).failed == []
+    assert run_grid(first, options(outputs)).failures == []
     plain = tiny_grid(
         tmp_path / "first",
         "arithmetic",
@@ -104,9 +104,9 @@ def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
         data={"source": str(tmp_path / "first" / "data")},
         **GREEDY,
     )
-    assert run(plain, options(outputs)).failed == []
+    assert run_grid(plain, options(outputs)).failures == []
     for one, other in zip(first.cells, plain.cells, strict=True):
-        losses = [[row["loss"] for row in Store(outputs).of(c).history()] for c in (one, other)]
+        losses = [[row["loss"] for row in Store(outputs).get_record(c).read_history()] for c in (one, other)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
 def test_a_row_without_a_teacher_of_the_run_is_named(
     teachers: list[str | None], message: str, tmp_path: Path
 ) -> None:
-    (line, *_) = run(routed(tmp_path / "one", teachers), options(tmp_path / "one" / "outputs")).failed
+    (line, *_) = run_grid(routed(tmp_path / "one", teachers), options(tmp_path / "one" / "outputs")).failures
     assert message in line
 
 
@@ -129,9 +129,9 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
         tmp_path, "arithmetic", grid={"seed": [0]}, objectives=MIXTURE, teachers={"small": SMALL}, **GREEDY
     )
     outputs = tmp_path / "outputs"
-    run(grid, options(outputs))
+    run_grid(grid, options(outputs))
     before = contents(outputs)
-    assert run(grid, options(outputs)).failed == []
+    assert run_grid(grid, options(outputs)).failures == []
     assert contents(outputs) == before
 
 
@@ -149,8 +149,8 @@ def test_teachers_are_held_as_the_experiment_says(tmp_path: Path) -> None:
         )
         # One cell with `plain`, so that it runs in a folder of its own.
         outputs = tmp_path / ("parked" if name == "parked" else "outputs")
-        assert run(grid, options(outputs)).failed == []
-        losses[name] = [row["loss"] for row in Store(outputs).of(grid.cells[0]).history()]
+        assert run_grid(grid, options(outputs)).failures == []
+        losses[name] = [row["loss"] for row in Store(outputs).get_record(grid.cells[0]).read_history()]
     assert losses["parked"] == losses["plain"]
     assert losses["lowered"] != losses["plain"]
     assert losses["lowered"] == pytest.approx(losses["plain"], rel=0.02)

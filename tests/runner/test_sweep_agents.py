@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from gkd_lab.cli import main
-from gkd_lab.config import GridOfCells
-from gkd_lab.config.cell import references
-from gkd_lab.runner.library_logging import quieten
+from gkd_lab.config import Grid
+from gkd_lab.config.cell import list_references
+from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.runner.run import run
+from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from ..wandb_server import Run, Server, points_of, serving
@@ -37,42 +37,42 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     assert server.unknown == []
 
 
-def finish_by_hand(grid: GridOfCells, outputs: Path) -> None:
+def finish_by_hand(grid: Grid, outputs: Path) -> None:
     """Every record of the grid as if it had been run."""
     store = Store(outputs)
-    for role, model, cells in references(grid.cells):
-        record = store.artifact(grid.scale, role, model)
+    for role, model, cells in list_references(grid.cells):
+        record = store.get_artifact(grid.scale, role, model)
         record.finish()
         for evaluation in cells[0].evaluations:
-            record.evaluation(evaluation).write(evaluation, [], SCORES)
+            record.get_evaluation(evaluation).write_results(evaluation, [], SCORES)
     for cell in grid.cells:
-        record = store.of(cell)
+        record = store.get_record(cell)
         write_rows(record, 20, 40)
         record.finish(steps=40)
         for evaluation in cell.evaluations:
-            record.evaluation(evaluation).write(evaluation, [], SCORES)
+            record.get_evaluation(evaluation).write_results(evaluation, [], SCORES)
 
 
 def cells_of(server: Server) -> list[str]:
     return sorted(one.config["cell"] for one in server.runs.values())
 
 
-def cell_of(grid: GridOfCells, found: Run) -> Any:
+def cell_of(grid: Grid, found: Run) -> Any:
     (cell,) = (cell for cell in grid.cells if cell.full_fingerprint == found.config["fingerprint"])
     return cell
 
 
-def check_done(grid: GridOfCells, server: Server, outputs: Path) -> None:
+def check_done(grid: Grid, server: Server, outputs: Path) -> None:
     """Each run says what the record of its cell says, and keeps the parameters that it was given."""
     for found in server.runs.values():
         cell = cell_of(grid, found)
-        record = Store(outputs).of(cell)
+        record = Store(outputs).get_record(cell)
         given = server.handed_out[found.id]
         assert {name: found.config[name] for name in given} == given
         assert cell.lmbda == given["lmbda"]
         assert (found.exit_code, found.summary["status"]) == (0, "done")
         *trained, judged = found.history
-        assert [{"step": row.pop("_step"), **row} for row in trained] == record.history()
+        assert [{"step": row.pop("_step"), **row} for row in trained] == record.read_history()
         assert judged["greedy/accuracy"] == found.summary["greedy/accuracy"]
 
 
@@ -98,7 +98,7 @@ def test_a_grid_run_by_two_agents_is_the_experiment(shell: Shell) -> None:
     assert cells_of(shell.server) == sorted(cell.fingerprint for cell in grid.cells)
     check_done(grid, shell.server, shell.outputs)
     assert {row["status"] for row in table_of(grid, shell.outputs)} == {"done"}
-    packs = [Store(shell.outputs).of(cell).provenance()["pack"] for cell in grid.cells]
+    packs = [Store(shell.outputs).get_record(cell).read_provenance()["pack"] for cell in grid.cells]
     assert packs == [[cell.fingerprint] for cell in grid.cells]
 
 
@@ -119,18 +119,18 @@ def test_a_cell_whose_agent_was_killed_is_undone_and_the_next_agent_takes_it(she
     """Killed with its child after the checkpoint of step 100; the next one goes on from there."""
     grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0.5]}, **{**ONE, "steps": 400})
     (cell,) = grid.cells
-    record = Store(shell.outputs).of(cell)
+    record = Store(shell.outputs).get_record(cell)
     agent = shell.agent_beside(shell.sweep("tiny.yaml"))
     try:
-        until(lambda: any(row["step"] >= 120 for row in record.history()))
+        until(lambda: any(row["step"] >= 120 for row in record.read_history()))
     finally:
         kill_all(agent)
-    assert record.status() == {}
+    assert record.read_status() == {}
     first = len(shell.server.runs)
     assert shell.agent(shell.sweep("tiny.yaml")).returncode == 0
-    assert record.status()["state"] == "done"
-    assert record.provenance()["resumed_at_step"] >= 100
-    assert [row["step"] for row in record.history()] == list(range(20, 401, 20))
+    assert record.read_status()["state"] == "done"
+    assert record.read_provenance()["resumed_at_step"] >= 100
+    assert [row["step"] for row in record.read_history()] == list(range(20, 401, 20))
     found = list(shell.server.runs.values())[first]
     assert [row["_step"] for row in found.history] == [*range(20, 401, 20), 401]
     assert found.exit_code == 0
@@ -163,19 +163,19 @@ def agents_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
 def test_a_failed_cell_and_a_failed_teacher_tell_the_agents_run_why(
     tmp_path: Path, agents_run: Server
 ) -> None:
-    quieten()
+    silence_libraries()
     outputs = tmp_path / "outputs"
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **ONE)
     finish_by_hand(grid, outputs)
-    record = Store(outputs).of(grid.cells[0])
-    record.failed("FloatingPointError: the loss is nan at step 7")
-    assert run(grid, options(outputs, tracker=follower(outputs)[0])).failed
+    record = Store(outputs).get_record(grid.cells[0])
+    record.mark_failed("FloatingPointError: the loss is nan at step 7")
+    assert run_grid(grid, options(outputs, tracker=follower(outputs)[0])).failures
     found = agents_run.runs["run0"]
     assert (found.exit_code, found.summary["status"]) == (1, "failed")
     assert found.summary["error"] == "FloatingPointError: the loss is nan at step 7"
-    role, model, _ = references(grid.cells)[0]
-    Store(outputs).artifact("nano", role, model).failed("ValueError: no rows")
-    assert run(grid, options(outputs, tracker=follower(outputs)[0])).failed
+    role, model, _ = list_references(grid.cells)[0]
+    Store(outputs).get_artifact("nano", role, model).mark_failed("ValueError: no rows")
+    assert run_grid(grid, options(outputs, tracker=follower(outputs)[0])).failures
     assert found.summary["error"].startswith("the teacher failed: ValueError: no rows")
 
 
@@ -186,8 +186,8 @@ def test_a_cell_that_another_process_holds_is_passed_over_or_waited_for(
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **ONE)
     finish_by_hand(grid, outputs)
     (cell,) = grid.cells
-    record = Store(outputs).of(cell)
-    verdict = record.status()
+    record = Store(outputs).get_record(cell)
+    verdict = record.read_status()
     record.status_file.unlink()
     held, go_on = threading.Event(), threading.Event()
 
@@ -196,22 +196,22 @@ def test_a_cell_that_another_process_holds_is_passed_over_or_waited_for(
             held.set()
             go_on.wait()
             time.sleep(1.5)  # long enough for the one that waits to say so
-            record.done(**{name: value for name, value in verdict.items() if name != "state"})
+            record.mark_done(**{name: value for name, value in verdict.items() if name != "state"})
 
     thread = threading.Thread(target=other)
     thread.start()
     held.wait()
-    outcome = run(grid, options(outputs, tracker=follower(outputs)[0]))
-    assert outcome.elsewhere == 1
+    outcome = run_grid(grid, options(outputs, tracker=follower(outputs)[0]))
+    assert outcome.busy_cell_count == 1
     found = agents_run.runs["run0"]
     assert (found.exit_code, found.summary["status"]) == (0, "elsewhere")
     go_on.set()
     told = io.StringIO()
     reporter = Reporter(Console(file=told, width=500))
-    outcome = run(grid, options(outputs, reporter, tracker=follower(outputs)[0], held="wait"))
+    outcome = run_grid(grid, options(outputs, reporter, tracker=follower(outputs)[0], busy_cells="wait"))
     thread.join()
     assert told.getvalue() == f"waiting for another process that works on the cell {cell.fingerprint}\n"
-    assert (outcome.failed, outcome.elsewhere) == ([], 0)
+    assert (outcome.failures, outcome.busy_cell_count) == ([], 0)
     assert (found.exit_code, found.summary["status"]) == (0, "done")
     assert found.summary["greedy/accuracy"] == SCORES["accuracy"]["value"]
 

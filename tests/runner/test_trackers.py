@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from gkd_lab import experiments
-from gkd_lab.config import Cell, SpecError
-from gkd_lab.runner.library_logging import quieten
+from gkd_lab.config import Cell, ConfigError
+from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.runner.run import run
-from gkd_lab.runner.trackers import Mirror, Open, Tracker, tracker_named
-from gkd_lab.runner.wandb_tracker import run_id
+from gkd_lab.runner.run import run_grid
+from gkd_lab.runner.trackers import MirrorTracker, OpenRun, Tracker, create_tracker
+from gkd_lab.runner.wandb_tracker import build_run_id
 from gkd_lab.store import Store
 
 from ..wandb_server import KEY, Server, serving
@@ -60,23 +60,23 @@ sys.exit("wandb" in sys.modules or "trackio" in sys.modules or "torch" in sys.mo
 
 
 def test_each_cell_of_a_pack_has_a_run_that_says_what_its_record_says(tmp_path: Path, server: Server) -> None:
-    quieten()
+    silence_libraries()
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0.5, 1]})
     outputs = tmp_path / "outputs"
     tracker, said = follower(outputs)
-    outcome = run(grid, options(outputs, tracker=tracker))
-    assert outcome.failed == []
+    outcome = run_grid(grid, options(outputs, tracker=tracker))
+    assert outcome.failures == []
     assert len(server.runs) == 2
     for cell in grid.cells:
-        record, found = Store(outputs).of(cell), server.runs[run_id(cell)]
+        record, found = Store(outputs).get_record(cell), server.runs[build_run_id(cell)]
         assert (found.name, found.group) == (f"arithmetic/{record.folder.name}", "quickstart")
         assert found.config["lmbda"] == cell.lmbda
         assert found.config["spec"] == cell.training.model_dump(mode="json")
         *trained, first, second = found.history
-        assert [{"step": one.pop("_step"), **one} for one in trained] == record.history()
+        assert [{"step": one.pop("_step"), **one} for one in trained] == record.read_history()
         assert (first["_step"], second["_step"]) == (5, 6)
         for judged, evaluation in zip((first, second), cell.evaluations, strict=True):
-            scores = record.evaluation(evaluation).scores()
+            scores = record.get_evaluation(evaluation).read_scores()
             expected = {f"{evaluation.name}/{name}": one["value"] for name, one in scores.items()}
             assert {name: value for name, value in judged.items() if name != "_step"} == expected
             assert expected.items() <= found.summary.items()
@@ -84,18 +84,18 @@ def test_each_cell_of_a_pack_has_a_run_that_says_what_its_record_says(tmp_path: 
         assert found.exit_code == 0
     assert said.getvalue().startswith(f"wandb: {server.url}/")
     assert files_with(KEY, tmp_path) == []
-    assert run(grid, options(outputs, tracker=follower(outputs)[0])).failed == []
+    assert run_grid(grid, options(outputs, tracker=follower(outputs)[0])).failures == []
     assert all(len(one.history) == 4 for one in server.runs.values()), "nothing was to be done"
 
 
 def test_a_failure_reaches_its_run_with_its_reason_and_the_neighbour_goes_on(
     tmp_path: Path, server: Server
 ) -> None:
-    quieten()
+    silence_libraries()
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0], "learning_rate": [1e-3, 1e30]})
     outputs = tmp_path / "outputs"
-    run(grid, options(outputs, tracker=follower(outputs)[0]))
-    good, bad = (server.runs[run_id(cell)] for cell in grid.cells)
+    run_grid(grid, options(outputs, tracker=follower(outputs)[0]))
+    good, bad = (server.runs[build_run_id(cell)] for cell in grid.cells)
     assert (good.summary["status"], good.exit_code) == ("done", 0)
     assert (bad.summary["status"], bad.exit_code) == ("failed", 1)
     assert bad.summary["error"].startswith("FloatingPointError: ")
@@ -109,33 +109,33 @@ def test_a_resumed_cell_goes_on_with_its_run_and_no_row_is_there_twice(
     (cell, record), _ = two_cells(tmp_path)
     record.folder.mkdir(parents=True)
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
         for step in (20, 40, 60):
-            record.log(row(step))
-            tracker.log(record, row(step))
-    record.rewind(40)
+            record.log_row(row(step))
+            tracker.log_row(record, row(step))
+    record.rewind_history(40)
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
         for step in (60, 80):
-            record.log(row(step))
-            tracker.log(record, row(step))
+            record.log_row(row(step))
+            tracker.log_row(record, row(step))
         record.finish(steps=80)
         judge(cell, record)
-        tracker.judged(record)
+        tracker.log_scores(record)
     (found,) = server.runs.values()
     assert [one["_step"] for one in found.history] == [20, 40, 60, 80, cell.training.steps + 1]
     assert found.history[-1]["greedy/accuracy"] == 0.25
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
     assert len(found.history) == 5, "scores that are there are not sent again"
     for evaluation in cell.evaluations:
-        record.evaluation(evaluation).write(evaluation, [], {**SCORES, "added": {"value": 0.5}})
+        record.get_evaluation(evaluation).write_results(evaluation, [], {**SCORES, "added": {"value": 0.5}})
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
     (last,) = found.history[5:]
     assert last == {"_step": cell.training.steps + 2, "greedy/added": 0.5}
 
@@ -145,8 +145,8 @@ def test_what_a_record_holds_from_before_is_sent_first(tmp_path: Path, server: S
     write_rows(record, 20, 40)
     finish(cell, record)
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
     (found,) = server.runs.values()
     assert [one["_step"] for one in found.history] == [20, 40, cell.training.steps + 1]
     assert found.summary["status"] == "done"
@@ -155,11 +155,11 @@ def test_what_a_record_holds_from_before_is_sent_first(tmp_path: Path, server: S
 def test_an_interrupted_run_is_marked_and_a_crashed_one_says_why(tmp_path: Path, server: Server) -> None:
     (first, record), (second, other) = two_cells(tmp_path)
     tracker, _ = follower(tmp_path)
-    with pytest.raises(KeyboardInterrupt), tracker.open():
-        tracker.start(first, record)
+    with pytest.raises(KeyboardInterrupt), tracker.open_session():
+        tracker.start_run(first, record)
         raise KeyboardInterrupt
-    with pytest.raises(OSError, match="disk"), tracker.open():
-        tracker.start(second, other)
+    with pytest.raises(OSError, match="disk"), tracker.open_session():
+        tracker.start_run(second, other)
         raise OSError("disk full")
     one, two = server.runs.values()
     assert (one.summary["status"], one.preempting) == ("interrupted", True)
@@ -177,13 +177,13 @@ def test_without_a_login_runs_are_offline_and_wandb_sync_sends_them(
             monkeypatch.delenv("WANDB_API_KEY")
             monkeypatch.delenv("WANDB_DIR")
             tracker, said = follower(outputs)
-            with tracker.open():
+            with tracker.open_session():
                 for cell, record in two_cells(outputs):
-                    tracker.start(cell, record)
+                    tracker.start_run(cell, record)
                     write_rows(record, 20)
-                    tracker.log(record, row(20))
+                    tracker.log_row(record, row(20))
                     finish(cell, record)
-                    tracker.judged(record)
+                    tracker.log_scores(record)
             assert server.runs == {}
             folders = sorted((outputs / "wandb").glob("offline-run-*"))
             assert len(folders) == 2
@@ -192,7 +192,7 @@ def test_without_a_login_runs_are_offline_and_wandb_sync_sends_them(
         environment = server.environment(tmp_path / "home")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        assert set(server.runs) == {run_id(cell) for cell, _ in two_cells(outputs)}
+        assert set(server.runs) == {build_run_id(cell) for cell, _ in two_cells(outputs)}
         for found in server.runs.values():
             assert [one["_step"] for one in found.history] == [20, found.history[-1]["_step"]]
             assert found.history[-1]["greedy/accuracy"] == 0.25
@@ -208,9 +208,9 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_runs_are_kept_offline
         more = {"WANDB_BASE_URL": nobody, "WANDB_INIT_TIMEOUT": "1"}
         with wandb_meeting(server, tmp_path / "home", monkeypatch, **more):
             tracker, said = follower(tmp_path)
-            with tracker.open():
+            with tracker.open_session():
                 for cell, record in two_cells(tmp_path):
-                    tracker.start(cell, record)
+                    tracker.start_run(cell, record)
             assert len(list((tmp_path / "home" / "wandb").glob("offline-run-*"))) == 2
     assert said.getvalue().count("warning") == 1, said.getvalue()
     assert "runs are kept offline" in said.getvalue()
@@ -234,16 +234,16 @@ def no_run(cell: Cell, config: dict[str, Any]) -> FullDisk:
 
 
 @pytest.mark.parametrize("opens", [lambda cell, config: FullDisk(), no_run])
-def test_a_tracker_that_fails_costs_one_warning_and_no_cell(opens: Open, tmp_path: Path) -> None:
+def test_a_tracker_that_fails_costs_one_warning_and_no_cell(opens: OpenRun, tmp_path: Path) -> None:
     said = io.StringIO()
-    tracker = Mirror("it", opens, "quickstart", Reporter(Console(file=said, width=500)), agent=False)
-    with tracker.open():
+    tracker = MirrorTracker("it", opens, "quickstart", Reporter(Console(file=said, width=500)), agent=False)
+    with tracker.open_session():
         for cell, record in two_cells(tmp_path):
-            tracker.start(cell, record)
+            tracker.start_run(cell, record)
             write_rows(record, 20)
-            tracker.log(record, row(20))
+            tracker.log_row(record, row(20))
             finish(cell, record)
-            tracker.judged(record)
+            tracker.log_scores(record)
     assert said.getvalue().count("warning: it failed (") == 1, said.getvalue()
     assert said.getvalue().count("\n") == 1
 
@@ -256,18 +256,18 @@ def test_a_tracker_that_opens_nothing_is_not_asked_for_every_cell(tmp_path: Path
         asked.append(cell.fingerprint)
         raise ConnectionError("nobody there")
 
-    tracker = Mirror("it", nobody, "quickstart", Reporter(Console(quiet=True)), agent=False)
-    with tracker.open():
+    tracker = MirrorTracker("it", nobody, "quickstart", Reporter(Console(quiet=True)), agent=False)
+    with tracker.open_session():
         for cell in experiments.load("quickstart", outputs=tmp_path).cells:
-            tracker.start(cell, Store(tmp_path).of(cell))
+            tracker.start_run(cell, Store(tmp_path).get_record(cell))
     assert len(asked) == 2
 
 
 def test_no_key_is_in_any_file_of_a_tracked_run(tmp_path: Path, server: Server) -> None:
     (cell, record), _ = two_cells(tmp_path)
     tracker, _ = follower(tmp_path)
-    with tracker.open():
-        tracker.start(cell, record)
+    with tracker.open_session():
+        tracker.start_run(cell, record)
         finish(cell, record)
     assert any(KEY in _decoded(header) for header in server.keys)
     assert list(tmp_path.rglob("*.wandb"))
@@ -337,15 +337,17 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)  # importing it raises ImportError
-    with pytest.raises(SpecError, match=r"trackio is not installed; add it with `pip install gkd-lab\[track"):
+    with pytest.raises(
+        ConfigError, match=r"trackio is not installed; add it with `pip install gkd-lab\[track"
+    ):
         follower(tmp_path, "trackio")
 
 
 def test_none_follows_nothing(tmp_path: Path) -> None:
-    tracker = tracker_named("none", "quickstart", tmp_path, None)  # type: ignore[arg-type]
+    tracker = create_tracker("none", "quickstart", tmp_path, None)  # type: ignore[arg-type]
     assert type(tracker) is Tracker
-    with tracker.open():
+    with tracker.open_session():
         for cell, record in two_cells(tmp_path):
-            tracker.start(cell, record)
-            tracker.settle(record)
+            tracker.start_run(cell, record)
+            tracker.finish_run(record)
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.runner.workers import Workers, forget_failures, threads_each
+from gkd_lab.config import Grid
+from gkd_lab.runner.workers import WorkerPool, clear_failures, count_worker_threads
 from gkd_lab.store import Store
 
 from .tiny_experiments import table_of, tiny_grid
@@ -30,9 +30,9 @@ time.sleep(60)
 """
 
 
-def workers(script: str, count: int = 2) -> tuple[Workers, list[str]]:
+def workers(script: str, count: int = 2) -> tuple[WorkerPool, list[str]]:
     said: list[str] = []
-    return Workers(count, [sys.executable, "-c", script], said.append), said
+    return WorkerPool(count, [sys.executable, "-c", script], said.append), said
 
 
 def test_lines_carry_the_workers_number_and_a_failure_is_told_once() -> None:
@@ -43,9 +43,9 @@ def test_lines_carry_the_workers_number_and_a_failure_is_told_once() -> None:
     )
     processes, said = workers(script)
     assert processes.wait() == 1
-    each = threads_each(2)
+    each = count_worker_threads(2)
     assert sorted(said) == [f"[1] threads {each} 1/2", f"[2] threads {each} 2/2"]
-    assert list(processes.failed) == ["failed: cell 1: why"]
+    assert list(processes.failures) == ["failed: cell 1: why"]
 
 
 def test_a_wrong_request_is_the_worst_status_and_a_killed_worker_is_named() -> None:
@@ -78,27 +78,27 @@ def test_cores_are_shared_out_and_a_smaller_number_that_was_asked_for_stays(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [threads_each(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    assert [count_worker_threads(n) for n in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert [threads_each(n) for n in (1, 2, 8)] == [2, 2, 1]
+    assert [count_worker_threads(n) for n in (1, 2, 8)] == [2, 2, 1]
 
 
 def test_failures_are_forgotten_once_for_all_workers_but_not_under_anothers_hands(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic")
     store = Store(tmp_path / "outputs")
-    first, second, third = (store.of(cell) for cell in grid.cells[:3])
-    judged = third.evaluation(grid.cells[2].evaluations[0])
+    first, second, third = (store.get_record(cell) for cell in grid.cells[:3])
+    judged = third.get_evaluation(grid.cells[2].evaluations[0])
     for part in (first, second, judged):
-        part.failed("ValueError: no")
-    third.done()
+        part.mark_failed("ValueError: no")
+    third.mark_done()
     with second.lock():
-        forget_failures(grid, store)
-    assert (first.status(), judged.status()) == ({}, {})
-    assert second.status()["state"] == "failed"
-    assert third.status()["state"] == "done"
+        clear_failures(grid, store)
+    assert (first.read_status(), judged.read_status()) == ({}, {})
+    assert second.read_status()["state"] == "failed"
+    assert third.read_status()["state"] == "done"
 
 
-def begin(grid: GridOfCells, folder: Path, *words: str) -> "subprocess.Popen[str]":
+def begin(grid: Grid, folder: Path, *words: str) -> "subprocess.Popen[str]":
     """`gkd-lab run --workers 2` in a process of its own."""
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
@@ -132,7 +132,7 @@ def test_two_workers_run_every_cell_once(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     assert {row["status"] for row in table_of(grid, outputs)} == {"done"}
     assert sorted(begun(outputs).values()) == [1] * 6
-    packs = [Store(outputs).of(cell).provenance()["pack"] for cell in grid.cells]
+    packs = [Store(outputs).get_record(cell).read_provenance()["pack"] for cell in grid.cells]
     assert [len(pack) for pack in packs] == [2] * 4
     again = begin(grid, tmp_path)
     assert again.communicate()[1] == "tiny: all 4 cells are done\n"
@@ -155,7 +155,7 @@ def test_what_a_killed_worker_leaves_the_others_finish_from_its_checkpoint(tmp_p
     assert any(line == f"[{number}] was killed by SIGKILL\n" for line in told)
     outputs = tmp_path / "outputs"
     assert {row["status"] for row in table_of(grid, outputs)} == {"done"}
-    resumed = [Store(outputs).of(cell).provenance()["resumed_at_step"] for cell in grid.cells]
+    resumed = [Store(outputs).get_record(cell).read_provenance()["resumed_at_step"] for cell in grid.cells]
     assert sorted(resumed)[:2] == [0, 0]
     assert all(step >= 100 for step in sorted(resumed)[2:])
 
@@ -171,4 +171,4 @@ def test_workers_stop_when_their_parent_is_killed_and_let_their_cells_go(tmp_pat
     process.wait()
     gone, alive = psutil.wait_procs(left, timeout=60)
     assert (len(gone), alive) == (2, [])
-    assert not any(Store(tmp_path / "outputs").of(cell).is_claimed() for cell in grid.cells)
+    assert not any(Store(tmp_path / "outputs").get_record(cell).is_locked() for cell in grid.cells)

@@ -11,17 +11,17 @@ import yaml
 from rich.console import Console
 
 from gkd_lab import GKDTrainer, experiments
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode, table
+from gkd_lab.tables.table import encode_table, table
 
 TIMED = ("status.json", "provenance.json", "digests.json", "times.jsonl", "files.json")
 """Files that say when and where, and so differ between two equal runs."""
 
 
-def tiny_grid(folder: Path, task: str, name: str = "tiny", **changes: Any) -> GridOfCells:
+def tiny_grid(folder: Path, task: str, name: str = "tiny", **changes: Any) -> Grid:
     """lmbda {0, 0.5, 1} x beta {0, 0.5}: 6 cells of 4 steps; `changes` replace fields of the file."""
     document: dict[str, Any] = {
         "description": "a grid small enough for a test",
@@ -86,7 +86,7 @@ def times(outputs: Path) -> dict[str, int]:
     }
 
 
-def table_of(grid: GridOfCells, outputs: Path) -> list[dict[str, Any]]:
+def table_of(grid: Grid, outputs: Path) -> list[dict[str, Any]]:
     """The rows of `gkd-lab table --format json`."""
-    rows: list[dict[str, Any]] = json.loads(encode(table(grid, Store(outputs)), "json"))
+    rows: list[dict[str, Any]] = json.loads(encode_table(table(grid, Store(outputs)), "json"))
     return rows

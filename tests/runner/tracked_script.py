@@ -14,7 +14,7 @@ from rich.console import Console
 from gkd_lab import experiments
 from gkd_lab.config import Cell
 from gkd_lab.runner.progress import Reporter
-from gkd_lab.runner.trackers import Tracker, tracker_named
+from gkd_lab.runner.trackers import Tracker, create_tracker
 from gkd_lab.store import Record, Store
 
 from ..wandb_server import Server
@@ -42,7 +42,7 @@ def wandb_meeting(server: Server, folder: Path, patch: pytest.MonkeyPatch, **mor
 def two_cells(outputs: Path) -> list[tuple[Cell, Record]]:
     """Cells of the quickstart, and their records, which are empty."""
     cells = experiments.load("quickstart", outputs=outputs).cells[:2]
-    return [(cell, Store(outputs).of(cell)) for cell in cells]
+    return [(cell, Store(outputs).get_record(cell)) for cell in cells]
 
 
 def row(step: int) -> dict[str, float]:
@@ -52,7 +52,7 @@ def row(step: int) -> dict[str, float]:
 def write_rows(record: Record, *steps: int) -> None:
     record.folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        record.log(row(step))
+        record.log_row(row(step))
 
 
 def finish(cell: Cell, record: Record) -> None:
@@ -63,11 +63,11 @@ def finish(cell: Cell, record: Record) -> None:
 
 def judge(cell: Cell, record: Record) -> None:
     for evaluation in cell.evaluations:
-        record.evaluation(evaluation).write(evaluation, [], SCORES)
+        record.get_evaluation(evaluation).write_results(evaluation, [], SCORES)
 
 
 def follower(outputs: Path, name: Any = "wandb") -> tuple[Tracker, io.StringIO]:
     """A tracker, and what is said."""
     said = io.StringIO()
     reporter = Reporter(Console(file=said, width=500))
-    return tracker_named(name, "quickstart", outputs, reporter), said
+    return create_tracker(name, "quickstart", outputs, reporter), said

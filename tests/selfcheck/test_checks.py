@@ -21,60 +21,60 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gkd_lab.config.cell import Family
 from gkd_lab.losses import step_loss
-from gkd_lab.losses.fused_loss import CellSums
-from gkd_lab.losses.step_loss import trained_items
+from gkd_lab.losses.fused_loss import CellLosses
+from gkd_lab.losses.step_loss import count_trained_items
 from gkd_lab.selfcheck import checks
-from gkd_lab.selfcheck.bench import Bench, Pair
-from gkd_lab.selfcheck.checks import BFLOAT16, CHECKS, Finding
-from gkd_lab.selfcheck.command import FAMILIES, made
+from gkd_lab.selfcheck.bench import ModelPair, PairBench
+from gkd_lab.selfcheck.checks import BFLOAT16_CHECK, CHECKS, InvarianceResult
+from gkd_lab.selfcheck.command import MADE_FAMILIES, make_pair
 from gkd_lab.training.trainer import GKDTrainer
 
-ALL = (*CHECKS, BFLOAT16)
-PairFault = Callable[[Pair], Any]
+ALL = (*CHECKS, BFLOAT16_CHECK)
+PairFault = Callable[[ModelPair], Any]
 
 
 @pytest.fixture(scope="module")
-def pairs() -> dict[str, Pair]:
-    return {family: made(family) for family in FAMILIES}
+def pairs() -> dict[str, ModelPair]:
+    return {family: make_pair(family) for family in MADE_FAMILIES}
 
 
 @pytest.fixture
-def pair(pairs: dict[str, Pair]) -> Pair:
+def pair(pairs: dict[str, ModelPair]) -> ModelPair:
     """A copy to be spoilt, decoder-only."""
     return copy.deepcopy(pairs["decoder-only"])
 
 
-def findings(bench: Bench) -> dict[str, Finding]:
+def findings(bench: PairBench) -> dict[str, InvarianceResult]:
     return {check.name: check(bench) for check in ALL}
 
 
-def failing(bench: Bench) -> set[str]:
+def failing(bench: PairBench) -> set[str]:
     return {name for name, finding in findings(bench).items() if not finding.passed}
 
 
-def finding(name: str, bench: Bench) -> Finding:
+def finding(name: str, bench: PairBench) -> InvarianceResult:
     (check,) = (check for check in ALL if check.name == name)
     return check(bench)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sound_pair_passes_every_check(family: Family, pairs: dict[str, Pair], tmp_path: Path) -> None:
-    found = findings(Bench(copy.deepcopy(pairs[family]), tmp_path))
+@pytest.mark.parametrize("family", MADE_FAMILIES)
+def test_a_sound_pair_passes_every_check(family: Family, pairs: dict[str, ModelPair], tmp_path: Path) -> None:
+    found = findings(PairBench(copy.deepcopy(pairs[family]), tmp_path))
     assert [name for name, one in found.items() if not one.passed] == []
     assert not any(one.reason.startswith("hidden states times head are not") for one in found.values())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pair_of_one_model_passes_every_check(pair: Pair, tmp_path: Path) -> None:
+def test_a_pair_of_one_model_passes_every_check(pair: ModelPair, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="a frozen copy of the initial student teaches"):
-        bench = Bench(replace(pair, teacher=pair.student), tmp_path)
+        bench = PairBench(replace(pair, teacher=pair.student), tmp_path)
     assert failing(bench) == set()
 
 
 # ---- faults of tokenizer, student and teacher ----
 
 
-def counts_its_turns(pair: Pair) -> None:
+def counts_its_turns(pair: ModelPair) -> None:
     """The prompt's text depends on whether an answer follows."""
     pair.tokenizer.chat_template = (
         "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -219,13 +219,13 @@ def teacher(spoil: Callable[[Any], None]) -> PairFault:
     return lambda pair: spoil(pair.teacher)
 
 
-def shares_a_weight(pair: Pair) -> Pair:
+def shares_a_weight(pair: ModelPair) -> ModelPair:
     twin = copy.deepcopy(pair.student)
     twin.base_model.norm.weight = pair.student.base_model.norm.weight
     return replace(pair, teacher=twin)
 
 
-def counts_padding(pair: Pair) -> Pair:
+def counts_padding(pair: ModelPair) -> ModelPair:
     """A GPT-2 that counts positions from the left edge of a batch; Llama would not notice the shift."""
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = GPT2Config(vocab_size=len(pair.tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=64, **ids)
@@ -267,32 +267,34 @@ PAIRS: dict[str, tuple[PairFault, set[str]]] = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_fault_of_the_pair_fails_the_checks_of_it_and_no_other(
-    name: str, pair: Pair, tmp_path: Path
+    name: str, pair: ModelPair, tmp_path: Path
 ) -> None:
     spoil, expected = PAIRS[name]
     spoilt = spoil(pair) or pair
-    assert failing(Bench(spoilt, tmp_path)) == expected
+    assert failing(PairBench(spoilt, tmp_path)) == expected
 
 
-def test_an_encoder_that_reads_padding_fails_its_check(pairs: dict[str, Pair], tmp_path: Path) -> None:
+def test_an_encoder_that_reads_padding_fails_its_check(pairs: dict[str, ModelPair], tmp_path: Path) -> None:
     pair = copy.deepcopy(pairs["encoder-decoder"])
     reads_padding(pair.student)
-    assert failing(Bench(pair, tmp_path)) == {"student padding"}
+    assert failing(PairBench(pair, tmp_path)) == {"student padding"}
 
 
 def test_a_model_that_draws_random_numbers_while_it_evaluates_fails_all_that_compares(
-    pair: Pair, tmp_path: Path
+    pair: ModelPair, tmp_path: Path
 ) -> None:
     draws_at_random(pair.student)
-    found = failing(Bench(pair, tmp_path))
+    found = failing(PairBench(pair, tmp_path))
     assert {"student padding", "neighbours", "cache", "sampling", "equal, loss", "equal, gradient"} <= found
     assert not found & {"rows", "teacher head", "teacher padding", "dropout", "prompt", "teacher"}
 
 
 @pytest.mark.parametrize("side", ("student", "teacher"))
-def test_a_weight_that_is_no_number_is_named_as_the_reason(side: str, pair: Pair, tmp_path: Path) -> None:
+def test_a_weight_that_is_no_number_is_named_as_the_reason(
+    side: str, pair: ModelPair, tmp_path: Path
+) -> None:
     getattr(pair, side).base_model.norm.weight.data[0] = torch.nan
-    bench = Bench(pair, tmp_path)
+    bench = PairBench(pair, tmp_path)
     assert finding("loss", bench).reason == "a loss is not finite: weights or logits hold NaN or inf"
     for name in (f"{side} padding", "prompt", "accumulation", "on policy", "bfloat16"):
         assert not finding(name, bench).passed
@@ -308,18 +310,18 @@ class EachByItsOwnTokens(GKDTrainer):
         samples, items = super().get_batch_samples(*args)
         if self.args.loss_normalization == "token":
             for sample in samples:
-                sample["items"] = trained_items(sample["batch"], 1, "token")
+                sample["items"] = count_trained_items(sample["batch"], 1, "token")
         return samples, items
 
 
 class AsLongAsTheReference(GKDTrainer):
     """The student's own text is cut where the data's answer ends."""
 
-    def _written(self, fixed: Any, *args: Any) -> dict[int, Any]:
+    def sample_completions(self, fixed: Any, *args: Any) -> dict[int, Any]:
         length = fixed.completion_mask.sum(-1, keepdim=True)
         return {
-            cell: text.with_completions(text.completion_ids, _until(text.completion_mask, length))
-            for cell, text in super()._written(fixed, *args).items()
+            cell: text.replace_completions(text.completion_ids, _until(text.completion_mask, length))
+            for cell, text in super().sample_completions(fixed, *args).items()
         }
 
 
@@ -330,32 +332,32 @@ def _until(mask: Tensor, length: Tensor) -> Tensor:
 class RemembersTheLastStep(GKDTrainer):
     last = 0
 
-    def _written(self, fixed: Any, writing: Any, place: Any, *args: Any) -> dict[int, Any]:
+    def sample_completions(self, fixed: Any, writing: Any, place: Any, *args: Any) -> dict[int, Any]:
         before, self.last = self.last, place.step
-        return super()._written(fixed, writing, replace(place, step=place.step + before), *args)
+        return super().sample_completions(fixed, writing, replace(place, step=place.step + before), *args)
 
 
-def learns(bench: Bench) -> None:
+def learns(bench: PairBench) -> None:
     bench.teacher.requires_grad_(True)
 
 
-def scaled(side: str) -> Callable[[Bench], None]:
+def scaled(side: str) -> Callable[[PairBench], None]:
     """A configuration that speaks of a factor which the model does not apply."""
 
-    def spoil(bench: Bench) -> None:
+    def spoil(bench: PairBench) -> None:
         getattr(bench, side).config.logit_scale = 2.0
 
     return spoil
 
 
-def trained_by(kind: type) -> Callable[[Bench], None]:
-    def spoil(bench: Bench) -> None:
+def trained_by(kind: type) -> Callable[[PairBench], None]:
+    def spoil(bench: PairBench) -> None:
         bench.trainer.__class__ = kind
 
     return spoil
 
 
-TRAINERS: dict[str, tuple[Callable[[Bench], None], set[str]]] = {
+TRAINERS: dict[str, tuple[Callable[[PairBench], None], set[str]]] = {
     "the teacher learns": (learns, {"teacher"}),
     "student's logits x 2": (scaled("student"), {"student head", "loss"}),
     "teacher's logits x 2": (scaled("teacher"), {"teacher head", "loss"}),
@@ -367,10 +369,10 @@ TRAINERS: dict[str, tuple[Callable[[Bench], None], set[str]]] = {
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_fault_of_the_trainer_fails_the_checks_of_it_and_no_other(
-    name: str, pair: Pair, tmp_path: Path
+    name: str, pair: ModelPair, tmp_path: Path
 ) -> None:
     spoil, expected = TRAINERS[name]
-    bench = Bench(pair, tmp_path)
+    bench = PairBench(pair, tmp_path)
     spoil(bench)
     assert failing(bench) == expected
 
@@ -398,18 +400,18 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], set[str]]] =
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_fault_of_the_loss_fails_the_checks_of_it_and_no_other(
-    name: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, pair: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, expected = LOSSES[name]
-    true = step_loss.divergence_sums
+    true = step_loss.compute_cell_losses
 
-    def spoilt(hidden: Tensor, *args: Any, **named: Any) -> CellSums:
+    def spoilt(hidden: Tensor, *args: Any, **named: Any) -> CellLosses:
         sums = true(hidden, *args, **named)
         weights = args[-1].to(hidden.dtype)
         return replace(sums, losses=change(sums.losses, hidden, weights))
 
-    monkeypatch.setattr(step_loss, "divergence_sums", spoilt)
-    assert failing(Bench(pair, tmp_path)) == expected
+    monkeypatch.setattr(step_loss, "compute_cell_losses", spoilt)
+    assert failing(PairBench(pair, tmp_path)) == expected
 
 
 def test_every_check_has_a_fault_that_fails_it() -> None:
@@ -422,12 +424,12 @@ def test_every_check_has_a_fault_that_fails_it() -> None:
 
 @pytest.mark.parametrize("order", ((1e-9, torch.nan), (torch.nan, 1e-9)))
 def test_no_order_hides_a_nan(order: tuple[float, float]) -> None:
-    worst = checks._worst(order)
+    worst = checks._get_largest_value(order)
     assert worst != worst
-    assert not Finding(worst, 1.0, "").passed
+    assert not InvarianceResult(worst, 1.0, "").passed
 
 
 def test_a_finding_at_its_limit_passes_and_one_above_does_not() -> None:
-    assert Finding(0.0, 0.0, "").passed
-    assert not Finding(1, 0, "").passed
-    assert not checks.failed("reason").passed
+    assert InvarianceResult(0.0, 0.0, "").passed
+    assert not InvarianceResult(1, 0, "").passed
+    assert not checks.create_failed_result("reason").passed

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gkd_lab.cli import main
 from gkd_lab.config.cell import Family
-from gkd_lab.selfcheck.bench import Pair
-from gkd_lab.selfcheck.checks import BFLOAT16, CHECKS
-from gkd_lab.selfcheck.command import FAMILIES, made
+from gkd_lab.selfcheck.bench import ModelPair
+from gkd_lab.selfcheck.checks import BFLOAT16_CHECK, CHECKS
+from gkd_lab.selfcheck.command import MADE_FAMILIES, make_pair
 
 Say = Callable[..., tuple[int, str, str]]
 COLUMNS = 80
@@ -21,12 +21,12 @@ ROW = re.compile(r"(?P<name>\S+(?: \S+)*)  +.* (?P<limit>0|1e-0\d)  (?P<verdict>
 
 
 @pytest.fixture(scope="module")
-def pairs() -> dict[str, Pair]:
-    return {family: made(family) for family in FAMILIES}
+def pairs() -> dict[str, ModelPair]:
+    return {family: make_pair(family) for family in MADE_FAMILIES}
 
 
 @pytest.fixture
-def llamas(pairs: dict[str, Pair]) -> Pair:
+def llamas(pairs: dict[str, ModelPair]) -> ModelPair:
     return pairs["decoder-only"]
 
 
@@ -58,7 +58,7 @@ def named(folder: Path) -> tuple[str, ...]:
     return "--teacher", str(folder / "teacher"), "--student", str(folder / "student")
 
 
-def saved(pair: Pair, folder: Path) -> tuple[str, ...]:
+def saved(pair: ModelPair, folder: Path) -> tuple[str, ...]:
     """The options that name the pair, in folders of the hub's form."""
     for name, model, tokenizer in (
         ("student", pair.student, pair.tokenizer),
@@ -89,7 +89,7 @@ def all_pass(*more: str) -> dict[str, str]:
 def test_without_names_two_made_pairs_pass_in_rows_of_one_line(say: Say) -> None:
     status, out, _ = say()
     assert status == 0
-    for family, table in zip(FAMILIES, out.split("\n\n")[:2], strict=True):
+    for family, table in zip(MADE_FAMILIES, out.split("\n\n")[:2], strict=True):
         lines = table.splitlines()
         assert lines[0] == f"{family}, made on the spot"
         assert verdicts(table) == all_pass()
@@ -99,26 +99,28 @@ def test_without_names_two_made_pairs_pass_in_rows_of_one_line(say: Say) -> None
         assert lines[-1] == f"{len(all_pass())} of {len(all_pass())} checks passed"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pairs_in_folders_pass(family: Family, pairs: dict[str, Pair], tmp_path: Path, say: Say) -> None:
+@pytest.mark.parametrize("family", MADE_FAMILIES)
+def test_pairs_in_folders_pass(family: Family, pairs: dict[str, ModelPair], tmp_path: Path, say: Say) -> None:
     status, out, err = say(*saved(pairs[family], tmp_path), "--bf16")
     assert (status, failures(out)) == (0, [])
-    assert verdicts(out) == all_pass(BFLOAT16.name)
+    assert verdicts(out) == all_pass(BFLOAT16_CHECK.name)
     assert out.startswith(f"{tmp_path}/student <- {tmp_path}/teacher\n")
     assert "Traceback" not in err
 
 
 def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
-    llamas: Pair, tmp_path: Path, say: Say
+    llamas: ModelPair, tmp_path: Path, say: Say
 ) -> None:
-    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, llamas.tokenizer, None), tmp_path))
+    status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, llamas.tokenizer, None), tmp_path))
     assert status == 0
     assert "teacher's is unknown" in out
     assert "\nnote tokenizers: teacher and student have 393 vocabulary entries each, but" in out
 
-    wide = made("decoder-only").student
+    wide = make_pair("decoder-only").student
     wide.resize_token_embeddings(400)
-    status, out, _ = say(*saved(Pair(wide, llamas.teacher, llamas.tokenizer, llamas.tokenizer), tmp_path))
+    status, out, _ = say(
+        *saved(ModelPair(wide, llamas.teacher, llamas.tokenizer, llamas.tokenizer), tmp_path)
+    )
     assert status == 0
     assert "\nnote tokenizers: heads of 400 and 393 entries: the first 393 are compared\n" in out
 
@@ -126,13 +128,13 @@ def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
 # ---- what fails: status 1 and a line for each reason ----
 
 
-def test_tokenizers_that_differ_end_the_checks(llamas: Pair, tmp_path: Path, say: Say) -> None:
+def test_tokenizers_that_differ_end_the_checks(llamas: ModelPair, tmp_path: Path, say: Say) -> None:
     entries = dict(sorted(llamas.tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
     entries["x"], entries["y"] = entries["y"], entries["x"]
     other = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab=entries, merges=[])), pad_token="<pad>", eos_token="</s>"
     )
-    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, llamas.tokenizer, other), tmp_path))
+    status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, llamas.tokenizer, other), tmp_path))
     assert status == 1
     (line,) = failures(out)
     assert line.startswith("FAIL tokenizers: teacher and student do not share a tokenizer: 2 vocabulary")
@@ -141,10 +143,10 @@ def test_tokenizers_that_differ_end_the_checks(llamas: Pair, tmp_path: Path, say
 
 
 def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
-    llamas: Pair, tmp_path: Path, say: Say
+    llamas: ModelPair, tmp_path: Path, say: Say
 ) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=llamas.tokenizer.backend_tokenizer)
-    status, out, _ = say(*saved(Pair(llamas.student, llamas.teacher, bare, llamas.tokenizer), tmp_path))
+    status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, bare, llamas.tokenizer), tmp_path))
     assert status == 1
     (line,) = failures(out)
     assert line.startswith("FAIL trainer: ValueError: the tokenizer has neither a pad nor an end token: set")
@@ -155,7 +157,7 @@ def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
 def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_measured(
     tmp_path: Path, say: Say
 ) -> None:
-    pair = made("decoder-only")
+    pair = make_pair("decoder-only")
     pair.teacher.get_output_embeddings().weight.data[5] = torch.nan
     status, out, _ = say(*saved(pair, tmp_path))
     assert status == 1
@@ -179,7 +181,9 @@ def test_one_name_without_the_other_is_refused(given: str, missing: str, say: Sa
 
 
 @pytest.mark.parametrize("option", ("student", "teacher"))
-def test_a_folder_that_is_not_there_is_refused(option: str, llamas: Pair, tmp_path: Path, say: Say) -> None:
+def test_a_folder_that_is_not_there_is_refused(
+    option: str, llamas: ModelPair, tmp_path: Path, say: Say
+) -> None:
     saved(llamas, tmp_path)
     (tmp_path / option).rename(tmp_path / "elsewhere")
     status, out, err = say(*named(tmp_path))
@@ -188,7 +192,7 @@ def test_a_folder_that_is_not_there_is_refused(option: str, llamas: Pair, tmp_pa
     assert line.startswith(f"gkd-lab: --{option} '{tmp_path}/{option}': no such folder, and no model of that")
 
 
-def test_a_folder_without_a_model_is_refused(llamas: Pair, tmp_path: Path, say: Say) -> None:
+def test_a_folder_without_a_model_is_refused(llamas: ModelPair, tmp_path: Path, say: Say) -> None:
     saved(llamas, tmp_path)
     (tmp_path / "teacher" / "model.safetensors").unlink()
     status, out, err = say(*named(tmp_path))
@@ -196,15 +200,19 @@ def test_a_folder_without_a_model_is_refused(llamas: Pair, tmp_path: Path, say: 
     assert err.splitlines()[-1].startswith(f"gkd-lab: --teacher '{tmp_path}/teacher' cannot be loaded: ")
 
 
-def test_a_student_without_a_tokenizer_is_refused(llamas: Pair, tmp_path: Path, say: Say) -> None:
-    status, out, err = say(*saved(Pair(llamas.student, llamas.teacher, None, llamas.tokenizer), tmp_path))
+def test_a_student_without_a_tokenizer_is_refused(llamas: ModelPair, tmp_path: Path, say: Say) -> None:
+    status, out, err = say(
+        *saved(ModelPair(llamas.student, llamas.teacher, None, llamas.tokenizer), tmp_path)
+    )
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"gkd-lab: --student '{tmp_path}/student' has no tokenizer: save")
 
 
-def test_models_of_two_families_are_refused(pairs: dict[str, Pair], tmp_path: Path, say: Say) -> None:
+def test_models_of_two_families_are_refused(pairs: dict[str, ModelPair], tmp_path: Path, say: Say) -> None:
     one, other = pairs["decoder-only"], pairs["encoder-decoder"]
-    status, out, err = say(*saved(Pair(one.student, other.teacher, one.tokenizer, one.tokenizer), tmp_path))
+    status, out, err = say(
+        *saved(ModelPair(one.student, other.teacher, one.tokenizer, one.tokenizer), tmp_path)
+    )
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
     assert line == (

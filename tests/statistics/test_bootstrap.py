@@ -8,9 +8,14 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from gkd_lab.metrics import score
-from gkd_lab.statistics.bootstrap import Sample, bootstrap, middle, sample_of
+from gkd_lab.statistics.bootstrap import (
+    ExampleStatistics,
+    bootstrap_scores,
+    build_example_statistics,
+    compute_percentile_interval,
+)
 
-from ..tables.written import of_values
+from ..tables.written import build_mean_statistics
 
 TEXTS = ["the cat sat on the mat", "a dog ran home quickly today", "we eat bread at noon", "", "it rains"]
 REFERENCES = [
@@ -22,7 +27,7 @@ REFERENCES = [
 ]
 
 
-def rows(samples: int = 1) -> list[dict[str, object]]:
+def build_rows(samples: int = 1) -> list[dict[str, object]]:
     return [
         {"prediction": text, "references": references, "sample": n % samples}
         for n, (text, references) in enumerate(zip(TEXTS, REFERENCES, strict=True))
@@ -31,56 +36,56 @@ def rows(samples: int = 1) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_a_corpus_sample_scores_every_resample_as_sacrebleu_scores_its_texts(metric: str) -> None:
-    sample = sample_of(metric, rows(), [0.0] * 5)
-    assert sample.value == pytest.approx(score(metric, TEXTS, REFERENCES).value)
+    sample = build_example_statistics(metric, build_rows(), [0.0] * 5)
+    assert sample.score == pytest.approx(score(metric, TEXTS, REFERENCES).value)
     drawn = [0, 0, 2, 4, 1]
     counts = np.bincount(drawn, minlength=5)[None].astype(float)
     scorer = BLEU() if metric == "bleu" else CHRF()
     theirs = scorer.corpus_score([TEXTS[n] for n in drawn], [[REFERENCES[n][0] for n in drawn]]).score
-    assert sample.scores(counts)[0] == pytest.approx(theirs)
-    assert sample.take([0, 2]).value == pytest.approx(
+    assert sample.score_resamples(counts)[0] == pytest.approx(theirs)
+    assert sample.select_examples([0, 2]).score == pytest.approx(
         score(metric, [TEXTS[0], TEXTS[2]], [REFERENCES[0], REFERENCES[2]]).value
     )
 
 
 def test_several_texts_of_one_prompt_are_one_example() -> None:
-    four = rows(2)[:4]
-    mean = sample_of("rouge1", four, [1.0, 3.0, 10.0, 20.0])
+    four = build_rows(2)[:4]
+    mean = build_example_statistics("rouge1", four, [1.0, 3.0, 10.0, 20.0])
     assert mean.statistics.tolist() == [[2.0], [15.0]]
-    corpus = sample_of("bleu", four, [0.0] * 4)
+    corpus = build_example_statistics("bleu", four, [0.0] * 4)
     assert len(corpus) == 2
-    assert corpus.value == pytest.approx(score("bleu", TEXTS[:4], REFERENCES[:4]).value)
+    assert corpus.score == pytest.approx(score("bleu", TEXTS[:4], REFERENCES[:4]).value)
 
 
 def test_samples_that_share_draws_are_paired() -> None:
     hard = np.random.default_rng(0).normal(50, 30, 200)
-    a, b = of_values(hard), of_values(hard + 1)
-    first, second = bootstrap([a, b], resamples=500)
-    assert middle(second - first) == pytest.approx((1.0, 1.0))
-    (alone,) = bootstrap([b], resamples=500, seed=1)
-    low, high = middle(alone - first)
+    a, b = build_mean_statistics(hard), build_mean_statistics(hard + 1)
+    first, second = bootstrap_scores([a, b], resamples=500)
+    assert compute_percentile_interval(second - first) == pytest.approx((1.0, 1.0))
+    (alone,) = bootstrap_scores([b], resamples=500, seed=1)
+    low, high = compute_percentile_interval(alone - first)
     assert high - low > 5
 
 
 def test_the_middle_of_a_share_is_as_wide_as_the_binomial_says() -> None:
-    (scores,) = bootstrap([of_values([100.0] * 60 + [0.0] * 140)], resamples=4000)
-    assert middle(scores) == pytest.approx((30 - 6.35, 30 + 6.35), abs=0.6)
+    (scores,) = bootstrap_scores([build_mean_statistics([100.0] * 60 + [0.0] * 140)], resamples=4000)
+    assert compute_percentile_interval(scores) == pytest.approx((30 - 6.35, 30 + 6.35), abs=0.6)
     assert fmean(scores) == pytest.approx(30, abs=0.2)
 
 
 def test_draws_repeat_and_do_not_depend_on_who_else_is_drawn_for() -> None:
-    a, b = of_values([0.0, 1.0, 5.0]), of_values([1.0, 2.0, 2.0])
-    together, alone = bootstrap([b, a], resamples=50)[1], bootstrap([a], resamples=50)[0]
+    a, b = build_mean_statistics([0.0, 1.0, 5.0]), build_mean_statistics([1.0, 2.0, 2.0])
+    together, alone = bootstrap_scores([b, a], resamples=50)[1], bootstrap_scores([a], resamples=50)[0]
     assert together.tolist() == alone.tolist()
-    assert bootstrap([a], resamples=50, seed=1)[0].tolist() != alone.tolist()
+    assert bootstrap_scores([a], resamples=50, seed=1)[0].tolist() != alone.tolist()
 
 
 def test_many_examples_are_drawn_in_several_parts() -> None:
-    (scores,) = bootstrap([of_values([0.0, 1.0] * 100_000)], resamples=50)
+    (scores,) = bootstrap_scores([build_mean_statistics([0.0, 1.0] * 100_000)], resamples=50)
     assert scores.shape == (50,)
     assert len(set(scores.tolist())) > 40
     assert 0.49 < scores.min() < scores.max() < 0.51
 
 
 def test_a_value_is_the_mean_of_the_examples() -> None:
-    assert Sample(np.array([[1.0], [2.0], [6.0]])).value == 3.0
+    assert ExampleStatistics(np.array([[1.0], [2.0], [6.0]])).score == 3.0

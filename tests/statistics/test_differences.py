@@ -4,85 +4,90 @@ from pathlib import Path
 
 import pytest
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.statistics.bootstrap import Sample, recorded_sample
-from gkd_lab.statistics.differences import against_start, holm
+from gkd_lab.config import Grid
+from gkd_lab.statistics.bootstrap import ExampleStatistics, load_example_statistics
+from gkd_lab.statistics.differences import adjust_holm, compute_start_differences
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import fill, made_grid
-from ..tables.written import cell_record, of_values, reference_record
+from ..tables.made_store import build_grid, fill_store
+from ..tables.written import build_mean_statistics, write_cell_record, write_reference_record
 
 
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04 times 4 3 2 1, never falling: .04 .06 .06 .06
-    assert holm([0.02, 0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.06, 0.04, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert adjust_holm([0.02, 0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.06, 0.04, 0.06])
+    assert adjust_holm([0.9, 0.8]) == [1.0, 1.0]
+    assert adjust_holm([]) == []
 
 
-def samples(grid: GridOfCells, store: Store, **more: Sample) -> dict[str, Sample | None]:
+def load_all_statistics(
+    grid: Grid, store: Store, **more: ExampleStatistics
+) -> dict[str, ExampleStatistics | None]:
     """By fingerprint, as stored."""
     evaluation = grid.cells[0].evaluations[0]
     start = grid.cells[0].training.start
-    records = {cell.fingerprint: store.of(cell) for cell in grid.cells}
-    records[start.fingerprint] = store.artifact("nano", "start", start)
+    records = {cell.fingerprint: store.get_record(cell) for cell in grid.cells}
+    records[start.fingerprint] = store.get_artifact("nano", "start", start)
     return {
-        key: recorded_sample(record, evaluation, evaluation.metrics[0]) for key, record in records.items()
+        key: load_example_statistics(record, evaluation, evaluation.metrics[0])
+        for key, record in records.items()
     }
 
 
 def test_one_seed_is_paired_with_its_start_over_examples(tmp_path: Path) -> None:
-    grid, store = made_grid(), Store(tmp_path)
-    fill(grid, store, value=lambda cell: 60.0 if cell.lmbda == 1 else 30.0)
-    found = against_start(table(grid, store), "accuracy", "arithmetic", samples(grid, store).__getitem__)
-    assert [one.place["lmbda"] for one in found] == [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1]
+    grid, store = build_grid(), Store(tmp_path)
+    fill_store(grid, store, score=lambda cell: 60.0 if cell.lmbda == 1 else 30.0)
+    found = compute_start_differences(
+        table(grid, store), "accuracy", "arithmetic", load_all_statistics(grid, store).__getitem__
+    )
+    assert [one.axis_values["lmbda"] for one in found] == [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1]
     assert [one.verdict for one in found] == ["undecided"] * 6 + ["higher"] * 3
     assert [one.effect.mean for one in found] == [0.0] * 6 + [30.0] * 3
-    assert all(one.effect.p is not None and one.adjusted_p is not None for one in found)
+    assert all(one.effect.p is not None and one.adjusted_p_value is not None for one in found)
     raised = found[-1]
-    assert raised.adjusted_p == pytest.approx(9 * (raised.effect.p or 0))
+    assert raised.adjusted_p_value == pytest.approx(9 * (raised.effect.p or 0))
 
 
 def test_what_is_clear_alone_may_be_undecided_among_many(tmp_path: Path) -> None:
     """A p-value of 0.03 holds for one comparison and not beside eight that show nothing."""
-    grid, store = made_grid(), Store(tmp_path)
+    grid, store = build_grid(), Store(tmp_path)
     start = [0.0] * 40
     better = [100.0] * 5 + [0.0] * 35
-    fill(grid, store, value=lambda cell: 12.5 if cell == grid.cells[0] else 0.0, start=0.0)
-    written = dict.fromkeys((cell.fingerprint for cell in grid.cells), of_values(start))
-    written[grid.cells[0].fingerprint] = of_values(better)
-    written[grid.cells[0].training.start.fingerprint] = of_values(start)
-    first = against_start(table(grid, store), "accuracy", "arithmetic", written.__getitem__)[0]
+    fill_store(grid, store, score=lambda cell: 12.5 if cell == grid.cells[0] else 0.0, start_score=0.0)
+    written = dict.fromkeys((cell.fingerprint for cell in grid.cells), build_mean_statistics(start))
+    written[grid.cells[0].fingerprint] = build_mean_statistics(better)
+    written[grid.cells[0].training.start.fingerprint] = build_mean_statistics(start)
+    first = compute_start_differences(table(grid, store), "accuracy", "arithmetic", written.__getitem__)[0]
     assert first.effect.verdict == "higher"
     assert first.effect.p is not None and 0.01 < first.effect.p < 0.05
     assert first.verdict == "undecided"
-    alone = made_grid(grid={"lmbda": [0]}, beta=0)
+    alone = build_grid(grid={"lmbda": [0]}, beta=0)
     assert alone.cells[0].fingerprint == grid.cells[0].fingerprint
-    (one,) = against_start(table(alone, store), "accuracy", "arithmetic", written.__getitem__)
+    (one,) = compute_start_differences(table(alone, store), "accuracy", "arithmetic", written.__getitem__)
     assert one.verdict == "higher"
 
 
 def test_several_seeds_are_tested_over_seeds_and_what_is_missing_is_left_out(tmp_path: Path) -> None:
-    grid, store = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]}), Store(tmp_path)
-    fill(grid, store, cells=grid.cells[:3], value=lambda cell: 40.0 + cell.seed)
-    (one,) = against_start(table(grid, store), "accuracy", "arithmetic", lambda cell: None)
+    grid, store = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]}), Store(tmp_path)
+    fill_store(grid, store, cells=grid.cells[:3], score=lambda cell: 40.0 + cell.seed)
+    (one,) = compute_start_differences(table(grid, store), "accuracy", "arithmetic", lambda cell: None)
     assert (one.effect.mean, one.effect.over) == (11.0, "3 seeds, Student's t")
     assert one.effect.low == pytest.approx(11 - 2.48414, abs=1e-4)
     assert one.verdict == "higher"
 
 
 def test_a_corpus_score_of_one_seed_is_paired_through_its_counts(tmp_path: Path) -> None:
-    grid, store = made_grid(task=None, grid={"task": ["translation"], "lmbda": [0, 1]}), Store(tmp_path)
+    grid, store = build_grid(task=None, grid={"task": ["translation"], "lmbda": [0, 1]}), Store(tmp_path)
     sentence = [f"the river number {n} rose over its banks" for n in range(30)]
     wrong = [f"a {text[4:]} today" for text in sentence]
     by_lmbda = {0: wrong, 1: sentence}
     for cell in grid.cells:
         rows = list(zip(sentence, by_lmbda[int(cell.lmbda)], sentence, strict=True))
-        cell_record(store, cell, rows)
-    reference_record(store, grid.cells[0], "start", list(zip(sentence, wrong, sentence, strict=True)))
-    written = samples(grid, store)
-    same, better = against_start(table(grid, store), "bleu", "translation", written.__getitem__)
+        write_cell_record(store, cell, rows)
+    write_reference_record(store, grid.cells[0], "start", list(zip(sentence, wrong, sentence, strict=True)))
+    written = load_all_statistics(grid, store)
+    same, better = compute_start_differences(table(grid, store), "bleu", "translation", written.__getitem__)
     assert (same.effect.mean, same.verdict) == (0.0, "undecided")
     assert better.effect.low is not None and better.effect.low > 5
     assert better.verdict == "higher"

@@ -6,26 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gkd_lab.statistics.effects import over_examples, over_seeds, t_interval
-from gkd_lab.statistics.summaries import NO_BETA, lmbda_effect, points, summary
+from gkd_lab.statistics.effects import compute_t_interval, estimate_bootstrap_effect, estimate_seed_effect
+from gkd_lab.statistics.summaries import NO_BETA, estimate_lmbda_effect, expand_collapsed_cells, summary
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import fill, made_grid
-from ..tables.written import of_values
+from ..tables.made_store import build_grid, fill_store
+from ..tables.written import build_mean_statistics
 
 
 def test_the_t_interval_of_three_values_matches_a_table_of_student_t() -> None:
     # mean 2, standard deviation 1, t(0.975, 2) = 4.30265: half width 4.30265 / sqrt(3)
-    low, high = t_interval([1.0, 2.0, 3.0])
+    low, high = compute_t_interval([1.0, 2.0, 3.0])
     assert low == pytest.approx(2 - 2.48414, abs=1e-4)
     assert high == pytest.approx(2 + 2.48414, abs=1e-4)
 
 
 def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    grid = made_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
-    fill(grid, store, cells=grid.cells[:4])
+    grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, cells=grid.cells[:4])
     found = summary(table(grid, store), "accuracy").set_index(["role", "lmbda"])
     three, one = found.loc[("cell", 0.0)], found.loc[("cell", 1.0)]
     assert (three["n"], three["interval"]) == (3, "t, seeds")
@@ -36,15 +36,15 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
 
 
 def test_what_is_not_done_has_no_mean_and_says_so(tmp_path: Path) -> None:
-    found = summary(table(made_grid(), Store(tmp_path)), "accuracy")
+    found = summary(table(build_grid(), Store(tmp_path)), "accuracy")
     assert (found["n"] == 0).all()
     assert (found["interval"] == "none").all()
     assert found["mean"].isna().all()
 
 
 def test_a_collapsed_cell_stands_at_every_place_that_it_was_asked_for(tmp_path: Path) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    placed = points(table(grid, Store(tmp_path)))
+    grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
     assert list(zip(placed["lmbda"], placed["temperature"], strict=True)) == [
         (0, 0.5),
         (0, 1.0),
@@ -55,28 +55,28 @@ def test_a_collapsed_cell_stands_at_every_place_that_it_was_asked_for(tmp_path: 
 
 
 def test_total_variation_stands_once_after_the_betas(tmp_path: Path) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
+    grid = build_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
     store = Store(tmp_path)
-    fill(grid, store)
+    fill_store(grid, store)
     frame = table(grid, store)
-    assert list(points(frame)["beta"]) == [NO_BETA, 0, 1] * 2
+    assert list(expand_collapsed_cells(frame)["beta"]) == [NO_BETA, 0, 1] * 2
     found = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
     assert found.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
     assert list(found["n"]) == [1] * 8
-    effect = lmbda_effect(frame, "accuracy", lambda cell: None)
+    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: None)
     assert effect is not None
     assert (effect.mean, effect.pairs) == (30.0, 3)
 
 
 def test_a_collapsed_cell_stands_at_values_that_are_sections(tmp_path: Path) -> None:
     sizes = [{"layers": 1, "width": width, "heads": 1} for width in (8, 16)]
-    grid = made_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
+    grid = build_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
     assert [len(one) for one in grid.stands_for.values()] == [2, 2]
-    placed = points(table(grid, Store(tmp_path)))
+    placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
     assert placed.groupby(["temperature", "student"]).size().tolist() == [1] * 4
 
 
-def _frame(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:
+def _build_table(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:
     """A table with accuracy by (lmbda, beta, seed); the fingerprint spells the place."""
     return pd.DataFrame(
         [
@@ -97,11 +97,11 @@ def _frame(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame
 
 
 def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> None:
-    frame = _frame(
+    frame = _build_table(
         {(0, 0, 0): 10.0, (1, 0, 0): 20.0, (0, 1, 0): 10.0, (1, 1, 0): 22.0}
         | {(0, 0, 1): 30.0, (1, 0, 1): 42.0, (0, 1, 1): 30.0, (1, 1, 1): 44.0}
     )
-    effect = lmbda_effect(frame, "accuracy", lambda cell: None)
+    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: None)
     assert effect is not None
     assert effect.mean == 12.0  # seeds: 11 and 13; t(0.975, 1) = 12.7062, standard error 1
     assert effect.low == pytest.approx(12 - 12.7062, abs=1e-3)
@@ -109,9 +109,9 @@ def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> Non
 
 
 def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
-    frame = _frame({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
+    frame = _build_table({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
     per_example = {"0/0/0": [0.0, 0.0, 0.0, 100.0] * 25, "1/0/0": [100.0, 0.0, 100.0, 100.0] * 25}
-    effect = lmbda_effect(frame, "accuracy", lambda cell: of_values(per_example[cell]))
+    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: build_mean_statistics(per_example[cell]))
     assert effect is not None and effect.low is not None and effect.high is not None
     assert effect.mean == 50.0
     assert 38 < effect.low < 42 and 58 < effect.high < 62  # 50 +- 1.96 * 50 / sqrt(100)
@@ -119,33 +119,36 @@ def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
 
 
 def test_a_stored_score_that_its_texts_do_not_give_gets_no_interval() -> None:
-    frame = _frame({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
-    effect = lmbda_effect(frame, "accuracy", lambda cell: of_values([1.0, 2.0]))
+    frame = _build_table({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
+    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: build_mean_statistics([1.0, 2.0]))
     assert effect is not None
     assert (effect.low, effect.verdict) == (None, "undecided")
 
 
 def test_the_p_value_is_student_s() -> None:
     # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom
-    assert over_seeds([1.0, 2.0, 3.0], 3).p == pytest.approx(0.0742, abs=1e-4)
-    assert over_seeds([0.0, 0.0], 2).p == 1.0
-    assert over_seeds([1.0, 1.0], 2).p == 0.0
+    assert estimate_seed_effect([1.0, 2.0, 3.0], 3).p == pytest.approx(0.0742, abs=1e-4)
+    assert estimate_seed_effect([0.0, 0.0], 2).p == 1.0
+    assert estimate_seed_effect([1.0, 1.0], 2).p == 0.0
 
 
 def test_a_single_example_decides_nothing() -> None:
-    effect = over_examples(100.0, np.full(10, 100.0), 1, 1, "bootstrap")
+    effect = estimate_bootstrap_effect(100.0, np.full(10, 100.0), 1, 1, "bootstrap")
     assert (effect.mean, effect.low, effect.p, effect.verdict) == (100.0, None, None, "undecided")
 
 
 def test_without_a_finished_pair_there_is_no_effect() -> None:
-    assert lmbda_effect(_frame({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: None) is None
-    assert lmbda_effect(_frame({(1, 0, 0): 1.0}), "accuracy", lambda c: None) is None
+    assert (
+        estimate_lmbda_effect(_build_table({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: None)
+        is None
+    )
+    assert estimate_lmbda_effect(_build_table({(1, 0, 0): 1.0}), "accuracy", lambda c: None) is None
 
 
 def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     frame = table(grid, store)
     teacher = frame[frame["role"] == "teacher"]
     both = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.status.overview import Overview, overview
-from gkd_lab.status.render import cell_lines
+from gkd_lab.status.overview import Overview, build_overview
+from gkd_lab.status.render import render_cells
 from gkd_lab.store import Store
 
-from ..tables.made_store import made_grid
+from ..tables.made_store import build_grid
 
 
 def seen(tmp_path: Path, **document: Any) -> Overview:
-    return overview(made_grid(**document), Store(tmp_path), "auto")
+    return build_overview(build_grid(**document), Store(tmp_path), "auto")
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_an_axis_makes_a_cell_of_each_value_and_accounts_for_all_that_differs(
 ) -> None:
     found = seen(tmp_path, grid={axis: values})
     assert len({view.cell.fingerprint for view in found.cells}) == len(values)
-    assert found.packs == packs
-    assert found.collapsed == ()
+    assert found.pack_sizes == packs
+    assert found.collapsed_notes == ()
     assert [note for note in found.notes if "differ" in note] == []
 
 
 def test_total_variation_collapses_over_beta_and_says_that_it_has_none(tmp_path: Path) -> None:
     found = seen(tmp_path, grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
-    (collapsed,) = found.collapsed
+    (collapsed,) = found.collapsed_notes
     assert collapsed.startswith("3 combinations are one cell")
     assert "divergence=tv beta=0.5" in collapsed
     assert found.notes == ("total variation reads no beta: 1 of 4 cells",)
@@ -55,8 +55,8 @@ def test_a_beta_that_the_file_states_is_said_not_to_be_read(tmp_path: Path) -> N
 
 
 def test_a_cell_without_beta_is_listed_with_a_dash(tmp_path: Path) -> None:
-    grid = made_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0.5]})
-    header, tv, jsd = cell_lines(grid, overview(grid, Store(tmp_path), "auto"), progress=False)
+    grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0.5]})
+    header, tv, jsd = render_cells(grid, build_overview(grid, Store(tmp_path), "auto"), show_progress=False)
     assert header.split()[2:6] == ["lmbda", "beta", "seed", "divergence"]
     assert tv.split()[2:6] == ["0.5", "-", "0", "tv"]
     assert jsd.split()[2:6] == ["0.5", "0.5", "0", "jsd"]

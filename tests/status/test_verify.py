@@ -8,44 +8,44 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import GridOfCells
-from gkd_lab.config.cell import references
-from gkd_lab.status.verify import candidates, verify
-from gkd_lab.status.verify_record import Verified
+from gkd_lab.config import Grid
+from gkd_lab.config.cell import list_references
+from gkd_lab.status.verify import list_candidate_records, verify_records
+from gkd_lab.status.verify_record import VerificationResult
 from gkd_lab.store import EvaluationRecord, Record, Store
-from gkd_lab.store.provenance import provenance, sources_of
+from gkd_lab.store.provenance import collect_provenance, describe_sources
 
-from ..tables.made_store import made_grid
-from ..tables.written import write
+from ..tables.made_store import build_grid
+from ..tables.written import write_predictions
 
 WRITTEN = [("1 + 1 =", "#### 2", "#### 2"), ("1 + 2 =", "#### 4", "#### 3"), ("2 + 2 =", "#### 4", "#### 4")]
 
 
 @pytest.fixture(scope="module")
-def grid() -> GridOfCells:
-    return made_grid(grid={"lmbda": [0, 1], "beta": [0.5]})
+def grid() -> Grid:
+    return build_grid(grid={"lmbda": [0, 1], "beta": [0.5]})
 
 
 @pytest.fixture(scope="module")
-def whole(grid: GridOfCells, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both reference models and both cells, finished as a run finishes them."""
     found = Store(tmp_path_factory.mktemp("whole"))
-    for role, model, cells in references(grid.cells):
-        record = found.artifact(grid.scale, role, model)
-        record.describe(model, role=role)
+    for role, model, cells in list_references(grid.cells):
+        record = found.get_artifact(grid.scale, role, model)
+        record.write_spec(model, role=role)
         weigh(record, role)
-        record.write_provenance(provenance())
+        record.write_provenance(collect_provenance())
         record.finish(parameters=1)
-        write(record, cells[0].evaluations[0], WRITTEN)  # type: ignore[arg-type]
+        write_predictions(record, cells[0].evaluations[0], WRITTEN)  # type: ignore[arg-type]
     for cell in grid.cells:
-        record = found.of(cell)
-        record.describe(cell.training, scale=cell.scale, labels=cell.labels)
-        record.rewind(0)
-        record.log({"step": 10, "loss": 0.5})
+        record = found.get_record(cell)
+        record.write_spec(cell.training, scale=cell.scale, labels=cell.labels)
+        record.rewind_history(0)
+        record.log_row({"step": 10, "loss": 0.5})
         weigh(record, cell.fingerprint)
-        record.write_provenance(provenance(**sources_of(cell.training, cell.scale, found)))
+        record.write_provenance(collect_provenance(**describe_sources(cell.training, cell.scale, found)))
         record.finish(steps=10)
-        write(record, cell.evaluations[0], WRITTEN)  # type: ignore[arg-type]
+        write_predictions(record, cell.evaluations[0], WRITTEN)  # type: ignore[arg-type]
     return found.root
 
 
@@ -61,11 +61,11 @@ def weigh(record: Record, content: str) -> None:
     (record.checkpoint / "model.safetensors").write_text(content)
 
 
-def verified(grid: GridOfCells, store: Store) -> Verified:
-    return verify(grid, store, candidates(grid, store))
+def verified(grid: Grid, store: Store) -> VerificationResult:
+    return verify_records(grid, store, list_candidate_records(grid, store))
 
 
-def test_a_finished_experiment_matches(grid: GridOfCells, store: Store) -> None:
+def test_a_finished_experiment_matches(grid: Grid, store: Store) -> None:
     found = verified(grid, store)
     assert (found.mismatches, found.notes, found.missing) == ([], [], 0)
     assert (found.records, found.evaluations) == (4, 4)
@@ -108,7 +108,7 @@ DAMAGES: dict[str, Damage] = {
     "predictions.jsonl is missing": lambda _, part: (part.folder / "predictions.jsonl").unlink(),
     "accuracy is 66.6": lambda _, part: rewrite(part.folder / "predictions.jsonl", "#### 2", "#### 9"),
     "accuracy is 70.0 in scores.json, 66.6": lambda _, part: change(
-        part.folder / "scores.json", accuracy={**part.scores()["accuracy"], "value": 70.0}
+        part.folder / "scores.json", accuracy={**part.read_scores()["accuracy"], "value": 70.0}
     ),
     "scores.json has no accuracy": lambda _, part: (part.folder / "scores.json").write_text("{}"),
     "accuracy of 1 predictions": lambda _, part: rewrite(
@@ -121,18 +121,18 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize(("said", "damage"), DAMAGES.items(), ids=DAMAGES.keys())
-def test_every_damage_is_reported(said: str, damage: Damage, grid: GridOfCells, store: Store) -> None:
-    record = store.of(grid.cells[0])
-    damage(record, record.evaluation(grid.cells[0].evaluations[0]))
+def test_every_damage_is_reported(said: str, damage: Damage, grid: Grid, store: Store) -> None:
+    record = store.get_record(grid.cells[0])
+    damage(record, record.get_evaluation(grid.cells[0].evaluations[0]))
     found = verified(grid, store)
     assert any(said in line for line in found.mismatches), found.mismatches
     assert all(line.startswith(grid.cells[0].folder) for line in found.mismatches)
 
 
 def test_a_teacher_that_was_built_anew_is_not_the_one_that_cells_were_made_with(
-    grid: GridOfCells, store: Store
+    grid: Grid, store: Store
 ) -> None:
-    teacher = store.artifact(grid.scale, "teacher", grid.cells[0].training.teacher)
+    teacher = store.get_artifact(grid.scale, "teacher", grid.cells[0].training.teacher)
     (teacher.checkpoint / "model.safetensors").write_text("built anew")
     teacher.finish(parameters=1)
     found = verified(grid, store)
@@ -141,10 +141,10 @@ def test_a_teacher_that_was_built_anew_is_not_the_one_that_cells_were_made_with(
 
 
 def test_data_that_changed_are_reported_with_the_records_that_were_made_of_them(
-    grid: GridOfCells, store: Store
+    grid: Grid, store: Store
 ) -> None:
     """The experiment's cells are others then: all are missing, and those of before are named."""
-    later = made_grid(grid={"lmbda": [0, 1], "beta": [0.5]})
+    later = build_grid(grid={"lmbda": [0, 1], "beta": [0.5]})
     cells = tuple(_with_data(cell, revision="2") for cell in later.cells)
     found = verified(_replaced(later, cells), store)
     assert found.missing == 2
@@ -165,22 +165,22 @@ def _with_data(cell: Any, **changes: Any) -> Any:
     )
 
 
-def _replaced(grid: GridOfCells, cells: tuple[Any, ...]) -> GridOfCells:
+def _replaced(grid: Grid, cells: tuple[Any, ...]) -> Grid:
     from dataclasses import replace
 
     return replace(grid, cells=cells)
 
 
-def test_another_experiments_records_are_left_alone(grid: GridOfCells, store: Store) -> None:
-    other = made_grid(grid={"lmbda": [0.5], "beta": [0.5]})
-    store.of(grid.cells[0]).metrics_file.unlink()
+def test_another_experiments_records_are_left_alone(grid: Grid, store: Store) -> None:
+    other = build_grid(grid={"lmbda": [0.5], "beta": [0.5]})
+    store.get_record(grid.cells[0]).metrics_file.unlink()
     found = verified(other, store)
     assert (found.mismatches, found.missing, found.records) == ([], 1, 2)
 
 
-def test_a_score_of_another_version_is_noted_and_not_compared(grid: GridOfCells, store: Store) -> None:
-    part = store.of(grid.cells[0]).evaluation(grid.cells[0].evaluations[0])
-    was = {**part.scores()["accuracy"], "signature": "accuracy|rule:older", "value": 1.0}
+def test_a_score_of_another_version_is_noted_and_not_compared(grid: Grid, store: Store) -> None:
+    part = store.get_record(grid.cells[0]).get_evaluation(grid.cells[0].evaluations[0])
+    was = {**part.read_scores()["accuracy"], "signature": "accuracy|rule:older", "value": 1.0}
     change(part.folder / "scores.json", accuracy=was)
     found = verified(grid, store)
     assert found.mismatches == []
@@ -188,8 +188,8 @@ def test_a_score_of_another_version_is_noted_and_not_compared(grid: GridOfCells,
     assert "accuracy was computed as accuracy|rule:older" in note
 
 
-def test_what_is_not_finished_or_was_recorded_before_is_no_mismatch(grid: GridOfCells, store: Store) -> None:
-    first, second = (store.of(cell) for cell in grid.cells)
+def test_what_is_not_finished_or_was_recorded_before_is_no_mismatch(grid: Grid, store: Store) -> None:
+    first, second = (store.get_record(cell) for cell in grid.cells)
     first.status_file.unlink()
     (second.folder / "files.json").unlink()
     found = verified(grid, store)

@@ -6,23 +6,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.status.overview import Overview
-from gkd_lab.status.watch import watch
+from gkd_lab.status.watch import watch_grid
 from gkd_lab.store import Store
 
-from ..tables.made_store import fill, made_grid
+from ..tables.made_store import build_grid, fill_store
 
 
 def watched(
-    grid: GridOfCells, store: Store, *, terminal: bool, wait: Callable[[float], None]
+    grid: Grid, store: Store, *, terminal: bool, wait: Callable[[float], None]
 ) -> tuple[Overview, str]:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, height=12)
-    return watch(grid, store, console, wait), text.getvalue()
+    return watch_grid(grid, store, console, wait), text.getvalue()
 
 
-def finishing(grid: GridOfCells, store: Store) -> Callable[[float], None]:
+def finishing(grid: Grid, store: Store) -> Callable[[float], None]:
     """In the time between two looks one more cell is finished; the last one fails."""
     left = list(grid.cells)
 
@@ -30,17 +30,17 @@ def finishing(grid: GridOfCells, store: Store) -> Callable[[float], None]:
         assert seconds > 0
         cell = left.pop(0)
         if left:
-            fill(grid, store, cells=[cell])
+            fill_store(grid, store, cells=[cell])
         else:
-            store.of(cell).failed("ValueError: no luck")
+            store.get_record(cell).mark_failed("ValueError: no luck")
 
     return wait
 
 
 def test_a_pipe_gets_a_line_at_each_change_until_all_is_settled(tmp_path: Path) -> None:
-    grid, store = made_grid(grid={"seed": [0, 1, 2]}), Store(tmp_path)
+    grid, store = build_grid(grid={"seed": [0, 1, 2]}), Store(tmp_path)
     found, text = watched(grid, store, terminal=False, wait=finishing(grid, store))
-    assert found.settled
+    assert found.is_settled
     assert [line.split(";")[0] for line in text.splitlines()] == [
         "made: 3 missing",
         "made: 1 done, 2 missing",
@@ -50,11 +50,11 @@ def test_a_pipe_gets_a_line_at_each_change_until_all_is_settled(tmp_path: Path) 
 
 
 def test_a_terminal_shows_all_cells_or_those_that_matter_and_is_left_clean(tmp_path: Path) -> None:
-    grid, store = made_grid(grid={"seed": [0, 1]}), Store(tmp_path)
+    grid, store = build_grid(grid={"seed": [0, 1]}), Store(tmp_path)
     _, text = watched(grid, store, terminal=True, wait=finishing(grid, store))
     assert all(cell.fingerprint in text for cell in grid.cells)
-    many = made_grid(grid={"seed": list(range(100, 130))})
-    store.of(many.cells[0]).failed("ValueError: no luck")
+    many = build_grid(grid={"seed": list(range(100, 130))})
+    store.get_record(many.cells[0]).mark_failed("ValueError: no luck")
 
     def leave(seconds: float) -> None:
         raise KeyboardInterrupt
@@ -65,11 +65,11 @@ def test_a_terminal_shows_all_cells_or_those_that_matter_and_is_left_clean(tmp_p
 
 
 def test_ctrl_c_leaves_with_what_was_seen(tmp_path: Path) -> None:
-    grid, store = made_grid(), Store(tmp_path)
+    grid, store = build_grid(), Store(tmp_path)
 
     def leave(seconds: float) -> None:
         raise KeyboardInterrupt
 
     found, text = watched(grid, store, terminal=False, wait=leave)
-    assert not found.settled
+    assert not found.is_settled
     assert text.startswith("made: 9 missing")

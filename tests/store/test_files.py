@@ -51,7 +51,7 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def append(path: Path) -> None:
-    files.append_line(path, {"step": 1})
+    files.append_json_line(path, {"step": 1})
 
 
 def write(path: Path) -> None:
@@ -81,9 +81,9 @@ def test_a_damaged_object_reads_as_none(content: bytes, tmp_path: Path) -> None:
 def test_any_text_survives_a_line(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     rows = [{"prediction": STRANGE}, {"prediction": "b"}]
-    files.write_lines(path, rows)
-    files.append_line(path, rows[0])
-    assert files.read_lines(path) == [*rows, rows[0]]
+    files.write_json_lines(path, rows)
+    files.append_json_line(path, rows[0])
+    assert files.read_json_lines(path) == [*rows, rows[0]]
     assert "Grüße" in path.read_text()
 
 
@@ -91,22 +91,22 @@ def test_any_text_survives_a_line(tmp_path: Path) -> None:
 def test_lines_count_up_to_the_first_damaged_one(cut: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + cut)
-    assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
-    assert files.read_lines(tmp_path / "none.jsonl") == []
+    assert files.read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    assert files.read_json_lines(tmp_path / "none.jsonl") == []
 
 
 def test_history_is_cut_back_to_a_step_and_goes_on_cleanly(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
-        files.append_line(path, {"step": step})
+        files.append_json_line(path, {"step": step})
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    files.keep_lines_until(path, 2)
-    files.append_line(path, {"step": 3, "again": True})
+    files.drop_lines_beyond_step(path, 2)
+    files.append_json_line(path, {"step": 3, "again": True})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1},
         {"step": 2},
         {"step": 3, "again": True},
     ]
-    files.keep_lines_until(tmp_path / "none.jsonl", 2)
+    files.drop_lines_beyond_step(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()

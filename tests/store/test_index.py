@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.store import Record
-from gkd_lab.store.index import Index
+from gkd_lab.store.index import RecordIndex
 
 LONG_AGO = 1_700_000_000
 
@@ -21,13 +21,13 @@ class Reader:
 
     def __call__(self) -> dict[str, object]:
         self.times += 1
-        return {"status": self.record.status()}
+        return {"status": self.record.read_status()}
 
-    def ask(self, index: Index) -> object:
-        return index.facts(self.folder, ["status.json"], self)["status"]
+    def ask(self, index: RecordIndex) -> object:
+        return index.get_facts(self.folder, ["status.json"], self)["status"]
 
     def write(self, at: float = LONG_AGO, **facts: object) -> None:
-        self.record.done(**facts)
+        self.record.mark_done(**facts)
         os.utime(self.record.status_file, (at, at))
 
 
@@ -39,7 +39,7 @@ def readers(root: Path, count: int = 500) -> list[Reader]:
 
 
 def asked(root: Path, found: list[Reader]) -> list[object]:
-    index = Index(root)
+    index = RecordIndex(root)
     answers = [reader.ask(index) for reader in found]
     index.save()
     return answers

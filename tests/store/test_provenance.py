@@ -10,7 +10,7 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.store import Store
-from gkd_lab.store.provenance import checkout, provenance, sources_of, without_secrets
+from gkd_lab.store.provenance import collect_provenance, describe_checkout, describe_sources, redact_secrets
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123",
@@ -42,11 +42,11 @@ def test_no_secret_of_the_environment_or_the_command_is_kept() -> None:
     ],
 )
 def test_an_ordinary_command_is_kept_as_it_was(words: list[str]) -> None:
-    assert without_secrets(words) == words
+    assert redact_secrets(words) == words
 
 
 def test_it_names_code_packages_and_machine_and_what_is_added() -> None:
-    facts = provenance(pack=["a"])
+    facts = collect_provenance(pack=["a"])
     assert facts["packages"].keys() >= {"torch", "transformers", "trl"}
     assert facts["machine"]["cpus"] >= 1
     assert facts["pack"] == ["a"]
@@ -64,16 +64,16 @@ def test_changes_since_the_commit_are_told_by_a_hash_new_modules_included(tmp_pa
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
-    clean = checkout(tmp_path)
+    clean = describe_checkout(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["changed"] is False
     assert "diff" not in clean
     seen = []
     for name, text in (("a.py", "two\n"), ("a.py", "three\n"), ("ü.py", "new\n"), ("ü.py", "newer\n")):
         (tmp_path / "gkd_lab" / name).write_text(text)
-        found = checkout(tmp_path)
+        found = describe_checkout(tmp_path)
         assert (found["commit"], found["changed"]) == (clean["commit"], True)
-        assert found == checkout(tmp_path)
+        assert found == describe_checkout(tmp_path)
         seen.append(found["diff"])
     assert len(set(seen)) == 4
     assert "newer" not in json.dumps(found)
@@ -83,12 +83,12 @@ def test_a_training_came_from_data_seeds_and_the_weights_of_its_models(
     tmp_path: Path,
 ) -> None:
     cell, store = experiments.load("quickstart").cells[0], Store(tmp_path)
-    teacher = store.artifact(cell.scale, "teacher", cell.training.teacher)
+    teacher = store.get_artifact(cell.scale, "teacher", cell.training.teacher)
     teacher.checkpoint.mkdir(parents=True)
     (teacher.checkpoint / "model.safetensors").write_bytes(b"weights")
     (teacher.checkpoint / "config.json").write_text("{}")
     teacher.finish()
-    found = sources_of(cell.training, cell.scale, store)
+    found = describe_sources(cell.training, cell.scale, store)
     assert found["data"]["revision"] == cell.training.data.revision
     assert found["seeds"]["training"] == cell.seed
     assert found["teacher"]["fingerprint"] == cell.training.teacher.full_fingerprint

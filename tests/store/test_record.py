@@ -8,7 +8,7 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.config import Cell
-from gkd_lab.store import DamagedRecord, Record, State, Store, worst
+from gkd_lab.store import DamagedRecord, Record, State, Store, combine_states
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,11 @@ def cells() -> tuple[Cell, ...]:
 
 @pytest.fixture
 def record(tmp_path: Path, cells: tuple[Cell, ...]) -> Record:
-    return Store(tmp_path).of(cells[0])
+    return Store(tmp_path).get_record(cells[0])
 
 
 def test_a_record_lies_where_its_cell_says(tmp_path: Path, cells: tuple[Cell, ...]) -> None:
-    assert Store(tmp_path).of(cells[3]).folder == tmp_path / cells[3].folder
+    assert Store(tmp_path).get_record(cells[3]).folder == tmp_path / cells[3].folder
 
 
 @pytest.mark.parametrize(
@@ -36,65 +36,65 @@ def test_a_record_lies_where_its_cell_says(tmp_path: Path, cells: tuple[Cell, ..
     ],
 )
 def test_a_whole_is_as_bad_as_its_worst_part(states: list[State], whole: State) -> None:
-    assert worst(states) == worst(states[::-1]) == whole
+    assert combine_states(states) == combine_states(states[::-1]) == whole
 
 
 def test_a_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, ...]) -> None:
-    assert record.state() == "missing"
-    record.describe(cells[0].training)
-    record.log({"step": 1, "loss": 0.5})
+    assert record.read_state() == "missing"
+    record.write_spec(cells[0].training)
+    record.log_row({"step": 1, "loss": 0.5})
     record.steps_folder.mkdir()
-    assert record.state() == "missing"
+    assert record.read_state() == "missing"
     record.finish(steps=1)
-    assert record.state() == "done"
-    assert record.status() == {"state": "done", "steps": 1, "seconds": 0.0}
+    assert record.read_state() == "done"
+    assert record.read_status() == {"state": "done", "steps": 1, "seconds": 0.0}
     assert not record.steps_folder.exists()
-    record.forget_failure()
-    assert record.state() == "done"
+    record.clear_failure()
+    assert record.read_state() == "done"
 
 
 def test_a_failure_keeps_its_traceback_until_it_is_tried_again(record: Record) -> None:
-    record.failed("ValueError: no", "Traceback ...")
-    assert record.state() == "failed"
-    assert record.status()["traceback"] == "Traceback ..."
-    record.forget_failure()
-    assert record.state() == "missing"
-    record.forget_failure()
+    record.mark_failed("ValueError: no", "Traceback ...")
+    assert record.read_state() == "failed"
+    assert record.read_status()["traceback"] == "Traceback ..."
+    record.clear_failure()
+    assert record.read_state() == "missing"
+    record.clear_failure()
 
 
 @pytest.mark.parametrize("text", ["", '{"state": "do', '{"state": "finished"}', "{}", "[]"])
 def test_a_damaged_status_is_no_verdict(text: str, record: Record, cells: tuple[Cell, ...]) -> None:
-    part = record.evaluation(cells[0].evaluations[0])
+    part = record.get_evaluation(cells[0].evaluations[0])
     for one in (record, part):
         one.folder.mkdir(parents=True)
         one.status_file.write_text(text)
-        assert one.status() == {}
-        assert one.state() == "missing"
+        assert one.read_status() == {}
+        assert one.read_state() == "missing"
 
 
 def test_an_evaluation_is_done_when_its_status_says_so(record: Record, cells: tuple[Cell, ...]) -> None:
     evaluation = cells[0].evaluations[0]
-    part = record.evaluation(evaluation)
-    assert (part.state(), part.scores(), part.predictions()) == ("missing", {}, [])
-    part.write(evaluation, [{"prediction": "a\u2028b"}], {"accuracy": {"value": 1.0}}, seconds=2)
-    assert part.state() == "done"
-    assert part.predictions() == [{"prediction": "a\u2028b"}]
-    assert part.scores() == {"accuracy": {"value": 1.0}}
+    part = record.get_evaluation(evaluation)
+    assert (part.read_state(), part.read_scores(), part.read_prediction_rows()) == ("missing", {}, [])
+    part.write_results(evaluation, [{"prediction": "a\u2028b"}], {"accuracy": {"value": 1.0}}, seconds=2)
+    assert part.read_state() == "done"
+    assert part.read_prediction_rows() == [{"prediction": "a\u2028b"}]
+    assert part.read_scores() == {"accuracy": {"value": 1.0}}
 
 
 def test_a_folder_that_holds_another_run_is_not_written_to(record: Record, cells: tuple[Cell, ...]) -> None:
-    record.describe(cells[0].training)
-    record.describe(cells[0].training)
+    record.write_spec(cells[0].training)
+    record.write_spec(cells[0].training)
     with pytest.raises(DamagedRecord, match=r"spec\.json describes another run .* move the folder away"):
-        record.describe(cells[1].training)
+        record.write_spec(cells[1].training)
 
 
 def test_a_damaged_description_is_written_again(record: Record, cells: tuple[Cell, ...]) -> None:
-    record.describe(cells[0].training)
+    record.write_spec(cells[0].training)
     (record.folder / "spec.json").write_text('{"fingerpr')
-    record.describe(cells[0].training)
+    record.write_spec(cells[0].training)
     with pytest.raises(DamagedRecord):
-        record.describe(cells[1].training)
+        record.write_spec(cells[1].training)
 
 
 HOLD = """
@@ -108,17 +108,17 @@ with Record(Path(sys.argv[1])).lock():
 
 
 def test_a_claim_is_seen_by_others_and_ends_with_its_process(record: Record) -> None:
-    assert not record.is_claimed()
+    assert not record.is_locked()
     assert not record.folder.exists()
     command = [sys.executable, "-c", HOLD, str(record.folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    assert record.is_claimed()
-    assert record.state() == "running"
+    assert record.is_locked()
+    assert record.read_state() == "running"
     holder.kill()
     holder.communicate()
-    assert not record.is_claimed()
-    assert record.state() == "missing"
+    assert not record.is_locked()
+    assert record.read_state() == "missing"
     with record.lock():
         pass

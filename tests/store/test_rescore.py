@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.config import Evaluation
-from gkd_lab.metrics.scored_predictions import Prediction, judge
+from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 from gkd_lab.store import EvaluationRecord
-from gkd_lab.store.predictions import DamagedPredictions, by_prompt, read_predictions
-from gkd_lab.store.rescore import rejudge
+from gkd_lab.store.predictions import DamagedPredictions, group_by_prompt, read_predictions
+from gkd_lab.store.rescore import rescore_evaluation
 
 GREEDY = Evaluation(decoding="greedy", split="test", max_output_tokens=8, metrics=("exact_match",))
 WRITTEN = [("a b", "a b"), ("c d", "c e"), ("f\u2028g", "f g")]
@@ -19,8 +19,8 @@ WRITTEN = [("a b", "a b"), ("c d", "c e"), ("f\u2028g", "f g")]
 def part(tmp_path: Path) -> EvaluationRecord:
     part = EvaluationRecord(tmp_path / "evaluations" / GREEDY.folder)
     predictions = [Prediction(f"{n}?", text, (said,), 2, True) for n, (text, said) in enumerate(WRITTEN)]
-    scores, rows = judge(GREEDY.metrics, predictions)
-    part.write(GREEDY, [{**row, "more": 1} for row in rows], scores, rows=3, seconds_of_decoding=1.5)
+    scores, rows = score_predictions(GREEDY.metrics, predictions)
+    part.write_results(GREEDY, [{**row, "more": 1} for row in rows], scores, rows=3, seconds_of_decoding=1.5)
     return part
 
 
@@ -30,12 +30,12 @@ def files(part: EvaluationRecord) -> dict[str, bytes]:
 
 def test_what_is_named_is_added_and_the_rest_stays(part: EvaluationRecord) -> None:
     before = files(part)
-    found = rejudge(part, ["rouge1"])
-    assert found.predictions == 3
-    assert found.before == json.loads(before["scores.json"])
-    after = part.scores()
-    assert found.after == after
-    assert after["exact_match"] == found.before["exact_match"]
+    found = rescore_evaluation(part, ["rouge1"])
+    assert found.prediction_count == 3
+    assert found.scores_before == json.loads(before["scores.json"])
+    after = part.read_scores()
+    assert found.scores_after == after
+    assert after["exact_match"] == found.scores_before["exact_match"]
     assert after["rouge1"]["signature"].startswith("rouge1|")
     for row in read_predictions(part):
         assert set(row["scores"]) == {"exact_match", "rouge1"}
@@ -45,18 +45,18 @@ def test_what_is_named_is_added_and_the_rest_stays(part: EvaluationRecord) -> No
 
 def test_a_metric_that_changed_replaces_its_own_scores_only(part: EvaluationRecord) -> None:
     honest = files(part)
-    scores = part.scores()
+    scores = part.read_scores()
     scores["exact_match"] |= {"value": 1.0, "signature": "an older rule"}
     (part.folder / "scores.json").write_text(json.dumps({**scores, "kept": {"value": 7.0}}))
-    rejudge(part, ["exact_match"])
-    after = part.scores()
+    rescore_evaluation(part, ["exact_match"])
+    after = part.read_scores()
     assert after.pop("kept") == {"value": 7.0}
     assert after == json.loads(honest["scores.json"])
 
 
 def test_what_would_be_the_same_is_not_written(part: EvaluationRecord) -> None:
     times = {path: path.stat().st_mtime_ns for path in part.folder.iterdir()}
-    rejudge(part, ["exact_match"])
+    rescore_evaluation(part, ["exact_match"])
     assert {path: path.stat().st_mtime_ns for path in part.folder.iterdir()} == times
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_line_is_named_and_nothing_is_touched(line: str, said: str, pa
     path.write_bytes(b"\n".join([first, line.encode().replace(b"\\xff", b"\xff"), last, b""]))
     before = files(part)
     with pytest.raises(DamagedPredictions, match=said):
-        rejudge(part, ["rouge1"])
+        rescore_evaluation(part, ["rouge1"])
     assert files(part) == before
 
 
@@ -85,7 +85,7 @@ def test_predictions_that_are_cut_short_or_gone_are_not_scored_in_part(part: Eva
     path = part.folder / "predictions.jsonl"
     path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
     with pytest.raises(DamagedPredictions, match="is cut short: 1 of 3 predictions are left"):
-        rejudge(part, ["rouge1"])
+        rescore_evaluation(part, ["rouge1"])
     path.write_bytes(b"")
     with pytest.raises(DamagedPredictions, match="cut short: 0 of 3"):
         read_predictions(part)
@@ -95,4 +95,4 @@ def test_predictions_that_are_cut_short_or_gone_are_not_scored_in_part(part: Eva
 
 
 def test_texts_of_one_prompt_stand_together() -> None:
-    assert by_prompt([{}, {}, {"sample": 0}, {"sample": 1}, {"sample": 0}]) == [[0], [1], [2, 3], [4]]
+    assert group_by_prompt([{}, {}, {"sample": 0}, {"sample": 1}, {"sample": 0}]) == [[0], [1], [2, 3], [4]]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.store import Record, timing
-from gkd_lab.store.tail import last_row
+from gkd_lab.store.tail import read_last_row
 
 TWO_PROCESSES = [
     {"step": 0, "time": 100.0, "began": True},
@@ -17,41 +17,41 @@ TWO_PROCESSES = [
 
 
 def test_the_time_between_two_processes_is_not_time_at_work() -> None:
-    assert timing.seconds(TWO_PROCESSES) == 10 + 20 + 5
+    assert timing.sum_work_seconds(TWO_PROCESSES) == 10 + 20 + 5
 
 
 def test_the_pace_is_that_of_the_running_process() -> None:
-    assert timing.seconds_a_step(TWO_PROCESSES) == 0.5
-    assert timing.seconds_a_step(TWO_PROCESSES[:3]) == 1.5
-    assert timing.seconds_a_step(TWO_PROCESSES[:4]) is None
-    assert timing.seconds_a_step([]) is None
+    assert timing.estimate_seconds_per_step(TWO_PROCESSES) == 0.5
+    assert timing.estimate_seconds_per_step(TWO_PROCESSES[:3]) == 1.5
+    assert timing.estimate_seconds_per_step(TWO_PROCESSES[:4]) is None
+    assert timing.estimate_seconds_per_step([]) is None
 
 
 def test_the_pace_forgets_what_is_long_ago() -> None:
     slow = [{"step": 0, "time": 0.0, "began": True}, {"step": 1, "time": 1000.0}]
     fast = [{"step": n, "time": 1000.0 + n} for n in range(2, 8)]
-    assert timing.seconds_a_step([*slow, *fast]) == 1.0
+    assert timing.estimate_seconds_per_step([*slow, *fast]) == 1.0
 
 
 def test_a_clock_that_is_set_back_counts_as_no_time() -> None:
     rows = [{"step": 0, "time": 100.0, "began": True}, {"step": 1, "time": 90.0}, {"step": 2, "time": 91.0}]
-    assert timing.seconds(rows) == 1.0
+    assert timing.sum_work_seconds(rows) == 1.0
 
 
 def test_tokens_are_mean_lengths_times_rows_over_the_steps_of_each_row() -> None:
     history = [{"step": 2, "completion_length": 10.0}, {"step": 5, "completion_length": 4.0}]
-    assert timing.tokens(history, batch_size=8) == 10 * 8 * 2 + 4 * 8 * 3
+    assert timing.count_completion_tokens(history, batch_size=8) == 10 * 8 * 2 + 4 * 8 * 3
 
 
 def test_a_resumed_record_forgets_the_times_after_its_checkpoint(tmp_path: Path) -> None:
     record = Record(tmp_path)
-    record.rewind(0)
+    record.rewind_history(0)
     for step in (2, 4, 6):
-        record.log({"step": step, "loss": 1.0})
-    record.rewind(4)
-    record.log({"step": 6, "loss": 1.0})
-    assert [row["step"] for row in record.history()] == [2, 4, 6]
-    assert [(row["step"], row.get("began", False)) for row in record.times()] == [
+        record.log_row({"step": step, "loss": 1.0})
+    record.rewind_history(4)
+    record.log_row({"step": 6, "loss": 1.0})
+    assert [row["step"] for row in record.read_history()] == [2, 4, 6]
+    assert [(row["step"], row.get("began", False)) for row in record.read_step_times()] == [
         *((0, True), (2, False), (4, False)),
         *((4, True), (6, False)),
     ]
@@ -60,6 +60,6 @@ def test_a_resumed_record_forgets_the_times_after_its_checkpoint(tmp_path: Path)
 @pytest.mark.parametrize("end", ["", '{"step": 3, "lo', "[]\n"])
 def test_the_last_row_is_the_last_whole_one_of_a_long_history(end: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert last_row(path) == {}
+    assert read_last_row(path) == {}
     path.write_text("".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in range(1000)) + end)
-    assert last_row(path) == {"step": 999, "loss": 999.5}
+    assert read_last_row(path) == {"step": 999, "loss": 999.5}

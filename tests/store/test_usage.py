@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gkd_lab.store.usage import Meter
+from gkd_lab.store.usage import UsageMeter
 
 
 def counter(powercap: Path, zone: str, microjoules: int) -> None:
@@ -15,17 +15,17 @@ def counter(powercap: Path, zone: str, microjoules: int) -> None:
 def test_energy_is_that_of_the_packages_and_a_counter_may_begin_again(tmp_path: Path) -> None:
     for zone, start in (("intel-rapl:0", 1_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 0)):
         counter(tmp_path, zone, start)
-    meter = Meter(tmp_path)
+    meter = UsageMeter(tmp_path)
     for zone, now in (
         ("intel-rapl:0", 3_500_000),
         ("intel-rapl:1", 1_000_000),
         ("intel-rapl:0:0", 2_000_000),
     ):
         counter(tmp_path, zone, now)
-    assert meter.spent()["cpu_joules"] == 2.5 + 2.0
+    assert meter.read_usage()["cpu_joules"] == 2.5 + 2.0
 
 
 def test_without_counters_there_are_only_times(tmp_path: Path) -> None:
-    found = Meter(tmp_path).spent()
+    found = UsageMeter(tmp_path).read_usage()
     assert set(found) == {"seconds", "cpu_seconds"}
     assert min(found.values()) >= 0

@@ -5,23 +5,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_lab.config import Cell, Evaluation, GridOfCells, Revisions, expand
+from gkd_lab.config import Cell, Evaluation, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Record, Store
 
-Value = Callable[[Cell], float]
+ScoreFunction = Callable[[Cell], float]
 
 
 @dataclass(frozen=True)
-class MadeTask:
+class FakeTask:
     """Just enough of a task for `expand`."""
 
     name: str
     metrics: tuple[str, ...] = ("accuracy",)
     family: Any = "decoder-only"
 
-    def defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         size = {"layers": 1, "width": 8, "heads": 1, "sft": {"steps": 1}}
         return {
             **{"lmbda": 0.5, "beta": 0.5, "seed": 0, "temperature": 1.0},
@@ -46,55 +46,55 @@ class MadeTask:
         }
 
 
-TASKS = {task.name: task for task in (MadeTask("arithmetic"), MadeTask("translation", ("bleu",)))}
+TASKS = {task.name: task for task in (FakeTask("arithmetic"), FakeTask("translation", ("bleu",)))}
 
 
-def made_grid(**document: Any) -> GridOfCells:
+def build_grid(**document: Any) -> Grid:
     """lmbda {0, 0.5, 1} x beta {0, 0.1, 1} on arithmetic; `document` replaces the file's fields."""
     grid = document.pop("grid", {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 1]})
     task = {} if "task" in grid else {"task": "arithmetic"}
     experiment = parse_experiment({"description": "made up", **task, "grid": grid, **document}, "made.yaml")
-    revisions = Revisions(
-        data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
-        model=lambda name: (name, None, "1"),
+    revisions = RevisionLookup(
+        resolve_data=lambda task, settings: DataSpec(kind="made", name=task, revision="1"),
+        resolve_model=lambda name: (name, None, "1"),
     )
-    return expand("made", experiment, TASKS, revisions)
+    return expand_grid("made", experiment, TASKS, revisions)
 
 
-def score(cell: Cell) -> float:
+def linear_score(cell: Cell) -> float:
     """Better with more of the student's own text, a little better towards forward KL."""
-    return 40.0 + 30.0 * cell.lmbda - 4.0 * _beta(cell) + cell.seed
+    return 40.0 + 30.0 * cell.lmbda - 4.0 * _numeric_beta(cell) + cell.seed
 
 
-def _beta(cell: Cell) -> float:
+def _numeric_beta(cell: Cell) -> float:
     """Total variation, which has none, does as well as JSD(0.25)."""
     return 0.25 if cell.beta is None else cell.beta
 
 
-def fill(
-    grid: GridOfCells,
+def fill_store(
+    grid: Grid,
     store: Store,
     *,
     cells: Iterable[Cell] | None = None,
-    value: Value = score,
-    start: float = 30.0,
-    teacher: float = 95.0,
+    score: ScoreFunction = linear_score,
+    start_score: float = 30.0,
+    teacher_score: float = 95.0,
     text: str = "3 + 4 = 7",
 ) -> None:
     """Records for `cells` (default: all of the grid) and for every reference model."""
     for cell in grid.cells if cells is None else cells:
-        finish(store.of(cell), cell, value(cell), text)
+        write_finished_record(store.get_record(cell), cell, score(cell), text)
     for cell in grid.cells:
         for role, model, at in (
-            ("start", cell.training.start, start),
-            ("teacher", cell.training.teacher, teacher),
+            ("start", cell.training.start, start_score),
+            ("teacher", cell.training.teacher, teacher_score),
         ):
-            record = store.artifact(grid.scale, role, model)
-            if any(record.evaluation(e).state() != "done" for e in cell.evaluations):
-                finish(record, cell, at, text)
+            record = store.get_artifact(grid.scale, role, model)
+            if any(record.get_evaluation(e).read_state() != "done" for e in cell.evaluations):
+                write_finished_record(record, cell, at, text)
 
 
-def finish(record: Record, cell: Cell, value: float, text: str = "7") -> None:
+def write_finished_record(record: Record, cell: Cell, score: float, text: str = "7") -> None:
     """A finished record: history, provenance, and every evaluation with `value` as its score."""
     record.write_provenance(
         {
@@ -106,17 +106,17 @@ def finish(record: Record, cell: Cell, value: float, text: str = "7") -> None:
         }
     )
     for step in range(50, 501, 50):
-        loss = (1.2 - 0.7 * _beta(cell)) * 0.5 ** (step / 200) + 0.01 * (step % 100) / 100
-        record.log({"step": step, "loss": loss, "on_policy": cell.lmbda, "grad_norm": 1.0})
+        loss = (1.2 - 0.7 * _numeric_beta(cell)) * 0.5 ** (step / 200) + 0.01 * (step % 100) / 100
+        record.log_row({"step": step, "loss": loss, "on_policy": cell.lmbda, "grad_norm": 1.0})
     for evaluation in cell.evaluations:
-        judge(record, evaluation, value, text)
+        write_evaluation(record, evaluation, score, text)
     record.finish(seconds=1.0)
 
 
-def judge(record: Record, evaluation: Evaluation, value: float, text: str = "7") -> None:
+def write_evaluation(record: Record, evaluation: Evaluation, score: float, text: str = "7") -> None:
     """One evaluation: of 50 examples the first `value` per cent are right."""
     metric, *others = evaluation.metrics
-    hits = [100.0 if index < value / 2 else 0.0 for index in range(50)]
+    hits = [100.0 if index < score / 2 else 0.0 for index in range(50)]
     random.Random(0).shuffle(hits)
     predictions = [
         {
@@ -130,8 +130,8 @@ def judge(record: Record, evaluation: Evaluation, value: float, text: str = "7")
         for index, hit in enumerate(hits)
     ]
     scores = {
-        metric: {"value": value, "low": value - 3, "high": value + 3, "n": 50, "signature": "made"},
-        **{name: {"value": value / 2, "signature": "made"} for name in others},
+        metric: {"value": score, "low": score - 3, "high": score + 3, "n": 50, "signature": "made"},
+        **{name: {"value": score / 2, "signature": "made"} for name in others},
         "mean_length": {"value": 7.0},
     }
-    record.evaluation(evaluation).write(evaluation, predictions, scores)
+    record.get_evaluation(evaluation).write_results(evaluation, predictions, scores)

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import GridOfCells
+from gkd_lab.config import Grid
 from gkd_lab.store import Store
-from gkd_lab.tables.rescoring import Change, Outcome, jobs, rescore
-from gkd_lab.tables.rescoring_text import rescored_lines, unscored_lines
+from gkd_lab.tables.rescoring import RescoreOutcome, ScoreChange, collect_rescore_jobs, rescore_records
+from gkd_lab.tables.rescoring_text import format_rescored_lines, format_unscored_lines
 
-from .made_store import made_grid
-from .written import cell_record, predictions_of, reference_record
+from .made_store import build_grid
+from .written import get_predictions_path, write_cell_record, write_reference_record
 
-ROWS = [(f"{n}?", f"a b {n}", f"a b {n}" if n % 2 else "c") for n in range(6)]
+PREDICTIONS = [(f"{n}?", f"a b {n}", f"a b {n}" if n % 2 else "c") for n in range(6)]
 
 
 @pytest.fixture
@@ -24,140 +24,142 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "outputs")
 
 
-def grid_of(*metrics: str, **document: Any) -> GridOfCells:
+def build_metric_grid(*metrics: str, **document: Any) -> Grid:
     evaluations = [{"decoding": "greedy", "metrics": list(metrics or ("exact_match",))}]
-    return made_grid(**{"evaluations": evaluations, "grid": {"lmbda": [0, 0.5, 1]}, **document})
+    return build_grid(**{"evaluations": evaluations, "grid": {"lmbda": [0, 0.5, 1]}, **document})
 
 
-def filled(store: Store, **document: Any) -> GridOfCells:
-    grid = grid_of(**document)
+def write_grid_records(store: Store, **document: Any) -> Grid:
+    grid = build_metric_grid(**document)
     for cell in grid.cells:
-        cell_record(store, cell, ROWS)
+        write_cell_record(store, cell, PREDICTIONS)
     for role in ("start", "teacher"):
-        reference_record(store, grid.cells[0], role, ROWS)
+        write_reference_record(store, grid.cells[0], role, PREDICTIONS)
     return grid
 
 
-def done(grid: GridOfCells, store: Store, metrics: tuple[str, ...] | None = None) -> Outcome:
-    work, missing = jobs(grid, store, metrics)
+def rescore_grid(grid: Grid, store: Store, metrics: tuple[str, ...] | None = None) -> RescoreOutcome:
+    work, missing = collect_rescore_jobs(grid, store, metrics)
     assert missing == []
-    return rescore(work)
+    return rescore_records(work)
 
 
-def scores(grid: GridOfCells, store: Store) -> list[dict[str, Any]]:
+def read_scores(grid: Grid, store: Store) -> list[dict[str, Any]]:
     evaluation = grid.cells[0].evaluations[0]
-    return [store.of(cell).evaluation(evaluation).scores() for cell in grid.cells]
+    return [store.get_record(cell).get_evaluation(evaluation).read_scores() for cell in grid.cells]
 
 
-def spoil(grid: GridOfCells, store: Store, **changes: Any) -> None:
+def overwrite_scores(grid: Grid, store: Store, **changes: Any) -> None:
     """As if an older version had scored."""
     for cell in grid.cells:
-        part = store.of(cell).evaluation(cell.evaluations[0])
-        found = part.scores()
+        part = store.get_record(cell).get_evaluation(cell.evaluations[0])
+        found = part.read_scores()
         found["exact_match"] |= changes
         (part.folder / "scores.json").write_text(json.dumps(found))
 
 
 def test_changed_metric_code_takes_effect_in_every_record(store: Store) -> None:
-    grid = filled(store)
-    honest = scores(grid, store)
-    spoil(grid, store, value=10.0, signature="an older rule")
-    outcome = done(grid, store)
-    assert scores(grid, store) == honest
-    assert (outcome.evaluations, outcome.predictions, outcome.whole) == (5, 30, True)
+    grid = write_grid_records(store)
+    honest = read_scores(grid, store)
+    overwrite_scores(grid, store, value=10.0, signature="an older rule")
+    outcome = rescore_grid(grid, store)
+    assert read_scores(grid, store) == honest
+    assert (outcome.evaluation_count, outcome.prediction_count, outcome.is_complete) == (5, 30, True)
     now = honest[0]["exact_match"]["signature"]
-    assert list(rescored_lines(outcome, 5)) == [
+    assert list(format_rescored_lines(outcome, 5)) == [
         "rescored 5 evaluations of 5 records, 30 predictions",
         "arithmetic greedy/exact_match: changed in 3 of 5, mean 10.00 -> 50.00 (+40.00 to +40.00); "
         f"{now}; was an older rule",
     ]
-    again = done(grid, store)
-    assert list(rescored_lines(again, 5))[1] == "arithmetic greedy/exact_match: unchanged in 5"
+    again = rescore_grid(grid, store)
+    assert list(format_rescored_lines(again, 5))[1] == "arithmetic greedy/exact_match: unchanged in 5"
 
 
 def test_an_edited_list_of_metrics_takes_effect_and_the_old_scores_stay(store: Store) -> None:
-    grid = filled(store)
-    edited = grid_of("rouge1", "accuracy")
-    outcome = done(edited, store)
-    assert all(set(one) >= {"exact_match", "rouge1", "accuracy"} for one in scores(edited, store))
-    lines = list(rescored_lines(outcome, 5))
+    grid = write_grid_records(store)
+    edited = build_metric_grid("rouge1", "accuracy")
+    outcome = rescore_grid(edited, store)
+    assert all(set(one) >= {"exact_match", "rouge1", "accuracy"} for one in read_scores(edited, store))
+    lines = list(format_rescored_lines(outcome, 5))
     assert lines[1].startswith("arithmetic greedy/rouge1: new in 5, mean ")
     assert "; rouge1|measure:f|stem:no" in lines[1]
-    assert all("value" in one for one in scores(grid, store)[0].values())
+    assert all("value" in one for one in read_scores(grid, store)[0].values())
 
 
 def test_named_metrics_alone_are_computed(store: Store) -> None:
-    grid = filled(store)
-    spoil(grid, store, value=10.0)
-    done(grid, store, ("chrf",))
+    grid = write_grid_records(store)
+    overwrite_scores(grid, store, value=10.0)
+    rescore_grid(grid, store, ("chrf",))
     assert all(
-        one["exact_match"]["value"] == 10.0 and one["chrf"]["value"] > 0 for one in scores(grid, store)
+        one["exact_match"]["value"] == 10.0 and one["chrf"]["value"] > 0 for one in read_scores(grid, store)
     )
 
 
 def test_a_record_that_another_process_works_on_is_left_alone(store: Store) -> None:
-    grid = filled(store)
-    spoil(grid, store, value=10.0)
-    held = store.of(grid.cells[1])
+    grid = write_grid_records(store)
+    overwrite_scores(grid, store, value=10.0)
+    held = store.get_record(grid.cells[1])
     with held.lock():
-        outcome = done(grid, store)
-    assert outcome.busy == [str(held.folder)]
-    assert not outcome.whole
-    assert [one["exact_match"]["value"] for one in scores(grid, store)] == [50.0, 10.0, 50.0]
-    (line,) = unscored_lines(grid, outcome, [])
+        outcome = rescore_grid(grid, store)
+    assert outcome.locked_folders == [str(held.folder)]
+    assert not outcome.is_complete
+    assert [one["exact_match"]["value"] for one in read_scores(grid, store)] == [50.0, 10.0, 50.0]
+    (line,) = format_unscored_lines(grid, outcome, [])
     assert line == f"left alone, another process works there: {held.folder}"
 
 
 def test_damage_is_one_line_and_the_rest_is_done(store: Store) -> None:
-    grid = filled(store)
-    spoil(grid, store, value=10.0)
-    broken, short = (predictions_of(store.of(cell), cell) for cell in grid.cells[:2])
+    grid = write_grid_records(store)
+    overwrite_scores(grid, store, value=10.0)
+    broken, short = (get_predictions_path(store.get_record(cell), cell) for cell in grid.cells[:2])
     broken.write_bytes(broken.read_bytes()[:-9])
     short.write_bytes(b"\n".join(short.read_bytes().split(b"\n")[:4]) + b"\n")
-    outcome = done(grid, store)
-    assert [one["exact_match"]["value"] for one in scores(grid, store)] == [10.0, 10.0, 50.0]
-    first, second = unscored_lines(grid, outcome, [])
+    outcome = rescore_grid(grid, store)
+    assert [one["exact_match"]["value"] for one in read_scores(grid, store)] == [10.0, 10.0, 50.0]
+    first, second = format_unscored_lines(grid, outcome, [])
     assert first.startswith(f"failed: {broken}:6: expected a JSON object, got ")
     assert second == f"failed: {short} is cut short: 4 of 6 predictions are left"
 
 
 def test_what_was_never_written_is_counted_and_is_no_failure(store: Store) -> None:
-    grid = filled(store)
-    wider = grid_of(grid={"lmbda": [0, 0.5, 1], "seed": [0, 1]})
-    store.of(wider.cells[0]).evaluation(wider.cells[0].evaluations[0]).failed("ValueError: no")
-    work, missing = jobs(wider, store, None)
+    grid = write_grid_records(store)
+    wider = build_metric_grid(grid={"lmbda": [0, 0.5, 1], "seed": [0, 1]})
+    store.get_record(wider.cells[0]).get_evaluation(wider.cells[0].evaluations[0]).mark_failed(
+        "ValueError: no"
+    )
+    work, missing = collect_rescore_jobs(wider, store, None)
     assert len(work) == 2 + len(grid.cells) - 1
-    outcome = rescore(work)
-    assert outcome.whole
-    (line,) = unscored_lines(wider, outcome, missing)
+    outcome = rescore_records(work)
+    assert outcome.is_complete
+    (line,) = format_unscored_lines(wider, outcome, missing)
     assert line.startswith("4 evaluations not finished, so without predictions: ")
 
 
 def test_a_metric_that_these_predictions_cannot_be_judged_by_is_said_once(store: Store) -> None:
-    grid = filled(store)
-    before = scores(grid, store)
-    outcome = done(grid, store, ("self_bleu",))
-    (line,) = unscored_lines(grid, outcome, [])
+    grid = write_grid_records(store)
+    before = read_scores(grid, store)
+    outcome = rescore_grid(grid, store, ("self_bleu",))
+    (line,) = format_unscored_lines(grid, outcome, [])
     assert line.startswith("failed: self_bleu compares several texts of one prompt")
-    assert scores(grid, store) == before
+    assert read_scores(grid, store) == before
 
 
 def test_reference_models_are_rescored_once_with_what_any_cell_asks(store: Store) -> None:
-    filled(store)
-    work, _ = jobs(grid_of("rouge1"), store, None)
-    assert [len(job.judged) for job in work] == [1] * 5
+    write_grid_records(store)
+    work, _ = collect_rescore_jobs(build_metric_grid("rouge1"), store, None)
+    assert [len(job.evaluations) for job in work] == [1] * 5
     assert len({job.record.folder for job in work}) == 5
 
 
 def test_the_summary_keeps_new_and_changed_apart() -> None:
-    changes = [Change("t/m", None, 3.0, None, "s2"), Change("t/m", 1.0, 2.0, "s1", "s2")]
-    outcome = Outcome(2, 8, [*changes, Change("t/m", 5.0, 5.0, "s2", "s2")])
-    assert list(rescored_lines(outcome, 3))[1] == (
+    changes = [ScoreChange("t/m", None, 3.0, None, "s2"), ScoreChange("t/m", 1.0, 2.0, "s1", "s2")]
+    outcome = RescoreOutcome(2, 8, [*changes, ScoreChange("t/m", 5.0, 5.0, "s2", "s2")])
+    assert list(format_rescored_lines(outcome, 3))[1] == (
         "t/m: changed in 1 of 3, mean 1.00 -> 2.00 (+1.00 to +1.00); new in 1; s2; was s1"
     )
 
 
-BLOCK = """
+IMPORT_SCRIPT = """
 import sys
 for name in ("torch", "transformers", "trl", "datasets", "evaluate", "accelerate", "wandb", "lm_eval"):
     sys.modules[name] = None  # importing it raises ImportError
@@ -169,18 +171,18 @@ assert "pandas" not in sys.modules, "neither reads a table"
 
 
 def test_rescoring_and_comparing_load_neither_torch_nor_pandas() -> None:
-    completed = subprocess.run([sys.executable, "-c", BLOCK], capture_output=True, text=True)
+    completed = subprocess.run([sys.executable, "-c", IMPORT_SCRIPT], capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
 
 
 def test_several_processes_do_what_one_does(store: Store) -> None:
     """Enough records for a pool of processes."""
-    grid = filled(store, grid={"lmbda": [0], "seed": list(range(98))})
-    spoil(grid, store, value=10.0)
+    grid = write_grid_records(store, grid={"lmbda": [0], "seed": list(range(98))})
+    overwrite_scores(grid, store, value=10.0)
     seen: list[int] = []
-    work, _ = jobs(grid, store, None)
-    outcome = rescore(work, seen.append)
-    assert (outcome.evaluations, outcome.whole) == (100, True)
+    work, _ = collect_rescore_jobs(grid, store, None)
+    outcome = rescore_records(work, seen.append)
+    assert (outcome.evaluation_count, outcome.is_complete) == (100, True)
     assert seen == [*range(8, 100, 8), 100]
-    assert all(one["exact_match"]["value"] == 50.0 for one in scores(grid, store))
-    assert [change.was for change in outcome.changes] == [50.0] * 2 + [10.0] * 98
+    assert all(one["exact_match"]["value"] == 50.0 for one in read_scores(grid, store))
+    assert [change.old_value for change in outcome.changes] == [50.0] * 2 + [10.0] * 98

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from gkd_lab.store import Store
-from gkd_lab.tables.table import FORMATS, axes_of, encode, table
+from gkd_lab.tables.table import TABLE_FORMATS, encode_table, list_axes, table
 
-from .made_store import fill, finish, judge, made_grid, score
+from .made_store import build_grid, fill_store, linear_score, write_evaluation, write_finished_record
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_row_for_every_reference_model_and_cell_in_grid_order(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store)
+    grid = build_grid()
+    fill_store(grid, store)
     frame = table(grid, store)
     assert list(frame["role"]) == ["start", "teacher"] + ["cell"] * 9
     assert list(frame["cell"][2:]) == [cell.fingerprint for cell in grid.cells]
@@ -31,16 +31,16 @@ def test_a_row_for_every_reference_model_and_cell_in_grid_order(store: Store) ->
     assert list(frame["lmbda"][2:]) == [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1]
     assert list(frame["beta"][2:]) == [0, 0.1, 1] * 3
     assert set(frame["status"]) == {"done"}
-    assert list(frame["accuracy"][2:]) == [score(cell) for cell in grid.cells]
+    assert list(frame["accuracy"][2:]) == [linear_score(cell) for cell in grid.cells]
     assert list(frame["accuracy"][:2]) == [30.0, 95.0]
 
 
 def test_total_variation_has_no_beta_and_the_axes_that_vary_have_columns(store: Store) -> None:
     axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.5], "rescale_divergence": [False, True]}
-    grid = made_grid(grid=axes)
-    fill(grid, store)
+    grid = build_grid(grid=axes)
+    fill_store(grid, store)
     frame = table(grid, store)
-    rows = [row for row in json.loads(encode(frame, "json")) if row["role"] == "cell"]
+    rows = [row for row in json.loads(encode_table(frame, "json")) if row["role"] == "cell"]
     names = ("divergence", "beta", "rescale_divergence")
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("jsd", 0.0, False),
@@ -49,22 +49,22 @@ def test_total_variation_has_no_beta_and_the_axes_that_vary_have_columns(store: 
         ("tv", None, False),
     ]
     assert len(rows[3]["stands_for"]) == 4
-    assert axes_of(frame) == ["rescale_divergence"]
-    for format in FORMATS:
-        assert encode(frame, format)
+    assert list_axes(frame) == ["rescale_divergence"]
+    for format in TABLE_FORMATS:
+        assert encode_table(frame, format)
 
 
 def test_scores_stand_under_the_evaluation_and_plainly_where_there_is_one(store: Store) -> None:
-    one = made_grid()
-    fill(one, store)
+    one = build_grid()
+    fill_store(one, store)
     row = table(one, store).iloc[2]
     assert row["greedy/accuracy"] == row["accuracy"] == 40.0
     assert row["greedy/accuracy.low"] == row["accuracy.low"] == 37.0
     assert row["greedy/accuracy.high"] == row["accuracy.high"] == 43.0
     assert row["greedy/mean_length"] == row["mean_length"] == 7.0
 
-    two = made_grid(evaluations=[{"decoding": "greedy"}, {"decoding": "sample", "temperature": 0.5}])
-    fill(two, store)
+    two = build_grid(evaluations=[{"decoding": "greedy"}, {"decoding": "sample", "temperature": 0.5}])
+    fill_store(two, store)
     frame = table(two, store)
     assert frame["sample0.5/accuracy"].notna().all()
     assert "accuracy" not in frame.columns
@@ -72,24 +72,24 @@ def test_scores_stand_under_the_evaluation_and_plainly_where_there_is_one(store:
 
 
 def test_two_evaluations_of_one_name_keep_columns_of_their_own(store: Store) -> None:
-    grid = made_grid(
+    grid = build_grid(
         evaluations=[{"decoding": "greedy", "examples": 10}, {"decoding": "greedy", "examples": 20}]
     )
-    fill(grid, store)
+    fill_store(grid, store)
     names = list(table(grid, store)["evaluations"][2])
     assert names == [f"greedy-{e.fingerprint}" for e in grid.cells[0].evaluations]
 
 
 def test_missing_failed_and_running_cells_are_rows(store: Store) -> None:
-    grid = made_grid()
+    grid = build_grid()
     failed, running, half, judged_badly = grid.cells[:4]
-    fill(grid, store, cells=grid.cells[5:])
-    store.of(failed).failed("RuntimeError: first line\nout of memory", "Traceback ...")
-    finish(store.of(half), half, 50.0)
-    store.of(half).evaluation(half.evaluations[0]).status_file.unlink()
-    finish(store.of(judged_badly), judged_badly, 50.0)
-    store.of(judged_badly).evaluation(half.evaluations[0]).failed("ValueError: no answer")
-    with store.of(running).lock():
+    fill_store(grid, store, cells=grid.cells[5:])
+    store.get_record(failed).mark_failed("RuntimeError: first line\nout of memory", "Traceback ...")
+    write_finished_record(store.get_record(half), half, 50.0)
+    store.get_record(half).get_evaluation(half.evaluations[0]).status_file.unlink()
+    write_finished_record(store.get_record(judged_badly), judged_badly, 50.0)
+    store.get_record(judged_badly).get_evaluation(half.evaluations[0]).mark_failed("ValueError: no answer")
+    with store.get_record(running).lock():
         cells = table(grid, store).iloc[2:7].reset_index(drop=True)
     assert list(cells["status"]) == ["failed", "running", "missing", "failed", "missing"]
     assert cells["error"][0] == "out of memory"
@@ -101,15 +101,15 @@ def test_missing_failed_and_running_cells_are_rows(store: Store) -> None:
 
 
 def test_an_empty_store_gives_the_same_columns_and_missing_rows(store: Store) -> None:
-    frame = table(made_grid(), store)
+    frame = table(build_grid(), store)
     assert set(frame["status"]) == {"missing"}
     assert {"greedy/accuracy", "greedy/accuracy.low", "accuracy", "error"} <= set(frame.columns)
 
 
 def test_other_axes_are_columns_and_references_carry_what_their_cells_share(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "student": ["small", "base"], "steps": [5, 10]})
+    grid = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"], "steps": [5, 10]})
     frame = table(grid, store)
-    assert axes_of(frame) == ["student", "steps"]
+    assert list_axes(frame) == ["student", "steps"]
     references = frame[frame["role"] != "cell"]
     assert list(references["role"]) == ["start", "start", "teacher"]
     assert list(references["student"])[:2] == ["small", "base"]
@@ -122,7 +122,7 @@ def test_other_axes_are_columns_and_references_carry_what_their_cells_share(stor
 
 
 def test_a_collapsed_cell_is_one_row_that_says_what_it_stands_for(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     cells = table(grid, store).query("role == 'cell'")
     assert list(cells["lmbda"]) == [0, 1, 1]
     assert [point["temperature"] for point in cells["stands_for"].iloc[0]] == [0.5, 1.0]
@@ -130,9 +130,9 @@ def test_a_collapsed_cell_is_one_row_that_says_what_it_stands_for(store: Store) 
 
 
 def test_json_has_nulls_whole_seeds_and_nested_objects(store: Store) -> None:
-    grid = made_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    fill(grid, store, cells=grid.cells[:1])
-    rows = json.loads(encode(table(grid, store), "json"), parse_constant=pytest.fail)
+    grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
+    fill_store(grid, store, cells=grid.cells[:1])
+    rows = json.loads(encode_table(table(grid, store), "json"), parse_constant=pytest.fail)
     start, _teacher, first, second, _third = rows
     assert start["role"] == "start"
     assert start["lmbda"] is start["beta"] is start["seed"] is start["stands_for"] is None
@@ -144,11 +144,11 @@ def test_json_has_nulls_whole_seeds_and_nested_objects(store: Store) -> None:
 
 
 def test_csv_and_parquet_read_back_as_the_same_table(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[:4])
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[:4])
     frame = table(grid, store)
-    csv = pd.read_csv(io.BytesIO(encode(frame, "csv")))
-    parquet = pd.read_parquet(io.BytesIO(encode(frame, "parquet")))
+    csv = pd.read_csv(io.BytesIO(encode_table(frame, "csv")))
+    parquet = pd.read_parquet(io.BytesIO(encode_table(frame, "parquet")))
     for back in (csv, parquet):
         assert list(back.columns) == list(frame.columns)
         assert list(back["cell"]) == list(frame["cell"])
@@ -157,29 +157,29 @@ def test_csv_and_parquet_read_back_as_the_same_table(store: Store) -> None:
 
 
 def test_markdown_has_a_line_for_each_row_and_no_empty_column(store: Store) -> None:
-    grid = made_grid()
-    fill(grid, store, cells=grid.cells[:8])
-    store.of(grid.cells[8]).failed("ValueError: a | b")
-    lines = encode(table(grid, store), "md").decode().splitlines()
+    grid = build_grid()
+    fill_store(grid, store, cells=grid.cells[:8])
+    store.get_record(grid.cells[8]).mark_failed("ValueError: a | b")
+    lines = encode_table(table(grid, store), "md").decode().splitlines()
     assert len(lines) == 2 + 2 + 9
     assert "stands_for" not in lines[0]
     assert lines[-1].endswith("| ValueError: a \\| b |")
 
 
 def test_every_format_encodes_an_empty_store(store: Store) -> None:
-    frame = table(made_grid(), store)
-    for format in FORMATS:
-        assert encode(frame, format)
+    frame = table(build_grid(), store)
+    for format in TABLE_FORMATS:
+        assert encode_table(frame, format)
 
 
 def test_a_score_that_another_version_left_out_is_null(store: Store) -> None:
-    grid = made_grid(evaluations=[{"decoding": "greedy", "metrics": ["accuracy", "exact_match"]}])
+    grid = build_grid(evaluations=[{"decoding": "greedy", "metrics": ["accuracy", "exact_match"]}])
     older = (
-        made_grid().cells[0].evaluations[0].model_copy(update={"examples": None, "metrics": ("accuracy",)})
+        build_grid().cells[0].evaluations[0].model_copy(update={"examples": None, "metrics": ("accuracy",)})
     )
     cell = grid.cells[0]
-    finish(store.of(cell), cell, 50.0)
-    judge(store.of(cell), older, 50.0)
+    write_finished_record(store.get_record(cell), cell, 50.0)
+    write_evaluation(store.get_record(cell), older, 50.0)
     row = table(grid, store).iloc[2]
     assert row["accuracy"] == 50.0 and pd.isna(row["exact_match"])
 

@@ -7,18 +7,18 @@ from typer.testing import CliRunner
 
 from gkd_lab.cli import app
 from gkd_lab.store import Store
-from gkd_lab.tables.table_sources import sources
+from gkd_lab.tables.table_sources import collect_table_provenance
 
-from .made_store import fill, made_grid
+from .made_store import build_grid, fill_store
 
 
 def test_cells_of_one_origin_are_counted_together_and_others_apart(tmp_path: Path) -> None:
-    grid, store = made_grid(), Store(tmp_path)
-    fill(grid, store)
+    grid, store = build_grid(), Store(tmp_path)
+    fill_store(grid, store)
     for n, cell in enumerate(grid.cells[:5]):
         facts = {"commit": "abc" if n < 3 else "def", "packages": {"torch": "2"}, "time": str(n)}
-        store.of(cell).write_provenance(facts)
-    found = sources(grid, store)
+        store.get_record(cell).write_provenance(facts)
+    found = collect_table_provenance(grid, store)
     assert (found["experiment"], found["scale"]) == (grid.name, "nano")
     assert [(one["commit"], one["cells"]) for one in found["origins"]] == [("abc", 3), ("def", 2), (None, 4)]
     assert found["origins"][0]["packages"] == {"torch": "2"}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from gkd_lab.tasks import get_task, load_rows
-from gkd_lab.tasks.arithmetic import is_correct, parse
+from gkd_lab.tasks.arithmetic import is_correct, parse_row
 
 ARITHMETIC = get_task("arithmetic")
 
@@ -60,7 +60,7 @@ def test_every_made_solution_adds_up_and_ends_in_its_answer() -> None:
 
 
 def test_a_gsm8k_row_loses_its_calculator_marks_only() -> None:
-    row = parse({"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,024"})
+    row = parse_row({"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,024"})
     assert row.prompt == "How many?"
     assert row.target == "48/2 = 24 clips.\n#### 1,024"
     assert is_correct("#### 1024", row.references[0])
@@ -79,7 +79,7 @@ def test_a_gsm8k_row_loses_its_calculator_marks_only() -> None:
     ],
 )
 def test_a_bare_number_becomes_a_solution(answer: object, target: str) -> None:
-    assert parse({"question": "How many?", "answer": answer}).target == target
+    assert parse_row({"question": "How many?", "answer": answer}).target == target
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_a_bare_number_becomes_a_solution(answer: object, target: str) -> None:
 )
 def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse(raw)
+        parse_row(raw)

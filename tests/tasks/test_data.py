@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gkd_lab.tasks import SPLITS, TASKS, get_task, load_rows, source_revision
-from gkd_lab.tasks.data import held_out
+from gkd_lab.tasks import SPLITS, TASKS, get_source_revision, get_task, load_rows
+from gkd_lab.tasks.data import count_held_out_rows
 
 TRANSLATION = get_task("translation")
 
@@ -116,7 +116,7 @@ def test_without_validation_the_end_of_train_is_held_out_and_said(
 
 
 def test_the_held_out_share_has_its_ends() -> None:
-    assert [held_out(rows) for rows in (0, 1, 2, 9, 30, 100_000)] == [0, 0, 1, 1, 3, 500]
+    assert [count_held_out_rows(rows) for rows in (0, 1, 2, 9, 30, 100_000)] == [0, 0, 1, 1, 3, 500]
 
 
 def test_a_folder_with_test_only_says_what_it_has(tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_a_folder_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a" / "test.jsonl", raw_rows(3))
     write_jsonl(tmp_path / "b" / "test.jsonl", raw_rows(3))
     (tmp_path / "b" / "SOURCE.txt").write_text("not data")
-    first = source_revision(TRANSLATION, "folder", path=tmp_path / "a")
-    assert first == source_revision(TRANSLATION, "folder", path=tmp_path / "b")
+    first = get_source_revision(TRANSLATION, "folder", path=tmp_path / "a")
+    assert first == get_source_revision(TRANSLATION, "folder", path=tmp_path / "b")
     assert re.fullmatch(r"sha256:[0-9a-f]{64}", first)
     write_jsonl(tmp_path / "b" / "test.jsonl", raw_rows(3, "v"))
-    assert first != source_revision(TRANSLATION, "folder", path=tmp_path / "b")
+    assert first != get_source_revision(TRANSLATION, "folder", path=tmp_path / "b")
     (tmp_path / "a" / "test.jsonl").rename(tmp_path / "a" / "train.jsonl")
-    assert first != source_revision(TRANSLATION, "folder", path=tmp_path / "a")
+    assert first != get_source_revision(TRANSLATION, "folder", path=tmp_path / "a")
 
 
 def test_a_kept_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_a_kept_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
     write_jsonl(data, raw_rows(3))
 
     def revision() -> str:
-        return source_revision(TRANSLATION, "folder", path=data.parent, cache=cache)
+        return get_source_revision(TRANSLATION, "folder", path=data.parent, cache=cache)
 
     first, time = revision(), data.stat().st_mtime_ns
-    assert revision() == first == source_revision(TRANSLATION, "folder", path=data.parent)
+    assert revision() == first == get_source_revision(TRANSLATION, "folder", path=data.parent)
     write_jsonl(data, raw_rows(3, "v"))  # same size
     os.utime(data, ns=(time, time))
     assert revision() == first  # same size and time: not read again
@@ -239,10 +239,10 @@ def test_a_kept_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
 
 def test_made_and_hub_sources_have_revisions() -> None:
     arithmetic = get_task("arithmetic")
-    assert source_revision(arithmetic, "made") == "arithmetic-made-1"
-    assert source_revision(arithmetic, "hub", name="openai/gsm8k", revision="e53f048") == "e53f048"
+    assert get_source_revision(arithmetic, "made") == "arithmetic-made-1"
+    assert get_source_revision(arithmetic, "hub", name="openai/gsm8k", revision="e53f048") == "e53f048"
     with pytest.raises(ValueError, match="needs a revision"):
-        source_revision(arithmetic, "hub", name="openai/gsm8k")
+        get_source_revision(arithmetic, "hub", name="openai/gsm8k")
 
 
 def test_datasets_loads_by_the_same_rules(
@@ -277,9 +277,9 @@ def test_what_a_hub_data_set_loses_is_counted_with_its_reason(tmp_path: Path) ->
     )
     place = str(tmp_path / "set")
     found = load_rows(TRANSLATION, "hub", name=place, split="test")
-    assert (len(found), found.dropped) == (3, {"an empty field": 2})
+    assert (len(found), found.dropped_counts) == (3, {"an empty field": 2})
     first = load_rows(TRANSLATION, "hub", name=place, split="test", count=2)
-    assert (len(first), first.dropped) == (2, {"an empty field": 1})  # what was read, not what follows
+    assert (len(first), first.dropped_counts) == (2, {"an empty field": 1})  # what was read, not what follows
 
 
 # The form that each real data set has on the hub and in a folder.

@@ -6,7 +6,7 @@ from math import gcd, lcm
 import pytest
 
 from gkd_lab.tasks import get_task, load_rows
-from gkd_lab.tasks.instruction import GYM, HELD_IN, HELD_OUT, check_installed, parse
+from gkd_lab.tasks.instruction import HELD_IN, HELD_OUT, REASONING_GYM_VERSION, check_reasoning_gym, parse_row
 
 INSTRUCTION = get_task("instruction")
 
@@ -74,15 +74,15 @@ def test_prompts_are_short_and_one_line() -> None:
 
 
 def test_flan_rows_and_bbh_rows_read_alike() -> None:
-    flan = parse({"inputs": " Is it? ", "targets": "yes", "task": "bool_q_10templates"})
-    assert flan == parse({"task": "boolean_expressions", "question": "Is it?", "answer": "yes"})
+    flan = parse_row({"inputs": " Is it? ", "targets": "yes", "task": "bool_q_10templates"})
+    assert flan == parse_row({"task": "boolean_expressions", "question": "Is it?", "answer": "yes"})
     assert (flan.prompt, flan.references) == ("Is it?", ("yes",))
 
 
 def test_choices_stand_below_the_question_as_in_mmlu() -> None:
     raw = {"subject": "algebra", "question": "Which?", "choices": ["0", "1"], "answer": "B"}
-    assert parse(raw).prompt == "Which?\nA. 0\nB. 1\nAnswer:"
-    assert parse(raw).target == "B"
+    assert parse_row(raw).prompt == "Which?\nA. 0\nB. 1\nAnswer:"
+    assert parse_row(raw).target == "B"
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,13 @@ def test_choices_stand_below_the_question_as_in_mmlu() -> None:
 )
 def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse(raw)
+        parse_row(raw)
 
 
 def test_another_release_of_the_generators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.tasks.instruction.version", lambda package: "0.1.19")
     with pytest.raises(
-        ValueError, match=re.escape(f"need reasoning-gym {GYM} (there is 0.1.19): pip install")
+        ValueError,
+        match=re.escape(f"need reasoning-gym {REASONING_GYM_VERSION} (there is 0.1.19): pip install"),
     ):
-        check_installed()
+        check_reasoning_gym()

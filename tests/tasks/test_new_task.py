@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from gkd_lab.config import Revisions, expand
+from gkd_lab.config import RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS, load_rows
@@ -45,9 +45,11 @@ def test_the_file_and_the_test_of_the_page_work(page: tuple[ModuleType, ModuleTy
     (row,) = load_rows(task.TASK, "made", split="test", count=1)
     assert row.target.split() == row.prompt.split()[::-1]
     experiment = parse_experiment({"description": "d", "task": "reversal"}, "page")
-    seen = Revisions(
-        data=lambda task, settings: DataSpec(kind="made", name="made", revision="1", train=settings.train),
-        model=lambda place: (place, None, "1"),
+    seen = RevisionLookup(
+        resolve_data=lambda task, settings: DataSpec(
+            kind="made", name="made", revision="1", train=settings.train
+        ),
+        resolve_model=lambda place: (place, None, "1"),
     )
-    (cell,) = expand("page", experiment, {**TASKS, "reversal": task.TASK}, seen).cells
+    (cell,) = expand_grid("page", experiment, {**TASKS, "reversal": task.TASK}, seen).cells
     assert (cell.training.data.train, cell.evaluations[0].metrics) == (2000, ("exact_match",))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config import Cell, Evaluation, Revisions, expand
+from gkd_lab.config import Cell, Evaluation, RevisionLookup, expand_grid
 from gkd_lab.config.cell import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
@@ -26,11 +26,11 @@ SFT_STEPS = {  # §4.1 to §4.4: small, base, large, xl
 
 def cell(task: str, **fields: Any) -> Cell:
     experiment = parse_experiment({"description": "d", "task": task, **fields}, "paper")
-    seen = Revisions(
-        data=lambda task, settings: DataSpec(kind="hub", name=settings.source, revision="1"),
-        model=lambda place: (place, None, "1"),
+    seen = RevisionLookup(
+        resolve_data=lambda task, settings: DataSpec(kind="hub", name=settings.source, revision="1"),
+        resolve_model=lambda place: (place, None, "1"),
     )
-    (found,) = expand("paper", experiment, TASKS, seen, "paper").cells
+    (found,) = expand_grid("paper", experiment, TASKS, seen, "paper").cells
     return found
 
 
@@ -84,5 +84,5 @@ def test_each_task_is_decoded_as_in_the_paper() -> None:
 def test_the_form_of_rows_is_part_of_the_identity_and_its_old_value_is_not_written() -> None:
     plain, shown = (cell("arithmetic", data={"shots": shots}).fingerprint for shots in (0, 4))
     assert plain != shown
-    bare = cell("arithmetic", data={"shots": 0, "calculator_marks": False}).training.data.canonical
+    bare = cell("arithmetic", data={"shots": 0, "calculator_marks": False}).training.data.canonical_json
     assert "shots" not in bare and "calculator" not in bare

@@ -18,7 +18,7 @@ def by_hand(text: str) -> int:
     total = 0
     for but, factor, opinion in CLAUSE.findall(text):
         times = {"very": 2, "truly": 2, "not": -1, "hardly": -1}.get(factor, 1)
-        value = times * reviews.OPINIONS.get(opinion, 0)  # an aside gives none
+        value = times * reviews.OPINION_VALUES.get(opinion, 0)  # an aside gives none
         total += 2 * value if but else value
     return total
 
@@ -29,11 +29,13 @@ def test_the_example_of_the_docstring_sums_up_to_seven() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_review_s_score_is_what_its_text_says(seed: int) -> None:
-    review = reviews.draw(random.Random(seed))
+    review = reviews.draw_review(random.Random(seed))
     assert review.score == by_hand(review.text)
     assert len(review.words) == len(review.tags)
     said = {
-        word: tag for word, tag in zip(review.words, review.tags, strict=True) if word in reviews.OPINIONS
+        word: tag
+        for word, tag in zip(review.words, review.tags, strict=True)
+        if word in reviews.OPINION_VALUES
     }
     assert all(tag in ("PRAISE", "BLAME") for tag in said.values())
 
@@ -44,7 +46,7 @@ def test_not_turns_praise_into_blame() -> None:
     pairs = [(r.prompt.split(), r.target.split()) for r in rows]
     after = [(words[n + 1], tags[n + 1]) for words, tags in pairs for n, w in enumerate(words) if w == "not"]
     assert tagged and after
-    assert all((tag == "BLAME") == (reviews.OPINIONS[word] > 0) for word, tag in after)
+    assert all((tag == "BLAME") == (reviews.OPINION_VALUES[word] > 0) for word, tag in after)
 
 
 def test_the_three_tasks_say_the_same_of_a_review() -> None:
@@ -82,7 +84,7 @@ def test_splits_share_no_prompt(name: str) -> None:
     ],
 )
 def test_real_rows_are_read(name: str, raw: dict[str, Any], target: str) -> None:
-    assert get_task(name).parse(raw).target == target
+    assert get_task(name).parse_row(raw).target == target
 
 
 @pytest.mark.parametrize(
@@ -99,4 +101,4 @@ def test_real_rows_are_read(name: str, raw: dict[str, Any], target: str) -> None
 )
 def test_rows_of_no_use_are_named(name: str, raw: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        get_task(name).parse(raw)
+        get_task(name).parse_row(raw)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.tasks import check_form, get_task, load_rows
-from gkd_lab.tasks.arithmetic import EXEMPLARS, is_correct, parse, parse_marked
+from gkd_lab.tasks import check_row_format, get_task, load_rows
+from gkd_lab.tasks.arithmetic import EXEMPLARS, is_correct, parse_row, parse_row_with_marks
 
 ARITHMETIC = get_task("arithmetic")
 ROW = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"}
@@ -44,11 +44,11 @@ def test_marks_are_kept_in_targets_and_examples_alike_when_asked(tmp_path: Path)
 
 def test_every_worked_example_is_solved_by_its_own_steps() -> None:
     for raw in EXEMPLARS:
-        steps = re.findall(r"<<(\d+)([+-])(\d+)=(\d+)>>(\d+)", parse_marked(raw).target)
+        steps = re.findall(r"<<(\d+)([+-])(\d+)=(\d+)>>(\d+)", parse_row_with_marks(raw).target)
         for first, sign, second, marked, written in steps:
             result = int(first) + (int(second) if sign == "+" else -int(second))
             assert str(result) == marked == written
-        assert is_correct(parse(raw).target, f"#### {steps[-1][3]}")
+        assert is_correct(parse_row(raw).target, f"#### {steps[-1][3]}")
 
 
 def test_made_rows_may_have_shots_too() -> None:
@@ -76,4 +76,4 @@ def test_a_form_that_there_is_not_is_refused(
     task: str, kind: str, form: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_form(get_task(task), kind, **form)
+        check_row_format(get_task(task), kind, **form)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.tasks import docstrings, events, get_task, load_rows
-from gkd_lab.tasks.summarization import parse
+from gkd_lab.tasks.summarization import parse_row
 
 SUMMARIZATION = get_task("summarization")
 
@@ -62,8 +62,8 @@ def f():
 '''
     path = tmp_path / "module.py"
     path.write_text(good)
-    (text,) = docstrings._docstrings(path)
-    assert docstrings._pair(text) == (
+    (text,) = docstrings._read_docstrings(path)
+    assert docstrings._parse_pair(text) == (
         "The thing is looked up by name in the current folder, and if there is none with that "
         "name then a new one is made first and kept for the next call. It is never a copy.",
         "Return the a.Thing that holds x.",
@@ -82,7 +82,7 @@ def f():
     ],
 )
 def test_what_is_not_prose_gives_no_pair(body: str) -> None:
-    assert docstrings._pair(f"Return the thing that holds x.\n\n{body}") is None
+    assert docstrings._parse_pair(f"Return the thing that holds x.\n\n{body}") is None
 
 
 @pytest.mark.slow
@@ -95,21 +95,21 @@ def test_installed_docstrings_are_many_distinct_kept_and_split(tmp_path: Path) -
     prompts = [row.prompt for rows in splits.values() for row in rows]
     assert len(prompts) == len(set(prompts))
     (kept,) = tmp_path.iterdir()
-    docstrings.pairs.cache_clear()
+    docstrings.load_pairs.cache_clear()
     before = kept.stat().st_mtime_ns
     again = load_rows(SUMMARIZATION, "made", name="docstrings", split="test", cache=tmp_path, seed=5)
     assert again == splits["test"]  # the seed changes nothing
     assert kept.stat().st_mtime_ns == before
-    version = docstrings.version(tmp_path)
+    version = docstrings.compute_version(tmp_path)
     assert re.fullmatch(r"docstrings-1\+numpy-.+\+matplotlib-[\d.]+/[0-9a-f]{64}", version)
 
 
 def test_references_are_what_is_compared_with() -> None:
     raw = {"document": " D ", "summary": "s", "references": ["s", "t"], "id": 3}
-    assert (parse(raw).prompt, parse(raw).target) == ("D", "s")
-    assert parse(raw).references == ("s", "t")
-    assert parse({"document": "D", "summary": "s"}).references == ("s",)
-    assert parse({"document": "D", "summary": "s", "references": None}).references == ("s",)
+    assert (parse_row(raw).prompt, parse_row(raw).target) == ("D", "s")
+    assert parse_row(raw).references == ("s", "t")
+    assert parse_row({"document": "D", "summary": "s"}).references == ("s",)
+    assert parse_row({"document": "D", "summary": "s", "references": None}).references == ("s",)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_references_are_what_is_compared_with() -> None:
 )
 def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse(raw)
+        parse_row(raw)

@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from gkd_lab.config.cell import Family
-from gkd_lab.encoding.batches import Example, collate
+from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import divergence_sums
-from gkd_lab.losses.teacher_targets import Projected
-from gkd_lab.models.forward import completion_logits
+from gkd_lab.losses.fused_loss import compute_cell_losses
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
+from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.models.projection import Projection
 from gkd_lab.teachers import score_files
-from gkd_lab.teachers.cached_teachers import StoredTeacher
-from gkd_lab.teachers.score_files import INDEX, Layout, ScoreFiles
-from gkd_lab.teachers.score_writer import numbered, write_scores
-from gkd_lab.teachers.top_k_distributions import Scores, Stored, joined, kept_of, top_scores
+from gkd_lab.teachers.cached_teachers import CachedTeacher
+from gkd_lab.teachers.score_files import INDEX_FILE, ScoreLayout, ScoreReader
+from gkd_lab.teachers.score_writer import number_examples, write_teacher_scores
+from gkd_lab.teachers.top_k_distributions import (
+    TopKScores,
+    TopKTeacherLogits,
+    compute_top_k_scores,
+    concatenate_scores,
+    select_top_k,
+)
 
 from ..losses.test_fused_loss import normal
 from ..models.tiny import FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
@@ -41,8 +47,8 @@ def logits() -> Tensor:
     return 3 * normal(1, BLOCKS, TOKENS, VOCABULARY)
 
 
-def stored(top_k: int | None, dtype: torch.dtype = torch.float64) -> Stored:
-    return Stored.of(top_scores(logits(), top_k, dtype), VOCABULARY)
+def stored(top_k: int | None, dtype: torch.dtype = torch.float64) -> TopKTeacherLogits:
+    return TopKTeacherLogits.create(select_top_k(logits(), top_k, dtype), VOCABULARY)
 
 
 def read(guide: Any, vocabulary: int = VOCABULARY) -> Tensor:
@@ -54,17 +60,17 @@ def read(guide: Any, vocabulary: int = VOCABULARY) -> Tensor:
 
 def test_two_of_four_tokens_are_kept_and_the_others_share_the_tail() -> None:
     given = torch.tensor([[0.5, 0.1, 0.3, 0.1]], dtype=torch.float64).log()
-    scores = top_scores(given, 2, torch.float64)
-    assert scores.ids is not None and scores.tail is not None
+    scores = select_top_k(given, 2, torch.float64)
+    assert scores.ids is not None and scores.tail_log_prob is not None
     assert scores.ids.tolist() == [[0, 2]]
-    torch.testing.assert_close(scores.tail.exp(), torch.tensor([0.2], dtype=torch.float64))
-    guide = Stored.of(scores.map(lambda tensor: tensor[None]), 4)
+    torch.testing.assert_close(scores.tail_log_prob.exp(), torch.tensor([0.2], dtype=torch.float64))
+    guide = TopKTeacherLogits.create(scores.apply(lambda tensor: tensor[None]), 4)
     torch.testing.assert_close(read(guide, 4).exp()[0], given.exp())
 
 
 def test_a_tail_too_small_for_one_minus_the_sum_keeps_its_digits() -> None:
     given = torch.tensor([[0.0, -40.0, -41.0, -42.0]])
-    tail = top_scores(given, 1, torch.float32).tail
+    tail = select_top_k(given, 1, torch.float32).tail_log_prob
     assert tail is not None
     expected = math.log(math.exp(-40) + math.exp(-41) + math.exp(-42))
     assert tail.item() == pytest.approx(expected, rel=1e-6)
@@ -98,8 +104,8 @@ def test_chosen_tokens_are_those_of_the_whole() -> None:
     positions = torch.tensor([[5, 0], [2, 6]])
     for top_k in (None, 4):
         guide = stored(top_k)
-        assert guide.chosen(positions).shape == (BLOCKS, 2)
-        some = read(guide.chosen(positions))
+        assert guide.select_positions(positions).shape == (BLOCKS, 2)
+        some = read(guide.select_positions(positions))
         for m in range(BLOCKS):
             torch.testing.assert_close(some[m], read(guide)[m, positions[m]])
 
@@ -111,8 +117,8 @@ def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept
     student, head = normal(2, BLOCKS, TOKENS, WIDTH).requires_grad_(), normal(3, 2, VOCABULARY, WIDTH)
     weights = torch.rand(BLOCKS, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
-    for guide in (Projected(logits(), Projection(None)), stored(None)):
-        sums = divergence_sums(
+    for guide in (HiddenTeacherLogits(logits(), Projection(None)), stored(None)):
+        sums = compute_cell_losses(
             student,
             Projection(head),
             None,
@@ -120,7 +126,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept
             (0, 1),
             [divergence] * 2,
             weights,
-            guides={0: guide},
+            teachers={0: guide},
         )
         found.append((sums.losses.detach(), *torch.autograd.grad(sums.losses.sum(), student)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
@@ -148,24 +154,26 @@ def test_narrower_numbers_round_and_stay_finite(dtype: torch.dtype, most: float)
         assert (read(guide) - read(stored(top_k))).abs().max() < most
     excluded = torch.tensor([[[0.0, -torch.inf, -torch.inf, -torch.inf]]])
     for top_k in (None, 1, 2):
-        found = read(Stored.of(top_scores(excluded, top_k, dtype), 4), 4)
+        found = read(TopKTeacherLogits.create(select_top_k(excluded, top_k, dtype), 4), 4)
         assert found.isfinite().all()
         assert found.log_softmax(-1).exp()[0, 0].tolist() == [1, 0, 0, 0]
 
 
 def test_ids_of_the_whole_vocabulary_leave_no_tail() -> None:
-    scores = Scores(torch.zeros(1, 1, 4), torch.arange(4).view(1, 1, 4), torch.zeros(1, 1))
+    scores = TopKScores(torch.zeros(1, 1, 4), torch.arange(4).view(1, 1, 4), torch.zeros(1, 1))
     with pytest.raises(ValueError, match="4 tokens of a vocabulary of 4 are named, which leaves none"):
-        Stored.of(scores, 4)
+        TopKTeacherLogits.create(scores, 4)
 
 
 def test_chunks_change_nothing() -> None:
-    guide = Projected(logits()[:1], Projection(None))
+    guide = HiddenTeacherLogits(logits()[:1], Projection(None))
     for top_k in (None, 4):
-        whole, parts = (kept_of(guide, top_k, torch.float32, size) for size in (2**20, VOCABULARY * 8 * 2))
-        assert torch.equal(whole.logs, parts.logs)
-        again = joined(whole.split([3, 0, 4]))
-        assert torch.equal(again.logs, whole.logs)
+        whole, parts = (
+            compute_top_k_scores(guide, top_k, torch.float32, size) for size in (2**20, VOCABULARY * 8 * 2)
+        )
+        assert torch.equal(whole.log_probs, parts.log_probs)
+        again = concatenate_scores(whole.split([3, 0, 4]))
+        assert torch.equal(again.log_probs, whole.log_probs)
 
 
 # ---- on disk ----
@@ -173,7 +181,7 @@ def test_chunks_change_nothing() -> None:
 
 def written(folder: Path, family: Family, **how: Any) -> tuple[Any, list[Example]]:
     teacher, rows = tiny_model(family, 3, dtype=torch.float32), tiny_examples(9)
-    write_scores(teacher, rows, folder, pad_id=PAD, **how)
+    write_teacher_scores(teacher, rows, folder, pad_id=PAD, **how)
     return teacher, rows
 
 
@@ -182,26 +190,26 @@ def written(folder: Path, family: Family, **how: Any) -> tuple[Any, list[Example
 def test_a_row_on_disk_is_what_the_teacher_says_of_it(
     family: Family, top_k: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_files, "FILE_BYTES", 700)
+    monkeypatch.setattr(score_files, "TARGET_FILE_BYTES", 700)
     teacher, rows = written(tmp_path, family, top_k=top_k)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    files = ScoreFiles(tmp_path)
+    files = ScoreReader(tmp_path)
     for number, row in enumerate(rows):
-        alone = collate([row], PAD, is_encoder_decoder=family == "encoder-decoder")
+        alone = collate_examples([row], PAD, is_encoder_decoder=family == "encoder-decoder")
         with torch.no_grad():
-            exact = top_scores(completion_logits(teacher, alone)[0], top_k, torch.float32)
-        tokens, scores = files.row(number)
+            exact = select_top_k(compute_completion_logits(teacher, alone)[0], top_k, torch.float32)
+        tokens, scores = files.read_row(number)
         assert tokens.tolist() == row.completion_ids
-        torch.testing.assert_close(scores.logs, exact.logs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(scores.log_probs, exact.log_probs, rtol=0, atol=1e-4)
         if top_k is not None:
             assert torch.equal(scores.ids, exact.ids)  # type: ignore[arg-type]
-            torch.testing.assert_close(scores.tail, exact.tail, rtol=0, atol=1e-4)
+            torch.testing.assert_close(scores.tail_log_prob, exact.tail_log_prob, rtol=0, atol=1e-4)
 
 
 def test_whoever_goes_on_writing_makes_what_is_missing_or_cut_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_files, "FILE_BYTES", 700)
+    monkeypatch.setattr(score_files, "TARGET_FILE_BYTES", 700)
     written(tmp_path, "decoder-only", top_k=4)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
@@ -218,8 +226,8 @@ def test_whoever_goes_on_writing_makes_what_is_missing_or_cut_short(
 def test_a_folder_of_another_layout_is_written_anew(tmp_path: Path) -> None:
     written(tmp_path, "decoder-only", top_k=4)
     written(tmp_path, "decoder-only", top_k=2, dtype="bfloat16")
-    _, scores = ScoreFiles(tmp_path).row(8)
-    assert (scores.logs.shape[1], scores.logs.dtype) == (2, torch.bfloat16)
+    _, scores = ScoreReader(tmp_path).read_row(8)
+    assert (scores.log_probs.shape[1], scores.log_probs.dtype) == (2, torch.bfloat16)
 
 
 def anonymous_and_mapped() -> tuple[int, int]:
@@ -232,18 +240,18 @@ def anonymous_and_mapped() -> tuple[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_a_store_is_mapped_and_not_loaded(tmp_path: Path) -> None:
     rows, length, vocabulary = 64, 16, 16_384
-    layout = Layout.of([length] * rows, None, vocabulary, "float32")
+    layout = ScoreLayout.create([length] * rows, None, vocabulary, "float32")
     writer = score_files.ScoreWriter(tmp_path, layout)
-    for some in writer.missing():
-        logs = Scores(torch.zeros(length, vocabulary))
-        writer.write(some, [[7] * length] * len(some), [logs] * len(some))
+    for some in writer.list_missing_rows():
+        logs = TopKScores(torch.zeros(length, vocabulary))
+        writer.write_file(some, [[7] * length] * len(some), [logs] * len(some))
         del logs
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size > 60 * 2**20
     before = anonymous_and_mapped()
-    files = ScoreFiles(tmp_path)
+    files = ScoreReader(tmp_path)
     for number in (1, 40):
-        files.row(number)
+        files.read_row(number)
     own, mapped = (b - a for a, b in zip(before, anonymous_and_mapped(), strict=True))
     assert max(own, mapped) < size / 4
 
@@ -252,16 +260,16 @@ def test_a_row_that_was_not_scored_is_told(tmp_path: Path) -> None:
     written(tmp_path, "decoder-only", top_k=4)
     for number in (-1, 9):
         with pytest.raises(ValueError, match=f"are of rows 0 to 8, and row {number} is asked for"):
-            ScoreFiles(tmp_path).row(number)
+            ScoreReader(tmp_path).read_row(number)
 
 
 def test_a_folder_without_scores_and_a_file_that_is_gone_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"holds no scores of a teacher: there is no {INDEX} in it"):
-        ScoreFiles(tmp_path)
+    with pytest.raises(ValueError, match=f"holds no scores of a teacher: there is no {INDEX_FILE} in it"):
+        ScoreReader(tmp_path)
     written(tmp_path, "decoder-only", top_k=4)
     (tmp_path / "00000.safetensors").unlink()
     with pytest.raises(ValueError, match=r"00000.safetensors cannot be read \(.*delete it"):
-        ScoreFiles(tmp_path).row(0)
+        ScoreReader(tmp_path).read_row(0)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +288,14 @@ def test_what_cannot_be_kept_is_refused(how: dict[str, Any], said: str, tmp_path
 
 
 def numbered_examples() -> list[Example]:
-    return numbered(tiny_examples())
+    return number_examples(tiny_examples())
 
 
-def kept_scores(folder: Path, family: Family, top_k: int | None = None) -> StoredTeacher:
+def kept_scores(folder: Path, family: Family, top_k: int | None = None) -> CachedTeacher:
     """Of the teacher that `driving.distil` has where none is given, in float32."""
     teacher = tiny_model(family, 3, width=32, dtype=torch.float32)
-    write_scores(teacher, numbered_examples(), folder / "scores", pad_id=PAD, top_k=top_k)
-    return StoredTeacher(folder / "scores", tiny_tokenizer())
+    write_teacher_scores(teacher, numbered_examples(), folder / "scores", pad_id=PAD, top_k=top_k)
+    return CachedTeacher(folder / "scores", tiny_tokenizer())
 
 
 def trained(folder: Path, family: Family, cells: list[CellArguments], teacher: Any, **changes: Any) -> Run:
@@ -379,7 +387,7 @@ def test_a_student_that_writes_cannot_be_compared_with_kept_scores(tmp_path: Pat
 
 
 def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
-    assert "these rows have none: give `Example`s with `number`" in refused(
+    assert "these rows have none: give `ComparedExample`s with `number`" in refused(
         tmp_path, examples=tiny_examples()
     )
     moved = [replace(row, number=39 - n) for n, row in enumerate(tiny_examples())]
@@ -389,4 +397,4 @@ def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
 def test_a_term_that_reads_the_teacher_s_states_is_refused(tmp_path: Path) -> None:
     teacher = kept_scores(tmp_path, "decoder-only", top_k=4)
     with pytest.raises(ValueError, match="reads the teacher's hidden_states, and a store of its"):
-        teacher.says(None, ["hidden_states"])  # type: ignore[arg-type]
+        teacher.compute_output(None, ["hidden_states"])  # type: ignore[arg-type]

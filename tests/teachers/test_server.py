@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from gkd_lab.encoding.batches import collate
-from gkd_lab.losses.step_loss import StepBatch
-from gkd_lab.models.forward import completion_logits
-from gkd_lab.teachers.cached_teachers import ServedTeacher, named_scores
-from gkd_lab.teachers.server import KEY, TEXTS_AT_ONCE, Endpoint, ServerDown, ServerRefused
-from gkd_lab.teachers.top_k_distributions import Stored, top_scores
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.losses.step_loss import MicroBatch
+from gkd_lab.models.forward import compute_completion_logits
+from gkd_lab.teachers.cached_teachers import ServerTeacher, build_top_k_scores
+from gkd_lab.teachers.server import (
+    API_KEY_VARIABLE,
+    TEXTS_PER_REQUEST,
+    ServerRejection,
+    ServerUnavailable,
+    TeacherServer,
+)
+from gkd_lab.teachers.top_k_distributions import TopKTeacherLogits, select_top_k
 from gkd_lab.training.arguments import GKDConfig
 
 from ..models.tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
@@ -25,54 +31,56 @@ def served() -> Iterator[Served]:
         yield found
 
 
-def endpoint(served: Served, **changes: Any) -> Endpoint:
-    return Endpoint(**{"server": served.address, "model": "large", "top_k": 4, "patience": 0.3, **changes})
+def endpoint(served: Served, **changes: Any) -> TeacherServer:
+    return TeacherServer(
+        **{"server": served.address, "model": "large", "top_k": 4, "patience": 0.3, **changes}
+    )
 
 
 def test_a_token_is_named_with_the_most_likely_first(served: Served) -> None:
     text = [3, 7, 5]
-    (found,) = endpoint(served).scores([text])
+    (found,) = endpoint(served).request_scores([text])
     logits = served.model(torch.tensor([text])).logits[0].detach()
-    exact = top_scores(logits[:2], 4, torch.float32)
+    exact = select_top_k(logits[:2], 4, torch.float32)
     assert exact.ids is not None
     assert [[id_ for id_, _ in one] for one in found] == exact.ids.tolist()
-    kept = named_scores(found, 4)
-    torch.testing.assert_close(kept.logs, exact.logs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kept.tail, exact.tail, rtol=1e-3, atol=1e-3)
+    kept = build_top_k_scores(found, 4)
+    torch.testing.assert_close(kept.log_probs, exact.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.tail_log_prob, exact.tail_log_prob, rtol=1e-3, atol=1e-3)
 
 
 def test_a_guide_is_what_the_teacher_would_say_of_the_rows(served: Served) -> None:
-    rows = tiny_examples(2 * TEXTS_AT_ONCE + 2)
-    batch = collate(rows, PAD, is_encoder_decoder=False)
-    step = StepBatch(batch, batch, (0, 1), (False, False), (0, 0))
-    guide = ServedTeacher(endpoint(served), tiny_tokenizer()).guide(step)
+    rows = tiny_examples(2 * TEXTS_PER_REQUEST + 2)
+    batch = collate_examples(rows, PAD, is_encoder_decoder=False)
+    step = MicroBatch(batch, batch, (0, 1), (False, False), (0, 0))
+    guide = ServerTeacher(endpoint(served), tiny_tokenizer()).compute_logits(step)
     with torch.no_grad():
-        logits = completion_logits(served.model, batch)
-    exact = Stored.of(
-        top_scores(logits, 4, torch.float32).map(lambda t: t.view(2, -1, *t.shape[2:])), logits.shape[-1]
+        logits = compute_completion_logits(served.model, batch)
+    exact = TopKTeacherLogits.create(
+        select_top_k(logits, 4, torch.float32).apply(lambda t: t.view(2, -1, *t.shape[2:])), logits.shape[-1]
     )
     assert guide.shape == exact.shape
     real = batch.completion_mask.bool().view(2, -1)
     for block in (0, 1):
         at = real[block].nonzero()[:, 0]
-        read = [one.reader(14, torch.float32, len(at))(block, at).exp() for one in (guide, exact)]
+        read = [one.create_reader(14, torch.float32, len(at))(block, at).exp() for one in (guide, exact)]
         torch.testing.assert_close(*read, rtol=1e-3, atol=1e-5)
     assert [len(body["prompt"]) for body in served.asked] == [16, 16, 2]
 
 
 def test_the_key_comes_from_the_environment(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.key = "of-this-test-alone"
-    with pytest.raises(ServerRefused, match=rf"status 401\): .*; give its key in .* {KEY}"):
-        endpoint(served).scores([[3, 4]])
-    monkeypatch.setenv(KEY, served.key)
-    assert len(endpoint(served).scores([[3, 4]])[0]) == 1
+    with pytest.raises(ServerRejection, match=rf"status 401\): .*; give its key in .* {API_KEY_VARIABLE}"):
+        endpoint(served).request_scores([[3, 4]])
+    monkeypatch.setenv(API_KEY_VARIABLE, served.key)
+    assert len(endpoint(served).request_scores([[3, 4]])[0]) == 1
     assert served.key not in repr(endpoint(served))
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(served: Served, status: int) -> None:
     served.down, served.status = 2, status
-    assert len(endpoint(served, patience=1).scores([[3, 4, 5]])[0]) == 2
+    assert len(endpoint(served, patience=1).request_scores([[3, 4, 5]])[0]) == 2
     assert len(served.asked) == 3
 
 
@@ -81,8 +89,10 @@ def test_a_server_that_stays_away_is_given_up_after_the_patience(
 ) -> None:
     served.down = 1000
     start = time.monotonic()
-    with pytest.raises(ServerDown, match=r"no answer in 0.3 s .*status 503.*resume from the last checkpoint"):
-        endpoint(served).scores([[3, 4]])
+    with pytest.raises(
+        ServerUnavailable, match=r"no answer in 0.3 s .*status 503.*resume from the last checkpoint"
+    ):
+        endpoint(served).request_scores([[3, 4]])
     assert time.monotonic() - start < 5
     assert 2 <= len(served.asked) < 10
     assert [record.getMessage() for record in caplog.records if record.name == "gkd_lab.teachers.server"] == [
@@ -93,14 +103,14 @@ def test_a_server_that_stays_away_is_given_up_after_the_patience(
 def test_nobody_at_the_address_is_a_server_that_is_down() -> None:
     with serving(Served(None)) as gone:
         pass
-    with pytest.raises(ServerDown, match=r"ConnectError.*Connection refused"):
-        endpoint(gone).scores([[3, 4]])
+    with pytest.raises(ServerUnavailable, match=r"ConnectError.*Connection refused"):
+        endpoint(gone).request_scores([[3, 4]])
 
 
 def test_a_server_that_takes_too_long_is_down(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "choice", lambda *_: time.sleep(0.5))
-    with pytest.raises(ServerDown, match="ReadTimeout"):
-        endpoint(served, timeout=0.05).scores([[3, 4]])
+    with pytest.raises(ServerUnavailable, match="ReadTimeout"):
+        endpoint(served, timeout=0.05).request_scores([[3, 4]])
 
 
 @pytest.mark.parametrize(
@@ -113,8 +123,8 @@ def test_a_server_that_takes_too_long_is_down(served: Served, monkeypatch: pytes
 def test_what_another_try_would_not_change_is_told_at_once(
     served: Served, changes: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(ServerRefused, match=said):
-        endpoint(served, patience=60, **changes).scores([[3, 4]])
+    with pytest.raises(ServerRejection, match=said):
+        endpoint(served, patience=60, **changes).request_scores([[3, 4]])
 
 
 @pytest.mark.parametrize(
@@ -135,20 +145,20 @@ def test_what_another_try_would_not_change_is_told_at_once(
 )
 def test_what_is_no_scores_of_these_texts_is_told(served: Served, answer: Any, said: str) -> None:
     served.answer = answer
-    with pytest.raises(ServerRefused, match=said):
-        endpoint(served).scores([[3, 4]])
+    with pytest.raises(ServerRejection, match=said):
+        endpoint(served).request_scores([[3, 4]])
 
 
 @pytest.mark.parametrize(("field", "value"), [("server", "127.0.0.1:8000"), ("top_k", 0)])
 def test_an_endpoint_that_cannot_be_is_refused(field: str, value: Any) -> None:
     stated: dict[str, Any] = {"server": "http://a/v1", "model": "large", "top_k": 4, field: value}
     with pytest.raises(ValueError, match=f"{field} {value!r}"):
-        Endpoint(**stated)
+        TeacherServer(**stated)
 
 
 def test_a_student_that_is_encoder_decoder_is_told_what_to_do(served: Served) -> None:
     student = tiny_model("encoder-decoder", 7)
-    with pytest.raises(ValueError, match=r"prompt log-probabilities are of one text: .*`StoredTeacher`"):
-        ServedTeacher(endpoint(served), tiny_tokenizer()).check(
+    with pytest.raises(ValueError, match=r"prompt log-probabilities are of one text: .*`CachedTeacher`"):
+        ServerTeacher(endpoint(served), tiny_tokenizer()).check_compatibility(
             student, [], GKDConfig(use_cpu=True, bf16=False)
         )

@@ -11,9 +11,9 @@ from torch import Tensor
 from gkd_lab import Teacher
 from gkd_lab.config.cell import Family
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
-from gkd_lab.losses.fused_loss import divergence_sums
-from gkd_lab.losses.teacher_targets import Projected, Target
-from gkd_lab.losses.terms import Term, Terms, parsed
+from gkd_lab.losses.fused_loss import compute_cell_losses
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherTarget
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
 from gkd_lab.models.projection import Projection
 
 from ..losses.test_fused_loss import normal
@@ -32,8 +32,8 @@ def given() -> dict[str, Any]:
         "teacher": None,
         "teacher_head": None,
         "guides": {
-            0: Projected(normal(3, BLOCKS, TOKENS, 4), Projection(normal(4, VOCABULARY, 4))),
-            1: Projected(normal(5, BLOCKS, TOKENS, 8), Projection(normal(6, VOCABULARY + 3, 8))),
+            0: HiddenTeacherLogits(normal(3, BLOCKS, TOKENS, 4), Projection(normal(4, VOCABULARY, 4))),
+            1: HiddenTeacherLogits(normal(5, BLOCKS, TOKENS, 8), Projection(normal(6, VOCABULARY + 3, 8))),
         },
         "block_of_cell": (1, 0),
         "weights": torch.rand(CELLS, TOKENS, generator=generator, dtype=torch.float64),
@@ -52,9 +52,9 @@ def logits(one: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return students, teachers
 
 
-def assert_is(one: dict[str, Any], target: Target, log_target: list[Tensor], **more: Any) -> None:
+def assert_is(one: dict[str, Any], target: TeacherTarget, log_target: list[Tensor], **more: Any) -> None:
     """Values and gradients are those of the divergence from exp(log_target), by plain formulas."""
-    sums = divergence_sums(divergences=[(Term(MEASURE, target=target),)] * CELLS, **one, **more)
+    sums = compute_cell_losses(terms=[(WeightedLoss(MEASURE, target=target),)] * CELLS, **one, **more)
     students, _ = logits(one)
     expected = torch.stack(
         [
@@ -72,7 +72,7 @@ def assert_is(one: dict[str, Any], target: Target, log_target: list[Tensor], **m
 def test_a_mixture_is_of_probabilities_each_at_its_own_temperature() -> None:
     one = given()
     _, teachers = logits(one)
-    target = Target((0, 1), (0.7, 0.3), (0.5, 2.0))
+    target = TeacherTarget((0, 1), (0.7, 0.3), (0.5, 2.0))
     mixed = [
         (0.7 * (both[0] / 0.5).softmax(-1) + 0.3 * (both[1] / 2.0).softmax(-1)).log() for both in teachers
     ]
@@ -82,7 +82,7 @@ def test_a_mixture_is_of_probabilities_each_at_its_own_temperature() -> None:
 def test_a_mixture_without_weights_is_the_mean() -> None:
     one = given()
     mixed = [both.softmax(-1).mean(0).log() for both in logits(one)[1]]
-    assert_is(one, Target((0, 1)), mixed)
+    assert_is(one, TeacherTarget((0, 1)), mixed)
 
 
 def test_a_routed_divergence_compares_each_row_with_its_own_teacher() -> None:
@@ -92,32 +92,35 @@ def test_a_routed_divergence_compares_each_row_with_its_own_teacher() -> None:
     for n, both in enumerate(logits(one)[1]):
         own = routes[one["block_of_cell"][n]]
         chosen.append(torch.stack([both[int(teacher), place] for place, teacher in enumerate(own)]))
-    assert_is(one, Target((0, 1), routed=True), chosen, routes=routes)
+    assert_is(one, TeacherTarget((0, 1), routed=True), chosen, routes=routes)
 
 
 def test_a_sum_of_divergences_is_that_of_each_alone() -> None:
     one = given()
-    lists: Terms = (Term(MEASURE, 0.25), Term(MEASURE, 2.0, target=Target((1,))))
-    together = divergence_sums(divergences=[lists] * CELLS, **one)
-    alone = [divergence_sums(divergences=[(term,)] * CELLS, **one).losses for term in lists]
+    lists: WeightedLosses = (
+        WeightedLoss(MEASURE, 0.25),
+        WeightedLoss(MEASURE, 2.0, target=TeacherTarget((1,))),
+    )
+    together = compute_cell_losses(terms=[lists] * CELLS, **one)
+    alone = [compute_cell_losses(terms=[(term,)] * CELLS, **one).losses for term in lists]
     torch.testing.assert_close(together.losses, alone[0] + alone[1])
     torch.testing.assert_close(together.terms, torch.stack(alone, 1).detach())
 
 
 def test_a_scale_weighs_the_tokens_of_one_term() -> None:
     one = given()
-    lists: Terms = (Term(MEASURE), Term(MEASURE, target=Target((1,))))
+    lists: WeightedLosses = (WeightedLoss(MEASURE), WeightedLoss(MEASURE, target=TeacherTarget((1,))))
     scale = normal(9, TOKENS)
-    scaled = divergence_sums(divergences=[lists] * CELLS, scales={(1, 0): scale}, **one)
-    plain = divergence_sums(divergences=[lists] * CELLS, **one)
+    scaled = compute_cell_losses(terms=[lists] * CELLS, scales={(1, 0): scale}, **one)
+    plain = compute_cell_losses(terms=[lists] * CELLS, **one)
     by_weights = {**one, "weights": one["weights"] * scale}
-    weighed = divergence_sums(divergences=[lists[:1]] * CELLS, **by_weights)
+    weighed = compute_cell_losses(terms=[lists[:1]] * CELLS, **by_weights)
     torch.testing.assert_close(scaled.terms[0], plain.terms[0])
     torch.testing.assert_close(scaled.terms[1, 1], plain.terms[1, 1])
     torch.testing.assert_close(scaled.terms[1, 0], weighed.terms[1, 0])
     (ours,) = torch.autograd.grad(scaled.losses[1], one["student"])
     (theirs,) = torch.autograd.grad(weighed.losses[1] + plain.terms[1, 1], one["student"])
-    second = divergence_sums(divergences=[lists[1:]] * CELLS, **one).losses[1]
+    second = compute_cell_losses(terms=[lists[1:]] * CELLS, **one).losses[1]
     torch.testing.assert_close(ours, theirs + torch.autograd.grad(second, one["student"])[0])
 
 
@@ -132,18 +135,23 @@ def test_a_scale_weighs_the_tokens_of_one_term() -> None:
 )
 def test_a_target_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Target(**fields)
+        TeacherTarget(**fields)
 
 
 def test_a_routed_loss_must_know_the_routes() -> None:
     with pytest.raises(ValueError, match="a routed divergence needs to know each row's teacher"):
-        divergence_sums(divergences=[(Term(MEASURE, target=Target((0, 1), routed=True)),)] * CELLS, **given())
+        compute_cell_losses(
+            terms=[(WeightedLoss(MEASURE, target=TeacherTarget((0, 1), routed=True)),)] * CELLS, **given()
+        )
 
 
 # ---- in the trainer ----
 
-MIXTURE: Terms = (Term(MEASURE, target=Target((0, 1), (0.6, 0.4))),)
-SUM: Terms = (Term(MEASURE, 0.5), Term(Divergence(beta=1.0), 0.5, target=Target((1,))))
+MIXTURE: WeightedLosses = (WeightedLoss(MEASURE, target=TeacherTarget((0, 1), (0.6, 0.4))),)
+SUM: WeightedLosses = (
+    WeightedLoss(MEASURE, 0.5),
+    WeightedLoss(Divergence(beta=1.0), 0.5, target=TeacherTarget((1,))),
+)
 
 
 def another(family: Family, **options: Any) -> Teacher:
@@ -153,7 +161,7 @@ def another(family: Family, **options: Any) -> Teacher:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("terms", (MIXTURE, SUM), ids=("mixture", "sum"))
 def test_packed_cells_learn_from_several_teachers_as_they_do_alone(
-    family: Family, terms: Terms, tmp_path: Path
+    family: Family, terms: WeightedLosses, tmp_path: Path
 ) -> None:
     lmbdas = (0.0, 0.5, 1.0)
     cells = [cell(tmp_path, str(n), lmbda=lmbda, objectives=terms) for n, lmbda in enumerate(lmbdas)]
@@ -166,7 +174,7 @@ def test_packed_cells_learn_from_several_teachers_as_they_do_alone(
 def test_two_copies_of_a_teacher_are_that_teacher(tmp_path: Path) -> None:
     twin = Teacher(tiny_model("decoder-only", 3, width=32))
     mixed = distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=[twin])
-    plain = distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=(Term(MEASURE),))])
+    plain = distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=(WeightedLoss(MEASURE),))])
     assert_close(mixed.weights(), plain.weights())
 
 
@@ -242,7 +250,7 @@ def test_teachers_have_each_its_own_dtype(tmp_path: Path) -> None:
         [cell(tmp_path, objectives=MIXTURE)],
         more_teachers=[another("decoder-only", dtype="bfloat16")],
     )
-    first, second = run.trainer._teachers
+    first, second = run.trainer.teachers
     assert first.head.model.dtype == torch.float64  # type: ignore[attr-defined]
     assert second.head.model.dtype == torch.bfloat16  # type: ignore[attr-defined]
     assert all(math.isfinite(loss) for loss in run.losses())
@@ -261,9 +269,9 @@ def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
 
 def test_a_configuration_names_teachers_by_number() -> None:
     listed = [{"beta": 0.3, "teachers": [0, 1], "weights": [0.6, 0.4]}]
-    assert parsed(listed, Divergence()) == MIXTURE
+    assert parse_terms(listed, Divergence()) == MIXTURE
 
 
 def test_weights_that_are_all_0_are_refused() -> None:
     with pytest.raises(ValueError, match="all weights are 0, so nothing would be learnt"):
-        parsed([{"weight": 0}, {"type": "cross_entropy", "weight": 0}], Divergence())
+        parse_terms([{"weight": 0}, {"type": "cross_entropy", "weight": 0}], Divergence())

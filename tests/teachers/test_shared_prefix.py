@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gkd_lab.losses.step_loss import StepBatch, joined
+from gkd_lab.losses.step_loss import MicroBatch, concatenate_blocks
 from gkd_lab.models.forward import Sequences
-from gkd_lab.models.heads import Head
+from gkd_lab.models.heads import OutputHead
 from gkd_lab.teachers import shared_prefix
-from gkd_lab.teachers.shared_prefix import Reader
+from gkd_lab.teachers.shared_prefix import SharedPrefixReader
 
 from ..models.families import FAMILIES
 from ..models.tiny import PAD, tiny_model
@@ -24,20 +24,22 @@ def block(prompts: Sequences, seed: int, length: int) -> Sequences:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 12, (ROWS, length), generator=generator)
     mask = (torch.arange(length) < torch.tensor([[length], [1], [length - 1]])).long()
-    return prompts.with_completions(ids.masked_fill(mask == 0, PAD), mask)
+    return prompts.replace_completions(ids.masked_fill(mask == 0, PAD), mask)
 
 
 def step(
     *, left: bool, of: tuple[int, ...] = (0, 1, 0, 0, 1), lengths: tuple[int, ...] = (4, 2, 4, 1, 3)
-) -> StepBatch:
+) -> MicroBatch:
     generator = torch.Generator().manual_seed(9)
     ids = torch.randint(3, 12, (SEEDS, ROWS, PROMPT), generator=generator)
     real = torch.arange(PROMPT) < torch.tensor([[5], [2], [4]])
     mask = (real.flip(1) if left else real).long().expand(SEEDS, -1, -1)
     none = ids[0, :, :0]
     prompts = [Sequences(i.masked_fill(m == 0, PAD), m, none, none) for i, m in zip(ids, mask, strict=True)]
-    rows = joined([block(prompts[p], n, c) for n, (p, c) in enumerate(zip(of, lengths, strict=True))], PAD)
-    return StepBatch(rows, rows, tuple(range(len(of))), (True,) * len(of), of)
+    rows = concatenate_blocks(
+        [block(prompts[p], n, c) for n, (p, c) in enumerate(zip(of, lengths, strict=True))], PAD
+    )
+    return MicroBatch(rows, rows, tuple(range(len(of))), (True,) * len(of), of)
 
 
 def calls(model: PreTrainedModel) -> list[int]:
@@ -54,10 +56,10 @@ def calls(model: PreTrainedModel) -> list[int]:
 def test_each_family_says_the_same_whether_its_prompts_are_shared_or_not(name: str) -> None:
     model = FAMILIES[name](16).eval()
     batch = step(left=not model.config.is_encoder_decoder)
-    head = Head(model)
-    read = Reader(head)
+    head = OutputHead(model)
+    read = SharedPrefixReader(head)
     with torch.no_grad():
-        expected, found = head.unprojected(batch.teacher), read(batch)
+        expected, found = head.compute_unprojected(batch.teacher), read(batch)
     trained = batch.teacher.completion_mask.bool()
     torch.testing.assert_close(found.hidden[trained], expected.hidden[trained], rtol=1e-4, atol=1e-5)
     assert found.projection.weight is expected.projection.weight
@@ -66,14 +68,14 @@ def test_each_family_says_the_same_whether_its_prompts_are_shared_or_not(name: s
 @pytest.mark.parametrize("family", ["decoder-only", "encoder-decoder"])
 def test_a_prompt_is_read_once(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, 0).eval()
-    read = Reader(Head(model))
-    assert read.keeps_prompts
+    read = SharedPrefixReader(OutputHead(model))
+    assert read.reuses_prompts
     seen, batch = calls(model), step(left=family == "decoder-only")
     read(batch)
     continued = ROWS * (ANSWER - 1 if family == "decoder-only" else ANSWER)
     prompts = [ROWS * PROMPT] if family == "decoder-only" else []
     assert seen == [*prompts, 3 * continued, *prompts, 2 * continued]
-    monkeypatch.setattr(shared_prefix, "STATE_BYTES", 1)
+    monkeypatch.setattr(shared_prefix, "CPU_STATE_BYTES", 1)
     seen.clear()
     read(batch)
     assert seen == [*prompts, *[continued] * 3, *prompts, *[continued] * 2]
@@ -82,7 +84,7 @@ def test_a_prompt_is_read_once(family: Any, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("of", [(0,), (1,)])
 def test_a_single_block_is_read_with_its_prompt(of: tuple[int, ...]) -> None:
     model = tiny_model("decoder-only", 0).eval()
-    read = Reader(Head(model))
+    read = SharedPrefixReader(OutputHead(model))
     seen = calls(model)
     read(step(left=True, of=of, lengths=(4,)))
     assert seen == [ROWS * (PROMPT + 4)]
@@ -90,10 +92,10 @@ def test_a_single_block_is_read_with_its_prompt(of: tuple[int, ...]) -> None:
 
 def test_answers_of_one_token_need_no_second_pass() -> None:
     model = tiny_model("decoder-only", 0).eval()
-    head = Head(model)
+    head = OutputHead(model)
     batch = step(left=True, of=(0, 0), lengths=(1, 1))
-    found = Reader(head)(batch)
-    torch.testing.assert_close(found.hidden, head.unprojected(batch.teacher).hidden)
+    found = SharedPrefixReader(head)(batch)
+    torch.testing.assert_close(found.hidden, head.compute_unprojected(batch.teacher).hidden)
 
 
 def remembering(model: PreTrainedModel) -> Callable[..., Any]:
@@ -112,4 +114,4 @@ def remembering(model: PreTrainedModel) -> Callable[..., Any]:
 def test_a_model_that_cannot_go_on_from_its_prompts_reads_all_together() -> None:
     model = tiny_model("decoder-only", 0).eval()
     model.model.forward = remembering(model)
-    assert not Reader(Head(model)).keeps_prompts
+    assert not SharedPrefixReader(OutputHead(model)).reuses_prompts

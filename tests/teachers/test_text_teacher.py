@@ -12,18 +12,18 @@ from gkd_lab.config.cell import Family
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import CrossEntropy, Term, parsed
-from gkd_lab.losses.uld import Uld
+from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, parse_terms
+from gkd_lab.losses.uld import ULD
 from gkd_lab.models.packing import Pack
-from gkd_lab.teachers.teacher_prompts import PromptsOfRows
+from gkd_lab.teachers.teacher_prompts import TwoTokenizerEncoder
 from gkd_lab.training.trainer import GKDTrainer
 
 from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
 from ..training.driving import Run, arguments, assert_close, assert_identical, cell
 from ..training.pairs import model_of, pieces
 
-ULD = (Term(Uld()),)
-BOTH = (Term(Uld(), 2.0), Term(CrossEntropy()))
+ULD_ALONE = (WeightedLoss(ULD()),)
+BOTH = (WeightedLoss(ULD(), 2.0), WeightedLoss(CrossEntropy()))
 
 
 def distil_pair(
@@ -42,7 +42,7 @@ def distil_pair(
     models = list(students or [model_of(tiny_tokenizer(), 7, family) for _ in cells])
     history: list[list[dict[str, float]]] = [[] for _ in cells]
     trainer = GKDTrainer(
-        pack=Pack.of(models) if len(models) > 1 else Pack.alone(models[0]),
+        pack=Pack.build(models) if len(models) > 1 else Pack.build_single(models[0]),
         cells=cells,
         teacher_model=teacher or model_of(pieces(), 3, family, width=32),
         teacher_processing_class=pieces(),
@@ -62,7 +62,7 @@ def three(folder: Path) -> list[CellArguments]:
     return [
         cell(folder, "0", lmbda=0.0, objectives=BOTH),
         cell(folder, "1", lmbda=0.5, objectives=ULD),
-        cell(folder, "2", lmbda=1.0, seed=1, objectives=(Term(Uld(2.0, 0.5), 3.0),)),
+        cell(folder, "2", lmbda=1.0, seed=1, objectives=(WeightedLoss(ULD(2.0, 0.5), 3.0),)),
     ]
 
 
@@ -110,24 +110,24 @@ def test_cells_on_the_same_rows_let_the_teacher_read_them_once(
     reads = []
     from gkd_lab.teachers import teacher
 
-    says = teacher.LiveTeacher.says
+    says = teacher.LiveTeacher.compute_output
 
     def counted(self: Any, batch: Any, asks: Any = ()) -> Any:
         reads.append(batch.teacher.rows)
         return says(self, batch, asks)
 
     monkeypatch.setattr(teacher.LiveTeacher, "says", counted)
-    cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(Term(Uld(), n + 1.0),)) for n in range(3)]
+    cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(WeightedLoss(ULD(), n + 1.0),)) for n in range(3)]
     distil_pair(tmp_path, cells, max_steps=2)
     assert reads == [8, 8]
 
 
 def test_a_pair_of_one_tokenizer_has_both_terms(tmp_path: Path) -> None:
     """And a student that equals its teacher has nothing to learn from either."""
-    terms = (Term(Divergence(beta=0.5)), Term(Uld()))
+    terms = (WeightedLoss(Divergence(beta=0.5)), WeightedLoss(ULD()))
     twin = model_of(tiny_tokenizer(), 7)
     trainer = GKDTrainer(
-        pack=Pack.alone(model_of(tiny_tokenizer(), 7)),
+        pack=Pack.build_single(model_of(tiny_tokenizer(), 7)),
         cells=[cell(tmp_path, lmbda=0.0, objectives=terms)],
         teacher_model=twin,
         teacher_processing_class=tiny_tokenizer(),
@@ -154,7 +154,7 @@ def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
 
 
 def test_evaluation_gives_the_loss(tmp_path: Path) -> None:
-    run = distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], max_steps=1)
+    run = distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], max_steps=1)
     found = run.trainer.evaluate(tiny_examples(16, seed=1))
     assert 0 < found["eval_loss"] < 2
 
@@ -186,27 +186,27 @@ def test_each_side_has_its_own_chat_template() -> None:
     student.chat_template = "{{ messages[0].content }} = " + ANSWER
     teacher.chat_template = "Q: {{ messages[0].content }}\nA: " + ANSWER
     encoder = RowEncoder(student, is_encoder_decoder=False, max_length=64, max_new_tokens=8)
-    prompts = PromptsOfRows(encoder, teacher, model_of(pieces(), 3).config)
+    prompts = TwoTokenizerEncoder(encoder, teacher, model_of(pieces(), 3).config)
     example = prompts(ROWS[0])
     assert student.decode(example.prompt_ids) == "a b 1 ="
-    assert teacher.decode(prompts.known[tuple(example.prompt_ids)]) == "Q: a b 1\nA: "
+    assert teacher.decode(prompts.teacher_prompts[tuple(example.prompt_ids)]) == "Q: a b 1\nA: "
 
 
 def test_prompts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gkd_lab.teachers.teacher_prompts.KEPT", 2)
+    monkeypatch.setattr("gkd_lab.teachers.teacher_prompts.MAX_CACHED_PROMPTS", 2)
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
     known = {(1, 2): [3]}
-    prompts = PromptsOfRows(encoder, pieces(), model_of(pieces(), 3).config, known)
+    prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config, known)
     for text in ("a", "b", "c", "d"):
         prompts({"prompt": text, "completion": "1"})
-    assert len(prompts.known) == 3
+    assert len(prompts.teacher_prompts) == 3
 
 
 def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> None:
     student = tiny_tokenizer()
     student.chat_template = "{{ messages[0].content }} ="
     encoder = RowEncoder(student, is_encoder_decoder=False, max_length=64, max_new_tokens=8)
-    prompts = PromptsOfRows(encoder, pieces(), model_of(pieces(), 3).config)
+    prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config)
     with pytest.raises(ValueError, match=r"uld: with the teacher's tokenizer: .*has no chat template"):
         prompts({"messages": ROWS[0]["messages"][:1]})
 
@@ -215,20 +215,20 @@ def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> N
 
 
 def test_a_divergence_between_two_tokenizers_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    terms = (Term(Divergence()), Term(Uld()))
+    terms = (WeightedLoss(Divergence()), WeightedLoss(ULD()))
     with pytest.raises(ValueError, match=r"do not share a tokenizer: .*objectives: \[\{type: uld\}"):
         distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=terms)])
 
 
 def test_text_of_a_teacher_written_on_the_fly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not share a tokenizer"):
-        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], seq_kd=True)
+        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], seq_kd=True)
 
 
 def test_a_teacher_that_is_no_model_here_is_refused() -> None:
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
     with pytest.raises(ValueError, match=r"this teacher is no model that could"):
-        PromptsOfRows(encoder, pieces(), None)
+        TwoTokenizerEncoder(encoder, pieces(), None)
 
 
 @pytest.mark.filterwarnings("ignore:teacher and student have 14 vocabulary entries")
@@ -245,14 +245,14 @@ def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set dataloader_num_workers to 0"):
-        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD)], dataloader_num_workers=1)
+        distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], dataloader_num_workers=1)
 
 
 def test_a_configuration_names_it(tmp_path: Path) -> None:
     plain = Divergence()
-    (term,) = parsed([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}], plain)
-    assert term == Term(Uld(teacher_temperature=0.5), 2)
+    (term,) = parse_terms([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}], plain)
+    assert term == WeightedLoss(ULD(teacher_temperature=0.5), 2)
     with pytest.raises(ValueError, match=r"uld has no field 'beta'; it has student_temperature"):
-        parsed([{"type": "uld", "beta": 0.5}], plain)
+        parse_terms([{"type": "uld", "beta": 0.5}], plain)
     with pytest.raises(ValueError, match="uld: student_temperature -1 divides logits"):
-        parsed([{"type": "uld", "student_temperature": -1}], plain)
+        parse_terms([{"type": "uld", "student_temperature": -1}], plain)

@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 from gkd_lab.config.cell import Family
 from gkd_lab.encoding.batches import Example
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.terms import Terms
+from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.packing import Pack
 from gkd_lab.teachers.teacher import Teacher
 from gkd_lab.training.arguments import GKDConfig
@@ -36,7 +36,7 @@ class Run:
 
     def weights(self, cell: int = 0) -> dict[str, Tensor]:
         """A plain model's parameters of the cell."""
-        return {n: v.clone() for n, v in self.trainer.pack.parameters_of(cell).items()}
+        return {n: v.clone() for n, v in self.trainer.pack.get_cell_parameters(cell).items()}
 
 
 def cell(
@@ -49,7 +49,7 @@ def cell(
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     learning_rate: float = 3e-4,
-    objectives: Terms = (),
+    objectives: WeightedLosses = (),
 ) -> CellArguments:
     return CellArguments(
         lmbda=lmbda,
@@ -112,7 +112,7 @@ def distil(
 ) -> Run:
     """Train the cells as one model (or one cell as a plain model) from equal weights."""
     models = list(students or [tiny_model(family, 7, dtype=dtype) for _ in cells])
-    pack = Pack.of(models) if packed else Pack.alone(models[0])
+    pack = Pack.build(models) if packed else Pack.build_single(models[0])
     history: list[list[dict[str, float]]] = [[] for _ in cells]
     trainer = GKDTrainer(
         pack=pack,

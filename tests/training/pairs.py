@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
-from gkd_lab.losses.step_loss import StepBatch
-from gkd_lab.losses.teacher_targets import Guide, Projected
+from gkd_lab.losses.step_loss import MicroBatch
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits
 from gkd_lab.models.build import make_model, train_tokenizer
-from gkd_lab.models.forward import completion_logits
+from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.models.projection import Projection
-from gkd_lab.teachers.teacher import Said
+from gkd_lab.teachers.teacher import TeacherOutput
 
 from ..models.tiny import WORDS
 
@@ -55,18 +55,18 @@ class Plain:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config, self.reads = model, model.config, 0
 
-    def at_work(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def head_at_work(self) -> AbstractContextManager[Any]:
+    def activate_head(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def says(self, batch: StepBatch, asks: Any = ()) -> Said:
+    def compute_output(self, batch: MicroBatch, output_names: Any = ()) -> TeacherOutput:
         self.reads += 1
         with torch.no_grad():
-            logits = completion_logits(self.model, batch.teacher)
-        guide: Guide = Projected(logits.reshape(1, -1, logits.shape[-1]), Projection(None))
-        return Said(guide)
+            logits = compute_completion_logits(self.model, batch.teacher)
+        guide: TeacherLogits = HiddenTeacherLogits(logits.reshape(1, -1, logits.shape[-1]), Projection(None))
+        return TeacherOutput(guide)
 
 
 def plain_distance(q: Tensor, p: Tensor) -> Tensor:

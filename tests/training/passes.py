@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_lab.config.cell import Family
-from gkd_lab.losses.auxiliary_losses import Pass, Seen
-from gkd_lab.models.forward import Sequences, arguments
+from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
+from gkd_lab.models.forward import Sequences, build_forward_arguments
 from gkd_lab.models.projection import Projection
 
 from ..models.tiny import END, PAD
@@ -42,30 +42,32 @@ def weights(batch: Sequences) -> Tensor:
     return each / (mask.sum(1) > 0).sum()
 
 
-def passed(model: PreTrainedModel, batch: Sequences, asks: str) -> Pass:
+def passed(model: PreTrainedModel, batch: Sequences, asks: str) -> ModelOutputs:
     """The model's forward pass with what a measure asks for."""
     asked: dict[str, Any] = {f"output_{asks}": True}
-    output = model(**arguments(model, batch), **asked)
+    output = model(**build_forward_arguments(model, batch), **asked)
     named = {name: value for name, value in output.items() if name.endswith(asks)}
-    return Pass(output.logits, named, model.config, Projection(None))
+    return ModelOutputs(output.logits, named, model.config, Projection(None))
 
 
-def seen(student: PreTrainedModel, teacher: PreTrainedModel, batch: Sequences, asks: str) -> Seen:
+def seen(student: PreTrainedModel, teacher: PreTrainedModel, batch: Sequences, asks: str) -> LossInputs:
     """Both passes; the teacher's without gradient."""
     with torch.no_grad():
         guide = passed(teacher, batch, asks)
-    return Seen(batch, passed(student, batch, asks), guide, weights(batch), on_policy=False, step=0, seed=0)
+    return LossInputs(
+        batch, passed(student, batch, asks), guide, weights(batch), on_policy=False, step=0, seed=0
+    )
 
 
 def labelled(batch: Sequences) -> Sequences:
     """The prompts alone, as a classifier reads them, with a label for each."""
-    ones = torch.ones(batch.rows, 1, dtype=torch.long)
+    ones = torch.ones(batch.num_rows, 1, dtype=torch.long)
     return replace(batch, completion_ids=ones, completion_mask=ones)
 
 
 def longer(batch: Sequences, extra: int) -> Sequences:
     """The same rows with more padding at the end of their completions."""
-    pad = torch.zeros(batch.rows, extra, dtype=batch.completion_ids.dtype)
+    pad = torch.zeros(batch.num_rows, extra, dtype=batch.completion_ids.dtype)
     return replace(
         batch,
         completion_ids=torch.cat([batch.completion_ids, pad + PAD], 1),

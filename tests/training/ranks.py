@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from gkd_lab import GKDTrainer
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import PolicyGradient, Term
+from gkd_lab.losses.terms import RewardLoss, WeightedLoss
 from gkd_lab.models.packing import Pack
 from tests.training.scripts import (
     chat_tokenizer,
@@ -112,8 +112,8 @@ def resumed(folder: Path) -> dict[str, list[float]]:
 class Broken(GKDTrainer):
     """The first cell's loss is no number in the second process at the third step."""
 
-    def _sums(self, *args: Any) -> Any:
-        sums, extra = super()._sums(*args)
+    def compute_cell_sums(self, *args: Any) -> Any:
+        sums, extra = super().compute_cell_sums(*args)
         if self.args.process_index == 1 and self.state.global_step == 2:
             sums = replace(sums, losses=sums.losses * torch.tensor([math.nan, 1.0]))
         return sums, extra
@@ -137,12 +137,12 @@ def packed(folder: Path, kind: type[GKDTrainer] = GKDTrainer, **of_first: Any) -
         **({"ddp_backend": "gloo"} if world > 1 else {}),
     )
     cells = [
-        replace(CellArguments.of(args), lmbda=0.5, seed=seed, output_dir=str(folder / f"packed{seed}"))
+        replace(CellArguments.build(args), lmbda=0.5, seed=seed, output_dir=str(folder / f"packed{seed}"))
         for seed in (0, 1)
     ]
     losses: list[list[float]] = [[], []]
     made = kind(
-        pack=Pack.of([llama(0).double(), llama(2).double()]),
+        pack=Pack.build([llama(0).double(), llama(2).double()]),
         cells=[replace(cells[0], **of_first), cells[1]],
         teacher_model=llama(1, width=24).double(),
         args=args,
@@ -151,7 +151,7 @@ def packed(folder: Path, kind: type[GKDTrainer] = GKDTrainer, **of_first: Any) -
         log_cell=lambda n, row: losses[n].append(row["loss"]),
     )
     made.train()
-    sums = [[float(w.abs().sum()) for w in made.pack.parameters_of(n).values()] for n in (0, 1)]
+    sums = [[float(w.abs().sum()) for w in made.pack.get_cell_parameters(n).values()] for n in (0, 1)]
     return {"losses": losses, "weights": sums, "failures": made.failures}
 
 
@@ -164,9 +164,9 @@ def main() -> None:
     found["resumed"] = resumed(folder)
     found["packed"] = packed(folder)
     if "WORLD_SIZE" in os.environ:
-        reward = Term(PolicyGradient("tests.training.ranks:no_number"), 0.1)
+        reward = WeightedLoss(RewardLoss("tests.training.ranks:no_number"), 0.1)
         found["no loss"] = packed(folder / "no loss", Broken)
-        found["no reward"] = packed(folder / "no reward", objectives=(Term(Divergence()), reward))
+        found["no reward"] = packed(folder / "no reward", objectives=(WeightedLoss(Divergence()), reward))
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -18,16 +18,20 @@ from transformers import (
 )
 
 from gkd_lab import GKDTrainer
-from gkd_lab.losses.squared_error import SquaredError, against_labels
-from gkd_lab.models.classifiers import Kind
+from gkd_lab.losses.squared_error import SquaredError, label_squared_error
+from gkd_lab.models.classifiers import ClassifierKind
 from gkd_lab.models.packing import CannotPack, Pack
-from gkd_lab.training.classification_adapter import UNKNOWN, LabelledRows, measured
+from gkd_lab.training.classification_adapter import (
+    UNKNOWN_LABEL,
+    LabelledRowEncoder,
+    compute_classification_metrics,
+)
 from gkd_lab.training.trainer import Teacher
 
 from ..models.tiny_classifiers import CONFIGS, tiny_classifier, tiny_rows, tiny_tokenizer
 from .driving import arguments, assert_close, assert_identical, cell
 
-KINDS: tuple[Kind, ...] = ("sequence-classification", "token-classification", "regression")
+KINDS: tuple[ClassifierKind, ...] = ("sequence-classification", "token-classification", "regression")
 BOTH = [
     {
         "type": "divergence",
@@ -45,7 +49,7 @@ BOTH_NUMBERS = [
 ]
 
 
-def trainer_of(folder: Path, kind: Kind, family: str = "bert", **changes: Any) -> GKDTrainer:
+def trainer_of(folder: Path, kind: ClassifierKind, family: str = "bert", **changes: Any) -> GKDTrainer:
     options: dict[str, Any] = {
         "model": tiny_classifier(family, kind, 1),
         "teacher_model": tiny_classifier(family, kind, 2),
@@ -67,10 +71,12 @@ def trainer_of(folder: Path, kind: Kind, family: str = "bert", **changes: Any) -
 
 
 def weights_of(trainer: GKDTrainer, number: int = 0) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.pack.parameters_of(number).items()}
+    return {name: value.clone() for name, value in trainer.pack.get_cell_parameters(number).items()}
 
 
-def expected_loss(student: Any, teacher: Any, kind: Kind, rows: list[dict[str, Any]]) -> torch.Tensor:
+def expected_loss(
+    student: Any, teacher: Any, kind: ClassifierKind, rows: list[dict[str, Any]]
+) -> torch.Tensor:
     """Hinton's loss (2015, §2) row by row, without padding, by torch's own functions."""
     tokenizer, parts, count, temperature = tiny_tokenizer(), [], 0, 2.0
     for row in rows:
@@ -91,7 +97,9 @@ def expected_loss(student: Any, teacher: Any, kind: Kind, rows: list[dict[str, A
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_torch_s_own_functions(tmp_path: Path, family: str, kind: Kind) -> None:
+def test_loss_and_gradients_equal_torch_s_own_functions(
+    tmp_path: Path, family: str, kind: ClassifierKind
+) -> None:
     """Each row alone and without padding, so that padding and positions are right too."""
     rows = tiny_rows(kind, 6)
     trainer = trainer_of(tmp_path, kind, family)
@@ -117,7 +125,7 @@ def test_hand_computed_values_of_squared_errors() -> None:
     assert values.tolist() == [4.0, 2.25]
     assert gradient.tolist() == [[4.0], [-3.0]]
     assert entropy.tolist() == [0.0, 0.0]
-    values, gradient, _ = against_labels(student, torch.tensor([2.5, -1.0]))
+    values, gradient, _ = label_squared_error(student, torch.tensor([2.5, -1.0]))
     assert values.tolist() == [0.25, 0.0]
     assert gradient.tolist() == [[1.0], [0.0]]
 
@@ -144,7 +152,7 @@ def test_logits_of_a_classifier_can_be_matched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_learns_its_teacher(tmp_path: Path, kind: Kind) -> None:
+def test_a_student_learns_its_teacher(tmp_path: Path, kind: ClassifierKind) -> None:
     objective = {"type": "squared_error"} if kind == "regression" else {"beta": 0.0}
     trainer = trainer_of(
         tmp_path, kind, objectives=[objective], max_steps=60, learning_rate=3e-3, eval_dataset=tiny_rows(kind)
@@ -194,7 +202,7 @@ def test_a_classifier_is_loaded_by_name(tmp_path: Path) -> None:
 
 
 def test_a_teacher_with_its_labels_in_another_order_is_read_by_name(tmp_path: Path) -> None:
-    kind: Kind = "sequence-classification"
+    kind: ClassifierKind = "sequence-classification"
     teacher = tiny_classifier("bert", kind, 2)
     swapped = copy.deepcopy(teacher)
     order = [2, 0, 1]
@@ -211,7 +219,7 @@ def test_a_teacher_with_its_labels_in_another_order_is_read_by_name(tmp_path: Pa
 
 
 def test_other_labels_are_refused_and_named(tmp_path: Path) -> None:
-    kind: Kind = "sequence-classification"
+    kind: ClassifierKind = "sequence-classification"
     other = tiny_classifier("bert", kind, 2, labels=("no", "yes"))
     with pytest.raises(ValueError, match=r"student has 3 .*teacher has 2 .*only the student has 'maybe'"):
         trainer_of(tmp_path, kind, teacher_model=other)
@@ -284,12 +292,19 @@ def test_only_the_first_piece_of_a_word_has_its_label() -> None:
     from gkd_lab.models.build import train_tokenizer
 
     tokenizer = train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=300), ["a b"])
-    rows = LabelledRows(tokenizer, "token-classification", ["x", "y"], max_length=None, needed=True)
+    rows = LabelledRowEncoder(
+        tokenizer, "token-classification", ["x", "y"], max_length=None, labels_required=True
+    )
     found = rows({"tokens": ["ab", "c"], "labels": [1, 0]})
     assert len(found.input_ids) == len(found.labels) > 2
     assert [label for label in found.labels if label != -100] == [1, 0]
-    unknown = LabelledRows(tokenizer, "token-classification", ["x", "y"], max_length=None, needed=False)
-    assert [label for label in unknown({"tokens": ["ab", "c"]}).labels if label != -100] == [UNKNOWN, UNKNOWN]
+    unknown = LabelledRowEncoder(
+        tokenizer, "token-classification", ["x", "y"], max_length=None, labels_required=False
+    )
+    assert [label for label in unknown({"tokens": ["ab", "c"]}).labels if label != -100] == [
+        UNKNOWN_LABEL,
+        UNKNOWN_LABEL,
+    ]
 
 
 def test_rows_are_cut_after_the_longest_that_is_asked_for(tmp_path: Path) -> None:
@@ -324,7 +339,7 @@ def test_text_pair_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_collators_of_transformers_give_the_same_loss(tmp_path: Path, kind: Kind) -> None:
+def test_collators_of_transformers_give_the_same_loss(tmp_path: Path, kind: ClassifierKind) -> None:
     tokenizer, rows = tiny_tokenizer(), tiny_rows(kind, 6)
     theirs = []
     for row in rows:
@@ -352,7 +367,7 @@ def test_a_batch_without_labels_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_classifier_writes_nothing(tmp_path: Path, kind: Kind) -> None:
+def test_a_classifier_writes_nothing(tmp_path: Path, kind: ClassifierKind) -> None:
     with pytest.raises(
         ValueError, match=rf"lmbda=0.5 lets the student write .* a {kind} model writes nothing"
     ):
@@ -375,7 +390,7 @@ def test_classes_are_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="against 'data' is not one of teacher, labels"):
         trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error", "against": "data"}])
     with pytest.raises(ValueError, match="compares numbers, and the model has 3 outputs"):
-        against_labels(torch.zeros(2, 3), torch.zeros(2))
+        label_squared_error(torch.zeros(2, 3), torch.zeros(2))
 
 
 def test_what_only_a_language_model_has_is_refused(tmp_path: Path) -> None:
@@ -401,7 +416,7 @@ def test_several_labels_at_once_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_has_the_metrics_of_its_kind(tmp_path: Path, kind: Kind) -> None:
+def test_an_evaluation_has_the_metrics_of_its_kind(tmp_path: Path, kind: ClassifierKind) -> None:
     rows = tiny_rows(kind, 11, seed=4)
     trainer = trainer_of(tmp_path, kind, eval_dataset=rows, per_device_eval_batch_size=4)
     found = trainer.evaluate()
@@ -425,7 +440,9 @@ def test_an_evaluation_has_the_metrics_of_its_kind(tmp_path: Path, kind: Kind) -
 
 def test_two_labels_have_the_f1_of_the_second() -> None:
     logits, labels = np.array([[0, 1], [0, 1], [1, 0], [1, 0.0]]), np.array([1, 0, 1, -100])
-    found = measured(EvalPrediction(logits, labels), kind="sequence-classification", labels=2)
+    found = compute_classification_metrics(
+        EvalPrediction(logits, labels), kind="sequence-classification", n_labels=2
+    )
     assert found["f1"] == pytest.approx(f1_score([1, 0, 1], [1, 1, 0]))
     assert found["accuracy"] == pytest.approx(1 / 3)
 
@@ -450,7 +467,7 @@ def test_the_user_s_own_metrics_come_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, kind: Kind) -> None:
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, kind: ClassifierKind) -> None:
     straight = trainer_of(tmp_path / "one", kind)
     straight.train()
     half = trainer_of(tmp_path / "two", kind, save_strategy="steps", save_steps=3)
@@ -461,17 +478,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, kind: Kind) -> No
     assert_identical(weights_of(straight), weights_of(resumed))
 
 
-def cells_of(folder: Path, kind: Kind) -> list[Any]:
+def cells_of(folder: Path, kind: ClassifierKind) -> list[Any]:
     """Three that differ in seed, rate and terms."""
     from gkd_lab.losses.divergence import Divergence
-    from gkd_lab.losses.terms import CrossEntropy, LabelError, Term
+    from gkd_lab.losses.terms import CrossEntropy, LabelSquaredError, WeightedLoss
 
     soft: Any = SquaredError() if kind == "regression" else Divergence(beta=0.0, teacher_temperature=2.0)
-    hard: Any = LabelError() if kind == "regression" else CrossEntropy()
+    hard: Any = LabelSquaredError() if kind == "regression" else CrossEntropy()
     return [
-        cell(folder, "0", lmbda=0.0, objectives=(Term(soft),)),
-        cell(folder, "1", lmbda=0.0, objectives=(Term(hard),), seed=1),
-        cell(folder, "2", lmbda=0.0, objectives=(Term(soft, 0.5), Term(hard, 0.5)), learning_rate=1e-3),
+        cell(folder, "0", lmbda=0.0, objectives=(WeightedLoss(soft),)),
+        cell(folder, "1", lmbda=0.0, objectives=(WeightedLoss(hard),), seed=1),
+        cell(
+            folder,
+            "2",
+            lmbda=0.0,
+            objectives=(WeightedLoss(soft, 0.5), WeightedLoss(hard, 0.5)),
+            learning_rate=1e-3,
+        ),
     ]
 
 
@@ -485,18 +508,20 @@ def cells_of(folder: Path, kind: Kind) -> list[Any]:
         ("distilbert", "regression"),
     ],
 )
-def test_three_packed_equal_each_alone(tmp_path: Path, family: str, kind: Kind) -> None:
+def test_three_packed_equal_each_alone(tmp_path: Path, family: str, kind: ClassifierKind) -> None:
     cells = cells_of(tmp_path, kind)
-    pack = Pack.of([pack_member(family, kind) for _ in cells])
+    pack = Pack.build([pack_member(family, kind) for _ in cells])
     together = trainer_of(tmp_path, kind, family, pack=pack, cells=cells)
     together.train()
     for n, one in enumerate(cells):
-        alone = trainer_of(tmp_path, kind, family, pack=Pack.alone(pack_member(family, kind)), cells=[one])
+        alone = trainer_of(
+            tmp_path, kind, family, pack=Pack.build_single(pack_member(family, kind)), cells=[one]
+        )
         alone.train()
         assert_close(weights_of(together, n), weights_of(alone))
 
 
-def pack_member(family: str, kind: Kind) -> Any:
+def pack_member(family: str, kind: ClassifierKind) -> Any:
     model = tiny_classifier(family, kind, 1)
     model.config.pad_token_id = 0
     return model
@@ -505,11 +530,11 @@ def pack_member(family: str, kind: Kind) -> Any:
 def test_a_classifier_that_counts_positions_its_own_way_says_that_it_cannot_be_packed() -> None:
     members = [tiny_classifier("roberta", "sequence-classification", n) for n in range(2)]
     with pytest.raises(CannotPack, match="logits of the packed RobertaForSequenceClassification differ"):
-        Pack.of(members)
+        Pack.build(members)
 
 
 def test_the_sum_of_two_teachers_is_the_sum_of_their_losses(tmp_path: Path) -> None:
-    kind: Kind = "sequence-classification"
+    kind: ClassifierKind = "sequence-classification"
     second = tiny_classifier("bert", kind, 5)
     batch = trainer_of(tmp_path, kind).data_collator(tiny_rows(kind, 4))
 

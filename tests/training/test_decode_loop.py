@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.encoding.batches import collate
-from gkd_lab.losses.step_loss import blocks
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
-from gkd_lab.models.rng import uniforms
-from gkd_lab.training.decode_loop import LEAVE
-from gkd_lab.training.sampling import write
+from gkd_lab.models.rng import draw_uniforms
+from gkd_lab.training.decode_loop import SHRINK_THRESHOLD
+from gkd_lab.training.sampling import generate_completions
 
 from ..models.families import make
 from ..models.tiny import FIRST_WORD, LAST_WORD, PAD, tiny_examples
@@ -23,11 +23,11 @@ ROWS, TOKENS = 12, 16
 
 
 def prompts(model: PreTrainedModel, count: int = ROWS) -> Sequences:
-    return collate(tiny_examples(count), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
+    return collate_examples(tiny_examples(count), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
 def written(model: PreTrainedModel, rows: Sequences, noise: Tensor | None) -> Sequences:
-    return write(model, rows, max_new_tokens=TOKENS, end_ids=ENDS, pad_id=PAD, uniforms=noise)
+    return generate_completions(model, rows, max_new_tokens=TOKENS, end_ids=ENDS, pad_id=PAD, uniforms=noise)
 
 
 def rows_read(model: PreTrainedModel) -> list[int]:
@@ -44,8 +44,10 @@ def rows_read(model: PreTrainedModel) -> list[int]:
 def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -> None:
     model = make(family, 0)
     rows = prompts(model)
-    noise = uniforms(0, 0, "sampling", ROWS, TOKENS)
-    alone = [written(model, rows.map(lambda t, n=n: t[n : n + 1]), noise[n : n + 1]) for n in range(ROWS)]  # type: ignore[misc]
+    noise = draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
+    alone = [
+        written(model, rows.map_tensors(lambda t, n=n: t[n : n + 1]), noise[n : n + 1]) for n in range(ROWS)
+    ]  # type: ignore[misc]
     read = rows_read(model)
     together = written(model, rows, noise)
     for n, own in enumerate(alone):
@@ -60,7 +62,7 @@ def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -
     for step, batch in enumerate(read):
         going_on = int((lengths > step).sum())
         assert going_on <= batch
-        assert going_on > LEAVE * batch
+        assert going_on > SHRINK_THRESHOLD * batch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,13 +84,13 @@ def test_greedy_search_is_that_of_generate(family: str) -> None:
 @pytest.mark.parametrize("family", ("llama", "gpt2", "t5"))
 def test_a_pack_s_cells_keep_equally_many_rows(family: str) -> None:
     members = [make(family, seed) for seed in range(3)]
-    rows, noise = prompts(members[0]), uniforms(0, 0, "sampling", ROWS, TOKENS)
-    pack = Pack.of(members)
+    rows, noise = prompts(members[0]), draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
+    pack = Pack.build(members)
     read = rows_read(pack.model)
-    together = written(pack.model, rows.repeated(3), noise.repeat(3, 1))
+    together = written(pack.model, rows.repeat_rows(3), noise.repeat(3, 1))
     assert all(batch % 3 == 0 for batch in read)
     assert read[-1] < read[0]
-    for own, member in zip(blocks(together, 3), members, strict=True):
+    for own, member in zip(split_blocks(together, 3), members, strict=True):
         alone = written(member, rows, noise)
         width = alone.completion_ids.shape[1]
         assert torch.equal(own.completion_ids[:, :width], alone.completion_ids)
@@ -97,9 +99,9 @@ def test_a_pack_s_cells_keep_equally_many_rows(family: str) -> None:
 
 def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", 0)
-    rows, noise = prompts(model), uniforms(0, 0, "sampling", ROWS, TOKENS)
+    rows, noise = prompts(model), draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
     expected = written(model, rows, noise)
-    monkeypatch.setattr("gkd_lab.training.decode_loop._shrinks", lambda state: False)
+    monkeypatch.setattr("gkd_lab.training.decode_loop._can_drop_rows", lambda state: False)
     read = rows_read(model)
     assert torch.equal(written(model, rows, noise).completion_ids, expected.completion_ids)
     assert set(read) == {ROWS}
@@ -108,14 +110,14 @@ def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatc
 def test_beams_have_no_chooser_of_their_own() -> None:
     model = make("llama", 0)
     with pytest.raises(ValueError, match="2 beams cannot be chosen"):
-        write(
+        generate_completions(
             model,
             prompts(model),
             max_new_tokens=TOKENS,
             end_ids=ENDS,
             pad_id=PAD,
             num_beams=2,
-            assisted=lambda choose: choose,
+            wrap_chooser=lambda choose: choose,
         )
 
 
@@ -125,6 +127,8 @@ def test_writing_stops_when_the_last_row_has_ended() -> None:
     read = rows_read(model)
     noise = torch.zeros(2, TOKENS, dtype=torch.float64)
     everything = torch.arange(model.config.vocab_size)
-    answers = write(model, rows, max_new_tokens=TOKENS, end_ids=everything, pad_id=PAD, uniforms=noise)
+    answers = generate_completions(
+        model, rows, max_new_tokens=TOKENS, end_ids=everything, pad_id=PAD, uniforms=noise
+    )
     assert answers.completion_ids.shape == (2, 1)
     assert len(read) == 1

@@ -15,9 +15,9 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from gkd_lab import GKDTrainer
-from gkd_lab.encoding.batches import Example, collate
-from gkd_lab.encoding.trl_batch import in_form_of_trl
-from gkd_lab.losses.step_loss import StepBatch
+from gkd_lab.encoding.batches import Example, collate_examples
+from gkd_lab.encoding.trl_batch import build_trl_batch
+from gkd_lab.losses.step_loss import MicroBatch
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.rng import is_on_policy
 
@@ -59,7 +59,7 @@ class Step:
 
     loss: float
     gradient: dict[str, Tensor]
-    batches: list[StepBatch]
+    batches: list[MicroBatch]
 
     @property
     def norm(self) -> float:
@@ -85,7 +85,7 @@ def made(name: str, folder: Path, *, teacher: int = 1, **changes: Any) -> GKDTra
 
 
 def rows_of(name: str, examples: Sequence[Example]) -> Sequences:
-    return collate(examples, PAD, is_encoder_decoder=name in ENCODER_DECODERS)
+    return collate_examples(examples, PAD, is_encoder_decoder=name in ENCODER_DECODERS)
 
 
 def step_of(trainer: GKDTrainer, parts: Sequence[Sequences | dict[str, Tensor]], step: int) -> Step:
@@ -191,7 +191,7 @@ def in_one_row(name: str, rows: Sequences, left: bool) -> dict[str, Tensor]:
         ids, mask = rows.prompt_ids, rows.prompt_mask
         labels = labels.gather(1, label_order)
     else:
-        batch = in_form_of_trl(rows)
+        batch = build_trl_batch(rows)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = batch["labels"].gather(1, sorted_by(mask, left))
     order = sorted_by(mask, left)

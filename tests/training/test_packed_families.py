@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.step_loss import blocks
+from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.training.trainer import GKDTrainer
 
@@ -92,7 +92,7 @@ def trained(name: str, folder: Path, cells: Sequence[CellArguments], packed: boo
         def get_batch_samples(*args: Any) -> Any:
             samples, items = samples_of(*args)
             for sample in samples:
-                for n, part in enumerate(blocks(sample["batch"].student, len(cells))):
+                for n, part in enumerate(split_blocks(sample["batch"].student, len(cells))):
                     rows = zip(part.completion_ids, part.completion_mask.bool(), strict=True)
                     texts[n].append([ids[mask].tolist() for ids, mask in rows])
             return samples, items
@@ -157,4 +157,4 @@ def test_in_float32_the_losses_agree_within_rounding(name: str, tmp_path: Path) 
 def test_a_family_that_does_not_pack_says_why(name: str) -> None:
     model = make(name, 0)
     with pytest.raises(CannotPack, match=ALONE[name]):
-        Pack.of([model, model])
+        Pack.build([model, model])

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.encoding.batches import collate
+from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.divergence import generalized_jsd
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.models.forward import Sequences, compute_completion_logits
 
 from .scripts import (
     chat,
@@ -52,7 +52,7 @@ def fixed_batch(made: GKDTrainer, rows: int = 4) -> Sequences:
 def by_hand(made: GKDTrainer, batch: Sequences, **temperatures: float) -> tuple[Tensor, Tensor]:
     """Dense JSD(1/2) of each completion token, and the mask."""
     with torch.no_grad():
-        student, teacher = (completion_logits(m, batch) for m in (made.model, made.teacher_model))
+        student, teacher = (compute_completion_logits(m, batch) for m in (made.model, made.teacher_model))
     mask = batch.completion_mask.bool()
     values = torch.zeros(mask.shape, dtype=torch.float32)
     values[mask] = generalized_jsd(student[mask], teacher[mask], 0.5, **temperatures)
@@ -158,7 +158,7 @@ def test_pitfall_06_seq_kd_trains_on_the_teachers_text_and_asks_for_it_once(tmp_
             batch.student.prompt_ids, batch.student.prompt_mask, completions, strict=True
         ):
             assert text.setdefault(tuple(prompt[mask.bool()].tolist()), own) == own
-    references = {tuple(made._encode(row).completion_ids) for row in rows}
+    references = {tuple(made.encode_row(row).completion_ids) for row in rows}
     assert not references & {tuple(own) for own in text.values()}
 
 
@@ -166,8 +166,11 @@ def test_pitfall_06_resumed_seq_kd_gets_the_same_text(tmp_path: Path) -> None:
     arguments = {**OFF, "seq_kd": True}
     first, second = (trainer(tmp_path, arguments=arguments) for _ in range(2))
     batch = fixed_batch(first)
-    one = first._teacher_text.in_place_of(batch)
-    halves = [second._teacher_text.in_place_of(batch.map(lambda t, n=n: t[n : n + 1])) for n in (3, 2, 1, 0)]
+    one = first.teacher_completions.replace_completions(batch)
+    halves = [
+        second.teacher_completions.replace_completions(batch.map_tensors(lambda t, n=n: t[n : n + 1]))
+        for n in (3, 2, 1, 0)
+    ]
     for n, half in zip((3, 2, 1, 0), halves, strict=True):
         ids = one.completion_ids[n][one.completion_mask[n].bool()]
         assert ids.tolist() == half.completion_ids[0][half.completion_mask[0].bool()].tolist()
@@ -309,14 +312,16 @@ def test_pitfall_15_absolute_positions_do_not_shift_with_the_padding(tmp_path: P
 
     made = trainer(tmp_path, model=gpt2(0), teacher=gpt2(1), arguments=OFF)
     rows: Any = made.train_dataset
-    examples = [made._encode(row) for row in rows[:3]]
+    examples = [made.encode_row(row) for row in rows[:3]]
     alone = [
-        made.compute_loss(made.model, vars(collate([e], 0, is_encoder_decoder=False))).item()
+        made.compute_loss(made.model, vars(collate_examples([e], 0, is_encoder_decoder=False))).item()
         for e in examples
     ]
     lengths = [len(e.completion_ids) for e in examples]
     assert len({len(e.prompt_ids) for e in examples}) == 3
-    together = made.compute_loss(made.model, vars(collate(examples, 0, is_encoder_decoder=False))).item()
+    together = made.compute_loss(
+        made.model, vars(collate_examples(examples, 0, is_encoder_decoder=False))
+    ).item()
     expected = sum(a * n for a, n in zip(alone, lengths, strict=True)) / sum(lengths)
     assert together == pytest.approx(expected, rel=1e-5)
 
@@ -463,7 +468,7 @@ def test_pitfall_24_the_entropy_is_that_of_the_student(tmp_path: Path) -> None:
     made = trainer(tmp_path, arguments={**OFF, "max_steps": 1, "per_device_train_batch_size": 8})
     batch = fixed_batch(made, 8)
     with torch.no_grad():
-        log_q = completion_logits(made.model, batch).log_softmax(-1)
+        log_q = compute_completion_logits(made.model, batch).log_softmax(-1)
     entropy = -(log_q.exp() * log_q).sum(-1)[batch.completion_mask.bool()].mean().item()
     made.train()
     assert logged(made, "entropy")[0] == pytest.approx(entropy, rel=1e-5)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gkd_lab.config.cell import Family
-from gkd_lab.encoding.batches import collate
-from gkd_lab.models.forward import Sequences, completion_logits, evaluating, until_end
-from gkd_lab.models.rng import uniforms
-from gkd_lab.training.decode_loop import InverseCdf
-from gkd_lab.training.sampling import end_ids, write
+from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode, make_completion_mask
+from gkd_lab.models.rng import draw_uniforms
+from gkd_lab.training.decode_loop import InverseCdfSampler
+from gkd_lab.training.sampling import collect_end_ids, generate_completions
 
 from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
 
@@ -19,11 +19,11 @@ TOKENS = 7
 
 
 def prompts(family: Family, count: int = 6) -> Sequences:
-    return collate(tiny_examples(count), PAD, is_encoder_decoder=family == "encoder-decoder")
+    return collate_examples(tiny_examples(count), PAD, is_encoder_decoder=family == "encoder-decoder")
 
 
 def sampled(model: object, rows: Sequences, noise: Tensor | None, **more: object) -> Sequences:
-    return write(
+    return generate_completions(
         model,  # type: ignore[arg-type]
         rows,
         max_new_tokens=TOKENS,
@@ -35,16 +35,16 @@ def sampled(model: object, rows: Sequences, noise: Tensor | None, **more: object
 
 
 def drawn(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-    """The tokens that `InverseCdf` draws from one row of logits with many uniforms."""
+    """The tokens that `InverseCdfSampler` draws from one row of logits with many uniforms."""
     scores = logits.expand(len(noise), -1)
-    return InverseCdf(noise[:, None], temperature)(scores, torch.arange(len(noise)), 0)
+    return InverseCdfSampler(noise[:, None], temperature)(scores, torch.arange(len(noise)), 0)
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
 def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature: float) -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = 20_000 * (logits / temperature).softmax(-1)
-    noise = uniforms(0, 0, "sampling", 20_000, 1)[:, 0]
+    noise = draw_uniforms(0, 0, "sampling", 20_000, 1)[:, 0]
     counts = torch.bincount(drawn(logits, noise, temperature), minlength=8)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 24.32  # the 99.9 % point with 7 degrees of freedom
@@ -65,8 +65,8 @@ def test_tokens_of_probability_zero_are_never_drawn() -> None:
 
 def test_each_row_has_its_own_temperature() -> None:
     model, rows = tiny_model("decoder-only", 0), prompts("decoder-only")
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS)
-    cold = torch.tensor([1e-6, 1.0] * (rows.rows // 2))[:, None]
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
+    cold = torch.tensor([1e-6, 1.0] * (rows.num_rows // 2))[:, None]
     mixed = sampled(model, rows, noise, temperature=cold).completion_ids
     greedy = sampled(model, rows, None).completion_ids
     warm = sampled(model, rows, noise).completion_ids
@@ -81,27 +81,27 @@ def test_every_token_follows_from_the_training_forward_s_distribution_and_the_no
 ) -> None:
     """With the KV cache, left padding and positions of `generate`, as without them."""
     model, rows = tiny_model(family, 0), prompts(family)
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS)
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
     answers = sampled(model, rows, noise, temperature=0.8)
     with torch.no_grad():
-        cumulative = (completion_logits(model, answers) / 0.8).softmax(-1).cumsum(-1)
+        cumulative = (compute_completion_logits(model, answers) / 0.8).softmax(-1).cumsum(-1)
     width = answers.completion_ids.shape[1]
     again = (cumulative <= noise[:, :width, None]).sum(-1)
     mask = answers.completion_mask.bool()
     assert torch.equal(again[mask], answers.completion_ids[mask])
-    assert mask.sum() > rows.rows
+    assert mask.sum() > rows.num_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batching_order_and_padding_change_nothing(family: Family) -> None:
     model, rows = tiny_model(family, 0), prompts(family)
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS)
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
     together = sampled(model, rows, noise)
     order = torch.tensor([3, 0, 5, 2, 1, 4])
-    moved = sampled(model, rows.map(lambda t: t[order]), noise[order])
+    moved = sampled(model, rows.map_tensors(lambda t: t[order]), noise[order])
     assert torch.equal(moved.completion_ids, together.completion_ids[order])
-    for n, example in enumerate(tiny_examples(rows.rows)):
-        one = collate([example], PAD, is_encoder_decoder=family == "encoder-decoder")
+    for n, example in enumerate(tiny_examples(rows.num_rows)):
+        one = collate_examples([example], PAD, is_encoder_decoder=family == "encoder-decoder")
         ids = sampled(model, one, noise[n : n + 1]).completion_ids[0]
         assert torch.equal(ids, together.completion_ids[n, : len(ids)])
 
@@ -110,7 +110,7 @@ def test_batching_order_and_padding_change_nothing(family: Family) -> None:
 @pytest.mark.parametrize("way", ("greedy", "sample", "beam"))
 def test_the_model_s_own_generation_settings_do_not_leak(family: Family, way: str) -> None:
     model, rows = tiny_model(family, 0), prompts(family)
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS) if way == "sample" else None
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS) if way == "sample" else None
     beams = 3 if way == "beam" else 1
     expected = sampled(model, rows, noise, num_beams=beams)
     own = model.generation_config
@@ -129,7 +129,7 @@ def test_the_model_s_generation_settings_return_after_an_error() -> None:
     own = model.generation_config
     rows = prompts("decoder-only")
     with pytest.raises(IndexError):
-        sampled(model, rows, torch.zeros(rows.rows, 0))
+        sampled(model, rows, torch.zeros(rows.num_rows, 0))
     assert model.generation_config is own
 
 
@@ -137,7 +137,7 @@ def test_the_model_s_generation_settings_return_after_an_error() -> None:
 @pytest.mark.parametrize("training", (True, False))
 def test_dropout_is_off_while_writing_and_as_it_was_afterwards(family: Family, training: bool) -> None:
     model, rows = tiny_model(family, 0, dropout=0.5), prompts(family)
-    noise = uniforms(0, 0, "sampling", rows.rows, TOKENS)
+    noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
     expected = sampled(model.eval(), rows, noise)
     model.train(training)
     before = torch.random.get_rng_state()
@@ -148,14 +148,14 @@ def test_dropout_is_off_while_writing_and_as_it_was_afterwards(family: Family, t
 
 def test_evaluating_restores_the_mode_after_an_error() -> None:
     model = tiny_model("decoder-only", 0).train()
-    with pytest.raises(RuntimeError, match="broken on purpose"), evaluating(model):
+    with pytest.raises(RuntimeError, match="broken on purpose"), eval_mode(model):
         raise RuntimeError("broken on purpose")
     assert model.training
 
 
 def test_the_mask_ends_with_the_first_end_of_sequence() -> None:
     ids = torch.tensor([[5, 1, 5, 1], [1, 1, 0, 0], [5, 5, 5, 5], [5, 9, 1, 0]])
-    assert until_end(ids, torch.tensor([1, 9])).tolist() == [
+    assert make_completion_mask(ids, torch.tensor([1, 9])).tolist() == [
         [True, True, False, False],
         [True, False, False, False],
         [True, True, True, True],
@@ -166,7 +166,7 @@ def test_the_mask_ends_with_the_first_end_of_sequence() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_follows_the_end_of_sequence_is_padding(family: Family) -> None:
     model, rows = tiny_model(family, 0), prompts(family, 30)
-    answers = sampled(model, rows, uniforms(0, 0, "sampling", 30, TOKENS))
+    answers = sampled(model, rows, draw_uniforms(0, 0, "sampling", 30, TOKENS))
     lengths = answers.completion_mask.sum(-1)
     assert lengths.min() >= 1
     assert lengths.min() < lengths.max()
@@ -179,9 +179,9 @@ def test_what_follows_the_end_of_sequence_is_padding(family: Family) -> None:
 
 def test_ends_are_merged_from_tokenizer_and_configurations() -> None:
     model, tokenizer = tiny_model("decoder-only", 0), tiny_tokenizer()
-    assert end_ids(model, tokenizer).tolist() == [END]
+    assert collect_end_ids(model, tokenizer).tolist() == [END]
     model.generation_config.eos_token_id = [END, 7]
     model.config.eos_token_id = 9
-    assert end_ids(model, tokenizer).tolist() == [END, 7, 9]
+    assert collect_end_ids(model, tokenizer).tolist() == [END, 7, 9]
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    assert end_ids(model, tokenizer).tolist() == [END]
+    assert collect_end_ids(model, tokenizer).tolist() == [END]

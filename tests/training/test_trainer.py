@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from gkd_lab.config.cell import Family
-from gkd_lab.encoding.batches import Example, KeyedBatches, collate
+from gkd_lab.encoding.batches import Example, KeyedBatchSampler, collate_examples
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
-from gkd_lab.losses.terms import Term
-from gkd_lab.models.forward import Sequences, completion_logits
+from gkd_lab.losses.terms import WeightedLoss
+from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.packing import Pack
-from gkd_lab.models.rng import is_on_policy, permutation, uniforms
+from gkd_lab.models.rng import draw_permutation, draw_uniforms, is_on_policy
 from gkd_lab.training.pack_trainer import AllCellsFailed
-from gkd_lab.training.sampling import write
+from gkd_lab.training.sampling import generate_completions
 from gkd_lab.training.trainer import GKDTrainer
 
 from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
@@ -93,7 +93,7 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
 
     def watch(trainer: GKDTrainer) -> None:
         def before_step(*_: Any) -> None:
-            for n, views in enumerate(trainer._views):
+            for n, views in enumerate(trainer.cell_parameters):
                 gradients = {k: v.grad.clone() for k, v in views.items() if v.grad is not None}
                 seen[n].append(gradients)
 
@@ -127,7 +127,7 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
 def test_a_cell_s_loss_has_its_own_weight(packed: bool, tmp_path: Path) -> None:
     """Without clipping, gradients follow; Adam's step hardly does, so the first step's norm is looked at."""
     weights = (1.0, 3.0, 0.0) if packed else (3.0,)
-    of_cells = [(Term(Divergence(beta=0.5), weight),) for weight in weights]
+    of_cells = [(WeightedLoss(Divergence(beta=0.5), weight),) for weight in weights]
     cells = [cell(tmp_path, str(n), objectives=terms) for n, terms in enumerate(of_cells)]
     whole = distil(
         tmp_path, "decoder-only", [cell(tmp_path, "1")], packed=False, max_steps=1, max_grad_norm=0
@@ -302,7 +302,7 @@ def test_padding_changes_no_loss(family: Family, tmp_path: Path) -> None:
 def loss_of(trainer: GKDTrainer, examples: list[Example]) -> Tensor:
     """The loss on the examples' own targets, (K,), one batch."""
     encoder_decoder = trainer.pack.model.config.is_encoder_decoder
-    rows = collate(examples, PAD, is_encoder_decoder=encoder_decoder)
+    rows = collate_examples(examples, PAD, is_encoder_decoder=encoder_decoder)
     with torch.no_grad():
         loss, _, _ = trainer.prediction_step(trainer.model, vars(rows), True)
     assert loss is not None
@@ -331,13 +331,13 @@ def expected_loss(family: Family, step: int, lmbda: float, normalization: str, b
     """The loss of a step that changes nothing (rate 0), from the definitions, row by row."""
     student, teacher = tiny_model(family, 7), tiny_model(family, 3, width=32)
     examples, encoder_decoder = tiny_examples(), family == "encoder-decoder"
-    chosen = [examples[n] for n in permutation(0, 0, len(examples))[8 * step : 8 * step + 8]]
-    noise = uniforms(0, step, "sampling", 8, 8)
+    chosen = [examples[n] for n in draw_permutation(0, 0, len(examples))[8 * step : 8 * step + 8]]
+    noise = draw_uniforms(0, step, "sampling", 8, 8)
     sums, lengths = [], []
     for n, example in enumerate(chosen):
-        row = collate([example], PAD, is_encoder_decoder=encoder_decoder)
+        row = collate_examples([example], PAD, is_encoder_decoder=encoder_decoder)
         if is_on_policy(lmbda, 0, step):
-            row = write(
+            row = generate_completions(
                 student,
                 row,
                 max_new_tokens=8,
@@ -347,7 +347,7 @@ def expected_loss(family: Family, step: int, lmbda: float, normalization: str, b
             )
         length = int(row.completion_mask.sum())
         with torch.no_grad():
-            q, p = completion_logits(student, row)[0], completion_logits(teacher, row)[0]
+            q, p = compute_completion_logits(student, row)[0], compute_completion_logits(teacher, row)[0]
         values = generalized_jsd(q[:length], p[:length], beta, teacher_temperature=0.5)
         sums.append(values.sum().item())
         lengths.append(length)
@@ -416,7 +416,7 @@ def test_the_loss_on_prompt_tokens_has_no_part_in_the_gradient(lmbda: float, tmp
     assert len(shapes) == 1
     mask, hidden = shapes[0]
     touched = hidden.grad.abs().sum(-1) > 0  # type: ignore[union-attr]
-    rows = [examples[n] for n in permutation(0, 0, 40)[:8]]
+    rows = [examples[n] for n in draw_permutation(0, 0, 40)[:8]]
     prompt_width = max(len(example.prompt_ids) for example in rows)
     predicts = mask[:, prompt_width:].bool()
     assert torch.equal(touched[:, prompt_width - 1 : -1], predicts)
@@ -573,12 +573,12 @@ def test_evaluation_is_the_mean_loss_on_the_data_s_targets(family: Family, tmp_p
     trainer = distil(tmp_path, family, cells, max_steps=2).trainer
     state = copy.deepcopy(trainer.model.state_dict())
     found = trainer.evaluate(tiny_examples(8, seed=3))["eval_loss"]
-    rows = collate(tiny_examples(8, seed=3), PAD, is_encoder_decoder=family == "encoder-decoder")
+    rows = collate_examples(tiny_examples(8, seed=3), PAD, is_encoder_decoder=family == "encoder-decoder")
     losses = []
     for n, one in enumerate(cells):
-        student, teacher = trainer.pack.unpack(n), tiny_model(family, 3, width=32)
+        student, teacher = trainer.pack.unpack_cell(n), tiny_model(family, 3, width=32)
         with torch.no_grad():
-            q, p = completion_logits(student, rows), completion_logits(teacher, rows)
+            q, p = compute_completion_logits(student, rows), compute_completion_logits(teacher, rows)
         values = generalized_jsd(
             q.flatten(0, 1),
             p.flatten(0, 1),
@@ -595,7 +595,7 @@ def test_a_number_of_cells_that_is_not_the_pack_s_is_refused(tmp_path: Path) -> 
     models = [tiny_model("decoder-only", 0), tiny_model("decoder-only", 1)]
     with pytest.raises(ValueError, match="1 cells for a pack of 2 models"):
         GKDTrainer(
-            pack=Pack.of(models),
+            pack=Pack.build(models),
             cells=[cell(tmp_path)],
             teacher_model=models[0],
             args=arguments(tmp_path),
@@ -605,14 +605,14 @@ def test_a_number_of_cells_that_is_not_the_pack_s_is_refused(tmp_path: Path) -> 
 
 def test_data_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="3 rows are fewer than one batch of 4"):
-        KeyedBatches(3, 4, (0,))
+        KeyedBatchSampler(3, 4, (0,))
 
 
 def test_sequences_move_together() -> None:
-    rows = collate(tiny_examples(3), PAD, is_encoder_decoder=True)
-    twice = rows.repeated(2)
+    rows = collate_examples(tiny_examples(3), PAD, is_encoder_decoder=True)
+    twice = rows.repeat_rows(2)
     assert isinstance(twice, Sequences)
-    assert twice.rows == 6
+    assert twice.num_rows == 6
     assert torch.equal(twice.prompt_ids[:3], twice.prompt_ids[3:])
 
 
@@ -620,7 +620,7 @@ def test_a_pack_whose_cells_would_need_several_texts_of_the_teacher_is_refused(t
     cells = [cell(tmp_path / "0", seed=0), cell(tmp_path / "1", seed=1)]
     with pytest.raises(ValueError, match=r"cells of the pack differ in seed or temperature: .*--pack off"):
         GKDTrainer(
-            pack=Pack.of([tiny_model("decoder-only", n) for n in range(2)]),
+            pack=Pack.build([tiny_model("decoder-only", n) for n in range(2)]),
             cells=cells,
             teacher_model=tiny_model("decoder-only", 3),
             args=arguments(tmp_path, seq_kd=True),

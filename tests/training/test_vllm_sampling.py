@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from gkd_lab.encoding.batches import collate
+from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.models.forward import Sequences
 from gkd_lab.training import sampling
 from gkd_lab.training.arguments import GKDConfig
-from gkd_lab.training.vllm_sampling import VllmWriter
+from gkd_lab.training.vllm_sampling import VllmSampler
 
 from ..models.tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
 
@@ -68,7 +68,7 @@ class FromModel:
         return answer
 
 
-Writer = Callable[..., VllmWriter]
+Writer = Callable[..., VllmSampler]
 
 
 @pytest.fixture
@@ -86,22 +86,24 @@ def writer_of(tmp_path: Path) -> Writer:
         vocabulary: int | None = None,
         backend: Any = FromModel,
         **changes: Any,
-    ) -> VllmWriter:
+    ) -> VllmSampler:
         args = GKDConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], use_vllm=True, **changes)
         tokenizer = tiny_tokenizer()
-        ends = sampling.end_ids(model, tokenizer)
-        return VllmWriter(model, tokenizer, Rank(rank, torch.device("cpu")), args, ends, vocabulary, backend)
+        ends = sampling.collect_end_ids(model, tokenizer)
+        return VllmSampler(model, tokenizer, Rank(rank, torch.device("cpu")), args, ends, vocabulary, backend)
 
     return build
 
 
 def prompts() -> Sequences:
     """Eight prompts of different lengths, padded on the left."""
-    return collate(tiny_examples(8), PAD, is_encoder_decoder=False)
+    return collate_examples(tiny_examples(8), PAD, is_encoder_decoder=False)
 
 
-def written(writer: VllmWriter, step: int = 0, seed: int = 0, temperature: float = 1.0) -> Sequences:
-    return writer.write(prompts(), max_new_tokens=12, temperature=temperature, step=step, seed=seed)
+def written(writer: VllmSampler, step: int = 0, seed: int = 0, temperature: float = 1.0) -> Sequences:
+    return writer.sample_completions(
+        prompts(), max_new_tokens=12, temperature=temperature, step=step, seed=seed
+    )
 
 
 def same(one: Sequences, other: Sequences) -> bool:
@@ -117,12 +119,12 @@ def test_prompts_go_in_as_ids_without_padding(student: PreTrainedModel, writer_o
 def test_the_likeliest_answers_are_those_of_transformers_generate(
     student: PreTrainedModel, writer_of: Writer
 ) -> None:
-    ends = sampling.end_ids(student, tiny_tokenizer())
-    expected = sampling.write(student, prompts(), max_new_tokens=12, end_ids=ends, pad_id=PAD)
+    ends = sampling.collect_end_ids(student, tiny_tokenizer())
+    expected = sampling.generate_completions(student, prompts(), max_new_tokens=12, end_ids=ends, pad_id=PAD)
     answers = written(writer_of(student), temperature=COLD)
     lengths = set(answers.completion_mask.sum(-1).tolist())
     assert 12 in lengths and len(lengths) > 1, "rows that end and rows that are cut"
-    for name in expected.tensors():
+    for name in expected.named_tensors():
         torch.testing.assert_close(getattr(answers, name), getattr(expected, name), rtol=0, atol=0, msg=name)
 
 
@@ -173,8 +175,8 @@ def test_the_text_depends_on_seed_step_and_micro_batch_alone(
 
 
 def test_rows_with_the_same_prompt_get_different_answers(student: PreTrainedModel, writer_of: Writer) -> None:
-    one = prompts().map(lambda tensor: tensor[:1].repeat(8, 1))
-    answers = writer_of(student).write(one, max_new_tokens=12, temperature=1.0, step=0, seed=0)
+    one = prompts().map_tensors(lambda tensor: tensor[:1].repeat(8, 1))
+    answers = writer_of(student).sample_completions(one, max_new_tokens=12, temperature=1.0, step=0, seed=0)
     assert len({tuple(row) for row in answers.completion_ids.tolist()}) > 4
 
 

@@ -11,11 +11,22 @@ from typing import Any
 import pandas as pd
 import yaml
 
-_ERRORS_OF_STARTS = {"summarization": 0.05, "translation": 0.005, "arithmetic": 0.005}
-_TEXT = ("figure", "task", "data", "student", "decoding", "role", "method", "divergence", "metric", "form")
+_START_ERRORS = {"summarization": 0.05, "translation": 0.005, "arithmetic": 0.005}
+_TEXT_COLUMNS = (
+    "figure",
+    "task",
+    "data",
+    "student",
+    "decoding",
+    "role",
+    "method",
+    "divergence",
+    "metric",
+    "form",
+)
 
 
-def figures() -> dict[str, dict[str, Any]]:
+def load_figures() -> dict[str, dict[str, Any]]:
     """Figure (ICLR numbering) -> `how` it was read, `error`, what it `shows` and a `note` where one is due.
 
     `error` is the most by which a number may be off, in its own unit; a mapping where metrics differ.
@@ -25,7 +36,7 @@ def figures() -> dict[str, dict[str, Any]]:
     return found
 
 
-def values() -> pd.DataFrame:
+def load_values() -> pd.DataFrame:
     """The paper's numbers, one a row.
 
     Columns: `figure`, `task` (as here), `data` (as the paper calls it), `student` (size), `decoding`
@@ -38,32 +49,32 @@ def values() -> pd.DataFrame:
     BLEU, accuracy and Self-BLEU are points of 0 to 100, entailment is per cent, step time is in steps on
     fixed data. What does not apply is null.
     """
-    return _read().copy()
+    return _read_values().copy()
 
 
 @cache
-def _read() -> pd.DataFrame:
+def _read_values() -> pd.DataFrame:
     source = files(__package__) / "values.csv"
     with source.open("r", encoding="utf-8") as file:
-        frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXT, "object"))
-    about = figures()
+        frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXT_COLUMNS, "object"))
+    about = load_figures()
     frame["how"] = frame["figure"].map(lambda figure: about[figure]["how"])
     rows = frame.to_dict("records")
-    frame["error"] = [_error(about[row["figure"]]["error"], row["metric"]) for row in rows]
+    frame["error"] = [_get_reading_error(about[row["figure"]]["error"], row["metric"]) for row in rows]
     is_gain = frame["form"] == "gain"
     frame["gain"] = frame["value"].where(is_gain, frame["value"] - frame["start"])
-    of_start = pd.Series([_start_error(row) for row in frame.to_dict("records")], dtype="float64")
+    of_start = pd.Series([_get_start_error(row) for row in frame.to_dict("records")], dtype="float64")
     frame["gain_error"] = frame["error"] + of_start.where(~is_gain, 0.0)
     return frame
 
 
-def _error(error: float | dict[str, float], metric: str) -> float:
+def _get_reading_error(error: float | dict[str, float], metric: str) -> float:
     return float(error[metric] if isinstance(error, dict) else error)
 
 
-def _start_error(row: dict[Any, Any]) -> float:
+def _get_start_error(row: dict[Any, Any]) -> float:
     """Figures 1 and A.10 draw their starts; elsewhere they are printed in captions and text."""
     if math.isnan(row["start"]):
         return math.nan
     drawn = row["figure"] in ("1", "A.10", "A.11")
-    return float(row["error"]) if drawn else _ERRORS_OF_STARTS[row["task"]]
+    return float(row["error"]) if drawn else _START_ERRORS[row["task"]]

@@ -89,7 +89,7 @@ def right_by_hand(made: GKDTrainer, rows: list[dict[str, Any]]) -> tuple[int, in
     right = count = 0
     model = made.model.eval()
     for row in rows:
-        example = made._encode(row)
+        example = made.encode_row(row)
         prompt, completion = torch.tensor([example.prompt_ids]), torch.tensor([example.completion_ids])
         with torch.no_grad():
             if model.config.is_encoder_decoder:
@@ -161,5 +161,5 @@ def test_metrics_may_be_gathered_batch_by_batch(tmp_path: Path, model: Make) -> 
         compute_metrics=count,
         arguments={"batch_eval_metrics": True, "per_device_eval_batch_size": 2},
     )
-    expected = sum(len(made._encode(row).completion_ids) for row in conversations(4))
+    expected = sum(len(made.encode_row(row).completion_ids) for row in conversations(4))
     assert made.evaluate()["eval_tokens"] == expected
