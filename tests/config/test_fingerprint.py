@@ -165,7 +165,7 @@ class Before(Frozen):
 class After(Frozen):
     steps: int
     name: Annotated[str, NotHashed()] = "x"
-    reward: Annotated[float, DefaultFrom(before=0)] = 0.0
+    reward: Annotated[float, DefaultFrom(old_value=0)] = 0.0
 
 
 def test_a_later_field_leaves_the_id_at_the_value_that_was_built_in_before() -> None:
