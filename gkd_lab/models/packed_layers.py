@@ -180,7 +180,7 @@ def patch_relative_bias(attention: nn.Module) -> None:
 
     def compute_bias(*args: object, **kwargs: object) -> Tensor:
         """(1, K*heads, Q, T) of the model's own code -> (N, heads, Q, T)."""
-        cells = table.active_weight().shape[0]  # type: ignore[operator, union-attr]
+        cells = table.get_active_weight().shape[0]  # type: ignore[operator, union-attr]
         bias = compute(*args, **kwargs)  # type: ignore[operator]
         _, heads, queries, keys = bias.shape
         by_cell = bias.view(cells, 1, heads // cells, queries, keys)
