@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gkd_lab.config import Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
 

@@ -39,7 +39,7 @@ from trl.experimental.gkd import GKDConfig as TrlConfig
 from trl.experimental.gkd import GKDTrainer as TrlTrainer
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.encoding.batches import Example
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.build import train_tokenizer

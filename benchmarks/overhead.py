@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from gkd_lab.config import Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.runner.library_logging import silence_libraries

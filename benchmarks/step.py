@@ -36,7 +36,7 @@ from trl.experimental.gkd import GKDConfig as TrlConfig
 from trl.experimental.gkd import GKDTrainer as TrlTrainer
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
 from gkd_lab.models.rng import is_on_policy
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.rows import build_table_rows

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import gkd_lab
 from gkd_lab.config import ConfigError, Experiment, Grid, RevisionLookup, expand_grid, read_experiment
-from gkd_lab.config.cell import DataSpec, Evaluation
+from gkd_lab.config.artifact_specs import DataSpec
+from gkd_lab.config.cell import Evaluation
 from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.config.experiment import Scale, apply_overrides, parse_experiment
 from gkd_lab.config.loss_terms import ResolvedReward

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from gkd_lab.config.cell import CLASSIFIER_FAMILIES, AnyEvaluation, LmEvalEvaluation, SftModel, Training
+from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel
+from gkd_lab.config.cell import AnyEvaluation, LmEvalEvaluation, Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.loss_terms import CrossEntropyConfig, ResolvedDivergence, ResolvedTerm, SquaredErrorConfig
 

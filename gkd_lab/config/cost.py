@@ -3,7 +3,8 @@
 Counts 2 FLOPs per weight and token forward and 4 backward; sequences are taken at their longest.
 """
 
-from gkd_lab.config.cell import Architecture, Family, SftModel, Training
+from gkd_lab.config.artifact_specs import Architecture, Family, SftModel
+from gkd_lab.config.cell import Training
 
 NOMINAL_FLOPS_PER_SECOND = 80e9
 """FLOP/s of two CPU cores on nano models, overhead included: measured with the quickstart."""

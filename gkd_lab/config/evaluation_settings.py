@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from gkd_lab.config.cell import AnyEvaluation, Evaluation, LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.lm_eval_task import get_lm_eval_version, resolve_lm_eval_task
-from gkd_lab.config.settings import AnyEvaluationSettings, DataSettings, EvaluationSettings, HarnessSettings
+from gkd_lab.config.settings import AnyEvaluationSettings, DataSettings, EvaluationSettings, LmEvalSettings
 
 
 def resolve_evaluations(
     settings: AnyEvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, rows: DataSettings
 ) -> Iterator[AnyEvaluation]:
     """One way of decoding, or each task of lm-eval. Raises SpecError."""
-    if isinstance(settings, HarnessSettings):
+    if isinstance(settings, LmEvalSettings):
         yield from resolve_lm_eval_evaluations(settings)
     else:
         yield _resolve_decoding_evaluation(
@@ -21,7 +21,7 @@ def resolve_evaluations(
 
 
 def resolve_lm_eval_evaluations(
-    settings: HarnessSettings, *, trusted: bool = False
+    settings: LmEvalSettings, *, trusted: bool = False
 ) -> Iterator[LmEvalEvaluation]:
     """An evaluation for each task of lm-eval; `trusted` task files may run code. Raises SpecError."""
     for name in dict.fromkeys(settings.lm_eval):

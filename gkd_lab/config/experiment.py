@@ -53,13 +53,13 @@ class _OrderedAxes(Section):
         return {axis: dumped[axis] for axis in self._written}
 
 
-Grid = create_model(
-    "Grid",
+GridAxes = create_model(
+    "GridAxes",
     __base__=_OrderedAxes,
     __doc__="Axes: for each field the list of its values; every combination is a cell.",
     **_define_axes(),
 )
-AXIS_NAMES = tuple(field.alias or name for name, field in Grid.model_fields.items())
+AXIS_NAMES = tuple(field.alias or name for name, field in GridAxes.model_fields.items())
 _SCALAR_AXES = set(AXIS_NAMES) - {"objectives"}
 
 
@@ -94,8 +94,8 @@ class Experiment(TaskSettings):
     paper: Paper = Field(default=Paper(), description="what of the paper this answers")
     scale: Scale = Field(default="nano", description="models and data; `--scale` chooses another one")
     task: str | None = Field(default=None, description="one task; several go into `grid.task`")
-    grid: Grid = Field(  # type: ignore[valid-type]
-        default=Grid(), description="axes that are crossed; the first one varies slowest"
+    grid: GridAxes = Field(  # type: ignore[valid-type]
+        default=GridAxes(), description="axes that are crossed; the first one varies slowest"
     )
     per_task: dict[str, TaskSettings] = Field(default={}, description="what holds for one task only")
 

@@ -1,6 +1,6 @@
 """What makes two descriptions the same: canonical JSON, hashed.
 
-Every field counts, defaults included, except those marked `MicroBatchPosition` (where something lies or what it is
+Every field counts, defaults included, except those marked `NotHashed` (where something lies or what it is
 called, not what it is) and those marked `DefaultFrom` while they hold the value that reproduces older records.
 """
 

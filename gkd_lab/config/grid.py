@@ -7,17 +7,8 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from gkd_lab.config.cell import (
-    AnyEvaluation,
-    Cell,
-    DataSpec,
-    Family,
-    OptimizerSpec,
-    SftModel,
-    Source,
-    TeacherText,
-    Training,
-)
+from gkd_lab.config.artifact_specs import DataSpec, Family, OptimizerSpec, SftModel, TeacherText
+from gkd_lab.config.cell import AnyEvaluation, Cell, Source, Training
 from gkd_lab.config.classifier_checks import check_classifier_cell
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, explain_validation_error
 from gkd_lab.config.evaluation_settings import resolve_evaluations

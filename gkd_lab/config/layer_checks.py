@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from gkd_lab.config.cell import SftModel, Training
+from gkd_lab.config.artifact_specs import SftModel
+from gkd_lab.config.cell import Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.layer_maps import UNIFORM, resolve_layer_pairs
 from gkd_lab.config.loss_terms import AttentionsConfig, LayerTerm

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from gkd_lab.config.cell import ModelSpec, Source, TeacherScores, Training
+from gkd_lab.config.artifact_specs import ModelSpec, TeacherScores
+from gkd_lab.config.cell import Source, Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.loss_terms import CrossEntropyConfig, ResolvedDivergence, ResolvedReward, ResolvedTerm
 from gkd_lab.config.settings import ModelSettings

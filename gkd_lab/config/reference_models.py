@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gkd_lab.config.cell import DataSpec, Family, ModelSpec, OptimizerSpec, SftModel, SftSpec
+from gkd_lab.config.artifact_specs import DataSpec, Family, ModelSpec, OptimizerSpec, SftModel, SftSpec
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error
 from gkd_lab.config.offline_teachers import SERVER_FIELDS, ModelFinder, resolve_served_teacher
 from gkd_lab.config.settings import ModelSettings, Settings, merge_settings

@@ -18,17 +18,15 @@ from pydantic import (
     Tag,
 )
 
-from gkd_lab.config.cell import (
+from gkd_lab.config.artifact_specs import (
     Architecture,
     Decoding,
-    LossNormalization,
     OptimizerName,
     Precision,
     ScoreType,
-    Source,
-    Split,
     TeacherScores,
 )
+from gkd_lab.config.cell import LossNormalization, Source, Split
 from gkd_lab.config.loss_terms import DivergenceKind, RewardFields, Share, TermConfig
 
 Method = Literal[
@@ -150,7 +148,7 @@ class EvaluationSettings(Section):
     metrics: tuple[str, ...] | None = Field(default=None, description="default: the task's own")
 
 
-class HarnessSettings(Section):
+class LmEvalSettings(Section):
     """Tasks of lm-eval, each an evaluation of its own."""
 
     lm_eval: tuple[str, ...] = Field(
@@ -166,19 +164,19 @@ class HarnessSettings(Section):
 def _tag_evaluation(value: Any) -> str:
     """Which of the two a section is; the class's name, so that an error speaks of its fields alone."""
     said = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
-    return "HarnessSettings" if "lm_eval" in said else "EvaluationSettings"
+    return "LmEvalSettings" if "lm_eval" in said else "EvaluationSettings"
 
 
 AnyEvaluationSettings = Annotated[
     Annotated[EvaluationSettings, Tag("EvaluationSettings")]
-    | Annotated[HarnessSettings, Tag("HarnessSettings")],
+    | Annotated[LmEvalSettings, Tag("LmEvalSettings")],
     Discriminator(_tag_evaluation),
 ]
 
 
-def parse_evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | HarnessSettings:
+def parse_evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | LmEvalSettings:
     """A task's default evaluation. Raises pydantic's ValidationError."""
-    return (HarnessSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
+    return (LmEvalSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
 
 
 class Settings(Section):

@@ -1,6 +1,7 @@
 """Which tokenizer a model that is made gets, and what can be learnt from a teacher of other tokens."""
 
-from gkd_lab.config.cell import SftModel, TokenizerSpec, Training
+from gkd_lab.config.artifact_specs import SftModel, TokenizerSpec
+from gkd_lab.config.cell import Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.loss_terms import (
     CrossEntropyConfig,

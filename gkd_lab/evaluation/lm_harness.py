@@ -30,7 +30,8 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from gkd_lab.config.cell import LmEvalEvaluation, SftModel
+from gkd_lab.config.artifact_specs import SftModel
+from gkd_lab.config.cell import LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, suggest_choices
 from gkd_lab.config.lm_eval_task import FunctionTag, hash_task_config, read_task_file
 from gkd_lab.evaluation.lm_hash import compute_task_hash

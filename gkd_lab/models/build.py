@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.models.heads import mark_untied_head

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gkd_lab.config.cell import Family, ModelSpec
+from gkd_lab.config.artifact_specs import Family, ModelSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.models.build import PRECISION_DTYPES, hide_progress_bars
 from gkd_lab.models.heads import mark_untied_head

@@ -9,7 +9,8 @@ import torch
 from filelock import Timeout
 from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import CLASSIFIER_FAMILIES, Role, SftModel
+from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel
+from gkd_lab.config.cell import Role
 from gkd_lab.models.build import (
     PRECISION_DTYPES,
     count_trainable_parameters,

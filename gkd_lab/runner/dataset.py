@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config.cell import DataSpec, SftModel, Split
+from gkd_lab.config.artifact_specs import DataSpec, SftModel
+from gkd_lab.config.cell import Split
 from gkd_lab.encoding.batches import Example, TruncationCounts, encode_rows
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.store.files import write_json

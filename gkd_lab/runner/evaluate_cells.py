@@ -6,7 +6,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from gkd_lab.config.cell import AnyEvaluation, Cell, Evaluation, LmEvalEvaluation, Role, SftModel
+from gkd_lab.config.artifact_specs import SftModel
+from gkd_lab.config.cell import AnyEvaluation, Cell, Evaluation, LmEvalEvaluation, Role
 from gkd_lab.evaluation.classify import classify_rows
 from gkd_lab.evaluation.decoding import generate_predictions
 from gkd_lab.metrics.scored_predictions import score_predictions

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from gkd_lab.config.cell import Evaluation, LmEvalEvaluation, SftModel
+from gkd_lab.config.artifact_specs import SftModel
+from gkd_lab.config.cell import Evaluation, LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
 from gkd_lab.config.lm_eval_task import SHIPPED_TASKS_FOLDER, FunctionTag, load_task_yaml
-from gkd_lab.config.settings import HarnessSettings
+from gkd_lab.config.settings import LmEvalSettings
 from gkd_lab.evaluation.lm_harness import BATCH_SIZE, BuiltTask, build_task, open_checkpoint
 from gkd_lab.evaluation.lm_harness import run_task as ask
 from gkd_lab.models.build import load_model, load_tokenizer
@@ -70,7 +71,7 @@ def evaluate_record(
         for task in tasks
         for one in (write_record_tasks(record, options) if task == RECORD_TASK else [task])
     ]
-    asked = HarnessSettings(lm_eval=tuple(names), limit=limit, num_fewshot=num_fewshot)
+    asked = LmEvalSettings(lm_eval=tuple(names), limit=limit, num_fewshot=num_fewshot)
     found = [
         HarnessResult(one, record.get_evaluation(one))
         for one in resolve_lm_eval_evaluations(asked, trusted=trusted)

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from gkd_lab.config.cell import OptimizerSpec, SftSpec
+from gkd_lab.config.artifact_specs import OptimizerSpec, SftSpec
 from gkd_lab.encoding.batches import Example
 from gkd_lab.models.classifiers import get_classifier_kind
 from gkd_lab.runner.checkpoint_callback import CheckpointCallback

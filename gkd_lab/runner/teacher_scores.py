@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gkd_lab.config.cell import TeacherScoresSpec
+from gkd_lab.config.artifact_specs import TeacherScoresSpec
 from gkd_lab.encoding.batches import Example
 from gkd_lab.models.build import hide_progress_bars, load_tokenizer
 from gkd_lab.runner import artifacts

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from gkd_lab.config.cell import TeacherTextSpec
+from gkd_lab.config.artifact_specs import TeacherTextSpec
 from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.models.rng import draw_uniforms
 from gkd_lab.runner import artifacts

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
 
-from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.models.build import make_model, train_tokenizer
 from gkd_lab.models.loading import load_auto_model

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
-from gkd_lab.config.cell import ModelSpec, SftModel
+from gkd_lab.config.artifact_specs import ModelSpec, SftModel
 from gkd_lab.config.cost import count_model_parameters
 from gkd_lab.store import Record
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from gkd_lab.config import Cell
-from gkd_lab.config.cell import SftModel, Training
+from gkd_lab.config.artifact_specs import SftModel
+from gkd_lab.config.cell import Training
 from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND, estimate_sft_flops, estimate_training_flops
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.status.model_sizes import count_parameters

@@ -8,16 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from gkd_lab.config.cell import (
-    DataSpec,
-    Evaluation,
-    LmEvalEvaluation,
-    ModelSpec,
-    SftModel,
-    TeacherScoresSpec,
-    TeacherTextSpec,
-    Training,
-)
+from gkd_lab.config.artifact_specs import DataSpec, ModelSpec, SftModel, TeacherScoresSpec, TeacherTextSpec
+from gkd_lab.config.cell import Evaluation, LmEvalEvaluation, Training
 from gkd_lab.config.fingerprint import FORMAT_VERSION, SHOWN_DIGITS, Frozen
 from gkd_lab.metrics import METRICS, Scorer
 from gkd_lab.metrics.scored_predictions import parse_prediction, score_predictions

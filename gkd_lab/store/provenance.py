@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gkd_lab
-from gkd_lab.config.cell import DataSpec, SftModel, Training
+from gkd_lab.config.artifact_specs import DataSpec, SftModel
+from gkd_lab.config.cell import Training
 from gkd_lab.store.file_hashes import read_file_hashes
 from gkd_lab.store.record import Store
 

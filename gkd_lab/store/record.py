@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gkd_lab.config.cell import (
-    AnyEvaluation,
-    Cell,
-    LmEvalEvaluation,
+from gkd_lab.config.artifact_specs import (
     SftModel,
     TeacherScoresSpec,
     TeacherTextSpec,
@@ -25,6 +22,7 @@ from gkd_lab.config.cell import (
     get_scores_folder,
     get_text_folder,
 )
+from gkd_lab.config.cell import AnyEvaluation, Cell, LmEvalEvaluation
 from gkd_lab.config.fingerprint import FORMAT_VERSION, Frozen
 from gkd_lab.store import lock, timing
 from gkd_lab.store.file_hashes import write_file_hashes

@@ -14,7 +14,7 @@ from gkd_lab.claims.judge import ClaimVerdict, judge
 from gkd_lab.claims.run_claims import judge_run
 from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
 from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.table import encode_table, table

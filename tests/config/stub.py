@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.config import Cell, ConfigError, Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec, Family
+from gkd_lab.config.artifact_specs import DataSpec, Family
 from gkd_lab.config.experiment import apply_overrides, parse_experiment
 from gkd_lab.config.settings import DataSettings
 

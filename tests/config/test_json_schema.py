@@ -26,7 +26,7 @@ def test_every_experiment_names_the_schema_on_its_first_line(path: Path) -> None
 
 def test_every_axis_and_every_setting_can_be_completed_and_is_described() -> None:
     schema = build_json_schema()
-    axes = schema["$defs"]["Grid"]["properties"]
+    axes = schema["$defs"]["GridAxes"]["properties"]
     assert list(axes) == list(AXIS_NAMES)
     assert {"task", "lmbda", "data.source", "tokenizer.vocab_size"} <= set(axes)
     assert all(axis["type"] == "array" and axis["minItems"] == 1 for axis in axes.values())

@@ -14,7 +14,7 @@ from gkd_lab.config.lm_eval_task import (
     read_task_file,
     resolve_lm_eval_task,
 )
-from gkd_lab.config.settings import HarnessSettings
+from gkd_lab.config.settings import LmEvalSettings
 from gkd_lab.tasks import TASKS
 
 WRITING = ("decoder-only", "encoder-decoder")
@@ -112,7 +112,7 @@ def test_a_file_of_the_name_of_our_functions_is_not_taken_for_them(tmp_path: Pat
 
 
 def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity() -> None:
-    asked = HarnessSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
+    asked = LmEvalSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
     mmlu, bbh = resolve_lm_eval_evaluations(asked)
     assert (mmlu.name, bbh.name) == ("mmlu_5shot_first100", "bbh_5shot_first100")
     assert mmlu.lm_eval == get_lm_eval_version()

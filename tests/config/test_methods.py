@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import TeacherText
+from gkd_lab.config.artifact_specs import TeacherText
 from gkd_lab.config.grid import METHODS
 from gkd_lab.config.loss_terms import CrossEntropyConfig, ResolvedDivergence
 from gkd_lab.config.packs import group_cells_into_packs

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import TeacherScores, list_references
+from gkd_lab.config.artifact_specs import TeacherScores
+from gkd_lab.config.cell import list_references
 from gkd_lab.config.packs import group_cells_into_packs
 
 from .stub import cell, grid, refusal

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.config.loss_terms import CrossEntropyConfig, ULDConfig
 
 from .stub import cell, grid, refusal

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from trl.experimental.utils import DataCollatorForChatML
 
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.encoding.trl_batch import is_trl_batch, parse_trl_batch

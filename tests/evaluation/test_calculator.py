@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import Architecture, Evaluation, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
+from gkd_lab.config.cell import Evaluation
 from gkd_lab.encoding.batches import collate_examples, encode_rows
 from gkd_lab.evaluation.calculator import MAX_CHARACTERS, Calculator, evaluate_expression
 from gkd_lab.evaluation.decoding import generate_predictions

@@ -16,10 +16,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from gkd_lab.cli import main
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
-from gkd_lab.config.settings import HarnessSettings
+from gkd_lab.config.settings import LmEvalSettings
 from gkd_lab.evaluation import lm_scores
 from gkd_lab.evaluation.lm_harness import build_task, open_checkpoint
 from gkd_lab.metrics import score_many
@@ -88,7 +88,7 @@ def task_file(folder: Path, text: str = TASK, rows: Any = ROWS) -> str:
 
 
 def built(path: str, **more: Any) -> Any:
-    (evaluation,) = resolve_lm_eval_evaluations(HarnessSettings(lm_eval=(path,), **more))
+    (evaluation,) = resolve_lm_eval_evaluations(LmEvalSettings(lm_eval=(path,), **more))
     return build_task(evaluation)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from gkd_lab.config import ConfigError
-from gkd_lab.config.cell import Evaluation, Family
+from gkd_lab.config.artifact_specs import Family
+from gkd_lab.config.cell import Evaluation
 from gkd_lab.encoding.batches import encode_rows
 from gkd_lab.evaluation import decoding
 from gkd_lab.evaluation.decoding import generate_predictions

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.loss_terms import AdversarialConfig
 from gkd_lab.losses import discriminator
 from gkd_lab.losses.adversarial import AdversarialLoss, AdversarialModule

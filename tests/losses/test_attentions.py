@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.attentions import (
     AttentionLoss,
     AttentionModule,

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gkd_lab import GKDTrainer
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.losses import discriminator, uld
 from gkd_lab.models.build import train_tokenizer
 

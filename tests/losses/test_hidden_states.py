@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.auxiliary_losses import LossInputs
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, WeightedLosses
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.losses.token_spans import (
     DecodedText,
     TokenEnds,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses import uld
 from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.models.loading import at_work, load_student, load_teacher
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer

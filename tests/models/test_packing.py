@@ -20,7 +20,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.forward import Sequences, compute_completion_logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gkd_lab.config.cell import ModelSpec
+from gkd_lab.config.artifact_specs import ModelSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.models.forward import compute_completion_logits

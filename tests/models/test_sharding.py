@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import generalized_jsd
 from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.heads import OutputHead, mark_untied_head

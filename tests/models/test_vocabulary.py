@@ -8,7 +8,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
 from gkd_lab.models.vocabulary import (
     find_tokenizer_difference,

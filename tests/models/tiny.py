@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
 from gkd_lab.encoding.batches import Example
 from gkd_lab.models.build import make_model, train_tokenizer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.config.cell import Architecture, DataSpec, ModelSpec, SftModel, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, DataSpec, ModelSpec, SftModel, TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
 from gkd_lab.runner.dataset import encode_examples, load_split, write_split_report
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.config.cell import SftModel
+from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.progress import ProgressUpdate, Reporter

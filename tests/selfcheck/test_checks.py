@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses import step_loss
 from gkd_lab.losses.fused_loss import CellLosses
 from gkd_lab.losses.step_loss import count_trained_items

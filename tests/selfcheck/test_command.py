@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from gkd_lab.cli import main
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.selfcheck.bench import ModelPair
 from gkd_lab.selfcheck.checks import BFLOAT16_CHECK, CHECKS
 from gkd_lab.selfcheck.command import MADE_FAMILIES, make_pair

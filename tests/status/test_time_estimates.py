@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.config.cell import ModelSpec
+from gkd_lab.config.artifact_specs import ModelSpec
 from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND, estimate_training_flops
 from gkd_lab.status.model_sizes import in_files
 from gkd_lab.status.overview import Overview, build_overview

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.config import Cell, Evaluation, Grid, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Record, Store
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from gkd_lab.config import RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS, load_rows
 

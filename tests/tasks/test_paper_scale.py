@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.config import Cell, Evaluation, RevisionLookup, expand_grid
-from gkd_lab.config.cell import DataSpec
+from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence

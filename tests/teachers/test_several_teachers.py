@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gkd_lab import Teacher
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
 from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherTarget

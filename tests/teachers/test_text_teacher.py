@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gkd_lab.config.cell import Architecture, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
 from gkd_lab.losses.step_loss import MicroBatch
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits
 from gkd_lab.models.build import make_model, train_tokenizer

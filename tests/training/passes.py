@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
 from gkd_lab.models.forward import Sequences, build_forward_arguments
 from gkd_lab.models.projection import Projection

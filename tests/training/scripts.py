@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.config.cell import TokenizerSpec
+from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
 
 CHATML = (

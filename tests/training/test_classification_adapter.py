@@ -288,7 +288,7 @@ def test_soft_targets_alone_need_no_labels(tmp_path: Path) -> None:
 
 
 def test_only_the_first_piece_of_a_word_has_its_label() -> None:
-    from gkd_lab.config.cell import TokenizerSpec
+    from gkd_lab.config.artifact_specs import TokenizerSpec
     from gkd_lab.models.build import train_tokenizer
 
     tokenizer = train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=300), ["a b"])

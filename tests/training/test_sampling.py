@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode, make_completion_mask
 from gkd_lab.models.rng import draw_uniforms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
-from gkd_lab.config.cell import Family
+from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import Example, KeyedBatchSampler, collate_examples
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
 from gkd_lab.losses.terms import WeightedLoss
