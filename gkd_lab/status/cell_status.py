@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell
-from gkd_lab.store import EvaluationRecord, Record, State, combine_states
+from gkd_lab.store import EvaluationRecord, Record, State
+from gkd_lab.store.cell_state import Verdict, compute_cell_state, get_error_line, judge_evaluation
 from gkd_lab.store.index import RecordFacts, RecordIndex
 from gkd_lab.store.lock import read_owner
 from gkd_lab.store.tail import read_last_row
@@ -42,19 +43,22 @@ def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgres
     names = [evaluation.folder for evaluation in cell.evaluations]
     files = ["status.json", *(f"evaluations/{n}/{file}" for n in names for file in _EVALUATION_FILES)]
     facts = index.get_facts(cell.folder, files, lambda: _collect_record_facts(record, cell))
-    states = [_get_evaluation_state(facts, n, cell) for n in range(len(names))]
-    training: State = facts["status"].get("state", "missing")
-    busy = "missing" in (training, *states) and record.is_locked()
-    unfinished: State = "running" if busy else "missing"
-    whole = combine_states([unfinished if state == "missing" else state for state in (training, *states)])
+    training: Verdict = facts["status"].get("state")
+    verdicts = [
+        judge_evaluation(verdict, evaluation.metrics, metrics)
+        for evaluation, verdict, metrics in zip(
+            cell.evaluations, facts["verdicts"], facts["scores"], strict=True
+        )
+    ]
+    state = compute_cell_state(training, verdicts, record.is_locked)
     error, log = _find_failure(facts, record, cell)
     return CellProgress(
-        state=whole,
-        owner=_format_owner(record) if busy else None,
+        state=state.whole,
+        owner=_format_owner(record) if state.is_running else None,
         error=error,
         error_file=log,
         training_status=facts["status"],
-        **(_summarize_finished(facts) if training != "missing" else _summarize_running(record, cell, busy)),
+        **(_summarize_finished(facts) if training else _summarize_running(record, cell, state.is_running)),
     )
 
 
@@ -62,30 +66,16 @@ _EVALUATION_FILES = ("status.json", "scores.json")
 
 
 def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
-    status, parts = record.read_status(), _list_evaluations(record, cell)
-    kept = {name: status[name] for name in _STATUS_KEYS if name in status}
+    status, evaluations = record.read_status(), _list_evaluations(record, cell)
+    evaluation_statuses = [evaluation.read_status() for evaluation in evaluations]
     row = read_last_row(record.metrics_file) if status else {}
     return {
-        "status": kept,
+        "status": {name: status[name] for name in _STATUS_KEYS if name in status},
         "row": {name: row[name] for name in _ROW_KEYS if name in row},
-        "errors": [_get_error_line(status), *(_get_error_line(part.read_status()) for part in parts)],
-        "parts": [part.read_state() for part in parts],
-        "scores": [list(part.read_scores()) for part in parts],
+        "errors": [get_error_line(status), *map(get_error_line, evaluation_statuses)],
+        "verdicts": [evaluation_status.get("state") for evaluation_status in evaluation_statuses],
+        "scores": [list(evaluation.read_scores()) for evaluation in evaluations],
     }
-
-
-def _get_error_line(status: dict[str, Any]) -> str | None:
-    if status.get("state") != "failed":
-        return None
-    lines = str(status.get("error") or "").strip().splitlines()
-    return lines[-1] if lines else "failed without a message"
-
-
-def _get_evaluation_state(facts: RecordFacts, n: int, cell: Cell) -> State:
-    """Of an evaluation; one that lacks a metric is not done."""
-    state: State = facts["parts"][n]
-    lacks = not set(cell.evaluations[n].metrics) <= set(facts["scores"][n])
-    return "missing" if state == "done" and lacks else state
 
 
 def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gkd_lab.store.files import read_json, write_text
 
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 """Raised when what is kept of a record changes."""
 _MIN_RECORDS = 500
 """Records below which reading them is as fast."""

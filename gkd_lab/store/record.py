@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gkd_lab.config.artifact_specs import (
     SftModel,
@@ -25,6 +25,7 @@ from gkd_lab.config.artifact_specs import (
 from gkd_lab.config.cell import AnyEvaluation, Cell, LmEvalEvaluation
 from gkd_lab.config.fingerprint import FORMAT_VERSION, Frozen
 from gkd_lab.store import lock, timing
+from gkd_lab.store.cell_state import State, compute_cell_state, judge_evaluation
 from gkd_lab.store.file_hashes import write_file_hashes
 from gkd_lab.store.files import (
     append_json_line,
@@ -35,14 +36,6 @@ from gkd_lab.store.files import (
     write_json,
     write_json_lines,
 )
-
-State = Literal["done", "running", "failed", "missing"]
-_STATES_WORST_FIRST: tuple[State, ...] = ("failed", "missing", "running", "done")
-
-
-def combine_states(states: list[State]) -> State:
-    """The state of a whole from those of its parts; all done is done."""
-    return min(states, key=_STATES_WORST_FIRST.index)
 
 
 class DamagedRecord(RuntimeError):
@@ -115,7 +108,8 @@ class EvaluationRecord(RecordPart):
 
     def lacks_metrics(self, evaluation: AnyEvaluation) -> bool:
         """Whether it was judged before all of these metrics were asked for."""
-        return self.read_state() == "done" and not set(evaluation.metrics) <= set(self.read_scores())
+        verdict = self.read_status().get("state")
+        return verdict == "done" and not judge_evaluation(verdict, evaluation.metrics, self.read_scores())
 
     def write_results(
         self,
@@ -167,11 +161,8 @@ class Record(RecordPart):
         return lock.is_locked(self.folder)
 
     def read_state(self) -> State:
-        """Of the training alone."""
-        state: State | None = self.read_status().get("state")
-        if state is not None:
-            return state
-        return "running" if self.is_locked() else "missing"
+        """Return the state of the training or artifact alone, without its evaluations."""
+        return compute_cell_state(self.read_status().get("state"), [], self.is_locked).training
 
     def get_evaluation(self, evaluation: AnyEvaluation) -> EvaluationRecord:
         return EvaluationRecord(self.folder / "evaluations" / evaluation.folder)

@@ -9,7 +9,8 @@ from typing import Any
 
 from gkd_lab.config import Cell, Grid, SftModel
 from gkd_lab.config.cell import AnyEvaluation, list_references
-from gkd_lab.store import EvaluationRecord, Record, State, Store, combine_states
+from gkd_lab.store import EvaluationRecord, Record, Store
+from gkd_lab.store.cell_state import compute_cell_state, get_error_line, judge_evaluation
 
 TableRow = dict[str, Any]
 
@@ -112,32 +113,26 @@ def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell)
 def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> TableRow:
     """Status, scores and first error of a record: one file to read, and two for an evaluation."""
     status = record.read_status()
-    state: State = status.get("state") or _get_unfinished_state(record)
-    states, errors, scores = {}, [_get_error_message(status)], {}
+    verdicts, errors, scores = [], [get_error_line(status)], {}
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
-        judged = record.get_evaluation(evaluation)
-        verdict = judged.read_status()
-        name = names[evaluation.folder]
-        states[name] = verdict.get("state") or (
-            "missing" if state == "failed" else _get_unfinished_state(record)
-        )
-        errors.append(_get_error_message(verdict))
-        if states[name] == "done":
-            found = judged.read_scores()
-            scores.update(_flatten_scores(found, name, include_short_names=len(evaluations) == 1))
-            if not set(evaluation.metrics) <= set(found):
-                states[name] = _get_unfinished_state(record)
-    whole = combine_states([state, *states.values()])
-    for name, judged in _find_added_evaluations(record, evaluations, names.values()):
-        states[name] = judged.read_state()
+        evaluation_record = record.get_evaluation(evaluation)
+        evaluation_status = evaluation_record.read_status()
+        errors.append(get_error_line(evaluation_status))
+        verdict = evaluation_status.get("state")
+        metrics = evaluation_record.read_scores() if verdict == "done" else {}
         scores.update(
-            _flatten_scores(
-                judged.read_scores() if states[name] == "done" else {}, name, include_short_names=False
-            )
+            _flatten_scores(metrics, names[evaluation.folder], include_short_names=len(evaluations) == 1)
         )
+        verdicts.append(judge_evaluation(verdict, evaluation.metrics, metrics))
+    state = compute_cell_state(status.get("state"), verdicts, record.is_locked)
+    states = dict(zip(names.values(), state.evaluations, strict=True))
+    for name, evaluation_record in _find_added_evaluations(record, evaluations, names.values()):
+        states[name] = evaluation_record.read_state()
+        metrics = evaluation_record.read_scores() if states[name] == "done" else {}
+        scores.update(_flatten_scores(metrics, name, include_short_names=False))
     return {
-        "status": whole,
+        "status": state.whole,
         "evaluations": states,
         **scores,
         "error": next(filter(None, errors), None),
@@ -156,10 +151,6 @@ def _find_added_evaluations(
         yield name if single else f"{name}-{evaluation.fingerprint}", record.get_evaluation(evaluation)
 
 
-def _get_unfinished_state(record: Record) -> State:
-    return "running" if record.is_locked() else "missing"
-
-
 def _flatten_scores(
     scores: Mapping[str, Mapping[str, Any]], name: str, include_short_names: bool
 ) -> TableRow:
@@ -174,13 +165,6 @@ def _flatten_scores(
             if fact in score:
                 found[f"{name}.{fact}"] = score[fact]
     return found
-
-
-def _get_error_message(status: Mapping[str, Any]) -> str | None:
-    lines = str(status.get("error") or "").strip().splitlines()
-    if status.get("state") != "failed":
-        return None
-    return lines[-1] if lines else "failed without a message"
 
 
 def encode_axis_value(value: Any) -> Any:

@@ -17,7 +17,11 @@ SECRETS = {
     "HF_TOKEN": "hf_abcdefghijkl",
     "MY_PASSWORD": "correcthorse",
 }
-PRINT = "import json; from gkd_lab.store.provenance import provenance; print(json.dumps(provenance()))"
+PRINT = """
+import json
+from gkd_lab.store.provenance import collect_provenance
+print(json.dumps(collect_provenance()))
+"""
 
 
 def test_no_secret_of_the_environment_or_the_command_is_kept() -> None:

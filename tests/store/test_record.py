@@ -8,7 +8,7 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.config import Cell
-from gkd_lab.store import DamagedRecord, Record, State, Store, combine_states
+from gkd_lab.store import DamagedRecord, Record, Store
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,6 @@ def record(tmp_path: Path, cells: tuple[Cell, ...]) -> Record:
 
 def test_a_record_lies_where_its_cell_says(tmp_path: Path, cells: tuple[Cell, ...]) -> None:
     assert Store(tmp_path).get_record(cells[3]).folder == tmp_path / cells[3].folder
-
-
-@pytest.mark.parametrize(
-    ("states", "whole"),
-    [
-        (["done", "done"], "done"),
-        (["done", "running"], "running"),
-        (["done", "missing"], "missing"),
-        (["running", "missing"], "missing"),
-        (["missing", "failed", "done"], "failed"),
-    ],
-)
-def test_a_whole_is_as_bad_as_its_worst_part(states: list[State], whole: State) -> None:
-    assert combine_states(states) == combine_states(states[::-1]) == whole
 
 
 def test_a_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, ...]) -> None:

@@ -1,0 +1,68 @@
+"""State of a cell: computed here only, from the verdicts in its status files and the lock on its folder.
+
+done      `status.json` says so, and every requested metric has a score
+failed    `status.json` says so
+running   no verdict, and a process holds the lock
+missing   no verdict, and no process holds the lock
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+State = Literal["done", "running", "failed", "missing"]
+Verdict = Literal["done", "failed"] | None
+"""State that a `status.json` stores; None while there is none."""
+
+_STATES_WORST_FIRST: tuple[State, ...] = ("failed", "missing", "running", "done")
+
+
+@dataclass(frozen=True)
+class CellState:
+    """States of a cell's training and of each of its evaluations."""
+
+    training: State
+    evaluations: tuple[State, ...]
+    is_running: bool
+    """Whether a process holds the lock while something is unfinished."""
+
+    @property
+    def whole(self) -> State:
+        """The worst state of the parts."""
+        return combine_states([self.training, *self.evaluations])
+
+
+def compute_cell_state(
+    training: Verdict, evaluations: Sequence[Verdict], is_locked: Callable[[], bool]
+) -> CellState:
+    """Return the states of a record from its stored verdicts and its lock.
+
+    evaluations: one verdict each, by `judge_evaluation`. is_locked: as `Record.is_locked`; called at most
+    once, and only where a verdict is missing. An evaluation of a failed training is never running.
+    """
+    is_running = None in (training, *evaluations) and is_locked()
+    unfinished: State = "running" if is_running else "missing"
+    unevaluated: State = "missing" if training == "failed" else unfinished
+    return CellState(
+        training or unfinished, tuple(verdict or unevaluated for verdict in evaluations), is_running
+    )
+
+
+def judge_evaluation(
+    verdict: Verdict, requested_metrics: Collection[str], scored_metrics: Collection[str]
+) -> Verdict:
+    """Return the verdict of an evaluation: the stored one, or None where a requested metric has no score."""
+    return None if verdict == "done" and not set(requested_metrics) <= set(scored_metrics) else verdict
+
+
+def combine_states(states: Sequence[State]) -> State:
+    """Return the worst of several states: failed, missing, running, done."""
+    return min(states, key=_STATES_WORST_FIRST.index)
+
+
+def get_error_line(status: Mapping[str, Any]) -> str | None:
+    """Return the last line of the error that a failed part's `status.json` holds; None unless it failed."""
+    if status.get("state") != "failed":
+        return None
+    lines = str(status.get("error") or "").strip().splitlines()
+    return lines[-1] if lines else "failed without a message"
