@@ -1,1 +1,1 @@
-"""The paper's claims C1 to C28, judged on a table. No torch."""
+"""Claims C1 to C28 of the paper, judged on its own numbers and on tables. No torch."""

@@ -1,49 +1,59 @@
-"""What a check is: it picks models of a column of places and turns them into comparisons.
+"""Checks: the comparisons that a claim asks for within one column.
 
-A column is what stays the same in a comparison: a task, a student, a decoding, a divergence, ... A
-comparison is a weighted sum of scores that the claim says is above 0.
+A column is all that stays the same in a comparison: task, student, decoding, divergence, ... A check
+selects models of a column and builds contrasts: weighted sums of scores that the claim says are above 0.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
-from gkd_lab.claims.facts import MODEL_FIELDS, STUDENT_SIZES, FigureCell
-from gkd_lab.claims.place_names import format_field
-
-Conditions = Mapping[str, Any]
-"""Field of a place -> the value, a tuple of values, or a condition that it must meet."""
+from gkd_lab.claims.figure_cells import (
+    MODEL_FIELDS,
+    STUDENT_SIZES,
+    Conditions,
+    FigureCell,
+    format_distinction,
+    format_field,
+    meets_conditions,
+)
 
 
 @dataclass(frozen=True)
 class ModelSelector:
-    """Some models of a column, by what they were made with."""
+    """Selects models of a column by the settings that they were made with."""
 
     name: str
     conditions: Conditions
 
-    def matches(self, place: FigureCell) -> bool:
-        """Whether a place is one of them; cells are meant unless a role is named."""
-        return meets_conditions(place, {"role": "cell", **self.conditions})
+    def matches(self, figure_cell: FigureCell) -> bool:
+        """Return whether the model is selected; only trained cells are, unless a role is named."""
+        return meets_conditions(figure_cell, {"role": "cell", **self.conditions})
+
+
+ALL_CELLS = ModelSelector("", {})
+SFT_STUDENT = ModelSelector("the SFT student", {"role": "start"})
+TEACHER = ModelSelector("the teacher", {"role": "teacher"})
 
 
 @dataclass(frozen=True)
 class WeightedScore:
-    """`weight` times the mean, largest or smallest score of some places."""
+    """`weight` times the mean, largest or smallest score of some figure cells."""
 
     weight: float
     cell_indices: tuple[int, ...]
-    """Indices into the column's places."""
+    """Indices into the column's figure cells."""
     reduction: Literal["mean", "max", "min"] = "mean"
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Terms whose sum a claim says is above 0; with `over`, above `factor` times the sum of those.
+    """A sum of scores that a claim says is above 0.
 
-    With `over` and no factor it is their ratio, to be measured.
+    With a denominator the claim says that it is above `factor` times the denominator's sum; without a
+    factor the ratio of both sums is measured.
     """
 
     label: str
@@ -54,7 +64,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class ColumnContrasts:
-    """The comparisons of a column, and which of the asked for models are not in it."""
+    """The contrasts of one column, and the names of models that the column lacks."""
 
     contrasts: list[Contrast]
     missing_models: list[str] = field(default_factory=list)
@@ -62,57 +72,240 @@ class ColumnContrasts:
 
 @dataclass(frozen=True)
 class Check(ABC):
-    """`where` limits the places; quality is meant unless a measure is named."""
+    """One check of a claim, restricted to figure cells that meet `conditions`."""
 
     conditions: Conditions
 
     def is_relevant(self, figure_cell: FigureCell) -> bool:
-        """Whether the check speaks of a place."""
+        """Return whether the check reads a figure cell: quality scores, unless a measure is named."""
         return meets_conditions(figure_cell, {"measure": "quality", **self.conditions})
 
     @abstractmethod
     def list_varying_fields(self) -> set[str]:
-        """Fields that differ inside a column."""
+        """Return the fields that differ inside a column."""
 
     @abstractmethod
-    def build_contrasts(self, places: Sequence[FigureCell]) -> ColumnContrasts:
-        """The comparisons of one column."""
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Build the contrasts of one column from its figure cells."""
 
 
-SFT_STUDENT = ModelSelector("the SFT student", {"role": "start"})
-TEACHER = ModelSelector("the teacher", {"role": "teacher"})
+@dataclass(frozen=True)
+class ScoresHigher(Check):
+    """Each `better` model, or with `best_only` the best of them, scores above each `worse` one."""
+
+    better: ModelSelector
+    worse: tuple[ModelSelector, ...]
+    best_only: bool = False
+
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.better, *self.worse)
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        better = find_matches(figure_cells, self.better)
+        if not better:
+            return ColumnContrasts([], [self.better.name])
+        groups = [tuple(better)] if self.best_only else [(index,) for index in better]
+        worse = [(selector, find_matches(figure_cells, selector)) for selector in self.worse]
+        contrasts = [
+            Contrast(
+                _format_contrast_label(figure_cells, group[0], index, selector, is_ambiguous=len(groups) > 1),
+                (WeightedScore(1, group, "max"), WeightedScore(-1, (index,))),
+            )
+            for group in groups
+            for selector, indices in worse
+            for index in indices
+        ]
+        return ColumnContrasts(contrasts, _list_missing(worse))
 
 
-def meets_conditions(figure_cell: FigureCell, conditions: Conditions) -> bool:
-    """Whether each field that is asked for has the value, one of the values, or meets the condition."""
-    return all(_meets_condition(figure_cell.get(name), value) for name, value in conditions.items())
+@dataclass(frozen=True)
+class Ranking(Check):
+    """Each of the models scores above the next one."""
+
+    selectors: tuple[ModelSelector, ...]
+
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(*self.selectors)
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        ranked = [(selector, find_matches(figure_cells, selector)) for selector in self.selectors]
+        contrasts = [
+            Contrast(f"{upper.name} against {lower.name}", _build_difference(upper_indices, lower_indices))
+            for (upper, upper_indices), (lower, lower_indices) in pairwise(ranked)
+            if upper_indices and lower_indices
+        ]
+        return ColumnContrasts(contrasts, _list_missing(ranked))
 
 
-def _meets_condition(value: Any, condition: Any) -> bool:
-    if isinstance(condition, tuple):
-        return any(_meets_condition(value, one) for one in condition)
-    if callable(condition):
-        return value is not None and bool(condition(value))
-    if isinstance(condition, (int, float)) and isinstance(value, (int, float)):
-        return math.isclose(value, condition, rel_tol=1e-3, abs_tol=1e-9)
-    return bool(value == condition)
+@dataclass(frozen=True)
+class MonotoneTrend(Check):
+    """Scores rise, or fall, at each step along an axis."""
+
+    axis: str
+    is_falling: bool = False
+
+    def list_varying_fields(self) -> set[str]:
+        return add_dependent_fields({self.axis})
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        groups = group_by_axis(figure_cells, self.axis)
+        sign = -1 if self.is_falling else 1
+        contrasts = [
+            Contrast(
+                _format_step(self.axis, before, after), _build_difference(groups[after], groups[before], sign)
+            )
+            for before, after in pairwise(groups)
+        ]
+        return ColumnContrasts(contrasts, _require_two_values(contrasts, self.axis))
 
 
-def require_minimum(bound: float) -> Callable[[float], bool]:
-    """A condition on a field."""
-    return lambda value: value >= bound
+@dataclass(frozen=True)
+class ShrinkingSpan(Check):
+    """The span of scores over `span_axis` shrinks along an axis, upwards or from its largest value down."""
+
+    axis: str
+    span_axis: str
+    is_descending: bool = False
+
+    def list_varying_fields(self) -> set[str]:
+        return add_dependent_fields({self.axis, self.span_axis})
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        groups = group_by_axis(figure_cells, self.axis)
+        spans = {value: indices for value, indices in groups.items() if len(indices) > 1}
+        order = list(spans)[::-1] if self.is_descending else list(spans)
+        contrasts = [
+            Contrast(
+                _format_step(self.axis, before, after),
+                (*build_span_scores(spans[before]), *build_span_scores(spans[after], sign=-1)),
+            )
+            for before, after in pairwise(order)
+            if have_equal_values(figure_cells, spans[before], spans[after], self.span_axis)
+        ]
+        missing = f"two values of {self.axis} over the same {self.span_axis}s"
+        return ColumnContrasts(contrasts, [] if contrasts else [missing])
 
 
-def require_other(name: str) -> Callable[[str], bool]:
-    """A condition on a field."""
-    return lambda value: value != name
+@dataclass(frozen=True)
+class SpanBelowEffect(Check):
+    """The span over `span_axis` among the `better` is below better minus worse at each of its values."""
+
+    better: ModelSelector
+    worse: ModelSelector
+    span_axis: str
+
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.better, self.worse) | add_dependent_fields({self.span_axis})
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        better = group_by_axis(figure_cells, self.span_axis, self.better)
+        worse = group_by_axis(figure_cells, self.span_axis, self.worse)
+        span = build_span_scores([index for indices in better.values() for index in indices], sign=-1)
+        contrasts = [
+            Contrast(
+                f"the effect at {format_field(self.span_axis, value)}",
+                (*_build_difference(better[value], worse[value]), *span),
+            )
+            for value in better
+            if value in worse and len(better) > 1
+        ]
+        missing = _list_missing([(self.better, better), (self.worse, worse)])
+        return ColumnContrasts(contrasts, missing or _require_two_values(contrasts, self.span_axis))
 
 
-def build_span_scores(places: Sequence[int], sign: int = 1) -> Iterator[WeightedScore]:
-    """The largest minus the smallest score, as two terms."""
-    yield WeightedScore(sign, tuple(places), "max")
-    yield WeightedScore(-sign, tuple(places), "min")
+@dataclass(frozen=True)
+class GainRatio(Check):
+    """The `better` model's gain over the SFT student is `factor` times that of the baselines.
 
+    Gains are averaged over `averaged_axis`. The baselines' gain is their mean, or with `best_only` that of
+    the best baseline at each value of the axis.
+    """
+
+    better: ModelSelector
+    baselines: tuple[ModelSelector, ...]
+    factor: float
+    averaged_axis: str
+    best_only: bool = False
+
+    def list_varying_fields(self) -> set[str]:
+        fields = collect_varying_fields(self.better, SFT_STUDENT, *self.baselines)
+        return fields | add_dependent_fields({self.averaged_axis})
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        selectors = (self.better, SFT_STUDENT, *self.baselines)
+        groups = [group_by_axis(figure_cells, self.averaged_axis, selector) for selector in selectors]
+        better, starts, *baselines = groups
+        values = [value for value in better if all(value in group for group in groups)]
+        if not values:
+            missing = _list_missing(zip(selectors, groups, strict=True))
+            return ColumnContrasts([], missing or [f"a common {self.averaged_axis}"])
+        share = 1 / len(values)
+        start = [WeightedScore(-share, tuple(starts[value])) for value in values]
+        gain = [WeightedScore(share, tuple(better[value])) for value in values]
+        reduction: Literal["max", "mean"] = "max" if self.best_only else "mean"
+        baseline = [
+            WeightedScore(share, tuple(index for group in baselines for index in group[value]), reduction)
+            for value in values
+        ]
+        contrast = Contrast(self._format_label(), (*gain, *start), (*baseline, *start), factor=self.factor)
+        return ColumnContrasts([contrast])
+
+    def _format_label(self) -> str:
+        """Format the ratio that the paper states, with the baseline where there is only one."""
+        baseline = f" times {self.baselines[0].name}" if len(self.baselines) == 1 else ""
+        return f"said: {self.factor:g}{baseline}"
+
+
+@dataclass(frozen=True)
+class MeasuredDifference(Check):
+    """The mean of `first` minus that of `second`, or their ratio: a measurement without a verdict."""
+
+    first: ModelSelector
+    second: ModelSelector
+    is_ratio: bool = False
+
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.first, self.second)
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        selectors = (self.first, self.second)
+        first, second = (tuple(find_matches(figure_cells, selector)) for selector in selectors)
+        missing = _list_missing([(self.first, first), (self.second, second)])
+        if missing:
+            return ColumnContrasts([], missing)
+        if self.is_ratio:
+            ratio = Contrast("ratio", (WeightedScore(1, first),), (WeightedScore(1, second),))
+            return ColumnContrasts([ratio])
+        return ColumnContrasts([Contrast("difference", _build_difference(first, second))])
+
+
+@dataclass(frozen=True)
+class DifferenceOfChanges(Check):
+    """The change of `first` minus that of `second` between an axis's two largest values; no verdict."""
+
+    first: ModelSelector
+    second: ModelSelector
+    axis: str
+
+    def list_varying_fields(self) -> set[str]:
+        return collect_varying_fields(self.first, self.second) | add_dependent_fields({self.axis})
+
+    def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        first = group_by_axis(figure_cells, self.axis, self.first)
+        second = group_by_axis(figure_cells, self.axis, self.second)
+        values = [value for value in first if value in second]
+        if len(values) < 2:
+            missing = _list_missing([(self.first, first), (self.second, second)])
+            return ColumnContrasts([], missing or [f"two values of {self.axis}"])
+        before, after = values[-2:]
+        changes = (
+            *_build_difference(first[after], first[before]),
+            *_build_difference(second[after], second[before], sign=-1),
+        )
+        return ColumnContrasts([Contrast("change", changes)])
+
+
+# ---- fields that vary, groups along an axis ----
 
 _DEPENDENT_FIELDS = {
     "temperature": {"evaluation"},
@@ -121,50 +314,90 @@ _DEPENDENT_FIELDS = {
     "anchor": {"alpha", "loss", "beta"},
     "role": set(MODEL_FIELDS),
 }
-"""Fields that cannot stay the same where another one changes."""
+"""Field -> fields that cannot stay the same where it changes."""
 
 
 def add_dependent_fields(fields: set[str]) -> set[str]:
-    """These fields, and those that change with them."""
+    """Return the fields and all that change with them."""
     return fields.union(*(_DEPENDENT_FIELDS.get(name, set()) for name in fields))
 
 
 def collect_varying_fields(*selectors: ModelSelector) -> set[str]:
-    """The fields by which some models are told apart, which differ inside a column."""
-    return add_dependent_fields({name for one in selectors for name in one.conditions})
+    """Return the fields by which selectors tell models apart."""
+    return add_dependent_fields({name for selector in selectors for name in selector.conditions})
 
 
-def find_matches(places: Sequence[FigureCell], selector: ModelSelector) -> list[int]:
-    """Indices of the places that are some models."""
-    return [n for n, place in enumerate(places) if selector.matches(place)]
+def find_matches(figure_cells: Sequence[FigureCell], selector: ModelSelector) -> list[int]:
+    """Return the indices of the figure cells that a selector matches."""
+    return [index for index, cell in enumerate(figure_cells) if selector.matches(cell)]
 
 
-def group_by_axis(places: Sequence[FigureCell], axis: str) -> dict[Any, list[int]]:
-    """`levels_of` all cells."""
-    return group_matches_by_axis(places, ModelSelector("", {}), axis)
-
-
-def group_matches_by_axis(
-    places: Sequence[FigureCell], selector: ModelSelector, axis: str
+def group_by_axis(
+    figure_cells: Sequence[FigureCell], axis: str, selector: ModelSelector = ALL_CELLS
 ) -> dict[Any, list[int]]:
-    """Value of an axis -> its places, in order; sizes of students are ordered by name."""
-    found: dict[Any, list[int]] = {}
-    for n in find_matches(places, selector):
-        if places[n].get(axis) is not None:
-            found.setdefault(places[n][axis], []).append(n)
-    ordered = [one for one in STUDENT_SIZES if one in found] if axis == "student" else sorted(found)
-    if axis == "student":
-        ordered += [one for one in found if one not in STUDENT_SIZES] if len(found) == 1 else []
-    return {value: found[value] for value in ordered}
+    """Return value of an axis -> indices of the selected figure cells, in the order of the values."""
+    groups: dict[Any, list[int]] = {}
+    for index in find_matches(figure_cells, selector):
+        if figure_cells[index].get(axis) is not None:
+            groups.setdefault(figure_cells[index][axis], []).append(index)
+    return {value: groups[value] for value in _sort_axis_values(axis, groups)}
+
+
+def _sort_axis_values(axis: str, values: Collection[Any]) -> list[Any]:
+    """Sort an axis's values; students by size, where an unnamed size has a place only if it is alone."""
+    if axis != "student":
+        return sorted(values)
+    return [size for size in STUDENT_SIZES if size in values] if len(values) > 1 else list(values)
 
 
 def have_equal_values(
-    places: Sequence[FigureCell], a: Sequence[int], b: Sequence[int], field_name: str
+    figure_cells: Sequence[FigureCell], first: Sequence[int], second: Sequence[int], field_name: str
 ) -> bool:
-    """Spans compare only over the same values."""
-    return {places[n].get(field_name) for n in a} == {places[n].get(field_name) for n in b}
+    """Return whether two groups of figure cells have the same values of a field."""
+    values = [{figure_cells[index].get(field_name) for index in indices} for indices in (first, second)]
+    return values[0] == values[1]
 
 
-def format_axis_value(axis: str, value: Any) -> str:
-    """A value of an axis in words."""
-    return format_field(axis, value)
+# ---- parts of contrasts ----
+
+
+def build_span_scores(cell_indices: Sequence[int], sign: int = 1) -> tuple[WeightedScore, WeightedScore]:
+    """Build the largest minus the smallest score, as two terms."""
+    indices = tuple(cell_indices)
+    return WeightedScore(sign, indices, "max"), WeightedScore(-sign, indices, "min")
+
+
+def _build_difference(
+    upper: Sequence[int], lower: Sequence[int], sign: int = 1
+) -> tuple[WeightedScore, WeightedScore]:
+    """Build the mean of the upper minus the mean of the lower scores, as two terms."""
+    return WeightedScore(sign, tuple(upper)), WeightedScore(-sign, tuple(lower))
+
+
+def _list_missing(matches: Iterable[tuple[ModelSelector, Collection[Any]]]) -> list[str]:
+    """Return the names of the selectors that matched nothing."""
+    return [selector.name for selector, matched in matches if not matched]
+
+
+def _require_two_values(contrasts: Sequence[Contrast], axis: str) -> list[str]:
+    """Name the axis as missing if it gave no contrast."""
+    return [] if contrasts else [f"two values of {axis}"]
+
+
+def _format_step(axis: str, before: Any, after: Any) -> str:
+    return f"from {format_field(axis, before)} to {format_field(axis, after)}"
+
+
+def _format_contrast_label(
+    figure_cells: Sequence[FigureCell],
+    better: int,
+    worse: int,
+    selector: ModelSelector,
+    *,
+    is_ambiguous: bool,
+) -> str:
+    """Format `against ImitKD`, preceded by the better model where a column has several."""
+    label = f"against {selector.name}"
+    if not is_ambiguous:
+        return label
+    return f"{format_distinction(figure_cells[better], figure_cells[worse])} {label}"

@@ -1,97 +1,89 @@
-"""Verdicts: a claim, the facts that it speaks of, and how sure each column of them is.
+"""Judge claims on the paper's numbers or on a table.
 
-Per column the interval decides; the paper's own numbers, which have none, are decided by their sign, and
-what lies within the error of reading is a tie. Over columns: one that fails makes the claim fail.
+In a column of a table the interval of the weakest contrast decides. The paper prints no intervals, so its
+own numbers are judged by sign, and a difference within the reading error is a tie. One column that fails
+makes the claim fail.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from gkd_lab.claims.checks import Check, Contrast, WeightedScore
-from gkd_lab.claims.columns import Column, ContrastOutcome, JudgedContrast, format_columns, format_counts
 from gkd_lab.claims.definitions import Claim
-from gkd_lab.claims.facts import FIGURE_CELL_FIELDS, FigureCell, Measurement, load_paper_measurements
-from gkd_lab.claims.missing import explain_missing_data, format_unjudged, list_gaps
+from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS, FigureCell
+from gkd_lab.claims.measurements import Measurement, load_paper_measurements
+from gkd_lab.claims.verdicts import (
+    ClaimVerdict,
+    Column,
+    ContrastOutcome,
+    JudgedContrast,
+    Verdict,
+    explain_missing_data,
+    format_columns,
+    format_counts,
+    format_unjudged,
+    list_gaps,
+)
 from gkd_lab.statistics.bootstrap import Array, compute_percentile_interval
 from gkd_lab.statistics.effects import estimate_seed_effect
 
-Verdict = Literal["holds", "fails", "undecided"]
 ResampleLookup = Callable[[Measurement], Array | None]
-"""Scores of a fact's model on resampled examples, (R,), the same examples for all; None: not kept."""
+"""Measurement -> (R,) scores of its model on resampled examples, equal ones for all; None: not stored."""
 
+SeedMeasurements = dict[int, Measurement]
+"""Seed -> measurement of one figure cell, finished ones only."""
 
-@dataclass(frozen=True)
-class ClaimVerdict:
-    """A claim's verdict over all of its columns."""
-
-    claim: Claim
-    verdict: Verdict
-    effect: float | None
-    """Mean over columns of the least comparison, in points; of C26 a ratio."""
-    low: float | None
-    high: float | None
-    column_count: int
-    """Columns that were judged."""
-    detail: str
-    columns: list[Column] = field(default_factory=list)
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether there was anything to judge it on."""
-        return self.column_count > 0
+ContrastJudge = Callable[[Contrast, Mapping[int, SeedMeasurements]], JudgedContrast | None]
+"""Judges a contrast, given index of a figure cell -> measurements; None without a common seed."""
 
 
 def judge_paper(claims: Iterable[Claim]) -> list[ClaimVerdict]:
-    """Verdicts on the paper's own numbers."""
+    """Judge claims on the paper's own numbers."""
+    unprinted = format_unjudged(["the paper prints no number of it"])
     return [
-        _judge_claim(claim, load_paper_measurements(claim.figures), None, is_paper=True) for claim in claims
+        _judge_claim(claim, load_paper_measurements(claim.figures), _judge_by_sign)
+        if claim.figures
+        else ClaimVerdict(claim, "undecided", None, None, None, 0, unprinted)
+        for claim in claims
     ]
 
 
 def judge(
-    claims: Iterable[Claim], measurements: Sequence[Measurement], resample: ResampleLookup = lambda fact: None
+    claims: Iterable[Claim],
+    measurements: Sequence[Measurement],
+    resample: ResampleLookup = lambda measurement: None,
 ) -> list[ClaimVerdict]:
-    """Verdicts on a table's facts: over seeds where there are two or more, else over examples."""
-    return [_judge_claim(claim, measurements, resample, is_paper=False) for claim in claims]
+    """Judge claims on a table's measurements: over seeds from two on, else over examples."""
+    judge_contrast = partial(_judge_by_interval, resample=resample)
+    return [_judge_claim(claim, measurements, judge_contrast) for claim in claims]
 
 
 def _judge_claim(
-    claim: Claim, measurements: Sequence[Measurement], resample: ResampleLookup | None, *, is_paper: bool
+    claim: Claim, measurements: Sequence[Measurement], judge_contrast: ContrastJudge
 ) -> ClaimVerdict:
-    if is_paper and not claim.figures:
-        return ClaimVerdict(
-            claim, "undecided", None, None, None, 0, format_unjudged(["the paper prints no number of it"], [])
-        )
-    columns, why = _judge_columns(claim.checks, measurements, resample, is_paper)
+    """Judge all columns of a claim and describe them."""
+    columns, reasons = _judge_columns(claim.checks, measurements, judge_contrast)
     judged = [column for column in columns if column.contrasts]
-    absent = list(dict.fromkeys(name for column in judged for name in column.missing_models))
-    undone = [place for column in columns for place in column.unfinished_cells]
-    detail = (
-        [format_columns(judged, claim.is_measurement), *list_gaps(absent, why, undone)]
-        if judged
-        else [format_unjudged(why, undone)]
-    )
-    for label, checks in claim.variants if judged else ():
-        besides = [
-            one for one in _judge_columns(checks, measurements, resample, is_paper)[0] if one.contrasts
-        ]
-        detail += [f"besides, {label}: {format_counts(besides)}"] if besides else []
-    return ClaimVerdict(
-        claim,
-        _combine_outcomes(claim, judged),
-        *_summarize_columns(judged),
-        len(judged),
-        "; ".join(detail),
-        judged,
-    )
+    unfinished = [figure_cell for column in columns for figure_cell in column.unfinished_cells]
+    if not judged:
+        return ClaimVerdict(claim, "undecided", None, None, None, 0, format_unjudged(reasons, unfinished))
+    missing_models = list(dict.fromkeys(name for column in judged for name in column.missing_models))
+    gaps = list_gaps(missing_models, reasons, unfinished)
+    details = [format_columns(judged, claim.is_measurement), *gaps]
+    for label, checks in claim.variants.items():
+        columns = [c for c in _judge_columns(checks, measurements, judge_contrast)[0] if c.contrasts]
+        details += [f"besides, {label}: {format_counts(columns)}"] if columns else []
+    verdict, estimate = _combine_outcomes(claim, judged), _summarize_columns(judged)
+    return ClaimVerdict(claim, verdict, *estimate, len(judged), "; ".join(details), judged)
 
 
 def _combine_outcomes(claim: Claim, columns: Sequence[Column]) -> Verdict:
+    """Return the claim's verdict: one column that fails decides, then one that is undecided."""
     outcomes = {column.outcome for column in columns}
-    if claim.is_measurement or not columns:
+    if claim.is_measurement:
         return "undecided"
     if "fails" in outcomes:
         return "fails"
@@ -100,168 +92,128 @@ def _combine_outcomes(claim: Claim, columns: Sequence[Column]) -> Verdict:
 
 # ---- columns ----
 
+ColumnMeasurements = dict[tuple[Any, ...], list[Measurement]]
+"""Values of a figure cell's fields -> its measurements, one per seed."""
+
 
 def _judge_columns(
-    checks: Iterable[Check],
-    measurements: Sequence[Measurement],
-    resample: ResampleLookup | None,
-    is_paper: bool,
+    checks: Iterable[Check], measurements: Sequence[Measurement], judge_contrast: ContrastJudge
 ) -> tuple[list[Column], list[str]]:
-    """The columns of all checks, and why there are none of some."""
+    """Return the columns of all checks, and a reason for each check without a column to judge."""
     columns: list[Column] = []
-    why: list[str] = []
+    reasons: list[str] = []
     for check in checks:
-        found = [
-            _judge_column(check, place, group, resample, is_paper)
-            for place, group in _group_columns(check, measurements)
+        of_check = [
+            _judge_column(check, shared_fields, group, judge_contrast)
+            for shared_fields, group in _group_columns(check, measurements)
         ]
-        columns += found
-        if not found:
-            why.append(explain_missing_data(check, measurements))
-        elif not any(one.contrasts or one.unfinished_cells for one in found):
-            fewest = min(found, key=lambda one: len(one.missing_models))
-            why.append(
-                f"no {' and no '.join(fewest.missing_models)}"
-                if fewest.missing_models
-                else "no seed in common"
-            )
-    return columns, list(dict.fromkeys(why))
-
-
-ColumnMeasurements = dict[tuple[Any, ...], list[Measurement]]
-"""Place inside the column -> its facts, one a seed."""
+        columns += of_check
+        if not of_check:
+            reasons.append(explain_missing_data(check, measurements))
+        elif not any(column.contrasts or column.unfinished_cells for column in of_check):
+            missing = min((column.missing_models for column in of_check), key=len)
+            reasons.append(f"no {' and no '.join(missing)}" if missing else "no seed in common")
+    return columns, list(dict.fromkeys(reasons))
 
 
 def _group_columns(
     check: Check, measurements: Sequence[Measurement]
 ) -> list[tuple[FigureCell, ColumnMeasurements]]:
-    free = check.list_varying_fields()
-    kept = [name for name in FIGURE_CELL_FIELDS if name not in free]
-    found: dict[tuple[Any, ...], ColumnMeasurements] = {}
-    for fact in measurements:
-        if check.is_relevant(fact.figure_cell) and ("role" in free or fact.figure_cell["role"] == "cell"):
-            column = found.setdefault(tuple(fact.figure_cell.get(name) for name in kept), {})
-            column.setdefault(tuple(fact.figure_cell.get(name) for name in FIGURE_CELL_FIELDS), []).append(
-                fact
-            )
-    return [(dict(zip(kept, key, strict=True)), group) for key, group in found.items()]
+    """Group the measurements that a check reads by the fields that stay the same in a column."""
+    varying = check.list_varying_fields()
+    shared = [name for name in FIGURE_CELL_FIELDS if name not in varying]
+    columns: dict[tuple[Any, ...], ColumnMeasurements] = {}
+    for measurement in measurements:
+        cell = measurement.figure_cell
+        if check.is_relevant(cell) and ("role" in varying or cell["role"] == "cell"):
+            column = columns.setdefault(tuple(cell.get(name) for name in shared), {})
+            column.setdefault(tuple(cell.get(name) for name in FIGURE_CELL_FIELDS), []).append(measurement)
+    return [(dict(zip(shared, key, strict=True)), group) for key, group in columns.items()]
 
 
 def _judge_column(
-    check: Check,
-    place: FigureCell,
-    group: ColumnMeasurements,
-    resample: ResampleLookup | None,
-    is_paper: bool,
+    check: Check, shared_fields: FigureCell, group: ColumnMeasurements, judge_contrast: ContrastJudge
 ) -> Column:
-    """Judged on the places that have a score; what is asked for besides is named."""
-    everywhere = list(group.values())
-    planned = check.build_contrasts([facts[0].figure_cell for facts in everywhere])
-    done = [facts for facts in everywhere if any(fact.value is not None for fact in facts)]
-    found = check.build_contrasts([facts[0].figure_cell for facts in done]).contrasts
-    judged = [one for each in found if (one := _judge_contrast(each, done, resample, is_paper)) is not None]
-    needed = {n for one in planned.contrasts for t in (*one.terms, *one.denominator) for n in t.cell_indices}
-    undone = [everywhere[n][0].figure_cell for n in sorted(needed) if everywhere[n] not in done]
-    return Column(place, judged, planned.missing_models, undone)
+    """Judge the contrasts of a column's finished figure cells; list the unfinished and missing ones."""
+    planned = list(group.values())
+    finished = [seeds for seeds in planned if any(measurement.value is not None for measurement in seeds)]
+    plan = check.build_contrasts([seeds[0].figure_cell for seeds in planned])
+    needed = {index for contrast in plan.contrasts for index in _list_cell_indices(contrast)}
+    unfinished = [planned[n][0].figure_cell for n in sorted(needed) if planned[n] not in finished]
+    judged = []
+    for contrast in check.build_contrasts([seeds[0].figure_cell for seeds in finished]).contrasts:
+        by_cell = {
+            index: {m.seed: m for m in finished[index] if m.value is not None}
+            for index in _list_cell_indices(contrast)
+        }
+        judged.append(judge_contrast(contrast, by_cell))
+    contrasts = [contrast for contrast in judged if contrast is not None]
+    return Column(shared_fields, contrasts, plan.missing_models, unfinished)
 
 
-# ---- comparisons ----
+def _list_cell_indices(contrast: Contrast) -> set[int]:
+    """Return the indices of all figure cells that a contrast reads."""
+    return {index for term in (*contrast.terms, *contrast.denominator) for index in term.cell_indices}
 
 
-def _judge_contrast(
-    comparison: Contrast,
-    done: Sequence[Sequence[Measurement]],
-    resample: ResampleLookup | None,
-    is_paper: bool,
-) -> JudgedContrast | None:
-    used = {n for term in (*comparison.terms, *comparison.denominator) for n in term.cell_indices}
-    by_place = {n: {f.seed: f for f in done[n] if f.value is not None} for n in used}
-    seeds = sorted(set.intersection(*(set(found) for found in by_place.values())))
-    if not seeds:
+def _summarize_columns(columns: Sequence[Column]) -> tuple[float, float | None, float | None]:
+    """Return the mean effect over columns with its interval, over seeds or else over examples."""
+    weakest = [column.weakest for column in columns]
+    effect = float(np.mean([contrast.effect for contrast in weakest]))
+    if len(weakest) == 1:
+        return effect, weakest[0].low, weakest[0].high
+    seeds = sorted(set.intersection(*(set(contrast.seed_effects) for contrast in weakest)))
+    if any(contrast.low is None for contrast in weakest):
+        return effect, None, None
+    if len(seeds) >= 2:
+        means = [float(np.mean([contrast.seed_effects[seed] for contrast in weakest])) for seed in seeds]
+        estimate = estimate_seed_effect(means, len(seeds))
+        return effect, estimate.low, estimate.high
+    resampled = [c.resampled_effects for c in weakest if c.resampled_effects is not None]
+    if len(resampled) < len(weakest):
+        return effect, None, None
+    return effect, *compute_percentile_interval(np.mean(resampled, axis=0))
+
+
+# ---- contrasts ----
+
+
+def _judge_by_sign(contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]) -> JudgedContrast | None:
+    """Judge a contrast of the paper's numbers by its sign; within the reading error it is a tie."""
+    seed_effects, ratio = _compute_effects(contrast, by_cell)
+    if not seed_effects:
         return None
-    by_seed, ratios = {}, []
-    for seed in seeds:
-        scores = {n: np.array([found[seed].value]) for n, found in by_place.items()}
-        by_seed[seed] = float(_evaluate_contrast(comparison, scores)[0])
-        if comparison.denominator:
-            ratios.append(_compute_ratio(comparison, scores))
-    effect = float(np.mean(list(by_seed.values())))
-    ratio = float(np.mean(ratios)) if comparison.denominator else None
-    if is_paper:
-        outcome = _classify_sign(effect, _compute_reading_error(comparison, by_place))
-        return JudgedContrast(comparison.label, outcome, effect, None, None, by_seed, None, ratio)
-    low, high, resampled = _compute_interval(comparison, by_place, by_seed, resample)
-    return JudgedContrast(
-        comparison.label, _classify_interval(low, high), effect, low, high, by_seed, resampled, ratio
-    )
+    effect = float(np.mean(list(seed_effects.values())))
+    # Rounding cannot turn the order of two printed numbers: a difference as large as the error is no tie.
+    outcome: ContrastOutcome = "holds" if effect > 0 else "fails"
+    if abs(effect) < max(_compute_reading_error(contrast, by_cell) - 1e-9, 1e-9):
+        outcome = "tie"
+    return JudgedContrast(contrast.label, outcome, effect, None, None, seed_effects, None, ratio)
 
 
-def _compute_interval(
-    comparison: Contrast,
-    by_place: Mapping[int, Mapping[int, Measurement]],
-    by_seed: Mapping[int, float],
-    resample: ResampleLookup | None,
-) -> tuple[float | None, float | None, Array | None]:
-    if len(by_seed) >= 2:
-        effect = estimate_seed_effect(list(by_seed.values()), len(by_seed))
-        return effect.low, effect.high, None
-    (seed,) = by_seed
-    found = {n: resample(facts[seed]) if resample else None for n, facts in by_place.items()}
-    scores = {n: one for n, one in found.items() if one is not None}
-    if len(scores) < len(found) or len({len(one) for one in scores.values()}) > 1:
-        return None, None, None
-    resampled = _evaluate_contrast(comparison, scores)
-    return *compute_percentile_interval(resampled), resampled
-
-
-def _evaluate_contrast(comparison: Contrast, scores: Mapping[int, Array]) -> Array:
-    above = _sum_scores(comparison.terms, scores)
-    if not comparison.denominator:
-        return above
-    below = _sum_scores(comparison.denominator, scores)
-    if comparison.factor is not None:
-        return above - comparison.factor * below
-    ratio: Array = above / below
-    return ratio
-
-
-def _compute_ratio(comparison: Contrast, scores: Mapping[int, Array]) -> float:
-    below = float(_sum_scores(comparison.denominator, scores)[0])
-    return float(_sum_scores(comparison.terms, scores)[0]) / below if below else float("nan")
-
-
-_REDUCTIONS: Mapping[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max, "min": np.min}
-
-
-def _sum_scores(terms: Iterable[WeightedScore], scores: Mapping[int, Array]) -> Array:
-    parts = [
-        t.weight * _REDUCTIONS[t.reduction](np.stack([scores[n] for n in t.cell_indices]), axis=0)
-        for t in terms
-    ]
-    total: Array = np.sum(parts, axis=0)
-    return total
-
-
-def _compute_reading_error(comparison: Contrast, by_place: Mapping[int, Mapping[int, Measurement]]) -> float:
-    """The most by which errors of reading may move the sum; a mean or an extreme moves as its parts."""
-
-    def error(terms: Iterable[WeightedScore]) -> float:
-        return sum(
-            abs(t.weight) * max(fact.reading_error for n in t.cell_indices for fact in by_place[n].values())
-            for t in terms
-        )
-
-    return error(comparison.terms) + abs(comparison.factor or 0.0) * error(comparison.denominator)
-
-
-def _classify_sign(effect: float, tolerance: float) -> ContrastOutcome:
-    """Rounding cannot turn the order of two printed numbers, so a difference as large as it is no tie."""
-    if abs(effect) < max(tolerance - 1e-9, 1e-9):
-        return "tie"
-    return "holds" if effect > 0 else "fails"
+def _judge_by_interval(
+    contrast: Contrast, by_cell: Mapping[int, SeedMeasurements], resample: ResampleLookup
+) -> JudgedContrast | None:
+    """Judge a contrast by its interval: over seeds from two on, else over resampled examples."""
+    seed_effects, ratio = _compute_effects(contrast, by_cell)
+    if not seed_effects:
+        return None
+    effect = float(np.mean(list(seed_effects.values())))
+    low, high, resampled = None, None, None
+    if len(seed_effects) >= 2:
+        estimate = estimate_seed_effect(list(seed_effects.values()), len(seed_effects))
+        low, high = estimate.low, estimate.high
+    else:
+        (seed,) = seed_effects
+        resampled = _resample_contrast(contrast, {n: seeds[seed] for n, seeds in by_cell.items()}, resample)
+        if resampled is not None:
+            low, high = compute_percentile_interval(resampled)
+    outcome = _classify_interval(low, high)
+    return JudgedContrast(contrast.label, outcome, effect, low, high, seed_effects, resampled, ratio)
 
 
 def _classify_interval(low: float | None, high: float | None) -> ContrastOutcome:
+    """Return `holds` for an interval above 0, `fails` for one below 0, else `undecided`."""
     if low is None or high is None:
         return "undecided"
     if low > 0:
@@ -269,23 +221,68 @@ def _classify_interval(low: float | None, high: float | None) -> ContrastOutcome
     return "fails" if high < 0 else "undecided"
 
 
-def _summarize_columns(columns: Sequence[Column]) -> tuple[float | None, float | None, float | None]:
-    """Mean over columns, with the interval of that mean where seeds or examples give one."""
-    if not columns:
-        return None, None, None
-    least = [column.weakest for column in columns]
-    effect = float(np.mean([one.effect for one in least]))
-    if len(least) == 1:
-        return effect, least[0].low, least[0].high
-    seeds = sorted(set.intersection(*(set(one.seed_effects) for one in least)))
-    if any(one.low is None for one in least):
-        return effect, None, None
-    if len(seeds) >= 2:
-        found = estimate_seed_effect(
-            [float(np.mean([one.seed_effects[s] for one in least])) for s in seeds], len(seeds)
+def _compute_effects(
+    contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]
+) -> tuple[dict[int, float], float | None]:
+    """Return the effect for each seed that all figure cells have, and the mean ratio if it has one."""
+    seed_effects, ratios = {}, []
+    for seed in sorted(set.intersection(*(set(seeds) for seeds in by_cell.values()))):
+        scores = {index: np.array([seeds[seed].value]) for index, seeds in by_cell.items()}
+        seed_effects[seed] = float(_evaluate_contrast(contrast, scores)[0])
+        if contrast.denominator:
+            ratios.append(_compute_ratio(contrast, scores))
+    return seed_effects, float(np.mean(ratios)) if ratios else None
+
+
+def _resample_contrast(
+    contrast: Contrast, measurements: Mapping[int, Measurement], resample: ResampleLookup
+) -> Array | None:
+    """Return the (R,) values of a contrast on resampled examples; None if some scores were not stored."""
+    resampled = {index: resample(measurement) for index, measurement in measurements.items()}
+    scores = {index: array for index, array in resampled.items() if array is not None}
+    if len(scores) < len(resampled) or len({len(array) for array in scores.values()}) > 1:
+        return None
+    return _evaluate_contrast(contrast, scores)
+
+
+def _evaluate_contrast(contrast: Contrast, scores: Mapping[int, Array]) -> Array:
+    """Return the (R,) values that the claim says are above 0, or the ratio if there is no factor."""
+    total = _sum_scores(contrast.terms, scores)
+    if not contrast.denominator:
+        return total
+    denominator = _sum_scores(contrast.denominator, scores)
+    if contrast.factor is not None:
+        return total - contrast.factor * denominator
+    ratio: Array = total / denominator
+    return ratio
+
+
+def _compute_ratio(contrast: Contrast, scores: Mapping[int, Array]) -> float:
+    """Return the ratio of the terms' sum to the denominator's, NaN for a denominator of 0."""
+    denominator = float(_sum_scores(contrast.denominator, scores)[0])
+    return float(_sum_scores(contrast.terms, scores)[0]) / denominator if denominator else float("nan")
+
+
+_REDUCTIONS: Mapping[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max, "min": np.min}
+
+
+def _sum_scores(terms: Iterable[WeightedScore], scores: Mapping[int, Array]) -> Array:
+    """Sum weighted scores; `scores` is index of a figure cell -> (R,) scores."""
+    parts = []
+    for term in terms:
+        stacked = np.stack([scores[index] for index in term.cell_indices])
+        parts.append(term.weight * _REDUCTIONS[term.reduction](stacked, axis=0))
+    total: Array = np.sum(parts, axis=0)
+    return total
+
+
+def _compute_reading_error(contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]) -> float:
+    """Return the largest shift of a contrast by reading errors; means and extremes shift as their parts."""
+
+    def sum_errors(terms: Iterable[WeightedScore]) -> float:
+        return sum(
+            abs(term.weight) * max(m.reading_error for n in term.cell_indices for m in by_cell[n].values())
+            for term in terms
         )
-        return effect, found.low, found.high
-    drawn = [one.resampled_effects for one in least if one.resampled_effects is not None]
-    if len(drawn) < len(least):
-        return effect, None, None
-    return effect, *compute_percentile_interval(np.mean(drawn, axis=0))
+
+    return sum_errors(contrast.terms) + abs(contrast.factor or 0.0) * sum_errors(contrast.denominator)

@@ -1,10 +1,11 @@
-"""The claims on a run: its table, what its models wrote, and how long their training took."""
+"""Judge claims on a run: its table, its stored predictions and its training times."""
 
 from collections.abc import Iterable, Mapping
 
 from gkd_lab.claims.definitions import CLAIMS, Claim
-from gkd_lab.claims.facts import Measurement, extract_measurements
-from gkd_lab.claims.judge import ClaimVerdict, ResampleLookup, judge
+from gkd_lab.claims.judge import ResampleLookup, judge
+from gkd_lab.claims.measurements import Measurement, extract_measurements
+from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.statistics.bootstrap import Array, bootstrap_scores, load_example_statistics
@@ -17,73 +18,75 @@ from gkd_lab.tables.table import table
 def judge_run(
     grid: Grid, store: Store, claims: Iterable[Claim] = tuple(CLAIMS.values())
 ) -> list[ClaimVerdict]:
-    """Verdicts on what is done of a grid."""
+    """Judge claims on the finished part of a run."""
     cells = {cell.fingerprint: cell for cell in grid.cells}
-    facts = extract_measurements(table(grid, store), cells, measure_step_seconds(grid, store))
-    return judge(claims, facts, build_resample_lookup(grid, store))
+    measurements = extract_measurements(table(grid, store), cells, measure_step_seconds(grid, store))
+    return judge(claims, measurements, build_resample_lookup(grid, store))
 
 
 def measure_step_seconds(grid: Grid, store: Store) -> dict[str, float]:
-    """Fingerprint -> seconds of a step, of cells that were trained alone and without a break.
+    """Return fingerprint -> seconds per step, of finished cells that ran alone and without a break.
 
-    A pack's time is that of all of its members, so it says nothing of one.
+    The time of a pack is that of all of its members, so it does not tell the time of one.
     """
-    found = {}
+    step_seconds = {}
     for cell in grid.cells:
         record = store.get_record(cell)
-        facts = record.read_provenance()
-        seconds = facts.get("spent", {}).get("seconds")
-        alone = len(facts.get("pack", ())) == 1 and not facts.get("resumed_at_step")
-        if seconds is not None and alone and record.read_state() == "done":
-            found[cell.fingerprint] = float(seconds) / cell.training.steps
-    return found
+        provenance = record.read_provenance()
+        seconds = provenance.get("spent", {}).get("seconds")
+        ran_alone = len(provenance.get("pack", ())) == 1 and not provenance.get("resumed_at_step")
+        if seconds is not None and ran_alone and record.read_state() == "done":
+            step_seconds[cell.fingerprint] = float(seconds) / cell.training.steps
+    return step_seconds
 
 
 def build_resample_lookup(grid: Grid, store: Store) -> ResampleLookup:
-    """Scores of a model on resampled examples, where what it wrote is kept and gives the table's score.
+    """Build a cached lookup of a model's scores on resampled examples, from its stored predictions.
 
-    Models with equal numbers of examples are resampled alike, which is what pairs them.
+    Models with equal numbers of examples get the same resamples, which pairs them. It returns None where
+    the predictions are not stored or do not give the table's score.
     """
-    judged = _index_evaluations(grid, store)
-    kept: dict[tuple[str | None, str | None], Array | None] = {}
+    evaluations = _index_evaluations(grid, store)
+    cache: dict[tuple[str | None, str | None], Array | None] = {}
 
-    def drawn(fact: Measurement) -> Array | None:
-        key = (fact.fingerprint, fact.score_column)
-        if key not in kept:
-            kept[key] = _resample_scores(fact, judged)
-        return kept[key]
+    def resample(measurement: Measurement) -> Array | None:
+        key = (measurement.fingerprint, measurement.score_column)
+        if key not in cache:
+            cache[key] = _resample_scores(measurement, evaluations)
+        return cache[key]
 
-    return drawn
+    return resample
 
 
 def _resample_scores(
-    measurement: Measurement, judged: Mapping[tuple[str, str], tuple[Record, AnyEvaluation]]
+    measurement: Measurement, evaluations: Mapping[tuple[str, str], tuple[Record, AnyEvaluation]]
 ) -> Array | None:
+    """Return the (R,) scores on resampled examples, None if the stored predictions do not allow it."""
     if measurement.fingerprint is None or measurement.score_column is None or measurement.value is None:
         return None
     evaluation, metric = measurement.score_column.split("/", 1)
-    if (measurement.fingerprint, evaluation) not in judged:
+    if (measurement.fingerprint, evaluation) not in evaluations:
         return None
-    found = load_example_statistics(*judged[measurement.fingerprint, evaluation], metric)
-    if found is None or len(found) < 2 or abs(found.score - measurement.value) > SCORE_TOLERANCE:
+    statistics = load_example_statistics(*evaluations[measurement.fingerprint, evaluation], metric)
+    if statistics is None or len(statistics) < 2:
         return None
-    scores: Array = bootstrap_scores([found])[0]
+    if abs(statistics.score - measurement.value) > SCORE_TOLERANCE:
+        return None
+    scores: Array = bootstrap_scores([statistics])[0]
     return scores
 
 
 def _index_evaluations(grid: Grid, store: Store) -> dict[tuple[str, str], tuple[Record, AnyEvaluation]]:
-    """(fingerprint, name of the evaluation) -> its record and specification, models held against included."""
-    found = {}
+    """Return (fingerprint, evaluation's name) -> record and evaluation, reference models included."""
+    index = {}
     for cell in grid.cells:
         names = name_evaluations(cell.evaluations)
+        start, teacher = cell.training.start, cell.training.teacher
         for fingerprint, record in (
             (cell.fingerprint, store.get_record(cell)),
-            (cell.training.start.fingerprint, store.get_artifact(cell.scale, "start", cell.training.start)),
-            (
-                cell.training.teacher.fingerprint,
-                store.get_artifact(cell.scale, "teacher", cell.training.teacher),
-            ),
+            (start.fingerprint, store.get_artifact(cell.scale, "start", start)),
+            (teacher.fingerprint, store.get_artifact(cell.scale, "teacher", teacher)),
         ):
             for evaluation in cell.evaluations:
-                found[fingerprint, names[evaluation.folder]] = (record, evaluation)
-    return found
+                index[fingerprint, names[evaluation.folder]] = (record, evaluation)
+    return index

@@ -323,7 +323,7 @@ def claims(
     from gkd_lab.claims.definitions import CLAIMS
     from gkd_lab.claims.judge import judge_paper
     from gkd_lab.claims.run_claims import judge_run
-    from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
+    from gkd_lab.claims.verdicts import encode_verdicts, format_verdict_lines
 
     asked: Sequence[str] = ()
     if name == "paper":

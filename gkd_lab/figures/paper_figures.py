@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.facts import Measurement
-from gkd_lab.claims.place_names import find_distinguishing_fields, format_fields
+from gkd_lab.claims.figure_cells import find_distinguishing_fields, format_fields
+from gkd_lab.claims.measurements import Measurement
 from gkd_lab.figures.panels import create_axes, set_panel_title
 from gkd_lab.figures.style import (
     FAINT,

@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import extract_measurements
 from gkd_lab.claims.judge import judge, judge_paper
+from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.claims.paper import load_values
-from gkd_lab.claims.verdict_text import format_verdict, format_verdict_lines
+from gkd_lab.claims.verdicts import format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
 from gkd_lab.config.errors import ConfigError
 

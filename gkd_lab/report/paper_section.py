@@ -6,11 +6,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import Measurement, extract_measurements
-from gkd_lab.claims.judge import ClaimVerdict, judge_paper
-from gkd_lab.claims.missing import UNJUDGED_PREFIX
+from gkd_lab.claims.judge import judge_paper
+from gkd_lab.claims.measurements import Measurement, extract_measurements
 from gkd_lab.claims.run_claims import judge_run, measure_step_seconds
-from gkd_lab.claims.verdict_text import format_effect, format_verdict
+from gkd_lab.claims.verdicts import UNJUDGED_PREFIX, ClaimVerdict, format_effect, format_verdict
 from gkd_lab.config import Grid
 from gkd_lab.figures.compute_figures import compute_costs, cost_scatter, describe_omitted_costs
 from gkd_lab.figures.paper_figures import describe_agreement, pair_maps, paired_heat_maps

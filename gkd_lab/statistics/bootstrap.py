@@ -1,8 +1,8 @@
-"""The bootstrap over examples: how often each is drawn, times what it counts for the score.
+"""Bootstrap over examples, from sufficient statistics of each example.
 
-An example is a prompt. A mean counts its values; BLEU and chrF count n-grams, from which sacreBLEU
-computes the corpus score of a resample. Samples that share their draws are paired: what makes an example
-hard for one model and for the other cancels in their difference.
+An example is a prompt. A mean needs its value; BLEU and chrF need its n-gram counts, from which sacreBLEU
+computes the corpus score of a resample. Models that share their resamples are paired: difficult examples
+are difficult for both and cancel in the difference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ CorpusScore = Callable[[Sequence[float]], float]
 
 @dataclass(frozen=True)
 class ExampleStatistics:
-    """One model's statistics under one metric, a row an example (N, K); a mean has one column."""
+    """Statistics of one model's examples under one metric, (N, K); K is 1 for a mean."""
 
     statistics: Array
     corpus_score: CorpusScore | None = None
@@ -36,11 +36,11 @@ class ExampleStatistics:
 
     @property
     def score(self) -> float:
-        """The score of the examples as they are, 0 to 100."""
+        """Score of the examples as they are, 0 to 100."""
         return float(self.score_resamples(np.ones((1, len(self))))[0])
 
     def score_resamples(self, counts: Array) -> Array:
-        """(R,) scores of resamples in which example n is there counts[r, n] times."""
+        """Return the (R,) scores of resamples that contain example n counts[r, n] times."""
         summed = counts @ self.statistics
         if self.corpus_score is None:
             scores: Array = summed[:, 0] / len(self)
@@ -48,65 +48,62 @@ class ExampleStatistics:
         return np.array([self.corpus_score(row) for row in summed.tolist()])
 
     def select_examples(self, examples: Sequence[int]) -> "ExampleStatistics":
-        """The sample of some of the examples, in the order given."""
+        """Return the statistics of some examples, in the given order."""
         return ExampleStatistics(self.statistics[list(examples)], self.corpus_score)
 
 
 def build_example_statistics(
     metric: str, rows: Sequence[Mapping[str, Any]], values: Sequence[float]
 ) -> ExampleStatistics:
-    """Stored predictions with their value each as a sample of prompts, in their order.
+    """Build one example per prompt from stored predictions and the score of each.
 
-    Several texts of one prompt are one example: they are not independent of each other.
+    Several texts of one prompt are one example, because they are not independent.
     """
     groups = group_by_prompt(rows)
     if metric not in CORPUS_METRICS:
         return ExampleStatistics(np.array([[np.mean([values[n] for n in group])] for group in groups]))
-    counted, score = _count_corpus_statistics(metric, rows)
-    return ExampleStatistics(np.array([counted[group].sum(axis=0) for group in groups]), score)
+    statistics, corpus_score = _count_corpus_statistics(metric, rows)
+    return ExampleStatistics(np.array([statistics[group].sum(axis=0) for group in groups]), corpus_score)
 
 
 def _count_corpus_statistics(metric: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Array, CorpusScore]:
-    """Counts of each text (T, K), of BLEU and chrF sacreBLEU's at its defaults, and the score of such."""
+    """Return (T, K) statistics of T texts, for BLEU and chrF sacreBLEU's, and their corpus score."""
     from gkd_lab.metrics.corpus import build_sacrebleu_metric, transpose_references
 
+    texts, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
     if metric in CLASSIFICATION_METRICS:
-        texts = [row["prediction"] for row in rows]
-        return compute_statistics(metric, texts, [row["references"] for row in rows])
-
+        return compute_statistics(metric, texts, references)
     scorer = build_sacrebleu_metric("bleu" if metric == "bleu" else "chrf")
-    # What its own paired bootstrap resamples; that reports no interval of the difference.
-    counted = scorer._extract_corpus_statistics(
-        [row["prediction"] for row in rows], transpose_references([row["references"] for row in rows])
-    )
+    # sacreBLEU's own paired bootstrap resamples these, but reports no interval of the difference.
+    statistics = scorer._extract_corpus_statistics(texts, transpose_references(references))
 
-    def corpus(row: Sequence[float]) -> float:
+    def compute_corpus_score(row: Sequence[float]) -> float:
         return float(scorer._compute_score_from_stats(row).score)
 
-    return np.asarray(counted, dtype=np.float64), corpus
+    return np.asarray(statistics, dtype=np.float64), compute_corpus_score
 
 
-def bootstrap_scores(samples: Sequence[ExampleStatistics], *, resamples: int = 1000, seed: int = 0) -> Array:
-    """(S, R) scores of samples over the same N examples: column r draws the same ones for all."""
-    examples = len(samples[0])
-    assert examples and {len(sample) for sample in samples} == {examples}
+def load_example_statistics(
+    record: Record, evaluation: AnyEvaluation, metric: str
+) -> ExampleStatistics | None:
+    """Load an evaluation's stored predictions as statistics; None where a prediction has no score."""
+    rows = record.get_evaluation(evaluation).read_prediction_rows()
+    values = [row.get("scores", {}).get(metric) for row in rows]
+    return build_example_statistics(metric, rows, values) if rows and None not in values else None
+
+
+def bootstrap_scores(models: Sequence[ExampleStatistics], *, resamples: int = 1000, seed: int = 0) -> Array:
+    """Return the (S, R) scores of S models over the same N examples; column r is one resample for all."""
+    examples = len(models[0])
+    assert examples and {len(model) for model in models} == {examples}
     parts = [
-        np.array([sample.score_resamples(counts) for sample in samples])
+        np.array([model.score_resamples(counts) for model in models])
         for counts in draw_resample_counts(examples, resamples, seed)
     ]
     return np.concatenate(parts, axis=1)
 
 
 def compute_percentile_interval(scores: Array) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles."""
+    """Return the 2.5 and 97.5 percentiles."""
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
-
-
-def load_example_statistics(
-    record: Record, evaluation: AnyEvaluation, metric: str
-) -> ExampleStatistics | None:
-    """What was written for the evaluation, to be resampled; None where it was not kept."""
-    rows = record.get_evaluation(evaluation).read_prediction_rows()
-    values = [row.get("scores", {}).get(metric) for row in rows]
-    return build_example_statistics(metric, rows, values) if rows and None not in values else None

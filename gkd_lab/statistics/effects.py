@@ -1,29 +1,37 @@
-"""What a difference is worth: its mean, its interval, its p-value, and a verdict that may be `undecided`."""
+"""Effects: mean differences with their interval, p-value and verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_lab.statistics.bootstrap import Array, compute_percentile_interval
+from gkd_lab.statistics.bootstrap import (
+    Array,
+    ExampleStatistics,
+    bootstrap_scores,
+    compute_percentile_interval,
+)
 
 Interval = tuple[float, float]
 
 SCORE_TOLERANCE = 1e-6
-"""Points by which a stored score and that of the stored texts may differ; beyond, a metric has changed."""
+"""Largest difference in points between a stored score and that of the stored texts; beyond it the metric
+has changed."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean difference, its interval where there is one, and what was averaged."""
+    """A mean difference with its interval, where it has one."""
 
     mean: float
     low: float | None
     high: float | None
     pairs: int
+    """Number of pairs averaged."""
     over: str
+    """What the interval is taken over."""
     p: float | None = None
-    """Two-sided, for no difference; not adjusted for other comparisons."""
+    """Two-sided p-value of no difference, not adjusted for other comparisons."""
 
     @property
     def verdict(self) -> str:
@@ -34,26 +42,47 @@ class Effect:
 
 
 def estimate_seed_effect(differences: Sequence[float], pairs: int) -> Effect:
-    """The effect from one mean difference a seed, at least two."""
+    """Estimate the effect from one mean difference per seed, for at least two seeds (Student's t)."""
     low, high = compute_t_interval(differences)
-    error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
     mean = float(np.mean(differences))
-    over = f"{len(differences)} seeds, Student's t"
-    return Effect(mean, low, high, pairs, over, compute_p_value(mean, error, len(differences)))
+    standard_error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    p = compute_p_value(mean, standard_error, len(differences))
+    return Effect(mean, low, high, pairs, f"{len(differences)} seeds, Student's t", p)
 
 
 def estimate_bootstrap_effect(
     mean: float, resampled: Array, examples: int, pairs: int, method: str
 ) -> Effect:
-    """The effect from its bootstrap distribution; of a single example nothing is decided."""
+    """Estimate the effect from its (R,) bootstrap values; a single example has no interval."""
     if examples < 2:
         return Effect(mean, None, None, pairs, "one example, no interval")
     low, high = compute_percentile_interval(resampled)
-    return Effect(mean, low, high, pairs, method, compute_p_value(mean, float(np.std(resampled)), examples))
+    p = compute_p_value(mean, float(np.std(resampled)), examples)
+    return Effect(mean, low, high, pairs, method, p)
+
+
+def estimate_one_seed_effect(
+    mean: float, before: Sequence[ExampleStatistics | None], after: Sequence[ExampleStatistics | None]
+) -> Effect:
+    """Estimate the mean of `after` minus `before` for one seed, paired over the examples.
+
+    It has no interval where statistics are missing, differ in length or do not give the stored scores.
+    """
+    statistics = [model for model in (*before, *after) if model is not None]
+    unknown = Effect(mean, None, None, len(before), "one seed, no interval")
+    if len(statistics) < len(before) + len(after) or len({len(model) for model in statistics}) > 1:
+        return unknown
+    low, high = np.split(np.array([model.score for model in statistics]), 2)
+    if abs(float(high.mean() - low.mean()) - mean) > SCORE_TOLERANCE:
+        return unknown
+    low, high = np.split(bootstrap_scores(statistics), 2)
+    resampled = (high - low).mean(axis=0)
+    method = "one seed, paired bootstrap over examples"
+    return estimate_bootstrap_effect(mean, resampled, len(statistics[0]), len(before), method)
 
 
 def compute_p_value(mean: float, standard_error: float, count: int) -> float:
-    """Two-sided p-value of a mean of `count` values with this standard error (Student's t)."""
+    """Return the two-sided p-value of a mean of `count` values (Student's t)."""
     from scipy.special import stdtr
 
     if standard_error == 0:
@@ -62,10 +91,10 @@ def compute_p_value(mean: float, standard_error: float, count: int) -> float:
 
 
 def compute_t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of at least two independent values (Student's t)."""
+    """Return the 95 % interval of the mean of at least two independent values (Student's t)."""
     from scipy.special import stdtrit
 
-    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = float(stdtrit(len(values) - 1, 0.975)) * spread
     center = float(np.mean(values))
-    return center - half, center + half
+    standard_error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half_width = float(stdtrit(len(values) - 1, 0.975)) * standard_error
+    return center - half_width, center + half_width

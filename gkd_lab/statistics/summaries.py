@@ -1,4 +1,4 @@
-"""Means and paired differences with intervals: over seeds, or over the examples of one seed."""
+"""Summaries of a table: means with intervals over seeds, and the effect of lmbda."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gkd_lab.statistics.bootstrap import ExampleStatistics, bootstrap_scores
+from gkd_lab.statistics.bootstrap import ExampleStatistics
 from gkd_lab.statistics.effects import (
-    SCORE_TOLERANCE,
     Effect,
     compute_t_interval,
-    estimate_bootstrap_effect,
+    estimate_one_seed_effect,
     estimate_seed_effect,
 )
 from gkd_lab.tables.rows import encode_axis_value
@@ -21,62 +20,64 @@ from gkd_lab.tables.table import list_axes
 SEED_INTERVAL = "t, seeds"
 EXAMPLE_INTERVAL = "bootstrap, examples"
 NO_INTERVAL = "none"
-PAIRED_BOOTSTRAP = "one seed, paired bootstrap over examples"
 
 NO_BETA = math.inf
-"""Where total variation stands among the divergences: it has no beta, and comes after reverse KL."""
+"""The beta of total variation, which has none: it sorts after reverse KL."""
 
 StatisticsLookup = Callable[[str], ExampleStatistics | None]
-"""Fingerprint -> what its model wrote, to be resampled; None where it was not kept."""
+"""Fingerprint -> statistics of what its model wrote; None where it was not stored."""
 
 
 def expand_collapsed_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The cells, a row for each combination asked for: a collapsed cell stands at all its own.
+    """Return the cells, one row per grid point: a collapsed cell has a row at each point it stands for.
 
-    `beta` is `NO_BETA` for total variation, which stands there once and not at each beta.
+    `beta` is `NO_BETA` for total variation, which has one row instead of one per beta.
     """
     cells = frame[frame["role"] == "cell"].to_dict("records")
-    found = {
-        (number, *place.items()): {**row, **place}
-        for number, row in enumerate(cells)
-        for place in _expand_cell(row)
+    rows = {
+        (number, *point.items()): {**cell, **point}
+        for number, cell in enumerate(cells)
+        for point in _list_points(cell)
     }
-    return pd.DataFrame(list(found.values()), columns=frame.columns)
+    return pd.DataFrame(list(rows.values()), columns=frame.columns)
 
 
-def _expand_cell(row: dict[Any, Any]) -> list[dict[str, Any]]:
-    asked = row["stands_for"] if isinstance(row["stands_for"], list) else [{}]
-    beta = NO_BETA if pd.isna(row["beta"]) else row["beta"]
+def _list_points(cell: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Return the axis values of each grid point that a cell's table row stands for."""
+    points = cell["stands_for"] if isinstance(cell["stands_for"], list) else [{}]
+    beta = NO_BETA if pd.isna(cell["beta"]) else cell["beta"]
     return [
-        {**{name: encode_axis_value(value) for name, value in point.items() if name in row}, "beta": beta}
-        for point in asked
+        {**{axis: encode_axis_value(value) for axis, value in point.items() if axis in cell}, "beta": beta}
+        for point in points
     ]
 
 
 def expand_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The reference models, then `points`."""
+    """Return the reference models, then the cells of `expand_collapsed_cells`."""
     return pd.concat([frame[frame["role"] != "cell"], expand_collapsed_cells(frame)])
 
 
 def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Per role, task, lmbda, beta and other axis: `mean`, `low`, `high`, `n` and `interval`.
+    """Summarize a metric per role, task, lmbda, beta and other axis: `mean`, `low`, `high`, `n`, `interval`.
 
-    `n` counts the seeds that are done. From two seeds on, the interval is Student's t over seeds;
-    for one it is the stored bootstrap over its examples; `interval` says which, or `none`. `beta` is
-    `NO_BETA` for total variation.
+    `n` counts the finished seeds. From two seeds on, the interval is Student's t over seeds; for one it is
+    the stored bootstrap over its examples; `interval` names the kind, or is `none`. `beta` is `NO_BETA` for
+    total variation.
     """
     keys = ["role", "task", "lmbda", "beta", *list_axes(frame)]
     rows = expand_table(frame)
     # Two teachers are not two seeds of one.
     model = rows["cell"].where(rows["role"] != "cell", "") if "cell" in rows else rows["role"]
-    found = [
+    groups = rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
+    summaries = [
         {**dict(zip(keys, values[:-1], strict=True)), **_summarize_group(group, metric)}
-        for values, group in rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
+        for values, group in groups
     ]
-    return pd.DataFrame(found, columns=[*keys, "mean", "low", "high", "n", "interval"])
+    return pd.DataFrame(summaries, columns=[*keys, "mean", "low", "high", "n", "interval"])
 
 
 def _summarize_group(group: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return mean, interval and number of the finished seeds of one grid point."""
     done = group[group[metric].notna()]
     values = [float(value) for value in done[metric]]
     low, high, kind = None, None, NO_INTERVAL
@@ -92,10 +93,10 @@ def _summarize_group(group: pd.DataFrame, metric: str) -> dict[str, Any]:
 def estimate_lmbda_effect(
     frame: pd.DataFrame, metric: str, load_statistics: StatisticsLookup
 ) -> Effect | None:
-    """Score at the largest lmbda minus that at the smallest, averaged over all else; None: no pair.
+    """Estimate the score at the largest lmbda minus that at the smallest; None without a pair.
 
-    Cells are paired on every other axis. With two seeds or more the interval is t over the seeds'
-    mean differences. With one it is a bootstrap over its examples, the same ones drawn for all cells.
+    Cells are paired on every other axis, and the differences averaged. The interval is Student's t over
+    the seeds' means, or with one seed a bootstrap over its examples.
     """
     pairs = _pair_lmbda_ends(expand_collapsed_cells(frame), metric)
     if pairs.empty:
@@ -103,13 +104,12 @@ def estimate_lmbda_effect(
     by_seed = pairs.groupby("seed")["difference"].mean().tolist()
     if len(by_seed) >= 2:
         return estimate_seed_effect(by_seed, len(pairs))
-    mean = float(np.mean(by_seed))
-    between = _estimate_example_effect(pairs, mean, load_statistics)
-    return between or Effect(mean, None, None, len(pairs), "one seed, no interval")
+    before, after = ([load_statistics(cell) for cell in pairs[f"cell_{end}"]] for end in ("low", "high"))
+    return estimate_one_seed_effect(float(np.mean(by_seed)), before, after)
 
 
 def _pair_lmbda_ends(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One row a pair of cells that differ in lmbda only, at its two ends."""
+    """Return one row per pair of cells that differ in lmbda only, at its smallest and largest value."""
     ends = cells["lmbda"].min(), cells["lmbda"].max()
     done = cells[cells[metric].notna()]
     keys = ["task", "beta", "seed", *list_axes(cells)]
@@ -117,20 +117,3 @@ def _pair_lmbda_ends(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     pairs = low.merge(high, on=keys, suffixes=("_low", "_high"))
     pairs["difference"] = pairs[f"{metric}_high"] - pairs[f"{metric}_low"]
     return pairs if ends[0] < ends[1] else pairs.iloc[:0]
-
-
-def _estimate_example_effect(
-    pairs: pd.DataFrame, mean: float, load_statistics: StatisticsLookup
-) -> Effect | None:
-    ends = [[load_statistics(cell) for cell in pairs[f"cell_{end}"]] for end in ("low", "high")]
-    found = [sample for end in ends for sample in end if sample is not None]
-    if len(found) < 2 * len(pairs) or len({len(sample) for sample in found}) > 1:
-        return None
-    low, high = np.split(bootstrap_scores(found), 2)
-    as_they_are = np.mean([one.score for one in found[len(pairs) :]]) - np.mean(
-        [one.score for one in found[: len(pairs)]]
-    )
-    if abs(float(as_they_are) - mean) > SCORE_TOLERANCE:
-        return None
-    resampled = (high - low).mean(axis=0)
-    return estimate_bootstrap_effect(mean, resampled, len(found[0]), len(pairs), PAIRED_BOOTSTRAP)

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import extract_measurements
-from gkd_lab.claims.judge import ClaimVerdict, judge
+from gkd_lab.claims.judge import judge
+from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.claims.run_claims import judge_run
-from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
+from gkd_lab.claims.verdicts import ClaimVerdict, encode_verdicts, format_verdict_lines
 from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment

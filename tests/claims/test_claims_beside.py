@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.facts import Measurement
+from gkd_lab.claims.measurements import Measurement
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.compute_figures import (
     compute_costs,

@@ -7,8 +7,10 @@ import pytest
 
 from gkd_lab.claims import paper
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.facts import FIGURE_CELL_FIELDS, load_paper_measurements
-from gkd_lab.claims.judge import ClaimVerdict, judge_paper
+from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS
+from gkd_lab.claims.judge import judge_paper
+from gkd_lab.claims.measurements import load_paper_measurements
+from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config.experiment import ClaimId, FigureName
 
 VERDICTS = {one.claim.id: one for one in judge_paper(CLAIMS.values())}

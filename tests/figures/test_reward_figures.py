@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from gkd_lab.claims.facts import extract_measurements
+from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.reward_figures import reward_gains
 from gkd_lab.store import Store
