@@ -15,7 +15,7 @@ from gkd_lab.store import Store
 from gkd_lab.tables.table import encode_table, table
 from gkd_lab.tasks import TASKS
 
-from .tables.made_store import fill_store
+from .tables.synthetic_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 OF_PAPER = [path for path in NOTEBOOKS if path.stem != "quickstart"]

@@ -236,7 +236,7 @@ def table(
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
     frame = read_table(grid, store)
     if format is TableFormat.parquet:
-        from gkd_lab.tables.table_sources import collect_table_provenance
+        from gkd_lab.tables.table import collect_table_provenance
 
         frame.attrs.update(collect_table_provenance(grid, store))
     content = encode_table(frame, format.value)
@@ -394,9 +394,12 @@ def rescore(
 ) -> None:
     """Compute metrics anew from the stored predictions of every cell; load no model."""
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.tables.rescoring import collect_rescore_jobs
-    from gkd_lab.tables.rescoring import rescore_records as rescore_all
-    from gkd_lab.tables.rescoring_text import format_rescored_lines, format_unscored_lines
+    from gkd_lab.tables.rescoring import (
+        collect_rescore_jobs,
+        format_rescored_lines,
+        format_unscored_lines,
+        rescore_records,
+    )
 
     asked = parse_metric_names(metrics)
     grid = load_grid(name, scale, sets, outputs)
@@ -407,7 +410,7 @@ def rescore(
         )
     try:
         with Reporter().phase(f"{grid.name}: records", len(work)) as advance:
-            outcome = rescore_all(work, advance)
+            outcome = rescore_records(work, advance)
     except OSError as error:
         exit_with_message(f"{error}; what was rescored is kept, rescore again to go on", 1)
     print("\n".join(format_rescored_lines(outcome, len(work))))

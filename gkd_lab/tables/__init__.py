@@ -1,1 +1,1 @@
-"""Records become one tidy table. No torch."""
+"""Results table: one row per cell and reference model, built from the records. No torch."""

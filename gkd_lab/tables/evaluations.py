@@ -1,4 +1,4 @@
-"""The finished evaluations of a record, as its files tell, and one that two records share."""
+"""Finished evaluations of a record, and the evaluation that two records have in common."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,87 +13,97 @@ _DECODING_ORDER = ("greedy", "beam", "sample")
 
 @dataclass(frozen=True)
 class FinishedEvaluation:
-    """One evaluation whose predictions were kept."""
+    """One evaluation with stored predictions."""
 
     record: EvaluationRecord
     evaluation: Evaluation
 
     @property
     def folder(self) -> str:
+        """Name of its folder, which ends with its fingerprint."""
         return self.record.folder.name
 
     @property
     def name(self) -> str:
+        """Its short name, such as `greedy`."""
         return self.evaluation.name
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those first that it was made for, then what was computed later."""
+        """The evaluation's own metrics, then those that were computed later."""
         later = (name for name, score in self.record.read_scores().items() if "signature" in score)
         return tuple(dict.fromkeys((*self.evaluation.metrics, *later)))
 
     @property
     def sort_key(self) -> tuple[Any, ...]:
+        """Sorts the test split first, then greedy decoding."""
         return self.evaluation.split != "test", _DECODING_ORDER.index(self.evaluation.decoding), self.folder
 
 
 def list_finished_evaluations(record: Record) -> list[FinishedEvaluation]:
-    """The evaluations of a record that are done, the test split and greedy first. SpecError for none."""
-    found, failed = [], []
+    """Return a record's finished evaluations, sorted. Raises ConfigError where there is none."""
+    finished, failures = [], []
     for path in sorted(record.folder.glob("evaluations/*/spec.json")):
         part = EvaluationRecord(path.parent)
         spec = (read_json(path) or {}).get("spec")
         if spec and "lm_eval" in spec:
-            continue  # a task of lm-eval: its documents are not the cell's rows
+            continue  # its documents are not the cell's dataset rows
         if part.read_state() == "failed":
-            failed.append(f"{part.folder.name}: {part.read_status().get('error', 'failed')}")
+            failures.append(f"{part.folder.name}: {part.read_status().get('error', 'failed')}")
         if part.read_state() == "done" and spec and (part.folder / "predictions.jsonl").exists():
-            found.append(FinishedEvaluation(part, Evaluation.model_validate(spec)))
-    if not found:
-        raise ConfigError(_describe_unfinished(record, failed))
-    return sorted(found, key=lambda one: one.sort_key)
+            finished.append(FinishedEvaluation(part, Evaluation.model_validate(spec)))
+    if not finished:
+        raise ConfigError(_describe_unfinished(record, failures))
+    return sorted(finished, key=lambda evaluation: evaluation.sort_key)
+
+
+Pair = tuple[FinishedEvaluation, FinishedEvaluation]
 
 
 def match_evaluations(
     a: list[FinishedEvaluation], b: list[FinishedEvaluation], evaluation_name: str | None
 ) -> tuple[FinishedEvaluation, FinishedEvaluation, tuple[str, ...]]:
-    """(of a, of b, names of the others): the same evaluation, else one of the same name. SpecError."""
-    pairs = [(one, other) for one in a for other in b if one.folder == other.folder]
-    taken = {found.folder for pair in pairs for found in pair}
+    """Return an evaluation of A, that of B which matches it, and the names of the other matches.
+
+    Evaluations match if they are equal, else by name. Without a name the first match is returned. Raises
+    ConfigError where there is none.
+    """
+    pairs = [(first, second) for first in a for second in b if first.folder == second.folder]
+    matched = {evaluation.folder for pair in pairs for evaluation in pair}
     pairs += [
-        (one, other)
-        for one in a
-        for other in b
-        if one.name == other.name and not {one.folder, other.folder} & taken
+        (first, second)
+        for first in a
+        for second in b
+        if first.name == second.name and not {first.folder, second.folder} & matched
     ]
     if not pairs:
         raise ConfigError(f"no common evaluation: A has {_join_names(a)}; B has {_join_names(b)}")
-    if evaluation_name is not None:
-        chosen = [pair for pair in pairs if evaluation_name in (pair[0].name, pair[0].folder)]
-        if not chosen:
-            raise build_unknown_name_error("evaluation", evaluation_name, _unambiguous_names(pairs))
-        first, *_ = chosen
+    names = _unambiguous_names(pairs)
+    if evaluation_name is None:
+        first, second = min(pairs, key=lambda pair: pair[0].sort_key)
     else:
-        first = min(pairs, key=lambda pair: pair[0].sort_key)
-    return *first, tuple(
-        one for one in _unambiguous_names(pairs) if one not in (first[0].name, first[0].folder)
-    )
+        named = [pair for pair in pairs if evaluation_name in (pair[0].name, pair[0].folder)]
+        if not named:
+            raise build_unknown_name_error("evaluation", evaluation_name, names)
+        first, second = named[0]
+    return first, second, tuple(name for name in names if name not in (first.name, first.folder))
 
 
-def _unambiguous_names(pairs: list[tuple[FinishedEvaluation, FinishedEvaluation]]) -> list[str]:
-    """The name of each pair, or its folder where two have one name."""
-    names = [one.name for one, _ in pairs]
-    return [one.name if names.count(one.name) == 1 else one.folder for one, _ in pairs]
+def _unambiguous_names(pairs: list[Pair]) -> list[str]:
+    """Return the name of each pair, or its folder where two pairs have one name."""
+    names = [first.name for first, _ in pairs]
+    return [first.name if names.count(first.name) == 1 else first.folder for first, _ in pairs]
 
 
-def _join_names(found: list[FinishedEvaluation]) -> str:
-    return ", ".join(dict.fromkeys(one.name for one in found))
+def _join_names(evaluations: list[FinishedEvaluation]) -> str:
+    return ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
 
 
-def _describe_unfinished(record: Record, failed: list[str]) -> str:
+def _describe_unfinished(record: Record, failures: list[str]) -> str:
+    """Describe why a record has no finished evaluation."""
     state = record.read_state()
     if state != "done":
-        why = f"its training is {state if state != 'missing' else 'not finished'}"
+        reason = f"its training is {state if state != 'missing' else 'not finished'}"
     else:
-        why = f"failed: {'; '.join(failed)}" if failed else "it was not evaluated yet"
-    return f"{record.folder} has no finished evaluation: {why}; run its experiment to finish it"
+        reason = f"failed: {'; '.join(failures)}" if failures else "it was not evaluated yet"
+    return f"{record.folder} has no finished evaluation: {reason}; run its experiment to finish it"

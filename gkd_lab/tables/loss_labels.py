@@ -1,4 +1,4 @@
-"""Losses as a reader says them: a divergence by its beta, a list of objectives in one line."""
+"""Readable labels of losses: a divergence by its beta, a list of loss terms in one line."""
 
 import json
 import math
@@ -7,8 +7,9 @@ from typing import Any
 
 
 def divergence_label(beta: float | None) -> str:
-    """`Forward KL`, `JSD(0.1)`, ..., `Reverse KL`, as the paper's axes have it; without a beta
-    (None, infinite or NaN) `Total variation`.
+    """Format `Forward KL`, `JSD(0.1)`, ..., `Reverse KL` as on the paper's axes.
+
+    Without a beta (None, infinite or NaN) it is `Total variation`.
     """
     if beta is None or not math.isfinite(beta):
         return "Total variation"
@@ -16,42 +17,46 @@ def divergence_label(beta: float | None) -> str:
 
 
 def loss_label(objectives: Any) -> str:
-    """One line for a list of objectives as an experiment states it, also as the JSON of a table.
+    """Format an experiment's list of objectives, or its JSON in a table, in one line.
 
-    What a term leaves out is not said, nor a weight of 1.
+    Omitted fields and a weight of 1 are left out.
     """
-    listed = json.loads(objectives) if isinstance(objectives, str) else objectives
-    return " + ".join(_format_weighted_term(dict(term)) for term in listed)
+    terms = json.loads(objectives) if isinstance(objectives, str) else objectives
+    return " + ".join(_format_weighted_term(dict(term)) for term in terms)
 
 
 def format_axis_value(axis: str, value: Any) -> str:
-    """A value of an axis for reading: a list of objectives by its terms, a number without needless digits."""
+    """Format a value of an axis: objectives by their terms, a number without needless digits."""
     if axis == "objectives" and not isinstance(value, float):
         return loss_label(value)
     return _format_number(value)
 
 
 def format_axis_setting(axis: str, value: Any) -> str:
-    """`student small`; a list of objectives names itself."""
-    said = format_axis_value(axis, value)
-    return said if axis == "objectives" else f"{axis} {said}"
+    """Format `student small`; a list of objectives stands without the axis's name."""
+    text = format_axis_value(axis, value)
+    return text if axis == "objectives" else f"{axis} {text}"
 
 
 def _format_weighted_term(term: dict[str, Any]) -> str:
-    weight, final = term.pop("weight", 1), term.pop("final_weight", None)
-    kind = term.pop("type", "divergence")
-    name = _format_divergence_term(term) if kind == "divergence" else _format_other_term(kind, term)
-    said = f"{weight:g} " if weight != 1 else ""
-    return f"{said if final is None else f'{weight:g} to {final:g} '}{name}"
+    """Format a term behind its weight, or behind `0.5 to 1` for a weight that changes."""
+    weight, final_weight = term.pop("weight", 1), term.pop("final_weight", None)
+    term_type = term.pop("type", "divergence")
+    is_divergence = term_type == "divergence"
+    name = _format_divergence_term(term) if is_divergence else _format_other_term(term_type, term)
+    if final_weight is not None:
+        return f"{weight:g} to {final_weight:g} {name}"
+    return name if weight == 1 else f"{weight:g} {name}"
 
 
 def _format_divergence_term(term: dict[str, Any]) -> str:
+    """Format a divergence with its temperatures and teachers."""
     name = "Total variation" if term.get("divergence") == "tv" else divergence_label(term.get("beta"))
-    temperatures = [term.get(f"{side}_temperature", 1) for side in ("teacher", "student")]
-    if temperatures[0] == temperatures[1] != 1:
-        name += f" at T = {temperatures[0]:g}"
+    temperatures = {side: term.get(f"{side}_temperature", 1) for side in ("teacher", "student")}
+    if temperatures["teacher"] == temperatures["student"] != 1:
+        name += f" at T = {temperatures['teacher']:g}"
     else:
-        for side, value in zip(("teacher", "student"), temperatures, strict=True):
+        for side, value in temperatures.items():
             name += f" at the {side}'s T = {value:g}" if value != 1 else ""
     name += " times T\N{SUPERSCRIPT TWO}" if term.get("square_temperature") else ""
     name += " rescaled" if term.get("rescale") else ""
@@ -59,10 +64,11 @@ def _format_divergence_term(term: dict[str, Any]) -> str:
 
 
 def _format_teachers(term: Mapping[str, Any]) -> str:
-    named = term.get("teacher")
-    if named is None:
+    """Format the teachers that a term names, with their mixture weights."""
+    teacher = term.get("teacher")
+    if teacher is None:
         return ""
-    names = [named] if isinstance(named, str) else list(named)
+    names = [teacher] if isinstance(teacher, str) else list(teacher)
     if term.get("routed"):
         return f" of {' or '.join(names)}, by row"
     weights = term.get("mixture")
@@ -71,14 +77,15 @@ def _format_teachers(term: Mapping[str, Any]) -> str:
     return " of " + " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
 
 
-def _format_number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _format_other_term(term_type: str, settings: Mapping[str, Any]) -> str:
+    """Format a term that is no divergence, with its settings in brackets."""
     name = term_type.replace("_", " ")
-    told = ", ".join(
+    parts = ", ".join(
         value if isinstance(value, str) else f"{field.replace('_', ' ')} {_format_number(value)}"
         for field, value in settings.items()
     )
-    return f"{name} ({told})" if told else name
+    return f"{name} ({parts})" if parts else name
+
+
+def _format_number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Metrics of a whole experiment computed anew from stored predictions: no training, no model, no torch."""
+"""Recompute the metrics of an experiment from stored predictions: no training, no model, no torch."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 
 from filelock import Timeout
 
@@ -18,17 +19,14 @@ from gkd_lab.store import DamagedRecord, EvaluationRecord, Record, Store
 from gkd_lab.store.rescore import MetricScores, rescore_evaluation
 from gkd_lab.tables.rows import name_evaluations
 
-ProgressCallback = Callable[[int], None]
-
 _MIN_RECORDS_FOR_PROCESSES = 100
-"""Records that one process rescores as soon as others have started: each imports for a second or two."""
+"""With fewer records one process is as fast: each further one imports for a second or two."""
 _RECORDS_PER_CHUNK = 8
-"""Records that a process is given at a time."""
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One evaluation of a record, and what is to be computed of it."""
+    """One evaluation of a record, and the metrics to compute for it."""
 
     record: EvaluationRecord
     name: str
@@ -38,7 +36,7 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class RescoreJob:
-    """A cell or a reference model with its finished evaluations."""
+    """A cell or reference model with its finished evaluations."""
 
     record: Record
     evaluations: tuple[EvaluationJob, ...]
@@ -46,7 +44,7 @@ class RescoreJob:
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """A score before and after; None where there was none."""
+    """A score before and after; None where there was none before."""
 
     name: str
     old_value: float | None
@@ -56,28 +54,30 @@ class ScoreChange:
 
     @property
     def is_changed(self) -> bool:
+        """Whether the value or its signature differs."""
         return self.old_value != self.new_value or self.old_signature != self.new_signature
 
 
 @dataclass
 class RescoreOutcome:
-    """What became of some records."""
+    """Results of rescoring some records."""
 
     evaluation_count: int = 0
     prediction_count: int = 0
     changes: list[ScoreChange] = field(default_factory=list)
     damage_messages: list[str] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
-    """(why a metric cannot judge them, the evaluation's folder)."""
+    """(reason, evaluation's folder) for each metric that does not apply to the predictions."""
     locked_folders: list[str] = field(default_factory=list)
-    """Records that another process works on: left alone."""
+    """Records that another process works on; they were skipped."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether all that there is was rescored."""
+        """Whether all records were rescored."""
         return not (self.damage_messages or self.refusals or self.locked_folders)
 
     def add(self, other: "RescoreOutcome") -> None:
+        """Add the results of other records."""
         self.evaluation_count += other.evaluation_count
         self.prediction_count += other.prediction_count
         self.changes += other.changes
@@ -89,33 +89,62 @@ class RescoreOutcome:
 def collect_rescore_jobs(
     grid: Grid, store: Store, metrics: Sequence[str] | None
 ) -> tuple[list[RescoreJob], list[str]]:
-    """(what can be rescored, folders of evaluations without predictions yet), reference models first.
+    """Return the jobs, reference models first, and the folders of evaluations without predictions.
 
-    `metrics` None: those that the evaluations of the grid ask for. lm-eval's are not among them.
+    `metrics` None: those that the grid's evaluations name. lm-eval's evaluations are left out.
     """
-    found, missing = [], []
+    jobs, missing = [], []
     for record, cells in _iterate_records(grid, store):
-        judged = list(_collect_evaluations(record, cells, metrics))
-        there = tuple(one for one in judged if one.record.read_state() == "done")
-        missing += [str(one.record.folder) for one in judged if one.record.read_state() != "done"]
-        if there:
-            found.append(RescoreJob(record, there))
-    return found, missing
+        evaluations = list(_collect_evaluations(record, cells, metrics))
+        finished = tuple(job for job in evaluations if job.record.read_state() == "done")
+        missing += [str(job.record.folder) for job in evaluations if job not in finished]
+        if finished:
+            jobs.append(RescoreJob(record, finished))
+    return jobs, missing
+
+
+def _iterate_records(grid: Grid, store: Store) -> Iterator[tuple[Record, list[Cell]]]:
+    """Yield each reference model's record with the cells that use it, then each cell's own."""
+    for role, model, cells in list_references(grid.cells):
+        yield store.get_artifact(grid.scale, role, model), cells
+    for cell in grid.cells:
+        yield store.get_record(cell), [cell]
+
+
+def _collect_evaluations(
+    record: Record, cells: Sequence[Cell], metrics: Sequence[str] | None
+) -> Iterator[EvaluationJob]:
+    """Yield each evaluation once, with all metrics that some cell names for it."""
+    collected: dict[Path, tuple[EvaluationRecord, str, dict[str, None]]] = {}
+    for evaluations in dict.fromkeys(cell.evaluations for cell in cells):
+        names = name_evaluations(evaluations)
+        for evaluation in evaluations:
+            if isinstance(evaluation, LmEvalEvaluation):
+                continue
+            part = record.get_evaluation(evaluation)
+            name = f"{cells[0].task} {names[evaluation.folder]}"
+            wanted = collected.setdefault(part.folder, (part, name, {}))[2]
+            wanted.update(dict.fromkeys(metrics or evaluation.metrics))
+    for part, name, wanted in collected.values():
+        yield EvaluationJob(part, name, tuple(wanted))
 
 
 def list_lm_eval_evaluations(grid: Grid) -> list[str]:
-    """Names of the evaluations whose scores are lm-eval's own: no predictions of ours to score again."""
-    every = (one for cell in grid.cells for one in cell.evaluations)
-    return list(dict.fromkeys(one.name for one in every if isinstance(one, LmEvalEvaluation)))
+    """Return the names of the evaluations that lm-eval scores, which have no predictions to rescore."""
+    evaluations = (evaluation for cell in grid.cells for evaluation in cell.evaluations)
+    return list(dict.fromkeys(e.name for e in evaluations if isinstance(e, LmEvalEvaluation)))
+
+
+# ---- work ----
 
 
 def rescore_records(
-    jobs: Sequence[RescoreJob], report_progress: ProgressCallback = lambda done: None
+    jobs: Sequence[RescoreJob], report_progress: Callable[[int], None] = lambda done: None
 ) -> RescoreOutcome:
-    """Rescore each record under its lock; `advance` is told how many are through.
+    """Rescore each record under its lock; call `report_progress` with the number of finished jobs.
 
-    Damage and locks are in the outcome, and the other records are done. Raises OSError when nothing
-    can be written.
+    Damaged and locked records are listed in the outcome, and the others are rescored. Raises OSError when
+    a file cannot be written.
     """
     outcome, done = RescoreOutcome(), 0
     for part, count in _rescore_in_processes(jobs):
@@ -126,44 +155,46 @@ def rescore_records(
 
 
 def _rescore_in_processes(jobs: Sequence[RescoreJob]) -> Iterator[tuple[RescoreOutcome, int]]:
+    """Yield outcome and number of jobs, one by one for few jobs, else in chunks by several processes."""
     workers = os.cpu_count() or 1
     if len(jobs) < _MIN_RECORDS_FOR_PROCESSES or workers == 1:
         yield from ((rescore_sequentially([job]), 1) for job in jobs)
         return
-    groups = [jobs[at : at + _RECORDS_PER_CHUNK] for at in range(0, len(jobs), _RECORDS_PER_CHUNK)]
-    # A started process, not a forked one: the caller may hold threads.
+    chunks = [jobs[start : start + _RECORDS_PER_CHUNK] for start in range(0, len(jobs), _RECORDS_PER_CHUNK)]
+    # A spawned process, not a forked one: the caller may hold threads.
     with ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts) as pool:
-        yield from zip(pool.map(rescore_sequentially, groups), map(len, groups), strict=True)
+        yield from zip(pool.map(rescore_sequentially, chunks), map(len, chunks), strict=True)
 
 
 def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal: a record under way is finished, no other is begun."""
+    """Ignore Ctrl-C, which reaches all processes of a terminal: the caller stops after open records."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache
 def _get_scorer() -> Scorer:
-    """One for all records of a process: they share references, and often predictions."""
+    """Return the scorer of this process; records share references, and often predictions."""
     return Scorer()
 
 
 def rescore_sequentially(jobs: Iterable[RescoreJob]) -> RescoreOutcome:
-    """One record after another, in this process."""
+    """Rescore records one after another in this process."""
     outcome, scorer = RescoreOutcome(), _get_scorer()
     for job in jobs:
         try:
-            # Not 0: a reader that asks whether a record is claimed holds the lock for an instant.
+            # Not 0: a reader that asks whether a record is locked holds the lock for an instant.
             with job.record.lock().acquire(timeout=0.2, poll_interval=0.02):
-                for judged in job.evaluations:
-                    _rescore_evaluation(judged, outcome, scorer)
+                for evaluation in job.evaluations:
+                    _rescore_evaluation(evaluation, outcome, scorer)
         except Timeout:
             outcome.locked_folders.append(str(job.record.folder))
     return outcome
 
 
 def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scorer: Scorer) -> None:
+    """Rescore one evaluation and add the result to the outcome."""
     try:
-        found = rescore_evaluation(evaluation.record, evaluation.metrics, scorer)
+        rescored = rescore_evaluation(evaluation.record, evaluation.metrics, scorer)
     except DamagedRecord as error:
         outcome.damage_messages.append(str(error))
         return
@@ -171,40 +202,92 @@ def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scor
         outcome.refusals.append((str(error), str(evaluation.record.folder)))
         return
     outcome.evaluation_count += 1
-    outcome.prediction_count += found.prediction_count
+    outcome.prediction_count += rescored.prediction_count
     outcome.changes += [
-        _build_score_change(evaluation.name, one, found.scores_before, found.scores_after)
-        for one in evaluation.metrics
+        _build_score_change(evaluation.name, metric, rescored.scores_before, rescored.scores_after)
+        for metric in evaluation.metrics
     ]
 
 
 def _build_score_change(name: str, metric: str, before: MetricScores, after: MetricScores) -> ScoreChange:
-    was, now = before.get(metric, {}), after[metric]
+    old, new = before.get(metric, {}), after[metric]
     return ScoreChange(
-        f"{name}/{metric}", was.get("value"), now["value"], was.get("signature"), now["signature"]
+        f"{name}/{metric}", old.get("value"), new["value"], old.get("signature"), new["signature"]
     )
 
 
-def _iterate_records(grid: Grid, store: Store) -> Iterator[tuple[Record, list[Cell]]]:
-    for role, model, cells in list_references(grid.cells):
-        yield store.get_artifact(grid.scale, role, model), cells
-    for cell in grid.cells:
-        yield store.get_record(cell), [cell]
+# ---- text ----
+
+_MAX_LISTED = 5
 
 
-def _collect_evaluations(
-    record: Record, cells: Sequence[Cell], metrics: Sequence[str] | None
-) -> Iterator[EvaluationJob]:
-    """Each evaluation once, with all that some cell asks of it."""
-    asked: dict[Path, tuple[EvaluationRecord, str, dict[str, None]]] = {}
-    for evaluations in dict.fromkeys(cell.evaluations for cell in cells):
-        names = name_evaluations(evaluations)
-        for evaluation in evaluations:
-            if isinstance(evaluation, LmEvalEvaluation):
-                continue
-            part = record.get_evaluation(evaluation)
-            name = f"{cells[0].task} {names[evaluation.folder]}"
-            wanted = asked.setdefault(part.folder, (part, name, {}))[2]
-            wanted.update(dict.fromkeys(metrics or evaluation.metrics))
-    for part, name, wanted in asked.values():
-        yield EvaluationJob(part, name, tuple(wanted))
+def format_rescored_lines(outcome: RescoreOutcome, record_count: int) -> Iterator[str]:
+    """Yield a line with the counts, and one for each metric of each evaluation."""
+    yield (
+        f"rescored {_format_count(outcome.evaluation_count, 'evaluation')} of "
+        f"{_format_count(record_count, 'record')}, {outcome.prediction_count:,} predictions"
+    )
+    for name in dict.fromkeys(change.name for change in outcome.changes):
+        yield f"{name}: {_format_changes([change for change in outcome.changes if change.name == name])}"
+
+
+def _format_changes(changes: Sequence[ScoreChange]) -> str:
+    """Format how many scores of one metric changed, their means and signatures."""
+    changed = [change for change in changes if change.is_changed]
+    if not changed:
+        return f"unchanged in {len(changes)}"
+    added = [change for change in changed if change.old_value is None]
+    if len(added) == len(changes):
+        return f"new in {len(added)}, mean {_format_new_mean(added)}; {_join_signatures(added)}"
+    replaced = [change for change in changed if change.old_value is not None]
+    parts = []
+    if replaced:
+        parts.append(f"changed in {len(replaced)} of {len(changes)}, mean {_format_mean_change(replaced)}")
+    parts += [f"new in {len(added)}"] if added else []
+    old_signatures = {str(change.old_signature) for change in replaced}
+    outdated = sorted(old_signatures - {change.new_signature for change in replaced})
+    parts.append(_join_signatures(changed))
+    return "; ".join([*parts, *([f"was {', '.join(outdated)}"] if outdated else [])])
+
+
+def _format_mean_change(changes: Sequence[ScoreChange]) -> str:
+    """Format the means before and after, and the smallest and largest change."""
+    old = [change.old_value for change in changes if change.old_value is not None]
+    steps = [change.new_value - value for change, value in zip(changes, old, strict=True)]
+    return f"{fmean(old):.2f} -> {_format_new_mean(changes)} ({min(steps):+.2f} to {max(steps):+.2f})"
+
+
+def _format_new_mean(changes: Sequence[ScoreChange]) -> str:
+    return f"{fmean(change.new_value for change in changes):.2f}"
+
+
+def _join_signatures(changes: Sequence[ScoreChange]) -> str:
+    return ", ".join(sorted({change.new_signature for change in changes}))
+
+
+def format_unscored_lines(grid: Grid, outcome: RescoreOutcome, missing: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each reason why something was not rescored."""
+    for message in outcome.damage_messages:
+        yield f"failed: {message}"
+    for reason in dict.fromkeys(reason for reason, _ in outcome.refusals):
+        folders = [folder for other, folder in outcome.refusals if other == reason]
+        yield _join_truncated(f"failed: {reason}", folders)
+    if outcome.locked_folders:
+        yield _join_truncated("left alone, another process works there", outcome.locked_folders)
+    if missing:
+        count = _format_count(len(missing), "evaluation")
+        yield _join_truncated(f"{count} not finished, so without predictions", missing)
+    lm_eval_names = list_lm_eval_evaluations(grid)
+    if lm_eval_names:
+        yield _join_truncated("scored by lm-eval, whose scores are kept as they are", lm_eval_names)
+
+
+def _join_truncated(heading: str, names: Sequence[str]) -> str:
+    """Format `heading: a, b and 3 more`."""
+    hidden = len(names) - _MAX_LISTED
+    return f"{heading}: {', '.join(names[:_MAX_LISTED])}" + (f" and {hidden} more" if hidden > 0 else "")
+
+
+def _format_count(number: int, noun: str) -> str:
+    """Format `1 record` or `2 records`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,6 +1,6 @@
-"""One row a cell, one a reference model: what was asked for and what exists, compared openly.
+"""Table rows: one per cell and one per reference model, missing and failed ones included.
 
-Missing and failed parts are rows too. Plain dictionaries, so that nothing heavy is imported.
+Rows are plain dictionaries, so that nothing heavy is imported.
 """
 
 import json
@@ -16,55 +16,57 @@ TableRow = dict[str, Any]
 
 _FIXED_AXES = ("task", "lmbda", "beta", "seed")
 _LM_EVAL_DETAILS = ("lm_eval", "task_hash")
-"""What says of an lm-eval score which version and which task gave it; a column for each evaluation."""
+"""Version and task hash of an lm-eval score: one column per evaluation."""
 
 
 def build_table_rows(grid: Grid, store: Store) -> list[TableRow]:
-    """The reference models (starts, then teachers), then the cells, both in the grid's order."""
+    """Build the rows of the SFT students, the teachers and the cells, each in the grid's order."""
     axes = list_extra_axes(grid)
-    starts_first = sorted(list_references(grid.cells), key=lambda known: known.role != "start")
-    known = [_build_reference_row(grid, store, axes, *one) for one in starts_first]
-    return [*known, *(_build_cell_row(grid, store, axes, cell) for cell in grid.cells)]
+    references = sorted(list_references(grid.cells), key=lambda reference: reference.role != "start")
+    reference_rows = [_build_reference_row(grid, store, axes, *reference) for reference in references]
+    return [*reference_rows, *(_build_cell_row(grid, store, axes, cell) for cell in grid.cells)]
 
 
 def list_extra_axes(grid: Grid) -> tuple[str, ...]:
-    """The axes that are columns of their own beside task, lmbda, beta and seed."""
+    """Return the axes beside task, lmbda, beta and seed, each of which is a column."""
     return tuple(axis for axis in grid.axes if axis not in _FIXED_AXES)
 
 
 def find_headline_column(grid: Grid, task: str) -> str:
-    """Column of the score that a task is judged by: first metric of the first evaluation."""
+    """Return the column of a task's main score: first metric of the first evaluation."""
     cell = next(cell for cell in grid.cells if cell.task == task)
-    first, metric = get_primary_metric(cell)
-    return f"{name_evaluations(cell.evaluations)[first.folder]}/{metric}"
+    evaluation, metric = get_primary_metric(cell)
+    return f"{name_evaluations(cell.evaluations)[evaluation.folder]}/{metric}"
 
 
 def get_primary_metric(cell: Cell) -> tuple[AnyEvaluation, str]:
-    """The first evaluation and its first metric; of a task of lm-eval that names none, `acc`."""
+    """Return the first evaluation and its first metric."""
     return cell.evaluations[0], _get_first_metric(cell.evaluations[0])
 
 
 def _get_first_metric(evaluation: AnyEvaluation) -> str:
+    """Return an evaluation's first metric; `acc` for an lm-eval task that names none."""
     return next(iter(evaluation.metrics), "acc")
 
 
 def list_metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]:
-    """The score columns that a cell's evaluations ask for, whether or not they are there."""
+    """Yield the score columns that a cell's evaluations call for, whether or not scores exist."""
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
-        leading = (_get_first_metric(evaluation),) if evaluation is evaluations[0] else ()
-        for metric in dict.fromkeys((*leading, *evaluation.metrics)):
+        first = (_get_first_metric(evaluation),) if evaluation is evaluations[0] else ()
+        for metric in dict.fromkeys((*first, *evaluation.metrics)):
             yield from _list_bound_columns(f"{names[evaluation.folder]}/{metric}")
             if len(evaluations) == 1:
                 yield from _list_bound_columns(metric)
 
 
 def _list_bound_columns(name: str) -> tuple[str, str, str]:
+    """Return a score's column and those of its interval."""
     return name, f"{name}.low", f"{name}.high"
 
 
 def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
-    """Folder -> name in columns; with the fingerprint where two evaluations have one name."""
+    """Return folder -> name in columns; with the fingerprint where two evaluations have one name."""
     names = [evaluation.name for evaluation in evaluations]
     return {
         evaluation.folder: name if names.count(name) == 1 else f"{name}-{evaluation.fingerprint}"
@@ -73,16 +75,11 @@ def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
 
 
 def _build_reference_row(
-    grid: Grid,
-    store: Store,
-    axes: tuple[str, ...],
-    role: str,
-    model: SftModel,
-    cells: list[Cell],
+    grid: Grid, store: Store, axes: tuple[str, ...], role: str, model: SftModel, cells: list[Cell]
 ) -> TableRow:
-    """An axis value stands in the row where all cells that use the model agree on it."""
+    """Build the row of a reference model; an axis is filled where all cells that use the model agree."""
     values = {axis: {encode_axis_value(cell.labels[axis]) for cell in cells} for axis in axes}
-    shared = {axis: found.pop() if len(found) == 1 else None for axis, found in values.items()}
+    shared = {axis: options.pop() if len(options) == 1 else None for axis, options in values.items()}
     return {
         "cell": model.fingerprint,
         "role": role,
@@ -94,7 +91,8 @@ def _build_reference_row(
 
 
 def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell) -> TableRow:
-    twins = grid.stands_for.get(cell.full_fingerprint)
+    """Build the row of a trained cell."""
+    points = grid.stands_for.get(cell.full_fingerprint)
     return {
         "cell": cell.fingerprint,
         "role": "cell",
@@ -106,31 +104,30 @@ def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell)
         **_read_results(store.get_record(cell), cell.evaluations),
         "start_cell": cell.training.start.fingerprint,
         "teacher_cell": cell.training.teacher.fingerprint,
-        "stands_for": None if twins is None else [dict(point) for point in twins],
+        "stands_for": None if points is None else [dict(point) for point in points],
     }
 
 
 def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> TableRow:
-    """Status, scores and first error of a record: one file to read, and two for an evaluation."""
+    """Read status, scores and first error of a record: one file, and two for each evaluation."""
     status = record.read_status()
     verdicts, errors, scores = [], [get_error_line(status)], {}
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
-        evaluation_record = record.get_evaluation(evaluation)
-        evaluation_status = evaluation_record.read_status()
-        errors.append(get_error_line(evaluation_status))
-        verdict = evaluation_status.get("state")
-        metrics = evaluation_record.read_scores() if verdict == "done" else {}
-        scores.update(
-            _flatten_scores(metrics, names[evaluation.folder], include_short_names=len(evaluations) == 1)
-        )
-        verdicts.append(judge_evaluation(verdict, evaluation.metrics, metrics))
+        part = record.get_evaluation(evaluation)
+        part_status = part.read_status()
+        errors.append(get_error_line(part_status))
+        verdict = part_status.get("state")
+        stored = part.read_scores() if verdict == "done" else {}
+        name = names[evaluation.folder]
+        scores.update(_flatten_scores(stored, name, include_short_names=len(evaluations) == 1))
+        verdicts.append(judge_evaluation(verdict, evaluation.metrics, stored))
     state = compute_cell_state(status.get("state"), verdicts, record.is_locked)
     states = dict(zip(names.values(), state.evaluations, strict=True))
-    for name, evaluation_record in _find_added_evaluations(record, evaluations, names.values()):
-        states[name] = evaluation_record.read_state()
-        metrics = evaluation_record.read_scores() if states[name] == "done" else {}
-        scores.update(_flatten_scores(metrics, name, include_short_names=False))
+    for name, part in _find_added_evaluations(record, evaluations, names.values()):
+        states[name] = part.read_state()
+        stored = part.read_scores() if states[name] == "done" else {}
+        scores.update(_flatten_scores(stored, name, include_short_names=False))
     return {
         "status": state.whole,
         "evaluations": states,
@@ -142,37 +139,35 @@ def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> Tab
 def _find_added_evaluations(
     record: Record, evaluations: Sequence[AnyEvaluation], used_names: Iterable[str]
 ) -> Iterator[tuple[str, EvaluationRecord]]:
-    """What `gkd-lab evaluate` added: tasks of lm-eval that no experiment asks for count for no status."""
-    asked, taken = {evaluation.folder for evaluation in evaluations}, set(used_names)
-    found = [one for one in record.list_harness_evaluations() if one.folder not in asked]
-    for evaluation in found:
-        name = name_evaluations(found)[evaluation.folder]
-        single = name not in taken
-        yield name if single else f"{name}-{evaluation.fingerprint}", record.get_evaluation(evaluation)
+    """Yield name and record of the lm-eval tasks that `gkd-lab evaluate` added; they change no status."""
+    folders, taken = {evaluation.folder for evaluation in evaluations}, set(used_names)
+    added = [e for e in record.list_harness_evaluations() if e.folder not in folders]
+    for evaluation in added:
+        name = name_evaluations(added)[evaluation.folder]
+        unique = f"{name}-{evaluation.fingerprint}" if name in taken else name
+        yield unique, record.get_evaluation(evaluation)
 
 
 def _flatten_scores(
     scores: Mapping[str, Mapping[str, Any]], name: str, include_short_names: bool
 ) -> TableRow:
-    found: TableRow = {}
+    """Return the columns of an evaluation's scores: values, interval ends, lm-eval details."""
+    columns: TableRow = {}
     for metric, score in scores.items():
         for column in (f"{name}/{metric}", metric) if include_short_names else (f"{name}/{metric}",):
-            found[column] = score.get("value")
-            for end in ("low", "high"):
-                if end in score:
-                    found[f"{column}.{end}"] = score[end]
-        for fact in _LM_EVAL_DETAILS:
-            if fact in score:
-                found[f"{name}.{fact}"] = score[fact]
-    return found
+            columns[column] = score.get("value")
+            columns.update({f"{column}.{end}": score[end] for end in ("low", "high") if end in score})
+        columns.update({f"{name}.{detail}": score[detail] for detail in _LM_EVAL_DETAILS if detail in score})
+    return columns
 
 
 def encode_axis_value(value: Any) -> Any:
-    """An axis value as one cell of a table: what is not a number, text or null becomes JSON."""
+    """Return an axis value that fits one table cell: lists and settings become JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return json.dumps(value, sort_keys=True, default=_dump_value)
 
 
 def _dump_value(value: Any) -> Any:
+    """Return a sequence as a list, a pydantic model as a dictionary."""
     return list(value) if isinstance(value, Iterable) else value.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Records become one tidy table, and the table becomes text that other people's scripts read."""
+"""Results table: rows as a data frame, and its csv, json, parquet and Markdown forms."""
 
 import io
 import json
@@ -18,53 +18,87 @@ _TRAILING_COLUMNS = ("start_cell", "teacher_cell", "stands_for", "error")
 
 
 def table(grid: Grid, store: Store) -> pd.DataFrame:
-    """One row a training cell and one a reference model, references first, cells in grid order.
+    """Build the results table: a row per reference model, then a row per cell in the grid's order.
 
-    Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes,
-    `status`, `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one
-    evaluation) with `.low` and `.high`, `start_cell` and `teacher_cell` (whose rows to compare
-    with), `stands_for`, `error`. Total variation has no `beta`: it is null in its cells.
+    Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes, `status`,
+    `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one evaluation) with
+    `.low` and `.high`, `start_cell` and `teacher_cell` (rows to compare with), `stands_for`, `error`. Total
+    variation has no `beta`: it is null in its cells.
     """
-    found = build_table_rows(grid, store)
+    table_rows = build_table_rows(grid, store)
     axes = list_extra_axes(grid)
-    columns = [
-        *_LEADING_COLUMNS,
-        *axes,
-        "status",
-        "evaluations",
-        *_list_score_columns(grid, found),
-        *_TRAILING_COLUMNS,
-    ]
-    frame = pd.DataFrame(found, columns=columns)
+    scores = _list_score_columns(grid, table_rows)
+    columns = [*_LEADING_COLUMNS, *axes, "status", "evaluations", *scores, *_TRAILING_COLUMNS]
+    frame = pd.DataFrame(table_rows, columns=columns)
     frame[["lmbda", "beta"]] = frame[["lmbda", "beta"]].astype("float64")
     for column in ("seed", *axes):
-        if all(_is_integer_or_missing(row[column]) for row in found):
+        if all(_is_integer_or_missing(row[column]) for row in table_rows):
             frame[column] = frame[column].astype("Int64")
     return frame
 
 
-def list_axes(frame: pd.DataFrame) -> list[str]:
-    """The axes beside task, lmbda, beta and seed: the columns from `seed` to `status`.
+def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
+    """Return the columns of all expected scores, then of others, each in order of first appearance."""
+    columns: dict[str, None] = {}
+    for evaluations in dict.fromkeys(cell.evaluations for cell in grid.cells):
+        columns.update(dict.fromkeys(list_metric_columns(evaluations)))
+    other_columns = {
+        *_LEADING_COLUMNS, *list_extra_axes(grid), "status", "evaluations", *_TRAILING_COLUMNS,
+    }  # fmt: skip
+    for row in table_rows:
+        columns.update(dict.fromkeys(name for name in row if name not in other_columns))
+    return list(columns)
 
-    `divergence` is not among them: `beta` says it, by a null where there is none.
+
+def list_axes(frame: pd.DataFrame) -> list[str]:
+    """Return the axes beside task, lmbda, beta and seed: the columns between `seed` and `status`.
+
+    `divergence` is left out, because a null `beta` tells it.
     """
     columns = list(frame.columns)
     axes = columns[columns.index("seed") + 1 : columns.index("status")]
     return [axis for axis in axes if axis != "divergence"]
 
 
-def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
-    """The table in one of `FORMATS`; text is UTF-8.
+_PROVENANCE_FIELDS = ("gkd_lab", "commit", "changed", "python", "packages", "machine", "device", "threads")
 
-    In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown is for reading:
-    numbers are rounded and empty columns left out.
+
+def collect_table_provenance(grid: Grid, store: Store) -> dict[str, Any]:
+    """Return experiment, scale, and how many finished cells each code, package and machine state made."""
+    origins: dict[str, int] = {}
+    for cell in grid.cells:
+        provenance = store.get_record(cell).read_provenance()
+        if provenance:
+            fields = {name: provenance.get(name) for name in _PROVENANCE_FIELDS}
+            origin = json.dumps(fields, sort_keys=True)
+            origins[origin] = origins.get(origin, 0) + 1
+    return {
+        "experiment": grid.name,
+        "scale": grid.scale,
+        "origins": [{"cells": count, **json.loads(origin)} for origin, count in origins.items()],
+    }
+
+
+# ---- formats ----
+
+
+def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
+    """Encode the table in one of `TABLE_FORMATS`; text is UTF-8.
+
+    In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown is for reading: numbers are
+    rounded and empty columns left out.
     """
-    writers = {"csv": _encode_csv, "json": _encode_json, "parquet": _encode_parquet, "md": _encode_markdown}
-    return writers[format](frame)
+    encoders = {
+        "csv": _encode_csv,
+        "json": _encode_json,
+        "parquet": _encode_parquet,
+        "md": _encode_markdown,
+    }
+    return encoders[format](frame)
 
 
 def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
-    """Rows as plain dictionaries, None for what is missing."""
+    """Return the rows as plain dictionaries, with None where a value is missing."""
     columns = [
         [None if _is_missing(value) else value for value in frame[name].astype(object)]
         for name in frame.columns
@@ -73,22 +107,12 @@ def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
-    """Those asked for, then what else was measured, each in the order first met."""
-    columns: dict[str, None] = {}
-    for evaluations in dict.fromkeys(cell.evaluations for cell in grid.cells):
-        columns.update(dict.fromkeys(list_metric_columns(evaluations)))
-    known = {*_LEADING_COLUMNS, *list_extra_axes(grid), "status", "evaluations", *_TRAILING_COLUMNS}
-    for row in table_rows:
-        columns.update(dict.fromkeys(name for name in row if name not in known))
-    return list(columns)
-
-
 def _is_integer_or_missing(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_missing(value: Any) -> bool:
+    """Return whether a value is None, NA or NaN."""
     return value is None or value is pd.NA or (isinstance(value, float) and value != value)
 
 
@@ -108,7 +132,7 @@ def _encode_parquet(frame: pd.DataFrame) -> bytes:
 
 
 def _encode_nested_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Objects as JSON text, for formats whose cells hold one value."""
+    """Return the table with nested columns as JSON text."""
     flat = frame.copy()
     for column in ("evaluations", "stands_for"):
         flat[column] = [
@@ -118,10 +142,11 @@ def _encode_nested_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 _HIDDEN_COLUMNS = ("evaluations", "start_cell", "teacher_cell")
+"""Columns that Markdown leaves out."""
 
 
 def _encode_markdown(frame: pd.DataFrame) -> bytes:
-    """Aligned, a score with its interval in one column, each score once."""
+    """Encode as an aligned table, each score once and with its interval in one column."""
     names = [
         name
         for name in frame.columns
@@ -135,13 +160,14 @@ def _encode_markdown(frame: pd.DataFrame) -> bytes:
 
 
 def _is_redundant_column(name: str, frame: pd.DataFrame) -> bool:
-    """Whether another column, or another format, says what this one would."""
-    bound = name.endswith((".low", ".high", ".lm_eval", ".task_hash"))
-    twin = "/" in name and name.split("/", 1)[1] in frame.columns
-    return name in _HIDDEN_COLUMNS or bound or twin
+    """Return whether a column repeats another one, or is only in the other formats."""
+    is_detail = name.endswith((".low", ".high", ".lm_eval", ".task_hash"))
+    has_short_form = "/" in name and name.split("/", 1)[1] in frame.columns
+    return name in _HIDDEN_COLUMNS or is_detail or has_short_form
 
 
 def _format_score(row: TableRow, name: str) -> str:
+    """Format a value, with its interval if it is a score that has one."""
     low, high = row.get(f"{name}.low"), row.get(f"{name}.high")
     if row[name] is None or low is None or high is None:
         return _format_value(row[name])
@@ -151,6 +177,7 @@ def _format_score(row: TableRow, name: str) -> str:
 
 
 def _format_value(value: Any) -> str:
+    """Format a value for a Markdown cell."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -19,7 +19,7 @@ from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.table import encode_table, table
 
-from ..tables.made_store import FakeTask, build_grid, fill_store, write_finished_record
+from ..tables.synthetic_store import FakeTask, build_grid, fill_store, write_finished_record
 
 Value = Callable[[Cell], float]
 NOISE = (-1.0, 0.0, 1.0)

@@ -28,7 +28,7 @@ from gkd_lab.report.paper_section import collect_facts
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import build_grid, fill_store, write_finished_record
+from ..tables.synthetic_store import build_grid, fill_store, write_finished_record
 
 HEAT_MAP_AXES = {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 0.5, 0.9, 1]}
 

@@ -11,7 +11,7 @@ from gkd_lab.store import Store
 from gkd_lab.tables.loss_labels import divergence_label
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import build_grid, fill_store
+from ..tables.synthetic_store import build_grid, fill_store
 
 
 @pytest.fixture

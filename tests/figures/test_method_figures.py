@@ -22,7 +22,7 @@ from gkd_lab.report.notebooks import (
 from gkd_lab.store import Store
 from gkd_lab.tables.table import encode_table, table
 
-from ..tables.made_store import build_grid, fill_store
+from ..tables.synthetic_store import build_grid, fill_store
 
 METHODS = {"method": ["supervised_kd", "gkd_supervised", "gkd"], "beta": [0, 0.1], "seed": [0, 1]}
 

@@ -12,7 +12,7 @@ from gkd_lab.figures.reward_figures import reward_gains
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import build_grid, fill_store
+from ..tables.synthetic_store import build_grid, fill_store
 
 RUN = {
     "grid": {"method": ["gkd", "rlef"], "alpha": [0.05, 0.5, 1], "seed": [0, 1]},

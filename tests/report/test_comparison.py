@@ -18,13 +18,13 @@ from gkd_lab.report.comparison_text import (
 )
 from gkd_lab.store import DamagedRecord, Store
 
-from ..tables.made_store import build_grid
-from ..tables.written import (
+from ..tables.prediction_records import (
     get_predictions_path,
     write_cell_record,
     write_predictions,
     write_reference_record,
 )
+from ..tables.synthetic_store import build_grid
 
 MATCH = [{"decoding": "greedy", "metrics": ["exact_match", "rouge1"]}]
 Rows = list[tuple[str, str, str]]

@@ -11,7 +11,7 @@ from gkd_lab.report.html_report import write_report
 from gkd_lab.report.samples import MAX_CHARACTERS, select_samples, shorten_text
 from gkd_lab.store import Store
 
-from ..tables.made_store import build_grid, fill_store, write_finished_record
+from ..tables.synthetic_store import build_grid, fill_store, write_finished_record
 
 
 class Page(HTMLParser):

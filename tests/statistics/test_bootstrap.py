@@ -15,7 +15,7 @@ from gkd_lab.statistics.bootstrap import (
     compute_percentile_interval,
 )
 
-from ..tables.written import build_mean_statistics
+from ..tables.prediction_records import build_mean_statistics
 
 TEXTS = ["the cat sat on the mat", "a dog ran home quickly today", "we eat bread at noon", "", "it rains"]
 REFERENCES = [

@@ -10,8 +10,8 @@ from gkd_lab.statistics.differences import adjust_holm, compute_start_difference
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import build_grid, fill_store
-from ..tables.written import build_mean_statistics, write_cell_record, write_reference_record
+from ..tables.prediction_records import build_mean_statistics, write_cell_record, write_reference_record
+from ..tables.synthetic_store import build_grid, fill_store
 
 
 def test_holm_by_hand() -> None:

@@ -11,8 +11,8 @@ from gkd_lab.statistics.summaries import NO_BETA, estimate_lmbda_effect, expand_
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
-from ..tables.made_store import build_grid, fill_store
-from ..tables.written import build_mean_statistics
+from ..tables.prediction_records import build_mean_statistics
+from ..tables.synthetic_store import build_grid, fill_store
 
 
 def test_the_t_interval_of_three_values_matches_a_table_of_student_t() -> None:

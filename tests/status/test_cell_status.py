@@ -10,7 +10,7 @@ from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.store import Record, Store
 from gkd_lab.store.index import RecordIndex
 
-from ..tables.made_store import build_grid, write_finished_record
+from ..tables.synthetic_store import build_grid, write_finished_record
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from gkd_lab.status.overview import Overview, build_overview
 from gkd_lab.status.render import render_cells
 from gkd_lab.store import Store
 
-from ..tables.made_store import build_grid
+from ..tables.synthetic_store import build_grid
 
 
 def seen(tmp_path: Path, **document: Any) -> Overview:

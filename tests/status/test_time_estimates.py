@@ -16,7 +16,7 @@ from gkd_lab.status.render import render_summary
 from gkd_lab.status.time_estimates import TimeEstimator, create_estimator
 from gkd_lab.store import Store
 
-from ..tables.made_store import build_grid
+from ..tables.synthetic_store import build_grid
 
 
 def finish(store: Store, cell: Cell, seconds: float, shared_by: int = 1, device: str = "cpu") -> None:

@@ -15,8 +15,8 @@ from gkd_lab.status.verify_record import VerificationResult
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.provenance import collect_provenance, describe_sources
 
-from ..tables.made_store import build_grid
-from ..tables.written import write_predictions
+from ..tables.prediction_records import write_predictions
+from ..tables.synthetic_store import build_grid
 
 WRITTEN = [("1 + 1 =", "#### 2", "#### 2"), ("1 + 2 =", "#### 4", "#### 3"), ("2 + 2 =", "#### 4", "#### 4")]
 

@@ -11,7 +11,7 @@ from gkd_lab.status.overview import Overview
 from gkd_lab.status.watch import watch_grid
 from gkd_lab.store import Store
 
-from ..tables.made_store import build_grid, fill_store
+from ..tables.synthetic_store import build_grid, fill_store
 
 
 def watched(

@@ -10,11 +10,17 @@ import pytest
 
 from gkd_lab.config import Grid
 from gkd_lab.store import Store
-from gkd_lab.tables.rescoring import RescoreOutcome, ScoreChange, collect_rescore_jobs, rescore_records
-from gkd_lab.tables.rescoring_text import format_rescored_lines, format_unscored_lines
+from gkd_lab.tables.rescoring import (
+    RescoreOutcome,
+    ScoreChange,
+    collect_rescore_jobs,
+    format_rescored_lines,
+    format_unscored_lines,
+    rescore_records,
+)
 
-from .made_store import build_grid
-from .written import get_predictions_path, write_cell_record, write_reference_record
+from .prediction_records import get_predictions_path, write_cell_record, write_reference_record
+from .synthetic_store import build_grid
 
 PREDICTIONS = [(f"{n}?", f"a b {n}", f"a b {n}" if n % 2 else "c") for n in range(6)]
 
@@ -165,7 +171,7 @@ for name in ("torch", "transformers", "trl", "datasets", "evaluate", "accelerate
     sys.modules[name] = None  # importing it raises ImportError
 import gkd_lab.report.comparison_text
 assert "scipy" not in sys.modules
-import gkd_lab.tables.rescoring_text
+import gkd_lab.tables.rescoring
 assert "pandas" not in sys.modules, "neither reads a table"
 """
 

@@ -12,7 +12,7 @@ import pytest
 from gkd_lab.store import Store
 from gkd_lab.tables.table import TABLE_FORMATS, encode_table, list_axes, table
 
-from .made_store import build_grid, fill_store, linear_score, write_evaluation, write_finished_record
+from .synthetic_store import build_grid, fill_store, linear_score, write_evaluation, write_finished_record
 
 
 @pytest.fixture

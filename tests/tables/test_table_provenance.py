@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from gkd_lab.cli import app
 from gkd_lab.store import Store
-from gkd_lab.tables.table_sources import collect_table_provenance
+from gkd_lab.tables.table import collect_table_provenance
 
-from .made_store import build_grid, fill_store
+from .synthetic_store import build_grid, fill_store
 
 
 def test_cells_of_one_origin_are_counted_together_and_others_apart(tmp_path: Path) -> None:
