@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 
 from gkd_lab.metrics import score
-from gkd_lab.metrics.intervals import CORPUS_METRICS
+from gkd_lab.metrics.text_metrics import CORPUS_METRICS
 from gkd_lab.tasks import TASKS
 
 Pair = tuple[str, list[str]]

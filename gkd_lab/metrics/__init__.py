@@ -1,9 +1,10 @@
-"""Plain functions over strings: predictions and references in, scores with signatures out.
+"""Metrics of texts: predictions and references in, scores with signatures out. No torch, no `evaluate`.
 
-No torch and no `evaluate` here; the wrapped forms live in gkd_lab/evaluation/evaluate_metrics.py.
+METRICS is the registry; gkd_lab/evaluation/evaluate_metrics.py wraps the metrics for `evaluate`.
 """
 
 from gkd_lab.metrics.answers import extract_answer
-from gkd_lab.metrics.text_metrics import METRICS, Score, Scorer, score, score_many
+from gkd_lab.metrics.score import MetricInput, Score
+from gkd_lab.metrics.text_metrics import METRICS, Metric, Scorer, score, score_many
 
-__all__ = ["METRICS", "Score", "Scorer", "extract_answer", "score", "score_many"]
+__all__ = ["METRICS", "Metric", "MetricInput", "Score", "Scorer", "extract_answer", "score", "score_many"]

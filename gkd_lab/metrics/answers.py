@@ -1,9 +1,12 @@
-"""The answer of a step-by-step solution: OpenAI's grade-school-math rule, and lm-eval's looser one.
+"""Exact match, and accuracy of the final answer of a step-by-step solution.
 
-What counts as right is a matter of definition, so each rule is a metric of its own name.
+OpenAI's grade-school-math rule and lm-eval's more tolerant one are two metrics with names of their own.
 """
 
 import re
+from statistics import fmean
+
+from gkd_lab.metrics.score import MetricInput, Score
 
 ANSWER_PATTERN = re.compile(r"#### (\-?[0-9\.\,]+)")
 LAST_NUMBER_PATTERN = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -11,7 +14,7 @@ _FINAL_PERIOD = re.compile(r"\.$")
 
 
 def extract_answer(text: str) -> str | None:
-    """The first `#### number` of `text`, commas removed; None if there is none.
+    """Return the first `#### number` of `text` without commas; None if there is none.
 
     This is `extract_answer` of openai/grade-school-math, where None is `[invalid]`.
     """
@@ -20,18 +23,53 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    """What lm-eval's `gsm8k` (version 3) finds by `flexible-extract`: the last number, as it is written.
+    """Return the last number as it is written: `flexible-extract` of lm-eval's `gsm8k` (version 3).
 
-    Two or more of `$ 0-9 . ,` in a row are a number to it, `...` too.
+    Two or more characters of `$ 0-9 . ,` in a row count as a number, even `...`.
     """
-    found = [match.group().strip() for match in LAST_NUMBER_PATTERN.finditer(text)]
-    return found[-1] if found else None
+    numbers = [match.group().strip() for match in LAST_NUMBER_PATTERN.finditer(text)]
+    return numbers[-1] if numbers else None
 
 
 def normalize_answer(text: str) -> str:
-    """What lm-eval's `gsm8k` compares: no commas, no dollar signs, nothing up to `#### `, no last stop.
+    """Remove commas, dollar signs, everything up to `#### ` and a final period, as lm-eval's `gsm8k` does.
 
-    Its own `(?s).*#### ` takes minutes for a long document without that mark.
+    lm-eval's pattern `(?s).*#### ` takes minutes on a long document without that mark; this does not.
     """
     answer = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return _FINAL_PERIOD.sub("", answer).lower()
+
+
+def score_accuracy(inputs: MetricInput) -> Score:
+    """Score the share of solutions whose answer equals a reference's, by the grade-school-math rule."""
+    answers = [extract_answer(text) for text in inputs.predictions]
+    accepted = [{extract_answer(text) for text in texts} - {None} for texts in inputs.references]
+    hits = [100.0 * (answer in valid) for answer, valid in zip(answers, accepted, strict=True)]
+    rates = {
+        "extraction_failure_rate": fmean(answer is None for answer in answers),
+        "reference_without_answer_rate": fmean(not valid for valid in accepted),
+    }
+    return Score(fmean(hits), hits, f"accuracy|rule:gsm8k|answer:{ANSWER_PATTERN.pattern}", rates)
+
+
+def score_flexible_accuracy(inputs: MetricInput) -> Score:
+    """Score the share of solutions whose last number equals a reference's, by lm-eval's rule."""
+    answers = [extract_last_number(text) for text in inputs.predictions]
+    hits = [
+        100.0 * (answer is not None and normalize_answer(answer) in set(map(normalize_answer, texts)))
+        for answer, texts in zip(answers, inputs.references, strict=True)
+    ]
+    rates = {"flexible_extraction_failure_rate": fmean(answer is None for answer in answers)}
+    signature = (
+        f"accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:{LAST_NUMBER_PATTERN.pattern}"
+    )
+    return Score(fmean(hits), hits, signature, rates)
+
+
+def score_exact_match(inputs: MetricInput) -> Score:
+    """Score the share of predictions that equal a reference, spaces at the ends aside."""
+    hits = [
+        100.0 * (prediction.strip() in {text.strip() for text in texts})
+        for prediction, texts in zip(inputs.predictions, inputs.references, strict=True)
+    ]
+    return Score(fmean(hits), hits, "exact_match|strip:yes|case:mixed")

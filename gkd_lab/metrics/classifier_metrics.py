@@ -1,176 +1,157 @@
-"""Accuracy, F1, Matthews and Pearson or Spearman correlation, each a function of sums over examples.
+"""Accuracy, F1, Matthews, Pearson and Spearman: scores by scikit-learn and scipy, statistics for resampling.
 
-An example counts, for every label, whether it was hit, predicted and there; a correlation counts moments. So
-a resample's score needs the sums alone. Shapes: N examples, L labels.
+A resample's score is computed from sums over its examples: counts per label, or moments of numbers.
+Shapes: N examples, L labels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gkd_lab.metrics.classifier_metric_names import CORRELATION_METRICS, LABEL_METRICS
+from gkd_lab.metrics.score import (
+    CORRELATION_METRICS,
+    LABEL_METRICS,
+    CorpusStatistics,
+    MetricInput,
+    Score,
+)
 
 Floats = NDArray[np.float64]
 LabelPairs = Sequence[tuple[str, str]]
-"""(predicted, true) labels."""
+"""(predicted, true) labels of one example: one pair, or one per tag."""
 
 
-def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Share of equal labels, 0 to 1. Both (N,), of any one type; ValueError: no labels, or unequal counts."""
-    return _score_labels("accuracy", predictions, references)
+def score_labels(rule: str, predicted: ArrayLike, true: ArrayLike, positive: Any = None) -> float:
+    """Return scikit-learn's score of labels (N,): 0 to 1, Matthews correlation from -1.
 
-
-def f1_macro(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Mean over labels of F1, 0 to 1, over those that are predicted or there (scikit-learn's `macro`)."""
-    return _score_labels("f1_macro", predictions, references)
-
-
-def f1_binary(predictions: ArrayLike, references: ArrayLike, positive: Any = None) -> float:
-    """F1 of the label `positive`, 0 to 1; None: the last in order, such as 1 of 0 and 1.
-
-    Raises:
-        ValueError: if there are more than two labels.
+    rule: `accuracy`; `f1_macro`, over labels that occur on either side; `f1_binary`, of the label `positive`
+    (None: the last in sorted order, such as 1 of 0 and 1); or `matthews`, 0 where one side is constant.
+    Raises ValueError for `f1_binary` of more than two labels, and for no or unequal numbers of labels.
     """
-    return _score_labels("f1_binary", predictions, references, positive)
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # takes 2 s to load
+
+    y_pred, y_true = np.ravel(predicted), np.ravel(true)
+    if not len(y_pred) or len(y_pred) != len(y_true):
+        raise ValueError(
+            f"{len(y_pred)} predictions and {len(y_true)} references: expected equal numbers > 0"
+        )
+    if rule == "accuracy":
+        return float(accuracy_score(y_true, y_pred))
+    if rule == "matthews":
+        return float(matthews_corrcoef(y_true, y_pred))
+    if rule == "f1_macro":
+        return float(f1_score(y_true, y_pred, average="macro", zero_division=0))
+    labels = np.union1d(y_true, y_pred).tolist()
+    _check_binary(labels if positive is None else sorted({*labels, positive}))
+    positive = labels[-1] if positive is None else positive
+    return float(f1_score(y_true, y_pred, labels=[positive], average=None, zero_division=0)[0])
 
 
-def matthews(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Matthews' correlation of any number of labels (Gorodkin 2004), -1 to 1; 0 if one side is constant."""
-    return _score_labels("matthews", predictions, references)
+def correlate(metric: str, predictions: ArrayLike, references: ArrayLike) -> float:
+    """Return the `pearson` or `spearman` correlation of numbers (N,), -1 to 1; 0 if a side is constant."""
+    from scipy.stats import pearsonr  # takes a second to load
+
+    x, y = _center_numbers(metric, predictions, references)
+    return float(pearsonr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
 
 
-def pearson(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Pearson's correlation of two lists of numbers, -1 to 1; 0 where one of them is constant."""
-    x, y = _center_numbers(predictions, references)
-    return _compute_correlation(_compute_moments(x, y).sum(0))
+def score_texts(metric: str, inputs: MetricInput) -> Score:
+    """Score texts that are labels, tags or numbers; ValueError for texts that are not.
 
-
-def spearman(predictions: ArrayLike, references: ArrayLike) -> float:
-    """Pearson's correlation of the ranks; equal numbers share their mean rank."""
-    x, y = _center_numbers(predictions, references)
-    return _compute_correlation(_compute_moments(_rank_numbers(x), _rank_numbers(y)).sum(0))
-
-
-def compute_statistics(
-    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[Floats, Callable[[Sequence[float]], float]]:
-    """What each text counts, (N, K), and the score of such counts summed, -100 to 100.
-
-    Spearman's ranks are those among all texts, in a resample too. Of several references the first counts
-    that is equal, else the first. Raises ValueError for texts that are no labels, tags or numbers.
+    Per example: the share of its labels that are right; for a correlation, the product of both standard
+    scores, whose mean is the correlation.
     """
     if metric in CORRELATION_METRICS:
-        x, y = _center_numbers(
-            _parse_numbers(predictions, "predictions"),
-            _parse_numbers([r[0] for r in references], "references"),
-        )
-        moments = (
-            _compute_moments(x, y)
-            if metric == "pearson"
-            else _compute_moments(_rank_numbers(x), _rank_numbers(y))
-        )
-        return moments, lambda row: 100.0 * _compute_correlation(np.asarray(row))
-    pairs = [_pair_labels(metric, *pair) for pair in zip(predictions, references, strict=True)]
-    labels = sorted({label for example in pairs for pair in example for label in pair})
-    rule = _get_count_score(metric.removeprefix("tag_").removeprefix("label_"), labels)
-    return _count_labels_per_text(pairs, labels), lambda row: 100.0 * rule(np.asarray(row).reshape(3, -1))
+        numbers = _parse_numbers(inputs)
+        value, per_example = correlate(metric, *numbers), _multiply_standard_scores(metric, *numbers)
+    else:
+        examples = _pair_labels(metric, inputs)
+        predicted, true = zip(*chain.from_iterable(examples), strict=True)
+        value = score_labels(_get_label_rule(metric), predicted, true)
+        per_example = [float(np.mean([label == other for label, other in pairs])) for pairs in examples]
+    signature = f"{metric}|rule:gkd-lab-classification-1"
+    return Score(100.0 * value, [100.0 * share for share in per_example], signature)
 
 
-def score_texts(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """A value for each text, 0 to 100: the share of it that is right.
+def compute_classification_statistics(metric: str, inputs: MetricInput) -> CorpusStatistics:
+    """Return the statistics of each example: label counts (N, 3L), or moments (N, 6) of a correlation.
 
-    Of a correlation it is 100 times the product of both sides' standard scores: the mean is the correlation.
+    Spearman's ranks are those among all texts, in a resample too.
     """
-    if metric not in CORRELATION_METRICS:
-        pairs = [_pair_labels(metric, *pair) for pair in zip(predictions, references, strict=True)]
-        return [100.0 * float(np.mean([one == other for one, other in example])) for example in pairs]
-    moments, _ = compute_statistics(metric, predictions, references)
-    total = moments.sum(0)
-    n, spread = total[0], _compute_spread(total)
-    means = total[1:3] / n
-    products = (moments[:, 1] - means[0]) * (moments[:, 2] - means[1])
-    return (100.0 * n * products / spread).tolist() if spread > 0 else [0.0] * int(n)
-
-
-def bootstrap_interval(
-    metric: str,
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    resample_counts: Iterable[Floats],
-) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the score of resamples; draws: (R, N) times each text is drawn."""
-    counted, score = compute_statistics(metric, predictions, references)
-    found = [score(row) for counts in resample_counts for row in (counts @ counted).tolist()]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
+    if metric in CORRELATION_METRICS:
+        x, y = _center_numbers(metric, *_parse_numbers(inputs))
+        moments = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+        return CorpusStatistics(moments, lambda summed: 100.0 * _correlate_moments(np.asarray(summed)))
+    examples = _pair_labels(metric, inputs)
+    labels = sorted({label for pairs in examples for pair in pairs for label in pair})
+    rule = _get_label_rule(metric)
+    if rule == "f1_binary":
+        _check_binary(labels)
+    score_counts = _COUNT_SCORES[rule]
+    return CorpusStatistics(
+        _count_labels(examples, labels),
+        lambda summed: 100.0 * score_counts(np.asarray(summed).reshape(3, -1)),
+    )
 
 
 # ---- labels ----
 
 
-def _score_labels(rule: str, predictions: ArrayLike, references: ArrayLike, positive: Any = None) -> float:
-    found, true = np.ravel(predictions), np.ravel(references)
-    if not len(found) or len(found) != len(true):
+def _get_label_rule(metric: str) -> str:
+    """Return the rule of `score_labels` that a metric of labels or tags applies."""
+    return metric.removeprefix("tag_").removeprefix("label_")
+
+
+def _check_binary(labels: Sequence[Any]) -> None:
+    """Raise ValueError if there are more than two labels."""
+    if len(labels) > 2:
         raise ValueError(
-            f"{len(found)} predictions and {len(true)} references: give as many, and one at least"
+            f"f1_binary needs two labels, and there are {len(labels)}: {', '.join(map(str, labels))}; "
+            "choose f1_macro"
         )
-    labels, numbers = np.unique(np.concatenate([found, true]), return_inverse=True)
-    if positive is not None:
-        if rule == "f1_binary" and len(set(labels.tolist()) | {positive}) > 2:
-            _get_count_score(rule, labels.tolist())
-        return float(_compute_label_f1(_count_labels(numbers == np.searchsorted(labels, positive), 2))[1])
-    return _get_count_score(rule, labels.tolist())(_count_labels(numbers, len(labels)))
 
 
-def _count_labels(numbers: NDArray[Any], labels: int) -> Floats:
-    """Hits, predictions and occurrences of each label, (3, L), from the numbers of both, (2N,)."""
-    found, true = np.split(numbers.astype(np.intp), 2)
-    parts = (found[found == true], found, true)
-    return np.array([np.bincount(part, minlength=labels) for part in parts], dtype=np.float64)
+def _pair_labels(metric: str, inputs: MetricInput) -> list[LabelPairs]:
+    """Pair each example with the reference that equals it, else with the first."""
+    pair = _pair_label if metric in LABEL_METRICS else _pair_tags
+    return [pair(*example) for example in zip(inputs.predictions, inputs.references, strict=True)]
 
 
-def _pair_labels(metric: str, prediction: str, references: Sequence[str]) -> LabelPairs:
-    if metric in LABEL_METRICS:
-        found, accepted = prediction.strip(), [text.strip() for text in references]
-        return [(found, found if found in accepted else accepted[0])]
-    accepted = [" ".join(text.split()) for text in references]
-    tags = prediction.split()
-    true = (" ".join(tags) if " ".join(tags) in accepted else accepted[0]).split()
-    if not true or len(tags) != len(true):
+def _pair_label(prediction: str, references: Sequence[str]) -> LabelPairs:
+    label, accepted = prediction.strip(), [text.strip() for text in references]
+    return [(label, label if label in accepted else accepted[0])]
+
+
+def _pair_tags(prediction: str, references: Sequence[str]) -> LabelPairs:
+    predicted, accepted = prediction.split(), [text.split() for text in references]
+    true = predicted if predicted in accepted else accepted[0]
+    if not true or len(predicted) != len(true):
         raise ValueError(
-            f"{metric} compares tags one by one: there are {len(tags)} predicted and {len(true)} true ones "
+            f"tags are compared one by one: there are {len(predicted)} predicted and {len(true)} true tags "
             f"({prediction!r:.60})"
         )
-    return list(zip(tags, true, strict=True))
+    return list(zip(predicted, true, strict=True))
 
 
-def _count_labels_per_text(examples: Sequence[LabelPairs], labels: Sequence[str]) -> Floats:
-    """Hits, predictions and occurrences of each label in each example, (N, 3L)."""
-    number = {label: n for n, label in enumerate(labels)}
+def _count_labels(examples: Sequence[LabelPairs], labels: Sequence[str]) -> Floats:
+    """Count hits, predictions and occurrences of each label in each example, (N, 3L)."""
+    positions = {label: n for n, label in enumerate(labels)}
     counts = np.zeros((len(examples), 3, len(labels)))
-    for n, example in enumerate(examples):
-        for found, true in example:
-            counts[n, 0, number[true]] += found == true
-            counts[n, 1, number[found]] += 1
-            counts[n, 2, number[true]] += 1
+    for n, pairs in enumerate(examples):
+        for predicted, true in pairs:
+            counts[n, 0, positions[true]] += predicted == true
+            counts[n, 1, positions[predicted]] += 1
+            counts[n, 2, positions[true]] += 1
     return counts.reshape(len(examples), -1)
 
 
-def _get_count_score(rule: str, labels: Sequence[Any]) -> Callable[[Floats], float]:
-    if rule == "f1_binary" and len(labels) > 2:
-        raise ValueError(
-            f"f1_binary is of two labels, and there are {len(labels)}: {', '.join(map(str, labels))}; "
-            "choose f1_macro"
-        )
-    return _COUNT_SCORES[rule]
-
-
 def _compute_label_f1(counts: Floats) -> Floats:
-    """F1 of each label, (L,); 0 for one that is nowhere."""
-    hits, found, true = counts
-    return 2 * hits / np.maximum(found + true, 1)
+    """Return F1 of each label, (L,), from counts (3, L); 0 for a label that does not occur."""
+    hits, predicted, true = counts
+    return 2 * hits / np.maximum(predicted + true, 1)
 
 
 def _compute_accuracy(counts: Floats) -> float:
@@ -178,8 +159,8 @@ def _compute_accuracy(counts: Floats) -> float:
 
 
 def _compute_macro_f1(counts: Floats) -> float:
-    seen = counts[1] + counts[2] > 0
-    return float(_compute_label_f1(counts)[seen].mean())
+    occurs = counts[1] + counts[2] > 0
+    return float(_compute_label_f1(counts)[occurs].mean())
 
 
 def _compute_binary_f1(counts: Floats) -> float:
@@ -187,11 +168,12 @@ def _compute_binary_f1(counts: Floats) -> float:
 
 
 def _compute_matthews(counts: Floats) -> float:
-    hits, found, true = counts
+    """Return Matthews correlation of any number of labels (Gorodkin 2004); 0 if one side is constant."""
+    hits, predicted, true = counts
     total = true.sum()
-    together = hits.sum() * total - found @ true
-    spread = np.sqrt(total**2 - found @ found) * np.sqrt(total**2 - true @ true)
-    return float(together / spread) if spread > 0 else 0.0
+    covariance = hits.sum() * total - predicted @ true
+    spread = np.sqrt(total**2 - predicted @ predicted) * np.sqrt(total**2 - true @ true)
+    return float(covariance / spread) if spread > 0 else 0.0
 
 
 _COUNT_SCORES: dict[str, Callable[[Floats], float]] = {
@@ -204,46 +186,47 @@ _COUNT_SCORES: dict[str, Callable[[Floats], float]] = {
 # ---- numbers ----
 
 
-def _parse_numbers(texts: Sequence[str], what: str) -> Floats:
-    try:
-        return np.array([float(text) for text in texts])
-    except ValueError as error:
-        raise ValueError(f"a correlation is of numbers, and the {what} have others: {error}") from error
+def _parse_numbers(inputs: MetricInput) -> tuple[Floats, Floats]:
+    """Return predictions and first references as numbers, (N,) each."""
+    sides = {"predictions": inputs.predictions, "references": [texts[0] for texts in inputs.references]}
+    numbers = []
+    for side, texts in sides.items():
+        try:
+            numbers.append(np.array([float(text) for text in texts]))
+        except ValueError as error:
+            raise ValueError(f"a correlation needs numbers, not such {side}: {error}") from error
+    return numbers[0], numbers[1]
 
 
-def _center_numbers(predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Floats]:
-    """Both centred, so that their sums of squares lose no digits."""
+def _center_numbers(metric: str, predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Floats]:
+    """Return both sides minus their means, ranked first for `spearman`. ValueError: fewer than 2, or NaN.
+
+    Sums of squares of centered numbers lose no digits; equal numbers share their mean rank.
+    """
     x, y = (np.ravel(side).astype(np.float64) for side in (predictions, references))
     if len(x) < 2 or len(x) != len(y):
-        raise ValueError(
-            f"{len(x)} predictions and {len(y)} references: a correlation needs 2 of each at least"
-        )
+        raise ValueError(f"{len(x)} predictions and {len(y)} references: expected 2 of each, or more")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("a correlation is of finite numbers: there are NaN or infinite ones")
+        raise ValueError("a correlation needs finite numbers: there are NaN or infinite ones")
+    if metric == "spearman":
+        from scipy.stats import rankdata
+
+        x, y = rankdata(x), rankdata(y)
     return x - x.mean(), y - y.mean()
 
 
-def _rank_numbers(values: Floats) -> Floats:
-    from scipy.stats import rankdata  # takes a second to load
-
-    ranks: Floats = rankdata(values)
-    return ranks - ranks.mean()
-
-
-def _compute_moments(x: Floats, y: Floats) -> Floats:
-    """1, x, y, x^2, y^2 and xy of each example, (N, 6)."""
-    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+def _multiply_standard_scores(metric: str, predictions: Floats, references: Floats) -> list[float]:
+    """Return the product of both sides' standard scores of each example, (N,); 0 if a side is constant."""
+    x, y = _center_numbers(metric, predictions, references)
+    if not np.ptp(x) or not np.ptp(y):
+        return [0.0] * len(x)
+    return (x * y / (x.std() * y.std())).tolist()
 
 
-def _compute_spread(total: Floats) -> float:
-    """n times the product of both standard deviations; 0 where one side is constant, rounding aside."""
-    n, x, y, xx, yy, _ = total
-    spreads = np.maximum([xx - x * x / n, yy - y * y / n], 0)
-    constant = spreads <= 1e-12 * np.maximum([xx, yy], 1e-300)
-    return 0.0 if constant.any() else float(np.sqrt(spreads[0]) * np.sqrt(spreads[1]))
-
-
-def _compute_correlation(total: Floats) -> float:
-    n, x, y, _, _, xy = total
-    spread = _compute_spread(total)
-    return float(np.clip((xy - x * y / n) / spread, -1, 1)) if spread > 0 else 0.0
+def _correlate_moments(total: Floats) -> float:
+    """Return the correlation from sums of 1, x, y, x^2, y^2, xy; 0 if a side is constant up to rounding."""
+    n, x, y, xx, yy, xy = total
+    squares = np.maximum([xx - x * x / n, yy - y * y / n], 0)
+    if (squares <= 1e-12 * np.maximum([xx, yy], 1e-300)).any():
+        return 0.0
+    return float(np.clip((xy - x * y / n) / (np.sqrt(squares[0]) * np.sqrt(squares[1])), -1, 1))

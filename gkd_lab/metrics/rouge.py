@@ -1,6 +1,6 @@
-"""ROUGE F-measures of rouge_score, the implementation the T5 papers used.
+"""ROUGE F-measures by rouge_score, the implementation that the T5 papers used.
 
-Cells of a grid share references and often predictions, so a scorer remembers both for as long as it lives.
+Cells of a grid share references and often predictions, so a scorer caches the results of both.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenizers
 
 MAX_CACHED_PAIRS = 2**18
-"""Pairs whose scores are remembered: about 100 MB with sentences of 20 words."""
+"""About 100 MB with sentences of 20 words."""
 MAX_CACHED_TEXTS = 2**14
-"""Texts whose tokens are remembered: enough for the references of a cell to stay until the next one."""
+"""Enough for the references of a cell to stay cached until the next cell."""
 MAX_CACHED_WORDS = 2**17
 
 
 class _CachedStemmer:
-    """Porter's, each word once."""
+    """Porter stemmer that stems each word once."""
 
     def __init__(self) -> None:
         self.stem = lru_cache(maxsize=MAX_CACHED_WORDS)(PorterStemmer().stem)
 
 
 class _CachedTokenizer(tokenizers.DefaultTokenizer):
-    """rouge_score's own; equal texts once."""
+    """Tokenizer of rouge_score that splits each text once."""
 
     def __init__(self, use_stemmer: bool) -> None:
         super().__init__(use_stemmer=False)
@@ -37,7 +37,8 @@ class _CachedTokenizer(tokenizers.DefaultTokenizer):
 class RougeScorer:
     """Scores pairs of texts by some of `rouge1`, `rouge2`, `rougeL` and `rougeLsum`.
 
-    `rougeL` is over the whole text; `rougeLsum` takes each line for a sentence. Several references: the best.
+    `rougeL` is over the whole text; `rougeLsum` takes each line as a sentence. Of several references the one
+    with the best score counts.
     """
 
     def __init__(self, variants: Sequence[str], *, use_stemmer: bool) -> None:
@@ -46,21 +47,22 @@ class RougeScorer:
         self._score_cached_pair = lru_cache(maxsize=MAX_CACHED_PAIRS)(self._score_pair)
 
     def _score_pair(self, prediction: str, reference: str) -> tuple[float, ...]:
+        """Return the F-measure of each variant, 0 to 100."""
         scores: dict[str, Any] = self._scorer.score(reference, prediction)
-        return tuple(100.0 * scores[kind].fmeasure for kind in self.variants)
+        return tuple(100.0 * scores[variant].fmeasure for variant in self.variants)
 
     def __call__(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, list[float]]:
-        """Per kind the values of each example, 0 to 100."""
+        """Return for each variant the F-measure of each example, 0 to 100."""
         values = [
             tuple(map(max, zip(*(self._score_cached_pair(prediction, text) for text in texts), strict=True)))
             for prediction, texts in zip(predictions, references, strict=True)
         ]
-        return {kind: [row[n] for row in values] for n, kind in enumerate(self.variants)}
+        return {variant: [row[n] for row in values] for n, variant in enumerate(self.variants)}
 
     def format_signature(self, variant: str) -> str:
-        """Rule, settings and version."""
+        """Return the variant, its settings and the version of rouge_score as one text."""
         split = "|split:lines" if variant == "rougeLsum" else ""
         stem = "yes" if self.use_stemmer else "no"
         return f"{variant}|measure:f|stem:{stem}|refs:best{split}|version:{version('rouge-score')}"

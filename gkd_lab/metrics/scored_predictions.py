@@ -1,4 +1,4 @@
-"""One evaluation's verdict: predictions against references, every score with its interval and signature.
+"""Scores of one evaluation: every metric with its interval and signature, and a row per prediction.
 
 Pure functions over strings, so that a metric can be recomputed from stored predictions without torch.
 """
@@ -16,18 +16,18 @@ from gkd_lab.metrics.text_metrics import Score, Scorer
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model wrote for one prompt."""
+    """A text that a model generated for one prompt, with its references."""
 
     prompt: str
     text: str
     references: tuple[str, ...]
     tokens: int
     ended: bool
-    """Whether it wrote the end of sequence before the limit."""
+    """True if the model generated the end of sequence before the token limit."""
     sample: int = 0
-    """Which of the prompt's texts it is; they follow one another, and the next prompt's start at 0 again."""
+    """Number of the sample of its prompt, from 0; samples of one prompt follow one another."""
     probabilities: Mapping[str, float] | None = None
-    """Of a classifier: of each label."""
+    """Probability of each label; None for a language model."""
 
 
 _REQUIRED_FIELDS: dict[str, type] = {
@@ -40,7 +40,7 @@ _REQUIRED_FIELDS: dict[str, type] = {
 
 
 def parse_prediction(row: Mapping[str, Any]) -> Prediction:
-    """A stored row as what it was made from. ValueError names what is missing or of another kind."""
+    """Parse a row of predictions.jsonl. ValueError: a field is missing or has another type."""
     for name, kind in _REQUIRED_FIELDS.items():
         if name not in row:
             raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, row))}")
@@ -55,20 +55,20 @@ def parse_prediction(row: Mapping[str, Any]) -> Prediction:
 def score_predictions(
     metrics: Sequence[str], predictions: Sequence[Prediction], scorer: Scorer | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(scores, rows): metric -> value, 95 % interval over examples, n, signature; and a row an example.
+    """Return scores (metric -> value, 95 % interval over examples, n, signature) and a row per example.
 
     Beside the metrics: `mean_length` in tokens, `eos_rate`, the share with an end of sequence, and
-    `truncated`, the share without. One `scorer` for many cells computes once what they share. Of several
-    texts a prompt each is an example; their intervals draw prompts, and corpus scores have none, as
-    sacreBLEU's bootstrap would take the texts of one prompt for independent.
+    `truncated`, the share without. One `scorer` for many cells processes shared texts once. With several
+    samples per prompt each sample is an example; intervals of means draw prompts, and corpus scores have no
+    interval, as sacreBLEU's bootstrap would take the samples of one prompt as independent.
     """
     texts = [prediction.text for prediction in predictions]
     references = [prediction.references for prediction in predictions]
     prompts = list(accumulate(prediction.sample == 0 for prediction in predictions))
-    found = (scorer or Scorer()).score_many(metrics, texts, references, prompts=prompts)
+    metric_scores = (scorer or Scorer()).score_many(metrics, texts, references, prompts=prompts)
     samples = _count_samples_per_prompt(prompts)
     scores: dict[str, dict[str, Any]] = {}
-    for name, score in found.items():
+    for name, score in metric_scores.items():
         ends = compute_interval(name, texts, references, score.per_example, samples_per_prompt=samples)
         bounds = {} if ends is None else {"low": ends[0], "high": ends[1]}
         scores[name] = {"value": score.value, **bounds, "n": len(texts), "signature": score.signature}
@@ -77,10 +77,11 @@ def score_predictions(
     scores["mean_length"] = {"value": fmean(prediction.tokens for prediction in predictions)}
     scores["eos_rate"] = {"value": fmean(prediction.ended for prediction in predictions)}
     scores["truncated"] = {"value": fmean(not prediction.ended for prediction in predictions)}
-    return scores, _build_prediction_rows(predictions, found, include_sample=samples > 1)
+    return scores, _build_prediction_rows(predictions, metric_scores, include_sample=samples > 1)
 
 
 def _count_samples_per_prompt(prompts: Sequence[int]) -> int:
+    """Return the number of samples that every prompt has. ValueError: it varies."""
     counts = set(Counter(prompts).values())
     if len(counts) > 1:
         raise ValueError(
@@ -92,6 +93,7 @@ def _count_samples_per_prompt(prompts: Sequence[int]) -> int:
 def _build_prediction_rows(
     predictions: Sequence[Prediction], scores: Mapping[str, Score], include_sample: bool
 ) -> list[dict[str, Any]]:
+    """Return the rows of predictions.jsonl, each with its scores."""
     return [
         {
             "prompt": prediction.prompt,

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gkd_lab.config.cell import AnyEvaluation
-from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
-from gkd_lab.metrics.classifier_metrics import compute_statistics
-from gkd_lab.metrics.intervals import CORPUS_METRICS, draw_resample_counts
+from gkd_lab.metrics import METRICS, MetricInput
+from gkd_lab.metrics.intervals import draw_resample_counts
 from gkd_lab.store import Record
 from gkd_lab.store.predictions import group_by_prompt
 
@@ -60,27 +59,13 @@ def build_example_statistics(
     Several texts of one prompt are one example, because they are not independent.
     """
     groups = group_by_prompt(rows)
-    if metric not in CORPUS_METRICS:
+    definition = METRICS.get(metric)  # None: a metric of lm-eval, a mean over documents
+    if definition is None or definition.compute_statistics is None:
         return ExampleStatistics(np.array([[np.mean([values[n] for n in group])] for group in groups]))
-    statistics, corpus_score = _count_corpus_statistics(metric, rows)
-    return ExampleStatistics(np.array([statistics[group].sum(axis=0) for group in groups]), corpus_score)
-
-
-def _count_corpus_statistics(metric: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Array, CorpusScore]:
-    """Return (T, K) statistics of T texts, for BLEU and chrF sacreBLEU's, and their corpus score."""
-    from gkd_lab.metrics.corpus import build_sacrebleu_metric, transpose_references
-
-    texts, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
-    if metric in CLASSIFICATION_METRICS:
-        return compute_statistics(metric, texts, references)
-    scorer = build_sacrebleu_metric("bleu" if metric == "bleu" else "chrf")
-    # sacreBLEU's own paired bootstrap resamples these, but reports no interval of the difference.
-    statistics = scorer._extract_corpus_statistics(texts, transpose_references(references))
-
-    def compute_corpus_score(row: Sequence[float]) -> float:
-        return float(scorer._compute_score_from_stats(row).score)
-
-    return np.asarray(statistics, dtype=np.float64), compute_corpus_score
+    inputs = MetricInput([row["prediction"] for row in rows], [row["references"] for row in rows])
+    corpus = definition.compute_statistics(inputs)
+    summed = np.array([corpus.per_example[group].sum(axis=0) for group in groups])
+    return ExampleStatistics(summed, corpus.compute_score)
 
 
 def load_example_statistics(

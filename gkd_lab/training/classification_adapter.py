@@ -23,7 +23,7 @@ from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.squared_error import SquaredError
 from gkd_lab.losses.terms import CrossEntropy, LabelSquaredError, WeightedLoss
-from gkd_lab.metrics import classifier_metrics as scores
+from gkd_lab.metrics.classifier_metrics import correlate, score_labels
 from gkd_lab.models.classifiers import (
     ClassifierKind,
     check_classifier_tokenizers,
@@ -428,15 +428,15 @@ def compute_classification_metrics(
         x, y = found.reshape(-1)[known], true[known]
         if len(y) < 2:
             return {}
-        return {"pearson": scores.pearson(x, y), "spearman": scores.spearman(x, y)}
+        return {metric: correlate(metric, x, y) for metric in ("pearson", "spearman")}
     known = true != NOT_TRAINED
     x, y = found.argmax(-1)[known], true[known]
     if not len(y):
         return {}
-    values = {"accuracy": scores.accuracy(x, y), "f1_macro": scores.f1_macro(x, y)}
+    values = {rule: score_labels(rule, x, y) for rule in ("accuracy", "f1_macro")}
     if n_labels == 2:
-        values["f1"] = scores.f1_binary(x, y, positive=1)
-    return {**values, "matthews": scores.matthews(x, y)}
+        values["f1"] = score_labels("f1_binary", x, y, positive=1)
+    return {**values, "matthews": score_labels("matthews", x, y)}
 
 
 def _add_article(kind: ClassifierKind) -> str:

@@ -333,6 +333,32 @@ def judged(*texts: str, lmbda: float = 0) -> str:
     return cell.fingerprint
 
 
+LIST_HEAVY = """
+import sys
+from gkd_lab.cli import main
+try:
+    main()
+finally:
+    print(*sorted({"torch", "transformers", "sklearn", "scipy"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan quickstart",
+        "status quickstart",
+        "rescore quickstart --metrics accuracy,accuracy_flexible,exact_match,bleu,chrf",
+    ],
+)
+def test_commands_that_load_neither_torch_nor_scikit_learn_nor_scipy(words: str) -> None:
+    """ROUGE and Self-BLEU are left out: nltk imports scikit-learn and scipy by itself."""
+    judged("1 #### 1", "#### 2")
+    done = python(LIST_HEAVY, *words.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == ""
+
+
 def test_claims_judge_the_papers_own_numbers(say: Say) -> None:
     status, out, err = say("claims", "paper", "--format", "json")
     assert (status, err) == (0, "")

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from gkd_lab.metrics import METRICS, Scorer, score
-from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
 from gkd_lab.metrics.intervals import bootstrap_mean_interval
+from gkd_lab.metrics.score import CLASSIFICATION_METRICS
 from gkd_lab.metrics.scored_predictions import Prediction, parse_prediction, score_predictions
 
 SOLUTIONS = ["2+3=5 #### 5", "#### 6", "I do not know", ""]

@@ -4,13 +4,16 @@ import math
 import re
 from statistics import fmean
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from gkd_lab.metrics import METRICS, extract_answer, score, score_many
+from gkd_lab.metrics import METRICS, Metric, MetricInput, Score, extract_answer, score, score_many
 from gkd_lab.metrics import rouge as rouge_module
-from gkd_lab.metrics.classifier_metric_names import CLASSIFICATION_METRICS
+from gkd_lab.metrics.score import CLASSIFICATION_METRICS, CorpusStatistics
+from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
+from gkd_lab.statistics.bootstrap import build_example_statistics
 
 PREDICTIONS = [
     "The cat sat on the mat.",
@@ -176,3 +179,26 @@ def test_wrong_input_is_explained(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         score(metric, predictions, references)
+
+
+def test_a_registered_corpus_metric_is_scored_and_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length ratio of all texts to all references: the mean of the examples' ratios is another number."""
+
+    def count_characters(inputs: MetricInput) -> CorpusStatistics:
+        pairs = zip(inputs.predictions, inputs.references, strict=True)
+        lengths = np.array([[float(len(text)), float(len(texts[0]))] for text, texts in pairs])
+        return CorpusStatistics(lengths, lambda summed: 100.0 * summed[0] / summed[1])
+
+    def score_length(inputs: MetricInput) -> Score:
+        statistics = count_characters(inputs)
+        value = statistics.compute_score(statistics.per_example.sum(axis=0).tolist())
+        return Score(value, [value] * len(inputs.predictions), "length|unit:character")
+
+    monkeypatch.setitem(METRICS, "length", Metric(score_length, count_characters))
+    predictions = [Prediction("p", "a" * n, ("b" * 10,), 1, True) for n in (1, 5, 9, 20)]
+    scores, rows = score_predictions(["length"], predictions)
+    assert scores["length"]["value"] == pytest.approx(100 * 35 / 40)
+    assert 10 <= scores["length"]["low"] < 87.5 < scores["length"]["high"] <= 200
+    sample = build_example_statistics("length", rows, [0.0] * 4)
+    assert sample.statistics.tolist() == [[1, 10], [5, 10], [9, 10], [20, 10]]
+    assert sample.score == pytest.approx(87.5)

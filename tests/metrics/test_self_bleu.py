@@ -3,7 +3,7 @@
 import pytest
 
 from gkd_lab.metrics import score
-from gkd_lab.metrics.diversity import compute_self_bleu
+from gkd_lab.metrics.self_bleu import compute_self_bleu
 
 ONE = "the train leaves the station at noon"
 
