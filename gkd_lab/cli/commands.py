@@ -70,21 +70,20 @@ def version(
 @app.command("list")
 def list_experiments() -> None:
     """Name every experiment with its number of cells and its question."""
-    from gkd_lab.status.render import align_columns, wrap_last_column
+    from gkd_lab.status.render import Listing, print_listing
 
-    found, broken = [], []
+    rows, broken = [], []
     for name in experiments.list_experiment_files():
         try:
             experiment, cells = experiments.outline_experiment(name)
         except ConfigError as error:
-            found.append([name, "?", "", "cannot be read, see below"])
+            rows.append([name, "?", "", "cannot be read, see below"])
             broken.append(f"gkd-lab: {error}")
             continue
         figures = ", ".join(experiment.paper.figures)
         question = experiment.description.split(". ")[0].strip()
-        found.append([name, str(cells), figures, question])
-    for line in align_columns(["experiment", "cells", "figures", "question"], wrap_last_column(found)):
-        print(line)
+        rows.append([name, str(cells), figures, question])
+    print_listing(Listing(["experiment", "cells", "figures", "question"], rows))
     for line in broken:
         print(line, file=sys.stderr)
     if broken:
@@ -101,12 +100,13 @@ def plan(
 ) -> None:
     """Show every cell with its status and cost; run nothing."""
     from gkd_lab.status.overview import build_overview
-    from gkd_lab.status.render import render_cells, render_summary
+    from gkd_lab.status.render import list_cells, print_listing, render_summary
 
     limit = parse_pack_limit(pack)
     grid = load_grid(name, scale, sets, outputs)
-    found = build_overview(grid, Store(outputs), limit)
-    print("\n".join((*render_cells(grid, found, show_progress=False), *render_summary(found))))
+    overview = build_overview(grid, Store(outputs), limit)
+    print_listing(list_cells(grid, overview, show_progress=False))
+    print("\n".join(render_summary(overview)))
 
 
 @app.command()
@@ -119,20 +119,20 @@ def status(
 ) -> None:
     """Show how far every cell is, who works on it and how fast, and why it failed."""
     from gkd_lab.status.overview import build_overview
-    from gkd_lab.status.render import render_cells, render_failures, render_running_artifacts
+    from gkd_lab.status.render import list_cells, print_listing, render_failures, render_running_artifacts
 
     grid = load_grid(name, scale, sets, outputs)
     if watch:
-        from gkd_lab.status.watch import watch_grid as watch_until_settled
+        from gkd_lab.status.watch import watch_grid
 
-        found = watch_until_settled(grid, Store(outputs))
+        overview = watch_grid(grid, Store(outputs))
     else:
-        found = build_overview(grid, Store(outputs), "auto")
-    print("\n".join((*render_cells(grid, found, show_progress=True), *render_running_artifacts(found))))
-    failed = list(render_failures(found))
-    for line in failed:
+        overview = build_overview(grid, Store(outputs), "auto")
+    print_listing(list_cells(grid, overview, show_progress=True))
+    failures = list(render_failures(overview))
+    for line in (*render_running_artifacts(overview), *failures):
         print(line)
-    if failed:
+    if failures:
         raise typer.Exit(1)
 
 
@@ -369,7 +369,7 @@ def compare(
     format: Annotated[OutputFormat, typer.Option(help="Of what is printed.")] = OutputFormat.text,
 ) -> None:
     """Show how two cells differ: settings, scores, paired difference, the examples that differ most."""
-    from gkd_lab.report.comparison import compare_records as compare_records
+    from gkd_lab.report.comparison import compare_records
     from gkd_lab.report.comparison_text import format_comparison_json, print_comparison
     from gkd_lab.store.lookup import find_record
 
@@ -429,14 +429,13 @@ def verify(
 ) -> None:
     """Read every record again; report what no longer matches its fingerprint."""
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.status.verify import list_candidate_records
-    from gkd_lab.status.verify import verify_records as verify_all
+    from gkd_lab.status.verify import list_candidate_records, verify_records
 
     load_grid(name, scale, sets, outputs)  # what is wrong with the request is said of these outputs
     grid, store = load_grid_without_cache(name, scale, sets, outputs), Store(outputs)
     records = list_candidate_records(grid, store)
     with Reporter().phase(f"{grid.name}: records", len(records)) as advance:
-        found = verify_all(grid, store, records, advance)
+        found = verify_records(grid, store, records, advance)
     for line in found.notes:
         print(f"note: {line}")
     for line in found.mismatches:

@@ -1,231 +1,154 @@
-"""The paper's figures from the table: heat maps over lmbda and divergence (Figs 6, 7), curves over
-lmbda (Fig 8), and how training went.
-"""
+"""Heat maps over lmbda and divergence: of a run (Figs 6, 7), and of a run beside the paper."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.panels import (
     Panel,
-    add_divergence_legend,
     build_panels,
     create_axes,
+    format_signed,
     group_cells_by_point,
     set_panel_title,
+    shorten_metric,
 )
+from gkd_lab.figures.paper_maps import GridPoint, MapPair
 from gkd_lab.figures.style import (
     FAINT,
     GAIN_COLORS,
     INK,
-    MARKERS,
     MISSING,
-    MUTED,
     PAPER,
     SIGNED_COLORS,
     apply_style,
     choose_text_color,
-    get_divergence_color,
 )
-from gkd_lab.statistics.summaries import NO_BETA, summary
-from gkd_lab.store import Store, combine_states
+from gkd_lab.store import combine_states
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import list_axes
-
-Color = tuple[float, float, float, float]
 
 
 def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
-    """Improvement over the SFT student for each lmbda (1 on top) and divergence, mean over seeds.
+    """Draw the improvement over the SFT student for each lmbda (1 on top) and divergence, mean over seeds.
 
     Without a score of the SFT student the scores themselves. One panel for each task that has the
     metric and each value of a further axis. The best is bold; what is not done is hatched.
     """
     with apply_style():
-        found = build_panels(frame, metric, task)
-        width = max(4.2, 1.05 + 0.86 * max(panel.cells["beta"].nunique() for panel in found))
-        height = 1.45 + 0.5 * max(panel.cells["lmbda"].nunique() for panel in found)
-        figure, axes = create_axes(len(found), width, height)
-        for panel, place in zip(found, axes, strict=True):
-            _draw_heat_map(place, panel, metric)
+        panels = build_panels(frame, metric, task)
+        width = _get_map_width(max(panel.cells["beta"].nunique() for panel in panels))
+        height = 1.45 + 0.5 * max(panel.cells["lmbda"].nunique() for panel in panels)
+        figure, axes = create_axes(len(panels), width, height)
+        for panel, panel_axes in zip(panels, axes, strict=True):
+            _draw_panel(panel_axes, panel, metric)
         return figure
 
 
-def _draw_heat_map(axes: Axes, panel: Panel, metric: str) -> None:
-    lmbdas = sorted(panel.cells["lmbda"].unique())
-    betas = sorted(panel.cells["beta"].unique())
-    gains = {
-        (lmbda, beta): group[metric].mean() - (panel.start_score or 0.0)
-        for lmbda, beta, group in group_cells_by_point(panel.cells)
-        if group[metric].notna().any()
+def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
+    """Draw for each pair the run's map and the paper's side by side: one colour scale, the same cells."""
+    with apply_style():
+        width = _get_map_width(max(len({beta for _, beta in pair.paper_values}) for pair in pairs))
+        figure, axes = create_axes(2 * len(pairs), width, 3.0, columns=2)
+        for pair, run_axes, paper_axes in zip(pairs, axes[::2], axes[1::2], strict=True):
+            points = pair.run_values.keys() | pair.paper_values.keys()
+            scale = [*pair.run_values.values(), *pair.paper_values.values()]
+            quantity = "improvement over the start" if pair.is_gain else "difference from the mean"
+            for map_axes, values in ((run_axes, pair.run_values), (paper_axes, pair.paper_values)):
+                labels = {point: format_signed(value, 2) for point, value in values.items()}
+                _draw_heat_map(map_axes, points, values, labels, scale)
+            set_panel_title(run_axes, f"ours: {pair.title}", f"{quantity}, in points")
+            set_panel_title(
+                paper_axes, f"the paper: Figure {pair.paper_figure}", f"{quantity}, {pair.students}"
+            )
+        return figure
+
+
+def _get_map_width(columns: int) -> float:
+    """Return the width of a panel in inches."""
+    return max(4.2, 1.05 + 0.86 * columns)
+
+
+def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
+    """Draw one panel of `heat_map`: mean gains with their labels, and the state of what has no score."""
+    groups = {(lmbda, beta): cells for lmbda, beta, cells in group_cells_by_point(panel.cells)}
+    values = {
+        point: float(cells[metric].mean()) - (panel.start_score or 0.0)
+        for point, cells in groups.items()
+        if cells[metric].notna().any()
     }
-    decimals = _choose_decimals(gains.values())
-    for lmbda, beta, group in group_cells_by_point(panel.cells):
-        square = (betas.index(beta), lmbdas.index(lmbda))
-        gain = gains.get((lmbda, beta))
-        if gain is None:
-            _draw_void(axes, square, combine_states(list(group["status"])))
-        else:
-            text = _format_signed(gain, decimals) if panel.start_score is not None else f"{gain:.{decimals}f}"
-            done = int(group[metric].notna().sum())
-            note = "" if done == len(group) else f"\n{done} of {len(group)} seeds"
-            color = _choose_color(gain, list(gains.values()))
-            _draw_square(axes, square, text + note, color, bold=gain == max(gains.values()))
-    _frame_map(axes, [f"{lmbda:g}" for lmbda in lmbdas], [divergence_label(b) for b in betas])
-    set_panel_title(axes, panel.title, f"{_shorten_metric(metric)}, {panel.subtitle}")
+    decimals = _choose_decimals(values.values())
+    labels: dict[GridPoint, str] = {}
+    for point, cells in groups.items():
+        done = int(cells[metric].notna().sum())
+        if point not in values:
+            labels[point] = combine_states(list(cells["status"]))
+            continue
+        value = values[point]
+        label = f"{value:.{decimals}f}" if panel.start_score is None else format_signed(value, decimals)
+        labels[point] = label if done == len(cells) else f"{label}\n{done} of {len(cells)} seeds"
+    _draw_heat_map(axes, groups, values, labels, list(values.values()))
+    set_panel_title(axes, panel.title, f"{shorten_metric(metric)}, {panel.subtitle}")
 
 
-def _draw_square(axes: Axes, square: tuple[int, int], text: str, color: Color, bold: bool) -> None:
-    corner = (square[0] - 0.5, square[1] - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fc=color, ec=PAPER, lw=2))
-    axes.text(
-        *square, text, ha="center", va="center", color=choose_text_color(color),
-        fontweight="bold" if bold else "normal", fontsize=8 if "\n" in text else 10.5,
-    )  # fmt: skip
+def _draw_heat_map(
+    axes: Axes,
+    points: Iterable[GridPoint],
+    values: Mapping[GridPoint, float],
+    labels: Mapping[GridPoint, str],
+    scale: Sequence[float],
+) -> None:
+    """Colour and label each (lmbda, beta): lmbda upwards, the best bold, points without a value hatched.
 
-
-def _draw_void(axes: Axes, square: tuple[int, int], state: str) -> None:
-    corner = (square[0] - 0.5, square[1] - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fc=MISSING, ec=FAINT, hatch="////", lw=0))
-    axes.add_patch(Rectangle(corner, 1, 1, fc="none", ec=PAPER, lw=2))
-    axes.text(*square, state, ha="center", va="center", color=INK, fontsize=8.5, style="italic")
-
-
-def _choose_color(value: float, values: Sequence[float]) -> Color:
-    """Pale to dark blue over the range; where signs differ, 0 is white and losses are orange."""
-    low, high = min(values), max(values)
-    if low < 0 < high:
-        end = max(-low, high)
-        return SIGNED_COLORS(float(Normalize(-end, end)(value)))
-    return GAIN_COLORS(float(Normalize(low, high)(value)) if low < high else 0.5)
-
-
-def _frame_map(axes: Axes, rows: list[str], columns: list[str]) -> None:
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(-0.5, len(rows) - 0.5)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    Colours span the values of `scale`. `pcolormesh`, not `imshow`: it stays a vector drawing in SVG,
+    so that a report's page holds no embedded image.
+    """
+    lmbdas, betas = (sorted(set(coordinates)) for coordinates in zip(*points, strict=True))
+    matrix = np.array([[values.get((lmbda, beta), np.nan) for beta in betas] for lmbda in lmbdas])
+    colormap, norm = _choose_colors(scale)
+    column_edges, row_edges = np.arange(len(betas) + 1) - 0.5, np.arange(len(lmbdas) + 1) - 0.5
+    axes.pcolormesh(column_edges, row_edges, np.ma.masked_invalid(matrix), cmap=colormap, norm=norm)
+    axes.patch.set(facecolor=MISSING, edgecolor=FAINT, hatch="////", linewidth=0)
+    for row, lmbda in enumerate(lmbdas):
+        for column, beta in enumerate(betas):
+            value, label = values.get((lmbda, beta)), labels.get((lmbda, beta), "")
+            axes.text(
+                column,
+                row,
+                label,
+                ha="center",
+                va="center",
+                color=INK if value is None else choose_text_color(colormap(norm(value))),
+                fontsize=8.5 if value is None else 8 if "\n" in label else 10.5,
+                fontstyle="italic" if value is None else "normal",
+                fontweight="bold" if value is not None and value == max(values.values()) else "normal",
+            )
+    axes.set_xticks(range(len(betas)), [divergence_label(beta) for beta in betas])
+    axes.set_yticks(range(len(lmbdas)), [f"{lmbda:g}" for lmbda in lmbdas])
+    axes.set_xticks(column_edges, minor=True)
+    axes.set_yticks(row_edges, minor=True)
     axes.set_ylabel("λ", rotation=0, labelpad=10, va="center", fontsize=11)
-    axes.tick_params(length=0)
-    axes.grid(False)
+    axes.tick_params(which="both", length=0)
+    axes.set_axisbelow(False)  # the lines of the paper's colour separate the squares
+    axes.grid(False, which="major")
+    axes.grid(True, which="minor", color=PAPER, linewidth=2)
     axes.spines[:].set_visible(False)
 
 
-def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
-    """Score against lmbda, a line for each divergence, 95 % intervals; start and teacher dashed.
-
-    Points of one lmbda stand side by side so that their intervals can be read.
-    """
-    with apply_style():
-        found = build_panels(frame, metric, task)
-        figure, axes = create_axes(len(found), 6.4 if len(found) == 1 else 4.4, 3.3)
-        described = summary(frame, metric)
-        for panel, place in zip(found, axes, strict=True):
-            _draw_curves(place, panel, described, list_axes(frame))
-            place.set_ylabel(_shorten_metric(metric))
-        add_divergence_legend(figure, axes)
-        return figure
+def _choose_colors(values: Sequence[float]) -> tuple[Colormap, Normalize]:
+    """Choose pale to dark blue over the range; where signs differ, 0 is white and losses are orange."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low < 0 < high:
+        end = max(-low, high)
+        return SIGNED_COLORS, Normalize(-end, end)
+    return GAIN_COLORS, Normalize(low, high) if low < high else Normalize(low - 1, high + 1)
 
 
-def _draw_curves(axes: Axes, panel: Panel, described: pd.DataFrame, other_axes: list[str]) -> None:
-    first = panel.cells.iloc[0]
-    here = described[(described["role"] == "cell") & (described["task"] == first["task"])]
-    for axis in other_axes:
-        if described[axis].nunique(dropna=False) > 1 and not panel.cells[axis].nunique() > 1:
-            here = here[here[axis].isna() if pd.isna(first[axis]) else here[axis] == first[axis]]
-    lmbdas = sorted(panel.cells["lmbda"].unique())
-    betas = sorted(panel.cells["beta"].unique())
-    step = 0.012 * (max(lmbdas) - min(lmbdas) or 1.0)
-    for index, beta in enumerate(betas):
-        line = here[(here["beta"] == beta) & here["mean"].notna()].sort_values("lmbda")
-        if not line.empty:
-            offset = (index - (len(betas) - 1) / 2) * step
-            _draw_curve(axes, line, offset, beta, MARKERS[index % len(MARKERS)])
-    _draw_references(axes, panel)
-    axes.set_xticks(lmbdas, [f"{lmbda:g}" for lmbda in lmbdas])
-    axes.set_xlabel("λ, share of student-written batches")
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.grid(False, axis="x")
-    axes.set_title(panel.title, fontweight="bold", pad=10)
-
-
-def _draw_curve(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marker: str) -> None:
-    x, y = line["lmbda"] + offset, line["mean"].astype(float)
-    color = get_divergence_color(beta)
-    axes.plot(x, y, color=color, marker=marker, ms=5, lw=1.6, label=divergence_label(beta))
-    low, high = line["low"].astype(float), line["high"].astype(float)
-    axes.vlines(x, low, high, color=color, lw=1.2, alpha=0.6)
-
-
-def _draw_references(axes: Axes, panel: Panel) -> None:
-    """Dashed lines, named at their right ends; the upper name above its line, the lower below."""
-    known = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
-    there = {name: value for name, value in known.items() if value is not None}
-    for name, value in there.items():
-        above = value == max(there.values())
-        axes.axhline(value, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"{name} {value:.1f}", (1, value), (5, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="bottom" if above else "top", color=MUTED, fontsize=8.5,
-        )  # fmt: skip
-
-
-def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str = "loss") -> Figure:
-    """How training went: a logged quantity against the step, a panel for each lmbda, a line a cell.
-
-    Losses are on a log scale; those of different divergences do not compare, their shapes do.
-    """
-    chosen = [cell for cell in grid.cells if task in (None, cell.task)]
-    lmbdas = sorted({cell.lmbda for cell in chosen})
-    with apply_style():
-        figure, axes = create_axes(len(lmbdas), 3.1, 2.7, sharey=True)
-        for lmbda, place in zip(lmbdas, axes, strict=True):
-            _draw_loss_curves(place, [c for c in chosen if c.lmbda == lmbda], store, quantity)
-            place.set_title(f"λ = {lmbda:g}", fontweight="bold")
-            place.set_xlabel("step")
-        if axes:
-            axes[0].set_ylabel(quantity.replace("_", " "))
-        add_divergence_legend(figure, axes)
-        return figure
-
-
-def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
-    lowest, highest = np.inf, 0.0
-    for cell in sorted(cells, key=lambda cell: NO_BETA if cell.beta is None else cell.beta):
-        logged = [row for row in store.get_record(cell).read_history() if row.get(quantity) is not None]
-        if logged:
-            values = [float(row[quantity]) for row in logged]
-            finite = [value for value in values if np.isfinite(value)]
-            lowest, highest = min([lowest, *finite]), max([highest, *finite])
-            axes.plot(
-                [row["step"] for row in logged], values, lw=1.3, alpha=0.9,
-                color=get_divergence_color(cell.beta), label=divergence_label(cell.beta),
-            )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if quantity == "loss" and 0 < lowest < highest:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _choose_decimals(gains: Iterable[float]) -> int:
-    """Two where one would make most squares alike, as in Figure 6, and the numbers have two to show."""
-    known = list(gains)
-    small = bool(known) and max(map(abs, known)) < 2
-    return 2 if small and any(abs(10 * gain - round(10 * gain)) > 1e-6 for gain in known) else 1
-
-
-def _format_signed(value: float, decimals: int = 1) -> str:
-    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _shorten_metric(metric: str) -> str:
-    return metric.rsplit("/", 1)[-1].replace("_", " ")
+def _choose_decimals(values: Iterable[float]) -> int:
+    """Choose two decimals where one would make most squares alike, as in Figure 6, else one."""
+    numbers = list(values)
+    is_small = bool(numbers) and max(map(abs, numbers)) < 2
+    return 2 if is_small and any(abs(10 * value - round(10 * value)) > 1e-6 for value in numbers) else 1

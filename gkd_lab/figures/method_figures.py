@@ -1,20 +1,15 @@
-"""The paper's figures of methods from a table: bars (Figs 2, 9, A.10, A.11, A.15), scores along an axis
-(Figs 1, 3).
-"""
+"""Methods compared: bars (Figs 2, 9, A.10, A.11, A.15) and lines along an axis (Figs 1, 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from gkd_lab.figures.panels import create_axes
+from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes, shorten_metric
 from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
-from gkd_lab.statistics.summaries import summary
 from gkd_lab.tables.loss_labels import divergence_label, loss_label
-from gkd_lab.tables.table import list_axes
 
 METHOD_NAMES = {
     "sft": "SFT, as many steps",
@@ -32,153 +27,114 @@ _LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a"
 
 
 def bars(frame: pd.DataFrame, metric: str, bar_axis: str = "method") -> Figure:
-    """A bar a method, in the order of Figure 9, with its value and 95 % interval; a panel for each task.
+    """Draw a bar for each method, in the order of Figure 9, with its 95 % interval; a panel for each task.
 
     GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is
-    supervised. Panels have the same rows: what one of them lacks is an empty row. `by` another axis, such
-    as `objectives`, there is a bar for each of its values, as they are met, in the divergence's colour.
+    supervised. Panels have the same rows, empty where a panel has no such method. With another `bar_axis`,
+    such as `objectives`, there is a bar for each of its values in table order, in the divergence's colour.
     """
     with apply_style():
-        found = build_summary_panels(frame, metric, excluded_axes=(bar_axis,))
-        rows = _list_bar_names(pd.concat([cells for _, cells in found]), bar_axis)
-        width = max(4.2, 2.6 + 0.075 * max(map(len, rows)))
-        figure, axes = create_axes(len(found), width, 0.8 + 0.27 * len(rows), sharey=True)
-        for (title, cells), place in zip(found, axes, strict=True):
-            _draw_bars(place, cells, rows, title, metric, bar_axis)
+        panels = build_summary_panels(frame, metric, excluded_axes=(bar_axis,))
+        bar_names = _list_bar_names(pd.concat([cells for _, cells in panels]), bar_axis)
+        width = max(4.2, 2.6 + 0.075 * max(map(len, bar_names)))
+        figure, axes = create_axes(len(panels), width, 0.8 + 0.27 * len(bar_names), sharey=True)
+        for (title, cells), panel_axes in zip(panels, axes, strict=True):
+            _draw_bars(panel_axes, cells, bar_names, bar_axis)
+            panel_axes.set_xlabel(shorten_metric(metric))
+            panel_axes.set_title(title, fontweight="bold", pad=8)
         axes[0].invert_yaxis()
         return figure
 
 
 def _list_bar_names(cells: pd.DataFrame, bar_axis: str) -> list[str]:
-    if bar_axis != "method":
-        return list(dict.fromkeys(_format_axis_value(bar_axis, value) for value in cells[bar_axis]))
-    rank = {method: number for number, method in enumerate(METHOD_NAMES)}
-    ranked = cells.assign(rank=cells["method"].map(rank)).sort_values(["rank", "beta"])
-    return list(dict.fromkeys(_format_method(row) for row in ranked.to_dict("records")))
+    """List the names of the bars: methods in the order of Figure 9, values of another axis in table order."""
+    if bar_axis == "method":
+        order = {method: number for number, method in enumerate(METHOD_NAMES)}
+        cells = cells.assign(order=cells["method"].map(order)).sort_values(["order", "beta"])
+    return list(dict.fromkeys(_name_bar(row, bar_axis) for row in cells.to_dict("records")))
 
 
-def _draw_bars(
-    axes: Axes, cells: pd.DataFrame, bar_names: list[str], title: str, metric: str, bar_axis: str
-) -> None:
-    digits = 1 if cells["mean"].abs().max() >= 2 else 2
+def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
+    """Name the bar of a row: GKD by its divergence too."""
+    name = _format_axis_value(bar_axis, row[bar_axis])
+    if bar_axis == "method" and row["method"].startswith("gkd"):
+        return f"{name}, {divergence_label(row['beta'])}"
+    return name
+
+
+def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: str) -> None:
+    """Draw the bars of one panel with their values and intervals."""
+    decimals = 1 if cells["mean"].abs().max() >= 2 else 2
     for row in cells.to_dict("records"):
         method = row["method"] if bar_axis == "method" else "gkd"
-        place = bar_names.index(
-            _format_method(row) if bar_axis == "method" else _format_axis_value(bar_axis, row[bar_axis])
-        )
+        y = bar_names.index(_name_bar(row, bar_axis))
         color = get_divergence_color(row["beta"]) if method.startswith("gkd") else _BASELINE_COLOR
-        alpha = 0.55 if method == "gkd_supervised" else 1.0
-        axes.barh(place, row["mean"], color=color, alpha=alpha, height=0.72)
+        axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
-            axes.hlines(place, row["low"], row["high"], color=INK, lw=1.1)
+            axes.hlines(y, row["low"], row["high"], color=INK, lw=1.1)
+        right_end = max(0.0, *(float(row[name]) for name in ("mean", "high") if pd.notna(row[name])))
+        label = f"{row['mean']:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
         axes.annotate(
-            f"{row['mean']:.{digits}f}".replace("-", "\N{MINUS SIGN}"), (_find_label_position(row), place), (4, 0),
-            textcoords="offset points", va="center", color=INK, fontsize=8.5,
-        )  # fmt: skip
+            label, (right_end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8.5
+        )
     axes.axvline(0, color=MUTED, lw=0.8)
     axes.set_yticks(range(len(bar_names)), bar_names)
     axes.margins(x=0.16)
     axes.grid(False, axis="y")
-    axes.set_xlabel(_shorten_metric(metric))
-    axes.set_title(title, fontweight="bold", pad=8)
-
-
-def _find_label_position(row: dict[Any, Any]) -> float:
-    """Right of the bar, of its interval and of zero."""
-    return max(0.0, *(float(row[name]) for name in ("mean", "high") if pd.notna(row[name])))
 
 
 def lines(frame: pd.DataFrame, metric: str, x_axis: str, line_axis: str) -> Figure:
-    """Score along one axis, equally spaced, a line for each value of another, with 95 % intervals.
+    """Draw scores along one axis, equally spaced, a line for each value of another, 95 % intervals.
 
     A panel for each task and each value of a further axis. Raises ValueError where two settings meet at
     one point.
     """
     with apply_style():
-        found = build_summary_panels(frame, metric, excluded_axes=(x_axis, line_axis))
-        longest = max(cells[x_axis].nunique() for _, cells in found)
-        figure, axes = create_axes(len(found), max(4.2, 1.05 * longest), 3.2)
-        names = list_axis_values(frame[frame["role"] == "cell"], line_axis)
-        for (title, cells), place in zip(found, axes, strict=True):
-            for number, value in enumerate(names):
-                line = cells[cells[line_axis] == value]
-                offset = 0.05 * (number - (len(names) - 1) / 2)
-                _draw_line(
-                    place,
-                    line,
-                    x_axis,
-                    list_axis_values(cells, x_axis),
-                    offset,
-                    _choose_line_style(line_axis, value, number),
-                )
-            ticks = list_axis_values(cells, x_axis)
-            place.set_xticks(range(len(ticks)), [_format_axis_value(x_axis, tick) for tick in ticks])
-            place.set_xlabel(_AXIS_LABELS.get(x_axis, x_axis.replace("_", " ")))
-            place.set_ylabel(_shorten_metric(metric))
-            place.grid(False, axis="x")
-            place.set_title(title, fontweight="bold", pad=8)
+        panels = build_summary_panels(frame, metric, excluded_axes=(x_axis, line_axis))
+        longest = max(cells[x_axis].nunique() for _, cells in panels)
+        figure, axes = create_axes(len(panels), max(4.2, 1.05 * longest), 3.2)
+        line_values = list_axis_values(frame[frame["role"] == "cell"], line_axis)
+        for (title, cells), panel_axes in zip(panels, axes, strict=True):
+            _draw_lines(panel_axes, cells, x_axis, line_axis, line_values)
+            panel_axes.set_ylabel(shorten_metric(metric))
+            panel_axes.set_title(title, fontweight="bold", pad=8)
         add_side_legend(figure, axes)
         return figure
 
 
-def _draw_line(
-    axes: Axes, line: pd.DataFrame, x_axis: str, ticks: Sequence[Any], offset: float, style: dict[str, Any]
+def _draw_lines(
+    axes: Axes, cells: pd.DataFrame, x_axis: str, line_axis: str, line_values: Sequence[Any]
 ) -> None:
-    if line[x_axis].duplicated().any():
-        raise ValueError(f"several settings at one value of {x_axis!r}: choose the rows, or another axis")
-    line = line[line["mean"].notna()]
-    if line.empty:
-        return
-    place = {value: number for number, value in enumerate(ticks)}
-    line = line.assign(x=line[x_axis].map(place) + offset).sort_values("x")
-    axes.plot(line["x"], line["mean"].astype(float), ms=5, lw=1.6, **style)
-    axes.vlines(
-        line["x"],
-        line["low"].astype(float),
-        line["high"].astype(float),
-        color=style["color"],
-        lw=1.2,
-        alpha=0.6,
-    )
-
-
-def build_summary_panels(
-    frame: pd.DataFrame, metric: str, excluded_axes: Sequence[str]
-) -> list[tuple[str, pd.DataFrame]]:
-    """(title, summary of its cells) for each task and each value of an axis that is not drawn itself.
-
-    A collapsed cell stands once, under the first of its names.
-    """
-    described = summary(frame.assign(stands_for=None), metric)
-    cells = described[(described["role"] == "cell") & described["mean"].notna()]
-    if cells.empty:
-        raise ValueError(f"no cell has a score in {metric!r} yet")
-    varying = [
-        axis
-        for axis in list_axes(frame)
-        if axis not in excluded_axes and cells[axis].nunique(dropna=False) > 1
-    ]
-    grouped = cells.groupby(["task", *varying], sort=False, dropna=False)
-    return [
-        (_format_title(dict(zip(["task", *varying], place, strict=True))), group) for place, group in grouped
-    ]
-
-
-def _format_title(axis_values: dict[str, Any]) -> str:
-    return ", ".join(
-        [str(axis_values.pop("task")), *(f"{axis} {value}" for axis, value in axis_values.items())]
-    )
+    """Draw the lines of one panel side by side, so that their intervals can be read."""
+    ticks = list_axis_values(cells, x_axis)
+    for number, value in enumerate(line_values):
+        line = cells[cells[line_axis] == value]
+        if line[x_axis].duplicated().any():
+            raise ValueError(f"several settings at one value of {x_axis!r}: choose the rows, or another axis")
+        line = line[line["mean"].notna()]
+        if line.empty:
+            continue
+        offset = 0.05 * (number - (len(line_values) - 1) / 2)
+        line = line.assign(x=line[x_axis].map(ticks.index) + offset).sort_values("x")
+        style = _choose_line_style(line_axis, value, number)
+        axes.plot(line["x"], line["mean"].astype(float), ms=5, lw=1.6, **style)
+        low, high = line["low"].astype(float), line["high"].astype(float)
+        axes.vlines(line["x"], low, high, color=style["color"], lw=1.2, alpha=0.6)
+    axes.set_xticks(range(len(ticks)), [_format_axis_value(x_axis, tick) for tick in ticks])
+    axes.set_xlabel(_AXIS_LABELS.get(x_axis, x_axis.replace("_", " ")))
+    axes.grid(False, axis="x")
 
 
 def list_axis_values(cells: pd.DataFrame, axis: str) -> list[Any]:
-    """Numbers in order, methods in the paper's, other text as it is met."""
-    found = list(cells[axis].dropna().unique())
+    """List the values of an axis: numbers sorted, methods as in Figure 9, other text in table order."""
+    values = list(cells[axis].dropna().unique())
     if axis == "method":
-        return [method for method in METHOD_NAMES if method in found]
-    return found if any(isinstance(value, str) for value in found) else sorted(found)
+        return [method for method in METHOD_NAMES if method in values]
+    return values if any(isinstance(value, str) for value in values) else sorted(values)
 
 
 def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
+    """Choose colour, marker and label of a line."""
     color = get_divergence_color(value) if axis == "beta" else _LINE_COLORS[number % len(_LINE_COLORS)]
     return {
         "color": color,
@@ -188,6 +144,7 @@ def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
 
 
 def _format_axis_value(axis: str, value: Any, with_axis_name: bool = False) -> str:
+    """Format a value of an axis for a label."""
     if axis == "method":
         return METHOD_NAMES[value]
     if axis == "beta":
@@ -196,21 +153,3 @@ def _format_axis_value(axis: str, value: Any, with_axis_name: bool = False) -> s
         return loss_label(value)
     text = value if isinstance(value, str) else f"{value:,}" if value >= 100 else f"{value:g}"
     return f"{axis.replace('_', ' ')} {text}" if with_axis_name else text
-
-
-def _format_method(row: dict[Any, Any]) -> str:
-    name = METHOD_NAMES[row["method"]]
-    return f"{name}, {divergence_label(row['beta'])}" if row["method"].startswith("gkd") else name
-
-
-def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequence[Line2D] = ()) -> None:
-    known = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
-    handles = [*known.values(), *extra_handles]
-    names = [str(handle.get_label()) for handle in handles]
-    legend = figure.legend(handles, names, loc="outside right center")
-    # Beside the panels, which keep their width.
-    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
-
-
-def _shorten_metric(metric: str) -> str:
-    return metric.rsplit("/", 1)[-1].replace("_", " ")

@@ -1,16 +1,18 @@
-"""Small multiples: one panel for each task and each value of a further axis."""
+"""Panels of a figure, one for each task and each value of a further axis: layout, titles, legends."""
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gkd_lab.figures.style import MUTED
-from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells
+from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells, summary
 from gkd_lab.tables.loss_labels import format_axis_setting
 from gkd_lab.tables.table import list_axes
 
@@ -21,7 +23,7 @@ TITLE_CHARACTERS = 46
 
 @dataclass(frozen=True)
 class Panel:
-    """The cells of one panel, its title, and the scores to hold them against."""
+    """The cells of one panel with the scores of their SFT student and their teacher."""
 
     title: str
     cells: pd.DataFrame
@@ -30,7 +32,7 @@ class Panel:
 
     @property
     def subtitle(self) -> str:
-        """What improvements are measured against, and the teacher's score."""
+        """The baseline of the improvements, and the teacher's score."""
         teacher = "missing" if self.teacher_score is None else f"{self.teacher_score:.1f}"
         if self.start_score is None:
             return f"as measured: the SFT student is missing\nteacher {teacher}"
@@ -38,14 +40,14 @@ class Panel:
 
 
 def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
-    """Panels in the table's order; of one task, or of all tasks that have the metric."""
+    """Split the cells of one task, or of all tasks that have the metric, in the table's order."""
     if metric not in frame.columns:
         scores = [name for name in frame.columns if "/" in name and not name.endswith((".low", ".high"))]
         raise ValueError(f"no column {metric!r} in the table; scores are: {', '.join(scores)}")
     cells = expand_collapsed_cells(frame)
     measured = [name for name, group in frame.groupby("task") if group[metric].notna().any()]
-    wanted = [task] if task is not None else measured or list(cells["task"].unique())
-    cells = cells[cells["task"].isin(wanted)]
+    tasks = [task] if task is not None else measured or list(cells["task"].unique())
+    cells = cells[cells["task"].isin(tasks)]
     varying = [axis for axis in list_axes(frame) if cells[axis].nunique(dropna=False) > 1]
     return [
         Panel(
@@ -58,10 +60,30 @@ def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Pan
     ]
 
 
+def build_summary_panels(
+    frame: pd.DataFrame, metric: str, excluded_axes: Sequence[str]
+) -> list[tuple[str, pd.DataFrame]]:
+    """Return (title, summary of the cells) for each task and each value of an axis that is not excluded.
+
+    A collapsed cell stands once, under the first of its names. Raises ValueError where nothing has a score.
+    """
+    summaries = summary(frame.assign(stands_for=None), metric)
+    cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
+    if cells.empty:
+        raise ValueError(f"no cell has a score in {metric!r} yet")
+    axes = [axis for axis in list_axes(frame) if axis not in excluded_axes]
+    varying = [axis for axis in axes if cells[axis].nunique(dropna=False) > 1]
+    panels = []
+    for (task, *values), group in cells.groupby(["task", *varying], sort=False, dropna=False):
+        settings = [f"{axis} {value}" for axis, value in zip(varying, values, strict=True)]
+        panels.append((", ".join([str(task), *settings]), group))
+    return panels
+
+
 def create_axes(
     count: int, width: float, height: float, sharey: bool = False, columns: int = MAX_COLUMNS
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of `width` x `height` inches, at most `columns` a row."""
+    """Create a figure with `count` panels of `width` x `height` inches, at most `columns` a row."""
     columns = min(count, columns) or 1
     rows = math.ceil(count / columns) or 1
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
@@ -74,7 +96,7 @@ def create_axes(
 
 
 def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
-    """Title in ink over two quiet lines, which may be wider than the panel."""
+    """Write the title over two quiet lines, which may be wider than the panel."""
     axes.set_title(title, pad=34, fontweight="bold")
     axes.annotate(
         subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
@@ -83,32 +105,53 @@ def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def add_divergence_legend(figure: Figure, axes: list[Axes]) -> None:
-    """One legend for all panels, forward KL first; nothing where nothing is drawn."""
+    """Add one legend for all panels, forward KL first; none where nothing is drawn."""
     handles = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
     if handles:
         labels = sorted(map(str, handles), key=_parse_beta)
         figure.legend([handles[label] for label in labels], labels, loc="outside right center")
 
 
+def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequence[Line2D] = ()) -> None:
+    """Add one legend beside the panels and widen the figure by it."""
+    drawn = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
+    handles = [*drawn.values(), *extra_handles]
+    names = [str(handle.get_label()) for handle in handles]
+    legend = figure.legend(handles, names, loc="outside right center")
+    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
+
+
 def _parse_beta(label: str) -> float:
-    """The beta that a label of `divergence_label` stands for."""
+    """Return the beta of a label made by `divergence_label`."""
     ends = {"Forward KL": 0.0, "Reverse KL": 1.0, "Total variation": NO_BETA}
     return ends[label] if label in ends else float(label[4:-1])
 
 
 def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]:
-    """(lmbda, beta, the cells there: one a seed)."""
+    """Yield (lmbda, beta, its cells: one for each seed)."""
     for _, group in cells.groupby(["lmbda", "beta"], sort=True):
         yield float(group["lmbda"].iloc[0]), float(group["beta"].iloc[0]), group
 
 
-def _format_title(values: dict[str, object]) -> str:
+def _format_title(values: dict[str, Any]) -> str:
+    """Format task and axis values, wrapped to the width of a panel."""
     task = str(values.pop("task"))
-    said = ", ".join([task, *(format_axis_setting(axis, value) for axis, value in values.items())])
-    return textwrap.fill(said, TITLE_CHARACTERS)
+    title = ", ".join([task, *(format_axis_setting(axis, value) for axis, value in values.items())])
+    return textwrap.fill(title, TITLE_CHARACTERS)
 
 
 def _find_reference_score(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
-    used = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
-    scores = used[metric].dropna()
+    """Return the score of the teacher or SFT student of these cells; None where there are several."""
+    references = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
+    scores = references[metric].dropna()
     return float(scores.iloc[0]) if len(scores) == 1 else None
+
+
+def shorten_metric(column: str) -> str:
+    """Return the metric of a score column for an axis label: `greedy/exact_match` -> `exact match`."""
+    return column.rsplit("/", 1)[-1].replace("_", " ")
+
+
+def format_signed(value: float, decimals: int = 1) -> str:
+    """Format a number with its sign, a true minus."""
+    return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")

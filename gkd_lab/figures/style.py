@@ -1,4 +1,4 @@
-"""How figures look: quiet ink, colours that the colour-blind tell apart, labels as in the paper."""
+"""Style of the figures: quiet ink, colours that the colour-blind tell apart, inline SVG."""
 
 import math
 import re
@@ -57,27 +57,27 @@ _RC_PARAMS: dict[Any, Any] = {
 
 @contextmanager
 def apply_style() -> Iterator[None]:
-    """Figures drawn inside look like all others."""
+    """Apply the style to the figures that are drawn in the context."""
     with mpl.rc_context(_RC_PARAMS):
         yield
 
 
 def get_divergence_color(beta: float | None) -> tuple[float, float, float, float]:
-    """The same colour for the same divergence in every figure; `beta` as for its label."""
+    """Return the colour of a divergence, the same in every figure; None or infinite is total variation."""
     if beta is None or not math.isfinite(beta):
         return to_rgba(_TOTAL_VARIATION_COLOR)
     return _DIVERGENCE_COLORS(float(beta))
 
 
 def choose_text_color(color: tuple[float, float, float, float] | str) -> str:
-    """Black or white, whichever contrasts more with `color` (WCAG 2 relative luminance)."""
+    """Return black or white, whichever contrasts more with `color` (WCAG 2 relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#ffffff" if (1.05 / (luminance + 0.05)) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def render_inline_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an `<svg>` element: text stays text, colours follow the theme of the page.
+    """Render the figure as an `<svg>` element: text stays text, colours follow the theme of the page.
 
     Ids are prefixed with `name`, so that figures of one page do not borrow each other's clip paths.
     The page defines --ink, --muted, --faint, --paper and --void.
@@ -98,9 +98,11 @@ def render_inline_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _replace_theme_color(match: re.Match[str]) -> str:
+    """Replace a colour of the style by the CSS variable of the page."""
     role = _THEME_NAMES.get(match[2])
     return f"{match[1]}: var(--{role})" if role else match[0]
 
 
 def _escape_attribute(text: str) -> str:
+    """Escape a text for an attribute in double quotes."""
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

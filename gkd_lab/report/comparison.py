@@ -1,8 +1,9 @@
-"""Two records side by side: how they were made, how they score, and where they differ most."""
+"""Compare two records: specifications, scores, paired difference, the examples that differ most."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import numpy as np
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.metrics import METRICS, score_many
-from gkd_lab.report.spec_diff import SpecDifference, compare_specs, describe_relation, get_role, read_spec
 from gkd_lab.statistics.bootstrap import (
     ExampleStatistics,
     bootstrap_scores,
@@ -19,18 +19,28 @@ from gkd_lab.statistics.bootstrap import (
 )
 from gkd_lab.statistics.effects import SCORE_TOLERANCE, Effect, estimate_bootstrap_effect
 from gkd_lab.store import Record
+from gkd_lab.store.files import read_json
 from gkd_lab.store.predictions import PredictionRow, group_by_prompt, read_predictions
 from gkd_lab.tables.evaluations import FinishedEvaluation, list_finished_evaluations, match_evaluations
 
 RESAMPLES = 10_000
 MIN_SHARED_PROMPTS = 0.5
-"""Share of the smaller set of prompts from which on both must have it to be paired: made data of other
-seeds repeat a prompt now and then."""
+"""Share of the smaller set of prompts that both must have to be paired: made data of other seeds repeat
+a prompt now and then."""
+
+
+@dataclass(frozen=True)
+class SpecDifference:
+    """A field in which two specifications differ; None where one has no such field."""
+
+    name: str
+    a: Any
+    b: Any
 
 
 @dataclass(frozen=True)
 class ComparedRecord:
-    """One of the two records and how it scores."""
+    """One of the two records with its score."""
 
     record: str
     fingerprint: str
@@ -44,7 +54,7 @@ class ComparedRecord:
 
 @dataclass(frozen=True)
 class ComparedExample:
-    """A prompt with what both wrote first, and the mean score of what they wrote."""
+    """A prompt with the first completion of each record and the mean score of its completions."""
 
     number: int
     """Its place in the second record's predictions, from 1."""
@@ -58,7 +68,7 @@ class ComparedExample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B minus A, and what it is of."""
+    """The difference B minus A in one metric of one evaluation."""
 
     a: ComparedRecord
     b: ComparedRecord
@@ -81,135 +91,161 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _PromptScores:
-    """What one record wrote for the evaluation, by prompt."""
+    """Predictions and scores of one record, by prompt."""
 
     rows: list[PredictionRow]
     prompt_groups: list[list[int]]
+    """Indices of the rows of each prompt."""
     sample: ExampleStatistics
     mean_scores: list[float]
     signature: str
     interval: tuple[float, float]
 
     def build_prompt_keys(self) -> list[tuple[Any, ...]]:
-        """What tells prompts apart: text, references, and which of several equal ones it is."""
-        seen: Counter[tuple[Any, ...]] = Counter()
-        found = []
-        for group in self.prompt_groups:
-            first = self.rows[group[0]]
-            key = (first["prompt"], *first["references"])
-            found.append((seen[key], *key))
-            seen[key] += 1
-        return found
+        """Build a key for each prompt: text, references, and a number for equal ones."""
+        counts: Counter[tuple[Any, ...]] = Counter()
+        keys = []
+        for indices in self.prompt_groups:
+            first = self.rows[indices[0]]
+            content = (first["prompt"], *first["references"])
+            keys.append((counts[content], *content))
+            counts[content] += 1
+        return keys
 
 
 def compare_records(
     a: Record, b: Record, *, evaluation: str | None = None, metric: str | None = None, examples: int = 10
 ) -> Comparison:
-    """B minus A in one metric of one evaluation that both have; scores are computed from the stored texts.
+    """Compute B minus A in one metric of one evaluation that both have, from the stored texts.
 
-    Paired by prompt, where at least half of the prompts are the same. Raises SpecError for a request
-    that these records cannot answer and DamagedPredictions.
+    Paired by prompt, where at least half of the prompts are the same. Raises ConfigError for a request
+    that these records cannot answer and DamagedRecord for damaged predictions.
     """
     if metric is not None and metric not in METRICS:
         raise build_unknown_name_error("metric", metric, METRICS)
-    there = list_finished_evaluations(a), list_finished_evaluations(b)
-    ours, theirs, others = match_evaluations(*there, evaluation)
-    chosen = metric or _find_common_metric(ours, theirs)
-    judged = _score_evaluation(ours, chosen), _score_evaluation(theirs, chosen)
-    effect, paired, shared = _compute_effect(*judged)
-    listed = _rank_examples(*judged, shared) if paired else []
+    finished = list_finished_evaluations(a), list_finished_evaluations(b)
+    evaluation_a, evaluation_b, other_evaluations = match_evaluations(*finished, evaluation)
+    metric = metric or _find_common_metric(evaluation_a, evaluation_b)
+    scores_a, scores_b = _score_evaluation(evaluation_a, metric), _score_evaluation(evaluation_b, metric)
+    shared = _match_prompts(scores_a, scores_b)
+    smaller = min(len(scores_a.prompt_groups), len(scores_b.prompt_groups))
+    is_paired = len(shared) >= MIN_SHARED_PROMPTS * smaller
+    ranked = _rank_examples(scores_a, scores_b, shared) if is_paired else []
+    spec_a, spec_b = read_spec(a), read_spec(b)
     return Comparison(
-        a=_build_compared_record(a, judged[0]),
-        b=_build_compared_record(b, judged[1]),
-        differs=tuple(compare_specs(a, b)),
-        evaluation=ours.name,
-        other_evaluations=others,
-        metric=chosen,
-        signature=judged[0].signature,
-        effect=effect,
-        paired=paired,
-        n=len(shared) if paired else sum(len(one.prompt_groups) for one in judged),
-        examples=tuple(listed[:examples]),
-        differing=len(listed),
-        relation=describe_relation(a, b),
-        notes=tuple(_list_notes(ours, theirs, chosen, *judged, paired, len(shared))),
+        a=_build_compared_record(a, spec_a, scores_a),
+        b=_build_compared_record(b, spec_b, scores_b),
+        differs=tuple(compare_specs(spec_a, spec_b)),
+        relation=describe_relation(spec_a, spec_b),
+        evaluation=evaluation_a.name,
+        other_evaluations=other_evaluations,
+        metric=metric,
+        signature=scores_a.signature,
+        effect=(
+            _compute_paired_effect(scores_a, scores_b, shared)
+            if is_paired
+            else _compute_unpaired_effect(scores_a, scores_b)
+        ),
+        paired=is_paired,
+        n=len(shared) if is_paired else len(scores_a.prompt_groups) + len(scores_b.prompt_groups),
+        examples=tuple(ranked[:examples]),
+        differing=len(ranked),
+        notes=(
+            *_describe_pairing(scores_a, scores_b, is_paired, len(shared)),
+            *_describe_evaluations(evaluation_a, evaluation_b, scores_a, scores_b, metric),
+        ),
     )
 
 
 def _find_common_metric(a: FinishedEvaluation, b: FinishedEvaluation) -> str:
-    both = [metric for metric in a.metrics if metric in b.metrics and metric in METRICS]
-    if not both:
-        raise ConfigError(
-            f"no common metric: {', '.join(a.metrics)} and {', '.join(b.metrics)}; --metric computes one of "
-            f"{', '.join(METRICS)}"
-        )
-    return both[0]
+    """Return the first metric of A that B has too. Raises ConfigError."""
+    for metric in a.metrics:
+        if metric in b.metrics and metric in METRICS:
+            return metric
+    raise ConfigError(
+        f"no common metric: {', '.join(a.metrics)} and {', '.join(b.metrics)}; --metric computes one of "
+        f"{', '.join(METRICS)}"
+    )
 
 
 def _score_evaluation(evaluation: FinishedEvaluation, metric: str) -> _PromptScores:
+    """Compute a metric from the stored predictions. Raises ConfigError where it does not apply."""
     rows = read_predictions(evaluation.record)
-    groups = group_by_prompt(rows)
-    prompts = [number for number, group in enumerate(groups) for _ in group]
+    prompt_groups = group_by_prompt(rows)
+    prompts = [number for number, indices in enumerate(prompt_groups) for _ in indices]
     texts, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
     try:
         score = score_many([metric], texts, references, prompts=prompts)[metric]
     except ValueError as error:
         raise ConfigError(f"{evaluation.record.folder}: {error}") from error
     sample = build_example_statistics(metric, rows, score.per_example)
-    values = [float(np.mean([score.per_example[n] for n in group])) for group in groups]
-    ends = compute_percentile_interval(bootstrap_scores([sample], resamples=RESAMPLES)[0])
-    return _PromptScores(rows, groups, sample, values, score.signature, ends)
-
-
-def _compute_effect(a: _PromptScores, b: _PromptScores) -> tuple[Effect, bool, list[tuple[int, int]]]:
-    """(B minus A, whether paired, the prompts of A and of B that are the same)."""
-    places = {key: place for place, key in enumerate(a.build_prompt_keys())}
-    shared = [(places[key], place) for place, key in enumerate(b.build_prompt_keys()) if key in places]
-    if len(shared) < MIN_SHARED_PROMPTS * min(len(a.prompt_groups), len(b.prompt_groups)):
-        difference = b.sample.score - a.sample.score
-        (first,), (second,) = (
-            bootstrap_scores([one.sample], resamples=RESAMPLES, seed=seed) for seed, one in enumerate((a, b))
-        )
-        smaller = min(len(a.prompt_groups), len(b.prompt_groups))
-        over = "bootstrap over the examples of each, not paired"
-        return estimate_bootstrap_effect(difference, second - first, smaller, 1, over), False, shared
-    ours, theirs = (
-        a.sample.select_examples([n for n, _ in shared]),
-        b.sample.select_examples([n for _, n in shared]),
+    return _PromptScores(
+        rows=rows,
+        prompt_groups=prompt_groups,
+        sample=sample,
+        mean_scores=[float(np.mean([score.per_example[n] for n in indices])) for indices in prompt_groups],
+        signature=score.signature,
+        interval=compute_percentile_interval(bootstrap_scores([sample], resamples=RESAMPLES)[0]),
     )
-    first, second = bootstrap_scores([ours, theirs], resamples=RESAMPLES)
-    over = "paired bootstrap over examples"
-    effect = estimate_bootstrap_effect(theirs.score - ours.score, second - first, len(shared), 1, over)
-    return effect, True, shared
+
+
+def _match_prompts(a: _PromptScores, b: _PromptScores) -> list[tuple[int, int]]:
+    """Return the numbers in A and in B of the prompts that both have."""
+    numbers_a = {key: number for number, key in enumerate(a.build_prompt_keys())}
+    return [(numbers_a[key], n) for n, key in enumerate(b.build_prompt_keys()) if key in numbers_a]
+
+
+def _compute_paired_effect(a: _PromptScores, b: _PromptScores, shared: Sequence[tuple[int, int]]) -> Effect:
+    """Bootstrap B minus A over the shared prompts, the same resamples for both."""
+    sample_a = a.sample.select_examples([number for number, _ in shared])
+    sample_b = b.sample.select_examples([number for _, number in shared])
+    resampled_a, resampled_b = bootstrap_scores([sample_a, sample_b], resamples=RESAMPLES)
+    return estimate_bootstrap_effect(
+        sample_b.score - sample_a.score,
+        resampled_b - resampled_a,
+        len(shared),
+        1,
+        "paired bootstrap over examples",
+    )
+
+
+def _compute_unpaired_effect(a: _PromptScores, b: _PromptScores) -> Effect:
+    """Bootstrap B minus A over the prompts of each record on its own."""
+    resampled_a, resampled_b = (
+        bootstrap_scores([scores.sample], resamples=RESAMPLES, seed=seed)[0]
+        for seed, scores in enumerate((a, b))
+    )
+    return estimate_bootstrap_effect(
+        b.sample.score - a.sample.score,
+        resampled_b - resampled_a,
+        min(len(a.prompt_groups), len(b.prompt_groups)),
+        1,
+        "bootstrap over the examples of each, not paired",
+    )
 
 
 def _rank_examples(
-    a: _PromptScores, b: _PromptScores, shared_prompts: Sequence[tuple[int, int]]
+    a: _PromptScores, b: _PromptScores, shared: Sequence[tuple[int, int]]
 ) -> list[ComparedExample]:
-    """Those whose scores differ, the largest difference first."""
-    found = [
-        _build_example(a, b, *pair)
-        for pair in shared_prompts
-        if a.mean_scores[pair[0]] != b.mean_scores[pair[1]]
-    ]
-    return sorted(found, key=lambda one: -abs(one.score_b - one.score_a))
+    """Build the examples whose scores differ, the largest difference first."""
+    examples = []
+    for number_a, number_b in shared:
+        if a.mean_scores[number_a] != b.mean_scores[number_b]:
+            row_a, row_b = a.rows[a.prompt_groups[number_a][0]], b.rows[b.prompt_groups[number_b][0]]
+            example = ComparedExample(
+                number=number_b + 1,
+                prompt=row_b["prompt"],
+                references=tuple(row_b["references"]),
+                a=row_a["prediction"],
+                b=row_b["prediction"],
+                score_a=a.mean_scores[number_a],
+                score_b=b.mean_scores[number_b],
+            )
+            examples.append(example)
+    return sorted(examples, key=lambda example: -abs(example.score_b - example.score_a))
 
 
-def _build_example(a: _PromptScores, b: _PromptScores, index_a: int, index_b: int) -> ComparedExample:
-    first, second = a.rows[a.prompt_groups[index_a][0]], b.rows[b.prompt_groups[index_b][0]]
-    return ComparedExample(
-        number=index_b + 1,
-        prompt=second["prompt"],
-        references=tuple(second["references"]),
-        a=first["prediction"],
-        b=second["prediction"],
-        score_a=a.mean_scores[index_a],
-        score_b=b.mean_scores[index_b],
-    )
-
-
-def _build_compared_record(record: Record, scores: _PromptScores) -> ComparedRecord:
-    spec = read_spec(record)
+def _build_compared_record(record: Record, spec: Mapping[str, Any], scores: _PromptScores) -> ComparedRecord:
     low, high = scores.interval
     return ComparedRecord(
         record=str(record.folder),
@@ -222,28 +258,81 @@ def _build_compared_record(record: Record, scores: _PromptScores) -> ComparedRec
     )
 
 
-def _list_notes(
+def _describe_pairing(
+    a: _PromptScores, b: _PromptScores, is_paired: bool, shared_count: int
+) -> Iterator[str]:
+    """Yield a note if not all prompts are shared."""
+    count_a, count_b = len(a.prompt_groups), len(b.prompt_groups)
+    if not is_paired:
+        yield f"not paired: {shared_count} prompts are the same, of {count_a} in A and {count_b} in B"
+    elif shared_count < max(count_a, count_b):
+        yield (
+            f"paired over the {shared_count} prompts that are the same, of {count_a} in A and {count_b} in "
+            "B; the scores of A and B are over all of their own"
+        )
+
+
+def _describe_evaluations(
     evaluation_a: FinishedEvaluation,
     evaluation_b: FinishedEvaluation,
-    metric: str,
     scores_a: _PromptScores,
     scores_b: _PromptScores,
-    is_paired: bool,
-    shared_count: int,
+    metric: str,
 ) -> Iterator[str]:
-    sizes = len(scores_a.prompt_groups), len(scores_b.prompt_groups)
-    if not is_paired:
-        yield f"not paired: {shared_count} prompts are the same, of {sizes[0]} in A and {sizes[1]} in B"
-    elif shared_count < max(sizes):
-        yield (
-            f"paired over the {shared_count} prompts that are the same, of {sizes[0]} in A and {sizes[1]} in B; "
-            "the scores of A and B are over all of their own"
-        )
+    """Yield notes on differing settings, signatures and outdated stored scores."""
     if evaluation_a.folder != evaluation_b.folder:
-        yield f"the evaluations share a name, not all settings: {evaluation_a.folder} and {evaluation_b.folder}"
+        yield (
+            f"the evaluations share a name, not all settings: {evaluation_a.folder} and {evaluation_b.folder}"
+        )
     if scores_a.signature != scores_b.signature:
         yield f"the signatures differ: {scores_a.signature} and {scores_b.signature}"
-    for name, found, judged in (("A", evaluation_a, scores_a), ("B", evaluation_b, scores_b)):
-        stored = found.record.read_scores().get(metric, {}).get("value")
-        if stored is not None and abs(stored - judged.sample.score) > SCORE_TOLERANCE:
+    for name, evaluation, scores in (("A", evaluation_a, scores_a), ("B", evaluation_b, scores_b)):
+        stored = evaluation.record.read_scores().get(metric, {}).get("value")
+        if stored is not None and abs(stored - scores.sample.score) > SCORE_TOLERANCE:
             yield f"the stored score of {name} is {stored:.2f}: the metric has changed, `rescore` renews it"
+
+
+def read_spec(record: Record) -> dict[str, Any]:
+    """Read `spec.json`: fingerprint, role or labels, and the specification as `spec`."""
+    return read_json(record.folder / "spec.json") or {}
+
+
+def get_role(spec: Mapping[str, Any]) -> str:
+    """Return `cell`, `start` or `teacher`."""
+    return str(spec.get("role", "cell"))  # only artifacts have the key
+
+
+def compare_specs(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> Iterator[SpecDifference]:
+    """Yield the fields that differ. A cell is compared with a reference model by its SFT student."""
+    fields_a, fields_b = spec_a.get("spec", {}), spec_b.get("spec", {})
+    role_a, role_b = get_role(spec_a), get_role(spec_b)
+    if role_a != role_b:
+        yield SpecDifference("role", role_a, role_b)
+    if (role_a == "cell") != (role_b == "cell"):
+        fields_a, fields_b = fields_a.get("start", fields_a), fields_b.get("start", fields_b)
+    flat_a, flat_b = dict(_flatten_spec(fields_a)), dict(_flatten_spec(fields_b))
+    for name in dict.fromkeys(chain(flat_a, flat_b)):
+        if flat_a.get(name) != flat_b.get(name):
+            yield SpecDifference(name, flat_a.get(name), flat_b.get(name))
+
+
+def describe_relation(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> str | None:
+    """Describe that one record started from the other or learnt from it; None if neither."""
+    for cell, model, names in ((spec_a, spec_b, "AB"), (spec_b, spec_a, "BA")):
+        role = get_role(model)
+        if get_role(cell) == "cell" != role and cell.get("spec", {}).get(role) == model.get("spec"):
+            verb = "started from" if role == "start" else "learnt from the teacher"
+            return f"{names[0]} {verb} {names[1]}"
+    return None
+
+
+def _flatten_spec(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and value of every leaf, such as `objectives[0].beta`."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten_spec(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _flatten_spec(item, f"{name}[{index}]")
+    else:
+        yield name, value

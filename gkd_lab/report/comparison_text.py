@@ -1,4 +1,4 @@
-"""A comparison for a terminal: the verdict first, then what differs, then the examples, long texts cut."""
+"""Print a comparison in a terminal, or write it as JSON."""
 
 import json
 from collections.abc import Iterator
@@ -9,58 +9,53 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from gkd_lab.report.comparison import ComparedExample, ComparedRecord, Comparison
+from gkd_lab.report.comparison import ComparedExample, Comparison
 from gkd_lab.statistics.effects import Effect
 
 MAX_CHARACTERS = 400
-"""Characters of a text that are shown."""
+"""Characters of a text that are printed."""
 
 
 def format_comparison_json(comparison: Comparison) -> str:
-    """Every field, all examples' texts whole; `verdict` beside the effect."""
-    facts = asdict(comparison)
-    facts["effect"]["verdict"] = comparison.effect.verdict
-    return json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    """Format every field as JSON, all texts whole, with `verdict` beside the effect."""
+    fields = asdict(comparison)
+    fields["effect"]["verdict"] = comparison.effect.verdict
+    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print it."""
+    """Print the records, how their specifications differ, the verdict and the examples, long texts cut."""
     console = console or Console()
-    for part in _render_parts(comparison):
+    for part in _render_comparison(comparison):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
 
 
-def _render_parts(comparison: Comparison) -> Iterator[RenderableType]:
-    yield _format_record("A", comparison.a)
-    yield _format_record("B", comparison.b)
+def _render_comparison(comparison: Comparison) -> Iterator[RenderableType]:
+    """Yield what is printed, from top to bottom."""
+    for name, record in (("A", comparison.a), ("B", comparison.b)):
+        yield f"{name}: {record.role} {record.fingerprint}, {record.record}"
     if comparison.relation:
         yield comparison.relation
     yield _render_differences(comparison)
-    others = (
-        f" (also there: {', '.join(comparison.other_evaluations)})" if comparison.other_evaluations else ""
-    )
+    names = ", ".join(comparison.other_evaluations)
+    others = f" (also there: {names})" if names else ""
     yield f"{comparison.evaluation}/{comparison.metric}{others}; {comparison.signature}"
     yield _render_scores(comparison)
     yield _format_verdict(comparison.effect)
     for note in comparison.notes:
         yield f"note: {note}"
-    if not comparison.paired:
-        return
     count = len(comparison.examples)
-    if not count:
+    if count:
+        yield f"the {count} of {comparison.differing} differing examples that differ most, of {comparison.n}"
+    elif comparison.paired:
         yield f"no example of {comparison.n} scores differently"
-        return
-    yield f"the {count} of {comparison.differing} differing examples that differ most, of {comparison.n}"
     for example in comparison.examples:
         yield Rule(f"{example.number}", align="left", style="dim")
         yield _render_example(example)
 
 
-def _format_record(name: str, record: ComparedRecord) -> str:
-    return f"{name}: {record.role} {record.fingerprint}, {record.record}"
-
-
 def _render_differences(comparison: Comparison) -> RenderableType:
+    """Render a table of the fields in which the specifications differ."""
     if not comparison.differs:
         return "their specifications do not differ"
     table = _create_table("differs in", "A", "B")
@@ -69,26 +64,27 @@ def _render_differences(comparison: Comparison) -> RenderableType:
     return table
 
 
-def _render_scores(comparison: Comparison) -> RenderableType:
+def _render_scores(comparison: Comparison) -> Table:
+    """Render a table of both scores and their difference."""
     table = _create_table("", "score", "95 % interval", "examples")
-    for name, side in (("A", comparison.a), ("B", comparison.b)):
-        table.add_row(name, f"{side.score:.2f}", f"{side.low:.2f} to {side.high:.2f}", str(side.n))
+    for name, record in (("A", comparison.a), ("B", comparison.b)):
+        interval = f"{record.low:.2f} to {record.high:.2f}"
+        table.add_row(name, f"{record.score:.2f}", interval, str(record.n))
     low, high = comparison.effect.low, comparison.effect.high
-    ends = "none" if low is None else f"{low:+.2f} to {high:+.2f}"
-    table.add_row("B - A", f"{comparison.effect.mean:+.2f}", ends, str(comparison.n))
+    interval = "none" if low is None else f"{low:+.2f} to {high:+.2f}"
+    table.add_row("B - A", f"{comparison.effect.mean:+.2f}", interval, str(comparison.n))
     return table
 
 
 def _format_verdict(effect: Effect) -> str:
-    why = {
-        "higher": "B is higher",
-        "lower": "B is lower",
-        "undecided": "undecided" if effect.low is None else "undecided, the interval holds 0",
-    }
-    return f"{why[effect.verdict]} ({effect.over})"
+    """Format the verdict with the method of its interval."""
+    undecided = "undecided" if effect.low is None else "undecided, the interval holds 0"
+    verdicts = {"higher": "B is higher", "lower": "B is lower", "undecided": undecided}
+    return f"{verdicts[effect.verdict]} ({effect.over})"
 
 
-def _render_example(example: ComparedExample) -> RenderableType:
+def _render_example(example: ComparedExample) -> Table:
+    """Render a prompt with its references and both completions."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -101,22 +97,25 @@ def _render_example(example: ComparedExample) -> RenderableType:
 
 
 def escape_text(text: str) -> Text:
-    """At most `LONGEST` characters; what could steer a terminal is shown as its code."""
+    """Cut a text to `MAX_CHARACTERS` and show what could steer a terminal as its code."""
     left_out = len(text) - MAX_CHARACTERS
-    shown = "".join(
-        one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text[:MAX_CHARACTERS]
+    escaped = "".join(
+        character if character == "\n" or character.isprintable() else repr(character)[1:-1]
+        for character in text[:MAX_CHARACTERS]
     )
     end = Text(f" ... ({left_out} more characters)", style="dim") if left_out > 0 else Text()
-    return Text(shown) + end if shown else Text("(empty)", style="dim")
+    return Text(escaped) + end if escaped else Text("(empty)", style="dim")
 
 
 def _format_value(value: object) -> str:
+    """Format a value of a specification."""
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _create_table(*columns: str) -> Table:
+    """Create a table without lines."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")

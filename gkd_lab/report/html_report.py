@@ -1,7 +1,7 @@
-"""One HTML page that stands alone: figures inline, no request to anywhere, every text escaped."""
+"""HTML report of a grid: one page that stands alone, figures inline, every text escaped."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gkd_lab.claims.definitions import CLAIMS
+from gkd_lab.claims.judge import judge_paper
+from gkd_lab.claims.measurements import Measurement, extract_measurements
+from gkd_lab.claims.run_claims import judge_run, measure_step_seconds
+from gkd_lab.claims.verdicts import UNJUDGED_PREFIX, format_effect, format_verdict
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.heat_maps import curves, heat_map, loss_curves
+from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_omitted_costs
+from gkd_lab.figures.heat_maps import heat_map, paired_heat_maps
 from gkd_lab.figures.method_figures import bars, lines
+from gkd_lab.figures.paper_maps import describe_agreement, pair_maps
+from gkd_lab.figures.score_curves import curves, loss_curves
 from gkd_lab.figures.style import render_inline_svg
-from gkd_lab.report.paper_section import (
-    build_claim_rows,
-    build_cost_section,
-    build_paper_comparison,
-    collect_facts,
-)
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results
 from gkd_lab.statistics.bootstrap import ExampleStatistics, load_example_statistics
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
 from gkd_lab.statistics.summaries import expand_table, summary
-from gkd_lab.store import Record, State, Store, combine_states
+from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
 from gkd_lab.tables.loss_labels import divergence_label, format_axis_value
 from gkd_lab.tables.rows import find_headline_column
@@ -39,7 +41,7 @@ MAX_LOSS_CURVES = 200
 
 
 def write_report(grid: Grid, store: Store, path: Path) -> Path:
-    """Write the report of a grid to `path`, by rename; with nothing done it says so."""
+    """Write the report of a grid to `path`, by rename; a grid with nothing done has a report too."""
     frame = table(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
@@ -54,153 +56,190 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
         counts=_count_states(frame),
         axes=[(axis, _format_axis_values(axis, values)) for axis, values in grid.axes.items()],
         tasks=[_build_task_section(grid, store, frame, task) for task in frame["task"].unique()],
-        claims=build_claim_rows(grid, store),
+        claims=_build_claim_rows(grid, store),
         failures=list_failures(grid, store),
-        origins=summarize_provenance(grid, store),
+        provenance=summarize_provenance(grid, store),
     )
     write_text(path, page)
     return path
 
 
 def _count_states(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """(state, cells, reference models) for each state, the finished first."""
-    by_role = {
-        role: Counter(frame.loc[(frame["role"] == "cell") == (role == "cell"), "status"])
-        for role in ("cell", "reference")
-    }
-    return [(state, by_role["cell"][state], by_role["reference"][state]) for state in STATES]
+    """Count (state, cells, reference models) for each state, the finished first."""
+    is_cell = frame["role"] == "cell"
+    cells, references = Counter(frame.loc[is_cell, "status"]), Counter(frame.loc[~is_cell, "status"])
+    return [(state, cells[state], references[state]) for state in STATES]
 
 
 def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
-    return ("; " if axis == "objectives" else ", ").join(format_axis_value(axis, value) for value in values)
+    separator = "; " if axis == "objectives" else ", "
+    return separator.join(format_axis_value(axis, value) for value in values)
 
 
 def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
+    """Collect what the page shows of one task."""
     metric = find_headline_column(grid, task)
-    cells = {cell.fingerprint: cell for cell in grid.cells if cell.task == task}
-    first = next(iter(cells.values()))
-    evaluation = first.evaluations[0]
-    records = {cell.training.start.fingerprint: _get_start_record(store, cell) for cell in cells.values()}
-    records |= {fingerprint: store.get_record(cell) for fingerprint, cell in cells.items()}
+    cells = [cell for cell in grid.cells if cell.task == task]
+    evaluation = cells[0].evaluations[0]
+    records = {cell.fingerprint: store.get_record(cell) for cell in cells}
+    for start in {cell.training.start.fingerprint: cell.training.start for cell in cells}.values():
+        records[start.fingerprint] = store.get_artifact(grid.scale, "start", start)
 
     @cache
-    def written(fingerprint: str) -> ExampleStatistics | None:
+    def load_statistics(fingerprint: str) -> ExampleStatistics | None:
         return load_example_statistics(records[fingerprint], evaluation, metric.split("/", 1)[1])
 
-    differences = compute_start_differences(frame, metric, task, written)
+    differences = compute_start_differences(frame, metric, task, load_statistics)
     best = find_best_cell(grid, frame, metric, task)
-    order = list(frame["task"].unique()).index(task)
+    number = list(frame["task"].unique()).index(task)
     return {
         "name": task,
         "metric": metric,
-        "findings": describe_results(frame, metric, task, written, differences),
-        "figures": _draw_figures(grid, store, frame, task, metric, has_scores=best is not None),
-        "beside": build_paper_comparison(collect_facts(grid, store, frame), task, f"beside{order}"),
-        "cost": build_cost_section(grid, store, frame, metric, task, f"cost{order}"),
+        "results": describe_results(frame, metric, task, load_statistics, differences),
+        "figures": {
+            name: _render_svg(figure, f"{name}{number}", label)
+            for name, (figure, label) in _draw_figures(grid, store, frame, task, metric).items()
+        },
+        "paper": _build_paper_comparison(_collect_measurements(grid, store, frame), task, f"paper{number}"),
+        "cost": _build_cost_section(grid, store, frame, metric, task, f"cost{number}"),
         "scores": _build_score_rows(frame, metric, task, differences),
-        "compared": sum(one.adjusted_p_value is not None for one in differences),
+        "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
         "axes": list_axes(frame),
         "best": None if best is None else _describe_cell(best),
         "samples": [] if best is None else select_samples(store, best),
     }
 
 
-def _get_start_record(store: Store, cell: Cell) -> Record:
-    return store.get_artifact(cell.scale, "start", cell.training.start)
-
-
-def _describe_cell(cell: Any) -> str:
-    others = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
+def _describe_cell(cell: Cell) -> str:
+    axes = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
     row = {**cell.labels, "lmbda": cell.lmbda, "beta": cell.beta}
-    return f"{describe_point(row, others)}, seed {cell.seed}"
+    return f"{describe_point(row, axes)}, seed {cell.seed}"
+
+
+def _render_svg(figure: Figure, name: str, label: str) -> Markup:
+    """Render a figure; matplotlib escapes its texts."""
+    return Markup(render_inline_svg(figure, name, label))
 
 
 def _draw_figures(
-    grid: Grid,
-    store: Store,
-    frame: pd.DataFrame,
-    task: str,
-    metric: str,
-    has_scores: bool,
-) -> dict[str, Markup]:
-    """Name -> inline SVG; the SVG is our own and its texts are escaped by matplotlib."""
-    drawn: dict[str, Figure] = {}
+    grid: Grid, store: Store, frame: pd.DataFrame, task: str, metric: str
+) -> dict[str, tuple[Figure, str]]:
+    """Draw the figures of a task: name -> (figure, its label for screen readers)."""
+    figures: dict[str, tuple[Figure, str]] = {}
+    rows = frame[frame["task"] == task]
+    has_scores = bool(rows.loc[rows["role"] == "cell", metric].notna().any())
     if "objectives" not in list_axes(frame):
-        drawn["map"] = heat_map(frame, metric, task)
-    if has_scores:
-        drawn |= _draw_scores(frame, metric, task)
-    logged = [c for c in grid.cells if c.task == task and store.get_record(c).metrics_file.exists()]
+        label = f"Heat map of {metric} on {task} over lambda and divergence"
+        figures["map"] = (heat_map(frame, metric, task), label)
+        if has_scores:
+            label = f"{metric} on {task} against lambda, one line for each divergence"
+            figures["curves"] = (curves(frame, metric, task), label)
+    elif has_scores:
+        has_several_lmbdas = rows["lmbda"].nunique() > 1
+        figures["terms"] = (
+            lines(rows, metric, x_axis="lmbda", line_axis="objectives")
+            if has_several_lmbdas
+            else bars(rows, metric, bar_axis="objectives"),
+            f"{metric} on {task} by the terms of the loss",
+        )
+    cells = [cell for cell in grid.cells if cell.task == task]
+    logged = [cell for cell in cells if store.get_record(cell).metrics_file.exists()]
     if 0 < len(logged) <= MAX_LOSS_CURVES:
-        drawn["losses"] = loss_curves(grid, store, task)
-    labels = {
-        "map": f"Heat map of {metric} on {task} over lambda and divergence",
-        "terms": f"{metric} on {task} by the terms of the loss",
-        "curves": f"{metric} on {task} against lambda, one line for each divergence",
-        "losses": f"Training loss on {task} against the step, for each lambda",
-    }
-    order = list(frame["task"].unique()).index(task)
+        label = f"Training loss on {task} against the step, for each lambda"
+        figures["losses"] = (loss_curves(grid, store, task), label)
+    return figures
+
+
+def _collect_measurements(grid: Grid, store: Store, frame: pd.DataFrame) -> list[Measurement]:
+    """Read the table's scores as claims need them."""
+    cells = {cell.fingerprint: cell for cell in grid.cells}
+    return extract_measurements(frame, cells, measure_step_seconds(grid, store))
+
+
+def _build_paper_comparison(measurements: list[Measurement], task: str, name: str) -> dict[str, Any] | None:
+    """Build figure and sentences on the paper's map of a task; None where it has none."""
+    pairs = pair_maps(measurements, task)
+    if not pairs:
+        return None
+    label = f"Heat maps of {task}, ours beside the paper's"
     return {
-        name: Markup(render_inline_svg(figure, f"{name}{order}", labels[name]))
-        for name, figure in drawn.items()
+        "figure": _render_svg(paired_heat_maps(pairs), name, label),
+        "panels": [(pair.title, list(describe_agreement(pair))) for pair in pairs],
     }
 
 
-def _draw_scores(frame: pd.DataFrame, metric: str, task: str) -> dict[str, Figure]:
-    """Scores by the terms of the loss where they are an axis, else by its divergence."""
-    if "objectives" not in list_axes(frame):
-        return {"curves": curves(frame, metric, task)}
-    here = frame[frame["task"] == task]
-    if here["lmbda"].nunique() > 1:
-        return {"terms": lines(here, metric, x_axis="lmbda", line_axis="objectives")}
-    return {"terms": bars(here, metric, bar_axis="objectives")}
+def _build_cost_section(
+    grid: Grid, store: Store, frame: pd.DataFrame, metric: str, task: str, name: str
+) -> dict[str, Any] | None:
+    """Build the figure of scores against costs, and a sentence on omitted costs; None if nothing is done."""
+    costs = compute_costs(grid, store, task)
+    if not costs:
+        return None
+    figure = cost_scatter(frame, metric, task, costs)
+    label = f"{metric} on {task} against the cost of training"
+    return {
+        "figure": None if figure is None else _render_svg(figure, name, label),
+        "omitted": describe_omitted_costs(costs),
+    }
 
 
 def _build_score_rows(
     frame: pd.DataFrame, metric: str, task: str, differences: Sequence[StartDifference]
 ) -> list[dict[str, Any]]:
-    """Rows of the report's table: the references, then the cells with how they differ from their start."""
-    here = frame[frame["task"] == task]
-    placed = expand_table(here)
+    """Build the rows of the score table: reference models, then cells with their start differences."""
+    rows = frame[frame["task"] == task]
+    points = expand_table(rows)
     keys = ["role", "lmbda", "beta", *list_axes(frame)]
-    rows = []
-    for row in summary(here, metric).to_dict("records"):
-        same = placed
+    score_rows = []
+    for row in summary(rows, metric).to_dict("records"):
+        models = points
         for key in keys:
-            same = same[same[key].isna() if pd.isna(row[key]) else same[key] == row[key]]
-        states = Counter(sorted(same["status"], key=STATES.index))
-        rows.append(
-            {
-                **{str(key): None if pd.isna(value) else value for key, value in row.items()},
-                **_format_objectives(row),
-                "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
-                "worst": combine_states(list(states)),
-                "difference": _find_difference(differences, row) if row["role"] == "cell" else None,
-                "states": ", ".join(
-                    state if len(same) == 1 else f"{count} {state}" for state, count in states.items()
-                ),
-            }
-        )
-    return rows
+            models = models[models[key].isna() if pd.isna(row[key]) else models[key] == row[key]]
+        counts = Counter(sorted(models["status"], key=STATES.index))
+        states = [state if len(models) == 1 else f"{count} {state}" for state, count in counts.items()]
+        score_row = {str(key): None if pd.isna(value) else value for key, value in row.items()}
+        if isinstance(score_row.get("objectives"), str | tuple | list):
+            score_row["objectives"] = format_axis_value("objectives", score_row["objectives"])
+        score_row |= {
+            "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
+            "difference": _find_difference(differences, row) if row["role"] == "cell" else None,
+            "worst": combine_states(list(counts)),
+            "states": ", ".join(states),
+        }
+        score_rows.append(score_row)
+    return score_rows
 
 
-def _format_objectives(row: Mapping[Any, Any]) -> dict[str, str]:
-    """A list of objectives by its terms."""
-    stated = row.get("objectives")
-    return (
-        {"objectives": format_axis_value("objectives", stated)}
-        if isinstance(stated, str | tuple | list)
-        else {}
-    )
-
-
-def _find_difference(
-    differences: Sequence[StartDifference], row: Mapping[Any, Any]
-) -> StartDifference | None:
-    for one in differences:
-        if all(_is_equal(row[name], value) for name, value in one.axis_values.items()):
-            return one
+def _find_difference(differences: Sequence[StartDifference], row: Any) -> StartDifference | None:
+    """Return the difference of the cells of a row."""
+    for difference in differences:
+        if all(_is_equal(row[name], value) for name, value in difference.axis_values.items()):
+            return difference
     return None
 
 
 def _is_equal(a: Any, b: Any) -> bool:
+    """Return whether two values are equal or both missing."""
     return bool(pd.isna(a) and pd.isna(b)) or bool(a == b)
+
+
+def _build_claim_rows(grid: Grid, store: Store) -> list[dict[str, Any]]:
+    """Build a row for each claim that could be judged or that the experiment names."""
+    named_claims = grid.experiment.paper.claims
+    verdicts = [
+        verdict for verdict in judge_run(grid, store) if verdict.is_judged or verdict.claim.id in named_claims
+    ]
+    paper_verdicts = judge_paper(CLAIMS[verdict.claim.id] for verdict in verdicts)
+    return [
+        {
+            "id": verdict.claim.id,
+            "statement": verdict.claim.statement,
+            "source": verdict.claim.source,
+            "verdict": format_verdict(verdict),
+            "effect": format_effect(verdict),
+            "detail": verdict.detail.removeprefix(UNJUDGED_PREFIX),
+            "paper": format_verdict(paper_verdict),
+            "paper_detail": paper_verdict.detail.split(";")[0] if paper_verdict.is_judged else "",
+        }
+        for verdict, paper_verdict in zip(verdicts, paper_verdicts, strict=True)
+    ]

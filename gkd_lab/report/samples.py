@@ -1,4 +1,4 @@
-"""What a report shows beside scores: predictions side by side, failures, provenance."""
+"""Predictions side by side, failures and provenance for the HTML report."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ MAX_CHARACTERS = 1500
 def get_evaluations_by_role(
     store: Store, cell: Cell, evaluation: AnyEvaluation
 ) -> dict[str, EvaluationRecord]:
-    """The evaluation of the cell's start, of the cell and of its teacher."""
+    """Return the evaluation of the cell's SFT student (`start`), of the cell and of its teacher."""
     records = {
         "start": store.get_artifact(cell.scale, "start", cell.training.start),
         "cell": store.get_record(cell),
@@ -29,7 +29,7 @@ def get_evaluations_by_role(
 
 
 def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
-    """The cell with the highest score of a task; the first of several."""
+    """Return the cell with the highest score of a task; the first of several."""
     scored = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
     if scored.empty:
         return None
@@ -38,45 +38,43 @@ def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> C
 
 
 def select_samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, Any]]:
-    """`count` examples, spread evenly, each with what the start, the cell and the teacher wrote."""
+    """Return `count` examples, spread evenly, with the completions of SFT student, cell and teacher."""
     evaluation, metric = get_primary_metric(cell)
-    written = {
-        role: record.read_prediction_rows()
-        for role, record in get_evaluations_by_role(store, cell, evaluation).items()
-    }
-    total = len(written["cell"])
-    chosen = range(total) if total <= count else (i * total // count for i in range(count))
-    return [_build_sample(written, index, metric) for index in chosen]
+    evaluations = get_evaluations_by_role(store, cell, evaluation)
+    predictions = {role: record.read_prediction_rows() for role, record in evaluations.items()}
+    total = len(predictions["cell"])
+    indices = range(total) if total <= count else (i * total // count for i in range(count))
+    return [_build_sample(predictions, index, metric) for index in indices]
 
 
 def _build_sample(predictions: dict[str, list[dict[str, Any]]], index: int, metric: str) -> dict[str, Any]:
+    """Collect prompt, references and the completion of each role for one example."""
     example = predictions["cell"][index]
     outputs = {}
     for role, rows in predictions.items():
-        same = index < len(rows) and rows[index].get("prompt") == example.get("prompt")
-        row = rows[index] if same else {}
+        has_prompt = index < len(rows) and rows[index].get("prompt") == example.get("prompt")
+        row = rows[index] if has_prompt else {}
         outputs[role] = {
             "text": shorten_text(row["prediction"]) if row else None,
             "score": row.get("scores", {}).get(metric),
             "ended": row.get("ended", True),
         }
-    references = [shorten_text(text) for text in example.get("references", [])]
     return {
         "number": index + 1,
         "prompt": shorten_text(example.get("prompt", "")),
-        "references": references,
+        "references": [shorten_text(text) for text in example.get("references", [])],
         "outputs": outputs,
     }
 
 
 def shorten_text(text: str) -> str:
-    """Long texts end with how much was left out."""
+    """Cut a text to `MAX_CHARACTERS` and append how much was left out."""
     left_out = len(text) - MAX_CHARACTERS
     return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} ... ({left_out} more characters)"
 
 
 def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
-    """Every failed part: what it is, where it lies below the outputs folder, error, traceback."""
+    """List failed trainings and evaluations: name, folder below the outputs, error, traceback."""
     return [
         {
             "name": name,
@@ -85,30 +83,31 @@ def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
             "traceback": str(status.get("traceback", "")),
         }
         for name, record, evaluations in _list_records(grid, store)
-        for part in (record, *(record.get_evaluation(one) for one in evaluations))
+        for part in (record, *(record.get_evaluation(evaluation) for evaluation in evaluations))
         if (status := part.read_status()).get("state") == "failed"
     ]
 
 
 def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:
-    """Provenance of all finished records: a fact and its values, several where records differ."""
-    facts: dict[str, dict[str, None]] = {}
+    """Collect the provenance of all records: (field, its values, several where records differ)."""
+    values: dict[str, dict[str, None]] = {}
     times: list[str] = []
     for _, record, _ in _list_records(grid, store):
-        found = read_json(record.folder / "provenance.json") or {}
-        times += [found.pop("time")] if "time" in found else []
-        for name, value in found.items():
-            facts.setdefault(name, {})[_format_fact(value)] = None
-    dated = [("recorded", f"{min(times)} to {max(times)}")] if times else []
-    return [*dated, *((name.replace("_", " "), "; ".join(v)) for name, v in facts.items())]
+        provenance = read_json(record.folder / "provenance.json") or {}
+        times += [provenance.pop("time")] if "time" in provenance else []
+        for name, value in provenance.items():
+            values.setdefault(name, {})[_format_fact(value)] = None
+    recorded = [("recorded", f"{min(times)} to {max(times)}")] if times else []
+    return [*recorded, *((name.replace("_", " "), "; ".join(texts)) for name, texts in values.items())]
 
 
 def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple[AnyEvaluation, ...]]]:
-    seen = set()
+    """Yield (name, record, evaluations) of each reference model, once, and of each cell."""
+    listed = set()
     for cell in grid.cells:
         for role, model in (("start", cell.training.start), ("teacher", cell.training.teacher)):
-            if (role, model.fingerprint) not in seen:
-                seen.add((role, model.fingerprint))
+            if (role, model.fingerprint) not in listed:
+                listed.add((role, model.fingerprint))
                 record = store.get_artifact(grid.scale, role, model)
                 yield f"{cell.task}, {role} {model.model.name}", record, cell.evaluations
         divergence = "total variation" if cell.beta is None else f"β = {cell.beta:g}"
@@ -117,6 +116,7 @@ def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple
 
 
 def _format_fact(value: Any) -> str:
+    """Format a value of a provenance in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):

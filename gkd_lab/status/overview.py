@@ -1,4 +1,4 @@
-"""What `plan` and `status` say of a grid: cells, their state and cost, what collapses, what differs.
+"""State and cost of a grid for `plan` and `status`: cells, packs, reference models, notes.
 
 Plain data; neither torch nor pandas, so that the answer comes at once.
 """
@@ -22,17 +22,17 @@ from gkd_lab.store.pack_cache import read_unpackable_reason
 
 @dataclass(frozen=True)
 class CellView:
-    """One line of a listing."""
+    """A cell with its progress, its pack and its estimated time."""
 
     cell: Cell
     progress: CellProgress
     pack: int
+    """Number of its pack, from 1."""
     unpacked_reason: str | None
-    """Why no other cell shares its model, if it is not for the limit that was asked for."""
+    """Reason why it cannot share a model with other cells; None if it can."""
     estimated_seconds: float | None
-    """Estimate for the whole training: alone, or its share of the pack."""
+    """Of the whole training: alone, or its share of the pack."""
     estimate_basis: EstimateBasis
-    """What the estimate was made of."""
 
     @property
     def state(self) -> State:
@@ -40,12 +40,12 @@ class CellView:
 
     @property
     def error(self) -> str | None:
-        """The last line of what it failed with."""
+        """Last line of its error."""
         return self.progress.error
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the estimate."""
+        """Part of the estimate that is left."""
         if self.state == "done":
             return 0.0
         share = 1 - self.progress.step / self.cell.training.steps
@@ -54,29 +54,30 @@ class CellView:
 
 @dataclass(frozen=True)
 class ArtifactView:
-    """A teacher or a starting student."""
+    """A teacher or an SFT student with its state and its estimated time."""
 
     role: str
     name: str
     state: State
     estimated_seconds: float | None
     error: str | None
-    """The last line of what it failed with."""
+    """Last line of its error."""
     error_file: Path
+    """File with the traceback."""
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A grid as it stands."""
+    """State and cost of all cells and reference models of a grid."""
 
     cells: tuple[CellView, ...]
     pack_sizes: tuple[int, ...]
-    """Sizes."""
     artifacts: tuple[ArtifactView, ...]
     collapsed_notes: tuple[str, ...]
+    """A note for each cell that several combinations of the axes share."""
     notes: tuple[str, ...]
     estimate_source: str | None
-    """The finished cells that estimates rest on."""
+    """Description of the finished cells that estimates rest on."""
 
     @property
     def is_settled(self) -> bool:
@@ -85,28 +86,30 @@ class Overview:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate of everything that is not done; None where some of it cannot be estimated."""
+        """Estimated time of everything that is not done; None where some of it cannot be estimated."""
         parts = [view.seconds_left for view in self.cells]
         parts += [view.estimated_seconds for view in self.artifacts if view.state != "done"]
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        estimates = [part for part in parts if part is not None]
+        return sum(estimates) if len(estimates) == len(parts) else None
 
 
 def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
-    """The state of every cell and artifact of a grid."""
-    alone = {} if limit == "off" else _find_unpacked_reasons(grid, store)
-    groups = [
-        part for group in group_cells_into_packs(grid.cells, limit) for part in _split_unpacked(group, alone)
+    """Read the state of every cell and reference model of a grid and estimate their times."""
+    unpacked_reasons = {} if limit == "off" else _find_unpacked_reasons(grid, store)
+    packs = [
+        part
+        for pack in group_cells_into_packs(grid.cells, limit)
+        for part in _split_unpacked(pack, unpacked_reasons)
     ]
     index = RecordIndex(store.root)
-    standings = [read_progress(store.get_record(cell), cell, index) for cell in grid.cells]
+    progresses = [read_progress(store.get_record(cell), cell, index) for cell in grid.cells]
     index.save()
-    known = zip(grid.cells, (one.training_status for one in standings), strict=True)
-    estimator = create_estimator(known, store, grid.scale)
-    views = tuple(_build_cell_views(grid, standings, groups, alone, estimator))
+    statuses = (progress.training_status for progress in progresses)
+    estimator = create_estimator(zip(grid.cells, statuses, strict=True), store, grid.scale)
+    views = tuple(_build_cell_views(grid, progresses, packs, unpacked_reasons, estimator))
     return Overview(
         cells=views,
-        pack_sizes=tuple(len(group) for group in groups),
+        pack_sizes=tuple(len(pack) for pack in packs),
         artifacts=tuple(_build_artifact_views(grid, store, estimator)),
         estimate_source=estimator.describe_source(),
         collapsed_notes=tuple(
@@ -114,13 +117,16 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
             f"({'; '.join(_format_point(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),
-        notes=tuple(
-            _describe_unpacked(alone) + _describe_unused_beta(grid) + _describe_undeclared_fields(grid)
+        notes=(
+            *_describe_unpacked(unpacked_reasons),
+            *_describe_unused_beta(grid),
+            *_describe_undeclared_fields(grid),
         ),
     )
 
 
 def _format_point(point: dict[str, Any]) -> str:
+    """Format a combination of axis values."""
     return " ".join(f"{axis}={value}" for axis, value in point.items())
 
 
@@ -131,14 +137,14 @@ def _build_cell_views(
     unpacked_reasons: Mapping[str, str],
     estimator: TimeEstimator,
 ) -> Iterator[CellView]:
-    pack_of = {cell.full_fingerprint: n for n, group in enumerate(packs) for cell in group}
-    for cell, now in zip(grid.cells, progresses, strict=True):
-        pack = pack_of[cell.full_fingerprint]
-        estimate = estimator.estimate_cell(cell.training, is_packed=len(packs[pack]) > 1)
+    pack_numbers = {cell.full_fingerprint: n for n, pack in enumerate(packs, 1) for cell in pack}
+    for cell, progress in zip(grid.cells, progresses, strict=True):
+        pack = pack_numbers[cell.full_fingerprint]
+        estimate = estimator.estimate_cell(cell.training, is_packed=len(packs[pack - 1]) > 1)
         yield CellView(
             cell=cell,
-            progress=now,
-            pack=pack + 1,
+            progress=progress,
+            pack=pack,
             unpacked_reason=unpacked_reasons.get(cell.full_fingerprint),
             estimated_seconds=estimate.seconds,
             estimate_basis=estimate.basis,
@@ -160,47 +166,45 @@ def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) ->
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
-    """Full fingerprint of a cell -> why it runs alone, as far as that is known before it runs."""
-    found: dict[str, str] = {}
+    """Map the fingerprint of each cell that runs alone to the reason, as far as it is known before a run."""
+    reasons: dict[str, str] = {}
     for role, model, cells in list_references(grid.cells):
-        kept = (
-            read_unpackable_reason(store.get_artifact(grid.scale, role, model)) if role == "start" else None
-        )
-        for cell in cells if role == "start" else ():
-            reason = explain_unpackable(cell) or kept
+        if role != "start":
+            continue
+        cached_reason = read_unpackable_reason(store.get_artifact(grid.scale, role, model))
+        for cell in cells:
+            reason = explain_unpackable(cell) or cached_reason
             if reason:
-                found[cell.full_fingerprint] = reason
-    return found
+                reasons[cell.full_fingerprint] = reason
+    return reasons
 
 
 def _split_unpacked(pack: list[Cell], unpacked_reasons: Mapping[str, str]) -> list[list[Cell]]:
+    """Split a pack whose cells run alone into packs of one."""
     return [[cell] for cell in pack] if pack[0].full_fingerprint in unpacked_reasons else [pack]
 
 
 def _describe_unpacked(unpacked_reasons: Mapping[str, str]) -> list[str]:
-    """A line for each reason."""
-    return [
-        f"{count} cells run alone: {reason}" for reason, count in Counter(unpacked_reasons.values()).items()
-    ]
+    """Write a note for each reason why cells run alone."""
+    counts = Counter(unpacked_reasons.values())
+    return [f"{count} cells run alone: {reason}" for reason, count in counts.items()]
 
 
 def _describe_unused_beta(grid: Grid) -> list[str]:
-    """Betas that are stated for cells whose divergence has none."""
-    without = [cell for cell in grid.cells if cell.beta is None]
-    stated = {
-        task
-        for task in {cell.task for cell in without}
-        if "beta" in grid.experiment.merge_task_settings(task)
-    }
-    count = sum("beta" in grid.axes or cell.task in stated for cell in without)
-    kinds = " and ".join(sorted({_format_divergence(cell.divergence) for cell in without}, reverse=True))
-    return [f"{kinds} reads no beta: {count} of {len(grid.cells)} cells"] if count else []
+    """Write a note if a beta is set for cells whose divergence has none."""
+    cells = [cell for cell in grid.cells if cell.beta is None]
+    tasks = {cell.task for cell in cells}
+    tasks_with_beta = {task for task in tasks if "beta" in grid.experiment.merge_task_settings(task)}
+    count = sum("beta" in grid.axes or cell.task in tasks_with_beta for cell in cells)
+    divergences = sorted({_format_divergence(cell.divergence) for cell in cells}, reverse=True)
+    note = f"{' and '.join(divergences)} reads no beta: {count} of {len(grid.cells)} cells"
+    return [note] if count else []
 
 
 def _format_divergence(divergence: str) -> str:
-    return {"tv": "total variation", "cross_entropy": "cross-entropy"}.get(
-        divergence, divergence.replace("_", " ")
-    )
+    """Format the name of a divergence for reading."""
+    names = {"tv": "total variation", "cross_entropy": "cross-entropy"}
+    return names.get(divergence, divergence.replace("_", " "))
 
 
 _FIELDS_SET_BY_AXIS = {
@@ -224,27 +228,27 @@ _FIELDS_SET_BY_AXIS = {
     "cooldown_steps": {"optimizer"},
 }
 _MODEL_FIELDS = {"teacher", "start"}
+_AXES_OF_BOTH_MODELS = {
+    *("data", "tokenizer", "teacher_tokenizer"),
+    *("precision", "max_input_tokens", "max_output_tokens"),
+}
 
 
 def _describe_undeclared_fields(grid: Grid) -> list[str]:
-    """Fields in which cells differ although no axis names them."""
+    """Write notes on fields in which cells differ although no axis names them."""
     declared = {"task"} if "task" in grid.axes else set()
     for axis in grid.axes:
-        section = axis.split(".")[0]
         declared |= _FIELDS_SET_BY_AXIS.get(axis, {axis})
-        if section in ("data", "tokenizer", "teacher_tokenizer") or axis == "precision":
-            declared |= _MODEL_FIELDS
-        if axis in ("max_input_tokens", "max_output_tokens"):
+        if axis.split(".")[0] in _AXES_OF_BOTH_MODELS:
             declared |= _MODEL_FIELDS
     notes = []
-    within = {
-        field for group in _group_cells_by_task(grid) for field in _find_varying_fields(group)
-    } - declared
-    if within:
-        notes.append(f"cells differ outside the declared axes in: {', '.join(sorted(within))}")
-    across = set(_find_varying_fields(list(grid.cells))) - declared - within
-    if across:
-        notes.append(f"what depends on the task: {', '.join(sorted(across))}")
+    varying = {name for cells in _group_cells_by_task(grid) for name in _find_varying_fields(cells)}
+    undeclared = varying - declared
+    if undeclared:
+        notes.append(f"cells differ outside the declared axes in: {', '.join(sorted(undeclared))}")
+    task_dependent = set(_find_varying_fields(list(grid.cells))) - declared - undeclared
+    if task_dependent:
+        notes.append(f"what depends on the task: {', '.join(sorted(task_dependent))}")
     return notes
 
 
@@ -256,12 +260,13 @@ def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
 
 
 def _find_varying_fields(cells: list[Cell]) -> list[str]:
-    fields = type(cells[0].training).model_fields
-    return [f for f in fields if _has_several_values([getattr(cell.training, f) for cell in cells])]
+    """Find the fields of a training in which these cells differ."""
+    names = type(cells[0].training).model_fields
+    return [name for name in names if _has_several_values([getattr(cell.training, name) for cell in cells])]
 
 
 def _has_several_values(values: list[Any]) -> bool:
-    """Whether they are more than one; most cells of a large grid share one object."""
-    distinct = {id(value): value for value in values}.values()
+    """Return whether the values differ; most cells of a large grid share one object."""
+    distinct_objects = {id(value): value for value in values}.values()
     first = canonical_json(values[0])
-    return any(canonical_json(value) != first for value in distinct)
+    return any(canonical_json(value) != first for value in distinct_objects)

@@ -1,12 +1,15 @@
-"""An overview as lines of text: the same columns at any width, in a terminal and in a pipe."""
+"""Text of `list`, `plan` and `status`: tables by rich in a terminal, by tabulate in a pipe."""
 
-import os
-import shutil
-import sys
-import textwrap
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tabulate import tabulate
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND
@@ -15,43 +18,74 @@ from gkd_lab.store import State
 from gkd_lab.tables.loss_labels import loss_label
 
 _STATES: tuple[State, ...] = get_args(State)
-_STATE_COLOURS = {"done": "32", "failed": "31", "running": "33"}
-_LEFT_ALIGNED_COLUMNS = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
-_PROGRESS_COLUMNS = ["owner", "step", "loss", "on policy", "tokens/s", "left"]
-_COST_COLUMNS = ["pack", "about", "from"]
+_STATE_STYLES = {"done": "green", "failed": "red", "running": "yellow"}
+_TEXT_COLUMNS = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
+"""Columns that are aligned to the left; all others hold numbers."""
 
 
-def render_cells(
-    grid: Grid, overview: Overview, *, show_progress: bool, only: Container[State] = _STATES
-) -> Iterator[str]:
-    """A header and a line for each cell in one of the states; with its progress, or its pack and its cost."""
+@dataclass(frozen=True)
+class Listing:
+    """A table of texts, with a rich style for each row or none at all."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    styles: list[str] = field(default_factory=list)
+
+
+def print_listing(listing: Listing, console: Console | None = None) -> None:
+    """Print a table: coloured and wrapped to the width of a terminal, plain and unwrapped in a pipe."""
+    console = console or Console()
+    if console.is_terminal:
+        console.print(build_rich_table(listing))
+        return
+    print(format_listing(listing), file=console.file)
+
+
+def format_listing(listing: Listing) -> str:
+    """Format a table as plain text, its columns two spaces apart."""
+    alignment = ["left" if name in _TEXT_COLUMNS else "right" for name in listing.columns]
+    table = tabulate(
+        listing.rows, listing.columns, tablefmt="plain", colalign=alignment, disable_numparse=True
+    )
+    return str(table)
+
+
+def build_rich_table(listing: Listing, *, wrap: bool = True) -> Table:
+    """Build the table for a terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in listing.columns:
+        table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=not wrap)
+    for row, style in zip_longest(listing.rows, listing.styles, fillvalue=""):
+        table.add_row(*map(Text, row), style=style)
+    return table
+
+
+def list_cells(
+    grid: Grid, overview: Overview, *, show_progress: bool, states: Container[State] = _STATES
+) -> Listing:
+    """List the cells in some states, a row each: their progress, or their pack and estimated time."""
     axes = [axis for axis in grid.axes if axis not in ("task", "lmbda", "beta", "seed")]
-    more = _PROGRESS_COLUMNS if show_progress else _COST_COLUMNS
-    header = ["cell", "task", "lmbda", "beta", "seed", *axes, "status", *more]
-    shown = [view for view in overview.cells if view.state in only]
-    rows = [
-        [
-            *_format_identity(view, axes),
-            view.state,
-            *(_format_progress(view) if show_progress else _format_cost(view)),
-        ]
-        for view in shown
-    ]
-    states = [view.state for view in shown]
-    lines = align_columns(header, rows)
-    yield next(lines)
-    for state, line in zip(states, lines, strict=True):
-        yield _add_colour(line, _STATE_COLOURS.get(state, ""))
+    progress_columns = ["owner", "step", "loss", "on policy", "tokens/s", "left"]
+    columns = progress_columns if show_progress else ["pack", "about", "from"]
+    format_columns = _format_progress if show_progress else _format_cost
+    views = [view for view in overview.cells if view.state in states]
+    return Listing(
+        columns=["cell", "task", "lmbda", "beta", "seed", *axes, "status", *columns],
+        rows=[[*_format_identity(view, axes), view.state, *format_columns(view)] for view in views],
+        styles=[_STATE_STYLES.get(view.state, "") for view in views],
+    )
 
 
-def _format_identity(view: CellView, axes: Iterable[str]) -> list[str]:
-    one = view.cell
-    beta = "-" if one.beta is None else f"{one.beta:g}"
-    own = [one.fingerprint, one.task, f"{one.lmbda:g}", beta, str(one.seed)]
-    return own + [_format_axis_value(axis, one.labels[axis]) for axis in axes]
+def _format_identity(view: CellView, axes: list[str]) -> list[str]:
+    """Format the columns that tell a cell from the others."""
+    cell = view.cell
+    beta = "-" if cell.beta is None else f"{cell.beta:g}"
+    labels = [_format_axis_value(axis, cell.labels[axis]) for axis in axes]
+    return [cell.fingerprint, cell.task, f"{cell.lmbda:g}", beta, str(cell.seed), *labels]
 
 
 def _format_axis_value(axis: str, label: Any) -> str:
+    """Format a value of an axis: losses by their terms, mappings as `key=value`."""
     if axis == "objectives":
         return loss_label(label)
     if isinstance(label, dict):
@@ -60,59 +94,58 @@ def _format_axis_value(axis: str, label: Any) -> str:
 
 
 def _format_progress(view: CellView) -> list[str]:
-    now = view.progress
+    """Format owner, step, loss, share of on-policy steps, tokens per second and time left."""
+    progress = view.progress
     return [
-        now.owner or "",
-        f"{now.step}/{view.cell.training.steps}",
-        "" if now.loss is None else f"{now.loss:.4g}",
-        "" if now.on_policy is None else f"{now.on_policy:.0%}",
-        "" if now.tokens_per_second is None else f"{now.tokens_per_second:.0f}",
-        "" if now.seconds_left is None else _format_duration(now.seconds_left),
+        progress.owner or "",
+        f"{progress.step}/{view.cell.training.steps}",
+        "" if progress.loss is None else f"{progress.loss:.4g}",
+        "" if progress.on_policy is None else f"{progress.on_policy:.0%}",
+        "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
+        "" if progress.seconds_left is None else _format_duration(progress.seconds_left),
     ]
 
 
 def _format_cost(view: CellView) -> list[str]:
+    """Format the number of the pack, the estimated time and the basis of the estimate."""
+    pack = "alone" if view.unpacked_reason else str(view.pack)
     basis = "" if view.estimate_basis == "nothing" else view.estimate_basis
-    return [
-        "alone" if view.unpacked_reason else str(view.pack),
-        _format_duration(view.estimated_seconds),
-        basis,
-    ]
+    return [pack, _format_duration(view.estimated_seconds), basis]
 
 
 def render_failures(overview: Overview) -> Iterator[str]:
-    """What failed: where, the last line of its error, the file with its traceback."""
+    """Yield a line for each failure: the cell or model, the end of its error, the file with the traceback."""
     for view in overview.cells:
         if view.error:
             yield f"failed: {view.cell.folder}: {view.error} (see {view.progress.error_file})"
-    for one in overview.artifacts:
-        if one.error:
-            yield f"failed: {one.role} {one.name}: {one.error} (see {one.error_file})"
+    for artifact in overview.artifacts:
+        if artifact.error:
+            yield f"failed: {artifact.role} {artifact.name}: {artifact.error} (see {artifact.error_file})"
 
 
 def render_running_artifacts(overview: Overview) -> Iterator[str]:
-    """The reference models that are being built, which cells wait for."""
-    for one in overview.artifacts:
-        if one.state == "running":
-            yield f"{one.role} {one.name}: running"
+    """Yield a line for each reference model that is being built while its cells wait."""
+    for artifact in overview.artifacts:
+        if artifact.state == "running":
+            yield f"{artifact.role} {artifact.name}: running"
 
 
 def render_state_counts(overview: Overview) -> str:
-    """`3 done, 2 running, 10 missing; left to do, without decoding: about 4 min`."""
+    """Format `3 done, 2 running, 10 missing; left to do, without decoding: about 4 min`."""
     counts = Counter(view.state for view in overview.cells)
     states = ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
     return f"{states}; left to do, without decoding: about {_format_duration(overview.seconds_left)}"
 
 
 def render_summary(overview: Overview) -> Iterator[str]:
-    """Reference models, what is done and left, what collapses and what else should be known."""
-    for view in overview.artifacts:
-        yield f"{view.role} {view.name}: {view.state}, about {_format_duration(view.estimated_seconds)}"
+    """Yield lines on reference models, packs, work left, collapsed cells and notes."""
+    for artifact in overview.artifacts:
+        duration = _format_duration(artifact.estimated_seconds)
+        yield f"{artifact.role} {artifact.name}: {artifact.state}, about {duration}"
     done = sum(view.state == "done" for view in overview.cells)
-    sizes = ", ".join(
-        f"{_format_count(times, 'pack')} of {size}" for size, times in Counter(overview.pack_sizes).items()
-    )
-    yield f"{_format_count(len(overview.cells), 'cell')}, {done} done; {sizes}"
+    sizes = Counter(overview.pack_sizes).items()
+    packs = ", ".join(f"{_format_count(count, 'pack')} of {size}" for size, count in sizes)
+    yield f"{_format_count(len(overview.cells), 'cell')}, {done} done; {packs}"
     yield f"left to do, without decoding: about {_format_duration(overview.seconds_left)}"
     yield from _render_estimate_bases(overview)
     yield from overview.collapsed_notes
@@ -120,53 +153,27 @@ def render_summary(overview: Overview) -> Iterator[str]:
 
 
 def _render_estimate_bases(overview: Overview) -> Iterator[str]:
-    """What the estimates of a cell's time rest on."""
+    """Yield a line for each basis of the time estimates."""
     counts = Counter(view.estimate_basis for view in overview.cells)
     if counts["finished cells"]:
-        yield f"time of {_format_count(counts['finished cells'], 'cell')}: as {overview.estimate_source} took"
+        cells = _format_count(counts["finished cells"], "cell")
+        yield f"time of {cells}: as {overview.estimate_source} took"
     if counts["FLOPs"]:
         rate = f"{NOMINAL_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s, two CPU cores on nano models"
-        yield f"time of {_format_count(counts['FLOPs'], 'cell')}: of one alone, from its FLOPs at {rate}"
+        cells = _format_count(counts["FLOPs"], "cell")
+        yield f"time of {cells}: of one alone, from its FLOPs at {rate}"
     if counts["nothing"]:
-        why = "the size of a model is not known before it is here"
-        yield f"time of {_format_count(counts['nothing'], 'cell')}: unknown, {why}"
+        cells = _format_count(counts["nothing"], "cell")
+        yield f"time of {cells}: unknown, the size of a model is not known before it is built"
 
 
-def align_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns two spaces apart, as wide as their widest entry; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    sides = ["<" if name in _LEFT_ALIGNED_COLUMNS else ">" for name in header]
-    for n, row in enumerate((header, *rows)):
-        cells = (f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True))
-        line = "  ".join(cells).rstrip()
-        yield line if n else _add_colour(line, "1")
-
-
-def wrap_last_column(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The rows with their last column broken at the terminal's width; as they are in a pipe."""
-    if not sys.stdout.isatty():
-        return [list(row) for row in rows]
-    *others, _ = zip(*rows, strict=True) if rows else [()]
-    taken = sum(2 + max(map(len, column)) for column in others)
-    width = max(30, shutil.get_terminal_size().columns - taken - 2)
-    lines = []
-    for *first, text in rows:
-        for n, part in enumerate(textwrap.wrap(text, width) or [""]):
-            lines.append([*([""] * len(first) if n else first), part])
-    return lines
-
-
-def _add_colour(line: str, code: str) -> str:
-    if not code or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return line
-    return f"\033[{code}m{line}\033[0m"
-
-
-def _format_count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _format_count(count: int, noun: str) -> str:
+    """Format `1 cell` or `2 cells`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _format_duration(seconds: float | None) -> str:
+    """Format seconds as seconds, minutes or hours."""
     if seconds is None:
         return "unknown"
     if seconds < 90:

@@ -1,7 +1,7 @@
-"""What a training will take: learnt from finished cells of the same kind, else from its FLOPs.
+"""Estimate training times from finished cells of the same kind, else from FLOPs.
 
-Of one kind are cells of the same models, form of data, lengths, precision and optimizer, packed or alone.
-Steps, batch size and share of sampling scale by the FLOPs that they ask for.
+Cells of one kind share models, form of data, lengths, precision and optimizer, and are all packed or all
+alone. Their times are scaled by FLOPs to other steps, batch sizes and shares of sampling.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,20 +15,24 @@ from pydantic import ValidationError
 from gkd_lab.config import Cell
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Training
-from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND, estimate_sft_flops, estimate_training_flops
+from gkd_lab.config.cost import (
+    NOMINAL_FLOPS_PER_SECOND,
+    count_model_parameters,
+    estimate_sft_flops,
+    estimate_training_flops,
+)
 from gkd_lab.config.fingerprint import canonical_json
-from gkd_lab.status.model_sizes import count_parameters
 from gkd_lab.store import Record, Store
 from gkd_lab.store.files import read_json
 
 EstimateBasis = Literal["finished cells", "FLOPs", "nothing"]
 _MAX_RECORDS_READ = 200
-"""Records of other experiments that are looked at for one task, newest first."""
+"""Records of other experiments that are read for one task, newest first."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one training, and what they were made of."""
+    """Estimated seconds of one training and the basis of the estimate."""
 
     seconds: float | None
     basis: EstimateBasis
@@ -36,7 +40,7 @@ class Estimate:
 
 @dataclass
 class _MeasuredTime:
-    """Finished cells of one kind on one device."""
+    """Total time and FLOPs of finished cells of one kind on one device."""
 
     seconds: float = 0.0
     flops: float = 0.0
@@ -45,53 +49,53 @@ class _MeasuredTime:
 
 @dataclass
 class TimeEstimator:
-    """Estimates for one scale of a store; asked for one cell after another."""
+    """Estimates training times for one scale of a store."""
 
     store: Store
     scale: str
-    _parameter_counts: dict[str, int | None] = field(default_factory=dict)
-    _measured_times: dict[str, dict[str, _MeasuredTime]] = field(default_factory=dict)
-    _kind_keys: dict[tuple[str, ...], str] = field(default_factory=dict)
-    _searched_tasks: set[str] = field(default_factory=set)
-    _flops_cache: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
-    _added_fingerprints: set[str] = field(default_factory=set)
     used_measurements: set[tuple[str, str]] = field(default_factory=set)
     """(kind, device) of the finished cells that some estimate rests on."""
+    _measured_times: dict[str, dict[str, _MeasuredTime]] = field(default_factory=dict)
+    """Kind -> device -> time."""
+    _added_fingerprints: set[str] = field(default_factory=set)
+    _searched_tasks: set[str] = field(default_factory=set)
+    _parameter_counts: dict[str, int | None] = field(default_factory=dict)
+    _kind_keys: dict[tuple[str, ...], str] = field(default_factory=dict)
+    _flops_cache: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
     def add_finished_cell(self, training: Training, status: Mapping[str, Any]) -> None:
-        """Take what a finished cell took; one that was recorded without its times teaches nothing."""
+        """Add the time of a finished cell; one that was recorded without its time is ignored."""
         if training.full_fingerprint in self._added_fingerprints:
             return
         if status.get("state") == "done" and status.get("seconds") and status.get("shared_by"):
             self._added_fingerprints.add(training.full_fingerprint)
             kind = self._build_kind_key(training, is_packed=status["shared_by"] > 1)
-            seen = self._measured_times.setdefault(kind, {}).setdefault(
-                str(status.get("device")), _MeasuredTime()
-            )
-            seen.seconds += status["seconds"] / status["shared_by"]
-            seen.flops += self._compute_relative_flops(training)
-            seen.cells += 1
+            device = str(status.get("device"))
+            measured = self._measured_times.setdefault(kind, {}).setdefault(device, _MeasuredTime())
+            measured.seconds += status["seconds"] / status["shared_by"]
+            measured.flops += self._compute_relative_flops(training)
+            measured.cells += 1
 
     def estimate_cell(self, training: Training, *, is_packed: bool) -> Estimate:
-        """Of one cell: alone, or its share of a pack."""
+        """Estimate the training of one cell: alone, or its share of a pack."""
         kind = self._build_kind_key(training, is_packed=is_packed)
         if kind not in self._measured_times and training.task not in self._searched_tasks:
             self._searched_tasks.add(training.task)
             self._add_cells_of_other_experiments(training.task)
         if kind in self._measured_times:
-            device, seen = max(self._measured_times[kind].items(), key=lambda item: item[1].cells)
+            devices = self._measured_times[kind]
+            device, measured = max(devices.items(), key=lambda item: item[1].cells)
             self.used_measurements.add((kind, device))
-            return Estimate(
-                self._compute_relative_flops(training) * seen.seconds / seen.flops, "finished cells"
-            )
+            flops = self._compute_relative_flops(training)
+            return Estimate(flops * measured.seconds / measured.flops, "finished cells")
         return _estimate_seconds(self._compute_flops(training))
 
     def estimate_artifact(self, role: str, model: SftModel) -> Estimate:
-        """Of building a teacher or a starting student."""
+        """Estimate the building of a teacher or an SFT student."""
         return _estimate_seconds(estimate_sft_flops(model, self._get_parameter_count(role, model)))
 
     def describe_source(self) -> str | None:
-        """`6 finished cells of the same kind (cpu)`; None where no estimate rests on any."""
+        """Return `6 finished cells of the same kind (cpu)`; None where no estimate rests on any."""
         if not self.used_measurements:
             return None
         count = sum(self._measured_times[kind][device].cells for kind, device in self.used_measurements)
@@ -99,21 +103,25 @@ class TimeEstimator:
         return f"{count} finished cell{'s' * (count > 1)} of the same kind ({devices})"
 
     def _get_parameter_count(self, role: str, model: SftModel) -> int | None:
+        """Return the parameters of a model as specified or recorded; None if it is not built yet."""
         key = model.full_fingerprint
         if key not in self._parameter_counts:
-            self._parameter_counts[key] = count_parameters(
-                model, self.store.get_artifact(self.scale, role, model)
-            )
+            count = count_model_parameters(model)
+            if count is None:
+                count = self.store.get_artifact(self.scale, role, model).read_status().get("parameters")
+            self._parameter_counts[key] = count
         return self._parameter_counts[key]
 
     def _compute_relative_flops(self, training: Training) -> float:
-        """FLOPs; of models whose size is not known, as if both were of one weight: the scale cancels out."""
-        known = self._compute_flops(training)
-        found = estimate_training_flops(training, 1, 1) if known is None else known
-        assert found is not None
-        return found
+        """Return FLOPs; of models of unknown size up to a factor, as if both had one parameter."""
+        flops = self._compute_flops(training)
+        if flops is None:
+            flops = estimate_training_flops(training, 1, 1)
+        assert flops is not None
+        return flops
 
     def _compute_flops(self, training: Training) -> float | None:
+        """Return the FLOPs of a training; None where the size of a model is unknown."""
         key = (
             *(training.start.full_fingerprint, training.teacher.full_fingerprint),
             *(training.max_input_tokens, training.max_output_tokens),
@@ -126,6 +134,7 @@ class TimeEstimator:
         return self._flops_cache[key]
 
     def _build_kind_key(self, training: Training, *, is_packed: bool) -> str:
+        """Build the key that cells of one kind share."""
         parts = (
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
@@ -138,21 +147,34 @@ class TimeEstimator:
         return self._kind_keys[parts]
 
     def _add_cells_of_other_experiments(self, task: str) -> None:
-        for record in islice(
-            _list_newest_cell_records(self.store.root / self.scale / task), _MAX_RECORDS_READ
-        ):
+        """Add the newest finished cells of a task, whatever experiment they belong to."""
+        records = _list_newest_cell_records(self.store.root / self.scale / task)
+        for record in islice(records, _MAX_RECORDS_READ):
             status = record.read_status()
-            if status.get("shared_by"):
-                for training in _load_training(record):
-                    self.add_finished_cell(training, status)
+            training = _load_training(record) if status.get("shared_by") else None
+            if training is not None:
+                self.add_finished_cell(training, status)
+
+
+def create_estimator(
+    cells: Iterable[tuple[Cell, Mapping[str, Any]]], store: Store, scale: str
+) -> TimeEstimator:
+    """Create an estimator from cells and the statuses of their trainings."""
+    estimator = TimeEstimator(store, scale)
+    for cell, status in cells:
+        estimator.add_finished_cell(cell.training, status)
+    return estimator
 
 
 def _estimate_seconds(flops: float | None) -> Estimate:
-    return Estimate(None, "nothing") if flops is None else Estimate(flops / NOMINAL_FLOPS_PER_SECOND, "FLOPs")
+    """Estimate the time of so many FLOPs at the nominal rate."""
+    if flops is None:
+        return Estimate(None, "nothing")
+    return Estimate(flops / NOMINAL_FLOPS_PER_SECOND, "FLOPs")
 
 
 def _list_speed_fields(model: SftModel) -> list[Any]:
-    """Of a model what decides how fast it is; data by their form, as their content does not."""
+    """List the fields of a model and its data that decide its speed; the content of data does not."""
     data = model.data
     return [
         *(model.family, model.model, model.precision, model.tokenizer),
@@ -160,26 +182,17 @@ def _list_speed_fields(model: SftModel) -> list[Any]:
     ]
 
 
-def _list_newest_cell_records(folder: Path) -> Iterable[Record]:
-    """The cells of a task, whoever asked for them."""
+def _list_newest_cell_records(folder: Path) -> Iterator[Record]:
+    """Yield the records of a task's cells, newest first."""
     paths = [path for path in folder.glob("lmbda=*") if path.is_dir()]
-    return (Record(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True))
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        yield Record(path)
 
 
-def _load_training(record: Record) -> Iterator[Training]:
-    """Its description, if it is one of this version's."""
+def _load_training(record: Record) -> Training | None:
+    """Load the specification of a record; None where this version cannot read it."""
     spec = (read_json(record.folder / "spec.json") or {}).get("spec")
     try:
-        yield Training.model_validate(spec)
+        return Training.model_validate(spec)
     except ValidationError:
-        return
-
-
-def create_estimator(
-    cells: Iterable[tuple[Cell, Mapping[str, Any]]], store: Store, scale: str
-) -> TimeEstimator:
-    """An estimator that knows the finished ones among these cells and their training's statuses."""
-    found = TimeEstimator(store, scale)
-    for cell, status in cells:
-        found.add_finished_cell(cell.training, status)
-    return found
+        return None

@@ -1,4 +1,4 @@
-"""`status --watch`: the listing again every few seconds, until every cell is done or failed, or Ctrl-C."""
+"""`status --watch`: list the cells again every few seconds until all are done or failed."""
 
 import time
 from collections.abc import Callable, Generator
@@ -9,13 +9,18 @@ from rich.text import Text
 
 from gkd_lab.config import Grid
 from gkd_lab.status.overview import Overview, build_overview
-from gkd_lab.status.render import render_cells, render_running_artifacts, render_state_counts
+from gkd_lab.status.render import (
+    Listing,
+    build_rich_table,
+    list_cells,
+    render_running_artifacts,
+    render_state_counts,
+)
 from gkd_lab.store import Store
 
 OverviewDisplay = Generator[None, Overview, None]
 
 REFRESH_SECONDS = 2.0
-"""Seconds between two looks."""
 
 
 def watch_grid(
@@ -24,52 +29,53 @@ def watch_grid(
     console: Console | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Overview:
-    """Show the grid until all of it is settled or Ctrl-C; returns the last that was seen.
+    """Show the grid until all its cells are done or failed, or until Ctrl-C; return the last overview.
 
     A terminal is redrawn; a file or a pipe gets a line whenever the counts of states change.
     """
     console = console or Console()
-    found = build_overview(grid, store, "auto")
-    show = _redraw_terminal if console.is_terminal else _print_state_changes
-    drawing = show(grid, console)
-    next(drawing)
+    overview = build_overview(grid, store, "auto")
+    display = (_redraw_terminal if console.is_terminal else _print_state_changes)(grid, console)
+    next(display)
     try:
-        drawing.send(found)
-        while not found.is_settled:
+        display.send(overview)
+        while not overview.is_settled:
             sleep(REFRESH_SECONDS)
-            found = build_overview(grid, store, "auto")
-            drawing.send(found)
+            overview = build_overview(grid, store, "auto")
+            display.send(overview)
     except KeyboardInterrupt:
         pass
     finally:
-        drawing.close()
-    return found
+        display.close()
+    return overview
 
 
 def _redraw_terminal(grid: Grid, console: Console) -> OverviewDisplay:
-    # Gone at the end: the whole listing takes its place.
+    """Redraw the table in place; it is erased at the end, when the whole listing takes its place."""
     with Live(console=console, transient=True, auto_refresh=False) as live:
         while True:
             live.update(_build_screen(grid, (yield), console), refresh=True)
 
 
 def _build_screen(grid: Grid, overview: Overview, console: Console) -> Group:
-    """As much as fits: all cells, or those that are worked on or failed."""
-    built = list(render_running_artifacts(overview))
-    lines, room = list(render_cells(grid, overview, show_progress=True)), console.height - 2 - len(built)
-    if len(lines) > room:
-        lines = list(render_cells(grid, overview, show_progress=True, only=("running", "failed")))[:room]
-    text = [Text.from_ansi(line, no_wrap=True, overflow="ellipsis") for line in (*lines, *built)]
-    return Group(*text, Text(f"{render_state_counts(overview)}; Ctrl-C leaves, the work goes on"))
+    """Build what fits the terminal: all cells, or those that are running or failed."""
+    artifacts = [Text(line) for line in render_running_artifacts(overview)]
+    max_rows = console.height - 3 - len(artifacts)
+    listing = list_cells(grid, overview, show_progress=True)
+    if len(listing.rows) > max_rows:
+        listing = list_cells(grid, overview, show_progress=True, states=("running", "failed"))
+        listing = Listing(listing.columns, listing.rows[:max_rows], listing.styles[:max_rows])
+    footer = Text(f"{render_state_counts(overview)}; Ctrl-C leaves, the work goes on")
+    return Group(build_rich_table(listing, wrap=False), *artifacts, footer)
 
 
 def _print_state_changes(grid: Grid, console: Console) -> OverviewDisplay:
-    said = None
+    """Print a line whenever the state of a cell has changed."""
+    previous_states = None
     while True:
-        found = yield
-        counts = [view.state for view in found.cells]
-        if counts != said:
-            said = counts
-            console.print(
-                f"{grid.name}: {render_state_counts(found)}", soft_wrap=True, markup=False, highlight=False
-            )
+        overview = yield
+        states = [view.state for view in overview.cells]
+        if states != previous_states:
+            previous_states = states
+            line = f"{grid.name}: {render_state_counts(overview)}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)

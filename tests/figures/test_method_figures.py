@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gkd_lab.config import ConfigError
-from gkd_lab.figures.heat_maps import heat_map
-from gkd_lab.figures.method_figures import bars, lines
-from gkd_lab.figures.tradeoff_figures import tradeoff
+from gkd_lab.figures import bars, heat_map, lines, tradeoff
 from gkd_lab.report.notebooks import (
     add_gain,
     combine_with_paper,

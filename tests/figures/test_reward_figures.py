@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.reward_figures import reward_gains
+from gkd_lab.figures import reward_gains
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 

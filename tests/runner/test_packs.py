@@ -32,7 +32,7 @@ from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.status.overview import build_overview
-from gkd_lab.status.render import render_cells, render_summary
+from gkd_lab.status.render import format_listing, list_cells, render_summary
 from gkd_lab.store import Record, Store
 from gkd_lab.store.pack_cache import read_unpackable_reason, write_unpackable_reason
 from gkd_lab.training.trainer import GKDTrainer
@@ -128,7 +128,7 @@ def limits_of(grid: Grid, outputs: Path) -> set[str | None]:
 
 def planned(grid: Grid, outputs: Path, limit: Any = "auto") -> str:
     found = build_overview(grid, Store(outputs), limit)
-    return "\n".join([*render_cells(grid, found, show_progress=False), *render_summary(found)])
+    return "\n".join([format_listing(list_cells(grid, found, show_progress=False)), *render_summary(found)])
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "translation"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.status.overview import Overview, build_overview
-from gkd_lab.status.render import render_cells
+from gkd_lab.status.render import format_listing, list_cells
 from gkd_lab.store import Store
 
 from ..tables.synthetic_store import build_grid
@@ -56,7 +56,8 @@ def test_a_beta_that_the_file_states_is_said_not_to_be_read(tmp_path: Path) -> N
 
 def test_a_cell_without_beta_is_listed_with_a_dash(tmp_path: Path) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0.5]})
-    header, tv, jsd = render_cells(grid, build_overview(grid, Store(tmp_path), "auto"), show_progress=False)
+    listing = list_cells(grid, build_overview(grid, Store(tmp_path), "auto"), show_progress=False)
+    header, tv, jsd = format_listing(listing).splitlines()
     assert header.split()[2:6] == ["lmbda", "beta", "seed", "divergence"]
     assert tv.split()[2:6] == ["0.5", "-", "0", "tv"]
     assert jsd.split()[2:6] == ["0.5", "0.5", "0", "jsd"]

@@ -1,7 +1,5 @@
 """An estimate is what finished cells of the same kind took, scaled; else it is counted."""
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import pytest
 from gkd_lab.config import Cell, Grid
 from gkd_lab.config.artifact_specs import ModelSpec
 from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND, estimate_training_flops
-from gkd_lab.status.model_sizes import in_files
 from gkd_lab.status.overview import Overview, build_overview
 from gkd_lab.status.render import render_summary
 from gkd_lab.status.time_estimates import TimeEstimator, create_estimator
@@ -113,33 +110,7 @@ def test_plan_says_what_its_times_rest_on(tmp_path: Path) -> None:
     assert left[grid.cells.index(small[1])] == pytest.approx(40.0)
 
 
-def checkpoint(folder: Path, layers: int) -> Path:
-    """A safetensors file of which only the header is right: 100 + 10 numbers a layer."""
-    folder.mkdir()
-    shapes = {"model.embed.weight": [10, 10], **{f"model.layers.{n}.w": [2, 5] for n in range(layers)}}
-    header = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
-    }
-    text = json.dumps({**header, "__metadata__": {"format": "pt"}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    return folder
-
-
-@pytest.mark.parametrize(("kept", "count"), [(None, 180), (4, 140), ((0, 7), 120), (99, 180)])
-def test_the_parameters_of_a_local_checkpoint_are_read_from_its_header(
-    kept: Any, count: int, tmp_path: Path
-) -> None:
-    path = str(checkpoint(tmp_path / "model", layers=8))
-    assert in_files(ModelSpec(name="m", path=path, keep_layers=kept)) == count
-
-
-def test_a_model_that_is_not_here_has_no_size(tmp_path: Path) -> None:
-    assert in_files(ModelSpec(name="m", path=str(tmp_path / "gone"))) is None
-    assert in_files(ModelSpec(name="m", path=str(tmp_path))) is None
-    assert in_files(ModelSpec(name="m", pretrained="nobody/none", revision="0" * 40)) is None
-
-
-def test_a_loaded_models_time_is_known_when_its_files_are_here_or_when_it_was_built(tmp_path: Path) -> None:
+def test_a_loaded_models_time_is_known_once_it_was_built(tmp_path: Path) -> None:
     grid, store = build_grid(grid={"lmbda": [0]}), Store(tmp_path)
     (cell,) = grid.cells
     loaded = cell.training.start.model_copy(

@@ -10,8 +10,7 @@ import pytest
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import list_references
-from gkd_lab.status.verify import list_candidate_records, verify_records
-from gkd_lab.status.verify_record import VerificationResult
+from gkd_lab.status.verify import VerificationResult, list_candidate_records, verify_records
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.provenance import collect_provenance, describe_sources
 

@@ -8,23 +8,22 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.measurements import Measurement
+from gkd_lab.claims.measurements import Measurement, extract_measurements
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.compute_figures import (
+from gkd_lab.figures import paired_heat_maps
+from gkd_lab.figures.cost_figures import (
     compute_costs,
     cost_scatter,
     describe_omitted_costs,
     list_varying_costs,
 )
-from gkd_lab.figures.paper_figures import (
+from gkd_lab.figures.paper_maps import (
     MapPair,
     describe_agreement,
     measure_agreement,
     pair_maps,
-    paired_heat_maps,
 )
 from gkd_lab.report.html_report import write_report
-from gkd_lab.report.paper_section import collect_facts
 from gkd_lab.store import Store
 from gkd_lab.tables.table import table
 
@@ -36,6 +35,10 @@ HEAT_MAP_AXES = {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 0.5, 0.9, 1]}
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
+
+
+def extract(grid: Grid, store: Store) -> list[Measurement]:
+    return extract_measurements(table(grid, store), {cell.fingerprint: cell for cell in grid.cells})
 
 
 def get_paper_gain(cell: Cell) -> float:
@@ -50,7 +53,7 @@ def get_paper_gain(cell: Cell) -> float:
 def fill_heat_map_grid(store: Store, value: Callable[[Cell], float]) -> tuple[Grid, list[Measurement]]:
     grid = build_grid(grid=HEAT_MAP_AXES)
     fill_store(grid, store, score=value)
-    return grid, collect_facts(grid, store, table(grid, store))
+    return grid, extract(grid, store)
 
 
 def test_the_papers_own_numbers_agree_with_themselves(store: Store) -> None:
@@ -95,7 +98,7 @@ def test_differences_within_the_papers_rounding_are_no_order() -> None:
 def test_an_unnamed_size_is_held_against_the_mean_of_the_papers(store: Store) -> None:
     grid = build_grid(grid=HEAT_MAP_AXES, student={"layers": 1, "width": 24, "heads": 1, "sft": {"steps": 1}})
     fill_store(grid, store)
-    (pair,) = pair_maps(collect_facts(grid, store, table(grid, store)), "arithmetic")
+    (pair,) = pair_maps(extract(grid, store), "arithmetic")
     assert sorted(pair.students.removeprefix("mean of ").split(", ")) == ["base", "large", "small"]
     assert pair.paper_values[(1.0, 0.0)] == pytest.approx((6.6 + 8.8 + 8.7) / 3)
 
@@ -103,7 +106,7 @@ def test_an_unnamed_size_is_held_against_the_mean_of_the_papers(store: Store) ->
 def test_a_single_row_is_not_compared(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 0.5, 1]})
     fill_store(grid, store)
-    assert pair_maps(collect_facts(grid, store, table(grid, store)), "arithmetic") == []
+    assert pair_maps(extract(grid, store), "arithmetic") == []
 
 
 def test_both_maps_have_the_same_rows_columns_and_printed_values(store: Store) -> None:

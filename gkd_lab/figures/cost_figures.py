@@ -1,6 +1,6 @@
-"""Scores against what they cost: the paper compares at equal steps (§A.3), which is not equal compute.
+"""Scores against training costs: the paper compares at equal steps (§A.3), which is not equal compute.
 
-Counted are completion tokens only. Prompts cost as well, and are the same for all cells of a task.
+Only completion tokens are counted. Prompts cost as well, and are the same for all cells of a task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gkd_lab.claims.run_claims import measure_step_seconds
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.panels import create_axes
+from gkd_lab.figures.panels import create_axes, shorten_metric
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.store import Record, Store
 from gkd_lab.tables.loss_labels import divergence_label
@@ -25,11 +25,13 @@ COST_LABELS = {
     "taught": "tokens that the teacher judged",
     "seconds": "seconds of training",
 }
+EQUAL_TOLERANCE = 0.01
+"""Share by which a cost may vary and still count as equal in all cells."""
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What the training of one cell took; None: not recorded."""
+    """Completion tokens and seconds of the training of one cell; None: not recorded."""
 
     generated: float | None
     taught: float | None
@@ -37,7 +39,7 @@ class TrainingCost:
 
 
 def compute_costs(grid: Grid, store: Store, task: str) -> dict[str, TrainingCost]:
-    """Fingerprint -> cost, of the finished cells of a task."""
+    """Map the fingerprint of each finished cell of a task to its cost."""
     seconds = measure_step_seconds(grid, store)
     return {
         cell.fingerprint: _compute_cost(cell, store.get_record(cell), seconds)
@@ -47,40 +49,33 @@ def compute_costs(grid: Grid, store: Store, task: str) -> dict[str, TrainingCost
 
 
 def _compute_cost(cell: Cell, record: Record, seconds: Mapping[str, float]) -> TrainingCost:
-    """Tokens by the history: mean length times rows times steps, and the share that the student wrote."""
-    history, rows, before = record.read_history(), cell.training.batch_size, 0
+    """Sum tokens over the history: mean length times rows times steps, and the on-policy share of them."""
+    history, rows, previous_step = record.read_history(), cell.training.batch_size, 0
     generated, taught = 0.0, 0.0
     for row in history:
-        tokens = row.get("completion_length", float("nan")) * rows * (row["step"] - before)
+        tokens = row.get("completion_length", float("nan")) * rows * (row["step"] - previous_step)
         generated += tokens * row.get("on_policy", float("nan"))
         taught += tokens
-        before = row["step"]
-    step = seconds.get(cell.fingerprint)
-    judged = 0.0 if cell.divergence == "cross_entropy" else taught
+        previous_step = row["step"]
+    if cell.divergence == "cross_entropy":
+        taught = 0.0
+    step_seconds = seconds.get(cell.fingerprint)
     return TrainingCost(
-        _drop_unknown(generated, history),
-        _drop_unknown(judged, history),
-        None if step is None else step * cell.training.steps,
+        generated=generated if history and np.isfinite(generated) else None,
+        taught=taught if history and np.isfinite(taught) else None,
+        seconds=None if step_seconds is None else step_seconds * cell.training.steps,
     )
 
 
-def _drop_unknown(value: float, history: Sequence[object]) -> float | None:
-    return value if history and np.isfinite(value) else None
-
-
-EQUAL_TOLERANCE = 0.01
-"""Share by which a quantity may vary and still be the same for all cells."""
-
-
 def list_varying_costs(costs: Mapping[str, TrainingCost]) -> list[str]:
-    """The quantities in which the cells differ by more than one per cent."""
+    """List the costs in which the cells differ by more than one per cent."""
     return [
-        name for name in COST_LABELS if (known := _collect_costs(costs, name)) and not _is_constant(known)
+        name for name in COST_LABELS if (values := _collect_costs(costs, name)) and not _is_constant(values)
     ]
 
 
 def describe_omitted_costs(costs: Mapping[str, TrainingCost]) -> str | None:
-    """Which quantities are not drawn, and why."""
+    """Describe which costs are not drawn, and why."""
     reasons = [
         _explain_omission(name, _collect_costs(costs, name))
         for name in COST_LABELS
@@ -90,14 +85,17 @@ def describe_omitted_costs(costs: Mapping[str, TrainingCost]) -> str | None:
 
 
 def _collect_costs(costs: Mapping[str, TrainingCost], name: str) -> list[float]:
-    return [value for one in costs.values() if (value := getattr(one, name)) is not None]
+    """Collect one cost of all cells, where it is recorded."""
+    return [value for cost in costs.values() if (value := getattr(cost, name)) is not None]
 
 
 def _is_constant(values: Sequence[float]) -> bool:
+    """Return whether values are equal within the tolerance."""
     return max(values) - min(values) <= EQUAL_TOLERANCE * max(values)
 
 
 def _explain_omission(name: str, values: Sequence[float]) -> str:
+    """Explain that a cost is equal in all cells or not recorded."""
     if values:
         return f"{COST_LABELS[name]}, {np.mean(values):,.0f} in each cell to within 1 %"
     if name == "seconds":
@@ -110,7 +108,10 @@ def _explain_omission(name: str, values: Sequence[float]) -> str:
 def cost_scatter(
     frame: pd.DataFrame, metric: str, task: str, costs: Mapping[str, TrainingCost]
 ) -> Figure | None:
-    """Score against each quantity, a point a cell; colour is the divergence, shape is lambda."""
+    """Draw scores against each cost, a point for each cell; the colour is the divergence, the shape lmbda.
+
+    Returns None where no cost varies.
+    """
     cells = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
     cells = cells[cells["cell"].isin(list(costs))]
     names = list_varying_costs({cell: costs[cell] for cell in cells["cell"]})
@@ -118,31 +119,35 @@ def cost_scatter(
         return None
     with apply_style():
         figure, axes = create_axes(len(names), 3.5, 3.0, sharey=True)
-        for name, place in zip(names, axes, strict=True):
-            _draw_points(place, cells, metric, {cell: getattr(one, name) for cell, one in costs.items()})
-            place.set_xlabel(COST_LABELS[name])
-        axes[0].set_ylabel(metric.rsplit("/", 1)[-1].replace("_", " "))
+        for name, panel_axes in zip(names, axes, strict=True):
+            values = {cell: getattr(cost, name) for cell, cost in costs.items()}
+            _draw_points(panel_axes, cells, metric, values)
+            panel_axes.set_xlabel(COST_LABELS[name])
+        axes[0].set_ylabel(shorten_metric(metric))
         _add_legend(figure, cells)
         return figure
 
 
-def _draw_points(axes: Axes, cells: pd.DataFrame, metric: str, cost: Mapping[str, float | None]) -> None:
+def _draw_points(axes: Axes, cells: pd.DataFrame, metric: str, costs: Mapping[str, float | None]) -> None:
+    """Draw the score of each cell at its cost."""
     for row in cells.to_dict("records"):
-        at = cost.get(row["cell"])
-        if at is not None:
+        cost = costs.get(row["cell"])
+        if cost is not None:
             beta = None if pd.isna(row["beta"]) else row["beta"]
             marker = _choose_marker(row["lmbda"], cells)
-            axes.plot(at, row[metric], marker, ms=6, color=get_divergence_color(beta), alpha=0.85, mew=0)
+            axes.plot(cost, row[metric], marker, ms=6, color=get_divergence_color(beta), alpha=0.85, mew=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.margins(0.08)
 
 
 def _choose_marker(lmbda: float, cells: pd.DataFrame) -> str:
+    """Choose a shape by the rank of lmbda."""
     return MARKERS[sorted(cells["lmbda"].unique()).index(lmbda) % len(MARKERS)]
 
 
 def _add_legend(figure: Figure, cells: pd.DataFrame) -> None:
+    """Add a legend of colours and shapes beside the panels."""
     betas = [None if pd.isna(beta) else float(beta) for beta in cells["beta"].drop_duplicates().sort_values()]
     handles = [
         Line2D([], [], marker="o", ls="", color=get_divergence_color(beta), label=divergence_label(beta))

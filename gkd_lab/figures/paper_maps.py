@@ -1,0 +1,223 @@
+"""A run's lmbda x beta scores paired with the paper's heat map, and how far the two agree.
+
+A panel of the run meets the heat map of its task and decoding: Figures 6, 7, A.12 to A.14.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gkd_lab.claims import paper
+from gkd_lab.claims.figure_cells import find_distinguishing_fields, format_fields
+from gkd_lab.claims.measurements import Measurement
+
+GridPoint = tuple[float, float]
+"""(lmbda, beta)"""
+Array = np.ndarray[Any, Any]
+
+MIN_COMMON_CELLS = 4
+"""Cells in common below which two maps are not worth comparing."""
+RESAMPLES = 2000
+_MAP_FIELDS = ("lmbda", "beta", "loss", "role", "alpha", "anchor")
+"""Fields that vary within a map, not between maps."""
+
+
+@dataclass(frozen=True)
+class MapPair:
+    """One panel of the run and the paper's map of the same task."""
+
+    title: str
+    paper_figure: str
+    students: str
+    """Students of the paper's numbers: a size, or the mean of several."""
+    run_values: Mapping[GridPoint, float]
+    paper_values: Mapping[GridPoint, float]
+    min_difference: float
+    """Two of the paper's cells are told apart if they differ by more than this."""
+    is_gain: bool
+    """Improvements over the start; else differences from the mean, where the paper states no start."""
+
+    @property
+    def common_points(self) -> list[GridPoint]:
+        """Points with a value in both maps."""
+        return sorted(self.run_values.keys() & self.paper_values.keys())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of two maps over their common cells."""
+
+    cells: int
+    same_sign: int
+    """Cells whose improvement over the start has the same sign."""
+    same_order: int
+    """Of `pairs` of cells that the paper tells apart, how many stand in the same order."""
+    pairs: int
+    correlation: float
+    """Spearman's, over the cells; NaN where all are equal."""
+    low: float
+    high: float
+    """95 %, by a bootstrap over the cells."""
+
+
+def pair_maps(measurements: Sequence[Measurement], task: str) -> list[MapPair]:
+    """Pair the panels of a task with the paper's heat maps; at least four cells must be common."""
+    panels: dict[str, list[Measurement]] = {}
+    for measurement in measurements:
+        cell = measurement.figure_cell
+        if cell["task"] == task and cell["measure"] == "quality":
+            context = str([item for item in cell.items() if item[0] not in _MAP_FIELDS])
+            panels.setdefault(context, []).append(measurement)
+    figure_cells = [panel[0].figure_cell for panel in panels.values()]
+    fields = [name for name in find_distinguishing_fields(figure_cells) if name not in _MAP_FIELDS]
+    pairs = [
+        _build_pair(panel, format_fields(panel[0].figure_cell, ["task", *fields]))
+        for panel in panels.values()
+    ]
+    return [pair for pair in pairs if pair is not None and len(pair.common_points) >= MIN_COMMON_CELLS]
+
+
+def _build_pair(panel: Sequence[Measurement], title: str) -> MapPair | None:
+    """Pair one panel with the paper's map; None where the paper has none."""
+    rows, students = _select_paper_rows(panel[0].figure_cell)
+    if rows.empty:
+        return None
+    is_stated_gain = bool(rows["gain"].notna().all())
+    paper_values = _average_paper_rows(rows, "gain" if is_stated_gain else "value")
+    run_values, start = _average_cells(panel), _average_start(panel)
+    is_gain = is_stated_gain and start is not None
+    if start is not None and is_gain:
+        run_values = {point: value - start for point, value in run_values.items()}
+    else:
+        run_values, paper_values = (
+            _center_values(run_values, paper_values),
+            _center_values(paper_values, run_values),
+        )
+    return MapPair(
+        title=title,
+        paper_figure=" and ".join(rows["figure"].unique()),
+        students=students,
+        run_values=run_values,
+        paper_values=paper_values,
+        min_difference=2 * float(rows["error"].max()),
+        is_gain=is_gain,
+    )
+
+
+def _center_values(
+    values: Mapping[GridPoint, float], other_values: Mapping[GridPoint, float]
+) -> dict[GridPoint, float]:
+    """Subtract the mean over the points in common."""
+    common = values.keys() & other_values.keys()
+    mean = float(np.mean([values[point] for point in common])) if common else 0.0
+    return {point: value - mean for point, value in values.items()}
+
+
+def _average_cells(panel: Sequence[Measurement]) -> dict[GridPoint, float]:
+    """Average the scores of the cells at each (lmbda, beta) over seeds."""
+    scores: dict[GridPoint, list[float]] = {}
+    for measurement in panel:
+        cell = measurement.figure_cell
+        if cell["role"] == "cell" and cell["loss"] == "jsd" and measurement.value is not None:
+            scores.setdefault((cell["lmbda"], cell["beta"]), []).append(measurement.value)
+    return {point: float(np.mean(values)) for point, values in scores.items()}
+
+
+def _average_start(panel: Sequence[Measurement]) -> float | None:
+    """Average the distinct scores of the students before distillation."""
+    starts = [measurement for measurement in panel if measurement.figure_cell["role"] == "start"]
+    scores = {start.value for start in starts if start.value is not None}
+    return float(np.mean(list(scores))) if scores else None
+
+
+def _select_paper_rows(figure_cell: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
+    """Select the paper's numbers of a task and decoding: of the same student, else of all sizes."""
+    rows = paper.load_values()
+    rows = rows[rows["figure"].isin(_list_paper_figures(figure_cell)) & (rows["role"] == "cell")]
+    sizes = [str(size) for size in rows["student"].unique()]
+    selected = [size for size in sizes if size == figure_cell.get("student")] or sizes
+    students = selected[0] if len(selected) == 1 else f"mean of {', '.join(selected)}"
+    return rows[rows["student"].isin(selected)], students
+
+
+def _list_paper_figures(figure_cell: Mapping[str, Any]) -> tuple[str, ...]:
+    """List the paper's heat maps of a task and decoding."""
+    task = figure_cell["task"]
+    if task == "summarization" and figure_cell.get("decoding") == "sample":
+        return ("A.12",) if figure_cell.get("temperature") == 1.0 else ()
+    figures = {"summarization": ("A.13",), "translation": ("6",), "arithmetic": ("7", "A.14")}
+    return figures.get(task, ())
+
+
+def _average_paper_rows(rows: pd.DataFrame, column: str) -> dict[GridPoint, float]:
+    """Average a column of the paper's numbers at each (lmbda, beta) over the sizes."""
+    means = rows.groupby(["lmbda", "beta"], as_index=False)[[column]].mean().to_dict("records")
+    return {(float(row["lmbda"]), float(row["beta"])): float(row[column]) for row in means}
+
+
+def measure_agreement(pair: MapPair, seed: int = 0) -> Agreement:
+    """Count equal signs and equal orders over the common cells and correlate their ranks."""
+    points = pair.common_points
+    run_array = np.array([pair.run_values[point] for point in points])
+    paper_array = np.array([pair.paper_values[point] for point in points])
+    distinct_pairs = [
+        (a, b)
+        for a, b in combinations(range(len(points)), 2)
+        if abs(paper_array[a] - paper_array[b]) > pair.min_difference - 1e-9
+    ]
+    same_order = sum(
+        (run_array[a] - run_array[b]) * (paper_array[a] - paper_array[b]) > 0 for a, b in distinct_pairs
+    )
+    low, high = _bootstrap_spearman(run_array, paper_array, seed)
+    return Agreement(
+        cells=len(points),
+        same_sign=int(np.sum(np.sign(run_array) == np.sign(paper_array))),
+        same_order=int(same_order),
+        pairs=len(distinct_pairs),
+        correlation=_compute_spearman(run_array, paper_array),
+        low=low,
+        high=high,
+    )
+
+
+def _compute_spearman(a: Array, b: Array) -> float:
+    """Compute the rank correlation; NaN where one side is constant."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return float("nan")
+    return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
+
+
+def _bootstrap_spearman(a: Array, b: Array, seed: int) -> tuple[float, float]:
+    """Compute the 95 % interval of the rank correlation by resampling cells."""
+    indices = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
+    ranks = pd.DataFrame(a[indices]).rank(axis=1), pd.DataFrame(b[indices]).rank(axis=1)
+    correlations = ranks[0].corrwith(ranks[1], axis=1).dropna()
+    if correlations.empty:
+        return float("nan"), float("nan")
+    low, high = np.percentile(correlations, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def describe_agreement(pair: MapPair) -> Iterator[str]:
+    """Describe the agreement in sentences."""
+    agreement = measure_agreement(pair)
+    if pair.is_gain:
+        yield (
+            f"{agreement.same_sign} of {agreement.cells} cells improve on the start where the paper's do, or "
+            f"lose where those lose (Figure {pair.paper_figure}, {pair.students})."
+        )
+    yield (
+        f"Of {agreement.pairs} pairs of cells that the paper's numbers tell apart, {agreement.same_order} "
+        "stand in the same order here."
+    )
+    if np.isnan(agreement.correlation):
+        yield "All cells are equal on one side, so there is no rank correlation."
+    else:
+        yield (
+            f"Spearman's rank correlation over {agreement.cells} cells: {agreement.correlation:.2f} "
+            f"[{agreement.low:.2f}, {agreement.high:.2f}] (95 %, bootstrap over cells)."
+        )

@@ -1,0 +1,220 @@
+"""Two scores against each other: quality and diversity (Fig. 4), reward and quality (Fig. 5)."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gkd_lab.claims import paper
+from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes
+from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
+from gkd_lab.statistics.summaries import summary
+from gkd_lab.tables.loss_labels import divergence_label
+from gkd_lab.tables.table import list_axes
+
+_METRIC_LABELS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}
+
+
+def tradeoff(frame: pd.DataFrame, quality: str, diversity: str) -> Figure:
+    """Draw quality against diversity of sampled text: a line a divergence, a mark a temperature.
+
+    The table has columns `sample<temperature>[x<samples>]/<metric>`; means over seeds.
+    """
+    with apply_style():
+        temperatures = _list_temperatures(frame, quality)
+        sampled = _add_temperature_columns(frame, temperatures, (quality, diversity))
+        panels = build_summary_panels(sampled, f"{quality} at {temperatures[0]:g}", excluded_axes=())
+        figure, axes = create_axes(len(panels), 4.4, 3.6)
+        for (title, cells), panel_axes in zip(panels, axes, strict=True):
+            for beta in sorted(cells["beta"].dropna().unique()):
+                rows = _select_table_rows(sampled, cells, beta)
+                _draw_tradeoff_line(panel_axes, rows, temperatures, quality, diversity, beta)
+            panel_axes.set_xlabel(f"{_METRIC_LABELS.get(diversity, diversity)}, 100: always the same")
+            panel_axes.set_ylabel(_METRIC_LABELS.get(quality, quality))
+            panel_axes.set_title(title, fontweight="bold", pad=8)
+        add_side_legend(figure, axes, _create_temperature_handles(temperatures))
+        return figure
+
+
+def _list_temperatures(frame: pd.DataFrame, quality: str) -> list[float]:
+    """List the temperatures of the table, the warmest first. Raises ValueError where nothing was sampled."""
+    temperatures = {_parse_temperature(name, quality) for name in frame.columns} - {None}
+    if not temperatures:
+        raise ValueError(f"no column sample<temperature>/{quality} in the table")
+    return sorted((value for value in temperatures if value is not None), reverse=True)
+
+
+def _parse_temperature(column: str, metric: str) -> float | None:
+    """Parse the temperature of a column of this metric; None for another column."""
+    match = re.fullmatch(rf"sample([0-9.]+)(?:x\d+)?/{re.escape(metric)}", column)
+    return float(match[1]) if match else None
+
+
+def _add_temperature_columns(
+    frame: pd.DataFrame, temperatures: Sequence[float], metrics: Sequence[str]
+) -> pd.DataFrame:
+    """Add columns `<metric> at <temperature>`, whatever the number of samples for each prompt."""
+    scores = {}
+    for metric in metrics:
+        for temperature in temperatures:
+            columns = [name for name in frame.columns if _parse_temperature(name, metric) == temperature]
+            first_score = frame[columns].astype(float).bfill(axis="columns").iloc[:, 0]
+            scores[f"{metric} at {temperature:g}"] = first_score
+    return frame.assign(**scores)
+
+
+def _select_table_rows(frame: pd.DataFrame, cells: pd.DataFrame, beta: float) -> pd.DataFrame:
+    """Select the table's rows of one divergence in one panel."""
+    rows = frame[(frame["role"] == "cell") & (frame["task"] == cells["task"].iloc[0])]
+    for axis in list_axes(frame):
+        rows = rows[rows[axis].isin(cells[axis])]
+    return rows[rows["beta"] == beta]
+
+
+def _draw_tradeoff_line(
+    axes: Axes, rows: pd.DataFrame, temperatures: Sequence[float], quality: str, diversity: str, beta: float
+) -> None:
+    """Draw the line of one divergence, a marker for each temperature."""
+    xs = [rows[f"{diversity} at {temperature:g}"].mean() for temperature in temperatures]
+    ys = [rows[f"{quality} at {temperature:g}"].mean() for temperature in temperatures]
+    color = get_divergence_color(beta)
+    axes.plot(xs, ys, color=color, lw=1.2, alpha=0.7, label=divergence_label(beta))
+    for number, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        axes.plot(x, y, color=color, marker=MARKERS[number % len(MARKERS)], ms=6.5, ls="")
+
+
+def _create_temperature_handles(temperatures: Sequence[float]) -> list[Line2D]:
+    """Create the legend entries of the temperatures."""
+    return [
+        Line2D([], [], color=MUTED, ls="", marker=MARKERS[n % len(MARKERS)], label=f"temperature {value:g}")
+        for n, value in enumerate(temperatures)
+    ]
+
+
+RLEF_LABEL = "RLEF*"
+MeanWithInterval = tuple[float, float | None, float | None]
+"""(mean, low, high); None where there is no interval."""
+LABEL_SIZE = (45, 11)
+"""Width and height of a point's label, in points."""
+
+
+@dataclass(frozen=True)
+class ModelGain:
+    """Gains of a model over the student before distillation."""
+
+    label: str
+    role: str
+    beta: float | None
+    reward_gain: MeanWithInterval
+    score_gain: MeanWithInterval
+
+
+def reward_gains(frame: pd.DataFrame, score: str, reward: str) -> Figure:
+    """Draw the gain in `score` against the gain in `reward`, a point for each alpha, beside the paper's.
+
+    Both are columns of the table; gains are over the student before distillation. RLEF*, which is
+    regularized towards that student, and the teacher are points too. Means over seeds with 95 % intervals.
+    Raises ValueError where the table has no finished start.
+    """
+    run_gains, paper_gains = list(_compute_run_gains(frame, score, reward)), list(_load_paper_gains())
+    with apply_style():
+        figure, axes = create_axes(2, 4.6, 3.8)
+        _draw_gains(axes[0], run_gains, "this run", score, reward)
+        _draw_gains(axes[1], paper_gains, "the paper: XSum, T5-base", "ROUGE-2", "entailment, %")
+        return figure
+
+
+def _compute_run_gains(frame: pd.DataFrame, score: str, reward: str) -> Iterator[ModelGain]:
+    """Yield the gains of each model of the table that has both scores."""
+    runs = frame.assign(stands_for=None)  # RLEF* has one alpha, whatever it is crossed with
+    summaries = [summary(runs, column).to_dict("records") for column in (score, reward)]
+    starts = [next(row["mean"] for row in rows if row["role"] == "start") for rows in summaries]
+    if any(pd.isna(start) for start in starts):
+        raise ValueError(f"the table has no {score} or {reward} of the student as it starts")
+    for score_row, reward_row in zip(*summaries, strict=True):
+        if score_row["role"] != "start" and score_row["n"] and reward_row["n"]:
+            yield ModelGain(
+                label=_format_label(score_row),
+                role=str(score_row["role"]),
+                beta=float(score_row["beta"]) if score_row["role"] == "cell" else None,
+                reward_gain=_compute_gain(reward_row, starts[1]),
+                score_gain=_compute_gain(score_row, starts[0]),
+            )
+
+
+def _format_label(row: Mapping[Any, Any]) -> str:
+    """Format the label of a model's point."""
+    if row["role"] == "teacher":
+        return "teacher"
+    return RLEF_LABEL if row["method"] == "rlef" else f"α = {row['alpha']:g}"
+
+
+def _compute_gain(row: Mapping[Any, Any], start: float) -> MeanWithInterval:
+    """Subtract the start's score from a mean and its interval."""
+    low, high = (None if pd.isna(row[end]) else float(row[end]) - start for end in ("low", "high"))
+    return float(row["mean"]) - start, low, high
+
+
+def _load_paper_gains() -> Iterator[ModelGain]:
+    """Yield the points of Figure 5, which are gains already."""
+    values = paper.load_values()
+    figure_values = values[values["figure"] == "5"]
+    for _, group in figure_values.groupby(["role", "method", "alpha"], dropna=False):
+        row = group.iloc[0].to_dict()
+        gains = dict(zip(group["metric"], group["value"], strict=True))
+        yield ModelGain(
+            label=_format_label(row),
+            role=str(row["role"]),
+            beta=None if pd.isna(row["beta"]) else float(row["beta"]),
+            reward_gain=(float(gains["entailment"]), None, None),
+            score_gain=(float(gains["rouge2"]), None, None),
+        )
+
+
+def _draw_gains(axes: Axes, gains: list[ModelGain], title: str, score: str, reward: str) -> None:
+    """Draw one panel of points with their intervals and labels."""
+    for gain in gains:
+        marker = {"teacher": "D"}.get(gain.role, "s" if gain.label == RLEF_LABEL else "o")
+        color = MUTED if gain.label in (RLEF_LABEL, "teacher") else get_divergence_color(gain.beta)
+        (x, left, right), (y, bottom, top) = gain.reward_gain, gain.score_gain
+        if left is not None and right is not None:
+            axes.hlines(y, left, right, color=color, lw=1, alpha=0.6)
+        if bottom is not None and top is not None:
+            axes.vlines(x, bottom, top, color=color, lw=1, alpha=0.6)
+        axes.plot(x, y, marker, color=color, ms=6.5)
+    axes.axhline(0, color=MUTED, lw=0.8)
+    axes.axvline(0, color=MUTED, lw=0.8)
+    axes.margins(0.18)
+    _label_points(axes, gains)
+    axes.set_xlabel(f"gain in the reward: {reward}")
+    axes.set_ylabel(f"gain in the score: {score}")
+    axes.set_title(title, fontweight="bold", pad=8)
+
+
+def _label_points(axes: Axes, gains: list[ModelGain]) -> None:
+    """Label points at their sides; a label that would hide another is lifted and led to its point."""
+    axes.autoscale_view()
+    pixels_per_point = axes.figure.dpi / 72
+    label_positions: list[tuple[float, float]] = []
+    for gain in sorted(gains, key=lambda gain: gain.score_gain[0]):
+        point = (gain.reward_gain[0], gain.score_gain[0])
+        x, y = axes.transData.transform(point) / pixels_per_point
+        label_y = y
+        for other_x, other_y in label_positions:
+            if abs(x - other_x) < LABEL_SIZE[0]:
+                label_y = max(label_y, other_y + LABEL_SIZE[1])
+        label_positions.append((x, label_y))
+        axes.annotate(
+            gain.label,
+            point,
+            (8, label_y - y + 4),
+            textcoords="offset points",
+            color=INK,
+            fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5} if label_y > y else None,
+        )
