@@ -19,7 +19,7 @@ from .tables.synthetic_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 OF_PAPER = [path for path in NOTEBOOKS if path.stem != "quickstart"]
-FIGURE = re.compile(r"^(bars|curves|heat_map|lines|losses|rewards|tradeoff)\(", re.MULTILINE)
+FIGURE = re.compile(r"^(bars|curves|heat_map|lines|loss_curves|reward_gains|tradeoff)\(", re.MULTILINE)
 
 
 def code_of(path: Path) -> list[str]:
