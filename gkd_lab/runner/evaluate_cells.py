@@ -20,7 +20,6 @@ from gkd_lab.runner.memory import PackCapacity, compute_capacity, measure_free_b
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.train_cells import load_trained_pack
 from gkd_lab.store import EvaluationRecord, Record
-from gkd_lab.store.pack_cache import read_unpackable_reason
 from gkd_lab.store.predictions import DamagedPredictions
 from gkd_lab.store.rescore import rescore_evaluation
 
@@ -78,7 +77,7 @@ def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptio
 def _limit_evaluation_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
     """As in training: one cell where packing is known to fail, else as many as there is memory for."""
     first = cells[0]
-    if read_unpackable_reason(options.store.get_artifact(first.scale, "start", first.training.start)):
+    if options.store.get_sft_student(first).read_unpackable_reason():
         return PackCapacity(1)
     if options.pack != "auto" or len(cells) == 1:
         return PackCapacity(len(cells))

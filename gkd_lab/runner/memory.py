@@ -21,7 +21,6 @@ from gkd_lab.models.packing import CannotPack
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import RecordPart
-from gkd_lab.store.pack_cache import write_unpackable_reason
 
 USABLE_SHARE = 0.8
 """Share of the free memory that a pack may take: other lengths and the allocator's gaps need some too."""
@@ -77,9 +76,7 @@ def _run_or_shrink(
     except CannotPack as error:
         if size == 1:
             raise
-        write_unpackable_reason(
-            options.store.get_artifact(cells[0].scale, "start", cells[0].training.start), str(error)
-        )
+        options.store.get_sft_student(cells[0]).write_unpackable_reason(str(error))
         found = PackCapacity(1, f"alone: {error}")
         options.reporter.say(f"{task}: {size} cells run alone, one after another: {error}")
     except (MemoryError, RuntimeError) as error:

@@ -39,10 +39,8 @@ from gkd_lab.runner.teacher_routing import assign_teachers
 from gkd_lab.runner.teacher_scores import ensure_teacher_scores, load_cached_teacher
 from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
-from gkd_lab.store.pack_cache import delete_unpackable_reason
 from gkd_lab.store.provenance import collect_provenance, describe_sources
-from gkd_lab.store.timing import count_completion_tokens
-from gkd_lab.store.usage import UsageMeter
+from gkd_lab.store.timing import UsageMeter, count_completion_tokens
 from gkd_lab.teachers.cached_teachers import ServerTeacher
 from gkd_lab.teachers.score_writer import number_examples
 from gkd_lab.teachers.server import TeacherServer
@@ -188,7 +186,7 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
     found = _load_examples(first, cells[0].scale, student.tokenizer, records, options)
     pack = _build_pack([student.model] * len(cells))
     if len(cells) > 1:
-        delete_unpackable_reason(options.store.get_artifact(cells[0].scale, "start", first.start))
+        options.store.get_sft_student(cells[0]).delete_unpackable_reason()
     for record in records:
         repair_unfinished_training(record, options)
     done = _find_common_step(records)

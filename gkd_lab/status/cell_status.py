@@ -9,7 +9,7 @@ from gkd_lab.store import EvaluationRecord, Record, State
 from gkd_lab.store.cell_state import Verdict, compute_cell_state, get_error_line, judge_evaluation
 from gkd_lab.store.index import RecordFacts, RecordIndex
 from gkd_lab.store.lock import read_owner
-from gkd_lab.store.tail import read_last_row
+from gkd_lab.store.files import read_last_json_line
 from gkd_lab.store.timing import count_completion_tokens, estimate_seconds_per_step
 
 _STATUS_KEYS = ("state", "steps", "seconds", "tokens", "shared_by", "device")
@@ -68,7 +68,7 @@ _EVALUATION_FILES = ("status.json", "scores.json")
 def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
     status, evaluations = record.read_status(), _list_evaluations(record, cell)
     evaluation_statuses = [evaluation.read_status() for evaluation in evaluations]
-    row = read_last_row(record.metrics_file) if status else {}
+    row = read_last_json_line(record.metrics_file) if status else {}
     return {
         "status": {name: status[name] for name in _STATUS_KEYS if name in status},
         "row": {name: row[name] for name in _ROW_KEYS if name in row},

@@ -17,7 +17,6 @@ from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
 from gkd_lab.store import State, Store
 from gkd_lab.store.index import RecordIndex
-from gkd_lab.store.pack_cache import read_unpackable_reason
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
     for role, model, cells in list_references(grid.cells):
         if role != "start":
             continue
-        cached_reason = read_unpackable_reason(store.get_artifact(grid.scale, role, model))
+        cached_reason = store.get_artifact(grid.scale, role, model).read_unpackable_reason()
         for cell in cells:
             reason = explain_unpackable(cell) or cached_reason
             if reason:

@@ -1,4 +1,4 @@
-"""The files of a run, read and written here only. No torch."""
+"""Store: records, their locks and provenance; the files of a run are read and written here only. No torch."""
 
 from gkd_lab.store.cell_state import State, combine_states
 from gkd_lab.store.record import DamagedRecord, EvaluationRecord, Record, RecordPart, Store

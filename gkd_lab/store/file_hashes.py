@@ -1,4 +1,4 @@
-"""SHA-256 of every file that a finished training left: what `verify` holds it to."""
+"""SHA-256 of every file that a finished training left, which `gkd-lab verify` compares with the files."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,44 +8,47 @@ from gkd_lab.store.files import read_json, write_json
 
 HASHES_FILE = "files.json"
 _SEALED_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "texts.jsonl")
-"""Files that nothing changes after the training; those of a checkpoint and of a teacher's scores all are."""
+"""Files that do not change after the training; nor does any file below `checkpoint/` and `scores/`."""
 
 
 def write_file_hashes(folder: Path) -> None:
-    """Hash the files of a record that is about to be done."""
-    found = {
+    """Hash the files of a record that is about to be marked done."""
+    hashes = {
         path.relative_to(folder).as_posix(): compute_sha256(path) for path in _iterate_sealed_files(folder)
     }
-    write_json(folder / HASHES_FILE, found)
+    write_json(folder / HASHES_FILE, hashes)
 
 
 def read_file_hashes(folder: Path) -> dict[str, str] | None:
-    """Relative name -> SHA-256 as it was at the end; None where none were written."""
+    """Return relative name -> SHA-256 when the record was finished; None where none were written."""
     return read_json(folder / HASHES_FILE)
 
 
 def list_changed_files(folder: Path) -> list[str]:
-    """What differs from what was written: a file that is gone, changed, or new in the checkpoint."""
-    stored = read_file_hashes(folder) or {}
-    there = {path.relative_to(folder).as_posix(): path for path in _iterate_sealed_files(folder)}
-    found = []
-    for name in sorted({*stored, *there}):
-        if name not in there:
-            found.append(f"{name} is missing")
-        elif name not in stored:
-            found.append(f"{name} was added later")
-        elif (now := compute_sha256(there[name])) != stored[name]:
-            found.append(f"{name} has changed: SHA-256 {now[:8]} now, {stored[name][:8]} when it was written")
-    return found
+    """Return a sentence for each file that is missing, was added to the checkpoint, or has changed."""
+    hashes = read_file_hashes(folder) or {}
+    paths = {path.relative_to(folder).as_posix(): path for path in _iterate_sealed_files(folder)}
+    changes = []
+    for name in sorted({*hashes, *paths}):
+        if name not in paths:
+            changes.append(f"{name} is missing")
+        elif name not in hashes:
+            changes.append(f"{name} was added later")
+        elif (current_hash := compute_sha256(paths[name])) != hashes[name]:
+            changes.append(
+                f"{name} has changed: SHA-256 {current_hash[:8]} now, {hashes[name][:8]} when it was written"
+            )
+    return changes
 
 
 def compute_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _iterate_sealed_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a record that must not change once it is finished."""
     yield from (folder / name for name in _SEALED_FILES if (folder / name).is_file())
-    for kept in ("checkpoint", "scores"):
-        yield from sorted(path for path in folder.glob(f"{kept}/**/*") if path.is_file())
+    for subfolder in ("checkpoint", "scores"):
+        yield from sorted(path for path in folder.glob(f"{subfolder}/**/*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Writing that survives: whole files appear by rename, lines are appended and cut back to a step."""
+"""Crash-safe files: whole files appear by rename, JSON lines are appended and cut back to a step."""
 
 import json
 import os
@@ -7,46 +7,49 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+_TAIL_BYTES = 4096
+"""Bytes read from the end of a file to find its last row; a row of a history is shorter."""
+
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`path` holds either what it held before or all of `content`, whatever happens in between."""
+    """Replace a file by rename: at any moment `path` has either its old content or all of `content`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_bytes(content)  # a device or a pipe, which a rename would replace
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with temporary_path.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary_path.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """Replace a file by rename with `text` in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def quarantine_path(path: Path) -> Path | None:
-    """Rename what is damaged, in place of what was set aside before; returns where it is now."""
+    """Rename a damaged file or folder to `<name>.damaged`; return its new path, None if there was none."""
     if not path.exists():
         return None
-    place = path.with_name(f"{path.name}.damaged")
-    if place.is_dir():
-        shutil.rmtree(place)
-    return path.replace(place)
+    quarantined_path = path.with_name(f"{path.name}.damaged")
+    if quarantined_path.is_dir():
+        shutil.rmtree(quarantined_path)
+    return path.replace(quarantined_path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as readable JSON, by rename."""
+    """Replace a file by rename with `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`; None where there is none or it is damaged (it is then made again)."""
+    """Return the JSON object in `path`; None where the file is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -55,34 +58,52 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line, by rename."""
+    """Replace a file by rename with one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
-    """One more JSON line, in one write."""
+    """Append one JSON line in a single write."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of `path`, up to the first damaged one (an interrupted write); [] without a file."""
+    """Return the JSON lines before the first damaged one (an interrupted write); [] without a file."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
     # Not `splitlines`: text may hold U+0085 or U+2028, which JSON does not escape.
     for line in filter(None, path.read_bytes().split(b"\n")):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            break
-        if not isinstance(row, dict):
+        row = _parse_json_object(line)
+        if row is None:
             break
         rows.append(row)
     return rows
 
 
+def read_last_json_line(path: Path) -> dict[str, Any]:
+    """Return the last whole JSON line without reading the whole file; {} where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            *lines, _ = file.read().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return next((row for line in reversed(lines) if (row := _parse_json_object(line)) is not None), {})
+
+
 def drop_lines_beyond_step(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, so that a resumed run does not log a step twice."""
+    """Remove the lines logged after `step`, so that a resumed run does not log a step twice."""
     if path.exists():
         write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
+
+
+def _parse_json_object(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a line; None where it holds none."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return row if isinstance(row, dict) else None

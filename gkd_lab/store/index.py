@@ -1,7 +1,7 @@
-"""What was read of finished records, kept beside them in one file, and used while their files are the same.
+"""Cache of facts read from finished records, in one file below the outputs; used by `gkd-lab status`.
 
-`status.json` stays the truth: a file counts as the same by its time, size and inode, and the index can be
-deleted at any moment. Small stores have none.
+`status.json` stays the source of truth: an entry is used only while the time, size and inode of the record's
+files are unchanged, and the index can be deleted at any moment. Small stores have none.
 """
 
 import json
@@ -15,50 +15,53 @@ from typing import Any
 from gkd_lab.store.files import read_json, write_text
 
 _INDEX_VERSION = 2
-"""Raised when what is kept of a record changes."""
+"""Raised when the cached facts change."""
 _MIN_RECORDS = 500
 """Records below which reading them is as fast."""
 _SETTLE_SECONDS = 2.0
-"""Seconds for which a file must have been as it is: two changes within a clock tick have one time, as git
-says of its own index (Documentation/technical/racy-git)."""
+"""Seconds for which a file must be unchanged before it is cached: two changes within a clock tick have the
+same time, as git says of its own index (Documentation/technical/racy-git)."""
 
 RecordFacts = dict[str, Any]
 FileStamp = list[int] | None
+"""Time in nanoseconds, size and inode of a file; None where it is missing."""
 
 
 class RecordIndex:
-    """The index of one outputs folder; `save` it when all was asked."""
+    """Index of one outputs folder; call `save` after the last record."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = str(root), root / ".cache" / "records.json"
         stored = read_json(self.path) or {}
-        same = stored.get("version") == _INDEX_VERSION
-        self._layouts: list[list[str]] = stored["layouts"] if same else []
-        self._entries: dict[str, tuple[int, list[FileStamp], RecordFacts]] = stored["records"] if same else {}
+        is_current = stored.get("version") == _INDEX_VERSION
+        self._layouts: list[list[str]] = stored["layouts"] if is_current else []
+        self._entries: dict[str, tuple[int, list[FileStamp], RecordFacts]] = (
+            stored["records"] if is_current else {}
+        )
         self._new_entries = 0
 
     def get_facts(
         self, folder: str, files: Sequence[str], read_facts: Callable[[], RecordFacts]
     ) -> RecordFacts:
-        """What `read` returns of the record in `folder`, which it makes of nothing but these `files`."""
-        place, names = f"{self.root}/{folder}", list(files)
-        stamps = [_read_file_stamp(f"{place}/{name}") for name in names]
-        kept = self._entries.get(folder)
-        if kept is not None and kept[1] == stamps and self._layouts[kept[0]] == names:
-            return kept[2]
-        found = read_facts()
+        """Return the cached facts of a record, or those of `read_facts` if one of its `files` has changed."""
+        record_path, names = f"{self.root}/{folder}", list(files)
+        stamps = [_read_file_stamp(f"{record_path}/{name}") for name in names]
+        entry = self._entries.get(folder)
+        if entry is not None and entry[1] == stamps and self._layouts[entry[0]] == names:
+            return entry[2]
+        facts = read_facts()
         if stamps[0] is not None and _are_files_settled(stamps):
             if names not in self._layouts:
                 self._layouts.append(names)
-            self._entries[folder] = self._layouts.index(names), stamps, found
+            self._entries[folder] = self._layouts.index(names), stamps, facts
             self._new_entries += 1
-        return found
+        return facts
 
     def save(self) -> None:
-        """Write it where that is worth the time: to a large store, when more than a fiftieth is new."""
+        """Write the index of a large store if more than a fiftieth of its entries is new."""
         if len(self._entries) < _MIN_RECORDS or self._new_entries * 50 < len(self._entries):
             return
-        # A store that can only be read, or is full, is listed without.
+        # A store that is read-only or full is listed without an index.
         with suppress(OSError):
             content = {"version": _INDEX_VERSION, "layouts": self._layouts, "records": self._entries}
             write_text(self.path, json.dumps(content) + "\n")
@@ -66,13 +69,15 @@ class RecordIndex:
 
 
 def _read_file_stamp(path: str) -> FileStamp:
+    """Return time, size and inode of a file; None where it is missing."""
     try:
-        about = os.stat(path)
+        file_status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return [about.st_mtime_ns, about.st_size, about.st_ino]
+    return [file_status.st_mtime_ns, file_status.st_size, file_status.st_ino]
 
 
 def _are_files_settled(stamps: Sequence[FileStamp]) -> bool:
+    """Return whether the newest file is older than `_SETTLE_SECONDS`."""
     newest = max(stamp[0] for stamp in stamps if stamp is not None)
     return time.time() - newest / 1e9 > _SETTLE_SECONDS

@@ -1,8 +1,9 @@
-"""A claim on a folder: a lock of this machine's kernel, and a heartbeat that other machines can see.
+"""Lock on a record's folder: a file lock, and a heartbeat file that other machines can see.
 
-On one machine the lock is the truth: the kernel frees it when its owner dies. Locks may not reach other
-machines, so an owner there counts as dead once its heartbeat has not changed for `STALE` seconds of the
-watcher's own clock. The times in a heartbeat are for people: clocks of two machines are never compared.
+`FolderLock` keeps two processes from training the same cell. On one machine the file lock decides: the kernel
+frees it when its owner dies. File locks may not reach other machines, so a remote owner counts as dead once
+its heartbeat has not changed for `STALE_SECONDS` of the observer's own clock. The times in a heartbeat are
+for people: clocks of two machines are never compared.
 """
 
 import hashlib
@@ -27,11 +28,11 @@ STALE_SECONDS = 60.0
 
 _LOCK_FILE, _OWNER_FILE = ".lock", ".owner.json"
 _HEARTBEAT_BYTES = 512
-"""Bytes of a heartbeat: of one length, so that a beat is one write and no reader meets half of it."""
+"""Fixed size of a heartbeat file, so that a beat is one write and no reader sees half of it."""
 
 
 class FolderLock:
-    """The right to work in `folder`, for as long as it is held. A context manager; acquires once."""
+    """Exclusive lock on `folder`, over processes and machines. A context manager; not reentrant."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,16 +40,16 @@ class FolderLock:
         self._heartbeat: Heartbeat | None = None
 
     def acquire(self, timeout: float = -1, poll_interval: float = 0.05) -> "FolderLock":
-        """Wait up to `timeout` seconds, below 0 for ever. Raises filelock's Timeout."""
-        end = time.monotonic() + timeout
+        """Wait up to `timeout` seconds, or for ever if negative. Raises filelock's Timeout."""
+        deadline = time.monotonic() + timeout
         while not self._try_acquire():
-            if timeout >= 0 and time.monotonic() >= end:
+            if timeout >= 0 and time.monotonic() >= deadline:
                 raise Timeout(str(self.folder / _LOCK_FILE))
             time.sleep(poll_interval)
         return self
 
     def release(self) -> None:
-        """Let others have it."""
+        """Stop the heartbeat and free the file lock."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
@@ -61,6 +62,7 @@ class FolderLock:
         self.release()
 
     def _try_acquire(self) -> bool:
+        """Take the file lock, then the heartbeat file; return whether both succeeded."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -74,15 +76,15 @@ class FolderLock:
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:
-    """Who claims the folder: `host`, `pid`, `started`, `beat` (its own clock); a dead owner's stays there."""
+    """Return `host`, `pid`, `started`, `beat` of the owner, which may be dead; None where there is none."""
     content = _read_bytes(folder / _OWNER_FILE)
     return None if content is None else _parse_owner(content)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process is at work in the folder, as far as can be told without waiting.
+    """Return whether a process holds the lock on the folder, without waiting.
 
-    One on another machine is believed until this process has watched it miss its beats.
+    An owner on another machine counts as alive until this process has seen it miss its beats.
     """
     if not (folder / _LOCK_FILE).exists():
         return False
@@ -91,24 +93,25 @@ def is_locked(folder: Path) -> bool:
             return _has_live_remote_owner(folder / _OWNER_FILE)
     except Timeout:
         return True
-    except OSError:  # a store that can only be read
+    except OSError:  # a read-only store
         return _has_live_remote_owner(folder / _OWNER_FILE)
 
 
 def find_lost_folder() -> Path | None:
-    """A folder whose claim another process took from this one, which was silent for too long."""
-    return next((one.path.parent for one in list(_active_heartbeats) if one.is_lost), None)
+    """Return a folder whose lock another machine took from this process, which was silent for too long."""
+    lost_heartbeats = (heartbeat for heartbeat in list(_active_heartbeats) if heartbeat.is_lost)
+    return next((heartbeat.path.parent for heartbeat in lost_heartbeats), None)
 
 
 class Heartbeat:
-    """The file of one claim that this process holds, rewritten every `BEAT` seconds."""
+    """Owner file of one lock that this process holds, rewritten every `BEAT_SECONDS`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.token, self.is_lost = path, uuid.uuid4().hex, False
         self.started, self.beats, self._descriptor = _format_utc_time(), 0, -1
 
     def create_file(self, path: Path) -> None:
-        """Make the file. Raises FileExistsError, and OSError where nothing can be written."""
+        """Create the owner file. Raises FileExistsError, and OSError where it cannot be written."""
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         try:
             os.pwrite(self._descriptor, self._encode_content(), 0)
@@ -118,19 +121,19 @@ class Heartbeat:
             raise
 
     def write_beat(self) -> None:
-        """Rewrite the file; where another took the claim, the file that is rewritten has no name any more."""
+        """Rewrite the file, and notice if another process has replaced it (`is_lost`)."""
         self.beats += 1
-        # A beat that cannot be written is a missed one; the work's own files will meet the same fault.
+        # A beat that cannot be written is missed; writing the record will meet the same error.
         with suppress(OSError):
             content = _read_bytes(self.path)
             self.is_lost = content is None or _parse_owner(content).get("token") != self.token
             os.pwrite(self._descriptor, self._encode_content(), 0)
-            os.fsync(self._descriptor)  # a network's file system may keep it back otherwise
+            os.fsync(self._descriptor)  # a network file system may delay it otherwise
 
     def stop(self) -> None:
-        """Remove the file, unless it is another's by now."""
+        """Stop beating and remove the file, unless another process owns it by now."""
         _unregister_heartbeat(self)
-        # One that cannot be removed falls silent.
+        # A file that cannot be removed goes stale.
         with suppress(OSError):
             content = _read_bytes(self.path)
             if content is not None and _parse_owner(content).get("token") == self.token:
@@ -138,79 +141,83 @@ class Heartbeat:
         os.close(self._descriptor)
 
     def _encode_content(self) -> bytes:
+        """Return the owner's facts as JSON, padded to `_HEARTBEAT_BYTES`."""
         facts = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": self.started,
-            "beat": _format_utc_time(),
+            **{"host": socket.gethostname(), "pid": os.getpid(), "started": self.started},
+            **{"beat": _format_utc_time(), "beats": self.beats},
+            **{"machine": _identify_machine(), "token": self.token},
         }
-        more = {"beats": self.beats, "machine": _identify_machine(), "token": self.token}
-        return json.dumps({**facts, **more}).encode().ljust(_HEARTBEAT_BYTES - 1) + b"\n"
+        return json.dumps(facts).encode().ljust(_HEARTBEAT_BYTES - 1) + b"\n"
 
 
 def _start_heartbeat(path: Path) -> Heartbeat | None:
-    """This process's heartbeat at `path`; None while another machine's owner is alive. Holds the lock."""
-    mine = Heartbeat(path)
+    """Create the heartbeat at `path` or replace a dead owner's; None while a remote owner is alive.
+
+    The caller holds the file lock.
+    """
+    heartbeat = Heartbeat(path)
     try:
-        mine.create_file(path)
+        heartbeat.create_file(path)
     except FileExistsError:
         content = _read_bytes(path)
-        if (
-            content is None
-            or not _is_owner_dead(path, content)
-            or not _replace_dead_owner(path, content, mine)
-        ):
+        if content is None or not _is_owner_dead(path, content):
             return None
-    _register_heartbeat(mine)
-    return mine
+        if not _replace_dead_owner(path, content, heartbeat):
+            return None
+    _register_heartbeat(heartbeat)
+    return heartbeat
 
 
 def _replace_dead_owner(path: Path, dead_content: bytes, heartbeat: Heartbeat) -> bool:
-    """Put ours in the place of a dead one; of several machines that try, the one that makes the gate does."""
+    """Put `heartbeat` in the place of a dead owner's file; return False if another process was faster.
+
+    Of several machines that try, the one that creates the gate file replaces the owner.
+    """
     gate = path.with_name(f".owner-{_parse_owner_token(dead_content)}.taken")
     try:
         os.close(os.open(gate, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         if _measure_silence(gate, b"") >= STALE_SECONDS:
-            gate.unlink(missing_ok=True)  # who made it died right there
+            gate.unlink(missing_ok=True)  # its creator died before removing it
         return False
     try:
         if _read_bytes(path) != dead_content:
             return False
-        part = path.with_name(f".owner-{heartbeat.token}.part")
-        heartbeat.create_file(part)
-        part.replace(path)
+        temporary_path = path.with_name(f".owner-{heartbeat.token}.part")
+        heartbeat.create_file(temporary_path)
+        temporary_path.replace(path)
         return True
     finally:
         gate.unlink(missing_ok=True)
 
 
 def _is_owner_dead(path: Path, content: bytes) -> bool:
-    """Of an owner on this machine the caller's holding its lock says it."""
-    return (
-        _parse_owner(content).get("machine") == _identify_machine()
-        or _measure_silence(path, content) >= STALE_SECONDS
-    )
+    """Return whether an owner is dead: one on this machine is, because the caller holds the file lock."""
+    is_local = _parse_owner(content).get("machine") == _identify_machine()
+    return is_local or _measure_silence(path, content) >= STALE_SECONDS
 
 
 def _has_live_remote_owner(path: Path) -> bool:
+    """Return whether the owner file exists and its owner does not count as dead."""
     content = _read_bytes(path)
     return content is not None and not _is_owner_dead(path, content)
 
 
 _first_sightings: dict[Path, tuple[bytes, float]] = {}
+"""Owner file -> its last content and when this process first saw that content."""
 
 
 def _measure_silence(path: Path, content: bytes) -> float:
-    """Seconds since this process first saw the file as it is now."""
-    before, since = _first_sightings.get(path, (None, 0.0))
-    if before != content:
-        since = time.monotonic()
-        _first_sightings[path] = content, since
-    return time.monotonic() - since
+    """Return the seconds since this process first saw the file with this content."""
+    previous_content, first_seen = _first_sightings.get(path, (None, 0.0))
+    if previous_content != content:
+        first_seen = time.monotonic()
+        _first_sightings[path] = content, first_seen
+    return time.monotonic() - first_seen
 
 
 def _read_bytes(path: Path) -> bytes | None:
+    """Return the content of a file; None where it is missing."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -218,7 +225,7 @@ def _read_bytes(path: Path) -> bytes | None:
 
 
 def _parse_owner(content: bytes) -> dict[str, Any]:
-    """Empty of a file that is being written or is damaged; it is watched like any other."""
+    """Return the facts in an owner file; {} for one that is damaged or being written."""
     try:
         facts = json.loads(content)
     except ValueError:
@@ -227,21 +234,23 @@ def _parse_owner(content: bytes) -> dict[str, Any]:
 
 
 def _parse_owner_token(content: bytes) -> str:
+    """Return the token in an owner file, or a hash of its content where it has none."""
     return str(_parse_owner(content).get("token") or hashlib.sha256(content).hexdigest()[:32])
 
 
 def _format_utc_time() -> str:
+    """Return the present time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @cache
 def _identify_machine() -> str:
-    """Name and boot of the machine; containers of one kernel count as several, which costs a wait at most."""
+    """Return host name and boot id; each container counts as a machine, which only costs a wait."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else uuid.getnode()}"
 
 
-# ---- the thread that beats for all claims of this process ----
+# ---- one thread writes the heartbeats of all locks of this process ----
 
 _active_heartbeats: list[Heartbeat] = []
 _heartbeat_condition = threading.Condition()
@@ -249,6 +258,7 @@ _heartbeat_thread: threading.Thread | None = None
 
 
 def _register_heartbeat(heartbeat: Heartbeat) -> None:
+    """Add a heartbeat to those that the thread writes; start the thread if needed."""
     global _heartbeat_thread
     with _heartbeat_condition:
         _active_heartbeats.append(heartbeat)
@@ -258,6 +268,7 @@ def _register_heartbeat(heartbeat: Heartbeat) -> None:
 
 
 def _unregister_heartbeat(heartbeat: Heartbeat) -> None:
+    """Remove a heartbeat from those that the thread writes, and wake the thread."""
     with _heartbeat_condition:
         if heartbeat in _active_heartbeats:
             _active_heartbeats.remove(heartbeat)
@@ -265,20 +276,22 @@ def _unregister_heartbeat(heartbeat: Heartbeat) -> None:
 
 
 def _run_heartbeat_thread() -> None:
+    """Write all active heartbeats every `BEAT_SECONDS`, until none is active."""
     global _heartbeat_thread
     with _heartbeat_condition:
         due = time.monotonic() + BEAT_SECONDS
         while _active_heartbeats:
-            # Woken by each claim that ends: with none left this thread ends too.
+            # Every released lock wakes this thread, which ends with the last one.
             _heartbeat_condition.wait(max(0.0, due - time.monotonic()))
             if time.monotonic() >= due:
-                for one in _active_heartbeats:
-                    one.write_beat()
+                for heartbeat in _active_heartbeats:
+                    heartbeat.write_beat()
                 due = time.monotonic() + BEAT_SECONDS
         _heartbeat_thread = None
 
 
 def _reset_forked_process() -> None:
+    """Drop the parent's heartbeats in a forked child, which does not hold its locks."""
     global _heartbeat_condition, _heartbeat_thread
     _heartbeat_condition, _heartbeat_thread = threading.Condition(), None
     _active_heartbeats.clear()

@@ -1,8 +1,8 @@
-"""Which record a user means: its folder, or the first digits of its fingerprint."""
+"""Find the record that a user names by its folder or by the first digits of its fingerprint."""
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gkd_lab.config.errors import ConfigError
@@ -12,26 +12,29 @@ from gkd_lab.store.record import Record
 
 _RECORD_FOLDER = re.compile(rf".*-([0-9a-f]{{{SHOWN_DIGITS}}})")
 _HEX_DIGITS = re.compile(r"[0-9a-f]{1,64}")
-_MAX_LISTED = 10
+_MAX_LISTED = 5
 
 
 def find_record(name: str, outputs: Path) -> Record:
-    """The record of a cell, a teacher or a starting student that `name` stands for. Raises SpecError."""
+    """Return the record of a cell, teacher or SFT student by its folder or the start of its fingerprint.
+
+    Raises ConfigError where no record or more than one matches.
+    """
     folder = Path(name)
     if name and folder.is_dir() and not _HEX_DIGITS.fullmatch(name):
         return _open_record_folder(folder)
-    found = [
-        record for digits, record in iterate_records(outputs) if _matches_fingerprint(record, digits, name)
-    ]
-    if len(found) == 1:
-        return found[0]
-    raise (
-        _make_unknown_record_error(name, outputs) if not found else _make_ambiguous_record_error(name, found)
-    )
+    all_records = list(iterate_records(outputs))
+    records = [record for digits, record in all_records if _matches_fingerprint(record, digits, name)]
+    if not records:
+        raise _make_unknown_record_error(name, outputs, [digits for digits, _ in all_records])
+    if len(records) > 1:
+        folders = _format_names([str(record.folder) for record in records])
+        raise ConfigError(f"{name!r} is ambiguous: it matches {len(records)} records: {folders}")
+    return records[0]
 
 
 def iterate_records(outputs: Path) -> Iterator[tuple[str, Record]]:
-    """(shown fingerprint, record) of everything that was begun below the outputs folder, by name."""
+    """Yield (short fingerprint, record) for every record below the outputs folder, sorted by path."""
     for path in sorted(outputs.glob("*/*/*/spec.json")):
         match = _RECORD_FOLDER.fullmatch(path.parent.name)
         if match:
@@ -39,37 +42,35 @@ def iterate_records(outputs: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _open_record_folder(folder: Path) -> Record:
+    """Return the record in a folder. Raises ConfigError where the folder is none."""
     if folder.resolve().parent.name == "evaluations":
         raise ConfigError(f"{str(folder)!r} is an evaluation; its record is {str(folder.parent.parent)!r}")
     if not (folder / "spec.json").is_file():
-        raise ConfigError(f"{str(folder)!r} is no record: there is no spec.json in it")
+        raise ConfigError(f"{str(folder)!r} is not a record: it has no spec.json")
     return Record(folder)
 
 
 def _matches_fingerprint(record: Record, short_fingerprint: str, prefix: str) -> bool:
+    """Return whether the fingerprint starts with `prefix`; reads `spec.json` only for a long prefix."""
     if len(prefix) <= SHOWN_DIGITS:
         return short_fingerprint.startswith(prefix)
-    whole = (read_json(record.folder / "spec.json") or {}).get("fingerprint", "")
-    return prefix.startswith(short_fingerprint) and str(whole).startswith(prefix)
+    fingerprint = (read_json(record.folder / "spec.json") or {}).get("fingerprint", "")
+    return prefix.startswith(short_fingerprint) and str(fingerprint).startswith(prefix)
 
 
-def _make_unknown_record_error(name: str, outputs: Path) -> ConfigError:
-    known = [digits for digits, _ in iterate_records(outputs)]
-    if not known:
-        return ConfigError(f"no record {name!r}: nothing was run below {str(outputs)!r} yet")
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _make_unknown_record_error(name: str, outputs: Path, fingerprints: Sequence[str]) -> ConfigError:
+    """Return the error for a name that matches no record, with the nearest fingerprint."""
+    if not fingerprints:
+        return ConfigError(f"no record {name!r}: {str(outputs)!r} has no records yet")
+    close = difflib.get_close_matches(name, fingerprints, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return ConfigError(
         f"no record {name!r} below {str(outputs)!r}; {hint}give the folder of a record or the first digits "
-        f"of its fingerprint: {_format_names(known)}"
+        f"of its fingerprint: {_format_names(fingerprints)}"
     )
 
 
-def _make_ambiguous_record_error(name: str, records: list[Record]) -> ConfigError:
-    folders = [str(record.folder) for record in records]
-    return ConfigError(f"{name!r} is ambiguous, {len(records)} records begin so: {_format_names(folders)}")
-
-
-def _format_names(names: list[str]) -> str:
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+def _format_names(names: Sequence[str]) -> str:
+    """Join the first names by commas, with the number of those left out."""
+    omitted = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {omitted} more" if omitted > 0 else "")

@@ -1,4 +1,4 @@
-"""Stored predictions as they were written, or an error that says what is lost: nothing is scored in part."""
+"""Read stored predictions whole, or raise an error that names the damaged line: nothing is scored in part."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,26 +12,26 @@ PredictionRow = dict[str, Any]
 
 
 class DamagedPredictions(DamagedRecord):
-    """Predictions that are gone, cut short or not as they were written."""
+    """Predictions that are missing, cut short or malformed."""
 
 
-def read_predictions(part: EvaluationRecord) -> list[PredictionRow]:
-    """All rows of a finished evaluation. Raises DamagedPredictions with file and line."""
-    path = part.folder / "predictions.jsonl"
+def read_predictions(evaluation_record: EvaluationRecord) -> list[PredictionRow]:
+    """Return all rows of a finished evaluation. Raises DamagedPredictions with file and line."""
+    path = evaluation_record.folder / "predictions.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DamagedPredictions(f"{path} is missing") from error
     rows = [_parse_prediction_row(path, number, line) for number, line in enumerate(lines, 1) if line]
-    written = part.read_status().get("rows")
-    if not rows or written not in (None, len(rows)):
-        left = f"{len(rows)} of {written or 'its'} predictions are left"
-        raise DamagedPredictions(f"{path} is cut short: {left}")
+    written_count = evaluation_record.read_status().get("rows")
+    if not rows or written_count not in (None, len(rows)):
+        remaining = f"{len(rows)} of {written_count or 'its'} predictions are left"
+        raise DamagedPredictions(f"{path} is cut short: {remaining}")
     return rows
 
 
 def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-    """Positions of the texts of each prompt: several where several were sampled."""
+    """Return the positions of each prompt's texts: several where several texts were sampled."""
     groups: list[list[int]] = []
     for position, row in enumerate(rows):
         if row.get("sample", 0) == 0:
@@ -41,13 +41,14 @@ def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def _parse_prediction_row(path: Path, number: int, line: bytes) -> PredictionRow:
+    """Return the row in a line. Raises DamagedPredictions with file, line number and field."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
         row = None
     if not isinstance(row, dict):
-        shown = line[:60].decode("utf-8", "backslashreplace")
-        raise DamagedPredictions(f"{path}:{number}: expected a JSON object, got {shown!r}")
+        excerpt = line[:60].decode("utf-8", "backslashreplace")
+        raise DamagedPredictions(f"{path}:{number}: expected a JSON object, got {excerpt!r}")
     try:
         parse_prediction(row)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a result came from besides its specification: code, packages, machine, command. No secrets."""
+"""Provenance of a result beside its specification: code, packages, machine and command, without secrets."""
 
 import hashlib
 import importlib.metadata
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
-    """Facts of this process, now; `more` is added."""
+    """Return the facts of this process and of this moment, with `extra_facts` added."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "gkd_lab": gkd_lab.__version__,
@@ -40,12 +40,14 @@ def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
 
 
 def describe_sources(training: Training, scale: str, store: Store) -> dict[str, Any]:
-    """Data, models and seeds of a training: revisions, and the weights of both models as they were then.
+    """Return data, models and seeds of a training: revisions, and SHA-256 of both models' weights.
 
-    Of a teacher whose scores were kept also their files.
+    With cached teacher scores, also the SHA-256 of their files.
     """
     scores = training.scores_spec
-    kept = None if scores is None else read_file_hashes(store.get_teacher_scores(scale, scores).folder)
+    score_hashes = (
+        None if scores is None else read_file_hashes(store.get_teacher_scores(scale, scores).folder)
+    )
     return {
         "data": _describe_data(training.data),
         "teacher": {
@@ -57,25 +59,30 @@ def describe_sources(training: Training, scale: str, store: Store) -> dict[str, 
             "files": _list_weight_hashes(store, scale, "start", training.start),
         },
         "seeds": {"training": training.seed, "data": training.data.seed},
-        **({} if scores is None else {"scores": {"fingerprint": scores.full_fingerprint, "files": kept}}),
+        **(
+            {}
+            if scores is None
+            else {"scores": {"fingerprint": scores.full_fingerprint, "files": score_hashes}}
+        ),
     }
 
 
 def _describe_data(data: DataSpec) -> dict[str, Any]:
+    """Return kind, name, configuration and revision of a data set."""
     return data.model_dump(include={"kind", "name", "config", "revision"}, exclude_none=True)
 
 
 def _describe_model(model: SftModel) -> dict[str, Any]:
-    """Of a model that was loaded also where from; a local one is known by its content."""
+    """Return fingerprint and seeds of a model, and for a loaded one its name and revision."""
     seeds = {"init": model.model.init_seed, **({} if model.sft is None else {"sft": model.sft.seed})}
     loaded = model.model.model_dump(include={"pretrained", "revision"}, exclude_none=True)
     return {"fingerprint": model.full_fingerprint, **loaded, "seeds": seeds}
 
 
 def _list_weight_hashes(store: Store, scale: str, role: str, model: SftModel) -> dict[str, str]:
-    """SHA-256 of each file of weights of an artifact's checkpoint."""
-    stored = read_file_hashes(store.get_artifact(scale, role, model).folder) or {}
-    return {name: one for name, one in stored.items() if name.endswith(".safetensors")}
+    """Return the SHA-256 of each weights file in an artifact's checkpoint."""
+    hashes = read_file_hashes(store.get_artifact(scale, role, model).folder) or {}
+    return {name: sha256 for name, sha256 in hashes.items() if name.endswith(".safetensors")}
 
 
 _SECRET_NAME = re.compile(r"(?i)token|secret|passw|credential|api_?key|auth(?!or)|(^|[-_.])key$")
@@ -86,69 +93,74 @@ _REDACTED = "[hidden]"
 
 
 def redact_secrets(words: Sequence[str]) -> list[str]:
-    """The words of a command; what follows a secret's name, or looks like a secret, is hidden."""
-    known = [
+    """Return the words of a command with the secrets replaced by `[hidden]`.
+
+    A secret follows an option with a secret's name, has the form of a key, or is in an environment variable.
+    """
+    environment_secrets = [
         value
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name) and len(value) >= 8 and not value.isdigit()
     ]
-    shown: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
+    redacted_words: list[str] = []
+    for previous_word, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if before.startswith("-") and "=" not in before and _is_secret_name(before):
+        if previous_word.startswith("-") and "=" not in previous_word and _is_secret_name(previous_word):
             word = _REDACTED
         elif equals and value and _is_secret_name(name):
             word = f"{name}={_REDACTED}"
-        for secret in known:
+        for secret in environment_secrets:
             word = word.replace(secret, _REDACTED)
-        shown.append(_SECRET_VALUE.sub(_REDACTED, word))
-    return shown
+        redacted_words.append(_SECRET_VALUE.sub(_REDACTED, word))
+    return redacted_words
 
 
 def _is_secret_name(option: str) -> bool:
-    # Names of ours that hold one of these words: `max_output_tokens`, `tokenizer.kind`.
+    """Return whether an option's name is that of a secret."""
+    # Options of gkd-lab contain such words: `max_output_tokens`, `tokenizer.kind`.
     return _SECRET_NAME.search(re.sub(r"tokens|tokenizer", "", option)) is not None
 
 
 def _describe_hardware() -> dict[str, Any]:
-    """Processor, memory, and the GPUs that torch sees where it is loaded: it is not imported for this."""
-    found: dict[str, Any] = {}
+    """Return processor, memory and, if torch is already imported, its GPUs."""
+    hardware: dict[str, Any] = {}
     if hasattr(os, "sched_getaffinity"):
-        found["usable_cpus"] = len(os.sched_getaffinity(0))
+        hardware["usable_cpus"] = len(os.sched_getaffinity(0))
     if sys.platform == "linux":
-        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        hardware["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
         name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        found |= {"processor": name[1]} if name else {}
+        hardware |= {"processor": name[1]} if name else {}
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         count = torch.cuda.device_count()
-        found["gpus"] = [torch.cuda.get_device_name(n) for n in range(count)]
-        found["cuda"] = torch.version.cuda
-    return found
+        hardware["gpus"] = [torch.cuda.get_device_name(n) for n in range(count)]
+        hardware["cuda"] = torch.version.cuda
+    return hardware
 
 
 @cache
 def _collect_package_versions() -> dict[str, str]:
-    found = {}
+    """Return the version of each installed package in `PACKAGES`."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @cache
 def _describe_code() -> dict[str, Any]:
-    """Commit of the source checkout, and what was changed since; nothing for an installed package."""
+    """Return the commit and changes of the source checkout; nothing for an installed package."""
     root = Path(gkd_lab.__file__).parent.parent
     return describe_checkout(root) if (root / ".git").exists() else {}
 
 
 def describe_checkout(root: Path) -> dict[str, Any]:
-    """`commit`, whether it was `changed`, and then `diff`: SHA-256 of the changes, new modules included.
+    """Return `commit`, whether it was `changed`, and `diff`: SHA-256 of the changes and new modules.
 
-    The changes themselves are not kept: they may hold what must stay secret.
+    The changes themselves are not stored, because they may contain secrets.
     """
     commit = _run_git(root, "rev-parse", "HEAD")
     changes = _run_git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
@@ -165,6 +177,7 @@ def describe_checkout(root: Path) -> dict[str, Any]:
 
 
 def _run_git(root: Path, *arguments: str) -> str | None:
+    """Return what a git command prints; None where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments],

@@ -1,11 +1,11 @@
-"""The files of one run, and the folder of all runs. Nothing else reads or writes them.
+"""Records: the files of one training, artifact or evaluation, and the store of all of them.
 
     spec.json  provenance.json  metrics.jsonl  checkpoint/  status.json (written last, by rename)
-    times.jsonl (when each row of metrics.jsonl was written)  files.json (SHA-256 of what a training left)
+    times.jsonl (when each row of metrics.jsonl was written)  files.json (SHA-256 of each file of a training)
     evaluations/<decoding>-<fp>/  spec.json  predictions.jsonl  scores.json  status.json
-    evaluations/lm_eval-<fp>/     the same of a task of lm-eval
+    evaluations/lm_eval-<fp>/     the same files for a task of lm-eval
 
-`status.json` is the truth: without it a run is not finished, whatever else is there.
+`status.json` is the source of truth: without it a run is not finished, whatever other files exist.
 """
 
 import shutil
@@ -37,25 +37,27 @@ from gkd_lab.store.files import (
     write_json_lines,
 )
 
+_UNPACKABLE_FILE = "alone.json"
+
 
 class DamagedRecord(RuntimeError):
-    """A record that belongs to another description than the one that its name stands for."""
+    """A record whose files contradict its specification or each other."""
 
 
 def _has_valid_fingerprint(stored_spec: Mapping[str, Any], spec_type: type[Frozen]) -> bool:
-    """Whether a `spec.json` has the fingerprint of what it says; one of another format is believed."""
+    """Return whether a `spec.json` has the fingerprint of its specification; other formats are trusted."""
     if stored_spec.get("format") != FORMAT_VERSION:
         return True
     try:
-        found = spec_type.model_validate(stored_spec.get("spec"))
+        spec = spec_type.model_validate(stored_spec.get("spec"))
     except ValueError:
         return False
-    return found.full_fingerprint == stored_spec.get("fingerprint")
+    return spec.full_fingerprint == stored_spec.get("fingerprint")
 
 
 @dataclass(frozen=True)
 class RecordPart:
-    """A folder with a specification and a status: a training, an artifact or an evaluation."""
+    """Folder with a specification and a status: a training, an artifact or an evaluation."""
 
     folder: Path
 
@@ -64,50 +66,54 @@ class RecordPart:
         return self.folder / "status.json"
 
     def read_status(self) -> dict[str, Any]:
-        """`{"state": "done" | "failed", ...}`, or `{}` while there is no verdict."""
-        verdict = read_json(self.status_file) or {}
-        return verdict if verdict.get("state") in ("done", "failed") else {}
+        """Return `{"state": "done" | "failed", ...}`, or `{}` while the part is unfinished."""
+        status = read_json(self.status_file) or {}
+        return status if status.get("state") in ("done", "failed") else {}
 
     def write_spec(self, spec: Frozen, **header_fields: Any) -> None:
-        """Write `spec.json`; an existing one must describe the same. Raises DamagedRecord."""
-        for left_by_a_kill in self.folder.glob(".*.part"):
-            if left_by_a_kill.is_file():
-                left_by_a_kill.unlink(missing_ok=True)
+        """Write `spec.json`, or check that the existing one has this fingerprint.
+
+        A damaged `spec.json` is quarantined. Raises DamagedRecord where the folder belongs to another run.
+        """
+        for unfinished_file in self.folder.glob(".*.part"):  # left by a killed process
+            if unfinished_file.is_file():
+                unfinished_file.unlink(missing_ok=True)
         path = self.folder / "spec.json"
-        there = read_json(path)
-        if there is None or not _has_valid_fingerprint(there, type(spec)):
+        stored_spec = read_json(path)
+        if stored_spec is None or not _has_valid_fingerprint(stored_spec, type(spec)):
             quarantine_path(path)
-            body = {"format": FORMAT_VERSION, "fingerprint": spec.full_fingerprint, **header_fields}
-            write_json(path, {**body, "spec": spec.model_dump(mode="json")})
-        elif there.get("fingerprint") != spec.full_fingerprint:
+            header = {"format": FORMAT_VERSION, "fingerprint": spec.full_fingerprint, **header_fields}
+            write_json(path, {**header, "spec": spec.model_dump(mode="json")})
+        elif stored_spec.get("fingerprint") != spec.full_fingerprint:
             raise DamagedRecord(
-                f"{path} describes another run ({there.get('fingerprint')}) than the one asked for "
+                f"{path} describes another run ({stored_spec.get('fingerprint')}) than the requested one "
                 f"({spec.full_fingerprint}); move the folder away and run again"
             )
 
     def mark_done(self, **facts: Any) -> None:
-        """The last thing that a finished part writes."""
+        """Write the status `done`, after all other files."""
         write_json(self.status_file, {"state": "done", **facts})
 
     def mark_failed(self, error: str, traceback: str = "") -> None:
-        """Keep why it failed; it is tried again when asked."""
+        """Write the status `failed` with its error; `--retry-failed` clears it."""
         write_json(self.status_file, {"state": "failed", "error": error, "traceback": traceback})
 
     def clear_failure(self) -> None:
-        """Make a failed part one that is to be done; a finished one stays as it is."""
+        """Remove the status of a failed part, so that it is run again; a finished part stays."""
         if self.read_status().get("state") == "failed":
             self.status_file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class EvaluationRecord(RecordPart):
-    """Predictions and scores of one decoding."""
+    """Predictions and scores of one evaluation of a model."""
 
     def read_state(self) -> State:
+        """Return the stored state: done, failed or missing."""
         return self.read_status().get("state", "missing")
 
     def lacks_metrics(self, evaluation: AnyEvaluation) -> bool:
-        """Whether it was judged before all of these metrics were asked for."""
+        """Return whether the evaluation is done but has no score for one of the requested metrics."""
         verdict = self.read_status().get("state")
         return verdict == "done" and not judge_evaluation(verdict, evaluation.metrics, self.read_scores())
 
@@ -118,33 +124,33 @@ class EvaluationRecord(RecordPart):
         scores: Mapping[str, Any],
         **facts: Any,
     ) -> None:
-        """All files of an evaluation, its status last."""
+        """Write all files of an evaluation, its status last."""
         self.write_spec(evaluation)
         write_json_lines(self.folder / "predictions.jsonl", predictions)
         write_json(self.folder / "scores.json", dict(scores))
         self.mark_done(**facts)
 
     def read_scores(self) -> dict[str, dict[str, Any]]:
-        """Metric -> `{"value", "signature", ...}`; empty where there are none."""
+        """Return metric -> `{"value", "signature", ...}`; empty where there are no scores."""
         return read_json(self.folder / "scores.json") or {}
 
     def read_prediction_rows(self) -> list[dict[str, Any]]:
-        """One row an example: prompt, prediction, references, a value per metric."""
+        """Return one row per text: prompt, prediction, references and a value per metric."""
         return read_json_lines(self.folder / "predictions.jsonl")
 
 
 @dataclass(frozen=True)
 class Record(RecordPart):
-    """One training (or artifact) and what was judged of it."""
+    """One training or artifact, with its evaluations."""
 
     @property
     def checkpoint(self) -> Path:
-        """The result: a plain transformers folder."""
+        """Folder of the trained model and its tokenizer, as transformers saves them."""
         return self.folder / "checkpoint"
 
     @property
     def steps_folder(self) -> Path:
-        """Checkpoints to resume from, removed when the training is done."""
+        """Folder of the checkpoints to resume from, removed when the training is done."""
         return self.folder / "steps"
 
     @property
@@ -152,12 +158,12 @@ class Record(RecordPart):
         return self.folder / "metrics.jsonl"
 
     def lock(self) -> lock.FolderLock:
-        """Held by whoever works on this record; free again when its process dies."""
+        """Return the lock of this record, not yet acquired; it is free again when its process dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return lock.FolderLock(self.folder)
 
     def is_locked(self) -> bool:
-        """Whether another process is at work here."""
+        """Return whether a process holds the lock of this record."""
         return lock.is_locked(self.folder)
 
     def read_state(self) -> State:
@@ -165,62 +171,84 @@ class Record(RecordPart):
         return compute_cell_state(self.read_status().get("state"), [], self.is_locked).training
 
     def get_evaluation(self, evaluation: AnyEvaluation) -> EvaluationRecord:
+        """Return the record of one evaluation of this model, whether or not it exists yet."""
         return EvaluationRecord(self.folder / "evaluations" / evaluation.folder)
 
     def list_harness_evaluations(self) -> list[LmEvalEvaluation]:
-        """The lm-eval tasks that were begun, whether or not an experiment asks for them."""
-        found = [read_json(path) for path in sorted(self.folder.glob("evaluations/lm_eval-*/spec.json"))]
-        return [LmEvalEvaluation.model_validate(one["spec"]) for one in found if one is not None]
+        """Return the lm-eval evaluations that were started, requested by an experiment or not."""
+        paths = sorted(self.folder.glob("evaluations/lm_eval-*/spec.json"))
+        stored_specs = [stored_spec for path in paths if (stored_spec := read_json(path)) is not None]
+        return [LmEvalEvaluation.model_validate(stored_spec["spec"]) for stored_spec in stored_specs]
 
     def log_row(self, row: Mapping[str, Any]) -> None:
-        """One line of the training's history; `step` is in it."""
+        """Append a row, which has a `step`, to the training's history."""
         append_json_line(self.metrics_file, row)
         timing.log_step_time(self.folder, row["step"])
 
     def read_history(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`."""
         return read_json_lines(self.metrics_file)
 
     def read_step_times(self) -> list[dict[str, Any]]:
-        """When each row of the history was written, for `gkd_lab.store.timing`."""
+        """Return when each row of the history was written, for `gkd_lab.store.timing`."""
         return timing.read_step_times(self.folder)
 
     def rewind_history(self, step: int) -> None:
-        """Forget the history after `step`, from where this process goes on."""
+        """Drop the history after `step`, from which this process resumes."""
         drop_lines_beyond_step(self.metrics_file, step)
         timing.log_process_start(self.folder, step)
 
     def read_provenance(self) -> dict[str, Any]:
-        """What the result came from; empty before it is there."""
+        """Return the contents of `provenance.json`; empty while the training is unfinished."""
         return read_json(self.folder / "provenance.json") or {}
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
         write_json(self.folder / "provenance.json", dict(facts))
 
     def finish(self, **facts: Any) -> None:
-        """Mark the training done, with its seconds at work, and drop what only resuming needed."""
+        """Hash the files, mark the record done with its seconds of work, delete the resume checkpoints."""
         write_file_hashes(self.folder)
         times = self.read_step_times()
         self.mark_done(**({"seconds": round(timing.sum_work_seconds(times), 3)} if times else {}) | facts)
         shutil.rmtree(self.steps_folder, ignore_errors=True)
 
+    def read_unpackable_reason(self) -> str | None:
+        """Return why copies of this SFT student could not be packed last time; None: no known reason."""
+        reason = (read_json(self.folder / _UNPACKABLE_FILE) or {}).get("reason")
+        return reason if isinstance(reason, str) else None
+
+    def write_unpackable_reason(self, reason: str) -> None:
+        """Store why copies of this SFT student cannot be packed, which `gkd-lab plan` shows."""
+        if self.read_unpackable_reason() != reason:
+            write_json(self.folder / _UNPACKABLE_FILE, {"reason": reason})
+
+    def delete_unpackable_reason(self) -> None:
+        """Delete the stored reason after a pack of this SFT student was built."""
+        (self.folder / _UNPACKABLE_FILE).unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class Store:
-    """All records below one outputs folder."""
+    """Records below one outputs folder."""
 
     root: Path
 
     def get_record(self, cell: Cell) -> Record:
+        """Return the record of a cell, whether or not it exists yet."""
         return Record(self.root / cell.folder)
 
     def get_artifact(self, scale: str, role: str, model: SftModel) -> Record:
-        """The record of a teacher (`teacher`) or of a starting student (`start`)."""
+        """Return the record of a teacher (role `teacher`) or of an SFT student (role `start`)."""
         return Record(self.root / get_artifact_folder(scale, role, model))
 
+    def get_sft_student(self, cell: Cell) -> Record:
+        """Return the record of the SFT student that a cell's training starts from."""
+        return self.get_artifact(cell.scale, "start", cell.training.start)
+
     def get_teacher_text(self, scale: str, text: TeacherTextSpec) -> Record:
-        """The record of what a teacher wrote for the prompts of a training split."""
+        """Return the record of a teacher's completions for the prompts of a training split."""
         return Record(self.root / get_text_folder(scale, text))
 
     def get_teacher_scores(self, scale: str, scores: TeacherScoresSpec) -> Record:
-        """The record of what a teacher says of every token of a training split."""
+        """Return the record of a teacher's scores for every token of a training split."""
         return Record(self.root / get_scores_folder(scale, scores))

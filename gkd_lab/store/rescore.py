@@ -1,4 +1,4 @@
-"""Scores of an evaluation computed anew from what was written then: no model, no torch."""
+"""Recompute the scores of an evaluation from its stored predictions: no model, no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MetricScores = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class RescoredEvaluation:
-    """Scores of one evaluation before and after."""
+    """Scores of one evaluation before and after it was rescored."""
 
     scores_before: MetricScores
     scores_after: MetricScores
@@ -23,23 +23,23 @@ class RescoredEvaluation:
 
 
 def rescore_evaluation(
-    part: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | None = None
+    evaluation_record: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | None = None
 ) -> RescoredEvaluation:
-    """Compute `metrics` from the stored predictions of a finished evaluation and store them.
+    """Compute `metrics` from the stored predictions of a finished evaluation and store the scores.
 
-    Scores that are not named stay. Files whose content would be the same are left as they are. Raises
-    DamagedPredictions, and ValueError for a metric that these predictions cannot be judged by. The caller
-    holds the record's lock.
+    Other scores stay, and a file whose content would not change is not written. The caller holds the
+    record's lock. Raises DamagedPredictions, and ValueError for a metric that these predictions do not have.
     """
-    rows = read_predictions(part)
-    found, lines = score_predictions(metrics, [parse_prediction(row) for row in rows], scorer)
-    before = part.read_scores()
-    after = {**before, **found}
-    rescored = [
-        {**row, "scores": {**row["scores"], **line["scores"]}} for row, line in zip(rows, lines, strict=True)
+    rows = read_predictions(evaluation_record)
+    scores, scored_rows = score_predictions(metrics, [parse_prediction(row) for row in rows], scorer)
+    scores_before = evaluation_record.read_scores()
+    scores_after = {**scores_before, **scores}
+    rescored_rows = [
+        {**row, "scores": {**row["scores"], **scored_row["scores"]}}
+        for row, scored_row in zip(rows, scored_rows, strict=True)
     ]
-    if rescored != rows:
-        write_json_lines(part.folder / "predictions.jsonl", rescored)
-    if after != before:
-        write_json(part.folder / "scores.json", after)
-    return RescoredEvaluation(before, after, len(rows))
+    if rescored_rows != rows:
+        write_json_lines(evaluation_record.folder / "predictions.jsonl", rescored_rows)
+    if scores_after != scores_before:
+        write_json(evaluation_record.folder / "scores.json", scores_after)
+    return RescoredEvaluation(scores_before, scores_after, len(rows))

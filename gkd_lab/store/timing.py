@@ -1,6 +1,6 @@
-"""When each row of a training's history was written, in a file of its own.
+"""Times of a training: a log of when each step was written, its pace, and a clock for one process.
 
-The history itself holds nothing of the machine, so that two equal runs write it equally to the bit.
+The times are in a file of their own, because two equal runs write `metrics.jsonl` equally to the bit.
 """
 
 import time
@@ -13,55 +13,70 @@ from gkd_lab.store.files import append_json_line, drop_lines_beyond_step, read_j
 
 TIMES_FILE = "times.jsonl"
 _RECENT_ROWS = 5
-"""Rows over which the present pace is taken."""
+"""Rows over which the present pace is averaged."""
 
 TimeRows = Sequence[Mapping[str, Any]]
 
 
+class UsageMeter:
+    """Clock time and processor time of this process since the meter was created."""
+
+    def __init__(self) -> None:
+        self.start_seconds, self.start_cpu_seconds = time.monotonic(), time.process_time()
+
+    def read_usage(self) -> dict[str, float]:
+        """Return `seconds` by the clock and `cpu_seconds` of this process."""
+        return {
+            "seconds": round(time.monotonic() - self.start_seconds, 3),
+            "cpu_seconds": round(time.process_time() - self.start_cpu_seconds, 3),
+        }
+
+
 def log_process_start(folder: Path, step: int) -> None:
-    """A process begins, or goes on, after `step`; what an earlier one noted beyond it is forgotten."""
+    """Log that a process starts or resumes after `step`; drop the times of later steps."""
     drop_lines_beyond_step(folder / TIMES_FILE, step)
     append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3), "began": True})
 
 
 def log_step_time(folder: Path, step: int) -> None:
-    """A row of the history was written after `step`."""
+    """Log that a row of the history was written after `step`."""
     append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3)})
 
 
 def read_step_times(folder: Path) -> list[dict[str, Any]]:
-    """`{"step", "time"}` in seconds since 1970, in order; `began` where a process took up the work."""
+    """Return `{"step", "time"}` rows in order, seconds since 1970; `began` marks the start of a process."""
     return read_json_lines(folder / TIMES_FILE)
 
 
 def sum_work_seconds(rows: TimeRows) -> float:
-    """Seconds at work: the time between two processes does not count."""
-    return sum(spent for spent, _ in _iterate_spans(rows))
+    """Return the seconds that processes worked; the time between two processes does not count."""
+    return sum(seconds for seconds, _ in _iterate_spans(rows))
 
 
 def estimate_seconds_per_step(rows: TimeRows) -> float | None:
-    """The present pace; None before the running process has written a second time."""
-    last = _select_last_process(rows)[-_RECENT_ROWS - 1 :]
-    steps = last[-1]["step"] - last[0]["step"] if last else 0
-    return sum_work_seconds(last) / steps if steps > 0 else None
+    """Return the present pace; None before the running process has written a second row."""
+    recent_rows = _select_last_process(rows)[-_RECENT_ROWS - 1 :]
+    steps = recent_rows[-1]["step"] - recent_rows[0]["step"] if recent_rows else 0
+    return sum_work_seconds(recent_rows) / steps if steps > 0 else None
 
 
 def count_completion_tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
-    """Completion tokens that were trained on: mean length times rows, over the steps of each row."""
-    found, before = 0.0, 0
+    """Return the completion tokens trained on: mean length times batch size, over the steps of each row."""
+    tokens, previous_step = 0.0, 0
     for row in history:
-        found += row.get("completion_length", 0.0) * batch_size * (row["step"] - before)
-        before = row["step"]
-    return found
+        tokens += row.get("completion_length", 0.0) * batch_size * (row["step"] - previous_step)
+        previous_step = row["step"]
+    return tokens
 
 
 def _iterate_spans(rows: TimeRows) -> Iterator[tuple[float, int]]:
-    """(seconds, steps) between neighbouring rows of one process; a clock set back counts as no time."""
-    for before, row in pairwise(rows):
+    """Yield (seconds, steps) between neighbouring rows of one process; a clock set back counts as 0 s."""
+    for previous_row, row in pairwise(rows):
         if not row.get("began"):
-            yield max(0.0, row["time"] - before["time"]), row["step"] - before["step"]
+            yield max(0.0, row["time"] - previous_row["time"]), row["step"] - previous_row["step"]
 
 
 def _select_last_process(rows: TimeRows) -> list[Mapping[str, Any]]:
-    begun = [n for n, row in enumerate(rows) if row.get("began")]
-    return list(rows[begun[-1] if begun else 0 :])
+    """Return the rows since the last start of a process."""
+    starts = [n for n, row in enumerate(rows) if row.get("began")]
+    return list(rows[starts[-1] if starts else 0 :])

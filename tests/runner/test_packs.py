@@ -34,7 +34,6 @@ from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.status.overview import build_overview
 from gkd_lab.status.render import format_listing, list_cells, render_summary
 from gkd_lab.store import Record, Store
-from gkd_lab.store.pack_cache import read_unpackable_reason, write_unpackable_reason
 from gkd_lab.training.trainer import GKDTrainer
 
 from .tiny_experiments import options, table_of, tiny_grid
@@ -188,11 +187,11 @@ def test_cells_that_cannot_be_packed_run_alone_in_order_and_say_why(
 def test_a_reason_is_forgotten_once_the_pack_can_be_made(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", **PAIR)
     start = Store(outputs).get_artifact("nano", "start", grid.cells[0].training.start)
-    write_unpackable_reason(start, "no packed form for a module of old")
+    start.write_unpackable_reason("no packed form for a module of old")
     assert "2 cells run alone: no packed form for a module of old" in planned(grid, outputs)
     run_grid(grid, options(outputs))
     assert packs_of(grid, outputs) == [2, 2]
-    assert read_unpackable_reason(start) is None
+    assert start.read_unpackable_reason() is None
     assert "run alone" not in planned(grid, outputs)
 
 

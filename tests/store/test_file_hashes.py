@@ -1,4 +1,4 @@
-"""What a training left is hashed when it is done, and every later change of it is seen."""
+"""The files of a finished training are hashed, and every later change is detected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +13,24 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    made = Record(tmp_path)
-    made.checkpoint.mkdir()
-    (made.checkpoint / "model.safetensors").write_bytes(b"\x00" * 64)
-    (made.checkpoint / "config.json").touch()
-    made.write_provenance({"python": "3"})
-    made.log_row({"step": 1})
-    made.finish()
-    return made
+    record = Record(tmp_path)
+    record.checkpoint.mkdir()
+    (record.checkpoint / "model.safetensors").write_bytes(b"\x00" * 64)
+    (record.checkpoint / "config.json").touch()
+    record.write_provenance({"python": "3"})
+    record.log_row({"step": 1})
+    record.finish()
+    return record
 
 
-def test_the_files_of_a_finished_training_are_hashed(record: Record) -> None:
-    stored = read_file_hashes(record.folder)
-    assert stored is not None
-    assert set(stored) == {
+def test_files_of_a_finished_training_are_hashed(record: Record) -> None:
+    hashes = read_file_hashes(record.folder)
+    assert hashes is not None
+    assert set(hashes) == {
         *("provenance.json", "metrics.jsonl"),
         *("checkpoint/model.safetensors", "checkpoint/config.json"),
     }
-    assert stored["checkpoint/config.json"] == EMPTY
+    assert hashes["checkpoint/config.json"] == EMPTY
     assert list_changed_files(record.folder) == []
 
 
@@ -48,8 +48,8 @@ CHANGES: dict[str, Callable[[Record], object]] = {
 }
 
 
-@pytest.mark.parametrize(("said", "change"), CHANGES.items(), ids=CHANGES.keys())
-def test_every_change_is_seen(said: str, change: Callable[[Record], object], record: Record) -> None:
+@pytest.mark.parametrize(("expected", "change"), CHANGES.items(), ids=CHANGES.keys())
+def test_changed_file_is_listed(expected: str, change: Callable[[Record], object], record: Record) -> None:
     change(record)
-    (found,) = list_changed_files(record.folder)
-    assert said in found
+    (message,) = list_changed_files(record.folder)
+    assert expected in message

@@ -1,4 +1,4 @@
-"""Writing survives: a whole old file or a whole new one, and lines up to the first damaged one."""
+"""Files stay whole: the old content or the new one, and JSON lines up to the first damaged line."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from gkd_lab.store import files
 
-STRANGE = 'Grüße\u2028\x85\x0b\x1c\r\n\t"\\ 你好 🙂'
+UNICODE_TEXT = 'Grüße\u2028\x85\x0b\x1c\r\n\t"\\ 你好 🙂'
 
 
 @pytest.fixture
@@ -26,17 +26,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(small_disk: Path) -> None:
+def test_full_disk_keeps_the_old_file_and_no_other(small_disk: Path) -> None:
     path = small_disk / "scores.json"
     files.write_json(path, {"value": 1})
     with pytest.raises(OSError) as caught:
         files.write_json(path, {"value": "x" * 100_000})
     assert caught.value.errno == errno.ENOSPC
     assert files.read_json(path) == {"value": 1}
-    assert [one.name for one in small_disk.iterdir()] == ["scores.json"]
+    assert [path.name for path in small_disk.iterdir()] == ["scores.json"]
 
 
-def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     files.write_json(path, {"value": 1})
     with pytest.raises(ValueError):
@@ -47,30 +47,30 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         files.write_text(path / "below-a-file", "x")
     assert files.read_json(path) == {"value": 1}
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "scores.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "scores.json"]
 
 
-def append(path: Path) -> None:
+def append_line(path: Path) -> None:
     files.append_json_line(path, {"step": 1})
 
 
-def write(path: Path) -> None:
+def replace_file(path: Path) -> None:
     files.write_text(path, "x")
 
 
-@pytest.mark.parametrize("how", [append, write])
-def test_a_full_device_raises_and_stays_a_device(how: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("write_file", [append_line, replace_file])
+def test_full_device_raises_and_stays_a_device(write_file: Callable[[Path], None]) -> None:
     full = Path("/dev/full")
     if not full.is_char_device():
         pytest.skip("no /dev/full here")
     with pytest.raises(OSError) as caught:
-        how(full)
+        write_file(full)
     assert caught.value.errno == errno.ENOSPC
     assert full.is_char_device()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"1", b"null", b"\xff", b"\0\0\0"])
-def test_a_damaged_object_reads_as_none(content: bytes, tmp_path: Path) -> None:
+def test_damaged_json_reads_as_none(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     path.write_bytes(content)
     assert files.read_json(path) is None
@@ -78,24 +78,24 @@ def test_a_damaged_object_reads_as_none(content: bytes, tmp_path: Path) -> None:
     assert files.read_json(path / "below-a-file.json") is None
 
 
-def test_any_text_survives_a_line(tmp_path: Path) -> None:
+def test_any_text_survives_a_json_line(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
-    rows = [{"prediction": STRANGE}, {"prediction": "b"}]
+    rows = [{"prediction": UNICODE_TEXT}, {"prediction": "b"}]
     files.write_json_lines(path, rows)
     files.append_json_line(path, rows[0])
     assert files.read_json_lines(path) == [*rows, rows[0]]
     assert "Grüße" in path.read_text()
 
 
-@pytest.mark.parametrize("cut", [b'{"step": 3', b"\0\0\0\0\n", b'{"step": "\xff"}\n', b"3\n", b"3"])
-def test_lines_count_up_to_the_first_damaged_one(cut: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged_line", [b'{"step": 3', b"\0\0\0\0\n", b'{"step": "\xff"}\n', b"3\n", b"3"])
+def test_lines_are_read_until_the_first_damaged_line(damaged_line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + cut)
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + damaged_line)
     assert files.read_json_lines(path) == [{"step": 1}, {"step": 2}]
     assert files.read_json_lines(tmp_path / "none.jsonl") == []
 
 
-def test_history_is_cut_back_to_a_step_and_goes_on_cleanly(tmp_path: Path) -> None:
+def test_history_is_truncated_to_a_step_and_continued(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         files.append_json_line(path, {"step": step})
@@ -110,3 +110,11 @@ def test_history_is_cut_back_to_a_step_and_goes_on_cleanly(tmp_path: Path) -> No
     ]
     files.drop_lines_beyond_step(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 3, "lo', "[]\n"])
+def test_last_json_line_is_the_last_whole_line(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_last_json_line(path) == {}
+    path.write_text("".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in range(1000)) + end)
+    assert files.read_last_json_line(path) == {"step": 999, "loss": 999.5}

@@ -1,4 +1,4 @@
-"""The index is used while files are the same, and never else; without it the answers are the same."""
+"""The index is used only while files are unchanged; without it the facts are the same."""
 
 import json
 import os
@@ -23,7 +23,7 @@ class Reader:
         self.times += 1
         return {"status": self.record.read_status()}
 
-    def ask(self, index: RecordIndex) -> object:
+    def read_facts(self, index: RecordIndex) -> object:
         return index.get_facts(self.folder, ["status.json"], self)["status"]
 
     def write(self, at: float = LONG_AGO, **facts: object) -> None:
@@ -31,60 +31,60 @@ class Reader:
         os.utime(self.record.status_file, (at, at))
 
 
-def readers(root: Path, count: int = 500) -> list[Reader]:
-    found = [Reader(root, f"cell-{n}") for n in range(count)]
-    for n, reader in enumerate(found):
+def create_readers(root: Path, count: int = 500) -> list[Reader]:
+    readers = [Reader(root, f"cell-{n}") for n in range(count)]
+    for n, reader in enumerate(readers):
         reader.write(steps=n)
-    return found
+    return readers
 
 
-def asked(root: Path, found: list[Reader]) -> list[object]:
+def read_all(root: Path, readers: list[Reader]) -> list[object]:
     index = RecordIndex(root)
-    answers = [reader.ask(index) for reader in found]
+    all_facts = [reader.read_facts(index) for reader in readers]
     index.save()
-    return answers
+    return all_facts
 
 
-def test_a_record_is_read_once_while_it_is_the_same(tmp_path: Path) -> None:
-    found = readers(tmp_path)
-    first = asked(tmp_path, found)
-    assert asked(tmp_path, found) == first == [{"state": "done", "steps": n} for n in range(500)]
-    assert {reader.times for reader in found} == {1}
+def test_unchanged_record_is_read_once(tmp_path: Path) -> None:
+    readers = create_readers(tmp_path)
+    first_facts = read_all(tmp_path, readers)
+    assert read_all(tmp_path, readers) == first_facts == [{"state": "done", "steps": n} for n in range(500)]
+    assert {reader.times for reader in readers} == {1}
 
 
 @pytest.mark.parametrize("later", [0, 1])
-def test_a_status_that_changed_is_read_again(later: int, tmp_path: Path) -> None:
-    """By its inode even where time and size are the same."""
-    found = readers(tmp_path)
-    asked(tmp_path, found)
-    found[3].write(LONG_AGO + later, steps=7)
-    assert asked(tmp_path, found)[3] == {"state": "done", "steps": 7}
-    assert [reader.times for reader in found[2:5]] == [1, 2, 1]
-    found[4].record.status_file.unlink()
-    assert asked(tmp_path, found)[4] == {}
+def test_changed_status_is_read_again(later: int, tmp_path: Path) -> None:
+    """A replaced file has another inode, even where time and size are equal."""
+    readers = create_readers(tmp_path)
+    read_all(tmp_path, readers)
+    readers[3].write(LONG_AGO + later, steps=7)
+    assert read_all(tmp_path, readers)[3] == {"state": "done", "steps": 7}
+    assert [reader.times for reader in readers[2:5]] == [1, 2, 1]
+    readers[4].record.status_file.unlink()
+    assert read_all(tmp_path, readers)[4] == {}
 
 
-def test_what_was_written_just_now_is_not_kept(tmp_path: Path) -> None:
-    found = readers(tmp_path, 501)
-    found[0].write(time.time(), steps=1)
-    asked(tmp_path, found)
-    asked(tmp_path, found)
-    assert [found[0].times, found[1].times] == [2, 1]
+def test_recently_written_file_is_not_cached(tmp_path: Path) -> None:
+    readers = create_readers(tmp_path, 501)
+    readers[0].write(time.time(), steps=1)
+    read_all(tmp_path, readers)
+    read_all(tmp_path, readers)
+    assert [readers[0].times, readers[1].times] == [2, 1]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 0, "records": {}}', '{"version": 1, "rec'])
-def test_a_damaged_index_or_one_of_another_version_is_made_anew(text: str, tmp_path: Path) -> None:
-    found = readers(tmp_path)
-    first = asked(tmp_path, found)
+def test_damaged_or_old_index_is_rebuilt(text: str, tmp_path: Path) -> None:
+    readers = create_readers(tmp_path)
+    first_facts = read_all(tmp_path, readers)
     path = tmp_path / ".cache" / "records.json"
     path.write_text(text)
-    assert asked(tmp_path, found) == first
+    assert read_all(tmp_path, readers) == first_facts
     assert len(json.loads(path.read_text())["records"]) == 500
 
 
-def test_a_small_store_has_none_and_neither_has_one_where_nothing_can_be_written(tmp_path: Path) -> None:
-    asked(tmp_path, readers(tmp_path, 20))
+def test_small_or_read_only_store_has_no_index(tmp_path: Path) -> None:
+    read_all(tmp_path, create_readers(tmp_path, 20))
     assert not (tmp_path / ".cache").exists()
-    (tmp_path / ".cache").write_text("a file in its place")
-    found = readers(tmp_path)
-    assert asked(tmp_path, found) == asked(tmp_path, found)
+    (tmp_path / ".cache").write_text("a file, not a folder")
+    readers = create_readers(tmp_path)
+    assert read_all(tmp_path, readers) == read_all(tmp_path, readers)

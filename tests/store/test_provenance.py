@@ -1,4 +1,4 @@
-"""Provenance says what a result came from, and nothing that must stay secret."""
+"""Provenance describes code, machine and sources of a result, without secrets."""
 
 import hashlib
 import json
@@ -17,24 +17,24 @@ SECRETS = {
     "HF_TOKEN": "hf_abcdefghijkl",
     "MY_PASSWORD": "correcthorse",
 }
-PRINT = """
+PRINT_PROVENANCE = """
 import json
 from gkd_lab.store.provenance import collect_provenance
 print(json.dumps(collect_provenance()))
 """
 
 
-def test_no_secret_of_the_environment_or_the_command_is_kept() -> None:
+def test_secrets_of_environment_and_command_are_redacted() -> None:
     words = ["run", "quickstart", "--token=zzzzzzzz", "--api-key", "yyyyyyyy", *SECRETS.values()]
     words += ["https://me:xxxxxxxx@host/x", "--set", "note=correcthorse", "--max_output_tokens", "24"]
-    command = [sys.executable, "-c", PRINT, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **SECRETS})
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", PRINT_PROVENANCE, *words]
+    process = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **SECRETS})
+    assert process.returncode == 0, process.stderr
     for secret in ("zzzzzzzz", "yyyyyyyy", "xxxxxxxx", *SECRETS.values()):
-        assert secret not in done.stdout
-    kept = json.loads(done.stdout)["command"]
-    assert kept[1:3] == ["run", "quickstart"]
-    assert kept[-3:] == ["note=[hidden]", "--max_output_tokens", "24"]
+        assert secret not in process.stdout
+    stored_command = json.loads(process.stdout)["command"]
+    assert stored_command[1:3] == ["run", "quickstart"]
+    assert stored_command[-3:] == ["note=[hidden]", "--max_output_tokens", "24"]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_no_secret_of_the_environment_or_the_command_is_kept() -> None:
         ["plan", "nano_grid", "--outputs", "/data/keyboard"],
     ],
 )
-def test_an_ordinary_command_is_kept_as_it_was(words: list[str]) -> None:
+def test_command_without_secrets_is_unchanged(words: list[str]) -> None:
     assert redact_secrets(words) == words
 
 
-def test_it_names_code_packages_and_machine_and_what_is_added() -> None:
+def test_provenance_has_packages_machine_and_extra_facts() -> None:
     facts = collect_provenance(pack=["a"])
     assert facts["packages"].keys() >= {"torch", "transformers", "trl"}
     assert facts["machine"]["cpus"] >= 1
@@ -57,33 +57,33 @@ def test_it_names_code_packages_and_machine_and_what_is_added() -> None:
     assert json.loads(json.dumps(facts)) == facts
 
 
-def git(folder: Path, *words: str) -> None:
+def run_git(folder: Path, *words: str) -> None:
     names = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", "-C", str(folder), *names, *words], check=True, capture_output=True)
 
 
-def test_changes_since_the_commit_are_told_by_a_hash_new_modules_included(tmp_path: Path) -> None:
+def test_uncommitted_changes_and_new_modules_change_the_hash(tmp_path: Path) -> None:
     (tmp_path / "gkd_lab").mkdir()
     (tmp_path / "gkd_lab" / "a.py").write_text("one\n")
-    git(tmp_path, "init")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "first")
+    run_git(tmp_path, "init")
+    run_git(tmp_path, "add", ".")
+    run_git(tmp_path, "commit", "-m", "first")
     clean = describe_checkout(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["changed"] is False
     assert "diff" not in clean
-    seen = []
+    hashes = []
     for name, text in (("a.py", "two\n"), ("a.py", "three\n"), ("ü.py", "new\n"), ("ü.py", "newer\n")):
         (tmp_path / "gkd_lab" / name).write_text(text)
-        found = describe_checkout(tmp_path)
-        assert (found["commit"], found["changed"]) == (clean["commit"], True)
-        assert found == describe_checkout(tmp_path)
-        seen.append(found["diff"])
-    assert len(set(seen)) == 4
-    assert "newer" not in json.dumps(found)
+        changed = describe_checkout(tmp_path)
+        assert (changed["commit"], changed["changed"]) == (clean["commit"], True)
+        assert changed == describe_checkout(tmp_path)
+        hashes.append(changed["diff"])
+    assert len(set(hashes)) == 4
+    assert "newer" not in json.dumps(changed)
 
 
-def test_a_training_came_from_data_seeds_and_the_weights_of_its_models(
+def test_sources_are_data_seeds_and_weight_hashes(
     tmp_path: Path,
 ) -> None:
     cell, store = experiments.load("quickstart").cells[0], Store(tmp_path)
@@ -92,10 +92,10 @@ def test_a_training_came_from_data_seeds_and_the_weights_of_its_models(
     (teacher.checkpoint / "model.safetensors").write_bytes(b"weights")
     (teacher.checkpoint / "config.json").write_text("{}")
     teacher.finish()
-    found = describe_sources(cell.training, cell.scale, store)
-    assert found["data"]["revision"] == cell.training.data.revision
-    assert found["seeds"]["training"] == cell.seed
-    assert found["teacher"]["fingerprint"] == cell.training.teacher.full_fingerprint
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert found["teacher"]["files"] == {"checkpoint/model.safetensors": digest}
-    assert found["start"]["files"] == {}
+    sources = describe_sources(cell.training, cell.scale, store)
+    assert sources["data"]["revision"] == cell.training.data.revision
+    assert sources["seeds"]["training"] == cell.seed
+    assert sources["teacher"]["fingerprint"] == cell.training.teacher.full_fingerprint
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert sources["teacher"]["files"] == {"checkpoint/model.safetensors": sha256}
+    assert sources["start"]["files"] == {}

@@ -1,4 +1,4 @@
-"""A record says what is done, what failed and what is missing, whatever was left on disk."""
+"""A record is done, failed or missing, whatever files an interrupted run has left."""
 
 import subprocess
 import sys
@@ -21,11 +21,11 @@ def record(tmp_path: Path, cells: tuple[Cell, ...]) -> Record:
     return Store(tmp_path).get_record(cells[0])
 
 
-def test_a_record_lies_where_its_cell_says(tmp_path: Path, cells: tuple[Cell, ...]) -> None:
+def test_record_folder_is_the_cells_folder(tmp_path: Path, cells: tuple[Cell, ...]) -> None:
     assert Store(tmp_path).get_record(cells[3]).folder == tmp_path / cells[3].folder
 
 
-def test_a_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, ...]) -> None:
+def test_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, ...]) -> None:
     assert record.read_state() == "missing"
     record.write_spec(cells[0].training)
     record.log_row({"step": 1, "loss": 0.5})
@@ -39,7 +39,7 @@ def test_a_record_goes_from_missing_to_done(record: Record, cells: tuple[Cell, .
     assert record.read_state() == "done"
 
 
-def test_a_failure_keeps_its_traceback_until_it_is_tried_again(record: Record) -> None:
+def test_failure_keeps_its_traceback_until_cleared(record: Record) -> None:
     record.mark_failed("ValueError: no", "Traceback ...")
     assert record.read_state() == "failed"
     assert record.read_status()["traceback"] == "Traceback ..."
@@ -49,33 +49,39 @@ def test_a_failure_keeps_its_traceback_until_it_is_tried_again(record: Record) -
 
 
 @pytest.mark.parametrize("text", ["", '{"state": "do', '{"state": "finished"}', "{}", "[]"])
-def test_a_damaged_status_is_no_verdict(text: str, record: Record, cells: tuple[Cell, ...]) -> None:
-    part = record.get_evaluation(cells[0].evaluations[0])
-    for one in (record, part):
-        one.folder.mkdir(parents=True)
-        one.status_file.write_text(text)
-        assert one.read_status() == {}
-        assert one.read_state() == "missing"
+def test_damaged_status_counts_as_missing(text: str, record: Record, cells: tuple[Cell, ...]) -> None:
+    evaluation_record = record.get_evaluation(cells[0].evaluations[0])
+    for record_part in (record, evaluation_record):
+        record_part.folder.mkdir(parents=True)
+        record_part.status_file.write_text(text)
+        assert record_part.read_status() == {}
+        assert record_part.read_state() == "missing"
 
 
-def test_an_evaluation_is_done_when_its_status_says_so(record: Record, cells: tuple[Cell, ...]) -> None:
+def test_evaluation_is_done_once_its_status_is_written(record: Record, cells: tuple[Cell, ...]) -> None:
     evaluation = cells[0].evaluations[0]
-    part = record.get_evaluation(evaluation)
-    assert (part.read_state(), part.read_scores(), part.read_prediction_rows()) == ("missing", {}, [])
-    part.write_results(evaluation, [{"prediction": "a\u2028b"}], {"accuracy": {"value": 1.0}}, seconds=2)
-    assert part.read_state() == "done"
-    assert part.read_prediction_rows() == [{"prediction": "a\u2028b"}]
-    assert part.read_scores() == {"accuracy": {"value": 1.0}}
+    evaluation_record = record.get_evaluation(evaluation)
+    assert (
+        evaluation_record.read_state(),
+        evaluation_record.read_scores(),
+        evaluation_record.read_prediction_rows(),
+    ) == ("missing", {}, [])
+    evaluation_record.write_results(
+        evaluation, [{"prediction": "a\u2028b"}], {"accuracy": {"value": 1.0}}, seconds=2
+    )
+    assert evaluation_record.read_state() == "done"
+    assert evaluation_record.read_prediction_rows() == [{"prediction": "a\u2028b"}]
+    assert evaluation_record.read_scores() == {"accuracy": {"value": 1.0}}
 
 
-def test_a_folder_that_holds_another_run_is_not_written_to(record: Record, cells: tuple[Cell, ...]) -> None:
+def test_folder_of_another_run_is_not_overwritten(record: Record, cells: tuple[Cell, ...]) -> None:
     record.write_spec(cells[0].training)
     record.write_spec(cells[0].training)
-    with pytest.raises(DamagedRecord, match=r"spec\.json describes another run .* move the folder away"):
+    with pytest.raises(DamagedRecord, match=r"spec\.json describes another run"):
         record.write_spec(cells[1].training)
 
 
-def test_a_damaged_description_is_written_again(record: Record, cells: tuple[Cell, ...]) -> None:
+def test_damaged_spec_is_rewritten(record: Record, cells: tuple[Cell, ...]) -> None:
     record.write_spec(cells[0].training)
     (record.folder / "spec.json").write_text('{"fingerpr')
     record.write_spec(cells[0].training)
@@ -83,7 +89,7 @@ def test_a_damaged_description_is_written_again(record: Record, cells: tuple[Cel
         record.write_spec(cells[1].training)
 
 
-HOLD = """
+HOLD_LOCK = """
 import sys
 from pathlib import Path
 from gkd_lab.store import Record
@@ -93,10 +99,10 @@ with Record(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_claim_is_seen_by_others_and_ends_with_its_process(record: Record) -> None:
+def test_lock_is_visible_to_others_and_freed_with_its_process(record: Record) -> None:
     assert not record.is_locked()
     assert not record.folder.exists()
-    command = [sys.executable, "-c", HOLD, str(record.folder)]
+    command = [sys.executable, "-c", HOLD_LOCK, str(record.folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"

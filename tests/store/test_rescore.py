@@ -1,4 +1,4 @@
-"""Scores from stored predictions: what is recomputed, what stays, and what is refused."""
+"""Rescoring computes the named metrics from stored predictions, and refuses damaged ones."""
 
 import json
 from pathlib import Path
@@ -16,83 +16,89 @@ WRITTEN = [("a b", "a b"), ("c d", "c e"), ("f\u2028g", "f g")]
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> EvaluationRecord:
-    part = EvaluationRecord(tmp_path / "evaluations" / GREEDY.folder)
-    predictions = [Prediction(f"{n}?", text, (said,), 2, True) for n, (text, said) in enumerate(WRITTEN)]
+def evaluation_record(tmp_path: Path) -> EvaluationRecord:
+    evaluation_record = EvaluationRecord(tmp_path / "evaluations" / GREEDY.folder)
+    predictions = [
+        Prediction(f"{n}?", text, (reference,), 2, True) for n, (text, reference) in enumerate(WRITTEN)
+    ]
     scores, rows = score_predictions(GREEDY.metrics, predictions)
-    part.write_results(GREEDY, [{**row, "more": 1} for row in rows], scores, rows=3, seconds_of_decoding=1.5)
-    return part
+    evaluation_record.write_results(
+        GREEDY, [{**row, "more": 1} for row in rows], scores, rows=3, seconds_of_decoding=1.5
+    )
+    return evaluation_record
 
 
-def files(part: EvaluationRecord) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in part.folder.iterdir()}
+def read_files(evaluation_record: EvaluationRecord) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in evaluation_record.folder.iterdir()}
 
 
-def test_what_is_named_is_added_and_the_rest_stays(part: EvaluationRecord) -> None:
-    before = files(part)
-    found = rescore_evaluation(part, ["rouge1"])
-    assert found.prediction_count == 3
-    assert found.scores_before == json.loads(before["scores.json"])
-    after = part.read_scores()
-    assert found.scores_after == after
-    assert after["exact_match"] == found.scores_before["exact_match"]
+def test_named_metric_is_added_and_others_stay(evaluation_record: EvaluationRecord) -> None:
+    before = read_files(evaluation_record)
+    rescored = rescore_evaluation(evaluation_record, ["rouge1"])
+    assert rescored.prediction_count == 3
+    assert rescored.scores_before == json.loads(before["scores.json"])
+    after = evaluation_record.read_scores()
+    assert rescored.scores_after == after
+    assert after["exact_match"] == rescored.scores_before["exact_match"]
     assert after["rouge1"]["signature"].startswith("rouge1|")
-    for row in read_predictions(part):
+    for row in read_predictions(evaluation_record):
         assert set(row["scores"]) == {"exact_match", "rouge1"}
         assert row["more"] == 1
-    assert files(part)["status.json"] == before["status.json"]
+    assert read_files(evaluation_record)["status.json"] == before["status.json"]
 
 
-def test_a_metric_that_changed_replaces_its_own_scores_only(part: EvaluationRecord) -> None:
-    honest = files(part)
-    scores = part.read_scores()
+def test_changed_metric_replaces_only_its_own_scores(evaluation_record: EvaluationRecord) -> None:
+    original = read_files(evaluation_record)
+    scores = evaluation_record.read_scores()
     scores["exact_match"] |= {"value": 1.0, "signature": "an older rule"}
-    (part.folder / "scores.json").write_text(json.dumps({**scores, "kept": {"value": 7.0}}))
-    rescore_evaluation(part, ["exact_match"])
-    after = part.read_scores()
-    assert after.pop("kept") == {"value": 7.0}
-    assert after == json.loads(honest["scores.json"])
+    (evaluation_record.folder / "scores.json").write_text(json.dumps({**scores, "other": {"value": 7.0}}))
+    rescore_evaluation(evaluation_record, ["exact_match"])
+    after = evaluation_record.read_scores()
+    assert after.pop("other") == {"value": 7.0}
+    assert after == json.loads(original["scores.json"])
 
 
-def test_what_would_be_the_same_is_not_written(part: EvaluationRecord) -> None:
-    times = {path: path.stat().st_mtime_ns for path in part.folder.iterdir()}
-    rescore_evaluation(part, ["exact_match"])
-    assert {path: path.stat().st_mtime_ns for path in part.folder.iterdir()} == times
+def test_unchanged_files_are_not_written(evaluation_record: EvaluationRecord) -> None:
+    times = {path: path.stat().st_mtime_ns for path in evaluation_record.folder.iterdir()}
+    rescore_evaluation(evaluation_record, ["exact_match"])
+    assert {path: path.stat().st_mtime_ns for path in evaluation_record.folder.iterdir()} == times
 
 
 DAMAGE = {
     '{"prompt": "0': r"predictions\.jsonl:2: expected a JSON object, got '\{\"prompt\": \"0'",
     "[1]": r"predictions\.jsonl:2: expected a JSON object",
-    '{"prompt": "?"}': r"predictions\.jsonl:2: no field 'prediction'; the fields there are: prompt",
+    '{"prompt": "?"}': r"predictions\.jsonl:2: no field 'prediction'",
     '{"prompt": 1, "prediction": "", "references": [], "tokens": 1, "ended": true}': "field 'prompt' must be",
     '{"prompt": "", "prediction": "", "references": ["a"], "tokens": 1, "ended": true}': "field 'scores'",
     "\\xff": r"predictions\.jsonl:2: expected a JSON object",
 }
 
 
-@pytest.mark.parametrize(("line", "said"), DAMAGE.items())
-def test_a_damaged_line_is_named_and_nothing_is_touched(line: str, said: str, part: EvaluationRecord) -> None:
-    path = part.folder / "predictions.jsonl"
+@pytest.mark.parametrize(("line", "expected"), DAMAGE.items())
+def test_damaged_line_is_named_and_files_stay(
+    line: str, expected: str, evaluation_record: EvaluationRecord
+) -> None:
+    path = evaluation_record.folder / "predictions.jsonl"
     first, _, last = path.read_bytes().split(b"\n")[:3]
     path.write_bytes(b"\n".join([first, line.encode().replace(b"\\xff", b"\xff"), last, b""]))
-    before = files(part)
-    with pytest.raises(DamagedPredictions, match=said):
-        rescore_evaluation(part, ["rouge1"])
-    assert files(part) == before
+    before = read_files(evaluation_record)
+    with pytest.raises(DamagedPredictions, match=expected):
+        rescore_evaluation(evaluation_record, ["rouge1"])
+    assert read_files(evaluation_record) == before
 
 
-def test_predictions_that_are_cut_short_or_gone_are_not_scored_in_part(part: EvaluationRecord) -> None:
-    path = part.folder / "predictions.jsonl"
+def test_truncated_or_missing_predictions_are_not_scored(evaluation_record: EvaluationRecord) -> None:
+    path = evaluation_record.folder / "predictions.jsonl"
     path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
-    with pytest.raises(DamagedPredictions, match="is cut short: 1 of 3 predictions are left"):
-        rescore_evaluation(part, ["rouge1"])
+    with pytest.raises(DamagedPredictions, match="1 of 3 predictions"):
+        rescore_evaluation(evaluation_record, ["rouge1"])
     path.write_bytes(b"")
-    with pytest.raises(DamagedPredictions, match="cut short: 0 of 3"):
-        read_predictions(part)
+    with pytest.raises(DamagedPredictions, match="0 of 3"):
+        read_predictions(evaluation_record)
     path.unlink()
     with pytest.raises(DamagedPredictions, match=r"predictions\.jsonl is missing"):
-        read_predictions(part)
+        read_predictions(evaluation_record)
 
 
-def test_texts_of_one_prompt_stand_together() -> None:
+def test_texts_are_grouped_by_prompt() -> None:
     assert group_by_prompt([{}, {}, {"sample": 0}, {"sample": 1}, {"sample": 0}]) == [[0], [1], [2, 3], [4]]

@@ -1,11 +1,8 @@
-"""Time at work is what lies between rows of one process, and the pace is that of the last one."""
+"""Work time is the time between rows of one process, and the pace is that of the last process."""
 
 from pathlib import Path
 
-import pytest
-
 from gkd_lab.store import Record, timing
-from gkd_lab.store.tail import read_last_row
 
 TWO_PROCESSES = [
     {"step": 0, "time": 100.0, "began": True},
@@ -16,34 +13,34 @@ TWO_PROCESSES = [
 ]
 
 
-def test_the_time_between_two_processes_is_not_time_at_work() -> None:
+def test_time_between_two_processes_does_not_count() -> None:
     assert timing.sum_work_seconds(TWO_PROCESSES) == 10 + 20 + 5
 
 
-def test_the_pace_is_that_of_the_running_process() -> None:
+def test_pace_is_that_of_the_running_process() -> None:
     assert timing.estimate_seconds_per_step(TWO_PROCESSES) == 0.5
     assert timing.estimate_seconds_per_step(TWO_PROCESSES[:3]) == 1.5
     assert timing.estimate_seconds_per_step(TWO_PROCESSES[:4]) is None
     assert timing.estimate_seconds_per_step([]) is None
 
 
-def test_the_pace_forgets_what_is_long_ago() -> None:
+def test_pace_averages_recent_rows_only() -> None:
     slow = [{"step": 0, "time": 0.0, "began": True}, {"step": 1, "time": 1000.0}]
     fast = [{"step": n, "time": 1000.0 + n} for n in range(2, 8)]
     assert timing.estimate_seconds_per_step([*slow, *fast]) == 1.0
 
 
-def test_a_clock_that_is_set_back_counts_as_no_time() -> None:
+def test_clock_set_back_counts_as_no_time() -> None:
     rows = [{"step": 0, "time": 100.0, "began": True}, {"step": 1, "time": 90.0}, {"step": 2, "time": 91.0}]
     assert timing.sum_work_seconds(rows) == 1.0
 
 
-def test_tokens_are_mean_lengths_times_rows_over_the_steps_of_each_row() -> None:
+def test_tokens_are_mean_length_times_batch_size_times_steps() -> None:
     history = [{"step": 2, "completion_length": 10.0}, {"step": 5, "completion_length": 4.0}]
     assert timing.count_completion_tokens(history, batch_size=8) == 10 * 8 * 2 + 4 * 8 * 3
 
 
-def test_a_resumed_record_forgets_the_times_after_its_checkpoint(tmp_path: Path) -> None:
+def test_resumed_record_drops_times_after_its_checkpoint(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.rewind_history(0)
     for step in (2, 4, 6):
@@ -57,9 +54,7 @@ def test_a_resumed_record_forgets_the_times_after_its_checkpoint(tmp_path: Path)
     ]
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 3, "lo', "[]\n"])
-def test_the_last_row_is_the_last_whole_one_of_a_long_history(end: str, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_last_row(path) == {}
-    path.write_text("".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in range(1000)) + end)
-    assert read_last_row(path) == {"step": 999, "loss": 999.5}
+def test_meter_reads_clock_and_processor_seconds() -> None:
+    usage = timing.UsageMeter().read_usage()
+    assert set(usage) == {"seconds", "cpu_seconds"}
+    assert min(usage.values()) >= 0
