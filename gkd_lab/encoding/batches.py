@@ -1,4 +1,4 @@
-"""Rows to tensors, and which rows a step sees: a function of (seed, step), not of a generator's state."""
+"""Pad encoded rows into batches, and sample batches in an order that depends on (seed, epoch) alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,21 +18,21 @@ from gkd_lab.models.rng import draw_permutation
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; the completion ends with the end of sequence unless it was cut.
+    """Token ids of one row; the completion ends with the end of sequence unless it was truncated.
 
-    number: the row's place in the data, by which scores that were kept of it are found; -1: it has none.
-    route: the number of the teacher that the row is meant for; -1: of any.
+    row_index: position in the dataset, the key of the row's cached teacher scores; -1: none.
+    teacher_index: the teacher that the row is routed to; -1: not routed.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    number: int = -1
-    route: int = -1
+    row_index: int = -1
+    teacher_index: int = -1
 
 
 @dataclass(frozen=True)
 class TruncationCounts:
-    """How many rows were longer than the limits, apart for prompt and target."""
+    """Number of rows, of truncated prompts and of truncated completions."""
 
     rows: int
     prompts: int
@@ -47,55 +47,60 @@ def encode_rows(
     max_input_tokens: int,
     max_output_tokens: int,
 ) -> tuple[list[Example], TruncationCounts]:
-    """(prompt, target) texts as ids; each is cut on its own: a decoder's prompt keeps its end.
+    """Encode (prompt, target) texts; each is truncated by itself, a decoder's prompt at its beginning.
 
     The target ends with the end of sequence, which counts against its limit.
     """
     kind = {"is_encoder_decoder": is_encoder_decoder}
     prompts = tokenize_prompts(tokenizer, [p for p, _ in rows], **kind)
-    found = tokenize_targets(tokenizer, [t for _, t in rows], **kind)
-    targets = [ensure_end_id(target, [tokenizer.eos_token_id]) for target in found]
+    targets = [
+        ensure_end_id(target, [tokenizer.eos_token_id])
+        for target in tokenize_targets(tokenizer, [t for _, t in rows], **kind)
+    ]
     examples = [
         Example(truncate_prompt(tokenizer, prompt, max_input_tokens, **kind), target[:max_output_tokens])
         for prompt, target in zip(prompts, targets, strict=True)
     ]
-    cut = TruncationCounts(
+    truncated = TruncationCounts(
         rows=len(rows),
         prompts=sum(len(p) > max_input_tokens for p in prompts),
         completions=sum(len(t) > max_output_tokens for t in targets),
     )
-    return examples, cut
+    return examples, truncated
 
 
 def collate_examples(examples: Sequence[Example], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
-    """Examples as padded tensors: a decoder's prompts on the left, everything else on the right."""
+    """Pad examples into tensors: a decoder's prompts on the left, everything else on the right."""
     prompts = _pad_rows([e.prompt_ids for e in examples], pad_id, left=not is_encoder_decoder)
     completions = _pad_rows([e.completion_ids for e in examples], pad_id, left=False)
-    routes, numbers = ([getattr(example, name) for example in examples] for name in ("route", "number"))
     return Sequences(
-        *prompts, *completions, routes=_make_index_column(routes), numbers=_make_index_column(numbers)
+        *prompts,
+        *completions,
+        teacher_indices=_make_index_column([e.teacher_index for e in examples]),
+        row_indices=_make_index_column([e.row_index for e in examples]),
     )
 
 
 def _make_index_column(indices: Sequence[int]) -> Tensor | None:
-    """(N, 1); None where no row has such a number."""
-    return torch.tensor(indices)[:, None] if any(number >= 0 for number in indices) else None
+    """Return the indices as a column, (N, 1), or None if all are -1."""
+    return torch.tensor(indices)[:, None] if any(index >= 0 for index in indices) else None
 
 
 def _pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Pad lists of ids on one side into (ids, mask), both (N, longest row)."""
     width = max(1, *(len(row) for row in rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for position, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[position, place] = torch.tensor(row, dtype=torch.long)
-        mask[position, place] = 1
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
     return ids, mask
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of any kind as one batch: our own four tensors, and TRL's five for whoever reads those."""
+    """Data collator: encode rows, then return the tensors of `Sequences` and those of TRL's collator."""
 
     encode_row: Callable[[Any], Example]
     pad_id: int
@@ -110,7 +115,7 @@ class Collator:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells `batches` each epoch's number: the Trainer's own call may end at accelerate's wrappers."""
+    """Set the sampler's epoch: the Trainer's own call may not get through accelerate's wrappers."""
 
     batch_sampler: "KeyedBatchSampler | None" = None
 
@@ -120,10 +125,10 @@ class EpochCallback(TrainerCallback):
 
 
 class KeyedBatchSampler(Sampler[list[int]]):
-    """Batches of row numbers: for each seed `batch_size` rows of that seed's own order, one after another.
+    """Yield batches of row indices: `batch_size` rows for each seed, in that seed's random order.
 
-    An epoch is one pass over the data; with `drop_last` what is left over at its end is dropped. Without
-    `shuffled` every seed has the data's order.
+    An epoch is one pass over the data; `drop_last` drops an incomplete last batch. Without `shuffled` the rows
+    come in the dataset's order for every seed.
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class KeyedBatchSampler(Sampler[list[int]]):
             raise ValueError(f"{num_rows} rows are fewer than one batch of {batch_size}")
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which determines the order of the rows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -150,9 +156,9 @@ class KeyedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         orders = [self._order_rows(seed) for seed in self.seeds]
-        for batch in range(self.length):
-            part = slice(batch * self.rows_per_seed, (batch + 1) * self.rows_per_seed)
-            yield [row for order in orders for row in order[part]]
+        for start in range(0, self.length * self.rows_per_seed, self.rows_per_seed):
+            yield [row for order in orders for row in order[start : start + self.rows_per_seed]]
 
     def _order_rows(self, seed: int) -> Sequence[int]:
+        """Return the order of the rows in this epoch for one seed."""
         return draw_permutation(seed, self.epoch, self.num_rows) if self.shuffled else range(self.num_rows)

@@ -69,7 +69,7 @@ class RowEncoder:
             return row
         formatted = self._apply_formatting(row)
         return replace(
-            self._truncate_example(self._encode_row(formatted)), route=read_teacher_index(formatted)
+            self._truncate_example(self._encode_row(formatted)), teacher_index=read_teacher_index(formatted)
         )
 
     def _apply_formatting(self, row: RowMapping) -> RowMapping:

@@ -164,8 +164,8 @@ def compute_step_losses(
     block = torch.tensor(batch.block_of_cell, device=chosen.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
     routes = None
-    if batch.teacher.routes is not None:
-        routes = batch.teacher.routes.view(masks.shape[:2])[..., None].expand_as(masks).flatten(1)
+    if batch.teacher.teacher_indices is not None:
+        routes = batch.teacher.teacher_indices.view(masks.shape[:2])[..., None].expand_as(masks).flatten(1)
     return compute_cell_losses(
         gather_positions(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
         student.projection,

@@ -39,16 +39,16 @@ class Sequences:
     completion_ids: Tensor
     completion_mask: Tensor
     token_type_ids: Tensor | None = None
-    routes: Tensor | None = None
-    numbers: Tensor | None = None
+    teacher_indices: Tensor | None = None
+    row_indices: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Sequences":
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Sequences":
         """The same change to all tensors."""
-        return Sequences(**{name: change(tensor) for name, tensor in self.named_tensors().items()})
+        return Sequences(**{name: function(tensor) for name, tensor in self.named_tensors().items()})
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, of those that are there."""

@@ -126,7 +126,7 @@ def _disable_zero3_init() -> Iterator[None]:
 
 
 @contextmanager
-def at_work(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> Iterator[nn.Module]:
+def use_on_device(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> Iterator[nn.Module]:
     """The teacher on `device` for the duration of the block, if it is `parked` on the CPU otherwise.
 
     The weights on the CPU stay there, so going back copies nothing. A model under FSDP moves its own shards

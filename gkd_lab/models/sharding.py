@@ -1,7 +1,7 @@
-"""Where a frozen teacher lives under accelerate: copied to every device, or sharded like the student.
+"""Place teacher and student under accelerate: a teacher copied to every device, or sharded like the student.
 
-accelerate prepares only what is trained: `prepare_model(evaluation_mode=True)` leaves an FSDP teacher whole
-and on the CPU. Nothing here is registered with the accelerator, so checkpoints hold the student alone.
+accelerate only prepares trained models: `prepare_model(evaluation_mode=True)` leaves an FSDP teacher whole
+and on the CPU. The teacher is not registered with the accelerator, so checkpoints hold the student alone.
 """
 
 from typing import Any
@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked: bool = False) -> nn.Module:
-    """The teacher where `accelerator` needs it: FSDP2 and ZeRO-3 shard it, anything else keeps it whole.
+    """Shard the teacher under FSDP2 and ZeRO-3; move it whole to the device under anything else.
 
-    `parked` leaves it on the CPU: `gkd_lab.models.loading.at_work` moves it while it is used, FSDP2 moves
-    its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end of `at_work`, so
-    that a loss can read the head. A quantized teacher stays where it was loaded, a copy for each process.
+    `parked` leaves it on the CPU: `gkd_lab.models.loading.use_on_device` moves it for the time of a block, and
+    FSDP2 moves its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end of
+    that block, so that a loss can read the head. A quantized teacher stays on the device that it was loaded
+    to, one copy for each process.
 
     Raises:
         ValueError: for FSDP1, and for `parked` with DeepSpeed or a quantized teacher.
@@ -49,11 +50,12 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether transformers loaded the weights as 8-bit or fewer: such a model is neither cast nor moved."""
+    """Check whether transformers loaded quantized weights, which can neither be cast nor moved."""
     return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
 def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> None:
+    """Raise ValueError if `park_teacher` is set for weights that cannot be moved."""
     if parked:
         raise ValueError(
             f"park_teacher=True, but {weights_description} cannot be moved between uses: {way_out}"
@@ -61,6 +63,7 @@ def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> Non
 
 
 def _refuse_fsdp_1(accelerator: Accelerator) -> None:
+    """Raise ValueError unless accelerate uses FSDP version 2."""
     if not accelerator.is_fsdp2:
         raise ValueError(
             f"fsdp_version {accelerator.state.fsdp_plugin.fsdp_version} cannot shard a frozen teacher here: "
@@ -69,15 +72,16 @@ def _refuse_fsdp_1(accelerator: Accelerator) -> None:
 
 
 def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Shard what accelerate's FSDP2 cannot: embeddings that encoder and decoder share need one group.
+    """Shard an encoder-decoder student under FSDP2, before its optimizer is made.
 
-    For an encoder-decoder under FSDP2, before its optimizer is made; anything else is left to accelerate.
+    accelerate cannot: embeddings that encoder and decoder share must be in one group. Any other student is
+    returned as it is, for accelerate to prepare.
     """
     if not accelerator.is_fsdp2 or not student.config.is_encoder_decoder:
         return student
     plugin = accelerator.state.fsdp_plugin
     sharded = _shard_with_plugin(student, accelerator, plugin.cpu_offload, reshard_root=None)
-    # fully_shard renames the classes of what it shards, so accelerate would look for the blocks in vain.
+    # fully_shard renames the classes of sharded modules, so accelerate would not find the blocks.
     plugin.auto_wrap_policy = None
     return sharded
 
@@ -85,12 +89,12 @@ def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrai
 def _shard_with_plugin(
     model: PreTrainedModel, accelerator: Accelerator, offload: OffloadPolicy | None, reshard_root: bool | None
 ) -> PreTrainedModel:
-    """`shard` with the choices of accelerate's plugin."""
+    """Call `shard_model` with the settings of accelerate's FSDP plugin."""
     plugin = accelerator.state.fsdp_plugin
     return shard_model(
         model,
         _get_sharding_mesh(accelerator),
-        # The plugin's names are the student's: they serve a teacher that has none of its own.
+        # The plugin names the student's block classes, the fallback for a teacher that names none.
         blocks=set(model._no_split_modules or plugin.transformer_cls_names_to_wrap or ()),
         reshard_root=reshard_root,
         mp_policy=plugin.mixed_precision_policy,
@@ -100,7 +104,7 @@ def _shard_with_plugin(
 
 
 def _get_sharding_mesh(accelerator: Accelerator) -> DeviceMesh:
-    """The dimensions over which accelerate shards the student."""
+    """Return the mesh dimensions over which accelerate shards the student."""
     mesh = accelerator.torch_device_mesh
     if mesh is None:
         return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -117,21 +121,21 @@ def shard_model(
     offload_policy: OffloadPolicy | None = None,
     broadcast_weights: bool = False,
 ) -> PreTrainedModel:
-    """`fully_shard` each transformer block, and the rest (embeddings, head, last norm) as the root.
+    """Call `fully_shard` on each transformer block, then on the root (embeddings, head, last norm).
 
     Args:
-        blocks: Names of the classes that are gathered as one; the model's own `_no_split_modules` if None.
+        blocks: Class names of the transformer blocks, each gathered as one; default `_no_split_modules`.
         reshard_root: Free the root's gathered weights after a forward pass. None is torch's choice: only
             after a backward pass, which a frozen model never has.
-        from_first_rank: Other ranks have no weights yet (transformers' `cpu_ram_efficient_loading` leaves
-            them on the meta device) and get rank 0's, one block at a time.
+        broadcast_weights: Send rank 0's weights, one block at a time, to the other ranks, where transformers'
+            `cpu_ram_efficient_loading` has left weights on the meta device.
 
     Raises:
-        ValueError: if no module of the model is of these classes.
+        ValueError: if the model has no module of these classes.
     """
     names = set(model._no_split_modules or ()) if blocks is None else blocks
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    block_modules = [module for module in model.modules() if type(module).__name__ in names]
+    if not block_modules:
         raise ValueError(
             f"{type(model).__name__} has no transformer block named {sorted(names)}, so all of it would be "
             "gathered at once: set `fsdp_transformer_layer_cls_to_wrap` to the class of its layers"
@@ -144,7 +148,7 @@ def shard_model(
     if broadcast_weights:
         model.tie_weights()  # One tensor for a tied weight on every rank, so that all broadcast alike.
     # A tied weight has to be in one group only: as no block holds one, it is the root's, which comes last.
-    for unit in (*found, model):
+    for unit in (*block_modules, model):
         if broadcast_weights:
             _broadcast_weights(unit, mesh.device_type)
         fully_shard(unit, reshard_after_forward=reshard_root if unit is model else True, **options)
@@ -155,7 +159,7 @@ def shard_model(
 
 @torch.no_grad()
 def _broadcast_weights(unit: nn.Module, device: str) -> None:
-    """Give the weights and buffers of `unit` that are not sharded yet rank 0's values."""
+    """Overwrite those weights and buffers of `unit` that are not sharded yet by rank 0's."""
     received: dict[Tensor, Tensor] = {}
     for module in unit.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -169,6 +173,7 @@ def _broadcast_weights(unit: nn.Module, device: str) -> None:
 
 
 def _broadcast_tensor(tensor: Tensor, device: str) -> Tensor:
+    """Return rank 0's values of `tensor` on `device`, as a parameter if it is one."""
     value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     dist.broadcast(value, src=0)
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

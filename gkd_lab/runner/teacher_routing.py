@@ -23,7 +23,7 @@ def assign_teachers(
     if not numbers:
         return list(examples)
     return [
-        replace(example, route=_find_teacher_number(row, place, numbers))
+        replace(example, teacher_index=_find_teacher_number(row, place, numbers))
         for place, (example, row) in enumerate(zip(examples, rows, strict=True))
     ]
 

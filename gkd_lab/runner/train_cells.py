@@ -111,8 +111,12 @@ def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> 
     shapes = {name: (training.batch_size, length) for name, length in lengths.items()}
     ids = {f"{name}_ids": torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
     masks = {f"{name}_mask": torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
-    routed = any(row.route >= 0 for row in rows)
-    return ids | masks | ({"routes": torch.tensor([[row.route] for row in rows])} if routed else {})
+    routed = any(row.teacher_index >= 0 for row in rows)
+    return (
+        ids
+        | masks
+        | ({"teacher_indices": torch.tensor([[row.teacher_index] for row in rows])} if routed else {})
+    )
 
 
 def _load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:

@@ -97,7 +97,7 @@ class CachedTeacher(ModelFreeTeacher):
     def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
         """Raises ValueError for a row that was not scored, or with another completion."""
         rows = batch.teacher
-        if rows.numbers is None:
+        if rows.row_indices is None:
             raise ValueError(
                 "the teacher's scores are found by the rows' numbers, and these rows have none: give "
                 "`ComparedExample`s with `number`, the row's place in the data that was scored"
@@ -106,7 +106,7 @@ class CachedTeacher(ModelFreeTeacher):
         found = [
             self._read_row(number, ids[mask].tolist())
             for number, ids, mask in zip(
-                rows.numbers.flatten().tolist(), rows.completion_ids, real, strict=True
+                rows.row_indices.flatten().tolist(), rows.completion_ids, real, strict=True
             )
         ]
         blocks = len(batch.prompts_of_block)

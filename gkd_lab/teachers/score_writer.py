@@ -26,7 +26,7 @@ LOGITS_CHUNK_BYTES = 128 * 2**20
 
 def number_examples(examples: Sequence[Example]) -> list[Example]:
     """The rows with their place among them, by which their scores are found."""
-    return [replace(row, number=number) for number, row in enumerate(examples)]
+    return [replace(row, row_index=number) for number, row in enumerate(examples)]
 
 
 def write_teacher_scores(

@@ -19,7 +19,7 @@ from gkd_lab.losses.step_loss import MicroBatch, project_blocks
 from gkd_lab.losses.teacher_targets import TeacherLogits
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
-from gkd_lab.models.loading import at_work, load_teacher
+from gkd_lab.models.loading import load_teacher, use_on_device
 from gkd_lab.models.sharding import place_teacher
 from gkd_lab.teachers.shared_prefix import SharedPrefixReader
 
@@ -93,13 +93,13 @@ class LiveTeacher:
         self.parked, self._accelerator = parked, accelerator
 
     def activate(self) -> AbstractContextManager[Any]:
-        return at_work(self.model, self._accelerator.device, parked=self.parked)
+        return use_on_device(self.model, self._accelerator.device, parked=self.parked)
 
     def activate_head(self) -> AbstractContextManager[Any]:
         head = self.head.model.get_output_embeddings()
         if head is None:
             return nullcontext()
-        return at_work(head, self._accelerator.device, parked=self.parked)
+        return use_on_device(head, self._accelerator.device, parked=self.parked)
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
         with torch.no_grad(), self._accelerator.autocast():

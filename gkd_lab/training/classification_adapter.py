@@ -50,13 +50,13 @@ class LabelledExample:
     """Ids of one row, and its labels: one, or one for each token; of a regression a number.
 
     Labels are NOT_TRAINED where nothing counts, and UNKNOWN (of a regression NaN) where none was given.
-    route: the number of the teacher that the row is meant for; -1: of any.
+    teacher_index: the number of the teacher that the row is meant for; -1: of any.
     """
 
     input_ids: list[int]
     labels: list[int] | list[float]
     token_type_ids: list[int] | None = None
-    route: int = -1
+    teacher_index: int = -1
 
     def truncate(self, max_tokens: int) -> "LabelledExample":
         """Cut after so many tokens."""
@@ -259,8 +259,8 @@ def collate_labelled_rows(rows: Sequence[LabelledExample], pad_id: int, kind: Cl
         longest = max(len(row.labels) for row in rows)
         labels = _pad_id_lists([row.labels for row in rows], longest, NOT_TRAINED)
     found = _build_labelled_sequences(ids, mask, labels, types)
-    routes = [row.route for row in rows]
-    return replace(found, routes=torch.tensor(routes)[:, None]) if max(routes) >= 0 else found
+    routes = [row.teacher_index for row in rows]
+    return replace(found, teacher_indices=torch.tensor(routes)[:, None]) if max(routes) >= 0 else found
 
 
 def _pad_id_lists(rows: Sequence[Sequence[Any]], width: int, value: int) -> Tensor:

@@ -335,7 +335,7 @@ class GKDTrainer(PackTrainer):
         pad_id = self.generation_limits.pad_id
         fetched = [self.parse_batch(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         for rows in fetched:
-            check_row_routes((cell.list_terms() for cell in self.cells), rows.routes)
+            check_row_routes((cell.list_terms() for cell in self.cells), rows.teacher_indices)
         step, rank = self.state.global_step, self.args.process_index
         # Dropout of this step, resumed or not; ranks drop different units.
         torch.manual_seed(derive_seed(self.args.seed, step, f"dropout {rank}" if rank else "dropout"))

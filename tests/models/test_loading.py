@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gkd_lab.config.artifact_specs import Family
-from gkd_lab.models.loading import at_work, load_student, load_teacher
+from gkd_lab.models.loading import load_student, load_teacher, use_on_device
 
 from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -137,7 +137,7 @@ def test_a_student_that_is_a_model_is_handed_back_and_ignored_arguments_are_name
 def test_a_parked_teacher_is_used_on_the_cpu_without_a_copy() -> None:
     teacher = tiny_model("decoder-only", 0)
     homes = [p.data_ptr() for p in teacher.parameters()]
-    with pytest.raises(KeyError), at_work(teacher, "cpu", parked=True) as working:
+    with pytest.raises(KeyError), use_on_device(teacher, "cpu", parked=True) as working:
         assert working is teacher and [p.data_ptr() for p in teacher.parameters()] == homes
         raise KeyError
     assert [p.data_ptr() for p in teacher.parameters()] == homes
@@ -150,7 +150,7 @@ def test_a_parked_teacher_is_on_the_device_only_while_it_works(family: Family) -
     teacher = tiny_model(family, 0, dtype=torch.float32).eval().requires_grad_(False)
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "encoder-decoder" else {})
     homes, wanted = [p.data_ptr() for p in teacher.parameters()], teacher(**inputs).logits
-    with at_work(teacher, "cuda", parked=True):
+    with use_on_device(teacher, "cuda", parked=True):
         assert {p.device.type for p in teacher.parameters()} == {"cuda"}
         found = teacher(**{name: ids.cuda() for name, ids in inputs.items()}).logits.cpu()
     assert {t.device.type for t in (*teacher.parameters(), *teacher.buffers())} == {"cpu"}

@@ -26,7 +26,7 @@ from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import generalized_jsd
 from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.heads import OutputHead, mark_untied_head
-from gkd_lab.models.loading import at_work
+from gkd_lab.models.loading import use_on_device
 from gkd_lab.models.sharding import place_student, place_teacher, shard_model
 
 from .tiny import FAMILIES, FIRST_WORD, LAST_WORD, tiny_model, tiny_tokenizer
@@ -150,11 +150,11 @@ def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
 
 
 def placed(family: Family, rank: int, accelerator: Accelerator) -> Facts:
-    """`place_teacher` under FSDP2, its head read between its forward pass and the end of `at_work`."""
+    """`place_teacher` under FSDP2, its head read between its forward pass and the end of `use_on_device`."""
     teacher = teacher_of(family)
     same = place_teacher(teacher, accelerator) is teacher
     kinds = [kind_of_head(teacher)]
-    with at_work(teacher, "cpu", parked=False):
+    with use_on_device(teacher, "cpu", parked=False):
         with torch.no_grad():
             logits = compute_completion_logits(teacher, part(rank))
         kinds.append(kind_of_head(teacher))

@@ -390,7 +390,7 @@ def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
     assert "these rows have none: give `ComparedExample`s with `number`" in refused(
         tmp_path, examples=tiny_examples()
     )
-    moved = [replace(row, number=39 - n) for n, row in enumerate(tiny_examples())]
+    moved = [replace(row, row_index=39 - n) for n, row in enumerate(tiny_examples())]
     assert "has another completion" in refused(tmp_path, examples=moved)
 
 

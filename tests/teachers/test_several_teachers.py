@@ -210,7 +210,7 @@ def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) ->
 
     there: list[int] = []
     most = 0
-    plain = teacher.at_work
+    plain = teacher.use_on_device
 
     def counted(module: Any, device: Any, *, parked: bool) -> Any:
         from contextlib import contextmanager
@@ -229,7 +229,7 @@ def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) ->
 
     teachers = [tiny_model("decoder-only", seed, width=32) for seed in (3, 4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "at_work", counted)
+        patch.setattr(teacher, "use_on_device", counted)
         distil(
             tmp_path,
             "decoder-only",
