@@ -1,10 +1,10 @@
-"""Seconds of `gkd-lab rescore` over 1,000 records with 500 predictions of 20 words each, with ROUGE.
+"""Time `gkd-lab rescore` on 1,000 records with 500 predictions of 20 words each, with ROUGE.
 
     python benchmarks/rescore.py [--small] [-o FILE.json]
 
-Makes such a store in a temporary folder, every prediction different, and times the whole command in a
-process of its own: ROUGE-1, -2 and -L, plain and with stemming. `--small` takes 100 records. `cpu_s` is
-what remains comparable when other work keeps the cores busy.
+Writes such a store in a temporary folder, every prediction different, and times the whole command in a
+process of its own: ROUGE-1, -2 and -L, plain and with stemming. `--small` takes 100 records. `cpu_s` stays
+comparable when other work keeps the cores busy.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TARGET = 360.0
 
 
 def write_experiment(folder: Path, cells: int) -> Path:
-    """lmbda x beta x seed on summarization: `cells` of them, a multiple of 25."""
+    """Write an experiment of `cells` cells, a multiple of 25: lmbda x beta x seed on summarization."""
     axes = {
         "lmbda": [0, 0.25, 0.5, 0.75, 1],
         "beta": [0, 0.1, 0.5, 0.9, 1],
@@ -51,7 +51,7 @@ def write_experiment(folder: Path, cells: int) -> Path:
 
 
 def build_vocabulary() -> list[str]:
-    """3,000 words with endings that a stemmer must look at."""
+    """Build 3,000 words, with endings that a stemmer must handle."""
     draw = random.Random(0)
     letters = "abcdefghijklmnoprstuvw"
     stems = ["".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(600)]
@@ -59,22 +59,23 @@ def build_vocabulary() -> list[str]:
 
 
 def write_store(grid: Grid, store: Store) -> None:
-    """All cells share prompts and references, as in a run; no two predictions are the same."""
+    """Write all records: cells share prompts and references, and no two predictions are equal."""
     words, draw = build_vocabulary(), random.Random(1)
     references = [draw.choices(words, k=WORDS) for _ in range(PREDICTIONS)]
     for cell in grid.cells:
-        written = [
-            [one if draw.random() < cell.lmbda / 2 + 0.2 else draw.choice(words) for one in reference]
+        predictions = [
+            [word if draw.random() < cell.lmbda / 2 + 0.2 else draw.choice(words) for word in reference]
             for reference in references
         ]
         evaluation = cell.evaluations[0]
         assert isinstance(evaluation, Evaluation)
-        write_record(store.get_record(cell), evaluation, references, written)
+        write_record(store.get_record(cell), evaluation, references, predictions)
 
 
 def write_record(
-    record: Record, evaluation: Evaluation, references: list[list[str]], written: list[list[str]]
+    record: Record, evaluation: Evaluation, references: list[list[str]], predictions: list[list[str]]
 ) -> None:
+    """Write one finished record with these predictions."""
     rows: list[dict[str, Any]] = [
         {
             "prompt": f"document {n}",
@@ -84,48 +85,49 @@ def write_record(
             "ended": True,
             "scores": {},
         }
-        for n, (text, reference) in enumerate(zip(written, references, strict=True))
+        for n, (text, reference) in enumerate(zip(predictions, references, strict=True))
     ]
     record.get_evaluation(evaluation).write_results(evaluation, rows, {}, rows=len(rows))
     record.finish(steps=1)
 
 
 def time_rescore(path: Path, outputs: Path, metrics: tuple[str, ...]) -> dict[str, float]:
-    """The whole command, imports and writing included; `cpu_s` is that of all its processes."""
-    words = ["rescore", str(path), "--outputs", str(outputs), "--metrics", ",".join(metrics)]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "gkd_lab", *words], stdout=subprocess.DEVNULL, check=True)
-    taken, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(taken, 2), "cpu_s": round(spent, 2)}
+    """Time the whole command, imports and writing included; `cpu_s` is that of all its processes."""
+    arguments = ["rescore", str(path), "--outputs", str(outputs), "--metrics", ",".join(metrics)]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, "-m", "gkd_lab", *arguments], stdout=subprocess.DEVNULL, check=True)
+    wall_seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": round(wall_seconds, 2), "cpu_s": round(cpu_seconds, 2)}
 
 
 def main() -> None:
-    """Build, measure, print."""
+    """Write the store, time both runs, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="100 records")
     parser.add_argument("-o", type=Path, default=None, help="a JSON file for the figures")
     options = parser.parse_args()
     cells = 100 if options.small else 1000
     target = TARGET * cells / 1000
-    taken = {}
+    times = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = write_experiment(folder, cells)
         grid = experiments.load(str(path), outputs=folder / "outputs")
         write_store(grid, Store(folder / "outputs"))
         for run, metrics in RUNS.items():
-            one = taken[run] = time_rescore(path, folder / "outputs", metrics)
-            share = one["wall_s"] / target
+            seconds = times[run] = time_rescore(path, folder / "outputs", metrics)
+            share = seconds["wall_s"] / target
             print(
-                f"{run}: {one['wall_s']} s, {one['cpu_s']} s of CPU; {share:.2f} x the target {target:.0f} s",
+                f"{run}: {seconds['wall_s']} s, {seconds['cpu_s']} s of CPU; "
+                f"{share:.2f} x the target {target:.0f} s",
                 flush=True,
             )
     if options.o:
         versions = {package: version(package) for package in ("rouge-score", "numpy", "nltk")}
         facts = {"device": platform.machine(), "cpus": os.cpu_count(), "versions": versions}
         sizes = {"records": cells, "predictions": PREDICTIONS, "words": WORDS}
-        text = json.dumps({**facts, **sizes, "runs": taken, "target_s": target}, indent=1)
+        text = json.dumps({**facts, **sizes, "runs": times, "target_s": target}, indent=1)
         options.o.write_text(text + "\n")
 
 

@@ -1,11 +1,11 @@
-"""Rescoring the stored predictions of 1,000 cells with ROUGE, and the bootstrap of their intervals.
+"""Time rescoring the predictions of 1,000 cells with ROUGE, and the bootstrap of their intervals.
 
     python benchmarks/scoring.py [--small] [--cells N] [--out FILE.json]
 
-A cell has 500 predictions of 20 words; cells share prompts and references, and one prediction in five is one
-that another cell has too. They are read from files, judged with intervals and written back, in one process.
-Beside it, on some of the cells: rouge_score called for each pair, and a bootstrap that gathers each cell's
-own resamples. Seconds are the processor's, so that a busy machine does not change them, and the clock's.
+A cell has 500 predictions of 20 words; cells share prompts and references, and one prediction in five
+also occurs in another cell. Predictions are read from files, scored with intervals and written back by one
+process. The baselines run on some of the cells: rouge_score for each pair, and a bootstrap that draws
+resamples for each cell. CPU seconds do not depend on the machine's other work; wall seconds stand beside.
 """
 
 import argparse
@@ -34,24 +34,24 @@ WORDS = re.findall(r"[a-zA-Z]+", " ".join(topics.values()))
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 WORDS_PER_TEXT = 20
 SHARED_EVERY = 5
-"""One prediction in so many is drawn from a few that all cells have in common."""
+"""Every n-th prediction is drawn from a few that all cells share."""
 BASELINE_CELLS = 10
-"""Cells that the plain ways are timed on."""
+"""Cells that the baselines run on."""
 
 
 def draw_sentence(draw: random.Random) -> list[str]:
-    """Running text of Python's own documentation."""
+    """Draw a piece of Python's own documentation."""
     start = draw.randrange(len(WORDS) - WORDS_PER_TEXT)
     return WORDS[start : start + WORDS_PER_TEXT]
 
 
 def replace_words(words: Sequence[str], draw: random.Random) -> str:
-    """The sentence with about half of its words replaced."""
+    """Replace about half of a sentence's words."""
     return " ".join(draw.choice(WORDS) if draw.random() < 0.5 else word for word in words)
 
 
 def write_cells(folder: Path, cells: int, examples: int) -> list[Path]:
-    """A file of stored predictions for each cell."""
+    """Write a file of predictions for each cell; return the files."""
     draw = random.Random(0)
     references = [draw_sentence(draw) for _ in range(examples)]
     common = [[replace_words(words, draw) for _ in range(3)] for words in references]
@@ -74,7 +74,7 @@ def write_cells(folder: Path, cells: int, examples: int) -> list[Path]:
 
 
 def rescore_files(paths: Sequence[Path], metrics: Sequence[str]) -> None:
-    """What a change of the metrics asks for: read, judge and write every cell."""
+    """Read, score and write every cell, as `rescore` does."""
     scorer = Scorer()
     for path in paths:
         scores, rows = score_predictions(
@@ -85,7 +85,7 @@ def rescore_files(paths: Sequence[Path], metrics: Sequence[str]) -> None:
 
 
 def score_pairs(paths: Sequence[Path], metrics: Sequence[str]) -> None:
-    """rouge_score for each pair, and nothing else."""
+    """Score each pair with rouge_score, and do nothing else."""
     stem = metrics[0].endswith("_stem")
     scorer = rouge_scorer.RougeScorer(list(ROUGE_METRICS), use_stemmer=stem)
     for path in paths:
@@ -94,7 +94,7 @@ def score_pairs(paths: Sequence[Path], metrics: Sequence[str]) -> None:
 
 
 def bootstrap_cells(values: np.ndarray, resamples: int) -> None:
-    """Each cell's resamples by themselves."""
+    """Bootstrap each cell with resamples of its own."""
     for row in values:
         drawn = np.random.default_rng(0).integers(row.size, size=(resamples, row.size))
         np.percentile(row[drawn].mean(axis=1), [2.5, 97.5])
@@ -103,22 +103,31 @@ def bootstrap_cells(values: np.ndarray, resamples: int) -> None:
 def compare_times(
     name: str, cells: int, run_ours: Callable[[], object], run_baseline: Callable[[], object]
 ) -> dict[str, float]:
-    """Seconds of `work` on all cells, and of the plain way, scaled up from `COMPARED` of them."""
-    clock, own = time.perf_counter(), time.process_time()
+    """Return the seconds of ours on all cells, and of the baseline, scaled up from `BASELINE_CELLS`."""
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     run_ours()
-    clock, own, start = time.perf_counter() - clock, time.process_time() - own, time.process_time()
+    wall_seconds, cpu_seconds = time.perf_counter() - wall_start, time.process_time() - cpu_start
+    cpu_start = time.process_time()
     run_baseline()
-    other = (time.process_time() - start) * cells / min(BASELINE_CELLS, cells)
+    baseline_seconds = (time.process_time() - cpu_start) * cells / min(BASELINE_CELLS, cells)
+    ratio = cpu_seconds / baseline_seconds
     print(
-        f"{name}: {cells} cells, {own:.1f} s ({clock:.1f} s by the clock), {own / other:.2f} x the plain way"
+        f"{name}: {cells} cells, {cpu_seconds:.1f} s of CPU ({wall_seconds:.1f} s), "
+        f"{ratio:.2f} x the baseline"
     )
-    return {"cells": cells, "cpu_s": own, "clock_s": clock, "plain_cpu_s": other, "ratio": own / other}
+    return {
+        "cells": cells,
+        "cpu_s": cpu_seconds,
+        "clock_s": wall_seconds,
+        "plain_cpu_s": baseline_seconds,
+        "ratio": ratio,
+    }
 
 
 def measure_all(cells: int, rescored_cells: int, examples: int, resamples: int) -> dict[str, Any]:
-    """Rescoring of `judged` cells, without and with stemming, and the bootstrap of `cells`."""
+    """Time rescoring without and with stemming, and the bootstrap of `cells`."""
     values = np.random.default_rng(0).uniform(0, 100, size=(cells, examples))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "examples": examples,
         "resamples": resamples,
         "bootstrap": compare_times(
@@ -132,13 +141,13 @@ def measure_all(cells: int, rescored_cells: int, examples: int, resamples: int) 
         paths = write_cells(Path(folder), rescored_cells, examples)
         for ending in ("", "_stem"):
             metrics = [f"{kind}{ending}" for kind in ROUGE_METRICS]
-            found[f"rouge{ending}"] = compare_times(
+            results[f"rouge{ending}"] = compare_times(
                 f"rouge{ending}",
                 rescored_cells,
                 partial(rescore_files, paths, metrics),
                 partial(score_pairs, paths[:BASELINE_CELLS], metrics),
             )
-    return found
+    return results
 
 
 def main() -> None:
@@ -146,17 +155,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="20 cells of 50 predictions, 1,000 resamples")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
-    parser.add_argument("--cells", type=int, default=1_000, help="that are rescored")
-    asked = parser.parse_args()
-    found = measure_all(20, 20, 50, 1_000) if asked.small else measure_all(1_000, asked.cells, 500, 10_000)
-    if asked.out is not None:
+    parser.add_argument("--cells", type=int, default=1_000, help="number of rescored cells")
+    options = parser.parse_args()
+    sizes = (20, 20, 50, 1_000) if options.small else (1_000, options.cells, 500, 10_000)
+    results = measure_all(*sizes)
+    if options.out is not None:
         packages = ("gkd-lab", "rouge-score", "nltk", "numpy")
         versions = {name: version(name) for name in packages}
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
         write_json(
-            asked.out, {"device": platform.machine(), "threads": threads, "versions": versions, **found}
+            options.out, {"device": platform.machine(), "threads": threads, "versions": versions, **results}
         )
-        print(f"written to {asked.out}")
+        print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds for the table of 10,000 finished records, against a plain loop over the same files.
+"""Time the table of 10,000 finished records, against a plain loop over the same files.
 
     python benchmarks/table.py [CELLS]
 
@@ -24,7 +24,7 @@ from gkd_lab.tasks import TASKS
 
 
 def build_grid(cells: int) -> Grid:
-    """Arithmetic at `cells` (a multiple of 25) points: 5 lmbdas, 5 betas, seeds."""
+    """Build an arithmetic grid of `cells` (a multiple of 25): 5 lmbdas, 5 betas, seeds."""
     quarters, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
     axes = {"seed": list(range(cells // 25)), "lmbda": quarters, "beta": betas}
     document = {"description": "speed of the table", "task": "arithmetic", "grid": axes}
@@ -36,7 +36,7 @@ def build_grid(cells: int) -> Grid:
 
 
 def write_records(grid: Grid, store: Store) -> None:
-    """One record through its own interface, then copies of its files for all other cells."""
+    """Write one record, then copy its files for all other cells."""
     first = grid.cells[0]
     record, evaluation = store.get_record(first), first.evaluations[0]
     score = {"value": 71.2, "low": 67.0, "high": 75.4, "n": 500, "signature": "accuracy|rule:gsm8k"}
@@ -49,22 +49,23 @@ def write_records(grid: Grid, store: Store) -> None:
 
 
 def read_files(grid: Grid, store: Store) -> None:
-    """What cannot be avoided: open and parse the files that the table needs."""
+    """Open and parse the files that the table needs, and nothing else."""
     for cell in grid.cells:
         folder = f"{store.root}/{cell.folder}"
-        judged = f"{folder}/evaluations/{cell.evaluations[0].folder}"
-        for name in (folder, judged):
+        evaluation = f"{folder}/evaluations/{cell.evaluations[0].folder}"
+        for name in (folder, evaluation):
             _read_json(f"{name}/status.json")
-        _read_json(f"{judged}/scores.json")
+        _read_json(f"{evaluation}/scores.json")
 
 
 def _read_json(path: str) -> Any:
+    """Read a JSON file."""
     with open(path, "rb") as file:
         return json.loads(file.read())
 
 
 def time_fastest(runs: int, work: Callable[[], object]) -> float:
-    """Seconds of the fastest of `runs`."""
+    """Return the seconds of the fastest of `runs`."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -74,7 +75,7 @@ def time_fastest(runs: int, work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Build, measure, print."""
+    """Build the records, time both ways, print."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     with tempfile.TemporaryDirectory() as folder:
         grid, store = build_grid(count), Store(Path(folder))

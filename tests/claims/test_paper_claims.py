@@ -1,4 +1,4 @@
-"""What the claims come to on the paper's own numbers (facts: section 6 of the paper's summary)."""
+"""Verdicts on the paper's own numbers (section 6 of the paper's summary)."""
 
 import re
 import typing
@@ -13,7 +13,7 @@ from gkd_lab.claims.measurements import load_paper_measurements
 from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config.experiment import ClaimId, FigureName
 
-VERDICTS = {one.claim.id: one for one in judge_paper(CLAIMS.values())}
+VERDICTS = {verdict.claim.id: verdict for verdict in judge_paper(CLAIMS.values())}
 
 EXPECTED = {
     "C1": ("fails", "54 of 55"),
@@ -52,9 +52,9 @@ def get_detail(name: str) -> str:
 
 @pytest.mark.parametrize(("name", "expected"), EXPECTED.items())
 def test_the_verdict_is_that_of_the_papers_numbers(name: str, expected: tuple[str, str]) -> None:
-    found: ClaimVerdict = VERDICTS[name]
-    assert (found.verdict, found.detail.split(";")[0]) == expected
-    assert found.column_count == int(expected[1].split()[-1])
+    verdict: ClaimVerdict = VERDICTS[name]
+    assert (verdict.verdict, verdict.detail.split(";")[0]) == expected
+    assert verdict.column_count == int(expected[1].split()[-1])
 
 
 def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:
@@ -67,7 +67,7 @@ def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:
 
 
 def test_every_detail_says_k_of_n() -> None:
-    assert all(re.match(r"\d+ of \d+\b", one.detail) for one in VERDICTS.values())
+    assert all(re.match(r"\d+ of \d+\b", verdict.detail) for verdict in VERDICTS.values())
 
 
 def test_exceptions_are_named() -> None:
@@ -83,7 +83,7 @@ def test_exceptions_are_named() -> None:
     assert "arithmetic, greedy (from base to large -0.90)" in get_detail("C25")
 
 
-def test_what_section_6_says_besides_is_said_besides() -> None:
+def test_variants_are_reported_beside_the_verdict() -> None:
     assert "without reverse KL: 0 of 1; ties" in get_detail("C8")
     assert "besides, λ = 0.5: 0 of 2" in get_detail("C9") and "besides, λ = 0: 0 of 2" in get_detail("C9")
     assert "sampling (against ImitKD -0.12, against f-distill -0.24)" in get_detail("C15")
@@ -108,23 +108,28 @@ def test_measurements_have_numbers_and_no_verdict() -> None:
     assert {VERDICTS[name].verdict for name in ("C26", "C27", "C28")} == {"undecided"}
 
 
-def test_in_its_figures_a_claim_finds_each_place_once() -> None:
+def test_the_figures_of_a_claim_have_each_figure_cell_once() -> None:
     """Two figures that show the same cell would make its column ambiguous."""
     for claim in CLAIMS.values():
-        cells = [
-            fact for fact in load_paper_measurements(claim.figures) if fact.figure_cell["role"] == "cell"
+        measurements = [
+            measurement
+            for measurement in load_paper_measurements(claim.figures)
+            if measurement.figure_cell["role"] == "cell"
         ]
-        places = [tuple(fact.figure_cell.get(name) for name in FIGURE_CELL_FIELDS) for fact in cells]
-        assert len(places) == len(set(places)), claim.id
+        figure_cells = [
+            tuple(measurement.figure_cell.get(name) for name in FIGURE_CELL_FIELDS)
+            for measurement in measurements
+        ]
+        assert len(figure_cells) == len(set(figure_cells)), claim.id
         rows = paper.load_values()
         shown = rows["figure"].isin(claim.figures) & (rows["role"] == "cell")
-        assert len(cells) == shown.sum(), claim.id
+        assert len(measurements) == shown.sum(), claim.id
 
 
-def test_what_rounding_could_turn_is_a_tie_and_no_more() -> None:
+def test_only_differences_within_the_rounding_error_are_ties() -> None:
     """13.2 against 13.1 is printed apart (C1 holds there); 13.1 against 13.1 is not."""
-    place = ("small", "sample", 0.0)
+    key = ("small", "sample", 0.0)
     fields = ("student", "decoding", "beta")
-    (small,) = (c for c in VERDICTS["C1"].columns if tuple(c.shared_fields[name] for name in fields) == place)
+    (small,) = (c for c in VERDICTS["C1"].columns if tuple(c.shared_fields[name] for name in fields) == key)
     assert small.outcome == "holds"
     assert small.weakest.effect == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""The paper's numbers: whole, as printed, and honest about how they were read."""
+"""The paper's numbers: complete, as printed, each with its reading error."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ PAPER_VALUES = paper.load_values()
 
 
 def select_rows(**wanted: Any) -> pd.DataFrame:
-    found = PAPER_VALUES
+    rows = PAPER_VALUES
     for name, value in wanted.items():
-        found = found[found[name] == value]
-    return found
+        rows = rows[rows[name] == value]
+    return rows
 
 
 def test_the_heat_maps_have_55_columns_of_three_lmbdas() -> None:
@@ -37,7 +37,7 @@ def test_starts_that_the_paper_does_not_state_are_null() -> None:
     assert select_rows(figure="A.12")["gain"].isna().all()
 
 
-def test_every_number_says_how_it_was_read_and_how_well() -> None:
+def test_every_number_has_a_reading_method_and_error() -> None:
     assert set(PAPER_VALUES["how"]) == {
         "printed",
         "digitised from vector graphics",
@@ -48,7 +48,7 @@ def test_every_number_says_how_it_was_read_and_how_well() -> None:
     assert set(select_rows(figure="5", metric="entailment")["error"]) == {0.1}
 
 
-def test_no_number_stands_twice() -> None:
+def test_no_number_is_listed_twice() -> None:
     read = ("value", "start", "teacher", "gain", "error", "how", "gain_error")
     assert not PAPER_VALUES.duplicated([name for name in PAPER_VALUES if name not in read]).any()
 

@@ -57,7 +57,7 @@ def test_several_texts_of_one_prompt_are_one_example() -> None:
     assert corpus.score == pytest.approx(score("bleu", TEXTS[:4], REFERENCES[:4]).value)
 
 
-def test_samples_that_share_draws_are_paired() -> None:
+def test_models_that_share_resamples_are_paired() -> None:
     hard = np.random.default_rng(0).normal(50, 30, 200)
     a, b = build_mean_statistics(hard), build_mean_statistics(hard + 1)
     first, second = bootstrap_scores([a, b], resamples=500)
@@ -67,13 +67,13 @@ def test_samples_that_share_draws_are_paired() -> None:
     assert high - low > 5
 
 
-def test_the_middle_of_a_share_is_as_wide_as_the_binomial_says() -> None:
+def test_the_interval_of_a_share_is_as_wide_as_the_binomial_one() -> None:
     (scores,) = bootstrap_scores([build_mean_statistics([100.0] * 60 + [0.0] * 140)], resamples=4000)
     assert compute_percentile_interval(scores) == pytest.approx((30 - 6.35, 30 + 6.35), abs=0.6)
     assert fmean(scores) == pytest.approx(30, abs=0.2)
 
 
-def test_draws_repeat_and_do_not_depend_on_who_else_is_drawn_for() -> None:
+def test_resamples_repeat_and_do_not_depend_on_other_models() -> None:
     a, b = build_mean_statistics([0.0, 1.0, 5.0]), build_mean_statistics([1.0, 2.0, 2.0])
     together, alone = bootstrap_scores([b, a], resamples=50)[1], bootstrap_scores([a], resamples=50)[0]
     assert together.tolist() == alone.tolist()

@@ -1,4 +1,4 @@
-"""Students against their start: paired, and adjusted for how many comparisons there are."""
+"""Differences of students from their start: paired, and adjusted for their number."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_holm_by_hand() -> None:
 def load_all_statistics(
     grid: Grid, store: Store, **more: ExampleStatistics
 ) -> dict[str, ExampleStatistics | None]:
-    """By fingerprint, as stored."""
+    """Load fingerprint -> stored statistics, of all cells and their start."""
     evaluation = grid.cells[0].evaluations[0]
     start = grid.cells[0].training.start
     records = {cell.fingerprint: store.get_record(cell) for cell in grid.cells}
@@ -38,43 +38,49 @@ def load_all_statistics(
 def test_one_seed_is_paired_with_its_start_over_examples(tmp_path: Path) -> None:
     grid, store = build_grid(), Store(tmp_path)
     fill_store(grid, store, score=lambda cell: 60.0 if cell.lmbda == 1 else 30.0)
-    found = compute_start_differences(
+    differences = compute_start_differences(
         table(grid, store), "accuracy", "arithmetic", load_all_statistics(grid, store).__getitem__
     )
-    assert [one.axis_values["lmbda"] for one in found] == [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1]
-    assert [one.verdict for one in found] == ["undecided"] * 6 + ["higher"] * 3
-    assert [one.effect.mean for one in found] == [0.0] * 6 + [30.0] * 3
-    assert all(one.effect.p is not None and one.adjusted_p_value is not None for one in found)
-    raised = found[-1]
+    lmbdas = [difference.axis_values["lmbda"] for difference in differences]
+    assert lmbdas == [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1]
+    assert [difference.verdict for difference in differences] == ["undecided"] * 6 + ["higher"] * 3
+    assert [difference.effect.mean for difference in differences] == [0.0] * 6 + [30.0] * 3
+    assert all(
+        difference.effect.p is not None and difference.adjusted_p_value is not None
+        for difference in differences
+    )
+    raised = differences[-1]
     assert raised.adjusted_p_value == pytest.approx(9 * (raised.effect.p or 0))
 
 
-def test_what_is_clear_alone_may_be_undecided_among_many(tmp_path: Path) -> None:
-    """A p-value of 0.03 holds for one comparison and not beside eight that show nothing."""
+def test_a_single_significant_difference_may_be_undecided_among_many(tmp_path: Path) -> None:
+    """A p-value of 0.03 is significant alone and not beside eight differences of 0."""
     grid, store = build_grid(), Store(tmp_path)
     start = [0.0] * 40
     better = [100.0] * 5 + [0.0] * 35
     fill_store(grid, store, score=lambda cell: 12.5 if cell == grid.cells[0] else 0.0, start_score=0.0)
-    written = dict.fromkeys((cell.fingerprint for cell in grid.cells), build_mean_statistics(start))
-    written[grid.cells[0].fingerprint] = build_mean_statistics(better)
-    written[grid.cells[0].training.start.fingerprint] = build_mean_statistics(start)
-    first = compute_start_differences(table(grid, store), "accuracy", "arithmetic", written.__getitem__)[0]
+    statistics = dict.fromkeys((cell.fingerprint for cell in grid.cells), build_mean_statistics(start))
+    statistics[grid.cells[0].fingerprint] = build_mean_statistics(better)
+    statistics[grid.cells[0].training.start.fingerprint] = build_mean_statistics(start)
+    first = compute_start_differences(table(grid, store), "accuracy", "arithmetic", statistics.__getitem__)[0]
     assert first.effect.verdict == "higher"
     assert first.effect.p is not None and 0.01 < first.effect.p < 0.05
     assert first.verdict == "undecided"
     alone = build_grid(grid={"lmbda": [0]}, beta=0)
     assert alone.cells[0].fingerprint == grid.cells[0].fingerprint
-    (one,) = compute_start_differences(table(alone, store), "accuracy", "arithmetic", written.__getitem__)
-    assert one.verdict == "higher"
+    (difference,) = compute_start_differences(
+        table(alone, store), "accuracy", "arithmetic", statistics.__getitem__
+    )
+    assert difference.verdict == "higher"
 
 
-def test_several_seeds_are_tested_over_seeds_and_what_is_missing_is_left_out(tmp_path: Path) -> None:
+def test_several_seeds_are_tested_over_seeds_and_missing_cells_are_left_out(tmp_path: Path) -> None:
     grid, store = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]}), Store(tmp_path)
     fill_store(grid, store, cells=grid.cells[:3], score=lambda cell: 40.0 + cell.seed)
-    (one,) = compute_start_differences(table(grid, store), "accuracy", "arithmetic", lambda cell: None)
-    assert (one.effect.mean, one.effect.over) == (11.0, "3 seeds, Student's t")
-    assert one.effect.low == pytest.approx(11 - 2.48414, abs=1e-4)
-    assert one.verdict == "higher"
+    (difference,) = compute_start_differences(table(grid, store), "accuracy", "arithmetic", lambda cell: None)
+    assert (difference.effect.mean, difference.effect.over) == (11.0, "3 seeds, Student's t")
+    assert difference.effect.low == pytest.approx(11 - 2.48414, abs=1e-4)
+    assert difference.verdict == "higher"
 
 
 def test_a_corpus_score_of_one_seed_is_paired_through_its_counts(tmp_path: Path) -> None:
@@ -86,8 +92,10 @@ def test_a_corpus_score_of_one_seed_is_paired_through_its_counts(tmp_path: Path)
         rows = list(zip(sentence, by_lmbda[int(cell.lmbda)], sentence, strict=True))
         write_cell_record(store, cell, rows)
     write_reference_record(store, grid.cells[0], "start", list(zip(sentence, wrong, sentence, strict=True)))
-    written = load_all_statistics(grid, store)
-    same, better = compute_start_differences(table(grid, store), "bleu", "translation", written.__getitem__)
+    statistics = load_all_statistics(grid, store)
+    same, better = compute_start_differences(
+        table(grid, store), "bleu", "translation", statistics.__getitem__
+    )
     assert (same.effect.mean, same.verdict) == (0.0, "undecided")
     assert better.effect.low is not None and better.effect.low > 5
     assert better.verdict == "higher"

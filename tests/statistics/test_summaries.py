@@ -1,4 +1,4 @@
-"""Means and intervals, against numbers worked out by hand."""
+"""Summaries against numbers worked out by hand."""
 
 from pathlib import Path
 
@@ -26,23 +26,23 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
     store = Store(tmp_path)
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:4])
-    found = summary(table(grid, store), "accuracy").set_index(["role", "lmbda"])
-    three, one = found.loc[("cell", 0.0)], found.loc[("cell", 1.0)]
+    summaries = summary(table(grid, store), "accuracy").set_index(["role", "lmbda"])
+    three, single = summaries.loc[("cell", 0.0)], summaries.loc[("cell", 1.0)]
     assert (three["n"], three["interval"]) == (3, "t, seeds")
     assert three["mean"] == pytest.approx(39.0)
     assert three["high"] - three["mean"] == pytest.approx(2.48414, abs=1e-4)
-    assert (one["n"], one["interval"]) == (1, "bootstrap, examples")
-    assert (one["low"], one["mean"], one["high"]) == pytest.approx((65.0, 68.0, 71.0))
+    assert (single["n"], single["interval"]) == (1, "bootstrap, examples")
+    assert (single["low"], single["mean"], single["high"]) == pytest.approx((65.0, 68.0, 71.0))
 
 
-def test_what_is_not_done_has_no_mean_and_says_so(tmp_path: Path) -> None:
-    found = summary(table(build_grid(), Store(tmp_path)), "accuracy")
-    assert (found["n"] == 0).all()
-    assert (found["interval"] == "none").all()
-    assert found["mean"].isna().all()
+def test_unfinished_cells_have_no_mean_and_no_interval(tmp_path: Path) -> None:
+    summaries = summary(table(build_grid(), Store(tmp_path)), "accuracy")
+    assert (summaries["n"] == 0).all()
+    assert (summaries["interval"] == "none").all()
+    assert summaries["mean"].isna().all()
 
 
-def test_a_collapsed_cell_stands_at_every_place_that_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_collapsed_cell_has_a_row_at_each_of_its_grid_points(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
     assert list(zip(placed["lmbda"], placed["temperature"], strict=True)) == [
@@ -54,30 +54,30 @@ def test_a_collapsed_cell_stands_at_every_place_that_it_was_asked_for(tmp_path: 
     assert placed["cell"].nunique() == 3
 
 
-def test_total_variation_stands_once_after_the_betas(tmp_path: Path) -> None:
+def test_total_variation_has_one_row_after_the_betas(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
     store = Store(tmp_path)
     fill_store(grid, store)
     frame = table(grid, store)
     assert list(expand_collapsed_cells(frame)["beta"]) == [NO_BETA, 0, 1] * 2
-    found = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
-    assert found.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
-    assert list(found["n"]) == [1] * 8
+    summaries = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
+    assert summaries.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
+    assert list(summaries["n"]) == [1] * 8
     effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: None)
     assert effect is not None
     assert (effect.mean, effect.pairs) == (30.0, 3)
 
 
-def test_a_collapsed_cell_stands_at_values_that_are_sections(tmp_path: Path) -> None:
+def test_a_collapsed_cell_expands_over_axes_of_nested_settings(tmp_path: Path) -> None:
     sizes = [{"layers": 1, "width": width, "heads": 1} for width in (8, 16)]
     grid = build_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
-    assert [len(one) for one in grid.stands_for.values()] == [2, 2]
+    assert [len(points) for points in grid.stands_for.values()] == [2, 2]
     placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
     assert placed.groupby(["temperature", "student"]).size().tolist() == [1] * 4
 
 
 def _build_table(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:
-    """A table with accuracy by (lmbda, beta, seed); the fingerprint spells the place."""
+    """Build a table with accuracy by (lmbda, beta, seed); the fingerprint is `lmbda/beta/seed`."""
     return pd.DataFrame(
         [
             {
@@ -118,7 +118,7 @@ def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
     assert effect.verdict == "higher"
 
 
-def test_a_stored_score_that_its_texts_do_not_give_gets_no_interval() -> None:
+def test_an_outdated_stored_score_gets_no_interval() -> None:
     frame = _build_table({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
     effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: build_mean_statistics([1.0, 2.0]))
     assert effect is not None
@@ -151,7 +151,7 @@ def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
     fill_store(grid, store)
     frame = table(grid, store)
     teacher = frame[frame["role"] == "teacher"]
-    both = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])
-    described = summary(both, "accuracy")
+    with_two_teachers = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])
+    described = summary(with_two_teachers, "accuracy")
     assert sorted(described[described["role"] == "teacher"]["mean"]) == [10.0, 95.0]
     assert list(described["n"]).count(2) == list(summary(frame, "accuracy")["n"]).count(2)

@@ -1,4 +1,4 @@
-"""A grid and a store whose scores are made up, written through the records' own interface."""
+"""Build small grids, and stores with made-up scores that the records write themselves."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ ScoreFunction = Callable[[Cell], float]
 
 @dataclass(frozen=True)
 class FakeTask:
-    """Just enough of a task for `expand`."""
+    """The parts of a task that `expand_grid` needs."""
 
     name: str
     metrics: tuple[str, ...] = ("accuracy",)
@@ -27,12 +27,7 @@ class FakeTask:
             **{"lmbda": 0.5, "beta": 0.5, "seed": 0, "temperature": 1.0},
             **{"teacher_temperature": 1.0, "student_temperature": 1.0},
             **{"loss_normalization": "sequence", "steps": 10, "batch_size": 2, "dropout": 0.0},
-            **{
-                "optimizer": "adamw",
-                "learning_rate": 1e-3,
-                "weight_decay": 0.0,
-                "max_grad_norm": 1.0,
-            },
+            **{"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0},
             **{"warmup_steps": 0, "cooldown_steps": 0, "precision": "fp32"},
             **{"max_input_tokens": 8, "max_output_tokens": 8},
             **{"data": {}, "tokenizer": {"kind": "word", "vocab_size": 50}},
@@ -50,7 +45,7 @@ TASKS = {task.name: task for task in (FakeTask("arithmetic"), FakeTask("translat
 
 
 def build_grid(**document: Any) -> Grid:
-    """lmbda {0, 0.5, 1} x beta {0, 0.1, 1} on arithmetic; `document` replaces the file's fields."""
+    """Build lmbda {0, 0.5, 1} x beta {0, 0.1, 1} on arithmetic; `document` replaces the file's fields."""
     grid = document.pop("grid", {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 1]})
     task = {} if "task" in grid else {"task": "arithmetic"}
     experiment = parse_experiment({"description": "made up", **task, "grid": grid, **document}, "made.yaml")
@@ -62,12 +57,12 @@ def build_grid(**document: Any) -> Grid:
 
 
 def linear_score(cell: Cell) -> float:
-    """Better with more of the student's own text, a little better towards forward KL."""
+    """Return a score that rises with lmbda, and a little towards forward KL."""
     return 40.0 + 30.0 * cell.lmbda - 4.0 * _numeric_beta(cell) + cell.seed
 
 
 def _numeric_beta(cell: Cell) -> float:
-    """Total variation, which has none, does as well as JSD(0.25)."""
+    """Return the beta, 0.25 for total variation."""
     return 0.25 if cell.beta is None else cell.beta
 
 
@@ -81,21 +76,21 @@ def fill_store(
     teacher_score: float = 95.0,
     text: str = "3 + 4 = 7",
 ) -> None:
-    """Records for `cells` (default: all of the grid) and for every reference model."""
+    """Write records of `cells` (default: all of the grid) and of every reference model."""
     for cell in grid.cells if cells is None else cells:
         write_finished_record(store.get_record(cell), cell, score(cell), text)
     for cell in grid.cells:
-        for role, model, at in (
+        for role, model, reference_score in (
             ("start", cell.training.start, start_score),
             ("teacher", cell.training.teacher, teacher_score),
         ):
             record = store.get_artifact(grid.scale, role, model)
             if any(record.get_evaluation(e).read_state() != "done" for e in cell.evaluations):
-                write_finished_record(record, cell, at, text)
+                write_finished_record(record, cell, reference_score, text)
 
 
 def write_finished_record(record: Record, cell: Cell, score: float, text: str = "7") -> None:
-    """A finished record: history, provenance, and every evaluation with `value` as its score."""
+    """Write a finished record: history, provenance, and every evaluation with this score."""
     record.write_provenance(
         {
             "time": "2026-01-01T00:00:00+00:00",
@@ -114,7 +109,7 @@ def write_finished_record(record: Record, cell: Cell, score: float, text: str = 
 
 
 def write_evaluation(record: Record, evaluation: Evaluation, score: float, text: str = "7") -> None:
-    """One evaluation: of 50 examples the first `value` per cent are right."""
+    """Write one evaluation of 50 examples, of which `score` per cent are right."""
     metric, *others = evaluation.metrics
     hits = [100.0 if index < score / 2 else 0.0 for index in range(50)]
     random.Random(0).shuffle(hits)

@@ -1,4 +1,4 @@
-"""Losses in one line."""
+"""Labels of losses."""
 
 import json
 from typing import Any
@@ -30,6 +30,6 @@ SECOND = {"beta": 0.1, "teacher": ["teacher", "second"]}
         ([{"type": "hidden_states", "layers": "uniform", "weight": 0.1}], "0.1 hidden states (uniform)"),
     ],
 )
-def test_a_loss_is_said_in_one_line(objectives: list[dict[str, Any]], text: str) -> None:
+def test_a_loss_has_a_label_of_one_line(objectives: list[dict[str, Any]], text: str) -> None:
     assert loss_label(objectives) == text
     assert loss_label(json.dumps(objectives)) == text

@@ -1,4 +1,4 @@
-"""Rescoring a whole experiment: what changes, what stays, and what is said of the rest."""
+"""Rescoring an experiment: changed scores, kept scores, and lines for everything else."""
 
 import json
 import subprocess
@@ -56,12 +56,12 @@ def read_scores(grid: Grid, store: Store) -> list[dict[str, Any]]:
 
 
 def overwrite_scores(grid: Grid, store: Store, **changes: Any) -> None:
-    """As if an older version had scored."""
+    """Replace fields of the stored scores, as if an older version had scored."""
     for cell in grid.cells:
         part = store.get_record(cell).get_evaluation(cell.evaluations[0])
-        found = part.read_scores()
-        found["exact_match"] |= changes
-        (part.folder / "scores.json").write_text(json.dumps(found))
+        scores = part.read_scores()
+        scores["exact_match"] |= changes
+        (part.folder / "scores.json").write_text(json.dumps(scores))
 
 
 def test_changed_metric_code_takes_effect_in_every_record(store: Store) -> None:
@@ -85,11 +85,11 @@ def test_an_edited_list_of_metrics_takes_effect_and_the_old_scores_stay(store: S
     grid = write_grid_records(store)
     edited = build_metric_grid("rouge1", "accuracy")
     outcome = rescore_grid(edited, store)
-    assert all(set(one) >= {"exact_match", "rouge1", "accuracy"} for one in read_scores(edited, store))
+    assert all({"exact_match", "rouge1", "accuracy"} <= set(scores) for scores in read_scores(edited, store))
     lines = list(format_rescored_lines(outcome, 5))
     assert lines[1].startswith("arithmetic greedy/rouge1: new in 5, mean ")
     assert "; rouge1|measure:f|stem:no" in lines[1]
-    assert all("value" in one for one in read_scores(grid, store)[0].values())
+    assert all("value" in score for score in read_scores(grid, store)[0].values())
 
 
 def test_named_metrics_alone_are_computed(store: Store) -> None:
@@ -97,11 +97,11 @@ def test_named_metrics_alone_are_computed(store: Store) -> None:
     overwrite_scores(grid, store, value=10.0)
     rescore_grid(grid, store, ("chrf",))
     assert all(
-        one["exact_match"]["value"] == 10.0 and one["chrf"]["value"] > 0 for one in read_scores(grid, store)
+        row["exact_match"]["value"] == 10.0 and row["chrf"]["value"] > 0 for row in read_scores(grid, store)
     )
 
 
-def test_a_record_that_another_process_works_on_is_left_alone(store: Store) -> None:
+def test_a_locked_record_is_left_alone(store: Store) -> None:
     grid = write_grid_records(store)
     overwrite_scores(grid, store, value=10.0)
     held = store.get_record(grid.cells[1])
@@ -109,25 +109,25 @@ def test_a_record_that_another_process_works_on_is_left_alone(store: Store) -> N
         outcome = rescore_grid(grid, store)
     assert outcome.locked_folders == [str(held.folder)]
     assert not outcome.is_complete
-    assert [one["exact_match"]["value"] for one in read_scores(grid, store)] == [50.0, 10.0, 50.0]
+    assert [row["exact_match"]["value"] for row in read_scores(grid, store)] == [50.0, 10.0, 50.0]
     (line,) = format_unscored_lines(grid, outcome, [])
-    assert line == f"left alone, another process works there: {held.folder}"
+    assert str(held.folder) in line
 
 
-def test_damage_is_one_line_and_the_rest_is_done(store: Store) -> None:
+def test_a_damaged_record_is_one_line_and_the_others_are_rescored(store: Store) -> None:
     grid = write_grid_records(store)
     overwrite_scores(grid, store, value=10.0)
     broken, short = (get_predictions_path(store.get_record(cell), cell) for cell in grid.cells[:2])
     broken.write_bytes(broken.read_bytes()[:-9])
     short.write_bytes(b"\n".join(short.read_bytes().split(b"\n")[:4]) + b"\n")
     outcome = rescore_grid(grid, store)
-    assert [one["exact_match"]["value"] for one in read_scores(grid, store)] == [10.0, 10.0, 50.0]
+    assert [row["exact_match"]["value"] for row in read_scores(grid, store)] == [10.0, 10.0, 50.0]
     first, second = format_unscored_lines(grid, outcome, [])
-    assert first.startswith(f"failed: {broken}:6: expected a JSON object, got ")
-    assert second == f"failed: {short} is cut short: 4 of 6 predictions are left"
+    assert f"{broken}:6" in first and "JSON object" in first
+    assert str(short) in second and "4 of 6" in second
 
 
-def test_what_was_never_written_is_counted_and_is_no_failure(store: Store) -> None:
+def test_missing_predictions_are_counted_and_are_no_failure(store: Store) -> None:
     grid = write_grid_records(store)
     wider = build_metric_grid(grid={"lmbda": [0, 0.5, 1], "seed": [0, 1]})
     store.get_record(wider.cells[0]).get_evaluation(wider.cells[0].evaluations[0]).mark_failed(
@@ -138,19 +138,19 @@ def test_what_was_never_written_is_counted_and_is_no_failure(store: Store) -> No
     outcome = rescore_records(work)
     assert outcome.is_complete
     (line,) = format_unscored_lines(wider, outcome, missing)
-    assert line.startswith("4 evaluations not finished, so without predictions: ")
+    assert line.startswith("4 evaluations ")
 
 
-def test_a_metric_that_these_predictions_cannot_be_judged_by_is_said_once(store: Store) -> None:
+def test_a_metric_that_does_not_apply_is_reported_once(store: Store) -> None:
     grid = write_grid_records(store)
     before = read_scores(grid, store)
     outcome = rescore_grid(grid, store, ("self_bleu",))
     (line,) = format_unscored_lines(grid, outcome, [])
-    assert line.startswith("failed: self_bleu compares several texts of one prompt")
+    assert "self_bleu" in line
     assert read_scores(grid, store) == before
 
 
-def test_reference_models_are_rescored_once_with_what_any_cell_asks(store: Store) -> None:
+def test_reference_models_are_rescored_once_with_the_metrics_of_all_cells(store: Store) -> None:
     write_grid_records(store)
     work, _ = collect_rescore_jobs(build_metric_grid("rouge1"), store, None)
     assert [len(job.evaluations) for job in work] == [1] * 5
@@ -181,7 +181,7 @@ def test_rescoring_and_comparing_load_neither_torch_nor_pandas() -> None:
     assert completed.returncode == 0, completed.stderr
 
 
-def test_several_processes_do_what_one_does(store: Store) -> None:
+def test_several_processes_give_the_outcome_of_one(store: Store) -> None:
     """Enough records for a pool of processes."""
     grid = write_grid_records(store, grid={"lmbda": [0], "seed": list(range(98))})
     overwrite_scores(grid, store, value=10.0)
@@ -190,5 +190,5 @@ def test_several_processes_do_what_one_does(store: Store) -> None:
     outcome = rescore_records(work, seen.append)
     assert (outcome.evaluation_count, outcome.is_complete) == (100, True)
     assert seen == [*range(8, 100, 8), 100]
-    assert all(one["exact_match"]["value"] == 50.0 for one in read_scores(grid, store))
+    assert all(row["exact_match"]["value"] == 50.0 for row in read_scores(grid, store))
     assert [change.old_value for change in outcome.changes] == [50.0] * 2 + [10.0] * 98

@@ -1,4 +1,4 @@
-"""The table: every cell and reference model is a row, whatever became of it."""
+"""Results table: every cell and reference model is a row, missing and failed ones included."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def test_a_row_for_every_reference_model_and_cell_in_grid_order(store: Store) ->
     assert list(frame["accuracy"][:2]) == [30.0, 95.0]
 
 
-def test_total_variation_has_no_beta_and_the_axes_that_vary_have_columns(store: Store) -> None:
+def test_total_variation_has_no_beta_and_other_axes_have_columns(store: Store) -> None:
     axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.5], "rescale_divergence": [False, True]}
     grid = build_grid(grid=axes)
     fill_store(grid, store)
@@ -54,24 +54,26 @@ def test_total_variation_has_no_beta_and_the_axes_that_vary_have_columns(store: 
         assert encode_table(frame, format)
 
 
-def test_scores_stand_under_the_evaluation_and_plainly_where_there_is_one(store: Store) -> None:
-    one = build_grid()
-    fill_store(one, store)
-    row = table(one, store).iloc[2]
+def test_scores_have_a_short_name_where_a_cell_has_one_evaluation(store: Store) -> None:
+    grid = build_grid()
+    fill_store(grid, store)
+    row = table(grid, store).iloc[2]
     assert row["greedy/accuracy"] == row["accuracy"] == 40.0
     assert row["greedy/accuracy.low"] == row["accuracy.low"] == 37.0
     assert row["greedy/accuracy.high"] == row["accuracy.high"] == 43.0
     assert row["greedy/mean_length"] == row["mean_length"] == 7.0
 
-    two = build_grid(evaluations=[{"decoding": "greedy"}, {"decoding": "sample", "temperature": 0.5}])
-    fill_store(two, store)
-    frame = table(two, store)
+    two_evaluations = build_grid(
+        evaluations=[{"decoding": "greedy"}, {"decoding": "sample", "temperature": 0.5}]
+    )
+    fill_store(two_evaluations, store)
+    frame = table(two_evaluations, store)
     assert frame["sample0.5/accuracy"].notna().all()
     assert "accuracy" not in frame.columns
     assert frame["evaluations"][2] == {"greedy": "done", "sample0.5": "done"}
 
 
-def test_two_evaluations_of_one_name_keep_columns_of_their_own(store: Store) -> None:
+def test_two_evaluations_of_one_name_have_separate_columns(store: Store) -> None:
     grid = build_grid(
         evaluations=[{"decoding": "greedy", "examples": 10}, {"decoding": "greedy", "examples": 20}]
     )
@@ -106,7 +108,7 @@ def test_an_empty_store_gives_the_same_columns_and_missing_rows(store: Store) ->
     assert {"greedy/accuracy", "greedy/accuracy.low", "accuracy", "error"} <= set(frame.columns)
 
 
-def test_other_axes_are_columns_and_references_carry_what_their_cells_share(store: Store) -> None:
+def test_reference_rows_hold_the_axis_values_that_all_their_cells_share(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"], "steps": [5, 10]})
     frame = table(grid, store)
     assert list_axes(frame) == ["student", "steps"]
@@ -121,7 +123,7 @@ def test_other_axes_are_columns_and_references_carry_what_their_cells_share(stor
     assert list(by_student["base"]) == [references["cell"].iloc[1]]
 
 
-def test_a_collapsed_cell_is_one_row_that_says_what_it_stands_for(store: Store) -> None:
+def test_a_collapsed_cell_is_one_row_that_lists_its_grid_points(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     cells = table(grid, store).query("role == 'cell'")
     assert list(cells["lmbda"]) == [0, 1, 1]
@@ -172,7 +174,7 @@ def test_every_format_encodes_an_empty_store(store: Store) -> None:
         assert encode_table(frame, format)
 
 
-def test_a_score_that_another_version_left_out_is_null(store: Store) -> None:
+def test_a_metric_that_an_older_record_lacks_is_null(store: Store) -> None:
     grid = build_grid(evaluations=[{"decoding": "greedy", "metrics": ["accuracy", "exact_match"]}])
     older = (
         build_grid().cells[0].evaluations[0].model_copy(update={"examples": None, "metrics": ("accuracy",)})
@@ -184,7 +186,7 @@ def test_a_score_that_another_version_left_out_is_null(store: Store) -> None:
     assert row["accuracy"] == 50.0 and pd.isna(row["exact_match"])
 
 
-def test_results_load_neither_torch_nor_transformers() -> None:
+def test_tables_load_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'datasets', 'evaluate', 'trl'):\n"

@@ -1,4 +1,4 @@
-"""Where a table's numbers are from, inside the file that keeps them."""
+"""Provenance of a table, stored inside its parquet file."""
 
 from pathlib import Path
 
@@ -12,19 +12,23 @@ from gkd_lab.tables.table import collect_table_provenance
 from .synthetic_store import build_grid, fill_store
 
 
-def test_cells_of_one_origin_are_counted_together_and_others_apart(tmp_path: Path) -> None:
+def test_cells_are_counted_by_origin(tmp_path: Path) -> None:
     grid, store = build_grid(), Store(tmp_path)
     fill_store(grid, store)
     for n, cell in enumerate(grid.cells[:5]):
         facts = {"commit": "abc" if n < 3 else "def", "packages": {"torch": "2"}, "time": str(n)}
         store.get_record(cell).write_provenance(facts)
-    found = collect_table_provenance(grid, store)
-    assert (found["experiment"], found["scale"]) == (grid.name, "nano")
-    assert [(one["commit"], one["cells"]) for one in found["origins"]] == [("abc", 3), ("def", 2), (None, 4)]
-    assert found["origins"][0]["packages"] == {"torch": "2"}
+    provenance = collect_table_provenance(grid, store)
+    assert (provenance["experiment"], provenance["scale"]) == (grid.name, "nano")
+    assert [(origin["commit"], origin["cells"]) for origin in provenance["origins"]] == [
+        ("abc", 3),
+        ("def", 2),
+        (None, 4),
+    ]
+    assert provenance["origins"][0]["packages"] == {"torch": "2"}
 
 
-def test_a_parquet_file_says_where_it_is_from(tmp_path: Path) -> None:
+def test_a_parquet_file_holds_its_provenance(tmp_path: Path) -> None:
     file = tmp_path / "table.parquet"
     words = [
         "table",
