@@ -66,7 +66,7 @@ def _build_screen(grid: Grid, overview: Overview, console: Console) -> Group:
         listing = list_cells(grid, overview, show_progress=True, states=("running", "failed"))
         listing = Listing(listing.columns, listing.rows[:max_rows], listing.styles[:max_rows])
     footer = Text(f"{render_state_counts(overview)}; Ctrl-C leaves, the work goes on")
-    return Group(build_rich_table(listing, wrap=False), *artifacts, footer)
+    return Group(build_rich_table(listing, console.width, fold=False), *artifacts, footer)
 
 
 def _print_state_changes(grid: Grid, console: Console) -> OverviewDisplay:
