@@ -72,7 +72,10 @@ class ColumnContrasts:
 
 @dataclass(frozen=True)
 class Check(ABC):
-    """One check of a claim, restricted to figure cells that meet `conditions`."""
+    """One check of a claim, restricted to figure cells that meet `conditions`.
+
+    Fields of its kinds are selectors of models, names of axes, and options.
+    """
 
     conditions: Conditions
 
@@ -80,9 +83,16 @@ class Check(ABC):
         """Return whether the check reads a figure cell: quality scores, unless a measure is named."""
         return meets_conditions(figure_cell, {"measure": "quality", **self.conditions})
 
-    @abstractmethod
     def list_varying_fields(self) -> set[str]:
-        """Return the fields that differ inside a column."""
+        """Return the fields that differ inside a column: those of the check's selectors, and its axes."""
+        varying: set[str] = set()
+        for value in vars(self).values():
+            if isinstance(value, str):
+                varying.add(value)
+            for selector in value if isinstance(value, tuple) else (value,):
+                if isinstance(selector, ModelSelector):
+                    varying.update(selector.conditions)
+        return add_dependent_fields(varying)
 
     @abstractmethod
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
@@ -96,9 +106,6 @@ class ScoresHigher(Check):
     better: ModelSelector
     worse: tuple[ModelSelector, ...]
     best_only: bool = False
-
-    def list_varying_fields(self) -> set[str]:
-        return collect_varying_fields(self.better, *self.worse)
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         better = find_matches(figure_cells, self.better)
@@ -124,9 +131,6 @@ class Ranking(Check):
 
     selectors: tuple[ModelSelector, ...]
 
-    def list_varying_fields(self) -> set[str]:
-        return collect_varying_fields(*self.selectors)
-
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         ranked = [(selector, find_matches(figure_cells, selector)) for selector in self.selectors]
         contrasts = [
@@ -143,9 +147,6 @@ class MonotoneTrend(Check):
 
     axis: str
     is_falling: bool = False
-
-    def list_varying_fields(self) -> set[str]:
-        return add_dependent_fields({self.axis})
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         groups = group_by_axis(figure_cells, self.axis)
@@ -166,9 +167,6 @@ class ShrinkingSpan(Check):
     axis: str
     span_axis: str
     is_descending: bool = False
-
-    def list_varying_fields(self) -> set[str]:
-        return add_dependent_fields({self.axis, self.span_axis})
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         groups = group_by_axis(figure_cells, self.axis)
@@ -194,9 +192,6 @@ class SpanBelowEffect(Check):
     worse: ModelSelector
     span_axis: str
 
-    def list_varying_fields(self) -> set[str]:
-        return collect_varying_fields(self.better, self.worse) | add_dependent_fields({self.span_axis})
-
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         better = group_by_axis(figure_cells, self.span_axis, self.better)
         worse = group_by_axis(figure_cells, self.span_axis, self.worse)
@@ -215,7 +210,7 @@ class SpanBelowEffect(Check):
 
 @dataclass(frozen=True)
 class GainRatio(Check):
-    """The `better` model's gain over the SFT student is `factor` times that of the baselines.
+    """The `better` model's gain over its start is `factor` times that of the baselines.
 
     Gains are averaged over `averaged_axis`. The baselines' gain is their mean, or with `best_only` that of
     the best baseline at each value of the axis.
@@ -226,13 +221,10 @@ class GainRatio(Check):
     factor: float
     averaged_axis: str
     best_only: bool = False
-
-    def list_varying_fields(self) -> set[str]:
-        fields = collect_varying_fields(self.better, SFT_STUDENT, *self.baselines)
-        return fields | add_dependent_fields({self.averaged_axis})
+    start: ModelSelector = SFT_STUDENT
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        selectors = (self.better, SFT_STUDENT, *self.baselines)
+        selectors = (self.better, self.start, *self.baselines)
         groups = [group_by_axis(figure_cells, self.averaged_axis, selector) for selector in selectors]
         better, starts, *baselines = groups
         values = [value for value in better if all(value in group for group in groups)]
@@ -264,9 +256,6 @@ class MeasuredDifference(Check):
     second: ModelSelector
     is_ratio: bool = False
 
-    def list_varying_fields(self) -> set[str]:
-        return collect_varying_fields(self.first, self.second)
-
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         selectors = (self.first, self.second)
         first, second = (tuple(find_matches(figure_cells, selector)) for selector in selectors)
@@ -286,9 +275,6 @@ class DifferenceOfChanges(Check):
     first: ModelSelector
     second: ModelSelector
     axis: str
-
-    def list_varying_fields(self) -> set[str]:
-        return collect_varying_fields(self.first, self.second) | add_dependent_fields({self.axis})
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
         first = group_by_axis(figure_cells, self.axis, self.first)
@@ -320,11 +306,6 @@ _DEPENDENT_FIELDS = {
 def add_dependent_fields(fields: set[str]) -> set[str]:
     """Return the fields and all that change with them."""
     return fields.union(*(_DEPENDENT_FIELDS.get(name, set()) for name in fields))
-
-
-def collect_varying_fields(*selectors: ModelSelector) -> set[str]:
-    """Return the fields by which selectors tell models apart."""
-    return add_dependent_fields({name for selector in selectors for name in selector.conditions})
 
 
 def find_matches(figure_cells: Sequence[FigureCell], selector: ModelSelector) -> list[int]:

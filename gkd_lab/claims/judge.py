@@ -6,7 +6,6 @@ makes the claim fail.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,17 +35,14 @@ ResampleLookup = Callable[[Measurement], Array | None]
 SeedMeasurements = dict[int, Measurement]
 """Seed -> measurement of one figure cell, finished ones only."""
 
-ContrastJudge = Callable[[Contrast, Mapping[int, SeedMeasurements]], JudgedContrast | None]
-"""Judges a contrast, given index of a figure cell -> measurements; None without a common seed."""
-
 
 def judge_paper(claims: Iterable[Claim]) -> list[ClaimVerdict]:
     """Judge claims on the paper's own numbers."""
     unprinted = format_unjudged(["the paper prints no number of it"])
     return [
-        _judge_claim(claim, load_paper_measurements(claim.figures), _judge_by_sign)
+        _judge_claim(claim, load_paper_measurements(claim.figures), None)
         if claim.figures
-        else ClaimVerdict(claim, "undecided", None, None, None, 0, unprinted)
+        else ClaimVerdict(claim, "undecided", unprinted)
         for claim in claims
     ]
 
@@ -57,27 +53,28 @@ def judge(
     resample: ResampleLookup = lambda measurement: None,
 ) -> list[ClaimVerdict]:
     """Judge claims on a table's measurements: over seeds from two on, else over examples."""
-    judge_contrast = partial(_judge_by_interval, resample=resample)
-    return [_judge_claim(claim, measurements, judge_contrast) for claim in claims]
+    return [_judge_claim(claim, measurements, resample) for claim in claims]
 
 
 def _judge_claim(
-    claim: Claim, measurements: Sequence[Measurement], judge_contrast: ContrastJudge
+    claim: Claim, measurements: Sequence[Measurement], resample: ResampleLookup | None
 ) -> ClaimVerdict:
-    """Judge all columns of a claim and describe them."""
-    columns, reasons = _judge_columns(claim.checks, measurements, judge_contrast)
+    """Judge all columns of a claim and describe them; `resample` None: judge by sign."""
+    columns, reasons = _judge_columns(claim.checks, measurements, resample)
     judged = [column for column in columns if column.contrasts]
     unfinished = [figure_cell for column in columns for figure_cell in column.unfinished_cells]
     if not judged:
-        return ClaimVerdict(claim, "undecided", None, None, None, 0, format_unjudged(reasons, unfinished))
+        return ClaimVerdict(claim, "undecided", format_unjudged(reasons, unfinished))
     missing_models = list(dict.fromkeys(name for column in judged for name in column.missing_models))
     gaps = list_gaps(missing_models, reasons, unfinished)
     details = [format_columns(judged, claim.is_measurement), *gaps]
     for label, checks in claim.variants.items():
-        columns = [c for c in _judge_columns(checks, measurements, judge_contrast)[0] if c.contrasts]
+        columns = [c for c in _judge_columns(checks, measurements, resample)[0] if c.contrasts]
         details += [f"besides, {label}: {format_counts(columns)}"] if columns else []
-    verdict, estimate = _combine_outcomes(claim, judged), _summarize_columns(judged)
-    return ClaimVerdict(claim, verdict, *estimate, len(judged), "; ".join(details), judged)
+    effect, low, high = _summarize_columns(judged)
+    return ClaimVerdict(
+        claim, _combine_outcomes(claim, judged), "; ".join(details), effect, low, high, judged
+    )
 
 
 def _combine_outcomes(claim: Claim, columns: Sequence[Column]) -> Verdict:
@@ -97,14 +94,14 @@ ColumnMeasurements = dict[tuple[Any, ...], list[Measurement]]
 
 
 def _judge_columns(
-    checks: Iterable[Check], measurements: Sequence[Measurement], judge_contrast: ContrastJudge
+    checks: Iterable[Check], measurements: Sequence[Measurement], resample: ResampleLookup | None
 ) -> tuple[list[Column], list[str]]:
     """Return the columns of all checks, and a reason for each check without a column to judge."""
     columns: list[Column] = []
     reasons: list[str] = []
     for check in checks:
         of_check = [
-            _judge_column(check, shared_fields, group, judge_contrast)
+            _judge_column(check, shared_fields, group, resample)
             for shared_fields, group in _group_columns(check, measurements)
         ]
         columns += of_check
@@ -132,7 +129,7 @@ def _group_columns(
 
 
 def _judge_column(
-    check: Check, shared_fields: FigureCell, group: ColumnMeasurements, judge_contrast: ContrastJudge
+    check: Check, shared_fields: FigureCell, group: ColumnMeasurements, resample: ResampleLookup | None
 ) -> Column:
     """Judge the contrasts of a column's finished figure cells; list the unfinished and missing ones."""
     planned = list(group.values())
@@ -146,7 +143,7 @@ def _judge_column(
             index: {m.seed: m for m in finished[index] if m.value is not None}
             for index in _list_cell_indices(contrast)
         }
-        judged.append(judge_contrast(contrast, by_cell))
+        judged.append(_judge_contrast(contrast, by_cell, resample))
     contrasts = [contrast for contrast in judged if contrast is not None]
     return Column(shared_fields, contrasts, plan.missing_models, unfinished)
 
@@ -178,38 +175,33 @@ def _summarize_columns(columns: Sequence[Column]) -> tuple[float, float | None, 
 # ---- contrasts ----
 
 
-def _judge_by_sign(contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]) -> JudgedContrast | None:
-    """Judge a contrast of the paper's numbers by its sign; within the reading error it is a tie."""
-    seed_effects, ratio = _compute_effects(contrast, by_cell)
-    if not seed_effects:
-        return None
-    effect = float(np.mean(list(seed_effects.values())))
-    # Rounding cannot turn the order of two printed numbers: a difference as large as the error is no tie.
-    outcome: ContrastOutcome = "holds" if effect > 0 else "fails"
-    if abs(effect) < max(_compute_reading_error(contrast, by_cell) - 1e-9, 1e-9):
-        outcome = "tie"
-    return JudgedContrast(contrast.label, outcome, effect, None, None, seed_effects, None, ratio)
-
-
-def _judge_by_interval(
-    contrast: Contrast, by_cell: Mapping[int, SeedMeasurements], resample: ResampleLookup
+def _judge_contrast(
+    contrast: Contrast, by_cell: Mapping[int, SeedMeasurements], resample: ResampleLookup | None
 ) -> JudgedContrast | None:
-    """Judge a contrast by its interval: over seeds from two on, else over resampled examples."""
+    """Judge a contrast by its interval, or by its sign where `resample` is None; None without a seed.
+
+    `by_cell` is index of a figure cell -> its measurements.
+    """
     seed_effects, ratio = _compute_effects(contrast, by_cell)
     if not seed_effects:
         return None
     effect = float(np.mean(list(seed_effects.values())))
-    low, high, resampled = None, None, None
-    if len(seed_effects) >= 2:
-        estimate = estimate_seed_effect(list(seed_effects.values()), len(seed_effects))
-        low, high = estimate.low, estimate.high
-    else:
-        (seed,) = seed_effects
-        resampled = _resample_contrast(contrast, {n: seeds[seed] for n, seeds in by_cell.items()}, resample)
-        if resampled is not None:
-            low, high = compute_percentile_interval(resampled)
+    if resample is None:
+        outcome = _classify_sign(effect, _compute_reading_error(contrast, by_cell))
+        return JudgedContrast(contrast.label, outcome, effect, None, None, seed_effects, None, ratio)
+    low, high, resampled = _compute_interval(contrast, by_cell, seed_effects, resample)
     outcome = _classify_interval(low, high)
     return JudgedContrast(contrast.label, outcome, effect, low, high, seed_effects, resampled, ratio)
+
+
+def _classify_sign(effect: float, reading_error: float) -> ContrastOutcome:
+    """Return the outcome by sign; a difference within the reading error is a tie.
+
+    Rounding cannot turn the order of two printed numbers: a difference as large as the error is no tie.
+    """
+    if abs(effect) < max(reading_error - 1e-9, 1e-9):
+        return "tie"
+    return "holds" if effect > 0 else "fails"
 
 
 def _classify_interval(low: float | None, high: float | None) -> ContrastOutcome:
@@ -234,15 +226,23 @@ def _compute_effects(
     return seed_effects, float(np.mean(ratios)) if ratios else None
 
 
-def _resample_contrast(
-    contrast: Contrast, measurements: Mapping[int, Measurement], resample: ResampleLookup
-) -> Array | None:
-    """Return the (R,) values of a contrast on resampled examples; None if some scores were not stored."""
-    resampled = {index: resample(measurement) for index, measurement in measurements.items()}
+def _compute_interval(
+    contrast: Contrast,
+    by_cell: Mapping[int, SeedMeasurements],
+    seed_effects: Mapping[int, float],
+    resample: ResampleLookup,
+) -> tuple[float | None, float | None, Array | None]:
+    """Return the interval over seeds; with one seed that over examples, and the (R,) resampled effects."""
+    if len(seed_effects) >= 2:
+        estimate = estimate_seed_effect(list(seed_effects.values()), len(seed_effects))
+        return estimate.low, estimate.high, None
+    (seed,) = seed_effects
+    resampled = {index: resample(measurements[seed]) for index, measurements in by_cell.items()}
     scores = {index: array for index, array in resampled.items() if array is not None}
     if len(scores) < len(resampled) or len({len(array) for array in scores.values()}) > 1:
-        return None
-    return _evaluate_contrast(contrast, scores)
+        return None, None, None
+    effects = _evaluate_contrast(contrast, scores)
+    return *compute_percentile_interval(effects), effects
 
 
 def _evaluate_contrast(contrast: Contrast, scores: Mapping[int, Array]) -> Array:

@@ -70,19 +70,18 @@ class ClaimVerdict:
 
     claim: Claim
     verdict: Verdict
-    effect: float | None
-    """Mean over columns of the weakest contrast, in points; a ratio for C26."""
-    low: float | None
-    high: float | None
-    column_count: int
-    """Columns that were judged."""
     detail: str
+    effect: float | None = None
+    """Mean over columns of the weakest contrast, in points; a ratio for C26."""
+    low: float | None = None
+    high: float | None = None
     columns: list[Column] = field(default_factory=list)
+    """Columns that were judged; none if nothing could be judged."""
 
     @property
     def is_judged(self) -> bool:
         """Whether there was a column to judge the claim on."""
-        return self.column_count > 0
+        return bool(self.columns)
 
 
 # ---- text and JSON ----
@@ -100,7 +99,7 @@ def encode_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
             "effect": _round_number(verdict.effect),
             "low": _round_number(verdict.low),
             "high": _round_number(verdict.high),
-            "n": verdict.column_count,
+            "n": len(verdict.columns),
             "detail": verdict.detail,
         }
         for verdict in verdicts

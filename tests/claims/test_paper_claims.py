@@ -54,7 +54,7 @@ def get_detail(name: str) -> str:
 def test_the_verdict_is_that_of_the_papers_numbers(name: str, expected: tuple[str, str]) -> None:
     verdict: ClaimVerdict = VERDICTS[name]
     assert (verdict.verdict, verdict.detail.split(";")[0]) == expected
-    assert verdict.column_count == int(expected[1].split()[-1])
+    assert len(verdict.columns) == int(expected[1].split()[-1])
 
 
 def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:

@@ -45,7 +45,7 @@ def test_a_column_holds_when_its_interval_lies_above_zero(store: Store) -> None:
     fill_store(grid, store, score=build_seeded_score(5.0, 1.0))
     verdict = judge_claim(grid, store, "C1")
     # t(0.975, 2) / sqrt(3) = 2.484
-    assert (verdict.verdict, verdict.column_count, verdict.detail) == ("holds", 2, "2 of 2")
+    assert (verdict.verdict, len(verdict.columns), verdict.detail) == ("holds", 2, "2 of 2")
     assert (verdict.effect, verdict.low, verdict.high) == pytest.approx((5.0, 5 - 2.484, 5 + 2.484), abs=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_missing_cells_are_named_and_the_others_judged(store: Store) -> None:
 
 def test_every_claim_of_an_empty_store_has_a_reason(store: Store) -> None:
     verdicts = judge_run(build_grid(), store)
-    assert all(verdict.verdict == "undecided" and verdict.column_count == 0 for verdict in verdicts)
+    assert all(verdict.verdict == "undecided" and len(verdict.columns) == 0 for verdict in verdicts)
     assert all(verdict.detail.startswith("0 of 0; cannot be judged: ") for verdict in verdicts)
     assert all(len(verdict.detail) > len("0 of 0; cannot be judged: ") for verdict in verdicts)
 
@@ -135,7 +135,7 @@ def fill_method_grid(store: Store) -> Grid:
 def test_baselines_are_recognised_by_their_settings(store: Store) -> None:
     grid = fill_method_grid(store)
     verdict = judge_claim(grid, store, "C14")
-    assert (verdict.verdict, verdict.column_count) == ("holds", 1)
+    assert (verdict.verdict, len(verdict.columns)) == ("holds", 1)
     assert [c.label for c in verdict.columns[0].contrasts] == [
         "against the SFT student",
         "against supervised KD",
@@ -152,7 +152,7 @@ def test_baselines_in_a_parquet_file_are_recognised_by_their_method(store: Store
     file = store.root / "table.parquet"
     file.write_bytes(encode_table(table(grid, store), "parquet"))
     (verdict,) = judge([CLAIMS["C14"]], extract_measurements(pd.read_parquet(file)))
-    assert (verdict.verdict, verdict.column_count) == ("holds", 1)
+    assert (verdict.verdict, len(verdict.columns)) == ("holds", 1)
     assert len(verdict.columns[0].contrasts) == 3
 
 
@@ -247,7 +247,7 @@ def test_step_times_are_measured_on_cells_that_ran_alone(store: Store) -> None:
         )
     assert judge_claim(grid, store, "C26").effect == pytest.approx(2.0)
     store.get_record(grid.cells[0]).write_provenance({"spent": {"seconds": 15.0}, "pack": ["a", "b"]})
-    assert judge_claim(grid, store, "C26").column_count == 0
+    assert judge_claim(grid, store, "C26").columns == []
 
 
 def test_json_has_the_documented_fields(store: Store) -> None:

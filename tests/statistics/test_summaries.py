@@ -132,6 +132,15 @@ def test_the_p_value_is_student_s() -> None:
     assert estimate_seed_effect([1.0, 1.0], 2).p == 0.0
 
 
+def test_interval_and_p_value_over_seeds_are_scipy_s_t_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    differences = [0.3, -1.2, 2.5, 0.9]
+    effect, expected = estimate_seed_effect(differences, 4), ttest_1samp(differences, 0.0)
+    assert effect.p == pytest.approx(expected.pvalue)
+    assert (effect.low, effect.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
 def test_a_single_example_decides_nothing() -> None:
     effect = estimate_bootstrap_effect(100.0, np.full(10, 100.0), 1, 1, "bootstrap")
     assert (effect.mean, effect.low, effect.p, effect.verdict) == (100.0, None, None, "undecided")
