@@ -1,6 +1,6 @@
-"""What the notebooks of `analysis/` call: an experiment's table, the paper's numbers in the same form, gains.
+"""Functions of the notebooks in `analysis/`: an experiment's table, the paper's numbers, gains, verdicts.
 
-A notebook reads a table that was written with `gkd-lab table`, so that it needs no run of its own.
+A notebook reads a table that `gkd-lab table` wrote, so that it needs no run.
 """
 
 import json
@@ -21,10 +21,10 @@ from gkd_lab.config import Grid
 from gkd_lab.config.errors import ConfigError
 
 SOURCE_AXIS = "of"
-"""The axis that tells a run from the paper in a frame that holds both."""
+"""Axis that tells a run from the paper in a table with rows of both."""
 
 _JSON_COLUMNS = ("evaluations", "stands_for")
-_PLACE_COLUMNS = [
+_CELL_COLUMNS = [
     "figure",
     "task",
     "student",
@@ -38,9 +38,9 @@ _PLACE_COLUMNS = [
 
 
 def read_table(name: str) -> pd.DataFrame:
-    """The table of an experiment: `NAME.parquet` in the folder `GKD_LAB_TABLES`, else in `tables` here.
+    """Read the table of an experiment: `NAME.parquet` in the folder `GKD_LAB_TABLES`, else in `tables`.
 
-    Written by `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet`. Raises SpecError.
+    `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet` writes it. Raises ConfigError.
     """
     path = Path(os.environ.get("GKD_LAB_TABLES", "tables")) / f"{name}.parquet"
     if not path.is_file():
@@ -52,34 +52,36 @@ def read_table(name: str) -> pd.DataFrame:
 
 
 def add_gain(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The table with a column `gain in <metric>`: a cell's score minus that of the student it started from.
+    """Add a column `gain in <metric>`: a cell's score minus that of the SFT student it started from.
 
-    Null in the teachers' rows, and where the start has no score. Bounds move along, as if the start were
-    known exactly: it is one model, shared by all seeds.
+    Null in the teachers' rows, and where the SFT student has no score. The bounds are shifted as if that
+    score were exact: it is one model, shared by all seeds.
     """
     starts = frame[frame["role"] == "start"].set_index("cell")[metric]
-    own = frame["cell"].where(frame["role"] == "start", frame["start_cell"])
-    gained = {
-        f"gain in {_shorten_metric(metric)}{bound}": frame[f"{metric}{bound}"] - own.map(starts)
+    start_cells = frame["cell"].where(frame["role"] == "start", frame["start_cell"])
+    name = metric.rsplit("/", 1)[-1]
+    gains = {
+        f"gain in {name}{bound}": frame[f"{metric}{bound}"] - start_cells.map(starts)
         for bound in ("", ".low", ".high")
         if f"{metric}{bound}" in frame
     }
-    return frame.assign(**gained)
+    return frame.assign(**gains)
 
 
 def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
-    """Each claim that the experiment names: its verdict on the table, and on the paper's own numbers."""
+    """Yield lines for each claim that the experiment names: its verdict on the table and on the paper."""
     claims = [CLAIMS[name] for name in grid.experiment.paper.claims]
-    facts = extract_measurements(frame, {cell.fingerprint: cell for cell in grid.cells})
-    for ours, paper in zip(judge(claims, facts), judge_paper(claims), strict=True):
-        yield from format_verdict_lines([ours], [ours.claim.id])
-        told = f"The paper's own numbers: {format_verdict(paper)}; {paper.detail}"
-        yield from textwrap.wrap(told, 110, initial_indent=" " * 16, subsequent_indent=" " * 16)
+    measurements = extract_measurements(frame, {cell.fingerprint: cell for cell in grid.cells})
+    verdicts, paper_verdicts = judge(claims, measurements), judge_paper(claims)
+    for verdict, paper_verdict in zip(verdicts, paper_verdicts, strict=True):
+        yield from format_verdict_lines([verdict], [verdict.claim.id])
+        text = f"The paper's own numbers: {format_verdict(paper_verdict)}; {paper_verdict.detail}"
+        yield from textwrap.wrap(text, 110, initial_indent=" " * 16, subsequent_indent=" " * 16)
         yield ""
 
 
 def combine_with_paper(run: pd.DataFrame, *papers: pd.DataFrame) -> pd.DataFrame:
-    """A run's table and the paper's numbers as one, told apart by the axis `of`."""
+    """Join a run's table and tables of the paper's numbers, told apart by the axis `of`."""
     run = run.copy()
     run.insert(list(run.columns).index("status"), SOURCE_AXIS, "this run")
     frames = [frame.dropna(axis="columns", how="all") for frame in (run, *papers)]
@@ -88,20 +90,20 @@ def combine_with_paper(run: pd.DataFrame, *papers: pd.DataFrame) -> pd.DataFrame
 
 
 def load_paper_table(*figures: str, axes: Sequence[str] = (), students: Sequence[str] = ()) -> pd.DataFrame:
-    """The paper's numbers of some figures in the form of `table`, so that every figure can draw them.
+    """Load the paper's numbers of some figures in the columns of a run's table.
 
-    `axes` are further columns, of `method`, `student`, `teacher_temperature` and `train_rows`; `students`
-    the sizes to take, by default all. A score stands under `<decoding>/<metric>`, and under `<metric>`
-    where its figure has one decoding for the task. On-policy KD is called `gkd`, which it is at forward KL.
-    The 200,000 rows of XSum are the paper's own round number (1,000 are 0.5 per cent).
+    `axes` are further columns: `method`, `student`, `teacher_temperature` or `train_rows`; `students` the
+    sizes to load, by default all. A score is in the column `<decoding>/<metric>`, and in `<metric>` where
+    its figure has one decoding for the task. On-policy KD is called `gkd`, which it is at forward KL.
+    XSum has 200,000 rows here, the paper's own round number (1,000 are 0.5 per cent).
     """
-    found = load_values()
-    found = found[found["figure"].isin(figures) & (found["role"] == "cell")]
-    found = found[found["student"].isin(students)] if students else found
+    values = load_values()
+    values = values[values["figure"].isin(figures) & (values["role"] == "cell")]
+    values = values[values["student"].isin(students)] if students else values
     rows = [
-        *_build_reference_rows(found, "start"),
-        *_build_reference_rows(found, "teacher"),
-        *_build_cell_rows(found),
+        *_build_reference_rows(values, "start"),
+        *_build_reference_rows(values, "teacher"),
+        *_build_cell_rows(values),
     ]
     columns = ["cell", "role", "task", "lmbda", "beta", "seed", *axes, SOURCE_AXIS, "status"]
     scores = dict.fromkeys(name for row in rows for name in row["scores"])
@@ -114,10 +116,11 @@ def load_paper_table(*figures: str, axes: Sequence[str] = (), students: Sequence
 
 
 def _build_cell_rows(paper_values: pd.DataFrame) -> list[dict[str, Any]]:
-    grouped = paper_values.groupby(_PLACE_COLUMNS, dropna=False, sort=False)
+    """Build a row for each cell of the paper's figures."""
+    grouped = paper_values.groupby(_CELL_COLUMNS, dropna=False, sort=False)
     return [
         {
-            **dict(zip(_PLACE_COLUMNS, place, strict=True)),
+            **dict(zip(_CELL_COLUMNS, settings, strict=True)),
             "cell": f"paper {number}",
             "role": "cell",
             "seed": 0,
@@ -128,12 +131,12 @@ def _build_cell_rows(paper_values: pd.DataFrame) -> list[dict[str, Any]]:
             "teacher_cell": _format_reference_name(group.iloc[0], "teacher"),
             "scores": _name_scores(group, _compute_scores(group), paper_values),
         }
-        for number, (place, group) in enumerate(grouped)
+        for number, (settings, group) in enumerate(grouped)
     ]
 
 
 def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[str, Any]]:
-    """A row a figure, task and student; without scores where the paper states none."""
+    """Build a row for each figure, task and student; without scores where the paper states none."""
     return [
         {
             "cell": _format_reference_name(group.iloc[0], role),
@@ -148,39 +151,26 @@ def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[st
 
 
 def _compute_scores(group: pd.DataFrame) -> "pd.Series[float]":
+    """Compute scores where the paper states gains over the start."""
     return group["value"].where(group["form"] == "score", group["start"] + group["value"])
 
 
 def _name_scores(
     group: pd.DataFrame, scores: "pd.Series[float]", paper_values: pd.DataFrame
 ) -> dict[str, float]:
-    named: dict[str, float] = {}
+    """Name the scores of a row by decoding and metric, or by the metric alone where that is unambiguous."""
+    named_scores: dict[str, float] = {}
     first = group.iloc[0]
-    of_figure = paper_values[
-        (paper_values["figure"] == first["figure"]) & (paper_values["task"] == first["task"])
-    ]
-    single = len(of_figure[["decoding", "temperature"]].drop_duplicates()) == 1
+    same_figure = (paper_values["figure"] == first["figure"]) & (paper_values["task"] == first["task"])
+    has_one_decoding = len(paper_values[same_figure][["decoding", "temperature"]].drop_duplicates()) == 1
     for (_, row), score in zip(group.iterrows(), scores, strict=True):
         detail = {"sample": f"{row['temperature']:g}", "beam": "4"}.get(row["decoding"], "")
-        named[f"{row['decoding']}{detail}/{row['metric']}"] = score
-        if single:
-            named[row["metric"]] = score
-    return named
+        named_scores[f"{row['decoding']}{detail}/{row['metric']}"] = score
+        if has_one_decoding:
+            named_scores[row["metric"]] = score
+    return named_scores
 
 
 def _format_reference_name(row: "pd.Series[Any]", role: str) -> str:
+    """Name a teacher or SFT student of the paper, in the place of a fingerprint."""
     return f"paper {role} {row['figure']} {row['task']} {row['student']}"
-
-
-def _shorten_metric(metric: str) -> str:
-    return metric.rsplit("/", 1)[-1]
-
-
-__all__ = [
-    "SOURCE_AXIS",
-    "add_gain",
-    "combine_with_paper",
-    "format_verdicts",
-    "load_paper_table",
-    "read_table",
-]

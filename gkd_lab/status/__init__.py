@@ -1,1 +1,8 @@
-"""Status, plan and verification of an experiment's cells. No torch."""
+"""State, cost and integrity of an experiment's cells. No torch.
+
+overview        `build_overview`: progress, packs and estimated times of a grid
+cell_status     progress of one cell
+time_estimates  training times from finished cells, else from FLOPs
+render, watch   tables and lines for the terminal and for pipes
+verify          `verify_records`: compare records with their fingerprints, hashes and scores
+"""

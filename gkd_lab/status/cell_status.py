@@ -1,4 +1,4 @@
-"""How far one cell is: its state, who works on it, its last row, its pace, and why it failed."""
+"""Progress of one cell: its state, owner, last logged row, pace and error, read from its record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +7,19 @@ from typing import Any
 from gkd_lab.config import Cell
 from gkd_lab.store import EvaluationRecord, Record, State
 from gkd_lab.store.cell_state import Verdict, compute_cell_state, get_error_line, judge_evaluation
+from gkd_lab.store.files import read_last_json_line
 from gkd_lab.store.index import RecordFacts, RecordIndex
 from gkd_lab.store.lock import read_owner
-from gkd_lab.store.files import read_last_json_line
 from gkd_lab.store.timing import count_completion_tokens, estimate_seconds_per_step
 
 _STATUS_KEYS = ("state", "steps", "seconds", "tokens", "shared_by", "device")
 _ROW_KEYS = ("step", "loss", "on_policy")
+_EVALUATION_FILES = ("status.json", "scores.json")
 
 
 @dataclass(frozen=True)
 class CellProgress:
-    """What the files of a cell's record say."""
+    """Progress of a cell as its record states it."""
 
     state: State
     owner: str | None
@@ -27,22 +28,22 @@ class CellProgress:
     loss: float | None
     on_policy: float | None
     tokens_per_second: float | None
-    """Completion tokens that this cell was trained on, by the clock: of a pack, each has its own."""
+    """Completion tokens of this cell's own batches per second, in a pack too."""
     seconds_left: float | None
-    """Of the training, at the present pace; None where no process is at it."""
+    """Of the training, at its recent pace; None where no process works on it."""
     error: str | None
-    """The last line of the first error."""
+    """Last line of the first error."""
     error_file: Path | None
-    """The file that holds the traceback."""
+    """File with the traceback."""
     training_status: RecordFacts
-    """Of the training, `state`, `seconds`, `shared_by`, `device` and more, where it is done."""
+    """`state`, `seconds`, `shared_by`, `device` and more of the training, where it is done."""
 
 
 def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgress:
-    """Read a cell's record; of a finished one through the index."""
-    names = [evaluation.folder for evaluation in cell.evaluations]
-    files = ["status.json", *(f"evaluations/{n}/{file}" for n in names for file in _EVALUATION_FILES)]
-    facts = index.get_facts(cell.folder, files, lambda: _collect_record_facts(record, cell))
+    """Read the progress of a cell; the facts of a finished one come from the index."""
+    folders = [evaluation.folder for evaluation in cell.evaluations]
+    files = [f"evaluations/{folder}/{name}" for folder in folders for name in _EVALUATION_FILES]
+    facts = index.get_facts(cell.folder, ["status.json", *files], lambda: _collect_record_facts(record, cell))
     training: Verdict = facts["status"].get("state")
     verdicts = [
         judge_evaluation(verdict, evaluation.metrics, metrics)
@@ -51,21 +52,19 @@ def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgres
         )
     ]
     state = compute_cell_state(training, verdicts, record.is_locked)
-    error, log = _find_failure(facts, record, cell)
+    error, error_file = _find_failure(facts, record, cell)
     return CellProgress(
         state=state.whole,
         owner=_format_owner(record) if state.is_running else None,
         error=error,
-        error_file=log,
+        error_file=error_file,
         training_status=facts["status"],
         **(_summarize_finished(facts) if training else _summarize_running(record, cell, state.is_running)),
     )
 
 
-_EVALUATION_FILES = ("status.json", "scores.json")
-
-
 def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
+    """Collect what the index stores of a finished record."""
     status, evaluations = record.read_status(), _list_evaluations(record, cell)
     evaluation_statuses = [evaluation.read_status() for evaluation in evaluations]
     row = read_last_json_line(record.metrics_file) if status else {}
@@ -79,9 +78,10 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
 
 
 def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
-    for n, error in enumerate(facts["errors"]):
+    """Return the first error and the file with its traceback."""
+    for error, part in zip(facts["errors"], [record, *_list_evaluations(record, cell)], strict=True):
         if error is not None:
-            return error, [record, *_list_evaluations(record, cell)][n].status_file
+            return error, part.status_file
     return None, None
 
 
@@ -90,38 +90,35 @@ def _list_evaluations(record: Record, cell: Cell) -> list[EvaluationRecord]:
 
 
 def _format_owner(record: Record) -> str | None:
-    facts = read_owner(record.folder)
-    return None if not facts else f"{facts.get('host')}:{facts.get('pid')}"
+    """Return `host:pid` of the process that holds the record's lock."""
+    owner = read_owner(record.folder)
+    return None if not owner else f"{owner.get('host')}:{owner.get('pid')}"
 
 
 def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
+    """Return the progress fields of a finished or failed training."""
     status, row = facts["status"], facts["row"]
-    clock = status.get("seconds")
+    seconds = status.get("seconds")
     return {
         "step": int(status.get("steps") or row.get("step", 0)),
         "loss": row.get("loss"),
         "on_policy": row.get("on_policy"),
-        "tokens_per_second": status["tokens"] / clock if clock and "tokens" in status else None,
+        "tokens_per_second": status["tokens"] / seconds if seconds and "tokens" in status else None,
         "seconds_left": None,
     }
 
 
 def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str, Any]:
-    begun = is_running or record.steps_folder.exists()
-    history = record.read_history() if begun else []
-    last = history[-1] if history else {}
-    step = int(last.get("step", 0))
-    pace = estimate_seconds_per_step(record.read_step_times()) if is_running else None
+    """Return the progress fields of a training that has no verdict yet, from its history."""
+    history = record.read_history() if is_running or record.steps_folder.exists() else []
+    last_row = history[-1] if history else {}
+    step = int(last_row.get("step", 0))
+    step_seconds = estimate_seconds_per_step(record.read_step_times()) if is_running else None
+    step_tokens = count_completion_tokens(history, cell.training.batch_size) / step if step else 0.0
     return {
         "step": step,
-        "loss": last.get("loss"),
-        "on_policy": last.get("on_policy"),
-        "tokens_per_second": _compute_tokens_per_step(history, cell) / pace if pace else None,
-        "seconds_left": None if pace is None else pace * (cell.training.steps - step),
+        "loss": last_row.get("loss"),
+        "on_policy": last_row.get("on_policy"),
+        "tokens_per_second": step_tokens / step_seconds if step_seconds else None,
+        "seconds_left": None if step_seconds is None else step_seconds * (cell.training.steps - step),
     }
-
-
-def _compute_tokens_per_step(history: list[dict[str, Any]], cell: Cell) -> float:
-    return (
-        count_completion_tokens(history, cell.training.batch_size) / history[-1]["step"] if history else 0.0
-    )

@@ -16,6 +16,7 @@ from gkd_lab.config.packs import PackLimit, explain_unpackable, group_cells_into
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
 from gkd_lab.store import State, Store
+from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.store.index import RecordIndex
 
 
@@ -153,13 +154,12 @@ def _build_cell_views(
 def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) -> Iterator[ArtifactView]:
     for role, model, _ in list_references(grid.cells):
         record = store.get_artifact(grid.scale, role, model)
-        error = record.read_status().get("error")
         yield ArtifactView(
             role=role,
             name=f"{model.task}/{model.model.name}",
             state=record.read_state(),
             estimated_seconds=estimator.estimate_artifact(role, model).seconds,
-            error=str(error).strip().splitlines()[-1] if error else None,
+            error=get_error_line(record.read_status()),
             error_file=record.status_file,
         )
 

@@ -163,6 +163,7 @@ class RecordVerifier:
         return record.read_status().get("state") == "done"
 
     def _verify_file_hashes(self) -> None:
+        """Compare the files that a training left with their stored hashes."""
         hashes = read_file_hashes(self.record.folder)
         if hashes is None:
             self._add_note("its files have no hashes to be compared with (files.json)")
@@ -172,6 +173,7 @@ class RecordVerifier:
             self._add_mismatch(change)
 
     def _verify_provenance(self, spec: Spec | None) -> None:
+        """Check that the provenance can be read, and a training's inputs."""
         provenance = self.record.read_provenance()
         if not provenance:
             self._add_mismatch("provenance.json is missing or damaged")
@@ -193,6 +195,7 @@ class RecordVerifier:
                     self._add_mismatch(f"its {role} {model.fingerprint} had another {name} than now")
 
     def _verify_evaluation(self, evaluation: EvaluationRecord) -> None:
+        """Verify specification, status and scores of one evaluation."""
         content = (read_json(evaluation.folder / "spec.json") or {}).get("spec", {})
         is_lm_eval = "lm_eval" in content or evaluation.folder.name.startswith("lm_eval-")
         spec_type = LmEvalEvaluation if is_lm_eval else Evaluation
