@@ -5,6 +5,7 @@ import json
 from typing import Any, Literal
 
 import pandas as pd
+from tabulate import tabulate
 
 from gkd_lab.config import Grid
 from gkd_lab.store import Store
@@ -153,10 +154,7 @@ def _encode_markdown(frame: pd.DataFrame) -> bytes:
         if not frame[name].isna().all() and not _is_redundant_column(name, frame)
     ]
     body = [[_format_score(row, name) for name in names] for row in list_table_rows(frame)]
-    widths = [max(map(len, column)) for column in zip(names, *body, strict=True)]
-    lines = [names, ["-" * width for width in widths], *body]
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in padded).encode()
+    return f"{tabulate(body, names, tablefmt='github', disable_numparse=True)}\n".encode()
 
 
 def _is_redundant_column(name: str, frame: pd.DataFrame) -> bool:
