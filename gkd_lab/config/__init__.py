@@ -1,10 +1,11 @@
-"""What a run is: experiment files, cells, grids, fingerprints. Pure data; no torch."""
+"""Experiment files, grids, cells and fingerprints: the description of runs as pure data."""
 
 from gkd_lab.config.artifact_specs import SftModel, get_artifact_folder
 from gkd_lab.config.cell import Cell, Evaluation, Training
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.experiment import SCALES, Experiment, build_json_schema, read_experiment
-from gkd_lab.config.grid import Grid, RevisionLookup, TaskDefaults, expand_grid
+from gkd_lab.config.experiment import SCALES, Experiment, read_experiment
+from gkd_lab.config.grid import Grid, expand_grid
+from gkd_lab.config.resolve_cell import RevisionLookup, TaskDefaults
 
 __all__ = [
     "SCALES",
@@ -17,7 +18,6 @@ __all__ = [
     "SftModel",
     "TaskDefaults",
     "Training",
-    "build_json_schema",
     "expand_grid",
     "get_artifact_folder",
     "read_experiment",

@@ -4,6 +4,7 @@ A spec describes content only. Devices, output folders and workers are not field
 fingerprint.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -28,6 +29,8 @@ Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
 Decoding = Literal["greedy", "sample", "beam"]
 ScoreType = Literal["float16", "bfloat16", "float32"]
+FindModel = Callable[[str], tuple[str | None, str | None, str | None]]
+"""Maps a model's name or folder to (hub name or None, folder or None, revision or None)."""
 
 
 class DataSpec(Frozen):

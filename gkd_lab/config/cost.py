@@ -1,17 +1,17 @@
-"""What a training costs, from its description alone: its FLOPs, and seconds at a nominal rate.
+"""Estimate the cost of a training from its spec: FLOPs, and a nominal rate to convert them to seconds.
 
-Counts 2 FLOPs per weight and token forward and 4 backward; sequences are taken at their longest.
+Counts 2 FLOPs per parameter and token forward and 4 backward, with sequences of the maximum length.
 """
 
 from gkd_lab.config.artifact_specs import Architecture, Family, SftModel
 from gkd_lab.config.cell import Training
 
 NOMINAL_FLOPS_PER_SECOND = 80e9
-"""FLOP/s of two CPU cores on nano models, overhead included: measured with the quickstart."""
+"""Two CPU cores on nano models, overhead included: measured with the quickstart."""
 
 
 def count_architecture_parameters(architecture: Architecture, family: Family, vocab_size: int) -> int:
-    """Parameters of a model made from scratch, tied embeddings counted once."""
+    """Return the number of parameters of a model made from scratch; tied embeddings count once."""
     width, forward = architecture.width, architecture.feed_forward
     attention, mlp = 4 * width * width, 3 * width * forward
     stacks = attention + mlp
@@ -21,7 +21,7 @@ def count_architecture_parameters(architecture: Architecture, family: Family, vo
 
 
 def count_model_parameters(model: SftModel) -> int | None:
-    """Parameters; None for a model that is loaded."""
+    """Return the number of parameters of a model; None if it is loaded."""
     architecture = model.model.architecture
     if architecture is None:
         return None
@@ -29,9 +29,9 @@ def count_model_parameters(model: SftModel) -> int | None:
 
 
 def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float | None:
-    """Of building a teacher or a starting student; 0 without fine-tuning.
+    """Return the FLOPs of fine-tuning a teacher or an SFT student; 0 without fine-tuning.
 
-    `count`: its parameters, needed of a model that is loaded; None where they are not known.
+    parameters: Needed for a loaded model; without them the result is None.
     """
     parameters = count_model_parameters(model) if parameters is None else parameters
     if model.sft is None:
@@ -45,19 +45,18 @@ def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float 
 def estimate_training_flops(
     training: Training, student_parameters: int | None = None, teacher_parameters: int | None = None
 ) -> float | None:
-    """Of one cell alone: student forward and backward, teacher forward unless its scores are kept, sampling.
+    """Return the FLOPs of one cell alone; None if the size of a model is unknown.
 
-    `student` and `teacher`: their parameters, as in `sft_flops`.
+    Student forward and backward, sampling, and teacher forward unless its scores are cached.
     """
-    student_parameters = (
-        count_model_parameters(training.start) if student_parameters is None else student_parameters
-    )
-    teacher_parameters = (
-        count_model_parameters(training.teacher) if teacher_parameters is None else teacher_parameters
-    )
+    if student_parameters is None:
+        student_parameters = count_model_parameters(training.start)
+    if teacher_parameters is None:
+        teacher_parameters = count_model_parameters(training.teacher)
     if student_parameters is None or teacher_parameters is None:
         return None
     tokens = training.max_input_tokens + training.max_output_tokens
-    reads = 0 if training.teacher_scores else 2 * teacher_parameters
-    per_token = 6 * student_parameters + reads + 2 * student_parameters * training.source.lmbda
-    return float(per_token * tokens * training.batch_size * training.steps)
+    teacher_flops = 0 if training.teacher_scores else 2 * teacher_parameters
+    sampling_flops = 2 * student_parameters * training.source.lmbda
+    flops_per_token = 6 * student_parameters + teacher_flops + sampling_flops
+    return float(flops_per_token * tokens * training.batch_size * training.steps)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each says what is wrong, why, and the nearest valid choice."""
+"""Errors that the user can fix. Each message names the value, the reason and the nearest valid choices."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -24,30 +24,36 @@ _REQUIREMENTS = {
     "tuple_type": "must be a list of values",
     "too_short": "the list is empty",
 }
+"""Type of a pydantic error -> what the value must be."""
 _UNION_TAGS = {"str", "int", "float", "bool"}
-"""What pydantic adds to a place to name the branch of a union; for a section it is the class."""
+"""Names that pydantic adds to a location for the branch of a union; for a section it is the class."""
+_MAX_LISTED_CHOICES = 8
+_NEAREST_CHOICES = 5
 
 
 class ConfigError(ValueError):
-    """A request that cannot be fulfilled as written; the command line exits with status 2."""
+    """An invalid request; the command line prints the message and exits with status 2."""
 
 
 def suggest_choices(value: object, choices: Iterable[object]) -> str:
-    """`did you mean 'x'? valid: ...`, for the end of an error message."""
+    """Return `did you mean 'x'? valid: ...` for the end of a message; of many choices only the nearest."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(names)}"
+    if len(names) <= _MAX_LISTED_CHOICES:
+        return f"{hint}valid: {', '.join(names)}"
+    nearest = difflib.get_close_matches(str(value), names, n=_NEAREST_CHOICES, cutoff=0)
+    return f"{hint}valid: {', '.join(nearest)} and {len(names) - len(nearest)} more"
 
 
 def build_unknown_name_error(kind: str, value: object, choices: Iterable[object]) -> ConfigError:
-    """The error for a name that is not among its choices."""
+    """Return the error for a name that is not one of its choices."""
     return ConfigError(f"unknown {kind} {value!r}; {suggest_choices(value, choices)}")
 
 
 @contextmanager
 def report_yaml_errors(path: Path) -> Iterator[None]:
-    """What can be wrong with a YAML file that a user names, as one line. Raises SpecError."""
+    """Turn errors of reading a user's YAML file into a one-line ConfigError."""
     try:
         yield
     except yaml.YAMLError as error:
@@ -59,37 +65,36 @@ def report_yaml_errors(path: Path) -> Iterator[None]:
 
 
 def explain_validation_error(error: ValidationError, origin: str, model: type[BaseModel]) -> ConfigError:
-    """One line out of pydantic's report on a `model`: place, value, reason, what would be valid."""
-    # Of a union (`small` or a section) each branch reports; the one that fits goes deepest.
-    deepest = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    loc, kind, value = deepest["loc"], deepest["type"], deepest["input"]
+    """Return pydantic's report on a `model` as one line: field, value, reason, valid choices.
+
+    origin: Names the file or request; the message begins with it.
+    """
+    # Each branch of a union (`small` or a section) reports; the one that was meant reports deepest.
+    deepest = max(error.errors(include_url=False), key=lambda report: len(report["loc"]))
+    location, kind, value = deepest["loc"], deepest["type"], deepest["input"]
     if kind == "extra_forbidden":
-        place, parent = _locate_field(model, loc[:-1])
-        names = [name for owner in _list_model_classes(parent) for name in _list_field_types(owner)]
-        field = ".".join(filter(None, (place, str(loc[-1]))))
-        return ConfigError(f"{origin}: unknown field {field!r}; {suggest_choices(loc[-1], names)}")
-    place, annotation = _locate_field(model, loc)
+        section, annotation = _locate_field(model, location[:-1])
+        names = [name for owner in _list_model_classes(annotation) for name in _list_field_types(owner)]
+        field = ".".join(filter(None, (section, str(location[-1]))))
+        return ConfigError(f"{origin}: unknown field {field!r}; {suggest_choices(location[-1], names)}")
+    field, annotation = _locate_field(model, location)
     if kind == "union_tag_invalid":
-        place, value = f"{place}.type", value.get("type")
+        field, value = f"{field}.type", value.get("type")
     if kind == "missing":
-        return ConfigError(f"{origin}: {place} is missing")
+        return ConfigError(f"{origin}: {field} is missing")
     reason = _explain_violation(kind, value, annotation) or deepest["msg"]
-    if isinstance(value, list) and kind not in ("too_short", "layer_map") and not place.startswith("grid"):
+    if isinstance(value, list) and kind not in ("too_short", "layer_map") and not field.startswith("grid"):
         reason += "; several values make an axis: write them under `grid`"
-    return ConfigError(f"{origin}: {place}: {_shorten_repr(value)} is not valid: {reason}")
+    return ConfigError(f"{origin}: {field}: {_shorten_repr(value)} is not valid: {reason}")
 
 
 def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
-    names = [name for owner in _list_model_classes(annotation) for name in _list_field_types(owner)]
+    """Return what the value must be, for a kind of pydantic error; empty if pydantic's own text will do."""
+    classes = _list_model_classes(annotation)
+    names = [name for owner in classes for name in _list_field_types(owner)]
     if kind == "union_tag_invalid":
-        return suggest_choices(
-            value,
-            [
-                name
-                for owner in _list_model_classes(annotation)
-                for name in _list_literal_choices(_get_type_annotation(owner))
-            ],
-        )
+        types = [name for owner in classes for name in _list_literal_choices(_get_type_annotation(owner))]
+        return suggest_choices(value, types)
     if kind == "literal_error":
         return suggest_choices(value, _list_literal_choices(annotation))
     if kind in ("model_type", "model_attributes_type", "dict_type") or (kind == "string_type" and names):
@@ -98,48 +103,48 @@ def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
     if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
         return f"must be {_describe_bounds(annotation)}"
     bounds = _describe_bounds(annotation)
-    known = _REQUIREMENTS.get(kind, "")
-    return f"{known} {bounds}" if bounds and "number" in known else known
+    requirement = _REQUIREMENTS.get(kind, "")
+    return f"{requirement} {bounds}" if bounds and "number" in requirement else requirement
 
 
 def _get_type_annotation(model: type[BaseModel]) -> Any:
-    """What tells a member of a union from the others."""
+    """Return the annotation of `type`, the field that tells the members of a union apart."""
     return model.model_fields["type"].annotation
 
 
 def _describe_bounds(annotation: Any) -> str:
-    """`from 0 to 1`, `more than 0`: the bounds that stand beside a type."""
-    found: dict[str, Any] = {}
-    for mark in _list_constraints(annotation):
-        found |= {name: getattr(mark, name) for name in _BOUND_WORDS if hasattr(mark, name)}
-    if found.keys() == {"ge", "le"}:
-        return f"from {found['ge']} to {found['le']}"
-    return " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in found.items())
+    """Return the bounds of a number type in words: `from 0 to 1`, `more than 0`."""
+    bounds: dict[str, Any] = {}
+    for constraint in _list_constraints(annotation):
+        bounds |= {name: getattr(constraint, name) for name in _BOUND_WORDS if hasattr(constraint, name)}
+    if bounds.keys() == {"ge", "le"}:
+        return f"from {bounds['ge']} to {bounds['le']}"
+    return " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in bounds.items())
 
 
-def _locate_field(model: type[BaseModel], loc: Iterable[str | int]) -> tuple[str, Any]:
-    """`grid.lmbda[1]` and the type that belongs there; a union's tags are no part of the place."""
-    place: str = ""
+def _locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple[str, Any]:
+    """Return a field as the user writes it, such as `grid.lmbda[1]`, and its type."""
+    path: str = ""
     annotation: Any = model
-    for part in loc:
+    for part in location:
         if isinstance(part, int):
-            place += f"[{part}]"
+            path += f"[{part}]"
             continue
-        owners = [_list_field_types(owner) for owner in _list_model_classes(annotation)]
-        of_models = [fields[part] for fields in owners if part in fields]
-        of_mappings = [get_args(one)[1] for one in _walk_annotation(annotation) if get_origin(one) is dict]
-        if of_models or of_mappings:
-            place += f".{part}" if place else part
-            annotation = (of_models or of_mappings)[0]
+        field_types = [_list_field_types(owner) for owner in _list_model_classes(annotation)]
+        candidates = [fields[part] for fields in field_types if part in fields]
+        candidates += [get_args(item)[1] for item in _walk_annotation(annotation) if get_origin(item) is dict]
+        if candidates:
+            path += f".{part}" if path else part
+            annotation = candidates[0]
         elif part not in _UNION_TAGS and not part.startswith("literal["):
             tagged = [owner for owner in _list_model_classes(annotation) if owner.__name__ == part]
-            place += "" if tagged else f".{part}" if place else part
+            path += "" if tagged else f".{part}" if path else part
             annotation = tagged[0] if tagged else Any
-    return place, annotation
+    return path, annotation
 
 
 def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
-    """Name as it is written -> type, with its bounds."""
+    """Return field name (as it is written in a file) -> type with its constraints."""
     return {
         field.alias or name: Annotated[field.annotation, *field.metadata]
         if field.metadata
@@ -149,33 +154,39 @@ def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _walk_annotation(annotation: Any) -> Iterator[Any]:
-    """A type and those that it is composed of; dictionaries and models are left closed."""
+    """Yield a type and the types it is composed of; do not enter dictionaries and models."""
     yield annotation
     if get_origin(annotation) is Annotated:
         yield from _walk_annotation(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType, tuple):
-        for part in get_args(annotation):
-            yield from _walk_annotation(part)
+        for item in get_args(annotation):
+            yield from _walk_annotation(item)
 
 
 def _list_model_classes(annotation: Any) -> list[type[BaseModel]]:
+    """Return the pydantic classes that a type is composed of."""
     return [
-        one for one in _walk_annotation(annotation) if isinstance(one, type) and issubclass(one, BaseModel)
+        item
+        for item in _walk_annotation(annotation)
+        if isinstance(item, type) and issubclass(item, BaseModel)
     ]
 
 
 def _list_literal_choices(annotation: Any) -> list[Any]:
-    return [c for one in _walk_annotation(annotation) if get_origin(one) is Literal for c in get_args(one)]
+    """Return the values of all `Literal`s that a type is composed of."""
+    literals = (item for item in _walk_annotation(annotation) if get_origin(item) is Literal)
+    return [choice for literal in literals for choice in get_args(literal)]
 
 
 def _list_constraints(annotation: Any) -> Iterator[Any]:
-    """The bounds in a type; those of pydantic's `SpecDifference(...)` lie in its metadata."""
-    for one in _walk_annotation(annotation):
-        if get_origin(one) is Annotated:
-            for mark in get_args(one)[1:]:
+    """Yield the constraints in a type; those of pydantic's `Field(...)` are in its metadata."""
+    for item in _walk_annotation(annotation):
+        if get_origin(item) is Annotated:
+            for mark in get_args(item)[1:]:
                 yield from getattr(mark, "metadata", [mark])
 
 
 def _shorten_repr(value: Any) -> str:
+    """Return the repr of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,7 @@
-"""What makes two descriptions the same: canonical JSON, hashed.
+"""Fingerprints identify specs: the SHA-256 of a spec's canonical JSON.
 
-Every field counts, defaults included, except those marked `NotHashed` (where something lies or what it is
-called, not what it is) and those marked `DefaultFrom` while they hold the value that reproduces older records.
+Every field is hashed, defaults included, except a field marked `NotHashed` (a place or a display name) and a
+field marked `DefaultFrom` while it has its old value, so that records older than the field keep their ids.
 """
 
 import hashlib
@@ -18,69 +18,57 @@ from pydantic import BaseModel, ConfigDict
 from gkd_lab.config.errors import ConfigError
 
 FORMAT_VERSION = 1
-"""Raised when a default or a meaning changes, so that older records are not taken for new ones."""
+"""Increase it when a default or a meaning changes: older records then get other fingerprints."""
 
 SHOWN_DIGITS = 8
-"""Hexadecimal digits of a fingerprint that are shown."""
+"""Hexadecimal digits of a fingerprint in folder names and output."""
 
 
 @dataclass(frozen=True)
 class NotHashed:
-    """Marks a field that says where or under which name, and so does not enter the fingerprint."""
+    """Mark a field that is not part of the identity, such as a path or a display name."""
 
 
 @dataclass(frozen=True)
 class DefaultFrom:
-    """Marks a field that came later: at `before`, the value that older code had built in, it is left out."""
+    """Mark a field added later. It is not hashed while it has `old_value`, which older code implied."""
 
     old_value: Any
 
 
 class Frozen(BaseModel):
-    """An immutable, closed description that knows its canonical form."""
+    """An immutable spec that rejects unknown fields and has a fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @cached_property
     def canonical_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, integral floats written as integers."""
-        parts = []
+        """Canonical JSON: sorted keys, no spaces, integral floats as integers, unhashed fields left out."""
+        items = []
         for name, marks in _list_marked_fields(type(self)):
             value = getattr(self, name)
             if not any(_is_excluded(mark, value) for mark in marks):
-                parts.append(f'"{name}":{canonical_json(value)}')
-        return "{" + ",".join(parts) + "}"
+                items.append(f'"{name}":{canonical_json(value)}')
+        return "{" + ",".join(items) + "}"
 
     @cached_property
     def full_fingerprint(self) -> str:
-        """SHA-256 of the canonical form together with the format version, 64 hexadecimal digits."""
-        return hashlib.sha256(f"{FORMAT_VERSION}:{self.canonical_json}".encode()).hexdigest()
+        """The fingerprint, 64 hexadecimal digits."""
+        return compute_fingerprint(self.canonical_json)
 
     @property
     def fingerprint(self) -> str:
-        """The shown part of the fingerprint."""
+        """The first `SHOWN_DIGITS` digits of the fingerprint."""
         return self.full_fingerprint[:SHOWN_DIGITS]
 
 
-_MARKED_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
-
-
-def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
-    if model not in _MARKED_FIELDS:
-        fields = model.model_fields
-        _MARKED_FIELDS[model] = [
-            (name, tuple(m for m in fields[name].metadata if isinstance(m, NotHashed | DefaultFrom)))
-            for name in sorted(fields)
-        ]
-    return _MARKED_FIELDS[model]
-
-
-def _is_excluded(mark: Any, value: Any) -> bool:
-    return isinstance(mark, NotHashed) or (isinstance(mark, DefaultFrom) and bool(value == mark.old_value))
+def compute_fingerprint(canonical: str) -> str:
+    """Return the SHA-256 of canonical JSON and the format version, 64 hexadecimal digits."""
+    return hashlib.sha256(f"{FORMAT_VERSION}:{canonical}".encode()).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of `value`. Raises SpecError for a value without a stable form."""
+    """Return the only JSON text of a value. Raises ConfigError for a value without a stable form."""
     if isinstance(value, Frozen):
         return value.canonical_json
     if isinstance(value, str):
@@ -91,11 +79,30 @@ def canonical_json(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ConfigError(f"{value!r} has no stable form: a description holds finite numbers only")
+            raise ConfigError(f"{value!r} has no canonical JSON: a spec holds finite numbers only")
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, tuple | list):
         return "[" + ",".join(canonical_json(item) for item in value) + "]"
     if isinstance(value, Mapping):
         items = sorted((str(key), item) for key, item in value.items())
         return "{" + ",".join(f"{encode_basestring(k)}:{canonical_json(v)}" for k, v in items) + "}"
-    raise ConfigError(f"{value!r} ({type(value).__name__}) has no stable form to be identified by")
+    raise ConfigError(f"{value!r} ({type(value).__name__}) has no canonical JSON, so it has no fingerprint")
+
+
+_MARKED_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
+
+
+def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return each field's name and hashing marks, sorted by name; cached per class."""
+    if model not in _MARKED_FIELDS:
+        fields = model.model_fields
+        _MARKED_FIELDS[model] = [
+            (name, tuple(mark for mark in fields[name].metadata if isinstance(mark, NotHashed | DefaultFrom)))
+            for name in sorted(fields)
+        ]
+    return _MARKED_FIELDS[model]
+
+
+def _is_excluded(mark: Any, value: Any) -> bool:
+    """Return whether a mark keeps a field with this value out of the canonical JSON."""
+    return isinstance(mark, NotHashed) or (isinstance(mark, DefaultFrom) and bool(value == mark.old_value))

@@ -1,25 +1,45 @@
-"""`python -m gkd_lab.config.json_schema [FILE]` writes the JSON Schema of experiment files."""
+"""`python -m gkd_lab.config.json_schema [FILE]` writes the JSON Schema of experiment files, for editors."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from gkd_lab.config.experiment import build_json_schema
+from gkd_lab.config.experiment import Experiment
 
 SCHEMA_PATH = Path("experiments/experiment.schema.json")
-"""Beside the experiments of a source checkout; their first line names it."""
+"""Place in a source checkout; the first line of each experiment names the file."""
+
+
+def build_json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of an experiment file."""
+    schema = _strip_titles_and_nulls(Experiment.model_json_schema(by_alias=True))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def format_json_schema() -> str:
-    """The file's content."""
+    """Return the text of the schema file."""
     return json.dumps(build_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def _strip_titles_and_nulls(schema: Any) -> Any:
+    """Remove titles, which repeat names, and defaults of null."""
+    if isinstance(schema, list):
+        return [_strip_titles_and_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _strip_titles_and_nulls(value)
+        for key, value in schema.items()
+        if not (key == "title" and isinstance(value, str)) and not (key == "default" and value is None)
+    }
+
+
 def main() -> None:
-    """Write the schema to the file that is named, or to its place in the checkout."""
-    place = Path(sys.argv[1]) if len(sys.argv) > 1 else SCHEMA_PATH
-    place.write_text(format_json_schema(), encoding="utf-8")
-    print(f"wrote {place}")
+    """Write the schema to the given file, or to its place in the checkout."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else SCHEMA_PATH
+    path.write_text(format_json_schema(), encoding="utf-8")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

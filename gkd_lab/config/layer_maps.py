@@ -1,6 +1,6 @@
-"""Which layer of a student is matched with which of its teacher: by a list of pairs, or by a rule.
+"""Layer maps: which student layer is matched with which teacher layer, as a list of pairs or a rule.
 
-Layers of a stack are counted from 1; 0 is what goes into the first, the embeddings.
+The layers of a stack count from 1; layer 0 is the embeddings, which enter the first layer.
 """
 
 import re
@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from gkd_lab.config.errors import ConfigError, suggest_choices
 
 LayerPair = tuple[int, int]
-"""(layer of the student, layer of the teacher)."""
+"""(student layer, teacher layer)."""
 LayerMap = str | tuple[LayerPair, ...]
 
 UNIFORM = "uniform"
@@ -20,32 +20,34 @@ _LAST_RULE = re.compile(r"last_([1-9][0-9]*)")
 
 
 def parse_layer_map(value: Any) -> LayerMap:
-    """A map as it is written. Raises SpecError for what is neither a rule nor a list of pairs, each once."""
+    """Return a layer map as a rule or a tuple of pairs. Raises ConfigError for anything else."""
     if isinstance(value, str):
         if value != UNIFORM and not _LAST_RULE.fullmatch(value):
-            raise ConfigError(f"{value!r} is no rule; {_suggest_layer_map(value)}")
+            raise ConfigError(f"{value!r} is not a rule; {_suggest_layer_map(value)}")
         return value
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(
             f"{value!r} is neither a rule ({UNIFORM}, last_2) nor pairs such as [[1, 2], [2, 4]]"
         )
-    pairs = tuple(_parse_layer_pair(number, one) for number, one in enumerate(value, 1))
-    twice = next((one for one in pairs if pairs.count(one) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"the pair {list(twice)} stands there twice: it would count double; leave one out")
+    pairs = tuple(_parse_layer_pair(number, pair) for number, pair in enumerate(value, 1))
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise ConfigError(f"the pair {list(pair)} is listed twice and would count double: leave one out")
     return pairs
 
 
 def _suggest_layer_map(rule: str) -> str:
-    said = suggest_choices(rule, (UNIFORM, "last_1"))
-    return f"{said}, last_2 and so on, or a list of pairs [student's layer, teacher's layer]"
+    """Return the end of the message about an unknown rule."""
+    suggestion = suggest_choices(rule, (UNIFORM, "last_1"))
+    return f"{suggestion}, last_2 and so on, or a list of pairs [student layer, teacher layer]"
 
 
 def _parse_layer_pair(number: int, value: Any) -> LayerPair:
-    whole = isinstance(value, list | tuple) and all(type(one) is int and one >= 0 for one in value)
-    if not whole or len(value) != 2:
+    """Return the pair at place `number` of a list. Raises ConfigError unless it is two layers."""
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or any(type(layer) is not int or layer < 0 for layer in value):
         raise ConfigError(
-            f"pair {number} is {value!r}: give two layers, numbers from 0: [student's, teacher's], as [1, 2]"
+            f"pair {number} is {value!r}: give two layers from 0, [student layer, teacher layer], as [1, 2]"
         )
     return value[0], value[1]
 
@@ -53,14 +55,16 @@ def _parse_layer_pair(number: int, value: Any) -> LayerPair:
 def resolve_layer_pairs(
     layers: LayerMap, student_layers: int, teacher_layers: int, *, lowest_layer: int = 0
 ) -> tuple[LayerPair, ...]:
-    """The pairs that a map means for models of so many layers; the lowest that a pair may name is `first`.
+    """Return the pairs of a layer map for models with so many layers.
 
-    `uniform`: layer i of n with layer ceil(i m / n) of the teacher's m, which is TinyBERT's m / n i (Jiao et
-    al. 2020, section 3.2) and PKD-Skip (Sun et al. 2019) where n divides m. `last_k`: the last k of both in
-    their order (PKD-Last).
+    `uniform` matches student layer i of n with layer ceil(i m / n) of the teacher's m, which is TinyBERT's
+    m / n i (Jiao et al. 2020, section 3.2) and PKD-Skip (Sun et al. 2019) where n divides m. `last_k` matches
+    the last k layers of both in order (PKD-Last).
+
+    lowest_layer: The lowest layer that a pair may name.
 
     Raises:
-        SpecError: for a layer that one of them does not have, and for more layers than there are.
+        ConfigError: for a layer that a model does not have, or a rule that needs more layers than it has.
     """
     if layers == UNIFORM:
         return tuple(
@@ -74,27 +78,28 @@ def resolve_layer_pairs(
     return layers
 
 
-def _pair_last_layers(count: int, student: int, teacher: int) -> tuple[LayerPair, ...]:
-    role, most = ("student", student) if student <= teacher else ("teacher", teacher)
-    if count > most:
+def _pair_last_layers(count: int, student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
+    """Return pairs of the last `count` layers of both models. Raises ConfigError if one has fewer."""
+    role, depth = min(("student", student_layers), ("teacher", teacher_layers), key=lambda item: item[1])
+    if count > depth:
         raise ConfigError(
-            f"last_{count}: there are {most} layers in the {role}; the nearest rule is last_{most}"
+            f"last_{count}: the depth of the {role} is {depth}; the nearest rule is last_{depth}"
         )
-    return tuple((student - n, teacher - n) for n in reversed(range(count)))
+    return tuple((student_layers - offset, teacher_layers - offset) for offset in reversed(range(count)))
 
 
-def _check_layer_exists(role: str, layer: int, first: int, last: int, pair: LayerPair) -> None:
-    if first <= layer <= last:
-        return
-    close = first if layer < first else last
-    raise ConfigError(
-        f"layer {layer} of the {role}, in the pair {list(pair)}: it has the layers {first} to {last}; "
-        f"the nearest is {close}"
-    )
+def _check_layer_exists(role: str, layer: int, lowest: int, highest: int, pair: LayerPair) -> None:
+    """Raise ConfigError if a pair names a layer below `lowest` or above `highest`."""
+    if not lowest <= layer <= highest:
+        nearest = lowest if layer < lowest else highest
+        raise ConfigError(
+            f"layer {layer} of the {role}, in the pair {list(pair)}: valid layers are {lowest} to {highest}; "
+            f"the nearest is {nearest}"
+        )
 
 
 def _validate_layer_map(value: Any) -> Any:
-    """Pydantic's form of the error, which says where in a file the value stands."""
+    """Parse a layer map for pydantic, which adds the location in the file to the error."""
     try:
         return parse_layer_map(value)
     except ConfigError as error:
@@ -104,4 +109,4 @@ def _validate_layer_map(value: Any) -> Any:
 LayerRule = Annotated[str, Field(pattern=r"^(uniform|last_[1-9][0-9]*)$")]
 LayerPairs = Annotated[tuple[tuple[NonNegativeInt, NonNegativeInt], ...], Field(min_length=1)]
 LayerMapField = Annotated[LayerRule | LayerPairs, BeforeValidator(_validate_layer_map)]
-"""The field of an experiment."""
+"""Type of a layer map in an experiment file."""

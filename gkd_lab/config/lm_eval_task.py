@@ -1,6 +1,6 @@
-"""What an lm-eval task is known by: its name in a version of lm-eval, or the content of a task file.
+"""Identify an lm-eval task: by its name in a version of lm-eval, or by the content of a task file.
 
-A task file is read here as data: its `!function` tags, which would run Python, stay texts. No torch.
+A task file is read as data: its `!function` tags, which would run Python code, stay text.
 """
 
 import hashlib
@@ -19,29 +19,28 @@ from gkd_lab.config.errors import ConfigError, report_yaml_errors
 
 TASK_FILE_SUFFIXES = (".yaml", ".yml")
 SHIPPED_TASKS_FOLDER = Path(__file__).parent.parent / "evaluation" / "lm_tasks"
-"""Our own tasks as lm-eval YAMLs."""
+"""Tasks of this package as lm-eval YAML files."""
 PACKAGE_FUNCTION_PREFIX = "gkd_lab.evaluation.lm_scores."
 
 
 @dataclass(frozen=True)
 class FunctionTag:
-    """A `!function` tag: `module.name`, looked for in `folder` first."""
+    """A `!function module.name` tag; the module is looked for in `folder` first."""
 
     text: str
     folder: Path
 
     @property
     def local_file(self) -> Path | None:
-        """The Python file beside the task file that it names, if there is one."""
+        """The Python file beside the task file that the tag names, or None if there is none."""
         path = self.folder / (self.text.rpartition(".")[0].replace(".", "/") + ".py")
         return path if path.is_file() else None
 
     @property
     def is_installed(self) -> bool:
-        """Whether it is code of lm-eval's own tasks or of this package."""
+        """Whether the function belongs to lm-eval's own tasks or to this package."""
         if any(
-            self.folder.is_relative_to(place)
-            for place in (SHIPPED_TASKS_FOLDER, _find_lm_eval_tasks_folder())
+            self.folder.is_relative_to(path) for path in (SHIPPED_TASKS_FOLDER, _find_lm_eval_tasks_folder())
         ):
             return True
         return self.text.startswith(PACKAGE_FUNCTION_PREFIX) and self.local_file is None
@@ -49,7 +48,7 @@ class FunctionTag:
 
 @dataclass(frozen=True)
 class LmEvalTask:
-    """A task by name, or (with `content`, SHA-256) one that a file describes."""
+    """An lm-eval task: known by name, or by a task file with the SHA-256 `content`."""
 
     name: str
     content: str | None = None
@@ -57,14 +56,14 @@ class LmEvalTask:
 
 
 def get_lm_eval_version() -> str:
-    """The installed version, without importing it."""
+    """Return the installed version of lm-eval without importing it."""
     return importlib.metadata.version("lm_eval")
 
 
 def resolve_lm_eval_task(name: str, *, trusted: bool = False) -> LmEvalTask:
-    """The task that a name or a YAML file stands for. Raises SpecError for a file that cannot be used.
+    """Return the task of a name or of a YAML file. Raises ConfigError for a file that cannot be used.
 
-    A name is checked when lm-eval is at work: its index of tasks takes seconds to read.
+    A name is not checked before lm-eval runs: reading its index of tasks takes seconds.
     """
     if not name.endswith(TASK_FILE_SUFFIXES):
         return LmEvalTask(name)
@@ -73,9 +72,9 @@ def resolve_lm_eval_task(name: str, *, trusted: bool = False) -> LmEvalTask:
 
 
 def read_task_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
-    """A task's configuration with what it includes; paths of data are absolute. Raises SpecError.
+    """Return a task's configuration, includes merged and data paths absolute. Raises ConfigError.
 
-    Relative paths of data start at the file's folder, or where the command runs if there is nothing there.
+    A relative data path is looked for in the file's folder, then in the current folder.
     """
     config = _merge_includes(path, ())
     if "group" in config:
@@ -85,13 +84,13 @@ def read_task_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
     if not trusted:
         _refuse_foreign_code(path, config)
     if not config.keys() & {"dataset_path", "custom_dataset", "class"}:
-        raise ConfigError(f"{path}: `dataset_path`, where its documents come from, is missing")
+        raise ConfigError(f"{path}: `dataset_path`, the source of its documents, is missing")
     _resolve_data_paths(path, config)
     return config
 
 
 def hash_task_config(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration whose files enter by their content, wherever they lie."""
+    """Return the SHA-256 of a configuration, with data files by content instead of path."""
     text = json.dumps(config, sort_keys=True, default=_serialize_value)
     for file in list_data_files(config):
         text = text.replace(json.dumps(str(file)), json.dumps(f"sha256:{_hash_file(file)}"))
@@ -99,13 +98,13 @@ def hash_task_config(config: Mapping[str, Any]) -> str:
 
 
 def list_data_files(config: Mapping[str, Any]) -> list[Path]:
-    """The local files that a task's documents come from."""
-    places = map(Path, _list_strings((config.get("dataset_kwargs") or {}).get("data_files")))
-    return [place for place in places if place.is_file()]
+    """Return the local files that a task's documents come from."""
+    paths = map(Path, _list_strings((config.get("dataset_kwargs") or {}).get("data_files")))
+    return [path for path in paths if path.is_file()]
 
 
 class _TaskFileLoader(yaml.SafeLoader):
-    """Plain data, and `!function` as a text that knows its folder."""
+    """YAML loader that keeps a `!function` tag as text, with its folder."""
 
     folder: Path
 
@@ -118,7 +117,7 @@ _TaskFileLoader.add_constructor("!function", _construct_function_tag)
 
 
 def load_task_yaml(path: Path) -> dict[str, Any]:
-    """One file, its includes left as they are. Raises SpecError."""
+    """Load one task file without its includes. Raises ConfigError."""
     with report_yaml_errors(path):
         loader = _TaskFileLoader(path.read_text(encoding="utf-8"))
         loader.folder = path.resolve().parent
@@ -129,32 +128,40 @@ def load_task_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge_includes(path: Path, ancestors: tuple[Path, ...]) -> dict[str, Any]:
-    """As lm-eval merges: what a file includes first, its own fields win."""
+    """Load a task file over the files that it includes, as lm-eval does: the file's own fields win."""
     if path.resolve() in ancestors:
         raise ConfigError(f"{path}: includes itself")
-    own = load_task_yaml(path)
+    fields = load_task_yaml(path)
     merged: dict[str, Any] = {}
-    for name in _list_strings(own.pop("include", None)):
+    for name in _list_strings(fields.pop("include", None)):
         merged |= _merge_includes(path.parent / Path(name).expanduser(), (*ancestors, path.resolve()))
-    return merged | own
+    return merged | fields
 
 
 def _refuse_foreign_code(path: Path, config: Mapping[str, Any]) -> None:
-    foreign = [f.text for f in _walk_leaves(config) if isinstance(f, FunctionTag) and not f.is_installed]
-    if foreign or "class" in config or config.get("dataset_path") == "pandas":  # which reads pickles
-        what = f"!function {foreign[0]}" if foreign else "class"
-        what = what if foreign or "class" in config else "dataset_path: pandas"
-        raise ConfigError(
-            f"{path}: `{what}` would run Python code; if you trust it, use "
-            "`gkd-lab evaluate ... --trust-remote-code`"
-        )
+    """Raise ConfigError if a task would run Python code that is not installed."""
+    tags = (leaf for leaf in _walk_leaves(config) if isinstance(leaf, FunctionTag))
+    foreign = [tag.text for tag in tags if not tag.is_installed]
+    if foreign:
+        offender = f"!function {foreign[0]}"
+    elif "class" in config:
+        offender = "class"
+    elif config.get("dataset_path") == "pandas":  # which reads pickles
+        offender = "dataset_path: pandas"
+    else:
+        return
+    raise ConfigError(
+        f"{path}: `{offender}` would run Python code; if you trust it, use "
+        "`gkd-lab evaluate ... --trust-remote-code`"
+    )
 
 
 def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
+    """Make the data paths of a task's configuration absolute, in place. Raises ConfigError."""
     folder = path.resolve().parent
-    place = config.get("dataset_path")
-    if isinstance(place, str) and (folder / place).is_dir():
-        config["dataset_path"] = str(folder / place)
+    dataset_path = config.get("dataset_path")
+    if isinstance(dataset_path, str) and (folder / dataset_path).is_dir():
+        config["dataset_path"] = str(folder / dataset_path)
     kwargs = config.get("dataset_kwargs")
     if kwargs is None:
         return
@@ -168,26 +175,29 @@ def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
 
 
 def _resolve_data_files(path: Path, folder: Path, value: Any) -> Any:
+    """Return `data_files` with absolute paths; URLs and patterns stay. Raises ConfigError."""
     if isinstance(value, dict):
         return {key: _resolve_data_files(path, folder, item) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolve_data_files(path, folder, item) for item in value]
     if not isinstance(value, str):
         raise ConfigError(f"{path}: dataset_kwargs.data_files: expected a file's path, got {value!r}")
-    if "://" in value or any(mark in value for mark in "*?["):
+    if "://" in value or any(character in value for character in "*?["):
         return value
-    place = Path(value).expanduser()
-    found = next((p for p in (folder / place, place.absolute()) if p.is_file()), None)
-    if found is None:
-        raise ConfigError(f"{path}: dataset_kwargs.data_files: no file {str(folder / place)!r}")
-    return str(found)
+    file = Path(value).expanduser()
+    for candidate in (folder / file, file.absolute()):
+        if candidate.is_file():
+            return str(candidate)
+    raise ConfigError(f"{path}: dataset_kwargs.data_files: no file {str(folder / file)!r}")
 
 
 def _list_strings(value: Any) -> list[str]:
-    return [text for text in _walk_leaves(value) if isinstance(text, str)]
+    """Return the strings among the leaves of nested lists and mappings."""
+    return [leaf for leaf in _walk_leaves(value) if isinstance(leaf, str)]
 
 
 def _walk_leaves(value: Any) -> Iterator[Any]:
+    """Yield the leaves of nested lists and mappings."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -198,19 +208,21 @@ def _walk_leaves(value: Any) -> Iterator[Any]:
 
 
 def _serialize_value(value: Any) -> str:
-    """A value that JSON has no form for; a function by its name and the code beside the task file."""
+    """Return text for a value that JSON cannot hold; a function by its name and local code's hash."""
     if isinstance(value, FunctionTag):
         return f"!function {value.text} {_hash_file(value.local_file) if value.local_file else ''}"
     return str(value)
 
 
 def _hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache
 def _find_lm_eval_tasks_folder() -> Path:
-    found = importlib.util.find_spec("lm_eval")
-    assert found is not None and found.submodule_search_locations, "lm-eval is a dependency"
-    return Path(found.submodule_search_locations[0]).resolve() / "tasks"
+    """Return the folder of lm-eval's own tasks without importing it."""
+    package = importlib.util.find_spec("lm_eval")
+    assert package is not None and package.submodule_search_locations, "lm-eval is a dependency"
+    return Path(package.submodule_search_locations[0]).resolve() / "tasks"

@@ -1,6 +1,7 @@
-"""Which cells are trained as one model: a function of the experiment's full cell list and the limit.
+"""Group the cells of a grid into packs: cells that train as one model.
 
-It never depends on what is left to do, so that a resumed run meets the same packs.
+The packs depend on the experiment's full list of cells and the limit, never on what is left to do: a resumed
+run gets the same packs.
 """
 
 import math
@@ -13,14 +14,15 @@ from gkd_lab.config.fingerprint import Frozen, canonical_json
 
 PackLimit = int | Literal["auto", "off"]
 AUTO_PACK_SIZE = 16
-"""The most cells per pack where nothing is said; a run makes smaller ones of them where memory is short."""
+"""Largest pack with the limit `auto`. A run splits it further if memory is short."""
 
 _PER_CELL_FIELDS = ("objectives", "source", "seed")
-"""Fields in which the cells of a pack may differ; each keeps its own learning rate as well."""
+"""Fields in which the cells of a pack may differ, besides the learning rate."""
+_SHARED_FIELDS = tuple(name for name in Training.model_fields if name not in _PER_CELL_FIELDS)
 
 
 def parse_pack_limit(text: str) -> PackLimit:
-    """`auto`, `off` or a number of cells. Raises SpecError."""
+    """Parse `auto`, `off` or a number of cells. Raises ConfigError."""
     if text == "auto":
         return "auto"
     if text == "off":
@@ -31,26 +33,26 @@ def parse_pack_limit(text: str) -> PackLimit:
 
 
 def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
-    """The cells in groups of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
+    """Group cells into packs of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
     groups: dict[str, list[Cell]] = {}
-    known: dict[tuple[Any, ...], str] = {}
+    group_keys: dict[tuple[Any, ...], str] = {}
     for cell in cells:
-        key = _build_identity_key(cell.training)
-        if key not in known:
-            known[key] = _serialize_shared_fields(cell.training)
-        groups.setdefault(known[key], []).append(cell)
-    found = []
+        identity = _build_identity_key(cell.training)
+        if identity not in group_keys:
+            group_keys[identity] = _serialize_shared_fields(cell.training)
+        groups.setdefault(group_keys[identity], []).append(cell)
+    packs = []
     for group in groups.values():
         size = _get_pack_size(group[0], limit)
         group.sort(key=_build_sort_key)
-        found += [group[n : n + size] for n in range(0, len(group), size)]
-    return found
+        packs += [group[start : start + size] for start in range(0, len(group), size)]
+    return packs
 
 
 def explain_unpackable(cell: Cell) -> str | None:
-    """Why a cell cannot share a pack; None where nothing but its student's architecture can be against it.
+    """Return the reason why a cell must train alone, or None if its spec allows packing.
 
-    Both optimizers that a cell can have act on each member of a pack as on a model of its own.
+    Only the student's architecture can forbid it later: both optimizers act on each member separately.
     """
     if cell.training.dropout > 0:
         return "dropout draws from one stream"
@@ -58,35 +60,35 @@ def explain_unpackable(cell: Cell) -> str | None:
 
 
 def split_evenly(cell_count: int, max_cells: int) -> list[int]:
-    """Sizes of the fewest packs of at most `limit` cells, larger ones first.
+    """Return the sizes of the fewest packs of at most `max_cells` cells, larger packs first.
 
-    What is left after the first pack is parted as it was before: a resumed run meets the same packs.
+    Splitting what is left after the first pack gives the same sizes, so a resumed run gets the same packs.
     """
-    count = math.ceil(cell_count / max_cells)
-    return [cell_count // count + (n < cell_count % count) for n in range(count)]
+    pack_count = math.ceil(cell_count / max_cells)
+    return [cell_count // pack_count + (index < cell_count % pack_count) for index in range(pack_count)]
 
 
 def _build_sort_key(cell: Cell) -> tuple[int, float, float, str]:
+    """Return the sort key of a cell inside its pack."""
     return cell.seed, cell.lmbda, math.inf if cell.beta is None else cell.beta, cell.fingerprint
 
 
 def _get_pack_size(cell: Cell, limit: PackLimit) -> int:
+    """Return the largest size of a pack of cells like `cell`."""
     if limit == "off" or explain_unpackable(cell):
         return 1
     return AUTO_PACK_SIZE if limit == "auto" else limit
 
 
 def _build_identity_key(training: Training) -> tuple[Any, ...]:
-    """Equal for trainings that refer to the same objects: most cells of a grid do."""
+    """Return a cheap key, equal for trainings that hold the same shared objects, as in most grids."""
     values = (getattr(training, name) for name in _SHARED_FIELDS)
     return (*(id(value) if isinstance(value, Frozen) else value for value in values), training.source.text)
 
 
-_SHARED_FIELDS = tuple(name for name in Training.model_fields if name not in _PER_CELL_FIELDS)
-
-
 def _serialize_shared_fields(training: Training) -> str:
-    shared = {name: getattr(training, name) for name in _SHARED_FIELDS}
+    """Return canonical JSON of everything that the cells of a pack must have in common."""
+    fields = {name: getattr(training, name) for name in _SHARED_FIELDS}
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
-    # Rows are common to a pack, so who wrote them is.
-    return canonical_json({**shared, "optimizer": optimizer, "text": training.source.text})
+    # The cells of a pack train on the same rows, so the teacher's text must be the same.
+    return canonical_json({**fields, "optimizer": optimizer, "text": training.source.text})

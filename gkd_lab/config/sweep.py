@@ -1,4 +1,4 @@
-"""An experiment as a sweep file for wandb agents: the same axes, and a command that runs one cell of it."""
+"""Write an experiment as a wandb sweep file: the same axes, and a command that runs one cell."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,34 +14,35 @@ WANDB_PROJECT = "gkd-lab"
 
 
 def format_sweep_file(name: str, experiment: Experiment, scale: str | None, fields: Mapping[str, str]) -> str:
-    """The YAML text of a grid sweep whose cells are the experiment's. Raises SpecError where nothing varies.
+    """Return the YAML text of a grid sweep over the experiment's cells. Raises ConfigError without an axis.
 
-    `name` is how the experiment is called, `scale` and `fields` what was asked for beside its file: fields
-    that are no axes are said in the command. The server's grid varies the first name of the alphabet slowest.
+    name: The experiment as the command line takes it. scale, fields: Options given beside the file; fields
+    that are no axes become options of the command. The server varies the alphabetically first axis slowest.
     """
     axes = experiment.list_axes()
     if not axes:
         raise ConfigError(f"{name}: no axis to sweep over; make one with --set KEY=V1,V2")
-    stated = [f"--{key}={value}" for key, value in fields.items() if key not in axes]
-    words = [*(("--scale", scale) if scale else ()), *stated]
+    scale_options = ("--scale", scale) if scale else ()
+    field_options = [f"--{key}={value}" for key, value in fields.items() if key not in axes]
+    options = [*scale_options, *field_options]
     document = {
         "program": "gkd-lab",
-        "command": ["${env}", "gkd-lab", "cell", "--experiment", name, *words, "${args}"],
+        "command": ["${env}", "gkd-lab", "cell", "--experiment", name, *options, "${args}"],
         "project": WANDB_PROJECT,
         "name": Path(name).stem,
         "description": " ".join(experiment.description.split()),
         "method": "grid",
         "parameters": {
-            axis: {"values": [encode_axis_value(v) for v in values]} for axis, values in axes.items()
+            axis: {"values": [encode_axis_value(value) for value in values]} for axis, values in axes.items()
         },
     }
     return yaml.dump(document, Dumper=_SweepDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def encode_axis_value(value: Any) -> Any:
-    """A value as the client can carry it to `--axis=value`: numbers and truth as they are, others as text.
+    """Return a value that survives wandb's `--axis=value`: numbers and booleans unchanged, others as text.
 
-    The client writes what is no text in Python's own form (`None`, `{'a': 1}`), which is not read back.
+    The client writes other values in Python's form (`None`, `{'a': 1}`), which cannot be read back.
     """
     if isinstance(value, bool | int | float):
         return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -54,7 +55,7 @@ def encode_axis_value(value: Any) -> Any:
 
 
 def _reads_back(text: str, value: Any) -> bool:
-    """Whether `cell` takes the text for this one value."""
+    """Return whether `gkd-lab cell` parses the text as this one value."""
     try:
         return bool(yaml.safe_load(f"[{text}]") == [value])
     except yaml.YAMLError:
@@ -62,11 +63,12 @@ def _reads_back(text: str, value: Any) -> bool:
 
 
 def _dump_model(value: Any) -> Any:
+    """Return a pydantic section as plain data, without fields that were not set."""
     return value.model_dump(mode="json", exclude_unset=True)
 
 
 class _SweepDumper(yaml.SafeDumper):
-    """Lists of plain values on one line, as in the experiments."""
+    """YAML dumper that writes a list on one line, as the experiments do."""
 
 
 def _represent_list_inline(dumper: _SweepDumper, values: Sequence[Any]) -> yaml.Node:

@@ -16,9 +16,8 @@ import yaml
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Evaluation, LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
+from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
 from gkd_lab.config.lm_eval_task import SHIPPED_TASKS_FOLDER, FunctionTag, load_task_yaml
-from gkd_lab.config.settings import LmEvalSettings
 from gkd_lab.evaluation.lm_harness import BATCH_SIZE, BuiltTask, build_task, open_checkpoint
 from gkd_lab.evaluation.lm_harness import run_task as ask
 from gkd_lab.models.build import load_model, load_tokenizer

@@ -29,18 +29,18 @@ def test_a_classifier_is_distilled_on_the_data_by_default(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"lmbda": 0.5}, r"lmbda 0.5 lets the student write, and models of classification .* write nothing"),
+        ({"lmbda": 0.5}, r"lmbda 0.5 .* models of classification .* set lmbda to 0"),
         ({"source": "teacher"}, "source teacher: models of classification"),
-        ({"teacher_scores": "full"}, "teacher_scores are of language models"),
+        ({"teacher_scores": "full"}, "teacher_scores: models of classification"),
         ({"student": "org/some-model"}, "models of classification are made from scratch|revision"),
         (
             {"objectives": [{"beta": 0}, {"type": "hidden_states"}]},
-            "hidden_states reads what only a language",
+            "hidden_states needs a language model",
         ),
-        ({"objectives": [{"type": "squared_error", "against": "labels"}]}, "of classes choose cross_entropy"),
-        ({"task": "scoring", "objectives": [{"type": "cross_entropy"}]}, "a regression has one number"),
+        ({"objectives": [{"type": "squared_error", "against": "labels"}]}, "for classes choose cross_entropy"),
+        ({"task": "scoring", "objectives": [{"type": "cross_entropy"}]}, "a regression predicts a number"),
         ({"task": "scoring", "objectives": [{"beta": 0}]}, "divergence compares distributions"),
-        ({"evaluations": [{"decoding": "sample"}]}, "decoding sample has a model write"),
+        ({"evaluations": [{"decoding": "sample"}]}, "decoding sample"),
         (
             {
                 "task": "arithmetic",

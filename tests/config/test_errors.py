@@ -11,13 +11,13 @@ from .stub import refusal
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     # unknown fields, at every depth, with the nearest name of that depth
-    ({"lmbd": 0}, "unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda, beta"),
-    ({"grid": {"lmbd": [0]}}, "unknown field 'grid.lmbd'; did you mean 'lmbda'? valid: task, lmbda"),
+    ({"lmbd": 0}, "unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda"),
+    ({"grid": {"lmbd": [0]}}, "unknown field 'grid.lmbd'; did you mean 'lmbda'? valid: lmbda"),
     ({"grid": {"data.trian": [0]}}, "unknown field 'grid.data.trian'; did you mean 'data.train'?"),
     ({"per_task": {"sums": {"stps": 3}}}, "unknown field 'per_task.sums.stps'; did you mean 'steps'?"),
     (
         {"student": {"wdth": 3}},
-        "unknown field 'student.wdth'; did you mean 'width'? valid: layers, width, heads,",
+        "unknown field 'student.wdth'; did you mean 'width'? valid: width",
     ),
     ({"grid": {"student": [{"wdth": 3}]}}, "unknown field 'grid.student[0].wdth'; did you mean 'width'?"),
     ({"student": {"sft": {"stps": 3}}}, "unknown field 'student.sft.stps'; did you mean 'steps'?"),
@@ -61,7 +61,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"objectives": [{"type": None}]}, "objectives[0].type: None is not valid: valid: divergence, cross_e"),
     ({"objectives": [{"type": "kl"}]}, "objectives[0].type: 'kl' is not valid: valid: divergence, cross_e"),
     ({"objectives": [{"type": "cross_entropy", "beta": 1}]}, "unknown field 'objectives[0].beta'"),
-    ({"method": "seqkt"}, "method: 'seqkt' is not valid: did you mean 'seqkd'? valid: gkd,"),
+    ({"method": "seqkt"}, "method: 'seqkt' is not valid: did you mean 'seqkd'? valid: seqkd, sft,"),
     ({"objectives": [{"divergence": "jsd"}]}, "objectives[0].beta is missing"),
     ({"objectives": [{"beta": None}]}, "objectives[0].beta is missing"),
 ]

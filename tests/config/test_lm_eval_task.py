@@ -7,14 +7,13 @@ import yaml
 
 from gkd_lab.config.cell import LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
+from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
 from gkd_lab.config.lm_eval_task import (
     SHIPPED_TASKS_FOLDER,
     get_lm_eval_version,
     read_task_file,
     resolve_lm_eval_task,
 )
-from gkd_lab.config.settings import LmEvalSettings
 from gkd_lab.tasks import TASKS
 
 WRITING = ("decoder-only", "encoder-decoder")
@@ -70,7 +69,7 @@ def test_what_a_file_includes_comes_first_and_counts(tmp_path: Path) -> None:
 WRONG = {
     "task: [": "not valid YAML: while parsing",
     "hello": "expected `field: value` lines, got str",
-    "task: x": "`dataset_path`, where its documents come from, is missing",
+    "task: x": "`dataset_path`",
     "dataset_path: json": "`task`, the name of the task, is missing",
     "group: g\ntask: [mmlu]": "a group of tasks; name its tasks instead",
     "include: task.yaml\ntask: x": "includes itself",

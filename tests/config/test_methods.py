@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from gkd_lab.config.artifact_specs import TeacherText
-from gkd_lab.config.grid import METHODS
 from gkd_lab.config.loss_terms import CrossEntropyConfig, ResolvedDivergence
 from gkd_lab.config.packs import group_cells_into_packs
+from gkd_lab.config.settings import METHODS
 
 from .stub import cell, grid, refusal
 
@@ -94,7 +94,7 @@ def test_the_folder_says_what_was_learnt_from() -> None:
     ("document", "said"),
     [
         ({"objectives": [{"type": "cross_entropy"}], "lmbda": 1}, "lmbda 1 lets the student write"),
-        ({"method": "sft", "source": {"lmbda": 0}}, "source and method say the same twice"),
+        ({"method": "sft", "source": {"lmbda": 0}}, "source and method"),
         ({"source": "students"}, "source: 'students' is not valid: "),
     ],
 )

@@ -51,22 +51,22 @@ def test_each_teacher_is_held_in_its_own_way() -> None:
         ({"student": {"size": "smal"}}, "unknown student.size 'smal'; did you mean 'small'"),
         (
             {"student": {"size": "small", "parked": True}},
-            "student.parked: says how a teacher's weights are held",
+            "student.parked",
         ),
         ({"teacher": {"dtype": "half"}}, "teacher.dtype: 'half' is not valid: valid: float16, bfloat16"),
         (
             {"teacher": {"size": "large", "dtype": "float16"}, "lmbda": 0, "teacher_scores": "full"},
-            "teacher.dtype: the teacher is not there while cells train on scores",
+            "teacher.dtype: the teacher is not loaded",
         ),
-        ({"student": {"size": "small", "top_k": 3}}, "student.top_k: is of a teacher behind a server"),
-        ({"teacher": {"size": "small", "tokenizer": "x"}}, "teacher.tokenizer: is of a teacher behind a"),
+        ({"student": {"size": "small", "top_k": 3}}, "student.top_k: is for a teacher behind a server"),
+        ({"teacher": {"size": "small", "tokenizer": "x"}}, "teacher.tokenizer: is for a teacher behind a"),
         (
             {"teacher": {"server": "http://127.0.0.1:99999/v1", "model": "m", "top_k": 4}},
             "teacher.server: the port of an address is a number from 0 to 65535",
         ),
         (
             {"teacher": {"server": "http://127.0.0.1:1/v1", "model": "m", "top_k": 4, "parked": True}},
-            "teacher.parked: a teacher behind a server is as it is served",
+            "teacher.parked: cannot be set for a teacher behind a server",
         ),
     ],
 )

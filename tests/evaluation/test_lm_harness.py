@@ -18,8 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from gkd_lab.cli import main
 from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.evaluation_settings import resolve_lm_eval_evaluations
-from gkd_lab.config.settings import LmEvalSettings
+from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
 from gkd_lab.evaluation import lm_scores
 from gkd_lab.evaluation.lm_harness import build_task, open_checkpoint
 from gkd_lab.metrics import score_many

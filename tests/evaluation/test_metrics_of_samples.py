@@ -118,10 +118,10 @@ def test_new_fields_leave_older_evaluations_what_they_were() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decoding": "greedy", "samples": 8}, "8 texts of a greedy search would be one text 8 times"),
-        ({"decoding": "beam", "samples": 2}, "2 texts of a beam search"),
-        ({"decoding": "sample", "metrics": ["self_bleu"]}, "self_bleu compares several texts .*samples: 8"),
-        ({"decoding": "beam", "calculator": True}, "calculator: tokens of beams cannot be chosen for them"),
+        ({"decoding": "greedy", "samples": 8}, "samples: greedy decoding"),
+        ({"decoding": "beam", "samples": 2}, "samples: beam decoding"),
+        ({"decoding": "sample", "metrics": ["self_bleu"]}, "self_bleu .*samples: 8"),
+        ({"decoding": "beam", "calculator": True}, "calculator: beam"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:

@@ -228,8 +228,8 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"layers": [[9, 1]]}, r"layer 9 of the student, in the pair \[9, 1\]: it has the layers 0 to 2"),
-        ({"layers": "last_9"}, "last_9: there are 2 layers in the student; the nearest rule is last_2"),
+        ({"layers": [[9, 1]]}, r"layer 9 of the student, in the pair \[9, 1\]: .* 0 to 2"),
+        ({"layers": "last_9"}, "last_9: .* student is 2; the nearest rule is last_2"),
         ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack; .* is 'decoder'"),
     ],
 )
@@ -245,7 +245,7 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"layers": "uniformly"}, "'uniformly' is no rule; did you mean 'uniform'"),
+        ({"layers": "uniformly"}, "'uniformly' is not a rule; did you mean 'uniform'"),
         ({"layers": [[1]]}, r"pair 1 is \[1\]: give two layers"),
         ({"loss": "cos"}, "unknown loss of hidden_states 'cos'; did you mean 'cosine'"),
         ({"stack": "decodr"}, "unknown stack of hidden_states 'decodr'; did you mean 'decoder'"),

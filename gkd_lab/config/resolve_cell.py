@@ -1,0 +1,381 @@
+"""Resolve a point of a grid to a cell.
+
+Settings come from the task's defaults at a scale, the experiment file and the point; later ones win.
+Shorthand (`lmbda`, `beta`, `method`, `reward`, ...) becomes loss terms and a source.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gkd_lab.config.artifact_specs import DataSpec, Family, FindModel, OptimizerSpec, SftModel, TeacherText
+from gkd_lab.config.cell import AnyEvaluation, Cell, Source, Training
+from gkd_lab.config.cell_checks import check_cell
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.evaluation_settings import parse_evaluation_settings, resolve_evaluations
+from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.fingerprint import canonical_json
+from gkd_lab.config.loss_terms import (
+    CrossEntropyConfig,
+    DivergenceConfig,
+    ResolvedDivergence,
+    ResolvedReward,
+    ResolvedTerm,
+    RewardConfig,
+    TermConfig,
+)
+from gkd_lab.config.reference_models import (
+    REFERENCE_SETTINGS,
+    build_optimizer_spec,
+    check_schedule,
+    check_vocab_sizes,
+    resolve_sft_model,
+)
+from gkd_lab.config.reward_objectives import build_reward_terms, resolve_reward
+from gkd_lab.config.settings import METHODS, DataSettings, ModelSettings, Settings, merge_settings
+from gkd_lab.config.teacher_settings import (
+    START_TEACHER,
+    drop_unused_scores,
+    number_teachers,
+    parse_teacher_scores,
+    resolve_extra_teachers,
+    resolve_teacher_placements,
+)
+
+_PER_CELL_FIELDS = (
+    "lmbda",
+    "beta",
+    "divergence",
+    "rescale_divergence",
+    "seed",
+    "teacher_temperature",
+    "student_temperature",
+    "temperature",
+    "alpha",
+    "anchor",
+)
+"""Settings that are resolved for each cell. All others are resolved once per combination of their values."""
+
+_TRAINING_FIELDS = (
+    "loss_normalization",
+    "steps",
+    "batch_size",
+    "dropout",
+    "max_input_tokens",
+    "max_output_tokens",
+    "precision",
+)
+"""Fields of a training that are settings of the same name."""
+
+_SHORTHANDS = {
+    "source": ("lmbda", "temperature", "method"),
+    "objectives": (
+        "method",
+        "beta",
+        "divergence",
+        "rescale_divergence",
+        "reward",
+        "alpha",
+        "anchor",
+    ),
+}
+"""Long form -> the settings that are short for a part of it."""
+
+_NON_SETTING_KEYS = ("models", "evaluations", "family", "per_student")
+"""Keys of a task's defaults that are not fields of `Settings`."""
+
+
+class TaskDefaults(Protocol):
+    """Interface of a task for resolving a grid; `gkd_lab.tasks.Task` implements it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
+    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+        """Return settings, `models` and `evaluations` at a scale for a data source (None: the task's own)."""
+        ...
+
+
+@dataclass(frozen=True)
+class RevisionLookup:
+    """Functions that identify data and models by their content: a hash, a commit or a version."""
+
+    resolve_data: Callable[[str, DataSettings], DataSpec]
+    """(task, settings) -> spec."""
+    resolve_model: FindModel
+
+
+@dataclass(frozen=True)
+class _SharedParts:
+    """Resolved parts that all cells have in common that differ only in `_PER_CELL_FIELDS`."""
+
+    training_fields: dict[str, Any]
+    evaluations: tuple[AnyEvaluation, ...]
+    settings: Settings
+    method: Mapping[str, Any]
+    source: Source | None
+    reward: ResolvedReward | None
+    reverse_kl_optimizer: OptimizerSpec
+
+
+class CellResolver:
+    """Resolves the points of one grid to cells, and caches the parts that points share."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        tasks: Mapping[str, TaskDefaults],
+        revisions: RevisionLookup,
+        scale: str,
+    ) -> None:
+        self.experiment = experiment
+        self.tasks = tasks
+        self.revisions = revisions
+        self.scale = scale
+        self.axis_names = experiment.list_axes().keys()
+        self.shared_parts: dict[str, _SharedParts] = {}
+        self.models: dict[Hashable, SftModel] = {}
+        self.evaluations: dict[Hashable, tuple[AnyEvaluation, ...]] = {}
+
+    def resolve_cell(self, point: dict[str, Any]) -> Cell:
+        """Return the cell of a point (axis name -> value), checked. Raises ConfigError."""
+        shared = self._resolve_shared_parts(point)
+        defaults = {name: getattr(shared.settings, name) for name in _PER_CELL_FIELDS}
+        axis_values = {name: point[name] for name in _PER_CELL_FIELDS if name in point}
+        values = {**defaults, **axis_values, **shared.method}
+        terms = self._resolve_terms(shared, values)
+        fields = dict(shared.training_fields)
+        fields["teacher_scores"] = drop_unused_scores(fields["teacher_scores"], terms)
+        if terms[0].beta == 1:
+            fields["optimizer"] = shared.reverse_kl_optimizer
+        if values["anchor"] == START_TEACHER:
+            fields["teachers"] = (fields["start"],)
+        source = shared.source or _build_source(values)
+        training = Training(**fields, objectives=terms, source=source, seed=values["seed"])
+        check_cell(training, shared.evaluations)
+        return Cell(self.scale, training, shared.evaluations, point)
+
+    def _resolve_shared_parts(self, point: Mapping[str, Any]) -> _SharedParts:
+        """Return the parts of a point's cell that do not depend on `_PER_CELL_FIELDS`, cached."""
+        axis_values = {name: value for name, value in point.items() if name not in _PER_CELL_FIELDS}
+        key = canonical_json(axis_values)
+        if key not in self.shared_parts:
+            self.shared_parts[key] = self._build_shared_parts(axis_values)
+        return self.shared_parts[key]
+
+    def _build_shared_parts(self, axis_values: Mapping[str, Any]) -> _SharedParts:
+        """Merge settings of the task, the experiment and the axes, and resolve them. Raises ConfigError."""
+        task = self.tasks[axis_values["task"]]
+        stated = self._merge_stated_settings(task.name, axis_values)
+        try:
+            defaults = task.get_defaults(self.scale, stated.get("data", {}).get("source"))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        student_defaults, reverse_kl_defaults = _get_student_defaults(defaults, stated)
+        merged = merge_settings(_select_settings(defaults), student_defaults, stated)
+        settings = Settings.model_validate(_scale_schedule(merged, defaults, stated))
+        check_schedule(build_optimizer_spec(settings), settings.steps or 0)
+        check_vocab_sizes(settings)
+        method, source = _resolve_method(settings)
+        reverse_kl_settings = {
+            name: value for name, value in reverse_kl_defaults.items() if name not in stated
+        }
+        return _SharedParts(
+            training_fields=self._build_training_fields(task, settings, defaults),
+            evaluations=self._resolve_evaluations(task, defaults, settings),
+            settings=settings,
+            method=method,
+            source=source,
+            reward=self._resolve_single_reward(settings, method),
+            reverse_kl_optimizer=build_optimizer_spec(settings.model_copy(update=reverse_kl_settings)),
+        )
+
+    def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge axis values over the experiment's settings; refuse shorthand beside its long form."""
+        stated = self.experiment.merge_task_settings(task_name)
+        for axis, value in axis_values.items():
+            if axis != "task":
+                section, _, field = axis.partition(".")
+                stated = merge_settings(stated, {section: {field: value} if field else value})
+        for long_form, shorthands in _SHORTHANDS.items():
+            conflicts = [name for name in shorthands if name in stated or name in self.axis_names]
+            if conflicts and not isinstance(stated.get(long_form), str | None):
+                raise ConfigError(f"{long_form} and {', '.join(conflicts)} set the same twice; leave one out")
+        return stated
+
+    def _build_training_fields(
+        self, task: TaskDefaults, settings: Settings, defaults: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the fields of a training that do not depend on `_PER_CELL_FIELDS`."""
+        start = self._resolve_model(task, "student", settings, defaults)
+        extra_teachers = resolve_extra_teachers(settings.objectives or (), settings.teachers or {})
+        teachers = [
+            start
+            if name == START_TEACHER
+            else self._resolve_model(
+                task, "teacher", settings.model_copy(update={"teacher": teacher}), defaults
+            )
+            for name, teacher in extra_teachers.items()
+        ]
+        return {
+            "task": task.name,
+            "teacher": self._resolve_model(task, "teacher", settings, defaults),
+            "teachers": tuple(teachers),
+            **resolve_teacher_placements((settings.teacher, *extra_teachers.values())),
+            "start": start,
+            "optimizer": build_optimizer_spec(settings),
+            "train_rows": _limit_train_rows(settings),
+            "teacher_scores": parse_teacher_scores(settings.teacher_scores),
+            **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
+        }
+
+    def _resolve_model(
+        self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
+    ) -> SftModel:
+        """Return the teacher or the student of settings; equal settings give the same object."""
+        inputs = (getattr(settings, name) for name in (role, *REFERENCE_SETTINGS))
+        key = (task.name, role, *inputs)
+        if key not in self.models:
+            data_settings = settings.data or DataSettings()
+            data = self.revisions.resolve_data(task.name, data_settings)
+            self.models[key] = resolve_sft_model(
+                task.name,
+                defaults.get("family", task.family),
+                role,
+                settings,
+                scale_settings=Settings.model_validate(_select_settings(defaults)),
+                models={name: ModelSettings.model_validate(m) for name, m in defaults["models"].items()},
+                data=_apply_data_format(data, data_settings),
+                find_model=self.revisions.resolve_model,
+            )
+        return self.models[key]
+
+    def _resolve_evaluations(
+        self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
+    ) -> tuple[AnyEvaluation, ...]:
+        """Return the distinct evaluations of the experiment for a task, or else the task's own."""
+        key = (task.name, settings.data, settings.max_output_tokens)
+        if key not in self.evaluations:
+            stated = self.experiment.get_task_evaluations(task.name) or tuple(
+                parse_evaluation_settings(values) for values in defaults["evaluations"]
+            )
+            max_output_tokens = settings.max_output_tokens
+            assert max_output_tokens is not None, "every scale states max_output_tokens"
+            data = settings.data or DataSettings()
+            evaluations = (
+                evaluation
+                for evaluation_settings in stated
+                for evaluation in resolve_evaluations(
+                    evaluation_settings, task.metrics, max_output_tokens, data
+                )
+            )
+            self.evaluations[key] = tuple(dict.fromkeys(evaluations))
+        return self.evaluations[key]
+
+    def _resolve_single_reward(self, settings: Settings, method: Mapping[str, Any]) -> ResolvedReward | None:
+        """Return the reward of the shorthand `reward`, or None; refuse a method that lacks one."""
+        if settings.reward is None:
+            if "alpha" in method:
+                raise ConfigError(
+                    f"method {settings.method} needs a reward: set `reward`, such as exact_match"
+                )
+            return None
+        is_name = isinstance(settings.reward, str)
+        fields = {"name": settings.reward} if is_name else settings.reward.model_dump()  # type: ignore[union-attr]
+        return resolve_reward(RewardConfig(**fields), self.revisions.resolve_model)
+
+    def _resolve_terms(self, shared: _SharedParts, values: Mapping[str, Any]) -> tuple[ResolvedTerm, ...]:
+        """Return the loss terms: those that are listed, or those that the shorthand stands for."""
+        listed = shared.settings.objectives
+        if listed is None:
+            return build_reward_terms(_build_divergence_term(values), shared.reward, values)
+        teacher_numbers = number_teachers(listed)
+        return tuple(self._resolve_term(term, values, teacher_numbers) for term in listed)
+
+    def _resolve_term(
+        self, term: TermConfig, values: Mapping[str, Any], teacher_numbers: Mapping[str, int]
+    ) -> ResolvedTerm:
+        """Return a listed loss term with temperatures, teacher numbers and content filled in."""
+        if isinstance(term, DivergenceConfig):
+            return term.resolve(values, teacher_numbers)
+        if isinstance(term, RewardConfig):
+            return resolve_reward(term, self.revisions.resolve_model)
+        return term
+
+
+def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a task's defaults that is fields of `Settings`."""
+    return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
+
+
+def _get_student_defaults(
+    defaults: Mapping[str, Any], stated: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the scale's defaults for the chosen student, and further ones if it learns by reverse KL."""
+    student = stated.get("student", defaults["student"])
+    fields = dict(defaults.get("per_student", {}).get(student, {})) if isinstance(student, str) else {}
+    return fields, fields.pop("reverse_kl", {})
+
+
+def _scale_schedule(
+    merged: dict[str, Any], defaults: Mapping[str, Any], stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keep the default share of warm-up and cool-down in the steps, unless they are stated."""
+    share = merged["steps"] / defaults["steps"]
+    schedule = {
+        name: int(defaults[name] * share)
+        for name in ("warmup_steps", "cooldown_steps")
+        if name not in stated and name in defaults
+    }
+    return {**merged, **schedule}
+
+
+def _limit_train_rows(settings: Settings) -> int | None:
+    """Return `train_rows`, or None if it covers all rows."""
+    rows = settings.train_rows
+    available = None if settings.data is None else settings.data.train
+    return None if rows is None or (available is not None and rows >= available) else rows
+
+
+def _apply_data_format(data: DataSpec, settings: DataSettings) -> DataSpec:
+    """Return the data with the stated shots and calculator marks, whatever its source."""
+    row_format = {"shots": settings.shots or 0, "calculator_marks": settings.calculator_marks or False}
+    return DataSpec(**{**data.model_dump(), **row_format})
+
+
+def _resolve_method(settings: Settings) -> tuple[Mapping[str, Any], Source | None]:
+    """Return the settings that the method fixes, and the source if its long form is stated."""
+    method = METHODS[settings.method or "gkd"]
+    if isinstance(settings.source, Source):
+        stated = settings.source.model_dump(exclude_none=True)
+        return method, _build_source({"temperature": settings.temperature, **stated})
+    if settings.source == "teacher":
+        return {**method, "text": TeacherText()}, None
+    return method, None
+
+
+def _build_source(values: Mapping[str, Any]) -> Source:
+    """Return the source of completions, without the fields that its lmbda makes irrelevant."""
+    lmbda = values["lmbda"]
+    return Source(
+        lmbda=lmbda,
+        temperature=values["temperature"] if lmbda > 0 else None,
+        text=values.get("text") if lmbda < 1 else None,
+    )
+
+
+def _build_divergence_term(values: Mapping[str, Any]) -> ResolvedTerm:
+    """Return the loss term of the shorthand; None leaves a field at the default of `ResolvedDivergence`."""
+    if values.get("type") == "cross_entropy":
+        return CrossEntropyConfig()
+    fields = {
+        "divergence": values["divergence"],
+        "beta": values["beta"],
+        "rescale": values["rescale_divergence"],
+        "teacher_temperature": values["teacher_temperature"],
+        "student_temperature": values["student_temperature"],
+    }
+    return ResolvedDivergence(**{name: value for name, value in fields.items() if value is not None})
