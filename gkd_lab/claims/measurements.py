@@ -11,8 +11,8 @@ import pandas as pd
 from gkd_lab.claims import paper
 from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS, MODEL_FIELDS, FigureCell
 from gkd_lab.config import Cell
-from gkd_lab.config.settings import METHODS
 from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedReward
+from gkd_lab.config.settings import METHODS
 from gkd_lab.metrics import METRICS
 from gkd_lab.statistics.summaries import expand_collapsed_cells
 from gkd_lab.tables.rows import encode_axis_value
