@@ -123,7 +123,7 @@ def check_generators_and_rewards(grid: Grid) -> None:
     made = {(cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"}
     for task, generator in sorted(made, key=str):
         try:
-            TASKS[task].generators[generator or "made"].check()
+            TASKS[task].generators[generator or "made"].check_dependencies()
         except ValueError as error:
             raise ConfigError(str(error)) from error
     objectives = (one for cell in grid.cells for one in cell.training.objectives)
@@ -158,7 +158,7 @@ def _resolve_data(task: str, settings: DataSettings, commits_file: Path) -> Data
             about, _classify_source(source, about), shots=settings.shots or 0, calculator_marks=marks
         )
         if source in about.generators:
-            seed = (settings.seed or 0) if about.generators[source].endless else 0
+            seed = (settings.seed or 0) if about.generators[source].is_endless else 0
             revision = get_source_revision(about, "made", name=source, cache=keep)
             return DataSpec(kind="made", name=source, revision=revision, seed=seed, **sizes)
         folder = Path(source).expanduser()

@@ -1,4 +1,4 @@
-"""What is learnt and how it is judged: one small file per task, one registry. No torch here."""
+"""Tasks: their rows, metrics and default settings, one small file each, and their registry. No torch."""
 
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.tasks import (
@@ -12,13 +12,13 @@ from gkd_lab.tasks import (
 )
 from gkd_lab.tasks.data import RowList, get_source_revision, load_rows
 from gkd_lab.tasks.row_format import check_row_format
-from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
+from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
 __all__ = [
     "SPLITS",
     "TASKS",
-    "MadeSource",
     "Row",
+    "RowGenerator",
     "RowList",
     "Split",
     "Task",
@@ -43,7 +43,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`; ValueError with the valid and the nearest name otherwise."""
+    """Return the task called `name`; ValueError with the nearest names otherwise."""
     if name not in TASKS:
         raise build_unknown_name_error("task", name, TASKS)
     return TASKS[name]

@@ -1,8 +1,8 @@
-"""Arithmetic: a step-by-step solution that ends in `#### answer`, judged by the answer alone.
+"""Arithmetic: a step-by-step solution that ends in `#### answer`; only the answer is scored.
 
-A made row is a chain of one-digit numbers; a step of its solution is the next number and the sum so
-far, two space-separated tokens: 5 added is 8, 9 added is 17. Copying the number first is what makes
-it learnable in minutes; sums alone are shorter but took a 2-layer model several times the steps.
+A made row is a sum of one-digit numbers. Each step of its solution is the next number and the running sum: 5
+added is 8, 9 added is 17. Copying the number makes the task learnable in minutes; with running sums alone a
+2-layer model needed several times the steps.
     prompt  3 + 5 + 9 + 1 + 4 + 7 =
     target  5 8 9 17 1 18 4 22 7 29 #### 29
 Real rows: GSM8K's `question`, `answer` (without its `<<48/2=24>>` marks unless a calculator is to run),
@@ -11,43 +11,42 @@ and SVAMP's `question`, `answer`, where the answer is a bare number and the targ
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 from gkd_lab.metrics import extract_answer
-from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
-from gkd_lab.tasks.scale_defaults import made as made_model
-from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+from gkd_lab.tasks.made_data import build_generator
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_scratch_model, define_smol_models
+from gkd_lab.tasks.task import Row, Task, read_text_field
 
 GENERATOR_VERSION = "arithmetic-made-1"
-MIN_NUMBERS, MAX_NUMBERS = 6, 10  # numbers in a chain
+MIN_NUMBERS, MAX_NUMBERS = 6, 10  # in a sum
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _NUMBER = re.compile(r"-?[0-9][0-9.,]*")
 _SCIENTIFIC_NUMBER = re.compile(r"-?[0-9.]+e\+[0-9]+")  # SVAMP writes 5 of its answers as 2.20906e+07
 
 
 def is_correct(solution: str, reference: str) -> bool:
-    """OpenAI's GSM8K rule: the first `#### number` of both, commas removed, equal as strings."""
+    """Return True if the first `#### number` of both is equal without commas (OpenAI's GSM8K rule)."""
     answer = extract_answer(solution)
     return answer is not None and answer == extract_answer(reference)
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
+    """Parse a GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
     row = parse_row_with_marks(raw)
     solution = _CALCULATOR_MARK.sub("", row.target)
     return Row(row.prompt, solution, (solution,))
 
 
 def parse_row_with_marks(raw: Mapping[str, Any]) -> Row:
-    """As `parse`, with the marks that a calculator reads."""
-    question = text_field(raw, "question")
+    """Parse a row and keep its `<<48/2=24>>` marks, which a calculator reads."""
+    question = read_text_field(raw, "question")
     answer = raw.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         raw = {**raw, "answer": f"{answer:.15g}"}
-    solution = text_field(raw, "answer")
+    solution = read_text_field(raw, "answer")
     if _SCIENTIFIC_NUMBER.fullmatch(solution):
         solution = f"{float(solution):.15g}"
     if _NUMBER.fullmatch(solution):
@@ -58,14 +57,10 @@ def parse_row_with_marks(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_chain_sum(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw a sum of 6 to 10 numbers from 1 to 9 with its solution."""
     digits = random_numbers.choices(range(1, 10), k=random_numbers.randint(MIN_NUMBERS, MAX_NUMBERS))
     steps = [f"{digit} {total}" for digit, total in zip(digits, accumulate(digits), strict=True)]
     return " + ".join(map(str, digits)) + " =", f"{' '.join(steps[1:])} #### {sum(digits)}"
-
-
-def generate_rows(seed: int, split: Split) -> Iterator[Row]:
-    """Endless chain sums of 6 to 10 numbers from 1 to 9."""
-    return draw_rows(_draw_chain_sum, GENERATOR_VERSION, seed, split)
 
 
 # The first four chain-of-thought exemplars of Wei et al. (2022), the 4-shot prompt of §A.5.
@@ -103,10 +98,10 @@ SCALES = {
         "data": {"source": "made", "train": 20_000, "validation": 500, "test": 500},
         "tokenizer": {"kind": "word", "vocab_size": 128},
         "models": {
-            "xl": made_model(2, 128, 4, steps=1000, batch_size=64, learning_rate=2e-3),
-            "large": made_model(2, 96, 4, steps=550, batch_size=32, learning_rate=3e-3),
-            "base": made_model(2, 64, 4, steps=550, batch_size=32, learning_rate=3e-3),
-            "small": made_model(2, 48, 4, steps=550, batch_size=32, learning_rate=3e-3),
+            "xl": define_scratch_model(2, 128, 4, steps=1000, batch_size=64, learning_rate=2e-3),
+            "large": define_scratch_model(2, 96, 4, steps=550, batch_size=32, learning_rate=3e-3),
+            "base": define_scratch_model(2, 64, 4, steps=550, batch_size=32, learning_rate=3e-3),
+            "small": define_scratch_model(2, 48, 4, steps=550, batch_size=32, learning_rate=3e-3),
         },
         "teacher_temperature": 1.0,
         "steps": 400,
@@ -159,9 +154,7 @@ TASK = Task(
     name="arithmetic",
     family="decoder-only",
     metrics=("accuracy",),
-    generators={
-        "made": MadeSource(lambda seed, split, _: generate_rows(seed, split), lambda _: GENERATOR_VERSION)
-    },
+    generators={"made": build_generator(_draw_chain_sum, GENERATOR_VERSION)},
     parse_row=parse_row,
     parse_row_with_marks=parse_row_with_marks,
     exemplars=EXEMPLARS,

@@ -1,4 +1,4 @@
-"""Sequence classification: whether a made review is positive, negative or mixed (reviews.py).
+"""Sequence classification: the sentiment of a made review, positive, negative or mixed (reviews.py).
 
     prompt  the soup was not good , but the staff was very lovely .
     target  positive
@@ -14,21 +14,22 @@ from gkd_lab.config.errors import suggest_choices
 from gkd_lab.tasks import reviews
 from gkd_lab.tasks.made_data import build_generator
 from gkd_lab.tasks.scale_defaults import define_classifier_scale
-from gkd_lab.tasks.task import Row, Task, text_field
+from gkd_lab.tasks.task import Row, Task, read_text_field
 
 GENERATOR_VERSION = "classification-made-1"
 LABELS = ("negative", "mixed", "positive")
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row with `text` and `label`, a name."""
-    text, label = text_field(raw, "text"), text_field(raw, "label")
+    """Parse a row with `text` and `label`, one of LABELS; ValueError otherwise."""
+    text, label = read_text_field(raw, "text"), read_text_field(raw, "label")
     if label not in LABELS:
-        raise ValueError(f"field 'label': {label!r} is no label; {suggest_choices(label, LABELS)}")
+        raise ValueError(f"field 'label': {label!r} is not a label; {suggest_choices(label, LABELS)}")
     return Row(text, label, (label,))
 
 
 def _draw_labelled_review(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw a review with its label."""
     review = reviews.draw_review(random_numbers)
     return review.text, LABELS[1 + (review.score > 0) - (review.score < 0)]
 

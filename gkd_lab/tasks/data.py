@@ -1,8 +1,7 @@
-"""Rows of a task from one of three kinds of source: made on the spot, a local folder, a hub name.
+"""Load rows of a task from a row generator (`made`), a local folder or the hub.
 
 Rows keep the order of their file. Where real data has no validation split, the last tenth of train
-(at most 500 rows) is held out as validation and train ends before it, on every machine alike.
-Whatever is left out is counted, with its reason.
+(at most 500 rows) is held out as validation. Dropped rows are counted by reason.
 """
 
 import logging
@@ -15,22 +14,22 @@ from typing import Any, Literal, NoReturn, get_args
 from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.tasks.data_folder import DataFolder
 from gkd_lab.tasks.row_format import build_row_parser, check_row_format, prepend_shots
-from gkd_lab.tasks.task import SPLITS, MadeSource, Row, Split, Task
+from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
 SourceKind = Literal["made", "folder", "hub"]
-HELD_OUT_DIVISOR = 10  # one in ten of train ...
-MAX_HELD_OUT_ROWS = 500  # ... but no more than this
+HELD_OUT_DIVISOR = 10
+MAX_HELD_OUT_ROWS = 500
 
 logger = logging.getLogger(__name__)
 
 
 def count_held_out_rows(train_rows: int) -> int:
-    """How many of train's last rows are validation where the data has none of its own."""
+    """Return how many of the last train rows become validation where the data has no validation split."""
     return min(MAX_HELD_OUT_ROWS, max(1, train_rows // HELD_OUT_DIVISOR)) if train_rows > 1 else 0
 
 
 class RowList(list[Row]):
-    """Rows of a split, with how many rows before the last one were left out, by reason."""
+    """Rows of a split, with the number of dropped rows before the last one by reason."""
 
     def __init__(self, rows: Iterable[Row] = (), dropped_counts: Mapping[str, int] | None = None) -> None:
         super().__init__(rows)
@@ -52,30 +51,32 @@ def load_rows(
     calculator_marks: bool = False,
     cache: Path | None = None,
 ) -> RowList:
-    """The first `count` rows of a split; all there are if fewer, or if `count` is None.
+    """Return the first `count` rows of a split; all rows if there are fewer, or if `count` is None.
 
-    made: generator `name` ("made" by default), `seed`; an endless one needs `count`.
+    made: generator `name` ("made" by default) with `seed`; an endless generator needs `count`.
     folder: `path` with train, validation and test files, or its subfolder `config`.
-    hub: `name`, `config`, `revision` through `datasets`, whose code is never trusted; rows with an
-    empty field are left out, counted and warned of (XSum has some), while in a folder they are an error.
-    `shots` worked examples stand before each question; `calculator_marks` keeps GSM8K's `<<48/2=24>>`.
-    `cache` is a folder where a slow source may keep what it read.
-    Raises ValueError, with the way out, for anything wrong in the request or the data.
+    hub: `name`, `config` and `revision` of `datasets`, whose code is never trusted; rows with an empty
+    field are dropped, counted and logged as a warning (XSum has some), while in a folder they are an error.
+    `shots` worked examples precede each question; `calculator_marks` keeps GSM8K's `<<48/2=24>>`.
+    `cache` is a folder where a slow source may store what it read.
+    Raises ValueError, with what to do, for an invalid request or invalid data.
     """
     _check_request(split, kind, count)
     check_row_format(task, kind, shots=shots, calculator_marks=calculator_marks)
-    parse, dropped = build_row_parser(task, calculator_marks), Counter[str]()
+    parse_row, dropped_counts = build_row_parser(task, calculator_marks), Counter[str]()
     if kind == "made":
-        found = _generate_rows(_get_generator(task, name or "made"), split, count, seed, cache)
+        rows = _generate_rows(_get_generator(task, name or "made"), split, count, seed, cache)
     elif kind == "folder":
-        found = _read_folder_rows(parse, _open_folder(path, config), split)
+        rows = _read_folder_rows(parse_row, _open_folder(path, config), split)
     else:
-        found = _read_hub_rows(parse, name or _raise_missing_name(task), config, revision, split, dropped)
-    shown = prepend_shots(task, found, shots=shots, calculator_marks=calculator_marks)
-    rows = RowList(islice(shown, count), dropped)
-    for reason, number in dropped.items():
+        rows = _read_hub_rows(
+            parse_row, name or _raise_missing_name(task), config, revision, split, dropped_counts
+        )
+    prompted_rows = prepend_shots(task, rows, shots=shots, calculator_marks=calculator_marks)
+    loaded = RowList(islice(prompted_rows, count), dropped_counts)
+    for reason, number in dropped_counts.items():
         logger.warning("%s, %s: left out %d rows with %s", name, split, number, reason)
-    return rows
+    return loaded
 
 
 def get_source_revision(
@@ -88,12 +89,12 @@ def get_source_revision(
     config: str | None = None,
     cache: Path | None = None,
 ) -> str:
-    """What identifies a source's content, whatever its place: equal rows if it is equal.
+    """Return the version of a source's content: equal revisions give equal rows, wherever they are stored.
 
     made: the generator's version; folder: SHA-256 of its data files; hub: the commit given.
     """
     if kind == "made":
-        return _get_generator(task, name or "made").version(cache)
+        return _get_generator(task, name or "made").get_version(cache)
     if kind == "folder":
         return f"sha256:{_open_folder(path, config).compute_digest(cache)}"
     if not revision:
@@ -102,29 +103,33 @@ def get_source_revision(
 
 
 def _check_request(split: str, kind: str, count: int | None) -> None:
-    for value, valid, what in ((split, SPLITS, "split"), (kind, get_args(SourceKind), "kind of data")):
+    """Raise ValueError for an unknown split or kind, or a count below 1."""
+    for value, valid, noun in ((split, SPLITS, "split"), (kind, get_args(SourceKind), "kind of data")):
         if value not in valid:
-            raise build_unknown_name_error(what, value, valid)
+            raise build_unknown_name_error(noun, value, valid)
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
 
 
-def _get_generator(task: Task, name: str) -> MadeSource:
+def _get_generator(task: Task, name: str) -> RowGenerator:
+    """Return the task's generator; ValueError with the nearest names."""
     if name not in task.generators:
         raise ValueError(f"{task.name} has no made source {name!r}; {suggest_choices(name, task.generators)}")
     return task.generators[name]
 
 
 def _generate_rows(
-    source: MadeSource, split: Split, count: int | None, seed: int, cache: Path | None
+    generator: RowGenerator, split: Split, count: int | None, seed: int, cache: Path | None
 ) -> Iterator[Row]:
-    if count is None and source.endless:
+    """Generate the rows of a split; ValueError for endless rows without a count."""
+    if count is None and generator.is_endless:
         raise ValueError("this made source is endless: say how many rows (count)")
-    source.check()
-    return source.rows(seed, split, cache)
+    generator.check_dependencies()
+    return generator.generate_rows(seed, split, cache)
 
 
 def _open_folder(path: str | Path | None, config: str | None) -> DataFolder:
+    """Open the data folder or its subfolder `config`."""
     if path is None:
         raise ValueError("data in a folder needs a path")
     return DataFolder(Path(path) / config if config else Path(path))
@@ -134,29 +139,33 @@ RowParser = Callable[[Mapping[str, Any]], Row]
 
 
 def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) -> Iterator[Row]:
-    source, start, stop = _locate_split(folder.row_counts, split, str(folder.path))
-    for where, raw in islice(folder.read_rows(source), start, stop):
+    """Yield the parsed rows of a split; errors name the file and line."""
+    stored_split, start, stop = _locate_split(folder.row_counts, split, str(folder.path))
+    for location, raw in islice(folder.read_rows(stored_split), start, stop):
         try:
             yield parse_row(raw)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{location}: {error}") from error
 
 
 def _locate_split(
-    counts: Mapping[Split, int], split: Split, source_name: str
+    row_counts: Mapping[Split, int], split: Split, source_name: str
 ) -> tuple[Split, int, int | None]:
-    """Where a split's rows are: (split to read, first row, end); the rule for held-out rows."""
-    held = count_held_out_rows(counts.get("train", 0)) if "validation" not in counts else 0
-    if split in counts and not (split == "train" and held):
+    """Return where the rows of `split` are stored: the stored split, its first row and its end."""
+    held_out = count_held_out_rows(row_counts.get("train", 0)) if "validation" not in row_counts else 0
+    if split in row_counts and not (split == "train" and held_out):
         return split, 0, None
-    if split == "test" or not held:
-        raise ValueError(f"{source_name} has no split {split!r}; it has: {', '.join(counts)}")
-    kept = counts["train"] - held
-    logger.info("%s has no validation: the last %d of %d train rows", source_name, held, counts["train"])
-    return ("train", 0, kept) if split == "train" else ("train", kept, None)
+    if split == "test" or not held_out:
+        raise ValueError(f"{source_name} has no split {split!r}; it has: {', '.join(row_counts)}")
+    train_rows = row_counts["train"] - held_out
+    logger.info(
+        "%s has no validation: the last %d of %d train rows", source_name, held_out, row_counts["train"]
+    )
+    return ("train", 0, train_rows) if split == "train" else ("train", train_rows, None)
 
 
 def _raise_missing_name(task: Task) -> NoReturn:
+    """Raise ValueError with the task's hub data set as the example."""
     raise ValueError("data of the hub needs a name" + (f", such as {task.hub_name}" if task.hub_name else ""))
 
 
@@ -168,26 +177,28 @@ def _read_hub_rows(
     split: Split,
     dropped_counts: Counter[str],
 ) -> Iterator[Row]:
-    import datasets  # slow, and only here
+    """Yield the parsed rows of a hub data set; rows with an empty field are counted in `dropped_counts`."""
+    import datasets  # takes seconds to load
 
     try:
-        loaded = datasets.load_dataset(name, config, revision=revision)
+        dataset = datasets.load_dataset(name, config, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name!r} ({config=}, {revision=}): {error}") from error
-    counts = {one: len(loaded[one]) for one in SPLITS if one in loaded}
-    source, start, stop = _locate_split(counts, split, name)
-    for index in range(start, counts[source] if stop is None else stop):
-        raw = loaded[source][index]
+    row_counts = {stored: len(dataset[stored]) for stored in SPLITS if stored in dataset}
+    stored_split, start, stop = _locate_split(row_counts, split, name)
+    for index in range(start, row_counts[stored_split] if stop is None else stop):
+        raw = dataset[stored_split][index]
         if _has_empty_field(raw):
             dropped_counts["an empty field"] += 1
             continue
         try:
             yield parse_row(raw)
         except ValueError as error:
-            raise ValueError(f"{name}, {source} row {index}: {error}") from error
+            raise ValueError(f"{name}, {stored_split} row {index}: {error}") from error
 
 
 def _has_empty_field(raw: Mapping[str, Any]) -> bool:
+    """Return True if a text field of a raw row (or of its `translation`) is blank."""
     pair = raw.get("translation")
     texts = (pair if isinstance(pair, Mapping) else raw).values()
     return any(isinstance(text, str) and not text.strip() for text in texts)

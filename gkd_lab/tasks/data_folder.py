@@ -1,7 +1,7 @@
-"""A local folder of data: which files are which split, their rows, their content's digest.
+"""Data files of a local folder: their splits, their rows and the digest of their content.
 
 Files are `train`, `validation` or `test` with `.jsonl` or `.parquet`, one file or all shards
-(`train-00000-of-00002.parquet`), in the folder or in its `data/`. Everything else is left alone.
+(`train-00000-of-00002.parquet`), in the folder or in its `data/`. Other files are ignored.
 """
 
 import difflib
@@ -20,7 +20,7 @@ _DATA_FILE = re.compile(r"(train|validation|test)(?:-(\d+)-of-(\d+))?\.(jsonl|pa
 
 
 class DataFolder:
-    """The data files of one folder. ValueError for a missing, empty or ambiguous folder."""
+    """Data files of one folder. ValueError for a missing, empty or ambiguous folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,73 +28,76 @@ class DataFolder:
 
     @cached_property
     def row_counts(self) -> dict[Split, int]:
-        """Rows per split."""
+        """Number of rows per split."""
         return {split: sum(map(_count_rows, files)) for split, files in self.files.items()}
 
     def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The raw rows of a split in file order, each with its `FILE:LINE`."""
+        """Yield the raw rows of a split in file order, each with its `FILE:LINE`."""
         for file in self.files[split]:
             yield from (_read_jsonl_rows(file) if file.suffix == ".jsonl" else _read_parquet_rows(file))
 
     def compute_digest(self, cache: Path | None = None) -> str:
-        """SHA-256 over the sorted relative names and the bytes of all data files.
+        """Return the SHA-256 of the sorted relative names and the bytes of all data files.
 
-        In the folder `cache` the digest of each file is kept by path, size and time.
+        The folder `cache` stores the digest of each file by path, size and modification time.
         """
-        known = _read_digest_cache(cache)
+        digests = _read_digest_cache(cache)
         total = hashlib.sha256()
         files = sorted(file for files in self.files.values() for file in files)
         for file in files:
             stat = file.stat()
             key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-            if key not in known:
-                known[key] = _hash_file(file)
-            total.update(f"{file.relative_to(self.path).as_posix()}\0{known[key]}\n".encode())
-        _write_digest_cache(cache, known)
+            if key not in digests:
+                digests[key] = _hash_file(file)
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{digests[key]}\n".encode())
+        _write_digest_cache(cache, digests)
         return total.hexdigest()
 
 
 def _require_folder(path: Path) -> Path:
+    """Return `path` if it is a folder; ValueError with the nearest name otherwise."""
     if path.is_dir():
         return path
     if path.exists():
         raise ValueError(f"{path} is a file; give the folder that holds it")
-    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+    siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
     raise ValueError(f"no folder {path}.{hint}")
 
 
 def _list_split_files(path: Path) -> dict[Split, list[Path]]:
+    """Return the sorted data files of each split that the folder has."""
     names = sorted((*path.glob("*"), *path.glob("data/*")))
     matches = [(file, match) for file in names if (match := _DATA_FILE.fullmatch(file.name))]
     files: dict[Split, list[Path]] = {}
     for split in SPLITS:
-        of_split = [(file, match) for file, match in matches if match[1] == split]
-        if of_split:
-            _check_shards(of_split)
-            files[split] = [file for file, _ in of_split]
+        split_files = [(file, match) for file, match in matches if match[1] == split]
+        if split_files:
+            _check_shards(split_files)
+            files[split] = [file for file, _ in split_files]
     if not files:
         raise ValueError(
             f"{path} holds no train, validation or test file in .jsonl or .parquet; it holds: "
-            + (", ".join(sorted(one.name for one in path.iterdir())[:10]) or "nothing")
+            + (", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing")
         )
     return files
 
 
 def _check_shards(split_files: list[tuple[Path, re.Match[str]]]) -> None:
-    """One whole file, or every shard of one set, once."""
+    """Raise ValueError unless a split is one file or one complete set of shards."""
     names = [str(file) for file, _ in split_files]
-    shapes = {(file.parent, match[3], match[4]) for file, match in split_files}
-    if len(shapes) > 1:
+    layouts = {(file.parent, match[3], match[4]) for file, match in split_files}
+    if len(layouts) > 1:
         raise ValueError(f"more than one form of the same split, keep one: {', '.join(names)}")
-    (_, total, _), numbers = shapes.pop(), [int(match[2]) for _, match in split_files if match[2]]
+    (_, total, _), numbers = layouts.pop(), [int(match[2]) for _, match in split_files if match[2]]
     if total and numbers != list(range(int(total))):
         missing = sorted(set(range(int(total))) - set(numbers))
         raise ValueError(f"{names[0]}: of {int(total)} shards these are missing: {missing}")
 
 
 def _count_rows(file: Path) -> int:
+    """Return the number of rows of a file; ValueError if there are none."""
     if file.suffix == ".jsonl":
         with file.open("rb") as lines:
             rows = sum(1 for line in lines if line.strip())
@@ -106,28 +109,30 @@ def _count_rows(file: Path) -> int:
 
 
 def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (`FILE:LINE`, row) of a JSON lines file, blank lines skipped."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            where = f"{file}:{number}"
+            location = f"{file}:{number}"
             try:
                 raw = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                bad = line[error.start : error.start + 1]
-                raise ValueError(f"{where}: expected UTF-8, byte {error.start} is {bad!r}") from error
+                byte = line[error.start : error.start + 1]
+                raise ValueError(f"{location}: expected UTF-8, byte {error.start} is {byte!r}") from error
             except json.JSONDecodeError as error:
-                shown = line[:60].decode("utf-8", "replace").strip()
+                excerpt = line[:60].decode("utf-8", "replace").strip()
                 reason = error.msg.lower().removesuffix(" at")
                 raise ValueError(
-                    f"{where}: expected a JSON object, {reason} at column {error.colno}: {shown}"
+                    f"{location}: expected a JSON object, {reason} at column {error.colno}: {excerpt}"
                 ) from error
             if not isinstance(raw, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {str(raw)[:60]!r}")
-            yield where, raw
+                raise ValueError(f"{location}: expected a JSON object, got {str(raw)[:60]!r}")
+            yield location, raw
 
 
 def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (`FILE:ROW`, row) of a parquet file."""
     number = 0
     for batch in _open_parquet(file).iter_batches():
         for raw in batch.to_pylist():
@@ -136,6 +141,7 @@ def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _open_parquet(file: Path) -> Any:
+    """Open a parquet file; ValueError if it is none."""
     import pyarrow
     import pyarrow.parquet
 
@@ -146,16 +152,19 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_digest_cache(cache: Path | None) -> dict[str, str]:
+    """Return the stored digests: path|size|time -> SHA-256."""
     path = cache / "digests.json" if cache else None
     return dict(json.loads(path.read_text())) if path and path.exists() else {}
 
 
 def _write_digest_cache(cache: Path | None, digests: dict[str, str]) -> None:
+    """Write the digests to the cache folder, by rename."""
     if cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
-"""Real text that every install has: the docstrings of our dependencies as (prose, first line).
+"""Real text that every installation has: docstrings of installed packages as (body, first line) pairs.
 
-Files are found without importing their package and read with `ast`. Only prose is kept: a pair
-ends where a section, a list, a directive or an example begins. The pairs depend on the installed
-versions, so the version names them and the SHA-256 of the pairs.
-    body        Only the values in the DataFrame/Series are compared; the index is ignored ...
-    first line  Return the integer indices that would sort the Series values.
+Files are found without importing their package and read with `ast`. Only prose is used: a pair ends where a
+section, a list, a directive or an example begins. The pairs depend on the installed versions, so the version
+of the source contains these and the SHA-256 of the pairs. A pair:
+    body        This is meant to be used for a homogeneous list of artists, so that they don't cause long,
+                meaningless output.
+    first line  A list with a short repr().
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -15,7 +17,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import cache as remembered
 from importlib.metadata import version as package_version
 from pathlib import Path
 
@@ -45,13 +46,14 @@ _MARKUP = (
 
 
 def _remove_markup(text: str) -> str:
+    """Remove reStructuredText and Markdown markup and join the lines."""
     for markup, replacement in _MARKUP:
         text = markup.sub(replacement, text)
     return " ".join(text.split())
 
 
 def _is_prose(text: str) -> bool:
-    """Text made of words: ends like a sentence, few symbols, no code left in it."""
+    """Return True for text that is a sentence of words, with few symbols and no code."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return (
         text.isascii()
@@ -63,7 +65,7 @@ def _is_prose(text: str) -> bool:
 
 
 def _parse_pair(docstring: str) -> DocstringPair | None:
-    """The prose of one docstring and its first paragraph, or None where it has no good pair."""
+    """Return (prose, first paragraph) of a docstring; None if either is too short, too long or no prose."""
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
     body: list[str] = []
     for paragraph in paragraphs[1:]:
@@ -82,15 +84,18 @@ def _parse_pair(docstring: str) -> DocstringPair | None:
 
 
 def _list_source_files(package: str) -> list[Path]:
+    """Return the sorted Python files of an installed package, tests and vendored code aside."""
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or spec.origin is None:
         raise ValueError(f"the docstrings source reads the package {package!r}: install it")
     root = Path(spec.origin).parent
-    found = (path for path in root.rglob("*.py"))
-    return sorted(p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts[:-1]))
+    return sorted(
+        path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1])
+    )
 
 
 def _read_docstrings(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a file's module, classes and functions."""
     source = path.read_bytes()
     if b'"""' not in source:
         return
@@ -102,10 +107,10 @@ def _read_docstrings(path: Path) -> Iterator[str]:
 
 
 def extract_pairs() -> list[DocstringPair]:
-    """All good pairs of the installed packages, no body and no first line twice.
+    """Return all valid pairs of the installed packages, each body and each first line once.
 
-    The order is that of a hash of the body: fixed, and mixed over the packages. Takes about half
-    a minute; `pairs` remembers.
+    They are sorted by a hash of the body, which mixes the packages. Takes about half a minute; `load_pairs`
+    caches.
     """
     by_body: dict[str, str] = {}
     first_lines: set[str] = set()
@@ -119,14 +124,14 @@ def extract_pairs() -> list[DocstringPair]:
 
 
 def _format_versions() -> str:
-    """The extraction's version and the packages', as one name."""
+    """Return the versions of the extraction and of the packages as one text."""
     names = (f"{package}-{package_version(package)}" for package in PACKAGES)
     return "+".join((EXTRACTION_VERSION, *names))
 
 
-@remembered
+@functools.cache
 def load_pairs(cache: Path | None = None) -> tuple[DocstringPair, ...]:
-    """The pairs of the installed packages; kept in a file of the folder `cache` if one is given."""
+    """Return the pairs of the installed packages, cached in memory and in the folder `cache` if given."""
     if cache is None:
         return tuple(extract_pairs())
     key = hashlib.sha256(_format_versions().encode()).hexdigest()[:16]
@@ -140,6 +145,6 @@ def load_pairs(cache: Path | None = None) -> tuple[DocstringPair, ...]:
 
 
 def compute_version(cache: Path | None = None) -> str:
-    """The packages' versions and the SHA-256 of the pairs."""
+    """Return the packages' versions and the SHA-256 of the pairs as one text."""
     digest = hashlib.sha256(json.dumps(load_pairs(cache)).encode()).hexdigest()
     return f"{_format_versions()}/{digest}"

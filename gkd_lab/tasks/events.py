@@ -1,7 +1,12 @@
-"""The sentences and facts of the made event reports: data, and one function that draws the facts.
+"""Vocabulary of the made event reports (task summarization), and the function that draws a report's facts.
 
-Names, places and numbers are single words, so that a summary copies them; asides repeat the kinds
-of words a summary needs (another city, another number), so that copying has to choose.
+Names, places and numbers are single words that the summary copies. Asides mention another name, city, day or
+number, so that the model must choose which one to copy. A row that summarization.py builds from these:
+    prompt  The next meeting about it is planned for Saturday. On Sunday evening the theater in Graz gave out
+            its yearly prize. It went to a farmer named Nagy and is worth 9 thousand euros. Something like it
+            had happened in Ghent 14 weeks earlier.
+    target  Farmer Nagy wins 9 thousand euros at Graz theater on Sunday.
+Every text is part of the data that records hash: changing one changes the fingerprint of cells.
 """
 
 import random
@@ -10,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EventKind:
-    """One kind of event: ways to begin, ways to go on, and its summary."""
+    """Templates of one kind of event: first sentences, second sentences, and the summary."""
 
     leads: tuple[str, ...]
     details: tuple[str, ...]
@@ -155,7 +160,7 @@ COUNTS = range(2, 41)
 
 
 def draw_facts(random_numbers: random.Random) -> dict[str, str]:
-    """The facts of one report; the asides' names, cities, days and numbers differ from its own."""
+    """Draw the facts of one report, slot -> text; the asides' (`other_...`) differ from the event's."""
     choice, sample = random_numbers.choice, random_numbers.sample
     role, place = choice(ROLES), choice(PLACES)
     name, other_name = sample(NAMES, 2)

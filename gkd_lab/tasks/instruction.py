@@ -1,8 +1,8 @@
-"""Instruction following: a mixture of kinds of questions, judged by exact match also on kinds held out.
+"""Instruction following: questions of several kinds, scored by exact match, also on held-out kinds.
 
-Made rows are reasoning-gym's. `train` and `validation` hold the kinds of HELD_IN, `test` those of HELD_OUT,
-so the evaluation `greedy@validation` is of known instructions and `greedy` of new ones: sums in other words,
-a multiple instead of a divisor.
+Made rows are from reasoning-gym. `train` and `validation` have the kinds of HELD_IN, `test` those of
+HELD_OUT: the evaluation `greedy@validation` measures trained instructions and `greedy` new ones, such as sums
+in other words or a common multiple instead of a divisor.
     prompt  Find the Greatest Common Divisor (GCD) of these numbers: 56, 36. Give only the GCD ...
     target  4
 Real rows: `inputs`, `targets` (FLAN), or `question`, `answer` with or without `choices` (MMLU, BBH).
@@ -15,12 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
-from gkd_lab.tasks.scale_defaults import made as made_model
-from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_scratch_model, define_smol_models
+from gkd_lab.tasks.task import Row, RowGenerator, Split, Task, read_text_field
 
 REASONING_GYM_VERSION = "0.1.25"
-"""The one release of reasoning-gym whose rows these are: its texts change from one to the next."""
+"""Required release of reasoning-gym: its texts change between releases."""
 GENERATOR_VERSION = f"instruction-made-1+reasoning-gym-{REASONING_GYM_VERSION}"
 
 _TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -49,18 +48,18 @@ HELD_OUT: QuestionKinds = {
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row of FLAN, MMLU or BBH; ValueError if a field is missing or an answer is not a choice."""
+    """Parse a row of FLAN, MMLU or BBH; ValueError if a field is missing or the answer is not a choice."""
     if "inputs" in raw or "targets" in raw:
-        prompt, target = text_field(raw, "inputs"), text_field(raw, "targets")
+        prompt, target = read_text_field(raw, "inputs"), read_text_field(raw, "targets")
     else:
-        prompt, target = text_field(raw, "question"), text_field(raw, "answer")
+        prompt, target = read_text_field(raw, "question"), read_text_field(raw, "answer")
     if raw.get("choices") is not None:
         prompt = _append_choices(prompt, target, raw["choices"])
     return Row(prompt, target, (target,))
 
 
 def _append_choices(question: str, answer: str, choices: Any) -> str:
-    """The form of Hendrycks et al. (2021): a choice a line, each behind its letter."""
+    """Return the question in the format of Hendrycks et al. (2021): one lettered choice per line."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field 'choices' must be a list of texts, got {choices!r:.60}")
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
@@ -71,20 +70,21 @@ def _append_choices(question: str, answer: str, choices: Any) -> str:
 
 
 def check_reasoning_gym() -> None:
-    """ValueError unless the one release of reasoning-gym is there."""
+    """Raise ValueError unless the required release of reasoning-gym is installed."""
     try:
-        found = version("reasoning-gym")
+        installed = version("reasoning-gym")
     except PackageNotFoundError:
-        found = "none"
-    if found != REASONING_GYM_VERSION:
+        installed = "none"
+    if installed != REASONING_GYM_VERSION:
         raise ValueError(
-            f"the made rows of instruction need reasoning-gym {REASONING_GYM_VERSION} (there is {found}): "
-            "pip install 'gkd-lab[reasoning]'"
+            f"the made rows of instruction need reasoning-gym {REASONING_GYM_VERSION} (installed: "
+            f"{installed}): pip install 'gkd-lab[reasoning]'"
         )
 
 
 @cache
 def _create_generator(kind: str, split: Split) -> Any:
+    """Create reasoning-gym's endless data set of one kind of question."""
     from reasoning_gym import create_dataset  # loads sympy and more
 
     settings = (HELD_OUT if split == "test" else HELD_IN)[kind]
@@ -92,7 +92,7 @@ def _create_generator(kind: str, split: Split) -> Any:
 
 
 def generate_rows(seed: int, split: Split) -> Iterator[Row]:
-    """Endless questions of the split's kinds, each kind as likely."""
+    """Yield questions of the split's kinds without end, all kinds with equal probability."""
     kinds = tuple(HELD_OUT if split == "test" else HELD_IN)
 
     def draw(random_numbers: random.Random) -> tuple[str, str]:
@@ -101,7 +101,7 @@ def generate_rows(seed: int, split: Split) -> Iterator[Row]:
         item = generator[random_numbers.getrandbits(48)]
         return " ".join(item["question"].split()), item["answer"]
 
-    return draw_rows(draw, GENERATOR_VERSION, seed, split, shared=split != "test")
+    return draw_rows(draw, GENERATOR_VERSION, seed, split, split_by_prompt=split != "test")
 
 
 _GREEDY = {"decoding": "greedy"}
@@ -110,10 +110,10 @@ SCALES = {
         "data": {"source": "made", "train": 10_000, "validation": 300, "test": 300},
         "tokenizer": {"kind": "bpe", "vocab_size": 512},
         "models": {
-            "xl": made_model(2, 64, 4, steps=1500, batch_size=32, learning_rate=2e-3),
-            "large": made_model(2, 64, 4, steps=200, batch_size=32, learning_rate=2e-3),
-            "base": made_model(2, 56, 4, steps=200, batch_size=32, learning_rate=2e-3),
-            "small": made_model(2, 48, 4, steps=200, batch_size=32, learning_rate=2e-3),
+            "xl": define_scratch_model(2, 64, 4, steps=1500, batch_size=32, learning_rate=2e-3),
+            "large": define_scratch_model(2, 64, 4, steps=200, batch_size=32, learning_rate=2e-3),
+            "base": define_scratch_model(2, 56, 4, steps=200, batch_size=32, learning_rate=2e-3),
+            "small": define_scratch_model(2, 48, 4, steps=200, batch_size=32, learning_rate=2e-3),
         },
         "teacher_temperature": 1.0,  # Table A.4
         "steps": 300,
@@ -176,10 +176,10 @@ TASK = Task(
     family="encoder-decoder",
     metrics=("exact_match",),
     generators={
-        "made": MadeSource(
+        "made": RowGenerator(
             lambda seed, split, _: generate_rows(seed, split),
             lambda _: GENERATOR_VERSION,
-            check=check_reasoning_gym,
+            check_dependencies=check_reasoning_gym,
         )
     },
     parse_row=parse_row,

@@ -1,55 +1,49 @@
-"""What all made sources share: splits by a hash of the prompt, rows keyed by (source, seed, split).
+"""Synthetic rows (source `made`), drawn by a random stream of (version, seed, split).
 
-A prompt belongs to one split whatever the seed, so no seed's test row is another seed's train row.
+A prompt belongs to one split for every seed, so no seed's test row is another seed's train row.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 
-from gkd_lab.tasks.task import MadeSource, Row, Split
+from gkd_lab.tasks.task import Row, RowGenerator, Split
 
-_SPLIT_BY_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight are train
+_SPLIT_BY_TENTH: dict[int, Split] = {0: "test", 1: "validation"}  # the other eight tenths are train
 _MAX_REJECTED_DRAWS = 10_000
+
+PairSampler = Callable[[random.Random], tuple[str, str]]
+"""Draws one (prompt, target) pair."""
 
 
 def assign_split(prompt: str) -> Split:
-    """The one split `prompt` belongs to: 80 % train, 10 % validation, 10 % test."""
+    """Return the split that `prompt` belongs to: 80 % train, 10 % validation, 10 % test."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _SPLIT_BY_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
 
 
-PairSampler = Callable[[random.Random], tuple[str, str]]
-"""Makes one (prompt, target) pair from a generator."""
-
-
-def build_generator(draw: PairSampler, version: str) -> MadeSource:
-    """An endless source of distinct rows."""
-    return MadeSource(lambda seed, split, _: draw_rows(draw, version, seed, split), lambda _: version)
+def build_generator(draw_pair: PairSampler, version: str) -> RowGenerator:
+    """Build an endless generator of distinct rows."""
+    return RowGenerator(lambda seed, split, _: draw_rows(draw_pair, version, seed, split), lambda _: version)
 
 
 def draw_rows(
-    draw: PairSampler,
-    source: str,
-    seed: int,
-    split: Split,
-    *,
-    shared: bool = True,
+    draw_pair: PairSampler, version: str, seed: int, split: Split, *, split_by_prompt: bool = True
 ) -> Iterator[Row]:
-    """Endless distinct rows of `split`.
+    """Yield distinct rows of `split` without end. ValueError: no new row in 10,000 draws.
 
-    `source` names the generator and its version: it keys the random stream with seed and split. Not
-    `shared`: what is drawn for this split is never drawn for another, so every prompt is kept.
+    `version` names the generator and its version; it keys the random stream together with seed and split.
+    Without `split_by_prompt` every drawn prompt is kept: `draw_pair` draws for this split alone.
     """
-    random_numbers = random.Random(f"{source}/{seed}/{split}")
-    seen: set[str] = set()
-    wasted = 0
-    while wasted < _MAX_REJECTED_DRAWS:
-        prompt, target = draw(random_numbers)
-        if prompt in seen or (shared and assign_split(prompt) != split):
-            wasted += 1
+    random_numbers = random.Random(f"{version}/{seed}/{split}")
+    prompts: set[str] = set()
+    rejected_draws = 0
+    while rejected_draws < _MAX_REJECTED_DRAWS:
+        prompt, target = draw_pair(random_numbers)
+        if prompt in prompts or (split_by_prompt and assign_split(prompt) != split):
+            rejected_draws += 1
             continue
-        wasted = 0
-        seen.add(prompt)
+        rejected_draws = 0
+        prompts.add(prompt)
         yield Row(prompt, target, (target,))
-    raise ValueError(f"{source} has only {len(seen):,} different rows for the split {split!r}")
+    raise ValueError(f"{version} has only {len(prompts):,} different rows for the split {split!r}")

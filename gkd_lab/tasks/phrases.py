@@ -1,7 +1,10 @@
-"""The slots of the made translation sentences, drawn in English and German at once.
+"""Phrases of the made translation sentences, in English and German (task translation).
 
-Numbers and ordinals are num2words', dates, units, money, territories and languages babel's; only
-what neither has (genders, conjugation, dative plurals, clock phrases) is written out here.
+Numbers and ordinals are from num2words; dates, units, money, countries and languages from babel. Genders,
+conjugation, dative plurals and times of day are written out here, as neither library has them. `draw_slots`
+draws a phrase for each slot of the templates in translation.py, which make rows such as:
+    prompt  The ship leaves at quarter to five on Saturday
+    target  Das Schiff fährt am Samstag um Viertel vor fünf ab
 """
 
 import random
@@ -45,7 +48,7 @@ MEASURED_GOODS: tuple[tuple[str, Translation], ...] = (
 )
 PERIODS = ("duration-day", "duration-week", "duration-month", "duration-year")
 
-# person -> English and German forms; `sie` is "she" and "they", and the verb tells which.
+# English and German forms of each person; `sie` is "she" and "they", told apart by the verb.
 _SINGULAR = {"have": "has", "need": "needs", "come": "comes", "want": "wants"}
 _PLURAL = {verb: verb for verb in _SINGULAR}
 _GERMAN_VERBS = ("haben", "werden", "lernen", "brauchen", "kommen", "wollen")
@@ -64,44 +67,45 @@ PERSONS = tuple(
 
 
 def _replace_narrow_spaces(text: str) -> str:
+    """Replace no-break spaces by plain ones."""
     return text.replace("\u00a0", " ").replace("\u202f", " ")
 
 
 @cache
 def translate_number(value: int) -> Translation:
-    """A cardinal: 21 is ("twenty-one", "einundzwanzig")."""
+    """Return a cardinal number: 21 is ("twenty-one", "einundzwanzig")."""
     return num2words(value, lang="en"), num2words(value, lang="de")
 
 
 @cache
 def translate_ordinal(value: int) -> Translation:
-    """An ordinal; the German one in the weak nominative: 3 is ("third", "dritte")."""
+    """Return an ordinal number, in German in the weak nominative: 3 is ("third", "dritte")."""
     return num2words(value, lang="en", to="ordinal"), num2words(value, lang="de", to="ordinal")
 
 
 @cache
 def translate_date(month: int, day: int) -> Translation:
-    """A date without its year: ("March 7", "7. März")."""
+    """Return a date without its year: ("March 7", "7. März")."""
     value = date(2024, month, day)
     return format_date(value, "MMMM d", "en"), format_date(value, "d. MMMM", "de")
 
 
 @cache
 def translate_weekday(index: int) -> Translation:
-    """A day of the week, 0 is Monday."""
+    """Return a day of the week, 0 is Monday: ("Monday", "Montag")."""
     value = date(2024, 1, 1 + index)  # 1 January 2024 was a Monday
     return format_date(value, "EEEE", "en"), format_date(value, "EEEE", "de")
 
 
 @cache
 def translate_quantity(value: float, unit: str) -> Translation:
-    """A decimal and its unit: ("2.5 kilometers", "2,5 Kilometer")."""
+    """Return a decimal with its unit: ("2.5 kilometers", "2,5 Kilometer")."""
     return format_unit(value, unit, "long", locale="en"), format_unit(value, unit, locale="de")
 
 
 @cache
 def translate_period(value: int, unit: str) -> Translation:
-    """A time of at least 2 units, the German one in the dative: ("two days", "zwei Tagen")."""
+    """Return a time of at least 2 units, in German in the dative: ("two days", "zwei Tagen")."""
     english, german = translate_quantity(value, unit)
     german_unit = german.split()[1]
     dative = german_unit if german_unit.endswith("n") else german_unit + "n"
@@ -110,7 +114,7 @@ def translate_period(value: int, unit: str) -> Translation:
 
 @cache
 def translate_money(value: int, currency: str, cents: int = 0) -> Translation:
-    """An amount of at least 2: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
+    """Return an amount of at least 2: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
     english, german = (
         f"{translate_number(value)[place]} {get_currency_name(currency, count=value, locale=locale)}"
         for place, locale in enumerate(("en", "de"))
@@ -125,7 +129,7 @@ def translate_money(value: int, currency: str, cents: int = 0) -> Translation:
 
 @cache
 def translate_percent(value: int) -> Translation:
-    """A percentage: ("25%", "25 %")."""
+    """Return a percentage: ("25%", "25 %")."""
     return format_percent(value / 100, locale="en"), _replace_narrow_spaces(
         format_percent(value / 100, locale="de")
     )
@@ -133,7 +137,7 @@ def translate_percent(value: int) -> Translation:
 
 @cache
 def translate_clock_time(hour: int, minute: int) -> Translation:
-    """A time of day as it is said, hour 2 to 12: 3:30 is ("half past three", "halb vier")."""
+    """Return a time of day in words, hour 2 to 12: 3:30 is ("half past three", "halb vier")."""
     (english, german), following = translate_number(hour), translate_number(hour % 12 + 1)
     if minute == 0:
         return f"{english} o'clock", f"{german} Uhr"
@@ -148,33 +152,35 @@ def translate_clock_time(hour: int, minute: int) -> Translation:
 
 @cache
 def translate_country(code: str) -> Translation:
-    """A country's names."""
+    """Return the names of a country: FR is ("France", "Frankreich")."""
     return Locale("en").territories[code], Locale("de").territories[code]
 
 
 @cache
 def translate_language(code: str) -> Translation:
-    """A language's names."""
+    """Return the names of a language: fr is ("French", "Französisch")."""
     return Locale("en").languages[code], Locale("de").languages[code]
 
 
 def _draw_money(random_numbers: random.Random) -> Translation:
+    """Draw an amount of money, with cents now and then."""
     currency = random_numbers.choice(CURRENCIES)
     cents = random_numbers.choice((0, 10, 20, 25, 30, 35)) if currency == "EUR" else 0
     return translate_money(random_numbers.randint(2, LARGEST_NUMBER), currency, cents)
 
 
 def _draw_measure(random_numbers: random.Random) -> Translation:
-    unit, stuff = random_numbers.choice(MEASURED_GOODS)
+    """Draw an amount of a good: ("2.5 kilograms of flour", "2,5 Kilogramm Mehl")."""
+    unit, (english_good, german_good) = random_numbers.choice(MEASURED_GOODS)
     english, german = translate_quantity(random_numbers.randint(1, 9) + 0.5, unit)
-    return f"{english} of {stuff[0]}", f"{german} {stuff[1]}"
+    return f"{english} of {english_good}", f"{german} {german_good}"
 
 
 def draw_slots(random_numbers: random.Random) -> tuple[dict[str, str], dict[str, str]]:
-    """One value for every slot of the sentences: (English, German)."""
+    """Draw a phrase for each slot of the templates: (English, German), slot -> phrase."""
     choice, randint = random_numbers.choice, random_numbers.randint
     english, german = (dict(forms) for forms in choice(PERSONS))
-    pairs = {
+    translations = {
         "number": translate_number(randint(2, LARGEST_NUMBER)),
         "ordinal": translate_ordinal(randint(2, 7)),
         "date": translate_date(randint(1, 12), randint(1, LAST_DAY)),
@@ -190,6 +196,6 @@ def draw_slots(random_numbers: random.Random) -> tuple[dict[str, str], dict[str,
         "vehicle": choice(VEHICLES),
         "goods": choice(GOODS),
     }
-    for name, (in_english, in_german) in pairs.items():
-        english[name], german[name] = in_english, in_german
+    for slot, (english_phrase, german_phrase) in translations.items():
+        english[slot], german[slot] = english_phrase, german_phrase
     return english, german

@@ -1,9 +1,11 @@
-"""Made reviews with a rule that a small classifier can learn: what each clause says, and how much it counts.
+"""Made reviews with tags and a score (tasks classification, tagging and scoring).
 
-    the soup was not good , we came on Monday , but the staff was very lovely .
-
-`not` turns an opinion round, `very` doubles it, and what follows `but` counts twice: -1 + 2 * 4 = 7.
-Words are apart, so that each is a token of a word tokenizer and has a tag.
+Each clause has a value: `not` negates its opinion, `very` doubles it, and the clause after `but` counts
+twice. The score is the sum: here -1 + 2 * (2 * 2) = 7. Words are separated by spaces, one tag each.
+    text   the soup was not good , we came on Monday , but the staff was very lovely .
+    tags   O THING O O BLAME O O O O O O O O THING O O PRAISE O
+    score  7
+Rows of classification have the sign of the score as the label, rows of scoring a quarter of it.
 """
 
 import random
@@ -29,7 +31,7 @@ TAGS = ("O", "THING", "PRAISE", "BLAME")
 
 @dataclass(frozen=True)
 class Review:
-    """A review's words, the tag of each, and the sum of what its clauses say."""
+    """Words of a review, the tag of each word, and the sum of its clauses' values."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -37,21 +39,22 @@ class Review:
 
     @property
     def text(self) -> str:
+        """Words joined by spaces."""
         return " ".join(self.words)
 
 
 def draw_review(random_numbers: random.Random) -> Review:
-    """2 to 4 clauses, of which one may follow `but`, and an aside now and then."""
+    """Draw a review of 2 to 4 clauses, one of them possibly after `but`, some followed by an aside."""
     words, tags, score = list[str](), list[str](), 0
     count = random_numbers.randint(2, 4)
-    turn = random_numbers.randint(1, 2 * count)
+    but_position = random_numbers.randint(1, 2 * count)  # no `but` where there is no such clause
     for number in range(count):
         if number:
-            joint = [",", "but"] if number == turn else [","]
-            words, tags = words + joint, tags + ["O"] * len(joint)
-        clause, its_tags, value = _draw_clause(random_numbers)
-        words, tags = words + clause, tags + its_tags
-        score += 2 * value if number == turn else value
+            conjunction = [",", "but"] if number == but_position else [","]
+            words, tags = words + conjunction, tags + ["O"] * len(conjunction)
+        clause_words, clause_tags, value = _draw_clause(random_numbers)
+        words, tags = words + clause_words, tags + clause_tags
+        score += 2 * value if number == but_position else value
         if random_numbers.random() < 0.3:
             aside = [",", *random_numbers.choice(ASIDES).split()]
             words, tags = words + aside, tags + ["O"] * len(aside)
@@ -59,6 +62,7 @@ def draw_review(random_numbers: random.Random) -> Review:
 
 
 def _draw_clause(random_numbers: random.Random) -> tuple[list[str], list[str], int]:
+    """Draw the words, tags and value of one clause."""
     thing, opinion = random_numbers.choice(THINGS), random_numbers.choice(list(OPINION_VALUES))
     factor = random_numbers.choice(list(FACTORS))
     value = FACTORS[factor] * OPINION_VALUES[opinion]

@@ -1,4 +1,4 @@
-"""How a row is put to a model: worked examples before the question, calculator marks kept or left out."""
+"""Format of prompts and targets: few-shot examples before the question, calculator marks kept or removed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -8,11 +8,11 @@ from gkd_lab.tasks.task import Row, Task
 
 
 def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks: bool = False) -> None:
-    """ValueError, with the nearest that there is, if the rows of `task` have no such form."""
-    most = len(task.exemplars)
-    if shots not in range(most + 1):
-        there = f"{most}: 0 to {most} can be had" if most else "none: leave `shots` out"
-        raise ValueError(f"data.shots: {shots} is not valid: worked examples of {task.name} are {there}")
+    """Raise ValueError, with what is possible, if rows of `task` cannot have this format."""
+    count = len(task.exemplars)
+    if shots not in range(count + 1):
+        choices = f"{count}: choose 0 to {count}" if count else "none: leave `shots` out"
+        raise ValueError(f"data.shots: {shots} is not valid: worked examples of {task.name} are {choices}")
     if calculator_marks and (kind == "made" or task.parse_row_with_marks is None):
         raise ValueError(
             f"data.calculator_marks: {kind} rows of {task.name} have no marks such as <<48/2=24>>; rows of a "
@@ -21,23 +21,22 @@ def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks:
 
 
 def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
-    """Raw row -> Row in the form that is asked for; see `check_form`. A column `teacher` is kept."""
-    marked = task.parse_row_with_marks if calculator_marks else None
-    read = marked or task.parse_row
+    """Build the function raw row -> Row, with or without calculator marks; a column `teacher` is kept."""
+    parse_task_row = (task.parse_row_with_marks if calculator_marks else None) or task.parse_row
 
-    def parse(raw: Mapping[str, Any]) -> Row:
-        row, teacher = read(raw), raw.get("teacher")
+    def parse_row(raw: Mapping[str, Any]) -> Row:
+        row, teacher = parse_task_row(raw), raw.get("teacher")
         return row if teacher is None else replace(row, teacher=str(teacher))
 
-    return parse
+    return parse_row
 
 
 def prepend_shots(
     task: Task, rows: Iterable[Row], *, shots: int = 0, calculator_marks: bool = False
 ) -> Iterator[Row]:
-    """The rows, their prompts behind the task's first `shots` worked examples (Q and A in turn)."""
-    parse = build_row_parser(task, calculator_marks)
-    examples = [parse(raw) for raw in task.exemplars[:shots]]
-    shown = "".join(f"Q: {example.prompt}\nA: {example.target}\n\n" for example in examples)
+    """Yield the rows with the task's first `shots` worked examples (Q and A in turn) before the prompt."""
+    parse_row = build_row_parser(task, calculator_marks)
+    examples = [parse_row(raw) for raw in task.exemplars[:shots]]
+    prefix = "".join(f"Q: {example.prompt}\nA: {example.target}\n\n" for example in examples)
     for row in rows:
-        yield replace(row, prompt=f"{shown}Q: {row.prompt}\nA:") if shots else row
+        yield replace(row, prompt=f"{prefix}Q: {row.prompt}\nA:") if shots else row

@@ -1,12 +1,12 @@
-"""Defaults that all tasks share at a scale; a task's own file adds its models, lengths and steps.
+"""Default settings that all tasks share at a scale; a task's file adds its models, lengths and steps.
 
-Numbers of the paper cite their table; our own choices say why.
+Numbers of the paper cite their table; choices of this project are marked `ours` with the reason.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# Every scale: the paper's objective.
+# The paper's objective, at every scale.
 PAPER_OBJECTIVE = {
     "lmbda": 1.0,
     "divergence": "jsd",  # Eq. 1
@@ -66,14 +66,15 @@ COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def define_pretrained_model(name: str, **sft: Any) -> dict[str, Any]:
-    """A model that is loaded and fine-tuned before it is used."""
+    """Define a pretrained model, fine-tuned on the task first if `sft` settings are given."""
     return {"pretrained": name, **({"sft": sft} if sft else {})}
 
 
 def define_smol_models(steps: int) -> dict[str, Any]:
-    """SmolLM2-135M-Instruct of 30 layers as the teacher, fine-tuned on the task; students keep some of them.
+    """Define SmolLM2-135M-Instruct (30 layers) as the teacher and students that keep some of its layers.
 
-    A student without most of its layers writes nothing sensible before it is fine-tuned itself (§3.1).
+    All are fine-tuned on the task for `steps`: without most of its layers a student generates no meaningful
+    text before that (§3.1).
     """
     sft = {"steps": steps, "batch_size": 16, "learning_rate": 1e-4}
     students = {"large": 20, "base": 15, "small": 10}
@@ -86,24 +87,24 @@ def define_smol_models(steps: int) -> dict[str, Any]:
     }
 
 
-def made(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
-    """A model made from scratch and trained on the task."""
+def define_scratch_model(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
+    """Define a model that is initialized at random and fine-tuned on the task."""
     return {"layers": layers, "width": width, "heads": heads, "sft": sft}
 
 
 def define_classifier_scale(**changes: Any) -> dict[str, Any]:
-    """Settings of a task at nano scale whose models are encoders that classify; `changes` replace some."""
+    """Define the nano scale of a task whose models are classifiers; `changes` replace settings."""
     return {
         "data": {"source": "made", "train": 4_000, "validation": 500, "test": 1_000},
         "tokenizer": {"kind": "word", "vocab_size": 128},
         "models": {
-            "xl": made(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
-            # No fine-tuning before: a classifier starts from its random weights, and learns in one go.
+            "xl": define_scratch_model(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
+            # No fine-tuning: distillation starts from random weights.
             "large": define_untrained_model(2, 64, 4),
             "base": define_untrained_model(2, 32, 4),
             "small": define_untrained_model(1, 32, 4),
         },
-        "lmbda": 0.0,  # a classifier writes nothing
+        "lmbda": 0.0,  # a classifier generates no text
         "teacher_temperature": 1.0,
         "steps": 400,
         "batch_size": 32,
@@ -111,12 +112,12 @@ def define_classifier_scale(**changes: Any) -> dict[str, Any]:
         "warmup_steps": 20,
         "cooldown_steps": 100,
         "max_input_tokens": 56,
-        "max_output_tokens": 1,  # nothing is written
+        "max_output_tokens": 1,  # no text is generated
         "evaluations": [{"decoding": "greedy", "split": "test"}],
         **changes,
     }
 
 
 def define_untrained_model(layers: int, width: int, heads: int) -> dict[str, Any]:
-    """A model made from scratch that distillation trains first."""
+    """Define a model that is initialized at random and trained by distillation alone."""
     return {"layers": layers, "width": width, "heads": heads}

@@ -1,4 +1,4 @@
-"""Regression: how good a made review is, as a number (reviews.py), a quarter of what its clauses sum up to.
+"""Regression: a quarter of the score of a made review (reviews.py).
 
     prompt  the soup was not good , but the staff was very lovely .
     target  1.75
@@ -14,20 +14,21 @@ from typing import Any
 from gkd_lab.tasks import reviews
 from gkd_lab.tasks.made_data import build_generator
 from gkd_lab.tasks.scale_defaults import define_classifier_scale
-from gkd_lab.tasks.task import Row, Task, text_field
+from gkd_lab.tasks.task import Row, Task, read_text_field
 
 GENERATOR_VERSION = "scoring-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row with `text` and `label`, a finite number."""
+    """Parse a row with `text` and `label`, a finite number; ValueError otherwise."""
     value = raw.get("label")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"field 'label' must be a number, got {value!r:.60}")
-    return Row(text_field(raw, "text"), repr(float(value)), (repr(float(value)),))
+    return Row(read_text_field(raw, "text"), repr(float(value)), (repr(float(value)),))
 
 
 def _draw_scored_review(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw a review with its score."""
     review = reviews.draw_review(random_numbers)
     return review.text, repr(review.score / 4)
 

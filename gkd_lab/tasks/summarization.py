@@ -1,11 +1,11 @@
-"""Summarization into one sentence: made event reports, installed docstrings, or real documents.
+"""Summarization into one sentence: made event reports (events.py), installed docstrings, or real documents.
 
-A made report has 3 to 5 sentences; its summary picks who, what, where, when and how many.
+A made report has 3 to 5 sentences; its summary names who, what, where, when and how many.
     prompt  The weather was cold. A fire broke out at the museum in Turin on Monday morning. A
             driver named Keller led 12 people out of the building. The next meeting is on Friday.
     target  Driver Keller saves 12 people from fire at Turin museum on Monday.
-`docstrings` pairs the prose of a docstring with its first line (docstrings.py). Real rows have
-`document`, `summary` and maybe a list of `references`: SciTLDR, XSum and the like.
+The source `docstrings` pairs the prose of a docstring with its first line (docstrings.py). Real rows have
+`document`, `summary` and optionally a list of `references`, as SciTLDR and XSum do.
 """
 
 import random
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.tasks import events
-from gkd_lab.tasks.made_data import assign_split, draw_rows
-from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
-from gkd_lab.tasks.scale_defaults import made as made_model
-from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+from gkd_lab.tasks.made_data import assign_split, build_generator
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_scratch_model, define_smol_models
+from gkd_lab.tasks.task import Row, RowGenerator, Split, Task, read_text_field
 
 GENERATOR_VERSION = "summarization-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row with `document` and `summary`; `references`, where there, are what is compared with."""
-    document, summary = text_field(raw, "document"), text_field(raw, "summary")
+    """Parse a row with `document`, `summary` and optionally `references`, which metrics then compare with."""
+    document, summary = read_text_field(raw, "document"), read_text_field(raw, "summary")
     references = raw.get("references") or [summary]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise ValueError(f"field 'references' must be a list of texts, got {references!r:.60}")
@@ -32,22 +31,18 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_report(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw an event report with its summary."""
     facts = events.draw_facts(random_numbers)
     kind = random_numbers.choice(events.EVENT_KINDS)
-    told = [random_numbers.choice(kind.leads), random_numbers.choice(kind.details)]
+    sentences = [random_numbers.choice(kind.leads), random_numbers.choice(kind.details)]
     asides = random_numbers.sample(events.ASIDES, random_numbers.randint(1, 3))
     for aside in asides:
-        told.insert(random_numbers.randint(0, len(told)), aside)
-    return " ".join(told).format_map(facts), kind.summary.format_map(facts)
-
-
-def generate_rows(seed: int, split: Split) -> Iterator[Row]:
-    """Endless event reports, each with its one-sentence summary."""
-    return draw_rows(_draw_report, GENERATOR_VERSION, seed, split)
+        sentences.insert(random_numbers.randint(0, len(sentences)), aside)
+    return " ".join(sentences).format_map(facts), kind.summary.format_map(facts)
 
 
 def read_docstring_rows(split: Split, cache: Path | None = None) -> Iterator[Row]:
-    """The docstring pairs of `split`, in a fixed order that mixes the packages."""
+    """Yield the docstring pairs of `split`, in a fixed order that mixes the packages."""
     from gkd_lab.tasks import docstrings  # loads ast, inspect and more
 
     for body, first_line in docstrings.load_pairs(cache):
@@ -56,7 +51,7 @@ def read_docstring_rows(split: Split, cache: Path | None = None) -> Iterator[Row
 
 
 def get_docstrings_version(cache: Path | None = None) -> str:
-    """The packages' versions and the SHA-256 of the pairs."""
+    """Return the packages' versions and the SHA-256 of the pairs as one text."""
     from gkd_lab.tasks import docstrings
 
     return docstrings.compute_version(cache)
@@ -69,10 +64,10 @@ SCALES = {
         "tokenizer": {"kind": "bpe", "vocab_size": 768},
         "models": {
             # ours: width 64, because width 128 stays on a plateau where it copies the wrong name
-            "xl": made_model(2, 64, 4, steps=900, batch_size=32, learning_rate=2e-3),
-            "large": made_model(2, 64, 4, steps=250, batch_size=32, learning_rate=2e-3),
-            "base": made_model(2, 56, 4, steps=250, batch_size=32, learning_rate=2e-3),
-            "small": made_model(2, 48, 4, steps=250, batch_size=32, learning_rate=2e-3),
+            "xl": define_scratch_model(2, 64, 4, steps=900, batch_size=32, learning_rate=2e-3),
+            "large": define_scratch_model(2, 64, 4, steps=250, batch_size=32, learning_rate=2e-3),
+            "base": define_scratch_model(2, 56, 4, steps=250, batch_size=32, learning_rate=2e-3),
+            "small": define_scratch_model(2, 48, 4, steps=250, batch_size=32, learning_rate=2e-3),
         },
         "teacher_temperature": 1.0,  # Table A.1, for greedy evaluation (§A.4)
         "steps": 300,
@@ -127,11 +122,11 @@ TASK = Task(
     family="encoder-decoder",
     metrics=("rouge2", "rouge1", "rougeL"),
     generators={
-        "made": MadeSource(lambda seed, split, _: generate_rows(seed, split), lambda _: GENERATOR_VERSION),
-        "docstrings": MadeSource(
+        "made": build_generator(_draw_report, GENERATOR_VERSION),
+        "docstrings": RowGenerator(
             lambda _, split, cache: read_docstring_rows(split, cache),
             get_docstrings_version,
-            endless=False,
+            is_endless=False,
         ),
     },
     parse_row=parse_row,

@@ -1,9 +1,9 @@
-"""Token classification: the thing that is reviewed, and whether an opinion praises or blames (reviews.py).
+"""Token classification: things, praise and blame in a made review (reviews.py).
 
     prompt  the soup was not good .
     target  O THING O O BLAME O
 
-Real rows have `tokens` and `tags`, lists of as many.
+Real rows have `tokens` and `tags`, lists of equal length.
 """
 
 import random
@@ -19,19 +19,20 @@ GENERATOR_VERSION = "tagging-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row with `tokens` and `tags`; tokens are joined by blanks, so they must have none."""
+    """Parse a row with `tokens`, words without spaces, and their `tags`; ValueError otherwise."""
     tokens, tags = raw.get("tokens"), raw.get("tags")
     if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
         raise ValueError("fields 'tokens' and 'tags' must be lists of the same length, one entry at least")
-    if any(not isinstance(one, str) or len(one.split()) != 1 for one in tokens):
+    if any(not isinstance(token, str) or len(token.split()) != 1 for token in tokens):
         raise ValueError("field 'tokens': each must be one word, without blanks")
-    strange = [tag for tag in tags if tag not in reviews.TAGS]
-    if strange:
-        raise ValueError(f"field 'tags': {strange[0]!r} is no tag; valid: {', '.join(reviews.TAGS)}")
+    unknown_tags = [tag for tag in tags if tag not in reviews.TAGS]
+    if unknown_tags:
+        raise ValueError(f"field 'tags': {unknown_tags[0]!r} is not a tag; valid: {', '.join(reviews.TAGS)}")
     return Row(" ".join(tokens), " ".join(tags), (" ".join(tags),))
 
 
 def _draw_tagged_review(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw a review with its tags."""
     review = reviews.draw_review(random_numbers)
     return review.text, " ".join(review.tags)
 

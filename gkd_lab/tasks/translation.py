@@ -1,25 +1,25 @@
-"""Translation from English to German: phrases made with num2words and babel, or real pairs.
+"""Translation from English to German: made sentences (phrases.py) or real pairs.
 
-A made row has 5 to 14 words a side, about 400 different words in all, and real differences between
-the languages: verbs that move to the end, inverted number words, cases, dates, half hours.
+A made row has 5 to 14 words per language, of about 400 different words. The languages differ as real ones do:
+verbs at the end, inverted number words, cases, dates, half hours.
     prompt  The ferry from Norway arrives at half past three on March 7
     target  Die Fähre aus Norwegen kommt am 7. März um halb vier an
-Real rows: `en`, `de`, or the hub's `{"translation": {"en": ..., "de": ...}}` (WMT14 de-en). No
-prefix is put here: what a model wants in front of its input belongs to the model.
+Real rows: `en`, `de`, or the hub's `{"translation": {"en": ..., "de": ...}}` (WMT14 de-en). No prefix is
+added: an instruction that a model needs belongs to the model.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from gkd_lab.tasks.made_data import draw_rows
-from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_smol_models
-from gkd_lab.tasks.scale_defaults import made as made_model
-from gkd_lab.tasks.task import MadeSource, Row, Split, Task, text_field
+from gkd_lab.tasks.made_data import build_generator
+from gkd_lab.tasks.scale_defaults import define_pretrained_model, define_scratch_model, define_smol_models
+from gkd_lab.tasks.task import Row, Task, read_text_field
 
 GENERATOR_VERSION = "translation-made-1"
 
-# One sentence in both languages; the slots are drawn in phrases.py.
+# Sentences in both languages; phrases.py draws their slots.
 SENTENCE_TEMPLATES = (
     ("{vehicle} leaves at {time} on {weekday}", "{vehicle} fährt am {weekday} um {time} ab"),
     (
@@ -70,19 +70,21 @@ SENTENCE_TEMPLATES = (
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """A row with `en` and `de`, at the top or under `translation`; ValueError otherwise."""
+    """Parse a row with `en` and `de`, at the top or under `translation`; ValueError otherwise."""
     pair = raw.get("translation", raw)
     if not isinstance(pair, Mapping):
         raise ValueError(f"field 'translation' must hold 'en' and 'de', got {pair!r:.60}")
-    target = text_field(pair, "de")
-    return Row(text_field(pair, "en"), target, (target,))
+    target = read_text_field(pair, "de")
+    return Row(read_text_field(pair, "en"), target, (target,))
 
 
 def _capitalize_first_letter(text: str) -> str:
+    """Capitalize the first letter and keep the others, unlike `str.capitalize`."""
     return text[0].upper() + text[1:]
 
 
 def _draw_sentence_pair(random_numbers: random.Random) -> tuple[str, str]:
+    """Draw an English sentence with its German translation."""
     from gkd_lab.tasks.phrases import draw_slots  # loads babel and num2words
 
     english, german = random_numbers.choice(SENTENCE_TEMPLATES)
@@ -93,13 +95,8 @@ def _draw_sentence_pair(random_numbers: random.Random) -> tuple[str, str]:
     )
 
 
-def generate_rows(seed: int, split: Split) -> Iterator[Row]:
-    """Endless English sentences with one German translation each."""
-    return draw_rows(_draw_sentence_pair, GENERATOR_VERSION, seed, split)
-
-
 def get_generator_version() -> str:
-    """The generator's version and those of the libraries that write its words."""
+    """Return the generator's version and those of the libraries that write its words as one text."""
     from importlib.metadata import version
 
     return f"{GENERATOR_VERSION}+babel-{version('babel')}+num2words-{version('num2words')}"
@@ -111,10 +108,10 @@ SCALES = {
         "data": {"source": "made", "train": 20_000, "validation": 500, "test": 500},
         "tokenizer": {"kind": "bpe", "vocab_size": 640},
         "models": {
-            "xl": made_model(2, 64, 4, steps=800, batch_size=32, learning_rate=2e-3),
-            "large": made_model(2, 64, 4, steps=180, batch_size=32, learning_rate=2e-3),
-            "base": made_model(2, 56, 4, steps=180, batch_size=32, learning_rate=2e-3),
-            "small": made_model(2, 48, 4, steps=180, batch_size=32, learning_rate=2e-3),
+            "xl": define_scratch_model(2, 64, 4, steps=800, batch_size=32, learning_rate=2e-3),
+            "large": define_scratch_model(2, 64, 4, steps=180, batch_size=32, learning_rate=2e-3),
+            "base": define_scratch_model(2, 56, 4, steps=180, batch_size=32, learning_rate=2e-3),
+            "small": define_scratch_model(2, 48, 4, steps=180, batch_size=32, learning_rate=2e-3),
         },
         "teacher_temperature": 1.0,  # Table A.3
         "steps": 300,
@@ -166,8 +163,9 @@ TASK = Task(
     family="encoder-decoder",
     metrics=("bleu", "chrf"),
     generators={
-        "made": MadeSource(
-            lambda seed, split, _: generate_rows(seed, split), lambda _: get_generator_version()
+        "made": replace(
+            build_generator(_draw_sentence_pair, GENERATOR_VERSION),
+            get_version=lambda _: get_generator_version(),
         )
     },
     parse_row=parse_row,

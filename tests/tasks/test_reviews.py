@@ -94,7 +94,7 @@ def test_real_rows_are_read(name: str, raw: dict[str, Any], target: str) -> None
         ("classification", {"text": "fine"}, "no field 'label'"),
         ("tagging", {"tokens": ["a"], "tags": []}, "lists of the same length"),
         ("tagging", {"tokens": ["a b"], "tags": ["O"]}, "must be one word"),
-        ("tagging", {"tokens": ["a"], "tags": ["X"]}, "'X' is no tag; valid: O, THING"),
+        ("tagging", {"tokens": ["a"], "tags": ["X"]}, "'X' is not a tag; valid: O, THING"),
         ("scoring", {"text": "fine", "label": "2"}, "must be a number, got '2'"),
         ("scoring", {"text": "fine", "label": float("nan")}, "must be a number"),
     ],
