@@ -52,7 +52,7 @@ XSUM, WMT, GSM8K = {"task": "summarization"}, {"task": "translation"}, {"task": 
 DIVERGENCES = {"loss": ("jsd", "tv")}
 JSDS = {"loss": "jsd"}
 SAMPLED_XSUM = {**XSUM, "decoding": "sample"}
-SAMPLED_XSUM_AT_1 = {**SAMPLED_XSUM, "temperature": 1.0, "lmbda": 1.0}
+SAMPLED_XSUM_ON_POLICY = {**SAMPLED_XSUM, "temperature": 1.0, "lmbda": 1.0}
 
 ON_POLICY = ModelSelector("on-policy (λ = 1)", {"lmbda": 1.0})
 MIXED = ModelSelector("mixed (λ = 0.5)", {"lmbda": 0.5})
@@ -162,7 +162,7 @@ _CLAIM_LIST = (
         "§4.1, A.12, Figure 4", ("4", "A.12"),
         (
             ScoresHigher(
-                {**SAMPLED_XSUM_AT_1, **JSDS},
+                {**SAMPLED_XSUM_ON_POLICY, **JSDS},
                 ModelSelector("mode-seeking", {"beta": (0.5, 0.9, 1.0)}), (FORWARD_KL,),
             ),
         ),
@@ -172,7 +172,7 @@ _CLAIM_LIST = (
         "caption of A.12", ("A.12",),
         (
             ScoresHigher(
-                {**SAMPLED_XSUM_AT_1, **JSDS},
+                {**SAMPLED_XSUM_ON_POLICY, **JSDS},
                 ModelSelector("reverse KL or JSD(0.9)", {"beta": (0.9, 1.0)}),
                 _select_other_betas(0.9, 1.0), best_only=True,
             ),
@@ -359,7 +359,7 @@ _CLAIM_LIST = (
         "ours, Figure 4 against A.12", ("4", "A.12"),
         (
             MeasuredDifference(
-                SAMPLED_XSUM_AT_1,
+                SAMPLED_XSUM_ON_POLICY,
                 ModelSelector("cells with a teacher at 0.1", {"teacher_temperature": 0.1}),
                 ModelSelector("cells with a teacher at 1", {"teacher_temperature": 1.0}),
             ),

@@ -1,4 +1,4 @@
-"""Figure cells: what one number of a figure, or one score of a table, was measured on.
+"""Figure cells: the settings behind one number of a figure, or one score of a table.
 
 A figure cell holds resolved values (lmbda, loss, beta, role, ...) and never a method's name, so the same
 claims read the paper's figures and our own tables.
