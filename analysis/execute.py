@@ -1,4 +1,4 @@
-"""Runs each notebook whose table lies in `analysis/tables`, and keeps what it shows."""
+"""Run each notebook that has a table in `analysis/tables`, and store its outputs."""
 
 from pathlib import Path
 
@@ -9,15 +9,16 @@ HERE = Path(__file__).parent
 
 
 def execute(path: Path) -> None:
-    """Run a notebook where it lies; without times, so that equal results are equal files."""
+    """Run a notebook in its folder and write it back, without times: equal results are equal files."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
-    notebook.metadata.pop("language_info", None)  # the version of Python that happened to run it
+    notebook.metadata.pop("language_info", None)  # it names the version of Python
     nbformat.write(notebook, path)
 
 
 def main() -> None:
+    """Run all notebooks that have a table."""
     for table in sorted((HERE / "tables").glob("*.parquet")):
         path = HERE / f"{table.stem}.ipynb"
         if path.is_file():

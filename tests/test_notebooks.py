@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, on made-up records or on made-up tables."""
+"""Each notebook runs on synthetic records or tables, and is short, clean and complete."""
 
 import ast
 import re
@@ -18,12 +18,12 @@ from gkd_lab.tasks import TASKS
 from .tables.synthetic_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
-OF_PAPER = [path for path in NOTEBOOKS if path.stem != "quickstart"]
+PAPER_NOTEBOOKS = [path for path in NOTEBOOKS if path.stem != "quickstart"]
 FIGURE = re.compile(r"^(bars|curves|heat_map|lines|loss_curves|reward_gains|tradeoff)\(", re.MULTILINE)
 
 
-def code_of(path: Path) -> list[str]:
-    """Sources of the code cells, without magics."""
+def read_code_cells(path: Path) -> list[str]:
+    """Return the sources of the code cells, without magics."""
     notebook = nbformat.read(path, as_version=4)
     return [
         "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
@@ -32,29 +32,30 @@ def code_of(path: Path) -> list[str]:
     ]
 
 
-def made_table(name: str, outputs: Path) -> pd.DataFrame:
-    """The table of an experiment, all done: more text of the student's own is better, seeds differ."""
+def build_synthetic_table(name: str, outputs: Path) -> pd.DataFrame:
+    """Build the finished table of an experiment: scores rise with lmbda and differ between seeds."""
     frame = table(load(name, outputs=outputs), Store(outputs))
-    fixed = frame["role"].map({"start": 40.0, "teacher": 95.0})
-    score = fixed.fillna(
+    reference_scores = frame["role"].map({"start": 40.0, "teacher": 95.0})
+    score = reference_scores.fillna(
         60 + 9 * frame["lmbda"] - frame["beta"].fillna(0.3) + 0.4 * frame["seed"].astype(float)
     )
-    more = ("self_bleu", "rouge2") if name == "rl_tradeoff" else ("self_bleu",)
-    metrics = frame["task"].map(lambda task: (*TASKS[task].metrics, *more))
-    for column in (one for one in frame if frame[one].isna().all() and one not in ("stands_for", "error")):
+    extra_metrics = ("self_bleu", "rouge2") if name == "rl_tradeoff" else ("self_bleu",)
+    metrics = frame["task"].map(lambda task: (*TASKS[task].metrics, *extra_metrics))
+    empty = [name for name in frame if frame[name].isna().all() and name not in ("stands_for", "error")]
+    for column in empty:
         metric, _, bound = column.rsplit("/", 1)[-1].partition(".")
         measured = metrics.map(lambda names, metric=metric: metric in names)
         frame[column] = (score + {"": 0, "low": -2, "high": 2}[bound]).where(measured)
     return frame.assign(status="done")
 
 
-def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 
-def shown(cells: list[nbformat.NotebookNode], kind: str) -> list[str]:
-    """What cells gave as their value in one form, and what they printed."""
+def list_outputs(cells: list[nbformat.NotebookNode], kind: str) -> list[str]:
+    """List the values of cells in one MIME type, or what they printed (`stream`)."""
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     if kind == "stream":
         return [output.text for output in outputs if output.output_type == "stream"]
@@ -62,31 +63,37 @@ def shown(cells: list[nbformat.NotebookNode], kind: str) -> list[str]:
     return [data[kind] for data in values if kind in data]
 
 
-def test_the_quickstart_runs_and_shows_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = set(NOTEBOOKS) - set(OF_PAPER)
-    fill_store(load(path.stem, outputs=tmp_path), Store(tmp_path))
-    monkeypatch.setenv("GKD_LAB_OUTPUTS", str(tmp_path))
-    notebook = executed(nbformat.read(path, as_version=4), tmp_path)
-    assert len(shown(notebook.cells, "image/png")) == 4 == len(FIGURE.findall("\n".join(code_of(path))))
-
-
-def test_the_paper_s_notebooks_run_and_show_their_figures_and_verdicts(
+def test_the_quickstart_notebook_runs_and_shows_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One kernel for all, emptied before each."""
+    (path,) = set(NOTEBOOKS) - set(PAPER_NOTEBOOKS)
+    fill_store(load(path.stem, outputs=tmp_path), Store(tmp_path))
+    monkeypatch.setenv("GKD_LAB_OUTPUTS", str(tmp_path))
+    notebook = execute(nbformat.read(path, as_version=4), tmp_path)
+    assert (
+        len(list_outputs(notebook.cells, "image/png"))
+        == 4
+        == len(FIGURE.findall("\n".join(read_code_cells(path))))
+    )
+
+
+def test_the_papers_notebooks_run_and_show_their_figures_and_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel runs all, reset before each."""
     monkeypatch.setenv("GKD_LAB_TABLES", str(tmp_path))
-    notebooks = [nbformat.read(path, as_version=4) for path in OF_PAPER]
+    notebooks = [nbformat.read(path, as_version=4) for path in PAPER_NOTEBOOKS]
     joined = nbformat.v4.new_notebook(metadata=notebooks[0].metadata)
-    for path, notebook in zip(OF_PAPER, notebooks, strict=True):
+    for path, notebook in zip(PAPER_NOTEBOOKS, notebooks, strict=True):
         (tmp_path / f"{path.stem}.parquet").write_bytes(
-            encode_table(made_table(path.stem, tmp_path), "parquet")
+            encode_table(build_synthetic_table(path.stem, tmp_path), "parquet")
         )
         joined.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
-    executed(joined, tmp_path)
-    for path, notebook in zip(OF_PAPER, notebooks, strict=True):
-        figures = FIGURE.findall("\n".join(code_of(path)))
-        assert len(shown(notebook.cells, "image/png")) == len(figures) > 0, path.stem
-        printed = "".join(shown(notebook.cells, "stream"))
+    execute(joined, tmp_path)
+    for path, notebook in zip(PAPER_NOTEBOOKS, notebooks, strict=True):
+        figures = FIGURE.findall("\n".join(read_code_cells(path)))
+        assert len(list_outputs(notebook.cells, "image/png")) == len(figures) > 0, path.stem
+        printed = "".join(list_outputs(notebook.cells, "stream"))
         claims = experiments.outline_experiment(path.stem)[0].paper.claims
         assert re.findall(r"^(C\d+b?) ", printed, re.MULTILINE) == list(claims), path.stem
         assert printed.count("The paper's own numbers:") == len(claims)
@@ -94,7 +101,7 @@ def test_the_paper_s_notebooks_run_and_show_their_figures_and_verdicts(
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_has_short_cells_and_defines_nothing(path: Path) -> None:
-    for source in code_of(path):
+    for source in read_code_cells(path):
         assert len(source.splitlines()) <= 12
         assert not any(
             isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)
@@ -103,8 +110,8 @@ def test_a_notebook_has_short_cells_and_defines_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_a_notebook_imports_it_uses(path: Path) -> None:
-    tree = ast.parse("\n".join(code_of(path)))
+def test_a_notebook_uses_all_its_imports(path: Path) -> None:
+    tree = ast.parse("\n".join(read_code_cells(path)))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -112,7 +119,7 @@ def test_what_a_notebook_imports_it_uses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_kept_outputs_hold_no_error_and_no_place_on_a_machine(path: Path) -> None:
+def test_stored_outputs_have_no_error_and_no_local_path(path: Path) -> None:
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
@@ -122,11 +129,13 @@ def test_kept_outputs_hold_no_error_and_no_place_on_a_machine(path: Path) -> Non
     assert not re.search(r"/(home|root|tmp|work|Users)/", text)
 
 
-def test_every_figure_of_the_paper_that_is_an_experiment_has_one_and_a_notebook() -> None:
-    found = {
+def test_each_figure_of_the_paper_has_an_experiment_and_each_experiment_a_notebook() -> None:
+    experiment_figures = {
         name: set(experiments.outline_experiment(name)[0].paper.figures)
         for name in experiments.list_experiment_files()
     }
     figures = {*"123456789", *(f"A.{number}" for number in range(10, 16))}
-    assert set().union(*found.values()) == figures
-    assert {path.stem for path in NOTEBOOKS} == {name for name in found if not name.startswith("nano_")}
+    assert set().union(*experiment_figures.values()) == figures
+    assert {path.stem for path in NOTEBOOKS} == {
+        name for name in experiment_figures if not name.startswith("nano_")
+    }

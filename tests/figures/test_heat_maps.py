@@ -1,4 +1,4 @@
-"""Figures say what the table says; looked at through the texts and lines that they draw."""
+"""Heat maps, curves and SVGs, compared with the table by the texts and lines that they draw."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def squares(figure: Figure, panel: int = 0) -> dict[tuple[int, int], str]:
-    """(column, row from below) -> text in the square."""
+def read_squares(figure: Figure, panel: int = 0) -> dict[tuple[int, int], str]:
+    """Map (column, row from below) to the text in the square."""
     axes = figure.axes[panel]
     return {
         (round(text.get_position()[0]), round(text.get_position()[1])): text.get_text()
@@ -29,7 +29,8 @@ def squares(figure: Figure, panel: int = 0) -> dict[tuple[int, int], str]:
     }
 
 
-def texts(figure: Figure) -> str:
+def join_texts(figure: Figure) -> str:
+    """Join all texts of a figure."""
     return "\n".join(text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text")))
 
 
@@ -47,30 +48,30 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
     ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "0.5", "1"]
     assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last row, lmbda 1, is on top
-    shown = squares(figure)
-    assert shown[0, 0] == "+10.0"  # 40 - 30
-    assert shown[0, 2] == "+40.0"
-    assert shown[2, 1] == "+21.0"  # 30 + 30 * 0.5 - 4 + 10 - 30 = 51 - 30
+    squares = read_squares(figure)
+    assert squares[0, 0] == "+10.0"  # 40 - 30
+    assert squares[0, 2] == "+40.0"
+    assert squares[2, 1] == "+21.0"  # 30 + 30 * 0.5 - 4 + 10 - 30 = 51 - 30
     bold = [text.get_text() for text in axes.texts if text.get_fontweight() == "bold"]
     assert bold == ["+40.0"]
-    assert "improvement over the SFT student (30.0)" in texts(figure)
-    assert "teacher 95.0" in texts(figure)
+    assert "improvement over the SFT student (30.0)" in join_texts(figure)
+    assert "teacher 95.0" in join_texts(figure)
 
 
-def test_losses_of_points_carry_a_real_minus_sign(store: Store) -> None:
+def test_negative_gains_have_a_true_minus_sign(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store, start_score=60.0)
-    assert squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
+    assert read_squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
 
 
-def test_gains_that_are_all_small_show_a_second_decimal(store: Store) -> None:
+def test_small_gains_have_two_decimals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
     frame = table(grid, store)
     frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
-    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
+    assert read_squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
     frame["accuracy"] = (10 * frame["accuracy"]).round() / 10
-    assert squares(heat_map(frame, "accuracy"))[0, 0] == "+0.3"
+    assert read_squares(heat_map(frame, "accuracy"))[0, 0] == "+0.3"
 
 
 def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> None:
@@ -78,31 +79,31 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
     fill_store(grid, store, cells=grid.cells[2:])
     store.get_record(grid.cells[1]).mark_failed("ValueError: broken")
     figure = heat_map(table(grid, store), "accuracy")
-    shown = squares(figure)
-    assert (shown[0, 0], shown[1, 0]) == ("missing", "failed")
+    squares = read_squares(figure)
+    assert (squares[0, 0], squares[1, 0]) == ("missing", "failed")
     (mesh,) = figure.axes[0].collections
     assert mesh.get_array().mask.sum() == 2
     assert figure.axes[0].patch.get_hatch()
 
 
-def test_without_the_sft_student_the_scores_stand_as_measured(store: Store) -> None:
+def test_the_heat_map_shows_scores_where_the_sft_student_is_missing(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
     frame = table(grid, store)
     figure = heat_map(frame[frame["role"] == "cell"], "accuracy")
-    assert squares(figure)[0, 0] == "40.0"
-    assert "the SFT student is missing" in texts(figure)
+    assert read_squares(figure)[0, 0] == "40.0"
+    assert "the SFT student is missing" in join_texts(figure)
 
 
-def test_a_square_averages_its_seeds_and_counts_them(store: Store) -> None:
+def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:5])
-    shown = squares(heat_map(table(grid, store), "accuracy"))
-    assert shown[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
-    assert shown[0, 1] == "+38.5\n2 of 3 seeds"
+    squares = read_squares(heat_map(table(grid, store), "accuracy"))
+    assert squares[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
+    assert squares[0, 1] == "+38.5\n2 of 3 seeds"
 
 
-def test_every_task_and_every_value_of_another_axis_has_its_panel(store: Store) -> None:
+def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> None:
     students = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
     fill_store(students, store)
     figure = heat_map(table(students, store), "accuracy")
@@ -116,14 +117,14 @@ def test_every_task_and_every_value_of_another_axis_has_its_panel(store: Store) 
     assert [a.get_title(loc="left") for a in curves(frame, "accuracy").axes] == ["arithmetic"]
 
 
-def test_a_collapsed_cell_is_drawn_wherever_it_was_asked_for(store: Store) -> None:
+def test_a_collapsed_cell_is_drawn_at_each_combination(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     fill_store(grid, store)
     figure = heat_map(table(grid, store), "accuracy")
-    assert [squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
+    assert [read_squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
 
 
-def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) -> None:
+def test_total_variation_is_a_column_after_reverse_kl(store: Store) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
     fill_store(grid, store)
     frame = table(grid, store)
@@ -131,16 +132,16 @@ def test_total_variation_is_one_more_divergence_in_the_same_panel(store: Store) 
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
     columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert columns == ["Forward KL", "Reverse KL", "Total variation"]
-    assert squares(figure)[2, 1] == "+39.0"  # 40 + 30 - 4 / 4 - 30
-    drawn = curves(frame, "accuracy")
-    lines = {line.get_label(): list(line.get_ydata()) for line in drawn.axes[0].get_lines()}
+    assert read_squares(figure)[2, 1] == "+39.0"  # 40 + 30 - 4 / 4 - 30
+    figure_of_curves = curves(frame, "accuracy")
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure_of_curves.axes[0].get_lines()}
     assert lines["Total variation"] == [39.0, 69.0]
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == columns
+    assert [text.get_text() for text in figure_of_curves.legends[0].get_texts()] == columns
     histories = loss_curves(grid, store).legends[0]
     assert [text.get_text() for text in histories.get_texts()] == columns
 
 
-def test_an_unknown_metric_is_answered_with_the_columns_there_are(store: Store) -> None:
+def test_an_unknown_metric_is_refused_with_the_score_columns(store: Store) -> None:
     with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
         heat_map(table(build_grid(), store), "rouge")
 
@@ -157,7 +158,7 @@ def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> N
     assert {"SFT student 30.0", "teacher 95.0"} <= {text.get_text() for text in axes.texts}
 
 
-def test_losses_have_a_panel_for_each_lmbda_and_a_line_for_each_cell(store: Store) -> None:
+def test_loss_curves_have_a_panel_for_each_lmbda_and_a_line_for_each_cell(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[:5])
     figure = loss_curves(grid, store)
@@ -167,7 +168,7 @@ def test_losses_have_a_panel_for_each_lmbda_and_a_line_for_each_cell(store: Stor
     assert set(shares.get_ydata()) == {0.5}
 
 
-def test_a_diverged_cell_leaves_the_others_readable(store: Store) -> None:
+def test_a_nan_loss_does_not_spoil_the_scale(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
     store.get_record(grid.cells[0]).log_row({"step": 550, "loss": float("nan")})
@@ -176,10 +177,10 @@ def test_a_diverged_cell_leaves_the_others_readable(store: Store) -> None:
     assert 0 < axes.get_ylim()[0] < axes.get_ylim()[1] < 2
 
 
-def test_nothing_done_still_draws(store: Store) -> None:
+def test_a_grid_with_nothing_done_can_be_drawn(store: Store) -> None:
     grid = build_grid()
     frame = table(grid, store)
-    assert set(squares(heat_map(frame, "accuracy")).values()) == {"missing"}
+    assert set(read_squares(heat_map(frame, "accuracy")).values()) == {"missing"}
     assert not curves(frame, "accuracy").legends
     assert not loss_curves(grid, store).legends
 
@@ -189,17 +190,17 @@ def test_labels_are_the_papers_and_colours_differ() -> None:
     labels = ["Forward KL", "JSD(0.1)", "JSD(0.5)", "JSD(0.9)", "Reverse KL"]
     assert [divergence_label(beta) for beta in betas] == labels
     assert len({get_divergence_color(beta) for beta in betas}) == 5
-    for none in (None, float("inf"), float("nan")):
-        assert divergence_label(none) == "Total variation"
-        assert get_divergence_color(none) not in [get_divergence_color(beta) for beta in betas]
+    for no_beta in (None, float("inf"), float("nan")):
+        assert divergence_label(no_beta) == "Total variation"
+        assert get_divergence_color(no_beta) not in [get_divergence_color(beta) for beta in betas]
 
 
-def test_text_contrasts_with_what_it_stands_on() -> None:
+def test_text_contrasts_with_its_background() -> None:
     assert choose_text_color("#08306b") == "#ffffff"
     assert choose_text_color("#eef4fa") == "#000000"
 
 
-def test_svgs_of_one_page_share_no_id_and_ask_for_nothing(store: Store) -> None:
+def test_svgs_of_one_page_share_no_id_and_make_no_request(store: Store) -> None:
     import re
 
     grid = build_grid()
@@ -208,8 +209,8 @@ def test_svgs_of_one_page_share_no_id_and_ask_for_nothing(store: Store) -> None:
     first, second = (render_inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0] and not ids[0] & ids[1]
-    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', first))
-    assert {a or b for a, b in used} <= ids[0]
+    references = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', first))
+    assert {a or b for a, b in references} <= ids[0]
     assert "http" not in first and "<style" not in first
     assert 'aria-label="a &lt; b"' in first
     assert "missing</text>" in first  # text stays text

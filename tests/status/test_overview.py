@@ -1,4 +1,4 @@
-"""What `plan` says of a grid: what varies without being an axis, what collapses, what is not read."""
+"""Overview of a grid: packs, collapsed cells, notes on unused and undeclared fields, the listing."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from gkd_lab.store import Store
 from ..tables.synthetic_store import build_grid
 
 
-def seen(tmp_path: Path, **document: Any) -> Overview:
+def build_grid_overview(tmp_path: Path, **document: Any) -> Overview:
     return build_overview(build_grid(**document), Store(tmp_path), "auto")
 
 
@@ -30,28 +30,28 @@ def seen(tmp_path: Path, **document: Any) -> Overview:
         ("temperature", [0.5, 1], (2,)),
     ],
 )
-def test_an_axis_makes_a_cell_of_each_value_and_accounts_for_all_that_differs(
+def test_each_value_of_an_axis_is_a_cell_and_no_other_field_differs(
     axis: str, values: list[Any], packs: tuple[int, ...], tmp_path: Path
 ) -> None:
-    found = seen(tmp_path, grid={axis: values})
-    assert len({view.cell.fingerprint for view in found.cells}) == len(values)
-    assert found.pack_sizes == packs
-    assert found.collapsed_notes == ()
-    assert [note for note in found.notes if "differ" in note] == []
+    overview = build_grid_overview(tmp_path, grid={axis: values})
+    assert len({view.cell.fingerprint for view in overview.cells}) == len(values)
+    assert overview.pack_sizes == packs
+    assert overview.collapsed_notes == ()
+    assert [note for note in overview.notes if "differ" in note] == []
 
 
-def test_total_variation_collapses_over_beta_and_says_that_it_has_none(tmp_path: Path) -> None:
-    found = seen(tmp_path, grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
-    (collapsed,) = found.collapsed_notes
+def test_total_variation_collapses_over_beta_with_a_note(tmp_path: Path) -> None:
+    overview = build_grid_overview(tmp_path, grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
+    (collapsed,) = overview.collapsed_notes
     assert collapsed.startswith("3 combinations are one cell")
     assert "divergence=tv beta=0.5" in collapsed
-    assert found.notes == ("total variation reads no beta: 1 of 4 cells",)
+    assert overview.notes == ("total variation reads no beta: 1 of 4 cells",)
 
 
-def test_a_beta_that_the_file_states_is_said_not_to_be_read(tmp_path: Path) -> None:
+def test_an_unused_beta_is_noted(tmp_path: Path) -> None:
     note = "total variation reads no beta: 2 of 2 cells"
-    assert seen(tmp_path, divergence="tv", beta=0.5, grid={"lmbda": [0, 1]}).notes == (note,)
-    assert seen(tmp_path, divergence="tv", grid={"lmbda": [0, 1]}).notes == ()
+    assert build_grid_overview(tmp_path, divergence="tv", beta=0.5, grid={"lmbda": [0, 1]}).notes == (note,)
+    assert build_grid_overview(tmp_path, divergence="tv", grid={"lmbda": [0, 1]}).notes == ()
 
 
 def test_a_cell_without_beta_is_listed_with_a_dash(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`verify` finds every byte that no longer is what a fingerprint, a hash or a score stands for."""
+"""Verification finds each kind of damage to a record and nothing else."""
 
 import json
 import shutil
@@ -17,7 +17,11 @@ from gkd_lab.store.provenance import collect_provenance, describe_sources
 from ..tables.prediction_records import write_predictions
 from ..tables.synthetic_store import build_grid
 
-WRITTEN = [("1 + 1 =", "#### 2", "#### 2"), ("1 + 2 =", "#### 4", "#### 3"), ("2 + 2 =", "#### 4", "#### 4")]
+PREDICTIONS = [
+    ("1 + 1 =", "#### 2", "#### 2"),
+    ("1 + 2 =", "#### 4", "#### 3"),
+    ("2 + 2 =", "#### 4", "#### 4"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,56 +30,56 @@ def grid() -> Grid:
 
 
 @pytest.fixture(scope="module")
-def whole(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both reference models and both cells, finished as a run finishes them."""
-    found = Store(tmp_path_factory.mktemp("whole"))
+def finished_outputs(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write both reference models and both cells as a run finishes them."""
+    store = Store(tmp_path_factory.mktemp("finished_outputs"))
     for role, model, cells in list_references(grid.cells):
-        record = found.get_artifact(grid.scale, role, model)
+        record = store.get_artifact(grid.scale, role, model)
         record.write_spec(model, role=role)
-        weigh(record, role)
+        write_checkpoint(record, role)
         record.write_provenance(collect_provenance())
         record.finish(parameters=1)
-        write_predictions(record, cells[0].evaluations[0], WRITTEN)  # type: ignore[arg-type]
+        write_predictions(record, cells[0].evaluations[0], PREDICTIONS)  # type: ignore[arg-type]
     for cell in grid.cells:
-        record = found.get_record(cell)
+        record = store.get_record(cell)
         record.write_spec(cell.training, scale=cell.scale, labels=cell.labels)
         record.rewind_history(0)
         record.log_row({"step": 10, "loss": 0.5})
-        weigh(record, cell.fingerprint)
-        record.write_provenance(collect_provenance(**describe_sources(cell.training, cell.scale, found)))
+        write_checkpoint(record, cell.fingerprint)
+        record.write_provenance(collect_provenance(**describe_sources(cell.training, cell.scale, store)))
         record.finish(steps=10)
-        write_predictions(record, cell.evaluations[0], WRITTEN)  # type: ignore[arg-type]
-    return found.root
+        write_predictions(record, cell.evaluations[0], PREDICTIONS)  # type: ignore[arg-type]
+    return store.root
 
 
 @pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Store:
-    """A copy to damage."""
-    shutil.copytree(whole, tmp_path / "outputs")
+def store(finished_outputs: Path, tmp_path: Path) -> Store:
+    """Copy the finished outputs, to be damaged."""
+    shutil.copytree(finished_outputs, tmp_path / "outputs")
     return Store(tmp_path / "outputs")
 
 
-def weigh(record: Record, content: str) -> None:
+def write_checkpoint(record: Record, content: str) -> None:
     record.checkpoint.mkdir()
     (record.checkpoint / "model.safetensors").write_text(content)
 
 
-def verified(grid: Grid, store: Store) -> VerificationResult:
+def verify_all(grid: Grid, store: Store) -> VerificationResult:
     return verify_records(grid, store, list_candidate_records(grid, store))
 
 
-def test_a_finished_experiment_matches(grid: Grid, store: Store) -> None:
-    found = verified(grid, store)
-    assert (found.mismatches, found.notes, found.missing) == ([], [], 0)
-    assert (found.records, found.evaluations) == (4, 4)
-    assert found.files == 2 * 3 + 2 * 4
+def test_a_finished_experiment_has_no_mismatch(grid: Grid, store: Store) -> None:
+    result = verify_all(grid, store)
+    assert (result.mismatches, result.notes, result.missing) == ([], [], 0)
+    assert (result.records, result.evaluations) == (4, 4)
+    assert result.files == 2 * 3 + 2 * 4
 
 
-def change(path: Path, **fields: Any) -> None:
+def change_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def rewrite(path: Path, old: str, new: str) -> None:
+def replace_text(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -83,9 +87,11 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 Damage = Callable[[Record, EvaluationRecord], object]
 DAMAGES: dict[str, Damage] = {
-    "spec.json was": lambda record, _: rewrite(record.folder / "spec.json", '"steps": 10', '"steps": 20'),
-    "spec.json has format 0": lambda record, _: change(record.folder / "spec.json", format=0),
-    "spec.json is no Training: steps": lambda record, _: rewrite(
+    "spec.json was": lambda record, _: replace_text(
+        record.folder / "spec.json", '"steps": 10', '"steps": 20'
+    ),
+    "spec.json has format 0": lambda record, _: change_json(record.folder / "spec.json", format=0),
+    "spec.json is no Training: steps": lambda record, _: replace_text(
         record.folder / "spec.json", '"steps": 10', '"steps": -1'
     ),
     "spec.json is missing or damaged": lambda record, _: (record.folder / "spec.json").write_text("{"),
@@ -95,63 +101,63 @@ DAMAGES: dict[str, Damage] = {
     ).write_text("other"),
     "metrics.jsonl is missing": lambda record, _: record.metrics_file.unlink(),
     "provenance.json is missing or damaged": lambda record, _: (record.folder / "provenance.json").unlink(),
-    "names data 0, not its own": lambda record, _: change(
+    "names data 0, not its own": lambda record, _: change_json(
         record.folder / "provenance.json", data={"revision": "0"}
     ),
-    "predictions.jsonl is cut short: 2 of 3": lambda _, part: (part.folder / "predictions.jsonl").write_text(
-        "".join((part.folder / "predictions.jsonl").read_text().splitlines(keepends=True)[:2])
+    "predictions.jsonl is cut short: 2 of 3": lambda _, evaluation: (
+        evaluation.folder / "predictions.jsonl"
+    ).write_text(
+        "".join((evaluation.folder / "predictions.jsonl").read_text().splitlines(keepends=True)[:2])
     ),
-    "predictions.jsonl:1: expected a JSON object": lambda _, part: rewrite(
-        part.folder / "predictions.jsonl", "{", ""
+    "predictions.jsonl:1: expected a JSON object": lambda _, evaluation: replace_text(
+        evaluation.folder / "predictions.jsonl", "{", ""
     ),
-    "predictions.jsonl is missing": lambda _, part: (part.folder / "predictions.jsonl").unlink(),
-    "accuracy is 66.6": lambda _, part: rewrite(part.folder / "predictions.jsonl", "#### 2", "#### 9"),
-    "accuracy is 70.0 in scores.json, 66.6": lambda _, part: change(
-        part.folder / "scores.json", accuracy={**part.read_scores()["accuracy"], "value": 70.0}
+    "predictions.jsonl is missing": lambda _, evaluation: (evaluation.folder / "predictions.jsonl").unlink(),
+    "accuracy is 66.6": lambda _, evaluation: replace_text(
+        evaluation.folder / "predictions.jsonl", "#### 2", "#### 9"
     ),
-    "scores.json has no accuracy": lambda _, part: (part.folder / "scores.json").write_text("{}"),
-    "accuracy of 1 predictions": lambda _, part: rewrite(
-        part.folder / "predictions.jsonl", '"accuracy": 100.0', '"accuracy": 0.0'
+    "accuracy is 70.0 in scores.json, 66.6": lambda _, evaluation: change_json(
+        evaluation.folder / "scores.json", accuracy={**evaluation.read_scores()["accuracy"], "value": 70.0}
     ),
-    "evaluations/greedy": lambda _, part: rewrite(
-        part.folder / "spec.json", '"examples": 50', '"examples": 5'
+    "scores.json has no accuracy": lambda _, evaluation: (evaluation.folder / "scores.json").write_text("{}"),
+    "accuracy of 1 predictions": lambda _, evaluation: replace_text(
+        evaluation.folder / "predictions.jsonl", '"accuracy": 100.0', '"accuracy": 0.0'
+    ),
+    "evaluations/greedy": lambda _, evaluation: replace_text(
+        evaluation.folder / "spec.json", '"examples": 50', '"examples": 5'
     ),
 }
 
 
-@pytest.mark.parametrize(("said", "damage"), DAMAGES.items(), ids=DAMAGES.keys())
-def test_every_damage_is_reported(said: str, damage: Damage, grid: Grid, store: Store) -> None:
+@pytest.mark.parametrize(("message", "damage"), DAMAGES.items(), ids=DAMAGES.keys())
+def test_every_damage_is_reported(message: str, damage: Damage, grid: Grid, store: Store) -> None:
     record = store.get_record(grid.cells[0])
     damage(record, record.get_evaluation(grid.cells[0].evaluations[0]))
-    found = verified(grid, store)
-    assert any(said in line for line in found.mismatches), found.mismatches
-    assert all(line.startswith(grid.cells[0].folder) for line in found.mismatches)
+    result = verify_all(grid, store)
+    assert any(message in line for line in result.mismatches), result.mismatches
+    assert all(line.startswith(grid.cells[0].folder) for line in result.mismatches)
 
 
-def test_a_teacher_that_was_built_anew_is_not_the_one_that_cells_were_made_with(
-    grid: Grid, store: Store
-) -> None:
+def test_a_rebuilt_teacher_is_a_mismatch_of_its_cells(grid: Grid, store: Store) -> None:
     teacher = store.get_artifact(grid.scale, "teacher", grid.cells[0].training.teacher)
     (teacher.checkpoint / "model.safetensors").write_text("built anew")
     teacher.finish(parameters=1)
-    found = verified(grid, store)
-    assert len(found.mismatches) == 2
-    assert all("its teacher" in line and "had another" in line for line in found.mismatches)
+    result = verify_all(grid, store)
+    assert len(result.mismatches) == 2
+    assert all("its teacher" in line and "had another" in line for line in result.mismatches)
 
 
-def test_data_that_changed_are_reported_with_the_records_that_were_made_of_them(
-    grid: Grid, store: Store
-) -> None:
-    """The experiment's cells are others then: all are missing, and those of before are named."""
+def test_changed_data_are_a_mismatch_of_the_records_that_used_them(grid: Grid, store: Store) -> None:
+    """The experiment then has other cells, which are missing; its old records are the mismatches."""
     later = build_grid(grid={"lmbda": [0, 1], "beta": [0.5]})
-    cells = tuple(_with_data(cell, revision="2") for cell in later.cells)
-    found = verified(_replaced(later, cells), store)
-    assert found.missing == 2
-    assert len(found.mismatches) == 4
-    assert all("data arithmetic arithmetic was 1, it is 2 now" in line for line in found.mismatches)
+    cells = tuple(change_data(cell, revision="2") for cell in later.cells)
+    result = verify_all(replace_cells(later, cells), store)
+    assert result.missing == 2
+    assert len(result.mismatches) == 4
+    assert all("data arithmetic arithmetic was 1, it is 2 now" in line for line in result.mismatches)
 
 
-def _with_data(cell: Any, **changes: Any) -> Any:
+def change_data(cell: Any, **changes: Any) -> Any:
     from dataclasses import replace
 
     training = cell.training
@@ -164,33 +170,33 @@ def _with_data(cell: Any, **changes: Any) -> Any:
     )
 
 
-def _replaced(grid: Grid, cells: tuple[Any, ...]) -> Grid:
+def replace_cells(grid: Grid, cells: tuple[Any, ...]) -> Grid:
     from dataclasses import replace
 
     return replace(grid, cells=cells)
 
 
-def test_another_experiments_records_are_left_alone(grid: Grid, store: Store) -> None:
+def test_records_of_another_experiment_are_not_verified(grid: Grid, store: Store) -> None:
     other = build_grid(grid={"lmbda": [0.5], "beta": [0.5]})
     store.get_record(grid.cells[0]).metrics_file.unlink()
-    found = verified(other, store)
-    assert (found.mismatches, found.missing, found.records) == ([], 1, 2)
+    result = verify_all(other, store)
+    assert (result.mismatches, result.missing, result.records) == ([], 1, 2)
 
 
-def test_a_score_of_another_version_is_noted_and_not_compared(grid: Grid, store: Store) -> None:
-    part = store.get_record(grid.cells[0]).get_evaluation(grid.cells[0].evaluations[0])
-    was = {**part.read_scores()["accuracy"], "signature": "accuracy|rule:older", "value": 1.0}
-    change(part.folder / "scores.json", accuracy=was)
-    found = verified(grid, store)
-    assert found.mismatches == []
-    (note,) = found.notes
+def test_a_score_with_another_signature_is_noted_and_not_compared(grid: Grid, store: Store) -> None:
+    evaluation = store.get_record(grid.cells[0]).get_evaluation(grid.cells[0].evaluations[0])
+    outdated = {**evaluation.read_scores()["accuracy"], "signature": "accuracy|rule:older", "value": 1.0}
+    change_json(evaluation.folder / "scores.json", accuracy=outdated)
+    result = verify_all(grid, store)
+    assert result.mismatches == []
+    (note,) = result.notes
     assert "accuracy was computed as accuracy|rule:older" in note
 
 
-def test_what_is_not_finished_or_was_recorded_before_is_no_mismatch(grid: Grid, store: Store) -> None:
+def test_unfinished_records_and_missing_hashes_are_no_mismatch(grid: Grid, store: Store) -> None:
     first, second = (store.get_record(cell) for cell in grid.cells)
     first.status_file.unlink()
     (second.folder / "files.json").unlink()
-    found = verified(grid, store)
-    assert found.mismatches == []
-    assert ["no hashes" in note for note in found.notes] == [True]
+    result = verify_all(grid, store)
+    assert result.mismatches == []
+    assert ["no hashes" in note for note in result.notes] == [True]

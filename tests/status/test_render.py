@@ -1,0 +1,44 @@
+"""Listings in a terminal and in a pipe."""
+
+import io
+
+from rich.console import Console
+from rich.text import Text
+
+from gkd_lab.status.render import Listing, print_listing
+
+LISTING = Listing(
+    columns=["cell", "task", "lmbda", "beta", "seed", "status", "owner", "step", "loss", "left"],
+    rows=[
+        ["e208257d", "summarization", "0.5", "0.1", "0", "running", "node:1234567", "12/400", "0.2", "4 min"],
+        ["ab84e798", "summarization", "0.5", "1", "0", "missing", "", "0/400", "", ""],
+    ],
+    styles=["yellow", ""],
+)
+
+
+def print_lines(listing: Listing, *, is_terminal: bool) -> list[str]:
+    out = io.StringIO()
+    print_listing(listing, Console(file=out, force_terminal=is_terminal, no_color=False, width=80))
+    return out.getvalue().splitlines()
+
+
+def test_a_pipe_gets_a_line_for_each_row_without_colours() -> None:
+    header, first, second = print_lines(LISTING, is_terminal=False)
+    assert header.split() == LISTING.columns
+    assert first.split(maxsplit=9) == LISTING.rows[0]
+    assert second.split() == [text for text in LISTING.rows[1] if text]
+    assert "\x1b" not in header + first + second
+
+
+def test_a_narrow_terminal_gets_folded_columns_and_whole_fingerprints() -> None:
+    lines = [Text.from_ansi(line).plain for line in print_lines(LISTING, is_terminal=True)]
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 80
+    assert all(any({row[0], row[5], row[7]} <= set(line.split()) for line in lines) for row in LISTING.rows)
+
+
+def test_a_terminal_gets_no_empty_column() -> None:
+    listing = Listing(["cell", "owner"], [["e208257d", ""]])
+    assert "owner" not in "".join(print_lines(listing, is_terminal=True))
+    assert "owner" in "".join(print_lines(listing, is_terminal=False))
