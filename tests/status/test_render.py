@@ -19,7 +19,7 @@ LISTING = Listing(
 
 def print_lines(listing: Listing, *, is_terminal: bool) -> list[str]:
     out = io.StringIO()
-    print_listing(listing, Console(file=out, force_terminal=is_terminal, no_color=False, width=80))
+    print_listing(listing, Console(file=out, force_terminal=is_terminal, width=70))
     return out.getvalue().splitlines()
 
 
@@ -34,7 +34,7 @@ def test_a_pipe_gets_a_line_for_each_row_without_colours() -> None:
 def test_a_narrow_terminal_gets_folded_columns_and_whole_fingerprints() -> None:
     lines = [Text.from_ansi(line).plain for line in print_lines(LISTING, is_terminal=True)]
     assert len(lines) > 3
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 70
     assert all(any({row[0], row[5], row[7]} <= set(line.split()) for line in lines) for row in LISTING.rows)
 
 
