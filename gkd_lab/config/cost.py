@@ -3,29 +3,24 @@
 Counts 2 FLOPs per parameter and token forward and 4 backward, with sequences of the maximum length.
 """
 
-from gkd_lab.config.artifact_specs import Architecture, Family, SftModel
+from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Training
 
 NOMINAL_FLOPS_PER_SECOND = 80e9
 """Two CPU cores on nano models, overhead included: measured with the quickstart."""
 
 
-def count_architecture_parameters(architecture: Architecture, family: Family, vocab_size: int) -> int:
-    """Return the number of parameters of a model made from scratch; tied embeddings count once."""
-    width, forward = architecture.width, architecture.feed_forward
-    attention, mlp = 4 * width * width, 3 * width * forward
-    stacks = attention + mlp
-    if family == "encoder-decoder":
-        stacks += 2 * attention + mlp
-    return architecture.layers * stacks + vocab_size * width
-
-
 def count_model_parameters(model: SftModel) -> int | None:
-    """Return the number of parameters of a model; None if it is loaded."""
+    """Return the number of parameters of a model, tied embeddings once; None if it is loaded."""
     architecture = model.model.architecture
     if architecture is None:
         return None
-    return count_architecture_parameters(architecture, model.family, model.tokenizer.vocab_size or 1024)
+    width = architecture.width
+    attention, mlp = 4 * width * width, 3 * width * architecture.feed_forward
+    layer = attention + mlp
+    if model.family == "encoder-decoder":
+        layer += 2 * attention + mlp
+    return architecture.layers * layer + (model.tokenizer.vocab_size or 1024) * width
 
 
 def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float | None:

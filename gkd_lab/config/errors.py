@@ -1,6 +1,7 @@
 """Errors that the user can fix. Each message names the value, the reason and the nearest valid choices."""
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,8 @@ def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
     classes = _list_model_classes(annotation)
     names = [name for owner in classes for name in _list_field_types(owner)]
     if kind == "union_tag_invalid":
-        types = [name for owner in classes for name in _list_literal_choices(_get_type_annotation(owner))]
-        return suggest_choices(value, types)
+        tags = [_list_literal_choices(owner.model_fields["type"].annotation) for owner in classes]
+        return suggest_choices(value, itertools.chain(*tags))
     if kind == "literal_error":
         return suggest_choices(value, _list_literal_choices(annotation))
     if kind in ("model_type", "model_attributes_type", "dict_type") or (kind == "string_type" and names):
@@ -105,11 +106,6 @@ def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
     bounds = _describe_bounds(annotation)
     requirement = _REQUIREMENTS.get(kind, "")
     return f"{requirement} {bounds}" if bounds and "number" in requirement else requirement
-
-
-def _get_type_annotation(model: type[BaseModel]) -> Any:
-    """Return the annotation of `type`, the field that tells the members of a union apart."""
-    return model.model_fields["type"].annotation
 
 
 def _describe_bounds(annotation: Any) -> str:

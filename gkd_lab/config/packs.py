@@ -6,11 +6,11 @@ run gets the same packs.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from gkd_lab.config.cell import Cell, Training
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.fingerprint import Frozen, canonical_json
+from gkd_lab.config.fingerprint import canonical_json
 
 PackLimit = int | Literal["auto", "off"]
 AUTO_PACK_SIZE = 16
@@ -35,12 +35,8 @@ def parse_pack_limit(text: str) -> PackLimit:
 def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
     """Group cells into packs of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
     groups: dict[str, list[Cell]] = {}
-    group_keys: dict[tuple[Any, ...], str] = {}
     for cell in cells:
-        identity = _build_identity_key(cell.training)
-        if identity not in group_keys:
-            group_keys[identity] = _serialize_shared_fields(cell.training)
-        groups.setdefault(group_keys[identity], []).append(cell)
+        groups.setdefault(_serialize_shared_fields(cell.training), []).append(cell)
     packs = []
     for group in groups.values():
         size = _get_pack_size(group[0], limit)
@@ -78,12 +74,6 @@ def _get_pack_size(cell: Cell, limit: PackLimit) -> int:
     if limit == "off" or explain_unpackable(cell):
         return 1
     return AUTO_PACK_SIZE if limit == "auto" else limit
-
-
-def _build_identity_key(training: Training) -> tuple[Any, ...]:
-    """Return a cheap key, equal for trainings that hold the same shared objects, as in most grids."""
-    values = (getattr(training, name) for name in _SHARED_FIELDS)
-    return (*(id(value) if isinstance(value, Frozen) else value for value in values), training.source.text)
 
 
 def _serialize_shared_fields(training: Training) -> str:

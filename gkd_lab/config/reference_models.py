@@ -31,13 +31,7 @@ _PLACEMENT_FIELDS = {"dtype", "parked"}
 """Fields of a teacher that say how its weights are held while it teaches, not what it is."""
 _SERVER_FIELDS = ("model", "top_k", "tokenizer", "patience")
 """Fields of a model that need `server`."""
-_OPTIMIZER_FIELDS = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "cooldown_steps",
-)
+_OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "cooldown_steps")
 
 
 def resolve_sft_model(

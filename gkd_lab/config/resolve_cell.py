@@ -69,15 +69,7 @@ _TRAINING_FIELDS = (
 
 _SHORTHANDS = {
     "source": ("lmbda", "temperature", "method"),
-    "objectives": (
-        "method",
-        "beta",
-        "divergence",
-        "rescale_divergence",
-        "reward",
-        "alpha",
-        "anchor",
-    ),
+    "objectives": ("method", "beta", "divergence", "rescale_divergence", "reward", "alpha", "anchor"),
 }
 """Long form -> the settings that are short for a part of it."""
 

@@ -37,7 +37,10 @@ def test_a_classifier_is_distilled_on_the_data_by_default(tmp_path: Path) -> Non
             {"objectives": [{"beta": 0}, {"type": "hidden_states"}]},
             "hidden_states needs a language model",
         ),
-        ({"objectives": [{"type": "squared_error", "against": "labels"}]}, "for classes choose cross_entropy"),
+        (
+            {"objectives": [{"type": "squared_error", "against": "labels"}]},
+            "for classes choose cross_entropy",
+        ),
         ({"task": "scoring", "objectives": [{"type": "cross_entropy"}]}, "a regression predicts a number"),
         ({"task": "scoring", "objectives": [{"beta": 0}]}, "divergence compares distributions"),
         ({"evaluations": [{"decoding": "sample"}]}, "decoding sample"),

@@ -48,16 +48,12 @@ def test_a_layer_that_is_not_there_is_named(layers: LayerMap, said: str) -> None
 
 
 def test_the_shallower_model_bounds_the_last_layers() -> None:
-    with pytest.raises(
-        ConfigError, match="last_5: .* teacher is 2; the nearest rule is last_2"
-    ):
+    with pytest.raises(ConfigError, match=r"last_5: .* teacher is 2; the nearest rule is last_2"):
         resolve_layer_pairs("last_5", 4, 2)
 
 
 def test_a_map_of_attention_starts_at_the_first_layer() -> None:
-    with pytest.raises(
-        ConfigError, match=r"layer 0 of the student, .* 1 to 4; the nearest is 1"
-    ):
+    with pytest.raises(ConfigError, match=r"layer 0 of the student, .* 1 to 4; the nearest is 1"):
         resolve_layer_pairs(((0, 0),), 4, 8, lowest_layer=1)
 
 

@@ -167,7 +167,7 @@ def test_a_perfect_prediction_scores_a_hundred(metric: str) -> None:
     ("metric", "predictions", "references", "message"),
     [
         ("rouge3", ["a"], [["a"]], "unknown metric 'rouge3'; did you mean"),
-        ("blue", ["a"], [["a"]], "did you mean 'bleu'? valid: accuracy, exact_match"),
+        ("blue", ["a"], [["a"]], "did you mean 'bleu'? valid: bleu"),
         ("bleu", [], [], "nothing to score: there are 0 predictions"),
         ("bleu", ["a", "b"], [["a"]], "2 predictions, 1 lists of references"),
         ("bleu", ["a"], [[]], "references[0] is empty"),
