@@ -68,9 +68,7 @@ def test_a_generator_that_is_not_installed_is_told_before_anything_runs(
 
     monkeypatch.setattr("gkd_lab.tasks.instruction.version", missing)
     grid = experiments.load("nano_instruction", outputs=tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"need reasoning-gym .* none\): pip install 'gkd-lab\[r"
-    ):
+    with pytest.raises(ConfigError, match=r"need reasoning-gym .* none\): pip install 'gkd-lab\[r"):
         experiments.check_generators_and_rewards(grid)
     experiments.check_generators_and_rewards(experiments.load("quickstart", outputs=tmp_path))
 
