@@ -31,7 +31,7 @@ ROW_FORMS = """\
 
 
 class RowEncoder:
-    """Turns a row of a user's data set into an `ComparedExample`: ids of prompt and completion, cut apart.
+    """Turns a row of a user's data set into an `Example`: ids of prompt and completion, cut apart.
 
     max_length bounds prompt plus completion in tokens; None: no bound. A prompt keeps its last
     `max_length - min(max_new_tokens, max_length // 2)` tokens, the completion the first of what is then left.

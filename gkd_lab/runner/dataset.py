@@ -69,7 +69,7 @@ def build_text_pairs(model: SftModel, rows: tuple[Row, ...]) -> list[tuple[str, 
 def encode_examples(model: SftModel, tokenizer: Any, rows: tuple[Row, ...]) -> tuple[list[Any], SplitReport]:
     """Token ids of the rows within the model's limits, and how many rows were cut or left out.
 
-    `ComparedExample`s, or of a classifier `LabelledExample`.
+    `Example`s, or of a classifier `LabelledExample`.
     """
     encoded: Sequence[Example | LabelledExample]
     pairs, limit = build_text_pairs(model, rows), model.max_input_tokens

@@ -86,7 +86,7 @@ class ModelFreeTeacher(ABC):
 
 
 class CachedTeacher(ModelFreeTeacher):
-    """The scores in a folder (see `score_files`), of rows that are known by their `ComparedExample.number`."""
+    """The scores in a folder (see `score_files`), of rows that are known by their `Example.number`."""
 
     description, can_score_new_text = "a store of its scores", False
 
@@ -100,7 +100,7 @@ class CachedTeacher(ModelFreeTeacher):
         if rows.row_indices is None:
             raise ValueError(
                 "the teacher's scores are found by the rows' numbers, and these rows have none: give "
-                "`ComparedExample`s with `number`, the row's place in the data that was scored"
+                "`Example`s with `number`, the row's place in the data that was scored"
             )
         real = rows.completion_mask.bool()
         found = [

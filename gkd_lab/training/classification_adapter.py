@@ -66,7 +66,7 @@ class LabelledExample:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What the model reads, as an `ComparedExample` calls it."""
+        """What the model reads, as `Example` calls it."""
         return self.input_ids
 
     @property

@@ -81,7 +81,7 @@ class GKDTrainer(PackTrainer):
             starts.
         args: Common to all cells.
         data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
-        train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `ComparedExample`s.
+        train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `Example`s.
             Of a classifier: `text` (and `text_pair`), `tokens` or `input_ids`, and `label` or `labels`.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer of the student; None: the one in the model's folder.
@@ -91,7 +91,7 @@ class GKDTrainer(PackTrainer):
             be the student's, unless the teacher reads texts (the objective `uld`) and nothing else.
         more_teachers: Teachers besides the first, from number 1 on: a divergence says with which it compares.
         teacher_prompts: How a teacher with another tokenizer reads prompts, by the student's ids. Those of
-            rows that are no `ComparedExample`s are encoded for both.
+            rows that are no `Example`s are encoded for both.
         pack, cells: K students in one model, and what differs between them.
         log_cell: Called with (cell, row) whenever the Trainer logs.
         on_failure: Called with (cell, why) at once when a cell's loss or gradient is no number.
