@@ -8,7 +8,7 @@ are written out in its rule.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gkd_lab.claims.checks import (
+from gkd_lab.claims.claim_checks import (
     SFT_STUDENT,
     TEACHER,
     Check,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gkd_lab.claims.checks import Check, Contrast, WeightedScore
+from gkd_lab.claims.claim_checks import Check, Contrast, WeightedScore
 from gkd_lab.claims.definitions import Claim
 from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS, FigureCell
 from gkd_lab.claims.measurements import Measurement, load_paper_measurements

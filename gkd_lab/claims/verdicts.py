@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gkd_lab.claims.checks import Check
+from gkd_lab.claims.claim_checks import Check
 from gkd_lab.claims.definitions import Claim
 from gkd_lab.claims.figure_cells import (
     MODEL_FIELDS,

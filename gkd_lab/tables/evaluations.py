@@ -96,6 +96,7 @@ def _unambiguous_names(pairs: list[Pair]) -> list[str]:
 
 
 def _join_names(evaluations: list[FinishedEvaluation]) -> str:
+    """List the distinct names of evaluations."""
     return ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
 
 

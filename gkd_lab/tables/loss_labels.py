@@ -88,4 +88,5 @@ def _format_other_term(term_type: str, settings: Mapping[str, Any]) -> str:
 
 
 def _format_number(value: Any) -> str:
+    """Format a float without needless digits, anything else as it is."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -210,6 +210,7 @@ def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scor
 
 
 def _build_score_change(name: str, metric: str, before: MetricScores, after: MetricScores) -> ScoreChange:
+    """Compare one metric's score before and after."""
     old, new = before.get(metric, {}), after[metric]
     return ScoreChange(
         f"{name}/{metric}", old.get("value"), new["value"], old.get("signature"), new["signature"]
@@ -258,10 +259,12 @@ def _format_mean_change(changes: Sequence[ScoreChange]) -> str:
 
 
 def _format_new_mean(changes: Sequence[ScoreChange]) -> str:
+    """Format the mean of the new values."""
     return f"{fmean(change.new_value for change in changes):.2f}"
 
 
 def _join_signatures(changes: Sequence[ScoreChange]) -> str:
+    """List the distinct new signatures."""
     return ", ".join(sorted({change.new_signature for change in changes}))
 
 

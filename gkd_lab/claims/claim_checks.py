@@ -108,6 +108,7 @@ class ScoresHigher(Check):
     best_only: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast each better model, or the best one, with each worse one."""
         better = find_matches(figure_cells, self.better)
         if not better:
             return ColumnContrasts([], [self.better.name])
@@ -132,6 +133,7 @@ class Ranking(Check):
     selectors: tuple[ModelSelector, ...]
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast each model with the next one."""
         ranked = [(selector, find_matches(figure_cells, selector)) for selector in self.selectors]
         contrasts = [
             Contrast(f"{upper.name} against {lower.name}", _build_difference(upper_indices, lower_indices))
@@ -149,6 +151,7 @@ class MonotoneTrend(Check):
     is_falling: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast each value of the axis with the value before."""
         groups = group_by_axis(figure_cells, self.axis)
         sign = -1 if self.is_falling else 1
         contrasts = [
@@ -169,6 +172,7 @@ class ShrinkingSpan(Check):
     is_descending: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast the span at each value of the axis with the span at the next."""
         groups = group_by_axis(figure_cells, self.axis)
         spans = {value: indices for value, indices in groups.items() if len(indices) > 1}
         order = list(spans)[::-1] if self.is_descending else list(spans)
@@ -193,6 +197,7 @@ class SpanBelowEffect(Check):
     span_axis: str
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast the effect at each value with the span over all values."""
         better = group_by_axis(figure_cells, self.span_axis, self.better)
         worse = group_by_axis(figure_cells, self.span_axis, self.worse)
         span = build_span_scores([index for indices in better.values() for index in indices], sign=-1)
@@ -224,6 +229,7 @@ class GainRatio(Check):
     start: ModelSelector = SFT_STUDENT
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Contrast the gain with that of the baselines, averaged over the values that all have."""
         selectors = (self.better, self.start, *self.baselines)
         groups = [group_by_axis(figure_cells, self.averaged_axis, selector) for selector in selectors]
         better, starts, *baselines = groups
@@ -257,6 +263,7 @@ class MeasuredDifference(Check):
     is_ratio: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Build one contrast: the difference or the ratio."""
         selectors = (self.first, self.second)
         first, second = (tuple(find_matches(figure_cells, selector)) for selector in selectors)
         missing = _list_missing([(self.first, first), (self.second, second)])
@@ -277,6 +284,7 @@ class DifferenceOfChanges(Check):
     axis: str
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
+        """Build one contrast: the change of the first minus that of the second."""
         first = group_by_axis(figure_cells, self.axis, self.first)
         second = group_by_axis(figure_cells, self.axis, self.second)
         values = [value for value in first if value in second]
@@ -366,6 +374,7 @@ def _require_two_values(contrasts: Sequence[Contrast], axis: str) -> list[str]:
 
 
 def _format_step(axis: str, before: Any, after: Any) -> str:
+    """Format `from forward KL to JSD(0.1)`."""
     return f"from {format_field(axis, before)} to {format_field(axis, after)}"
 
 
