@@ -127,8 +127,8 @@ class EpochCallback(TrainerCallback):
 class KeyedBatchSampler(Sampler[list[int]]):
     """Yield batches of row indices: `batch_size` rows for each seed, in that seed's random order.
 
-    An epoch is one pass over the data; `drop_last` drops an incomplete last batch. Without `shuffled` the rows
-    come in the dataset's order for every seed.
+    An epoch is one pass over the data; `drop_last` drops an incomplete last batch. Without `shuffled` the
+    rows come in the dataset's order for every seed.
     """
 
     def __init__(

@@ -1,1 +1,5 @@
-"""Pairs of models: making, loading, forward passes of both families, and packing many cells in one model."""
+"""Models of both families: build, load, shard, read logits, and pack many cells into one model.
+
+`forward` and `heads` run a model, `packing` packs K students into one, `rng` has the keyed random streams and
+the on-policy coin.
+"""

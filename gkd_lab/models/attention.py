@@ -1,6 +1,7 @@
-"""Attention in float32 where a CPU computes in bfloat16 or float16.
+"""Compute attention in float32 on a CPU whose other layers compute in bfloat16 or float16.
 
-The backward pass of torch's attention is three times slower in bfloat16 than in float32 there (docs/log.md).
+On a CPU the backward pass of torch's attention is three times slower in bfloat16 than in float32
+(docs/log.md).
 """
 
 from collections.abc import Iterator
@@ -16,32 +17,26 @@ ATTENTION_KERNEL = "sdpa"
 
 @contextmanager
 def upcast_cpu_attention(enabled: bool = True) -> Iterator[None]:
-    """Within it transformers' `sdpa` attention of tensors on a CPU is computed in float32 at least."""
+    """Compute transformers' `sdpa` attention on a CPU at least in float32 within the block."""
     if not enabled:
         yield
         return
-    own = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
+    attention = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
 
-    def widened(
+    def upcast_attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> Any:
         if query.device.type != "cpu" or query.dtype == torch.float64:
-            return own(module, query, key, value, mask, **options)
+            return attention(module, query, key, value, mask, **options)
         with torch.autocast("cpu", enabled=False):
-            wide = mask if mask is None or mask.dtype == torch.bool else mask.float()
-            found, weights = own(
-                module, query.float(), key.float(), value.float(), wide, **_upcast_position_bias(options)
-            )
-        return found.to(query.dtype), weights
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+            if options.get("position_bias") is not None:  # T5 adds it to the attention scores.
+                options["position_bias"] = options["position_bias"].float()
+            output, weights = attention(module, query.float(), key.float(), value.float(), mask, **options)
+        return output.to(query.dtype), weights
 
-    ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = widened
+    ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = upcast_attention
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = own
-
-
-def _upcast_position_bias(options: dict[str, Any]) -> dict[str, Any]:
-    """T5's bias by position is added to what the softmax reads."""
-    bias = options.get("position_bias")
-    return options if bias is None else {**options, "position_bias": bias.float()}
+        ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] = attention

@@ -1,10 +1,11 @@
-"""Making and loading: tokenizers trained on a task's rows, models from scratch, checkpoints.
+"""Train tokenizers, build nano models with random weights, and load checkpoints.
 
-Nano models: Llama-like decoders, T5-like encoder-decoders (gated GELU, relative bias, tied head),
-ModernBERT-like classifiers.
+Nano models are Llama decoders, T5 encoder-decoders (gated GELU, relative bias, tied head) and ModernBERT
+classifiers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch
 
 
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A word-level or byte-level BPE tokenizer of at most `vocab_size` entries, learnt from `texts`."""
+    """Train a word-level or byte-level BPE tokenizer of at most `vocab_size` entries on `texts`."""
     special = [PAD, END, UNKNOWN]
     size = spec.vocab_size or 1024
     if spec.kind == "word":
@@ -75,9 +76,11 @@ def make_model(
     dropout: float,
     labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """A model with random weights drawn from `seed`; `max_tokens` bounds input plus output.
+    """Build a model with random weights drawn from `seed`.
 
-    labels: of a classifier, in the order of its outputs; none of a regression.
+    Args:
+        max_tokens: Limit of input plus output tokens.
+        labels: Labels of a classifier, in the order of its logits; none for a regression.
     """
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +128,7 @@ def _build_classifier(
     labels: Sequence[str],
     ids: dict[str, int],
 ) -> PreTrainedModel:
-    """A ModernBERT, which learns from scratch where a BERT of this size stays at the commonest label."""
+    """Build a ModernBERT: a BERT of this size, trained from scratch, only predicts the commonest label."""
     problem = "regression" if family == "regression" else "single_label_classification"
     config = ModernBertConfig(
         vocab_size=vocab_size,
@@ -153,7 +156,7 @@ def _build_classifier(
 
 
 def get_auto_class(family: Family) -> Any:
-    """transformers' class that loads a model of `family`."""
+    """Return transformers' auto class for a model of `family`."""
     return {
         "decoder-only": AutoModelForCausalLM,
         "encoder-decoder": AutoModelForSeq2SeqLM,
@@ -162,7 +165,7 @@ def get_auto_class(family: Family) -> Any:
 
 
 def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> PreTrainedModel:
-    """A checkpoint folder or hub name as a model of `family`; weights in the dtype of `precision`."""
+    """Load a checkpoint folder or hub name as a model of `family`, with weights of this precision."""
     with hide_progress_bars():
         model = get_auto_class(family).from_pretrained(
             str(folder), dtype=PRECISION_DTYPES[precision], trust_remote_code=False
@@ -172,25 +175,25 @@ def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> P
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a checkpoint folder; a pad token is set where there is none."""
+    """Load the tokenizer of a checkpoint folder; without a pad token it gets the EOS token as one."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-class hide_progress_bars:  # reads as a verb in a with statement
-    """Within it transformers writes no progress bars."""
-
-    def __enter__(self) -> None:
-        self.was_enabled = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was_enabled:
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Turn transformers' progress bars off within the block."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
             transformers_logging.enable_progress_bar()
 
 
 def count_trainable_parameters(model: PreTrainedModel) -> int:
-    """Trainable parameters."""
+    """Count a model's trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

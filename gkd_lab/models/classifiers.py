@@ -1,7 +1,7 @@
-"""Models that say one of a few labels, or a number, of a text or of each of its tokens.
+"""Classifiers and regressions: tell their kind, compare their labels, and shape their logits.
 
-Encoders and decoders alike: a classifier reads the prompt of `Sequences`, padded on the right, and each label
-is one position of the completion. Shapes: N rows, P input tokens, C labels of a row (1, or P), V labels.
+A classifier, be it an encoder or a decoder, reads the prompt of `Sequences`, padded on the right; each label
+is one position of the completion. Shapes: N rows, P input tokens, C labels per row (1, or P), V label names.
 """
 
 from typing import Any, Literal, get_args
@@ -28,10 +28,10 @@ _TOKEN_CLASSIFIER_NAMES = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 
 def get_classifier_kind(model: Any) -> ClassifierKind | None:
-    """What a model that is not wrapped classifies; None: it is no classifier.
+    """Return the kind of an unwrapped classifier, or None for a language model.
 
     Raises:
-        ValueError: for several labels at once, and for a regression of several numbers.
+        ValueError: for multi-label classification, and for a regression of several numbers.
     """
     names = {ancestor.__name__ for ancestor in type(model).__mro__}
     if names & _TOKEN_CLASSIFIER_NAMES or isinstance(model, GenericForTokenClassification):
@@ -42,6 +42,7 @@ def get_classifier_kind(model: Any) -> ClassifierKind | None:
 
 
 def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
+    """Tell a regression from a classification by `problem_type` and the number of labels."""
     numeric = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if config.problem_type == "multi_label_classification" or (numeric and config.num_labels > 1):
         raise ValueError(
@@ -52,25 +53,25 @@ def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
 
 
 def parse_classifier_kind(family: str) -> ClassifierKind | None:
-    """The kind of classifier that a cell's family of models is; None: it writes."""
+    """Return the family of a cell's models as a kind of classifier, or None for a language model."""
     return next((kind for kind in get_args(ClassifierKind) if kind == family), None)
 
 
 def get_classifier_auto_class(config: PretrainedConfig) -> Any | None:
-    """The class that loads what the configuration names as its architecture; None: it is no classifier."""
-    named = set(config.architectures or ())
-    if named & _TOKEN_CLASSIFIER_NAMES:
+    """Return transformers' auto class for the configured architecture, or None if it is no classifier."""
+    architectures = set(config.architectures or ())
+    if architectures & _TOKEN_CLASSIFIER_NAMES:
         return AutoModelForTokenClassification
-    return AutoModelForSequenceClassification if named & _SEQUENCE_CLASSIFIER_NAMES else None
+    return AutoModelForSequenceClassification if architectures & _SEQUENCE_CLASSIFIER_NAMES else None
 
 
 def add_label_axis(logits: Tensor, kind: ClassifierKind) -> Tensor:
-    """A forward pass's logits with a position for each label: (N, V) or (N, P, V) -> (N, C, V)."""
+    """Give logits an axis of labels per row: (N, V) or (N, P, V) -> (N, C, V)."""
     return logits if kind == "token-classification" else logits[:, None]
 
 
 def list_label_names(model: PreTrainedModel) -> list[str]:
-    """The names of a classifier's labels in the order of its logits."""
+    """List the names of a classifier's labels in the order of its logits."""
     names = model.config.id2label
     return [names[n] for n in range(model.config.num_labels)]
 
@@ -78,55 +79,59 @@ def list_label_names(model: PreTrainedModel) -> list[str]:
 def match_teacher_labels(
     student: PreTrainedModel, teacher: PreTrainedModel, kind: ClassifierKind
 ) -> list[int] | None:
-    """Where the teacher has each of the student's labels; None: in the same places.
+    """Return the teacher's logit index of each of the student's labels, or None if the order is equal.
 
     Raises:
-        ValueError: if they do not have the same labels; the message names the difference.
+        ValueError: if the labels differ; the message names the difference.
     """
-    own, other = list_label_names(student), list_label_names(teacher)
-    if kind == "regression" or own == other:
+    student_labels, teacher_labels = list_label_names(student), list_label_names(teacher)
+    if kind == "regression" or student_labels == teacher_labels:
         return None
-    missing, extra = (sorted(set(a) - set(b)) for a, b in ((own, other), (other, own)))
-    if missing or extra or len(own) != len(other):
+    student_only = sorted(set(student_labels) - set(teacher_labels))
+    teacher_only = sorted(set(teacher_labels) - set(student_labels))
+    if student_only or teacher_only or len(student_labels) != len(teacher_labels):
+        extra = _format_extra_labels("student", student_only) + _format_extra_labels("teacher", teacher_only)
         raise ValueError(
-            f"student and teacher must have the same labels: the student has {_format_labels(own)}, the teacher has "
-            f"{_format_labels(other)}{_format_extra_labels('student', missing)}{_format_extra_labels('teacher', extra)}; load the student with "
-            "`id2label=teacher.config.id2label, label2id=teacher.config.label2id`, or rename those of one"
+            f"student and teacher must have the same labels: the student has {_format_labels(student_labels)}"
+            f", the teacher has {_format_labels(teacher_labels)}{extra}; load the student with "
+            "`id2label=teacher.config.id2label, label2id=teacher.config.label2id`, or rename one's labels"
         )
-    return [other.index(label) for label in own]
+    return [teacher_labels.index(label) for label in student_labels]
 
 
 def _format_labels(labels: list[str]) -> str:
-    shown = ", ".join(map(repr, labels[:8]))
-    return f"{len(labels)} ({shown}{', ...' if len(labels) > 8 else ''})"
+    """Format the number of labels and the first eight."""
+    first = ", ".join(map(repr, labels[:8]))
+    return f"{len(labels)} ({first}{', ...' if len(labels) > 8 else ''})"
 
 
 def _format_extra_labels(owner: str, labels: list[str]) -> str:
+    """Format the labels that only one of the two models has; empty if there are none."""
     return f"; only the {owner} has {', '.join(map(repr, labels[:8]))}" if labels else ""
 
 
 def check_classifier_tokenizers(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, teacher_tokenizer: Any | None
 ) -> None:
-    """Both must read the same ids. Raises ValueError where that is known to be otherwise."""
+    """Raise ValueError if student and teacher do not read the same token ids."""
     if teacher_tokenizer is not None:
         reason = find_tokenizer_difference(tokenizer, teacher_tokenizer)
         if reason is not None:
             raise ValueError(
-                f"teacher and student read the same ids, and their tokenizers differ: {reason}; choose a "
-                "student of the teacher's family. If the teacher was trained with another tokenizer than its "
-                "folder's, give it as `teacher_processing_class`"
+                f"teacher and student must read the same ids, but their tokenizers differ: {reason}; choose "
+                "a student of the teacher's family. If the teacher was trained with another tokenizer than "
+                "its folder's, give it as `teacher_processing_class`"
             )
-    last = max(tokenizer.get_vocab().values())
+    last_id = max(tokenizer.get_vocab().values())
     for owner, model in (("student", student), ("teacher", teacher)):
         size = model.config.get_text_config().vocab_size
-        if last >= size:
+        if last_id >= size:
             raise ValueError(
-                f"the tokenizer has ids up to {last}, but the {owner} knows {size}: call "
-                f"`resize_token_embeddings({last + 1})` on it, or give its own tokenizer"
+                f"the tokenizer has ids up to {last_id}, but the {owner} has {size} embeddings: call "
+                f"`resize_token_embeddings({last_id + 1})` on it, or pass its own tokenizer"
             )
 
 
 def set_pad_token_id(model: PreTrainedModel, pad_id: int) -> None:
-    """A decoder classifies a row by the last token that is not the padding its configuration names."""
+    """Set the pad token: a decoder classifies a row by its last token that is not padding."""
     model.config.get_text_config().pad_token_id = pad_id

@@ -1,4 +1,4 @@
-"""One forward pass for both families: logits of the completion's tokens given the prompt.
+"""Compute the logits of completion tokens given the prompt, by one function for every model family.
 
 Shapes: N rows (K cells times B), P prompt tokens, C completion tokens, V vocabulary.
 """
@@ -21,17 +21,17 @@ from gkd_lab.models.packed_layers import count_cells
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and what was written after them.
+    """A batch of prompts and completions.
 
     prompt_ids, prompt_mask: (N, P); padded on the left for a decoder-only model.
-    completion_ids, completion_mask: (N, C); padded on the right; the mask covers what is trained on, up to
+    completion_ids, completion_mask: (N, C); padded on the right; the mask covers the trained tokens, up to
     and including the end of sequence.
-    token_type_ids: (N, P), which of a pair of texts a prompt's token belongs to; None: there is one text.
-    routes: (N, 1), the number of the teacher that a row is meant for; None: they are not told apart.
-    numbers: (N, 1), a row's place in the data, by which scores that were kept of it are found; or None.
+    token_type_ids: (N, P), which text of a pair a prompt token belongs to; None for a single text.
+    teacher_indices: (N, 1), index of the teacher that a row is routed to; None without routing.
+    row_indices: (N, 1), position of a row in the dataset, the key of its cached teacher scores; or None.
 
-    Of a classifier the prompt is the text, padded on the right, and the completion its labels: one a row
-    (C = 1) or one a token (C = P); of a regression numbers.
+    For a classifier the prompt is the text, padded on the right, and the completion holds its labels, one per
+    row (C = 1) or one per token (C = P); for a regression numbers.
     """
 
     prompt_ids: Tensor
@@ -44,40 +44,43 @@ class Sequences:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows N."""
         return self.prompt_ids.shape[0]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Sequences":
-        """The same change to all tensors."""
+        """Apply `function` to every tensor."""
         return Sequences(**{name: function(tensor) for name, tensor in self.named_tensors().items()})
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, of those that are there."""
+        """Return name -> tensor, without those that are None."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def repeat_rows(self, times: int) -> "Sequences":
-        """The same rows `times` over, block after block: one block a cell."""
+        """Repeat the whole batch `times` times, one block per cell."""
         return self.map_tensors(lambda tensor: tensor.repeat(times, 1))
 
     def to(self, device: torch.device | str) -> "Sequences":
+        """Move all tensors to a device."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def replace_completions(self, ids: Tensor, mask: Tensor) -> "Sequences":
+        """Return the same prompts with other completions, (N, C)."""
         return replace(self, completion_ids=ids, completion_mask=mask)
 
 
 def compute_position_ids(mask: Tensor) -> Tensor:
-    """Positions that start at 0 with the first real token, whatever the padding; (N, T)."""
+    """Count positions from 0 at the first token that is not padding, (N, T)."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def compute_completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """Logits that predict each completion token, (N, C, V). The model may be wrapped, as by DDP."""
-    bare = unwrap_model(model)
-    return slice_completion_outputs(bare, model(**build_forward_arguments(bare, batch)).logits, batch)
+    """Return the logits that predict each completion token, (N, C, V); the model may be wrapped by DDP."""
+    inner = unwrap_model(model)
+    return slice_completion_outputs(inner, model(**build_forward_arguments(inner, batch)).logits, batch)
 
 
 def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """What the forward pass of `model`, which is not wrapped, reads to predict the completion's tokens."""
+    """Build the forward arguments with which an unwrapped model predicts the completion's tokens."""
     if get_classifier_kind(model) is not None:
         return _build_classifier_arguments(model, batch)
     if model.config.is_encoder_decoder:
@@ -88,35 +91,34 @@ def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[st
             "use_cache": False,
         }
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    named: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "input_ids": torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
         "attention_mask": mask,
         "use_cache": False,
     }
-    # Without it absolute positions would count the padding; a model that has none takes no such argument.
+    # By default absolute positions would count the padding.
     if accepts_argument(model, "position_ids"):
-        named["position_ids"] = compute_position_ids(mask)
+        arguments["position_ids"] = compute_position_ids(mask)
     if accepts_argument(model, "logits_to_keep"):
-        named["logits_to_keep"] = batch.completion_ids.shape[1] + 1
-    return named
+        arguments["logits_to_keep"] = batch.completion_ids.shape[1] + 1
+    return arguments
 
 
 def _build_classifier_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """What a classifier reads. Positions are its own affair, but a pack must be told each row's: in order, as
-    most models have them by themselves."""
-    named = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
+    """Build a classifier's forward arguments, with explicit positions for every row of a pack."""
+    arguments = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
     if batch.token_type_ids is not None and accepts_argument(model, "token_type_ids"):
-        named["token_type_ids"] = batch.token_type_ids
+        arguments["token_type_ids"] = batch.token_type_ids
     if count_cells(model) > 1 and accepts_argument(model, "position_ids"):
         ids = batch.prompt_ids
-        named["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return named
+        arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return arguments
 
 
 def slice_completion_outputs(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
-    """The part of a forward pass's outputs that predicts the completion, (N, T, ...) -> (N, C, ...).
+    """Select the outputs that predict the completion, (N, T, ...) -> (N, C, ...).
 
-    Of a classifier `outputs` are its logits.
+    For a classifier `outputs` must be its logits.
     """
     kind = get_classifier_kind(model)
     if kind is not None:
@@ -127,19 +129,19 @@ def slice_completion_outputs(model: PreTrainedModel, outputs: Tensor, batch: Seq
 
 
 def unwrap_model(model: Any) -> PreTrainedModel:
-    """The model of transformers inside of DDP and an adapter."""
+    """Return the transformers model inside a DDP wrapper and a PEFT adapter."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if is_peft_model(inner) else inner
 
 
 def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the forward pass of `model`, which is not wrapped, has a parameter of this name."""
+    """Check whether the forward function of an unwrapped model has a parameter of this name."""
     return argument in _list_parameter_names(type(model).forward)
 
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off within, and every module as it was afterwards."""
+    """Put models into eval mode within the block, then restore each module's mode."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
@@ -152,20 +154,22 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _list_parameter_names(function: Callable[..., Any]) -> frozenset[str]:
+    """List the names of a function's parameters."""
     return frozenset(inspect.signature(function).parameters)
 
 
 def shift_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
-    """What the decoder reads while it predicts `completion_ids`.
+    """Return the decoder's input for predicting `completion_ids`: the start token, then all but the last id.
 
-    Raises ValueError for a model that does not say what its decoder reads first.
+    Raises:
+        ValueError: if the configuration has no `decoder_start_token_id`.
     """
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise ValueError(
-            f"{type(config).__name__}.decoder_start_token_id is None, so what the decoder reads first is not "
-            "known: set `model.config.decoder_start_token_id`, for mBART to the id of the target language's "
-            "token, for mBART-50 to that of the end of sequence"
+            f"{type(config).__name__}.decoder_start_token_id is None, so the decoder's first input is "
+            "unknown: set `model.config.decoder_start_token_id`, for mBART to the id of the target "
+            "language's token, for mBART-50 to that of the end of sequence"
         )
     return torch.cat(
         [completion_ids.new_full((len(completion_ids), 1), start), completion_ids[:, :-1]], dim=1
@@ -173,6 +177,6 @@ def shift_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
 
 
 def make_completion_mask(ids: Tensor, end_ids: Tensor) -> Tensor:
-    """Mask of the tokens up to and including the first end of sequence, (N, C)."""
+    """Return a mask of the tokens up to and including the first end of sequence, (N, C)."""
     ended = torch.isin(ids, end_ids).long()
     return (ended.cumsum(-1) - ended) == 0

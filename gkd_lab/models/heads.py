@@ -1,8 +1,7 @@
-"""A model's last hidden states and its output head apart, so that a loss can project them piece by piece.
+"""Separate a model's last hidden states from its output head, so that a loss can project them in chunks.
 
-The model's own forward runs with a stand-in for its head: what the head would read is kept, and what the
-model does with logits happens to a single number. Shapes: N rows (K packed students times B), C completion
-tokens, H hidden width, V vocabulary.
+The model's own forward runs with a stand-in for its head, which records the head's input and returns a single
+logit. Shapes: N rows (K packed students times B), C completion tokens, H hidden width, V vocabulary.
 """
 
 import logging
@@ -32,24 +31,25 @@ from gkd_lab.models.projection import Projection
 logger = logging.getLogger(__name__)
 
 LOGIT_FACTOR_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-"""Fields of a configuration that logits are multiplied by: Cohere's, and those of Falcon-H1 and its like."""
+"""Configuration fields that multiply the logits: Cohere's, and those of Falcon-H1 and related models."""
 PLAIN_WEIGHT_TYPES = (Tensor, nn.Parameter, DTensor)
-"""Kinds of weights that can be multiplied with; a quantized weight is another class, or of integers."""
+"""Types of weights that can be multiplied; a quantized weight has another type or an integer dtype."""
 LARGE_LOGIT = 64.0
-"""A logit that every soft-cap in use bends: Gemma 2's is 30."""
+"""A logit that every usual soft-cap changes: Gemma 2's cap is 30."""
 ModuleSlot = tuple[nn.Module, str]
 """A module and the name of one of its children."""
 
 
 @dataclass(frozen=True)
 class UnprojectedOutput:
-    """What a forward pass gives before its logits.
+    """Outputs of a forward pass without the final projection to logits.
 
-    hidden: what the output head reads for each completion token, (N, C, H); the logits themselves, (N, C, V),
-        when `projection.weight` is None.
-    aux_loss: a mixture of experts' load-balancing loss times its coefficient, when the model's configuration
-        asks for router logits.
-    outputs: what else was asked for, by transformers' name: `hidden_states`, `decoder_attentions`, ...
+    hidden: the output head's input for each completion token, (N, C, H); the logits, (N, C, V), when
+        `projection.weight` is None.
+    aux_loss: load-balancing loss of a mixture of experts times its coefficient, when the model's
+    configuration
+        has `output_router_logits`.
+    extra_outputs: the requested outputs by transformers' name: `hidden_states`, `decoder_attentions`, ...
     """
 
     hidden: Tensor
@@ -59,11 +59,11 @@ class UnprojectedOutput:
 
 
 class OutputHead:
-    """Where a model's logits come from: its output embedding and what its configuration does to logits.
+    """A model's output head: its output embedding, and the scale and soft-cap of its configuration.
 
-    `is_linear` says whether hidden states times head are the model's own logits. It is settled here, once, on
-    a few tokens; if they are not, a warning says why and `unprojected` gives the logits themselves. Weights
-    that are not there yet (on the meta device or sharded) cannot be tried: then the head's type decides.
+    `is_linear` tells whether hidden states times head equal the model's own logits. The constructor compares
+    them on a few tokens; if they differ, it logs the reason and `compute_unprojected` returns the logits
+    themselves. With weights on the meta device or sharded it trusts the type of the head instead.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -71,7 +71,7 @@ class OutputHead:
         self._unwrapped_model = unwrap_model(model)
         self._text_config = self._unwrapped_model.config.get_text_config(decoder=True)
         self.logit_indices: list[int] | None = None
-        """Of a classifier: which of its logits are compared, in this order; None: all."""
+        """Indices of a classifier's logits that are compared, in this order; None for all."""
         classifies = get_classifier_kind(self._unwrapped_model) is not None
         self._head_module: nn.Module | None = None if classifies else model.get_output_embeddings()
         self._head_slots = _find_head_slots(self._head_module, model)
@@ -87,12 +87,12 @@ class OutputHead:
             )
 
     def compute_unprojected(self, batch: Sequences, output_names: Sequence[str] = ()) -> UnprojectedOutput:
-        """Hidden states, head and auxiliary loss for the tokens of `batch`.
+        """Return hidden states, head and auxiliary loss for the tokens of `batch`.
 
-        It calls `model.forward`, not the model, so that it can itself run inside of a wrapper's forward.
+        Calls `model.forward`, not the model, so that it can run inside a wrapper's forward.
 
         Args:
-            asks: What else the pass is to record: of "hidden_states" and "attentions".
+            output_names: Extra outputs to return: "hidden_states", "attentions".
 
         Raises:
             ValueError: if the configuration asks for a router loss that the model does not return.
@@ -113,15 +113,15 @@ class OutputHead:
         )
 
     def _build_arguments(self, batch: Sequences, output_names: Sequence[str] = ()) -> dict[str, Any]:
-        named = build_forward_arguments(self._unwrapped_model, batch) | {
-            f"output_{name}": True for name in output_names
-        }
-        return named | {"output_router_logits": True} if self.outputs_router_logits() else named
+        """Build the model's forward arguments, with flags for the extra outputs and the router logits."""
+        arguments = build_forward_arguments(self._unwrapped_model, batch)
+        arguments |= {f"output_{name}": True for name in output_names}
+        return arguments | ({"output_router_logits": True} if self.outputs_router_logits() else {})
 
     def _register_with_zero_3(self) -> None:
-        """Have the head gathered by the whole model's hooks, as its own are not called.
+        """Let ZeRO-3's hooks of the whole model gather the head, whose own hooks are not called.
 
-        For the backward pass they find the loss only in a tensor, tuple, list or dict.
+        For the backward pass these hooks find the loss only in a tensor, tuple, list or dict.
         """
         import deepspeed  # type: ignore[import-not-found, unused-ignore]
 
@@ -130,130 +130,136 @@ class OutputHead:
             deepspeed.zero.register_external_parameter(self.model, parameter)
 
     def compute_hidden(self, **arguments: Any) -> Tensor:
-        """What a linear head reads after a forward pass with these arguments, (N, T, H)."""
+        """Return a linear head's input in a forward pass with these arguments, (N, T, H)."""
         return self._capture_head_input(arguments, 0.0)[0]
 
     def accepts_argument(self, argument: str) -> bool:
-        """Whether the model's forward has a parameter of this name."""
+        """Check whether the model's forward has a parameter of this name."""
         return accepts_argument(self._unwrapped_model, argument)
 
     def _capture_head_input(self, arguments: dict[str, Any], stand_in_logit: float) -> tuple[Tensor, Any]:
-        """What the head reads, (N, T, H), and the model's output when its head says `logit` alone."""
+        """Run the model with a stand-in head; return the head's input, (N, T, H), and the model's output."""
         assert self._head_module is not None
-        with _replace_head(self._head_module, self._head_slots, stand_in_logit) as seen:
+        with _replace_head(self._head_module, self._head_slots, stand_in_logit) as captured_inputs:
             output = self.model.forward(**arguments)
-        assert len(seen) == 1, f"the head was called {len(seen)} times"
-        return seen[0], output
+        assert len(captured_inputs) == 1, f"the head was called {len(captured_inputs)} times"
+        return captured_inputs[0], output
 
     def _capture_completion_hidden(
         self, batch: Sequences, stand_in_logit: float, output_names: Sequence[str] = ()
     ) -> tuple[Tensor, Any]:
-        """The same for the completions' tokens alone, (N, C, H)."""
-        seen, output = self._capture_head_input(self._build_arguments(batch, output_names), stand_in_logit)
-        return slice_completion_outputs(self._unwrapped_model, seen, batch), output
+        """Return the head's input for the completion tokens, (N, C, H), and the model's output."""
+        hidden, output = self._capture_head_input(self._build_arguments(batch, output_names), stand_in_logit)
+        return slice_completion_outputs(self._unwrapped_model, hidden, batch), output
 
     def read_projection(self) -> Projection:
-        """The head and what the configuration does to logits.
+        """Return the head's current weights with the configured scale and soft-cap.
 
-        Read anew each time: a pack's weights may be those of some cells, a wrapper may have moved them."""
+        Not cached: a pack may have selected some of its cells, and a wrapper may have moved the weights.
+        """
         weight, bias = self._get_weight_and_bias()
-        added = self._get_final_logits_bias()
-        if added is not None:
-            bias = added if bias is None else bias + added
+        final_bias = self._get_final_logits_bias()
+        if final_bias is not None:
+            bias = final_bias if bias is None else bias + final_bias
         scale, softcap = _read_scale_and_softcap(self._text_config)
         return Projection(weight, bias, scale, softcap)
 
     def _get_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the linear head's weight and bias, with a cell axis if it is packed."""
         head = self._head_module
         if isinstance(head, PackedLinear):
-            weight = head.get_active_tensor("weight")
-            assert weight is not None
-            return weight, head.get_active_tensor("bias")
+            return head.get_active_weight(), head.get_active_tensor("bias")
         assert isinstance(head, nn.Linear)
         return head.weight, head.bias
 
     def _get_final_logits_bias(self) -> Tensor | None:
-        """What BART and its like add to the head's output, (V,)."""
+        """Return the bias that BART and related models add to the head's output, (V,)."""
         buffer = dict(self._unwrapped_model.named_buffers(recurse=False)).get("final_logits_bias")
         return None if buffer is None else buffer[0]
 
     def outputs_router_logits(self) -> bool:
-        """Whether the configuration asks for a mixture of experts' router logits."""
+        """Check whether the configuration asks for a mixture of experts' router logits."""
         return bool(getattr(self._text_config, "output_router_logits", False))
 
     def _compute_aux_loss(self, output: Any) -> Tensor | None:
+        """Return the weighted load-balancing loss of a mixture of experts, if the configuration has one."""
         if not self.outputs_router_logits():
             return None
         loss, weight = output.get("aux_loss"), getattr(self._text_config, "router_aux_loss_coef", None)
         if loss is None or weight is None:
             raise ValueError(
-                f"output_router_logits=True, but {type(self._unwrapped_model).__name__} returns no `aux_loss` or has no "
-                "`router_aux_loss_coef`: set `model.config.output_router_logits = False` to train without it"
+                f"output_router_logits=True, but {type(self._unwrapped_model).__name__} returns no "
+                "`aux_loss` or has no `router_aux_loss_coef`: set `model.config.output_router_logits = "
+                "False` to train without it"
             )
         return weight * loss
 
     def has_unavailable_weights(self) -> bool:
-        """Whether any weight is on the meta device or sharded; ZeRO-3 leaves an empty tensor of it."""
+        """Check whether any weight is on the meta device or sharded (an empty tensor under ZeRO-3)."""
         weights = self.model.parameters()
         return any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in weights)
 
     def _find_nonlinearity(self) -> str | None:
-        """None if hidden states times head are the model's logits, else what is in the way."""
+        """Return the reason why hidden states times head are not the model's logits; None if they are."""
         head = self._head_module
         if head is None:
-            return "the model names no output embedding"
+            return "the model has no output embedding"
         if not isinstance(head, nn.Linear | PackedLinear):
             return f"its head is a {type(head).__name__}, not a plain linear layer"
         weight, _ = self._get_weight_and_bias()
         if type(weight) not in PLAIN_WEIGHT_TYPES or not weight.dtype.is_floating_point:
             return f"its head's weight is a {type(weight).__name__} of {weight.dtype}"
         if weight.is_meta and "forward" in vars(head):
-            return "its head's weight is offloaded and comes with each call"
+            return "its head's weight is offloaded and loaded at each call"
         if self.has_unavailable_weights():
             return None
         with eval_mode(self.model), torch.no_grad():
             return self._find_logit_mismatch(_make_probe_batch(self.model, weight))
 
     def _find_logit_mismatch(self, batch: Sequences) -> str | None:
-        """Compare with the model's own logits, and what it does to a large one with what is known of that."""
-        own = slice_completion_outputs(
+        """Describe how projected logits, or a scaled large logit, differ from the model's; None if equal."""
+        expected = slice_completion_outputs(
             self._unwrapped_model,
             self.model.forward(**build_forward_arguments(self._unwrapped_model, batch)).logits,
             batch,
         )
         try:
             hidden, output = self._capture_completion_hidden(batch, LARGE_LOGIT)
-            projection, added = self.read_projection(), self._get_final_logits_bias()
+            projection, final_bias = self.read_projection(), self._get_final_logits_bias()
             weight = self._get_weight_and_bias()[0]
             cells = len(weight) if weight.dim() == 3 else 1
-            mine = projection(hidden.reshape(cells, -1, hidden.shape[-1])).view(own.shape)
+            projected = projection(hidden.reshape(cells, -1, hidden.shape[-1])).view(expected.shape)
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             return f"its forward does not run with a stand-in for the head ({error})"
-        large = torch.as_tensor(
-            LARGE_LOGIT if added is None else LARGE_LOGIT + added, dtype=own.dtype, device=own.device
-        )
-        precision = max(torch.finfo(tensor.dtype).eps for tensor in (own, hidden, weight))
-        pairs = {"logits": (mine, own), "a logit of 64": (projection.scale_and_cap(large), output.logits)}
-        for name, (found, expected) in pairs.items():
-            off = compute_relative_error(found, expected)
-            if not off <= 8 * max(precision, _get_matmul_rounding(own)):
-                return f"{name} by its head and configuration differ from its own by {off:.1e} of the largest"
+        large = expected.new_tensor(LARGE_LOGIT) + (0 if final_bias is None else final_bias)
+        capped = projection.scale_and_cap(large.to(expected.dtype))
+        precision = max(torch.finfo(tensor.dtype).eps for tensor in (expected, hidden, weight))
+        tolerance = 8 * max(precision, _get_matmul_rounding(expected))
+        errors = {
+            "logits": compute_relative_error(projected, expected),
+            "a logit of 64": compute_relative_error(capped, output.logits),
+        }
+        for name, difference in errors.items():
+            if not difference <= tolerance:
+                return (
+                    f"{name} by its head and configuration differ from its own by {difference:.1e} of the "
+                    "largest"
+                )
         return None
 
 
 def _select_outputs(output: Any, output_names: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
-    """What a forward pass recorded of `asks`, in each of its stacks."""
+    """Select the model's outputs of these names, with or without a prefix such as `decoder_`."""
+    endings = tuple(f"_{name}" for name in output_names)
     return {
-        name: value
-        for name, value in output.items()
-        if value is not None and any(name == one or name.endswith(f"_{one}") for one in output_names)
+        name: value for name, value in output.items() if value is not None and f"_{name}".endswith(endings)
     }
 
 
 def mark_untied_head(model: PreTrainedModel) -> None:
-    """Note in the configuration that the head has weights of its own, if it has.
+    """Set `tie_word_embeddings=False` in the configuration of a model whose head is not tied.
 
-    T5's configuration says that they are tied whatever its file says (transformers 5), and a later
+    In transformers 5 a T5 configuration is always tied, whatever its file says, so that a later
     `tie_weights`, as by `resize_token_embeddings` or FSDP, would replace T5 v1.1's head by its embeddings.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -262,7 +268,7 @@ def mark_untied_head(model: PreTrainedModel) -> None:
 
 
 def _make_probe_batch(model: PreTrainedModel, weight: Tensor) -> Sequences:
-    """One row of five tokens a cell, the same for all."""
+    """Make a batch of one row of five tokens for each cell."""
     rows = len(weight) if weight.dim() == 3 else 1
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(5, device=device).expand(rows, -1) % weight.shape[-2]
@@ -271,11 +277,12 @@ def _make_probe_batch(model: PreTrainedModel, weight: Tensor) -> Sequences:
 
 
 def _get_matmul_rounding(logits: Tensor) -> float:
-    """CUDA may multiply float32 with the 10 bits of TF32, by another algorithm for another shape."""
+    """Return the relative rounding of float32 products on CUDA, which may use the 10 bits of TF32."""
     return 2.0**-10 if logits.is_cuda and logits.dtype == torch.float32 else 0.0
 
 
 def _find_head_slots(head: nn.Module | None, model: nn.Module) -> list[ModuleSlot]:
+    """Find all parents of the head with its name in each."""
     return [
         (parent, name)
         for parent in model.modules()
@@ -285,11 +292,11 @@ def _find_head_slots(head: nn.Module | None, model: nn.Module) -> list[ModuleSlo
 
 
 class _HeadStandIn(nn.Module):
-    """In the place of `head` it keeps what it is called with and returns one logit, (1, 1, 1)."""
+    """A replacement for the output head that records its inputs and returns one logit, (1, 1, 1)."""
 
     def __init__(self, head: nn.Module, logit: float) -> None:
         super().__init__()
-        # Not as a child: its weights would have a second name.
+        # Not as a child module: its weights would get a second name.
         self.__dict__["head"] = head
         self.logit, self.captured_inputs = logit, list[Tensor]()
 
@@ -298,15 +305,15 @@ class _HeadStandIn(nn.Module):
         return self.captured_inputs[-1].new_full((1, 1, 1), self.logit)
 
     def __getattr__(self, name: str) -> Any:
-        """Models ask for their head's dtype or device."""
+        """Return the head's attribute: models read its dtype or device."""
         return getattr(self.__dict__["head"], name)
 
 
 @contextmanager
 def _replace_head(head: nn.Module, slots: Sequence[ModuleSlot], logit: float) -> Iterator[list[Tensor]]:
-    """Within it the model calls a stand-in, which puts its input into the list, instead of its head.
+    """Replace the head by a stand-in within the block; yield the list of the inputs that it records.
 
-    The head's hooks are not called either: those of ZeRO-3 expect a gradient to come back through its output.
+    The head's hooks are not called either: those of ZeRO-3 expect a gradient through the head's output.
     """
     stand_in = _HeadStandIn(head, logit)
     for parent, name in slots:
@@ -319,7 +326,7 @@ def _replace_head(head: nn.Module, slots: Sequence[ModuleSlot], logit: float) ->
 
 
 def _cast_for_autocast(hidden: Tensor) -> Tensor:
-    """As a linear layer would convert it under autocast, which leaves float64 alone."""
+    """Cast hidden states as autocast would for a linear layer, which excludes float64."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden
@@ -327,7 +334,7 @@ def _cast_for_autocast(hidden: Tensor) -> Tensor:
 
 
 def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """What the model does to its head's output: the factor, and Gemma's `final_logit_softcapping`."""
+    """Read the factor of the logits and Gemma's `final_logit_softcapping` from the configuration."""
     scale = next(
         (value for name in LOGIT_FACTOR_FIELDS if (value := getattr(config, name, None)) is not None), None
     )
@@ -339,8 +346,11 @@ def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | No
 
 
 def compute_relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest number. Where both are no number, or infinite alike, they agree."""
-    one, other = torch.broadcast_tensors(actual.double(), expected.double())
-    alike = (one == other) | (one.isnan() & other.isnan())
-    largest = other.nan_to_num(0, 0, 0).abs().max().clamp_min(torch.finfo(other.dtype).tiny)
-    return float(torch.where(alike, 0, (one - other).abs() / largest).max())
+    """Return the largest difference over the largest expected number.
+
+    NaN or the same infinity in the same place compare equal.
+    """
+    actual, expected = torch.broadcast_tensors(actual.double(), expected.double())
+    equal = (actual == expected) | (actual.isnan() & expected.isnan())
+    largest = expected.nan_to_num(0, 0, 0).abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float(torch.where(equal, 0, (actual - expected).abs() / largest).max())

@@ -1,4 +1,4 @@
-"""Student and teacher as the trainer gets them: a model, a name, or nothing. The teacher comes out frozen."""
+"""Load the trainer's student and its frozen teacher, given as a model, a name or (the teacher) nothing."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ from gkd_lab.models.sharding import is_quantized
 InitKwargs = Mapping[str, Any] | str | None
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-"""Arguments of `from_pretrained` that say which files are meant, and so hold for the configuration too."""
+"""Arguments of `from_pretrained` that select files, and so hold for the configuration too."""
 
 
 def load_teacher(
@@ -40,30 +40,29 @@ def load_teacher(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The teacher in eval mode, without gradients, its weights in `dtype` (None: as they are).
+    """Return the teacher in eval mode, without gradients, its weights cast to `dtype` unless that is None.
 
     Args:
-        teacher_model: A model, which is frozen and cast in place, or a name. None: `name_or_path`, and
-            without that a copy of `student` as it is now, with a warning.
-        init_kwargs: For `from_pretrained`, with a name only; never changed. A quantized teacher
-            (`quantization_config`) keeps its weights' types.
+        teacher_model: A model, which is frozen and cast in place, or a name. None stands for `name_or_path`,
+            and without that for a copy of the current `student`, with a warning.
+        init_kwargs: Arguments of `from_pretrained`, for a teacher loaded by name; not modified. A quantized
+            teacher (`quantization_config`) keeps its weights' dtypes.
 
     Raises:
         ValueError: for `init_kwargs` without a name, two dtypes, and a teacher that is no transformers model
             or of another family (encoder-decoder or decoder-only) than the student.
     """
-    wanted = name_or_path if teacher_model is None else teacher_model
-    if isinstance(wanted, str):
-        teacher = load_auto_model(
-            wanted, _merge_dtype(init_kwargs, dtype), trust_remote_code=trust_remote_code
-        )
+    source = name_or_path if teacher_model is None else teacher_model
+    if isinstance(source, str):
+        kwargs = _merge_dtype(init_kwargs, dtype)
+        teacher = load_auto_model(source, kwargs, trust_remote_code=trust_remote_code)
     elif init_kwargs:
         raise ValueError(
             f"teacher_model_init_kwargs {init_kwargs!r} can only be used when the teacher is loaded by name, "
-            f"but it is {'a copy of the student' if wanted is None else 'already a model'}: drop them"
+            f"but it is {'a copy of the student' if source is None else 'already a model'}: drop them"
         )
     else:
-        teacher = _copy_student(student) if wanted is None or wanted is student else wanted
+        teacher = _copy_student(student) if source is None or source is student else source
         teacher = teacher if dtype is None or is_quantized(teacher) else teacher.to(TEACHER_DTYPES[dtype])
     _check_same_family(student, teacher)
     return teacher.eval().requires_grad_(False)
@@ -72,7 +71,7 @@ def load_teacher(
 def load_student(
     model: PreTrainedModel | str, *, init_kwargs: InitKwargs, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The student; loaded by name its weights are float32 unless `init_kwargs` say otherwise, as in TRL."""
+    """Return the student; loaded by name it is float32 unless `init_kwargs` have a dtype, as in TRL."""
     if isinstance(model, str):
         kwargs = {"dtype": "float32", **_parse_init_kwargs(init_kwargs)}
         return load_auto_model(model, kwargs, trust_remote_code=trust_remote_code)
@@ -84,8 +83,7 @@ def load_student(
 
 
 def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
-    """`from_pretrained` of the class that the configuration of `name` asks for, in either family, or of the
-    classifier that its configuration names.
+    """Load a decoder-only model, encoder-decoder or classifier, whichever its configuration names.
 
     `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
     """
@@ -96,18 +94,18 @@ def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bo
     config = kwargs.get("config")
     if config is None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **files)
-    writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    auto = get_classifier_auto_class(config) or writer
+    language_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class = get_classifier_auto_class(config) or language_model
     with _disable_zero3_init() if _misreports_tied_head(name, config, files) else nullcontext():
-        model = auto.from_pretrained(name, **kwargs)
+        model = auto_class.from_pretrained(name, **kwargs)
     mark_untied_head(model)
     return model
 
 
 def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
-    """Whether the configuration says that head and embeddings are tied though its file says no, as T5's.
+    """Check under ZeRO-3 whether the loaded configuration is tied though its file is not, as T5 v1.1's.
 
-    transformers then compares their weights, and takes any two that ZeRO-3 has split for equal.
+    transformers would then compare head and embeddings, and take any two tensors split by ZeRO-3 for equal.
     """
     if not is_deepspeed_zero3_enabled() or not config.tie_word_embeddings:
         return False
@@ -116,22 +114,22 @@ def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[st
 
 @contextmanager
 def _disable_zero3_init() -> Iterator[None]:
-    """ZeRO-3 splits what is loaded within only when it makes its engine."""
-    chosen = deepspeed._hf_deepspeed_config_weak_ref()
+    """Keep ZeRO-3 from splitting models that are loaded within the block; its engine splits them later."""
+    deepspeed_config = deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed.set_hf_deepspeed_config(chosen)
+        deepspeed.set_hf_deepspeed_config(deepspeed_config)
 
 
 @contextmanager
 def use_on_device(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> Iterator[nn.Module]:
-    """The teacher on `device` for the duration of the block, if it is `parked` on the CPU otherwise.
+    """Copy a teacher that is `parked` on the CPU to `device` within the block.
 
-    The weights on the CPU stay there, so going back copies nothing. A model under FSDP moves its own shards
-    (see `place_teacher`) and gives back here what it gathered. So nothing may read the teacher's weights
-    after the block, the backward pass included.
+    The CPU tensors are kept, so nothing is copied back. FSDP moves its own shards (see `place_teacher`), and
+    the end of the block frees the gathered weights. Nothing may read the teacher's weights after the block,
+    not even a backward pass.
     """
     if isinstance(teacher, FSDPModule):
         try:
@@ -142,18 +140,18 @@ def use_on_device(teacher: nn.Module, device: torch.device | str, *, parked: boo
     if not parked:
         yield teacher
         return
-    home = [(tensor, tensor.data) for tensor in itertools.chain(teacher.parameters(), teacher.buffers())]
+    cpu_data = [(tensor, tensor.data) for tensor in itertools.chain(teacher.parameters(), teacher.buffers())]
     try:
-        for tensor, data in home:
+        for tensor, data in cpu_data:
             tensor.data = data.to(device, non_blocking=True)
         yield teacher
     finally:
-        for tensor, data in home:
+        for tensor, data in cpu_data:
             tensor.data = data
 
 
 def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
-    """A copy; on the command line the arguments are JSON. `torch_dtype` is what `dtype` was called."""
+    """Return a copy of the arguments, which may be JSON; the deprecated `torch_dtype` becomes `dtype`."""
     kwargs = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
     if "torch_dtype" in kwargs:
         warnings.warn("torch_dtype is deprecated: use dtype", FutureWarning, stacklevel=3)
@@ -162,6 +160,7 @@ def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
 
 
 def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
+    """Add `teacher_dtype` to the arguments; ValueError if they have another dtype."""
     kwargs = _parse_init_kwargs(init_kwargs)
     if dtype is not None and _parse_dtype(kwargs.setdefault("dtype", dtype)) != TEACHER_DTYPES[dtype]:
         raise ValueError(
@@ -172,38 +171,41 @@ def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
 
 
 def _parse_dtype(value: Any) -> Any:
+    """Return the torch.dtype of a name; "auto", None and a torch.dtype are returned as they are."""
     if value in ("auto", None) or isinstance(value, torch.dtype):
         return value
-    named = getattr(torch, str(value), None)
-    if not isinstance(named, torch.dtype):
+    dtype = getattr(torch, str(value), None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {value!r} is neither a torch dtype nor the name of one, such as 'bfloat16'")
-    return named
+    return dtype
 
 
 def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
+    """Copy the initial student as its own teacher, with a warning."""
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "ZeRO-3 has split the student's weights, so it cannot be copied as its own teacher: "
             "name it with `teacher_model_name_or_path`"
         )
     warnings.warn(
-        "no teacher was given, so a frozen copy of the initial student teaches: pass `teacher_model` or "
-        "`teacher_model_name_or_path` if that is not meant",
+        "no teacher was given, so a frozen copy of the initial student is the teacher: pass "
+        "`teacher_model` or `teacher_model_name_or_path` for another one",
         stacklevel=3,
     )
     return copy.deepcopy(student)
 
 
 def _check_same_family(student: PreTrainedModel, teacher: Any) -> None:
+    """Raise ValueError unless both models have the same family and the same kind of task."""
     if getattr(teacher, "config", None) is None:
         name = type(teacher).__name__
         raise ValueError(f"teacher_model is a {name}, which has no config: pass a transformers model")
     kinds = [get_classifier_kind(unwrap_model(model)) for model in (student, teacher)]
     if kinds[0] != kinds[1]:
-        shown = [kind or "language modelling" for kind in kinds]
+        student_kind, teacher_kind = (kind or "language modelling" for kind in kinds)
         raise ValueError(
-            f"the student is made for {shown[0]} and the teacher for {shown[1]}: choose a teacher for "
-            f"{shown[0]}"
+            f"the student is a model for {student_kind} and the teacher for {teacher_kind}: choose a "
+            f"teacher for {student_kind}"
         )
     if kinds[0] is not None:
         return
@@ -211,6 +213,6 @@ def _check_same_family(student: PreTrainedModel, teacher: Any) -> None:
     families = [names[bool(model.config.is_encoder_decoder)] for model in (student, teacher)]
     if families[0] != families[1]:
         raise ValueError(
-            f"the student is {families[0]} and the teacher {families[1]}, so they do not read the same "
-            f"input: choose a teacher that is {families[0]}"
+            f"the student is {families[0]} and the teacher {families[1]}, so their inputs differ: choose a "
+            f"teacher that is {families[0]}"
         )

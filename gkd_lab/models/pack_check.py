@@ -1,5 +1,8 @@
-"""A pack against its members, in numbers: whatever a model's own code does with a batch, it shows here.
+"""Compare a pack's outputs with those of its single members, before K students train as one model.
 
+A packed model has weights with a leading cell axis, and row `k * B + b` of a batch belongs to student k (see
+`packing`). That holds for a model's own code only if it never mixes rows; this module runs it and compares
+the numbers, so no list of supported architectures is needed.
 Shapes: K members, N = 2*K rows, C = 3 completion tokens, V vocabulary.
 """
 
@@ -17,64 +20,60 @@ from gkd_lab.models.heads import compute_relative_error
 
 LogitFunction = Callable[[PreTrainedModel, Sequences], Tensor]
 ROWS_PER_MEMBER = 2
-"""Of each member: one with padding and one without."""
+"""Rows per member: one with padding and one without."""
 NEW_TOKENS = 2
-"""New tokens: one after the prompt and one with a cache."""
+"""Generated tokens: one after the prompt and one with the KV cache."""
 
 
 class CannotPack(ValueError):
-    """These models cannot become one; the message says why, and each can run alone."""
+    """Raised for models that cannot be packed; the message has the reason, and each can run alone."""
 
 
 def make_perturbed_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A copy in float32 whose weights all differ from those of another seed; no number in it is NaN."""
-    changed = copy.deepcopy(model).float().eval()
+    """Copy a model in float32 and add random numbers to every weight; NaN and infinity become 0."""
+    perturbed = copy.deepcopy(model).float().eval()
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
-        for p in changed.parameters():
+        for p in perturbed.parameters():
             p.nan_to_num_(0, 0, 0)
             size = p.square().mean().sqrt().clamp_min(0.1)
             p.add_(torch.randn(p.shape, generator=generator, device=p.device).mul_(0.5 * size))
-    return changed
+    return perturbed
 
 
 def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
-    """Logits and what is written with a cache, of members made by `perturbed`, which this may change.
+    """Compare a pack with its perturbed members: logits, and greedy generation with a KV cache.
 
-    Raises:
-        CannotPack: if the pack differs, or its model's code cannot work with one.
+    May modify the members. Raises CannotPack if the pack differs or its model's code fails.
     """
     batch = _make_random_batch(packed, len(members))
-    computed: list[tuple[str, LogitFunction]] = [("logits", compute_completion_logits)]
+    functions: dict[str, LogitFunction] = {"logits": compute_completion_logits}
     if get_classifier_kind(packed) is None:
-        computed.append(("generated logits", _generate_logits))
-    for what, compute in computed:
+        functions["generated logits"] = _generate_logits
+    for quantity, compute in functions.items():
         with _plain_inference(packed, members):
             expected = torch.cat([compute(m, _select_cell_rows(batch, n)) for n, m in enumerate(members)])
-            found = compute(packed, batch)
+            actual = compute(packed, batch)
         if not expected.isfinite().any():
-            raise CannotPack(f"{_get_class_name(packed)} has no finite {what} to compare a pack with")
-        _check_close(what, packed, found, expected, torch.float32)
+            raise CannotPack(f"{type(packed).__name__} has no finite {quantity} to compare a pack with")
+        _check_close(quantity, packed, actual, expected, torch.float32)
 
 
 def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
-    """Each member's logits; those that are the same object are computed once.
-
-    Raises:
-        CannotPack: if the pack's differ.
-    """
+    """Compare the pack's logits with those of each member; raise CannotPack if they differ."""
     rows = _select_cell_rows(_make_random_batch(packed, 1), 0)
     with _plain_inference(packed, members):
-        alone = {id(member): compute_completion_logits(member, rows) for member in members}
-        found = compute_completion_logits(packed, rows.repeat_rows(len(members)))
-    _check_close("logits", packed, found, torch.cat([alone[id(m)] for m in members]), packed.dtype)
+        # Members that are one object are computed once.
+        logits = {id(member): compute_completion_logits(member, rows) for member in members}
+        actual = compute_completion_logits(packed, rows.repeat_rows(len(members)))
+    _check_close("logits", packed, actual, torch.cat([logits[id(m)] for m in members]), packed.dtype)
 
 
 def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
-    """Random tokens; prompts padded where the model's family has its padding."""
-    count = ROWS_PER_MEMBER * cell_count
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (count, 7), generator=draw)
+    """Make a batch of random tokens, with prompts padded on the side that the model's family needs."""
+    shape = (ROWS_PER_MEMBER * cell_count, 7)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=generator)
     mask = torch.ones_like(ids)
     padded_right = model.config.is_encoder_decoder or get_classifier_kind(model) is not None
     mask[::ROWS_PER_MEMBER, slice(2, 4) if padded_right else slice(0, 2)] = 0
@@ -82,11 +81,12 @@ def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
 
 
 def _select_cell_rows(batch: Sequences, cell: int) -> Sequences:
+    """Select one cell's rows of a batch."""
     return batch.map_tensors(lambda tensor: tensor[cell * ROWS_PER_MEMBER : (cell + 1) * ROWS_PER_MEMBER])
 
 
 def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """Logits of the tokens that a greedy search chooses, (N, WRITTEN, V)."""
+    """Return the logits of greedily generated tokens, (N, NEW_TOKENS, V)."""
     model.generation_config = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
@@ -97,13 +97,13 @@ def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    written = model.generate(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask)
-    return torch.stack(written.logits, dim=1)
+    output = model.generate(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask)
+    return torch.stack(output.logits, dim=1)
 
 
 @contextmanager
 def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Without dropout, gradients and autocast; what the model's code raises becomes CannotPack."""
+    """Turn off dropout, gradients and autocast within the block; raise CannotPack for any error in it."""
     try:
         with (
             eval_mode(packed, *members),
@@ -116,30 +116,27 @@ def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise CannotPack(
-            f"the code of {_get_class_name(packed)} does not work with a pack ({reason})"
+            f"the code of {type(packed).__name__} does not work with a pack ({reason})"
         ) from error
 
 
 def _check_close(
     quantity: str, packed: PreTrainedModel, actual: Tensor, expected: Tensor, precision: torch.dtype
 ) -> None:
-    off = compute_relative_error(actual, expected)
-    if not off <= _get_tolerance(precision, packed.device):
+    """Raise CannotPack if the pack's numbers differ from its members' by more than rounding."""
+    error = compute_relative_error(actual, expected)
+    if not error <= _get_tolerance(precision, packed.device):
         raise CannotPack(
-            f"the {quantity} of the packed {_get_class_name(packed)} differ from those of its members by {off:.0e} "
-            "of the largest"
+            f"the {quantity} of the packed {type(packed).__name__} differ from those of its members by "
+            f"{error:.0e} of the largest"
         )
 
 
 def _get_tolerance(precision: torch.dtype, device: torch.device) -> float:
-    """Largest relative difference between products of other shapes, through all layers.
+    """Return the largest relative rounding error that products of another shape cause through all layers.
 
-    Norms are in float32 in a float64 model too, and CUDA may multiply float32 with the 10 bits of TF32.
+    Norms use float32 even in a float64 model, and CUDA may multiply float32 with the 10 bits of TF32.
     """
     if precision in (torch.float32, torch.float64):
         return 2.0**-7 if device.type == "cuda" else 1e-4
     return 16 * torch.finfo(precision).eps
-
-
-def _get_class_name(model: PreTrainedModel) -> str:
-    return type(model).__name__

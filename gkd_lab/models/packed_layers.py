@@ -1,8 +1,10 @@
-"""Modules whose weights have a leading cell axis, in the place of those of K equal models.
+"""Packed modules: each replaces the same module of K equal models by one whose weights have a cell axis.
 
-The batch dimension carries the cell: row `k * B + b` belongs to cell k. Where a module's own code can work
-on weights with a cell axis it does, with its weights lent to it for the time of the call.
-Shapes: K cells, B rows a cell, N = K*B, T tokens, I in, O out, V vocabulary, H width.
+Row `k * B + b` of a batch belongs to cell k. Linear and Conv1D become one batched matrix product, an
+Embedding one lookup with ids offset by the cell, a norm one scaling by the cell's weight. Where the model's
+own code can compute with weights that have a cell axis, it does: the packed weights are its buffers for the
+time of the call.
+Shapes: K cells, B rows per cell, N = K*B, T tokens, I in, O out, V vocabulary, H width.
 """
 
 import copy
@@ -14,29 +16,28 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 CellSelection = slice | Tensor
-"""Which cells: neighbours, or indices, (k,)."""
+"""A selection of cells: a slice of neighbours, or indices, (k,)."""
 
 
 class PackedModule(nn.Module):
-    """Weights of K modules, stacked; `chosen` restricts a forward pass to some of the cells."""
+    """Stacked weights of K modules; `selected_weights` restricts forward passes to some of the cells."""
 
     casts_under_autocast = False
-    """Whether autocast narrows these weights, so that it may be done beforehand."""
+    """Whether autocast casts these weights, so that they may be cast in advance."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         for name, value in members[0]._parameters.items():
-            own = (
-                None if value is None else _stack_parameters(member.get_parameter(name) for member in members)
-            )
-            self.register_parameter(name, own)
+            stacked = None if value is None else _stack_parameters(m.get_parameter(name) for m in members)
+            self.register_parameter(name, stacked)
         self.selected_weights: dict[str, Tensor] = {}
 
     def get_active_tensor(self, name: str) -> Tensor | None:
-        """The stacked tensor `name`, (K, ...), of the chosen cells."""
+        """Return the stacked parameter `name` of the selected cells, (K, ...)."""
         return self.selected_weights.get(name, self._parameters.get(name))
 
     def get_active_weight(self) -> Tensor:
+        """Return the stacked weight of the selected cells, (K, ...)."""
         weight = self.get_active_tensor("weight")
         assert weight is not None
         return weight
@@ -44,28 +45,28 @@ class PackedModule(nn.Module):
     def select_cells(
         self, cells: CellSelection, dtype: torch.dtype | None, weight_cache: dict[tuple[int, bool], Tensor]
     ) -> None:
-        """Forward passes see these cells' weights only, outside of the gradient.
+        """Restrict forward passes to the weights of these cells, detached.
 
-        A slice is a view; indices are copied once, as are weights that change their dtype. Weights that
-        modules share are looked up in `made`.
+        Slices are views; indexed or cast weights are copied once, and `weight_cache` has those that modules
+        share.
         """
         for name, value in self._parameters.items():
             if value is not None:
-                # A head narrows the weights that it shares with an embedding, which does not.
+                # A head casts the weights that it shares with an embedding, which does not.
                 key = id(value), self.casts_under_autocast
                 if key not in weight_cache:
-                    own = value.detach()[cells]
-                    weight_cache[key] = (
-                        own.to(dtype) if dtype is not None and self.casts_under_autocast else own
-                    )
+                    weights = value.detach()[cells]
+                    casts = dtype is not None and self.casts_under_autocast
+                    weight_cache[key] = weights.to(dtype) if casts else weights
                 self.selected_weights[name] = weight_cache[key]
 
     def select_all_cells(self) -> None:
+        """Undo `select_cells`."""
         self.selected_weights = {}
 
 
 class PackedLinear(PackedModule):
-    """K linear layers: one batched matrix product."""
+    """K linear layers as one batched matrix product."""
 
     casts_under_autocast = True
 
@@ -79,7 +80,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedConv1D(PackedModule):
-    """K of GPT-2's linear layers, whose weights are (I, O)."""
+    """K of GPT-2's linear layers, with weights (I, O), as one batched matrix product."""
 
     casts_under_autocast = True
 
@@ -93,7 +94,7 @@ class PackedConv1D(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """K embeddings: one look-up with offset ids, by the model's own code where that does more."""
+    """K embeddings as one lookup with offset ids; a subclass of Embedding runs its own forward."""
 
     def __init__(self, members: Sequence[nn.Embedding]) -> None:
         super().__init__(members)
@@ -106,30 +107,31 @@ class PackedEmbedding(PackedModule):
         """(N, T) -> (N, T, H).
 
         Raises:
-            ValueError: if the ids have another number of rows than the batch, as default positions may.
+            ValueError: if the ids do not have the batch's number of rows, as default positions may.
         """
         weight = self.get_active_weight()
         cells, entries, _ = weight.shape
         if ids.dim() < 2 or ids.shape[0] % cells:
             raise ValueError(
-                f"ids of shape {tuple(ids.shape)} do not say which of the {cells} packed models each row "
-                "belongs to: give the model ids, such as `position_ids`, for every row of the batch"
+                f"ids of shape {tuple(ids.shape)} cannot be divided among the {cells} packed models: pass "
+                "ids, such as `position_ids`, for every row of the batch"
             )
         offsets = torch.arange(cells, device=ids.device)[:, None] * entries
-        rows_read = self._look_up((ids.reshape(cells, -1) + offsets).view(ids.shape), weight.flatten(0, 1))
-        if self.padding_idx is None or not rows_read.requires_grad:
-            return rows_read
-        # As in nn.Embedding, reading the padding token gives its row no gradient.
-        return torch.where((ids == self.padding_idx)[..., None], rows_read.detach(), rows_read)
+        embedded = self._look_up((ids.reshape(cells, -1) + offsets).view(ids.shape), weight.flatten(0, 1))
+        if self.padding_idx is None or not embedded.requires_grad:
+            return embedded
+        # As in nn.Embedding, the padding token's row gets no gradient.
+        return torch.where((ids == self.padding_idx)[..., None], embedded.detach(), embedded)
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Look ids up in the table of all cells, (K*V, H)."""
         if self.lookup_module is None:
             return functional.embedding(ids, table)
         return call_with_weights(self.lookup_module, ids, weight=table)
 
 
 class PackedNorm(PackedModule):
-    """K modules that scale (and shift) what they normalize elementwise, each by vectors of its cell."""
+    """K norms of the model's own code, which scale and shift elementwise by vectors of each cell."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
@@ -144,7 +146,7 @@ class PackedNorm(PackedModule):
 
 
 class PackedTorchNorm(PackedModule):
-    """K norms whose weights must have the input's shape: normalized with unit scale, then scaled by cell."""
+    """K of torch's LayerNorm or RMSNorm: one norm without weights, then the scale and shift of each cell."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
@@ -160,7 +162,7 @@ class PackedTorchNorm(PackedModule):
 
 
 class PackedRelativeBias(PackedModule):
-    """K tables of T5's relative attention bias, read as one table with K times the heads."""
+    """K tables of T5's relative attention bias as one table with K times the heads."""
 
     def forward(self, buckets: Tensor) -> Tensor:
         """(Q, T) -> (Q, T, K*heads)."""
@@ -169,35 +171,35 @@ class PackedRelativeBias(PackedModule):
 
 
 def patch_relative_bias(attention: nn.Module) -> None:
-    """T5 computes one bias for all rows of a batch; a pack needs each row to get its cell's."""
+    """Patch a T5 attention, which computes one bias for the whole batch, to give each row its cell's bias."""
     compute = attention.compute_bias
     table = attention.relative_attention_bias
-    rows = 1
+    row_count = 1
 
-    def remember_rows(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal rows
-        rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
+    def count_rows(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal row_count
+        row_count = (args[0] if args else kwargs["hidden_states"]).shape[0]
 
     def compute_bias(*args: object, **kwargs: object) -> Tensor:
-        """(1, K*heads, Q, T) of the model's own code -> (N, heads, Q, T)."""
+        """Expand the bias of the model's own code, (1, K*heads, Q, T) -> (N, heads, Q, T)."""
         cells = table.get_active_weight().shape[0]  # type: ignore[operator, union-attr]
         bias = compute(*args, **kwargs)  # type: ignore[operator]
         _, heads, queries, keys = bias.shape
         by_cell = bias.view(cells, 1, heads // cells, queries, keys)
-        return by_cell.expand(-1, rows // cells, -1, -1, -1).flatten(0, 1)
+        return by_cell.expand(-1, row_count // cells, -1, -1, -1).flatten(0, 1)
 
-    attention.register_forward_pre_hook(remember_rows, with_kwargs=True)
+    attention.register_forward_pre_hook(count_rows, with_kwargs=True)
     attention.compute_bias = compute_bias  # type: ignore[assignment]
 
 
 def count_cells(model: nn.Module) -> int:
-    """How many cells a batch of this model carries at the moment; 1 if it is no pack."""
+    """Return the number of selected cells of a packed model; 1 for any other model."""
     packed = next((m for m in model.modules() if isinstance(m, PackedModule)), None)
     return 1 if packed is None else packed.get_active_weight().shape[0]
 
 
 def pack_modules(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
-    """The members' weights in one module; None if they hold none or there is no form for them."""
+    """Build the packed form of the same module of all members; None if it has no weights or no such form."""
     first = members[0]
     if name.endswith("relative_attention_bias"):
         return PackedRelativeBias(members)
@@ -215,45 +217,47 @@ def pack_modules(name: str, members: Sequence[nn.Module]) -> PackedModule | None
 
 
 def _holds_only_vectors(module: nn.Module) -> bool:
-    """A weight, maybe a bias: such as norms are. If it is something else, the numbers will tell."""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    return (
-        own.keys() <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values()) and not module._modules
-    )
+    """Check whether a module looks like a norm: a weight and perhaps a bias, both vectors.
+
+    `pack_check` will find out if it computes something else.
+    """
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    are_vectors = all(p.dim() == 1 for p in parameters.values())
+    return parameters.keys() <= {"weight", "bias"} and are_vectors and not module._modules
 
 
 def strip_weights(module: nn.Module) -> nn.Module:
-    """A copy with neutral vectors, or an empty table, as buffers in the place of its parameters."""
-    # Not the weights themselves: they may be a large table.
-    known = {id(p): None for p in module.parameters(recurse=False)}
-    bare: nn.Module = copy.deepcopy(module, known)
+    """Copy a module with buffers in the place of its parameters: neutral vectors, or an empty table."""
+    # The weights themselves, perhaps a large table, are not copied.
+    skipped = {id(p): None for p in module.parameters(recurse=False)}
+    stripped: nn.Module = copy.deepcopy(module, skipped)
     for name, value in module._parameters.items():
         if value is not None:
-            del bare._parameters[name]
+            del stripped._parameters[name]
             shape = value.shape if value.dim() == 1 else (0, *value.shape[1:])
-            plain = torch.full(shape, float(name != "bias"), dtype=value.dtype, device=value.device)
-            bare.register_buffer(name, plain, persistent=False)
-    return bare
+            neutral = torch.full(shape, float(name != "bias"), dtype=value.dtype, device=value.device)
+            stripped.register_buffer(name, neutral, persistent=False)
+    return stripped
 
 
 def call_with_weights(module: nn.Module, x: Tensor, **weights: Tensor) -> Tensor:
-    """What `module`, made by `without_weights`, makes of `x` with these; gradients flow to their sources."""
-    held = module._buffers
-    own = dict(held)
-    held.update(weights)
+    """Call a module made by `strip_weights` with these weights as its buffers; gradients flow to them."""
+    neutral = dict(module._buffers)
+    module._buffers.update(weights)
     try:
         y: Tensor = module(x)
     finally:
-        held.update(own)
+        module._buffers.update(neutral)
     return y
 
 
 def _multiply_per_cell(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(N, ..., I) times (K, I, O) plus (K, O) -> (N, ..., O)."""
+    """Multiply rows by their cell's weight: (N, ..., I) times (K, I, O) plus (K, O) -> (N, ..., O)."""
     rows = x.reshape(weight.shape[0], -1, x.shape[-1])
     y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
     return y.view(*x.shape[:-1], -1)
 
 
 def _stack_parameters(tensors: Iterator[nn.Parameter]) -> nn.Parameter:
+    """Stack the parameters of K modules along a new first axis."""
     return nn.Parameter(torch.stack([tensor.detach() for tensor in tensors]))

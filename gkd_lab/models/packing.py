@@ -1,8 +1,10 @@
-"""K students of one architecture as one model: every weight gains a leading cell axis.
+"""Pack K students of one architecture into one model, so that they train and sample in the same batch.
 
-The batch dimension carries the cell: row `k * B + b` belongs to cell k, so attention, caches, masks and
-`generate` of the model's own code work unchanged; only the modules that hold weights are replaced
-(cf. HFTA, MLSys 2021). Shapes: K cells, B rows a cell.
+Every weight gains a leading cell axis: a Linear becomes a batched matrix product, an Embedding adds an offset
+to the ids, a norm scales each row by its cell's weight (`packed_layers`). The batch dimension carries the
+cell, row `k * B + b` being row b of cell k, so the model's own attention, caches, masks and `generate` work
+unchanged. Each pack is compared with its members first (`pack_check`). Cf. HFTA, MLSys 2021. Shapes: K cells,
+B rows per cell.
 """
 
 import copy
@@ -31,7 +33,7 @@ __all__ = ["CannotPack", "Pack", "PackedLinear"]
 
 
 class Pack:
-    """K models trained and sampled as one. `model` is a PreTrainedModel whose batch carries the cells."""
+    """K models that train and sample as one: `model` is a PreTrainedModel whose batch carries the cells."""
 
     def __init__(self, model: PreTrainedModel, size: int, template: PreTrainedModel) -> None:
         self.model = model
@@ -40,17 +42,17 @@ class Pack:
 
     @classmethod
     def build_single(cls, model: PreTrainedModel) -> "Pack":
-        """A pack of one: the model itself, of any architecture."""
+        """Build a pack of one cell from a model of any architecture, which is left as it is."""
         return cls(model, 1, model)
 
     @classmethod
     def build(cls, members: Sequence[PreTrainedModel]) -> "Pack":
-        """Stack the weights of `members`, which are not changed.
+        """Stack the weights of `members`, which are not modified.
 
-        Two changed copies of the first member, and then the members, are computed packed and alone.
+        Compares packed and single outputs, first of two perturbed copies of member 0, then of the members.
 
         Raises:
-            CannotPack: if the members differ in kind, or a pack of them in its numbers; the message says why.
+            CannotPack: if the members differ in architecture, or their pack computes something else.
         """
         _check_same_architecture(members)
         copies = [make_perturbed_copy(members[0], seed) for seed in range(2)]
@@ -62,26 +64,25 @@ class Pack:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the weights have a cell axis; a pack `alone` has none."""
+        """Whether the weights have a cell axis; those of `build_single` have none."""
         return self._template is not self.model
 
     def get_cell_parameters(self, cell: int) -> dict[str, Tensor]:
-        """Name -> the cell's share of each trainable parameter: a view, without gradient history."""
+        """Return name -> the cell's slice of each trainable parameter, a detached view."""
         named = self.model.named_parameters()
         if not self.is_packed:
             return {name: p.detach() for name, p in named if p.requires_grad}
         return {name: p.detach()[cell] for name, p in named if p.requires_grad}
 
     def get_cell_gradients(self, cell: int) -> dict[str, Tensor | None]:
-        """Name -> the cell's share of each parameter's gradient: a view."""
-        found: dict[str, Tensor | None] = {}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                found[name] = p.grad if p.grad is None or not self.is_packed else p.grad[cell]
-        return found
+        """Return name -> the cell's slice of each parameter's gradient, a view."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.is_packed:
+            return gradients
+        return {name: grad if grad is None else grad[cell] for name, grad in gradients.items()}
 
     def unpack_cell(self, cell: int) -> PreTrainedModel:
-        """The cell's model, a plain one. It is reused by the next call: save it or copy it."""
+        """Return the cell as a plain model. The next call reuses this object: save it or copy it."""
         if self.is_packed:
             state = {
                 name: value[cell] if _is_packed_parameter(self.model, name) else value
@@ -91,41 +92,43 @@ class Pack:
         return self._template
 
     def load_cell(self, cell: int, state: dict[str, Tensor]) -> None:
-        """Put a plain model's weights into the cell's place. Names that are tied may be left out."""
-        own = self.get_cell_parameters(cell)
-        missing = sorted(set(own) - set(state))
+        """Overwrite a cell's weights by those of a plain model; tied names may be left out."""
+        parameters = self.get_cell_parameters(cell)
+        missing = sorted(set(parameters) - set(state))
         if missing:
-            raise ValueError(f"weights lack {missing[0]!r} ({len(missing)} of {len(own)} missing)")
-        for name, view in own.items():
+            raise ValueError(f"weights lack {missing[0]!r} ({len(missing)} of {len(parameters)} missing)")
+        for name, view in parameters.items():
             view.copy_(state[name])
 
     @contextmanager
     def select_cells(
         self, cells: Sequence[int], dtype: torch.dtype | None = None
     ) -> Iterator[PreTrainedModel]:
-        """The model of these cells alone, for sampling: rows of its batch are theirs, in this order.
+        """Restrict the model to these cells within the block, for sampling; its batch has only their rows.
 
         Args:
-            cells: Neighbours are read where they are; others are copied, once.
-            dtype: Under autocast to this dtype, narrow what it would narrow at each token, once, here: the
-                weights of linear layers. A model that is not packed is left as it is.
+            cells: Neighbouring cells are views of the weights; others are copied once.
+            dtype: Cast the weights of linear layers to this dtype once, instead of by autocast at each token.
+            A
+                model that is not packed is left as it is.
         """
         if list(cells) == list(range(self.size)) and dtype is None:
             yield self.model
             return
-        packed = [m for m in self.model.modules() if isinstance(m, PackedModule)]
-        chosen, made = _make_cell_selection(cells, self.model.device), dict[tuple[int, bool], Tensor]()
-        for module in packed:
-            module.select_cells(chosen, dtype, made)
+        packed_modules = [m for m in self.model.modules() if isinstance(m, PackedModule)]
+        selection = _make_cell_selection(cells, self.model.device)
+        weight_cache: dict[tuple[int, bool], Tensor] = {}
+        for module in packed_modules:
+            module.select_cells(selection, dtype, weight_cache)
         try:
             yield self.model
         finally:
-            for module in packed:
+            for module in packed_modules:
                 module.select_all_cells()
 
 
 def _make_cell_selection(cells: Sequence[int], device: torch.device) -> CellSelection:
-    """A slice if the cells are neighbours in their order, which makes views of the weights."""
+    """Return a slice for neighbouring cells in ascending order, whose weights are views; else indices."""
     first = cells[0]
     if list(cells) == list(range(first, first + len(cells))):
         return slice(first, first + len(cells))
@@ -133,56 +136,58 @@ def _make_cell_selection(cells: Sequence[int], device: torch.device) -> CellSele
 
 
 def _stack_models(members: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """Build the packed model; CannotPack if a weight is in a module that has no packed form."""
     model = copy.deepcopy(members[0])
     _replace_modules(model, members)
-    left = [n for n, p in model.named_parameters() if not _is_packed_parameter(model, n)]
-    if left:
-        raise CannotPack(f"no packed form for the module that holds {left[0]!r}")
+    unpacked = [n for n, p in model.named_parameters() if not _is_packed_parameter(model, n)]
+    if unpacked:
+        raise CannotPack(f"no packed form for the module that holds {unpacked[0]!r}")
     return model
 
 
 def _replace_modules(model: nn.Module, members: Sequence[PreTrainedModel]) -> None:
-    """Swap every module that holds weights for its packed form; shared modules stay shared."""
-    made: dict[int, PackedModule] = {}
-    tied: dict[int, nn.Parameter] = {}
+    """Replace every module that holds weights by its packed form; shared modules and weights stay shared."""
+    packed_by_id: dict[int, PackedModule] = {}
+    tied_weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        parts = [member.get_submodule(name) for member in members]
-        if id(module) not in made:
-            packed = pack_modules(name, parts)
+        if id(module) not in packed_by_id:
+            packed = pack_modules(name, [member.get_submodule(name) for member in members])
             if packed is None:
                 continue
             weight = module._parameters["weight"]
-            packed.weight = tied.setdefault(id(weight), packed.weight)  # type: ignore[arg-type]
-            made[id(module)] = packed
+            packed.weight = tied_weights.setdefault(id(weight), packed.weight)  # type: ignore[arg-type]
+            packed_by_id[id(module)] = packed
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        setattr(model.get_submodule(parent), child, packed_by_id[id(module)])
         if child == "relative_attention_bias":
             patch_relative_bias(model.get_submodule(parent))
 
 
 def _check_same_architecture(members: Sequence[PreTrainedModel]) -> None:
-    first, buffers = _describe_architecture(members[0]), dict(members[0].named_buffers())
-    for position, member in enumerate(members[1:], start=1):
+    """Raise CannotPack if a member differs from the first one in its configuration, shapes or buffers."""
+    reference, buffers = _describe_architecture(members[0]), dict(members[0].named_buffers())
+    for index, member in enumerate(members[1:], start=1):
         traits = _describe_architecture(member)
-        for name in first | traits:
-            ours, other = first.get(name), traits.get(name)
-            if ours != other:
-                raise CannotPack(f"model {position} differs from model 0 in {name}: {other!r} and {ours!r}")
+        for name in reference | traits:
+            expected, value = reference.get(name), traits.get(name)
+            if expected != value:
+                raise CannotPack(f"model {index} differs from model 0 in {name}: {value!r} and {expected!r}")
         for name, buffer in member.named_buffers():
             if name not in buffers or not torch.equal(buffer, buffers[name]):
-                raise CannotPack(f"model {position} differs from model 0 in its buffer {name!r}")
+                raise CannotPack(f"model {index} differs from model 0 in its buffer {name!r}")
 
 
 def _describe_architecture(model: PreTrainedModel) -> dict[str, object]:
-    """All that must be equal: class, shapes, and the configuration, which decides what shapes do not show."""
+    """Return all traits that members must share: class, dtype, parameter shapes and configuration."""
     shapes = {f"shape of {name}": tuple(p.shape) for name, p in model.named_parameters()}
     traits = {"class": type(model).__name__, "dtype": model.dtype, **shapes}
     return traits | {k: v for k, v in model.config.to_dict().items() if k not in _PROVENANCE_FIELDS}
 
 
 _PROVENANCE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Entries of a configuration that say where a model comes from, not what it computes."""
+"""Configuration fields about a model's origin, which do not change its outputs."""
 
 
 def _is_packed_parameter(model: nn.Module, parameter: str) -> bool:
+    """Check whether the parameter of this name is in a packed module."""
     return isinstance(model.get_submodule(parameter.rpartition(".")[0]), PackedModule)

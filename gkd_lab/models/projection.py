@@ -1,4 +1,4 @@
-"""What a model does between its last hidden states and its logits, as data that a loss can apply in pieces.
+"""The map from a model's last hidden states to its logits, as data that a loss can apply in chunks.
 
 Shapes: K packed students, N tokens, H hidden width, V vocabulary.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CONVERTED_ROWS = 32_768
-"""Rows of a head that are converted at once where its dtype is not the one to multiply in."""
+"""Rows of a head that are converted at a time where its dtype is not that of the product."""
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 HAS_WIDE_RESULTS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
 """CUDA can multiply half precision into float32 (torch 2.8 and later)."""
@@ -18,11 +18,11 @@ HAS_WIDE_RESULTS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
 
 @dataclass(frozen=True)
 class Projection:
-    """How logits come from a model's last hidden states: z = cap * tanh(scale * (h W^T + b) / cap).
+    """Map from last hidden states to logits: z = cap * tanh(scale * (h W^T + b) / cap).
 
-    weight: (V, H), or (K, V, H) for K packed students; None: the "hidden states" are the logits themselves.
+    weight: (V, H), or (K, V, H) for K packed students; None if the "hidden states" are the logits themselves.
     bias: (V,) or (K, V), or None.
-    scale: as Cohere's and Granite's. softcap: as Gemma 2's; None: no cap.
+    scale: as Cohere's and Granite's. softcap: as Gemma 2's, or None.
     """
 
     weight: Tensor | None
@@ -31,41 +31,41 @@ class Projection:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits of all tokens at once, (N, V) or (K, N, V); differentiable: the reference."""
+        """Return the logits of all tokens at once, (N, V) or (K, N, V), differentiably."""
         raw = hidden if self.weight is None else hidden @ self.weight.mT
         if self.bias is not None:
             raw = raw + (self.bias if self.bias.dim() == 1 else self.bias[:, None])
         return self.scale_and_cap(raw)
 
     def truncate_vocabulary(self, size: int) -> "Projection":
-        """Only the first `rows` entries of the vocabulary."""
+        """Return the projection to the first `size` entries of the vocabulary."""
         weight = None if self.weight is None else self.weight[..., :size, :]
         bias = None if self.bias is None else self.bias[..., :size]
         return replace(self, weight=weight, bias=bias)
 
     def select_cell(self, cell: int) -> "Projection":
-        """One of K packed students' own; itself where nothing is packed."""
+        """Return the projection of one of K packed students; without a cell axis it is unchanged."""
         weight = self.weight if self.weight is None or self.weight.dim() == 2 else self.weight[cell]
         bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[cell % len(self.bias)]
         return replace(self, weight=weight, bias=bias)
 
     def add_cell_axis(self) -> "Projection":
-        """The same with a leading K, 1 where there was none."""
+        """Give weight and bias a leading cell axis if they have none."""
         weight = self.weight if self.weight is None or self.weight.dim() == 3 else self.weight[None]
         bias = self.bias if self.bias is None or self.bias.dim() == 2 else self.bias[None]
         return replace(self, weight=weight, bias=bias)
 
     def get_vocabulary_size(self, hidden: Tensor) -> int:
-        """Entries of the vocabulary."""
+        """Return V, the number of logits for these hidden states."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[-2]
 
     def scale_and_cap(self, raw: Tensor) -> Tensor:
-        """Scaled and capped `raw` = h W^T + b; `raw` itself where there is nothing to do."""
+        """Return the logits for `raw` = h W^T + b: scaled, then soft-capped."""
         scaled = raw if self.scale == 1 else raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def compute_raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """A gradient by the logits made one by h W^T + b, in place."""
+        """Convert, in place, a gradient with respect to the logits into one with respect to h W^T + b."""
         if self.softcap is not None:
             gradient.mul_(1 - (logits / self.softcap).square())
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -73,20 +73,20 @@ class Projection:
 
 @dataclass(frozen=True)
 class MatmulPrecision:
-    """Operands in the dtype that the model's own head would multiply in; sums and results in a wide one."""
+    """Dtypes of matrix products: operands as in the model's own head, sums and results in a wide dtype."""
 
     operand_dtype: torch.dtype
     result_dtype: torch.dtype
 
     @staticmethod
     def create(hidden: Tensor, result_dtype: torch.dtype) -> "MatmulPrecision":
-        """As the model would do it here: what autocast does to its head counts."""
+        """Multiply in autocast's dtype where autocast applies, else in that of the hidden states."""
         device = hidden.device.type
-        lowered = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        return MatmulPrecision(torch.get_autocast_dtype(device) if lowered else hidden.dtype, result_dtype)
+        autocasts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+        return MatmulPrecision(torch.get_autocast_dtype(device) if autocasts else hidden.dtype, result_dtype)
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-        """out = left @ right, batched, plus what was in `out` if `add`."""
+        """Write the batched product left @ right into `out`, or add it to `out` if `accumulate`."""
         left, right = left.to(self.operand_dtype), right.to(self.operand_dtype)
         if out.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS:
             torch.baddbmm(out, left, right, out_dtype=self.result_dtype, beta=int(accumulate), out=out)
@@ -94,7 +94,7 @@ class MatmulPrecision:
             out.baddbmm_(left.to(self.result_dtype), right.to(self.result_dtype), beta=int(accumulate))
 
     def split_rows(self, weight: Tensor) -> Iterator[slice]:
-        """The rows of a head, (K, V, H), in pieces if they are to be converted, else all at once."""
+        """Split the rows of a head, (K, V, H), into slices if its dtype must be converted."""
         vocabulary = weight.shape[1]
         rows = vocabulary if weight.dtype == self.operand_dtype == self.result_dtype else CONVERTED_ROWS
         return (slice(start, start + rows) for start in range(0, vocabulary, rows))

@@ -1,7 +1,7 @@
-"""Random choices that depend on (seed, step, purpose) alone.
+"""Keyed random streams, each a function of (seed, step, purpose), and the on-policy coin.
 
-So a resumed run equals an uninterrupted one, a cell does not depend on who shares its pack, and cells of
-one seed share prompts, coins and noise, which is what lets statistics pair them.
+So a resumed run equals an uninterrupted one, a cell's result does not depend on the other cells of its pack,
+and cells of one seed share prompts, coins and noise, so that statistics can pair them.
 """
 
 import hashlib
@@ -12,28 +12,28 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, step: int, purpose: str) -> int:
-    """63 bits for a generator."""
+    """Hash (seed, step, purpose) to a 63-bit seed for a random generator."""
     digest = hashlib.blake2b(f"{seed}:{step}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def is_on_policy(lmbda: float, seed: int, step: int) -> bool:
-    """The coin of Algorithm 1: one draw per optimizer step, heads with probability lmbda.
+    """Toss the coin of Algorithm 1: decide whether an optimizer step trains on the student's own samples.
 
-    lmbda 0 never samples and 1 always does. For one seed and step a larger lmbda is heads whenever a
-    smaller one is.
+    True with probability lmbda: never for 0, always for 1. With one seed, a step that is on-policy for one
+    lmbda is on-policy for every larger one.
     """
     return random.Random(derive_seed(seed, step, "coin")).random() < lmbda
 
 
 def draw_uniforms(seed: int, step: int, purpose: str, rows: int, tokens: int) -> Tensor:
-    """Noise in [0, 1) for `rows` sequences, float64, (rows, tokens)."""
+    """Draw sampling noise in [0, 1) for `rows` sequences, float64, (rows, tokens)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, step, purpose))
     return torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
 
 
 def draw_permutation(seed: int, epoch: int, size: int) -> list[int]:
-    """Order of the rows in one pass over the data."""
+    """Draw the order of `size` rows in one pass over the data."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order

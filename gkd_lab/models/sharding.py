@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked: bool = False) -> nn.Module:
     """Shard the teacher under FSDP2 and ZeRO-3; move it whole to the device under anything else.
 
-    `parked` leaves it on the CPU: `gkd_lab.models.loading.use_on_device` moves it for the time of a block, and
-    FSDP2 moves its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end of
-    that block, so that a loss can read the head. A quantized teacher stays on the device that it was loaded
-    to, one copy for each process.
+    `parked` leaves it on the CPU: `gkd_lab.models.loading.use_on_device` moves it for the time of a block,
+    and FSDP2 moves its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end
+    of that block, so that a loss can read the head. A quantized teacher stays on the device that it was
+    loaded to, one copy for each process.
 
     Raises:
         ValueError: for FSDP1, and for `parked` with DeepSpeed or a quantized teacher.

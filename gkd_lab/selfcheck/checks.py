@@ -101,7 +101,7 @@ def build_head_check(side: str) -> Callable[[PairBench], InvarianceResult]:
             )
         with torch.no_grad(), eval_mode(model):
             own = compute_completion_logits(model, bench.rows)
-            parts = head.unprojected(bench.rows)
+            parts = head.compute_unprojected(bench.rows)
             gap = (parts.projection(parts.hidden) - own).abs().max() / own.abs().max()
         reason = "the loss would compare other distributions than the model's own"
         return InvarianceResult(float(gap), 1e-4, f"{float(gap):.1e} of largest", reason)
@@ -245,7 +245,7 @@ def _compute_loss_and_gradient_norm(
     """Mean loss a token on the rows' own answers and the norm of its gradient by the hidden states."""
     batch = MicroBatch(bench.rows, bench.rows, (0,), (False,))
     with torch.no_grad(), eval_mode(bench.student):
-        own, guide = (bench.heads[side].unprojected(bench.rows) for side in ("student", teacher))
+        own, guide = (bench.heads[side].compute_unprojected(bench.rows) for side in ("student", teacher))
     hidden = own.hidden.requires_grad_()
     items = count_trained_items(batch, 1, "token")
     guides = {0: project_blocks(guide, 1)}

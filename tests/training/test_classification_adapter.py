@@ -399,7 +399,7 @@ def test_what_only_a_language_model_has_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_made_for_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="student is made for regression and the teacher for sequence-class"):
+    with pytest.raises(ValueError, match="regression and the teacher for sequence-class"):
         trainer_of(
             tmp_path, "regression", teacher_model=tiny_classifier("bert", "sequence-classification", 2)
         )
