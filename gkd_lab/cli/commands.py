@@ -123,7 +123,7 @@ def status(
 
     grid = load_grid(name, scale, sets, outputs)
     if watch:
-        from gkd_lab.status.watch import watch_grid
+        from gkd_lab.status.terminal import watch_grid
 
         overview = watch_grid(grid, Store(outputs))
     else:

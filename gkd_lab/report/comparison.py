@@ -246,6 +246,7 @@ def _rank_examples(
 
 
 def _build_compared_record(record: Record, spec: Mapping[str, Any], scores: _PromptScores) -> ComparedRecord:
+    """Build the summary of one of the two records."""
     low, high = scores.interval
     return ComparedRecord(
         record=str(record.folder),

@@ -72,6 +72,7 @@ def _count_states(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
 
 
 def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
+    """Format the values of an axis in one line."""
     separator = "; " if axis == "objectives" else ", "
     return separator.join(format_axis_value(axis, value) for value in values)
 
@@ -111,6 +112,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
 
 
 def _describe_cell(cell: Cell) -> str:
+    """Format lmbda, divergence, other axes and seed of a cell."""
     axes = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
     row = {**cell.labels, "lmbda": cell.lmbda, "beta": cell.beta}
     return f"{describe_point(row, axes)}, seed {cell.seed}"

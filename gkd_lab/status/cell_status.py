@@ -86,6 +86,7 @@ def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, 
 
 
 def _list_evaluations(record: Record, cell: Cell) -> list[EvaluationRecord]:
+    """List the records of the evaluations that the cell requests."""
     return [record.get_evaluation(evaluation) for evaluation in cell.evaluations]
 
 

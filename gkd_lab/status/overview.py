@@ -36,6 +36,7 @@ class CellView:
 
     @property
     def state(self) -> State:
+        """State of the whole cell."""
         return self.progress.state
 
     @property
@@ -137,6 +138,7 @@ def _build_cell_views(
     unpacked_reasons: Mapping[str, str],
     estimator: TimeEstimator,
 ) -> Iterator[CellView]:
+    """Yield each cell with its progress, the number of its pack and its time estimate."""
     pack_numbers = {cell.full_fingerprint: n for n, pack in enumerate(packs, 1) for cell in pack}
     for cell, progress in zip(grid.cells, progresses, strict=True):
         pack = pack_numbers[cell.full_fingerprint]
@@ -152,6 +154,7 @@ def _build_cell_views(
 
 
 def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) -> Iterator[ArtifactView]:
+    """Yield each teacher and SFT student with its state and its time estimate."""
     for role, model, _ in list_references(grid.cells):
         record = store.get_artifact(grid.scale, role, model)
         yield ArtifactView(
@@ -252,6 +255,7 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
 
 
 def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
+    """Group the cells of a grid, a list for each task."""
     groups: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         groups.setdefault(cell.task, []).append(cell)

@@ -1,14 +1,11 @@
-"""Text of `list`, `plan` and `status`: tables by rich in a terminal, by tabulate in a pipe."""
+"""Text of `list`, `plan` and `status`; rich, which takes time to load, is used in a terminal only."""
 
+import sys
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tabulate import tabulate
 
 from gkd_lab.config import Grid
@@ -19,11 +16,8 @@ from gkd_lab.tables.loss_labels import loss_label
 
 _STATES: tuple[State, ...] = get_args(State)
 _STATE_STYLES = {"done": "green", "failed": "red", "running": "yellow"}
-_TEXT_COLUMNS = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
+TEXT_COLUMNS = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
 """Columns that are aligned to the left; all others hold numbers."""
-_UNFOLDED_COLUMNS = {"cell", "lmbda", "beta", "seed", "status", "step", "loss", "left", "experiment", "pack"}
-_MIN_FOLDED_WIDTH = 5
-"""Characters of a column that is folded where a terminal is too narrow for the table."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +29,21 @@ class Listing:
     styles: list[str] = field(default_factory=list)
 
 
-def print_listing(listing: Listing, console: Console | None = None) -> None:
-    """Print a table: coloured and folded to the width of a terminal, plain and unfolded in a pipe."""
-    console = console or Console()
-    if console.is_terminal:
-        console.print(build_rich_table(listing, console.width), crop=False)
+def print_listing(listing: Listing) -> None:
+    """Print a table: coloured and folded to its width in a terminal, plain in a pipe."""
+    if sys.stdout.isatty():
+        from gkd_lab.status.terminal import print_table
+
+        print_table(listing)
     else:
-        print(format_listing(listing), file=console.file)
+        print(format_listing(listing))
 
 
 def format_listing(listing: Listing) -> str:
     """Format a table as plain text, its columns two spaces apart."""
-    alignment = ["left" if name in _TEXT_COLUMNS else "right" for name in listing.columns]
+    alignment = ["left" if name in TEXT_COLUMNS else "right" for name in listing.columns]
     rows = [listing.columns, *listing.rows]  # tabulate would widen a header by two spaces
     return str(tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True))
-
-
-def build_rich_table(listing: Listing, terminal_width: int, *, fold: bool = True) -> Table:
-    """Build the table for a terminal, without empty columns; what cannot be folded stays whole."""
-    shown = [n for n in range(len(listing.columns)) if any(row[n] for row in listing.rows)]
-    widths = [max(len(row[n]) for row in (listing.columns, *listing.rows)) for n in shown]
-    gap = 2 if sum(widths) + 2 * len(shown) <= terminal_width else 1
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    for n, width in zip(shown, widths, strict=True):
-        name = listing.columns[n]
-        is_folded = fold and name not in _UNFOLDED_COLUMNS
-        table.add_column(
-            name,
-            justify="left" if name in _TEXT_COLUMNS else "right",
-            overflow="fold",
-            min_width=min(width, _MIN_FOLDED_WIDTH) if is_folded else width,
-        )
-    for row, style in zip_longest(listing.rows, listing.styles, fillvalue=""):
-        table.add_row(*(Text(row[n]) for n in shown), style=style)
-    return table
 
 
 def list_cells(

@@ -270,9 +270,11 @@ class RecordVerifier:
                 )
 
     def _add_mismatch(self, message: str, folder: Path | None = None) -> None:
+        """Add a mismatch of the record, or of an evaluation's folder, to the result."""
         self.result.mismatches.append(f"{self._get_relative_folder(folder)}: {message}")
 
     def _add_note(self, message: str, folder: Path | None = None) -> None:
+        """Add a note on what could not be compared to the result."""
         self.result.notes.append(f"{self._get_relative_folder(folder)}: {message}")
 
     def _get_relative_folder(self, folder: Path | None) -> Path:
@@ -315,11 +317,13 @@ def list_revisions(spec: Spec) -> Iterator[tuple[SourceKey, str]]:
 
 
 def _list_data_revisions(task: str, data: DataSpec) -> Iterator[tuple[SourceKey, str]]:
+    """Yield the revision of local or made data."""
     if data.kind != "hub":
         yield ("data", task, data.path or data.name or "made", data.config or ""), data.revision
 
 
 def _list_model_revisions(model: ModelSpec) -> Iterator[tuple[SourceKey, str]]:
+    """Yield the revision of a local model."""
     if model.path is not None and model.revision is not None:
         yield ("model", model.path), model.revision
 

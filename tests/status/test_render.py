@@ -2,10 +2,12 @@
 
 import io
 
+import pytest
 from rich.console import Console
 from rich.text import Text
 
 from gkd_lab.status.render import Listing, print_listing
+from gkd_lab.status.terminal import print_table
 
 LISTING = Listing(
     columns=["cell", "task", "lmbda", "beta", "seed", "status", "owner", "step", "loss", "left"],
@@ -17,14 +19,15 @@ LISTING = Listing(
 )
 
 
-def print_lines(listing: Listing, *, is_terminal: bool) -> list[str]:
+def print_in_terminal(listing: Listing) -> list[str]:
     out = io.StringIO()
-    print_listing(listing, Console(file=out, force_terminal=is_terminal, width=70))
-    return out.getvalue().splitlines()
+    print_table(listing, Console(file=out, force_terminal=True, width=70))
+    return [Text.from_ansi(line).plain for line in out.getvalue().splitlines()]
 
 
-def test_a_pipe_gets_a_line_for_each_row_without_colours() -> None:
-    header, first, second = print_lines(LISTING, is_terminal=False)
+def test_a_pipe_gets_a_line_for_each_row_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    print_listing(LISTING)
+    header, first, second = capsys.readouterr().out.splitlines()
     assert header.split() == LISTING.columns
     assert first.split(maxsplit=9) == LISTING.rows[0]
     assert second.split() == [text for text in LISTING.rows[1] if text]
@@ -32,13 +35,14 @@ def test_a_pipe_gets_a_line_for_each_row_without_colours() -> None:
 
 
 def test_a_narrow_terminal_gets_folded_columns_and_whole_fingerprints() -> None:
-    lines = [Text.from_ansi(line).plain for line in print_lines(LISTING, is_terminal=True)]
+    lines = print_in_terminal(LISTING)
     assert len(lines) > 3
     assert max(map(len, lines)) <= 70
     assert all(any({row[0], row[5], row[7]} <= set(line.split()) for line in lines) for row in LISTING.rows)
 
 
-def test_a_terminal_gets_no_empty_column() -> None:
+def test_only_a_pipe_gets_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
     listing = Listing(["cell", "owner"], [["e208257d", ""]])
-    assert "owner" not in "".join(print_lines(listing, is_terminal=True))
-    assert "owner" in "".join(print_lines(listing, is_terminal=False))
+    print_listing(listing)
+    assert "owner" in capsys.readouterr().out
+    assert "owner" not in "".join(print_in_terminal(listing))

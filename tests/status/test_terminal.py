@@ -8,7 +8,7 @@ from rich.console import Console
 
 from gkd_lab.config import Grid
 from gkd_lab.status.overview import Overview
-from gkd_lab.status.watch import watch_grid
+from gkd_lab.status.terminal import watch_grid
 from gkd_lab.store import Store
 
 from ..tables.synthetic_store import build_grid, fill_store

@@ -1,17 +1,19 @@
-"""`status --watch`: list the cells again every few seconds until all are done or failed."""
+"""Tables in a terminal, by rich, and `status --watch`."""
 
 import time
 from collections.abc import Callable, Generator
+from itertools import zip_longest
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from gkd_lab.config import Grid
 from gkd_lab.status.overview import Overview, build_overview
 from gkd_lab.status.render import (
+    TEXT_COLUMNS,
     Listing,
-    build_rich_table,
     list_cells,
     render_running_artifacts,
     render_state_counts,
@@ -21,6 +23,35 @@ from gkd_lab.store import Store
 OverviewDisplay = Generator[None, Overview, None]
 
 REFRESH_SECONDS = 2.0
+_UNFOLDED_COLUMNS = {"cell", "lmbda", "beta", "seed", "status", "step", "loss", "left", "experiment", "pack"}
+_MIN_FOLDED_WIDTH = 5
+"""Characters of a column that is folded where a terminal is too narrow for the table."""
+
+
+def print_table(listing: Listing, console: Console | None = None) -> None:
+    """Print a table, coloured and folded to the width of the terminal."""
+    console = console or Console()
+    console.print(build_rich_table(listing, console.width), crop=False)
+
+
+def build_rich_table(listing: Listing, terminal_width: int, *, fold: bool = True) -> Table:
+    """Build the table for a terminal, without empty columns; what cannot be folded stays whole."""
+    indices = [n for n in range(len(listing.columns)) if any(row[n] for row in listing.rows)]
+    widths = [max(len(row[n]) for row in (listing.columns, *listing.rows)) for n in indices]
+    gap = 2 if sum(widths) + 2 * len(indices) <= terminal_width else 1
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for n, width in zip(indices, widths, strict=True):
+        name = listing.columns[n]
+        is_folded = fold and name not in _UNFOLDED_COLUMNS
+        table.add_column(
+            name,
+            justify="left" if name in TEXT_COLUMNS else "right",
+            overflow="fold",
+            min_width=min(width, _MIN_FOLDED_WIDTH) if is_folded else width,
+        )
+    for row, style in zip_longest(listing.rows, listing.styles, fillvalue=""):
+        table.add_row(*(Text(row[n]) for n in indices), style=style)
+    return table
 
 
 def watch_grid(
