@@ -1,5 +1,5 @@
-"""The command line: parse, call, print."""
+"""Command line: parse the request, call one function, print its result."""
 
-from gkd_lab.cli.commands import app, main
+from gkd_lab.cli.app import app, main
 
 __all__ = ["app", "main"]

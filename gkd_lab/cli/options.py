@@ -1,4 +1,4 @@
-"""What is typed on the command line: options, their choices, and what they become."""
+"""Options of the command line: types, choices and help texts, and functions that parse and check them."""
 
 import sys
 import tempfile
@@ -24,7 +24,7 @@ class ScaleChoice(StrEnum):
 
 
 class TableFormat(StrEnum):
-    """Choices of --format."""
+    """Choices of --format of `table`."""
 
     md = "md"
     csv = "csv"
@@ -48,78 +48,80 @@ class LockedCellAction(StrEnum):
 
 
 class OutputFormat(StrEnum):
-    """Choices of compare's --format."""
+    """Choices of --format of commands that print text."""
 
     text = "text"
     json = "json"
 
 
 ExperimentArgument = Annotated[
-    str, typer.Argument(metavar="EXP", help="A name in experiments/, or a YAML file.")
+    str, typer.Argument(metavar="EXP", help="Name in experiments/, or a YAML file.")
 ]
-ScaleOption = Annotated[ScaleChoice | None, typer.Option(help="Default: the experiment's own.")]
+ScaleOption = Annotated[ScaleChoice | None, typer.Option(help="Default: the scale of the experiment.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=V1,V2", help="Replace an axis or a field; repeatable."),
 ]
-OutputsOption = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of all records.")]
-PackOption = Annotated[str, typer.Option(help="auto, off, or the most cells that share one model.")]
-RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="Try failed cells again.")]
+OutputsOption = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of the records.")]
+PackOption = Annotated[
+    str, typer.Option(help="auto, off, or the largest number of cells in one packed model.")
+]
+RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
 TrackerOption = Annotated[
     TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")
 ]
 ExecutorOption = Annotated[str, typer.Option(help="local; ray and slurm are not built yet.")]
 WorkersOption = Annotated[
-    int, typer.Option(help="Processes that share out the packs of cells, and the cores.")
+    int, typer.Option(help="Processes that share the packs of cells and the CPU cores.")
 ]
 NoWaitOption = Annotated[
-    bool, typer.Option("--no-wait", help="Leave cells that other processes work on; default: wait for them.")
+    bool, typer.Option("--no-wait", help="Do not wait for cells that other processes work on.")
 ]
 TermGradientsOption = Annotated[
     bool,
     typer.Option(
         "--term-gradients",
-        help="Log the norm of each term's gradient, which costs a pass a term and log line.",
+        help="Log the gradient norm of each loss term; costs one backward pass per term and log line.",
     ),
 ]
 WorkerOption = Annotated[
-    str | None, typer.Option(hidden=True, metavar="K/N", help="This process is a worker.")
+    str | None, typer.Option(hidden=True, metavar="K/N", help="Number K of this worker process of N.")
 ]
 
 
 def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
-    """Of `--metrics a,b`; None: nothing was asked for."""
+    """Parse `a,b` of --metrics; None if the option is not given. ConfigError: unknown metric."""
     from gkd_lab.metrics import METRICS
 
     if names is None:
         return None
-    asked = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if not asked:
+    metrics = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not metrics:
         raise ConfigError(f"--metrics {names!r} names none; valid: {', '.join(METRICS)}")
-    for name in asked:
-        if name not in METRICS:
-            raise build_unknown_name_error("metric", name, METRICS)
-    return asked
+    for metric in metrics:
+        if metric not in METRICS:
+            raise build_unknown_name_error("metric", metric, METRICS)
+    return metrics
 
 
 def load_grid_without_cache(
     name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path
 ) -> Grid:
-    """The grid from data and models as they are: hashes that were kept for unchanged files are not used."""
-    known = outputs / "revisions.json"
+    """Load a grid with hashes of the data and models as they are now, not the cached ones."""
+    revisions = outputs / "revisions.json"
     with tempfile.TemporaryDirectory() as folder:
-        if known.is_file():
-            write_bytes(Path(folder) / known.name, known.read_bytes())
+        if revisions.is_file():
+            write_bytes(Path(folder) / revisions.name, revisions.read_bytes())
         return load_grid(name, scale, sets, Path(folder))
 
 
 def parse_worker_count(text: str | None) -> int:
-    """N of `K/N`: how many workers a run has."""
+    """Return the number of workers N from `K/N`; 1 without the option."""
     return 1 if text is None else int(text.partition("/")[2])
 
 
 def load_grid(name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
-    """The cells of an experiment by name or file."""
+    """Load the cells of an experiment by name or file."""
     check_outputs_folder(outputs)
     return experiments.load(
         name, scale=get_scale_value(scale), overrides=parse_overrides(sets), outputs=outputs
@@ -127,7 +129,7 @@ def load_grid(name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, 
 
 
 def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
-    """`--set` texts, by key."""
+    """Parse the KEY=VALUE texts of --set: key -> value."""
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
@@ -138,23 +140,23 @@ def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
 
 
 def get_scale_value(scale: ScaleChoice | None) -> Any:
-    """The scale as experiments know it."""
+    """Return the scale's name, typed as `experiments` takes it."""
     return None if scale is None else scale.value
 
 
 def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
-    """`--lmbda 0.5` and `--lmbda=0.5` as fields of a cell."""
+    """Parse `--lmbda 0.5` and `--lmbda=0.5` as fields of a cell: name -> value."""
     fields: dict[str, str] = {}
-    rest = list(arguments)
-    while rest:
-        option = rest.pop(0)
+    remaining = list(arguments)
+    while remaining:
+        option = remaining.pop(0)
         if not option.startswith("--"):
             raise ConfigError(f"unexpected {option!r}: fields of a cell are given as --FIELD VALUE")
         key, equals, value = option[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            if not remaining or remaining[0].startswith("--"):
                 raise ConfigError(f"{option} has no value: fields of a cell are given as --FIELD VALUE")
-            value = rest.pop(0)
+            value = remaining.pop(0)
         if not key:
             raise ConfigError(f"{option!r} names no field: they are given as --FIELD VALUE")
         if key in fields:
@@ -164,7 +166,7 @@ def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
-    """Refuse what is not built, and what contradicts itself."""
+    """Raise ConfigError for an executor that does not exist, and for contradictory options."""
     if executor in ("ray", "slurm"):
         raise ConfigError(f"--executor {executor} is not built yet; valid: local")
     if executor != "local":
@@ -176,13 +178,13 @@ def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
 
 
 def check_outputs_folder(outputs: Path) -> None:
-    """Refuse a file in the place of the outputs folder."""
+    """Raise ConfigError if the outputs folder is a file."""
     if outputs.exists() and not outputs.is_dir():
         raise ConfigError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
 
 
 def create_outputs_folder(outputs: Path) -> Path:
-    """The outputs folder, made and tried. Raises SpecError when nothing can be written there."""
+    """Create the outputs folder and return it. ConfigError: nothing can be written there."""
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=outputs) as file:
@@ -196,6 +198,6 @@ def create_outputs_folder(outputs: Path) -> Path:
 
 
 def exit_with_message(message: str, status: int) -> NoReturn:
-    """Say one thing and exit."""
+    """Print one message to stderr and exit."""
     print(f"gkd-lab: {message}", file=sys.stderr)
     sys.exit(status)

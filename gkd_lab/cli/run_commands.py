@@ -1,49 +1,223 @@
-"""`run` and `cell` at work: in this process or in several, under a sweep agent or alone."""
+"""Commands that load models: `run`, `cell`, `evaluate` and `selfcheck`. torch is loaded once work begins."""
 
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from gkd_lab import experiments
-from gkd_lab.cli.options import TrackerChoice, create_outputs_folder, exit_with_message
-from gkd_lab.config import Grid
-from gkd_lab.config.packs import PackLimit
+from gkd_lab.cli.options import (
+    ExecutorOption,
+    ExperimentArgument,
+    LockedCellAction,
+    NoWaitOption,
+    OutputsOption,
+    PackOption,
+    RetryFailedOption,
+    ScaleOption,
+    SetOption,
+    TermGradientsOption,
+    TrackerChoice,
+    TrackerOption,
+    WorkerOption,
+    WorkersOption,
+    check_executor_options,
+    check_outputs_folder,
+    create_outputs_folder,
+    exit_with_message,
+    get_scale_value,
+    load_grid,
+    parse_cell_fields,
+    parse_worker_count,
+)
+from gkd_lab.config import ConfigError, Grid
+from gkd_lab.config.packs import PackLimit, parse_pack_limit
+from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 
+SIGNAL_EXIT_BASE = 128
+"""Exit status of a process that a signal stopped: this plus the number of the signal."""
 
-def run_cells(
+
+def run_experiment(
+    name: ExperimentArgument,
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    pack: PackOption = "auto",
+    retry_failed: RetryFailedOption = False,
+    workers: WorkersOption = 1,
+    executor: ExecutorOption = "local",
+    tracker: TrackerOption = None,
+    no_wait: NoWaitOption = False,
+    term_gradients: TermGradientsOption = False,
+    worker: WorkerOption = None,
+) -> None:
+    """Train and evaluate every cell; finished work is not repeated."""
+    check_executor_options(executor, workers, no_wait)
+    limit = parse_pack_limit(pack)
+    tracker_name = choose_tracker(tracker)
+    if is_sweep_agent() and tracker_name == "wandb":
+        raise ConfigError(
+            "a sweep agent's run is one cell: let it call `gkd-lab cell`, or set --tracker none"
+        )
+    grid = load_grid(name, scale, sets, outputs)
+    if workers == 1:
+        run_in_process(
+            grid,
+            outputs,
+            limit,
+            retry_failed,
+            tracker_name,
+            busy_cells="pass" if no_wait else "wait",
+            workers=parse_worker_count(worker),
+            term_gradients=term_gradients,
+        )
+        return
+    arguments = ["run", name, "--outputs", str(outputs), "--pack", pack, "--tracker", tracker_name]
+    arguments += [] if scale is None else ["--scale", scale.value]
+    arguments += ["--term-gradients"] if term_gradients else []
+    for text in sets or ():
+        arguments += ["--set", text]
+    run_in_workers(grid, outputs, workers, arguments, retry_failed)
+
+
+def run_cell(
+    context: typer.Context,
+    experiment: Annotated[
+        str | None, typer.Option(metavar="EXP", help="Experiment that gives base, scale and evaluations.")
+    ] = None,
+    scale: ScaleOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    retry_failed: RetryFailedOption = False,
+    tracker: TrackerOption = None,
+    held: Annotated[
+        LockedCellAction,
+        typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
+    ] = LockedCellAction.wait,
+) -> None:
+    """Run one cell from its fields, as a sweep agent does.
+
+    Example: gkd-lab cell --task arithmetic --lmbda 0.5 --beta 0.1 --seed 0
+    """
+    tracker_name = choose_tracker(tracker)
+    try:
+        check_outputs_folder(outputs)
+        fields = parse_cell_fields(context.args)
+        grid = experiments.load_single_cell(
+            fields, name=experiment, scale=get_scale_value(scale), outputs=outputs
+        )
+    except ConfigError as error:
+        if is_sweep_agent() and tracker_name == "wandb":
+            from gkd_lab.runner.wandb_tracker import report_refused_parameters
+
+            report_refused_parameters(str(error))
+        raise
+    run_in_process(grid, outputs, "off", retry_failed, tracker_name, busy_cells=held.value)
+    print(Store(outputs).get_record(grid.cells[0]).folder)
+
+
+def evaluate_cell(
+    cell: Annotated[
+        str,
+        typer.Argument(metavar="CELL", help="Folder of a record, or the first digits of its fingerprint."),
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="NAME,FILE.yaml", help="Tasks of lm-eval; `own`: the task of the cell."),
+    ],
+    outputs: OutputsOption = Path("outputs"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task; default: all.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Default: as each task defines.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents per batch.")] = 16,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let task files run their Python code.")
+    ] = False,
+) -> None:
+    """Run tasks of lm-eval on a finished cell; `table` shows the scores."""
+    from gkd_lab.config.lm_eval_task import resolve_lm_eval_task
+    from gkd_lab.store.lookup import find_record
+
+    check_outputs_folder(outputs)
+    record = find_record(cell, outputs)
+    names = list(filter(None, (name.strip() for name in tasks.split(","))))
+    if not names:
+        raise ConfigError(f"--tasks {tasks!r}: expected tasks of lm-eval or YAML files, as NAME,FILE.yaml")
+    if record.read_state() != "done":
+        raise ConfigError(f"{record.folder}: its training is {record.read_state()}, finish it first")
+    for name in names:
+        resolve_lm_eval_task(name, trusted=trust_remote_code)
+    create_outputs_folder(record.folder)
+    from gkd_lab.runner.library_logging import silence_libraries
+    from gkd_lab.runner.lm_eval_runs import evaluate_record
+    from gkd_lab.runner.run_options import RunOptions
+
+    silence_libraries()
+    evaluations = evaluate_record(
+        record,
+        names,
+        RunOptions(outputs),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        trusted=trust_remote_code,
+    )
+    failures = [result for result in evaluations if result.record.read_state() == "failed"]
+    for result in evaluations:
+        if result not in failures:
+            for metric, score in result.record.read_scores().items():
+                print(f"{result.evaluation.name}/{metric}: {_format_score(score)}")
+    for result in failures:
+        reason = f"{result.record.read_status()['error']} (see {result.record.status_file})"
+        print(f"failed: {result.evaluation.name}: {reason}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _format_score(score: dict[str, Any]) -> str:
+    """Format a value with its interval."""
+    value = "no number" if score["value"] is None else f"{score['value']:.4f}"
+    return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
+
+
+def check_model_pair(
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or hub name. Default: a small random model.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or hub name. Default: a small random model.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Also compare with bfloat16.")] = False,
+) -> None:
+    """Check what distillation relies on with two models; train nothing.
+
+    The checks are invariances of the losses and of sampling. No file is written.
+    """
+    from gkd_lab.runner.library_logging import silence_libraries
+    from gkd_lab.selfcheck.command import run_selfcheck
+
+    silence_libraries()
+    if not run_selfcheck(teacher, student, bf16=bf16):
+        raise typer.Exit(1)
+
+
+@handle_signals()
+def run_in_process(
     grid: Grid,
     outputs: Path,
     limit: PackLimit,
     retry_failed: bool,
     tracker: Literal["none", "wandb", "trackio"],
-    held: Literal["pass", "wait"] = "pass",
     *,
+    busy_cells: Literal["pass", "wait"],
     workers: int = 1,
     term_gradients: bool = False,
 ) -> None:
     """Run a grid in this process, which may be one of several `workers` of the same run."""
-    from gkd_lab.runner.interrupts import handle_signals
-
-    with handle_signals():
-        _run_grid(grid, outputs, limit, retry_failed, tracker, held, workers, term_gradients)
-
-
-def _run_grid(
-    grid: Grid,
-    outputs: Path,
-    limit: PackLimit,
-    retry_failed: bool,
-    tracker: Literal["none", "wandb", "trackio"],
-    held: Literal["pass", "wait"],
-    workers: int,
-    term_gradients: bool,
-) -> None:
     store = Store(create_outputs_folder(outputs))
     if not retry_failed and _is_grid_done(grid, store):
         if tracker == "wandb" and is_sweep_agent():
@@ -53,19 +227,18 @@ def _run_grid(
     experiments.check_generators_and_rewards(grid)
     from gkd_lab.runner.library_logging import silence_libraries
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.runner.run import run_grid as run_grid
+    from gkd_lab.runner.run import run_grid
     from gkd_lab.runner.run_options import RunOptions
     from gkd_lab.runner.trackers import create_tracker
 
     reporter = Reporter()
-    followed = create_tracker(tracker, grid.name, outputs, reporter)
     options = RunOptions(
         outputs,
         pack=limit,
         retry_failed=retry_failed,
         reporter=reporter,
-        tracker=followed,
-        busy_cells=held,
+        tracker=create_tracker(tracker, grid.name, outputs, reporter),
+        busy_cells=busy_cells,
         workers=workers,
         term_gradients=term_gradients,
     )
@@ -78,7 +251,7 @@ def _run_grid(
         print(f"failed: {line}", file=sys.stderr)
     if outcome.busy_cell_count:
         print(f"{outcome.busy_cell_count} cells are being run by another process", file=sys.stderr)
-    # A cell that an agent passes over is no failure of its own: three of these would stop the agent.
+    # For a sweep agent a busy cell is no failure: three failures would stop the agent.
     if outcome.failures or (outcome.busy_cell_count and not is_sweep_agent()):
         raise typer.Exit(1)
     if outcome.busy_cell_count or workers > 1:
@@ -86,33 +259,34 @@ def _run_grid(
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
 
 
-def run_workers(grid: Grid, outputs: Path, count: int, arguments: Sequence[str], retry_failed: bool) -> None:
-    """Run a grid in `count` processes, each started with `words`; exits unless all is done."""
+def run_in_workers(
+    grid: Grid, outputs: Path, count: int, arguments: Sequence[str], retry_failed: bool
+) -> None:
+    """Run a grid in `count` processes with these command line arguments; exit unless all cells are done."""
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.runner.workers import WorkerPool as Processes
-    from gkd_lab.runner.workers import clear_failures
+    from gkd_lab.runner.workers import WorkerPool, clear_failures
 
     store = Store(create_outputs_folder(outputs))
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
         experiments.check_generators_and_rewards(grid)
-        processes = Processes(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
-        status = processes.wait()
-        for line in processes.failures:
+        pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
+        status = pool.wait()
+        for line in pool.failures:
             print(line, file=sys.stderr)
         if status == SIGNAL_EXIT_BASE + signal.SIGINT:
             raise KeyboardInterrupt
         if status > SIGNAL_EXIT_BASE:
             raise SystemExit(status)
-        # What a killed worker left undone, the others did.
+        # The other workers finish the cells of a killed one.
         if status and not _is_grid_done(grid, store):
             raise typer.Exit(status)
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
 
 
 def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
-    """Into the agent's run; torch is not loaded."""
+    """Log the metrics of finished cells into the agent's run, without torch."""
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.runner.trackers import create_tracker, replay_records
 
@@ -121,22 +295,19 @@ def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
 
 
 def choose_tracker(choice: TrackerChoice | None) -> Literal["none", "wandb", "trackio"]:
-    """Of `--tracker`; under a sweep agent wandb where nothing is said."""
+    """Return the name of the tracker; without a choice wandb under a sweep agent, else none."""
     if choice is not None:
         return choice.value
     return "wandb" if is_sweep_agent() else "none"
 
 
 def is_sweep_agent() -> bool:
-    """Whether a wandb sweep agent started this process."""
+    """Return True if a wandb sweep agent started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _is_grid_done(grid: Grid, store: Store) -> bool:
+    """Return True if all cells and reference models are done."""
     from gkd_lab.tables.rows import build_table_rows
 
     return all(row["status"] == "done" for row in build_table_rows(grid, store))
-
-
-SIGNAL_EXIT_BASE = 128
-"""Exit statuses from here on: 128 and the number of the signal that stopped the work."""

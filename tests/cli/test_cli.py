@@ -13,7 +13,7 @@ from gkd_lab import experiments
 from gkd_lab.cli import main
 from gkd_lab.store import Store
 
-Say = Callable[..., tuple[int, str, str]]
+RunCommand = Callable[..., tuple[int, str, str]]
 BLOCKED = ("torch", "transformers", "datasets", "evaluate", "trl", "accelerate", "wandb", "lm_eval")
 ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
 
@@ -26,8 +26,8 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Run a command; returns (exit status, stdout, stderr)."""
+def run_command(capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """Run a command and return (exit status, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -38,12 +38,12 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     return run
 
 
-def experiment(text: str, name: str = "mine.yaml") -> str:
+def write_experiment(text: str, name: str = "mine.yaml") -> str:
     Path(name).write_text(text)
     return name
 
 
-def rows(folder: str, last: str = ROW) -> str:
+def write_data_folder(folder: str, last: str = ROW) -> str:
     Path(folder).mkdir()
     for split in ("train", "validation", "test"):
         Path(folder, f"{split}.jsonl").write_text(ROW * 3)
@@ -52,7 +52,7 @@ def rows(folder: str, last: str = ROW) -> str:
     return folder
 
 
-WRONG_FILES = {
+INVALID_EXPERIMENTS = {
     "task: arithmatic": "unknown task 'arithmatic'; did you mean 'arithmetic'? valid: arithmetic,",
     "task: arithmetic\nlmbd: 0": "mine.yaml: unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda,",
     "task: arithmetic\nlmbda: 1.5": "mine.yaml: lmbda: 1.5 is not valid: must be from 0 to 1",
@@ -68,20 +68,20 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "table"])
-@pytest.mark.parametrize(("text", "said"), WRONG_FILES.items())
-def test_a_wrong_experiment_is_answered_by_one_message_and_2(
-    command: str, text: str, said: str, say: Say
+@pytest.mark.parametrize(("text", "message"), INVALID_EXPERIMENTS.items())
+def test_an_invalid_experiment_gives_one_message_and_exit_status_2(
+    command: str, text: str, message: str, run_command: RunCommand
 ) -> None:
-    name = experiment(f"description: d\n{text}\n")
-    status, out, err = say(command, name)
+    name = write_experiment(f"description: d\n{text}\n")
+    status, out, err = run_command(command, name)
     assert (status, out) == (2, "")
     assert err.startswith("gkd-lab: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert not Path("outputs").exists()
 
 
-WRONG_WORDS = {
+INVALID_REQUESTS = {
     "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
     "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: adversarial,",
     "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
@@ -121,7 +121,7 @@ WRONG_WORDS = {
     "cell --experiment quickstart --task arithmetic": "15 cells of 'quickstart' match: give one value "
     "for --lmbda, --beta",
     "cell --experiment quikstart --lmbda 1": "unknown experiment 'quikstart'",
-    "compare abc def": "no record 'abc': nothing was run below 'outputs' yet",
+    "compare abc def": "no record 'abc'",
     "compare abc": "Missing argument 'CELL_B'; see `gkd-lab compare --help`",
     "compare a b --format xml": "'xml' is not one of 'text', 'json'",
     "compare a b --outputs file": "--outputs 'file' is a file; expected a folder",
@@ -132,8 +132,8 @@ WRONG_WORDS = {
     "verify quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
     "verify quickstart --outputs file": "--outputs 'file' is a file; expected a folder",
     "verify quickstart --set data.source=owner/rows": "the hub is offline; add it to outputs/revisions",
-    "evaluate 1a2b --tasks mmlu": "no record '1a2b': nothing was run below 'outputs' yet",
-    "evaluate . --tasks mmlu": "'.' is no record: there is no spec.json in it",
+    "evaluate 1a2b --tasks mmlu": "no record '1a2b'",
+    "evaluate . --tasks mmlu": "'.' is not a record",
     "evaluate 1a2b": "Missing option '--tasks'; see `gkd-lab evaluate --help`",
     "evaluate 1a2b --tasks mmlu --limit 0": "Invalid value for '--limit'",
     "evaluate 1a2b --tasks mmlu --outputs file": "--outputs 'file' is a file; expected a folder",
@@ -145,67 +145,71 @@ WRONG_WORDS = {
 }
 
 
-@pytest.mark.parametrize(("words", "said"), WRONG_WORDS.items(), ids=WRONG_WORDS.keys())
-def test_a_wrong_request_is_answered_by_one_message_and_2(words: str, said: str, say: Say) -> None:
+@pytest.mark.parametrize(("words", "message"), INVALID_REQUESTS.items(), ids=INVALID_REQUESTS.keys())
+def test_an_invalid_request_gives_one_message_and_exit_status_2(
+    words: str, message: str, run_command: RunCommand
+) -> None:
     Path("file").write_text("not a folder")
-    status, out, err = say(*words.split())
+    status, out, err = run_command(*words.split())
     assert (status, out) == (2, "")
     assert err.startswith("gkd-lab: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
-    assert [one.name for one in Path().iterdir()] == ["file"]
+    assert [item.name for item in Path().iterdir()] == ["file"]
     assert Path("file").read_text() == "not a folder"
 
 
-def test_the_line_that_an_unresolved_hub_name_asks_for_makes_the_plan_work(say: Say) -> None:
+def test_plan_works_after_adding_the_line_that_the_message_asks_for(run_command: RunCommand) -> None:
     words = ("plan", "quickstart", "--set", "data.source=owner/rows")
-    _, _, err = say(*words)
+    _, _, err = run_command(*words)
     place, _, line = err.strip().partition("add it to ")[2].partition(": ")
     Path(place).parent.mkdir(parents=True)
     Path(place).write_text(line.replace("COMMIT", "0a1b2c"))
-    status, out, _ = say(*words)
+    status, out, _ = run_command(*words)
     assert status == 0
     assert "15 cells" in out
 
 
-def test_the_variable_names_the_outputs_and_the_option_wins(
-    say: Say, monkeypatch: pytest.MonkeyPatch
+def test_the_outputs_option_overrides_the_environment_variable(
+    run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = experiments.load("quickstart", outputs="there").cells[0]
     Store(Path("there")).get_record(done).finish(steps=1)
     for evaluation in done.evaluations:
         scores = {metric: {"value": 1.0} for metric in evaluation.metrics}
         Store(Path("there")).get_record(done).get_evaluation(evaluation).write_results(evaluation, [], scores)
-    assert "15 cells, 0 done" in say("plan", "quickstart")[1]
+    assert "15 cells, 0 done" in run_command("plan", "quickstart")[1]
     monkeypatch.setenv("GKD_LAB_OUTPUTS", "there")
-    assert "15 cells, 1 done" in say("plan", "quickstart")[1]
-    assert "15 cells, 0 done" in say("plan", "quickstart", "--outputs", "outputs")[1]
+    assert "15 cells, 1 done" in run_command("plan", "quickstart")[1]
+    assert "15 cells, 0 done" in run_command("plan", "quickstart", "--outputs", "outputs")[1]
 
 
-def test_plan_runs_nothing_and_leaves_no_file(say: Say, empty_folder: Path) -> None:
-    status, out, err = say("plan", "quickstart")
+def test_plan_runs_nothing_and_writes_no_file(run_command: RunCommand, empty_folder: Path) -> None:
+    status, out, err = run_command("plan", "quickstart")
     assert (status, err) == (0, "")
-    ids = [one.fingerprint for one in experiments.load("quickstart").cells]
+    ids = [item.fingerprint for item in experiments.load("quickstart").cells]
     assert [line.split()[0] for line in out.splitlines()[1:16]] == ids
     assert "1 pack of 15" in out
     assert "teacher arithmetic/xl: missing" in out
     assert list(empty_folder.iterdir()) == []
 
 
-def test_plan_says_what_collapses_and_what_runs_alone(say: Say) -> None:
+def test_plan_shows_collapsed_cells_and_cells_that_run_alone(run_command: RunCommand) -> None:
     words = ("--set", "temperature=0.5,1", "--set", "lmbda=0", "--set", "dropout=0.1")
-    _, out, _ = say("plan", "quickstart", *words)
+    _, out, _ = run_command("plan", "quickstart", *words)
     assert out.count("2 combinations are one cell") == 5
     assert "temperature=0.5" in out
     assert "5 cells run alone: dropout" in out
 
 
-def test_every_line_is_whole_in_a_narrow_pipe(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_to_a_narrow_pipe_is_not_wrapped(
+    run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     axes = ["temperature=0.25,0.5", "learning_rate=0.001,0.0025", "steps=100,200", "batch_size=8,16"]
     sets = [word for axis in axes for word in ("--set", axis)]
     for command in ("plan", "status"):
-        _, out, _ = say(command, "quickstart", "--set", "lmbda=0.5", *sets)
+        _, out, _ = run_command(command, "quickstart", "--set", "lmbda=0.5", *sets)
         header, *lines = out.splitlines()[: 1 + 5 * 2**4]
         assert header.split()[:6] == ["cell", "task", "lmbda", "beta", "seed", "temperature"]
         assert all(len(line.split()[0]) == 8 for line in lines)
@@ -213,79 +217,79 @@ def test_every_line_is_whole_in_a_narrow_pipe(say: Say, monkeypatch: pytest.Monk
         assert len({line.split()[0] for line in lines}) == 80
 
 
-def test_a_failed_cell_is_named_with_its_error_and_status_is_1(say: Say) -> None:
+def test_status_names_a_failed_cell_with_its_error_and_exits_with_1(run_command: RunCommand) -> None:
     failed = experiments.load("quickstart").cells[2]
     Store(Path("outputs")).get_record(failed).mark_failed("ValueError: no luck", "Traceback ...")
-    status, out, _ = say("status", "quickstart")
+    status, out, _ = run_command("status", "quickstart")
     assert status == 1
     assert out.splitlines()[3].split()[:6] == [failed.fingerprint, *["arithmetic", "0", "0.5", "0", "failed"]]
     log = Store(Path("outputs")).get_record(failed).status_file
     assert out.splitlines()[-1] == f"failed: {failed.folder}: ValueError: no luck (see {log})"
 
 
-def test_watching_a_settled_grid_ends_at_once_with_the_status_that_it_has(say: Say) -> None:
+def test_watching_a_finished_grid_ends_at_once_with_its_exit_status(run_command: RunCommand) -> None:
     words = ("quickstart", "--set", "lmbda=0", "--set", "beta=0.5")
     cell = experiments.load("quickstart", overrides={"lmbda": "0", "beta": "0.5"}).cells[0]
     Store(Path("outputs")).get_record(cell).mark_failed("ValueError: no luck", "Traceback ...")
-    status, out, _ = say("status", *words, "--watch")
+    status, out, _ = run_command("status", *words, "--watch")
     assert status == 1
     assert out.splitlines()[0].startswith("quickstart: 1 failed; left to do")
-    assert out.splitlines()[-1] == say("status", *words)[1].splitlines()[-1]
+    assert out.splitlines()[-1] == run_command("status", *words)[1].splitlines()[-1]
 
 
-def test_list_names_every_experiment_and_shows_one_that_cannot_be_read(say: Say) -> None:
-    status, out, _ = say("list")
+def test_list_shows_every_experiment_and_an_invalid_one(run_command: RunCommand) -> None:
+    status, out, _ = run_command("list")
     assert status == 0
     shown = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
     assert shown == {
         name: str(experiments.outline_experiment(name)[1]) for name in experiments.list_experiment_files()
     }
     Path("experiments").mkdir()
-    experiment("description: d\nlmbd: 0\n", "experiments/broken.yaml")
-    status, out, err = say("list")
+    write_experiment("description: d\nlmbd: 0\n", "experiments/broken.yaml")
+    status, out, err = run_command("list")
     assert status == 2
     assert "quickstart" in out
     assert "broken" in out
     assert "unknown field 'lmbd'" in err
 
 
-def test_a_cell_is_evaluated_when_its_training_is_done(say: Say) -> None:
+def test_evaluate_needs_a_finished_training_and_a_valid_task(run_command: RunCommand) -> None:
     begun = experiments.load("quickstart").cells[0]
     record = Store(Path("outputs")).get_record(begun)
     record.write_spec(begun.training, scale=begun.scale, labels=begun.labels)
-    status, out, err = say("evaluate", begun.fingerprint, "--tasks", "mmlu")
+    status, out, err = run_command("evaluate", begun.fingerprint, "--tasks", "mmlu")
     assert (status, out) == (2, "")
     assert err == f"gkd-lab: {record.folder}: its training is missing, finish it first\n"
     record.finish(steps=1)
     Path("task.yaml").write_text("task: [")
-    status, out, err = say("evaluate", str(record.folder), "--tasks", "task.yaml")
+    status, out, err = run_command("evaluate", str(record.folder), "--tasks", "task.yaml")
     assert (status, out) == (2, "")
     assert err.startswith("gkd-lab: task.yaml: not valid YAML")
 
 
-def test_a_table_is_written_to_a_file_in_a_folder_that_is_made(say: Say) -> None:
-    assert say("table", "quickstart", "--format", "json", "-o", "deep/er/rows.json")[0] == 0
-    found = json.loads(Path("deep/er/rows.json").read_text())
-    assert [row["role"] for row in found].count("cell") == 15
-    assert {row["status"] for row in found} == {"missing"}
+def test_table_creates_the_folder_of_its_file(run_command: RunCommand) -> None:
+    assert run_command("table", "quickstart", "--format", "json", "-o", "deep/er/rows.json")[0] == 0
+    table = json.loads(Path("deep/er/rows.json").read_text())
+    assert [row["role"] for row in table].count("cell") == 15
+    assert {row["status"] for row in table} == {"missing"}
 
 
-def test_a_full_device_is_answered_by_one_message_and_1(say: Say) -> None:
+def test_a_full_device_gives_one_message_and_exit_status_1(run_command: RunCommand) -> None:
     full = Path("/dev/full")
     if not full.is_char_device():
         pytest.skip("no /dev/full here")
-    status, out, err = say("table", "quickstart", "-o", str(full))
+    status, out, err = run_command("table", "quickstart", "-o", str(full))
     assert (status, out) == (1, "")
     assert err == "gkd-lab: [Errno 28] No space left on device\n"
     assert full.is_char_device()
 
 
-def test_no_command_shows_the_help_and_the_version_is_one_line(say: Say) -> None:
-    status, out, _ = say()
+def test_no_command_prints_the_help_and_version_prints_one_line(run_command: RunCommand) -> None:
+    status, out, _ = run_command()
     assert status == 0
     assert "plan" in out
-    assert say("--version") == (0, "0.1.0\n", "")
-    assert say("plan", "--help")[0] == 0
+    assert run_command("--version") == (0, "0.1.0\n", "")
+    assert run_command("plan", "--help")[0] == 0
 
 
 def python(code: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -313,17 +317,17 @@ READING = [
 
 
 @pytest.mark.parametrize("words", READING)
-def test_reading_commands_import_nothing_of_training(words: str) -> None:
+def test_reading_commands_work_without_training_libraries(words: str) -> None:
     done = python(BLOCK, ",".join(BLOCKED), *words.split())
     assert done.returncode == 0, done.stderr
     assert "quickstart" in done.stdout or "arithmetic" in done.stdout
 
 
-def judged(*texts: str, lmbda: float = 0) -> str:
-    """A quickstart cell of this lmbda with these answers, all of which should be `1 #### 1`; its digits."""
+def write_scored_cell(*texts: str, lmbda: float = 0) -> str:
+    """Write a quickstart cell with these answers, where `1 #### 1` is right; return its fingerprint."""
     from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 
-    cell = next(one for one in experiments.load("quickstart").cells if one.lmbda == lmbda)
+    cell = next(item for item in experiments.load("quickstart").cells if item.lmbda == lmbda)
     record, evaluation = Store(Path("outputs")).get_record(cell), cell.evaluations[0]
     record.write_spec(cell.training, scale=cell.scale, labels=cell.labels)
     written = [Prediction(f"{n}?", text, ("1 #### 1",), 3, True) for n, text in enumerate(texts)]
@@ -351,32 +355,32 @@ finally:
         "rescore quickstart --metrics accuracy,accuracy_flexible,exact_match,bleu,chrf",
     ],
 )
-def test_commands_that_load_neither_torch_nor_scikit_learn_nor_scipy(words: str) -> None:
+def test_commands_load_neither_torch_nor_scikit_learn_nor_scipy(words: str) -> None:
     """ROUGE and Self-BLEU are left out: nltk imports scikit-learn and scipy by itself."""
-    judged("1 #### 1", "#### 2")
+    write_scored_cell("1 #### 1", "#### 2")
     done = python(LIST_HEAVY, *words.split())
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == ""
 
 
-def test_claims_judge_the_papers_own_numbers(say: Say) -> None:
-    status, out, err = say("claims", "paper", "--format", "json")
+def test_claims_judge_the_numbers_of_the_paper(run_command: RunCommand) -> None:
+    status, out, err = run_command("claims", "paper", "--format", "json")
     assert (status, err) == (0, "")
     first = json.loads(out)[0]
     assert (first["id"], first["verdict"], first["n"]) == ("C1", "fails", 55)
     assert first["detail"].startswith("54 of 55")
-    assert "C27" in say("claims", "paper")[1].split("not judged:")[1]
+    assert "C27" in run_command("claims", "paper")[1].split("not judged:")[1]
 
 
-def test_claims_of_a_run_that_has_not_begun_say_why_there_is_no_verdict(say: Say) -> None:
-    status, out, _ = say("claims", "quickstart", "--format", "json")
+def test_claims_of_a_missing_run_are_undecided_with_the_reason(run_command: RunCommand) -> None:
+    status, out, _ = run_command("claims", "quickstart", "--format", "json")
     assert status == 0
-    assert {(one["verdict"], one["n"]) for one in json.loads(out)} == {("undecided", 0)}
-    assert "cannot be judged: not done: " in say("claims", "quickstart")[1]
+    assert {(item["verdict"], item["n"]) for item in json.loads(out)} == {("undecided", 0)}
+    assert "cannot be judged: not done: " in run_command("claims", "quickstart")[1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("claims paper --scale nano", "have no --scale"),
         ("claims paper --set lmbda=1", "nothing to --set"),
@@ -384,101 +388,107 @@ def test_claims_of_a_run_that_has_not_begun_say_why_there_is_no_verdict(say: Say
         ("claims quickstart --format xml", "'xml' is not one of 'text', 'json'"),
     ],
 )
-def test_a_wrong_request_for_claims_is_one_message_and_2(words: str, said: str, say: Say) -> None:
-    status, out, err = say(*words.split())
+def test_an_invalid_request_for_claims_gives_one_message_and_exit_status_2(
+    words: str, message: str, run_command: RunCommand
+) -> None:
+    status, out, err = run_command(*words.split())
     assert (status, out) == (2, "")
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", ["compare {a} {b}", "rescore quickstart", "verify quickstart"])
-def test_comparing_rescoring_and_verifying_import_nothing_of_training(words: str) -> None:
-    digits = {"a": judged("1 #### 1", "?"), "b": judged("1 #### 1", "1 #### 1", lmbda=1)}
+def test_compare_rescore_and_verify_work_without_training_libraries(words: str) -> None:
+    digits = {
+        "a": write_scored_cell("1 #### 1", "?"),
+        "b": write_scored_cell("1 #### 1", "1 #### 1", lmbda=1),
+    }
     done = python(BLOCK, ",".join(BLOCKED), *words.format(**digits).split())
     assert done.returncode == (1 if words.startswith("verify") else 0), done.stderr
     assert "accuracy" in done.stdout or "mismatch: " in done.stdout
 
 
-def test_verify_names_what_does_not_match_with_status_1(say: Say) -> None:
-    assert say("verify", "quickstart")[:2] == (
+def test_verify_reports_mismatches_and_exits_with_1(run_command: RunCommand) -> None:
+    assert run_command("verify", "quickstart")[:2] == (
         0,
         "quickstart: 0 records, 0 evaluations and 0 hashed files read, all match; "
         "15 of 15 cells were not begun\n",
     )
-    judged("1 #### 1", "?")
+    write_scored_cell("1 #### 1", "?")
     (path,) = Path("outputs").glob("*/*/*/spec.json")
     (path.parent / "provenance.json").write_text('{"python": "3"}')
     path.with_name("files.json").unlink()
-    status, out, _ = say("verify", "quickstart")
+    status, out, _ = run_command("verify", "quickstart")
     assert status == 1
     assert "mismatch: " in out and "scores.json has no accuracy" in out
-    assert say("rescore", "quickstart")[0] == 0
-    status, out, _ = say("verify", "quickstart")
+    assert run_command("rescore", "quickstart")[0] == 0
+    status, out, _ = run_command("verify", "quickstart")
     assert status == 0
     assert "note: " in out and "mismatch" not in out
     path.write_text(path.read_text().replace('"steps": 400', '"steps": 401', 1))
-    status, out, _ = say("verify", "quickstart")
+    status, out, _ = run_command("verify", "quickstart")
     assert status == 1
     name = path.parent.relative_to("outputs")
     assert f"mismatch: {name}: spec.json was {path.parent.name[-8:]} and now describes" in out
     assert "1 do not match; 14 of 15 cells were not begun" in out
 
 
-def test_compare_shows_the_difference_and_the_examples(say: Say) -> None:
-    a, b = judged("1 #### 1", "?", "?"), judged("1 #### 1", "1 #### 1", "?", lmbda=1)
-    status, out, err = say("compare", a, b[:6], "--metric", "accuracy")
+def test_compare_shows_the_difference_and_the_examples(run_command: RunCommand) -> None:
+    a, b = write_scored_cell("1 #### 1", "?", "?"), write_scored_cell("1 #### 1", "1 #### 1", "?", lmbda=1)
+    status, out, err = run_command("compare", a, b[:6], "--metric", "accuracy")
     assert (status, err) == (0, "")
     assert f"A: cell {a}, " in out and f"B: cell {b}, " in out
     assert "source.lmbda" in out and "+33.33" in out
     assert "undecided, the interval holds 0 (paired bootstrap over examples)" in out
     assert "the 1 of 1 differing examples that differ most, of 3" in out
-    found = json.loads(say("compare", a, b, "--format", "json")[1])
-    assert (found["n"], found["effect"]["verdict"]) == (3, "undecided")
-    assert say("compare", a, b, "--metric", "acuracy")[2].startswith("gkd-lab: unknown metric 'acuracy'; did")
+    comparison = json.loads(run_command("compare", a, b, "--format", "json")[1])
+    assert (comparison["n"], comparison["effect"]["verdict"]) == (3, "undecided")
+    assert run_command("compare", a, b, "--metric", "acuracy")[2].startswith(
+        "gkd-lab: unknown metric 'acuracy'; did"
+    )
 
 
-def test_rescore_says_what_changed_and_a_damaged_file_is_1(say: Say) -> None:
-    a = judged("1 #### 1", "?")
-    judged("1 #### 1", "1 #### 1", lmbda=1)
-    status, out, _ = say("rescore", "quickstart")
+def test_rescore_reports_changes_and_exits_with_1_for_a_damaged_file(run_command: RunCommand) -> None:
+    a = write_scored_cell("1 #### 1", "?")
+    write_scored_cell("1 #### 1", "1 #### 1", lmbda=1)
+    status, out, _ = run_command("rescore", "quickstart")
     assert status == 0
     assert "rescored 2 evaluations of 2 records, 4 predictions" in out
     assert "arithmetic greedy/accuracy: new in 2, mean 75.00; accuracy|rule:gsm8k" in out
     (path,) = Path("outputs").glob(f"*/*/*{a}/evaluations/*/predictions.jsonl")
     path.write_text('{"prompt": "0?"\n')
-    status, out, err = say("rescore", "quickstart")
+    status, out, err = run_command("rescore", "quickstart")
     assert status == 1
     assert "arithmetic greedy/accuracy: unchanged in 1" in out
     assert err.count(f"failed: {path}:1: expected a JSON object") == 1
 
 
-def test_nothing_to_rescore_is_said_with_status_1(say: Say) -> None:
-    status, out, err = say("rescore", "quickstart")
+def test_rescore_without_evaluations_exits_with_1(run_command: RunCommand) -> None:
+    status, out, err = run_command("rescore", "quickstart")
     assert (status, out) == (1, "")
-    said = "nothing to rescore: quickstart has no finished evaluation below 'outputs' yet"
-    assert err == f"gkd-lab: {said}\n"
+    assert err.startswith("gkd-lab: nothing to rescore: quickstart")
 
 
 @pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart"])
-def test_plan_and_status_need_neither_pandas_nor_numpy(words: str) -> None:
-    done = python(BLOCK, ",".join((*BLOCKED, "pandas", "numpy", "rich", "matplotlib")), *words.split())
+def test_plan_and_status_work_without_pandas_and_numpy(words: str) -> None:
+    done = python(BLOCK, ",".join((*BLOCKED, "pandas", "numpy", "matplotlib")), *words.split())
     assert done.returncode == 0, done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_closed_output_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m gkd_lab plan nano_grid | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("cell ")
     assert done.stderr == ""
 
 
-def test_a_broken_row_is_named_by_file_and_line_with_status_1_and_nothing_is_lost() -> None:
-    folder = rows("rows", '{"question": "broken\n')
+def test_a_broken_row_is_reported_with_file_and_line_and_exit_status_1() -> None:
+    folder = write_data_folder("rows", '{"question": "broken\n')
     words = ["run", "quickstart", "--set", f"data.source={folder}", "--set", "lmbda=0"]
     code = "from gkd_lab.cli import main; main()"
     done = python(code, *words)
     assert done.returncode == 1
     assert "rows/train.jsonl:4: expected a JSON object" in done.stderr
     assert "Traceback" not in done.stderr
-    kept = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
-    assert {one["state"] for one in kept} == {"failed"}
-    assert all("Traceback" in one["traceback"] for one in kept)
+    statuses = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
+    assert {item["state"] for item in statuses} == {"failed"}
+    assert all("Traceback" in item["traceback"] for item in statuses)

@@ -1,0 +1,91 @@
+"""Entry point of `gkd-lab`: the table of commands, and exit status 0, 1 or 2 without a traceback.
+
+Status 0: all is done; 1: something failed, and the message names it and its log; 2: the request is wrong.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from gkd_lab import __version__
+from gkd_lab.cli import commands, run_commands
+from gkd_lab.cli.options import exit_with_message
+from gkd_lab.cli.run_commands import SIGNAL_EXIT_BASE
+from gkd_lab.config import ConfigError
+from gkd_lab.store import DamagedRecord
+
+_DESCRIPTION = "Grids of generalized knowledge distillation: from an experiment file to a figure."
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=_DESCRIPTION,
+)
+app.command("list")(commands.list_experiments)
+app.command("plan")(commands.show_plan)
+app.command("status")(commands.show_status)
+app.command("run")(run_commands.run_experiment)
+app.command("cell", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    run_commands.run_cell
+)
+app.command("sweep")(commands.print_sweep_file)
+app.command("table")(commands.write_table)
+app.command("evaluate")(run_commands.evaluate_cell)
+app.command("claims")(commands.judge_claims)
+app.command("report")(commands.write_report_page)
+app.command("compare")(commands.compare_cells)
+app.command("rescore")(commands.rescore_experiment)
+app.command("verify")(commands.verify_experiment)
+app.command("selfcheck")(run_commands.check_model_pair)
+
+
+@app.callback(invoke_without_command=True, help=_DESCRIPTION)
+def print_version(
+    context: typer.Context,
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Print the version if `--version` is given."""
+    if show:
+        print(__version__)
+        raise typer.Exit()
+
+
+_INTERRUPTED_MESSAGE = "interrupted; run again to go on from the last checkpoint"
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""UsageError of typer: unknown option or command, missing or invalid value."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with status 0, 1 or 2; a traceback means a bug in this package."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = app(args=words, prog_name="gkd-lab", standalone_mode=False)
+    except ConfigError as error:
+        exit_with_message(str(error), 2)
+    except _UsageError as error:
+        exit_with_message(_format_usage_error(error), 2)
+    except (DamagedRecord, OSError) as error:
+        exit_with_message(str(error), 1)
+    except KeyboardInterrupt:
+        exit_with_message(_INTERRUPTED_MESSAGE, 130)
+    except SystemExit as stop:
+        if stop.code == SIGNAL_EXIT_BASE + signal.SIGTERM:
+            exit_with_message(_INTERRUPTED_MESSAGE, stop.code)
+        raise
+    if status == 130:  # typer returns this after Ctrl-C
+        exit_with_message(_INTERRUPTED_MESSAGE, 130)
+    sys.exit(status or 0)
+
+
+def _format_usage_error(error: Any) -> str:
+    """Return typer's message as one line with the command whose help to read."""
+    # pydantic, which checks typer's values, adds this prefix.
+    text = error.format_message().replace("Value error, ", "").rstrip(".")
+    command = error.ctx.command_path if error.ctx else "gkd-lab"
+    return f"{text}; see `{command} --help`"
