@@ -83,7 +83,7 @@ def test_an_invalid_experiment_gives_one_message_and_exit_status_2(
 
 INVALID_REQUESTS = {
     "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
-    "plan none.yaml": "no experiment file 'none.yaml'; experiments by name: adversarial,",
+    "plan none.yaml": "no experiment file 'none.yaml'",
     "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set =1": "--set '=1': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set lmbda={": "lmbda={: expected",
