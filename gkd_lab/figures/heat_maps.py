@@ -60,7 +60,7 @@ def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
             for map_axes, values in ((run_axes, pair.run_values), (paper_axes, pair.paper_values)):
                 labels = {point: format_signed(value, 2) for point, value in values.items()}
                 _draw_heat_map(map_axes, points, values, labels, scale)
-            set_panel_title(run_axes, f"ours: {pair.title}", f"{quantity}, in points")
+            set_panel_title(run_axes, f"this run: {pair.title}", f"{quantity}, in points")
             set_panel_title(
                 paper_axes, f"the paper: Figure {pair.paper_figure}", f"{quantity}, {pair.students}"
             )

@@ -74,7 +74,7 @@ class Comparison:
     b: ComparedRecord
     differs: tuple[SpecDifference, ...]
     relation: str | None
-    """Whether one started from the other or learnt from it."""
+    """`B started from A` or `A learnt from the teacher B`; None if neither."""
     evaluation: str
     other_evaluations: tuple[str, ...]
     metric: str

@@ -163,7 +163,7 @@ def _build_paper_comparison(measurements: list[Measurement], task: str, name: st
     pairs = pair_maps(measurements, task)
     if not pairs:
         return None
-    label = f"Heat maps of {task}, ours beside the paper's"
+    label = f"Heat maps of {task}: this run beside the paper"
     return {
         "figure": _render_svg(paired_heat_maps(pairs), name, label),
         "panels": [(pair.title, list(describe_agreement(pair))) for pair in pairs],

@@ -23,7 +23,7 @@ def describe_results(
     summaries = summary(rows, metric)
     cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
     if cells.empty:
-        return ["No cell of this task has a score yet, so there is nothing to say about λ or β."]
+        return ["No cell of this task has a score yet, so the effects of λ and β are unknown."]
     effect = estimate_lmbda_effect(rows, metric, load_statistics)
     return [
         _describe_best(cells, summaries, list_axes(frame)),
@@ -83,7 +83,7 @@ def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
     lmbda = cells["lmbda"].max()
     means = cells[cells["lmbda"] == lmbda].groupby("beta")["mean"].mean()
     if len(means) < 2:
-        return f"At λ = {lmbda:g} one divergence only has a score, so nothing is said about β."
+        return f"At λ = {lmbda:g} only one divergence has a score, so the effect of β is unknown."
     best_beta, worst_beta = means.idxmax(), means.idxmin()
     averaged = f", averaged over {', '.join(axes)}" if axes else ""
     overlap = "" if axes else _describe_overlap(cells[cells["lmbda"] == lmbda], best_beta, worst_beta)
@@ -109,9 +109,9 @@ def _describe_lmbda_effect(frame: pd.DataFrame, effect: Effect | None) -> str:
     lmbdas = frame["lmbda"].dropna()
     low, high = lmbdas.min(), lmbdas.max()
     if low == high:
-        return f"λ = {low:g} only, so nothing is said about λ."
+        return f"All cells have λ = {low:g}, so the effect of λ is unknown."
     if effect is None:
-        return f"No pair of cells at λ = {low:g} and {high:g} is done, so nothing is said about λ."
+        return f"No pair of cells at λ = {low:g} and {high:g} is done, so the effect of λ is unknown."
     interval = "" if effect.low is None else f" [{effect.low:+.1f}, {effect.high:+.1f}]"
     pairs = "1 pair" if effect.pairs == 1 else f"{effect.pairs} pairs"
     return (

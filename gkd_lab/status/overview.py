@@ -82,7 +82,7 @@ class Overview:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every cell is done or failed."""
+        """True if every cell is done or failed."""
         return all(view.state in ("done", "failed") for view in self.cells)
 
     @property

@@ -43,7 +43,7 @@ class VerificationResult:
     """Cells of the experiment that have no record."""
     mismatches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What could not be compared, and why."""
+    """Comparisons that were not possible, with the reason."""
 
 
 def list_candidate_records(grid: Grid, store: Store) -> list[Record]:
