@@ -121,11 +121,13 @@ def _pair_labels(metric: str, inputs: MetricInput) -> list[LabelPairs]:
 
 
 def _pair_label(prediction: str, references: Sequence[str]) -> LabelPairs:
+    """Pair a predicted label with the true one."""
     label, accepted = prediction.strip(), [text.strip() for text in references]
     return [(label, label if label in accepted else accepted[0])]
 
 
 def _pair_tags(prediction: str, references: Sequence[str]) -> LabelPairs:
+    """Pair each predicted tag with the true one; ValueError for unequal numbers of tags."""
     predicted, accepted = prediction.split(), [text.split() for text in references]
     true = predicted if predicted in accepted else accepted[0]
     if not true or len(predicted) != len(true):
@@ -155,20 +157,23 @@ def _compute_label_f1(counts: Floats) -> Floats:
 
 
 def _compute_accuracy(counts: Floats) -> float:
+    """Return the share of correct labels from counts (3, L)."""
     return float(counts[0].sum() / counts[2].sum())
 
 
 def _compute_macro_f1(counts: Floats) -> float:
+    """Return the mean F1 of the labels that occur from counts (3, L)."""
     occurs = counts[1] + counts[2] > 0
     return float(_compute_label_f1(counts)[occurs].mean())
 
 
 def _compute_binary_f1(counts: Floats) -> float:
+    """Return F1 of the last label from counts (3, L)."""
     return float(_compute_label_f1(counts)[-1])
 
 
 def _compute_matthews(counts: Floats) -> float:
-    """Return Matthews correlation of any number of labels (Gorodkin 2004); 0 if one side is constant."""
+    """Return Matthews correlation (Gorodkin 2004) from counts (3, L); 0 if one side is constant."""
     hits, predicted, true = counts
     total = true.sum()
     covariance = hits.sum() * total - predicted @ true

@@ -21,12 +21,18 @@ MAX_CACHED_PAIRS = 2**16
 
 
 class _CachedBLEU(BLEU):
+    """BLEU that counts the n-grams of each pair of texts once."""
+
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
+        """Return the cached n-gram counts of each hypothesis."""
         return _extract_statistics("bleu", self, hypotheses, references)
 
 
 class _CachedCHRF(CHRF):
+    """chrF that counts the n-grams of each pair of texts once."""
+
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
+        """Return the cached n-gram counts of each hypothesis."""
         return _extract_statistics("chrf", self, hypotheses, references)
 
     def _compute_score_from_stats(self, stats: Any) -> Any:
@@ -87,6 +93,7 @@ def compute_corpus_statistics(name: str, inputs: MetricInput) -> CorpusStatistic
     counts = metric._extract_corpus_statistics(inputs.predictions, transpose_references(inputs.references))
 
     def compute_score(summed: Sequence[float]) -> float:
+        """Return the corpus score of summed counts."""
         return float(metric._compute_score_from_stats(summed).score)
 
     return CorpusStatistics(np.asarray(counts, dtype=np.float64), compute_score)

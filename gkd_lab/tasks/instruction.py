@@ -95,13 +95,14 @@ def generate_rows(seed: int, split: Split) -> Iterator[Row]:
     """Yield questions of the split's kinds without end, all kinds with equal probability."""
     kinds = tuple(HELD_OUT if split == "test" else HELD_IN)
 
-    def draw(random_numbers: random.Random) -> tuple[str, str]:
+    def draw_pair(random_numbers: random.Random) -> tuple[str, str]:
+        """Draw a question and its answer."""
         generator = _create_generator(random_numbers.choice(kinds), split)
         # An item depends on its number alone, which may exceed the size that a data set states.
         item = generator[random_numbers.getrandbits(48)]
         return " ".join(item["question"].split()), item["answer"]
 
-    return draw_rows(draw, GENERATOR_VERSION, seed, split, split_by_prompt=split != "test")
+    return draw_rows(draw_pair, GENERATOR_VERSION, seed, split, split_by_prompt=split != "test")
 
 
 _GREEDY = {"decoding": "greedy"}

@@ -25,6 +25,7 @@ def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[st
     parse_task_row = (task.parse_row_with_marks if calculator_marks else None) or task.parse_row
 
     def parse_row(raw: Mapping[str, Any]) -> Row:
+        """Parse a raw row with the task's parser."""
         row, teacher = parse_task_row(raw), raw.get("teacher")
         return row if teacher is None else replace(row, teacher=str(teacher))
 

@@ -159,7 +159,7 @@ def test_an_invalid_request_gives_one_message_and_exit_status_2(
     assert Path("file").read_text() == "not a folder"
 
 
-def test_plan_works_after_adding_the_line_that_the_message_asks_for(run_command: RunCommand) -> None:
+def test_plan_works_after_adding_the_requested_revision(run_command: RunCommand) -> None:
     words = ("plan", "quickstart", "--set", "data.source=owner/rows")
     _, _, err = run_command(*words)
     place, _, line = err.strip().partition("add it to ")[2].partition(": ")

@@ -1,4 +1,4 @@
-"""English of some length that every install has: docstrings of the standard library."""
+"""Real English text of every installation: docstrings of the standard library."""
 
 import argparse
 import asyncio
@@ -36,12 +36,12 @@ MODULES = (
 )
 
 
-def pairs(most: int = 150) -> list[tuple[str, str]]:
-    """(rest of a docstring, its first line): some with several lines, some long, some with code."""
-    found: dict[str, str] = {}
+def list_docstrings(limit: int = 150) -> list[tuple[str, str]]:
+    """Return (body, first line) of docstrings: some of several lines, some long, some with code."""
+    first_lines: dict[str, str] = {}
     for module in MODULES:
         for _, member in inspect.getmembers(module, callable):
-            first, _, rest = (inspect.getdoc(member) or "").partition("\n")
-            if first.strip() and rest.strip():
-                found.setdefault(rest.strip()[:600], first.strip())
-    return list(found.items())[:most]
+            first_line, _, body = (inspect.getdoc(member) or "").partition("\n")
+            if first_line.strip() and body.strip():
+                first_lines.setdefault(body.strip()[:600], first_line.strip())
+    return list(first_lines.items())[:limit]

@@ -47,22 +47,24 @@ VERDICTS = [
 
 
 @pytest.mark.parametrize(("solution", "reference", "right", "flexible"), VERDICTS)
-def test_verdicts_are_those_of_the_rules(solution: str, reference: str, right: bool, flexible: bool) -> None:
+def test_answers_are_judged_by_the_two_rules(
+    solution: str, reference: str, right: bool, flexible: bool
+) -> None:
     assert is_correct(solution, reference) is right
     assert score("accuracy", [solution], [[reference]]).value == 100 * right
     assert score("accuracy_flexible", [solution], [[reference]]).value == 100 * flexible
 
 
-def test_the_table_as_one_evaluation() -> None:
+def test_all_solutions_as_one_evaluation() -> None:
     solutions, references = [row[0] for row in VERDICTS], [[row[1]] for row in VERDICTS]
-    found = score("accuracy", solutions, references)
-    assert found.value == pytest.approx(100 * sum(row[2] for row in VERDICTS) / len(VERDICTS))
-    without = sum(extract_answer(text) is None for text in solutions)
-    assert found.rates["extraction_failure_rate"] == pytest.approx(without / len(VERDICTS))
-    assert 0 < without < len(VERDICTS)
+    scored = score("accuracy", solutions, references)
+    assert scored.value == pytest.approx(100 * sum(row[2] for row in VERDICTS) / len(VERDICTS))
+    missing = sum(extract_answer(text) is None for text in solutions)
+    assert scored.rates["extraction_failure_rate"] == pytest.approx(missing / len(VERDICTS))
+    assert 0 < missing < len(VERDICTS)
 
 
-def test_each_rule_says_its_name_and_pattern() -> None:
+def test_signatures_contain_the_rule_and_its_pattern() -> None:
     strict, loose = (score(name, ["1"], [["#### 1"]]) for name in ("accuracy", "accuracy_flexible"))
     assert strict.signature == r"accuracy|rule:gsm8k|answer:#### (\-?[0-9\.\,]+)"
     assert loose.signature.startswith("accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:")

@@ -15,14 +15,14 @@ from gkd_lab.metrics.intervals import (
 from gkd_lab.metrics.sacrebleu_metrics import bootstrap_sacrebleu_interval
 
 
-def test_the_interval_of_a_share_is_as_wide_as_the_binomial_says() -> None:
+def test_the_interval_of_a_share_has_binomial_width() -> None:
     low, high = bootstrap_mean_interval([100.0] * 60 + [0.0] * 140, resamples=4000)
     # 30 +- 1.96 * sqrt(0.3 * 0.7 / 200) * 100
     assert low == pytest.approx(30 - 6.35, abs=0.6)
     assert high == pytest.approx(30 + 6.35, abs=0.6)
 
 
-def test_equal_examples_leave_no_doubt_and_the_same_seed_repeats() -> None:
+def test_equal_examples_have_width_0_and_a_seed_repeats() -> None:
     assert bootstrap_mean_interval([7.0] * 5) == (7.0, 7.0)
     values = [float(i % 7) for i in range(100)]
     assert bootstrap_mean_interval(values) == bootstrap_mean_interval(values)
@@ -34,12 +34,12 @@ def test_drawing_in_many_chunks_covers_every_resample() -> None:
     assert 0.495 < low < 0.5 < high < 0.505
 
 
-def test_no_examples_is_an_error_that_says_so() -> None:
+def test_no_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="one value per example"):
         bootstrap_mean_interval([])
 
 
-def test_many_cells_at_once_get_what_each_gets_alone() -> None:
+def test_intervals_of_many_cells_equal_those_of_each_cell() -> None:
     values = np.random.default_rng(0).uniform(0, 100, size=(40, 77))
     together = bootstrap_mean_intervals(values, resamples=300)
     assert together.tolist() == [list(bootstrap_mean_interval(row, resamples=300)) for row in values.tolist()]
@@ -54,7 +54,7 @@ def test_cells_see_the_same_draws() -> None:
     assert high[1] - high[0] == pytest.approx(7, abs=1e-8)
 
 
-def test_draws_are_of_all_examples_and_as_many() -> None:
+def test_each_resample_draws_as_many_examples_with_replacement() -> None:
     from gkd_lab.metrics.intervals import _draw_count_matrix
 
     counts = _draw_count_matrix(30, 2000, 0, 0)
@@ -65,7 +65,7 @@ def test_draws_are_of_all_examples_and_as_many() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,)])
-def test_values_that_are_no_cells_by_examples_are_refused(shape: tuple[int, ...]) -> None:
+def test_values_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cells, examples"):
         bootstrap_mean_intervals(np.zeros(shape))
 
@@ -83,8 +83,7 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
-def test_a_corpus_interval_surrounds_the_corpus_score(metric: str) -> None:
-
+def test_a_corpus_interval_contains_the_corpus_score(metric: str) -> None:
     value = score(metric, PREDICTIONS, REFERENCES).value
     low, high = bootstrap_sacrebleu_interval(metric, MetricInput(PREDICTIONS, REFERENCES), resamples=200)
     assert 0 < low < value < high < 100
@@ -93,29 +92,30 @@ def test_a_corpus_interval_surrounds_the_corpus_score(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
 def test_a_corpus_interval_is_sacrebleus(metric: str) -> None:
-    own = {"bleu": sacrebleu.BLEU(), "chrf": sacrebleu.CHRF()}[metric]
+    sacrebleu_metric = {"bleu": sacrebleu.BLEU(), "chrf": sacrebleu.CHRF()}[metric]
     streams = [[texts[0] for texts in REFERENCES]]
-    found = own.corpus_score(PREDICTIONS, streams, n_bootstrap=300)
+    scored = sacrebleu_metric.corpus_score(PREDICTIONS, streams, n_bootstrap=300)
     low, high = bootstrap_sacrebleu_interval(metric, MetricInput(PREDICTIONS, REFERENCES), resamples=300)
-    printed = re.search(r"± ([0-9.]+)", found.format(width=6, signature=str(own.get_signature())))
+    signature = str(sacrebleu_metric.get_signature())
+    printed = re.search(r"± ([0-9.]+)", scored.format(width=6, signature=signature))
     assert printed is not None
     assert (high - low) / 2 == pytest.approx(float(printed[1]), abs=1e-5)
 
 
-def test_corpus_scores_take_several_and_unequal_references() -> None:
+def test_corpus_scores_accept_varying_numbers_of_references() -> None:
     references = [[*texts, "another way to say it"] for texts in REFERENCES[:30]] + REFERENCES[30:]
     low, high = bootstrap_sacrebleu_interval("bleu", MetricInput(PREDICTIONS, references), resamples=100)
     assert 0 < low < high <= 100
 
 
-def test_a_corpus_without_any_match_scores_0_without_width() -> None:
+def test_a_corpus_without_a_match_has_score_0_and_width_0() -> None:
     assert bootstrap_sacrebleu_interval("chrf", MetricInput(["x"] * 4, [["y"]] * 4), resamples=50) == (
         0.0,
         0.0,
     )
 
 
-def test_the_metric_decides_which_interval_it_gets() -> None:
+def test_the_metric_selects_its_interval() -> None:
     per_example = [0.0, 100.0] * 30
     assert compute_interval("accuracy", PREDICTIONS, REFERENCES, per_example) == bootstrap_mean_interval(
         per_example
@@ -124,14 +124,14 @@ def test_the_metric_decides_which_interval_it_gets() -> None:
     assert bleu == bootstrap_sacrebleu_interval("bleu", MetricInput(PREDICTIONS, REFERENCES))
 
 
-def test_several_samples_of_a_prompt_are_drawn_as_one() -> None:
+def test_samples_of_one_prompt_are_drawn_together() -> None:
     per_example = [0.0, 100.0, 100.0, 100.0] * 15
     drawn = compute_interval("accuracy", PREDICTIONS, REFERENCES, per_example, samples_per_prompt=2)
     assert drawn == bootstrap_mean_interval([50.0, 100.0] * 15)
     assert compute_interval("bleu", PREDICTIONS, REFERENCES, per_example, samples_per_prompt=2) is None
 
 
-def test_a_chrf_of_which_some_resamples_score_nothing_has_an_interval() -> None:
+def test_chrf_with_resamples_that_score_0_has_an_interval() -> None:
     predictions = ["a b c d e", "q", "q"]
     references = [("a b c d e f",), ("g h i j",), ("k l m",)]
     ends = compute_interval("chrf", predictions, references, [50.0, 0.0, 0.0])

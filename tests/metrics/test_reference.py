@@ -12,10 +12,10 @@ from rouge_score import rouge_scorer
 
 from gkd_lab.metrics import score, score_many
 
-from .real_text import pairs
+from .real_text import list_docstrings
 
-PREDICTIONS = [rest for rest, _ in pairs()]
-REFERENCES = [[first, rest[: len(rest) // 2]] for rest, first in pairs()]
+PREDICTIONS = [body for body, _ in list_docstrings()]
+REFERENCES = [[first_line, body[: len(body) // 2]] for body, first_line in list_docstrings()]
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -28,12 +28,12 @@ def test_the_text_is_real_and_not_trivial() -> None:
 @pytest.mark.parametrize("stem", [False, True])
 def test_rouge_is_rouge_scores(stem: bool) -> None:
     names = [f"{kind}_stem" if stem else kind for kind in KINDS]
-    found = score_many(names, PREDICTIONS, REFERENCES)
+    scores = score_many(names, PREDICTIONS, REFERENCES)
     scorer = rouge_scorer.RougeScorer(list(KINDS), use_stemmer=stem)
     expected = [scorer.score_multi(t, p) for p, t in zip(PREDICTIONS, REFERENCES, strict=True)]
     for name, kind in zip(names, KINDS, strict=True):
-        assert found[name].per_example == [100 * one[kind].fmeasure for one in expected]
-        assert found[name].value == fmean(100 * one[kind].fmeasure for one in expected)
+        assert scores[name].per_example == [100 * reference[kind].fmeasure for reference in expected]
+        assert scores[name].value == fmean(100 * reference[kind].fmeasure for reference in expected)
 
 
 def test_bleu_and_chrf_are_sacrebleus() -> None:
@@ -47,16 +47,16 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
 def test_self_bleu_is_the_mean_of_nltks_bleu_of_each_text_against_the_others() -> None:
     texts = PREDICTIONS[:120]
     prompts = [n // 4 for n in range(120)]
-    found = score("self_bleu", texts, [[""]] * 120, prompts=prompts)
+    scored = score("self_bleu", texts, [[""]] * 120, prompts=prompts)
     words = [NLTKWordTokenizer().tokenize(text) for text in texts]
     smooth = SmoothingFunction().method1
     expected = []
     for n in range(120):
         others = [words[k] for k in range(n - n % 4, n - n % 4 + 4) if k != n]
         expected.append(100 * sentence_bleu(others, words[n], (0.25,) * 4, smoothing_function=smooth))
-    assert found.per_example == expected
-    assert found.value == fmean(expected)
-    assert 1 < found.value < 90
+    assert scored.per_example == expected
+    assert scored.value == fmean(expected)
+    assert 1 < scored.value < 90
 
 
 NUMBERS = [
@@ -72,14 +72,16 @@ NUMBERS = [
 @pytest.mark.parametrize("target", ["steps #### 5", "#### 1,000", "7.5 #### 7.50", "#### -3", "#### 9"])
 def test_flexible_accuracy_is_lm_evals(target: str) -> None:
     extract = RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
-    extracted = [one for (one,) in extract.apply([[text] for text in NUMBERS], [])]
+    extracted = [answer for (answer,) in extract.apply([[text] for text in NUMBERS], [])]
     ignored = [",", r"\$", r"(?s).*#### ", r"\.$"]
     expected = [
-        exact_match_hf_evaluate([one], [target], regexes_to_ignore=ignored, ignore_case=True)["exact_match"]
-        for one in extracted
+        exact_match_hf_evaluate([answer], [target], regexes_to_ignore=ignored, ignore_case=True)[
+            "exact_match"
+        ]
+        for answer in extracted
     ]
-    found = score("accuracy_flexible", NUMBERS, [[target]] * len(NUMBERS))
-    assert found.per_example == [100 * one for one in expected]
-    assert 0 < found.value < 100
-    failures = found.rates["flexible_extraction_failure_rate"]
-    assert failures == fmean(one == "[invalid]" for one in extracted)
+    scored = score("accuracy_flexible", NUMBERS, [[target]] * len(NUMBERS))
+    assert scored.per_example == [100 * hit for hit in expected]
+    assert 0 < scored.value < 100
+    failures = scored.rates["flexible_extraction_failure_rate"]
+    assert failures == fmean(answer == "[invalid]" for answer in extracted)

@@ -21,7 +21,7 @@ def written(texts: list[str], samples: int = 1) -> list[Prediction]:
     ]
 
 
-def test_lengths_ends_and_failures_stand_beside_an_accuracy() -> None:
+def test_scores_include_lengths_end_rates_and_failure_rates() -> None:
     scores, _ = score_predictions(["accuracy", "accuracy_flexible"], written(SOLUTIONS))
     assert scores["accuracy"]["value"] == scores["accuracy_flexible"]["value"] == 25
     assert scores["extraction_failure_rate"] == {"value": 0.5}
@@ -31,20 +31,20 @@ def test_lengths_ends_and_failures_stand_beside_an_accuracy() -> None:
     assert (scores["eos_rate"], scores["truncated"]) == ({"value": 0.75}, {"value": 0.25})
 
 
-def test_a_stored_row_reads_back_as_the_prediction_it_was() -> None:
+def test_a_stored_row_is_parsed_as_its_prediction() -> None:
     for predictions in (written(SOLUTIONS), written(SOLUTIONS, samples=2)):
         _, rows = score_predictions(["accuracy"], predictions)
         assert [parse_prediction(json.loads(json.dumps(row))) for row in rows] == predictions
 
 
-def test_single_texts_are_stored_as_they_always_were() -> None:
+def test_only_rows_of_several_samples_have_a_sample_number() -> None:
     _, rows = score_predictions(["accuracy"], written(SOLUTIONS))
     assert list(rows[0]) == ["prompt", "prediction", "references", "tokens", "ended", "scores"]
     _, rows = score_predictions(["accuracy"], written(SOLUTIONS, samples=2))
     assert [row["sample"] for row in rows] == [0, 1, 0, 1]
 
 
-def test_a_row_without_a_field_names_it_and_those_that_are_there() -> None:
+def test_a_row_with_a_missing_or_invalid_field_is_refused() -> None:
     row = {"prompt": "p", "prediction": "t", "references": ["r"], "tokens": 1}
     with pytest.raises(ValueError, match="no field 'ended'; the fields there are: prompt, prediction, ref"):
         parse_prediction(row)
@@ -52,7 +52,7 @@ def test_a_row_without_a_field_names_it_and_those_that_are_there() -> None:
         parse_prediction({**row, "ended": True, "references": "r"})
 
 
-def test_several_texts_of_a_prompt_are_drawn_together_and_corpus_scores_have_no_interval() -> None:
+def test_with_several_samples_prompts_are_drawn_and_corpus_scores_have_no_interval() -> None:
     predictions = written([*["#### 5"] * 40, *["#### 6"] * 40], samples=4)
     scores, _ = score_predictions(["accuracy", "bleu", "self_bleu"], predictions)
     assert scores["accuracy"]["n"] == 80
@@ -64,17 +64,20 @@ def test_several_texts_of_a_prompt_are_drawn_together_and_corpus_scores_have_no_
     assert scores["self_bleu"]["value"] == scores["self_bleu"]["low"]
 
 
-def test_prompts_of_equal_wording_stay_two_prompts() -> None:
-    twice = [replace(one, prompt="same") for one in written(["a b c d"] * 2 + ["e f g h"] * 2, samples=2)]
+def test_two_prompts_with_equal_text_stay_separate() -> None:
+    twice = [
+        replace(prediction, prompt="same")
+        for prediction in written(["a b c d"] * 2 + ["e f g h"] * 2, samples=2)
+    ]
     assert score_predictions(["self_bleu"], twice)[0]["self_bleu"]["value"] == pytest.approx(100)
 
 
-def test_a_prompt_that_lost_a_text_is_an_error() -> None:
+def test_a_prompt_with_a_missing_sample_is_an_error() -> None:
     with pytest.raises(ValueError, match="as many texts: there are from 1 to 2"):
         score_predictions(["accuracy"], written(SOLUTIONS, samples=2)[:3])
 
 
-def test_one_scorer_for_many_cells_gives_what_each_gets_alone() -> None:
+def test_a_shared_scorer_gives_the_scores_of_separate_ones() -> None:
     of_labels = ("label_accuracy", "f1_macro", "matthews")
     others = ("self_bleu", *CLASSIFICATION_METRICS)
     metrics = [*(metric for metric in METRICS if metric not in others), *of_labels]
@@ -116,5 +119,4 @@ def test_stemming_is_another_metric_with_its_own_signature() -> None:
     assert (plain.value, stemmed.value) == (0, 100)
     assert "|stem:no|" in plain.signature
     assert stemmed.signature == plain.signature.replace("stem:no", "stem:yes")
-    asked = score("rouge1", ["running dogs"], [["run dog"]], use_stemmer=True)
-    assert asked == stemmed
+    assert score("rouge1", ["running dogs"], [["run dog"]], use_stemmer=True) == stemmed

@@ -32,17 +32,17 @@ REFERENCES = [
 
 @pytest.mark.parametrize("stem", [False, True])
 def test_rouge_is_rouge_scores_with_the_best_reference(stem: bool) -> None:
-    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=stem)
-    scores = score_many(kinds, PREDICTIONS, REFERENCES, use_stemmer=stem)
-    for kind in kinds:
+    variants = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(variants, use_stemmer=stem)
+    scores = score_many(variants, PREDICTIONS, REFERENCES, use_stemmer=stem)
+    for variant in variants:
         expected = [
-            100 * max(scorer.score(text, prediction)[kind].fmeasure for text in texts)
+            100 * max(scorer.score(text, prediction)[variant].fmeasure for text in texts)
             for prediction, texts in zip(PREDICTIONS, REFERENCES, strict=True)
         ]
-        assert scores[kind].per_example == pytest.approx(expected)
-        assert scores[kind].value == pytest.approx(fmean(expected))
-        assert f"|stem:{'yes' if stem else 'no'}|refs:best|" in scores[kind].signature
+        assert scores[variant].per_example == pytest.approx(expected)
+        assert scores[variant].value == pytest.approx(fmean(expected))
+        assert f"|stem:{'yes' if stem else 'no'}|refs:best|" in scores[variant].signature
 
 
 def test_rouge_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_rouge_by_hand() -> None:
     assert scores["rouge2"].value == pytest.approx(100 * 4 / 9)
 
 
-def test_several_rouge_kinds_read_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_rouge_variants_read_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = rouge_scorer.RougeScorer.score
     monkeypatch.setattr(
@@ -69,9 +69,9 @@ def test_several_rouge_kinds_read_each_pair_once(monkeypatch: pytest.MonkeyPatch
 
 def test_bleu_and_chrf_are_sacrebleus_corpus_scores() -> None:
     first, second = [texts[0] for texts in REFERENCES], [texts[-1] for texts in REFERENCES]
-    both = [[texts[0], texts[-1]] for texts in REFERENCES]
-    bleu = score("bleu", PREDICTIONS, both)
-    chrf = score("chrf", PREDICTIONS, both)
+    references = [[texts[0], texts[-1]] for texts in REFERENCES]
+    bleu = score("bleu", PREDICTIONS, references)
+    chrf = score("chrf", PREDICTIONS, references)
     assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [first, second]).score)
     assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [first, second]).score)
     assert 0 < bleu.value < 100
@@ -84,7 +84,7 @@ def test_bleu_and_chrf_are_sacrebleus_corpus_scores() -> None:
     assert re.fullmatch(rf"chrf\|nrefs:2\|.*nc:6\|nw:0\|.*version:{version}", chrf.signature)
 
 
-def test_bleu_of_a_sentence_leaves_out_orders_that_it_has_no_words_for() -> None:
+def test_sentence_bleu_uses_the_effective_order() -> None:
     assert score("bleu", ["a b"], [["a b"]]).per_example == pytest.approx([100])
 
 
@@ -100,7 +100,7 @@ def test_examples_may_have_different_numbers_of_references() -> None:
     assert alone.value == mixed.value == pytest.approx(100)
 
 
-def test_accuracy_counts_right_answers_and_missing_ones() -> None:
+def test_accuracy_counts_correct_and_missing_answers() -> None:
     result = score(
         "accuracy",
         ["1 #### 1,000", "#### 2", "no idea", "#### 4"],
@@ -143,12 +143,12 @@ def test_an_empty_side_scores_zero(metric: str, prediction: str, reference: str)
 
 
 @pytest.mark.parametrize("metric", AGAINST_REFERENCES)
-def test_two_empty_texts_agree_exactly_and_share_nothing_else(metric: str) -> None:
+def test_two_empty_texts_score_only_by_exact_match(metric: str) -> None:
     assert score(metric, [""], [[""]]).value == (100 if metric == "exact_match" else 0)
 
 
 @pytest.mark.parametrize("metric", AGAINST_REFERENCES)
-def test_a_document_of_many_words_is_scored_in_a_moment(metric: str) -> None:
+def test_a_long_document_is_scored_fast(metric: str) -> None:
     document = " ".join(f"w{n % 997}" for n in range(20_000))
     for prediction, reference in (("w1 w2 x", document), (document, "w1 w2 x")):
         assert 0 <= score(metric, [prediction], [[reference]]).value < 1
@@ -174,7 +174,7 @@ def test_a_perfect_prediction_scores_a_hundred(metric: str) -> None:
         ("bleu", ["a"], ["a"], "references[0] must be a list of texts, got 'a'"),
     ],
 )
-def test_wrong_input_is_explained(
+def test_invalid_input_is_refused_with_the_reason(
     metric: str, predictions: list[str], references: list[list[str]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

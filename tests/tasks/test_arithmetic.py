@@ -30,7 +30,7 @@ ARITHMETIC = get_task("arithmetic")
         ("no number", "none here either", False),  # two missing answers are not an agreement
     ],
 )
-def test_a_solution_is_judged_by_the_gsm8k_rule(solution: str, reference: str, correct: bool) -> None:
+def test_is_correct_follows_the_gsm8k_rule(solution: str, reference: str, correct: bool) -> None:
     assert is_correct(solution, reference) is correct
 
 
@@ -93,6 +93,6 @@ def test_a_bare_number_becomes_a_solution(answer: object, target: str) -> None:
         ({"question": "Q", "answer": True}, "field 'answer' must be text, got bool"),
     ],
 )
-def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
+def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_row(raw)

@@ -50,7 +50,7 @@ MADE = [
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_made_splits_are_disjoint_whatever_the_seed(name: str) -> None:
+def test_made_splits_are_disjoint_for_all_seeds(name: str) -> None:
     seen = {
         split: {
             row.prompt
@@ -65,7 +65,7 @@ def test_made_splits_are_disjoint_whatever_the_seed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_made_rows_depend_on_the_seed_alone_and_never_repeat(name: str) -> None:
+def test_made_rows_are_distinct_and_depend_on_the_seed_alone(name: str) -> None:
     task = TASKS[name]
     rows = load_rows(task, "made", split="train", count=300, seed=3)
     assert load_rows(task, "made", split="train", count=100, seed=3) == rows[:100]
@@ -73,7 +73,7 @@ def test_made_rows_depend_on_the_seed_alone_and_never_repeat(name: str) -> None:
     assert len({row.prompt for row in rows}) == 300
 
 
-def test_a_made_source_that_is_endless_needs_a_count() -> None:
+def test_an_endless_made_source_needs_a_count() -> None:
     with pytest.raises(ValueError, match="endless: say how many rows"):
         load_rows(TRANSLATION, "made", split="train")
 
@@ -102,7 +102,7 @@ def test_a_config_is_a_subfolder(tmp_path: Path) -> None:
     assert prompts(tmp_path, "test", config="main") == ["w 0"]
 
 
-def test_without_validation_the_end_of_train_is_held_out_and_said(
+def test_without_validation_the_end_of_train_is_held_out_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_jsonl(tmp_path / "train.jsonl", raw_rows(30))
@@ -115,11 +115,11 @@ def test_without_validation_the_end_of_train_is_held_out_and_said(
     assert len(prompts(tmp_path, "train")) == 30
 
 
-def test_the_held_out_share_has_its_ends() -> None:
+def test_the_number_of_held_out_rows_has_bounds() -> None:
     assert [count_held_out_rows(rows) for rows in (0, 1, 2, 9, 30, 100_000)] == [0, 0, 1, 1, 3, 500]
 
 
-def test_a_folder_with_test_only_says_what_it_has(tmp_path: Path) -> None:
+def test_a_missing_split_is_refused_with_the_existing_splits(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", raw_rows(3))
     for split in ("train", "validation"):
         with pytest.raises(ValueError, match=f"has no split '{split}'; it has: test"):
@@ -139,14 +139,14 @@ GOOD_LINE = b'{"en": "a", "de": "b"}\n'
         ('{"en": "a", "de": "ä"}\n'.encode("latin-1"), "expected UTF-8, byte 19 is b'\\xe4'"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_broken_line_is_reported_with_its_number(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "test.jsonl"
     path.write_bytes(GOOD_LINE + b"\n" + line + GOOD_LINE)  # an empty line is no row
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: {message}")):
         prompts(tmp_path, "test")
 
 
-def test_a_broken_parquet_row_is_named(tmp_path: Path) -> None:
+def test_a_broken_parquet_row_is_reported_with_its_number(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [*raw_rows(2), {"en": "a", "de": " "}])
     with pytest.raises(ValueError, match=re.escape("test.parquet:3: field 'de' is empty")):
         prompts(tmp_path, "test")
@@ -155,13 +155,13 @@ def test_a_broken_parquet_row_is_named(tmp_path: Path) -> None:
         prompts(tmp_path, "test")
 
 
-def test_a_missing_folder_suggests_its_neighbour(tmp_path: Path) -> None:
+def test_a_missing_folder_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "tatoeba").mkdir()
     with pytest.raises(ValueError, match=re.escape(f"Did you mean {tmp_path / 'tatoeba'}?")):
         prompts(tmp_path / "tatoebe", "test")
 
 
-def test_folders_that_cannot_serve_say_why(tmp_path: Path) -> None:
+def test_invalid_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it holds: nothing"):
         prompts(tmp_path, "test")
     (tmp_path / "rows.csv").write_text("en,de\n")
@@ -198,7 +198,7 @@ def test_folders_that_cannot_serve_say_why(tmp_path: Path) -> None:
         ({"kind": "hub", "split": "test"}, "needs a name, such as wmt/wmt14"),
     ],
 )
-def test_a_wrong_request_gets_the_way_out(request_: dict[str, object], message: str) -> None:
+def test_an_invalid_request_is_refused_with_what_to_do(request_: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_rows(TRANSLATION, **request_)  # type: ignore[arg-type]
 
@@ -208,7 +208,7 @@ def test_an_unknown_task_suggests_the_nearest() -> None:
         get_task("arithmetics")
 
 
-def test_a_folder_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
+def test_a_folder_revision_depends_on_content_not_path(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a" / "test.jsonl", raw_rows(3))
     write_jsonl(tmp_path / "b" / "test.jsonl", raw_rows(3))
     (tmp_path / "b" / "SOURCE.txt").write_text("not data")
@@ -221,7 +221,7 @@ def test_a_folder_is_known_by_its_content_not_its_place(tmp_path: Path) -> None:
     assert first != get_source_revision(TRANSLATION, "folder", path=tmp_path / "a")
 
 
-def test_a_kept_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
+def test_a_cached_digest_is_used_until_the_file_changes(tmp_path: Path) -> None:
     data, cache = tmp_path / "data" / "test.jsonl", tmp_path / "cache"
     write_jsonl(data, raw_rows(3))
 
@@ -245,7 +245,7 @@ def test_made_and_hub_sources_have_revisions() -> None:
         get_source_revision(arithmetic, "hub", name="openai/gsm8k")
 
 
-def test_datasets_loads_by_the_same_rules(
+def test_a_hub_data_set_follows_the_rules_of_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -254,35 +254,35 @@ def test_datasets_loads_by_the_same_rules(
     write_jsonl(tmp_path / "set" / "train.jsonl", rows)
     place = str(tmp_path / "set")  # `load_dataset` reads a folder as it reads a hub name
 
-    def loaded(split: str) -> list[str]:
-        found = load_rows(TRANSLATION, "hub", name=place, split=split)  # type: ignore[arg-type]
-        return [row.prompt for row in found]
+    def load_prompts(split: str) -> list[str]:
+        rows = load_rows(TRANSLATION, "hub", name=place, split=split)  # type: ignore[arg-type]
+        return [row.prompt for row in rows]
 
-    assert loaded("train") == [f"w {index}" for index in range(19)]
-    assert loaded("validation") == ["w 19"]
+    assert load_prompts("train") == [f"w {index}" for index in range(19)]
+    assert load_prompts("validation") == ["w 19"]
     assert "left out 1 rows with an empty field" in caplog.text
     with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
-        loaded("test")
+        load_prompts("test")
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_what_a_hub_data_set_loses_is_counted_with_its_reason(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("separate_cache")
+def test_dropped_hub_rows_are_counted_by_reason(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "set" / "test.jsonl", [{"en": "", "de": "a"}, *raw_rows(3), {"en": "b", "de": " "}]
     )
     place = str(tmp_path / "set")
-    found = load_rows(TRANSLATION, "hub", name=place, split="test")
-    assert (len(found), found.dropped_counts) == (3, {"an empty field": 2})
+    rows = load_rows(TRANSLATION, "hub", name=place, split="test")
+    assert (len(rows), rows.dropped_counts) == (3, {"an empty field": 2})
     first = load_rows(TRANSLATION, "hub", name=place, split="test", count=2)
-    assert (len(first), first.dropped_counts) == (2, {"an empty field": 1})  # what was read, not what follows
+    assert (len(first), first.dropped_counts) == (2, {"an empty field": 1})  # of the rows that were read
 
 
-# The form that each real data set has on the hub and in a folder.
+# Format of each real data set on the hub and in a folder.
 REAL_FORMS = {
     "EdinburghNLP/xsum": ("summarization", {"document": "D", "summary": "s", "id": "1"}, ("D", "s")),
     "wmt/wmt14": (
@@ -299,16 +299,14 @@ REAL_FORMS = {
 }
 
 
-@pytest.mark.usefixtures("own_cache")
+@pytest.mark.usefixtures("separate_cache")
 @pytest.mark.parametrize("name", REAL_FORMS)
-def test_rows_of_the_paper_s_data_read_alike_from_jsonl_parquet_and_datasets(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_papers_data_gives_equal_rows_from_jsonl_parquet_and_datasets(name: str, tmp_path: Path) -> None:
     task, raw, expected = REAL_FORMS[name]
     write_jsonl(tmp_path / "lines" / "test.jsonl", [raw] * 2)
     write_parquet(tmp_path / "columns" / "test-00000-of-00001.parquet", [raw] * 2)
     for kind, place in (("folder", "lines"), ("folder", "columns"), ("hub", "lines"), ("hub", "columns")):
         where = {"name" if kind == "hub" else "path": str(tmp_path / place)}
-        found = load_rows(get_task(task), kind, split="test", **where)  # type: ignore[arg-type]
-        assert [(row.prompt, row.target) for row in found] == [expected] * 2
+        rows = load_rows(get_task(task), kind, split="test", **where)  # type: ignore[arg-type]
+        assert [(row.prompt, row.target) for row in rows] == [expected] * 2
     assert get_task(task).hub_name == name

@@ -73,13 +73,13 @@ def test_prompts_are_short_and_one_line() -> None:
             assert "\n" not in prompt + answer
 
 
-def test_flan_rows_and_bbh_rows_read_alike() -> None:
+def test_flan_and_bbh_rows_are_parsed_equally() -> None:
     flan = parse_row({"inputs": " Is it? ", "targets": "yes", "task": "bool_q_10templates"})
     assert flan == parse_row({"task": "boolean_expressions", "question": "Is it?", "answer": "yes"})
     assert (flan.prompt, flan.references) == ("Is it?", ("yes",))
 
 
-def test_choices_stand_below_the_question_as_in_mmlu() -> None:
+def test_choices_follow_the_question_as_in_mmlu() -> None:
     raw = {"subject": "algebra", "question": "Which?", "choices": ["0", "1"], "answer": "B"}
     assert parse_row(raw).prompt == "Which?\nA. 0\nB. 1\nAnswer:"
     assert parse_row(raw).target == "B"
@@ -94,12 +94,12 @@ def test_choices_stand_below_the_question_as_in_mmlu() -> None:
         ({"question": "Q", "answer": "A", "choices": "a"}, "field 'choices' must be a list of texts"),
     ],
 )
-def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
+def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_row(raw)
 
 
-def test_another_release_of_the_generators_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_release_of_reasoning_gym_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.tasks.instruction.version", lambda package: "0.1.19")
     message = rf"{re.escape(REASONING_GYM_VERSION)} .*0\.1\.19.*pip install"
     with pytest.raises(ValueError, match=message):

@@ -39,7 +39,7 @@ def page(tmp_path: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
             sys.modules.pop(name, None)
 
 
-def test_the_file_and_the_test_of_the_page_work(page: tuple[ModuleType, ModuleType]) -> None:
+def test_the_code_of_the_page_works(page: tuple[ModuleType, ModuleType]) -> None:
     task, test = page
     test.test_the_words_are_reversed()
     (row,) = load_rows(task.TASK, "made", split="test", count=1)

@@ -24,30 +24,40 @@ SFT_STEPS = {  # §4.1 to §4.4: small, base, large, xl
 }
 
 
-def cell(task: str, **fields: Any) -> Cell:
+def expand_cell(task: str, **fields: Any) -> Cell:
     experiment = parse_experiment({"description": "d", "task": task, **fields}, "paper")
     seen = RevisionLookup(
         resolve_data=lambda task, settings: DataSpec(kind="hub", name=settings.source, revision="1"),
         resolve_model=lambda place: (place, None, "1"),
     )
-    (found,) = expand_grid("paper", experiment, TASKS, seen, "paper").cells
-    return found
+    (cell,) = expand_grid("paper", experiment, TASKS, seen, "paper").cells
+    return cell
 
 
 @pytest.mark.parametrize("task", TABLES)
-def test_a_task_trains_as_its_table_says(task: str) -> None:
-    one = cell(task).training
-    found = (one.steps, one.batch_size, one.optimizer.learning_rate, one.optimizer.warmup_steps)
-    sizes = (one.optimizer.cooldown_steps, one.dropout, one.max_input_tokens, one.max_output_tokens)
-    assert (*found, *sizes, one.objectives[0].teacher_temperature) == TABLES[task]
-    assert one.optimizer.name == "adafactor"
-    assert (one.source.temperature, one.objectives[0].student_temperature) == (1, 1)
-    assert {one.start.family, one.teacher.family} == {"encoder-decoder"}
+def test_training_settings_equal_the_papers_table(task: str) -> None:
+    training = expand_cell(task).training
+    optimizer_settings = (
+        training.steps,
+        training.batch_size,
+        training.optimizer.learning_rate,
+        training.optimizer.warmup_steps,
+    )
+    sizes = (
+        training.optimizer.cooldown_steps,
+        training.dropout,
+        training.max_input_tokens,
+        training.max_output_tokens,
+    )
+    assert (*optimizer_settings, *sizes, training.objectives[0].teacher_temperature) == TABLES[task]
+    assert training.optimizer.name == "adafactor"
+    assert (training.source.temperature, training.objectives[0].student_temperature) == (1, 1)
+    assert {training.start.family, training.teacher.family} == {"encoder-decoder"}
 
 
 @pytest.mark.parametrize("task", SFT_STEPS)
-def test_models_are_fine_tuned_as_long_as_the_paper_s(task: str) -> None:
-    starts = [cell(task, student=name).training.start.sft for name in ("small", "base", "large", "xl")]
+def test_fine_tuning_steps_equal_the_papers(task: str) -> None:
+    starts = [expand_cell(task, student=name).training.start.sft for name in ("small", "base", "large", "xl")]
     assert tuple(sft and sft.steps for sft in starts) == SFT_STEPS[task]
 
 
@@ -64,25 +74,31 @@ def test_models_are_fine_tuned_as_long_as_the_paper_s(task: str) -> None:
     ],
     ids=str,
 )
-def test_t5_small_learns_faster_on_xsum_but_not_with_reverse_kl(fields: dict[str, Any], rate: float) -> None:
-    assert cell("summarization", **fields).training.optimizer.learning_rate == rate
+def test_t5_small_has_its_own_learning_rate_on_xsum_except_for_reverse_kl(
+    fields: dict[str, Any], rate: float
+) -> None:
+    assert expand_cell("summarization", **fields).training.optimizer.learning_rate == rate
     long_form = {"beta": 1, "teacher_temperature": 1, "student_temperature": 1}
-    assert cell("summarization", objectives=[long_form]).training.optimizer.learning_rate == 3e-4
+    assert expand_cell("summarization", objectives=[long_form]).training.optimizer.learning_rate == 3e-4
 
 
 def test_each_task_is_decoded_as_in_the_paper() -> None:
-    (xsum,), (wmt,), (gsm8k,) = (cell(t).evaluations for t in ("summarization", "translation", "arithmetic"))
+    (xsum,), (wmt,), (gsm8k,) = (
+        expand_cell(t).evaluations for t in ("summarization", "translation", "arithmetic")
+    )
     assert isinstance(wmt, Evaluation) and isinstance(gsm8k, Evaluation)
     assert xsum.name == "greedy@validation"
     assert (wmt.name, wmt.length_penalty) == ("beam4@validation", 0.6)
     assert gsm8k.name == "greedy+calculator"
-    data = cell("arithmetic").training.data
+    data = expand_cell("arithmetic").training.data
     assert (data.shots, data.calculator_marks) == (4, True)
-    assert [e.name for e in cell("instruction").evaluations] == ["mmlu_5shot", "bbh_fewshot"]
+    assert [e.name for e in expand_cell("instruction").evaluations] == ["mmlu_5shot", "bbh_fewshot"]
 
 
-def test_the_form_of_rows_is_part_of_the_identity_and_its_old_value_is_not_written() -> None:
-    plain, shown = (cell("arithmetic", data={"shots": shots}).fingerprint for shots in (0, 4))
+def test_the_row_format_is_hashed_and_its_default_is_left_out() -> None:
+    plain, shown = (expand_cell("arithmetic", data={"shots": shots}).fingerprint for shots in (0, 4))
     assert plain != shown
-    bare = cell("arithmetic", data={"shots": 0, "calculator_marks": False}).training.data.canonical_json
+    bare = expand_cell(
+        "arithmetic", data={"shots": 0, "calculator_marks": False}
+    ).training.data.canonical_json
     assert "shots" not in bare and "calculator" not in bare

@@ -13,8 +13,8 @@ TASKS = ("classification", "tagging", "scoring")
 CLAUSE = re.compile(r"(but )?the \w+ was (?:(quite|very|truly|not|hardly) )?(\w+)")
 
 
-def by_hand(text: str) -> int:
-    """The rule once more, from the text alone."""
+def score_text(text: str) -> int:
+    """Score a review from its text alone."""
     total = 0
     for but, factor, opinion in CLAUSE.findall(text):
         times = {"very": 2, "truly": 2, "not": -1, "hardly": -1}.get(factor, 1)
@@ -23,24 +23,24 @@ def by_hand(text: str) -> int:
     return total
 
 
-def test_the_example_of_the_docstring_sums_up_to_seven() -> None:
-    assert by_hand("the soup was not good , we came on Monday , but the staff was very lovely .") == 7
+def test_the_docstring_example_has_score_7() -> None:
+    assert score_text("the soup was not good , we came on Monday , but the staff was very lovely .") == 7
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_review_s_score_is_what_its_text_says(seed: int) -> None:
+def test_the_score_of_a_review_follows_from_its_text(seed: int) -> None:
     review = reviews.draw_review(random.Random(seed))
-    assert review.score == by_hand(review.text)
+    assert review.score == score_text(review.text)
     assert len(review.words) == len(review.tags)
-    said = {
+    opinion_tags = {
         word: tag
         for word, tag in zip(review.words, review.tags, strict=True)
         if word in reviews.OPINION_VALUES
     }
-    assert all(tag in ("PRAISE", "BLAME") for tag in said.values())
+    assert all(tag in ("PRAISE", "BLAME") for tag in opinion_tags.values())
 
 
-def test_not_turns_praise_into_blame() -> None:
+def test_not_negates_an_opinion() -> None:
     rows = load_rows(get_task("tagging"), "made", split="train", count=200)
     tagged = [dict(zip(r.prompt.split(), r.target.split(), strict=True)) for r in rows if " not " in r.prompt]
     pairs = [(r.prompt.split(), r.target.split()) for r in rows]
@@ -49,15 +49,15 @@ def test_not_turns_praise_into_blame() -> None:
     assert all((tag == "BLAME") == (reviews.OPINION_VALUES[word] > 0) for word, tag in after)
 
 
-def test_the_three_tasks_say_the_same_of_a_review() -> None:
+def test_the_three_review_tasks_agree() -> None:
     for row in load_rows(get_task("classification"), "made", split="test", count=50):
-        score = by_hand(row.prompt)
+        score = score_text(row.prompt)
         assert row.target == LABELS[1 + (score > 0) - (score < 0)]
     for row in load_rows(get_task("scoring"), "made", split="test", count=50):
-        assert float(row.target) == by_hand(row.prompt) / 4
+        assert float(row.target) == score_text(row.prompt) / 4
 
 
-def test_all_labels_and_tags_come_up() -> None:
+def test_all_labels_and_tags_occur() -> None:
     rows = load_rows(get_task("classification"), "made", split="train", count=300)
     assert {row.target for row in rows} == set(LABELS)
     tags = {
@@ -83,12 +83,12 @@ def test_splits_share_no_prompt(name: str) -> None:
         ("scoring", {"text": "fine", "label": 2}, "2.0"),
     ],
 )
-def test_real_rows_are_read(name: str, raw: dict[str, Any], target: str) -> None:
+def test_real_rows_are_parsed(name: str, raw: dict[str, Any], target: str) -> None:
     assert get_task(name).parse_row(raw).target == target
 
 
 @pytest.mark.parametrize(
-    ("name", "raw", "said"),
+    ("name", "raw", "message"),
     [
         ("classification", {"text": "fine", "label": "positiv"}, "did you mean 'positive'"),
         ("classification", {"text": "fine"}, "no field 'label'"),
@@ -99,6 +99,6 @@ def test_real_rows_are_read(name: str, raw: dict[str, Any], target: str) -> None
         ("scoring", {"text": "fine", "label": float("nan")}, "must be a number"),
     ],
 )
-def test_rows_of_no_use_are_named(name: str, raw: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_rows_are_refused_with_the_field(name: str, raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         get_task(name).parse_row(raw)

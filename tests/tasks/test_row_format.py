@@ -14,31 +14,33 @@ ARITHMETIC = get_task("arithmetic")
 ROW = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"}
 
 
-def rows(folder: Path, **form: Any) -> list[Any]:
+def load_row(folder: Path, **form: Any) -> list[Any]:
     (folder / "test.jsonl").write_text(json.dumps(ROW) + "\n")
     return load_rows(ARITHMETIC, "folder", path=folder, split="test", **form)
 
 
-def test_four_worked_examples_stand_before_the_question(tmp_path: Path) -> None:
-    (row,) = rows(tmp_path, shots=4)
+def test_four_worked_examples_precede_the_question(tmp_path: Path) -> None:
+    (row,) = load_row(tmp_path, shots=4)
     parts = row.prompt.split("\n\n")
-    assert [part.splitlines()[0] for part in parts[:4]] == [f"Q: {one['question']}" for one in EXEMPLARS]
+    assert [part.splitlines()[0] for part in parts[:4]] == [
+        f"Q: {exemplar['question']}" for exemplar in EXEMPLARS
+    ]
     assert parts[0].endswith("So there must have been 21 - 15 = 6.\n#### 6")
     assert parts[4] == "Q: How many?\nA:"
     assert (row.target, row.references) == ("48/2 = 24 clips.\n#### 24", ("48/2 = 24 clips.\n#### 24",))
 
 
-def test_fewer_shots_are_the_first_ones_and_none_leaves_the_question_alone(tmp_path: Path) -> None:
-    (one,), (none,) = rows(tmp_path, shots=1), rows(tmp_path)
-    assert re.findall(r"^Q: (\w+)", one.prompt, re.MULTILINE) == ["There", "How"]
-    assert none.prompt == "How many?"
+def test_fewer_shots_are_the_first_ones_and_no_shots_keep_the_question(tmp_path: Path) -> None:
+    (one_shot,), (no_shot,) = load_row(tmp_path, shots=1), load_row(tmp_path)
+    assert re.findall(r"^Q: (\w+)", one_shot.prompt, re.MULTILINE) == ["There", "How"]
+    assert no_shot.prompt == "How many?"
 
 
-def test_marks_are_kept_in_targets_and_examples_alike_when_asked(tmp_path: Path) -> None:
-    (row,) = rows(tmp_path, shots=1, calculator_marks=True)
+def test_calculator_marks_are_kept_in_targets_and_examples(tmp_path: Path) -> None:
+    (row,) = load_row(tmp_path, shots=1, calculator_marks=True)
     assert row.target == ROW["answer"] == row.references[0]
     assert "21 - 15 = <<21-15=6>>6" in row.prompt
-    (plain,) = rows(tmp_path, shots=1)
+    (plain,) = load_row(tmp_path, shots=1)
     assert "<<" not in plain.prompt + plain.target
 
 
@@ -72,7 +74,7 @@ def test_made_rows_may_have_shots_too() -> None:
         ("translation", "hub", {"calculator_marks": True}, "hub rows of translation have no marks"),
     ],
 )
-def test_a_form_that_there_is_not_is_refused(
+def test_an_impossible_row_format_is_refused(
     task: str, kind: str, form: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

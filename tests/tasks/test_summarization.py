@@ -21,7 +21,7 @@ def test_made_rows_are_golden() -> None:
     assert row.target == "Storm breaks 12 windows at Graz zoo on Saturday, nurse Dubois says."
 
 
-def test_a_summary_says_only_what_its_report_says() -> None:
+def test_a_summary_uses_only_facts_of_its_report() -> None:
     copied = {*events.NAMES, *events.CITIES, *events.DAYS, *map(str, events.COUNTS)}
     for row in load_rows(SUMMARIZATION, "made", split="train", count=500):
         facts = copied & set(re.findall(r"\w+", row.target))
@@ -29,7 +29,7 @@ def test_a_summary_says_only_what_its_report_says() -> None:
         assert facts <= set(re.findall(r"\w+", row.prompt))
 
 
-def test_reports_and_summaries_have_the_promised_sizes() -> None:
+def test_reports_and_summaries_have_the_documented_lengths() -> None:
     rows = load_rows(SUMMARIZATION, "made", split="train", count=2000)
     words = {word for row in rows for word in re.findall(r"\w+", f"{row.prompt} {row.target}")}
     assert len(words) < 400
@@ -81,12 +81,12 @@ def f():
         "no capital at the start but many more words so that it is not the length that counts.",
     ],
 )
-def test_what_is_not_prose_gives_no_pair(body: str) -> None:
+def test_a_body_without_prose_gives_no_pair(body: str) -> None:
     assert docstrings._parse_pair(f"Return the thing that holds x.\n\n{body}") is None
 
 
 @pytest.mark.slow
-def test_installed_docstrings_are_many_distinct_kept_and_split(tmp_path: Path) -> None:
+def test_installed_docstrings_are_many_distinct_cached_and_split(tmp_path: Path) -> None:
     splits = {
         split: load_rows(SUMMARIZATION, "made", name="docstrings", split=split, cache=tmp_path)
         for split in ("train", "validation", "test")
@@ -94,17 +94,17 @@ def test_installed_docstrings_are_many_distinct_kept_and_split(tmp_path: Path) -
     assert len(splits["train"]) > 1500
     prompts = [row.prompt for rows in splits.values() for row in rows]
     assert len(prompts) == len(set(prompts))
-    (kept,) = tmp_path.iterdir()
+    (cache_file,) = tmp_path.iterdir()
     docstrings.load_pairs.cache_clear()
-    before = kept.stat().st_mtime_ns
+    before = cache_file.stat().st_mtime_ns
     again = load_rows(SUMMARIZATION, "made", name="docstrings", split="test", cache=tmp_path, seed=5)
     assert again == splits["test"]  # the seed changes nothing
-    assert kept.stat().st_mtime_ns == before
+    assert cache_file.stat().st_mtime_ns == before
     version = docstrings.compute_version(tmp_path)
     assert re.fullmatch(r"docstrings-1\+numpy-.+\+matplotlib-[\d.]+/[0-9a-f]{64}", version)
 
 
-def test_references_are_what_is_compared_with() -> None:
+def test_the_references_of_a_row_replace_its_summary() -> None:
     raw = {"document": " D ", "summary": "s", "references": ["s", "t"], "id": 3}
     assert (parse_row(raw).prompt, parse_row(raw).target) == ("D", "s")
     assert parse_row(raw).references == ("s", "t")
@@ -120,6 +120,6 @@ def test_references_are_what_is_compared_with() -> None:
         ({"document": "", "summary": "s"}, "field 'document' is empty"),
     ],
 )
-def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
+def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_row(raw)

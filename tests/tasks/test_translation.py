@@ -58,7 +58,7 @@ def test_made_rows_are_golden() -> None:
         (phrases.translate_language("sv"), "Swedish", "Schwedisch"),
     ],
 )
-def test_german_is_right(pair: tuple[str, str], english: str, german: str) -> None:
+def test_german_phrases_are_correct(pair: tuple[str, str], english: str, german: str) -> None:
     assert pair == (english, german)
 
 
@@ -90,7 +90,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("template", "person", "slots", "english", "german"), BY_HAND)
-def test_whole_sentences_are_right(
+def test_whole_sentences_are_correct(
     template: int, person: int, slots: dict[str, phrases.Translation], english: str, german: str
 ) -> None:
     for side, expected in enumerate((english, german)):
@@ -99,7 +99,7 @@ def test_whole_sentences_are_right(
         assert sentence == expected
 
 
-def test_both_sides_of_a_template_use_slots_that_exist() -> None:
+def test_templates_use_existing_slots_in_both_languages() -> None:
     english_slots, german_slots = phrases.draw_slots(random.Random(0))
     for english, german in SENTENCE_TEMPLATES:
         assert _slots(english) <= set(english_slots)
@@ -110,7 +110,7 @@ def _slots(template: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(template) if name}
 
 
-def test_sentences_stay_short_and_words_few() -> None:
+def test_sentences_are_short_and_the_vocabulary_small() -> None:
     rows = load_rows(TRANSLATION, "made", split="train", count=5000)
     lengths = [len(text.split()) for row in rows for text in (row.prompt, row.target)]
     words = {word for row in rows for word in re.findall(r"\w+", f"{row.prompt} {row.target}")}
@@ -123,7 +123,7 @@ def test_the_version_names_the_libraries_that_write_the_words() -> None:
     assert re.fullmatch(r"translation-made-1\+babel-[\d.]+\+num2words-[\d.]+", get_generator_version())
 
 
-def test_both_forms_of_a_real_row_read_alike() -> None:
+def test_both_formats_of_a_real_row_give_the_same_row() -> None:
     pair = {"en": "a house", "de": "ein Haus"}
     assert parse_row(pair) == parse_row({"translation": pair})
     assert (parse_row(pair).prompt, parse_row(pair).references) == ("a house", ("ein Haus",))
@@ -138,6 +138,6 @@ def test_both_forms_of_a_real_row_read_alike() -> None:
         ({"en": "a", "de": 3}, "field 'de' must be text, got int 3"),
     ],
 )
-def test_a_row_that_cannot_be_read_says_why(raw: dict[str, object], message: str) -> None:
+def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_row(raw)
