@@ -86,7 +86,8 @@ def explain_validation_error(error: ValidationError, origin: str, model: type[Ba
     reason = _explain_violation(kind, value, annotation) or deepest["msg"]
     if isinstance(value, list) and kind not in ("too_short", "layer_map") and not field.startswith("grid"):
         reason += "; several values make an axis: write them under `grid`"
-    return ConfigError(f"{origin}: {field}: {_shorten_repr(value)} is not valid: {reason}")
+    place = f"{origin}: {field}" if field else origin
+    return ConfigError(f"{place}: {_shorten_repr(value)} is not valid: {reason}")
 
 
 def _explain_violation(kind: str, value: Any, annotation: Any) -> str:

@@ -1,7 +1,11 @@
-"""The terms of a loss, as an experiment describes them."""
+"""Terms of a loss: one description and validation for YAML, `GKDConfig(objectives=...)` and the trainer.
 
+`gkd_lab.losses.registry` maps each `type` to the loss that computes it.
+"""
+
+import importlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
     Discriminator,
@@ -10,24 +14,35 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     Tag,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
+    model_validator,
 )
-from pydantic_core import PydanticKnownError
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
 from gkd_lab.config.layer_maps import UNIFORM, LayerMapField
+from gkd_lab.config.reward_names import check_reward_baseline, check_reward_model, check_reward_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 DivergenceKind = Literal["jsd", "tv"]
+DIVERGENCE_KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
+KINDS_WITH_BETA: tuple[DivergenceKind, ...] = ("jsd",)
 FIRST_TEACHER = "teacher"
-"""Name of the run's own teacher, number 0."""
+"""Name of the run's main teacher, number 0."""
 RewardBaseline = Literal["leave_one_out", "none"]
+REGISTRY_MODULE = "gkd_lab.losses.registry"
+"""Knows the terms that are described beside their loss; it imports torch."""
 
 
 class WeightedTerm(Frozen):
-    """A term of the loss and its weight."""
+    """Weight of a term in the loss."""
 
     weight: NonNegativeFloat = 1.0
     final_weight: Annotated[NonNegativeFloat | None, DefaultFrom(None)] = Field(
@@ -36,24 +51,26 @@ class WeightedTerm(Frozen):
 
 
 class LossTerm(WeightedTerm):
-    """A term that is no divergence; its type stands in the place of one."""
+    """Base class of all terms that are no divergence; a subclass adds its `type` and its settings."""
+
+    type: str
 
     @property
     def beta(self) -> None:
-        """It has none."""
+        """None: only divergences have a beta."""
 
     @property
     def divergence(self) -> str:
-        """Its type."""
-        return str(self.type)  # type: ignore[attr-defined]
+        """The term's type, which tables show in the column of divergences."""
+        return self.type
 
 
 class DivergenceFields(WeightedTerm):
     """A divergence between teacher and student, token by token (Eq. 2).
 
     `jsd` is JSD(beta), the two KLs at its ends (Eq. 1); `tv` is total variation, half the sum of |p - q|,
-    with which f-distill trains (Wen et al. 2023; Fig. 2). What a divergence does not read is resolved to
-    one value, so that objectives that cannot differ are equal.
+    with which f-distill trains (Wen et al. 2023; Fig. 2). Settings that a divergence does not read are
+    reset to one value, so that terms that compute the same are equal.
     """
 
     type: Literal["divergence"] = "divergence"
@@ -75,18 +92,11 @@ class DivergenceFields(WeightedTerm):
         default=False,
         description="multiply by the product of the temperatures, Hinton's T^2; nothing where it is 1",
     )
-    mixture: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
-        default=None,
-        description="weights of several teachers' probabilities, which sum to 1; null: all alike",
-    )
-    mixture_temperatures: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
-        default=None, description="of each of several teachers, before they are mixed; null: 1"
-    )
 
     @field_validator("beta")
     @classmethod
     def _check_beta(cls, beta: float | None, info: ValidationInfo) -> float | None:
-        if info.data.get("divergence") == "tv":
+        if info.data.get("divergence", "jsd") not in KINDS_WITH_BETA:
             return None
         if beta is None:
             raise PydanticKnownError("missing")
@@ -95,23 +105,111 @@ class DivergenceFields(WeightedTerm):
     @field_validator("rescale")
     @classmethod
     def _normalize_rescale(cls, rescale: bool, info: ValidationInfo) -> bool:
-        """The limits of JSD(beta) / (beta (1 - beta)) at 0 and 1 are the KLs that stand there already."""
+        """Reset it at beta 0 and 1, where the limits of JSD(beta) / (beta (1 - beta)) are the KLs already."""
         return rescale and info.data.get("beta") not in (None, 0, 1)
 
     @field_validator("square_temperature")
     @classmethod
     def _normalize_square_temperature(cls, squared: bool, info: ValidationInfo) -> bool:
+        """Reset it where the product of the temperatures is 1."""
         values = [info.data.get(name) or 1.0 for name in ("teacher_temperature", "student_temperature")]
         return squared and values[0] * values[1] != 1
 
 
 class ResolvedDivergence(DivergenceFields):
-    """A divergence whose teachers are numbered: 0 is the run's own, 1 and on are its `teachers`."""
+    """A divergence as records store it: teachers by number, 0 the run's own, 1 and on its `teachers`."""
 
     teachers: Annotated[tuple[NonNegativeInt, ...], DefaultFrom((0,))] = Field(default=(0,), min_length=1)
-    routes: Annotated[tuple[str, ...] | None, DefaultFrom(None)] = Field(
-        default=None, description="what the data calls these teachers, where each row has one of them"
+    mixture: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
+        default=None, description="the teachers' `weights`; null: all alike"
     )
+    mixture_temperatures: Annotated[tuple[PositiveFloat, ...] | None, DefaultFrom(None)] = Field(
+        default=None, description="the teachers' `temperatures`; null: 1"
+    )
+    routes: Annotated[tuple[str, ...] | None, DefaultFrom(None)] = Field(
+        default=None, description="names of these teachers in the data, where each row has one of them"
+    )
+
+
+class DivergenceConfig(DivergenceFields):
+    """A divergence as a user states it: temperatures default to the settings beside it."""
+
+    teachers: str | int | tuple[str | int, ...] | None = Field(
+        default=None,
+        description="`teacher`, `start` (the student as it starts), one of the experiment's `teachers`, or a "
+        "list of them; in `GKDConfig` their numbers",
+    )
+    weights: tuple[PositiveFloat, ...] | None = Field(
+        default=None,
+        description="weights of several teachers' probabilities, which sum to 1; null: all alike",
+    )
+    temperatures: tuple[PositiveFloat, ...] | None = Field(
+        default=None, description="of each of several teachers, before they are mixed; null: 1"
+    )
+    routed: bool = Field(
+        default=False,
+        description="each row has one of several teachers, which the data's column `teacher` names",
+    )
+    teacher_temperature: PositiveFloat | None = None  # type: ignore[assignment]
+    student_temperature: PositiveFloat | None = None  # type: ignore[assignment]
+
+    _OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "teacher": "teachers",
+        "mixture": "weights",
+        "mixture_temperatures": "temperatures",
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_fields(cls, fields: Any) -> Any:
+        """Accept the older spelling of some fields."""
+        if not isinstance(fields, dict):
+            return fields
+        for old, new in cls._OLD_NAMES.items():
+            if old in fields and new in fields:
+                raise _config_error(f"{old} is the older name of {new}: leave it out")
+        return {cls._OLD_NAMES.get(name, name): value for name, value in fields.items()}
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> "DivergenceConfig":
+        names, weights = self.teacher_names, self.weights
+        if not names:
+            raise _config_error("teachers []: name at least one, or leave `teachers` out for the run's own")
+        if len(set(names)) < len(names):
+            raise _config_error(f"teachers {list(names)} names one of them twice")
+        for field in ("weights", "temperatures"):
+            values = getattr(self, field)
+            if values and len(values) != len(names):
+                raise _config_error(f"{len(values)} {field} for {len(names)} teachers: give one of each")
+        if weights and abs(sum(weights) - 1) > 1e-6:
+            raise _config_error(f"weights {list(weights)} must sum to 1, not {sum(weights):g}")
+        if self.routed and (len(names) == 1 or weights):
+            raise _config_error(
+                "routed takes one of several teachers for each row: list them in `teachers`, and leave "
+                "`weights` out"
+            )
+        return self
+
+    @property
+    def teacher_names(self) -> tuple[str | int, ...]:
+        """The teachers that it compares with, as they are stated."""
+        teachers = FIRST_TEACHER if self.teachers is None else self.teachers
+        return teachers if isinstance(teachers, tuple) else (teachers,)
+
+    def resolve(
+        self, settings: Mapping[str, Any], teacher_numbers: Mapping[str | int, int]
+    ) -> ResolvedDivergence:
+        """Return the complete divergence; `settings` has the temperatures that it does not state."""
+        names = self.teacher_names
+        stated = self.model_dump(include=set(DivergenceFields.model_fields), exclude_none=True)
+        temperatures = {name: settings[name] for name in ("teacher_temperature", "student_temperature")}
+        return ResolvedDivergence(
+            **{**temperatures, **stated},
+            teachers=tuple(teacher_numbers[name] for name in names),
+            mixture=self.weights if len(names) > 1 else None,  # a mixture of one is that one
+            mixture_temperatures=self.temperatures,
+            routes=tuple(map(str, names)) if self.routed else None,
+        )
 
 
 class CrossEntropyConfig(LossTerm):
@@ -164,7 +262,7 @@ class AttentionsConfig(LayerTerm):
 
 
 class RewardFields(Frozen):
-    """What is rewarded, and what rewards are compared with."""
+    """A reward and its baseline."""
 
     name: str = Field(
         description="`exact_match`, `rouge2`, `rougeL` against the data's completion, `entailment` by a "
@@ -173,6 +271,7 @@ class RewardFields(Frozen):
     model: str | None = Field(
         default=None, description="of `entailment`: a sequence-classification model, a folder or a hub name"
     )
+    revision: str | None = Field(default=None, description="of `model` on the hub; null: its newest")
     baseline: RewardBaseline = Field(
         default="leave_one_out", description="taken from a reward: the mean of the step's others, or nothing"
     )
@@ -180,23 +279,33 @@ class RewardFields(Frozen):
 
 
 class RewardConfig(RewardFields, LossTerm):
-    """A policy gradient towards what a function likes of the student's own text (Eq. 5), by REINFORCE.
+    """A policy gradient that increases a reward of the student's own text (Eq. 5), by REINFORCE.
 
-    Of what others wrote it teaches nothing.
+    On text that the student did not sample its gradient is zero.
     """
 
     type: Literal["reward"] = "reward"
 
+    @model_validator(mode="after")
+    def _check_reward(self) -> "RewardConfig":
+        try:
+            check_reward_name(self.name)
+            check_reward_model(self.name, self.model)
+            check_reward_baseline(self.baseline, self.normalize)
+        except ConfigError as error:
+            raise _config_error(str(error)) from error
+        return self
 
-class ResolvedReward(RewardConfig):
-    """A reward, known by content: its model at a revision, or its function's module."""
 
+class ResolvedReward(RewardFields, LossTerm):
+    """A reward as records store it, identified by content: its model's revision, or its function's module."""
+
+    type: Literal["reward"] = "reward"
     path: Annotated[str | None, NotHashed()] = None
-    revision: str | None = None
     content: str | None = Field(default=None, description="SHA-256 of the module that has the function")
 
     def reweight(self, weight: float) -> "ResolvedReward":
-        """The same with another weight."""
+        """Return the same reward with another weight."""
         return self.model_copy(update={"weight": weight})
 
 
@@ -225,37 +334,6 @@ class AdversarialConfig(LossTerm):
     layers: PositiveInt = Field(default=2, description="hidden layers of the discriminator")
 
 
-class DivergenceConfig(DivergenceFields):
-    """A divergence as it is stated: temperatures may be those of the other settings, teachers have names."""
-
-    teacher: str | tuple[str, ...] | None = Field(
-        default=None,
-        description="`teacher`, `start` (the student as it starts), one of `teachers`, or a list of them",
-    )
-    routed: bool = Field(
-        default=False,
-        description="each row has one of several teachers, which the data's column `teacher` names",
-    )
-    teacher_temperature: PositiveFloat | None = None  # type: ignore[assignment]
-    student_temperature: PositiveFloat | None = None  # type: ignore[assignment]
-
-    @property
-    def teacher_names(self) -> tuple[str, ...]:
-        """Of those that it compares with."""
-        named = FIRST_TEACHER if self.teacher is None else self.teacher
-        return (named,) if isinstance(named, str) else named
-
-    def resolve(self, settings: Mapping[str, Any], teacher_numbers: Mapping[str, int]) -> ResolvedDivergence:
-        """The whole objective, its teachers by number."""
-        # A mixture of one is that one.
-        single = {"mixture"} if len(self.teacher_names) == 1 else set()
-        stated = self.model_dump(exclude_none=True, exclude={"teacher", "routed"} | single)
-        names = ("teacher_temperature", "student_temperature")
-        teachers = tuple(teacher_numbers[name] for name in self.teacher_names)
-        known = {"teachers": teachers, "routes": self.teacher_names if self.routed else None}
-        return ResolvedDivergence(**{**{name: settings[name] for name in names}, **stated, **known})
-
-
 class ULDConfig(LossTerm):
     """Universal logit distillation, for a teacher with a tokenizer of its own (Boizard et al. 2024).
 
@@ -277,57 +355,64 @@ class SquaredErrorConfig(LossTerm):
     )
 
 
-NON_DIVERGENCE_TERMS: tuple[type[LossTerm], ...] = (
+TERMS_WITHOUT_REFERENCES = (
     CrossEntropyConfig,
     SquaredErrorConfig,
-    ResolvedReward,
     HiddenStatesConfig,
     AttentionsConfig,
     AdversarialConfig,
     ULDConfig,
 )
-"""Every objective but the divergence; a new one is one more class, here and in the two unions."""
+"""Terms that refer to no teacher and to no model, so that records store them as they are stated."""
 
 
-def _class_of(objective: Any, divergence: str) -> str:
-    """Name of the class that describes an objective, for pydantic; a divergence may leave its type out."""
-    said = objective if isinstance(objective, dict) else {"type": getattr(objective, "type", "divergence")}
-    given = said.get("type", "divergence")
-    known = {"divergence": divergence, **{term_type(other): other.__name__ for other in NON_DIVERGENCE_TERMS}}
-    return known.get(given, given) if isinstance(given, str) else str(given)
+def get_term_type(term_class: type[WeightedTerm]) -> str:
+    """Return the `type` that names a class of terms."""
+    return str(term_class.model_fields["type"].default)
 
 
-def term_type(objective: type[LossTerm]) -> str:
-    """The `type` of a class of objectives."""
-    return str(objective.model_fields["type"].default)
+def find_added_term(term_type: object) -> type[LossTerm] | None:
+    """Return the class that describes an added term, or None if no loss is registered under this type."""
+    losses = importlib.import_module(REGISTRY_MODULE).LOSSES
+    loss_class = losses.get(term_type) if isinstance(term_type, str) else None
+    return None if loss_class is None else loss_class.config_class
 
 
-def _resolved(objective: Any) -> str:
-    return _class_of(objective, "ResolvedDivergence")
+def _validate_added_term(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, LossTerm):
+        return value
+    term_class = find_added_term(value["type"])
+    assert term_class is not None, "the discriminator has found it"
+    return term_class.model_validate(value)
 
 
-def _stated(objective: Any) -> str:
-    name = _class_of(objective, "DivergenceConfig")
-    return "RewardConfig" if name == "ResolvedReward" else name
+def _build_union(*term_classes: type[WeightedTerm]) -> Any:
+    """Return the union of these classes and of added terms, by `type`; its default is a divergence."""
+    names = {get_term_type(term_class): term_class.__name__ for term_class in term_classes}
+
+    def find_tag(term: Any) -> str:
+        fields = term if isinstance(term, dict) else {"type": getattr(term, "type", "divergence")}
+        term_type = fields.get("type", "divergence")
+        if isinstance(term_type, str) and term_type in names:
+            return names[term_type]
+        return str(term_type) if find_added_term(term_type) is None else LossTerm.__name__
+
+    added_term = SkipJsonSchema[Annotated[SerializeAsAny[LossTerm], WrapValidator(_validate_added_term)]]
+    members = [Annotated[term_class, Tag(term_class.__name__)] for term_class in term_classes]
+    members.append(Annotated[added_term, Tag(LossTerm.__name__)])
+    return Annotated[Union[tuple(members)], Discriminator(find_tag)]  # noqa: UP007
 
 
-AnyOther = (
-    Annotated[CrossEntropyConfig, Tag("CrossEntropyConfig")]
-    | Annotated[SquaredErrorConfig, Tag("SquaredErrorConfig")]
-    | Annotated[HiddenStatesConfig, Tag("HiddenStatesConfig")]
-    | Annotated[AttentionsConfig, Tag("AttentionsConfig")]
-    | Annotated[AdversarialConfig, Tag("AdversarialConfig")]
-    | Annotated[ULDConfig, Tag("ULDConfig")]
-)
-ResolvedTerm = Annotated[
-    Annotated[ResolvedDivergence, Tag("ResolvedDivergence")]
-    | AnyOther
-    | Annotated[ResolvedReward, Tag("ResolvedReward")],
-    Discriminator(_resolved),
-]
-TermConfig = Annotated[
-    Annotated[DivergenceConfig, Tag("DivergenceConfig")]
-    | AnyOther
-    | Annotated[RewardConfig, Tag("RewardConfig")],
-    Discriminator(_stated),
-]
+if TYPE_CHECKING:
+    TermConfig = DivergenceConfig | LossTerm
+    ResolvedTerm = ResolvedDivergence | LossTerm
+else:
+    TermConfig = _build_union(DivergenceConfig, RewardConfig, *TERMS_WITHOUT_REFERENCES)
+    """A term as YAML and `GKDConfig` state it."""
+    ResolvedTerm = _build_union(ResolvedDivergence, ResolvedReward, *TERMS_WITHOUT_REFERENCES)
+    """A term as records store it and losses are built from it."""
+
+
+def _config_error(message: str) -> PydanticCustomError:
+    """Return a validation error whose message `explain_validation_error` shows as it is."""
+    return PydanticCustomError("config", "{reason}", {"reason": message})

@@ -288,7 +288,7 @@ class CellResolver:
         return tuple(self._resolve_term(term, values, teacher_numbers) for term in listed)
 
     def _resolve_term(
-        self, term: TermConfig, values: Mapping[str, Any], teacher_numbers: Mapping[str, int]
+        self, term: TermConfig, values: Mapping[str, Any], teacher_numbers: Mapping[str | int, int]
     ) -> ResolvedTerm:
         """Return a listed loss term with temperatures, teacher numbers and content filled in."""
         if isinstance(term, DivergenceConfig):

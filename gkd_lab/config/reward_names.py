@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config.errors import ConfigError, build_unknown_name_error, suggest_choices
+from gkd_lab.config.errors import ConfigError, suggest_choices
 
 RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
 """(prompts, texts that the student wrote, the data's completions) -> a reward for each, more is better."""
@@ -21,9 +21,6 @@ RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
 ENTAILMENT = "entailment"
 BUILT_IN_REWARDS = ("exact_match", "rouge2", "rougeL", ENTAILMENT)
 """Rewards of this package, each from 0 to 1."""
-
-REWARD_BASELINES = ("leave_one_out", "none")
-"""What is taken from a reward: the mean of the step's other rewards, or nothing."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -50,8 +47,6 @@ def check_reward_model(name: str, model: object) -> None:
 
 def check_reward_baseline(baseline: str, normalize: bool) -> None:
     """Raises SpecError for a baseline that is unknown, or too little for what is asked."""
-    if baseline not in REWARD_BASELINES:
-        raise build_unknown_name_error("baseline of a reward", baseline, REWARD_BASELINES)
     if normalize and baseline == "none":
         raise ConfigError(
             "a reward's `normalize` divides by how far rewards lie from their mean, which baseline 'none' "

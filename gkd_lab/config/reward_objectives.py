@@ -10,11 +10,9 @@ from gkd_lab.config.loss_terms import (
     ResolvedReward,
     ResolvedTerm,
     RewardConfig,
+    WeightedTerm,
 )
 from gkd_lab.config.reward_names import (
-    check_reward_baseline,
-    check_reward_model,
-    check_reward_name,
     check_reward_sampling,
     hash_reward_module,
     off_policy_message,
@@ -35,12 +33,12 @@ class SamplingSource(Protocol):
 
 def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedReward:
     """The reward as content. Raises SpecError for one that is not there."""
-    check_reward_name(config.name)
-    check_reward_model(config.name, config.model)
-    check_reward_baseline(config.baseline, config.normalize)
-    hub, path, revision = (None, None, None) if config.model is None else find_model(config.model)
-    known = {"model": hub, "path": path, "revision": revision, "content": hash_reward_module(config.name)}
-    return ResolvedReward(**{**config.model_dump(), **known})
+    hub_name, folder, revision = (None, None, None) if config.model is None else find_model(config.model)
+    if hub_name is not None and config.revision is not None:
+        revision = config.revision
+    content = hash_reward_module(config.name)
+    resolved = {"model": hub_name, "path": folder, "revision": revision, "content": content}
+    return ResolvedReward(**{**config.model_dump(), **resolved})
 
 
 def build_reward_terms(
@@ -81,13 +79,19 @@ def _check_no_reward(alpha: float | None, anchor: str) -> None:
             raise ConfigError(f"{name} {value} says how to weigh a reward: set `reward`, or leave {name} out")
 
 
+def check_any_weight(terms: Iterable[WeightedTerm]) -> None:
+    """Raise ConfigError if the weights of all terms are 0."""
+    if not any(term.weight or term.final_weight for term in terms):
+        raise ConfigError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
+
+
 def check_terms_learn(terms: Iterable[ResolvedTerm], source: SamplingSource) -> None:
     """Raises SpecError where what is written teaches nothing: `reward` of others' text, `cross_entropy` of
     the student's own.
     """
-    kinds = {type(one) for one in terms if one.weight or one.final_weight}
-    if not kinds:
-        raise ConfigError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
+    listed = list(terms)
+    check_any_weight(listed)
+    kinds = {type(term) for term in listed if term.weight or term.final_weight}
     if ResolvedReward in kinds:
         check_reward_sampling(source.lmbda, source.temperature)
         if source.lmbda < 1 and kinds == {ResolvedReward}:

@@ -19,7 +19,7 @@ START_TEACHER = "start"
 """Name of the SFT student, frozen, as a teacher."""
 
 
-def number_teachers(terms: Iterable[TermConfig]) -> dict[str, int]:
+def number_teachers(terms: Iterable[TermConfig]) -> dict[str | int, int]:
     """Number the teachers that divergences name: the run's own is 0, others follow as they appear."""
     names = [name for term in terms if isinstance(term, DivergenceConfig) for name in term.teacher_names]
     return {name: number for number, name in enumerate(dict.fromkeys([FIRST_TEACHER, *names]))}
@@ -29,49 +29,20 @@ def resolve_extra_teachers(terms: Iterable[TermConfig], teachers: Mapping[str, A
     """Return the settings of the teachers besides the first, by name in the order of their numbers.
 
     `start` maps to itself. A teacher that no divergence names is left out, because objectives may be an axis.
-    Raises ConfigError for an unknown or a reserved name, and for weights that do not fit the teachers.
+    Raises ConfigError for an unknown or a reserved name.
     """
-    terms = list(terms)
-    for name in (FIRST_TEACHER, START_TEACHER):
-        if name in teachers:
-            raise ConfigError(f"teachers: the name {name!r} is reserved; choose another name")
-    for term in terms:
-        if isinstance(term, DivergenceConfig):
-            _check_teacher_fields(term)
-    valid_teachers = {FIRST_TEACHER: None, START_TEACHER: START_TEACHER, **teachers}
+    for reserved in (FIRST_TEACHER, START_TEACHER):
+        if reserved in teachers:
+            raise ConfigError(f"teachers: the name {reserved!r} is reserved; choose another name")
+    valid_teachers: dict[str | int, Any] = {FIRST_TEACHER: None, START_TEACHER: START_TEACHER}
+    valid_teachers.update(teachers)
     names = list(number_teachers(terms))
     for name in names:
         if name not in valid_teachers:
             raise ConfigError(
                 f"objectives: unknown teacher {name!r}; {suggest_choices(name, valid_teachers)}"
             )
-    return {name: valid_teachers[name] for name in names if name != FIRST_TEACHER}
-
-
-def _check_teacher_fields(term: DivergenceConfig) -> None:
-    """Raise ConfigError if the teachers of a divergence do not fit its mixture, temperatures or routing."""
-    count = len(term.teacher_names)
-    if not count:
-        raise ConfigError(
-            "objectives: teacher []: name at least one, or leave `teacher` out for the run's own teacher"
-        )
-    if len(set(term.teacher_names)) < count:
-        raise ConfigError(f"objectives: teacher {list(term.teacher_names)} names a teacher twice")
-    for field in ("mixture", "mixture_temperatures"):
-        values = getattr(term, field)
-        if values is not None and len(values) != count:
-            raise ConfigError(
-                f"objectives: {len(values)} numbers in {field} for {count} teachers: give one per teacher"
-            )
-    if term.mixture is not None and abs(sum(term.mixture) - 1) > 1e-6:
-        raise ConfigError(
-            f"objectives: mixture {list(term.mixture)} must sum to 1, not {sum(term.mixture):g}"
-        )
-    if term.routed and (count == 1 or term.mixture is not None):
-        raise ConfigError(
-            "objectives: routed chooses one of several teachers for each row: name them in `teacher`, and "
-            "leave `mixture` out"
-        )
+    return {str(name): valid_teachers[name] for name in names if name != FIRST_TEACHER}
 
 
 def resolve_teacher_placements(teachers: Iterable[str | ModelSettings | None]) -> dict[str, Any]:

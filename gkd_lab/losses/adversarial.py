@@ -1,121 +1,91 @@
-"""An adversarial term: a discriminator learns to tell the student's tokens from the teacher's, the student to
-pass for the teacher.
+"""Adversarial loss: a discriminator learns to tell the student's tokens from the teacher's, and the student
+learns to mislead it.
 
-The teacher is what is real. A token's score s says by sigmoid(s) how surely the teacher made it:
+The teacher's tokens are the real ones; sigmoid(s) of a token's score s is the probability that it is real:
 
     discriminator   softplus(-s_teacher) + softplus(s_student) + gamma / 2 |grad s_teacher|^2
     student         softplus(-s_student), the non-saturating loss (Goodfellow et al. 2014, section 3)
 
-gamma is R1, the zero-centred gradient penalty on what is real (Mescheder et al. 2018, section 4.1). One-sided
+gamma is R1, the zero-centred gradient penalty on real tokens (Mescheder et al. 2018, section 4.1). One-sided
 label smoothing puts 1 - epsilon in the place of the teacher's label 1 (Salimans et al. 2016, section 3.4).
-Shapes: B rows, C completion tokens, W numbers read of a token.
+Shapes: B rows, C completion tokens, W features of a token.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.config.loss_terms import AdversarialConfig
 from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs, ModelOutputs
 from gkd_lab.losses.discriminator import Discriminator, HiddenStateFeatures, SoftTokenFeatures, TokenFeatures
 from gkd_lab.models.rng import derive_seed
 
 WINDOW_SIZES = {"hidden_states": 1, "sequences": 3}
-"""What can be read -> how many neighbouring tokens a layer reads: a hidden state knows its context, a
-distribution does not."""
+"""Input of the discriminator -> number of neighbouring tokens that a layer reads: a hidden state contains its
+context, a distribution does not."""
 
 
 @dataclass(frozen=True)
 class AdversarialLoss(AuxiliaryLoss):
-    """What the discriminator reads, and how it is built and held back.
+    """A discriminator against the student; its settings are those of `AdversarialConfig`.
 
-    reads: `hidden_states`: what the output heads read, each token by itself; `sequences`: distributions over
-        tokens, as softmax(logits) times a learnt embedding, with those of `layers` tokens to either side.
-    gradient_penalty: gamma, 10 as in the source; 0: none. The larger the weight of the term, the larger it
-        has to be for the game to hold (docs/family.md). label_smoothing: epsilon, in [0, 0.5).
-    learning_rate: of the discriminator's own AdamW, before the schedule; it makes one update a step.
-    width, layers: of its hidden layers.
-
-    Raises ValueError for an unknown `reads` and for numbers outside of their range.
+    `reads: hidden_states`: what the output heads read, each token by itself; `sequences`: distributions over
+    tokens, as softmax(logits) times a learnt embedding, with those of `layers` tokens to either side. The
+    larger the weight of the term, the larger `gradient_penalty` has to be for the game to stay in balance
+    (docs/family.md). The discriminator makes one AdamW update a step.
     """
 
-    kind: ClassVar[str] = "adversarial"
+    config: AdversarialConfig
 
-    reads: str = "hidden_states"
-    gradient_penalty: float = 10.0
-    label_smoothing: float = 0.0
-    learning_rate: float = 1e-3
-    width: int = 64
-    layers: int = 2
-
-    def __post_init__(self) -> None:
-        if self.reads not in WINDOW_SIZES:
-            raise build_unknown_name_error("reads of adversarial", self.reads, WINDOW_SIZES)
-        for name in ("gradient_penalty", "label_smoothing", "learning_rate"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} {getattr(self, name)!r} of adversarial must be a number")
-        for name in ("width", "layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r} of adversarial must be a whole number from 1")
-        if not 0 <= self.gradient_penalty < math.inf:
-            raise ValueError(f"gradient_penalty {self.gradient_penalty} must be a number from 0; 0: none")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"label_smoothing {self.label_smoothing} is taken from the teacher's label 1, which stays "
-                "above a half: choose it in [0, 0.5)"
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate {self.learning_rate} of adversarial must be a positive number")
+    config_class = AdversarialConfig
+    log_name = "adversarial"
 
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> "AdversarialModule":
-        """A discriminator that sees no difference yet: all its scores are 0.
+        """Return a discriminator that sees no difference yet: all its scores are 0.
 
-        Raises ValueError where there is no teacher whose forward pass can be read.
+        Raises ValueError without a teacher whose forward pass can be read.
         """
         if teacher is None:
             raise ValueError("adversarial reads a teacher's forward pass: give a teacher that runs here")
         generator = torch.Generator().manual_seed(derive_seed(seed, 0, "adversarial"))
-        own, its = student.get_text_config(decoder=True), teacher.get_text_config(decoder=True)
-        if self.reads == "sequences":
-            vocabulary = min(own.vocab_size, its.vocab_size)
-            return AdversarialModule(self, SoftTokenFeatures(vocabulary, self.width, generator), generator)
-        return AdversarialModule(
-            self, HiddenStateFeatures(own.hidden_size, its.hidden_size, generator), generator
-        )
-
-
-OF_GAME = tuple(field.name for field in fields(AdversarialLoss))
-"""What an objective of this kind says besides its weight."""
+        student_text, teacher_text = (model.get_text_config(decoder=True) for model in (student, teacher))
+        features: TokenFeatures
+        if self.config.reads == "sequences":
+            vocabulary = min(student_text.vocab_size, teacher_text.vocab_size)
+            features = SoftTokenFeatures(vocabulary, self.config.width, generator)
+        else:
+            features = HiddenStateFeatures(student_text.hidden_size, teacher_text.hidden_size, generator)
+        return AdversarialModule(self.config, features, generator)
 
 
 class AdversarialModule(AuxiliaryModule):
-    """A cell's discriminator, and what it sees of both passes."""
+    """Computes the adversarial loss of one cell; its discriminator learns.
 
-    def __init__(self, loss: AdversarialLoss, view: TokenFeatures, generator: torch.Generator) -> None:
+    view: the features that the discriminator, `judge`, reads; both names are those of checkpoints.
+    """
+
+    def __init__(self, config: AdversarialConfig, view: TokenFeatures, generator: torch.Generator) -> None:
         super().__init__()
-        self.loss, self.view = loss, view
-        self.learning_rate = loss.learning_rate
-        window = WINDOW_SIZES[loss.reads]
-        self.judge = Discriminator(view.width, loss.width, loss.layers, window, generator)
+        self.config, self.view = config, view
+        self.learning_rate = config.learning_rate
+        window = WINDOW_SIZES[config.reads]
+        self.judge = Discriminator(view.width, config.width, config.layers, window, generator)
         self._accuracy_sums: dict[str, Tensor] = {}
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """The student's loss, (); it gives the discriminator no gradient."""
+        """Return the student's loss, (); it gives the discriminator no gradient."""
         with freeze_parameters(self):
             return self._student_loss(inputs, inputs.student)
 
     def parameter_loss(self, inputs: LossInputs) -> Tensor:
-        """The discriminator's loss and that of the student's projection, (); no model gets a gradient."""
+        """Return the loss of discriminator and projection, (); neither model gets a gradient."""
         student = _detach_outputs(inputs.student)
         if not self.view.learns_with_student:
             return self._discriminator_loss(inputs, student)
@@ -125,75 +95,74 @@ class AdversarialModule(AuxiliaryModule):
             return loss + self._student_loss(inputs, student)
 
     def _student_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
-        real = inputs.weights > 0
-        scores = self.judge(self.view(student, real, False), real)
+        mask = inputs.weights > 0
+        scores = self.judge(self.view(student, mask, False), mask)
         return _weighted_sum(functional.softplus(-scores), inputs)
 
     def _discriminator_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
-        assert inputs.teacher is not None, "a game has a teacher"
-        real, epsilon = inputs.weights > 0, self.loss.label_smoothing
-        of_student = self.judge(self.view(student, real, False), real)
-        read = self.view(_detach_outputs(inputs.teacher), real, True)
-        if not read.requires_grad:
-            read.requires_grad_()
-        of_teacher = self.judge(read, real)
-        taken = (1 - epsilon) * functional.softplus(-of_teacher) + epsilon * functional.softplus(of_teacher)
-        loss = _weighted_sum(taken + functional.softplus(of_student), inputs)
+        assert inputs.teacher is not None, "create_module has refused to do without a teacher"
+        mask, epsilon = inputs.weights > 0, self.config.label_smoothing
+        student_scores = self.judge(self.view(student, mask, False), mask)
+        features = self.view(_detach_outputs(inputs.teacher), mask, True)
+        if not features.requires_grad:
+            features.requires_grad_()
+        teacher_scores = self.judge(features, mask)
+        teacher_loss = (1 - epsilon) * functional.softplus(-teacher_scores)
+        teacher_loss = teacher_loss + epsilon * functional.softplus(teacher_scores)
+        loss = _weighted_sum(teacher_loss + functional.softplus(student_scores), inputs)
         self._add_accuracies(
             inputs,
-            accuracy_student=_score_correctness(-of_student),
-            accuracy_teacher=_score_correctness(of_teacher),
+            accuracy_student=_score_correctness(-student_scores),
+            accuracy_teacher=_score_correctness(teacher_scores),
         )
-        if not self.loss.gradient_penalty:
+        if not self.config.gradient_penalty:
             return loss
-        squares = _squared_gradient_norms(of_teacher, read, real)
-        return loss + self.loss.gradient_penalty / 2 * _weighted_sum(squares, inputs)
+        squares = _squared_gradient_norms(teacher_scores, features, mask)
+        return loss + self.config.gradient_penalty / 2 * _weighted_sum(squares, inputs)
 
-    # ---- whether the game is in balance ----
-
-    def _add_accuracies(self, inputs: LossInputs, **right: Tensor) -> None:
-        for name, values in {**right, "share": torch.ones_like(inputs.weights)}.items():
-            self._accuracy_sums[name] = self._accuracy_sums.get(name, 0) + _weighted_sum(
-                values.double(), inputs
-            )
+    def _add_accuracies(self, inputs: LossInputs, **correct: Tensor) -> None:
+        """Add a micro-batch's correct decisions, (B, C) each, to the sums that `collect_logs` divides."""
+        for name, values in {**correct, "share": torch.ones_like(inputs.weights)}.items():
+            previous = self._accuracy_sums.get(name, 0)
+            self._accuracy_sums[name] = previous + _weighted_sum(values.double(), inputs)
 
     def collect_logs(
         self, average_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> dict[str, float]:
-        """Shares of the student's and of the teacher's tokens that were taken for what they are.
+        """Return the shares of the student's and of the teacher's tokens that the discriminator recognized.
 
-        Of all micro-batches since the last call, of all ranks. Their mean is near a half where the game is in
-        balance or has not begun, and near 1 where the student is found out.
+        Over all micro-batches since the last call, of all ranks. Their mean is near a half where the game is
+        in balance or has not begun, and near 1 where the discriminator wins.
         """
         if not self._accuracy_sums:
             return {}
-        found = average_over_ranks(torch.stack(list(self._accuracy_sums.values())))
-        sums = dict(zip(self._accuracy_sums, found.tolist(), strict=True))
+        averages = average_over_ranks(torch.stack(list(self._accuracy_sums.values())))
+        sums = dict(zip(self._accuracy_sums, averages.tolist(), strict=True))
         self._accuracy_sums = {}
         share = sums.pop("share")
         return {name: value / share for name, value in sums.items()} if share else {}
 
 
 def _weighted_sum(values: Tensor, inputs: LossInputs) -> Tensor:
-    """What this micro-batch adds to the mean of values (B, C) over the step's real tokens, ()."""
+    """Return this micro-batch's part of the mean of values (B, C) over the step's real tokens, ()."""
     weights = inputs.weights.to(values.dtype)
     return (values.masked_fill(weights <= 0, 0) * weights).sum()
 
 
 def _score_correctness(scores: Tensor) -> Tensor:
-    """1 above 0, and a half at 0, which says nothing; no gradient."""
+    """Return 1 for a positive score, 0 for a negative one and a half for 0, without gradient."""
     return (scores.detach().sign() + 1) / 2
 
 
 def _squared_gradient_norms(scores: Tensor, features: Tensor, mask: Tensor) -> Tensor:
-    """|d (sum of scores) / d (what is read of a token)|^2, (B, C), for scores (B, C) of `read` (B, C, W)."""
+    """Return |d (sum of scores) / d features|^2 of each token, (B, C), for features (B, C, W)."""
     total = scores.masked_fill(~mask, 0).sum()
     (gradient,) = torch.autograd.grad(total, features, create_graph=True)
     return gradient.square().sum(-1)
 
 
 def _detach_outputs(outputs: ModelOutputs) -> ModelOutputs:
-    """A pass that takes no gradient."""
+    """Return the same outputs without gradient."""
     head = outputs.projection
     weight = None if head.weight is None else head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
@@ -204,12 +173,12 @@ def _detach_outputs(outputs: ModelOutputs) -> ModelOutputs:
 
 @contextmanager
 def freeze_parameters(module: nn.Module) -> Iterator[None]:
-    """What is computed within takes the module's parameters for constants."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Treat the module's parameters as constants within the context."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Matching of attention maps: where the student looks is drawn to where its teacher looks, layer by layer.
+"""Attention matching: distance between the attention maps of student and teacher, layer by layer.
 
 TinyBERT's attention-based distillation (Jiao et al. 2020) and the attention transfer of MiniLM (Wang et al.
 2020). Shapes: B rows, h heads, Q queries, T keys, N queries that count.
@@ -6,17 +6,16 @@ TinyBERT's attention-based distillation (Jiao et al. 2020) and the attention tra
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gkd_lab.config.layer_maps import LayerPair
-from gkd_lab.losses.auxiliary_losses import AuxiliaryModule, LossInputs
+from gkd_lab.config.loss_terms import AttentionsConfig
+from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs
 from gkd_lab.losses.layer_stacks import (
     Distance,
-    LayerLoss,
     match_layers,
     position_weights,
     stack_outputs,
@@ -26,7 +25,7 @@ from gkd_lab.losses.layer_stacks import (
 from gkd_lab.models.classifiers import get_classifier_kind
 
 EAGER_ATTENTION = "eager"
-"""transformers' only implementation of attention that hands its maps out."""
+"""transformers' only implementation of attention that returns its maps."""
 
 LOG_GRADIENT_MARGIN = 2.0**16
 """How far above the smallest normal number a probability has to be for its logarithm to have a gradient."""
@@ -35,7 +34,7 @@ LOG_GRADIENT_MARGIN = 2.0**16
 def score_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of the scores before the softmax, (N, h, T), (N, h, T) -> (N, h): TinyBERT's.
 
-    The scores are read back from the maps, as their logarithms less the mean over the keys: up to a number
+    The scores are recovered from the maps, as their logarithms less the mean over the keys: up to a number
     added to all scores of a query, which changes no map. Keys to which either map gives exactly 0 (masked,
     outside of a window, dropped) are left out.
     """
@@ -52,16 +51,15 @@ def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
     Keys to which either map gives exactly 0 are left out.
     """
     read = (student > 0) & (teacher > 0)
-    return (
-        teacher * (_log_with_bounded_gradient(teacher, read) - _log_with_bounded_gradient(student, read))
-    ).sum(-1)
+    ratio = _log_with_bounded_gradient(teacher, read) - _log_with_bounded_gradient(student, read)
+    return (teacher * ratio).sum(-1)
 
 
 def _log_with_bounded_gradient(maps: Tensor, mask: Tensor) -> Tensor:
-    """Logarithm where a key is read, 0 elsewhere, without a gradient there.
+    """Return the logarithm where the mask is true, and 0 without a gradient elsewhere.
 
-    Nor has a probability one that is so small that the logarithm's gradient, 1 / p, times what comes back to
-    it leaves the dtype's range (1e-33 in float32): infinity here is NaN behind the softmax.
+    A probability so small that the logarithm's gradient, 1 / p, times the incoming gradient would leave the
+    dtype's range (1e-33 in float32) gets no gradient either: infinity here is NaN behind the softmax.
     """
     finite = maps > torch.finfo(maps.dtype).tiny * LOG_GRADIENT_MARGIN
     return torch.where(mask, torch.where(finite, maps, maps.detach()), 1).log()
@@ -71,41 +69,42 @@ ATTENTION_DISTANCES: Mapping[str, Distance] = {"mse": score_error, "kl": attenti
 
 
 @dataclass(frozen=True)
-class AttentionLoss(LayerLoss):
-    """The mean over pairs of layers and over heads of the distance between self-attention maps.
+class AttentionLoss(AuxiliaryLoss):
+    """Mean over pairs of layers and over heads of the distance between self-attention maps.
 
     Every real token of a row that is trained on counts as a query, prompt included, as in the sources: maps
     of the prompt are what the completion is read from. They share their row's weight in the loss. Numbers of
-    heads that differ: the mean of the maps over the heads of each model is compared.
-
-    There is no layer 0. loss: "mse": of the scores, TinyBERT's; "kl": of the maps, MiniLM's.
+    heads that differ: the mean of the maps over the heads of each model is compared. There is no layer 0.
     """
 
-    kind: ClassVar[str] = "attentions"
-    required_outputs: ClassVar[tuple[str, ...]] = ("attentions",)
-    distances: ClassVar[Mapping[str, Distance]] = ATTENTION_DISTANCES
+    config: AttentionsConfig
+
+    config_class = AttentionsConfig
+    log_name = "attentions"
+    required_outputs = ("attentions",)
 
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> AuxiliaryModule:
-        """Raises ValueError for a layer or a stack that is not there, and for a model that gives no maps."""
+        """Raises ValueError for a layer or a stack that is missing, and for a model that returns no maps."""
         assert teacher is not None, "attention maps are matched with a teacher's"
-        pairs = match_layers(self.layers, student, teacher, self.stack, first=1)
-        for role, config in {"student": student, "teacher": teacher}.items():
-            if config._attn_implementation != EAGER_ATTENTION:
+        config = self.config
+        pairs = match_layers(config.layers, student, teacher, config.stack, first=config.first)
+        for role, model in {"student": student, "teacher": teacher}.items():
+            if model._attn_implementation != EAGER_ATTENTION:
                 raise ValueError(
-                    f"attentions: the {role}'s attn_implementation is {config._attn_implementation!r}, which "
+                    f"attentions: the {role}'s attn_implementation is {model._attn_implementation!r}, which "
                     f"gives no maps: load it with attn_implementation={EAGER_ATTENTION!r}"
                 )
-        heads = [stack_size(config, self.stack, "heads") for config in (student, teacher)]
-        return AttentionModule(self, pairs, per_head=heads[0] == heads[1])
+        heads = [stack_size(model, config.stack, "heads") for model in (student, teacher)]
+        return AttentionModule(config, pairs, per_head=heads[0] == heads[1])
 
 
 def enable_attention_maps(model: PreTrainedModel) -> None:
-    """Let a model, which is not wrapped, hand out its attention maps from now on.
+    """Make a model, which is not wrapped, return its attention maps from now on.
 
     Raises:
-        ValueError: if it cannot, and for a decoder that writes in float64.
+        ValueError: if it cannot, and for a decoder in float64.
     """
     pads_on_the_left = not model.config.is_encoder_decoder and get_classifier_kind(model) is None
     if model.dtype == torch.float64 and pads_on_the_left:
@@ -117,32 +116,30 @@ def enable_attention_maps(model: PreTrainedModel) -> None:
 
 
 class AttentionModule(AuxiliaryModule):
-    """A cell's matching of attention maps; it has nothing to learn."""
+    """Computes the attention loss of one cell; it has no parameters."""
 
-    def __init__(self, loss: AttentionLoss, pairs: Sequence[LayerPair], *, per_head: bool) -> None:
+    def __init__(self, config: AttentionsConfig, pairs: Sequence[LayerPair], *, per_head: bool) -> None:
         super().__init__()
-        self.loss, self.pairs, self.per_head = loss, tuple(pairs), per_head
+        self.config, self.pairs, self.per_head = config, tuple(pairs), per_head
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Distance of the matched layers' maps, (): per query, weighted, the mean over heads and pairs."""
+        """Return the maps' distance, (): weighted over queries, the mean over heads and pairs."""
         assert inputs.teacher is not None, "attention maps are matched with a teacher's"
-        measure = self.loss
-        students, teachers = (
-            stack_outputs(one, measure.kind, measure.stack) for one in (inputs.student, inputs.teacher)
+        stack, distance = self.config.stack, ATTENTION_DISTANCES[self.config.loss]
+        student_maps, teacher_maps = (
+            stack_outputs(outputs, "attentions", stack) for outputs in (inputs.student, inputs.teacher)
         )
-        every = position_weights(inputs, measure.stack, students[0].shape[2], predictions=False)
-        kept = every > 0
-        total = every.new_zeros(())
-        for own, guide in self.pairs:
-            maps = (
-                self._select_query_maps(students[own - 1], kept),
-                self._select_query_maps(teachers[guide - 1], kept),
-            )
-            each = ATTENTION_DISTANCES[measure.loss](*maps).mean(-1)
-            total = total + each @ every[kept].to(each.dtype)
+        weights = position_weights(inputs, stack, student_maps[0].shape[2], predictions=False)
+        mask = weights > 0
+        total = weights.new_zeros(())
+        for student_layer, teacher_layer in self.pairs:
+            student = self._select_query_maps(student_maps[student_layer - 1], mask)
+            teacher = self._select_query_maps(teacher_maps[teacher_layer - 1], mask)
+            per_query = distance(student, teacher).mean(-1)
+            total = total + per_query @ weights[mask].to(per_query.dtype)
         return total / len(self.pairs)
 
     def _select_query_maps(self, maps: Tensor, query_mask: Tensor) -> Tensor:
-        """(B, h, Q, T) where (B, Q) is kept -> (N, h, T), or (N, 1, T) where heads have no counterpart."""
-        found = widen_dtype(maps.transpose(1, 2)[query_mask])
-        return found if self.per_head else found.mean(1, keepdim=True)
+        """Select the maps (B, h, Q, T) of queries (B, Q): (N, h, T), or their mean over heads, (N, 1, T)."""
+        selected = widen_dtype(maps.transpose(1, 2)[query_mask])
+        return selected if self.per_head else selected.mean(1, keepdim=True)

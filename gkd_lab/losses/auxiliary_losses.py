@@ -1,10 +1,10 @@
-"""Terms of a loss that read more of a step than logits: hidden states, attentions, a discriminator's view.
+"""Interface of losses that read more than logits: hidden states, attention maps, a discriminator's features.
 
-What such a term computes is said by a `AuxiliaryLoss`; a `AuxiliaryModule` of its own computes it for each cell, so
-that the cells of a pack stay apart as they do alone. What a module learns is its own: an optimizer, a place
-in the cell's checkpoints, and no place in the student that is exported.
+An `AuxiliaryLoss` is a description; for each cell it creates an `AuxiliaryModule` that computes it, so that a
+cell trains in a pack as it does alone. A module's parameters have their own optimizer and a place in the
+cell's checkpoints, and are not part of the exported student.
 
-Shapes: B rows of a cell, C completion tokens, T positions of a stack, L layers, H width.
+Shapes: B rows of a cell, C completion tokens, T positions of a stack, H width.
 """
 
 from abc import ABC, abstractmethod
@@ -15,21 +15,22 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from gkd_lab.losses.loss import Loss
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection
 
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model's forward pass left behind on a cell's rows.
+    """Outputs of a model's forward pass over a cell's rows.
 
-    last: what the output head reads for each completion token, (B, C, H).
+    last_hidden: what the output head reads for each completion token, (B, C, H).
     outputs: name -> tensors, under transformers' names: `hidden_states` ((B, T, H): the embeddings, then
         each layer's) and `attentions` ((B, heads, T, T): each layer's); of an encoder-decoder
         `decoder_hidden_states`, `encoder_hidden_states`, `decoder_attentions`, `cross_attentions`, ...
-        Only what the measures of the run ask for is there.
+        It holds only the `required_outputs` of the run's losses.
     config: of the model.
-    projection: its head, as the loss reads it; of a pack the cell's own.
+    projection: the output head; of a pack the cell's own part.
     """
 
     last_hidden: Tensor
@@ -44,7 +45,7 @@ class LossInputs:
 
     weights: (B, C), of each completion token in the cell's loss: 0 where nothing is trained, and a sum of 1
         over all micro-batches of the step.
-    step: optimizer steps done; with `seed` it keys whatever is random.
+    step: number of finished optimizer steps; together with `seed` it keys all random numbers.
     """
 
     rows: Sequences
@@ -57,55 +58,56 @@ class LossInputs:
 
     @property
     def weight_sum(self) -> Tensor:
-        """This micro-batch's share of the step, (): what a mean over its rows is to be multiplied by."""
+        """This micro-batch's share of the step, (): the factor of a mean over its rows."""
         return self.weights.sum()
 
 
 class AuxiliaryModule(nn.Module, ABC):
-    """A term of one cell. Its parameters, if it has any, learn from what `forward` and `own_loss` give."""
+    """Computes an auxiliary loss for one cell; its parameters, if any, learn from it."""
 
     learning_rate: float | None = None
     """Of its parameters, before the schedule; None: the cell's."""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor:
-        """The term's value, (), in float32 or float64, differentiable by the student's pass.
+        """Return the loss, (), in float32 or float64, differentiable by the student's outputs.
 
-        Its parameters take a gradient from it as well, times the term's weight.
+        The module's parameters take a gradient from it too, times the term's weight.
         """
 
     def parameter_loss(self, inputs: LossInputs) -> Tensor | None:
-        """A loss for the module's parameters alone, (), which must not reach the student; None: it has none.
+        """Return a separate loss for the module's parameters, (), which must not reach the student, or None.
 
-        Where there is one, `forward` gives the parameters nothing.
+        With a separate loss, `forward` gives the parameters no gradient.
         """
         return None
 
     def collect_logs(
         self, average_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> dict[str, float]:
-        """What the log is to say of the last step besides the term's value, such as an accuracy.
+        """Return further values for the log of the last step, such as an accuracy.
 
-        over_ranks: Mean of a tensor over processes, which all of them call alike.
+        average_over_ranks: Mean of a tensor over processes; all processes have to call it equally often.
         """
         return {}
 
 
 @dataclass(frozen=True)
-class AuxiliaryLoss(ABC):
-    """What a term computes: a frozen description, equal for terms that are."""
+class AuxiliaryLoss(Loss):
+    """A loss that a module computes from the outputs of whole forward passes."""
 
-    kind: ClassVar[str]
-    """Its `type` in an experiment, and the name that it is logged under."""
     reads_teacher: ClassVar[bool] = True
+    """Whether it reads the outputs of the first teacher."""
+    reads_texts: ClassVar[bool] = False
+    """Whether its teacher reads texts in its own tokens (`gkd_lab.losses.uld.TextReader`)."""
     required_outputs: ClassVar[tuple[str, ...]] = ()
-    """What both passes record: of "hidden_states" and "attentions"."""
+    """Outputs that the forward passes record for it: of "hidden_states" and "attentions"."""
 
     @abstractmethod
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> AuxiliaryModule:
-        """A module for a cell, its parameters drawn from `seed` alone (`torch.Generator`).
+        """Return a module for a cell, its parameters drawn from `seed` alone (`torch.Generator`).
 
-        Raises ValueError if student and teacher do not have what the measure names.
+        Raises ValueError if student and teacher lack what the loss reads, such as a layer.
         """

@@ -2,18 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.config.reward_names import check_reward_sampling, off_policy_message
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import (
-    RewardLoss,
-    WeightedLoss,
-    WeightedLosses,
-    parse_terms,
-    zero_inapplicable_terms,
-)
+from gkd_lab.losses.label_losses import RewardLoss
+from gkd_lab.losses.registry import parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, zero_inapplicable_terms
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,25 @@ class CellArguments:
     def build(cls, args: Any) -> "CellArguments":
         """The one cell that a `GKDConfig` describes."""
         seed = args.seed if args.data_seed is None else args.data_seed
-        own: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
-        plain = cls(**{**own, "lmbda": 0.0, "seed": seed, "objectives": ()})
-        asked = args.objectives
-        listed = json.loads(asked) if isinstance(asked, str) else asked or []
-        return replace(plain, lmbda=args.lmbda, objectives=parse_terms(listed, plain.build_divergence()))
+        fields: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        objectives = json.loads(args.objectives) if isinstance(args.objectives, str) else args.objectives
+        defaults = {
+            "divergence": args.divergence,
+            "beta": args.beta,
+            "rescale": args.rescale_divergence,
+            "teacher_temperature": args.teacher_temperature,
+            "student_temperature": args.student_temperature,
+        }
+        return cls(**{**fields, "seed": seed, "objectives": parse_terms(objectives or (), defaults)})
 
     def list_terms(self, *, on_policy: bool = False, progress: float = 0.0) -> WeightedLosses:
         """The terms of the loss after a share of the steps.
 
         What teaches nothing of this text has the weight 0, as cross-entropy of what the student wrote itself.
         """
-        own = tuple(term.interpolate_weight(progress) for term in self.objectives) or (
-            WeightedLoss(self.build_divergence()),
-        )
-        return zero_inapplicable_terms(own, on_policy=on_policy)
+        terms = self.objectives or (WeightedLoss(self.build_divergence()),)
+        weighted = tuple(term.interpolate_weight(progress) for term in terms)
+        return zero_inapplicable_terms(weighted, on_policy=on_policy)
 
     def build_divergence(self) -> Divergence:
         """The divergence that the cell's own fields describe."""

@@ -1,6 +1,6 @@
-"""What a discriminator reads of a forward pass, and the scores that it gives to tokens.
+"""The discriminator of the adversarial loss, and the token features that it reads.
 
-Shapes: B rows, C completion tokens, H hidden width, V vocabulary, W numbers read of a token, n real tokens.
+Shapes: B rows, C completion tokens, H hidden width, V vocabulary, W features of a token, n real tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -17,32 +17,31 @@ from gkd_lab.losses.auxiliary_losses import ModelOutputs
 from gkd_lab.models.projection import Projection
 
 LEAKY_RELU_SLOPE = 0.2
-"""Of the leaky ReLU below 0, as in the discriminators of Mescheder et al. (2018)."""
+"""Slope of the leaky ReLU below 0, as in the discriminators of Mescheder et al. (2018)."""
 CHUNK_BYTES = 128 * 2**20
-"""Size of the distributions over tokens that are there at once."""
+"""Memory of the distributions over tokens that exist at once."""
 
 
 class TokenFeatures(nn.Module, ABC):
-    """What is read of a pass: (B, C, W), of norm sqrt(W) at most, and 0 for what is no real token.
+    """Features of each token, (B, C, W), of norm sqrt(W) at most, and 0 for padding.
 
-    Bounded, so that neither a gradient penalty is evaded by scale nor a score grows with a model's own.
+    The bound keeps the scale of a model from evading the gradient penalty and from growing the scores.
     """
 
     width: int
-    """W."""
+    """Number of features of a token, W."""
     learns_with_student: bool
-    """Whether its parameters learn to fool the discriminator, or else with it, if it has any."""
+    """Whether its parameters, if any, learn the student's loss; otherwise the discriminator's."""
 
     @abstractmethod
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
-        """real: (B, C), which tokens are."""
+        """Return the features of all tokens; `mask`, (B, C), is true where a token is real."""
 
 
 class HiddenStateFeatures(TokenFeatures):
     """Last hidden states, normalized; a student's of another width are first projected to the teacher's.
 
-    The projection is on the student's side of the game: were it on the discriminator's, any two models could
-    be told apart by it.
+    The projection learns the student's loss: with the discriminator's it could tell any two models apart.
     """
 
     def __init__(self, student_width: int, teacher_width: int, generator: torch.Generator) -> None:
@@ -56,11 +55,11 @@ class HiddenStateFeatures(TokenFeatures):
         )
 
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
-        expected, found = self.width if is_teacher else self.student_width, outputs.last_hidden.shape[-1]
-        if outputs.projection.weight is None or found != expected:
+        expected, width = self.width if is_teacher else self.student_width, outputs.last_hidden.shape[-1]
+        if outputs.projection.weight is None or width != expected:
             model = "teacher" if is_teacher else "student"
             raise ValueError(
-                f"adversarial finds {found} numbers a token where the {model}'s {expected} hidden states "
+                f"adversarial finds {width} numbers a token where the {model}'s {expected} hidden states "
                 "should be, as its head is not linear: set `reads` to 'sequences'"
             )
         hidden = outputs.last_hidden.masked_fill(~mask[..., None], 0)
@@ -71,7 +70,7 @@ class HiddenStateFeatures(TokenFeatures):
 
 
 class SoftTokenFeatures(TokenFeatures):
-    """The mean embedding of the next token under a pass's distribution; embeddings have the norm sqrt(W)."""
+    """Mean embedding of the next token under the model's distribution; embeddings have the norm sqrt(W)."""
 
     learns_with_student = False
 
@@ -82,16 +81,16 @@ class SoftTokenFeatures(TokenFeatures):
 
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
         embedding = functional.normalize(self.embedding, dim=-1) * self.width**0.5
-        found = embedding.new_zeros(*mask.shape, self.width)
-        found[mask] = mean_embeddings(outputs.last_hidden[mask], outputs.projection, embedding)
-        return found
+        features = embedding.new_zeros(*mask.shape, self.width)
+        features[mask] = mean_embeddings(outputs.last_hidden[mask], outputs.projection, embedding)
+        return features
 
 
 def mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tensor:
-    """softmax(logits) times embedding (V, W) for hidden states (n, H): (n, W), over the first V tokens.
+    """Return softmax(logits) times embedding (V, W) for hidden states (n, H): (n, W), over V tokens.
 
-    Where the distributions are large they are made piece by piece, and again in the backward pass. Raises
-    ValueError for a head that has fewer tokens.
+    Large distributions are computed chunk by chunk, and again in the backward pass. Raises ValueError for a
+    head that has fewer tokens.
     """
     vocabulary = len(embedding)
     if head.get_vocabulary_size(hidden) < vocabulary:
@@ -106,7 +105,7 @@ def mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tens
 
 
 def _chunk_mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tensor:
-    # As autocast does to a head: its operands in the dtype of what it reads.
+    """Return the mean embeddings of one chunk, with the head in the dtype of its input as under autocast."""
     weight = None if head.weight is None else head.weight.to(hidden.dtype)
     bias = None if head.bias is None else head.bias.to(hidden.dtype)
     logits = replace(head, weight=weight, bias=bias)(hidden)[..., : len(embedding)]
@@ -114,7 +113,7 @@ def _chunk_mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) 
 
 
 class Discriminator(nn.Module):
-    """`layers` hidden layers that read `window` neighbouring tokens each, and a score that starts at 0."""
+    """Scores tokens by hidden layers that read `window` neighbouring tokens each; scores start at 0."""
 
     def __init__(self, inputs: int, width: int, layers: int, window: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -127,7 +126,7 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Scores (B, C) of what is read of each token, (B, C, W); what is not `real` reaches no other."""
+        """Return scores (B, C) for features (B, C, W); tokens outside of the mask do not reach others."""
         for layer in self.hidden:
             features = functional.leaky_relu(layer(self._concatenate_neighbours(features)), LEAKY_RELU_SLOPE)
             features = features.masked_fill(~mask[..., None], 0)
@@ -135,14 +134,14 @@ class Discriminator(nn.Module):
         return scores
 
     def _concatenate_neighbours(self, features: Tensor) -> Tensor:
-        """Each token with its neighbours, (B, C, window * W)."""
+        """Return each token's features beside those of its neighbours, (B, C, window * W)."""
         aside = self.window // 2
         padded = functional.pad(features, (0, 0, aside, aside))
         return padded.unfold(1, self.window, 1).mT.flatten(2)
 
 
 def create_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
-    """Weights of the generator's own draw (He et al. 2015), in float32, and a bias of 0."""
+    """Create a float32 layer with weights drawn from the generator (He et al. 2015) and a bias of 0."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)
     nn.init.kaiming_normal_(layer.weight, a=LEAKY_RELU_SLOPE, generator=generator)
     if bias:

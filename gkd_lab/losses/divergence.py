@@ -2,28 +2,35 @@
 
 P is the teacher, Q the student, M = beta P + (1 - beta) Q, so beta weighs the teacher:
 
+    KL(P || Q) = sum P log(P / Q)
     JSD(beta)(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M),   0 < beta < 1        (Eq. 1)
     TV(P, Q) = 1/2 sum |P - Q|
 
 beta = 0 and beta = 1 stand for forward KL(P || Q) and reverse KL(Q || P), which are the limits of
 JSD(beta) / beta and JSD(beta) / (1 - beta), not of JSD(beta) itself: that goes to 0 at both ends.
 
-Shapes: N tokens, V vocabulary. Values are per token; masking and averaging are the caller's.
+Shapes: N tokens, V vocabulary. Values are per token; the caller masks and averages. A new kind is one more
+name of `DivergenceKind` in `gkd_lab.config.loss_terms` and one more line of `FORMULAS`.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import ConfigDict, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from gkd_lab.config.loss_terms import DivergenceKind, ResolvedDivergence, Share
+from gkd_lab.losses.loss import TeacherLoss
 
-@dataclass(frozen=True)
-class Divergence:
+
+@dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
+class Divergence(TeacherLoss):
     """One of the divergences, its temperatures and its scale.
 
-    kind: JSD(beta) with the two KLs at its ends, or total variation, which has no beta.
+    kind: JSD(beta) with the two KLs at its ends, or total variation, which does not read beta.
     rescale: divide JSD(beta) by beta (1 - beta) for 0 < beta < 1. Near P = Q it is beta (1 - beta) / 2 chi^2
         and each KL is chi^2 / 2, so then all betas agree there, and it is continuous at both ends.
     square_temperature: multiply by the product of the two temperatures, T^2 where they are equal, so that
@@ -32,68 +39,55 @@ class Divergence:
     Raises ValueError for a beta outside of [0, 1] and for a temperature that is not positive.
     """
 
-    kind: Literal["jsd", "tv"] = "jsd"
-    beta: float = 0.5
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
+    kind: DivergenceKind = "jsd"
+    beta: Share = 0.5
+    student_temperature: PositiveFloat = 1.0
+    teacher_temperature: PositiveFloat = 1.0
     rescale: bool = False
     square_temperature: bool = False
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("jsd", "tv"):
-            raise ValueError(f"kind {self.kind!r} is not a divergence: choose 'jsd' or 'tv'")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta {self.beta} weighs the teacher in a mixture: choose it in [0, 1]")
-        for name in ("student_temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} {value} divides logits: choose a positive number")
+    config_class: ClassVar = ResolvedDivergence
+    log_name: ClassVar = "divergence"
+
+    @classmethod
+    def build(cls, config: ResolvedDivergence) -> "Divergence":
+        return cls(
+            kind=config.divergence,
+            beta=0.5 if config.beta is None else config.beta,  # total variation has none
+            student_temperature=config.student_temperature,
+            teacher_temperature=config.teacher_temperature,
+            rescale=config.rescale,
+            square_temperature=config.square_temperature,
+        )
 
     @property
     def factor(self) -> float:
-        """What the divergence is multiplied by."""
-        inside = self.kind == "jsd" and 0 < self.beta < 1
-        scale = 1 / (self.beta * (1 - self.beta)) if self.rescale and inside else 1.0
+        """Factor of the divergence, from `rescale` and `square_temperature`."""
+        is_rescaled = self.rescale and self.kind == "jsd" and 0 < self.beta < 1
+        scale = 1 / (self.beta * (1 - self.beta)) if is_rescaled else 1.0
         squared = self.student_temperature * self.teacher_temperature if self.square_temperature else 1.0
         return scale * squared
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
-        """Value of each token, (N,), by plain formulas and autograd: the reference."""
-        if self.kind == "tv":
-            return self.factor * total_variation(
-                student_logits_NV,
-                teacher_logits_NV,
-                student_temperature=self.student_temperature,
-                teacher_temperature=self.teacher_temperature,
-            )
-        return self.factor * generalized_jsd(
-            student_logits_NV,
-            teacher_logits_NV,
-            self.beta,
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-        )
+        """Return the value of each token, (N,), by the formulas above and autograd: the reference."""
+        log_q = log_probabilities(student_logits_NV, self.student_temperature)
+        log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
+        return self.factor * FORMULAS[self.kind].value(log_q, log_p, self.beta)
 
     @torch.no_grad()
     def value_and_gradient(
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same values, their gradient and the student's entropy, without autograd.
+        """Return the same values, their gradient and the student's entropy, without autograd.
 
         Returns the values, (N,); the gradient of each token's value by its own student logits, (N, V);
         the student's entropy at its temperature, (N,), in nats.
         """
-        log_q, q = _log_and_probabilities(student_logits_NV, self.student_temperature)
-        log_p, p = _log_and_probabilities(teacher_logits_NV, self.teacher_temperature)
+        log_q = log_probabilities(student_logits_NV, self.student_temperature)
+        log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
+        q, p = log_q.exp(), log_p.exp()
         entropy = -_row_dot(q, log_q)
-        if self.kind == "tv":
-            value, gradient = _total_variation_gradient(q, p)
-        elif self.beta == 0:
-            value, gradient = _forward_kl_gradient(log_q, q, log_p, p)
-        elif self.beta == 1:
-            value, gradient = _reverse_kl_gradient(log_q, q, log_p)
-        else:
-            value, gradient = _jsd_gradient(log_q, q, log_p, p, self.beta)
+        value, gradient = FORMULAS[self.kind].value_and_gradient(log_q, q, log_p, p, self.beta)
         factor = self.factor
         if factor / self.student_temperature != 1:
             gradient *= factor / self.student_temperature
@@ -115,7 +109,7 @@ def generalized_jsd(
     """
     log_q = log_probabilities(student_logits_NV, student_temperature)
     log_p = log_probabilities(teacher_logits_NV, teacher_temperature)
-    return pointwise_jsd(log_q, log_p, beta).sum(-1).clamp_min(0)
+    return _jsd(log_q, log_p, beta)
 
 
 def total_variation(
@@ -129,13 +123,13 @@ def total_variation(
 
     Computed in float32 (float64 for float64 logits); logits may be -inf.
     """
-    q = log_probabilities(student_logits_NV, student_temperature).exp()
-    p = log_probabilities(teacher_logits_NV, teacher_temperature).exp()
-    return (p - q).abs().sum(-1) / 2
+    log_q = log_probabilities(student_logits_NV, student_temperature)
+    log_p = log_probabilities(teacher_logits_NV, teacher_temperature)
+    return _total_variation(log_q, log_p)
 
 
 def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """What each entry of the vocabulary adds to JSD(beta), (..., V); terms may be negative, their sum is not.
+    """JSD(beta) before its sum over the vocabulary, (..., V); entries may be negative, their sum is not.
 
     log_q, log_p: (..., V), the student's and the teacher's `log_probabilities`.
     """
@@ -154,13 +148,23 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return scaled.log_softmax(-1).clamp_min(_finite_log_zero(wide))
 
 
+def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """JSD(beta) of each token, (N,)."""
+    return pointwise_jsd(log_q, log_p, beta).sum(-1).clamp_min(0)
+
+
+def _total_variation(log_q: Tensor, log_p: Tensor, _: float = 0.0) -> Tensor:
+    """TV of each token, (N,); it has no beta."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
 def _pointwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p log(p / q), before the sum."""
     return log_p.exp() * (log_p - log_q)
 
 
 def _finite_log_zero(reference: Tensor) -> float:
-    """A finite stand-in for log 0: it keeps 0 * log 0 at 0, in the value and in the gradient."""
+    """Return a finite stand-in for log 0: it keeps 0 * log 0 at 0, in the value and in the gradient."""
     return torch.finfo(reference.dtype).min / 8
 
 
@@ -168,17 +172,25 @@ def _finite_log_zero(reference: Tensor) -> float:
 # g = dD / dlog q they are g - q sum(g). These are the innermost loops, so arguments are overwritten.
 
 
-def _log_and_probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logs = log_probabilities(logits, temperature)
-    return logs, logs.exp()
-
-
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return the dot product of each row, (N,)."""
     return (left * right).sum(-1)
 
 
 def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
+    """Turn dD / dq into the gradient by the logits, q (dD / dq - row_sum), where row_sum = sum q dD / dq."""
     return gradient.sub_(row_sum[:, None]).mul_(q)
+
+
+def _jsd_family_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Return value and gradient of JSD(beta), or of the KLs at its ends."""
+    if beta == 0:
+        return _forward_kl_gradient(log_q, q, log_p, p)
+    if beta == 1:
+        return _reverse_kl_gradient(log_q, q, log_p)
+    return _jsd_gradient(log_q, q, log_p, p, beta)
 
 
 def _forward_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,15 +211,34 @@ def _reverse_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tenso
 def _jsd_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
     log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
-    to_teacher = _row_dot(p, log_p.sub_(log_m))
+    teacher_kl = _row_dot(p, log_p.sub_(log_m))
     ratio = log_q.sub_(log_m)
-    to_student = _row_dot(q, ratio)
-    value = beta * to_teacher + (1 - beta) * to_student
-    return value, _softmax_gradient(ratio, q, to_student).mul_(1 - beta)
+    student_kl = _row_dot(q, ratio)
+    value = beta * teacher_kl + (1 - beta) * student_kl
+    return value, _softmax_gradient(ratio, q, student_kl).mul_(1 - beta)
 
 
-def _total_variation_gradient(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def _total_variation_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
     difference = q - p
     value = difference.abs().sum(-1) / 2
     sign = difference.sign_().div_(2)
     return value, _softmax_gradient(sign, q, _row_dot(q, sign))
+
+
+class Formula(NamedTuple):
+    """The two forms of a divergence.
+
+    value: (log_q, log_p, beta) -> (N,), differentiable.
+    value_and_gradient: (log_q, q, log_p, p, beta), all of which it may overwrite -> (N,), (N, V).
+    """
+
+    value: Callable[[Tensor, Tensor, float], Tensor]
+    value_and_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+FORMULAS: Mapping[DivergenceKind, Formula] = {
+    "jsd": Formula(_jsd, _jsd_family_gradient),
+    "tv": Formula(_total_variation, _total_variation_gradient),
+}

@@ -19,6 +19,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.label_losses import CrossEntropy
+from gkd_lab.losses.loss import LabelLoss, Loss, TeacherLoss
 from gkd_lab.losses.teacher_targets import (
     HiddenTeacherLogits,
     LogitReader,
@@ -28,10 +30,6 @@ from gkd_lab.losses.teacher_targets import (
 )
 from gkd_lab.losses.terms import (
     FIRST_TEACHER_TARGET,
-    CrossEntropy,
-    LabelLoss,
-    Loss,
-    TeacherLoss,
     WeightedLoss,
     WeightedLosses,
     list_terms,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gkd_lab.losses.cell_arguments import CellArguments, distinct_seeds
+from gkd_lab.losses.label_losses import RewardLoss
 from gkd_lab.losses.reward_functions import compute_rewards, load_reward_function
 from gkd_lab.losses.step_loss import MicroBatch, split_blocks, token_weights
-from gkd_lab.losses.terms import RewardLoss, WeightedLosses, term_names
+from gkd_lab.losses.terms import WeightedLosses, term_names
 from gkd_lab.models.forward import Sequences
 
 RewardTexts = tuple[list[str], list[str], list[str]]
@@ -162,9 +163,9 @@ class RewardScaler:
         self, cell: int, term: RewardTerm, texts: RewardTexts, parts: Sequence[Sequences], items: Tensor
     ) -> list[Tensor]:
         """Those of a cell's term, (B, C) for each micro-batch; what was earned is logged."""
-        measure = term.loss
-        rewards = torch.tensor(self._compute_rewards(measure, texts), dtype=torch.float64)
-        each = compute_advantages(rewards, measure.baseline, measure.normalize, self.processes)
+        config = term.loss.config
+        rewards = torch.tensor(self._compute_rewards(term.loss, texts), dtype=torch.float64)
+        each = compute_advantages(rewards, config.baseline, config.normalize, self.processes)
         self.hooks.log_reward(cell, term.name, *_reward_statistics(rewards, each, self.processes))
         sequences = (
             float(_sum_over_processes(rewards.new_tensor(len(rewards)), self.processes)) / self.processes.size
@@ -178,11 +179,11 @@ class RewardScaler:
         """What this rank's texts earn. Raises ValueError on all ranks where one has no number for a text."""
         wrong, values = None, list[float]()
         try:
-            values = compute_rewards(loss.name, self.reward_functions[loss.function_key], *texts)
+            values = compute_rewards(loss.config.name, self.reward_functions[loss.function_key], *texts)
         except ValueError as error:
             wrong = error
         if _sum_over_processes(torch.tensor(float(wrong is not None)), self.processes) > 0:
-            raise wrong or ValueError(f"reward {loss.name!r} failed in another process, which says why")
+            raise wrong or ValueError(f"reward {loss.config.name!r} failed in another process, which says why")
         return values
 
     def _decode_texts(

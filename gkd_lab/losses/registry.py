@@ -1,79 +1,104 @@
-"""An experiment's objectives as the terms of a loss."""
+"""Builds the terms of a loss from their descriptions: one loss class for each `type`.
 
+A new term is a file with its loss, a line in `LOSSES` and a test (docs/new_loss_term.md).
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from gkd_lab.config.errors import ConfigError, explain_validation_error, suggest_choices
+from gkd_lab.config.fingerprint import Frozen
 from gkd_lab.config.loss_terms import (
-    AdversarialConfig,
-    AttentionsConfig,
-    CrossEntropyConfig,
-    HiddenStatesConfig,
+    FIRST_TEACHER,
+    DivergenceConfig,
     ResolvedDivergence,
     ResolvedReward,
     ResolvedTerm,
-    SquaredErrorConfig,
-    ULDConfig,
+    RewardConfig,
+    TermConfig,
 )
-from gkd_lab.losses.adversarial import OF_GAME, AdversarialLoss
+from gkd_lab.config.reward_objectives import check_any_weight
+from gkd_lab.losses.adversarial import AdversarialLoss
 from gkd_lab.losses.attentions import AttentionLoss
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.hidden_states import HiddenStateLoss
+from gkd_lab.losses.label_losses import CrossEntropy, RewardLoss
+from gkd_lab.losses.loss import Loss
 from gkd_lab.losses.squared_error import SquaredError
 from gkd_lab.losses.teacher_targets import TeacherTarget
-from gkd_lab.losses.terms import (
-    FIRST_TEACHER_TARGET,
-    CrossEntropy,
-    LabelSquaredError,
-    Loss,
-    RewardLoss,
-    WeightedLoss,
-)
+from gkd_lab.losses.terms import FIRST_TEACHER_TARGET, WeightedLoss, WeightedLosses
 from gkd_lab.losses.uld import ULD
 
-
-def build_term(objective: ResolvedTerm) -> WeightedLoss:
-    """The measure that an objective describes, with its weight."""
-    target = _build_target(objective) if isinstance(objective, ResolvedDivergence) else FIRST_TEACHER_TARGET
-    return WeightedLoss(_build_loss(objective), objective.weight, objective.final_weight, target)
-
-
-def _build_target(objective: ResolvedDivergence) -> TeacherTarget:
-    return TeacherTarget(
-        teachers=objective.teachers,
-        weights=objective.mixture or (),
-        temperatures=objective.mixture_temperatures or (),
-        routed=objective.routes is not None,
-    )
+LOSSES: dict[str, type[Loss]] = {
+    "divergence": Divergence,
+    "cross_entropy": CrossEntropy,
+    "squared_error": SquaredError,
+    "hidden_states": HiddenStateLoss,
+    "attentions": AttentionLoss,
+    "adversarial": AdversarialLoss,
+    "reward": RewardLoss,
+    "uld": ULD,
+}
 
 
-def _build_loss(objective: Any) -> Loss:
-    match objective:
-        case ResolvedDivergence():
-            return Divergence(
-                kind=objective.divergence,
-                beta=0.5 if objective.beta is None else objective.beta,  # total variation has none
-                student_temperature=objective.student_temperature,
-                teacher_temperature=objective.teacher_temperature,
-                rescale=objective.rescale,
-                square_temperature=objective.square_temperature,
+def build_term(config: ResolvedTerm) -> WeightedLoss:
+    """Return the loss that a term describes, with its weight and its teachers."""
+    target = FIRST_TEACHER_TARGET
+    if isinstance(config, ResolvedDivergence):
+        target = TeacherTarget(
+            teachers=config.teachers,
+            weights=config.mixture or (),
+            temperatures=config.mixture_temperatures or (),
+            routed=config.routes is not None,
+        )
+    # Without its weight, so that losses that compute the same are equal.
+    loss = LOSSES[config.type].build(config.model_copy(update={"weight": 1.0, "final_weight": None}))
+    return WeightedLoss(loss, config.weight, config.final_weight, target)
+
+
+class _ListedTerms(Frozen):
+    objectives: tuple[TermConfig, ...]
+
+
+def parse_terms(objectives: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> WeightedLosses:
+    """Build the terms of `GKDConfig(objectives=[...])`.
+
+    defaults: the settings that a divergence has where it does not state them.
+
+    Raises:
+        ConfigError: for a term that the description refuses, and if all weights are 0.
+    """
+    stated = [_add_defaults(term, defaults) for term in objectives]
+    try:
+        configs = _ListedTerms(objectives=tuple(stated)).objectives
+    except ValidationError as error:
+        raise explain_validation_error(error, "GKDConfig", _ListedTerms) from error
+    if configs:
+        check_any_weight(configs)
+    return tuple(build_term(_resolve_term(config, defaults)) for config in configs)
+
+
+def _add_defaults(term: Any, defaults: Mapping[str, Any]) -> Any:
+    is_divergence = isinstance(term, Mapping) and term.get("type", "divergence") == "divergence"
+    return {**defaults, **term} if is_divergence else term
+
+
+def _resolve_term(config: TermConfig, defaults: Mapping[str, Any]) -> ResolvedTerm:
+    """Return the term as records store it; teachers have numbers here, and rewards no content."""
+    if isinstance(config, RewardConfig):
+        return ResolvedReward(**config.model_dump())
+    if not isinstance(config, DivergenceConfig):
+        return config
+    numbers: dict[str | int, int] = {FIRST_TEACHER: 0}
+    for name in config.teacher_names:
+        if isinstance(name, int) and name >= 0:
+            numbers[name] = name
+        elif name not in numbers:
+            choices = suggest_choices(name, [FIRST_TEACHER, "0", "1"])
+            raise ConfigError(
+                f"GKDConfig: objectives: teacher {name!r}: teachers have numbers in Python, 0 the first and 1 "
+                f"and on `more_teachers`; {choices}"
             )
-        case CrossEntropyConfig():
-            return CrossEntropy()
-        case SquaredErrorConfig():
-            return SquaredError() if objective.against == "teacher" else LabelSquaredError()
-        case ResolvedReward():
-            return RewardLoss(
-                objective.name,
-                objective.path or objective.model,
-                objective.revision if objective.model else None,  # a folder is what it is
-                objective.baseline,
-                objective.normalize,
-            )
-        case HiddenStatesConfig():
-            return HiddenStateLoss(objective.layers, objective.loss, objective.stack)
-        case AttentionsConfig():
-            return AttentionLoss(objective.layers, objective.loss, objective.stack)
-        case ULDConfig():
-            return ULD(objective.student_temperature, objective.teacher_temperature)
-        case AdversarialConfig():
-            return AdversarialLoss(**objective.model_dump(include=set(OF_GAME)))
-    raise TypeError(f"{type(objective).__name__} has no measure")
+    return config.resolve(defaults, numbers)

@@ -93,18 +93,6 @@ class TeacherTarget:
     temperatures: tuple[float, ...] = ()
     routed: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.teachers or min(self.teachers) < 0 or len(set(self.teachers)) < len(self.teachers):
-            raise ValueError(f"teachers {self.teachers} must be distinct numbers from 0")
-        for name in ("weights", "temperatures"):
-            values = getattr(self, name)
-            if values and len(values) != len(self.teachers):
-                raise ValueError(f"{len(values)} {name} for {len(self.teachers)} teachers: give one of each")
-            if any(not 0 < value < math.inf for value in values):
-                raise ValueError(f"{name} {values} of teachers must be positive numbers")
-        if self.weights and abs(sum(self.weights) - 1) > 1e-6:
-            raise ValueError(f"weights {self.weights} of a mixture of teachers must sum to 1")
-
     def combine_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
         """Logits (n, V) of what is compared with, from each teacher's.
 

@@ -1,24 +1,24 @@
-"""Universal logit distillation: a teacher and a student that do not speak of the same tokens.
+"""Universal logit distillation: a loss between a teacher and a student with different tokenizers.
 
-Both have read the same text; what they say of it next is compared by size alone, largest probability with
-largest (Boizard et al. 2024, arXiv:2402.12030). Where several tokens of one side cover what is fewer of the
-other, the chain rule joins them: the distribution at the last of them, times the probabilities of the tokens
-before it (`bayesian` in TRL's GOLD, huggingface/trl#5905).
+Both read the same text; their next-token probabilities are sorted and compared, the largest with the largest
+(Boizard et al. 2024, arXiv:2402.12030). Where several tokens of one side cover fewer of the other, the chain
+rule joins them: the distribution at the last of them, times the probabilities of the tokens before it
+(`bayesian` in TRL's GOLD, huggingface/trl#5905).
 
 Shapes: B rows of a cell, C completion tokens of the student's, D of the teacher's, G spans in a chunk, n of a
 side's tokens in them, V vocabulary of a side, H width.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from gkd_lab.config.loss_terms import ULDConfig
 from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs
 from gkd_lab.losses.divergence import log_probabilities
 from gkd_lab.losses.teacher_targets import TeacherLogits
@@ -27,14 +27,15 @@ from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of the logits of a chunk of spans, those of both sides together."""
+"""Memory of the logits of a chunk of spans, of both sides together."""
 
 
 @dataclass(frozen=True)
 class TextTeacherLogits:
-    """What a teacher made of the texts of a cell's rows.
+    """A teacher's distributions for the texts of a cell's rows.
 
-    guide: its distributions for one block of B * D tokens. ids: (B, D), its own tokens. spans: of each row.
+    logits: of one block of B * D tokens. ids: (B, D), the teacher's tokens. spans: for each row, the tokens
+        of both sides that cover the same stretch of text.
     """
 
     logits: TeacherLogits
@@ -43,14 +44,14 @@ class TextTeacherLogits:
 
 
 class TextReader(Protocol):
-    """A teacher that reads texts, in whatever tokens."""
+    """A teacher that reads texts in its own tokens."""
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Its weights are on the device within."""
+        """Keep the teacher's weights on the device within the context."""
         ...
 
     def read_rows(self, rows: Sequences) -> TextTeacherLogits:
-        """What it makes of the texts of a student's rows, without gradient."""
+        """Return the distributions for the texts of a student's rows, without gradient."""
         ...
 
 
@@ -58,52 +59,43 @@ class TextReader(Protocol):
 class ULD(AuxiliaryLoss):
     """L1 distance of the sorted probabilities, the shorter side's with zeros behind: mean over a row's spans.
 
-    Spans share their row's weight evenly, so that with one tokenizer each token has its own. It knows how
-    sure a teacher is, not of what: put cross-entropy beside it, as the paper does.
+    Spans share their row's weight evenly, so that with one tokenizer each token has its own. It compares how
+    sure a teacher is, not of which token: put cross-entropy beside it, as the paper does.
     """
 
-    kind: ClassVar[str] = "uld"
-    reads_teacher: ClassVar[bool] = False
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
+    config: ULDConfig
 
-    def __post_init__(self) -> None:
-        for name in ("student_temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"uld: {name} {value} divides logits: choose a positive number")
+    config_class = ULDConfig
+    log_name = "uld"
+    reads_teacher = False
+    reads_texts = True
 
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> "ULDModule":
-        return ULDModule(self)
-
-
-OF_ULD = ("student_temperature", "teacher_temperature")
-"""Its fields in a configuration."""
+        return ULDModule(self.config)
 
 
 class ULDModule(AuxiliaryModule):
-    """The term of one cell; `teacher` is set before the first step."""
+    """Computes the loss of one cell; `teacher` is set before the first step."""
 
     teacher: TextReader | None = None
 
-    def __init__(self, loss: ULD) -> None:
+    def __init__(self, config: ULDConfig) -> None:
         super().__init__()
-        self.loss = loss
+        self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """The term's value, (); gradients are made here, while the teacher is at work."""
+        """Return the loss, (); gradients are computed here, while the teacher's weights are on the device."""
         if self.teacher is None:
             raise ValueError("uld reads texts with a teacher of its own: give the module's `teacher` first")
         with self.teacher.activate():
-            reading = self.teacher.read_rows(inputs.rows)
-            return sum_span_distances(self.loss, inputs, reading)
+            return sum_span_distances(self.config, inputs, self.teacher.read_rows(inputs.rows))
 
 
 @dataclass(frozen=True)
 class _SideTokens:
-    """Tokens of one side in a chunk: places in the flat rows, (n,), their ids, and each one's span."""
+    """Tokens of one side in a chunk, (n,): positions in the flat rows, ids, numbers of their spans."""
 
     positions: Tensor
     ids: Tensor
@@ -111,13 +103,13 @@ class _SideTokens:
 
     @property
     def is_span_end(self) -> Tensor:
-        """(n,), of each span's last token."""
+        """Mask of each span's last token, (n,)."""
         following = self.span.roll(-1)
         following[-1] = -1
         return following != self.span
 
     def join_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
-        """Each span's, (G, V): what may stand as its last token, times the probability of those before it."""
+        """Return the probabilities of each span's last token, times those of the tokens before, (G, V)."""
         logs, last = log_probabilities(logits, temperature), self.is_span_end
         before = logs.gather(1, self.ids[:, None])[:, 0].masked_fill(last, 0)
         chain = before.new_zeros(int(last.sum())).index_add(0, self.span, before)
@@ -126,14 +118,16 @@ class _SideTokens:
 
 @dataclass(frozen=True)
 class _Chunk:
+    """Spans whose logits exist at once, (G,) of them."""
+
     student: _SideTokens
     teacher: _SideTokens
     weights: Tensor
-    """(G,)"""
+    """Of each span in the loss, (G,)."""
 
 
-def sum_span_distances(loss: ULD, inputs: LossInputs, teacher: TextTeacherLogits) -> Tensor:
-    """Sum over spans of weight * distance, (), chunk by chunk; differentiable by the student's pass."""
+def sum_span_distances(config: ULDConfig, inputs: LossInputs, teacher: TextTeacherLogits) -> Tensor:
+    """Sum weight * distance over spans, (), chunk by chunk; differentiable by the student's outputs."""
     hidden, head = inputs.student.last_hidden, inputs.student.projection
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sizes = head.get_vocabulary_size(hidden), teacher.logits.vocabulary
@@ -141,35 +135,34 @@ def sum_span_distances(loss: ULD, inputs: LossInputs, teacher: TextTeacherLogits
     longest = max((len(chunk.teacher.positions) for chunk in chunks), default=1)
     read = teacher.logits.create_reader(sizes[1], wide, longest)
 
-    def value(chunk: _Chunk, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def sum_chunk(chunk: _Chunk, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         with torch.no_grad():
-            said = read(0, chunk.teacher.positions)
-            target = chunk.teacher.join_probabilities(said, loss.teacher_temperature)
+            logits = read(0, chunk.teacher.positions)
+            target = chunk.teacher.join_probabilities(logits, config.teacher_temperature)
         rows = hidden.flatten(0, 1)[chunk.student.positions].to(wide)
-        own = chunk.student.join_probabilities(
-            _replace_head_weights(head, weight, bias, wide)(rows), loss.student_temperature
-        )
-        return sorted_l1_distance(own, target) @ chunk.weights
+        logits = _replace_head_weights(head, weight, bias, wide)(rows)
+        student = chunk.student.join_probabilities(logits, config.student_temperature)
+        return sorted_l1_distance(student, target) @ chunk.weights
 
     tensors = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        total: Tensor = _ChunkedSum.apply(value, chunks, *tensors)
+        total: Tensor = _ChunkedSum.apply(sum_chunk, chunks, *tensors)
         return total
-    return sum((value(chunk, *tensors) for chunk in chunks), hidden.new_zeros((), dtype=wide))
+    return sum((sum_chunk(chunk, *tensors) for chunk in chunks), hidden.new_zeros((), dtype=wide))
 
 
-def sorted_l1_distance(one: Tensor, other: Tensor) -> Tensor:
-    """L1 distance of the sorted rows, (G, V) and (G, V') -> (G,); what one has more counts as it is."""
-    first, second = (rows.sort(dim=-1, descending=True).values for rows in (one, other))
+def sorted_l1_distance(first: Tensor, second: Tensor) -> Tensor:
+    """L1 distance of the sorted rows, (G, V) and (G, V') -> (G,); the shorter one is padded with zeros."""
+    first, second = (rows.sort(dim=-1, descending=True).values for rows in (first, second))
     shared = min(first.shape[-1], second.shape[-1])
-    rest = first[:, shared:].sum(-1) + second[:, shared:].sum(-1)
-    return (first[:, :shared] - second[:, :shared]).abs().sum(-1) + rest
+    tail = first[:, shared:].sum(-1) + second[:, shared:].sum(-1)
+    return (first[:, :shared] - second[:, :shared]).abs().sum(-1) + tail
 
 
 def _replace_head_weights(
     head: Projection, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Projection:
-    """The same head with these weights, in the dtype that logits are made in."""
+    """Return the same head with these weights, in the dtype of the logits."""
     return replace(
         head,
         weight=None if weight is None else weight.to(dtype),
@@ -180,65 +173,65 @@ def _replace_head_weights(
 def _iterate_chunks(
     inputs: LossInputs, teacher: TextTeacherLogits, vocabularies: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[_Chunk]:
-    """The spans of all rows, so many at once that their logits fit."""
+    """Yield the spans of all rows in chunks whose logits fit into `CHUNK_BYTES`."""
     rows = inputs.weights.sum(-1).to(dtype)
     ids = inputs.rows.completion_ids, teacher.ids
-    found: list[tuple[int, Span]] = [(row, one) for row, spans in enumerate(teacher.spans) for one in spans]
+    all_spans = [(row, span) for row, spans in enumerate(teacher.spans) for span in spans]
     counts = torch.tensor([len(spans) for spans in teacher.spans], device=rows.device)
     share = rows / counts.clamp_min(1)
-    for some in _group_spans(found, vocabularies, CHUNK_BYTES // dtype.itemsize):
-        yield _Chunk(
-            _build_side(some, 0, ids[0]), _build_side(some, 1, ids[1]), share[[row for row, _ in some]]
-        )
+    for spans in _group_spans(all_spans, vocabularies, CHUNK_BYTES // dtype.itemsize):
+        weights = share[[row for row, _ in spans]]
+        yield _Chunk(_build_side(spans, 0, ids[0]), _build_side(spans, 1, ids[1]), weights)
 
 
 def _group_spans(
     spans: Sequence[tuple[int, Span]], vocabularies: tuple[int, int], max_logits: int
 ) -> Iterator[list[tuple[int, Span]]]:
-    some: list[tuple[int, Span]] = []
-    used = 0
-    for row, one in spans:
-        cost = sum(len(tokens) * size for tokens, size in zip(one, vocabularies, strict=True))
-        if some and used + cost > max_logits:
-            yield some
-            some, used = [], 0
-        some.append((row, one))
-        used += cost
-    if some:
-        yield some
+    """Yield groups of spans, each with its row, that have `max_logits` logits at most, or are one span."""
+    group: list[tuple[int, Span]] = []
+    logits_in_group = 0
+    for row, span in spans:
+        logits = sum(len(tokens) * size for tokens, size in zip(span, vocabularies, strict=True))
+        if group and logits_in_group + logits > max_logits:
+            yield group
+            group, logits_in_group = [], 0
+        group.append((row, span))
+        logits_in_group += logits
+    if group:
+        yield group
 
 
 def _build_side(spans: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _SideTokens:
+    """Return the tokens of the student (side 0) or of the teacher (side 1) in these spans."""
     width = ids.shape[1]
-    listed = [(row * width + place, n) for n, (row, one) in enumerate(spans) for place in one[side]]
-    places, span = torch.tensor(listed, device=ids.device).unbind(1)
-    return _SideTokens(places, ids.flatten()[places], span)
+    pairs = [(row * width + token, n) for n, (row, span) in enumerate(spans) for token in span[side]]
+    positions, span_numbers = torch.tensor(pairs, device=ids.device).unbind(1)
+    return _SideTokens(positions, ids.flatten()[positions], span_numbers)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """A sum over chunks whose gradients are made in the forward pass, so that only one's logits are there."""
+    """Sum over chunks; gradients are computed in the forward pass, so that one chunk's logits exist at once."""
 
     @staticmethod
     def forward(
         ctx: Any, chunk_value: Callable[..., Tensor], chunks: Sequence[_Chunk], *tensors: Tensor | None
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[2:]
-        own = [
-            None if tensor is None else tensor.detach().requires_grad_(want)
-            for tensor, want in zip(tensors, wanted, strict=True)
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(needs_gradient)
+            for tensor, needs_gradient in zip(tensors, ctx.needs_input_grad[2:], strict=True)
         ]
-        assert own[0] is not None, "there are hidden states"
-        total = own[0].new_zeros((), dtype=torch.promote_types(own[0].dtype, torch.float32))
+        assert leaves[0] is not None, "hidden states are always given"
+        total = leaves[0].new_zeros((), dtype=torch.promote_types(leaves[0].dtype, torch.float32))
         for chunk in chunks:
             with torch.enable_grad():
-                part = chunk_value(chunk, *own)
-            part.backward()
-            total += part.detach()
-        ctx.gradients = [None if tensor is None else tensor.grad for tensor in own]
+                value = chunk_value(chunk, *leaves)
+            value.backward()
+            total += value.detach()
+        ctx.gradients = [None if leaf is None else leaf.grad for leaf in leaves]
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        whole = (None if one is None else one * incoming.to(one.dtype) for one in ctx.gradients)
-        return (None, None, *whole)
+        gradients = (None if part is None else part * incoming.to(part.dtype) for part in ctx.gradients)
+        return (None, None, *gradients)

@@ -64,14 +64,14 @@ def _format_divergence_term(term: dict[str, Any]) -> str:
 
 
 def _format_teachers(term: Mapping[str, Any]) -> str:
-    """Format the teachers that a term names, with their mixture weights."""
-    teacher = term.get("teacher")
-    if teacher is None:
+    """Name the teachers and their weights; older tables call them `teacher` and `mixture`."""
+    teachers = term.get("teachers", term.get("teacher"))
+    if teachers is None:
         return ""
-    names = [teacher] if isinstance(teacher, str) else list(teacher)
+    names = [teachers] if isinstance(teachers, str) else list(teachers)
     if term.get("routed"):
         return f" of {' or '.join(names)}, by row"
-    weights = term.get("mixture")
+    weights = term.get("weights", term.get("mixture"))
     if weights is None:
         return f" of {' and '.join(names)}"
     return " of " + " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))

@@ -4,13 +4,14 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from gkd_lab.config.loss_terms import DIVERGENCE_KINDS
+
 with warnings.catch_warnings():
     # TRL warns that its experimental names may move; constraints.txt pins where they are.
     warnings.filterwarnings("ignore", message=".*experimental.*")
     from trl.experimental.gkd import GKDConfig as TrlGKDConfig
 
 NORMALIZATIONS = ("token", "sequence")
-DIVERGENCES = ("jsd", "tv")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -90,7 +91,7 @@ class GKDConfig(TrlGKDConfig):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         for name, valid in (
             ("loss_normalization", NORMALIZATIONS),
-            ("divergence", DIVERGENCES),
+            ("divergence", DIVERGENCE_KINDS),
             ("teacher_dtype", (None, *TEACHER_DTYPES)),
             ("vllm_mode", ("colocate", "server")),
         ):

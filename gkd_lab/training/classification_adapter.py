@@ -21,8 +21,9 @@ from gkd_lab.encoding.row_encoder import read_teacher_index
 from gkd_lab.encoding.trl_batch import NOT_TRAINED, has_sequence_tensors
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.squared_error import SquaredError
-from gkd_lab.losses.terms import CrossEntropy, LabelSquaredError, WeightedLoss
+from gkd_lab.losses.label_losses import CrossEntropy
+from gkd_lab.losses.squared_error import LabelSquaredError, SquaredError
+from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.metrics.classifier_metrics import correlate, score_labels
 from gkd_lab.models.classifiers import (
     ClassifierKind,
@@ -336,10 +337,10 @@ class ClassificationAdapter:
     def _check_term(self, term: WeightedLoss) -> None:
         numeric = self.kind == "regression"
         if not isinstance(term.loss, Divergence | CrossEntropy | SquaredError | LabelSquaredError):
-            raise ValueError(f"objectives: {term.name} reads what only a language model has; leave it out")
+            raise ValueError(f"objectives: {term.loss.log_name} reads what only a language model has; leave it out")
         if numeric and isinstance(term.loss, Divergence | CrossEntropy):
             raise ValueError(
-                f"objectives: {term.name} compares distributions, and a regression has one number: choose "
+                f"objectives: {term.loss.log_name} compares distributions, and a regression has one number: choose "
                 "{'type': 'squared_error'}, against the teacher or, with 'against': 'labels', the data"
             )
         if not numeric and isinstance(term.loss, LabelSquaredError):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gkd_lab.losses.step_loss import MicroBatch
-from gkd_lab.losses.terms import RewardLoss
+from gkd_lab.losses.label_losses import RewardLoss
 
 SUM_NAMES = ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated", "entropy", "steps", "batches")
 
@@ -100,10 +100,10 @@ class MetricAccumulator:
 
 def _is_reward_term(name: str) -> bool:
     """Whether a term of this name is a reward: `reward`, `reward_2`, ..."""
-    return name.startswith(RewardLoss.kind)
+    return name.startswith(RewardLoss.log_name)
 
 
 def _list_reward_sums(name: str) -> tuple[str, str, str]:
     """Of `reward_2`: itself, `advantage_std_2`, and how many steps were rewarded."""
-    number = name.removeprefix(RewardLoss.kind)
+    number = name.removeprefix(RewardLoss.log_name)
     return name, f"advantage_std{number}", f"rewarded_steps{number}"

@@ -21,13 +21,14 @@ from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
 from gkd_lab.losses.discriminator import mean_embeddings
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.registry import build_term
-from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.trainer import GKDTrainer
 
 from ..models.tiny import FAMILIES
 from ..training.driving import Run, assert_close, assert_identical, cell, distil
+from .descriptions import adversarial_loss, parse
 from .test_fused_loss import normal
 
 READS = ("hidden_states", "sequences")
@@ -70,7 +71,7 @@ def game(measure: AdversarialLoss, student: int = STUDENT, *, spread: float = 1.
     module = measure.create_module(config(student), config(TEACHER), 0).double()
     assert isinstance(module, AdversarialModule)
     with torch.no_grad():
-        module.judge.score.weight.copy_(spread * normal(9, 1, measure.width))
+        module.judge.score.weight.copy_(spread * normal(9, 1, measure.config.width))
         module.judge.score.bias.fill_(0.3 * spread)
     return module
 
@@ -80,7 +81,7 @@ def plain_inputs(module: AdversarialModule, of: ModelOutputs, is_teacher: bool) 
     found = []
     for row, length in enumerate(LENGTHS):
         hidden = of.last_hidden[row, :length]
-        if module.loss.reads == "sequences":
+        if module.config.reads == "sequences":
             assert of.projection.weight is not None
             distributions = (hidden @ of.projection.weight.T).softmax(-1)
             table = module.view.embedding
@@ -126,7 +127,7 @@ def plain_losses(module: AdversarialModule, of: LossInputs) -> tuple[Tensor, Ten
         p = scores.sigmoid()
         return -(label * p.log() + (1 - label) * (1 - p).log())
 
-    label = 1 - module.loss.label_smoothing
+    label = 1 - module.config.label_smoothing
     own = [entropy(t, label) + entropy(f, 0) for t, f in zip(true, fake, strict=True)]
     return mean([entropy(f, 1) for f in fake], of), mean(own, of)
 
@@ -138,7 +139,7 @@ def plain_losses(module: AdversarialModule, of: LossInputs) -> tuple[Tensor, Ten
 def test_an_untrained_discriminator_is_neutral(reads: str) -> None:
     """Its scores are 0: both losses are those of a coin, and the student gets no push."""
     of = pair(TEACHER)
-    module = AdversarialLoss(reads=reads).create_module(config(TEACHER), config(TEACHER), 0).double()
+    module = adversarial_loss(reads=reads).create_module(config(TEACHER), config(TEACHER), 0).double()
     value = module(of)
     assert value.item() == pytest.approx(0.9 * LOG_2)
     value.backward()
@@ -152,8 +153,8 @@ def test_an_untrained_discriminator_is_neutral(reads: str) -> None:
 
 def test_losses_of_a_score_of_one_by_hand() -> None:
     """-log sigmoid(1) = 0.313262; -log sigmoid(-1) = 1.313262."""
-    module = game(AdversarialLoss(gradient_penalty=0), TEACHER, spread=0)
-    smooth = game(AdversarialLoss(gradient_penalty=0, label_smoothing=0.1), TEACHER, spread=0)
+    module = game(adversarial_loss(gradient_penalty=0), TEACHER, spread=0)
+    smooth = game(adversarial_loss(gradient_penalty=0, label_smoothing=0.1), TEACHER, spread=0)
     for one in (module, smooth):
         one.judge.score.bias.data.fill_(1.0)
     of = pair(TEACHER)
@@ -172,7 +173,7 @@ def own(module: AdversarialModule, of: LossInputs) -> Tensor:
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
 def test_losses_are_those_of_plain_formulas(reads: str, student: int, smoothing: float) -> None:
     """Padding, which is no number here, is read by neither."""
-    measure = AdversarialLoss(reads=reads, gradient_penalty=0, label_smoothing=smoothing, width=6)
+    measure = adversarial_loss(reads=reads, gradient_penalty=0, label_smoothing=smoothing, width=6)
     module, of = game(measure, student), pair(student)
     fooling, judging = plain_losses(module, of)
     torch.testing.assert_close(module(of), fooling)
@@ -189,8 +190,8 @@ def test_losses_are_those_of_plain_formulas(reads: str, student: int, smoothing:
 def test_the_penalty_is_the_squared_gradient_on_the_teacher_s_side(reads: str) -> None:
     """By hand: each row alone, the gradient of the sum of its scores by what is read of each token."""
     of = pair()
-    module = game(AdversarialLoss(reads=reads, gradient_penalty=0, width=6))
-    penalized = game(AdversarialLoss(reads=reads, gradient_penalty=4, width=6))
+    module = game(adversarial_loss(reads=reads, gradient_penalty=0, width=6))
+    penalized = game(adversarial_loss(reads=reads, gradient_penalty=4, width=6))
     assert of.teacher is not None
     squares = []
     for read in plain_inputs(module, of.teacher, True):
@@ -205,7 +206,7 @@ def test_the_penalty_is_the_squared_gradient_on_the_teacher_s_side(reads: str) -
 @pytest.mark.parametrize("reads", READS)
 def test_the_discriminator_s_gradient_is_that_of_its_loss_penalty_included(reads: str) -> None:
     of = pair(TEACHER)
-    module = game(AdversarialLoss(reads=reads, gradient_penalty=2, label_smoothing=0.1, width=5), TEACHER)
+    module = game(adversarial_loss(reads=reads, gradient_penalty=2, label_smoothing=0.1, width=5), TEACHER)
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(own(module, of), parameters)
     assert len(gradients) == 6 + (reads == "sequences")
@@ -245,7 +246,7 @@ def test_what_is_read_does_not_grow_with_the_models() -> None:
     of = pair()
     assert of.teacher is not None
     for reads in READS:
-        module = game(AdversarialLoss(reads=reads))
+        module = game(adversarial_loss(reads=reads))
         for factor in (1e-6, 1.0, 1e6):
             large = replace(of.teacher, last_hidden=of.teacher.last_hidden * factor)
             read = module.view(large, real(), True)
@@ -262,8 +263,8 @@ def test_a_model_in_half_precision_plays_a_discriminator_in_float32(reads: str) 
         replace(one, last_hidden=one.last_hidden.detach().bfloat16().requires_grad_())
         for one in (of.student, of.teacher)
     ]
-    module = game(AdversarialLoss(reads=reads)).float()
-    whole = game(AdversarialLoss(reads=reads))
+    module = game(adversarial_loss(reads=reads)).float()
+    whole = game(adversarial_loss(reads=reads))
     half = replace(of, student=halves[0], teacher=halves[1])
     for ours, exact in ((module(half), whole(of)), (own(module, half), own(whole, of))):
         assert ours.dtype == torch.float32
@@ -278,7 +279,7 @@ def test_a_model_in_half_precision_plays_a_discriminator_in_float32(reads: str) 
 
 @pytest.mark.parametrize("reads", READS)
 def test_neither_side_puts_a_gradient_into_the_other(reads: str) -> None:
-    of, module = pair(), game(AdversarialLoss(reads=reads))
+    of, module = pair(), game(adversarial_loss(reads=reads))
     assert of.teacher is not None
     models = [
         of.student.last_hidden,
@@ -304,7 +305,7 @@ def test_neither_side_puts_a_gradient_into_the_other(reads: str) -> None:
 
 def test_the_projection_is_on_the_student_s_side() -> None:
     """It gets the gradient of the student's loss, and nothing of the discriminator's."""
-    of, module = pair(), game(AdversarialLoss())
+    of, module = pair(), game(adversarial_loss())
     assert module.view.projection is not None
     weight = module.view.projection.weight
     assert isinstance(weight, Tensor)
@@ -316,7 +317,7 @@ def test_the_projection_is_on_the_student_s_side() -> None:
 
 def test_weights_are_drawn_from_the_seed_and_nothing_else() -> None:
     for reads in READS:
-        measure = AdversarialLoss(reads=reads)
+        measure = adversarial_loss(reads=reads)
         before = torch.get_rng_state()
         one, same, other = (
             measure.create_module(config(STUDENT), config(TEACHER), s).state_dict() for s in (0, 0, 1)
@@ -343,7 +344,7 @@ def learn(module: AdversarialModule, of: LossInputs, steps: int, rate: float = 0
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("held", ({"gradient_penalty": 0.1}, {"gradient_penalty": 0, "label_smoothing": 0.1}))
 def test_it_learns_to_tell_two_models_apart(reads: str, held: dict[str, float]) -> None:
-    of, module = pair(TEACHER), game(AdversarialLoss(reads=reads, **held), TEACHER, spread=0)  # type: ignore[arg-type]
+    of, module = pair(TEACHER), game(adversarial_loss(reads=reads, **held), TEACHER, spread=0)  # type: ignore[arg-type]
     found = learn(module, of, 150)
     assert found.keys() == {"accuracy_student", "accuracy_teacher"}
     assert min(found.values()) > 0.9
@@ -354,7 +355,7 @@ def test_it_learns_to_tell_two_models_apart(reads: str, held: dict[str, float]) 
 def test_equal_models_leave_it_undecided(reads: str) -> None:
     """The equilibrium: no score, no gradient to either side (Mescheder et al. 2018, section 2.1)."""
     one = made_pass(1, TEACHER)
-    of, module = seen(one, one), game(AdversarialLoss(reads=reads), TEACHER, spread=0)
+    of, module = seen(one, one), game(adversarial_loss(reads=reads), TEACHER, spread=0)
     assert learn(module, of, 20) == {"accuracy_student": 0.5, "accuracy_teacher": 0.5}
     module(of).backward()
     assert one.last_hidden.grad is not None
@@ -375,7 +376,7 @@ def test_its_best_score_is_the_log_ratio_of_frequencies(smoothing: float) -> Non
     of = LossInputs(
         rows, of_kinds(0, 1, 1, 1), of_kinds(0, 0, 0, 1), weights, on_policy=False, step=0, seed=0
     )
-    measure = AdversarialLoss(gradient_penalty=0, label_smoothing=smoothing)
+    measure = adversarial_loss(gradient_penalty=0, label_smoothing=smoothing)
     module = game(measure, 4, spread=0)
     learn(module, of, 400)
     learn(module, of, 100, rate=1e-4)
@@ -389,7 +390,7 @@ def test_a_penalty_keeps_the_scores_of_disjoint_models_near() -> None:
     of = pair(TEACHER)
     spread = []
     for penalty in (0.0, 1.0, 10.0):
-        module = game(AdversarialLoss(gradient_penalty=penalty), TEACHER, spread=0)
+        module = game(adversarial_loss(gradient_penalty=penalty), TEACHER, spread=0)
         learn(module, of, 200)
         spread.append(module(of).item())
     assert spread[0] > 2 * spread[1] > 2 * spread[2]
@@ -400,7 +401,7 @@ def test_a_penalty_keeps_the_scores_of_disjoint_models_near() -> None:
 
 def terms(reads: str, weight: float = 0.5, **more: Any) -> WeightedLosses:
     return WeightedLoss(Divergence(beta=0.5)), WeightedLoss(
-        AdversarialLoss(reads=reads, width=8, **more), weight
+        adversarial_loss(reads=reads, width=8, **more), weight
     )
 
 
@@ -560,7 +561,7 @@ def fall(rows: list[dict[str, float]], name: str) -> float:
 )
 def test_a_game_that_cannot_be_played_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_terms([{}, {"type": "adversarial", **fields}], Divergence())
+        parse([{}, {"type": "adversarial", **fields}])
 
 
 @pytest.mark.parametrize(
@@ -573,11 +574,11 @@ def test_an_experiment_cannot_ask_for_it_either(fields: dict[str, Any]) -> None:
 
 def test_it_needs_a_teacher_that_runs_here_and_states_that_a_head_reads() -> None:
     with pytest.raises(ValueError, match="adversarial reads a teacher's forward pass"):
-        AdversarialLoss().create_module(config(3), None, 0)
+        adversarial_loss().create_module(config(3), None, 0)
     logits = replace(made_pass(1, VOCABULARY), projection=Projection(None))
     with pytest.raises(ValueError, match="7 numbers a token where the student's 3 hidden states should be"):
-        game(AdversarialLoss())(seen(logits, made_pass(2, TEACHER)))
-    wider = AdversarialLoss(reads="sequences").create_module(config(3, 9), config(4, 9), 0).double()
+        game(adversarial_loss())(seen(logits, made_pass(2, TEACHER)))
+    wider = adversarial_loss(reads="sequences").create_module(config(3, 9), config(4, 9), 0).double()
     with pytest.raises(ValueError, match="a head of 7 tokens has no distribution over 9"):
         wider(pair())
 
@@ -585,5 +586,5 @@ def test_it_needs_a_teacher_that_runs_here_and_states_that_a_head_reads() -> Non
 def test_an_experiment_and_a_configuration_describe_the_same_game() -> None:
     stated = AdversarialConfig(reads="sequences", label_smoothing=0.1, weight=0.2)
     listed = {"type": "adversarial", "reads": "sequences", "label_smoothing": 0.1, "weight": 0.2}
-    assert build_term(stated) == parse_terms([listed], Divergence())[0]
-    assert build_term(AdversarialConfig()) == WeightedLoss(AdversarialLoss())
+    assert build_term(stated) == parse([listed])[0]
+    assert build_term(AdversarialConfig()) == WeightedLoss(adversarial_loss())

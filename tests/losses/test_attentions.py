@@ -21,11 +21,12 @@ from gkd_lab.losses.attentions import (
 from gkd_lab.losses.auxiliary_losses import LossInputs
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.layer_stacks import StackName
-from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import assert_close, cell, distil
 from ..training.passes import COMPLETIONS, PROMPTS, longer, rows, seen
+from .descriptions import attention_loss, parse
 
 CASES: list[tuple[Family, StackName]] = [
     ("decoder-only", "decoder"),
@@ -90,17 +91,17 @@ def test_a_map_that_gives_a_key_nothing_has_a_finite_distance_and_gradient() -> 
 
 def expected(measure: AttentionLoss, given: LossInputs, family: Family, *, per_head: bool) -> Tensor:
     """Query by query: half the weight to each row that is trained, in equal parts on its real tokens."""
-    prefix = "" if family == "decoder-only" else f"{measure.stack}_"
+    prefix = "" if family == "decoder-only" else f"{measure.config.stack}_"
     total = torch.zeros(())
     width = given.rows.prompt_ids.shape[1]
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         places = {
             "decoder-only": range(width - len(prompt), width + len(completion)),
-            "encoder-decoder": range(len(prompt if measure.stack == "encoder" else completion)),
+            "encoder-decoder": range(len(prompt if measure.config.stack == "encoder" else completion)),
         }[family]
         for layer in (0, 1):
             for query in places if completion else ():
-                keys = places if measure.stack == "encoder" else range(places[0], query + 1)
+                keys = places if measure.config.stack == "encoder" else range(places[0], query + 1)
                 maps = [
                     one.outputs[f"{prefix}attentions"][layer][row, :, query, keys]
                     for one in (given.student, given.teacher)
@@ -109,7 +110,7 @@ def expected(measure: AttentionLoss, given: LossInputs, family: Family, *, per_h
                 if not per_head:
                     maps = [one.mean(0, keepdim=True) for one in maps]
                 for s, t in zip(*maps, strict=True):
-                    total = total + plain(measure.loss, s, t) / (2 * len(places) * len(maps[0]) * 2)
+                    total = total + plain(measure.config.loss, s, t) / (2 * len(places) * len(maps[0]) * 2)
     return total
 
 
@@ -126,7 +127,7 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
     family: Family, stack: StackName, heads: int, loss: Loss
 ) -> None:
     models = pair(family, heads)
-    measure = AttentionLoss("uniform", loss, stack)
+    measure = attention_loss("uniform", loss, stack)
     given = seen(*models, rows(family), "attentions")
     value = module_of(measure, models)(given)
     other = expected(measure, given, family, per_head=heads == 4)
@@ -145,7 +146,7 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(AttentionLoss(stack=stack), models)
+    module = module_of(attention_loss(stack=stack), models)
     batch = rows(family)
     values = [module(seen(*models, one, "attentions")) for one in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
@@ -159,7 +160,7 @@ def test_an_attention_that_gives_no_maps_is_refused() -> None:
     teacher.set_attn_implementation("sdpa")
     said = "the teacher's attn_implementation is 'sdpa', which gives no maps: load it with .*='eager'"
     with pytest.raises(ValueError, match=said):
-        AttentionLoss().create_module(student.config, teacher.config, 0)
+        attention_loss().create_module(student.config, teacher.config, 0)
 
 
 def test_a_decoder_in_float64_is_refused() -> None:
@@ -179,15 +180,15 @@ def test_a_decoder_in_float64_is_refused() -> None:
 def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], said: str) -> None:
     student, teacher = (one.config for one in pair("decoder-only"))
     with pytest.raises(ValueError, match=said):
-        (term,) = parse_terms([{"type": "attentions", **fields}], Divergence())
+        (term,) = parse([{"type": "attentions", **fields}])
         term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
 
 
 # ---- in the trainer ----
 
 LOSSES: tuple[WeightedLosses, ...] = (
-    (WeightedLoss(Divergence(beta=0.1)), WeightedLoss(AttentionLoss("last_1", "kl"), 0.5)),
-    (WeightedLoss(AttentionLoss("uniform"), 0.01),),
+    (WeightedLoss(Divergence(beta=0.1)), WeightedLoss(attention_loss("last_1", "kl"), 0.5)),
+    (WeightedLoss(attention_loss("uniform"), 0.01),),
     (WeightedLoss(Divergence(beta=0.1)),),
 )
 
@@ -218,7 +219,7 @@ def of_float32(family: Family, students: int) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", (True, False))
 def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: bool, tmp_path: Path) -> None:
-    terms = parse_terms([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}], Divergence())
+    terms = parse([{"beta": 0.1}, {"type": "attentions", "weight": 0.5}])
     cells = [cell(tmp_path, str(n), objectives=terms) for n in range(2 if packed else 1)]
     students = [tiny_model(family, 7, dtype=torch.float32) for _ in cells]
     assert {model.config._attn_implementation for model in students} == {"sdpa"}

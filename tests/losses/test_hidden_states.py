@@ -30,7 +30,7 @@ from gkd_lab.losses.hidden_states import (
     mean_squared_error,
 )
 from gkd_lab.losses.layer_stacks import StackName, stack_size
-from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.forward import Sequences
 from gkd_lab.training.arguments import GKDConfig
 
@@ -38,6 +38,7 @@ from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import Run, assert_close, assert_identical, cell, distil
 from ..training.passes import COMPLETIONS, PROMPTS, labelled, longer, rows, seen
 from ..training.scripts import conversations, llama, trainer
+from .descriptions import hidden_state_loss, parse
 
 CASES: list[tuple[Family, StackName]] = [
     ("decoder-only", "decoder"),
@@ -81,16 +82,16 @@ def plain(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 def expected(
     module: HiddenStateModule, given: LossInputs, family: Family, pairs: tuple[tuple[int, int], ...]
 ) -> Tensor:
-    measure = module.loss
-    prefix = "" if family == "decoder-only" else f"{measure.stack}_"
+    config = module.config
+    prefix = "" if family == "decoder-only" else f"{config.stack}_"
     own, guide = (one.outputs[f"{prefix}hidden_states"] for one in (given.student, given.teacher) if one)
     total = torch.zeros((), dtype=torch.float64)
     for n, (mine, theirs) in enumerate(pairs):
-        for row, place, weight in positions(family, measure.stack, given.rows):
+        for row, place, weight in positions(family, config.stack, given.rows):
             state = own[mine][row, place]
             if len(module.projections):
                 state = module.projections[n] @ state
-            total = total + weight * plain(measure.loss, state, guide[theirs][row, place])
+            total = total + weight * plain(config.loss, state, guide[theirs][row, place])
     return total / len(pairs)
 
 
@@ -111,7 +112,7 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
     family: Family, stack: StackName, width: int, loss: Loss
 ) -> None:
     models = pair(family, width)
-    module = module_of(HiddenStateLoss(((0, 0), (1, 2), (2, 2)), loss, stack), models)
+    module = module_of(hidden_state_loss(((0, 0), (1, 2), (2, 2)), loss, stack), models)
     given = seen(*models, rows(family), "hidden_states")
     assert len(module.projections) == (3 if width == 32 else 0)
     value, other = module(given), expected(module, given, family, ((0, 0), (1, 2), (2, 2)))
@@ -131,14 +132,14 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(family: Family, stack: StackName) -> None:
     model = tiny_model(family, 7)
     for loss in ("mse", "cosine"):
-        module = module_of(HiddenStateLoss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
+        module = module_of(hidden_state_loss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
         assert module(seen(model, model, rows(family), "hidden_states")).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(HiddenStateLoss("uniform", stack=stack), models)
+    module = module_of(hidden_state_loss("uniform", stack=stack), models)
     batch = rows(family)
     values = [module(seen(*models, one, "hidden_states")) for one in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
@@ -162,7 +163,7 @@ def classifier(width: int, seed: int) -> PreTrainedModel:
 
 def test_of_a_classifier_every_token_of_a_text_shares_the_weight_of_its_label() -> None:
     models = classifier(8, 0), classifier(12, 1)
-    module = module_of(HiddenStateLoss(((1, 2),)), models)
+    module = module_of(hidden_state_loss(((1, 2),)), models)
     given = seen(*models, labelled(rows("encoder-decoder")), "hidden_states")
     assert given.teacher is not None
     total = torch.zeros((), dtype=torch.float64)
@@ -178,7 +179,7 @@ def test_rows_without_anything_trained_add_nothing() -> None:
     models = pair("decoder-only")
     given = seen(*models, rows("decoder-only"), "hidden_states")
     given.weights.zero_()
-    value = module_of(HiddenStateLoss(), models)(given)
+    value = module_of(hidden_state_loss(), models)(given)
     assert value.item() == 0
     value.backward()
 
@@ -190,7 +191,7 @@ def test_projections_come_from_the_seed_alone_and_leave_other_draws_as_they_are(
     student, teacher = (one.config for one in pair("decoder-only"))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, again, other = (HiddenStateLoss().create_module(student, teacher, seed) for seed in (1, 1, 2))
+    first, again, other = (hidden_state_loss().create_module(student, teacher, seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     drawn = [dict(one.named_parameters()) for one in (first, again, other)]
     assert {name: tuple(p.shape) for name, p in drawn[0].items()} == {
@@ -206,7 +207,7 @@ def test_projections_come_from_the_seed_alone_and_leave_other_draws_as_they_are(
 
 def test_models_of_one_width_need_no_projection() -> None:
     config = tiny_model("decoder-only", 7).config
-    assert not list(HiddenStateLoss().create_module(config, config, 0).parameters())
+    assert not list(hidden_state_loss().create_module(config, config, 0).parameters())
 
 
 # ---- what models have ----
@@ -236,7 +237,7 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
 def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
     fields: dict[str, Any], said: str
 ) -> None:
-    (term,) = parse_terms([{"type": "hidden_states", **fields}], Divergence())
+    (term,) = parse([{"type": "hidden_states", **fields}])
     student, teacher = (one.config for one in pair("decoder-only"))
     with pytest.raises(ValueError, match=said):
         term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
@@ -254,13 +255,13 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
 )
 def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        parse_terms([{"type": "hidden_states", **fields}], Divergence())
+        parse([{"type": "hidden_states", **fields}])
 
 
 def test_a_configuration_lists_it_as_json(tmp_path: Path) -> None:
     listed = [{"beta": 0.1}, {"type": "hidden_states", "layers": [[2, 1]], "loss": "cosine", "weight": 0.1}]
     config = GKDConfig(output_dir=str(tmp_path), objectives=json.dumps(listed), bf16=False, use_cpu=True)
-    wanted = WeightedLoss(HiddenStateLoss(((2, 1),), "cosine"), 0.1)
+    wanted = WeightedLoss(hidden_state_loss(((2, 1),), "cosine"), 0.1)
     assert CellArguments.build(config).objectives[1] == wanted
 
 
@@ -268,9 +269,9 @@ def test_a_configuration_lists_it_as_json(tmp_path: Path) -> None:
 
 KL = Divergence(beta=0.1)
 LOSSES: tuple[WeightedLosses, ...] = (
-    (WeightedLoss(KL), WeightedLoss(HiddenStateLoss("last_1", "cosine"), 0.5)),
-    (WeightedLoss(KL), WeightedLoss(HiddenStateLoss("uniform"), 0.05, 0.5)),
-    (WeightedLoss(HiddenStateLoss(((0, 0), (2, 1))), 0.3),),
+    (WeightedLoss(KL), WeightedLoss(hidden_state_loss("last_1", "cosine"), 0.5)),
+    (WeightedLoss(KL), WeightedLoss(hidden_state_loss("uniform"), 0.05, 0.5)),
+    (WeightedLoss(hidden_state_loss(((0, 0), (2, 1))), 0.3),),
 )
 
 

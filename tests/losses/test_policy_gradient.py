@@ -13,9 +13,10 @@ from torch import Tensor
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.fused_loss import compute_cell_losses
+from gkd_lab.losses.label_losses import CrossEntropy
 from gkd_lab.losses.policy_gradient import ProcessGroup, compute_advantages, reinforce_scales
 from gkd_lab.losses.step_loss import token_weights
-from gkd_lab.losses.terms import CrossEntropy, RewardLoss, WeightedLoss, WeightedLosses, parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.pack_trainer import AllCellsFailed
@@ -23,6 +24,7 @@ from gkd_lab.training.pack_trainer import AllCellsFailed
 from ..models.tiny import FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
 from ..training.driving import Run, assert_close, assert_identical, cell, distil
 from ..training.test_trainer import Stopped, stop_at
+from .descriptions import parse, reward_loss
 
 ALONE = ProcessGroup()
 BASELINES = [("leave_one_out", False), ("none", False)]
@@ -30,7 +32,7 @@ SOFT = WeightedLoss(Divergence(beta=0.9), 0.25)
 
 
 def rewarded(name: str = "rougeL", weight: float = 0.75, **more: Any) -> WeightedLoss:
-    return WeightedLoss(RewardLoss(name, **more), weight)
+    return WeightedLoss(reward_loss(name, **more), weight)
 
 
 # ---- the gradient, on a policy whose expectations can be written out ----
@@ -68,7 +70,7 @@ def loss_on(logits: Tensor, chosen: Sequence[int], normalization: str, baseline:
         None,
         None,
         (0,),
-        [RewardLoss("rougeL")],
+        [reward_loss("rougeL")],
         (weights / items).flatten()[None],
         labels=labels.flatten()[None],
         scales={(0, 0): scale.flatten()},
@@ -99,7 +101,7 @@ def test_on_a_bandit_it_is_the_known_gradient() -> None:
     mean = sum(p * r for p, r in zip(q.tolist(), rewards, strict=True))
     known = [-p * (r - mean) for p, r in zip(q.tolist(), rewards, strict=True)]
     found = torch.zeros_like(q)
-    measure = RewardLoss("rougeL")
+    measure = reward_loss("rougeL")
     for action, reward in enumerate(rewards):
         _, gradient, _ = measure.value_and_gradient(logits[None], torch.tensor([action]))
         found += q[action] * reward * gradient[0]
@@ -381,7 +383,7 @@ def test_a_configuration_names_its_reward(tmp_path: Path) -> None:
 )
 def test_a_reward_that_is_not_understood_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_terms([{"type": "reward", **fields}], Divergence())
+        parse([{"type": "reward", **fields}])
 
 
 def test_evaluation_on_own_text_leaves_the_reward_out(tmp_path: Path) -> None:

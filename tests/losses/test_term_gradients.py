@@ -8,7 +8,8 @@ import torch
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, WeightedLosses
+from gkd_lab.losses.label_losses import CrossEntropy
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 
 from ..models.tiny import FAMILIES
 from ..training.driving import assert_identical, cell, distil

@@ -11,12 +11,14 @@ from torch.nn import functional
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
-from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, WeightedLosses, parse_terms, term_names
+from gkd_lab.losses.label_losses import CrossEntropy
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, term_names
 from gkd_lab.models.projection import Projection
 from gkd_lab.training.arguments import GKDConfig
 
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import cell, distil
+from .descriptions import parse
 from .test_fused_loss import normal
 
 CELLS, TOKENS, WIDTH, VOCABULARY = 3, 7, 5, 11
@@ -230,4 +232,4 @@ def test_several_terms_of_a_kind_are_numbered() -> None:
 )
 def test_a_term_that_is_not_understood_is_refused(one: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_terms([one], SOFT)
+        parse([one])

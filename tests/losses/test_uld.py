@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab.config.artifact_specs import Family
+from gkd_lab.config.loss_terms import ULDConfig
 from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.losses import uld
 from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
 from gkd_lab.losses.token_spans import Span, decode_completion, encode_completion, non_text_ids
-from gkd_lab.losses.uld import ULD, TextTeacherLogits, ULDModule, sorted_l1_distance, sum_span_distances
+from gkd_lab.losses.uld import TextTeacherLogits, ULDModule, sorted_l1_distance, sum_span_distances
 from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.projection import Projection
 from gkd_lab.teachers.text_teacher import TextTeacher
@@ -24,7 +25,7 @@ from gkd_lab.teachers.text_teacher import TextTeacher
 from ..models.tiny import FAMILIES
 from ..training.pairs import Plain, model_of, pieces, plain_distance, words
 
-PLAIN = ULD()
+PLAIN = ULDConfig()
 ROWS = ("a b = 12 bad", "c cab 3", "21 21")
 
 
@@ -69,11 +70,11 @@ def value_of(
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
     teacher_tokenizer: PreTrainedTokenizerFast,
-    measure: ULD = PLAIN,
+    config: ULDConfig = PLAIN,
     family: Family = "decoder-only",
 ) -> Tensor:
     rows = rows_of(student_tokenizer, family)
-    module = ULDModule(measure)
+    module = ULDModule(config)
     module.teacher = reader(teacher, teacher_tokenizer, student_tokenizer)
     value: Tensor = module(seen_of(compute_completion_logits(student, rows), rows))
     return value
@@ -84,15 +85,15 @@ def by_hand(
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
     teacher_tokenizer: PreTrainedTokenizerFast,
-    measure: ULD = PLAIN,
+    config: ULDConfig = PLAIN,
 ) -> Tensor:
     """Word by word: tokens of a word are found by splitting the text at its spaces, one row at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for n, row in enumerate(examples(student_tokenizer)):
         sides = []
         for tokenizer, model, temperature in (
-            (student_tokenizer, student, measure.student_temperature),
-            (teacher_tokenizer, teacher, measure.teacher_temperature),
+            (student_tokenizer, student, config.student_temperature),
+            (teacher_tokenizer, teacher, config.teacher_temperature),
         ):
             prompt = tokenizer(student_tokenizer.decode(row.prompt_ids))["input_ids"]
             spelt = [tokenizer(word)["input_ids"] for word in split(ROWS[n], tokenizer)]
@@ -137,7 +138,7 @@ def test_tokens_of_one_span_are_joined_by_the_chain_rule() -> None:
     rows = Sequences(*(torch.tensor([[0, 1]]), torch.ones(1, 2).long()) * 2)
     spans: list[list[Span]] = [[([0, 1], [0])]]
     reading = TextTeacherLogits(HiddenTeacherLogits(teacher, Projection(None)), torch.tensor([[2]]), spans)
-    value = sum_span_distances(ULD(), seen_of(student, rows), reading)
+    value = sum_span_distances(ULDConfig(), seen_of(student, rows), reading)
     torch.testing.assert_close(value, torch.tensor(abs(0.4 - 0.7) + abs(0.1 - 0.2) + 0.1))
 
 
@@ -145,13 +146,13 @@ PAIRS = {"words of pieces": (words, pieces), "pieces of words": (pieces, words),
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("measure", [ULD(), ULD(student_temperature=2.0, teacher_temperature=0.5)])
-def test_it_is_the_plain_formula_s_on_rows_of_different_lengths(pair: str, measure: ULD) -> None:
+@pytest.mark.parametrize("config", [ULDConfig(), ULDConfig(student_temperature=2.0, teacher_temperature=0.5)])
+def test_it_is_the_plain_formula_s_on_rows_of_different_lengths(pair: str, config: ULDConfig) -> None:
     one, other = (make() for make in PAIRS[pair])
     student, teacher = model_of(one, 1), model_of(other, 2, width=32)
-    expected = by_hand(student, teacher, one, other, measure)
+    expected = by_hand(student, teacher, one, other, config)
     assert expected > 0.1
-    torch.testing.assert_close(value_of(student, teacher, one, other, measure), expected)
+    torch.testing.assert_close(value_of(student, teacher, one, other, config), expected)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -188,7 +189,7 @@ def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch
         monkeypatch.setattr(uld, "CHUNK_BYTES", size)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         added = torch.ones(len(one), dtype=torch.float64).requires_grad_() if bias else None
-        module = ULDModule(ULD())
+        module = ULDModule(ULDConfig())
         module.teacher = reader(teacher, other, one)
         value = module(seen_of(leaves[0], rows, Projection(leaves[1], added, scale=0.5, softcap=5.0)))
         (3 * value).backward()
@@ -203,7 +204,7 @@ def test_its_gradient_agrees_with_finite_differences() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     torch.manual_seed(0)
     logits = torch.randn(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
-    module = ULDModule(ULD())
+    module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
     assert torch.autograd.gradcheck(lambda x: module(seen_of(x, rows)), 3 * logits.requires_grad_())
 
@@ -213,7 +214,7 @@ def test_minus_infinity_is_a_probability_of_0() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     logits[..., :2] = -math.inf
-    module = ULDModule(ULD())
+    module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
     value = module(seen_of(logits.requires_grad_(), rows))
     value.backward()
@@ -235,7 +236,7 @@ def test_rows_of_weight_0_and_rows_without_a_span_count_nothing() -> None:
     rows, teacher = rows_of(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     seen = seen_of(logits.requires_grad_(), rows)
-    module = ULDModule(ULD())
+    module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
     assert module(replace(seen, weights=0 * seen.weights)) == 0
     nothing = rows.replace_completions(rows.completion_ids * 0, rows.completion_mask)
@@ -416,10 +417,10 @@ def test_a_teacher_of_another_family_reads_the_same_text() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"uld: teacher_temperature 0 divides logits"):
-        ULD(teacher_temperature=0)
+        ULDConfig(teacher_temperature=0)
     one, other = words(), pieces()
     with pytest.raises(ValueError, match=r"give the module's `teacher` first"):
-        ULDModule(ULD())(seen_of(torch.zeros(1), rows_of(one)))
+        ULDModule(ULDConfig())(seen_of(torch.zeros(1), rows_of(one)))
     with pytest.raises(ValueError, match=r"uld needs the teacher's tokenizer.*teacher_processing_class"):
         reader(model_of(other, 2), None, one)  # type: ignore[arg-type]
     other.eos_token = None

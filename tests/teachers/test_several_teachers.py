@@ -13,9 +13,10 @@ from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
 from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherTarget
-from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, parse_terms
+from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.projection import Projection
 
+from ..losses.descriptions import parse
 from ..losses.test_fused_loss import normal
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import assert_close, assert_identical, cell, distil
@@ -269,9 +270,9 @@ def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
 
 def test_a_configuration_names_teachers_by_number() -> None:
     listed = [{"beta": 0.3, "teachers": [0, 1], "weights": [0.6, 0.4]}]
-    assert parse_terms(listed, Divergence()) == MIXTURE
+    assert parse(listed) == MIXTURE
 
 
 def test_weights_that_are_all_0_are_refused() -> None:
     with pytest.raises(ValueError, match="all weights are 0, so nothing would be learnt"):
-        parse_terms([{"weight": 0}, {"type": "cross_entropy", "weight": 0}], Divergence())
+        parse([{"weight": 0}, {"type": "cross_entropy", "weight": 0}])

@@ -12,18 +12,20 @@ from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import CrossEntropy, WeightedLoss, parse_terms
+from gkd_lab.losses.label_losses import CrossEntropy
+from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.losses.uld import ULD
 from gkd_lab.models.packing import Pack
 from gkd_lab.teachers.teacher_prompts import TwoTokenizerEncoder
 from gkd_lab.training.trainer import GKDTrainer
 
+from ..losses.descriptions import parse, uld
 from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
 from ..training.driving import Run, arguments, assert_close, assert_identical, cell
 from ..training.pairs import model_of, pieces
 
-ULD_ALONE = (WeightedLoss(ULD()),)
-BOTH = (WeightedLoss(ULD(), 2.0), WeightedLoss(CrossEntropy()))
+ULD_ALONE = (WeightedLoss(uld()),)
+BOTH = (WeightedLoss(uld(), 2.0), WeightedLoss(CrossEntropy()))
 
 
 def distil_pair(
@@ -62,7 +64,7 @@ def three(folder: Path) -> list[CellArguments]:
     return [
         cell(folder, "0", lmbda=0.0, objectives=BOTH),
         cell(folder, "1", lmbda=0.5, objectives=ULD),
-        cell(folder, "2", lmbda=1.0, seed=1, objectives=(WeightedLoss(ULD(2.0, 0.5), 3.0),)),
+        cell(folder, "2", lmbda=1.0, seed=1, objectives=(WeightedLoss(uld(2.0, 0.5), 3.0),)),
     ]
 
 
@@ -117,14 +119,14 @@ def test_cells_on_the_same_rows_let_the_teacher_read_them_once(
         return says(self, batch, asks)
 
     monkeypatch.setattr(teacher.LiveTeacher, "says", counted)
-    cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(WeightedLoss(ULD(), n + 1.0),)) for n in range(3)]
+    cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(WeightedLoss(uld(), n + 1.0),)) for n in range(3)]
     distil_pair(tmp_path, cells, max_steps=2)
     assert reads == [8, 8]
 
 
 def test_a_pair_of_one_tokenizer_has_both_terms(tmp_path: Path) -> None:
     """And a student that equals its teacher has nothing to learn from either."""
-    terms = (WeightedLoss(Divergence(beta=0.5)), WeightedLoss(ULD()))
+    terms = (WeightedLoss(Divergence(beta=0.5)), WeightedLoss(uld()))
     twin = model_of(tiny_tokenizer(), 7)
     trainer = GKDTrainer(
         pack=Pack.build_single(model_of(tiny_tokenizer(), 7)),
@@ -215,7 +217,7 @@ def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> N
 
 
 def test_a_divergence_between_two_tokenizers_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    terms = (WeightedLoss(Divergence()), WeightedLoss(ULD()))
+    terms = (WeightedLoss(Divergence()), WeightedLoss(uld()))
     with pytest.raises(ValueError, match=r"do not share a tokenizer: .*objectives: \[\{type: uld\}"):
         distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=terms)])
 
@@ -249,10 +251,9 @@ def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path:
 
 
 def test_a_configuration_names_it(tmp_path: Path) -> None:
-    plain = Divergence()
-    (term,) = parse_terms([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}], plain)
-    assert term == WeightedLoss(ULD(teacher_temperature=0.5), 2)
+    (term,) = parse([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}])
+    assert term == WeightedLoss(uld(teacher_temperature=0.5), 2)
     with pytest.raises(ValueError, match=r"uld has no field 'beta'; it has student_temperature"):
-        parse_terms([{"type": "uld", "beta": 0.5}], plain)
+        parse([{"type": "uld", "beta": 0.5}])
     with pytest.raises(ValueError, match="uld: student_temperature -1 divides logits"):
-        parse_terms([{"type": "uld", "student_temperature": -1}], plain)
+        parse([{"type": "uld", "student_temperature": -1}])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from gkd_lab import GKDTrainer
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.terms import RewardLoss, WeightedLoss
+from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.models.packing import Pack
 from tests.training.scripts import (
     chat_tokenizer,
@@ -31,6 +31,8 @@ from tests.training.scripts import (
     trainer,
     weights,
 )
+
+from ..losses.descriptions import reward_loss
 
 CELLS: dict[str, dict[str, Any]] = {
     "off": {"lmbda": 0.0},
@@ -164,7 +166,7 @@ def main() -> None:
     found["resumed"] = resumed(folder)
     found["packed"] = packed(folder)
     if "WORLD_SIZE" in os.environ:
-        reward = WeightedLoss(RewardLoss("tests.training.ranks:no_number"), 0.1)
+        reward = WeightedLoss(reward_loss("tests.training.ranks:no_number"), 0.1)
         found["no loss"] = packed(folder / "no loss", Broken)
         found["no reward"] = packed(folder / "no reward", objectives=(WeightedLoss(Divergence()), reward))
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

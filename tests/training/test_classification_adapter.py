@@ -481,7 +481,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, kind: ClassifierK
 def cells_of(folder: Path, kind: ClassifierKind) -> list[Any]:
     """Three that differ in seed, rate and terms."""
     from gkd_lab.losses.divergence import Divergence
-    from gkd_lab.losses.terms import CrossEntropy, LabelSquaredError, WeightedLoss
+    from gkd_lab.losses.label_losses import CrossEntropy
+    from gkd_lab.losses.squared_error import LabelSquaredError
+    from gkd_lab.losses.terms import WeightedLoss
 
     soft: Any = SquaredError() if kind == "regression" else Divergence(beta=0.0, teacher_temperature=2.0)
     hard: Any = LabelSquaredError() if kind == "regression" else CrossEntropy()
