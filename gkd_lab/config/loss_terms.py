@@ -176,7 +176,7 @@ class DivergenceConfig(DivergenceFields):
         if not names:
             raise _config_error("teachers []: name at least one, or leave `teachers` out for the run's own")
         if len(set(names)) < len(names):
-            raise _config_error(f"teachers {list(names)} names one of them twice")
+            raise _config_error(f"teachers {list(names)} names a teacher twice")
         for field in ("weights", "temperatures"):
             values = getattr(self, field)
             if values and len(values) != len(names):
@@ -407,9 +407,9 @@ if TYPE_CHECKING:
     TermConfig = DivergenceConfig | LossTerm
     ResolvedTerm = ResolvedDivergence | LossTerm
 else:
-    TermConfig = _build_union(DivergenceConfig, RewardConfig, *TERMS_WITHOUT_REFERENCES)
+    TermConfig = _build_union(DivergenceConfig, *TERMS_WITHOUT_REFERENCES, RewardConfig)
     """A term as YAML and `GKDConfig` state it."""
-    ResolvedTerm = _build_union(ResolvedDivergence, ResolvedReward, *TERMS_WITHOUT_REFERENCES)
+    ResolvedTerm = _build_union(ResolvedDivergence, *TERMS_WITHOUT_REFERENCES, ResolvedReward)
     """A term as records store it and losses are built from it."""
 
 

@@ -183,7 +183,9 @@ class RewardScaler:
         except ValueError as error:
             wrong = error
         if _sum_over_processes(torch.tensor(float(wrong is not None)), self.processes) > 0:
-            raise wrong or ValueError(f"reward {loss.config.name!r} failed in another process, which says why")
+            raise wrong or ValueError(
+                f"reward {loss.config.name!r} failed in another process, which says why"
+            )
         return values
 
     def _decode_texts(

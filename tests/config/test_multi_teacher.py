@@ -28,6 +28,14 @@ def test_teachers_are_numbered_as_they_appear() -> None:
     assert one.teachers[0].model.architecture.width == 8
 
 
+def test_older_names_of_fields_describe_the_same_cell() -> None:
+    old = {"teacher": ["teacher", "small"], "mixture": [0.7, 0.3], "mixture_temperatures": [1, 2]}
+    new = {"teachers": ["teacher", "small"], "weights": [0.7, 0.3], "temperatures": [1, 2]}
+    older, newer = (training({"beta": 0.1, **names}, teachers={"small": SMALL}) for names in (old, new))
+    assert older == newer
+    assert older.fingerprint == newer.fingerprint
+
+
 def test_names_are_not_part_of_a_cell() -> None:
     alike = [
         cell(objectives=[{"beta": 0.1, "teacher": name}], source={"lmbda": 0}, teachers={name: SMALL})
@@ -65,11 +73,13 @@ def test_all_teachers_of_a_cell_are_built_once() -> None:
     [
         ({"teacher": "smal"}, "unknown teacher 'smal'; did you mean 'small'"),
         ({"teacher": ["small", "small"]}, "names a teacher twice"),
-        ({"teacher": ["teacher", "small"], "mixture": [1.0]}, "1 numbers in mixture for 2 teachers"),
+        ({"teacher": ["teacher", "small"], "mixture": [1.0]}, "1 weights for 2 teachers"),
         ({"teacher": ["teacher", "small"], "mixture": [0.9, 0.2]}, "must sum to 1, not 1.1"),
-        ({"teacher": "small", "routed": True}, "routed"),
-        ({"teacher": []}, "teacher []: name at least one"),
+        ({"teacher": "small", "routed": True}, "routed takes one of several teachers"),
+        ({"teacher": []}, "teachers []: name at least one"),
         ({"teacher": "start"}, "every divergence is from `start`"),
+        ({"teachers": [0]}, "unknown teacher 0"),
+        ({"teacher": "small", "teachers": "small"}, "teacher is the older name of teachers"),
     ],
 )
 def test_a_teacher_that_cannot_be_asked_for_is_refused(objective: dict[str, Any], message: str) -> None:

@@ -173,7 +173,7 @@ def test_a_decoder_in_float64_is_refused() -> None:
     ("fields", "said"),
     [
         ({"layers": [[0, 1]]}, r"layer 0 of the student, in the pair \[0, 1\]: .* 1 to 2"),
-        ({"loss": "cosine"}, "unknown loss of attentions 'cosine'; valid: mse, kl"),
+        ({"loss": "cosine"}, "loss: 'cosine' is not valid: valid: mse, kl"),
         ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack"),
     ],
 )

@@ -50,7 +50,7 @@ class Problem:
     teacher: Tensor
     teacher_head: Projection
     block_of_cell: Sequence[int]
-    divergences: Sequence[Divergence]
+    terms: Sequence[Divergence]
     weights: Tensor
     vocabulary: int | None = None
 
@@ -73,15 +73,13 @@ class Problem:
         return torch.stack(
             [
                 (divergence(student[cell], teacher[block]) * self.weights[cell]).sum()
-                for cell, (block, divergence) in enumerate(
-                    zip(self.block_of_cell, self.divergences, strict=True)
-                )
+                for cell, (block, divergence) in enumerate(zip(self.block_of_cell, self.terms, strict=True))
             ]
         )
 
 
 def problem(
-    divergences: Sequence[Divergence] = EVERY[:1],
+    terms: Sequence[Divergence] = EVERY[:1],
     blocks: Sequence[int] = (0,),
     *,
     rows: tuple[int, int] = (VOCABULARY, VOCABULARY),
@@ -89,7 +87,7 @@ def problem(
     bias: bool = False,
     **head: Any,
 ) -> Problem:
-    cells, teachers = len(divergences), max(blocks) + 1
+    cells, teachers = len(terms), max(blocks) + 1
     packed = (cells,) if cells > 1 else ()
     student_bias = normal(5, *packed, rows[0], dtype=dtype).requires_grad_() if bias else None
     weights = normal(6, cells, TOKENS).abs().float().to(torch.float64)
@@ -104,7 +102,7 @@ def problem(
             **head,
         ),
         blocks,
-        divergences,
+        terms,
         weights,
     )
 
@@ -213,7 +211,7 @@ def test_entropies_are_those_of_the_student_at_its_temperature_where_something_i
     given = problem(EVERY[:3], (0, 1, 0), softcap=2.0)
     found = given.sums().entropies
     assert not found.requires_grad
-    for cell, divergence in enumerate(given.divergences):
+    for cell, divergence in enumerate(given.terms):
         logits = given.student_head(given.student)[cell] / divergence.student_temperature
         entropies = torch.distributions.Categorical(logits=logits).entropy()
         expected = entropies[given.weights[cell] > 0].sum()
@@ -318,7 +316,7 @@ def test_bf16_hidden_states_give_float32_values_that_are_never_negative(divergen
         given,
         teacher=(given.student.detach().float() * 1.003).bfloat16(),
         teacher_head=Projection(given.student_head.weight.detach()),  # type: ignore[union-attr]
-        divergences=[Divergence(divergence.kind, divergence.beta)],
+        terms=[Divergence(divergence.kind, divergence.beta)],
     )
     for token in range(TOKENS):
         alone = replace(near, weights=torch.eye(TOKENS)[token][None])
@@ -403,7 +401,7 @@ def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
 def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
     arguments = dict(vars(given))
     student, head = arguments.pop("student"), arguments.pop("student_head")
-    objectives = tuple(list_terms(one) for one in arguments.pop("divergences"))
+    objectives = tuple(list_terms(one) for one in arguments.pop("terms"))
     guides = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
     call = fused_loss._LossArguments(
         **arguments, teachers=guides, terms=objectives, labels=None, routes=None, scales={}
@@ -499,7 +497,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for wrong, message in (
         ({"weights": given.weights[:, :3]}, r"must be \(K, N, H_s\)"),
         ({"teacher": given.teacher[:, :3]}, r"must be \(K, N, H_s\)"),
-        ({"divergences": EVERY[:1]}, "one of each a cell"),
+        ({"terms": EVERY[:1]}, "one of each a cell"),
         ({"block_of_cell": (0, 2)}, r"must lie in range\(2\)"),
         ({"vocabulary": 18}, "not in 1 to 17"),
         ({"student_head": Projection(weight, weight[0, :, 0])}, r"need a bias \(K, V\)"),

@@ -248,9 +248,9 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
     [
         ({"layers": "uniformly"}, "'uniformly' is not a rule; did you mean 'uniform'"),
         ({"layers": [[1]]}, r"pair 1 is \[1\]: give two layers"),
-        ({"loss": "cos"}, "unknown loss of hidden_states 'cos'; did you mean 'cosine'"),
-        ({"stack": "decodr"}, "unknown stack of hidden_states 'decodr'; did you mean 'decoder'"),
-        ({"layer": 1}, "hidden_states has no field 'layer'; it has layers, loss, stack and weight"),
+        ({"loss": "cos"}, "loss: 'cos' is not valid: did you mean 'cosine'"),
+        ({"stack": "decodr"}, "stack: 'decodr' is not valid: did you mean 'decoder'"),
+        ({"layer": 1}, r"unknown field 'objectives\[0\].layer'; did you mean 'layers'\? valid: .*loss"),
     ],
 )
 def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], said: str) -> None:
@@ -286,7 +286,7 @@ def learnt(trainer: Any, n: int) -> dict[str, Tensor]:
     """Parameters of a cell's modules."""
     return {
         f"{place}.{name}": p.detach().clone()
-        for (number, place), own in trainer._modules._own.items()
+        for (number, place), own in trainer.auxiliary_modules._term_modules.items()
         if number == n
         for name, p in own.module.named_parameters()
     }

@@ -259,5 +259,7 @@ def test_a_function_that_leaves_the_program_has_failed() -> None:
     def leaves(*_: Any) -> Any:
         raise SystemExit(0)
 
-    with pytest.raises(ValueError, match=r"reward 'm:f' raised SystemExit: 0 \(test_reward_rules.py, line"):
+    with pytest.raises(
+        ValueError, match=r"reward 'm:f' raised SystemExit: 0 \(test_reward_functions.py, line"
+    ):
         compute_rewards("m:f", leaves, ["p"], ["t"], ["r"])

@@ -416,7 +416,7 @@ def test_a_teacher_of_another_family_reads_the_same_text() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"uld: teacher_temperature 0 divides logits"):
+    with pytest.raises(ValueError, match="teacher_temperature"):
         ULDConfig(teacher_temperature=0)
     one, other = words(), pieces()
     with pytest.raises(ValueError, match=r"give the module's `teacher` first"):

@@ -24,6 +24,10 @@ SECOND = {"beta": 0.1, "teacher": ["teacher", "second"]}
         ),
         ([{"beta": 0, "teacher_temperature": 0.3}], "Forward KL at the teacher's T = 0.3"),
         ([{**SECOND, "mixture": [0.7, 0.3]}], "JSD(0.1) of 0.7 teacher + 0.3 second"),
+        (
+            [{"beta": 0.1, "teachers": ["teacher", "second"], "weights": [0.7, 0.3]}],
+            "JSD(0.1) of 0.7 teacher + 0.3 second",
+        ),
         ([SECOND], "JSD(0.1) of teacher and second"),
         ([{**SECOND, "routed": True}], "JSD(0.1) of teacher or second, by row"),
         ([{"beta": 0.1, "teacher": "start"}], "JSD(0.1) of start"),

@@ -32,7 +32,7 @@ def given() -> dict[str, Any]:
         "student_head": Projection(normal(2, CELLS, VOCABULARY, 5).requires_grad_()),
         "teacher": None,
         "teacher_head": None,
-        "guides": {
+        "teachers": {
             0: HiddenTeacherLogits(normal(3, BLOCKS, TOKENS, 4), Projection(normal(4, VOCABULARY, 4))),
             1: HiddenTeacherLogits(normal(5, BLOCKS, TOKENS, 8), Projection(normal(6, VOCABULARY + 3, 8))),
         },
@@ -48,7 +48,7 @@ def logits(one: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     teachers = []
     for n in range(CELLS):
         block = one["block_of_cell"][n]
-        rows = [g.hidden[block] @ g.head.weight.T for g in one["guides"].values()]
+        rows = [g.hidden[block] @ g.head.weight.T for g in one["teachers"].values()]
         teachers.append(torch.stack([row[:, :VOCABULARY] for row in rows]))
     return students, teachers
 
@@ -128,15 +128,21 @@ def test_a_scale_weighs_the_tokens_of_one_term() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"teachers": (0, 0)}, r"teachers \(0, 0\) must be distinct numbers from 0"),
-        ({"teachers": (0, 1), "weights": (1.0,)}, "1 weights for 2 teachers: give one of each"),
-        ({"teachers": (0, 1), "weights": (0.5, 0.6)}, "must sum to 1"),
-        ({"teachers": (0, 1), "temperatures": (0.0, 1.0)}, "must be positive numbers"),
+        ({"teachers": [0, 0]}, r"teachers \[0, 0\] names a teacher twice"),
+        ({"teachers": [-1]}, "teacher -1: teachers have numbers"),
+        ({"teachers": ["second"]}, "teacher 'second': teachers have numbers"),
+        ({"teachers": []}, "name at least one"),
+        ({"teachers": [0, 1], "weights": [1.0]}, "1 weights for 2 teachers: give one of each"),
+        ({"teachers": [0, 1], "weights": [0.5, 0.6]}, "must sum to 1"),
+        (
+            {"teachers": [0, 1], "temperatures": [0.0, 1.0]},
+            r"temperatures\[0\]: 0.0 is not valid: must be more",
+        ),
     ],
 )
 def test_a_target_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TeacherTarget(**fields)
+        parse([fields])
 
 
 def test_a_routed_loss_must_know_the_routes() -> None:

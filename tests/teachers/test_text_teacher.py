@@ -14,7 +14,6 @@ from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.label_losses import CrossEntropy
 from gkd_lab.losses.terms import WeightedLoss
-from gkd_lab.losses.uld import ULD
 from gkd_lab.models.packing import Pack
 from gkd_lab.teachers.teacher_prompts import TwoTokenizerEncoder
 from gkd_lab.training.trainer import GKDTrainer
@@ -63,7 +62,7 @@ def three(folder: Path) -> list[CellArguments]:
     """One on the data, one half and half, one on its own text with another seed and other terms."""
     return [
         cell(folder, "0", lmbda=0.0, objectives=BOTH),
-        cell(folder, "1", lmbda=0.5, objectives=ULD),
+        cell(folder, "1", lmbda=0.5, objectives=ULD_ALONE),
         cell(folder, "2", lmbda=1.0, seed=1, objectives=(WeightedLoss(uld(2.0, 0.5), 3.0),)),
     ]
 
@@ -101,7 +100,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(packed: bool, tmp_path: Path
 
 
 def test_training_makes_the_student_as_sure_as_its_teacher(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0.0, learning_rate=1e-2, objectives=ULD)
+    one = cell(tmp_path, lmbda=0.0, learning_rate=1e-2, objectives=ULD_ALONE)
     losses = distil_pair(tmp_path, [one], max_steps=60, learning_rate=1e-2).losses()
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
@@ -162,7 +161,7 @@ def test_evaluation_gives_the_loss(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
-    one, losses = cell(tmp_path, lmbda=0.0, objectives=ULD), []
+    one, losses = cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE), []
     for bf16 in (False, True):
         student = model_of(tiny_tokenizer(), 7, dtype=torch.float32)
         teacher = model_of(pieces(), 3, width=32, dtype=torch.float32)
@@ -253,7 +252,7 @@ def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path:
 def test_a_configuration_names_it(tmp_path: Path) -> None:
     (term,) = parse([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}])
     assert term == WeightedLoss(uld(teacher_temperature=0.5), 2)
-    with pytest.raises(ValueError, match=r"uld has no field 'beta'; it has student_temperature"):
+    with pytest.raises(ValueError, match="unknown field .*beta'; .*student_temperature"):
         parse([{"type": "uld", "beta": 0.5}])
-    with pytest.raises(ValueError, match="uld: student_temperature -1 divides logits"):
+    with pytest.raises(ValueError, match="student_temperature: -1 is not valid: must be more than 0"):
         parse([{"type": "uld", "student_temperature": -1}])

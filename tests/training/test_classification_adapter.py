@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gkd_lab import GKDTrainer
-from gkd_lab.losses.squared_error import SquaredError, label_squared_error
+from gkd_lab.losses.squared_error import LabelSquaredError, SquaredError
 from gkd_lab.models.classifiers import ClassifierKind
 from gkd_lab.models.packing import CannotPack, Pack
 from gkd_lab.training.classification_adapter import (
@@ -125,7 +125,7 @@ def test_hand_computed_values_of_squared_errors() -> None:
     assert values.tolist() == [4.0, 2.25]
     assert gradient.tolist() == [[4.0], [-3.0]]
     assert entropy.tolist() == [0.0, 0.0]
-    values, gradient, _ = label_squared_error(student, torch.tensor([2.5, -1.0]))
+    values, gradient, _ = LabelSquaredError().value_and_gradient(student, torch.tensor([2.5, -1.0]))
     assert values.tolist() == [0.25, 0.0]
     assert gradient.tolist() == [[1.0], [0.0]]
 
@@ -387,10 +387,10 @@ def test_classes_are_no_numbers(tmp_path: Path) -> None:
         trainer_of(
             tmp_path, "sequence-classification", objectives=[{"type": "squared_error", "against": "labels"}]
         )
-    with pytest.raises(ValueError, match="against 'data' is not one of teacher, labels"):
+    with pytest.raises(ValueError, match="against: 'data' is not valid: .*teacher, labels"):
         trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error", "against": "data"}])
     with pytest.raises(ValueError, match="compares numbers, and the model has 3 outputs"):
-        label_squared_error(torch.zeros(2, 3), torch.zeros(2))
+        LabelSquaredError().value_and_gradient(torch.zeros(2, 3), torch.zeros(2))
 
 
 def test_what_only_a_language_model_has_is_refused(tmp_path: Path) -> None:
