@@ -29,8 +29,8 @@ def check_reward_name(name: str) -> None:
     """Raises SpecError for a name that is neither ours nor an import path."""
     if name not in BUILT_IN_REWARDS and not _IMPORT_PATH.fullmatch(name):
         raise ConfigError(
-            f"unknown reward {name!r}; {suggest_choices(name, BUILT_IN_REWARDS)}, or a function's import path such as "
-            "my_package.rewards:brevity"
+            f"unknown reward {name!r}; {suggest_choices(name, BUILT_IN_REWARDS)}, or a function's import "
+            "path such as my_package.rewards:brevity"
         )
 
 

@@ -164,13 +164,13 @@ def _check_shapes(student: Tensor, head: Projection, arguments: _LossArguments) 
             )
     if arguments.weights.shape != (cells, tokens):
         raise ValueError(
-            f"student {tuple(student.shape)} and weights {tuple(arguments.weights.shape)} must be (K, N, H_s) "
-            "and (K, N)"
+            f"student {tuple(student.shape)} and weights {tuple(arguments.weights.shape)} must be "
+            "(K, N, H_s) and (K, N)"
         )
     if len(arguments.block_of_cell) != cells or len(arguments.terms) != cells:
         raise ValueError(
-            f"{len(arguments.block_of_cell)} blocks and {len(arguments.terms)} divergences for {cells} cells: "
-            "give one of each a cell"
+            f"{len(arguments.block_of_cell)} blocks and {len(arguments.terms)} lists of terms for {cells} "
+            "cells: give one of each a cell"
         )
     of_logits = [tuple(t for t in terms if t.is_token_loss) for terms in arguments.terms]
     missing = sorted(set(required_teachers(of_logits)) - set(arguments.teachers))

@@ -98,7 +98,7 @@ def _resolve_term(config: TermConfig, defaults: Mapping[str, Any]) -> ResolvedTe
         elif name not in numbers:
             choices = suggest_choices(name, [FIRST_TEACHER, "0", "1"])
             raise ConfigError(
-                f"GKDConfig: objectives: teacher {name!r}: teachers have numbers in Python, 0 the first and 1 "
-                f"and on `more_teachers`; {choices}"
+                f"GKDConfig: objectives: teacher {name!r}: teachers have numbers in Python, 0 is the first "
+                f"and 1 and on are `more_teachers`; {choices}"
             )
     return config.resolve(defaults, numbers)

@@ -210,7 +210,7 @@ def _build_side(spans: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _S
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Sum over chunks; gradients are computed in the forward pass, so that one chunk's logits exist at once."""
+    """Sum over chunks; the forward pass computes gradients, so that one chunk's logits exist at once."""
 
     @staticmethod
     def forward(

@@ -252,7 +252,7 @@ def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path:
 def test_a_configuration_names_it(tmp_path: Path) -> None:
     (term,) = parse([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}])
     assert term == WeightedLoss(uld(teacher_temperature=0.5), 2)
-    with pytest.raises(ValueError, match="unknown field .*beta'; .*student_temperature"):
+    with pytest.raises(ValueError, match=r"unknown field .*beta'; .*student_temperature"):
         parse([{"type": "uld", "beta": 0.5}])
     with pytest.raises(ValueError, match="student_temperature: -1 is not valid: must be more than 0"):
         parse([{"type": "uld", "student_temperature": -1}])

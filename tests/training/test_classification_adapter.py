@@ -387,7 +387,7 @@ def test_classes_are_no_numbers(tmp_path: Path) -> None:
         trainer_of(
             tmp_path, "sequence-classification", objectives=[{"type": "squared_error", "against": "labels"}]
         )
-    with pytest.raises(ValueError, match="against: 'data' is not valid: .*teacher, labels"):
+    with pytest.raises(ValueError, match=r"against: 'data' is not valid: .*teacher, labels"):
         trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error", "against": "data"}])
     with pytest.raises(ValueError, match="compares numbers, and the model has 3 outputs"):
         LabelSquaredError().value_and_gradient(torch.zeros(2, 3), torch.zeros(2))
