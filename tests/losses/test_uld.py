@@ -389,7 +389,7 @@ def test_a_prompt_that_is_known_is_read_as_it_is() -> None:
     assert (
         reader(model_of(other, 2), other, one)._translate_prompt(row.prompt_ids) == other("a b")["input_ids"]
     )
-    found = reader(model_of(other, 2), other, one, prompts=known)._translate_prompt(row.prompt_ids)
+    found = reader(model_of(other, 2), other, one, teacher_prompts=known)._translate_prompt(row.prompt_ids)
     assert found == known[tuple(row.prompt_ids)]
 
 
