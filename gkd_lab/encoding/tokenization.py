@@ -1,4 +1,4 @@
-"""Texts as the token ids that a model learnt to read: what its tokenizer puts around a text is kept."""
+"""Tokenize prompts and targets with the special tokens that the model's tokenizer puts around a text."""
 
 from collections.abc import Collection, Sequence
 from itertools import takewhile
@@ -8,59 +8,59 @@ TokenIds = list[int]
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
-    """Prompts that are texts, not written by a chat template, which says itself what surrounds them.
+    """Tokenize prompts that no chat template has rendered.
 
-    A source ends as the tokenizer ends it; a decoder's prompt gets what belongs in front of a text, such as
-    Gemma's `<bos>`, and nothing behind it, where the completion follows.
+    An encoder's source gets all special tokens. A decoder's prompt gets those in front of a text, such as
+    Gemma's `<bos>`, and none at its end, where the completion follows.
     """
-    whole = _tokenize(tokenizer, texts, special=True)
+    with_special = _tokenize(tokenizer, texts, special=True)
     if is_encoder_decoder:
-        return whole
-    bare = _tokenize(tokenizer, texts, special=False)
+        return with_special
+    plain = _tokenize(tokenizer, texts, special=False)
     end = tokenizer.eos_token_id
-    return [_find_prefix(ids, inner, end) + inner for ids, inner in zip(whole, bare, strict=True)]
+    return [_find_prefix(ids, inner, end) + inner for ids, inner in zip(with_special, plain, strict=True)]
 
 
 def tokenize_targets(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
-    """Completions that are texts; an encoder-decoder's have what its decoder writes first, such as `<s>`."""
+    """Tokenize completions; an encoder-decoder's get the first tokens of its decoder, such as `<s>`."""
     if not is_encoder_decoder or not texts:
         return _tokenize(tokenizer, texts, special=False)
-    found: list[TokenIds] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]
-    return found
+    ids: list[TokenIds] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]
+    return ids
 
 
 def ensure_end_id(ids: TokenIds, end_ids: Sequence[int]) -> TokenIds:
-    """With an end of sequence, the first of `end_ids`, if it holds none of them.
+    """Append the first of `end_ids` if the ids contain none of them.
 
-    A chat template may write more behind it, such as a newline: that is trained on, as in TRL.
+    Tokens that a chat template puts after the end, such as a newline, are trained on, as in TRL.
     """
     return ids if any(i in end_ids for i in ids) else [*ids, end_ids[0]]
 
 
 def truncate_prompt(tokenizer: Any, ids: TokenIds, limit: int, *, is_encoder_decoder: bool) -> TokenIds:
-    """At most `limit` ids: a source's first ones and its own end; a decoder's last ones and its own begin."""
+    """Keep `limit` ids: an encoder's first ids and final special tokens, a decoder's BOS and last ids."""
     if len(ids) <= limit:
         return ids
     if not is_encoder_decoder:
-        head = [i for i in ids[:1] if i == tokenizer.bos_token_id and limit > 1]
-        return head + ids[-(limit - len(head)) :]
-    special: Collection[int] = tokenizer.all_special_ids
-    tail = list(takewhile(lambda i: i in special, reversed(ids)))[: limit - 1][::-1]
-    return ids[: limit - len(tail)] + tail
+        bos = [i for i in ids[:1] if i == tokenizer.bos_token_id and limit > 1]
+        return bos + ids[-(limit - len(bos)) :]
+    special_ids: Collection[int] = tokenizer.all_special_ids
+    end = list(takewhile(lambda i: i in special_ids, reversed(ids)))[: limit - 1][::-1]
+    return ids[: limit - len(end)] + end
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[TokenIds]:
+    """Tokenize texts with or without special tokens."""
     if not texts:
         return []
-    # Not verbose: it would warn of long texts, which are cut later.
-    found: list[TokenIds] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-    return found
+    # verbose=False: no warning about long texts, which are truncated later.
+    ids: list[TokenIds] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
 
 
-def _find_prefix(whole: TokenIds, inner: TokenIds, end: int | None) -> TokenIds:
-    """What stands before `inner` in `whole`; before nothing that is all but the end of sequence."""
+def _find_prefix(ids: TokenIds, inner: TokenIds, end_id: int | None) -> TokenIds:
+    """Return the ids in front of `inner` in `ids`; all but the end of sequence if `inner` is empty."""
     if not inner:
-        return [i for i in whole if i != end]
-    starts = range(len(whole) - len(inner) + 1)
-    found = next((n for n in starts if whole[n : n + len(inner)] == inner), 0)
-    return whole[:found]
+        return [i for i in ids if i != end_id]
+    starts = range(len(ids) - len(inner) + 1)
+    return ids[: next((n for n in starts if ids[n : n + len(inner)] == inner), 0)]

@@ -1,4 +1,4 @@
-"""Batches as TRL's and transformers' collators lay them out, and as this package does.
+"""Convert batches between `Sequences` and the form of TRL's and transformers' collators.
 
 Shapes: N rows, P prompt tokens, C completion tokens, T = P + C.
 """
@@ -17,7 +17,7 @@ NOT_TRAINED = -100
 
 
 def parse_collated_batch(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
-    """A collated batch, by our collator or by a user's in TRL's form. ValueError: it is neither."""
+    """Convert a collated batch, in our form or TRL's, to `Sequences`; ValueError for any other."""
     if has_sequence_tensors(batch):
         return Sequences(**{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch})
     if not is_trl_batch(batch):
@@ -29,15 +29,15 @@ def parse_collated_batch(batch: Mapping[str, Any], pad_id: int, *, is_encoder_de
 
 
 def has_sequence_tensors(batch: Mapping[str, Any]) -> bool:
-    """Whether the batch has the tensors of `Sequences`, by name."""
+    """Check whether a batch has the tensors of `Sequences`, by name."""
     return {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"} <= batch.keys()
 
 
 def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:
-    """The tensors of TRL's chat collator; labels are -100 where nothing is trained.
+    """Build the tensors of TRL's chat collator; labels are -100 for untrained tokens.
 
-    input_ids, attention_mask and labels are what the model's own forward takes: (N, T) each, or for an
-    encoder-decoder source and target apart, (N, P) and (N, C).
+    input_ids, attention_mask and labels are the arguments of the model's forward: (N, T) each, or for an
+    encoder-decoder source and target, (N, P) and (N, C).
     """
     ids, mask = batch.prompt_ids, batch.prompt_mask
     labels = batch.completion_ids.masked_fill(batch.completion_mask == 0, NOT_TRAINED)
@@ -55,42 +55,44 @@ def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> di
 
 
 def is_trl_batch(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
-    """Whether a collator made the batch as TRL's and transformers' do: ids and labels in a mapping."""
+    """Check whether a batch has the form of TRL's and transformers' collators, with ids and labels."""
     return isinstance(batch, Mapping) and "input_ids" in batch and "labels" in batch
 
 
 def parse_trl_batch(
     batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False
 ) -> Sequences:
-    """A batch in the form of TRL's DataCollatorForChatML, for users who pass a collator of their own.
+    """Convert a batch of TRL's DataCollatorForChatML, or of a user's collator in its form, to `Sequences`.
 
-    N rows, T tokens, P prompt tokens. input_ids, attention_mask, labels: (N, T), padded on either side,
-    labels -100 where nothing is trained; prompts, prompt_attention_mask: (N, P), optional: without them the
-    prompt is what stands before the first trained token. An encoder-decoder's input_ids are the source, its
-    labels the target.
+    input_ids, attention_mask, labels: (N, T), padded on either side, labels -100 for untrained tokens; tokens
+    after the trained ones are dropped. prompts, prompt_attention_mask: (N, P), optional, by default the
+    tokens before the first trained one. An encoder-decoder's input_ids are the source, its labels the target.
 
-    ValueError: an untrained hole within the trained tokens, a row without a prompt, prompts that contradict
-    input_ids. Trained tokens that follow the prompt are all that is kept.
+    Raises:
+        ValueError: for untrained tokens between trained ones, a row without a prompt, and prompts that
+            contradict input_ids.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     if "attention_mask" not in batch:
         raise ValueError("the data collator returns no attention_mask: padding cannot be told from text")
-    real, trained = batch["attention_mask"].bool(), labels != NOT_TRAINED
+    is_real, trained = batch["attention_mask"].bool(), labels != NOT_TRAINED
     if is_encoder_decoder:
-        source = _align_ids(ids, real, pad_id, left=False)
+        source = _align_ids(ids, is_real, pad_id, left=False)
         return Sequences(*source, *_align_ids(labels, trained, pad_id, left=False))
-    _check_trained_tokens(ids, labels, real, trained)
-    prompts = _align_ids(ids, real & (trained.cumsum(1) == 0), pad_id, left=True)
+    _check_trained_tokens(ids, labels, is_real, trained)
+    prompts = _align_ids(ids, is_real & (trained.cumsum(1) == 0), pad_id, left=True)
     if "prompts" in batch:
-        stated = _align_ids(batch["prompts"], batch["prompt_attention_mask"].bool(), pad_id, left=True)
-        _check_prompt_column(stated, prompts, trained.any(1), pad_id)
-        prompts = stated
-    _refuse_rows(~prompts[1].any(1), "have no prompt: a completion needs one token at least to follow from")
+        column_prompts = _align_ids(
+            batch["prompts"], batch["prompt_attention_mask"].bool(), pad_id, left=True
+        )
+        _check_prompt_column(column_prompts, prompts, trained.any(1), pad_id)
+        prompts = column_prompts
+    _refuse_rows(~prompts[1].any(1), "have no prompt: a completion needs at least one token to follow from")
     return Sequences(*prompts, *_align_ids(ids, trained, pad_id, left=False))
 
 
 def _align_ids(ids: Tensor, selected: Tensor, pad_id: int, *, left: bool) -> IdsAndMask:
-    """The kept ids of each row, in order, padded on the left or the right, and their mask."""
+    """Move each row's selected ids to one side and pad the other; return ids and mask."""
     width = max(1, int(selected.sum(1).max()))
     order = (selected if left else ~selected).long().argsort(dim=1, stable=True)
     order = order[:, -width:] if left else order[:, :width]
@@ -98,13 +100,14 @@ def _align_ids(ids: Tensor, selected: Tensor, pad_id: int, *, left: bool) -> Ids
     return ids.gather(1, order).masked_fill(~mask, pad_id), mask.long()
 
 
-def _check_trained_tokens(ids: Tensor, labels: Tensor, real: Tensor, trained: Tensor) -> None:
+def _check_trained_tokens(ids: Tensor, labels: Tensor, is_real: Tensor, trained: Tensor) -> None:
+    """Raise ValueError for trained tokens in several parts, under padding, or with shifted labels."""
     starts = trained & ~pad(trained, (1, 0))[:, :-1]
     _refuse_rows(
         starts.sum(1) > 1, "train on several parts with untrained ones between them: mask all but one"
     )
     _refuse_rows(
-        (trained & ~real).any(1), "train on tokens whose attention_mask is 0: set those labels to -100"
+        (trained & ~is_real).any(1), "train on tokens whose attention_mask is 0: set those labels to -100"
     )
     _refuse_rows(
         (trained & (labels != ids)).any(1), "have labels unlike input_ids: do not shift or change them"
@@ -114,18 +117,19 @@ def _check_trained_tokens(ids: Tensor, labels: Tensor, real: Tensor, trained: Te
 def _check_prompt_column(
     column_prompts: IdsAndMask, inferred_prompts: IdsAndMask, has_completion: Tensor, pad_id: int
 ) -> None:
-    """Stated prompts must be what the trained tokens follow: both kinds of step share one prompt."""
+    """Raise ValueError if `prompts` are not the tokens before the trained ones in input_ids."""
     width = max(column_prompts[0].shape[1], inferred_prompts[0].shape[1])
     differs = torch.zeros_like(has_completion)
-    for one, other, fill in zip(column_prompts, inferred_prompts, (pad_id, 0), strict=True):
-        wide = [pad(tensor, (width - tensor.shape[1], 0), value=fill) for tensor in (one, other)]
-        differs |= (wide[0] != wide[1]).any(1)
+    for tensors in zip(column_prompts, inferred_prompts, (pad_id, 0), strict=True):
+        first, second = (pad(t, (width - t.shape[1], 0), value=tensors[2]) for t in tensors[:2])
+        differs |= (first != second).any(1)
     _refuse_rows(
-        differs & has_completion, "have other `prompts` than stand in input_ids before the trained tokens"
+        differs & has_completion, "have other `prompts` than the tokens before the trained ones in input_ids"
     )
 
 
 def _refuse_rows(is_invalid: Tensor, reason: str) -> None:
+    """Raise ValueError with the indices of the invalid rows, if there are any."""
     if is_invalid.any():
         raise ValueError(
             f"rows {is_invalid.nonzero().flatten().tolist()} of the data collator's batch {reason}"

@@ -1,1 +1,1 @@
-"""Judging a trained model: decoding, and the metrics as `evaluate.Metric`s."""
+"""Evaluate trained models: decoding, a calculator, classification, lm-eval, and metrics for `evaluate`."""

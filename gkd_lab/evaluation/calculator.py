@@ -1,9 +1,9 @@
-"""Decoding with a calculator: once a text ends in `<<48/2=`, the tokens of `24>>` are written for the model.
+"""Decode with a calculator: once the text ends in `<<48/2=`, insert the tokens of `24>>`.
 
-The marks are GSM8K's and the rule is that of openai/grade-school-math (Cobbe et al. 2021), but for three
-things: the expression is parsed, never evaluated as code; a result is written as GSM8K writes it (`24`, not
-`24.0`; its 27,998 marks all come out at their value); and spaces are allowed, since tokenizers of whole
-words need them (`<< 48 / 2 = 24 >>`).
+The marks are GSM8K's and the rule is that of openai/grade-school-math (Cobbe et al. 2021), with three
+differences: the expression is parsed, never evaluated as code; a result is formatted as in GSM8K (`24`, not
+`24.0`; all its 27,998 marks are reproduced); and spaces are allowed, which word-level tokenizers need
+(`<< 48 / 2 = 24 >>`).
 """
 
 import ast
@@ -22,10 +22,10 @@ from torch import Tensor
 from gkd_lab.training.decode_loop import TokenChooser
 
 MAX_CHARACTERS = 100
-"""Characters of an expression; GSM8K's longest has 30."""
+"""Longest expression, in characters; GSM8K's longest has 30."""
 MAX_VALUE = 10**15
 DECIMALS = 6
-"""Digits after the point at most: 1/3 is 0.333333."""
+"""Most digits after the decimal point: 1/3 is 0.333333."""
 
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,
@@ -39,10 +39,10 @@ _OPEN_MARK_PATTERN = re.compile(r"<<([^<>=]*)=")
 
 
 def evaluate_expression(expression: str) -> str | None:
-    """The value of sums, differences, products and quotients, exactly and then to `DECIMALS` digits.
+    """Evaluate sums, differences, products and quotients exactly, then round to `DECIMALS` digits.
 
-    Commas in numbers are dropped. None for anything else: other characters, powers, a division by zero,
-    more than `LONGEST` characters, a value beyond `LARGEST`.
+    Drops commas in numbers. Returns None for other characters, powers, a division by zero, more than
+    `MAX_CHARACTERS` characters, or a value beyond `MAX_VALUE`.
     """
     text = expression.replace(",", "").strip()
     if len(text) > MAX_CHARACTERS or not _EXPRESSION_PATTERN.fullmatch(text):
@@ -55,6 +55,7 @@ def evaluate_expression(expression: str) -> str | None:
 
 
 def _evaluate_node(node: ast.expr) -> Fraction:
+    """Evaluate a parsed expression exactly; ValueError if it is not arithmetic."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
@@ -66,6 +67,7 @@ def _evaluate_node(node: ast.expr) -> Fraction:
 
 
 def _format_number(value: Fraction) -> str:
+    """Format a number without trailing zeros, as GSM8K does."""
     rounded = round(value, DECIMALS)
     text = f"{Decimal(rounded.numerator) / Decimal(rounded.denominator):f}"
     return "0" if text == "-0" else text
@@ -73,68 +75,71 @@ def _format_number(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Calculator:
-    """Computes the marks in what a model writes with a tokenizer.
+    """Completes calculator marks in generated text.
 
-    A token may hold `=` and what follows: where that is a guess at the result, other tokens are written in
-    its place. ValueError for a tokenizer that cannot write the marks: T5's knows no `<`.
+    A token may contain `=` and more text; a guess of the result in it is replaced.
+
+    Raises:
+        ValueError: for a tokenizer that cannot encode the marks: T5's has no `<`.
     """
 
     tokenizer: Any
 
     def __post_init__(self) -> None:
-        shown = self._decode(self._encode("<< = >>"))
-        if _remove_spaces(shown) != "<<=>>":
+        decoded = self._decode(self._encode("<< = >>"))
+        if _remove_spaces(decoded) != "<<=>>":
             raise ValueError(
-                f"`calculator: true` needs a tokenizer that can write << = >>; this one writes {shown!r}: "
+                f"`calculator: true` needs a tokenizer that can write << = >>; this one writes {decoded!r}: "
                 "train on targets with such marks (`data.calculator_marks: true`), or leave `calculator` out"
             )
 
     def assist_choice(self, choose: TokenChooser) -> TokenChooser:
-        """`choose`, but for the tokens of results; for one batch."""
+        """Wrap a token chooser so that it writes the results of expressions; for one batch."""
         return _AssistedChoice(self, choose)
 
     @cached_property
     def equals_tokens(self) -> frozenset[int]:
-        """Tokens with an `=` in them."""
+        """Ids of the tokens that contain `=`."""
         return frozenset(i for token, i in self.tokenizer.get_vocab().items() if "=" in token)
 
     def complete_mark(self, written_ids: list[int], token: int) -> list[int]:
-        """What to write after `before` in the place of `token`: it alone, or with a result."""
-        old, text = self._decode(written_ids), self._decode([*written_ids, token])
-        begun = list(_OPEN_MARK_PATTERN.finditer(text))
-        if len(begun) == len(_OPEN_MARK_PATTERN.findall(old)) or not text.startswith(old):
+        """Return the tokens to write instead of `token`: it alone, or with a result after its `=`."""
+        old_text, text = self._decode(written_ids), self._decode([*written_ids, token])
+        marks = list(_OPEN_MARK_PATTERN.finditer(text))
+        if len(marks) == len(_OPEN_MARK_PATTERN.findall(old_text)) or not text.startswith(old_text):
             return [token]
-        expression, end = begun[-1].group(1), begun[-1].end()
+        expression, end = marks[-1].group(1), marks[-1].end()
         value = evaluate_expression(expression)
         if value is None:
             return [token]
         result = f"{' ' * expression.endswith(' ')}{value}{' ' * expression.startswith(' ')}>>"
         if not text[end:].strip():
-            rest = self._find_spelling([*written_ids, token], result)
-            return [token] if rest is None else [token, *rest]
-        return self._find_spelling(written_ids, text[len(old) : end] + result) or [token]
+            return [token, *(self._find_spelling([*written_ids, token], result) or [])]
+        return self._find_spelling(written_ids, text[len(old_text) : end] + result) or [token]
 
     def _find_spelling(self, written_ids: list[int], text: str) -> list[int] | None:
-        """Tokens that add the text `more`; None where the tokenizer has none.
+        """Return tokens that append `text` to the written ones; None if the tokenizer has none.
 
-        Some tokenizers begin every text with a space, so `more` is also tried as what follows an `=`.
+        Some tokenizers begin every text with a space, so this also tries the tokens of `text` after an `=`.
         """
-        equal, after_equal = self._encode("="), self._encode("=" + text)
-        tries = [self._encode(text)]
-        if after_equal[: len(equal)] == equal:
-            tries.append(after_equal[len(equal) :])
-        wanted = self._decode(written_ids) + text
-        for same in (str, _remove_spaces):
-            for ids in tries:
-                if same(self._decode([*written_ids, *ids])) == same(wanted):
+        equals, equals_and_text = self._encode("="), self._encode("=" + text)
+        candidates = [self._encode(text)]
+        if equals_and_text[: len(equals)] == equals:
+            candidates.append(equals_and_text[len(equals) :])
+        expected = self._decode(written_ids) + text
+        for normalize in (str, _remove_spaces):
+            for ids in candidates:
+                if normalize(self._decode([*written_ids, *ids])) == normalize(expected):
                     return ids
         return None
 
     def _encode(self, text: str) -> list[int]:
+        """Tokenize without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     def _decode(self, ids: Iterable[int]) -> str:
+        """Decode without special tokens, keeping all spaces."""
         text: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -142,12 +147,13 @@ class Calculator:
 
 
 def _remove_spaces(text: str) -> str:
+    """Remove all whitespace."""
     return "".join(text.split())
 
 
 @dataclass
 class _AssistedChoice:
-    """A `Choose` that remembers what each row of the first batch has written and still has to write."""
+    """A token chooser that remembers each row's written ids and the pending ids of a result."""
 
     calculator: Calculator
     choose: TokenChooser
@@ -155,16 +161,16 @@ class _AssistedChoice:
     pending_ids: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def __call__(self, scores: Tensor, rows: Tensor, position: int) -> Tensor:
-        free = self.choose(scores, rows, position)
-        pairs = zip(rows.tolist(), free.tolist(), strict=True)
-        return free.new_tensor([self._choose_next_token(row, token) for row, token in pairs])
+        """Choose a token for each row, unless the calculator has one; rows are indices into the batch."""
+        tokens = self.choose(scores, rows, position)
+        pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
+        return tokens.new_tensor([self._choose_next_token(row, token) for row, token in pairs])
 
     def _choose_next_token(self, row: int, token: int) -> int:
-        if not self.pending_ids[row]:
-            begins = token in self.calculator.equals_tokens
-            self.pending_ids[row] = (
-                self.calculator.complete_mark(self.written_ids[row], token) if begins else [token]
-            )
-        chosen = self.pending_ids[row].pop(0)
-        self.written_ids[row].append(chosen)
-        return chosen
+        """Return the row's next pending token, or `token` after checking whether it closes an expression."""
+        written, pending = self.written_ids[row], self.pending_ids[row]
+        if not pending:
+            ends_expression = token in self.calculator.equals_tokens
+            pending.extend(self.calculator.complete_mark(written, token) if ends_expression else [token])
+        written.append(pending.pop(0))
+        return written[-1]

@@ -1,4 +1,4 @@
-"""Our metrics as `evaluate.Metric`s: no script is fetched from a hub, nothing touches the network.
+"""The package's metrics as `evaluate.Metric` classes, which need no script from the hub and no network.
 
 Bleu().compute(predictions=["ein Haus"], references=[["ein Haus", "das Haus"]])
 """
@@ -19,11 +19,11 @@ _REFERENCE_FEATURES = [
 
 
 class TextMetric(evaluate.Metric):
-    """Any of `gkd_lab.metrics.METRICS` but `self_bleu`, computed together: each one's value and rates.
+    """Computes any of `gkd_lab.metrics.METRICS` but `self_bleu` together: the value and rates of each.
 
-    TextMetric(["rouge1_stem"]) computes these; a class below names those that are mostly wanted together.
-    References are one text or a list of texts per example. Examples stay in memory, so that a
-    read-only home folder does no harm.
+    TextMetric(["rouge1_stem"]) computes these; the subclasses name metrics that belong together. References
+    are one text or a list of texts per example. Examples stay in memory, so a read-only home folder does no
+    harm.
     """
 
     names: tuple[str, ...] = ()
@@ -36,19 +36,19 @@ class TextMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=f"gkd_lab.metrics: {', '.join(self.names)}, 0 to 100",
             citation="",
-            inputs_description="predictions: texts; references: a text or texts for each",
+            inputs_description="predictions: texts; references: one or more texts for each",
             features=_REFERENCE_FEATURES,
         )
 
     def _compute(
         self, predictions: list[str], references: list[Any], use_stemmer: bool = False
     ) -> dict[str, Any]:
-        texts = [[one] if isinstance(one, str) else list(one) for one in references]
+        texts = [[item] if isinstance(item, str) else list(item) for item in references]
         scores = score_many(self.names, list(predictions), texts, use_stemmer=use_stemmer)
-        result: dict[str, Any] = {name: one.value for name, one in scores.items()}
-        for one in scores.values():
-            result.update(one.rates)
-        result["signatures"] = {name: one.signature for name, one in scores.items()}
+        result: dict[str, Any] = {name: metric.value for name, metric in scores.items()}
+        for metric in scores.values():
+            result.update(metric.rates)
+        result["signatures"] = {name: metric.signature for name, metric in scores.items()}
         return result
 
 
@@ -95,25 +95,25 @@ class Labels(TextMetric):
 
 
 class BinaryF1(TextMetric):
-    """F1 of the last of two labels."""
+    """F1 score of the second of two labels."""
 
     names = ("f1_binary",)
 
 
 class Tags(TextMetric):
-    """Accuracy and macro F1 of one tag for each token, between blanks."""
+    """Accuracy and macro F1 of tags, one per token, separated by spaces."""
 
     names = ("tag_accuracy", "tag_f1_macro")
 
 
 class Correlation(TextMetric):
-    """Pearson's and Spearman's correlation of texts that are numbers, -100 to 100."""
+    """Pearson's and Spearman's correlation of numbers given as texts, -100 to 100."""
 
     names = ("pearson", "spearman")
 
 
 class SelfBleu(evaluate.Metric):
-    """Self-BLEU of several texts a prompt: `compute(predictions=[["a text", "another"], ...])`."""
+    """Self-BLEU of several texts per prompt: `compute(predictions=[["a text", "another"], ...])`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **settings})
@@ -122,12 +122,12 @@ class SelfBleu(evaluate.Metric):
         return evaluate.MetricInfo(
             description="gkd_lab.metrics: self_bleu, 0 (all different) to 100 (all equal)",
             citation="",
-            inputs_description="predictions: for each prompt the texts written for it, as many for each",
+            inputs_description="predictions: for each prompt equally many generated texts",
             features=datasets.Features({"predictions": datasets.List(_TEXT)}),
         )
 
     def _compute(self, predictions: list[list[str]]) -> dict[str, Any]:
         texts = [text for group in predictions for text in group]
         prompts = [n for n, group in enumerate(predictions) for _ in group]
-        one = score("self_bleu", texts, [[""]] * len(texts), prompts=prompts)
-        return {"self_bleu": one.value, **one.rates, "signatures": {"self_bleu": one.signature}}
+        metric = score("self_bleu", texts, [[""]] * len(texts), prompts=prompts)
+        return {"self_bleu": metric.value, **metric.rates, "signatures": {"self_bleu": metric.signature}}

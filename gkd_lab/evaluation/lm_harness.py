@@ -1,7 +1,7 @@
-"""lm-eval on an exported checkpoint: its task found and built, its scores and predictions in our form.
+"""Run lm-eval on an exported checkpoint, and convert its scores and predictions to our form.
 
-Documents and metrics are lm-eval's; what identifies a task is ours (`task_hash`). Code of a task file runs
-only where the file is trusted: without that its functions are refused and its templates are sandboxed.
+Documents and metrics are lm-eval's; a task is identified by our `lm_hash`. Code of a task file runs only if
+the file is trusted; otherwise its functions are refused and its templates are sandboxed.
 """
 
 import logging
@@ -41,11 +41,11 @@ from gkd_lab.metrics.intervals import bootstrap_mean_interval
 HarnessScores = dict[str, dict[str, Any]]
 
 BATCH_SIZE = 16
-"""Documents at once; it changes scores by rounding only."""
+"""Documents in one batch; it changes scores by rounding only."""
 FEWSHOT_SEED = 1234
-"""lm-eval's own default, as are the seeds below."""
+"""lm-eval's default, as are the other seeds."""
 RESAMPLES = 1000
-"""For the standard error of metrics that are no mean."""
+"""Bootstrap resamples for the standard error of metrics that are no mean."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class BuiltTask:
 
     @property
     def document_count(self) -> int:
-        """How many are asked, at most `limit` of each task."""
+        """Number of documents, at most `limit` of each task."""
         counts = [len(task.eval_docs) for task in self.task_objects["tasks"].values()]
         limit = self.evaluation.limit
         return sum(count if limit is None else min(count, limit) for count in counts)
@@ -68,42 +68,44 @@ class BuiltTask:
 
 @lru_cache(maxsize=8)
 def build_task(evaluation: LmEvalEvaluation, *, trusted: bool = False) -> BuiltTask:
-    """The task with its documents, and its hash. Raises SpecError: unknown, refused, or without its data."""
+    """Build a task with its documents and hash; ConfigError if it is unknown, refused or lacks its data."""
     with _silence_and_sandbox(trusted):
-        asked = _resolve_task(evaluation, trusted)
+        task_or_config = _resolve_task(evaluation, trusted)
         manager = _get_task_manager(evaluation.path is None)
         try:
-            loaded = dict(manager.load([asked]))
-        except Exception as error:
-            # Data sets, templates and metrics raise errors of many libraries; each means: not like this.
+            task_objects = dict(manager.load([task_or_config]))
+        except Exception as error:  # Datasets, templates and metrics raise errors of many libraries.
             raise ConfigError(_explain_build_error(evaluation, error)) from error
-        for task in loaded["tasks"].values():
+        for task in task_objects["tasks"].values():
             _set_fewshot(task, evaluation.num_fewshot)
-        return BuiltTask(evaluation, loaded, compute_task_hash(loaded), trusted)
+        return BuiltTask(evaluation, task_objects, compute_task_hash(task_objects), trusted)
 
 
 def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int = BATCH_SIZE) -> HFLM:
-    """An exported checkpoint as lm-eval's `hf` model.
+    """Load an exported checkpoint as lm-eval's `hf` model.
 
-    T5's configuration names 512 positions, which its relative ones do not need: sources as long as those
-    that it was trained on are not cut.
+    T5 has relative positions, so sources up to the training length are not truncated to the 512 positions of
+    its configuration.
     """
-    encoder = model.family == "encoder-decoder"
-    longest = resolve_max_length(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    is_encoder_decoder = model.family == "encoder-decoder"
+    max_length = resolve_max_length(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     with _silence_and_sandbox(trusted=False):
         return HFLM(
             pretrained=str(folder),
-            backend="seq2seq" if encoder else "causal",
+            backend="seq2seq" if is_encoder_decoder else "causal",
             device=device,
             batch_size=batch_size,
-            max_length=max(longest, model.max_input_tokens) if encoder else longest,
+            max_length=max(max_length, model.max_input_tokens) if is_encoder_decoder else max_length,
         )
 
 
 def run_task(
     lm: HFLM, built_task: BuiltTask, report_progress: Callable[[int], None]
 ) -> tuple[HarnessScores, list[dict[str, Any]]]:
-    """(scores, one row a document and filter); `advance` hears how many requests are answered."""
+    """Run a task; return its scores and a prediction row for each document and filter.
+
+    `report_progress` is called with the number of answered requests.
+    """
     stop_each_beam_for_itself()
     random.seed(0)
     np.random.seed(FEWSHOT_SEED)
@@ -120,55 +122,57 @@ def run_task(
 
 
 class _RequestCounter:
-    """Called by lm-eval with each answered request, for its cache; here to count them."""
+    """An lm-eval cache hook that counts answered requests."""
 
     def __init__(self, report_progress: Callable[[int], None]) -> None:
         self.report_progress, self.answered_requests = report_progress, 0
 
     def add_partial(self, *_: Any) -> None:
+        """Count a request that lm-eval has answered."""
         self.answered_requests += 1
         self.report_progress(self.answered_requests)
 
 
 @cache
 def _get_task_manager(include_defaults: bool) -> TaskManager:
-    """The index of lm-eval's own tasks takes seconds to read; a task file needs none of it."""
+    """Return a task manager; only a task by name needs lm-eval's index, which takes seconds to read."""
     return TaskManager(include_defaults=include_defaults)
 
 
 def _resolve_task(evaluation: LmEvalEvaluation, trusted: bool) -> str | dict[str, Any]:
-    """What lm-eval is asked to load: a known name, or the configuration in a file."""
+    """Return a task's name after checking it, or the configuration in its file."""
     if evaluation.path is None:
-        known = _get_task_manager(True).all_tasks
-        if evaluation.task not in known:
-            close = suggest_choices(evaluation.task, known).partition("valid:")[0]
+        names = _get_task_manager(True).all_tasks
+        if evaluation.task not in names:
+            suggestion = suggest_choices(evaluation.task, names).partition("valid:")[0]
             raise ConfigError(
-                f"unknown lm-eval task {evaluation.task!r}; {close}`lm-eval ls tasks` lists all {len(known)}"
+                f"unknown lm-eval task {evaluation.task!r}; {suggestion}`lm-eval ls tasks` lists all "
+                f"{len(names)}"
             )
         return evaluation.task
     path = Path(evaluation.path)
     config = read_task_file(path, trusted=trusted)
     if hash_task_config(config) != evaluation.content:
-        raise ConfigError(f"{path}: it, or its data, has changed since it was asked for; run again")
+        raise ConfigError(f"{path}: the file or its data has changed since the run began; run again")
     if not trusted:
         _refuse_metrics(path, config)
-    called: dict[str, Any] = _import_functions(config)
-    return called
+    imported: dict[str, Any] = _import_functions(config)
+    return imported
 
 
 def _refuse_metrics(path: Path, config: Mapping[str, Any]) -> None:
-    """lm-eval would fetch a metric that it does not know from the hub, as code."""
+    """Raise ConfigError for unknown metrics, which lm-eval would download from the hub as code."""
     for entry in config.get("metric_list") or ():
         metric = entry.get("metric") if isinstance(entry, dict) else entry
         if isinstance(metric, FunctionTag) or config.get("process_results") is not None:
             continue
-        known = sorted(METRIC_REGISTRY)
-        if metric not in known or (isinstance(entry, dict) and entry.get("hf_evaluate")):
-            raise build_unknown_name_error(f"metric in {path}", metric, known)
+        names = sorted(METRIC_REGISTRY)
+        if metric not in names or (isinstance(entry, dict) and entry.get("hf_evaluate")):
+            raise build_unknown_name_error(f"metric in {path}", metric, names)
 
 
 def _import_functions(value: Any) -> Any:
-    """The configuration with its functions imported: installed ones, or those of a trusted file."""
+    """Replace the function tags of a configuration by the functions, installed or of a trusted file."""
     if isinstance(value, FunctionTag):
         return _import_func_in_yml(value.text, value.folder)
     if isinstance(value, dict):
@@ -177,33 +181,34 @@ def _import_functions(value: Any) -> Any:
 
 
 def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
-    """As lm-eval's command: a task that is made for no examples stays without."""
-    own = task.get_config("num_fewshot")
-    if own is None or (num_fewshot is not None and own != 0):
+    """Set the number of few-shot examples as lm-eval's command does: a task defined with 0 keeps 0."""
+    default = task.get_config("num_fewshot")
+    if default is None or (num_fewshot is not None and default != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
 
 
 def _explain_build_error(evaluation: LmEvalEvaluation, error: Exception) -> str:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    asked, text = evaluation.path or evaluation.task, f"{type(error).__name__}: {error}".splitlines()[0]
-    if offline and (isinstance(error, ConnectionError) or "offline" in text.lower()):
+    """Explain why lm-eval cannot build a task: documents missing offline, or its error's first line."""
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    task, text = evaluation.path or evaluation.task, f"{type(error).__name__}: {error}".splitlines()[0]
+    if is_offline and (isinstance(error, ConnectionError) or "offline" in text.lower()):
         return (
-            f"{asked}: its documents are on the hub, HF_HUB_OFFLINE is set, and the cache of `datasets` has "
-            f"no copy of them ({text}); ask for the task once online, or give a task file with local data"
+            f"{task}: its documents are on the hub, HF_HUB_OFFLINE is set, and the cache of `datasets` has "
+            f"no copy of them ({text}); run the task once online, or use a task file with local data"
         )
-    return f"{asked}: lm-eval cannot set it up: {text}"
+    return f"{task}: lm-eval cannot set it up: {text}"
 
 
 @contextmanager
 def _silence_and_sandbox(trusted: bool) -> Iterator[None]:
-    """Within it lm-eval logs errors only and shows no bars; templates of what is not trusted are sandboxed.
+    """Let lm-eval log errors only, without progress bars, within the block; sandbox untrusted templates.
 
-    Its environment can reach any Python object from a template: `{{ doc.__class__.__mro__ }}`.
+    lm-eval's own template environment can reach any Python object: `{{ doc.__class__.__mro__ }}`.
     """
     logger = logging.getLogger("lm_eval")
     level, environment, init = logger.level, lm_eval.utils.env, tqdm.__init__
     logger.setLevel(logging.ERROR)
-    tqdm.__init__ = lambda bar, *items, **more: init(bar, *items, **{**more, "disable": True})
+    tqdm.__init__ = lambda bar, *args, **kwargs: init(bar, *args, **{**kwargs, "disable": True})
     if not trusted:
         lm_eval.utils.env = _build_sandbox(environment.filters)
     try:
@@ -214,56 +219,63 @@ def _silence_and_sandbox(trusted: bool) -> Iterator[None]:
 
 
 def _build_sandbox(filters: Mapping[str, Any]) -> SandboxedEnvironment:
-    made = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-    made.filters.update(filters)
-    return made
+    """Build a sandboxed template environment with lm-eval's filters."""
+    sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(filters)
+    return sandbox
 
 
 def _collect_scores(built_task: BuiltTask, results: Mapping[str, Any]) -> HarnessScores:
-    """Metric -> value, interval, origin: of the task or group itself, else of each task of a tag."""
-    evaluation, found = built_task.evaluation, results["results"]
-    facts = {"lm_eval": evaluation.lm_eval, "task_hash": built_task.hash}
-    samples = results["samples"]
-    own = _parse_metrics(found.get(evaluation.task, {}), samples.get(evaluation.task, ()))
-    others = [name for name in built_task.task_objects["tasks"] if name != evaluation.task]
-    members = {name: _parse_metrics(found[name], samples[name]) for name in others}
-    if not own:
-        own = {f"{name}.{metric}": one for name, parts in members.items() for metric, one in parts.items()}
+    """Collect the scores of a task or group, or of each task of a tag, with signatures and the task hash."""
+    evaluation, samples = built_task.evaluation, results["samples"]
+    origin = {"lm_eval": evaluation.lm_eval, "task_hash": built_task.hash}
+    metrics = _parse_metrics(results["results"].get(evaluation.task, {}), samples.get(evaluation.task, ()))
+    members = {
+        name: _parse_metrics(results["results"][name], samples[name])
+        for name in built_task.task_objects["tasks"]
+        if name != evaluation.task
+    }
+    if not metrics:
+        metrics = {
+            f"{task}.{name}": score for task, scores in members.items() for name, score in scores.items()
+        }
         members = {}
-    if not own:
+    if not metrics:
         raise ValueError(f"{evaluation.task}: lm-eval gave no score")
-    for metric in evaluation.metrics:
-        if metric not in own:
-            raise ConfigError(f"{evaluation.task} has no score {metric!r}; {suggest_choices(metric, own)}")
-    scores: HarnessScores = {}
-    for metric, one in own.items():
-        parts = {name: m[metric]["value"] for name, m in members.items() if metric in m}
-        signature = f"{evaluation.task}|{metric}|lm-eval:{evaluation.lm_eval}|task:{built_task.hash}"
-        scores[metric] = {**one, "signature": signature, **facts, **({"tasks": parts} if parts else {})}
-    return scores
+    for name in evaluation.metrics:
+        if name not in metrics:
+            raise ConfigError(f"{evaluation.task} has no score {name!r}; {suggest_choices(name, metrics)}")
+    collected: HarnessScores = {}
+    for name, score in metrics.items():
+        task_values = {task: scores[name]["value"] for task, scores in members.items() if name in scores}
+        signature = f"{evaluation.task}|{name}|lm-eval:{evaluation.lm_eval}|task:{built_task.hash}"
+        collected[name] = {**score, "signature": signature, **origin}
+        if task_values:
+            collected[name]["tasks"] = task_values
+    return collected
 
 
 def _parse_metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> HarnessScores:
-    """`acc,none` is `acc`; `exact_match,strict-match` keeps its filter. Values are lm-eval's own."""
+    """Convert lm-eval's results of a task; a key `acc,none` becomes `acc`, other filters stay in the key."""
     scores: HarnessScores = {}
     for key, value in results.items():
-        metric, comma, way = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
             continue
-        error = _parse_finite(results.get(f"{metric}_stderr,{way}"))
-        each = [one.get(metric) for one in samples if one["filter"] == way]
-        scores[metric if way == "none" else key] = {
+        stderr = _parse_finite(results.get(f"{metric}_stderr,{filter_name}"))
+        sample_values = [sample.get(metric) for sample in samples if sample["filter"] == filter_name]
+        scores[metric if filter_name == "none" else key] = {
             "value": _parse_finite(value),
-            **_compute_interval(float(value), error, each),
-            **({} if error is None else {"stderr": error}),
+            **_compute_interval(float(value), stderr, sample_values),
+            **({} if stderr is None else {"stderr": stderr}),
             "n": results.get("sample_len"),
         }
     return scores
 
 
 def _compute_interval(value: float, stderr: float | None, sample_values: Sequence[Any]) -> dict[str, float]:
-    """As for every score, over examples, where the value is their mean; else by lm-eval's standard error."""
-    numbers = [float(one) for one in sample_values if isinstance(one, int | float | np.number)]
+    """Bootstrap a mean over documents; for any other score take 1.96 of lm-eval's standard errors."""
+    numbers = [float(number) for number in sample_values if isinstance(number, int | float | np.number)]
     if numbers and len(numbers) == len(sample_values) and math.isclose(np.mean(numbers), value):
         low, high = bootstrap_mean_interval(numbers)
     elif stderr is not None:
@@ -274,32 +286,31 @@ def _compute_interval(value: float, stderr: float | None, sample_values: Sequenc
 
 
 def _parse_finite(value: Any) -> float | None:
+    """Return a finite number as a float, anything else as None."""
     is_number = isinstance(value, int | float | np.number)
     return float(value) if is_number and math.isfinite(value) else None
 
 
 def _iterate_prediction_rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-    for task, found in samples.items():
-        for one in found:
-            answers = one["filtered_resps"]
+    """Yield a prediction row for each document and filter of each task."""
+    for task, task_samples in samples.items():
+        for sample in task_samples:
+            answers = sample["filtered_resps"]
+            # Without a text the answers are pairs of a log-likelihood and whether greedy decoding agrees.
             text = answers[0] if len(answers) == 1 and isinstance(answers[0], str) else None
             yield {
                 "task": task,
-                "document": one["doc_id"],
-                "filter": one["filter"],
-                "prompt": str(one["arguments"][0][0]),
-                "prediction": _join_answers(answers) if text is None else text,
-                "references": [str(one["target"])],
-                "scores": {name: _convert_to_json_value(one[name]) for name in one["metrics"]},
+                "document": sample["doc_id"],
+                "filter": sample["filter"],
+                "prompt": str(sample["arguments"][0][0]),
+                "prediction": "; ".join(map(str, answers)) if text is None else text,
+                "references": [str(sample["target"])],
+                "scores": {name: _convert_to_json_value(sample[name]) for name in sample["metrics"]},
             }
 
 
-def _join_answers(answers: Sequence[Any]) -> str:
-    """Log-likelihoods, one a choice, with whether the choice is what the model would write."""
-    return "; ".join(str(answer) for answer in answers)
-
-
 def _convert_to_json_value(value: Any) -> Any:
+    """Convert numpy values and tuples for JSON; a number that is not finite becomes None."""
     if isinstance(value, np.ndarray | np.number):
         value = value.tolist()
     if isinstance(value, tuple | list):

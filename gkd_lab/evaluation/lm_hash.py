@@ -1,7 +1,7 @@
-"""What an lm-eval task was: SHA-256 of its resolved configuration, its documents and lm-eval's version.
+"""Hash an lm-eval task: SHA-256 of its resolved configuration, its documents and lm-eval's version.
 
-lm-eval's own hash covers the prompts of the documents that were run; ours is the same for any limit, model
-and machine, and moves with everything else.
+lm-eval's own hash covers the prompts of the documents that were run; this one does not depend on limit, model
+or machine, and changes with everything else.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def compute_task_hash(loaded: Mapping[str, Any]) -> str:
-    """`sha256:...` of what `TaskManager.load` returned."""
+    """Return `sha256:...` of a result of `TaskManager.load`."""
     parts = {
         "lm_eval": get_lm_eval_version(),
         "tasks": {name: _describe_task(task) for name, task in sorted(loaded["tasks"].items())},
@@ -29,12 +29,13 @@ def compute_task_hash(loaded: Mapping[str, Any]) -> str:
 
 
 def _describe_task(task: Any) -> dict[str, Any]:
+    """Return a task's configuration without paths, and the hashes of its documents and few-shot examples."""
     config = {name: value for name, value in vars(task.config).items() if value is not None}
     config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
     kwargs = config.get("dataset_kwargs") or {}
     config["dataset_kwargs"] = {name: value for name, value in kwargs.items() if name not in _PATH_FIELDS}
-    if kwargs.keys() & set(_PATH_FIELDS):
-        config.pop("dataset_path", None) if _is_absolute_path(config.get("dataset_path")) else None
+    if kwargs.keys() & set(_PATH_FIELDS) and str(config.get("dataset_path")).startswith("/"):
+        del config["dataset_path"]
     examples = task.fewshot_docs() if task.config.num_fewshot else None
     return {
         "config": config,
@@ -43,31 +44,27 @@ def _describe_task(task: Any) -> dict[str, Any]:
     }
 
 
-def _is_absolute_path(path: Any) -> bool:
-    return isinstance(path, str) and path.startswith("/")
-
-
 def _describe_group(group: Any) -> dict[str, Any]:
-    return {"members": list(group.child_names), "version": group.version, "sums": _describe_aggregates(group)}
-
-
-def _describe_aggregates(group: Any) -> Any:
-    return [vars(one) for one in group.aggregate_metric_list or ()]
+    """Return a group's members, version and aggregate metrics."""
+    aggregates = [vars(aggregate) for aggregate in group.aggregate_metric_list or ()]
+    return {"members": list(group.child_names), "version": group.version, "sums": aggregates}
 
 
 def _hash_rows(rows: Iterable[Any]) -> str:
-    total = hashlib.sha256()
+    """Return the SHA-256 of documents, one JSON line each."""
+    digest = hashlib.sha256()
     for row in rows:
-        total.update(_serialize(row).encode() + b"\n")
-    return total.hexdigest()
+        digest.update(_serialize(row).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _serialize(value: Any) -> str:
+    """Serialize a value as JSON with sorted keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_serialize_object)
 
 
 def _serialize_object(value: Any) -> Any:
-    """Functions by their text, as lm-eval tells them; what else JSON has no form for without its address."""
+    """Return a function's source, as lm-eval does, and any other object's text without its memory address."""
     if isinstance(value, partial):
         return [value.func, list(value.args), value.keywords]
     if callable(value):

@@ -1,7 +1,7 @@
-"""What our tasks' lm-eval YAMLs name with `!function`: the table's own metrics, 0 to 100, in lm-eval's form.
+"""Functions for `!function` in our tasks' lm-eval YAMLs: the table's metrics, 0 to 100, in lm-eval's form.
 
-Imported by lm-eval itself when it runs one of them. `process_results` of a task gives each document's values;
-a corpus score is made of all documents' (prediction, references) pairs at the end.
+lm-eval imports this module when it runs such a task. A task's `process_results` returns each document's
+values; a corpus score is computed from the (prediction, references) pairs of all documents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Pair = tuple[str, list[str]]
 
 
 def process_results(task: str, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Metric -> value of one document, for the metrics that `task` is judged by."""
+    """Return metric -> value of one document, for the metrics of `task`."""
     prediction, references = results[0].strip(), [str(text) for text in doc["references"]]
     return {
         metric: (prediction, references)
@@ -59,6 +59,7 @@ def chrf(pairs: Sequence[Pair]) -> float:
 
 
 def _corpus(metric: str, pairs: Sequence[Pair]) -> float:
+    """Compute a corpus metric over the pairs of all documents."""
     predictions, references = zip(*pairs, strict=True)
     return score(metric, predictions, references).value
 
@@ -66,17 +67,17 @@ def _corpus(metric: str, pairs: Sequence[Pair]) -> float:
 def stop_each_beam_for_itself() -> None:
     """Keep lm-eval's stop criterion from ending whole beam searches.
 
-    It looks at as many rows as there are prompts and answers for all of them at once (0.4.13). A step of
-    beam search has several rows a prompt: where the first of them have ended, every search would stop there
-    with what it has.
+    lm-eval 0.4.13 looks at as many rows as there are prompts, and stops all rows once these have ended. A
+    step of beam search has several rows per prompt, so every search would stop when the first rows have
+    ended.
     """
-    together: Callable[..., Any] = MultiTokenEOSCriteria.__call__
-    if together.__name__ == _row_by_row.__name__:
+    stop_all_rows: Callable[..., Any] = MultiTokenEOSCriteria.__call__
+    if stop_all_rows.__name__ == _row_by_row.__name__:
         return
 
-    def _stop(criterion: Any, input_ids: torch.Tensor, scores: Any, **more: Any) -> Any:
+    def _stop(criterion: Any, input_ids: torch.Tensor, scores: Any, **options: Any) -> Any:
         if len(input_ids) == len(criterion.done_tracker):
-            return together(criterion, input_ids, scores, **more)
+            return stop_all_rows(criterion, input_ids, scores, **options)
         return _row_by_row(criterion, input_ids)
 
     _stop.__name__ = _row_by_row.__name__
@@ -84,9 +85,9 @@ def stop_each_beam_for_itself() -> None:
 
 
 def _row_by_row(criterion: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """(N,) whether the criterion's text stands at the end of each row."""
-    written = input_ids[:, criterion.initial_decoder_input_length :][:, -criterion.sequence_id_len :]
-    texts = criterion.tokenizer.batch_decode(written)
+    """Check for each row whether its last tokens contain the stop sequence, (N,)."""
+    last_ids = input_ids[:, criterion.initial_decoder_input_length :][:, -criterion.sequence_id_len :]
+    texts = criterion.tokenizer.batch_decode(last_ids)
     return torch.tensor([criterion.sequence in text for text in texts], device=input_ids.device)
 
 
