@@ -151,7 +151,7 @@ def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[st
 
 
 def _compute_scores(group: pd.DataFrame) -> "pd.Series[float]":
-    """Compute scores where the paper states gains over the start."""
+    """Return the paper's scores; where it states gains, add the score of the SFT student."""
     return group["value"].where(group["form"] == "score", group["start"] + group["value"])
 
 

@@ -173,7 +173,7 @@ class RecordVerifier:
             self._add_mismatch(change)
 
     def _verify_provenance(self, spec: Spec | None) -> None:
-        """Check that the provenance can be read, and a training's inputs."""
+        """Check that the provenance can be read and, of a training, that it names the same inputs."""
         provenance = self.record.read_provenance()
         if not provenance:
             self._add_mismatch("provenance.json is missing or damaged")
