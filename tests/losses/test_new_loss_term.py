@@ -1,0 +1,115 @@
+"""The page on new loss terms is true: its loss passes its test and trains from YAML and from Python."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from gkd_lab import GKDConfig, GKDTrainer
+from gkd_lab.config import ConfigError
+from gkd_lab.losses.registry import LOSSES
+from gkd_lab.runner.run import run_grid
+from gkd_lab.store import Store
+
+from ..models.tiny import tiny_examples, tiny_model, tiny_tokenizer
+from ..runner.tiny_experiments import options, tiny_grid
+from ..training.driving import arguments
+
+PAGE = Path(__file__).parents[2] / "docs" / "new_loss_term.md"
+LOSS, LINE, TEST, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+(EXPERIMENT,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+NAME = "gkd_lab.losses.label_smoothing"
+GREEDY = [{"decoding": "greedy"}]
+
+
+def load_module(name: str, text: str, folder: Path) -> ModuleType:
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def test_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The page's test; its loss is registered as its line says."""
+    loss = load_module(NAME, LOSS, tmp_path)
+    for name, loss_class in eval(f"{{{LINE}}}", vars(loss)).items():
+        monkeypatch.setitem(LOSSES, name, loss_class)
+    try:
+        yield load_module("test_label_smoothing", TEST, tmp_path)
+    finally:
+        for name in (NAME, "test_label_smoothing"):
+            sys.modules.pop(name, None)
+
+
+def test_the_loss_passes_the_test_of_the_page(test_module: ModuleType) -> None:
+    test_module.test_value_and_gradient()
+
+
+def test_an_experiment_trains_with_the_term(test_module: ModuleType, tmp_path: Path) -> None:
+    document = yaml.safe_load(EXPERIMENT)
+    stated = {name: document[name] for name in ("lmbda", "objectives")}
+    grid = tiny_grid(tmp_path, document["task"], grid={"seed": [0]}, evaluations=GREEDY, **stated)
+    outputs = tmp_path / "outputs"
+    for _ in range(2):  # the second run reads the records of the first
+        assert run_grid(grid, options(outputs)).failures == []
+    (cell,) = grid.cells
+    history = Store(outputs).get_record(cell).read_history()
+    assert all(row["loss/label_smoothing"] > 0 for row in history)
+    assert '"epsilon":0.2' in cell.training.canonical_json
+
+
+def test_a_script_trains_with_the_term(test_module: ModuleType, tmp_path: Path) -> None:
+    shared = vars(arguments(tmp_path))
+
+    def create_config(**changes: Any) -> GKDConfig:
+        names = ("use_cpu", "bf16", "report_to", "disable_tqdm", "max_new_tokens", "logging_steps")
+        return GKDConfig(**{name: shared[name] for name in names}, **changes)
+
+    exec(
+        SCRIPT,
+        {
+            "GKDConfig": create_config,
+            "GKDTrainer": GKDTrainer,
+            "folder": str(tmp_path),
+            "student": tiny_model("decoder-only", 7),
+            "teacher": tiny_model("decoder-only", 3, width=32),
+            "tokenizer": tiny_tokenizer(),
+            "rows": tiny_examples(),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"epsilon": 1}, "epsilon: 1 is not valid"), ({"share": 0.1}, "unknown field .*share")],
+)
+def test_a_wrong_setting_is_refused_alike(
+    fields: dict[str, Any], message: str, test_module: ModuleType, tmp_path: Path
+) -> None:
+    objectives = [{"type": "label_smoothing", **fields}]
+    with pytest.raises(ConfigError, match=message):
+        tiny_grid(tmp_path, "arithmetic", lmbda=0, objectives=objectives)
+    trainer = (tiny_model("decoder-only", 7), tiny_model("decoder-only", 3))
+    with pytest.raises(ConfigError, match=message):
+        GKDTrainer(
+            *trainer,
+            arguments(tmp_path, lmbda=0.0, objectives=objectives),
+            train_dataset=tiny_examples(),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_an_unregistered_type_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'label_smoothing' is not valid: .*cross_entropy"):
+        tiny_grid(tmp_path, "arithmetic", lmbda=0, objectives=[{"type": "label_smoothing"}])
