@@ -10,7 +10,7 @@ from gkd_lab.config.experiment import apply_overrides, parse_experiment
 from gkd_lab.config.settings import DataSettings
 
 
-def model(layers: int, width: int, **sft: Any) -> dict[str, Any]:
+def make_model_defaults(layers: int, width: int, **sft: Any) -> dict[str, Any]:
     return {"layers": layers, "width": width, "heads": 2, "sft": sft}
 
 
@@ -34,8 +34,8 @@ class StubTask:
             "teacher": "large",
             "student": "small",
             "models": {
-                "large": model(2, 16, steps=20, batch_size=4, learning_rate=2e-3),
-                "small": model(1, 8, steps=10, batch_size=4, learning_rate=2e-3),
+                "large": make_model_defaults(2, 16, steps=20, batch_size=4, learning_rate=2e-3),
+                "small": make_model_defaults(1, 8, steps=10, batch_size=4, learning_rate=2e-3),
             },
             "data": {"source": "made", "train": 100, "validation": 10, "test": 10},
             "tokenizer": {"kind": "word", "vocab_size": 64},
@@ -61,7 +61,7 @@ TASKS = {
 }
 
 
-def data_of(task: str, settings: DataSettings) -> DataSpec:
+def resolve_data(task: str, settings: DataSettings) -> DataSpec:
     sizes: dict[str, Any] = {
         "train": settings.train,
         "validation": settings.validation,
@@ -73,31 +73,31 @@ def data_of(task: str, settings: DataSettings) -> DataSpec:
     return DataSpec(kind="folder", path=settings.source, revision="c0ffee", **sizes)
 
 
-def model_of(place: str) -> tuple[str | None, str | None, str]:
+def resolve_model(place: str) -> tuple[str | None, str | None, str]:
     if place.startswith("/"):
         return None, place, "sha256:1"
     return place, None, "abc"
 
 
-def grid(sets: Mapping[str, str] | None = None, **document: Any) -> Grid:
+def make_grid(overrides: Mapping[str, str] | None = None, **document: Any) -> Grid:
     """The cells of an experiment on `sums` unless it says otherwise."""
     has_task = "task" in document or "task" in document.get("grid", {})
     whole = {"description": "stub", **({} if has_task else {"task": "sums"}), **document}
-    experiment = parse_experiment(apply_overrides(whole, sets or {}), "stub.yaml")
+    experiment = parse_experiment(apply_overrides(whole, overrides or {}), "stub.yaml")
     return expand_grid(
-        "stub", experiment, TASKS, RevisionLookup(resolve_data=data_of, resolve_model=model_of)
+        "stub", experiment, TASKS, RevisionLookup(resolve_data=resolve_data, resolve_model=resolve_model)
     )
 
 
-def cell(sets: Mapping[str, str] | None = None, **document: Any) -> Cell:
-    (only,) = grid(sets, **document).cells
+def make_cell(overrides: Mapping[str, str] | None = None, **document: Any) -> Cell:
+    (only,) = make_grid(overrides, **document).cells
     return only
 
 
-def refusal(sets: Mapping[str, str] | None = None, **document: Any) -> str:
+def get_refusal(overrides: Mapping[str, str] | None = None, **document: Any) -> str:
     """What is said of a request that is wrong."""
     try:
-        grid(sets, **document)
+        make_grid(overrides, **document)
     except ConfigError as error:
         return str(error)
-    raise AssertionError(f"accepted: {document} {sets}")
+    raise AssertionError(f"accepted: {document} {overrides}")

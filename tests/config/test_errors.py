@@ -7,7 +7,7 @@ import pytest
 
 from gkd_lab.config import ConfigError, read_experiment
 
-from .stub import refusal
+from .stub import get_refusal
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     # unknown fields, at every depth, with the nearest name of that depth
@@ -71,7 +71,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_value_is_named_with_its_place_and_what_would_be_right(
     document: dict[str, Any], said: str
 ) -> None:
-    message = refusal(**document)
+    message = get_refusal(**document)
     assert said in message
     assert message.startswith("stub.yaml: ")
     assert "\n" not in message

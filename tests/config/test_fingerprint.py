@@ -8,7 +8,7 @@ import pytest
 from gkd_lab.config import ConfigError, Evaluation, SftModel, Training
 from gkd_lab.config.fingerprint import FORMAT_VERSION, DefaultFrom, Frozen, NotHashed, canonical_json
 
-from .stub import cell, grid
+from .stub import make_cell, make_grid
 
 # Ids of cells, models and evaluations of the stub tasks. A change here relabels every record that
 # users have: do not edit a line, raise FORMAT or declare a new field's old value with `DefaultFrom`.
@@ -30,17 +30,17 @@ GOLDEN = {
 
 def described() -> dict[str, Frozen]:
     ways = [{"decoding": "greedy"}, {"decoding": "beam"}, {"decoding": "sample"}]
-    greedy, beam, sample = cell(evaluations=ways).evaluations
+    greedy, beam, sample = make_cell(evaluations=ways).evaluations
     return {
-        "plain": cell().training,
-        "words": cell(task="words").training,
-        "lmbda 0.5, beta 0.1, seed 3": cell(lmbda=0.5, beta=0.1, seed=3).training,
-        "lmbda 0": cell(lmbda=0).training,
-        "total variation": cell(divergence="tv").training,
-        "rescaled": cell(beta=0.1, rescale_divergence=True).training,
-        "a folder": cell(data={"source": "/rows"}).training,
-        "a loaded student": cell(student="owner/small").training,
-        "teacher": cell().training.teacher,
+        "plain": make_cell().training,
+        "words": make_cell(task="words").training,
+        "lmbda 0.5, beta 0.1, seed 3": make_cell(lmbda=0.5, beta=0.1, seed=3).training,
+        "lmbda 0": make_cell(lmbda=0).training,
+        "total variation": make_cell(divergence="tv").training,
+        "rescaled": make_cell(beta=0.1, rescale_divergence=True).training,
+        "a folder": make_cell(data={"source": "/rows"}).training,
+        "a loaded student": make_cell(student="owner/small").training,
+        "teacher": make_cell().training.teacher,
         "greedy": greedy,
         "beam": beam,
         "sample": sample,
@@ -113,31 +113,31 @@ def test_the_places_are_known_one_by_one() -> None:
 
     assert places(Training) == {"parked"}
     assert places(SftModel) == set()
-    assert places(type(cell().training.data)) == {"path", "validation", "test"}
-    assert places(type(cell().training.start.model)) == {"name", "path", "server", "patience"}
+    assert places(type(make_cell().training.data)) == {"path", "validation", "test"}
+    assert places(type(make_cell().training.start.model)) == {"name", "path", "server", "patience"}
     assert places(Evaluation) == {"metrics"}
 
 
 def test_labels_and_evaluations_are_not_part_of_what_was_trained() -> None:
-    by_axis = grid(grid={"lmbda": [0.5], "steps": [20]}).cells[0]
-    by_base = cell(lmbda=0.5, evaluations=[{"decoding": "beam"}])
+    by_axis = make_grid(grid={"lmbda": [0.5], "steps": [20]}).cells[0]
+    by_base = make_cell(lmbda=0.5, evaluations=[{"decoding": "beam"}])
     assert by_axis.labels != by_base.labels
     assert by_axis.evaluations != by_base.evaluations
     assert by_axis.folder == by_base.folder
 
 
 def test_a_folder_of_rows_is_known_by_its_content_wherever_it_lies() -> None:
-    assert cell(data={"source": "/a"}).fingerprint == cell(data={"source": "/b"}).fingerprint
+    assert make_cell(data={"source": "/a"}).fingerprint == make_cell(data={"source": "/b"}).fingerprint
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, -0.0, "0", "0.0", "-0"])
 def test_all_spellings_of_zero_are_one_cell(zero: Any) -> None:
-    assert cell(lmbda=zero, beta=zero).fingerprint == cell(lmbda=0, beta=0).fingerprint
+    assert make_cell(lmbda=zero, beta=zero).fingerprint == make_cell(lmbda=0, beta=0).fingerprint
 
 
 def test_all_spellings_of_a_fraction_are_one_cell() -> None:
     values = [0.5, "0.5", "5e-1", ".5"]
-    assert len({cell(lmbda=value).fingerprint for value in values}) == 1
+    assert len({make_cell(lmbda=value).fingerprint for value in values}) == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -174,8 +174,8 @@ def test_a_later_field_leaves_the_id_at_the_value_that_was_built_in_before() -> 
 
 
 def test_shorthand_and_long_form_are_one_cell() -> None:
-    short = cell(lmbda=0.5, beta=0.1, temperature=0.7, teacher_temperature=0.3)
-    long = cell(
+    short = make_cell(lmbda=0.5, beta=0.1, temperature=0.7, teacher_temperature=0.3)
+    long = make_cell(
         source={"lmbda": 0.5, "temperature": 0.7},
         objectives=[{"beta": 0.1, "teacher_temperature": 0.3, "student_temperature": 1}],
     )
@@ -186,25 +186,27 @@ def test_shorthand_and_long_form_are_one_cell() -> None:
 def test_a_divergence_without_beta_is_the_same_in_shorthand_and_long_form() -> None:
     temperatures = {"teacher_temperature": 1, "student_temperature": 1}
     for stated in {"divergence": "tv"}, {"divergence": "tv", "beta": 0.3, "rescale": True}:
-        assert cell(objectives=[{**stated, **temperatures}]).training == cell(divergence="tv").training
-    rescaled = cell(objectives=[{"beta": 0.1, "rescale": True, **temperatures}])
-    assert rescaled.training == cell(beta=0.1, rescale_divergence=True).training
+        assert (
+            make_cell(objectives=[{**stated, **temperatures}]).training == make_cell(divergence="tv").training
+        )
+    rescaled = make_cell(objectives=[{"beta": 0.1, "rescale": True, **temperatures}])
+    assert rescaled.training == make_cell(beta=0.1, rescale_divergence=True).training
 
 
 def test_what_was_built_in_before_is_the_same_cell_when_it_is_said() -> None:
-    assert cell(divergence="jsd", rescale_divergence=False).fingerprint == cell().fingerprint
+    assert make_cell(divergence="jsd", rescale_divergence=False).fingerprint == make_cell().fingerprint
 
 
 @pytest.mark.parametrize("lmbda", [0, 0.5])
 def test_the_long_form_takes_the_sampling_temperature_as_the_shorthand_does(lmbda: float) -> None:
-    assert cell(source={"lmbda": lmbda}).training == cell(lmbda=lmbda).training
-    assert cell(source={"lmbda": 0, "temperature": 0.7}).training == cell(lmbda=0).training
+    assert make_cell(source={"lmbda": lmbda}).training == make_cell(lmbda=lmbda).training
+    assert make_cell(source={"lmbda": 0, "temperature": 0.7}).training == make_cell(lmbda=0).training
 
 
 def test_the_folder_is_readable_and_ends_in_the_fingerprint() -> None:
-    one = cell(lmbda=0.5, beta=0.1)
+    one = make_cell(lmbda=0.5, beta=0.1)
     assert one.folder == f"nano/sums/lmbda=0.5_beta=0.1_seed=0-{one.fingerprint}"
-    varied = cell(lmbda=0.5, divergence="tv")
+    varied = make_cell(lmbda=0.5, divergence="tv")
     assert varied.folder == f"nano/sums/lmbda=0.5_tv_seed=0-{varied.fingerprint}"
     assert one.full_fingerprint.startswith(one.fingerprint)
     assert len(one.full_fingerprint) == 64

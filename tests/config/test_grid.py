@@ -6,19 +6,19 @@ import pytest
 
 from gkd_lab.config.errors import ConfigError
 
-from .stub import cell, grid, refusal
+from .stub import get_refusal, make_cell, make_grid
 
 
 def test_the_first_axis_varies_slowest_and_the_order_is_the_file_s() -> None:
-    found = grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
+    found = make_grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
     assert [(one.beta, one.seed) for one in found] == [(1, 3), (1, 1), (1, 2), (0, 3), (0, 1), (0, 2)]
-    turned = grid(grid={"seed": [0, 1], "data.train": [20, 10], "beta": [1, 0]})
+    turned = make_grid(grid={"seed": [0, 1], "data.train": [20, 10], "beta": [1, 0]})
     assert list(turned.axes) == ["task", "seed", "data.train", "beta"]
     assert [(one.seed, one.beta) for one in turned.cells[::2]] == [(0, 1), (0, 1), (1, 1), (1, 1)]
 
 
 def test_the_task_can_be_an_axis() -> None:
-    found = grid(grid={"task": ["words", "sums"], "lmbda": [0, 1]}).cells
+    found = make_grid(grid={"task": ["words", "sums"], "lmbda": [0, 1]}).cells
     assert [(one.task, one.lmbda) for one in found] == [
         ("words", 0),
         ("words", 1),
@@ -30,11 +30,11 @@ def test_the_task_can_be_an_axis() -> None:
 
 
 def test_an_experiment_without_a_grid_is_one_cell() -> None:
-    assert len(grid().cells) == len(grid(grid={}).cells) == 1
+    assert len(make_grid().cells) == len(make_grid(grid={}).cells) == 1
 
 
 def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
-    found = grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1, 2]})
+    found = make_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1, 2]})
     assert len(found.cells) == 4
     (off_policy,) = (one for one in found.cells if one.lmbda == 0)
     assert off_policy.training.source.temperature is None
@@ -45,7 +45,7 @@ def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
 
 
 def test_total_variation_has_no_beta_and_is_one_cell_beside_those_of_jsd() -> None:
-    found = grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
+    found = make_grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
     assert [(one.divergence, one.beta) for one in found.cells] == [
         ("jsd", 0),
         ("jsd", 0.5),
@@ -59,17 +59,17 @@ def test_total_variation_has_no_beta_and_is_one_cell_beside_those_of_jsd() -> No
 
 
 def test_a_beta_that_is_stated_for_total_variation_is_not_read() -> None:
-    plain = cell(divergence="tv")
+    plain = make_cell(divergence="tv")
     assert plain.beta is None
-    assert cell(divergence="tv", beta=0.5).training == plain.training
-    assert cell({"divergence": "tv", "beta": "0.5"}).training == plain.training
-    (crossed,) = grid(divergence="tv", grid={"beta": [0, 1]}).cells
+    assert make_cell(divergence="tv", beta=0.5).training == plain.training
+    assert make_cell({"divergence": "tv", "beta": "0.5"}).training == plain.training
+    (crossed,) = make_grid(divergence="tv", grid={"beta": [0, 1]}).cells
     assert crossed.training == plain.training
 
 
 def test_rescaling_makes_cells_of_the_betas_between_the_kls_only() -> None:
     axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.1, 1], "rescale_divergence": [False, True]}
-    found = grid(grid=axes)
+    found = make_grid(grid=axes)
     seen = [(one.divergence, one.beta, one.training.objectives[0].rescale) for one in found.cells]
     assert seen == [
         ("jsd", 0, False),
@@ -102,15 +102,15 @@ def test_each_choice_of_the_loss_can_be_an_axis(axis: str, values: list[Any], pl
             value = value[0] if isinstance(value, tuple) else value
         return value
 
-    found = grid(beta=0.5, grid={axis: values}).cells
+    found = make_grid(beta=0.5, grid={axis: values}).cells
     assert [resolved(one.training) for one in found] == values
     assert len({one.fingerprint for one in found}) == len(values)
-    by_set = grid({axis: str(values).replace("'", "")}, beta=0.5).cells
+    by_set = make_grid({axis: str(values).replace("'", "")}, beta=0.5).cells
     assert [one.training for one in by_set] == [one.training for one in found]
 
 
 def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
-    found = grid(grid={"lmbda": [0.5, "0.5"]})
+    found = make_grid(grid={"lmbda": [0.5, "0.5"]})
     assert len(found.cells) == 1
     assert found.axes["lmbda"] == (0.5,)
     assert found.stands_for == {}
@@ -118,9 +118,9 @@ def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
 
 def test_what_is_said_for_one_task_wins_over_what_is_said_for_all_and_an_axis_over_both() -> None:
     document = {"steps": 5, "batch_size": 2, "per_task": {"words": {"steps": 7, "batch_size": 3}}}
-    sums, words = grid(grid={"task": ["sums", "words"]}, **document).cells
+    sums, words = make_grid(grid={"task": ["sums", "words"]}, **document).cells
     assert (sums.training.steps, words.training.steps) == (5, 7)
-    sums, words = grid(grid={"task": ["sums", "words"], "steps": [9]}, **document).cells
+    sums, words = make_grid(grid={"task": ["sums", "words"], "steps": [9]}, **document).cells
     assert (sums.training.steps, words.training.steps) == (9, 9)
     assert (sums.training.batch_size, words.training.batch_size) == (2, 3)
 
@@ -130,60 +130,60 @@ def test_a_task_may_have_evaluations_of_its_own() -> None:
         "evaluations": [{"decoding": "greedy", "split": "validation"}],
         "per_task": {"words": {"evaluations": [{"decoding": "beam"}]}},
     }
-    sums, words = grid(grid={"task": ["sums", "words"]}, **document).cells
+    sums, words = make_grid(grid={"task": ["sums", "words"]}, **document).cells
     assert [one.name for one in sums.evaluations] == ["greedy@validation"]
     assert [one.name for one in words.evaluations] == ["beam4"]
 
 
 def test_a_null_says_nothing_except_that_all_rows_are_meant() -> None:
-    assert cell(lmbda=None, steps=None).training == cell().training
-    assert cell(data={"train": None}).training.data.train is None
-    sizes = [one.training.data.train for one in grid(grid={"data.train": [None, 50]}).cells]
+    assert make_cell(lmbda=None, steps=None).training == make_cell().training
+    assert make_cell(data={"train": None}).training.data.train is None
+    sizes = [one.training.data.train for one in make_grid(grid={"data.train": [None, 50]}).cells]
     assert sizes == [None, 50]
 
 
 def test_a_section_s_field_can_be_an_axis_and_leaves_its_neighbours_alone() -> None:
-    found = grid(grid={"data.train": [10, 20], "tokenizer.vocab_size": [32]}).cells
+    found = make_grid(grid={"data.train": [10, 20], "tokenizer.vocab_size": [32]}).cells
     assert [one.training.data.train for one in found] == [10, 20]
     assert {one.training.data.test for one in found} == {10}
     assert {one.training.start.tokenizer.vocab_size for one in found} == {32}
 
 
 def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_changed() -> None:
-    changed = cell(
+    changed = make_cell(
         learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=10, lmbda=0
     ).training
-    assert changed.start == cell().training.start
-    assert changed.teacher == cell().training.teacher
+    assert changed.start == make_cell().training.start
+    assert changed.teacher == make_cell().training.teacher
     assert changed.optimizer.learning_rate == 0.5
 
 
 def test_set_replaces_an_axis_of_the_file() -> None:
-    found = grid({"lmbda": "0,0.25"}, grid={"lmbda": [1], "beta": [0, 1]})
+    found = make_grid({"lmbda": "0,0.25"}, grid={"lmbda": [1], "beta": [0, 1]})
     assert found.axes == {"task": ("sums",), "lmbda": (0, 0.25), "beta": (0, 1)}
-    assert list(grid({"lmbda": "0.25"}, grid={"lmbda": [0, 1]}).axes) == ["task", "lmbda"]
+    assert list(make_grid({"lmbda": "0.25"}, grid={"lmbda": [0, 1]}).axes) == ["task", "lmbda"]
 
 
 def test_set_makes_an_axis_of_several_values_and_a_field_of_one() -> None:
-    assert grid({"seed": "1,2"}, seed=5).axes["seed"] == (1, 2)
-    assert grid({"seed": "[1, 2]"}).axes["seed"] == (1, 2)
-    one = grid({"seed": "7"}, seed=5)
+    assert make_grid({"seed": "1,2"}, seed=5).axes["seed"] == (1, 2)
+    assert make_grid({"seed": "[1, 2]"}).axes["seed"] == (1, 2)
+    one = make_grid({"seed": "7"}, seed=5)
     assert "seed" not in one.axes
     assert one.cells[0].seed == 7
 
 
 def test_set_reaches_into_sections_and_takes_whole_ones() -> None:
-    assert cell({"data.train": "33"}).training.data.train == 33
-    assert grid({"data.train": "3,4"}).axes["data.train"] == (3, 4)
-    made = cell({"student": "{layers: 1, width: 6, heads: 3}"}).training.start.model
+    assert make_cell({"data.train": "33"}).training.data.train == 33
+    assert make_grid({"data.train": "3,4"}).axes["data.train"] == (3, 4)
+    made = make_cell({"student": "{layers: 1, width: 6, heads: 3}"}).training.start.model
     assert made.architecture is not None
     assert (made.architecture.width, made.architecture.feed_forward) == (6, 24)
 
 
 def test_set_wins_over_what_the_file_says_of_one_task() -> None:
     document = {"per_task": {"sums": {"steps": 7, "data": {"train": 3, "test": 4}}}}
-    assert cell({"steps": "2"}, **document).training.steps == 2
-    data = cell({"data.train": "2"}, **document).training.data
+    assert make_cell({"steps": "2"}, **document).training.steps == 2
+    data = make_cell({"data.train": "2"}, **document).training.data
     assert (data.train, data.test) == (2, 4)
 
 
@@ -193,9 +193,9 @@ def test_only_what_a_decoding_reads_is_part_of_an_evaluation() -> None:
         {"decoding": "sample", "num_beams": 7, "length_penalty": 2},
         {"decoding": "beam", "temperature": 0.3, "length_penalty": 0},
     ]
-    greedy, sample, beam = cell(evaluations=ways).evaluations
+    greedy, sample, beam = make_cell(evaluations=ways).evaluations
     assert (greedy.temperature, greedy.num_beams, greedy.seed) == (None, None, None)
-    assert greedy == cell().evaluations[0]
+    assert greedy == make_cell().evaluations[0]
     assert (sample.temperature, sample.num_beams, sample.length_penalty) == (1.0, None, None)
     assert sample.seed == 0
     assert (beam.temperature, beam.num_beams, beam.length_penalty) == (None, 4, 0)
@@ -204,18 +204,18 @@ def test_only_what_a_decoding_reads_is_part_of_an_evaluation() -> None:
 
 
 def test_a_model_is_a_name_or_fields_or_a_checkpoint() -> None:
-    assert cell(student="large").training.start.model == cell().training.teacher.model
-    hub = cell(student="owner/tiny").training.start.model
+    assert make_cell(student="large").training.start.model == make_cell().training.teacher.model
+    hub = make_cell(student="owner/tiny").training.start.model
     assert (hub.name, hub.pretrained, hub.revision) == ("tiny", "owner/tiny", "abc")
-    local = cell(student="/models/tiny/").training.start.model
+    local = make_cell(student="/models/tiny/").training.start.model
     assert (local.name, local.path, local.revision) == ("tiny", "/models/tiny/", "sha256:1")
-    assert cell(student={"pretrained": "owner/tiny"}).training.start.sft is None
+    assert make_cell(student={"pretrained": "owner/tiny"}).training.start.sft is None
 
 
 def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> None:
-    training = cell(precision="bf16").training
+    training = make_cell(precision="bf16").training
     assert training.precision == "bf16"
-    assert training.start == cell().training.start
+    assert training.start == make_cell().training.start
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> No
     ],
 )
 def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> None:
-    assert said in refusal(**document)
+    assert said in get_refusal(**document)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> Non
     ],
 )
 def test_a_set_that_cannot_be_says_why(sets: dict[str, str], said: str) -> None:
-    assert said in refusal(sets, student="small")
+    assert said in get_refusal(sets, student="small")
 
 
 def test_every_refusal_is_a_value_error() -> None:
@@ -266,11 +266,11 @@ def test_every_refusal_is_a_value_error() -> None:
 
 
 def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None:
-    usual = cell().training
-    longer = cell(steps=10 * usual.steps).training
+    usual = make_cell().training
+    longer = make_cell(steps=10 * usual.steps).training
     assert longer.optimizer.warmup_steps == 10 * usual.optimizer.warmup_steps
     assert longer.optimizer.cooldown_steps == 10 * usual.optimizer.cooldown_steps
-    assert cell(steps=10 * usual.steps, warmup_steps=7).training.optimizer.warmup_steps == 7
+    assert make_cell(steps=10 * usual.steps, warmup_steps=7).training.optimizer.warmup_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -283,11 +283,11 @@ def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None
 )
 def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
     with pytest.raises(ConfigError, match=r"do not fit into 10 steps|nothing to teach|at least 300"):
-        cell(**document)
+        make_cell(**document)
 
 
 def test_how_many_rows_are_judged_changes_the_evaluation_and_not_the_training() -> None:
-    usual, fewer = cell(), cell(data={"test": 5})
+    usual, fewer = make_cell(), make_cell(data={"test": 5})
     assert fewer.fingerprint == usual.fingerprint
     assert fewer.evaluations[0].examples == 5
     assert fewer.evaluations[0].fingerprint != usual.evaluations[0].fingerprint

@@ -11,7 +11,7 @@ from gkd_lab.config import ConfigError
 from gkd_lab.config.layer_maps import LayerMap, LayerPair, parse_layer_map, resolve_layer_pairs
 from gkd_lab.config.loss_terms import AttentionsConfig, HiddenStatesConfig
 
-from .stub import cell, refusal
+from .stub import get_refusal, make_cell
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ WRONG: list[tuple[Any, str]] = [
 def test_what_is_no_map_is_refused_in_a_configuration_and_in_an_experiment(layers: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_layer_map(layers)
-    message = refusal(objectives=[{"beta": 0}, {"type": "hidden_states", "layers": layers}])
+    message = get_refusal(objectives=[{"beta": 0}, {"type": "hidden_states", "layers": layers}])
     assert re.search(rf"^stub.yaml: objectives\[1\].layers: .* is not valid: .*{said}", message), message
 
 
@@ -89,12 +89,12 @@ def objectives(**fields: Any) -> dict[str, Any]:
 
 
 def test_an_experiment_states_a_map_in_either_form() -> None:
-    by_rule = cell(**objectives(loss="cosine", weight=0.5)).training.objectives[1]
+    by_rule = make_cell(**objectives(loss="cosine", weight=0.5)).training.objectives[1]
     assert by_rule == HiddenStatesConfig(layers="uniform", loss="cosine", weight=0.5)
-    by_list = cell(**objectives(layers=[[0, 0], [1, 1]])).training.objectives[1]
+    by_list = make_cell(**objectives(layers=[[0, 0], [1, 1]])).training.objectives[1]
     assert by_list == HiddenStatesConfig(layers=((0, 0), (1, 1)))
-    assert cell(**objectives()).fingerprint != cell(**objectives(layers="last_1")).fingerprint
-    maps = cell(objectives=[{"beta": 0}, {"type": "attentions", "loss": "kl"}]).training.objectives[1]
+    assert make_cell(**objectives()).fingerprint != make_cell(**objectives(layers="last_1")).fingerprint
+    maps = make_cell(objectives=[{"beta": 0}, {"type": "attentions", "loss": "kl"}]).training.objectives[1]
     assert maps == AttentionsConfig(loss="kl")
 
 
@@ -126,23 +126,23 @@ def test_an_experiment_states_a_map_in_either_form() -> None:
 def test_what_models_to_be_made_do_not_have_is_refused_before_anything_runs(
     document: dict[str, Any], said: str
 ) -> None:
-    assert said in refusal(**document)
+    assert said in get_refusal(**document)
 
 
 def test_both_stacks_of_an_encoder_decoder_can_be_matched() -> None:
-    found = [cell(task="words", **objectives(stack=stack)) for stack in ("encoder", "decoder")]
+    found = [make_cell(task="words", **objectives(stack=stack)) for stack in ("encoder", "decoder")]
     assert found[0].fingerprint != found[1].fingerprint
 
 
 def test_of_a_checkpoint_only_what_is_stated_is_known() -> None:
     """The layers that are kept; of the other model every layer may be there."""
     loaded: dict[str, Any] = {"teacher": {"pretrained": "org/large"}}
-    cell(**loaded, **objectives(layers=[[1, 40]]))
-    assert "layer 2 of the student" in refusal(**loaded, **objectives(layers=[[2, 40]]))
-    assert "last_2: the depth of the student is 1" in refusal(**loaded, **objectives(layers="last_2"))
+    make_cell(**loaded, **objectives(layers=[[1, 40]]))
+    assert "layer 2 of the student" in get_refusal(**loaded, **objectives(layers=[[2, 40]]))
+    assert "last_2: the depth of the student is 1" in get_refusal(**loaded, **objectives(layers="last_2"))
     kept = {"teacher": {"pretrained": "org/large", "keep_layers": [0, 5, 9]}}
-    cell(**kept, **objectives(layers=[[1, 3]]))
-    assert "layer 4 of the teacher" in refusal(**kept, **objectives(layers=[[1, 4]]))
+    make_cell(**kept, **objectives(layers=[[1, 3]]))
+    assert "layer 4 of the teacher" in get_refusal(**kept, **objectives(layers=[[1, 4]]))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_what_a_folder_says_of_its_depth_is_known(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     asked: dict[str, Any] = {"task": task, "teacher": {"pretrained": str(tmp_path)}}
-    cell(**asked, **objectives(stack=stack, layers=[[1, 6]]))
-    said = refusal(**asked, **objectives(stack=stack, layers=[[1, 7]]))
+    make_cell(**asked, **objectives(stack=stack, layers=[[1, 6]]))
+    said = get_refusal(**asked, **objectives(stack=stack, layers=[[1, 7]]))
     assert "layer 7 of the teacher, in the pair [1, 7]: valid layers are 0 to 6" in said
 
 
 @pytest.mark.parametrize("text", ("", "[1]", '{"layers": "many"}'))
 def test_a_configuration_that_says_nothing_of_it_is_left_to_the_loading(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    one = cell(teacher={"pretrained": str(tmp_path)}, **objectives(layers=[[1, 40]]))
+    one = make_cell(teacher={"pretrained": str(tmp_path)}, **objectives(layers=[[1, 40]]))
     assert one.training.objectives[1].layers == ((1, 40),)  # type: ignore[union-attr]

@@ -6,13 +6,13 @@ import pytest
 
 from gkd_lab.config.cell import Training, list_references
 
-from .stub import cell, grid, refusal
+from .stub import get_refusal, make_cell, make_grid
 
 SMALL = {"layers": 1, "width": 8, "heads": 2}
 
 
 def training(*objectives: dict[str, Any], **changes: Any) -> Training:
-    return cell(objectives=list(objectives), source={"lmbda": 0.5}, **changes).training
+    return make_cell(objectives=list(objectives), source={"lmbda": 0.5}, **changes).training
 
 
 def test_teachers_are_numbered_as_they_appear() -> None:
@@ -38,17 +38,17 @@ def test_older_names_of_fields_describe_the_same_cell() -> None:
 
 def test_names_are_not_part_of_a_cell() -> None:
     alike = [
-        cell(objectives=[{"beta": 0.1, "teacher": name}], source={"lmbda": 0}, teachers={name: SMALL})
+        make_cell(objectives=[{"beta": 0.1, "teacher": name}], source={"lmbda": 0}, teachers={name: SMALL})
         for name in ("small", "other")
     ]
     assert alike[0].fingerprint == alike[1].fingerprint
-    plain = cell(objectives=[{"beta": 0.1}], source={"lmbda": 0})
-    assert plain.training == cell(lmbda=0, beta=0.1).training
+    plain = make_cell(objectives=[{"beta": 0.1}], source={"lmbda": 0})
+    assert plain.training == make_cell(lmbda=0, beta=0.1).training
 
 
 def test_what_the_data_calls_teachers_is_part_of_a_routed_cell() -> None:
     cells = [
-        cell(
+        make_cell(
             objectives=[{"beta": 0.1, "teacher": ["teacher", name], "routed": True}],
             source={"lmbda": 0},
             teachers={name: SMALL},
@@ -59,7 +59,7 @@ def test_what_the_data_calls_teachers_is_part_of_a_routed_cell() -> None:
 
 
 def test_all_teachers_of_a_cell_are_built_once() -> None:
-    found = grid(
+    found = make_grid(
         grid={"seed": [0, 1]},
         objectives=[{"beta": 0.1, "teacher": ["teacher", "small", "start"]}],
         source={"lmbda": 0},
@@ -84,7 +84,7 @@ def test_all_teachers_of_a_cell_are_built_once() -> None:
 )
 def test_a_teacher_that_cannot_be_asked_for_is_refused(objective: dict[str, Any], message: str) -> None:
     listed = [{"beta": 0.5, **objective}]
-    assert message in refusal(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
+    assert message in get_refusal(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
 
 
 def test_the_start_at_another_temperature_has_something_to_teach() -> None:
@@ -96,24 +96,24 @@ def test_the_start_at_another_temperature_has_something_to_teach() -> None:
 
 def test_a_mixture_of_one_is_that_one() -> None:
     mixed, plain = (
-        cell(objectives=[{"beta": 0.5, **more}], source={"lmbda": 0}) for more in ({"mixture": [1]}, {})
+        make_cell(objectives=[{"beta": 0.5, **more}], source={"lmbda": 0}) for more in ({"mixture": [1]}, {})
     )
     assert mixed.fingerprint == plain.fingerprint
 
 
 def test_a_teacher_that_nothing_names_is_no_part_of_a_cell() -> None:
     listed = [{"beta": 0.5}]
-    one = cell(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
-    assert one.training == cell(objectives=listed, source={"lmbda": 0}).training
+    one = make_cell(objectives=listed, source={"lmbda": 0}, teachers={"small": SMALL})
+    assert one.training == make_cell(objectives=listed, source={"lmbda": 0}).training
 
 
 def test_weights_that_are_all_0_are_refused() -> None:
     listed = [{"beta": 0.5, "weight": 0}, {"type": "cross_entropy", "weight": 0}]
-    message = refusal(objectives=listed, source={"lmbda": 0})
+    message = get_refusal(objectives=listed, source={"lmbda": 0})
     assert message.endswith("objectives: all weights are 0, so nothing would be learnt; give one a weight")
 
 
 def test_a_reserved_name_is_refused() -> None:
     listed = [{"beta": 0.5, "teacher": "start"}]
-    message = refusal(objectives=listed, source={"lmbda": 0}, teachers={"start": SMALL})
+    message = get_refusal(objectives=listed, source={"lmbda": 0}, teachers={"start": SMALL})
     assert "the name 'start' is reserved" in message

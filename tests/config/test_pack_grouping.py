@@ -15,7 +15,7 @@ from gkd_lab.config.packs import (
     split_evenly,
 )
 
-from .stub import grid
+from .stub import make_grid
 
 AXES: dict[str, list[Any]] = {"lmbda": [1, 0, 0.5], "beta": [1, 0], "seed": [2, 0, 1]}
 
@@ -39,12 +39,12 @@ def keys(groups: list[list[Cell]]) -> list[list[tuple[int, float, float]]]:
     ],
 )
 def test_what_each_cell_keeps_for_itself_does_not_part_cells(axis: str, values: list[Any]) -> None:
-    found = grid(beta=0.1, grid={axis: values}) if axis != "beta" else grid(grid={axis: values})
+    found = make_grid(beta=0.1, grid={axis: values}) if axis != "beta" else make_grid(grid={axis: values})
     assert [len(group) for group in group_cells_into_packs(found.cells, 16)] == [2]
 
 
 def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model() -> None:
-    found = grid(grid={"lmbda": [0, 1], "learning_rate": [1e-3, 2e-3], "temperature": [0.5, 1]})
+    found = make_grid(grid={"lmbda": [0, 1], "learning_rate": [1e-3, 2e-3], "temperature": [0.5, 1]})
     assert [len(group) for group in group_cells_into_packs(found.cells, 16)] == [6]
 
 
@@ -68,17 +68,20 @@ def test_cells_that_differ_in_coin_divergence_seed_and_step_size_share_one_model
     ],
 )
 def test_cells_that_differ_in_anything_else_do_not(axis: str, values: list[Any]) -> None:
-    assert [len(group) for group in group_cells_into_packs(grid(grid={axis: values}).cells, 16)] == [1, 1]
+    assert [len(group) for group in group_cells_into_packs(make_grid(grid={axis: values}).cells, 16)] == [
+        1,
+        1,
+    ]
 
 
 def test_members_are_sorted_by_seed_coin_and_divergence() -> None:
-    (group,) = keys(group_cells_into_packs(grid(grid=AXES).cells, 99))
+    (group,) = keys(group_cells_into_packs(make_grid(grid=AXES).cells, 99))
     assert group == sorted(group)
     assert len(group) == 18
 
 
 def test_total_variation_comes_last_among_the_divergences() -> None:
-    found = grid(grid={"divergence": ["tv", "jsd"], "beta": [1, 0], "lmbda": [1, 0]})
+    found = make_grid(grid={"divergence": ["tv", "jsd"], "beta": [1, 0], "lmbda": [1, 0]})
     (group,) = group_cells_into_packs(found.cells, 16)
     assert [(one.lmbda, one.beta) for one in group] == [
         (lmbda, beta) for lmbda in (0, 1) for beta in (0, 1, None)
@@ -87,7 +90,7 @@ def test_total_variation_comes_last_among_the_divergences() -> None:
 
 @pytest.mark.parametrize("limit", [1, 4, 7, 18, "auto", "off"])
 def test_the_groups_are_the_same_in_whatever_order_the_cells_come(limit: PackLimit) -> None:
-    cells = list(grid(grid={**AXES, "steps": [1, 2]}).cells)
+    cells = list(make_grid(grid={**AXES, "steps": [1, 2]}).cells)
     wanted = {tuple(one.fingerprint for one in group) for group in group_cells_into_packs(cells, limit)}
     random.Random(0).shuffle(cells)
     assert {
@@ -96,7 +99,7 @@ def test_the_groups_are_the_same_in_whatever_order_the_cells_come(limit: PackLim
 
 
 def test_a_limit_is_kept_and_no_cell_is_lost() -> None:
-    cells = grid(grid=AXES).cells
+    cells = make_grid(grid=AXES).cells
     assert [len(group) for group in group_cells_into_packs(cells, 7)] == [7, 7, 4]
     assert [len(group) for group in group_cells_into_packs(cells, "auto")] == [
         AUTO_PACK_SIZE,
@@ -107,15 +110,15 @@ def test_a_limit_is_kept_and_no_cell_is_lost() -> None:
 
 
 def test_a_cell_with_dropout_runs_alone_and_says_why() -> None:
-    cells = grid(grid={"lmbda": [0, 1]}, dropout=0.1).cells
+    cells = make_grid(grid={"lmbda": [0, 1]}, dropout=0.1).cells
     assert [len(group) for group in group_cells_into_packs(cells, 16)] == [1, 1]
     assert "dropout" in (explain_unpackable(cells[0]) or "")
-    assert explain_unpackable(grid().cells[0]) is None
+    assert explain_unpackable(make_grid().cells[0]) is None
 
 
 @pytest.mark.parametrize("student", ["owner/tiny", "/a/folder"])
 def test_cells_with_a_loaded_student_share_one_model_as_others_do(student: str) -> None:
-    cells = grid(grid={"lmbda": [0, 1], "beta": [0, 1]}, student=student).cells
+    cells = make_grid(grid={"lmbda": [0, 1], "beta": [0, 1]}, student=student).cells
     assert [len(group) for group in group_cells_into_packs(cells, 16)] == [4]
     assert explain_unpackable(cells[0]) is None
 

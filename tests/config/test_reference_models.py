@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 
-from .stub import cell, refusal
+from .stub import get_refusal, make_cell
 
 MORE = {"objectives": [{"beta": 0.5, "teacher": ["teacher", "other"]}], "source": {"lmbda": 0}}
 
 
 def test_a_size_is_a_model_of_the_scale() -> None:
-    assert cell(student={"size": "large"}).training == cell(student="large").training
+    assert make_cell(student={"size": "large"}).training == make_cell(student="large").training
 
 
 def test_fields_beside_a_size_replace_its_own() -> None:
-    changed = cell(student={"size": "large", "layers": 3, "sft": {"steps": 7}}).training.start
-    large = cell(student="large").training.start
+    changed = make_cell(student={"size": "large", "layers": 3, "sft": {"steps": 7}}).training.start
+    large = make_cell(student="large").training.start
     assert changed.model.architecture is not None and large.model.architecture is not None
     assert changed.model.architecture.layers == 3
     assert changed.model.architecture.width == large.model.architecture.width
@@ -25,8 +25,8 @@ def test_fields_beside_a_size_replace_its_own() -> None:
 
 
 def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
-    plain = cell(teacher="large").training
-    lowered = cell(teacher={"size": "large", "dtype": "bfloat16"}).training
+    plain = make_cell(teacher="large").training
+    lowered = make_cell(teacher={"size": "large", "dtype": "bfloat16"}).training
     assert lowered.teacher == plain.teacher
     assert lowered.teacher.model.name == "large"
     assert lowered.fingerprint != plain.fingerprint
@@ -34,15 +34,19 @@ def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
 
 
 def test_where_a_teacher_is_kept_is_no_part_of_a_cell() -> None:
-    plain, parked = (cell(teacher=asked).training for asked in ("large", {"size": "large", "parked": True}))
+    plain, parked = (
+        make_cell(teacher=asked).training for asked in ("large", {"size": "large", "parked": True})
+    )
     assert parked.fingerprint == plain.fingerprint
     assert (plain.get_teacher_placement(0), parked.get_teacher_placement(0)) == ((None, False), (None, True))
 
 
 def test_each_teacher_is_held_in_its_own_way() -> None:
-    one = cell(teachers={"other": {"size": "small", "dtype": "float16", "parked": True}}, **MORE).training
+    one = make_cell(
+        teachers={"other": {"size": "small", "dtype": "float16", "parked": True}}, **MORE
+    ).training
     assert (one.get_teacher_placement(0), one.get_teacher_placement(1)) == ((None, False), ("float16", True))
-    assert cell(teachers={"other": "small"}, **MORE).training.teachers == one.teachers
+    assert make_cell(teachers={"other": "small"}, **MORE).training.teachers == one.teachers
 
 
 @pytest.mark.parametrize(
@@ -71,4 +75,4 @@ def test_each_teacher_is_held_in_its_own_way() -> None:
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(fields: dict[str, Any], message: str) -> None:
-    assert message in refusal(**fields)
+    assert message in get_refusal(**fields)

@@ -10,15 +10,15 @@ from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedReward
 from gkd_lab.config.packs import group_cells_into_packs
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, hash_reward_module, import_reward
 
-from .stub import cell, grid, refusal
+from .stub import get_refusal, make_cell, make_grid
 
 SHORT: dict[str, Any] = {"reward": "exact_match", "alpha": 0.25, "beta": 0.9}
 
 
 def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
     objectives = [{"beta": 0.9, "weight": 0.25}, {"type": "reward", "name": "exact_match", "weight": 0.75}]
-    one = cell(**SHORT)
-    assert one.training == cell(objectives=objectives).training
+    one = make_cell(**SHORT)
+    assert one.training == make_cell(objectives=objectives).training
     assert one.training.objectives == (
         ResolvedDivergence(beta=0.9, weight=0.25, teacher_temperature=1, student_temperature=1),
         ResolvedReward(name="exact_match", weight=0.75),
@@ -27,43 +27,49 @@ def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
 
 
 def test_what_weighs_nothing_is_left_out() -> None:
-    assert cell(**{**SHORT, "alpha": 1}).training == cell(beta=0.9).training
-    (alone,) = cell(**{**SHORT, "alpha": 0}).training.objectives
+    assert make_cell(**{**SHORT, "alpha": 1}).training == make_cell(beta=0.9).training
+    (alone,) = make_cell(**{**SHORT, "alpha": 0}).training.objectives
     assert alone == ResolvedReward(name="exact_match", weight=1)
-    assert "lmbda=1_reward_seed=0-" in cell(**{**SHORT, "alpha": 0}).folder
+    assert "lmbda=1_reward_seed=0-" in make_cell(**{**SHORT, "alpha": 0}).folder
 
 
 def test_the_other_weight_is_a_round_number_too() -> None:
-    weights = [one.weight for one in cell(**{**SHORT, "alpha": 0.9}).training.objectives]
+    weights = [one.weight for one in make_cell(**{**SHORT, "alpha": 0.9}).training.objectives]
     assert weights == [0.9, 0.1]
 
 
 def test_the_long_form_of_a_reward_says_more() -> None:
     long = {"name": "rouge2", "baseline": "none"}
     objectives = [{"beta": 0, "weight": 0.5}, {"type": "reward", "weight": 0.5, **long}]
-    assert cell(reward=long, alpha=0.5).training == cell(objectives=objectives).training
-    assert cell(reward={"name": "rouge2"}, alpha=0.5).training == cell(reward="rouge2", alpha=0.5).training
+    assert make_cell(reward=long, alpha=0.5).training == make_cell(objectives=objectives).training
+    assert (
+        make_cell(reward={"name": "rouge2"}, alpha=0.5).training
+        == make_cell(reward="rouge2", alpha=0.5).training
+    )
 
 
 def test_rewards_and_alphas_are_axes_and_share_a_model() -> None:
-    found = grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
+    found = make_grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
     assert len(found) == 5  # without a reward's weight they are one
     assert [len(pack) for pack in group_cells_into_packs(found, "auto")] == [5]
 
 
 def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
     changes = {"reward": "exact_match", "beta": 0.9}
-    rlef = cell(method="rlef", **changes).training
-    assert rlef == cell(alpha=0.05, anchor="start", **changes).training
-    assert rlef.fingerprint != cell(alpha=0.05, **changes).training.fingerprint
-    assert cell(alpha=0.05, anchor="teacher", **changes).training == cell(alpha=0.05, **changes).training
-    found = grid(grid={"method": ["gkd", "rlef"], "alpha": [0.05, 0.5]}, **changes)
+    rlef = make_cell(method="rlef", **changes).training
+    assert rlef == make_cell(alpha=0.05, anchor="start", **changes).training
+    assert rlef.fingerprint != make_cell(alpha=0.05, **changes).training.fingerprint
+    assert (
+        make_cell(alpha=0.05, anchor="teacher", **changes).training
+        == make_cell(alpha=0.05, **changes).training
+    )
+    found = make_grid(grid={"method": ["gkd", "rlef"], "alpha": [0.05, 0.5]}, **changes)
     assert len(found.cells) == 3
 
 
 def test_a_model_that_judges_is_known_by_its_revision() -> None:
-    (_, hub) = cell(reward={"name": "entailment", "model": "owner/nli"}, alpha=0.5).training.objectives
-    (_, local) = cell(reward={"name": "entailment", "model": "/a/folder"}, alpha=0.5).training.objectives
+    (_, hub) = make_cell(reward={"name": "entailment", "model": "owner/nli"}, alpha=0.5).training.objectives
+    (_, local) = make_cell(reward={"name": "entailment", "model": "/a/folder"}, alpha=0.5).training.objectives
     assert (hub.model, hub.revision, hub.path) == ("owner/nli", "abc", None)
     assert (local.model, local.revision, local.path) == (None, "sha256:1", "/a/folder")
     assert "folder" not in local.canonical_json
@@ -91,17 +97,17 @@ def name_of(module: Path) -> str:
 
 
 def test_a_function_is_known_by_its_module_s_content_without_being_imported(module: Path) -> None:
-    first = cell(reward=name_of(module), alpha=0.5).training
+    first = make_cell(reward=name_of(module), alpha=0.5).training
     assert not Path("imported").exists()
     (_, reward) = first.objectives
     assert reward.content == hash_reward_module(name_of(module))
     module.write_text(module.read_text().replace("1.0", "2.0"))
-    assert cell(reward=name_of(module), alpha=0.5).fingerprint != first.fingerprint
+    assert make_cell(reward=name_of(module), alpha=0.5).fingerprint != first.fingerprint
     assert import_reward(name_of(module))(["p"], ["t"], ["r"]) == [2]
     assert Path("imported").exists()
     assert (
         hash_reward_module(name_of(module))
-        == cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
+        == make_cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
     )
 
 
@@ -153,10 +159,10 @@ def test_a_module_without_a_file_is_refused(name: str) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
-    assert said in refusal(**{name: one for name, one in {**SHORT, **changes}.items() if one is not None})
+    assert said in get_refusal(**{name: one for name, one in {**SHORT, **changes}.items() if one is not None})
 
 
 def test_a_listed_reward_is_refused_as_a_short_one_is() -> None:
     listed = [{"beta": 0.5}, {"type": "reward", "name": "rouge2"}]
-    assert "with lmbda 0 it writes nothing" in refusal(objectives=listed, lmbda=0)
-    assert "objectives[0].name is missing" in refusal(objectives=[{"type": "reward"}])
+    assert "with lmbda 0 it writes nothing" in get_refusal(objectives=listed, lmbda=0)
+    assert "objectives[0].name is missing" in get_refusal(objectives=[{"type": "reward"}])

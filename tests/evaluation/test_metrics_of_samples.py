@@ -14,7 +14,7 @@ from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
 
-from ..config.stub import cell
+from ..config.stub import make_cell
 from ..models.tiny import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -98,7 +98,7 @@ def test_a_calculator_is_asked_for_by_the_evaluation_and_needs_the_marks() -> No
 
 
 def evaluation(**fields: Any) -> Evaluation:
-    return cell(evaluations=[fields]).evaluations[0]
+    return make_cell(evaluations=[fields]).evaluations[0]
 
 
 def test_new_fields_leave_older_evaluations_what_they_were() -> None:
