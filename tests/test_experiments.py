@@ -1,4 +1,4 @@
-"""The experiments that are shipped, and the way from a name to contents: files, folders, the hub."""
+"""The shipped experiments, and how names of experiments, data and models are resolved."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -60,7 +60,7 @@ def test_every_experiment_has_a_stated_count() -> None:
     assert set(COUNTS) == set(experiments.list_experiment_files())
 
 
-def test_a_generator_that_is_not_installed_is_told_before_anything_runs(
+def test_a_missing_generator_is_reported_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(_: str) -> str:
@@ -84,16 +84,16 @@ def test_every_experiment_expands_to_its_stated_count(name: str, count: int, tmp
 
 def test_the_nano_grid_crosses_lmbda_and_beta_with_all_three_tasks(tmp_path: Path) -> None:
     cells = experiments.load("nano_grid", outputs=tmp_path).cells
-    points = {(one.task, one.lmbda, one.beta) for one in cells}
+    points = {(cell.task, cell.lmbda, cell.beta) for cell in cells}
     tasks = ("arithmetic", "translation", "summarization")
     betas = (0, 0.1, 0.5, 0.9, 1)
     assert points == {(t, x, b) for t in tasks for x in (0, 0.5, 1) for b in betas}
     assert [len(group) for group in group_cells_into_packs(cells, "auto")] == [15, 15, 15]
 
 
-def test_experiments_share_the_cells_that_they_both_ask_for(tmp_path: Path) -> None:
-    folders = {one.folder for one in experiments.load("nano_grid", outputs=tmp_path).cells}
-    assert {one.folder for one in experiments.load("quickstart", outputs=tmp_path).cells} <= folders
+def test_experiments_share_equal_cells(tmp_path: Path) -> None:
+    folders = {cell.folder for cell in experiments.load("nano_grid", outputs=tmp_path).cells}
+    assert {cell.folder for cell in experiments.load("quickstart", outputs=tmp_path).cells} <= folders
 
 
 def test_an_experiment_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,28 +110,28 @@ def test_an_experiment_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.M
         experiments.load("quikstart")
 
 
-def test_one_cell_of_an_experiment_is_the_cell_that_the_experiment_plans(tmp_path: Path) -> None:
+def test_a_single_cell_of_an_experiment_is_one_of_its_grid(tmp_path: Path) -> None:
     planned = experiments.load("quickstart", outputs=tmp_path).cells
     fields = {"task": "arithmetic", "lmbda": "0.5", "beta": "0.1"}
-    (one,) = experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path).cells
+    (cell,) = experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path).cells
     (alone,) = experiments.load_single_cell(fields, outputs=tmp_path).cells
-    assert one.folder in {cell.folder for cell in planned}
-    assert alone.folder == one.folder
+    assert cell.folder in {other.folder for other in planned}
+    assert alone.folder == cell.folder
 
 
 @pytest.mark.parametrize("fields", [{"lmbda": "0,1", "beta": "0"}, {"lmbda": "0"}])
-def test_one_cell_is_one(fields: dict[str, str], tmp_path: Path) -> None:
+def test_more_than_one_cell_is_refused(fields: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cells of 'quickstart' match: give one value for --"):
         experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path)
 
 
-def test_total_variation_needs_no_beta_to_be_one_cell(tmp_path: Path) -> None:
+def test_a_single_cell_of_total_variation_needs_no_beta(tmp_path: Path) -> None:
     fields = {"task": "arithmetic", "lmbda": "0", "divergence": "tv"}
     (cell,) = experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path).cells
     assert (cell.divergence, cell.beta) == ("tv", None)
 
 
-def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> None:
+def test_a_data_folder_is_identified_by_content(tmp_path: Path) -> None:
     def fingerprint(folder: Path) -> str:
         fields = {"task": "arithmetic", "data.source": str(folder)}
         (cell,) = experiments.load_single_cell(fields, outputs=tmp_path / "outputs").cells
@@ -145,7 +145,7 @@ def test_a_folder_of_rows_is_part_of_the_identity_by_content(tmp_path: Path) -> 
     assert fingerprint(tmp_path / "a") != first
 
 
-def test_a_folder_that_is_not_there_names_the_nearest_one(tmp_path: Path) -> None:
+def test_a_missing_data_folder_is_reported_with_the_nearest(tmp_path: Path) -> None:
     rows(tmp_path / "gsm8k")
     with pytest.raises(ConfigError, match=r"no folder '.*/gsm8'.*did you mean '.*/gsm8k'"):
         experiments.load("quickstart", overrides={"data.source": str(tmp_path / "gsm8")})
@@ -160,7 +160,7 @@ def test_an_unknown_metric_is_refused_before_anything_runs(tmp_path: Path) -> No
 HUB = {"task": "arithmetic", "data.source": "owner/rows"}
 
 
-def test_a_hub_name_that_is_not_resolved_asks_for_one_line_which_then_works(tmp_path: Path) -> None:
+def test_an_unresolved_hub_name_asks_for_a_line_in_revisions_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the hub is offline") as caught:
         experiments.load_single_cell(HUB, outputs=tmp_path)
     place, _, line = str(caught.value).partition("add it to ")[2].partition(": ")
@@ -174,25 +174,25 @@ def test_a_hub_name_that_is_not_resolved_asks_for_one_line_which_then_works(tmp_
     assert cell.training.data.name == "owner/rows"
 
 
-def test_a_commit_is_part_of_the_identity(tmp_path: Path) -> None:
-    found = set()
+def test_a_commit_changes_the_fingerprint(tmp_path: Path) -> None:
+    fingerprints = set()
     for commit in ("0a", "0b"):
-        known = tmp_path / "revisions.json"
-        known.write_text(json.dumps({"datasets": {"owner/rows": commit}}))
-        found.add(experiments.load_single_cell(HUB, outputs=tmp_path).cells[0].fingerprint)
-    assert len(found) == 2
+        commits_file = tmp_path / "revisions.json"
+        commits_file.write_text(json.dumps({"datasets": {"owner/rows": commit}}))
+        fingerprints.add(experiments.load_single_cell(HUB, outputs=tmp_path).cells[0].fingerprint)
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("text", ['{"datasets": ', "[]", '{"datasets": ["owner/rows"]}'])
-def test_a_damaged_list_of_revisions_is_told_and_left_alone(text: str, tmp_path: Path) -> None:
-    known = tmp_path / "revisions.json"
-    known.write_text(text)
+def test_a_damaged_revisions_json_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
+    commits_file = tmp_path / "revisions.json"
+    commits_file.write_text(text)
     with pytest.raises(ConfigError, match=r"revisions.json: (not valid JSON|expected)"):
         experiments.load_single_cell(HUB, outputs=tmp_path)
-    assert known.read_text() == text
+    assert commits_file.read_text() == text
 
 
-def test_a_checkpoint_folder_is_known_by_content_and_a_missing_one_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_is_identified_by_content(tmp_path: Path) -> None:
     def revision(folder: Path) -> str | None:
         fields = {"task": "arithmetic", "student": str(folder)}
         (cell,) = experiments.load_single_cell(fields, outputs=tmp_path / "outputs").cells

@@ -1,4 +1,4 @@
-"""The sweep files that are shipped: each is its experiment's, and each of its cells is a cell of the plan."""
+"""Each shipped sweep file matches its experiment, and gives the cells of its grid."""
 
 import itertools
 import subprocess
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
 
-def words_of(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
-    """The command that wandb's own client makes of a point."""
+def build_command(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
+    """Return the command that wandb's client builds for a point."""
     macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})
     macros["env"] = ["/usr/bin/env"]
     words: list[str] = []
@@ -30,15 +30,15 @@ def words_of(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
     return words
 
 
-def points_of(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Names in the order of the alphabet, as the client writes the file for the server."""
-    axes = {name: one["values"] for name, one in sorted(sweep["parameters"].items())}
+def list_points(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield all points; axes are in alphabetical order, as the client writes them for the server."""
+    axes = {name: axis["values"] for name, axis in sorted(sweep["parameters"].items())}
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
-def cell_of(words: list[str], outputs: Path) -> str:
-    """Fingerprint of the cell that `gkd-lab cell` takes a command for."""
+def get_cell_fingerprint(words: list[str], outputs: Path) -> str:
+    """Return the fingerprint of the cell that a command runs."""
     assert words[:4] == ["/usr/bin/env", "gkd-lab", "cell", "--experiment"]
     grid = experiments.load_single_cell(parse_cell_fields(words[5:]), name=words[4], outputs=outputs)
     return grid.cells[0].full_fingerprint
@@ -49,29 +49,31 @@ def test_every_experiment_has_a_sweep_file() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sweep_file_is_what_the_command_prints_of_its_experiment(name: str) -> None:
+def test_a_sweep_file_equals_the_output_of_the_command(name: str) -> None:
     text = (ROOT / "sweeps" / f"{name}.yaml").read_text()
     hint = f"write it anew: gkd-lab sweep {name} > sweeps/{name}.yaml"
     assert text == format_sweep_file(name, experiments.outline_experiment(name)[0], None, {}), hint
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_cell_of_a_sweep_is_a_cell_of_the_plan(name: str, tmp_path: Path) -> None:
-    """Whole numbers arrive as they are written or, from elsewhere, with a point: one cell either way."""
+def test_the_cells_of_a_sweep_are_the_cells_of_the_grid(name: str, tmp_path: Path) -> None:
+    """Compare full fingerprints, for every experiment that can be resolved offline."""
     try:
         planned = {cell.full_fingerprint for cell in experiments.load(name, outputs=tmp_path).cells}
     except ConfigError as error:
         pytest.skip(f"cannot be resolved here: {error}")
     sweep = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
-    found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
-    assert set(found) == planned
-    assert len(set(found)) == experiments.outline_experiment(name)[1]
+    fingerprints = [
+        get_cell_fingerprint(build_command(sweep, point), tmp_path) for point in list_points(sweep)
+    ]
+    assert set(fingerprints) == planned
+    assert len(set(fingerprints)) == experiments.outline_experiment(name)[1]
 
 
-def test_zero_one_and_text_are_the_same_cell(tmp_path: Path) -> None:
+def test_spellings_of_a_number_give_the_same_cell(tmp_path: Path) -> None:
     start = ["/usr/bin/env", "gkd-lab", "cell", "--experiment", "quickstart"]
     forms = (["--beta=1", "--lmbda=0"], ["--beta=1.0", "--lmbda=0.0"], ["--beta", "1", "--lmbda", "0"])
-    assert len({cell_of([*start, *form], tmp_path) for form in forms}) == 1
+    assert len({get_cell_fingerprint([*start, *form], tmp_path) for form in forms}) == 1
 
 
 AXES = {
@@ -83,8 +85,8 @@ AXES = {
 }
 
 
-def test_every_kind_of_value_comes_through_the_client_as_it_was(tmp_path: Path) -> None:
-    """Sections, numbers without a point, truth, dotted names, and null."""
+def test_every_kind_of_value_survives_the_client(tmp_path: Path) -> None:
+    """Sections, numbers without a point, booleans, dotted names, and null."""
     for axis, text in AXES.items():
         set_for_all = {"steps": "100", "lmbda": "1", "beta": "0.5", axis: text}
         planned = experiments.load("quickstart", overrides=set_for_all, outputs=tmp_path).cells
@@ -92,12 +94,14 @@ def test_every_kind_of_value_comes_through_the_client_as_it_was(tmp_path: Path) 
         sweep = yaml.safe_load(format_sweep_file("quickstart", experiment, None, set_for_all))
         assert "--steps=100" in sweep["command"]
         assert len(sweep["parameters"][axis]["values"]) == 2
-        found = [cell_of(words_of(sweep, point), tmp_path) for point in points_of(sweep)]
-        assert list(dict.fromkeys(found)) == [cell.full_fingerprint for cell in planned], axis
+        fingerprints = [
+            get_cell_fingerprint(build_command(sweep, point), tmp_path) for point in list_points(sweep)
+        ]
+        assert list(dict.fromkeys(fingerprints)) == [cell.full_fingerprint for cell in planned], axis
 
 
 @pytest.mark.parametrize("value", ["small", "1", "null", "a,b", "yes", "a: b", "'", '"', "/a b/c", "[", "#"])
-def test_text_that_yaml_takes_for_something_else_is_quoted(value: str) -> None:
+def test_text_that_yaml_would_misread_is_quoted(value: str) -> None:
     assert yaml.safe_load(f"[{encode_axis_value(value)}]") == [value]
 
 

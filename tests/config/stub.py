@@ -1,4 +1,4 @@
-"""Two tasks and a hub that no change of a scale's defaults touches, so that their cells keep their ids."""
+"""Stub tasks and revisions with fixed defaults, so that the fingerprints of their cells never change."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def make_cell(overrides: Mapping[str, str] | None = None, **document: Any) -> Ce
 
 
 def get_refusal(overrides: Mapping[str, str] | None = None, **document: Any) -> str:
-    """What is said of a request that is wrong."""
+    """Return the message that refuses an invalid experiment."""
     try:
         make_grid(overrides, **document)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Costs are counted from the description; of a loaded model from its number of parameters."""
+"""FLOPs are estimated from the spec, and for a loaded model from its number of parameters."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_a_training_costs_what_its_tokens_do(cell: Cell) -> None:
     assert estimate_training_flops(twice) == 2 * estimate_training_flops(training)  # type: ignore[operator]
 
 
-def test_given_parameters_are_the_same_as_counted_ones(cell: Cell) -> None:
+def test_explicit_and_counted_parameters_give_the_same_cost(cell: Cell) -> None:
     start, teacher = cell.training.start, cell.training.teacher
     assert estimate_training_flops(cell.training) == estimate_training_flops(
         cell.training, count_model_parameters(start), count_model_parameters(teacher)
@@ -28,7 +28,7 @@ def test_given_parameters_are_the_same_as_counted_ones(cell: Cell) -> None:
     assert estimate_sft_flops(start) == estimate_sft_flops(start, count_model_parameters(start))
 
 
-def test_a_loaded_model_costs_nothing_known_until_its_size_is(cell: Cell) -> None:
+def test_the_cost_of_a_loaded_model_needs_its_parameters(cell: Cell) -> None:
     start = cell.training.start
     loaded = start.model_copy(update={"model": start.model.model_copy(update={"architecture": None})})
     training = cell.training.model_copy(update={"start": loaded})

@@ -1,4 +1,4 @@
-"""Every message says what is wrong, where, why, and what would be right."""
+"""Messages name the field, the value, the reason and the valid choices."""
 
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("document", "said"), WRONG, ids=[said[:40] for _, said in WRONG])
-def test_a_wrong_value_is_named_with_its_place_and_what_would_be_right(
-    document: dict[str, Any], said: str
+@pytest.mark.parametrize(("document", "expected"), WRONG, ids=[expected[:40] for _, expected in WRONG])
+def test_an_invalid_value_is_reported_with_its_field_and_valid_choices(
+    document: dict[str, Any], expected: str
 ) -> None:
     message = get_refusal(**document)
-    assert said in message
+    assert expected in message
     assert message.startswith("stub.yaml: ")
     assert "\n" not in message
 
@@ -89,7 +89,7 @@ def refused(text: str | bytes, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("grid: {beta: []}", "grid.beta: the list is empty, so there is no cell to run"),
         ("grid: {beta: 0.5}", "grid.beta: must be a list of values, got 0.5; did you mean [0.5]?"),
@@ -104,8 +104,8 @@ def refused(text: str | bytes, folder: Path) -> str:
         (b"description: \x00", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_experiment_says_what_it_is(text: str | bytes, said: str, tmp_path: Path) -> None:
-    assert said in refused(text, tmp_path)
+def test_an_invalid_experiment_file_is_reported(text: str | bytes, expected: str, tmp_path: Path) -> None:
+    assert expected in refused(text, tmp_path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
             read_experiment(path)
 
 
-def test_a_grid_with_nothing_in_it_is_no_grid(tmp_path: Path) -> None:
+def test_an_empty_grid_has_no_axes(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: d\ntask: sums\ngrid:\n")
     assert read_experiment(path).list_axes() == {}
 
 
-def test_an_error_in_what_was_set_says_so(tmp_path: Path) -> None:
+def test_an_invalid_override_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: d\n")
     with pytest.raises(ConfigError, match=r"with the values set: beta: 'abc' is not valid"):

@@ -1,4 +1,4 @@
-"""What moves a fingerprint and what does not; ids of records that exist must never change."""
+"""Fields that change a fingerprint, and fingerprints of existing records, which must never change."""
 
 import math
 from typing import Annotated, Any
@@ -47,29 +47,29 @@ def described() -> dict[str, Frozen]:
     }
 
 
-def test_ids_of_existing_records_stay_what_they_are() -> None:
+def test_fingerprints_of_existing_records_never_change() -> None:
     assert FORMAT_VERSION == 1
     assert {name: spec.fingerprint for name, spec in described().items()} == GOLDEN
 
 
 def other_values(spec: Frozen, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Frozen]]:
-    """The description with one field changed, for each field at any depth."""
-    found = []
+    """Return (path, spec with that field changed) for each field at any depth."""
+    variants = []
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
         place = (*path, name)
         if isinstance(value, Frozen):
             for deeper, changed in other_values(value, place):
-                found.append((deeper, spec.model_copy(update={name: changed})))
+                variants.append((deeper, spec.model_copy(update={name: changed})))
         elif isinstance(value, tuple) and value and isinstance(value[0], Frozen):
             for deeper, changed in other_values(value[0], place):
-                found.append((deeper, spec.model_copy(update={name: (changed, *value[1:])})))
-            found.append((place, spec.model_copy(update={name: value + value})))
+                variants.append((deeper, spec.model_copy(update={name: (changed, *value[1:])})))
+            variants.append((place, spec.model_copy(update={name: value + value})))
         else:
-            found.append((place, spec.model_copy(update={name: another(value)})))
+            variants.append((place, spec.model_copy(update={name: another(value)})))
         if any(isinstance(mark, NotHashed) for mark in field.metadata):
-            found = [(p if p[: len(place)] != place else (*p, "PLACE"), s) for p, s in found]
-    return found
+            variants = [(p if p[: len(place)] != place else (*p, "PLACE"), s) for p, s in variants]
+    return variants
 
 
 def another(value: Any) -> Any:
@@ -86,7 +86,7 @@ def another(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("spec", described().values(), ids=described().keys())
-def test_every_field_moves_the_fingerprint_unless_it_is_a_place(spec: Frozen) -> None:
+def test_every_hashed_field_changes_the_fingerprint(spec: Frozen) -> None:
     changed = other_values(spec.model_copy())
     assert len(changed) >= len(type(spec).model_fields)
     for path, other in changed:
@@ -95,7 +95,7 @@ def test_every_field_moves_the_fingerprint_unless_it_is_a_place(spec: Frozen) ->
 
 
 def fresh(spec: Frozen) -> Frozen:
-    """Copies carry what was computed before; this one has computed nothing."""
+    """Rebuild a spec; a plain copy would keep the cached fingerprint."""
     values = {name: renewed(getattr(spec, name)) for name in type(spec).model_fields}
     return type(spec).model_construct(**values)
 
@@ -106,7 +106,7 @@ def renewed(value: Any) -> Any:
     return tuple(map(renewed, value)) if isinstance(value, tuple) else value
 
 
-def test_the_places_are_known_one_by_one() -> None:
+def test_the_unhashed_fields_are_exactly_these() -> None:
     def places(spec: type[Frozen]) -> set[str]:
         fields = spec.model_fields.items()
         return {n for n, field in fields if any(isinstance(m, NotHashed) for m in field.metadata)}
@@ -118,7 +118,7 @@ def test_the_places_are_known_one_by_one() -> None:
     assert places(Evaluation) == {"metrics"}
 
 
-def test_labels_and_evaluations_are_not_part_of_what_was_trained() -> None:
+def test_labels_and_evaluations_do_not_change_the_fingerprint() -> None:
     by_axis = make_grid(grid={"lmbda": [0.5], "steps": [20]}).cells[0]
     by_base = make_cell(lmbda=0.5, evaluations=[{"decoding": "beam"}])
     assert by_axis.labels != by_base.labels
@@ -126,7 +126,7 @@ def test_labels_and_evaluations_are_not_part_of_what_was_trained() -> None:
     assert by_axis.folder == by_base.folder
 
 
-def test_a_folder_of_rows_is_known_by_its_content_wherever_it_lies() -> None:
+def test_the_path_of_a_data_folder_is_not_hashed() -> None:
     assert make_cell(data={"source": "/a"}).fingerprint == make_cell(data={"source": "/b"}).fingerprint
 
 
@@ -141,18 +141,18 @@ def test_all_spellings_of_a_fraction_are_one_cell() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_has_no_canonical_form(value: float) -> None:
+def test_a_number_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ConfigError, match="finite"):
         canonical_json({"x": [value]})
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"x", object(), 1j])
-def test_a_value_without_a_stable_form_is_refused(value: Any) -> None:
+def test_a_value_without_canonical_json_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="no canonical JSON"):
         canonical_json((1, value))
 
 
-def test_the_canonical_form_sorts_keys_and_tells_types_apart() -> None:
+def test_canonical_json_sorts_keys_and_distinguishes_types() -> None:
     assert canonical_json({"b": 1.0, "a": (True, None, "1", 1, 0.1)}) == '{"a":[true,null,"1",1,0.1],"b":1}'
     assert canonical_json('Grüße \u2028"\n') == '"Grüße \u2028\\"\\n"'
 
@@ -168,7 +168,7 @@ class After(Frozen):
     reward: Annotated[float, DefaultFrom(old_value=0)] = 0.0
 
 
-def test_a_later_field_leaves_the_id_at_the_value_that_was_built_in_before() -> None:
+def test_a_field_added_later_is_not_hashed_at_its_old_value() -> None:
     assert After(steps=3).full_fingerprint == Before(steps=3).full_fingerprint
     assert After(steps=3, reward=0.5).full_fingerprint != Before(steps=3).full_fingerprint
 
@@ -183,7 +183,7 @@ def test_shorthand_and_long_form_are_one_cell() -> None:
     assert short.fingerprint == long.fingerprint
 
 
-def test_a_divergence_without_beta_is_the_same_in_shorthand_and_long_form() -> None:
+def test_total_variation_is_one_cell_in_shorthand_and_long_form() -> None:
     temperatures = {"teacher_temperature": 1, "student_temperature": 1}
     for stated in {"divergence": "tv"}, {"divergence": "tv", "beta": 0.3, "rescale": True}:
         assert (
@@ -193,20 +193,20 @@ def test_a_divergence_without_beta_is_the_same_in_shorthand_and_long_form() -> N
     assert rescaled.training == make_cell(beta=0.1, rescale_divergence=True).training
 
 
-def test_what_was_built_in_before_is_the_same_cell_when_it_is_said() -> None:
+def test_stating_a_default_does_not_change_the_cell() -> None:
     assert make_cell(divergence="jsd", rescale_divergence=False).fingerprint == make_cell().fingerprint
 
 
 @pytest.mark.parametrize("lmbda", [0, 0.5])
-def test_the_long_form_takes_the_sampling_temperature_as_the_shorthand_does(lmbda: float) -> None:
+def test_the_long_form_of_the_source_takes_the_sampling_temperature(lmbda: float) -> None:
     assert make_cell(source={"lmbda": lmbda}).training == make_cell(lmbda=lmbda).training
     assert make_cell(source={"lmbda": 0, "temperature": 0.7}).training == make_cell(lmbda=0).training
 
 
 def test_the_folder_is_readable_and_ends_in_the_fingerprint() -> None:
-    one = make_cell(lmbda=0.5, beta=0.1)
-    assert one.folder == f"nano/sums/lmbda=0.5_beta=0.1_seed=0-{one.fingerprint}"
+    cell = make_cell(lmbda=0.5, beta=0.1)
+    assert cell.folder == f"nano/sums/lmbda=0.5_beta=0.1_seed=0-{cell.fingerprint}"
     varied = make_cell(lmbda=0.5, divergence="tv")
     assert varied.folder == f"nano/sums/lmbda=0.5_tv_seed=0-{varied.fingerprint}"
-    assert one.full_fingerprint.startswith(one.fingerprint)
-    assert len(one.full_fingerprint) == 64
+    assert cell.full_fingerprint.startswith(cell.fingerprint)
+    assert len(cell.full_fingerprint) == 64

@@ -1,4 +1,4 @@
-"""From an experiment to its cells: order, counts, layers of settings, cells that cannot differ."""
+"""Expanding an experiment: order and number of cells, layers of settings, equal points."""
 
 from typing import Any
 
@@ -9,56 +9,56 @@ from gkd_lab.config.errors import ConfigError
 from .stub import get_refusal, make_cell, make_grid
 
 
-def test_the_first_axis_varies_slowest_and_the_order_is_the_file_s() -> None:
-    found = make_grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
-    assert [(one.beta, one.seed) for one in found] == [(1, 3), (1, 1), (1, 2), (0, 3), (0, 1), (0, 2)]
+def test_axes_keep_the_order_of_the_file_and_the_first_varies_slowest() -> None:
+    cells = make_grid(grid={"beta": [1, 0], "seed": [3, 1, 2]}).cells
+    assert [(cell.beta, cell.seed) for cell in cells] == [(1, 3), (1, 1), (1, 2), (0, 3), (0, 1), (0, 2)]
     turned = make_grid(grid={"seed": [0, 1], "data.train": [20, 10], "beta": [1, 0]})
     assert list(turned.axes) == ["task", "seed", "data.train", "beta"]
-    assert [(one.seed, one.beta) for one in turned.cells[::2]] == [(0, 1), (0, 1), (1, 1), (1, 1)]
+    assert [(cell.seed, cell.beta) for cell in turned.cells[::2]] == [(0, 1), (0, 1), (1, 1), (1, 1)]
 
 
 def test_the_task_can_be_an_axis() -> None:
-    found = make_grid(grid={"task": ["words", "sums"], "lmbda": [0, 1]}).cells
-    assert [(one.task, one.lmbda) for one in found] == [
+    cells = make_grid(grid={"task": ["words", "sums"], "lmbda": [0, 1]}).cells
+    assert [(cell.task, cell.lmbda) for cell in cells] == [
         ("words", 0),
         ("words", 1),
         ("sums", 0),
         ("sums", 1),
     ]
-    assert found[0].training.start.family == "encoder-decoder"
-    assert found[0].evaluations[0].metrics == ("bleu", "chrf")
+    assert cells[0].training.start.family == "encoder-decoder"
+    assert cells[0].evaluations[0].metrics == ("bleu", "chrf")
 
 
 def test_an_experiment_without_a_grid_is_one_cell() -> None:
     assert len(make_grid().cells) == len(make_grid(grid={}).cells) == 1
 
 
-def test_cells_that_cannot_differ_are_one_and_say_what_they_stand_for() -> None:
-    found = make_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1, 2]})
-    assert len(found.cells) == 4
-    (off_policy,) = (one for one in found.cells if one.lmbda == 0)
+def test_points_with_equal_trainings_become_one_cell() -> None:
+    grid = make_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1, 2]})
+    assert len(grid.cells) == 4
+    (off_policy,) = (cell for cell in grid.cells if cell.lmbda == 0)
     assert off_policy.training.source.temperature is None
-    assert list(found.stands_for) == [off_policy.full_fingerprint]
-    labels = found.stands_for[off_policy.full_fingerprint]
+    assert list(grid.stands_for) == [off_policy.full_fingerprint]
+    labels = grid.stands_for[off_policy.full_fingerprint]
     assert [label["temperature"] for label in labels] == [0.5, 1, 2]
     assert {label["lmbda"] for label in labels} == {0}
 
 
-def test_total_variation_has_no_beta_and_is_one_cell_beside_those_of_jsd() -> None:
-    found = make_grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
-    assert [(one.divergence, one.beta) for one in found.cells] == [
+def test_total_variation_is_one_cell_across_betas() -> None:
+    grid = make_grid(grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
+    assert [(cell.divergence, cell.beta) for cell in grid.cells] == [
         ("jsd", 0),
         ("jsd", 0.5),
         ("jsd", 1),
         ("tv", None),
     ]
-    asked = {"task": "sums", "divergence": "tv"}
-    assert found.stands_for == {
-        found.cells[-1].full_fingerprint: tuple({**asked, "beta": beta} for beta in (0, 0.5, 1))
+    labels = {"task": "sums", "divergence": "tv"}
+    assert grid.stands_for == {
+        grid.cells[-1].full_fingerprint: tuple({**labels, "beta": beta} for beta in (0, 0.5, 1))
     }
 
 
-def test_a_beta_that_is_stated_for_total_variation_is_not_read() -> None:
+def test_total_variation_ignores_beta() -> None:
     plain = make_cell(divergence="tv")
     assert plain.beta is None
     assert make_cell(divergence="tv", beta=0.5).training == plain.training
@@ -67,10 +67,10 @@ def test_a_beta_that_is_stated_for_total_variation_is_not_read() -> None:
     assert crossed.training == plain.training
 
 
-def test_rescaling_makes_cells_of_the_betas_between_the_kls_only() -> None:
+def test_rescaling_changes_only_betas_between_the_kls() -> None:
     axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.1, 1], "rescale_divergence": [False, True]}
-    found = make_grid(grid=axes)
-    seen = [(one.divergence, one.beta, one.training.objectives[0].rescale) for one in found.cells]
+    grid = make_grid(grid=axes)
+    seen = [(cell.divergence, cell.beta, cell.training.objectives[0].rescale) for cell in grid.cells]
     assert seen == [
         ("jsd", 0, False),
         ("jsd", 0.1, False),
@@ -78,7 +78,7 @@ def test_rescaling_makes_cells_of_the_betas_between_the_kls_only() -> None:
         ("jsd", 1, False),
         ("tv", None, False),
     ]
-    assert sorted(map(len, found.stands_for.values())) == [2, 2, 6]
+    assert sorted(map(len, grid.stands_for.values())) == [2, 2, 6]
 
 
 @pytest.mark.parametrize(
@@ -102,21 +102,21 @@ def test_each_choice_of_the_loss_can_be_an_axis(axis: str, values: list[Any], pl
             value = value[0] if isinstance(value, tuple) else value
         return value
 
-    found = make_grid(beta=0.5, grid={axis: values}).cells
-    assert [resolved(one.training) for one in found] == values
-    assert len({one.fingerprint for one in found}) == len(values)
+    cells = make_grid(beta=0.5, grid={axis: values}).cells
+    assert [resolved(cell.training) for cell in cells] == values
+    assert len({cell.fingerprint for cell in cells}) == len(values)
     by_set = make_grid({axis: str(values).replace("'", "")}, beta=0.5).cells
-    assert [one.training for one in by_set] == [one.training for one in found]
+    assert [cell.training for cell in by_set] == [cell.training for cell in cells]
 
 
-def test_a_value_that_is_asked_for_twice_is_one_cell() -> None:
-    found = make_grid(grid={"lmbda": [0.5, "0.5"]})
-    assert len(found.cells) == 1
-    assert found.axes["lmbda"] == (0.5,)
-    assert found.stands_for == {}
+def test_a_repeated_axis_value_is_one_cell() -> None:
+    grid = make_grid(grid={"lmbda": [0.5, "0.5"]})
+    assert len(grid.cells) == 1
+    assert grid.axes["lmbda"] == (0.5,)
+    assert grid.stands_for == {}
 
 
-def test_what_is_said_for_one_task_wins_over_what_is_said_for_all_and_an_axis_over_both() -> None:
+def test_per_task_settings_win_over_common_ones_and_axes_over_both() -> None:
     document = {"steps": 5, "batch_size": 2, "per_task": {"words": {"steps": 7, "batch_size": 3}}}
     sums, words = make_grid(grid={"task": ["sums", "words"]}, **document).cells
     assert (sums.training.steps, words.training.steps) == (5, 7)
@@ -131,25 +131,25 @@ def test_a_task_may_have_evaluations_of_its_own() -> None:
         "per_task": {"words": {"evaluations": [{"decoding": "beam"}]}},
     }
     sums, words = make_grid(grid={"task": ["sums", "words"]}, **document).cells
-    assert [one.name for one in sums.evaluations] == ["greedy@validation"]
-    assert [one.name for one in words.evaluations] == ["beam4"]
+    assert [evaluation.name for evaluation in sums.evaluations] == ["greedy@validation"]
+    assert [evaluation.name for evaluation in words.evaluations] == ["beam4"]
 
 
-def test_a_null_says_nothing_except_that_all_rows_are_meant() -> None:
+def test_null_is_unset_except_for_all_rows() -> None:
     assert make_cell(lmbda=None, steps=None).training == make_cell().training
     assert make_cell(data={"train": None}).training.data.train is None
-    sizes = [one.training.data.train for one in make_grid(grid={"data.train": [None, 50]}).cells]
+    sizes = [cell.training.data.train for cell in make_grid(grid={"data.train": [None, 50]}).cells]
     assert sizes == [None, 50]
 
 
-def test_a_section_s_field_can_be_an_axis_and_leaves_its_neighbours_alone() -> None:
-    found = make_grid(grid={"data.train": [10, 20], "tokenizer.vocab_size": [32]}).cells
-    assert [one.training.data.train for one in found] == [10, 20]
-    assert {one.training.data.test for one in found} == {10}
-    assert {one.training.start.tokenizer.vocab_size for one in found} == {32}
+def test_a_field_of_a_section_can_be_an_axis() -> None:
+    cells = make_grid(grid={"data.train": [10, 20], "tokenizer.vocab_size": [32]}).cells
+    assert [cell.training.data.train for cell in cells] == [10, 20]
+    assert {cell.training.data.test for cell in cells} == {10}
+    assert {cell.training.start.tokenizer.vocab_size for cell in cells} == {32}
 
 
-def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_changed() -> None:
+def test_changing_the_distillation_does_not_change_reference_models() -> None:
     changed = make_cell(
         learning_rate=0.5, warmup_steps=3, weight_decay=0.5, dropout=0.5, steps=10, lmbda=0
     ).training
@@ -159,20 +159,20 @@ def test_teacher_and_student_keep_their_recipes_while_the_distillation_s_is_chan
 
 
 def test_set_replaces_an_axis_of_the_file() -> None:
-    found = make_grid({"lmbda": "0,0.25"}, grid={"lmbda": [1], "beta": [0, 1]})
-    assert found.axes == {"task": ("sums",), "lmbda": (0, 0.25), "beta": (0, 1)}
+    grid = make_grid({"lmbda": "0,0.25"}, grid={"lmbda": [1], "beta": [0, 1]})
+    assert grid.axes == {"task": ("sums",), "lmbda": (0, 0.25), "beta": (0, 1)}
     assert list(make_grid({"lmbda": "0.25"}, grid={"lmbda": [0, 1]}).axes) == ["task", "lmbda"]
 
 
 def test_set_makes_an_axis_of_several_values_and_a_field_of_one() -> None:
     assert make_grid({"seed": "1,2"}, seed=5).axes["seed"] == (1, 2)
     assert make_grid({"seed": "[1, 2]"}).axes["seed"] == (1, 2)
-    one = make_grid({"seed": "7"}, seed=5)
-    assert "seed" not in one.axes
-    assert one.cells[0].seed == 7
+    grid = make_grid({"seed": "7"}, seed=5)
+    assert "seed" not in grid.axes
+    assert grid.cells[0].seed == 7
 
 
-def test_set_reaches_into_sections_and_takes_whole_ones() -> None:
+def test_set_takes_fields_of_sections_and_whole_sections() -> None:
     assert make_cell({"data.train": "33"}).training.data.train == 33
     assert make_grid({"data.train": "3,4"}).axes["data.train"] == (3, 4)
     made = make_cell({"student": "{layers: 1, width: 6, heads: 3}"}).training.start.model
@@ -180,14 +180,14 @@ def test_set_reaches_into_sections_and_takes_whole_ones() -> None:
     assert (made.architecture.width, made.architecture.feed_forward) == (6, 24)
 
 
-def test_set_wins_over_what_the_file_says_of_one_task() -> None:
+def test_set_wins_over_per_task_settings() -> None:
     document = {"per_task": {"sums": {"steps": 7, "data": {"train": 3, "test": 4}}}}
     assert make_cell({"steps": "2"}, **document).training.steps == 2
     data = make_cell({"data.train": "2"}, **document).training.data
     assert (data.train, data.test) == (2, 4)
 
 
-def test_only_what_a_decoding_reads_is_part_of_an_evaluation() -> None:
+def test_an_evaluation_drops_fields_that_its_decoding_ignores() -> None:
     ways = [
         {"decoding": "greedy", "temperature": 0.3, "num_beams": 7, "seed": 5},
         {"decoding": "sample", "num_beams": 7, "length_penalty": 2},
@@ -199,8 +199,8 @@ def test_only_what_a_decoding_reads_is_part_of_an_evaluation() -> None:
     assert (sample.temperature, sample.num_beams, sample.length_penalty) == (1.0, None, None)
     assert sample.seed == 0
     assert (beam.temperature, beam.num_beams, beam.length_penalty) == (None, 4, 0)
-    assert [one.name for one in (greedy, sample, beam)] == ["greedy", "sample1", "beam4"]
-    assert {one.max_output_tokens for one in (greedy, sample, beam)} == {12}
+    assert [evaluation.name for evaluation in (greedy, sample, beam)] == ["greedy", "sample1", "beam4"]
+    assert {evaluation.max_output_tokens for evaluation in (greedy, sample, beam)} == {12}
 
 
 def test_a_model_is_a_name_or_fields_or_a_checkpoint() -> None:
@@ -212,14 +212,14 @@ def test_a_model_is_a_name_or_fields_or_a_checkpoint() -> None:
     assert make_cell(student={"pretrained": "owner/tiny"}).training.start.sft is None
 
 
-def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> None:
+def test_reference_models_of_a_bf16_cell_are_fp32() -> None:
     training = make_cell(precision="bf16").training
     assert training.precision == "bf16"
     assert training.start == make_cell().training.start
 
 
 @pytest.mark.parametrize(
-    ("document", "said"),
+    ("document", "expected"),
     [
         ({"lmbda": 0.5, "source": {"lmbda": 0.5, "temperature": 1}}, "source and lmbda"),
         ({"grid": {"beta": [0]}, "objectives": []}, "objectives"),
@@ -242,12 +242,12 @@ def test_half_precision_is_for_the_distillation_models_are_built_in_full() -> No
         ({"task": None}, "no task: set `task:` or an axis `grid.task`"),
     ],
 )
-def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> None:
-    assert said in get_refusal(**document)
+def test_an_invalid_experiment_is_refused_with_the_reason(document: dict, expected: str) -> None:
+    assert expected in get_refusal(**document)
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("sets", "expected"),
     [
         ({"lmbda": "{"}, "lmbda={: expected"),
         ({"lmbda": ""}, "lmbda=: no value given"),
@@ -257,15 +257,15 @@ def test_a_request_that_makes_no_cell_says_why(document: dict, said: str) -> Non
         ({"lmbda": "0,1.5"}, "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1"),
     ],
 )
-def test_a_set_that_cannot_be_says_why(sets: dict[str, str], said: str) -> None:
-    assert said in get_refusal(sets, student="small")
+def test_an_invalid_override_is_refused_with_the_reason(sets: dict[str, str], expected: str) -> None:
+    assert expected in get_refusal(sets, student="small")
 
 
-def test_every_refusal_is_a_value_error() -> None:
+def test_a_config_error_is_a_value_error() -> None:
     assert issubclass(ConfigError, ValueError)
 
 
-def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None:
+def test_warmup_and_cooldown_scale_with_the_steps() -> None:
     usual = make_cell().training
     longer = make_cell(steps=10 * usual.steps).training
     assert longer.optimizer.warmup_steps == 10 * usual.optimizer.warmup_steps
@@ -281,12 +281,12 @@ def test_the_schedule_keeps_its_shares_when_only_the_steps_are_changed() -> None
         {"tokenizer": {"kind": "bpe", "vocab_size": 100}},
     ],
 )
-def test_what_can_be_said_but_not_be_done_is_refused(document: dict) -> None:
+def test_settings_that_cannot_work_together_are_refused(document: dict) -> None:
     with pytest.raises(ConfigError, match=r"do not fit into 10 steps|nothing to teach|at least 300"):
         make_cell(**document)
 
 
-def test_how_many_rows_are_judged_changes_the_evaluation_and_not_the_training() -> None:
+def test_the_number_of_test_rows_changes_the_evaluation_not_the_training() -> None:
     usual, fewer = make_cell(), make_cell(data={"test": 5})
     assert fewer.fingerprint == usual.fingerprint
     assert fewer.evaluations[0].examples == 5

@@ -1,4 +1,4 @@
-"""The JSON Schema by which editors complete experiment files is the one that the code reads by."""
+"""The committed JSON Schema of experiment files matches the code that reads them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_every_experiment_names_the_schema_on_its_first_line(path: Path) -> None
     assert path.open().readline() == f"# yaml-language-server: $schema={SCHEMA.name}\n"
 
 
-def test_every_axis_and_every_setting_can_be_completed_and_is_described() -> None:
+def test_the_schema_describes_every_axis_and_setting() -> None:
     schema = build_json_schema()
     axes = schema["$defs"]["GridAxes"]["properties"]
     assert list(axes) == list(AXIS_NAMES)
@@ -40,12 +40,12 @@ def errors(document: dict[str, Any]) -> list[str]:
     return [error.message for error in validator.iter_errors(document)]
 
 
-def test_it_is_a_json_schema() -> None:
+def test_the_schema_is_a_valid_json_schema() -> None:
     pytest.importorskip("jsonschema").Draft202012Validator.check_schema(json.loads(format_json_schema()))
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_obeys_it(path: Path) -> None:
+def test_every_experiment_is_valid_under_the_schema(path: Path) -> None:
     assert errors(yaml.safe_load(path.read_text())) == []
 
 
@@ -64,6 +64,6 @@ def test_every_experiment_obeys_it(path: Path) -> None:
     ],
     ids=str,
 )
-def test_it_marks_what_the_reader_would_refuse(wrong: dict[str, Any]) -> None:
+def test_the_schema_rejects_what_the_reader_rejects(wrong: dict[str, Any]) -> None:
     assert errors({"description": "d"}) == []
     assert len(errors({"description": "d", **wrong})) == 1

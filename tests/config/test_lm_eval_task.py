@@ -1,4 +1,4 @@
-"""Task files of lm-eval are read as data: identified by content, refused where they would run code."""
+"""lm-eval task files are read as data: identified by content, refused if they would run code."""
 
 from pathlib import Path
 
@@ -38,14 +38,14 @@ def content(path: Path) -> str | None:
     return resolve_lm_eval_task(str(path)).content
 
 
-def test_a_task_file_is_known_by_its_content_and_its_data_and_not_by_its_place(tmp_path: Path) -> None:
-    here = content(written(tmp_path / "a"))
-    assert content(written(tmp_path / "b" / "deep")) == here
-    assert content(written(tmp_path / "c", rows='{"question": "!"}\n')) != here
-    assert content(written(tmp_path / "d", text=f"{TASK}num_fewshot: 1\n")) != here
+def test_a_task_file_is_identified_by_its_content_and_data_not_its_path(tmp_path: Path) -> None:
+    first = content(written(tmp_path / "a"))
+    assert content(written(tmp_path / "b" / "deep")) == first
+    assert content(written(tmp_path / "c", rows='{"question": "!"}\n')) != first
+    assert content(written(tmp_path / "d", text=f"{TASK}num_fewshot: 1\n")) != first
 
 
-def test_data_is_looked_for_beside_the_task_file_and_then_where_the_command_runs(
+def test_data_is_looked_for_beside_the_task_file_then_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path / "tasks")
@@ -56,7 +56,7 @@ def test_data_is_looked_for_beside_the_task_file_and_then_where_the_command_runs
     assert read_task_file(path)["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
 
 
-def test_what_a_file_includes_comes_first_and_counts(tmp_path: Path) -> None:
+def test_an_include_is_merged_and_hashed(tmp_path: Path) -> None:
     path = written(tmp_path)
     (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\n")
     config = read_task_file(tmp_path / "mine.yaml")
@@ -83,16 +83,16 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), WRONG.items(), ids=range(len(WRONG)))
-def test_a_file_that_cannot_be_used_is_answered_by_one_line(text: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "expected"), WRONG.items(), ids=range(len(WRONG)))
+def test_an_unusable_task_file_is_reported_on_one_line(text: str, expected: str, tmp_path: Path) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         resolve_lm_eval_task(str(path))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
 
-def test_code_that_an_included_file_names_is_refused_too_unless_it_is_trusted(tmp_path: Path) -> None:
+def test_code_of_an_included_file_is_refused_unless_trusted(tmp_path: Path) -> None:
     written(tmp_path, TASK + "process_docs: !function utils.docs\n")
     (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\n")
     with pytest.raises(ConfigError, match="would run Python code"):
@@ -100,7 +100,7 @@ def test_code_that_an_included_file_names_is_refused_too_unless_it_is_trusted(tm
     assert resolve_lm_eval_task(str(tmp_path / "mine.yaml"), trusted=True).name == "mine"
 
 
-def test_a_file_of_the_name_of_our_functions_is_not_taken_for_them(tmp_path: Path) -> None:
+def test_a_local_module_cannot_shadow_the_package_functions(tmp_path: Path) -> None:
     ours = TASK + "process_results: !function gkd_lab.evaluation.lm_scores.arithmetic\n"
     assert resolve_lm_eval_task(str(written(tmp_path, ours))).name == "colours"
     shadow = tmp_path / "gkd_lab" / "evaluation" / "lm_scores.py"
@@ -110,9 +110,9 @@ def test_a_file_of_the_name_of_our_functions_is_not_taken_for_them(tmp_path: Pat
         resolve_lm_eval_task(str(tmp_path / "task.yaml"))
 
 
-def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity() -> None:
-    asked = LmEvalSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
-    mmlu, bbh = resolve_lm_eval_evaluations(asked)
+def test_each_lm_eval_task_is_an_evaluation_hashed_with_the_version() -> None:
+    settings = LmEvalSettings(lm_eval=("mmlu", "bbh", "mmlu"), limit=100, num_fewshot=5)
+    mmlu, bbh = resolve_lm_eval_evaluations(settings)
     assert (mmlu.name, bbh.name) == ("mmlu_5shot_first100", "bbh_5shot_first100")
     assert mmlu.lm_eval == get_lm_eval_version()
     changed = [{"lm_eval": "0.0.0"}, {"task": "bbh"}, {"limit": None}, {"num_fewshot": 0}, {"content": "1"}]
@@ -122,7 +122,7 @@ def test_each_task_is_an_evaluation_of_its_own_with_the_version_in_its_identity(
     assert place.fingerprint == mmlu.fingerprint
 
 
-def test_every_task_of_ours_that_writes_text_ships_as_a_task_file_with_its_metrics() -> None:
+def test_every_generative_task_ships_as_an_lm_eval_task_file() -> None:
     writing = {name: task for name, task in TASKS.items() if task.family in WRITING}
     assert {path.stem for path in SHIPPED_TASKS_FOLDER.glob("*.yaml")} == set(writing)
     for name, task in writing.items():

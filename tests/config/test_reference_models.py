@@ -1,4 +1,4 @@
-"""Teachers and students by a name of the scale, by fields, by both; how a teacher's weights are held."""
+"""Teachers and students stated by name, by fields or both, and the placement of teachers."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from .stub import get_refusal, make_cell
 MORE = {"objectives": [{"beta": 0.5, "teacher": ["teacher", "other"]}], "source": {"lmbda": 0}}
 
 
-def test_a_size_is_a_model_of_the_scale() -> None:
+def test_size_names_a_model_of_the_scale() -> None:
     assert make_cell(student={"size": "large"}).training == make_cell(student="large").training
 
 
-def test_fields_beside_a_size_replace_its_own() -> None:
+def test_fields_beside_size_replace_those_of_the_model() -> None:
     changed = make_cell(student={"size": "large", "layers": 3, "sft": {"steps": 7}}).training.start
     large = make_cell(student="large").training.start
     assert changed.model.architecture is not None and large.model.architecture is not None
@@ -33,20 +33,23 @@ def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
     assert lowered.get_teacher_placement(0) == ("bfloat16", False)
 
 
-def test_where_a_teacher_is_kept_is_no_part_of_a_cell() -> None:
+def test_parking_a_teacher_does_not_change_the_cell() -> None:
     plain, parked = (
-        make_cell(teacher=asked).training for asked in ("large", {"size": "large", "parked": True})
+        make_cell(teacher=teacher).training for teacher in ("large", {"size": "large", "parked": True})
     )
     assert parked.fingerprint == plain.fingerprint
     assert (plain.get_teacher_placement(0), parked.get_teacher_placement(0)) == ((None, False), (None, True))
 
 
-def test_each_teacher_is_held_in_its_own_way() -> None:
-    one = make_cell(
+def test_each_teacher_has_its_own_placement() -> None:
+    training = make_cell(
         teachers={"other": {"size": "small", "dtype": "float16", "parked": True}}, **MORE
     ).training
-    assert (one.get_teacher_placement(0), one.get_teacher_placement(1)) == ((None, False), ("float16", True))
-    assert make_cell(teachers={"other": "small"}, **MORE).training.teachers == one.teachers
+    assert (training.get_teacher_placement(0), training.get_teacher_placement(1)) == (
+        (None, False),
+        ("float16", True),
+    )
+    assert make_cell(teachers={"other": "small"}, **MORE).training.teachers == training.teachers
 
 
 @pytest.mark.parametrize(
@@ -74,5 +77,5 @@ def test_each_teacher_is_held_in_its_own_way() -> None:
         ),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_model_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     assert message in get_refusal(**fields)

@@ -17,13 +17,13 @@ SHORT: dict[str, Any] = {"reward": "exact_match", "alpha": 0.25, "beta": 0.9}
 
 def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
     objectives = [{"beta": 0.9, "weight": 0.25}, {"type": "reward", "name": "exact_match", "weight": 0.75}]
-    one = make_cell(**SHORT)
-    assert one.training == make_cell(objectives=objectives).training
-    assert one.training.objectives == (
+    cell = make_cell(**SHORT)
+    assert cell.training == make_cell(objectives=objectives).training
+    assert cell.training.objectives == (
         ResolvedDivergence(beta=0.9, weight=0.25, teacher_temperature=1, student_temperature=1),
         ResolvedReward(name="exact_match", weight=0.75),
     )
-    assert (one.beta, one.divergence) == (0.9, "jsd")
+    assert (cell.beta, cell.divergence) == (0.9, "jsd")
 
 
 def test_what_weighs_nothing_is_left_out() -> None:
@@ -34,7 +34,7 @@ def test_what_weighs_nothing_is_left_out() -> None:
 
 
 def test_the_other_weight_is_a_round_number_too() -> None:
-    weights = [one.weight for one in make_cell(**{**SHORT, "alpha": 0.9}).training.objectives]
+    weights = [term.weight for term in make_cell(**{**SHORT, "alpha": 0.9}).training.objectives]
     assert weights == [0.9, 0.1]
 
 
@@ -49,9 +49,9 @@ def test_the_long_form_of_a_reward_says_more() -> None:
 
 
 def test_rewards_and_alphas_are_axes_and_share_a_model() -> None:
-    found = make_grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
-    assert len(found) == 5  # without a reward's weight they are one
-    assert [len(pack) for pack in group_cells_into_packs(found, "auto")] == [5]
+    cells = make_grid(grid={"reward": ["exact_match", "rouge2"], "alpha": [0, 0.5, 1]}).cells
+    assert len(cells) == 5  # without a reward's weight they are one
+    assert [len(pack) for pack in group_cells_into_packs(cells, "auto")] == [5]
 
 
 def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
@@ -63,8 +63,8 @@ def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
         make_cell(alpha=0.05, anchor="teacher", **changes).training
         == make_cell(alpha=0.05, **changes).training
     )
-    found = make_grid(grid={"method": ["gkd", "rlef"], "alpha": [0.05, 0.5]}, **changes)
-    assert len(found.cells) == 3
+    grid = make_grid(grid={"method": ["gkd", "rlef"], "alpha": [0.05, 0.5]}, **changes)
+    assert len(grid.cells) == 3
 
 
 def test_a_model_that_judges_is_known_by_its_revision() -> None:
@@ -135,7 +135,7 @@ def test_a_module_without_a_file_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"lmbda": 0}, "with lmbda 0 it writes nothing: set lmbda to 1, or leave the reward out"),
         ({"method": "supervised_kd"}, "with lmbda 0 it writes nothing"),
@@ -158,8 +158,10 @@ def test_a_module_without_a_file_is_refused(name: str) -> None:
         ({"objectives": [{"beta": 0}]}, "objectives and beta, reward, alpha"),
     ],
 )
-def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str) -> None:
-    assert said in get_refusal(**{name: one for name, one in {**SHORT, **changes}.items() if one is not None})
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert expected in get_refusal(
+        **{name: one for name, one in {**SHORT, **changes}.items() if one is not None}
+    )
 
 
 def test_a_listed_reward_is_refused_as_a_short_one_is() -> None:
