@@ -1,16 +1,17 @@
-"""Seconds for 10,000 cells and their fingerprints, against json.dumps and SHA-256 of the same cells.
+"""Time the expansion of 10,000 cells and their fingerprints, against json.dumps and SHA-256 of the same.
 
-    python benchmarks/expand.py [CELLS]
+    python benchmarks/expand.py [CELLS | --smoke]
 
-Two grids: one over axes that every cell reads for itself (lmbda, beta, seed), and one over an axis
-that makes each cell be resolved by itself (steps). Prints the best of three runs.
+Two grids: the cells of the first (lmbda, beta, seed) share most of the work of resolving them, those of the
+second (steps) are resolved one by one. Prints the best of three runs.
 """
 
+import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gkd_lab.config import Grid, RevisionLookup, expand_grid
@@ -24,8 +25,8 @@ REVISIONS = RevisionLookup(
 )
 
 
-def grids(cells: int) -> dict[str, dict[str, list[float]]]:
-    """Two ways to ask for `cells` cells (a multiple of 25)."""
+def build_axes(cells: int) -> dict[str, dict[str, list[float]]]:
+    """Return the axes of two grids of `cells` cells (a multiple of 25)."""
     quarters, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
     return {
         "lmbda x beta x seed": {"lmbda": quarters, "beta": betas, "seed": [*range(cells // 25)]},
@@ -33,35 +34,40 @@ def grids(cells: int) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def expanded(grid: dict[str, list[float]]) -> Grid:
-    """All cells of a grid; fingerprints are taken on the way, to find the cells that collapse."""
-    document = {"description": "speed", "task": "arithmetic", "grid": grid}
+def expand_axes(axes: dict[str, list[float]]) -> Grid:
+    """Expand a grid; fingerprints are computed on the way, to find the cells that collapse."""
+    document = {"description": "speed", "task": "arithmetic", "grid": axes}
     return expand_grid("speed", parse_experiment(document, "speed"), TASKS, REVISIONS)
 
 
-def plain(cells: list[dict[str, Any]]) -> list[str]:
-    """The least that an identity can cost: sorted JSON of each cell, hashed."""
-    return [hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest() for c in cells]
+def hash_cells(cells: list[dict[str, Any]]) -> list[str]:
+    """Hash the sorted JSON of each cell: the least that a fingerprint can cost."""
+    return [hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest() for cell in cells]
 
 
-def best(work: Callable[[], object]) -> float:
-    """The fastest of three runs, in seconds."""
-    taken = []
+def time_fastest(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of three runs."""
+    seconds = []
     for _ in range(3):
         start = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    for name, grid in grids(count).items():
-        cells = [cell.training.model_dump(mode="json") for cell in expanded(grid).cells]
-        ours, least = best(lambda grid=grid: expanded(grid)), best(lambda cells=cells: plain(cells))
+    """Expand both grids, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cells", type=int, nargs="?", default=10_000, help="a multiple of 25")
+    parser.add_argument("--smoke", action="store_true", help="100 cells")
+    options = parser.parse_args()
+    for name, axes in build_axes(100 if options.smoke else options.cells).items():
+        cells = [cell.training.model_dump(mode="json") for cell in expand_axes(axes).cells]
+        ours = time_fastest(partial(expand_axes, axes))
+        baseline = time_fastest(partial(hash_cells, cells))
         print(
-            f"{len(cells)} cells over {name}: {ours:.2f} s, {ours / least:.1f} times "
-            f"the {least:.2f} s of json.dumps + SHA-256"
+            f"{len(cells)} cells over {name}: {ours:.2f} s, {ours / baseline:.1f} times "
+            f"the {baseline:.2f} s of json.dumps + SHA-256"
         )
 
 

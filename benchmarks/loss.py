@@ -1,6 +1,6 @@
-"""Error, time and peak memory of the loss and its backward pass, against TRL's two trainers.
+"""Measure error, time and peak memory of the loss and its backward pass, against TRL's two trainers.
 
-    python benchmarks/loss.py [--small] [--tokens N] [--vocabulary V] [--width H] [--dtype bf16] [--runs R]
+    python benchmarks/loss.py [--small | --smoke] [--tokens N] [--vocabulary V] [--width H] [--runs R]
 
 All three start from the same hidden states and heads. Errors are against float64 autograd on the first 32
 tokens: relative, of the value and of the gradients (the worse of hidden states and head). Methods alternate;
@@ -56,23 +56,26 @@ class Tensors:
     teacher: Tensor
     teacher_head: Tensor
 
-    def trained(self) -> "Tensors":
+    def require_gradients(self) -> "Tensors":
+        """Let autograd track the student's tensors."""
         return Tensors(
             self.student.requires_grad_(), self.head.requires_grad_(), self.teacher, self.teacher_head
         )
 
-    def part(self, tokens: int, dtype: torch.dtype) -> "Tensors":
-        """The first tokens in another dtype, with gradients of their own."""
-        few = (self.student[:, :tokens], self.head, self.teacher[:, :tokens], self.teacher_head)
-        return Tensors(*(tensor.detach().to(dtype, copy=True) for tensor in few)).trained()
+    def copy_first(self, tokens: int, dtype: torch.dtype) -> "Tensors":
+        """Copy the first tokens in another dtype, with separate gradients."""
+        first = (self.student[:, :tokens], self.head, self.teacher[:, :tokens], self.teacher_head)
+        return Tensors(*(tensor.detach().to(dtype, copy=True) for tensor in first)).require_gradients()
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
+    def get_gradients(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the student's hidden states and head."""
         assert self.student.grad is not None
         assert self.head.grad is not None
         return self.student.grad, self.head.grad
 
 
-def ours(t: Tensors, beta: float) -> Tensor:
+def compute_ours(t: Tensors, beta: float) -> Tensor:
+    """Sum our loss over the tokens."""
     weights = torch.ones(t.student.shape[:2], device=t.student.device)
     heads = Projection(t.head), Projection(t.teacher_head)
     sums = compute_cell_losses(
@@ -81,8 +84,8 @@ def ours(t: Tensors, beta: float) -> Tensor:
     return sums.losses.sum()
 
 
-def trl_gkd(t: Tensors, beta: float) -> Tensor:
-    """As its `compute_loss`: logits of all positions, the teacher's without gradient, then the mask."""
+def compute_trl_gkd(t: Tensors, beta: float) -> Tensor:
+    """Compute TRL's GKD loss as its trainer does: all logits, the teacher's without gradient, masked."""
     logits = t.student @ t.head.T
     with torch.no_grad():
         target = t.teacher @ t.teacher_head.T
@@ -90,18 +93,20 @@ def trl_gkd(t: Tensors, beta: float) -> Tensor:
     return TrlGKDTrainer.generalized_jsd_loss(logits, target, labels=labels, beta=beta, num_items_in_batch=1)
 
 
-def trl_distillation(t: Tensors, beta: float) -> Tensor:
+def compute_trl_distillation(t: Tensors, beta: float) -> Tensor:
+    """Compute the chunked loss of TRL's DistillationTrainer."""
     mask = torch.ones(t.student.shape[:2], device=t.student.device)
     return _chunked_divergence_loss(t.student, t.teacher, t.head, t.teacher_head, mask, beta, 1)[0]
 
 
-def reference(t: Tensors, beta: float) -> Tensor:
+def compute_reference(t: Tensors, beta: float) -> Tensor:
+    """Compute the loss by plain formulas over all logits."""
     return Divergence(beta=beta)(t.student[0] @ t.head.T, t.teacher[0] @ t.teacher_head.T).sum()
 
 
 @dataclass(frozen=True)
 class Size:
-    """What to measure with, and where."""
+    """Shape, dtype and device of the tensors."""
 
     tokens: int
     vocabulary: int
@@ -109,109 +114,121 @@ class Size:
     dtype: str
     device: str
 
-    def tensors(self) -> Tensors:
-        """Random, the same each time; logits have a standard deviation of 2."""
+    def draw_tensors(self) -> Tensors:
+        """Draw the same random tensors each time; logits have a standard deviation of 2."""
         torch.manual_seed(0)
         shapes = ((1, self.tokens, self.width), (self.vocabulary, self.width)) * 2
         spread = {2: 2 / self.width**0.5, 3: 1.0}
         tensors = (torch.randn(shape, device=self.device).mul_(spread[len(shape)]) for shape in shapes)
-        return Tensors(*(tensor.to(DTYPES[self.dtype]) for tensor in tensors)).trained()
+        return Tensors(*(tensor.to(DTYPES[self.dtype]) for tensor in tensors)).require_gradients()
 
 
 Loss = Callable[[Tensors, float], Tensor]
-METHODS: dict[str, Loss] = {"ours": ours, "TRL GKD": trl_gkd, "TRL Distillation": trl_distillation}
+METHODS: dict[str, Loss] = {
+    "ours": compute_ours,
+    "TRL GKD": compute_trl_gkd,
+    "TRL Distillation": compute_trl_distillation,
+}
 
 
-def errors(tensors: Tensors, beta: float) -> dict[str, tuple[float, float]]:
-    """Relative errors (value, gradient) of each method."""
-    exact = tensors.part(CHECKED_TOKENS, torch.float64)
-    expected = reference(exact, beta)
+def measure_errors(tensors: Tensors, beta: float) -> dict[str, tuple[float, float]]:
+    """Return the relative errors (value, gradient) of each method."""
+    exact = tensors.copy_first(CHECKED_TOKENS, torch.float64)
+    expected = compute_reference(exact, beta)
     expected.backward()
-    found = {}
+    errors = {}
     for name, loss in METHODS.items():
-        part = tensors.part(CHECKED_TOKENS, tensors.head.dtype)
+        part = tensors.copy_first(CHECKED_TOKENS, tensors.head.dtype)
         value = loss(part, beta)
         value.backward()
-        pairs = zip(part.gradients(), exact.gradients(), strict=True)
-        gradient = max(((got.double() - true).norm() / true.norm()).item() for got, true in pairs)
-        found[name] = (abs(value.double() / expected - 1).item(), gradient)
-    return found
+        pairs = zip(part.get_gradients(), exact.get_gradients(), strict=True)
+        gradient = max(((actual.double() - true).norm() / true.norm()).item() for actual, true in pairs)
+        errors[name] = (abs(value.double() / expected - 1).item(), gradient)
+    return errors
 
 
 class Meter:
-    """Seconds and MiB that a piece of work takes on a device."""
+    """Measures the seconds and MiB that a function takes on a device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
 
     def measure(self, work: Callable[[], None]) -> tuple[float, float]:
-        before = self._reset()
+        """Return the seconds and the MiB that the work adds at its peak."""
+        before = self._reset_peak()
         start = time.perf_counter()
         work()
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start, (self._peak() - before) / 2**20
+        return time.perf_counter() - start, (self._get_peak() - before) / 2**20
 
-    def _reset(self) -> int:
+    def _reset_peak(self) -> int:
+        """Forget the peak; return the bytes in use."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         Path("/proc/self/clear_refs").write_text("5")
-        return self._status("VmRSS")
+        return self._read_status("VmRSS")
 
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
+    def _get_peak(self) -> int:
+        """Return the most bytes in use since the peak was reset."""
+        return torch.cuda.max_memory_allocated() if self.cuda else self._read_status("VmHWM")
 
     @staticmethod
-    def _status(field: str) -> int:
+    def _read_status(field: str) -> int:
+        """Read a field of this process's status file, in bytes."""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def cost(name: str, beta: float, size: Size) -> tuple[float, float]:
-    """(seconds, MiB without the head's gradient) of one run of a method."""
+def measure_cost(name: str, beta: float, size: Size) -> tuple[float, float]:
+    """Return (seconds, MiB without the head's gradient) of one run of a method."""
 
-    def both_passes(tensors: Tensors) -> None:
+    def run_both_passes(tensors: Tensors) -> None:
         METHODS[name](tensors, beta).backward()
 
-    tensors = size.tensors()
-    few = replace(size, tokens=8, vocabulary=64, width=8)
-    both_passes(few.tensors())  # loads libraries and compiles kernels, in next to no memory
-    seconds, memory = Meter(size.device).measure(partial(both_passes, tensors))
+    tensors = size.draw_tensors()
+    small = replace(size, tokens=8, vocabulary=64, width=8)
+    run_both_passes(small.draw_tensors())  # loads libraries and compiles kernels, in next to no memory
+    seconds, memory = Meter(size.device).measure(partial(run_both_passes, tensors))
     return seconds, memory - tensors.head.numel() * tensors.head.element_size() / 2**20
 
 
-def costs(beta: float, size: Size, runs: int) -> dict[str, tuple[float, float]]:
-    """The least seconds and the most MiB of alternating runs of each method."""
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
+def measure_costs(beta: float, size: Size, runs: int) -> dict[str, tuple[float, float]]:
+    """Return the least seconds and the most MiB of alternating runs of each method."""
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for name in [*METHODS] * runs:
-        seen[name].append(cost(name, beta, size) if size.device == "cuda" else _alone(name, beta, size))
-    return {name: (min(s for s, _ in found), max(m for _, m in found)) for name, found in seen.items()}
+        measure = measure_cost if size.device == "cuda" else _measure_in_process
+        costs[name].append(measure(name, beta, size))
+    return {name: (min(s for s, _ in pairs), max(m for _, m in pairs)) for name, pairs in costs.items()}
 
 
-def _alone(name: str, beta: float, size: Size) -> tuple[float, float]:
+def _measure_in_process(name: str, beta: float, size: Size) -> tuple[float, float]:
+    """Measure one run in a new process."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["gkd_lab.losses.fused_loss", "trl.trainer.distillation_trainer"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(cost, name, beta, size).result()
+        return process.submit(measure_cost, name, beta, size).result()
 
 
-def ratios(cost: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Ours over TRL's, by the names of the targets."""
+def compute_ratios(costs: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Divide ours by TRL's, by the names of the targets."""
     return {
-        f"{what} / {other}": cost["ours"][n] / cost[f"TRL {other}"][n]
-        for n, what in enumerate(("time", "memory"))
-        for other in ("GKD", "Distillation")
+        f"{quantity} / {trainer}": costs["ours"][n] / costs[f"TRL {trainer}"][n]
+        for n, quantity in enumerate(("time", "memory"))
+        for trainer in ("GKD", "Distillation")
     }
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; `--small` and `--smoke` replace the sizes."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--small", action="store_true", help="N = 1,024, V = 32,000, H = 32, beta = 0.5: seconds"
     )
+    parser.add_argument("--smoke", action="store_true", help="N = 64, V = 1,000, H = 32, beta = 0.5")
     parser.add_argument("--tokens", type=int, default=1024 if cuda else 2048)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=896 if cuda else 512)
@@ -219,47 +236,55 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10 if cuda else 1)
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    given = parser.parse_args()
-    if given.small:
-        given.tokens, given.vocabulary, given.width, given.betas = 1024, 32_000, 32, [0.5]
-    return given
+    options = parser.parse_args()
+    if options.small or options.smoke:
+        options.tokens, options.vocabulary = (64, 1000) if options.smoke else (1024, 32_000)
+        options.width, options.betas = 32, [0.5]
+    return options
 
 
 def main() -> None:
-    """Measure at each beta; print."""
-    given = arguments()
+    """Measure at each beta, print, write."""
+    options = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = Size(given.tokens, given.vocabulary, given.width, given.dtype, device)
+    size = Size(options.tokens, options.vocabulary, options.width, options.dtype, device)
     title = f"N = {size.tokens:,}, V = {size.vocabulary:,}, H = {size.width:,}, {size.dtype}, {device}"
     table = Table("beta", "", "value error", "gradient error", "s", "MiB", title=title)
-    compared = Table("beta", *(f"{name} (target {target:g})" for name, target in TARGETS.items()))
-    kept = []
-    for beta in given.betas:
-        error, cost = errors(size.tensors(), beta), costs(beta, size, given.runs)
+    ratio_table = Table("beta", *(f"{name} (target {target:g})" for name, target in TARGETS.items()))
+    rows = []
+    for beta in options.betas:
+        errors, costs = measure_errors(size.draw_tensors(), beta), measure_costs(beta, size, options.runs)
         for name in METHODS:
-            row = (f"{error[name][0]:.1e}", f"{error[name][1]:.1e}", f"{cost[name][0]:.3f}")
-            table.add_row(f"{beta:g}", name, *row, f"{cost[name][1]:,.0f}")
-            kept.append(
+            (value_error, gradient_error), (seconds, mib) = errors[name], costs[name]
+            table.add_row(
+                f"{beta:g}",
+                name,
+                f"{value_error:.1e}",
+                f"{gradient_error:.1e}",
+                f"{seconds:.3f}",
+                f"{mib:,.0f}",
+            )
+            rows.append(
                 {
                     "beta": beta,
                     "method": name,
-                    "value_error": error[name][0],
-                    "gradient_error": error[name][1],
-                    "seconds": cost[name][0],
-                    "mib": cost[name][1],
+                    "value_error": value_error,
+                    "gradient_error": gradient_error,
+                    "seconds": seconds,
+                    "mib": mib,
                 }
             )
-        found = ratios(cost)
-        cells = (f"{r:.3f} {'ok' if r <= TARGETS[n] else 'MISSED'}" for n, r in found.items())
-        compared.add_row(f"{beta:g}", *cells)
+        ratios = compute_ratios(costs).items()
+        entries = (f"{ratio:.3f} {'ok' if ratio <= TARGETS[name] else 'MISSED'}" for name, ratio in ratios)
+        ratio_table.add_row(f"{beta:g}", *entries)
     console = Console()
     console.print(table)
-    console.print(compared)
-    if given.out is not None:
+    console.print(ratio_table)
+    if options.out is not None:
         hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
         versions = {name: version(name) for name in ("torch", "trl")}
-        facts = {"device": hardware or device, "size": vars(size), "versions": versions, "loss": kept}
-        given.out.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {"device": hardware or device, "size": vars(size), "versions": versions, "loss": rows}
+        options.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Time `gkd-lab rescore` on 1,000 records with 500 predictions of 20 words each, with ROUGE.
 
-    python benchmarks/rescore.py [--small] [-o FILE.json]
+    python benchmarks/rescore.py [--small | --smoke] [-o FILE.json]
 
 Writes such a store in a temporary folder, every prediction different, and times the whole command in a
-process of its own: ROUGE-1, -2 and -L, plain and with stemming. `--small` takes 100 records. `cpu_s` stays
-comparable when other work keeps the cores busy.
+process of its own: ROUGE-1, -2 and -L, plain and with stemming. `--small` takes 100 records, `--smoke` 25.
+`cpu_s` stays comparable when other work keeps the cores busy.
 """
 
 import argparse
@@ -105,9 +105,10 @@ def main() -> None:
     """Write the store, time both runs, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="100 records")
+    parser.add_argument("--smoke", action="store_true", help="25 records")
     parser.add_argument("-o", type=Path, default=None, help="a JSON file for the figures")
     options = parser.parse_args()
-    cells = 100 if options.small else 1000
+    cells = 25 if options.smoke else 100 if options.small else 1000
     target = TARGET * cells / 1000
     times = {}
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,6 @@
 """Time rescoring the predictions of 1,000 cells with ROUGE, and the bootstrap of their intervals.
 
-    python benchmarks/scoring.py [--small] [--cells N] [--out FILE.json]
+    python benchmarks/scoring.py [--smoke] [--cells N] [--out FILE.json]
 
 A cell has 500 predictions of 20 words; cells share prompts and references, and one prediction in five
 also occurs in another cell. Predictions are read from files, scored with intervals and written back by one
@@ -153,11 +153,11 @@ def measure_all(cells: int, rescored_cells: int, examples: int, resamples: int) 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="20 cells of 50 predictions, 1,000 resamples")
+    parser.add_argument("--smoke", action="store_true", help="20 cells of 50 predictions, 1,000 resamples")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
     parser.add_argument("--cells", type=int, default=1_000, help="number of rescored cells")
     options = parser.parse_args()
-    sizes = (20, 20, 50, 1_000) if options.small else (1_000, options.cells, 500, 10_000)
+    sizes = (20, 20, 50, 1_000) if options.smoke else (1_000, options.cells, 500, 10_000)
     results = measure_all(*sizes)
     if options.out is not None:
         packages = ("gkd-lab", "rouge-score", "nltk", "numpy")

@@ -1,17 +1,20 @@
-"""What a teacher's scores lose when only the k most likely tokens of each distribution are kept.
+"""Measure the error of loss and gradient when only the k most likely tokens of the teacher are stored.
 
-    python benchmarks/top_k.py [--outputs DIR] [--tasks arithmetic ...] [--rows N] [--out FILE.json]
+    python benchmarks/top_k.py [--outputs DIR] [--tasks arithmetic ...] [--rows N] [--smoke] [--out FILE.json]
 
-Teacher and starting student of each task at nano scale are taken from DIR, or made there. The loss is the
-mean over the tokens of N training rows, its gradient that of all of the student's weights, both against the
-live teacher's. `spread` is what `TopKTeacherLogits` does with the mass of all other tokens, `dropped` gives them none.
-Bytes a token are those on disk in float32; nothing here depends on the machine's speed.
+Teacher and SFT student of each task at nano scale are taken from DIR, or trained there. The loss is the mean
+over the tokens of N training rows, the gradient is by all of the student's weights; both are compared with
+the live teacher's. `spread` divides the mass of all other tokens evenly, as `TopKTeacherLogits` does;
+`dropped` gives them none. Bytes a token are those on disk in float32; nothing here depends on the machine's
+speed. `--smoke` trains the models for one step, in a temporary folder.
 """
 
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_lab import experiments
+from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.models.forward import compute_completion_logits
@@ -33,8 +37,8 @@ from gkd_lab.teachers.score_files import ScoreLayout
 from gkd_lab.teachers.top_k_distributions import TopKTeacherLogits, select_top_k
 
 TASKS = ("arithmetic", "translation", "summarization")
-KEPT = (8, 32, 128, None)
-MEASURES = {
+TOP_K_VALUES = (8, 32, 128, None)
+DIVERGENCES = {
     "forward KL": Divergence(beta=0.0),
     "JSD(0.5)": Divergence(beta=0.5),
     "reverse KL": Divergence(beta=1.0),
@@ -43,65 +47,80 @@ MEASURES = {
 }
 
 
-class Pair:
-    """A task's teacher and starting student on some of its training rows."""
+def shorten_sft(model: SftModel) -> SftModel:
+    """Return the model with a single SFT step."""
+    assert model.sft is not None
+    optimizer = model.sft.optimizer.model_copy(update={"warmup_steps": 0, "cooldown_steps": 0})
+    sft = model.sft.model_copy(update={"steps": 1, "optimizer": optimizer})
+    return model.model_copy(update={"sft": sft})
 
-    def __init__(self, task: str, options: RunOptions, count: int) -> None:
+
+class ModelPair:
+    """A task's teacher and SFT student on some of its training rows."""
+
+    def __init__(self, task: str, options: RunOptions, count: int, *, smoke: bool) -> None:
         grid = experiments.load_single_cell({"task": task, "lmbda": "0"}, outputs=options.outputs)
         training, scale = grid.cells[0].training, grid.scale
+        teacher_spec, student_spec = training.teacher, training.start
+        if smoke:
+            teacher_spec, student_spec = shorten_sft(teacher_spec), shorten_sft(student_spec)
         teacher = artifacts.load_artifact(
-            artifacts.ensure_artifact("teacher", training.teacher, scale, options), training.teacher
+            artifacts.ensure_artifact("teacher", teacher_spec, scale, options), teacher_spec
         )
-        start = artifacts.load_artifact(
-            artifacts.ensure_artifact("start", training.start, scale, options), training.start
+        sft_student = artifacts.load_artifact(
+            artifacts.ensure_artifact("start", student_spec, scale, options), student_spec
         )
         data = load_split(task, training.data, "train", options.cache_folder)
-        found, _ = encode_examples(training.start, start.tokenizer, data.take_first(count))
+        examples, _ = encode_examples(student_spec, sft_student.tokenizer, data.take_first(count))
         batch = collate_examples(
-            found, start.tokenizer.pad_token_id, is_encoder_decoder=start.model.config.is_encoder_decoder
+            examples,
+            sft_student.tokenizer.pad_token_id,
+            is_encoder_decoder=sft_student.model.config.is_encoder_decoder,
         )
-        real = batch.completion_mask.bool()
+        is_token = batch.completion_mask.bool()
         with torch.no_grad():
-            self.teacher = compute_completion_logits(teacher.model.eval(), batch)[real]
-        self.student = start.model.eval()
-        self.logits = compute_completion_logits(self.student, batch)[real]
+            self.teacher = compute_completion_logits(teacher.model.eval(), batch)[is_token]
+        self.student = sft_student.model.eval()
+        self.logits = compute_completion_logits(self.student, batch)[is_token]
         self.weights = [p for p in self.student.parameters() if p.requires_grad]
 
-    def loss_and_gradient(self, measure: Divergence, target: Tensor) -> tuple[float, Tensor]:
-        """Mean over the tokens, and its gradient by all weights, flat."""
-        loss = measure(self.logits, target).mean()
-        found = torch.autograd.grad(loss, self.weights, retain_graph=True)
-        return loss.item(), torch.cat([one.flatten() for one in found]).double()
+    def compute_loss_and_gradient(self, divergence: Divergence, target: Tensor) -> tuple[float, Tensor]:
+        """Return the mean over the tokens, and its gradient by all weights, flat."""
+        loss = divergence(self.logits, target).mean()
+        gradients = torch.autograd.grad(loss, self.weights, retain_graph=True)
+        return loss.item(), torch.cat([gradient.flatten() for gradient in gradients]).double()
 
 
-def kept(teacher: Tensor, top_k: int | None, tail: str) -> Tensor:
-    """The teacher's logits as they come back from a store, (N, V)."""
+def restore_top_k(teacher: Tensor, top_k: int | None, tail: str) -> Tensor:
+    """Return the teacher's logits (N, V) as they are restored from its top k."""
     size = teacher.shape[-1]
     scores = select_top_k(teacher, top_k, torch.float32).apply(lambda tensor: tensor[None])
-    everything = torch.arange(len(teacher))
-    found = TopKTeacherLogits.create(scores, size).create_reader(size, torch.float32, len(teacher))(
-        0, everything
+    positions = torch.arange(len(teacher))
+    logits = TopKTeacherLogits.create(scores, size).create_reader(size, torch.float32, len(teacher))(
+        0, positions
     )
     if tail == "spread" or scores.ids is None:
-        return found
-    return torch.full_like(found, -math.inf).scatter_(1, scores.ids[0].long(), scores.log_probs[0])
+        return logits
+    return torch.full_like(logits, -math.inf).scatter_(1, scores.ids[0].long(), scores.log_probs[0])
 
 
-def degrees(one: Tensor, other: Tensor) -> float:
-    """Angle between two gradients, by the half-angle formula, which keeps small ones."""
-    units = [vector / vector.norm() for vector in (one, other)]
+def compute_angle(first: Tensor, second: Tensor) -> float:
+    """Return the angle between two gradients in degrees, by the half-angle formula: exact for small ones."""
+    units = [vector / vector.norm() for vector in (first, second)]
     return math.degrees(2 * math.atan2((units[0] - units[1]).norm(), (units[0] + units[1]).norm()))
 
 
-def errors(task: str, pair: Pair) -> Iterator[dict[str, Any]]:
-    """A row for each measure, k and way with the tail."""
+def measure_errors(task: str, pair: ModelPair) -> Iterator[dict[str, Any]]:
+    """Yield a row for each divergence, k and treatment of the tail."""
     size = pair.teacher.shape[-1]
-    for name, measure in MEASURES.items():
-        loss, gradient = pair.loss_and_gradient(measure, pair.teacher)
-        for top_k in dict.fromkeys(k if k and k < size else None for k in KEPT):
+    for name, divergence in DIVERGENCES.items():
+        loss, gradient = pair.compute_loss_and_gradient(divergence, pair.teacher)
+        for top_k in dict.fromkeys(k if k and k < size else None for k in TOP_K_VALUES):
             layout = ScoreLayout.create([1], top_k, size, "float32")
             for tail in ("spread", "dropped") if layout.top_k else ("spread",):
-                found, own = pair.loss_and_gradient(measure, kept(pair.teacher, top_k, tail))
+                stored_loss, stored_gradient = pair.compute_loss_and_gradient(
+                    divergence, restore_top_k(pair.teacher, top_k, tail)
+                )
                 yield {
                     "task": task,
                     "vocabulary": size,
@@ -110,20 +129,20 @@ def errors(task: str, pair: Pair) -> Iterator[dict[str, Any]]:
                     "top_k": layout.top_k,
                     "tail": tail,
                     "loss": loss,
-                    # What is dropped has probability 0, and reverse KL then what stands for infinity.
-                    "loss_error": abs(found - loss) / loss if found < 1e6 else None,
-                    "gradient_degrees": degrees(own, gradient),
-                    "gradient_ratio": float(own.norm() / gradient.norm()),
+                    # Dropped tokens have probability 0, for which reverse KL is infinite: a huge number here.
+                    "loss_error": abs(stored_loss - loss) / loss if stored_loss < 1e6 else None,
+                    "gradient_degrees": compute_angle(stored_gradient, gradient),
+                    "gradient_ratio": float(stored_gradient.norm() / gradient.norm()),
                     "bytes_a_token": layout.bytes_per_token,
                 }
 
 
-def shown(found: Sequence[dict[str, Any]]) -> Table:
-    """One line for each row."""
-    first = found[0]
+def build_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Build the table of one task."""
+    first = rows[0]
     title = f"{first['task']}, V = {first['vocabulary']}, {first['tokens']:,} tokens"
     table = Table("", "k", "tail", "loss error", "degrees", "bytes a token", title=title)
-    for row in found:
+    for row in rows:
         table.add_row(
             row["measure"],
             "V" if row["top_k"] is None else str(row["top_k"]),
@@ -136,22 +155,27 @@ def shown(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Measure each task; print."""
+    """Measure each task, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--smoke", action="store_true", help="arithmetic, models of one SFT step, 4 rows")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with versions")
-    given = parser.parse_args()
+    options = parser.parse_args()
+    if options.smoke:
+        options.tasks, options.rows = ("arithmetic",), 4
     silence_libraries()
-    options, found = RunOptions(given.outputs), []
-    for task in given.tasks:
-        own = list(errors(task, Pair(task, options, given.rows)))
-        Console().print(shown(own))
-        found += own
-    if given.out is not None:
-        facts = {"versions": {name: version(name) for name in ("torch", "transformers")}, "top_k": found}
-        given.out.write_text(json.dumps(facts, indent=1) + "\n")
+    rows = []
+    for task in options.tasks:
+        with tempfile.TemporaryDirectory() if options.smoke else nullcontext(options.outputs) as outputs:
+            pair = ModelPair(task, RunOptions(Path(outputs)), options.rows, smoke=options.smoke)
+        task_rows = list(measure_errors(task, pair))
+        Console().print(build_table(task_rows))
+        rows += task_rows
+    if options.out is not None:
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        options.out.write_text(json.dumps({"versions": versions, "top_k": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""TRL's own tests of its GKD trainer, from a checkout of TRL, run against TRL's trainer and against ours.
+"""Run TRL's tests of its GKD trainer, from a checkout of TRL, against TRL's trainer and against ours.
 
     python benchmarks/trl_tests.py CHECKOUT [--against trl|gkd_lab] [--verbose]
 
 Nothing of the checkout is copied: pytest runs in a temporary folder in which the hub names of the tests
 are local folders with tiny models and rows made here, and two names of `trl.experimental.gkd` are
-replaced. The test file and what it imports is executed, the checkout's conftest.py and pytest settings
+replaced. The test file and its imports are executed, the checkout's conftest.py and pytest settings
 are not. Without a GPU everything runs on the CPU, tests that ask for an accelerator included.
-Exit status: 0; 1 if ours fails where TRL's passes and no reason is listed, or if nothing ran;
+Exit status: 0; 1 if ours fails where TRL's passes and no reason is listed, or if no test ran;
 2 if the request is wrong.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 TEST_FILE = Path("tests/experimental/test_gkd_trainer.py")
 TRAINERS = ("trl", "gkd_lab")
 Outcomes = dict[str, tuple[str, str]]
-"""For each test (outcome, first line of what went wrong)."""
+"""For each test (outcome, first line of the failure)."""
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "NO_COLOR": "1"}
 HUB = "trl-internal-testing"
@@ -36,7 +36,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The first is the longer of the first two in both parts: one of TRL's tests counts on it.
+# The first row's question and answer are longer than the second's: one of TRL's tests relies on it.
 ROWS = (
     ("What do bees make?", "Honey, from nectar."),
     ("Spell cat.", "C, A, T."),
@@ -55,40 +55,41 @@ DIFFERENCES = {
 
 
 def main() -> int:
+    """Run the tests against each trainer, print, return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path, help="folder of a TRL checkout")
     parser.add_argument("--against", choices=TRAINERS, help="run only this trainer")
     parser.add_argument("--verbose", action="store_true", help="show pytest's own output")
-    asked = parser.parse_args()
-    file = asked.checkout.resolve() / TEST_FILE
+    options = parser.parse_args()
+    file = options.checkout.resolve() / TEST_FILE
     if not file.is_file():
-        print(f"{asked.checkout} is no checkout of TRL: it has no {TEST_FILE}", file=sys.stderr)
+        print(f"{options.checkout} is no checkout of TRL: it has no {TEST_FILE}", file=sys.stderr)
         return 2
-    print(versions(asked.checkout))
-    trainers = [asked.against] if asked.against else list(TRAINERS)
-    outcomes = {trainer: in_a_process(file, trainer, asked.verbose) for trainer in trainers}
+    print(describe_versions(options.checkout))
+    trainers = [options.against] if options.against else list(TRAINERS)
+    outcomes = {trainer: run_in_process(file, trainer, options.verbose) for trainer in trainers}
     print_table(outcomes)
-    missed = unexplained(outcomes)
-    if missed:
-        print("ours fails for no listed reason, and TRL's was not seen to:", ", ".join(missed))
-    return 1 if missed or not all(outcomes.values()) else 0
+    unexplained = list_unexplained_failures(outcomes)
+    if unexplained:
+        print("ours fails without a listed reason, and TRL's does not:", ", ".join(unexplained))
+    return 1 if unexplained or not all(outcomes.values()) else 0
 
 
-def versions(checkout: Path) -> str:
-    """Which TRL is installed and which the tests are of: they only fit each other."""
-    stated = checkout / "VERSION"
-    of_tests = stated.read_text().strip() if stated.is_file() else "unknown"
-    return f"TRL {importlib.metadata.version('trl')} is installed; the checkout's version is {of_tests}"
+def describe_versions(checkout: Path) -> str:
+    """Name the versions of the installed TRL and of the tests: they should be equal."""
+    file = checkout / "VERSION"
+    test_version = file.read_text().strip() if file.is_file() else "unknown"
+    return f"TRL {importlib.metadata.version('trl')} is installed; the checkout's version is {test_version}"
 
 
-def in_a_process(file: Path, trainer: str, verbose: bool) -> Outcomes:
-    """Each trainer has a process of its own: what is replaced for one is not seen by the other."""
+def run_in_process(file: Path, trainer: str, verbose: bool) -> Outcomes:
+    """Run the tests in a new process, so that names replaced for one trainer do not reach the other."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, file, trainer, verbose).result()
+        return pool.submit(run_tests, file, trainer, verbose).result()
 
 
-def run(file: Path, trainer: str, verbose: bool) -> Outcomes:
-    """The tests of `file` against `trainer`, in a temporary folder."""
+def run_tests(file: Path, trainer: str, verbose: bool) -> Outcomes:
+    """Run the tests of `file` against `trainer`, in a temporary folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update(OFFLINE, HF_HOME=str(folder / "cache"))
@@ -105,7 +106,7 @@ def run(file: Path, trainer: str, verbose: bool) -> Outcomes:
 
 
 def replace_names(trainer: str, *, use_cpu: bool) -> None:
-    """Let the test file import the trainer that is asked for, with a configuration that runs here."""
+    """Let the test file import the chosen trainer, with a configuration that runs on this machine."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*experimental.*")
         import trl.experimental.gkd as names
@@ -115,11 +116,12 @@ def replace_names(trainer: str, *, use_cpu: bool) -> None:
 
         names.GKDConfig, names.GKDTrainer = GKDConfig, GKDTrainer
     if use_cpu:
-        # TRL's default is bf16, which transformers refuses without a GPU unless this is said.
+        # TRL's default is bf16, which transformers refuses without a GPU unless use_cpu is set.
         names.GKDConfig = functools.partial(names.GKDConfig, use_cpu=True)
 
 
 def run_pytest(file: Path, folder: Path, verbose: bool) -> Outcomes:
+    """Run pytest on the file and collect the outcome of each test."""
     import pytest
 
     outcomes: Outcomes = {}
@@ -128,21 +130,21 @@ def run_pytest(file: Path, folder: Path, verbose: bool) -> Outcomes:
         def pytest_runtest_logreport(self, report: Any) -> None:
             name = report.nodeid.rpartition("::")[2]
             if report.when == "call" or report.outcome != "passed":
-                outcomes[name] = (report.outcome, what_happened(report))
+                outcomes[name] = (report.outcome, get_reason(report))
 
         def pytest_collectreport(self, report: Any) -> None:
             if report.failed:
-                outcomes["(collecting)"] = ("failed", what_happened(report))
+                outcomes["(collecting)"] = ("failed", get_reason(report))
 
     (folder / "pytest.ini").write_text("[pytest]\n")
     options = ["--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", f"--rootdir={folder}"]
-    shown = ["-v"] if verbose else ["-p", "no:terminal"]
-    pytest.main([str(file), "-c", str(folder / "pytest.ini"), *options, *shown], plugins=[Recorder()])
+    output = ["-v"] if verbose else ["-p", "no:terminal"]
+    pytest.main([str(file), "-c", str(folder / "pytest.ini"), *options, *output], plugins=[Recorder()])
     return outcomes
 
 
-def what_happened(report: Any) -> str:
-    """The reason of a skip or the message of a failure, one line."""
+def get_reason(report: Any) -> str:
+    """Return the reason of a skip or the first line of a failure."""
     if report.outcome == "passed":
         return ""
     if isinstance(report.longrepr, tuple):
@@ -152,11 +154,11 @@ def what_happened(report: Any) -> str:
     return text.splitlines()[0 if crash else -1]
 
 
-# ---- what stands in for the hub ----
+# ---- local models and rows in place of the hub's ----
 
 
 def make_models(folder: Path) -> None:
-    """Tiny random models under the names that the tests ask the hub for."""
+    """Write tiny random models under the hub names that the tests load."""
     import torch
     from transformers import (
         Gemma3Config,
@@ -168,7 +170,7 @@ def make_models(folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = byte_tokenizer()
+    tokenizer = build_byte_tokenizer()
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     shape = {
         "vocab_size": len(tokenizer),
@@ -187,7 +189,7 @@ def make_models(folder: Path) -> None:
         ),
     }
     for name, model in models.items():
-        # As Qwen 2.5 ships: two ends of sequence, and a penalty that must not reach the sampling.
+        # As Qwen 2.5 is published: two ends of sequence, and a penalty that the sampling must ignore.
         model.generation_config = GenerationConfig(
             eos_token_id=[end, pad], pad_token_id=pad, do_sample=True, repetition_penalty=1.05
         )
@@ -195,8 +197,8 @@ def make_models(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def byte_tokenizer() -> Any:
-    """Byte-level, without merges: any text is tokens; ChatML."""
+def build_byte_tokenizer() -> Any:
+    """Build a byte-level tokenizer without merges, which encodes any text, with the ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -217,42 +219,43 @@ def byte_tokenizer() -> Any:
 
 
 def make_rows(folder: Path) -> None:
-    """A data set with one configuration of the one on the hub: json lines, and a card that lists them."""
+    """Write one configuration of the hub's dataset: JSON lines, and a card that lists them."""
     name = "conversational_language_modeling"
     lines = ["---", "configs:", f"- config_name: {name}", "  data_files:"]
     (folder / name).mkdir(parents=True)
     for split, count in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
-        rows = [{"messages": conversation(*ROWS[n % len(ROWS)])} for n in range(count)]
+        rows = [{"messages": build_conversation(*ROWS[n % len(ROWS)])} for n in range(count)]
         (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         lines += [f"  - split: {split}", f"    path: {name}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def conversation(asked: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+def build_conversation(question: str, answer: str) -> list[dict[str, str]]:
+    """Build the messages of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 # ---- the table ----
 
 
-def unexplained(outcomes: Mapping[str, Outcomes]) -> list[str]:
-    """Tests that ours fails, that TRL's does not fail too, and that have no listed reason."""
-    theirs = outcomes.get("trl", {})
+def list_unexplained_failures(outcomes: Mapping[str, Outcomes]) -> list[str]:
+    """List the tests that ours fails and TRL's does not, without a reason in `DIFFERENCES`."""
+    trl_outcomes = outcomes.get("trl", {})
     return [
         name
         for name, (outcome, _) in outcomes.get("gkd_lab", {}).items()
-        if outcome == "failed" and theirs.get(name, ("",))[0] != "failed" and name not in DIFFERENCES
+        if outcome == "failed" and trl_outcomes.get(name, ("",))[0] != "failed" and name not in DIFFERENCES
     ]
 
 
 def print_table(outcomes: Mapping[str, Outcomes]) -> None:
-    """Tests down, trainers across, and what is known of those that did not pass."""
+    """Print a row for each test, a column for each trainer, and the reason where a test did not pass."""
     names = list(dict.fromkeys(name for run in outcomes.values() for name in run))
     width = max([len(name) for name in names], default=4)
     print(f"{'test':{width}}", *(f"{trainer:8}" for trainer in outcomes), "reason")
     for name in names:
         cells = [run.get(name, ("missing", "")) for run in outcomes.values()]
-        reason = DIFFERENCES.get(name) or next((why for _, why in cells if why), "")
+        reason = DIFFERENCES.get(name) or next((reason for _, reason in cells if reason), "")
         print(f"{name:{width}}", *(f"{outcome:8}" for outcome, _ in cells), reason)
     for trainer, run in outcomes.items():
         passed = sum(outcome == "passed" for outcome, _ in run.values())
