@@ -100,7 +100,7 @@ def train_on_cpu(trainer: GKDTrainer, folder: Path) -> int:
         device=torch.device("cpu:0"), autocast=trainer.accelerator.autocast, state=trainer.accelerator.state
     )
     for teacher in trainer.teachers:
-        teacher._accelerator = second_device  # type: ignore[attr-defined]
+        teacher.accelerator = second_device  # type: ignore[attr-defined]
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd_lab.encoding.labelled_rows import LabelledExample, collate_labelled_rows
 from gkd_lab.metrics.scored_predictions import Prediction
 from gkd_lab.models.classifiers import ClassifierKind, get_classifier_kind, list_label_names
 from gkd_lab.models.forward import compute_completion_logits, eval_mode
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
-from gkd_lab.training.classification_adapter import LabelledExample, collate_labelled_rows
 
 MAX_BATCH_ROWS = 1024
 """Most cells x texts in one batch."""

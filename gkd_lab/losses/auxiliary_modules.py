@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import PretrainedConfig
 
 from gkd_lab.losses.auxiliary_losses import AuxiliaryLoss, AuxiliaryModule, LossInputs, ModelOutputs
 from gkd_lab.losses.cell_arguments import CellArguments
@@ -195,26 +195,6 @@ class AuxiliaryModules:
 
     def _cell_modules(self, n: int) -> dict[int, _TermModule]:
         return {place: own for (cell, place), own in self._term_modules.items() if cell == n}
-
-
-class AuxiliaryUpdateCallback(TrainerCallback):
-    """Lets the modules learn after each step of the students, at the same point of the schedule."""
-
-    def __init__(self, modules: AuxiliaryModules, failures: Mapping[int, str]) -> None:
-        self.modules, self.failures = modules, failures
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        cells = self.modules.cells
-        rates = {n: cell.learning_rate for n, cell in enumerate(cells) if n not in self.failures}
-        factor = _schedule_factor(given["lr_scheduler"], given["optimizer"], cells[0].learning_rate)
-        self.modules.update_modules(rates, factor, args.max_grad_norm or 0.0)
-
-
-def _schedule_factor(schedule: Any, optimizer: Any, base: float) -> float:
-    """Where a schedule stands; one that is no function of the step, as on a plateau, shows in the rate."""
-    if hasattr(schedule, "lr_lambdas"):
-        return float(schedule.lr_lambdas[0](schedule.last_epoch))
-    return float(optimizer.param_groups[0]["lr"]) / (base or 1)
 
 
 def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: bool) -> Tensor:

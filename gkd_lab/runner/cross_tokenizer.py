@@ -16,7 +16,7 @@ from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.teacher_text import TEXTS_FILE
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json_lines
-from gkd_lab.teachers.teacher_prompts import TeacherPrompts
+from gkd_lab.teachers.text_teacher import TeacherPrompts
 
 
 def check_shared_tokenizer(teacher: Any, student: Any, cells: Iterable[Cell]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from gkd_lab.config.artifact_specs import DataSpec, SftModel
 from gkd_lab.config.cell import Split
 from gkd_lab.encoding.batches import Example, TruncationCounts, encode_rows
+from gkd_lab.encoding.labelled_rows import LabelledExample, encode_labelled_rows
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.store.files import write_json
 from gkd_lab.tasks import Row, get_task, load_rows
-from gkd_lab.training.classification_adapter import LabelledExample, encode_labelled_rows
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,17 @@ from transformers import (
 
 from gkd_lab.config.artifact_specs import OptimizerSpec, SftSpec
 from gkd_lab.encoding.batches import Example
+from gkd_lab.encoding.labelled_rows import (
+    LabelledExample,
+    build_transformers_batch,
+    collate_labelled_rows,
+)
 from gkd_lab.models.classifiers import get_classifier_kind
 from gkd_lab.runner.checkpoint_callback import CheckpointCallback
 from gkd_lab.runner.interrupts import delay_signals
 from gkd_lab.runner.progress import ProgressUpdate
 from gkd_lab.store import Record
 from gkd_lab.training.checkpoints import build_checkpoint_path, list_complete_steps, remove_other_checkpoints
-from gkd_lab.training.classification_adapter import (
-    LabelledExample,
-    build_transformers_batch,
-    collate_labelled_rows,
-)
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 

@@ -1,6 +1,6 @@
-"""A student, a teacher and their tokenizer on a test bench: a trainer of the pair and a batch of four rows.
+"""Test bench of a student, a teacher and their tokenizer: a trainer of the pair and a batch of four rows.
 
-No optimizer step is taken, and what the trainer wants to write goes to a folder that the caller removes.
+No optimizer step is taken, and the trainer writes to a folder that the caller removes.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ PROMPTS_AND_ANSWERS = (
     ("Say hello.", "Hello! It is good to see you. How can I help you today?"),
     ("Shorten: The meeting, which began late, lasted until noon.", "The late meeting ended at noon."),
 )
-"""Prompts and answers of different lengths, so that padding and averages matter."""
+"""Of different lengths, so that padding and averages matter."""
 MAX_NEW_TOKENS = 16
 TEACHER_TEMPERATURE = 0.5
-"""Other than the student's, so that there is something to learn even from a teacher equal to the student."""
+"""Unlike the student's, so that there is something to learn even from a teacher equal to the student."""
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Who learns from whom. teacher_tokenizer: None if it is not known."""
+    """A student and its teacher. teacher_tokenizer: None if it is not known."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
@@ -43,7 +43,8 @@ class ModelPair:
 class PairBench:
     """A trainer of the pair, and rows that its own encoder and collator made.
 
-    `refusal` says why the tokenizer's chat template cannot be used; the rows are then plain texts.
+    `chat_template_error` says why the tokenizer's chat template cannot be used; the rows are then plain
+    texts.
     """
 
     def __init__(self, pair: ModelPair, folder: Path) -> None:
@@ -60,11 +61,13 @@ class PairBench:
         self.heads = {"student": self.trainer.student_head, "teacher": self.trainer.teacher_head}
         self.device = self.trainer.args.device
         self.is_encoder_decoder = bool(pair.student.config.is_encoder_decoder)
-        self.vocabulary_size = self.trainer.vocabulary_size
+        self.pad_id = self.trainer.generation_limits.pad_id
+        self.vocabulary_size = self.trainer.generation_limits.vocabulary_size
         self.chat_template_error: str | None = None
         self.rows = self._build_rows()
 
     def _build_rows(self) -> Sequences:
+        """Encode the prompts and answers as chats, or as plain texts if the template fails."""
         if self.pair.tokenizer.chat_template is not None:
             try:
                 return self._collate_rows([{"messages": _build_chat(*text)} for text in PROMPTS_AND_ANSWERS])
@@ -75,20 +78,21 @@ class PairBench:
         )
 
     def _collate_rows(self, rows: list[dict[str, Any]]) -> Sequences:
+        """Collate dataset rows with the trainer's own collator."""
         batch = self.trainer.data_collator(rows)
         fields = Sequences.__dataclass_fields__
         return Sequences(**{name: batch[name].to(self.device) for name in fields if name in batch})
 
     def select_row(self, n: int) -> Sequences:
-        """One row as a batch, as wide as the whole batch."""
+        """Return row `n` as a batch, as wide as the whole batch."""
         return self.rows.map_tensors(lambda tensor: tensor[n : n + 1])
 
     def build_micro_batches(
         self, parts: Sequence[Sequences], lmbda: float, *, step: int = 0, normalization: str = "token"
     ) -> list[dict[str, Any]]:
-        """What optimizer step `step` trains on, as the trainer itself makes it of these micro-batches."""
+        """Return the trainer's samples of optimizer step `step`, made of these micro-batches."""
         trainer = self.trainer
-        # A loss that was no number would freeze the student for all checks that follow.
+        # A loss that is not finite would freeze the student for all checks that follow.
         trainer.failures.clear()
         trainer.cells = (replace(trainer.cells[0], lmbda=lmbda),)
         trainer.args.loss_normalization = normalization
@@ -98,43 +102,45 @@ class PairBench:
         return samples
 
     def compute_loss_and_gradient(self, samples: Sequence[dict[str, Any]]) -> float:
-        """The loss of a step; its gradient is added to that in the student's weights."""
+        """Return the loss of a step and add its gradient to the student's weights."""
         self.trainer.current_gradient_accumulation_steps = len(samples)
         losses = [self.trainer.training_step(self.student, sample) for sample in samples]
         return float(torch.stack(losses).sum())
 
     def generate_answers(self, rows: Sequences, noise: Tensor | None = None) -> Sequences:
-        """What the student answers, token by token from its cache: by `noise`, or its best tokens."""
+        """Let the student answer token by token with its cache: sampled by `noise`, or greedily."""
         return generate_completions(
             self.student,
             rows,
             max_new_tokens=MAX_NEW_TOKENS,
             end_ids=self.trainer.generation_limits.end_ids,
-            pad_id=self.trainer.generation_limits.pad_id,
+            pad_id=self.pad_id,
             uniforms=noise,
             vocabulary_size=self.vocabulary_size,
         )
 
     def draw_noise(self) -> Tensor:
+        """Return one uniform number per row and new token."""
         return draw_uniforms(0, 0, "selfcheck", self.rows.num_rows, MAX_NEW_TOKENS)
 
     def compute_probabilities(self, model: Any, rows: Sequences) -> Tensor:
-        """Of each trained token's place by the training forward, (tokens, V)."""
+        """Return the distribution at each trained token, by the training forward, (tokens, V)."""
         return self.compute_logits(model, rows).float().softmax(-1)
 
     def compute_logits(self, model: Any, rows: Sequences) -> Tensor:
-        """The model's own, of each trained token's place, (tokens, V)."""
+        """Return the model's logits at each trained token, (tokens, V)."""
         with torch.no_grad(), eval_mode(model):
             logits = compute_completion_logits(model, rows)[rows.completion_mask.bool()]
         return logits[:, : self.vocabulary_size]
 
 
 def _build_chat(question: str, answer: str) -> list[dict[str, str]]:
+    """Return a conversation of one turn each."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _build_arguments(folder: Path) -> GKDConfig:
-    """TRL's defaults, in float32 and with nothing reported."""
+    """Return TRL's defaults, in float32 and with nothing reported."""
     return GKDConfig(
         output_dir=str(folder),
         per_device_train_batch_size=len(PROMPTS_AND_ANSWERS),

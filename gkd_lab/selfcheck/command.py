@@ -1,8 +1,8 @@
-"""`gkd-lab selfcheck`: load a pair, or make two tiny ones, measure it, print a table; no file stays."""
+"""`gkd-lab selfcheck`: load a pair of models, or make two tiny pairs, run the checks and print a table."""
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,17 @@ from gkd_lab.selfcheck.checks import (
 )
 
 CheckResults = list[tuple[str, str, InvarianceResult]]
-"""Name, meaning and finding of each check."""
+"""Name, meaning and result of each check."""
 
 MADE_FAMILIES: tuple[Family, ...] = ("decoder-only", "encoder-decoder")
 WEIGHT_SCALES = {"decoder-only": 10.0, "encoder-decoder": 3.0}
-"""Untrained weights times this: else every next token is about equally likely and no check could fail."""
+"""Factors on untrained weights: without them all tokens are about equally likely and no check could fail."""
 
 
 def run_selfcheck(teacher: str | None, student: str | None, *, bf16: bool = False) -> bool:
-    """Print a table for the named pair, or for two made ones; whether all checks passed.
+    """Check the named pair, or two made ones, print the tables and return whether all checks passed.
 
-    Raises SpecError for names that cannot be loaded and models of two families.
+    Raises ConfigError for names that cannot be loaded and models of two families.
     """
     if (teacher is None) != (student is None):
         missing = "--teacher" if teacher is None else "--student"
@@ -58,8 +58,9 @@ def run_selfcheck(teacher: str | None, student: str | None, *, bf16: bool = Fals
 
 
 def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
-    """Both models in float32 with their tokenizers. Remote code is never run."""
-    configs = {option: _load_config(option, name) for option, name in _list_options(teacher, student)}
+    """Load both models in float32 with their tokenizers, without running remote code."""
+    names = {"--student": student, "--teacher": teacher}
+    configs = {option: _load_config(option, name) for option, name in names.items()}
     kinds = {o: "encoder-decoder" if c.is_encoder_decoder else "decoder-only" for o, c in configs.items()}
     if len(set(kinds.values())) > 1:
         raise ConfigError(
@@ -68,7 +69,7 @@ def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
         )
     models: dict[str, PreTrainedModel] = {}
     with reporter.phase("loading", 2) as advance:
-        for option, name in _list_options(teacher, student):
+        for option, name in names.items():
             models[option] = _load_model(option, name)
             advance(len(models))
     tokenizer = load_model_tokenizer(models["--student"])
@@ -81,11 +82,8 @@ def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
     )
 
 
-def _list_options(teacher: str, student: str) -> Sequence[tuple[str, str]]:
-    return ("--student", student), ("--teacher", teacher)
-
-
 def _load_config(option: str, name: str) -> Any:
+    """Load the configuration of the model that `option` names."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -93,6 +91,7 @@ def _load_config(option: str, name: str) -> Any:
 
 
 def _load_model(option: str, name: str) -> PreTrainedModel:
+    """Load the model that `option` names, in float32."""
     try:
         return load_auto_model(name, {"dtype": torch.float32}, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -100,20 +99,22 @@ def _load_model(option: str, name: str) -> PreTrainedModel:
 
 
 def _build_load_error(option: str, name: str, error: Exception) -> ConfigError:
+    """Build the error for a model that cannot be loaded from a folder or the hub."""
     if Path(name).exists():
         return ConfigError(f"{option} {name!r} cannot be loaded: {_get_first_line(error)}")
     return ConfigError(
-        f"{option} {name!r}: no such folder, and no model of that name can be had from the hub "
+        f"{option} {name!r}: no such folder, and no model of that name can be loaded from the hub "
         f"({_get_first_line(error)})"
     )
 
 
 def _get_first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def make_pair(family: Family) -> ModelPair:
-    """A teacher of three layers and a student of two, with one byte-level tokenizer of 512 entries."""
+    """Make a teacher of three layers and a student of two, with one byte-level tokenizer of 512 entries."""
     tokenizer = train_tokenizer(
         TokenizerSpec(kind="bpe", vocab_size=512),
         [f"{prompt} {answer}" for prompt, answer in PROMPTS_AND_ANSWERS],
@@ -131,12 +132,12 @@ def make_pair(family: Family) -> ModelPair:
 
 
 def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> CheckResults:
-    """All findings; none after a vocabulary that is not common, or a trainer that refuses the pair."""
-    first = ("tokenizers", "ids mean the same to both", _check_tokenizers(pair))
-    if not first[2].passed:
-        return [first]
+    """Run all checks; none but the first for different tokenizers, or if the trainer refuses the pair."""
+    tokenizer_result = _check_tokenizers(pair)
+    results = [("tokenizers", "ids mean the same to both", tokenizer_result)]
+    if not tokenizer_result.passed:
+        return results
     checks = (*CHECKS, BFLOAT16_CHECK) if bf16 else CHECKS
-    results = [first]
     with (
         tempfile.TemporaryDirectory() as folder,
         _silence_warnings(),
@@ -145,7 +146,7 @@ def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> Ch
         try:
             bench = PairBench(pair, Path(folder))
         except PAIR_ERRORS as error:
-            return [first, ("trainer", "takes the pair", create_error_result(error))]
+            return [*results, ("trainer", "takes the pair", create_error_result(error))]
         for check in checks:
             results.append((check.name, check.meaning, check(bench)))
             advance(len(results) - 1)
@@ -153,60 +154,63 @@ def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> Ch
 
 
 def _check_tokenizers(pair: ModelPair) -> InvarianceResult:
-    with warnings.catch_warnings(record=True) as remarks:
+    """Check that student and teacher share their token ids, and note what the comparison warns of."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             get_shared_vocabulary_size(pair.student, pair.teacher, pair.tokenizer, pair.teacher_tokenizer)
         except ValueError as error:
             return create_failed_result(str(error), "differ")
-    notes = [str(one.message) for one in remarks]
+    notes = [str(warning.message) for warning in caught]
     sizes = [get_head_size(model) for model in (pair.student, pair.teacher)]
     if sizes[0] != sizes[1]:
         notes.append(f"heads of {sizes[0]:,} and {sizes[1]:,} entries: the first {min(sizes):,} are compared")
-    shown = "teacher's is unknown" if pair.teacher_tokenizer is None else f"{len(pair.tokenizer):,} entries"
-    return InvarianceResult(0.0, 0.0, shown, note="; ".join(notes))
+    is_unknown = pair.teacher_tokenizer is None
+    measurement = "teacher's is unknown" if is_unknown else f"{len(pair.tokenizer):,} entries"
+    return InvarianceResult(0.0, 0.0, measurement, note="; ".join(notes))
 
 
 @contextmanager
 def _silence_warnings() -> Iterator[None]:
-    """The checks report what the trainer would warn of."""
+    """Silence the trainer's warnings: the checks report the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _print_report(out: Console, title: str, pair: ModelPair, results: CheckResults) -> bool:
-    """Print sizes, table and the reasons of what failed; whether all passed."""
+    """Print sizes, table and the reasons of failures; return whether all checks passed."""
     # Words are wrapped for a person; a file or a pipe gets a line for each reason.
     say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
     sizes = [f"{_count_parameters(model) / 1e6:,.1f} M" for model in (pair.student, pair.teacher)]
     say(f"{title}\nstudent {sizes[0]}, teacher {sizes[1]} parameters, float32")
     out.print(_build_table(results))
-    wrong = [(name, finding) for name, _, finding in results if not finding.passed]
-    for name, finding in wrong:
-        say(f"FAIL {name}: {finding.reason}")
-    for name, _, finding in results:
-        if finding.note:
-            say(f"note {name}: {finding.note}")
+    failures = [(name, result) for name, _, result in results if not result.passed]
+    for name, result in failures:
+        say(f"FAIL {name}: {result.reason}")
+    for name, _, result in results:
+        if result.note:
+            say(f"note {name}: {result.note}")
     if len(results) < len(CHECKS):
         out.print("Nothing else was checked.")
-    out.print(f"{len(results) - len(wrong)} of {len(results)} checks passed\n")
-    return not wrong
+    out.print(f"{len(results) - len(failures)} of {len(results)} checks passed\n")
+    return not failures
 
 
 def _build_table(results: CheckResults) -> Table:
+    """Build the table of all results."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("check", "what holds", "measured"):
         table.add_column(heading, overflow="fold")
     table.add_column("limit", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for name, meaning, finding in results:
-        verdict = "[green]pass[/green]" if finding.passed else "[bold red]FAIL[/bold red]"
-        limit = f"{finding.tolerance:.0e}" if finding.tolerance else "0"
-        table.add_row(name, meaning, escape(finding.measurement), limit, verdict)
+    for name, meaning, result in results:
+        verdict = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
+        limit = f"{result.tolerance:.0e}" if result.tolerance else "0"
+        table.add_row(name, meaning, escape(result.measurement), limit, verdict)
     return table
 
 
 def _count_parameters(model: PreTrainedModel) -> int:
-    """All parameters, frozen ones too."""
+    """Count all parameters, frozen ones too."""
     return sum(parameter.numel() for parameter in model.parameters())

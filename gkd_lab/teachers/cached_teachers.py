@@ -1,6 +1,6 @@
-"""Teachers that are no model of this process: scores that were kept of fixed text, or a server's.
+"""Teachers without a model in this process: cached logits of fixed text, or a server.
 
-Shapes: M blocks of B rows, C completion tokens, k tokens named of each distribution.
+Shapes: M blocks of B rows, C completion tokens, k named tokens of each distribution.
 """
 
 from abc import ABC, abstractmethod
@@ -25,68 +25,66 @@ from gkd_lab.teachers.top_k_distributions import TopKScores, TopKTeacherLogits, 
 
 
 class ModelFreeTeacher(ABC):
-    """Gives a step's guide without a teacher's forward pass; `GKDTrainer` takes it as `teacher_model`.
+    """A `TeacherInterface` without a forward pass; `GKDTrainer` takes it as `teacher_model`.
 
-    name: what messages call it. size: V, entries of its vocabulary.
-    tokenizer: the one that its ids are of; None where it is not known.
-    knows_any_text: whether it can speak of what a student has just written.
+    description: Its name in messages.
+    vocabulary_size: V.
+    tokenizer: The tokenizer of its ids; None: unknown.
+    can_score_new_text: Whether it can score what a student has just sampled.
     """
 
     description: str
     vocabulary_size: int
     tokenizer: Any | None
     can_score_new_text: bool
+    config: PretrainedConfig | None = None
 
     @abstractmethod
     def compute_logits(self, batch: MicroBatch) -> TeacherLogits:
-        """What the teacher says of M blocks of B*C tokens, on the batch's device."""
+        """Return the teacher's logits for M blocks of B*C tokens, on the batch's device."""
 
     def check_compatibility(
-        self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any
+        self, student: PreTrainedModel, cells: Sequence[CellArguments], *, seq_kd: bool, eval_on_policy: bool
     ) -> None:
-        """Raises ValueError for what only a model in this process can do."""
+        """Raise ValueError for a run that needs a live teacher model."""
         if get_classifier_kind(unwrap_model(student)) is not None:
             raise ValueError(
                 f"the student classifies, and {self.description} knows of texts alone: give a model"
             )
-        if args.seq_kd:
+        if seq_kd:
             raise ValueError(
                 f"seq_kd=True lets the teacher write, which {self.description} cannot: give a model"
             )
         if self.can_score_new_text:
             return
         lmbda = max(cell.lmbda for cell in cells)
-        if lmbda > 0 or args.eval_on_policy:
-            which = f"lmbda={lmbda:g} lets" if lmbda > 0 else "eval_on_policy=True lets"
+        if lmbda > 0 or eval_on_policy:
+            setting = f"lmbda={lmbda:g}" if lmbda > 0 else "eval_on_policy=True"
             raise ValueError(
-                f"{which} the student write, and {self.description} is of text that was there before: set lmbda=0, "
-                "or let the teacher itself read what the student writes"
+                f"{setting} lets the student write, and {self.description} covers only the text that it was "
+                "made for: set lmbda=0, or give the teacher's model"
             )
 
-    # ---- as the trainer asks any teacher ----
-
-    config: PretrainedConfig | None = None
-
     def activate(self) -> AbstractContextManager[Any]:
-        """It has no weights that could be moved."""
+        """Do nothing: there are no weights to move."""
         return nullcontext()
 
     def activate_head(self) -> AbstractContextManager[Any]:
-        """It has no head."""
+        """Do nothing: there is no head to move."""
         return nullcontext()
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        """Raises ValueError where more than distributions is asked for."""
+        """Return the logits of a micro-batch. Raises ValueError if other outputs are requested."""
         if output_names:
             raise ValueError(
-                f"an objective reads the teacher's {', '.join(output_names)}, and {self.description} knows its "
-                "distributions alone: let the teacher itself read the rows, or drop the objective"
+                f"an objective reads the teacher's {', '.join(output_names)}, and {self.description} has "
+                "distributions alone: give the teacher's model, or drop the objective"
             )
         return TeacherOutput(self.compute_logits(batch))
 
 
 class CachedTeacher(ModelFreeTeacher):
-    """The scores in a folder (see `score_files`), of rows that are known by their `Example.number`."""
+    """Scores from a folder (see `score_files`), looked up by `Example.row_index`."""
 
     description, can_score_new_text = "a store of its scores", False
 
@@ -95,41 +93,37 @@ class CachedTeacher(ModelFreeTeacher):
         self.vocabulary_size = self.score_reader.layout.vocabulary
 
     def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
-        """Raises ValueError for a row that was not scored, or with another completion."""
+        """Look up the rows' logits. Raises ValueError for a row that was not scored with this completion."""
         rows = batch.teacher
         if rows.row_indices is None:
             raise ValueError(
-                "the teacher's scores are found by the rows' numbers, and these rows have none: give "
-                "`Example`s with `number`, the row's place in the data that was scored"
+                "the teacher's scores are found by the rows' `row_index`, and these rows have none: give "
+                "`Example`s with the row's position in the data that was scored"
             )
-        real = rows.completion_mask.bool()
-        found = [
-            self._read_row(number, ids[mask].tolist())
-            for number, ids, mask in zip(
-                rows.row_indices.flatten().tolist(), rows.completion_ids, real, strict=True
-            )
+        row_ids = zip(rows.completion_ids, rows.completion_mask.bool(), strict=True)
+        row_scores = [
+            self._read_row(number, ids[is_real].tolist())
+            for number, (ids, is_real) in zip(rows.row_indices.flatten().tolist(), row_ids, strict=True)
         ]
-        blocks = len(batch.prompts_of_block)
-        scores = pad_scores(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
-        return TopKTeacherLogits.create(scores, self.vocabulary_size)
+        return _build_logits(row_scores, batch, self.vocabulary_size)
 
-    def _read_row(self, number: int, asked: Sequence[int]) -> TopKScores:
+    def _read_row(self, number: int, completion_ids: Sequence[int]) -> TopKScores:
+        """Read the scores of row `number` and check that they are of this completion."""
         tokens, scores = self.score_reader.read_row(number)
-        if tokens.tolist() != list(asked):
+        if tokens.tolist() != list(completion_ids):
             raise ValueError(
-                f"row {number} has another completion ({len(asked)} tokens) than the one that the teacher "
-                f"scored ({len(tokens)} tokens): the scores in {str(self.score_reader.folder)!r} are of other text"
+                f"row {number} has another completion ({len(completion_ids)} tokens) than the one that the "
+                f"teacher scored ({len(tokens)} tokens): the scores in {str(self.score_reader.folder)!r} "
+                "are of other text"
             )
         return scores
 
 
 class ServerTeacher(ModelFreeTeacher):
-    """A decoder-only teacher behind a server, whose tokenizer is the student's own.
+    """A decoder-only teacher behind a server, with the student's own tokenizer.
 
-    What it names is exact to the digits that it sends. The tail is 1 minus the sum of the named, and so no
-    smaller than what float32 tells from 0.
-
-    endpoint: where it is and what it is asked for. tokenizer: the teacher's.
+    The named tokens are exact to the digits that the server sends. The tail is 1 minus their sum, and at
+    least the float32 epsilon.
     """
 
     description, can_score_new_text = "a server", True
@@ -139,60 +133,54 @@ class ServerTeacher(ModelFreeTeacher):
         self.vocabulary_size = 1 + max(tokenizer.get_vocab().values())
 
     def check_compatibility(
-        self, student: PreTrainedModel, cells: Sequence[CellArguments], args: Any
+        self, student: PreTrainedModel, cells: Sequence[CellArguments], *, seq_kd: bool, eval_on_policy: bool
     ) -> None:
-        super().check_compatibility(student, cells, args)
+        """Raise ValueError for a run that needs a live teacher model, and for an encoder-decoder."""
+        super().check_compatibility(student, cells, seq_kd=seq_kd, eval_on_policy=eval_on_policy)
         if student.config.is_encoder_decoder:
             raise ValueError(
                 "the student is encoder-decoder, and a server's prompt log-probabilities are of one text: "
-                "choose a decoder-only pair, or keep the teacher's scores (`CachedTeacher`)"
+                "choose a decoder-only pair, or cache the teacher's scores (`CachedTeacher`)"
             )
 
     def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
-        """Raises ServerDown and ServerRefused."""
+        """Request the rows' logits. Raises ServerUnavailable and ServerRejection."""
         rows = batch.teacher
         lengths = rows.completion_mask.sum(-1).tolist()
         texts = [
-            torch.cat([prompt[before.bool()], ids[mask.bool()]]).tolist()
-            for prompt, before, ids, mask in zip(
+            torch.cat([prompt[prompt_mask.bool()], ids[mask.bool()]]).tolist()
+            for prompt, prompt_mask, ids, mask in zip(
                 rows.prompt_ids, rows.prompt_mask, rows.completion_ids, rows.completion_mask, strict=True
             )
         ]
-        answers = self.server.request_scores(texts)
-        found = [
-            build_top_k_scores(one[len(one) - length :], self.server.top_k)
-            for one, length in zip(answers, lengths, strict=True)
+        row_scores = [
+            build_top_k_scores(tokens[len(tokens) - length :], self.server.top_k)
+            for tokens, length in zip(self.server.request_scores(texts), lengths, strict=True)
         ]
-        blocks = len(batch.prompts_of_block)
-        scores = pad_scores(found, rows.completion_ids.shape[1], blocks, rows.completion_ids.device)
-        return TopKTeacherLogits.create(scores, self.vocabulary_size)
+        return _build_logits(row_scores, batch, self.vocabulary_size)
 
 
-def build_top_k_scores(named: Sequence[TokenLogProbs], top_k: int) -> TopKScores:
-    """What a server said of C tokens, the `top_k` most likely of each, as (C, k)."""
-    logs = torch.tensor([[log for _, log in one] for one in named], dtype=torch.float64).view(-1, top_k)
-    ids = torch.tensor([[id_ for id_, _ in one] for one in named], dtype=torch.int32).view(-1, top_k)
-    tail = (1 - logs.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
-    return TopKScores(logs.float(), ids, tail.float())
+def build_top_k_scores(tokens: Sequence[TokenLogProbs], top_k: int) -> TopKScores:
+    """Convert a server's answer for C tokens, each with its `top_k` most likely ones, to scores (C, k)."""
+    log_probs = torch.tensor([[log_prob for _, log_prob in token] for token in tokens], dtype=torch.float64)
+    log_probs = log_probs.view(-1, top_k)
+    ids = torch.tensor([[id_ for id_, _ in token] for token in tokens], dtype=torch.int32).view(-1, top_k)
+    tail = (1 - log_probs.exp().sum(-1)).clamp_min(torch.finfo(torch.float32).eps).log()
+    return TopKScores(log_probs.float(), ids, tail.float())
 
 
-def get_vocabulary_size(teacher: ModelFreeTeacher | PreTrainedModel) -> Any:
-    """What tells how many entries its vocabulary has."""
-    return teacher.vocabulary_size if isinstance(teacher, ModelFreeTeacher) else teacher
+def _build_logits(
+    row_scores: Sequence[TopKScores], batch: MicroBatch, vocabulary_size: int
+) -> TopKTeacherLogits:
+    """Arrange the scores of M*B rows as M blocks of B*C tokens, with zeros behind each row's own tokens."""
+    completions, blocks = batch.teacher.completion_ids, len(batch.prompts_of_block)
+    lengths = [len(scores.log_probs) for scores in row_scores]
 
-
-def pad_scores(
-    found: Sequence[TopKScores], width: int, blocks: int, device: torch.device | str
-) -> TopKScores:
-    """Scores of M*B rows, each of its own tokens, as those of M blocks of B*C tokens; 0 behind them."""
-
-    whole = concatenate_scores(found)
-    lengths = [len(one.log_probs) for one in found]
-
-    def put(tensor: Tensor) -> Tensor:
-        rows = tensor.new_zeros(len(found), width, *tensor.shape[1:])
+    def pad_rows(tensor: Tensor) -> Tensor:
+        rows = tensor.new_zeros(len(row_scores), completions.shape[1], *tensor.shape[1:])
         for row, part in zip(rows, tensor.split(lengths), strict=True):
             row[: len(part)] = part
-        return rows.view(blocks, -1, *rows.shape[2:]).to(device)
+        return rows.view(blocks, -1, *rows.shape[2:]).to(completions.device)
 
-    return whole.apply(put)
+    scores = concatenate_scores(row_scores).apply(pad_rows)
+    return TopKTeacherLogits.create(scores, vocabulary_size)

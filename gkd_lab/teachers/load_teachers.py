@@ -1,93 +1,128 @@
-"""The teachers of a run as a user hands them over: loaded, compared with the student, put in their places."""
+"""Load the teachers that the user names, compare them with the student and place them on the devices."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.models.loading import load_teacher
+from gkd_lab.models.loading import InitKwargs, load_teacher
 from gkd_lab.models.vocabulary import get_compared_vocabulary_size, load_model_tokenizer
-from gkd_lab.teachers.cached_teachers import ModelFreeTeacher, get_vocabulary_size
+from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
 from gkd_lab.teachers.teacher import LiveTeacher, Teacher, TeacherInterface
+from gkd_lab.teachers.text_teacher import TeacherPrompts
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The arguments of `GKDTrainer` that describe its teachers; see there."""
+
+    model: PreTrainedModel | nn.Module | ModelFreeTeacher | str | None
+    tokenizer: Any = None
+    others: Sequence[Teacher] = ()
+    prompts: TeacherPrompts | None = None
+
+
+class TeacherArguments(Protocol):
+    """The fields of `GKDConfig` that the teachers depend on."""
+
+    seq_kd: bool
+    eval_on_policy: bool
+    trust_remote_code: bool
+    teacher_dtype: str | None
+    teacher_model_name_or_path: str | None
+
+    @property
+    def teacher_model_init_kwargs(self) -> InitKwargs:
+        """Arguments of `from_pretrained` for a teacher that is loaded by name."""
 
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """The first one, a model or a source of scores, and all others, which are models."""
+    """The loaded teachers of a run: the first, a model or model-free, and all others, which are models."""
 
     first: Any
     tokenizer: Any
-    """Of the first; None: it is not known."""
+    """Tokenizer of the first teacher; None: unknown."""
     other_models: tuple[PreTrainedModel, ...]
     other_teachers: tuple[Teacher, ...]
 
     @classmethod
     def load(
         cls,
-        teacher: Any,
-        other_teachers: Sequence[Teacher],
+        options: TeacherOptions,
         student: PreTrainedModel,
-        cells: Sequence[CellArguments],
-        args: Any,
-        *,
-        tokenizer: Any,
         student_tokenizer: Any,
+        cells: Sequence[CellArguments],
+        args: TeacherArguments,
+        *,
         is_copy: bool,
     ) -> "TeacherSet":
-        """Loaded and frozen. tokenizer: the first one's, where it was stated; of_student: the student's.
+        """Load and freeze all teachers; `is_copy`: the first one is a copy of the student.
 
-        Raises ValueError for teachers that do not fit the student or what the cells ask of them.
+        Raises ValueError for teachers that do not fit the student or what the cells require.
         """
-        if isinstance(teacher, ModelFreeTeacher):
-            teacher.check_compatibility(student, cells, args)
-            first, own = teacher, teacher.tokenizer
+        if isinstance(options.model, ModelFreeTeacher):
+            options.model.check_compatibility(
+                student, cells, seq_kd=args.seq_kd, eval_on_policy=args.eval_on_policy
+            )
+            first: Any = options.model
+            tokenizer = first.tokenizer
         else:
             first = load_teacher(
-                teacher,
+                options.model,
                 name_or_path=args.teacher_model_name_or_path,
                 init_kwargs=args.teacher_model_init_kwargs,
                 student=student,
                 dtype=args.teacher_dtype,
                 trust_remote_code=args.trust_remote_code,
             )
-            own = student_tokenizer if is_copy else load_model_tokenizer(first)
-        loaded = (one.load_model(student, trust_remote_code=args.trust_remote_code) for one in other_teachers)
-        return cls(first, tokenizer or own, tuple(loaded), tuple(other_teachers))
+            tokenizer = student_tokenizer if is_copy else load_model_tokenizer(first)
+        others = [
+            teacher.load_model(student, trust_remote_code=args.trust_remote_code)
+            for teacher in options.others
+        ]
+        return cls(first, options.tokenizer or tokenizer, tuple(others), tuple(options.others))
 
     def list_models_and_tokenizers(self) -> list[tuple[Any, Any]]:
-        """Each teacher and its tokenizer, by number."""
+        """Return each teacher with its tokenizer, in the order of their numbers."""
         others = zip(self.other_teachers, self.other_models, strict=True)
         return [
             (self.first, self.tokenizer),
-            *((model, one.processing_class or load_model_tokenizer(model)) for one, model in others),
+            *((model, teacher.processing_class or load_model_tokenizer(model)) for teacher, model in others),
         ]
 
     def count_shared_vocabulary(
         self, student: PreTrainedModel, tokenizer: Any, compared: Collection[int]
     ) -> int:
-        """How many leading entries all can be compared on; `compared`: numbers of those that are.
+        """Return how many leading vocabulary entries the student shares with all teachers.
 
-        Raises ValueError for a tokenizer that is not the student's.
+        compared: numbers of the teachers that are compared token by token. Raises ValueError if one of these
+        has another tokenizer than the student.
         """
         return min(
             get_compared_vocabulary_size(
-                student, get_vocabulary_size(one), tokenizer, own, compares_tokens=number in compared
+                student,
+                model.vocabulary_size if isinstance(model, ModelFreeTeacher) else model,
+                tokenizer,
+                teacher_tokenizer,
+                compares_tokens=number in compared,
             )
-            for number, (one, own) in enumerate(self.list_models_and_tokenizers())
+            for number, (model, teacher_tokenizer) in enumerate(self.list_models_and_tokenizers())
         )
 
     def place_teachers(self, accelerator: Accelerator, *, parked: bool) -> list[TeacherInterface]:
-        """Where the run needs them; `parked` holds for those that say nothing themselves."""
+        """Place all teachers on the devices; `parked` is the default of teachers that do not state it."""
         first = self.first
         if not isinstance(first, ModelFreeTeacher):
             first = LiveTeacher(first, accelerator, parked=parked)
         return [
             first,
             *(
-                LiveTeacher(model, accelerator, parked=parked if one.parked is None else one.parked)
-                for one, model in zip(self.other_teachers, self.other_models, strict=True)
+                LiveTeacher(model, accelerator, parked=parked if teacher.parked is None else teacher.parked)
+                for teacher, model in zip(self.other_teachers, self.other_models, strict=True)
             ),
         ]

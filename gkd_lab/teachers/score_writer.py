@@ -1,4 +1,4 @@
-"""A teacher reads fixed text once, and what it says of each token is written down.
+"""Score fixed text with a teacher once and write its scores to files.
 
 Shapes: R rows of C completion tokens, T of them real, H width.
 """
@@ -21,12 +21,12 @@ from gkd_lab.teachers.top_k_distributions import TopKScores, compute_top_k_score
 
 ROWS_PER_BATCH = 64
 LOGITS_CHUNK_BYTES = 128 * 2**20
-"""Size of the logits that are made at once."""
+"""Size of the logits that are computed at once."""
 
 
 def number_examples(examples: Sequence[Example]) -> list[Example]:
-    """The rows with their place among them, by which their scores are found."""
-    return [replace(row, row_index=number) for number, row in enumerate(examples)]
+    """Return the examples with their positions as `row_index`, by which their scores are found."""
+    return [replace(example, row_index=number) for number, example in enumerate(examples)]
 
 
 def write_teacher_scores(
@@ -40,17 +40,17 @@ def write_teacher_scores(
     use_bfloat16: bool = False,
     report_progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Write what `teacher` says of each row's completion; files that are there already are kept.
+    """Write the teacher's scores of each row's completion; existing files are kept.
 
-    A row's place is its number: train on `numbered` rows with a `CachedTeacher` of the folder.
+    Train on the examples of `number_examples` with a `CachedTeacher` of the folder.
 
     Args:
-        top_k: tokens named of each distribution, with the mass of all others; None: all of the vocabulary.
-        dtype: of what is written: float32, bfloat16 or float16.
-        lowered: read under autocast to bfloat16, as a training in bf16 does.
-        advance: called with the rows that are done.
+        top_k: Tokens named of each distribution, with the mass of all others; None: the whole vocabulary.
+        dtype: Of the written scores: float32, bfloat16 or float16.
+        use_bfloat16: Run the teacher under autocast to bfloat16, as a training in bf16 does.
+        report_progress: Called with the number of finished rows.
 
-    Raises ValueError for a dtype that is none of these, and for top_k below 1.
+    Raises ValueError for another dtype, and for top_k below 1.
     """
     if dtype not in SCORE_DTYPES:
         raise ValueError(f"dtype {dtype!r} of a teacher's scores is not one of {', '.join(SCORE_DTYPES)}")
@@ -59,34 +59,39 @@ def write_teacher_scores(
     lengths = [len(example.completion_ids) for example in examples]
     writer = ScoreWriter(Path(folder), ScoreLayout.create(lengths, top_k, get_head_size(teacher), dtype))
     head, missing = OutputHead(teacher), writer.list_missing_rows()
-    done = len(examples) - sum(map(len, missing))
+    n_done = len(examples) - sum(map(len, missing))
     for rows in missing:
-        found: dict[int, TopKScores] = {}
-        # Rows of like length are read together.
+        scores: dict[int, TopKScores] = {}
+        # Rows of similar length are read together.
         order = sorted(rows, key=lambda n: len(examples[n].prompt_ids) + lengths[n])
         for first in range(0, len(order), ROWS_PER_BATCH):
-            some = order[first : first + ROWS_PER_BATCH]
+            numbers = order[first : first + ROWS_PER_BATCH]
             batch = collate_examples(
-                [examples[n] for n in some], pad_id, is_encoder_decoder=teacher.config.is_encoder_decoder
+                [examples[n] for n in numbers],
+                pad_id,
+                is_encoder_decoder=teacher.config.is_encoder_decoder,
             )
-            found.update(zip(some, _score_batch(head, batch, writer.layout, use_bfloat16), strict=True))
-            report_progress(done + len(found))
-        done += len(found)
-        writer.write_file(rows, [examples[n].completion_ids for n in rows], [found[n] for n in rows])
+            row_scores = _score_batch(head, batch, writer.layout, use_bfloat16=use_bfloat16)
+            scores.update(zip(numbers, row_scores, strict=True))
+            report_progress(n_done + len(scores))
+        n_done += len(scores)
+        writer.write_file(rows, [examples[n].completion_ids for n in rows], [scores[n] for n in rows])
 
 
-def _score_batch(head: OutputHead, batch: Sequences, layout: ScoreLayout, lowered: bool) -> list[TopKScores]:
-    """Of each row's real tokens."""
+def _score_batch(
+    head: OutputHead, batch: Sequences, layout: ScoreLayout, *, use_bfloat16: bool
+) -> list[TopKScores]:
+    """Run the teacher and return the scores of each row's real tokens."""
     device = head.model.get_input_embeddings().weight.device
     batch = batch.to(device)
     with (
         torch.no_grad(),
         eval_mode(head.model),
-        upcast_cpu_attention(lowered and device.type == "cpu"),
-        torch.autocast(device.type, torch.bfloat16, enabled=lowered),
+        upcast_cpu_attention(use_bfloat16 and device.type == "cpu"),
+        torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16),
     ):
-        read = head.compute_unprojected(batch)
-        real = batch.completion_mask.bool()
-        guide = HiddenTeacherLogits(read.hidden[real][None], read.projection)
-        kept = compute_top_k_scores(guide, layout.top_k, SCORE_DTYPES[layout.dtype], LOGITS_CHUNK_BYTES)
-    return kept.split(real.sum(-1).tolist())
+        output = head.compute_unprojected(batch)
+        is_real = batch.completion_mask.bool()
+        logits = HiddenTeacherLogits(output.hidden[is_real][None], output.projection)
+        scores = compute_top_k_scores(logits, layout.top_k, SCORE_DTYPES[layout.dtype], LOGITS_CHUNK_BYTES)
+    return scores.split(is_real.sum(-1).tolist())

@@ -1,10 +1,10 @@
-"""Who says what a student is compared with: a model that reads each step's rows, or anything that knows them.
+"""Teacher interface, and the teacher that is a live model of this process.
 
 Shapes: M blocks of B rows, C completion tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,10 +26,11 @@ from gkd_lab.teachers.shared_prefix import SharedPrefixReader
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher makes of a step's rows.
+    """A teacher's output for the rows of a micro-batch.
 
-    guide: its distributions for M blocks of B * C tokens.
-    states: its whole forward pass, where it has one and was asked.
+    logits: its distributions for M blocks of B * C tokens.
+    forward_output: its whole forward pass, if it is a model and hidden states or attention maps were
+    requested.
     """
 
     logits: TeacherLogits
@@ -37,21 +38,21 @@ class TeacherOutput:
 
 
 class TeacherInterface(Protocol):
-    """One teacher of a run."""
+    """One teacher of a run: a live model, cached logits or a server."""
 
     config: PretrainedConfig | None
-    """Of its model; None: there is none here."""
+    """Configuration of its model; None: the teacher is no model of this process."""
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Its weights are on the device within."""
+        """Keep the teacher's weights on the device within the context."""
         ...
 
     def activate_head(self) -> AbstractContextManager[Any]:
-        """Its head is on the device within, which a guide reads after `says`."""
+        """Keep the head on the device within the context: lazy logits read it after `compute_output`."""
         ...
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        """Of the step's rows, without gradient; `asks` what its pass is to record."""
+        """Run the teacher on a micro-batch without gradient; `output_names`: extra outputs to record."""
         ...
 
 
@@ -71,7 +72,7 @@ class Teacher:
     processing_class: Any = None
 
     def load_model(self, student: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
-        """The frozen model. Raises ValueError for one that does not read what the student reads."""
+        """Load and freeze the model. Raises ValueError if it is of another family than the student."""
         return load_teacher(
             self.model,
             name_or_path=None,
@@ -87,65 +88,100 @@ class LiveTeacher:
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, *, parked: bool) -> None:
         self.head = OutputHead(model)
-        self.read_batch = SharedPrefixReader(self.head)
+        self.prefix_reader = SharedPrefixReader(self.head)
         self.model = place_teacher(model, accelerator, parked=parked)
         self.config: PretrainedConfig | None = model.config
-        self.parked, self._accelerator = parked, accelerator
+        self.parked, self.accelerator = parked, accelerator
 
     def activate(self) -> AbstractContextManager[Any]:
-        return use_on_device(self.model, self._accelerator.device, parked=self.parked)
+        """Keep the model on the device within the context."""
+        return use_on_device(self.model, self.accelerator.device, parked=self.parked)
 
     def activate_head(self) -> AbstractContextManager[Any]:
+        """Keep the output head on the device within the context."""
         head = self.head.model.get_output_embeddings()
         if head is None:
             return nullcontext()
-        return use_on_device(head, self._accelerator.device, parked=self.parked)
+        return use_on_device(head, self.accelerator.device, parked=self.parked)
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        with torch.no_grad(), self._accelerator.autocast():
-            states: UnprojectedOutput = run_inside_forward(
+        """Read the micro-batch's teacher rows in one forward pass without gradient."""
+        with torch.no_grad(), self.accelerator.autocast():
+            output: UnprojectedOutput = run_inside_forward(
                 self.model, self.head.model, self._run_forward_pass, (batch, output_names)
             )
-        return TeacherOutput(project_blocks(states, len(batch.prompts_of_block)), states)
+        return TeacherOutput(project_blocks(output, len(batch.prompts_of_block)), output)
 
-    def _run_forward_pass(self, asked: tuple[MicroBatch, Sequence[str]]) -> UnprojectedOutput:
-        batch, asks = asked
+    def _run_forward_pass(self, inputs: tuple[MicroBatch, Sequence[str]]) -> UnprojectedOutput:
+        """Return hidden states and head for (micro-batch, names of extra outputs)."""
+        batch, output_names = inputs
         # Prompts that are read once leave no states of their own.
-        return self.head.compute_unprojected(batch.teacher, asks) if asks else self.read_batch(batch)
+        if output_names:
+            return self.head.compute_unprojected(batch.teacher, output_names)
+        return self.prefix_reader(batch)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether its weights are at hand only within its own forward pass."""
+        """Whether the weights are available only within the model's own forward pass."""
         return isinstance(self.model, FSDPModule) or self.model is not self.head.model
 
 
+@contextmanager
+def compute_teacher_outputs(
+    teachers: Sequence[TeacherInterface],
+    numbers: Sequence[int],
+    batch: MicroBatch,
+    first_output_names: Sequence[str],
+) -> Iterator[Mapping[int, TeacherOutput]]:
+    """Run the teachers with these numbers on a micro-batch and yield their outputs by number.
+
+    Within the context the weights that the loss still reads stay on the device: all of a single teacher, the
+    heads of several. Several teachers come to the device one after another. `first_output_names`: extra
+    outputs that teacher 0 records.
+    """
+    names = {number: first_output_names if number == 0 else () for number in numbers}
+    with ExitStack() as active:
+        if len(numbers) == 1:
+            active.enter_context(teachers[numbers[0]].activate())
+            yield {number: teachers[number].compute_output(batch, names[number]) for number in numbers}
+            return
+        outputs = {}
+        for number in numbers:
+            with teachers[number].activate():
+                outputs[number] = teachers[number].compute_output(batch, names[number])
+        for number in numbers:
+            active.enter_context(teachers[number].activate_head())
+        yield outputs
+
+
 def check_teacher_numbers(teachers: Sequence[TeacherInterface], used_numbers: Sequence[int]) -> None:
-    """Raises ValueError if the loss reads a teacher that is not there, or several of which one is sharded."""
-    there = len(teachers)
-    if used_numbers and used_numbers[-1] >= there:
-        numbers = "number 0 alone" if there == 1 else f"numbers 0 to {there - 1}"
+    """Raise ValueError if the loss reads a missing teacher, or if one of several teachers is sharded."""
+    count = len(teachers)
+    if used_numbers and used_numbers[-1] >= count:
+        numbers = "number 0 alone" if count == 1 else f"numbers 0 to {count - 1}"
         raise ValueError(
-            f"objectives: a divergence compares with teacher number {used_numbers[-1]}, and there is {numbers}: give "
-            "it in `more_teachers`"
+            f"objectives: a divergence compares with teacher number {used_numbers[-1]}, and there is "
+            f"{numbers}: give it in `more_teachers`"
         )
-    if there > 1 and any(isinstance(one, LiveTeacher) and one.is_sharded for one in teachers):
+    if count > 1 and any(isinstance(teacher, LiveTeacher) and teacher.is_sharded for teacher in teachers):
         raise ValueError(
-            f"{there} teachers cannot be sharded by FSDP or DeepSpeed: keep them whole, and `parked` if they "
+            f"{count} teachers cannot be sharded by FSDP or DeepSpeed: keep them whole, and `parked` if they "
             "do not fit at once"
         )
 
 
 def check_row_routes(all_terms: Iterable[WeightedLosses], routes: Tensor | None) -> None:
-    """Raises ValueError for rows that are meant for none of the teachers of a routed divergence.
+    """Raise ValueError if a row names none of the teachers of a routed divergence.
 
     routes: (N, 1), each row's teacher; None: no row names one.
     """
     for target in {term.target for terms in all_terms for term in terms if term.target.routed}:
-        named = [] if routes is None else sorted(set(routes.flatten().tolist()))
-        if not named or not set(named) <= set(target.teachers):
-            said = "none" if not named or -1 in named else f"number {max(named)}"
+        row_teachers = [] if routes is None else sorted(set(routes.flatten().tolist()))
+        if not row_teachers or not set(row_teachers) <= set(target.teachers):
+            is_missing = not row_teachers or -1 in row_teachers
+            named = "none" if is_missing else f"number {max(row_teachers)}"
             raise ValueError(
-                f"a divergence is routed to the teachers {target.teachers}, and a row names {said}: give "
+                f"a divergence is routed to the teachers {target.teachers}, and a row names {named}: give "
                 "each row a column `teacher` with the number of one of them"
             )
 
@@ -153,7 +189,7 @@ def check_row_routes(all_terms: Iterable[WeightedLosses], routes: Tensor | None)
 def run_inside_forward(
     wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any
 ) -> Any:
-    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP have the weights at hand."""
+    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP make the weights available."""
     if wrapped is inner and not isinstance(inner, FSDPModule):
         return method(argument)
     return _ForwardRedirection()(wrapped, inner, method, argument)

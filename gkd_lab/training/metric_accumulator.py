@@ -1,4 +1,4 @@
-"""What is logged of each cell: means over the steps since the last row."""
+"""Per-cell training metrics: means over the steps since the last logged row."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,70 +12,74 @@ SUM_NAMES = ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated", "e
 
 
 class MetricAccumulator:
-    """Sums over micro-batches and steps for each cell, handed out as means.
+    """Sums metrics over micro-batches and steps for each cell, and returns them as means.
 
     Args:
-        cells: K.
-        terms: For each cell the names of its loss's terms; a cell with several has a mean of each.
+        n_cells: K.
+        term_names: For each cell the names of its loss's terms; a cell with several has a mean of each.
     """
 
     def __init__(self, n_cells: int, term_names: Sequence[Sequence[str]] = ()) -> None:
         self.n_cells = n_cells
         self.term_names = term_names or [()] * n_cells
-        self.reward_names = sorted({name for own in self.term_names for name in own if _is_reward_term(name)})
+        self.reward_names = sorted(
+            {name for cell_names in self.term_names for name in cell_names if _is_reward_term(name)}
+        )
         self.max_terms = max(map(len, self.term_names))
         self._reset()
 
     def _reset(self) -> None:
+        """Set all sums to 0."""
         self.n_batches = 0
-        of_rewards = [sum_name for name in self.reward_names for sum_name in _list_reward_sums(name)]
+        reward_sums = [sum_name for name in self.reward_names for sum_name in _list_reward_sums(name)]
         self.sums = {
-            name: torch.zeros(self.n_cells, dtype=torch.float64) for name in (*SUM_NAMES, *of_rewards)
+            name: torch.zeros(self.n_cells, dtype=torch.float64) for name in (*SUM_NAMES, *reward_sums)
         }
         self.term_sums = torch.zeros(self.max_terms, self.n_cells, dtype=torch.float64)
 
     def add_micro_batch(self, losses: Tensor, entropies: Tensor, batch: MicroBatch, end_ids: Tensor) -> None:
-        """A micro-batch; losses (K,) are shares of the step's loss, entropies (K,) sums over tokens."""
+        """Add a micro-batch; losses (K,) are shares of the step's loss, entropies (K,) sums over tokens."""
         ids, mask = batch.student.completion_ids, batch.student.completion_mask
         lengths = mask.sum(-1)
-        last = ids.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
-        cut = ~torch.isin(last, end_ids.to(last.device)).view(self.n_cells, -1)
+        last_ids = ids.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
+        is_truncated = ~torch.isin(last_ids, end_ids.to(last_ids.device)).view(self.n_cells, -1)
+        rows_per_cell = is_truncated.shape[1]
         on_policy = torch.tensor(batch.on_policy, dtype=torch.float64)
         self.n_batches += 1
         self.sums["batches"] += 1
         self.sums["loss"] += losses.double().cpu()
         self.sums["entropy"] += entropies.double().cpu()
-        self.sums["on_policy"] += on_policy * cut.shape[1]
-        self.sums["truncated"] += on_policy * cut.sum(-1).cpu()
-        self.sums["rows"] += cut.shape[1]
+        self.sums["on_policy"] += on_policy * rows_per_cell
+        self.sums["truncated"] += on_policy * is_truncated.sum(-1).cpu()
+        self.sums["rows"] += rows_per_cell
         self.sums["tokens"] += lengths.view(self.n_cells, -1).sum(-1).cpu()
 
     def add_term_losses(self, term_losses: Tensor) -> None:
-        """What each term adds to the loss of a micro-batch, (K, most terms of a cell)."""
+        """Add each term's share of the loss of a micro-batch, (K, most terms of a cell)."""
         self.term_sums[: term_losses.shape[1]] += term_losses.double().cpu().T
 
     def add_reward(self, cell: int, name: str, reward: float, advantage_std: float) -> None:
-        """What a cell's step earned from the term `name`: a mean reward, and how far advantages lie apart."""
+        """Add a step's mean reward from the term `name`, and the standard deviation of its advantages."""
         for sum_name, value in zip(_list_reward_sums(name), (reward, advantage_std, 1.0), strict=True):
             self.sums[sum_name][cell] += value
 
     def add_grad_norms(self, norms: Tensor) -> None:
-        """The end of a step, with the norm of each cell's gradient, (K,)."""
+        """End a step with the norm of each cell's gradient, (K,)."""
         self.sums["steps"] += 1
         self.sums["grad_norm"] += norms.double().cpu()
 
     def pop_means(
         self, reduce_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> list[dict[str, float]]:
-        """One row a cell, of all ranks; starts anew.
+        """Return one row of means per cell, over all ranks, and reset.
 
         loss: mean over steps (over micro-batches where no step ended); on_policy: share of rows that the
-        student wrote; completion_length: tokens; truncated: share of written rows without an end;
-        entropy: of the student's next token, nats; loss/NAME: what each of several terms adds; reward,
+        student sampled; completion_length: tokens; truncated: share of sampled rows without an end;
+        entropy: of the student's next token, nats; loss/NAME: share of each of several terms; reward,
         advantage_std: means over the steps on which the cell was rewarded, if any.
         """
-        found = reduce_over_ranks(torch.cat([torch.stack(list(self.sums.values())), self.term_sums]))
-        sums, terms = dict(zip(self.sums, found, strict=False)), found[len(self.sums) :]
+        all_sums = reduce_over_ranks(torch.cat([torch.stack(list(self.sums.values())), self.term_sums]))
+        sums, terms = dict(zip(self.sums, all_sums, strict=False)), all_sums[len(self.sums) :]
         self._reset()
         steps = torch.where(sums["steps"] > 0, sums["steps"], sums["batches"]).clamp_min(1)
         means = {
@@ -92,9 +96,9 @@ class MetricAccumulator:
             if len(names) > 1:
                 row |= {f"loss/{name}": float(terms[k, n] / steps[n]) for k, name in enumerate(names)}
             for name in filter(_is_reward_term, names):
-                shown = _list_reward_sums(name)[:2]
-                if count := float(sums[_list_reward_sums(name)[2]][n]):
-                    row |= {one: float(sums[one][n]) / count for one in shown}
+                *mean_names, count_name = _list_reward_sums(name)
+                if count := float(sums[count_name][n]):
+                    row |= {mean_name: float(sums[mean_name][n]) / count for mean_name in mean_names}
         return rows
 
 
@@ -104,6 +108,6 @@ def _is_reward_term(name: str) -> bool:
 
 
 def _list_reward_sums(name: str) -> tuple[str, str, str]:
-    """Of `reward_2`: itself, `advantage_std_2`, and how many steps were rewarded."""
-    number = name.removeprefix(RewardLoss.log_name)
-    return name, f"advantage_std{number}", f"rewarded_steps{number}"
+    """Return the names of a reward term's sums: `reward_2`, `advantage_std_2`, `rewarded_steps_2`."""
+    suffix = name.removeprefix(RewardLoss.log_name)
+    return name, f"advantage_std{suffix}", f"rewarded_steps{suffix}"

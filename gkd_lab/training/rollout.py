@@ -1,18 +1,20 @@
-"""Who writes the sequence of a step: the students whose coin says so, or the teacher in place of the data.
+"""Sampling of completions in a training step: by the on-policy students, or by the teacher (`seq_kd`).
 
-Noise is keyed by seed, step and row, never by rank, micro-batch or pack, so that the same step samples the
-same text however it is split.
+Noise is keyed by seed, step and row, never by rank, micro-batch or pack, so that a step samples the same text
+however it is split.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.cell_arguments import CellArguments, distinct_seeds
 from gkd_lab.losses.step_loss import concatenate_blocks, split_blocks
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
@@ -22,7 +24,7 @@ from gkd_lab.training.sampling import generate_completions
 
 @dataclass(frozen=True)
 class MicroBatchPosition:
-    """Where a micro-batch lies within its optimizer step, over all ranks."""
+    """Position of a micro-batch within its optimizer step, over all ranks."""
 
     step: int
     position: int
@@ -30,70 +32,100 @@ class MicroBatchPosition:
     rank: int = 0
     world_size: int = 1
     rows_per_micro_batch: int = 1
-    """Rows of a whole micro-batch; the last one of an epoch may have less."""
+    """Rows of a full micro-batch; the last one of an epoch may have fewer."""
 
     def select_rows(self, step_noise: Tensor, rows: int) -> Tensor:
-        """The share of this micro-batch in noise drawn for the whole step."""
+        """Return this micro-batch's share of the noise that was drawn for the whole step."""
         first = (self.position * self.world_size + self.rank) * self.rows_per_micro_batch
         return step_noise[first : first + rows]
 
     def count_step_rows(self) -> int:
+        """Return the rows of the whole step, over all micro-batches and ranks."""
         return self.n_micro_batches * self.world_size * self.rows_per_micro_batch
 
 
 @dataclass(frozen=True)
 class GenerationLimits:
-    """What holds for everything that is written."""
+    """Token ids and lengths that hold for everything that is sampled in a training."""
 
     max_new_tokens: int
     end_ids: Tensor
     pad_id: int
     vocabulary_size: int | None = None
-    """Only these first entries may be written; None: all."""
+    """Only these first vocabulary entries may be sampled; None: all."""
 
 
-def sample_student_completions(
-    pack: Pack,
-    cells: Sequence[CellArguments],
-    on_policy_cells: Sequence[int],
-    prompts: Mapping[int, Sequences],
-    position: MicroBatchPosition,
-    limits: GenerationLimits,
-    purpose: str = "sampling",
-    dtype: torch.dtype | None = None,
-) -> dict[int, Sequences]:
-    """What the students of the cells `writing` answer to their seed's prompts: cell -> B rows.
+class StudentSampler(Protocol):
+    """Samples the completions of the on-policy students."""
 
-    dtype: to what the forward pass casts by itself, under autocast.
+    def sample(
+        self,
+        cells: Sequence[CellArguments],
+        on_policy_cells: Sequence[int],
+        rows: Sequences,
+        position: MicroBatchPosition,
+        purpose: str,
+    ) -> dict[int, Sequences]:
+        """Sample completions of the prompts of `rows`, (S*B) rows by seed: cell number -> its (B) rows."""
+        ...
+
+
+class GenerateSampler:
+    """Samples with transformers' `generate`, all on-policy cells of a pack at once.
+
+    cast_dtype: Dtype to which autocast casts weights; None: no autocast.
+    precision: Context of the model's arithmetic.
     """
-    if not on_policy_cells:
-        return {}
-    of_cells = [prompts[cells[n].seed] for n in on_policy_cells]
-    rows = of_cells[0].num_rows
-    noise = {
-        seed: position.select_rows(
-            draw_uniforms(seed, position.step, purpose, position.count_step_rows(), limits.max_new_tokens),
-            rows,
-        )
-        for seed in {cells[n].seed for n in on_policy_cells}
-    }
-    temperature = torch.tensor([cells[n].temperature for n in on_policy_cells])
-    with pack.select_cells(on_policy_cells, dtype) as model:
-        answers = generate_completions(
-            model,
-            concatenate_blocks(of_cells, limits.pad_id),
-            max_new_tokens=limits.max_new_tokens,
-            end_ids=limits.end_ids,
-            pad_id=limits.pad_id,
-            uniforms=torch.cat([noise[cells[n].seed] for n in on_policy_cells]),
-            temperature=temperature.repeat_interleave(rows)[:, None],
-            vocabulary_size=limits.vocabulary_size,
-        )
-    return dict(zip(on_policy_cells, split_blocks(answers, len(on_policy_cells)), strict=True))
+
+    def __init__(
+        self,
+        pack: Pack,
+        limits: GenerationLimits,
+        cast_dtype: torch.dtype | None,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.pack, self.limits, self.cast_dtype, self.precision = pack, limits, cast_dtype, precision
+
+    def sample(
+        self,
+        cells: Sequence[CellArguments],
+        on_policy_cells: Sequence[int],
+        rows: Sequences,
+        position: MicroBatchPosition,
+        purpose: str,
+    ) -> dict[int, Sequences]:
+        """Sample completions with one uniform number per row and token: cell number -> (B) rows."""
+        seeds = distinct_seeds(cells)
+        prompts_of_seed = dict(zip(seeds, split_blocks(rows, len(seeds)), strict=True))
+        prompts = [prompts_of_seed[cells[n].seed] for n in on_policy_cells]
+        num_rows, limits = prompts[0].num_rows, self.limits
+        noise_of_seed = {
+            seed: position.select_rows(
+                draw_uniforms(
+                    seed, position.step, purpose, position.count_step_rows(), limits.max_new_tokens
+                ),
+                num_rows,
+            )
+            for seed in {cells[n].seed for n in on_policy_cells}
+        }
+        temperature = torch.tensor([cells[n].temperature for n in on_policy_cells])
+        # Autocast begins outside of the model, so that a weight cast for one token serves all others.
+        with self.precision(), self.pack.select_cells(on_policy_cells, self.cast_dtype) as model:
+            completions = generate_completions(
+                model,
+                concatenate_blocks(prompts, limits.pad_id),
+                max_new_tokens=limits.max_new_tokens,
+                end_ids=limits.end_ids,
+                pad_id=limits.pad_id,
+                uniforms=torch.cat([noise_of_seed[cells[n].seed] for n in on_policy_cells]),
+                temperature=temperature.repeat_interleave(num_rows)[:, None],
+                vocabulary_size=limits.vocabulary_size,
+            )
+        return dict(zip(on_policy_cells, split_blocks(completions, len(on_policy_cells)), strict=True))
 
 
 class TeacherCompletions:
-    """TRL's `seq_kd`: the teacher's sampled answer takes the place of the data's, once per prompt.
+    """TRL's `seq_kd`: the teacher's sampled completion replaces the dataset's, sampled once per prompt.
 
     The noise is keyed by the prompt, so that a resumed run gets the same text without a file.
     """
@@ -111,39 +143,40 @@ class TeacherCompletions:
         self.is_true_on_any_rank = is_true_on_any_rank
         self.completion_cache: dict[tuple[int, ...], list[int]] = {}
 
-    def replace_completions(self, fixed: Sequences) -> Sequences:
-        """The same prompts with the teacher's completions."""
+    def replace_completions(self, rows: Sequences) -> Sequences:
+        """Return the same prompts with the teacher's completions."""
         prompts = [
             tuple(ids[mask.bool()].tolist())
-            for ids, mask in zip(fixed.prompt_ids, fixed.prompt_mask, strict=True)
+            for ids, mask in zip(rows.prompt_ids, rows.prompt_mask, strict=True)
         ]
         new = [n for n, prompt in enumerate(prompts) if prompt not in self.completion_cache]
         if self.is_true_on_any_rank(bool(new)):
-            # A sharded teacher needs all ranks at once, so a rank without a new prompt asks again for one.
+            # A sharded teacher needs all ranks at once, so a rank without a new prompt repeats an old one.
             new = new or [0]
             answers = self._sample_completions(
-                fixed.map_tensors(lambda tensor: tensor[new]), [prompts[n] for n in new]
+                rows.map_tensors(lambda tensor: tensor[new]), [prompts[n] for n in new]
             )
             for n, ids, mask in zip(new, answers.completion_ids, answers.completion_mask, strict=True):
                 self.completion_cache[prompts[n]] = ids[mask.bool()].tolist()
         return _set_completions(
-            fixed, [self.completion_cache[prompt] for prompt in prompts], self.limits.pad_id
+            rows, [self.completion_cache[prompt] for prompt in prompts], self.limits.pad_id
         )
 
-    def _sample_completions(self, prompts: Sequences, texts: Sequence[tuple[int, ...]]) -> Sequences:
+    def _sample_completions(self, rows: Sequences, prompts: Sequence[tuple[int, ...]]) -> Sequences:
+        """Let the teacher sample one completion per row, with noise keyed by the row's prompt."""
         noise = [
             draw_uniforms(
-                derive_seed(self.seed, _hash_prompt(text), "teacher"),
+                derive_seed(self.seed, _hash_prompt(prompt), "teacher"),
                 0,
                 "sampling",
                 1,
                 self.limits.max_new_tokens,
             )
-            for text in texts
+            for prompt in prompts
         ]
         return generate_completions(
             self.teacher,
-            prompts,
+            rows,
             max_new_tokens=self.limits.max_new_tokens,
             end_ids=self.limits.end_ids,
             pad_id=self.limits.pad_id,
@@ -154,14 +187,16 @@ class TeacherCompletions:
 
 
 def _hash_prompt(ids: Sequence[int]) -> int:
+    """Hash token ids to 64 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=8).digest(), "big")
 
 
-def _set_completions(fixed: Sequences, answers: Sequence[list[int]], pad_id: int) -> Sequences:
-    width = max(1, *(len(answer) for answer in answers))
-    ids = fixed.prompt_ids.new_full((len(answers), width), pad_id)
+def _set_completions(rows: Sequences, completions: Sequence[list[int]], pad_id: int) -> Sequences:
+    """Return the rows with these completions, padded on the right."""
+    width = max(1, *(len(completion) for completion in completions))
+    ids = rows.prompt_ids.new_full((len(completions), width), pad_id)
     mask = torch.zeros_like(ids)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = ids.new_tensor(answer)
-        mask[row, : len(answer)] = 1
-    return fixed.replace_completions(ids, mask)
+    for row, completion in enumerate(completions):
+        ids[row, : len(completion)] = ids.new_tensor(completion)
+        mask[row, : len(completion)] = 1
+    return rows.replace_completions(ids, mask)

@@ -1,13 +1,14 @@
-"""Text out of a model: sampling with noise that the caller gives, greedy and beam search.
+"""Token generation with transformers' `generate`: sampling with given noise, greedy search and beam search.
 
 Sampling inverts the cumulative distribution at one uniform number per row and token, so that rows may be
-batched, padded and packed in any way and still get the same tokens. `generate` of transformers prepares
-prompts, masks and its KV cache; its configuration is complete, so nothing leaks in from the model's own.
-Shapes: N rows, C new tokens.
+batched, padded and packed in any way and still get the same tokens. `generate` prepares prompts, masks and
+its KV cache; its configuration is complete, so nothing leaks in from the model's own.
+Shapes: K cells of a pack, N rows (N/K a cell), T prompt tokens, C new tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,78 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gkd_lab.models.forward import Sequences, eval_mode, make_completion_mask, unwrap_model
 from gkd_lab.models.packed_layers import count_cells
-from gkd_lab.training.decode_loop import DecodeLoop, InverseCdfSampler, TokenChooser, choose_most_likely
+
+TokenChooser = Callable[[Tensor, Tensor, int], Tensor]
+"""(scores (n, V), row numbers (n,) in the first batch, position of the new token) -> tokens (n,)."""
+
+SHRINK_THRESHOLD = 0.75
+"""Finished rows leave the batch once at most this share is unfinished: each time copies the cache once."""
+
+_PER_ROW_INPUTS = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids")
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    prompts: Sequences,
+    *,
+    max_new_tokens: int,
+    end_ids: Tensor,
+    pad_id: int,
+    uniforms: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    vocabulary_size: int | None = None,
+    wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
+) -> Sequences:
+    """Return the prompts with the model's completions of at most `max_new_tokens`.
+
+    With `uniforms` (N, C) it samples at `temperature`, from the first `vocabulary_size` entries if given;
+    without it searches, greedily or with `num_beams`.
+    `wrap_chooser` may replace single tokens, as a calculator does; ValueError if combined with beams.
+    The completion's mask ends with the end of sequence; a row without one was cut at the limit.
+    """
+    config = build_generation_config(
+        model,
+        end_ids,
+        pad_id,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
+    if wrap_chooser is not None and num_beams > 1:
+        raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
+    choose_tokens: TokenChooser = choose_most_likely
+    if uniforms is not None:
+        choose_tokens = InverseCdfSampler(uniforms, temperature, vocabulary_size)
+    if wrap_chooser is not None:
+        choose_tokens = wrap_chooser(choose_tokens)
+    loop = DecodeLoop(choose_tokens, end_ids, pad_id, count_cells(model)) if num_beams == 1 else None
+    # A mixture of experts would balance its load over the prompt's mask and one token's logits, and fail.
+    has_router = getattr(model.config.get_text_config(), "output_router_logits", False)
+    router_off = {"output_router_logits": False} if has_router else {}
+    with eval_mode(model), override_generation_config(model, config):
+        generated_ids = model.generate(
+            input_ids=prompts.prompt_ids,
+            attention_mask=prompts.prompt_mask,
+            generation_config=config,
+            custom_generate=loop,
+            **router_off,
+        )
+    skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
+    ids = generated_ids[:, skip:]
+    mask = make_completion_mask(ids, end_ids.to(ids.device))
+    return prompts.replace_completions(ids.masked_fill(~mask, pad_id), mask.long())
+
+
+# ---- configuration ----
 
 
 def build_generation_config(
     model: PreTrainedModel, end_ids: Tensor, pad_id: int, **overrides: Any
 ) -> GenerationConfig:
-    """A configuration that states every choice; end of sequence as given."""
+    """Build a greedy configuration that states every choice, with `overrides`."""
     ends = end_ids.tolist()
     return GenerationConfig(
         **{
@@ -43,15 +109,18 @@ def build_generation_config(
 
 
 def _get_forced_first_token(model: PreTrainedModel) -> int | None:
-    """What an encoder-decoder's every text begins with: mBART's language, BART's `<s>`."""
-    named = (getattr(c, "forced_bos_token_id", None) for c in (model.generation_config, model.config))
-    return next((i for i in named if i is not None), None) if model.config.is_encoder_decoder else None
+    """Return the token that every text of an encoder-decoder begins with: mBART's language, BART's `<s>`."""
+    if not model.config.is_encoder_decoder:
+        return None
+    configs = (model.generation_config, model.config)
+    token_ids = (getattr(config, "forced_bos_token_id", None) for config in configs)
+    return next((token_id for token_id in token_ids if token_id is not None), None)
 
 
 def build_sampling_config(
     model: PreTrainedModel, end_ids: Tensor, pad_id: int, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Plain sampling, as TRL's trainer shows it to its users; `write` itself draws from given noise."""
+    """Build the configuration of plain sampling, which TRL's trainer shows as `generation_config`."""
     return build_generation_config(
         model,
         end_ids,
@@ -65,76 +134,146 @@ def build_sampling_config(
 
 
 def collect_end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    """Every id that ends a sequence: those of the model's configurations and the tokenizer's, once each."""
+    """Return every id that ends a sequence, by the model's configurations and the tokenizer, once each."""
     ids: list[int | None] = []
     for config in (model.generation_config, model.config, tokenizer):
-        own = getattr(config, "eos_token_id", None)
-        ids += own if isinstance(own, list) else [own]
+        end_id = getattr(config, "eos_token_id", None)
+        ids += end_id if isinstance(end_id, list) else [end_id]
     return torch.tensor(list(dict.fromkeys(i for i in ids if i is not None)), dtype=torch.long)
-
-
-@torch.no_grad()
-def generate_completions(
-    model: PreTrainedModel,
-    prompts: Sequences,
-    *,
-    max_new_tokens: int,
-    end_ids: Tensor,
-    pad_id: int,
-    uniforms: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    vocabulary_size: int | None = None,
-    wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
-) -> Sequences:
-    """The prompts with what the model writes after them, at most `max_new_tokens`.
-
-    With `uniforms` (N, C) it samples at `temperature`, from the first `vocabulary` entries if that is given;
-    without it searches, greedily or with `num_beams`.
-    `assisted` may choose a token in the place of either, as a calculator does; ValueError for it with beams.
-    The completion's mask ends with the end of sequence; a row without one was cut at the limit.
-    """
-    config = build_generation_config(
-        model,
-        end_ids,
-        pad_id,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-    )
-    if wrap_chooser is not None and num_beams > 1:
-        raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
-    choose: TokenChooser = (
-        choose_most_likely if uniforms is None else InverseCdfSampler(uniforms, temperature, vocabulary_size)
-    )
-    choose = choose if wrap_chooser is None else wrap_chooser(choose)
-    loop = DecodeLoop(choose, end_ids, pad_id, count_cells(model)) if num_beams == 1 else None
-    # A mixture of experts would balance its load over the prompt's mask and one token's logits, and fail.
-    routes = getattr(model.config.get_text_config(), "output_router_logits", False)
-    router_off = {"output_router_logits": False} if routes else {}
-    with eval_mode(model), override_generation_config(model, config):
-        written = model.generate(
-            input_ids=prompts.prompt_ids,
-            attention_mask=prompts.prompt_mask,
-            generation_config=config,
-            custom_generate=loop,
-            **router_off,
-        )
-    skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
-    ids = written[:, skip:]
-    mask = make_completion_mask(ids, end_ids.to(ids.device))
-    return prompts.replace_completions(ids.masked_fill(~mask, pad_id), mask.long())
 
 
 @contextmanager
 def override_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Within it the model's own generation configuration cannot fill what `config` leaves open."""
+    """Replace the model's own generation configuration, which fills what a given one leaves open."""
     # An adapter's `generate` puts its configuration into the model that it adapts.
     inner = unwrap_model(model)
-    own = model.generation_config, inner.generation_config
+    originals = model.generation_config, inner.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config, inner.generation_config = own
+        model.generation_config, inner.generation_config = originals
+
+
+# ---- the next token ----
+
+
+def choose_most_likely(scores: Tensor, rows: Tensor, position: int) -> Tensor:
+    """Return the most likely token of each row: greedy search."""
+    return scores.argmax(-1)
+
+
+@dataclass(frozen=True)
+class InverseCdfSampler:
+    """Samples the token at which the cumulative distribution passes the row's uniform number.
+
+    Attributes:
+        uniforms: (N, C), one number per row and new token.
+        temperature: Of all rows, or (N, 1).
+        vocabulary: Only the first entries may be sampled; None: all.
+    """
+
+    uniforms: Tensor
+    temperature: float | Tensor
+    vocabulary: int | None = None
+
+    def __call__(self, scores: Tensor, rows: Tensor, position: int) -> Tensor:
+        allowed = scores[:, : self.vocabulary]
+        wide = allowed if allowed.dtype == torch.float64 else allowed.float()
+        temperature = torch.as_tensor(self.temperature).to(wide)
+        if temperature.dim():
+            temperature = temperature[rows]
+        cumulative = (wide / temperature).softmax(-1).double().cumsum(-1)
+        u = self.uniforms.to(scores.device)[rows, position, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_max(allowed.shape[-1] - 1)
+
+
+# ---- the loop over tokens ----
+
+
+@dataclass(frozen=True)
+class DecodeLoop:
+    """Decoding loop for `generate(custom_generate=...)`, in which finished rows leave the batch.
+
+    Prompts, caches, masks and positions stay those of `generate`, which calls the loop with what it has
+    prepared.
+
+    Attributes:
+        choose_tokens: Chooses each row's next token.
+        end_ids: (E,), the ids that end a row.
+        pad_id: Fills a row after its end.
+        n_cells: K, whose blocks of rows must stay equally long.
+    """
+
+    choose_tokens: TokenChooser
+    end_ids: Tensor
+    pad_id: int
+    n_cells: int = 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Callable[[Tensor, Tensor], Tensor],
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **state: Any,
+    ) -> Tensor:
+        """Extend ids (N, T) to (N, T + new), padded where a row has ended."""
+        first, max_length = input_ids.shape[1], generation_config.max_length
+        output_ids = input_ids.new_full((len(input_ids), max_length), self.pad_id)
+        output_ids[:, :first] = input_ids
+        end_ids, ids = self.end_ids.to(input_ids.device), input_ids
+        rows = torch.arange(len(ids), device=ids.device)
+        is_finished = torch.zeros_like(rows, dtype=torch.bool)
+        output = model._prefill(ids, generation_config, state)
+        for length in range(first, max_length):
+            if length > first:
+                inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **state)
+                output = model(**inputs, return_dict=True)
+            state = model._update_model_kwargs_for_generation(
+                output, state, is_encoder_decoder=model.config.is_encoder_decoder
+            )
+            scores = logits_processor(ids, output.logits[:, -1])
+            tokens = self.choose_tokens(scores, rows, length - first).masked_fill(is_finished, self.pad_id)
+            output_ids[rows, length] = tokens
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            is_finished = is_finished | torch.isin(tokens, end_ids)
+            # Sharded models compute together until the last rank's last row has ended.
+            if not model._has_unfinished_sequences(bool(is_finished.all()), synced_gpus, device=ids.device):
+                return output_ids[:, : length + 1]
+            remaining = None if synced_gpus else self._select_unfinished_rows(is_finished)
+            if remaining is not None and _can_drop_rows(state):
+                rows, ids, is_finished = rows[remaining], ids[remaining], is_finished[remaining]
+                _select_state_rows(state, remaining)
+        return output_ids
+
+    def _select_unfinished_rows(self, is_finished: Tensor) -> Tensor | None:
+        """Return the rows to continue with, equally many per cell; None: too few have finished."""
+        by_cell = is_finished.view(self.n_cells, -1)
+        rows_per_cell, needed = by_cell.shape[1], int((~by_cell).sum(1).max())
+        if needed > SHRINK_THRESHOLD * rows_per_cell:
+            return None
+        # In their order, unfinished rows before finished ones.
+        order = by_cell.int().argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
+        offsets = torch.arange(self.n_cells, device=is_finished.device)[:, None] * rows_per_cell
+        return (order + offsets).flatten()
+
+
+def _can_drop_rows(state: dict[str, Any]) -> bool:
+    """Whether the cache can lose rows; recurrent states, for example, cannot."""
+    return hasattr(state.get("past_key_values"), "batch_select_indices")
+
+
+def _select_state_rows(state: dict[str, Any], rows: Tensor) -> None:
+    """Keep only these rows in the cache, masks and encoder outputs, in place."""
+    state["past_key_values"].batch_select_indices(rows)
+    for name in _PER_ROW_INPUTS:
+        if state.get(name) is not None:
+            state[name] = state[name][rows]
+    encoded = state.get("encoder_outputs")
+    if encoded is not None:
+        state["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])

@@ -1,14 +1,38 @@
-"""What a user hands to the trainer, brought into one shape: arguments, tokenizer, adapters, dropout."""
+"""Prepare a run: the user's arguments, student, tokenizer, teachers and task, brought into one form."""
 
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    set_seed,
+)
 
+from gkd_lab.losses.attentions import enable_attention_maps
+from gkd_lab.losses.auxiliary_modules import AuxiliaryModules
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.terms import required_outputs
+from gkd_lab.models.classifiers import get_classifier_kind
+from gkd_lab.models.forward import unwrap_model
+from gkd_lab.models.heads import OutputHead
+from gkd_lab.models.loading import load_student
+from gkd_lab.models.packing import Pack
+from gkd_lab.teachers.load_teachers import TeacherOptions, TeacherSet
+from gkd_lab.training.adapters import TaskAdapter, build_adapter
 from gkd_lab.training.arguments import GKDConfig
+from gkd_lab.training.rollout import GenerateSampler, GenerationLimits, StudentSampler
 
 UNSUPPORTED_FIELDS = {
     "packing": "rows are not packed: each prompt is answered by the student in its own row",
@@ -18,8 +42,79 @@ UNSUPPORTED_FIELDS = {
 SAMPLING_STRATEGIES = ("random", "sequential")
 
 
+@dataclass(frozen=True)
+class StudentOptions:
+    """The arguments of `GKDTrainer` that describe its students and their rows; see there."""
+
+    model: PreTrainedModel | nn.Module | str | None
+    processing_class: Any = None
+    tokenizer: Any = None
+    peft_config: Any = None
+    formatting_func: Callable[[Any], Any] | None = None
+    pack: Pack | None = None
+    cells: Sequence[CellArguments] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """The resolved parts of a run."""
+
+    args: GKDConfig
+    tokenizer: PreTrainedTokenizerBase
+    pack: Pack
+    teachers: TeacherSet
+    adapter: TaskAdapter
+
+    def complete_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the Trainer's arguments: the user's `options`, and the task's where these are None."""
+        return {
+            **options,
+            "args": self.args,
+            "processing_class": self.tokenizer,
+            "data_collator": options["data_collator"] or self.adapter.collate,
+            "compute_metrics": options["compute_metrics"] or self.adapter.compute_metrics,
+        }
+
+
+def prepare_training(
+    args: GKDConfig | None, student_options: StudentOptions, teacher_options: TeacherOptions, dataset: Any
+) -> TrainingSetup:
+    """Load and check everything that a training needs; `dataset`: its rows.
+
+    Raises ValueError and TypeError for what does not fit together.
+    """
+    has_default_args = args is None
+    model, pack = student_options.model, student_options.pack
+    args = resolve_arguments(args, model)
+    student = pack.model if pack is not None else _load_student(model, args)
+    tokenizer = resolve_tokenizer(student_options.processing_class, student_options.tokenizer, student, args)
+    if has_default_args and get_classifier_kind(unwrap_model(student)) is not None:
+        args.lmbda = 0.0  # A classifier writes nothing.
+    cells = student_options.cells or [CellArguments.build(args)]
+    is_copy = teacher_options.model in (None, model) and not args.teacher_model_name_or_path
+    teachers = TeacherSet.load(teacher_options, student, tokenizer, cells, args, is_copy=is_copy)
+    adapter = build_adapter(
+        student,
+        tokenizer,
+        teachers,
+        cells,
+        args,
+        student_options.formatting_func,
+        teacher_options.prompts,
+        is_stream=not hasattr(dataset, "__len__"),
+    )
+    if pack is None:
+        pack = Pack.build_single(prepare_student(student, student_options.peft_config, args))
+    if args.disable_dropout:
+        disable_dropout(pack.model)
+    return TrainingSetup(args, tokenizer, pack, teachers, adapter)
+
+
+# ---- arguments ----
+
+
 def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
-    """The arguments, or defaults for this model. Raises ValueError for those that do not fit GKD."""
+    """Return the arguments, or defaults for this model. Raises ValueError for those that do not fit GKD."""
     if args is None:
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
         folder = f"{os.path.basename(name.rstrip('/')) or 'student'}-GKD"
@@ -28,19 +123,19 @@ def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
         raise TypeError(
             f"args is a {type(args).__name__}; give a gkd_lab.GKDConfig, which takes TRL's fields"
         )
-    for name, why in UNSUPPORTED_FIELDS.items():
+    for name, reason in UNSUPPORTED_FIELDS.items():
         if getattr(args, name):
-            raise ValueError(f"{name}=True does not fit GKD: {why}; leave it False")
+            raise ValueError(f"{name}=True does not fit GKD: {reason}; leave it False")
     if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
         raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} does not fit GKD: how long a row "
-            f"gets is not known before it is written; choose one of {SAMPLING_STRATEGIES}"
+            f"train_sampling_strategy={args.train_sampling_strategy!r} does not fit GKD: the length of a row "
+            f"is unknown before it is sampled; choose one of {SAMPLING_STRATEGIES}"
         )
     if args.activation_offloading:
         warnings.warn(
             "activation_offloading is not used: activations stay on the device; activation_checkpointing "
             "keeps few of them",
-            stacklevel=3,
+            stacklevel=4,
         )
     # The Trainer would drop the texts, since a model's forward does not name them.
     args.remove_unused_columns = False
@@ -48,18 +143,21 @@ def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
         warnings.warn(
             f"{args.n_gpu} GPUs in one process: only the first is used; start one process a GPU with "
             "`accelerate launch` or `torchrun`",
-            stacklevel=3,
+            stacklevel=4,
         )
         args._n_gpu = 1
     return args
 
 
+# ---- tokenizer ----
+
+
 def resolve_tokenizer(
     processing_class: Any, tokenizer: Any, model: PreTrainedModel, args: GKDConfig
 ) -> PreTrainedTokenizerBase:
-    """The text tokenizer, with the pad token, end token and chat template that `args` names."""
+    """Return the text tokenizer, with the pad token, end token and chat template that `args` names."""
     if tokenizer is not None:
-        warnings.warn("tokenizer is deprecated: use processing_class", FutureWarning, stacklevel=3)
+        warnings.warn("tokenizer is deprecated: use processing_class", FutureWarning, stacklevel=4)
         processing_class = processing_class or tokenizer
     if processing_class is None:
         processing_class = _load_model_tokenizer(model, args)
@@ -70,23 +168,25 @@ def resolve_tokenizer(
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class is a {type(processing_class).__name__}, not a tokenizer")
-    _set_special_tokens(processing_class, model, args)
+    _set_special_tokens(processing_class, args)
     return processing_class
 
 
 def _load_model_tokenizer(model: PreTrainedModel, args: GKDConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer from the model's folder or hub name."""
     name = model.config._name_or_path
     if not name:
         raise ValueError("the model does not say where its tokenizer is: give it as `processing_class`")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: GKDConfig) -> None:
-    known = tokenizer.get_vocab()
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> None:
+    """Set the end token, the pad token and the chat template that `args` names."""
+    vocabulary = tokenizer.get_vocab()
     for field in ("eos_token", "pad_token"):
         token = getattr(args, field)
         if token is not None:
-            if token not in known:
+            if token not in vocabulary:
                 raise ValueError(f"{field} {token!r} is not in the tokenizer's vocabulary")
             setattr(tokenizer, field, token)
     if tokenizer.pad_token is None:
@@ -95,18 +195,27 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
         raise ValueError("the tokenizer has neither a pad nor an end token: set `tokenizer.pad_token`")
     template = args.chat_template_path
     if template is not None:
-        if os.path.isfile(template):
-            with open(template, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        else:
+        if not os.path.isfile(template):
             raise ValueError(
                 f"chat_template_path {template!r} is not a file; to take another model's template, call "
                 "trl.clone_chat_template on model and tokenizer first"
             )
+        with open(template, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+
+
+# ---- student ----
+
+
+def _load_student(model: Any, args: GKDConfig) -> PreTrainedModel:
+    """Return the student, loaded if `model` is a name."""
+    if model is None:
+        raise ValueError("give the student as `model`, or several of them as `pack`")
+    return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
 
 
 def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
-    """The model with what is asked for: a router's loss, an adapter, which is drawn from `args.seed`."""
+    """Set the router loss's weight and add the adapter, whose weights are drawn from `args.seed`."""
     set_seed(args.seed)
     if args.router_aux_loss_coef is not None:
         _set_router_loss_weight(model, args.router_aux_loss_coef)
@@ -119,7 +228,7 @@ def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -
 
 
 def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
-    """The configuration is where `gkd_lab.models.heads` reads whether and how much this loss counts."""
+    """Write the weight of a load-balancing loss into the configuration, where heads read it."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits, config.router_aux_loss_coef = weight != 0, weight
@@ -131,10 +240,11 @@ def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
 
 
 def _add_peft_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
+    """Return the model with a new adapter of peft."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model
-    except ImportError as missing:
-        raise ImportError("peft_config needs the package peft: `pip install 'gkd-lab[peft]'`") from missing
+    except ImportError as error:
+        raise ImportError("peft_config needs the package peft: `pip install 'gkd-lab[peft]'`") from error
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config is a {type(peft_config).__name__}, not a peft.PeftConfig")
     if isinstance(model, PeftModel):
@@ -152,10 +262,43 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_stream_collation(args: GKDConfig) -> None:
-    """Raises ValueError where one process would collate a stream for others, which miss what it keeps."""
-    if args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
-        raise ValueError(
-            "uld keeps the teacher's prompts where rows are collated, and of a stream only the first process "
-            'collates: set accelerator_config={"dispatch_batches": False}'
-        )
+# ---- parts of the trainer ----
+
+
+def create_auxiliary_modules(
+    cells: Sequence[CellArguments],
+    student_head: OutputHead,
+    teacher_head: OutputHead | None,
+    teacher_config: PretrainedConfig | None,
+    accelerator: Accelerator,
+) -> AuxiliaryModules:
+    """Create the modules of loss terms that read more than logits; models record what these read."""
+    model = student_head.model
+    if "attentions" in required_outputs(cell.list_terms() for cell in cells):
+        for head in (student_head, teacher_head):
+            if head is not None:
+                enable_attention_maps(unwrap_model(head.model))
+    average_over_ranks = partial(accelerator.reduce, reduction="mean")
+    modules = AuxiliaryModules(
+        cells, model.config, teacher_config, accelerator.device, model.dtype, average_over_ranks
+    )
+    if modules.has_parameters and accelerator.mixed_precision == "fp16":
+        raise ValueError("a term of the loss learns, which fp16's scaled gradients do not fit: use bf16")
+    return modules
+
+
+def create_student_sampler(
+    pack: Pack,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    args: GKDConfig,
+    limits: GenerationLimits,
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> StudentSampler:
+    """Create the sampler that `args.use_vllm` chooses; `precision`: context of the model's arithmetic."""
+    if args.use_vllm:
+        from gkd_lab.training.vllm_sampling import VllmSampler
+
+        return VllmSampler(pack.model, tokenizer, accelerator, args, limits.end_ids, limits.vocabulary_size)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return GenerateSampler(pack, limits, dtype, precision)

@@ -1,12 +1,13 @@
-"""Generalized knowledge distillation of K cells at once: Algorithm 1 of the paper on transformers' Trainer.
+"""GKDTrainer: generalized knowledge distillation (Algorithm 1 of the paper) on transformers' Trainer.
 
-It takes what TRL's GKDTrainer takes. K = 1 with a plain model is a pack of one; nothing here asks which.
+A step in this file: `get_batch_samples` tosses the coins and samples completions, `compute_loss` runs the
+teachers and computes the losses; the Trainer calls both and then updates the weights (`PackTrainer`).
 Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from gkd_lab.encoding.batches import Collator, EpochCallback, KeyedBatchSampler
-from gkd_lab.encoding.row_encoder import RowEncoder
-from gkd_lab.encoding.trl_batch import build_trl_batch, parse_collated_batch
-from gkd_lab.losses.attentions import enable_attention_maps
-from gkd_lab.losses.auxiliary_modules import AuxiliaryModules, AuxiliaryUpdateCallback
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.fused_loss import CellLosses
 from gkd_lab.losses.policy_gradient import ProcessGroup, RewardHooks, RewardScaler
@@ -32,41 +27,40 @@ from gkd_lab.losses.step_loss import (
     compute_step_losses,
     concatenate_blocks,
     count_trained_items,
-    split_blocks,
 )
 from gkd_lab.losses.term_gradients import term_gradient_norms
-from gkd_lab.losses.terms import needs_text_reader, required_outputs, required_teachers
+from gkd_lab.losses.terms import required_teachers
 from gkd_lab.models.attention import upcast_cpu_attention
-from gkd_lab.models.forward import Sequences, eval_mode, unwrap_model
+from gkd_lab.models.forward import Sequences, eval_mode
 from gkd_lab.models.heads import OutputHead
-from gkd_lab.models.loading import load_student
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import derive_seed, is_on_policy
 from gkd_lab.models.sharding import place_student
 from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
-from gkd_lab.teachers.load_teachers import TeacherSet
+from gkd_lab.teachers.load_teachers import TeacherOptions, TeacherSet
 from gkd_lab.teachers.teacher import (
     LiveTeacher,
     Teacher,
     TeacherOutput,
     check_row_routes,
     check_teacher_numbers,
+    compute_teacher_outputs,
     run_inside_forward,
 )
-from gkd_lab.teachers.teacher_prompts import TeacherPrompts, TwoTokenizerEncoder
-from gkd_lab.teachers.text_teacher import TextTeacher
-from gkd_lab.training import setup, trl_compat
+from gkd_lab.teachers.text_teacher import TeacherPrompts
+from gkd_lab.training import trl_compat
 from gkd_lab.training.arguments import GKDConfig
-from gkd_lab.training.classification_adapter import build_classification_adapter
+from gkd_lab.training.callbacks import AuxiliaryUpdateCallback
 from gkd_lab.training.metric_accumulator import MetricAccumulator
 from gkd_lab.training.pack_trainer import CellLogger, PackTrainer, build_single_cell_property
-from gkd_lab.training.rollout import (
-    GenerationLimits,
-    MicroBatchPosition,
-    TeacherCompletions,
-    sample_student_completions,
+from gkd_lab.training.rollout import MicroBatchPosition, TeacherCompletions
+from gkd_lab.training.sampling import build_sampling_config
+from gkd_lab.training.setup import (
+    StudentOptions,
+    create_auxiliary_modules,
+    create_student_sampler,
+    prepare_training,
 )
-from gkd_lab.training.sampling import build_sampling_config, collect_end_ids
 
 
 class GKDTrainer(PackTrainer):
@@ -76,13 +70,12 @@ class GKDTrainer(PackTrainer):
 
     Args:
         model: The student, or its name; or leave it out and give `pack`.
-        teacher_model: The teacher, or its name; frozen here. Or a `ModelFreeTeacher`, such as scores that were
-            kept. None: `args.teacher_model_name_or_path`, and without that a frozen copy of the student as it
-            starts.
+        teacher_model: The teacher, or its name; frozen here. Or a `ModelFreeTeacher`, such as cached scores.
+            None: `args.teacher_model_name_or_path`, and without that a frozen copy of the initial student.
         args: Common to all cells.
         data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
         train_dataset: Rows with `messages`, or `prompt` and `completion`, or a prompt alone; or `Example`s.
-            Of a classifier: `text` (and `text_pair`), `tokens` or `input_ids`, and `label` or `labels`.
+            For a classifier: `text` (and `text_pair`), `tokens` or `input_ids`, and `label` or `labels`.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer of the student; None: the one in the model's folder.
         peft_config: Trains an adapter instead of the model.
@@ -90,12 +83,20 @@ class GKDTrainer(PackTrainer):
         teacher_processing_class: The teacher's tokenizer, where it is not in the teacher's folder; it must
             be the student's, unless the teacher reads texts (the objective `uld`) and nothing else.
         more_teachers: Teachers besides the first, from number 1 on: a divergence says with which it compares.
-        teacher_prompts: How a teacher with another tokenizer reads prompts, by the student's ids. Those of
-            rows that are no `Example`s are encoded for both.
+        teacher_prompts: Prompts of `Example`s in the ids of a teacher with another tokenizer, by the
+            student's ids. Prompts of other rows are encoded for both.
         pack, cells: K students in one model, and what differs between them.
         log_cell: Called with (cell, row) whenever the Trainer logs.
-        on_failure: Called with (cell, why) at once when a cell's loss or gradient is no number.
+        on_failure: Called with (cell, reason) at once when a cell's loss or gradient is not finite.
         tokenizer: Deprecated name of `processing_class`.
+
+    Attributes:
+        adapter: The task, language modelling or classification.
+        teachers: By number.
+        student_head, teacher_head: Hidden states and output heads; `teacher_head` is None without a teacher
+            model.
+        generation_limits: Pad id, end ids, most new tokens, and V, the entries that are compared.
+        auxiliary_modules: Modules of loss terms that read more than logits.
     """
 
     lmbda = build_single_cell_property("lmbda")
@@ -129,112 +130,63 @@ class GKDTrainer(PackTrainer):
         on_failure: Callable[[int, str], None] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        unstated = args is None
-        args = setup.resolve_arguments(args, model)
-        student = pack.model if pack is not None else _load_student(model, args)
-        self._tokenizer = setup.resolve_tokenizer(processing_class, tokenizer, student, args)
-        given = TeacherSet.load(
-            teacher_model,
-            more_teachers,
-            student,
-            cells or [CellArguments.build(args)],
-            args,
-            tokenizer=teacher_processing_class,
-            student_tokenizer=self._tokenizer,
-            is_copy=teacher_model in (None, model) and not args.teacher_model_name_or_path,
+        student = StudentOptions(
+            model, processing_class, tokenizer, peft_config, formatting_func, pack, cells
         )
-        self._classes = build_classification_adapter(
-            student, given.list_models_and_tokenizers(), self._tokenizer, args, use_default_arguments=unstated
-        )
-        # Of a classifier the arguments that nobody stated are others from here on.
-        cells = cells or [CellArguments.build(args)]
-        if self._classes is None:
-            compared = required_teachers(cell.list_terms() for cell in cells) + [0] * args.seq_kd
-            self.vocabulary_size = given.count_shared_vocabulary(student, self._tokenizer, compared)
-        else:
-            self.vocabulary_size = len(self._classes.label_names)
-        pack = (
-            pack if pack is not None else Pack.build_single(setup.prepare_student(student, peft_config, args))
-        )
-        if args.disable_dropout:
-            setup.disable_dropout(pack.model)
-        self._is_encoder_decoder = bool(student.config.is_encoder_decoder)
-        writes = self._classes is None
-        ends = collect_end_ids(student, self._tokenizer) if writes else torch.tensor([], dtype=torch.long)
-        self.encode_row = RowEncoder(
-            self._tokenizer,
-            end_ids=ends.tolist(),
-            is_encoder_decoder=self._is_encoder_decoder,
-            max_length=args.max_length,
-            max_new_tokens=args.max_new_tokens,
-            formatting_func=formatting_func,
-        )
-        pad_id = self._tokenizer.pad_token_id
-        prompts = self._build_text_encoder(cells, given, args, teacher_prompts)
-        if prompts is not None and not hasattr(train_dataset, "__len__"):
-            setup.check_stream_collation(args)
-        collator: Any = Collator(prompts or self.encode_row, pad_id, self._is_encoder_decoder)
-        if self._classes is not None:
-            cells = self._classes.resolve_cell_arguments(cells)
-            collator = self._classes.build_collator(cells, args, formatting_func)
-            compute_metrics = compute_metrics or self._classes.compute_metrics
+        teacher = TeacherOptions(teacher_model, teacher_processing_class, more_teachers, teacher_prompts)
+        options: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        options |= {
+            "data_collator": data_collator,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+        }
+        options |= {"optimizers": optimizers, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+        setup = prepare_training(args, student, teacher, train_dataset)
+        self.adapter, self.generation_limits = setup.adapter, setup.adapter.limits
         super().__init__(
-            pack,
-            cells,
-            log_cell,
-            on_failure,
-            args=args,
-            data_collator=data_collator or collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=self._tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            setup.pack, setup.adapter.cells, log_cell, on_failure, **setup.complete_options(options)
         )
-        self.generation_limits = GenerationLimits(args.max_new_tokens, ends, pad_id, self.vocabulary_size)
-        self._place_models(given)
-        self._create_loss_modules(given, prompts)
+        self._place_models(setup.teachers)
+        self._create_losses()
         self._create_samplers()
-        self._on_policy_metrics = MetricAccumulator(len(self.cells))
-        self._n_evaluated_batches = 0
-        self._term_norms: list[dict[str, float]] = []
-        self._epochs = EpochCallback()
-        self.add_callback(self._epochs)
 
-    def _place_models(self, given: TeacherSet) -> None:
-        """Student and teachers where the run needs them."""
+    # ---- setup ----
+
+    def _place_models(self, teachers: TeacherSet) -> None:
+        """Place student and teachers on the devices."""
         self.student_head = OutputHead(self.pack.model)
-        self.teachers = given.place_teachers(self.accelerator, parked=self.args.park_teacher)
+        self.teachers = teachers.place_teachers(self.accelerator, parked=self.args.park_teacher)
         self.model = place_student(self.pack.model, self.accelerator)
         live = self.teachers[0] if isinstance(self.teachers[0], LiveTeacher) else None
         self.teacher_model: Any = live and live.model
         self.teacher_head: Any = live and live.head
-        if self._classes is not None:
-            self._classes.align_teacher_labels(self.teachers)
+        self.adapter.align_teachers(self.teachers)
         check_teacher_numbers(self.teachers, required_teachers(cell.list_terms() for cell in self.cells))
 
-    def _create_loss_modules(self, given: TeacherSet, prompts: TwoTokenizerEncoder | None) -> None:
-        """What the loss's terms need besides logits."""
-        self._create_auxiliary_modules()
-        if prompts is not None:
-            first, ends = self.teachers[0], self.generation_limits.end_ids.tolist()
-            reader = TextTeacher(first, given.tokenizer, self._tokenizer, ends, prompts.teacher_prompts)
-            self.auxiliary_modules.set_text_reader(reader)
+    def _create_losses(self) -> None:
+        """Create the modules and rewards of loss terms that read more than logits."""
+        self.auxiliary_modules = create_auxiliary_modules(
+            self.cells, self.student_head, self.teacher_head, self.teachers[0].config, self.accelerator
+        )
+        if self.auxiliary_modules.has_parameters:
+            self.add_callback(AuxiliaryUpdateCallback(self.auxiliary_modules, self.failures))
+        text_teacher = self.adapter.create_text_teacher(self.teachers[0])
+        if text_teacher is not None:
+            self.auxiliary_modules.set_text_reader(text_teacher)
         self.reward_scaler = RewardScaler(
             self.cells,
-            self._tokenizer,
+            self.processing_class,
             self.args.loss_normalization,
             self.accelerator.device,
-            RewardHooks(self._fail_cell, self.metrics.add_reward),
-            ProcessGroup(self.args.world_size, self._sum_over_ranks),
+            RewardHooks(self.fail_cell, self.metrics.add_reward),
+            ProcessGroup(self.args.world_size, self.sum_over_ranks),
         )
+        self._term_norms: list[dict[str, float]] = []
 
     def _create_samplers(self) -> None:
-        """What lets the student, and the teacher in its place, write. A classifier writes nothing."""
+        """Create what samples completions: the students, or the teacher in their place."""
         args, limits, first = self.args, self.generation_limits, self.cells[0]
-        if self._classes is None:
+        if self.adapter.can_generate:
             self.generation_config = build_sampling_config(
                 self.pack.model, limits.end_ids, limits.pad_id, args.max_new_tokens, args.temperature
             )
@@ -243,187 +195,109 @@ class GKDTrainer(PackTrainer):
                 "seq_kd=True writes one text for a prompt, and the cells of the pack differ in seed or "
                 "temperature: run them alone (`--pack off`)"
             )
-        # A source writes nothing, and seq_kd is refused with it.
+        # A model-free teacher writes nothing, and seq_kd is refused with it.
         writer: Any = self.teacher_head and self.teacher_head.model
         self.teacher_completions = TeacherCompletions(
-            writer, limits, first.temperature, first.seed, self._is_true_on_any_rank
+            writer, limits, first.temperature, first.seed, self.is_true_on_any_rank
         )
-        self._vllm_sampler = self._create_vllm_sampler() if args.use_vllm else None
-
-    def _create_vllm_sampler(self) -> Any:
-        from gkd_lab.training.vllm_sampling import VllmSampler
-
-        if self.pack.is_packed:
-            raise ValueError("use_vllm serves one student: run the cells alone (`--pack off`)")
-        return VllmSampler(
-            self.pack.model,
-            self._tokenizer,
-            self.accelerator,
-            self.args,
-            self.generation_limits.end_ids,
-            self.vocabulary_size,
+        self.student_sampler = create_student_sampler(
+            self.pack, self.processing_class, self.accelerator, args, limits, self._use_run_precision
         )
+        self.add_callback(self.epoch_callback)
 
-    def _build_text_encoder(
-        self,
-        cells: Sequence[CellArguments],
-        given: TeacherSet,
-        args: GKDConfig,
-        known: TeacherPrompts | None,
-    ) -> TwoTokenizerEncoder | None:
-        """How the teacher reads prompts, where a term lets it read texts."""
-        if not needs_text_reader(cell.list_terms() for cell in cells):
-            return None
-        if args.dataloader_num_workers:
-            raise ValueError(
-                "uld keeps the teacher's prompts where rows are collated: set dataloader_num_workers to 0"
-            )
-        return TwoTokenizerEncoder(self.encode_row, given.tokenizer, given.first.config, known)
+    @property
+    def encode_row(self) -> Callable[[Any], Any]:
+        """Encodes one dataset row for the student."""
+        return self.adapter.encode_row
 
-    def _create_auxiliary_modules(self) -> None:
-        """What the loss's terms compute besides logits, and what of it learns."""
-        model = self.student_head.model
-        if "attentions" in required_outputs(cell.list_terms() for cell in self.cells):
-            for head in (self.student_head, self.teacher_head):
-                if head is not None:
-                    enable_attention_maps(unwrap_model(head.model))
-        self.auxiliary_modules = AuxiliaryModules(
-            self.cells,
-            model.config,
-            self.teachers[0].config,
-            self.accelerator.device,
-            model.dtype,
-            partial(self.accelerator.reduce, reduction="mean"),
-        )
-        if self.auxiliary_modules.has_parameters and self.args.fp16:
-            raise ValueError("a term of the loss learns, which fp16's scaled gradients do not fit: use bf16")
-        if self.auxiliary_modules.has_parameters:
-            self.add_callback(AuxiliaryUpdateCallback(self.auxiliary_modules, self.failures))
-
-    # ---- data ----
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of (S*B) rows in the order that each cell's seed gives; a stream keeps its own order."""
-        if not hasattr(self.train_dataset, "__len__"):
-            return super().get_train_dataloader()
-        args = self.args
-        batches = KeyedBatchSampler(
-            len(self.train_dataset),
-            self._train_batch_size,
-            self.seeds,
-            drop_last=args.dataloader_drop_last,
-            shuffled=args.train_sampling_strategy == "random",
-        )
-        self._epochs.batch_sampler = batches
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
-
-    # ---- one step ----
+    # ---- Algorithm 1: coin and sampling ----
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """All micro-batches of one optimizer step: toss the coin, let students write, count items."""
-        pad_id = self.generation_limits.pad_id
-        fetched = [self.parse_batch(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        """Build the micro-batches of an optimizer step: toss each cell's coin, sample, count items."""
+        fetched = [self.adapter.parse_batch(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         for rows in fetched:
             check_row_routes((cell.list_terms() for cell in self.cells), rows.teacher_indices)
         step, rank = self.state.global_step, self.args.process_index
         # Dropout of this step, resumed or not; ranks drop different units.
         torch.manual_seed(derive_seed(self.args.seed, step, f"dropout {rank}" if rank else "dropout"))
-        alive = [n for n in range(len(self.cells)) if n not in self.failures]
-        writing = [n for n in alive if is_on_policy(self.cells[n].lmbda, self.cells[n].seed, step)]
+        running = [n for n in range(len(self.cells)) if n not in self.failures]
+        on_policy = [n for n in running if is_on_policy(self.cells[n].lmbda, self.cells[n].seed, step)]
         # The last micro-batch of an epoch may be smaller, and still must not repeat another's noise.
-        stride = max((fixed.num_rows for fixed in fetched), default=0) // len(self.seeds)
+        full_rows = max((rows.num_rows for rows in fetched), default=0) // len(self.seeds)
         batches = []
-        for position, fixed in enumerate(fetched):
-            place = MicroBatchPosition(step, position, len(fetched), rank, self.args.world_size, stride)
-            if len(writing) < len(alive):
-                fixed = self._get_off_policy_sequences(fixed)
-            written = self.sample_completions(fixed, writing, place)
-            batch = build_micro_batch(self.seeds, self.cells, fixed, written, pad_id)
-            batches.append(replace(batch, progress=step / max(1, self.state.max_steps - 1), step=step))
-        counts = [count_trained_items(b, len(self.cells), self.args.loss_normalization) for b in batches]
-        items = torch.stack(counts).sum(0).to(device) if counts else None
-        if self.args.world_size > 1 and items is not None:
-            # The gradient is averaged over ranks, so each divides by the mean count.
-            items = self.accelerator.reduce(items, reduction="mean")
+        for index, rows in enumerate(fetched):
+            position = MicroBatchPosition(step, index, len(fetched), rank, self.args.world_size, full_rows)
+            if len(on_policy) < len(running):
+                rows = self._get_off_policy_rows(rows)
+            batches.append(self._build_micro_batch(rows, on_policy, position))
+        items = self._count_step_items(batches, device)
         batches = self.reward_scaler.add_reward_scales(batches, fetched, items)
         samples = [self._build_sample(batch, items, len(batches)) for batch in batches]
-        # A subclass written for TRL divides by a plain number.
-        return samples, items if items is None or self.pack.is_packed else items[0]
+        return samples, self.strategy.convert_item_count(items)
 
-    def _build_sample(self, batch: MicroBatch, items: Any, parts: int) -> dict[str, Any]:
-        """A micro-batch for `compute_loss`; of a single student also in TRL's form, for a subclass."""
-        sample = {"batch": batch, "items": items, "parts": parts}
-        if self.pack.is_packed or self._classes is not None:
-            return sample
-        return {**sample, **build_trl_batch(batch.student, is_encoder_decoder=self._is_encoder_decoder)}
-
-    def _get_off_policy_sequences(self, fixed: Sequences) -> Sequences:
-        """What those cells train on whose coin fell on the data."""
+    def _get_off_policy_rows(self, rows: Sequences) -> Sequences:
+        """Return the rows of off-policy cells, completed by the dataset or with `seq_kd` by the teacher."""
         if self.args.seq_kd:
-            with self._activate_teacher():
-                return self.teacher_completions.replace_completions(fixed)
-        empty = int((fixed.completion_mask.sum(-1) == 0).sum())
+            with self.teachers[0].activate():
+                return self.teacher_completions.replace_completions(rows)
+        empty = int((rows.completion_mask.sum(-1) == 0).sum())
         if empty:
             raise ValueError(
-                f"{empty} of {fixed.num_rows} rows have no completion, which a step off policy trains on; set "
-                "lmbda=1 to train on the student's own text alone, or seq_kd=True to let the teacher write"
+                f"{empty} of {rows.num_rows} rows have no completion, which an off-policy step trains on; "
+                "set lmbda=1 to train on the student's own text, or seq_kd=True to let the teacher write"
             )
-        return fixed
+        return rows
+
+    def _build_micro_batch(
+        self, rows: Sequences, on_policy: Sequence[int], position: MicroBatchPosition
+    ) -> MicroBatch:
+        """Sample for the on-policy cells and join the rows of all cells."""
+        completions = self.sample_completions(rows, on_policy, position)
+        batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
+        progress = position.step / max(1, self.state.max_steps - 1)
+        return replace(batch, progress=progress, step=position.step)
 
     def sample_completions(
         self,
-        fixed: Sequences,
+        rows: Sequences,
         on_policy_cells: Sequence[int],
         position: MicroBatchPosition,
         purpose: str = "sampling",
     ) -> dict[int, Sequences]:
-        """What the students of the cells `writing` answer to the prompts of `fixed`, cell -> (B) rows."""
-        if self._vllm_sampler is not None and on_policy_cells:
-            cell = self.cells[0]
-            answers = self._vllm_sampler.write(
-                fixed,
-                max_new_tokens=self.generation_limits.max_new_tokens,
-                temperature=cell.temperature,
-                step=position.step,
-                seed=cell.seed,
-                purpose=purpose,
-            )
-            return {0: answers}
-        prompts = dict(zip(self.seeds, split_blocks(fixed, len(self.seeds)), strict=True))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        # Outside of the model's own autocast, so that weights which one token has cast serve all others.
-        with self._use_float32_attention(), self.accelerator.autocast():
-            return sample_student_completions(
-                self.pack,
-                self.cells,
-                on_policy_cells,
-                prompts,
-                position,
-                self.generation_limits,
-                purpose,
-                dtype,
-            )
+        """Let the on-policy students answer the prompts of (S*B) rows: cell number -> its (B) rows.
+
+        `purpose` keys the noise, with each cell's seed and the step.
+        """
+        if not on_policy_cells:
+            return {}
+        return self.student_sampler.sample(self.cells, on_policy_cells, rows, position, purpose)
+
+    def _count_step_items(self, batches: Sequence[MicroBatch], device: torch.device) -> Tensor | None:
+        """Count the tokens or sequences that divide each cell's loss, (K,); None: the step is empty."""
+        if not batches:
+            return None
+        counts = [self._count_items(batch) for batch in batches]
+        items = torch.stack(counts).sum(0).to(device)
+        # The gradient is averaged over ranks, so each divides by the mean count.
+        return items if self.args.world_size == 1 else self.accelerator.reduce(items, reduction="mean")
+
+    def _count_items(self, batch: MicroBatch) -> Tensor:
+        """Count the trained tokens or sequences of a micro-batch, (K,)."""
+        return count_trained_items(batch, len(self.cells), self.args.loss_normalization)
+
+    def _build_sample(self, batch: MicroBatch, items: Tensor | None, parts: int) -> dict[str, Any]:
+        """Build a micro-batch for `compute_loss`, with TRL's fields for a subclass that reads them."""
+        fields = self.strategy.build_trl_fields(self.adapter, batch.student)
+        return {"batch": batch, "items": items, "parts": parts, **fields}
+
+    # ---- Algorithm 1: teacher and loss ----
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """The Trainer's, backward pass included."""
+        """Run the Trainer's step, backward pass included, in the attention's precision."""
         with self._use_float32_attention():
             return super().training_step(*args, **options)
-
-    def _use_float32_attention(self) -> Any:
-        return upcast_cpu_attention(
-            self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
-        )
 
     def compute_loss(
         self,
@@ -432,143 +306,136 @@ class GKDTrainer(PackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum of the cells' losses: their gradients do not meet, so each cell gets its own.
+        """Return the sum of the cells' losses: each depends on its own weights alone.
 
         `inputs` are a micro-batch of `get_batch_samples`, or what a data collator makes; the loss of the
-        latter is off policy and divided by `num_items_in_batch`, or by its own tokens or sequences.
+        latter is off-policy and divided by `num_items_in_batch`, or by its own tokens or sequences.
         """
-        ours = "batch" in inputs
-        if ours:
-            batch, items, parts = inputs["batch"], inputs["items"], inputs["parts"]
-        else:
-            batch, items = self._build_off_policy_batch(self.parse_batch(inputs))
-            items, parts = items if num_items_in_batch is None else items * 0 + num_items_in_batch, 1
-        sums, extra = self.compute_cell_sums(model, batch, items)
-        if ours:
+        batch, items = self._get_batch_and_items(inputs)
+        is_training_sample = "batch" in inputs
+        if not is_training_sample and num_items_in_batch is not None:
+            items = items * 0 + num_items_in_batch
+        sums, router_loss = self.compute_cell_sums(model, batch, items)
+        if is_training_sample:
             self._record_losses(sums, batch)
             if self.args.log_term_gradients and (self.state.global_step + 1) % self.state.logging_steps == 0:
-                losses = partial(self._compute_losses_per_cell, model, items)
-                self._term_norms = term_gradient_norms(self.pack, self.cells, losses, batch)
-        total = torch.where(self._mask_running_cells(sums.losses.device), sums.losses, 0).sum()
-        if extra is not None:
-            total = total + extra / parts
+                self._term_norms = self._compute_term_norms(model, batch, items)
+        total = torch.where(self.mask_running_cells(sums.losses.device), sums.losses, 0).sum()
+        if router_loss is not None:
+            total = total + router_loss / inputs.get("parts", 1)
         return (total, {"losses": sums.losses}) if return_outputs else total
 
-    def term_gradients(self, inputs: dict[str, Any]) -> list[dict[str, float]]:
-        """For each cell name of a term -> norm of its gradient by the student's weights, its weight included.
-
-        `inputs` as for `compute_loss`; nothing learns from it, and nothing is logged.
-        """
+    def _get_batch_and_items(self, inputs: Mapping[str, Any]) -> tuple[MicroBatch, Tensor]:
+        """Return a training sample's micro-batch and items, or those of a collated batch, off-policy."""
         if "batch" in inputs:
-            batch, items = inputs["batch"], inputs["items"]
-        else:
-            batch, items = self._build_off_policy_batch(self.parse_batch(inputs))
-        return term_gradient_norms(
-            self.pack, self.cells, partial(self._compute_losses_per_cell, self.model, items), batch
-        )
+            return inputs["batch"], inputs["items"]
+        return self._build_off_policy_batch(self.adapter.parse_batch(inputs))
 
-    def _compute_losses_per_cell(self, model: nn.Module, items: Tensor, batch: MicroBatch) -> Tensor:
-        return self.compute_cell_sums(model, batch, items)[0].losses
-
-    def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
-        if self._classes is not None:
-            return self._classes.parse_batch(batch)
-        return parse_collated_batch(
-            batch, self.generation_limits.pad_id, is_encoder_decoder=self._is_encoder_decoder
-        )
-
-    def _build_off_policy_batch(self, fixed: Sequences) -> tuple[MicroBatch, Tensor]:
-        """Every cell on the same fixed rows, and the items of these rows alone."""
-        copies = concatenate_blocks([fixed] * len(self.seeds), self.generation_limits.pad_id)
+    def _build_off_policy_batch(self, rows: Sequences) -> tuple[MicroBatch, Tensor]:
+        """Build a micro-batch of the same rows for every cell, and count its items."""
+        copies = concatenate_blocks([rows] * len(self.seeds), self.generation_limits.pad_id)
         batch = build_micro_batch(self.seeds, self.cells, copies, {}, self.generation_limits.pad_id)
-        return batch, count_trained_items(batch, len(self.cells), self.args.loss_normalization)
+        return batch, self._count_items(batch)
 
     def compute_cell_sums(
         self, model: nn.Module, batch: MicroBatch, items: Tensor
     ) -> tuple[CellLosses, Tensor | None]:
-        """Losses and entropies of the cells, and the load-balancing loss of a mixture of experts."""
-        with ExitStack() as at_work:
-            said = self._compute_teacher_outputs(batch, at_work)
-            compare = partial(self._compute_losses, said=said, items=items)
-            *sums, extra = run_inside_forward(model, self.pack.model, compare, batch)
-        return CellLosses(*sums), extra
-
-    def _compute_teacher_outputs(self, batch: MicroBatch, at_work: ExitStack) -> dict[int, TeacherOutput]:
-        """What the teachers make of the step's rows, by number.
-
-        Until `at_work` ends, what the loss still reads stays on the device: a single teacher, or the heads of
-        several, which come to the device one after another.
-        """
-        asked = required_teachers(cell.list_terms() for cell in self.cells)
-        if len(asked) == 1:
-            teacher = self.teachers[asked[0]]
-            at_work.enter_context(teacher.activate())
-            return {asked[0]: self._compute_teacher_output(asked[0], batch)}
-        found = {}
-        for number in asked:
-            with self.teachers[number].activate():
-                found[number] = self._compute_teacher_output(number, batch)
-        for number in asked:
-            at_work.enter_context(self.teachers[number].activate_head())
-        return found
-
-    def _compute_teacher_output(self, number: int, batch: MicroBatch) -> TeacherOutput:
-        modules = self.auxiliary_modules
-        asks = modules.required_outputs if number == 0 and modules.reads_teacher else ()
-        return self.teachers[number].compute_output(batch, asks)
+        """Return the cells' losses and entropies, and the load-balancing loss of a mixture of experts."""
+        numbers, modules = required_teachers(cell.list_terms() for cell in self.cells), self.auxiliary_modules
+        output_names = modules.required_outputs if modules.reads_teacher else ()
+        with compute_teacher_outputs(self.teachers, numbers, batch, output_names) as outputs:
+            compute_losses = partial(self._compute_losses, teacher_outputs=outputs, items=items)
+            *sums, router_loss = run_inside_forward(model, self.pack.model, compute_losses, batch)
+        return CellLosses(*sums), router_loss
 
     def _compute_losses(
-        self, batch: MicroBatch, said: Mapping[int, TeacherOutput], items: Tensor
+        self, batch: MicroBatch, teacher_outputs: Mapping[int, TeacherOutput], items: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it."""
-        own = self.student_head.compute_unprojected(batch.student, self.auxiliary_modules.required_outputs)
-        normalization = self.args.loss_normalization
-        guides = {number: one.logits for number, one in said.items()}
-        sums = compute_step_losses(own, guides, batch, self.cells, items, normalization, self.vocabulary_size)
-        if self.auxiliary_modules:
+        """Run the students and compare them with the teachers: losses, entropies, terms, router loss.
+
+        A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it.
+        """
+        modules, normalization = self.auxiliary_modules, self.args.loss_normalization
+        student = self.student_head.compute_unprojected(batch.student, modules.required_outputs)
+        logits = {number: output.logits for number, output in teacher_outputs.items()}
+        sums = compute_step_losses(
+            student, logits, batch, self.cells, items, normalization, self.generation_limits.vocabulary_size
+        )
+        if modules:
             weights = cell_token_weights(batch, len(self.cells), items, normalization)
-            states = said[0].forward_output if 0 in said else None
-            sums = sums.add_terms(self.auxiliary_modules.compute_terms(own, states, batch, weights))
-        return sums.losses, sums.entropies, sums.terms, own.aux_loss
+            teacher = teacher_outputs[0].forward_output if 0 in teacher_outputs else None
+            sums = sums.add_terms(modules.compute_terms(student, teacher, batch, weights))
+        return sums.losses, sums.entropies, sums.terms, student.aux_loss
 
-    def _activate_teacher(self) -> Any:
-        return self.teachers[0].activate()
+    def _record_losses(self, sums: CellLosses, batch: MicroBatch) -> None:
+        """Add a micro-batch to the metrics and fail the cells whose loss is not finite."""
+        losses = sums.losses.detach()
+        is_bad = ~losses.isfinite()
+        # A bad loss in one process fails the cell in all of them, which otherwise would wait for it.
+        is_bad_anywhere = is_bad if self.args.world_size == 1 else self.sum_over_ranks(is_bad.double()) > 0
+        for n in is_bad_anywhere.nonzero().flatten().tolist():
+            elsewhere = "" if is_bad[n] else " in this process and not finite in another"
+            self.fail_cell(n, f"the loss is {losses[n].item()}{elsewhere}")
+        self.metrics.add_micro_batch(losses, sums.entropies, batch, self.generation_limits.end_ids)
+        self.metrics.add_term_losses(sums.terms)
 
-    def _get_extra_metrics(self, cell: int) -> dict[str, float]:
+    def term_gradients(self, inputs: dict[str, Any]) -> list[dict[str, float]]:
+        """Return for each cell: name of a term -> norm of its weighted gradient by the student's weights.
+
+        `inputs` as for `compute_loss`; nothing is updated or logged.
+        """
+        return self._compute_term_norms(self.model, *self._get_batch_and_items(inputs))
+
+    def _compute_term_norms(
+        self, model: nn.Module, batch: MicroBatch, items: Tensor
+    ) -> list[dict[str, float]]:
+        """Return the gradient norm of each cell's terms on a micro-batch."""
+
+        def compute_losses(term_batch: MicroBatch) -> Tensor:
+            return self.compute_cell_sums(model, term_batch, items)[0].losses
+
+        return term_gradient_norms(self.pack, self.cells, compute_losses, batch)
+
+    def _use_float32_attention(self) -> AbstractContextManager[Any]:
+        """Compute attention in float32 on a CPU under autocast."""
+        return upcast_cpu_attention(
+            self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
+        )
+
+    @contextmanager
+    def _use_run_precision(self) -> Iterator[None]:
+        """Compute under the run's autocast."""
+        with self._use_float32_attention(), self.accelerator.autocast():
+            yield
+
+    # ---- logs and checkpoints ----
+
+    def get_extra_metrics(self, cell: int) -> dict[str, float]:
+        """Return what the cell's auxiliary modules log, and the gradient norms of its terms."""
         norms = self._term_norms[cell] if self._term_norms else {}
         return self.auxiliary_modules.collect_logs(cell) | {
             f"grad_norm/{name}": norm for name, norm in norms.items()
         }
 
-    def _save_extra_state(self, cell: int, folder: Path) -> None:
+    def save_extra_state(self, cell: int, folder: Path) -> None:
+        """Write the cell's auxiliary modules into its checkpoint."""
         self.auxiliary_modules.save_cell(cell, folder)
 
-    def _load_extra_state(self, cell: int, folder: Path) -> None:
+    def load_extra_state(self, cell: int, folder: Path) -> None:
+        """Load the cell's auxiliary modules."""
         self.auxiliary_modules.load_cell(cell, folder)
 
-    def _record_losses(self, sums: CellLosses, batch: MicroBatch) -> None:
-        losses = sums.losses.detach()
-        wrong = ~losses.isfinite()
-        # What one process finds ends the cell in all of them, which otherwise would wait for it.
-        anywhere = wrong if self.args.world_size == 1 else self._sum_over_ranks(wrong.double()) > 0
-        for n in anywhere.nonzero().flatten().tolist():
-            self._fail_cell(
-                n, f"the loss is {losses[n].item()}" + ("" if wrong[n] else " here, elsewhere no number")
-            )
-        self.metrics.add_micro_batch(losses, sums.entropies, batch, self.generation_limits.end_ids)
-        self.metrics.add_term_losses(sums.terms)
-
-    # ---- evaluation: the loss on fixed data, and on the students' own text if asked ----
+    # ---- evaluation: the loss on the dataset, and on the students' own text if requested ----
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """Adds what the students wrote themselves to the metrics, where `args.eval_on_policy` says so."""
+        """Run the Trainer's loop; with `args.eval_on_policy` add the metrics of the students' own text."""
         self._on_policy_metrics, self._n_evaluated_batches = MetricAccumulator(len(self.cells)), 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self._on_policy_metrics.n_batches:
-            rows = self._on_policy_metrics.pop_means(self._average_over_ranks)
-            kept = [row for n, row in enumerate(rows) if n not in self.failures]
+            rows = self._on_policy_metrics.pop_means(self.average_over_ranks)
+            running_rows = [row for n, row in enumerate(rows) if n not in self.failures]
             for name in ("loss", "completion_length", "truncated", "entropy"):
-                mean = sum(row[name] for row in kept) / len(kept)
+                mean = sum(row[name] for row in running_rows) / len(running_rows)
                 output.metrics[f"{metric_key_prefix}_on_policy_{name}"] = mean
         return output
 
@@ -579,43 +446,32 @@ class GKDTrainer(PackTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Mean over the cells of the loss on the data's own targets; logits and labels as TRL lays them out.
+        """Return the cells' mean loss on the dataset's completions, and logits and labels in TRL's layout.
 
-        A batch without any target has the loss NaN.
+        A batch without any trained token has the loss NaN.
         """
-        fixed = self.parse_batch(self._prepare_inputs(inputs))
-        batch, items = self._build_off_policy_batch(fixed)
+        rows = self.adapter.parse_batch(self._prepare_inputs(inputs))
+        batch, items = self._build_off_policy_batch(rows)
         with torch.no_grad(), eval_mode(self.pack.model), self._use_float32_attention():
             sums, _ = self.compute_cell_sums(model, batch, items)
             losses = torch.where(items.to(sums.losses.device) > 0, sums.losses, torch.nan)
-            loss = losses[self._mask_running_cells(losses.device)].mean()
+            loss = losses[self.mask_running_cells(losses.device)].mean()
             if self.args.eval_on_policy:
-                self._evaluate_on_policy(model, fixed)
-            if prediction_loss_only or self.pack.is_packed:
+                self._evaluate_on_policy(model, rows)
+            if prediction_loss_only:
                 return loss, None, None
-            if self._classes is not None:
-                return loss, *self._classes.compute_logits_and_labels(model, fixed)
-            return loss, *trl_compat.compute_logits_and_labels(model, fixed, self._is_encoder_decoder)
+            return loss, *self.strategy.compute_predictions(self.adapter, model, rows)
 
-    def _evaluate_on_policy(self, model: nn.Module, fixed: Sequences) -> None:
-        purpose = f"evaluation {self._n_evaluated_batches}"
+    def _evaluate_on_policy(self, model: nn.Module, rows: Sequences) -> None:
+        """Let all students answer the prompts and add the loss on their answers to the metrics."""
+        purpose, limits = f"evaluation {self._n_evaluated_batches}", self.generation_limits
         self._n_evaluated_batches += 1
-        everyone = range(len(self.cells))
-        copies = concatenate_blocks([fixed] * len(self.seeds), self.generation_limits.pad_id)
-        rank, world = self.args.process_index, self.args.world_size
-        place = MicroBatchPosition(self.state.global_step, 0, 1, rank, world, fixed.num_rows)
-        written = self.sample_completions(copies, everyone, place, purpose)
-        batch = self.reward_scaler.remove_rewards(
-            build_micro_batch(self.seeds, self.cells, copies, written, self.generation_limits.pad_id)
+        copies = concatenate_blocks([rows] * len(self.seeds), limits.pad_id)
+        position = MicroBatchPosition(
+            self.state.global_step, 0, 1, self.args.process_index, self.args.world_size, rows.num_rows
         )
-        items = count_trained_items(batch, len(self.cells), self.args.loss_normalization)
-        sums, _ = self.compute_cell_sums(model, batch, items)
-        self._on_policy_metrics.add_micro_batch(
-            sums.losses, sums.entropies, batch, self.generation_limits.end_ids
-        )
-
-
-def _load_student(model: Any, args: GKDConfig) -> PreTrainedModel:
-    if model is None:
-        raise ValueError("give the student as `model`, or several of them as `pack`")
-    return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
+        completions = self.sample_completions(copies, range(len(self.cells)), position, purpose)
+        batch = build_micro_batch(self.seeds, self.cells, copies, completions, limits.pad_id)
+        batch = self.reward_scaler.remove_rewards(batch)
+        sums, _ = self.compute_cell_sums(model, batch, self._count_items(batch))
+        self._on_policy_metrics.add_micro_batch(sums.losses, sums.entropies, batch, limits.end_ids)

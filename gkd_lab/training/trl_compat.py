@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_lab.encoding.trl_batch import build_trl_batch
 from gkd_lab.losses.divergence import log_probabilities, pointwise_jsd
 from gkd_lab.models.forward import (
-    Sequences,
-    compute_completion_logits,
-    compute_position_ids,
     eval_mode,
     make_completion_mask,
 )
@@ -49,26 +45,6 @@ def generalized_jsd_loss(
     if reduction == "sum":
         return values.sum()
     return values.mean() if reduction == "mean" else values
-
-
-def compute_logits_and_labels(
-    model: Any, fixed: Sequences, is_encoder_decoder: bool
-) -> tuple[Tensor, Tensor]:
-    """What `compute_metrics` gets: logits (B, T, V) and labels (B, T), -100 where nothing is trained.
-
-    A decoder-only model's logits at position t predict the label at t + 1, an encoder-decoder's at t.
-    """
-    batch = build_trl_batch(fixed, is_encoder_decoder=is_encoder_decoder)
-    if is_encoder_decoder:
-        return compute_completion_logits(model, fixed), batch["labels"]
-    mask = batch["attention_mask"]
-    outputs = model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=compute_position_ids(mask),
-        use_cache=False,
-    )
-    return outputs.logits, batch["labels"]
 
 
 def generate_on_policy_outputs(

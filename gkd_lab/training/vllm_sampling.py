@@ -4,7 +4,7 @@ It never ran with vLLM itself: tests drive it with a stand-in, and hold the call
 Shapes: N rows, P prompt tokens, C completion tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
+from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.forward import Sequences, make_completion_mask
 from gkd_lab.models.rng import derive_seed
 from gkd_lab.training.arguments import GKDConfig
+from gkd_lab.training.rollout import MicroBatchPosition
 
 FULL_DISTRIBUTION_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling from the student's own distribution, stated in full: a server would fill what is left open from
@@ -81,9 +83,30 @@ class VllmSampler:
             processing_class=tokenizer,
             **_build_backend_settings(args, end_ids, vocabulary_size),
         )
+        self.max_new_tokens = args.max_new_tokens
         self._synced_step: int | None = None
         self._last_call: tuple[int, str] | None = None
         self._call_number = 0
+
+    def sample(
+        self,
+        cells: Sequence[CellArguments],
+        on_policy_cells: Sequence[int],
+        rows: Sequences,
+        position: MicroBatchPosition,
+        purpose: str,
+    ) -> dict[int, Sequences]:
+        """Sample the only cell's completions of the prompts of (B) rows: {0: rows}."""
+        (cell,) = cells
+        completions = self.sample_completions(
+            rows,
+            max_new_tokens=self.max_new_tokens,
+            temperature=cell.temperature,
+            step=position.step,
+            seed=cell.seed,
+            purpose=purpose,
+        )
+        return {0: completions}
 
     def sample_completions(
         self,

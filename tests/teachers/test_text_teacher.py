@@ -15,7 +15,7 @@ from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.label_losses import CrossEntropy
 from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.models.packing import Pack
-from gkd_lab.teachers.teacher_prompts import TwoTokenizerEncoder
+from gkd_lab.teachers.text_teacher import TwoTokenizerEncoder
 from gkd_lab.training.trainer import GKDTrainer
 
 from ..losses.descriptions import parse, uld
@@ -194,7 +194,7 @@ def test_each_side_has_its_own_chat_template() -> None:
 
 
 def test_prompts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gkd_lab.teachers.teacher_prompts.MAX_CACHED_PROMPTS", 2)
+    monkeypatch.setattr("gkd_lab.teachers.text_teacher.MAX_CACHED_PROMPTS", 2)
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
     known = {(1, 2): [3]}
     prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config, known)

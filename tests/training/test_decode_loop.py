@@ -10,8 +10,7 @@ from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import draw_uniforms
-from gkd_lab.training.decode_loop import SHRINK_THRESHOLD
-from gkd_lab.training.sampling import generate_completions
+from gkd_lab.training.sampling import SHRINK_THRESHOLD, generate_completions
 
 from ..models.families import make
 from ..models.tiny import FIRST_WORD, LAST_WORD, PAD, tiny_examples
@@ -101,7 +100,7 @@ def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatc
     model = make("llama", 0)
     rows, noise = prompts(model), draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
     expected = written(model, rows, noise)
-    monkeypatch.setattr("gkd_lab.training.decode_loop._can_drop_rows", lambda state: False)
+    monkeypatch.setattr("gkd_lab.training.sampling._can_drop_rows", lambda state: False)
     read = rows_read(model)
     assert torch.equal(written(model, rows, noise).completion_ids, expected.completion_ids)
     assert set(read) == {ROWS}

@@ -1,0 +1,39 @@
+"""Callbacks of transformers' Trainer that keep parts of a training in step with it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from gkd_lab.losses.auxiliary_modules import AuxiliaryModules
+
+if TYPE_CHECKING:
+    from gkd_lab.training.strategies import PackedStudents
+
+
+class ParameterViewsCallback(TrainerCallback):
+    """Points the optimizer's parameters to the pack's weights again after the Trainer has moved the model."""
+
+    def __init__(self, strategy: "PackedStudents") -> None:
+        self.strategy = strategy
+
+    def on_train_begin(self, *args: Any, **state: Any) -> None:
+        for n, parameters in enumerate(self.strategy.cell_parameters):
+            for name, weight in self.strategy.pack.get_cell_parameters(n).items():
+                parameters[name].data = weight
+
+
+class AuxiliaryUpdateCallback(TrainerCallback):
+    """Updates the loss's auxiliary modules after each optimizer step, at the same point of the schedule."""
+
+    def __init__(self, modules: AuxiliaryModules, failures: Mapping[int, str]) -> None:
+        self.modules, self.failures = modules, failures
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        cells, schedule = self.modules.cells, parts["lr_scheduler"]
+        rates = {n: cell.learning_rate for n, cell in enumerate(cells) if n not in self.failures}
+        if hasattr(schedule, "lr_lambdas"):
+            factor = float(schedule.lr_lambdas[0](schedule.last_epoch))
+        else:  # No function of the step, such as a plateau: it shows in the rate.
+            factor = float(parts["optimizer"].param_groups[0]["lr"]) / (cells[0].learning_rate or 1)
+        self.modules.update_modules(rates, factor, args.max_grad_norm or 0.0)

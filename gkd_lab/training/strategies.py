@@ -1,0 +1,285 @@
+"""How students are updated and saved: a single model by transformers' Trainer, a pack cell by cell.
+
+A pack's optimizer sees each cell's weights as parameters of their own, views with the shapes of a plain
+model, so that an optimizer whose step depends on a tensor's shape (Adafactor) does what it would do alone.
+Shapes: K cells.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.models.forward import Sequences
+from gkd_lab.models.packing import Pack
+from gkd_lab.training import checkpoints
+from gkd_lab.training.adapters import TaskAdapter
+from gkd_lab.training.callbacks import ParameterViewsCallback
+
+if TYPE_CHECKING:
+    from gkd_lab.training.pack_trainer import PackTrainer
+
+CellParameters = list[dict[str, nn.Parameter]]
+"""For each cell name -> parameter, in the shape of a plain model."""
+
+
+class StudentStrategy(Protocol):
+    """Updates and saves a trainer's students; a method gets the Trainer's own one to fall back on."""
+
+    cell_parameters: CellParameters
+
+    def prepare(self) -> None:
+        """Check how models are spread over devices and register callbacks. Raises ValueError."""
+        ...
+
+    def create_optimizer(self, create: Callable[[], Any]) -> Any:
+        """Create the optimizer of all cells, each at its own learning rate."""
+        ...
+
+    def clip_gradients(self, clip: Callable[[], Any]) -> Any:
+        """Clip the gradient, unless that is done where its norm is taken."""
+        ...
+
+    def compute_grad_norm(self, compute: Callable[[], Any]) -> Any:
+        """Log each cell's gradient norm, fail cells without a finite one, and return the Trainer's value."""
+        ...
+
+    def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
+        """Write each cell's checkpoint of the current step."""
+        ...
+
+    def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
+        """Load each cell's weights and extra state from the step of `checkpoint`."""
+        ...
+
+    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
+        """Load each cell's optimizer state from the step of `checkpoint`."""
+        ...
+
+    def convert_item_count(self, items: Tensor | None) -> Any:
+        """Return the step's trained items, (K,), in the form in which the Trainer hands them on."""
+        ...
+
+    def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
+        """Return a micro-batch's rows as TRL lays them out, for a subclass that was written for TRL."""
+        ...
+
+    def compute_predictions(
+        self, adapter: TaskAdapter, model: Any, rows: Sequences
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logits and labels of an evaluation batch."""
+        ...
+
+
+class SingleStudent:
+    """Strategy of one plain model: everything is left to the Trainer."""
+
+    def __init__(self, trainer: "PackTrainer") -> None:
+        self.trainer = trainer
+        self.cell_parameters: CellParameters = []
+
+    def prepare(self) -> None:
+        """Do nothing: every placement fits."""
+
+    def create_optimizer(self, create: Callable[[], Any]) -> Any:
+        """Create the Trainer's optimizer, at the cell's learning rate."""
+        optimizer = create()
+        for group in optimizer.param_groups:
+            if group["lr"] == self.trainer.args.learning_rate:
+                group["lr"] = self.trainer.cells[0].learning_rate
+        return optimizer
+
+    def clip_gradients(self, clip: Callable[[], Any]) -> Any:
+        """Clip as the Trainer does."""
+        return clip()
+
+    def compute_grad_norm(self, compute: Callable[[], Any]) -> Any:
+        """Log the norm, fail the cell if it is not finite, and return it."""
+        norm = compute()
+        if isinstance(norm, DTensor):  # of shards
+            norm = norm.full_tensor()
+        if norm is not None:
+            self.trainer.metrics.add_grad_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
+            # fp16 overflows now and then, and its scaler skips that step.
+            if not self.trainer.args.fp16 and not torch.as_tensor(norm).isfinite():
+                self.trainer.fail_cell(0, f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
+        """Write the Trainer's checkpoint, and the cell's extra state into it."""
+        step = self.trainer.state.global_step
+        save()
+        if self.trainer.args.should_save:
+            self.trainer.save_extra_state(0, checkpoints.build_checkpoint_path(run_folder, step))
+
+    def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
+        """Load as the Trainer does, and the cell's extra state."""
+        load()
+        self.trainer.load_extra_state(0, Path(checkpoint))
+
+    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
+        """Load as the Trainer does."""
+        load()
+
+    def convert_item_count(self, items: Tensor | None) -> Any:
+        """Return one number: a subclass written for TRL divides by it."""
+        return None if items is None else items[0]
+
+    def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
+        """Return the rows as TRL lays them out."""
+        return adapter.build_trl_fields(rows)
+
+    def compute_predictions(
+        self, adapter: TaskAdapter, model: Any, rows: Sequences
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logits and labels that `compute_metrics` gets."""
+        return adapter.compute_logits_and_labels(model, rows)
+
+
+class PackedStudents:
+    """Strategy of K students in one model: optimizer groups, clipping and checkpoints per cell."""
+
+    def __init__(self, trainer: "PackTrainer") -> None:
+        self.trainer, self.pack = trainer, trainer.pack
+        self.cell_parameters: CellParameters = []
+
+    def prepare(self) -> None:
+        """Raise ValueError for a pack that is sharded, or served by vLLM."""
+        trainer = self.trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                f"a pack of {self.pack.size} cells cannot be sharded by FSDP or DeepSpeed: run the cells "
+                "alone (`--pack off`)"
+            )
+        if trainer.args.use_vllm:
+            raise ValueError("use_vllm serves one student: run the cells alone (`--pack off`)")
+        trainer.add_callback(ParameterViewsCallback(self))
+
+    def create_optimizer(self, create: Callable[[], Any]) -> Any:
+        """Create an optimizer with parameter groups of each cell's weights in their own shapes."""
+        trainer, args = self.trainer, self.trainer.args
+        self.cell_parameters = create_parameter_views(self.pack)
+        decayed = set(trainer.get_decay_parameter_names(self.pack.unpack_cell(0)))
+        optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        groups = build_parameter_groups(self.cell_parameters, trainer.cells, decayed, args.weight_decay)
+        trainer.optimizer = optimizer_class(groups, **options)
+        return trainer.optimizer
+
+    def clip_gradients(self, clip: Callable[[], Any]) -> None:
+        """Do nothing: each cell is clipped where the norms are taken."""
+
+    def compute_grad_norm(self, compute: Callable[[], Any]) -> Tensor:
+        """Clip each cell's gradient and return the mean norm of the running cells."""
+        trainer = self.trainer
+        norms = clip_cell_gradients(
+            trainer.model,
+            self.cell_parameters,
+            trainer.args.max_grad_norm,
+            trainer.failures.keys(),
+            trainer.fail_cell,
+        )
+        trainer.metrics.add_grad_norms(norms)
+        return norms[trainer.mask_running_cells(norms.device)].mean()
+
+    def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
+        """Write each running cell's own folder, all of them before any older one is removed."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        if not trainer.args.should_save:
+            return
+        for n, cell in enumerate(trainer.cells):
+            if n in trainer.failures:
+                continue
+            path = checkpoints.build_checkpoint_path(cell.output_dir, step)
+            with checkpoints.create_folder_atomically(path) as folder:
+                checkpoints.save_cell_checkpoint(
+                    folder, self.pack.get_cell_parameters(n), self.cell_parameters[n], trainer.optimizer
+                )
+                trainer.save_extra_state(n, folder)
+                trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        for cell in trainer.cells:
+            checkpoints.remove_other_checkpoints(cell.output_dir, step)
+
+    def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
+        """Load each cell's weights and extra state from its folder of the same step."""
+        for n, folder in self._list_cell_checkpoints(checkpoint):
+            self.pack.load_cell(n, checkpoints.load_checkpoint_weights(folder))
+            self.trainer.load_extra_state(n, folder)
+
+    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
+        """Load each cell's optimizer state, and bring the schedule to the step."""
+        if checkpoint is None:
+            return
+        trainer = self.trainer
+        for n, folder in self._list_cell_checkpoints(checkpoint):
+            checkpoints.load_optimizer_state(folder, self.cell_parameters[n], trainer.optimizer)
+        checkpoints.set_scheduler_step(trainer.lr_scheduler, trainer.optimizer, trainer.state.global_step)
+
+    def _list_cell_checkpoints(self, checkpoint: str) -> Iterator[tuple[int, Path]]:
+        """Yield each cell's number and its folder of the step of `checkpoint`."""
+        step = checkpoints.parse_checkpoint_step(Path(checkpoint))
+        for n, cell in enumerate(self.trainer.cells):
+            yield n, checkpoints.build_checkpoint_path(cell.output_dir, step)
+
+    def convert_item_count(self, items: Tensor | None) -> Tensor | None:
+        """Return each cell's count, (K,)."""
+        return items
+
+    def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
+        """Return nothing: TRL's trainer has one student."""
+        return {}
+
+    def compute_predictions(self, adapter: TaskAdapter, model: Any, rows: Sequences) -> tuple[None, None]:
+        """Return nothing: metrics are of one student."""
+        return None, None
+
+
+def create_parameter_views(pack: Pack) -> CellParameters:
+    """Return each cell's weights as parameters that share the pack's memory."""
+    return [
+        {name: nn.Parameter(view) for name, view in pack.get_cell_parameters(n).items()}
+        for n in range(pack.size)
+    ]
+
+
+def build_parameter_groups(
+    cell_parameters: CellParameters,
+    cells: Sequence[CellArguments],
+    decayed: Collection[str],
+    weight_decay: float,
+) -> list[dict[str, object]]:
+    """Build the optimizer's groups: one for each cell and learning rate, decayed weights apart."""
+    groups: list[dict[str, object]] = []
+    for cell, named_parameters in zip(cells, cell_parameters, strict=True):
+        for is_decayed in (True, False):
+            parameters = [p for name, p in named_parameters.items() if (name in decayed) == is_decayed]
+            if parameters:
+                decay = weight_decay if is_decayed else 0.0
+                groups.append({"params": parameters, "lr": cell.learning_rate, "weight_decay": decay})
+    return groups
+
+
+def clip_cell_gradients(
+    model: nn.Module,
+    cell_parameters: CellParameters,
+    max_norm: float | None,
+    failed: Collection[int],
+    on_failure: Callable[[int, str], None],
+) -> Tensor:
+    """Clip each cell's gradient, hand it to the optimizer's parameters and return the norms before, (K,)."""
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    squares = torch.stack([gradient.flatten(1).square().sum(1) for _, gradient in gradients])
+    norms = squares.sum(0).sqrt()
+    for n in (~norms.isfinite()).nonzero().flatten().tolist():
+        on_failure(n, f"the gradient's norm is {norms[n].item()}")
+    if max_norm and max_norm > 0:
+        scale = (max_norm / (norms + 1e-6)).clamp_max(1)
+        for _, gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+    for n, parameters in enumerate(cell_parameters):
+        for name, gradient in gradients:
+            parameters[name].grad = None if n in failed else gradient[n]
+    return norms
