@@ -387,9 +387,7 @@ def test_a_student_that_writes_cannot_be_compared_with_kept_scores(tmp_path: Pat
 
 
 def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
-    assert "these rows have none" in refused(
-        tmp_path, examples=tiny_examples()
-    )
+    assert "these rows have none" in refused(tmp_path, examples=tiny_examples())
     moved = [replace(row, row_index=39 - n) for n, row in enumerate(tiny_examples())]
     assert "has another completion" in refused(tmp_path, examples=moved)
 
