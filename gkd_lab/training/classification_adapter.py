@@ -109,11 +109,13 @@ class ClassificationAdapter:
         """Raise ValueError for a loss term that this kind of classifier cannot have."""
         is_regression = self.kind == "regression"
         if not isinstance(term.loss, Divergence | CrossEntropy | SquaredError | LabelSquaredError):
-            raise ValueError(f"objectives: {term.loss.log_name} reads what only a language model has; leave it out")
+            raise ValueError(
+                f"objectives: {term.loss.log_name} reads what only a language model has; leave it out"
+            )
         if is_regression and isinstance(term.loss, Divergence | CrossEntropy):
             raise ValueError(
-                f"objectives: {term.loss.log_name} compares distributions, and a regression has one number: choose "
-                "{'type': 'squared_error'}, against the teacher or, with 'against': 'labels', the data"
+                f"objectives: {term.loss.log_name} compares distributions, and a regression has one number: "
+                "choose {'type': 'squared_error'}, against the teacher or, with 'against': 'labels', the data"
             )
         if not is_regression and isinstance(term.loss, LabelSquaredError):
             raise ValueError(

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gkd_lab.losses.step_loss import MicroBatch
 from gkd_lab.losses.label_losses import RewardLoss
+from gkd_lab.losses.step_loss import MicroBatch
 
 SUM_NAMES = ("loss", "grad_norm", "on_policy", "rows", "tokens", "truncated", "entropy", "steps", "batches")
 
