@@ -18,7 +18,6 @@ from gkd_lab.cli.options import (
     TableFormat,
     check_outputs_folder,
     exit_with_message,
-    get_scale_value,
     load_grid,
     load_grid_without_cache,
     parse_metric_names,
@@ -101,8 +100,8 @@ def print_sweep_file(name: ExperimentArgument, scale: ScaleOption = None, sets: 
     from gkd_lab.config.sweep import format_sweep_file
 
     fields = parse_overrides(sets)
-    experiment, _ = experiments.outline_experiment(name, scale=get_scale_value(scale), overrides=fields)
-    print(format_sweep_file(name, experiment, get_scale_value(scale), fields), end="")
+    experiment, _ = experiments.outline_experiment(name, scale=scale, overrides=fields)
+    print(format_sweep_file(name, experiment, scale, fields), end="")
 
 
 def write_table(
@@ -110,7 +109,7 @@ def write_table(
     scale: ScaleOption = None,
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
-    format: Annotated[TableFormat, typer.Option(help="Format of the table.")] = TableFormat.md,
+    format: Annotated[TableFormat, typer.Option(help="Format of the table.")] = "md",
     output: Annotated[Path | None, typer.Option("-o", help="File to write; default: stdout.")] = None,
 ) -> None:
     """Write a table of the scores of cells and reference models."""
@@ -118,9 +117,9 @@ def write_table(
 
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
     frame = table(grid, store)
-    if format is TableFormat.parquet:
+    if format == "parquet":
         frame.attrs.update(collect_table_provenance(grid, store))
-    content = encode_table(frame, format.value)
+    content = encode_table(frame, format)
     if output is None:
         sys.stdout.buffer.write(content)
     elif output.is_dir():
@@ -136,7 +135,7 @@ def judge_claims(
     scale: ScaleOption = None,
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
-    format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = OutputFormat.text,
+    format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
     """Judge the paper's claims on an experiment, or on the paper."""
     from gkd_lab.claims.definitions import CLAIMS
@@ -147,7 +146,7 @@ def judge_claims(
     claim_ids: Sequence[str] = ()
     if name == "paper":
         if scale is not None or sets:
-            raise ConfigError("the paper's own numbers have no --scale and nothing to --set")
+            raise ConfigError("the numbers of the paper take neither --scale nor --set")
         verdicts = judge_paper(CLAIMS.values())
     else:
         grid = load_grid(name, scale, sets, outputs)
@@ -155,7 +154,7 @@ def judge_claims(
         verdicts = judge_run(grid, Store(outputs))
     print(
         encode_verdicts(verdicts)
-        if format is OutputFormat.json
+        if format == "json"
         else "\n".join(format_verdict_lines(verdicts, claim_ids))
     )
 
@@ -190,7 +189,7 @@ def compare_cells(
         str | None, typer.Option(help="Name, such as greedy. Default: the first evaluation that both have.")
     ] = None,
     outputs: OutputsOption = Path("outputs"),
-    format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = OutputFormat.text,
+    format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
     """Compare two cells: settings, scores, paired difference, examples."""
     from gkd_lab.report.comparison import compare_records
@@ -200,7 +199,7 @@ def compare_cells(
     check_outputs_folder(outputs)
     pair = find_record(cell_a, outputs), find_record(cell_b, outputs)
     comparison = compare_records(*pair, evaluation=evaluation, metric=metric)
-    if format is OutputFormat.json:
+    if format == "json":
         print(format_comparison_json(comparison))
     else:
         print_comparison(comparison)

@@ -3,61 +3,27 @@
 import sys
 import tempfile
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.config.experiment import Scale
 from gkd_lab.store.files import write_bytes
 
-
-class ScaleChoice(StrEnum):
-    """Choices of --scale."""
-
-    nano = "nano"
-    smol = "smol"
-    paper = "paper"
-
-
-class TableFormat(StrEnum):
-    """Choices of --format of `table`."""
-
-    md = "md"
-    csv = "csv"
-    json = "json"
-    parquet = "parquet"
-
-
-class TrackerChoice(StrEnum):
-    """Choices of --tracker."""
-
-    none = "none"
-    wandb = "wandb"
-    trackio = "trackio"
-
-
-class LockedCellAction(StrEnum):
-    """Choices of --held."""
-
-    wait = "wait"
-    skip = "pass"
-
-
-class OutputFormat(StrEnum):
-    """Choices of --format of commands that print text."""
-
-    text = "text"
-    json = "json"
-
+TableFormat = Literal["md", "csv", "json", "parquet"]
+OutputFormat = Literal["text", "json"]
+TrackerChoice = Literal["none", "wandb", "trackio"]
+BusyCellAction = Literal["wait", "pass"]
+"""Action for cells that another process works on."""
 
 ExperimentArgument = Annotated[
     str, typer.Argument(metavar="EXP", help="Name in experiments/, or a YAML file.")
 ]
-ScaleOption = Annotated[ScaleChoice | None, typer.Option(help="Default: the scale of the experiment.")]
+ScaleOption = Annotated[Scale | None, typer.Option(help="Default: the scale of the experiment.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=V1,V2", help="Replace an axis or a field; repeatable."),
@@ -97,7 +63,7 @@ def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
         return None
     metrics = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not metrics:
-        raise ConfigError(f"--metrics {names!r} names none; valid: {', '.join(METRICS)}")
+        raise ConfigError(f"--metrics {names!r} names no metric; expected names such as accuracy,rouge2")
     for metric in metrics:
         if metric not in METRICS:
             raise build_unknown_name_error("metric", metric, METRICS)
@@ -105,7 +71,7 @@ def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
 
 
 def load_grid_without_cache(
-    name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path
+    name: str, scale: Scale | None, sets: Sequence[str] | None, outputs: Path
 ) -> Grid:
     """Load a grid with hashes of the data and models as they are now, not the cached ones."""
     revisions = outputs / "revisions.json"
@@ -120,12 +86,10 @@ def parse_worker_count(text: str | None) -> int:
     return 1 if text is None else int(text.partition("/")[2])
 
 
-def load_grid(name: str, scale: ScaleChoice | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
+def load_grid(name: str, scale: Scale | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
     """Load the cells of an experiment by name or file."""
     check_outputs_folder(outputs)
-    return experiments.load(
-        name, scale=get_scale_value(scale), overrides=parse_overrides(sets), outputs=outputs
-    )
+    return experiments.load(name, scale=scale, overrides=parse_overrides(sets), outputs=outputs)
 
 
 def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
@@ -137,11 +101,6 @@ def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
         overrides[key.strip()] = value
     return overrides
-
-
-def get_scale_value(scale: ScaleChoice | None) -> Any:
-    """Return the scale's name, typed as `experiments` takes it."""
-    return None if scale is None else scale.value
 
 
 def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:

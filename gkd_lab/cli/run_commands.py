@@ -5,15 +5,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from gkd_lab import experiments
 from gkd_lab.cli.options import (
+    BusyCellAction,
     ExecutorOption,
     ExperimentArgument,
-    LockedCellAction,
     NoWaitOption,
     OutputsOption,
     PackOption,
@@ -29,7 +29,6 @@ from gkd_lab.cli.options import (
     check_outputs_folder,
     create_outputs_folder,
     exit_with_message,
-    get_scale_value,
     load_grid,
     parse_cell_fields,
     parse_worker_count,
@@ -79,7 +78,7 @@ def run_experiment(
         )
         return
     arguments = ["run", name, "--outputs", str(outputs), "--pack", pack, "--tracker", tracker_name]
-    arguments += [] if scale is None else ["--scale", scale.value]
+    arguments += [] if scale is None else ["--scale", scale]
     arguments += ["--term-gradients"] if term_gradients else []
     for text in sets or ():
         arguments += ["--set", text]
@@ -96,9 +95,9 @@ def run_cell(
     retry_failed: RetryFailedOption = False,
     tracker: TrackerOption = None,
     held: Annotated[
-        LockedCellAction,
+        BusyCellAction,
         typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
-    ] = LockedCellAction.wait,
+    ] = "wait",
 ) -> None:
     """Run one cell from its fields, as a sweep agent does.
 
@@ -108,16 +107,14 @@ def run_cell(
     try:
         check_outputs_folder(outputs)
         fields = parse_cell_fields(context.args)
-        grid = experiments.load_single_cell(
-            fields, name=experiment, scale=get_scale_value(scale), outputs=outputs
-        )
+        grid = experiments.load_single_cell(fields, name=experiment, scale=scale, outputs=outputs)
     except ConfigError as error:
         if is_sweep_agent() and tracker_name == "wandb":
             from gkd_lab.runner.wandb_tracker import report_refused_parameters
 
             report_refused_parameters(str(error))
         raise
-    run_in_process(grid, outputs, "off", retry_failed, tracker_name, busy_cells=held.value)
+    run_in_process(grid, outputs, "off", retry_failed, tracker_name, busy_cells=held)
     print(Store(outputs).get_record(grid.cells[0]).folder)
 
 
@@ -211,9 +208,9 @@ def run_in_process(
     outputs: Path,
     limit: PackLimit,
     retry_failed: bool,
-    tracker: Literal["none", "wandb", "trackio"],
+    tracker: TrackerChoice,
     *,
-    busy_cells: Literal["pass", "wait"],
+    busy_cells: BusyCellAction,
     workers: int = 1,
     term_gradients: bool = False,
 ) -> None:
@@ -294,11 +291,9 @@ def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
     replay_records(grid, store, create_tracker("wandb", grid.name, store.root, reporter))
 
 
-def choose_tracker(choice: TrackerChoice | None) -> Literal["none", "wandb", "trackio"]:
+def choose_tracker(choice: TrackerChoice | None) -> TrackerChoice:
     """Return the name of the tracker; without a choice wandb under a sweep agent, else none."""
-    if choice is not None:
-        return choice.value
-    return "wandb" if is_sweep_agent() else "none"
+    return choice or ("wandb" if is_sweep_agent() else "none")
 
 
 def is_sweep_agent() -> bool:
