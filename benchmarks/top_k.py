@@ -30,7 +30,7 @@ from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.dataset import encode_examples, load_split
+from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows
 from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.teachers.score_files import ScoreLayout
@@ -71,7 +71,7 @@ class ModelPair:
             artifacts.ensure_artifact("start", student_spec, scale, options), student_spec
         )
         data = load_split(task, training.data, "train", options.cache_folder)
-        examples, _ = encode_examples(student_spec, sft_student.tokenizer, data.take_first(count))
+        examples, _ = encode_examples(student_spec, sft_student.tokenizer, take_first_rows(data, count))
         batch = collate_examples(
             examples,
             sft_student.tokenizer.pad_token_id,

@@ -1,9 +1,9 @@
-"""A stand-in for wandb's server on loopback: what the real client's runs, sweeps and agents ask of it.
+"""Test server for the real wandb client: answers the requests of its runs, sweeps and agents on loopback.
 
-    with serving() as server:
+    with run_server() as server:
         environment = server.environment(folder)
 
-It answers each operation by its name with what the clients read, and lists operations that it does not know.
+Each GraphQL operation is answered by its name; `unknown` lists the operations without an answer.
 """
 
 import itertools
@@ -27,7 +27,7 @@ ENTITY = "someone"
 
 @dataclass
 class Run:
-    """What the server was told of a run."""
+    """State of a run as the client has sent it."""
 
     id: str
     project: str
@@ -42,28 +42,28 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows in order, without wandb's own columns other than `_step`."""
+        """Rows in order, without wandb's own columns other than `_step`."""
         rows = [self.lines[n] for n in sorted(self.lines)]
         return [{k: v for k, v in row.items() if k == "_step" or k[0] != "_"} for row in rows]
 
 
 @dataclass
 class Sweep:
-    """A sweep and the parameters that it still hands out."""
+    """A sweep and its points that no run has received yet."""
 
     id: str
     config: str
-    left: list[dict[str, Any]]
+    points: list[dict[str, Any]]
     state: str = "RUNNING"
 
 
 class Server(ThreadingHTTPServer):
-    """Runs, sweeps and agents, in memory."""
+    """HTTP server with runs, sweeps and agents in memory."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.agents: dict[str, str] = {}
@@ -79,13 +79,13 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed leaves its connections as they are."""
+        """Ignore the broken connections of killed clients."""
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Of a client that knows this server, has a key, and keeps its files in `folder`."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        """Return the environment variables of a client with a key for this server and files in `folder`."""
+        other_variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         return {
-            **kept,
+            **other_variables,
             "HOME": str(folder),
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
@@ -97,11 +97,11 @@ class Server(ThreadingHTTPServer):
         }
 
     def parameters(self, run: Run) -> dict[str, Any]:
-        """What a sweep gave to a run."""
+        """Return the parameters that a sweep assigned to a run."""
         return self.handed_out[run.id]
 
 
-class _Answers(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
@@ -112,15 +112,15 @@ class _Answers(BaseHTTPRequestHandler):
             if self.path == "/graphql":
                 self._reply(self._operation(body["query"], body.get("variables") or {}))
             else:
-                self._reply(_stream(self.server, self.path.split("/")[4], body))
+                self._reply(_update_run(self.server, self.path.split("/")[4], body))
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._reply({})
 
     def _operation(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        found = re.search(r"(?:query|mutation)\s+(\w+)", query)
-        name = found[1] if found else query
+        match = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        name = match[1] if match else query
         if name not in _OPERATIONS:
             self.server.unknown.append(name)
             return {"errors": [{"message": f"unknown operation {name}"}]}
@@ -138,7 +138,7 @@ class _Answers(BaseHTTPRequestHandler):
         pass
 
 
-def _stream(server: Server, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
+def _update_run(server: Server, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
     run = server.runs[run_id]
     for name, part in (body.get("files") or {}).items():
         rows = [json.loads(line) for line in part["content"] if line] if name.startswith("wandb-") else []
@@ -152,17 +152,17 @@ def _stream(server: Server, run_id: str, body: dict[str, Any]) -> dict[str, Any]
     return {"stopped": False}
 
 
-def _viewer(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
+def _describe_viewer(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     teams: dict[str, Any] = {"edges": [{"node": {"name": ENTITY, "isTeam": False}}]}
     user = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}"}
     return {"viewer": {**user, "admin": False, "teams": teams, "apiKeys": {"edges": []}}, "serverInfo": None}
 
 
-def _project(name: str) -> dict[str, Any]:
+def _describe_project(name: str) -> dict[str, Any]:
     return {"id": "UHJvamVjdA==", "name": name, "entity": {"id": "RW50aXR5", "name": ENTITY}}
 
 
-def _bucket(run: Run) -> dict[str, Any]:
+def _describe_run(run: Run) -> dict[str, Any]:
     return {
         "id": run.id,
         "name": run.id,
@@ -170,24 +170,24 @@ def _bucket(run: Run) -> dict[str, Any]:
         "description": None,
         "config": json.dumps(run.config),
         "sweepName": run.sweep,
-        "project": _project(run.project),
+        "project": _describe_project(run.project),
         "historyLineCount": len(run.lines),
     }
 
 
 def _upsert_run(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
-    new = variables["name"] not in server.runs
+    is_new = variables["name"] not in server.runs
     run = server.runs.setdefault(variables["name"], Run(variables["name"], variables.get("project") or ""))
     run.name = variables.get("displayName") or run.name
     run.group = variables.get("groupName") or run.group
     run.sweep = variables.get("sweep") or run.sweep
     if variables.get("config"):
-        stated = json.loads(variables["config"])
-        run.config = {name: one["value"] for name, one in stated.items() if name != "_wandb"}
-    return {"upsertBucket": {"bucket": _bucket(run), "inserted": new}}
+        config = json.loads(variables["config"])
+        run.config = {name: entry["value"] for name, entry in config.items() if name != "_wandb"}
+    return {"upsertBucket": {"bucket": _describe_run(run), "inserted": is_new}}
 
 
-def _resume_status(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
+def _describe_resumed_run(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     run = server.runs.get(variables.get("name") or variables.get("run") or "")
     if run is None:
         return {"model": {"id": "TW9kZWw=", "name": variables.get("project"), "bucket": None}}
@@ -195,12 +195,17 @@ def _resume_status(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     config = {name: {"value": value} for name, value in run.config.items()}
     counts = {"historyLineCount": len(run.lines), "eventsLineCount": 0, "logLineCount": 0}
     tails = {"historyTail": last, "eventsTail": "[]", "summaryMetrics": json.dumps(run.summary)}
-    # `t` is telemetry: the client takes a run without it for one that never started.
-    more = {"config": json.dumps(config), "tags": [], "notes": None, "wandbConfig": '{"t": {}}'}
-    return {"model": {**_project(run.project), "bucket": {**_bucket(run), **counts, **tails, **more}}}
+    # `t` is telemetry: for the client, a run without it has never started.
+    settings = {"config": json.dumps(config), "tags": [], "notes": None, "wandbConfig": '{"t": {}}'}
+    return {
+        "model": {
+            **_describe_project(run.project),
+            "bucket": {**_describe_run(run), **counts, **tails, **settings},
+        }
+    }
 
 
-def _run_files(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
+def _list_upload_urls(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     names = variables.get("files") or []
     files = [{"name": name, "uploadUrl": f"{server.url}/upload/{name}"} for name in names]
     return {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}
@@ -212,27 +217,30 @@ def _upsert_sweep(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
         return {"upsertSweep": {"sweep": {"name": variables["id"]}, "configValidationWarnings": []}}
     config = yaml.safe_load(variables["config"])
     name = f"sweep{len(server.sweeps)}"
-    server.sweeps[name] = Sweep(name, variables["config"], points_of(config))
-    sweep = {"name": name, "project": _project(variables.get("projectName") or "gkd-lab")}
+    server.sweeps[name] = Sweep(name, variables["config"], list_sweep_points(config))
+    sweep = {"name": name, "project": _describe_project(variables.get("projectName") or "gkd-lab")}
     return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
 
 
-def points_of(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """All points of a grid, the first name slowest; of a random sweep as many draws as its `run_cap`."""
-    axes = {name: one.get("values", [one.get("value")]) for name, one in sorted(config["parameters"].items())}
+def list_sweep_points(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all points of a grid, the first name varying slowest, or `run_cap` draws of a random sweep."""
+    axes = {
+        name: entry.get("values", [entry.get("value")])
+        for name, entry in sorted(config["parameters"].items())
+    }
     if config["method"] == "random":
         draw = random.Random(0)
-        drawn = range(config["run_cap"])
-        return [{name: draw.choice(values) for name, values in axes.items()} for _ in drawn]
+        draws = range(config["run_cap"])
+        return [{name: draw.choice(values) for name, values in axes.items()} for _ in draws]
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _sweep_with_runs(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
+def _describe_sweep(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     sweep = server.sweeps.get(variables["sweep"])
     if sweep is None:
         return {"project": {"sweep": None}}
-    told = {"id": sweep.id, "name": sweep.id, "state": sweep.state, "config": sweep.config}
-    return {"project": {"sweep": {**told, "runs": {"edges": []}}}}
+    description = {"id": sweep.id, "name": sweep.id, "state": sweep.state, "config": sweep.config}
+    return {"project": {"sweep": {**description, "runs": {"edges": []}}}}
 
 
 def _create_agent(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
@@ -241,43 +249,43 @@ def _create_agent(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     return {"createAgent": {"agent": {"id": name}}}
 
 
-def _heartbeat(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
+def _answer_heartbeat(server: Server, variables: dict[str, Any]) -> dict[str, Any]:
     sweep = server.sweeps[server.agents[variables["id"]]]
     commands: list[dict[str, Any]] = []
     if not json.loads(variables.get("runState") or "{}"):
-        if sweep.left:
-            point = _as_the_backend(sweep.left.pop(0))
+        if sweep.points:
+            point = _convert_like_backend(sweep.points.pop(0))
             run = f"run{len(server.handed_out)}"
             server.handed_out[run] = point
-            given = {name: {"value": value} for name, value in point.items()}
-            commands = [{"type": "run", "run_id": run, "args": given, "program": None}]
+            arguments = {name: {"value": value} for name, value in point.items()}
+            commands = [{"type": "run", "run_id": run, "args": arguments, "program": None}]
         else:
             commands = [{"type": "exit"}]
     return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
 
 
-def _as_the_backend(point: dict[str, Any]) -> dict[str, Any]:
-    """1.0 becomes 1 on its way through the server."""
+def _convert_like_backend(point: dict[str, Any]) -> dict[str, Any]:
+    """Return the point with whole floats as integers, as wandb's backend does."""
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in point.items()}
 
 
 _OPERATIONS = {
-    "Viewer": _viewer,
+    "Viewer": _describe_viewer,
     "UpsertBucket": _upsert_run,
-    "RunResumeStatus": _resume_status,
-    "CreateRunFiles": _run_files,
+    "RunResumeStatus": _describe_resumed_run,
+    "CreateRunFiles": _list_upload_urls,
     "OrganizationCoreWeaveOrganizationID": lambda *_: {"entity": None},
     "ServerFeaturesQuery": lambda *_: {"serverInfo": {"features": []}},
     "UpsertSweep": _upsert_sweep,
-    "SweepWithRuns": _sweep_with_runs,
+    "SweepWithRuns": _describe_sweep,
     "CreateAgent": _create_agent,
-    "Heartbeat": _heartbeat,
+    "Heartbeat": _answer_heartbeat,
 }
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """A server on a free port of loopback, for as long as the block lasts."""
+def run_server() -> Iterator[Server]:
+    """Run a server on a free loopback port until the block ends."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

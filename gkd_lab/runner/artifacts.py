@@ -1,6 +1,6 @@
-"""Teachers and starting students: built once under a lock, found by fingerprint, shared by all cells."""
+"""Teachers and SFT students: built once under a lock, found by fingerprint, shared by all cells."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.sft import fine_tune
 from gkd_lab.store import Record
 from gkd_lab.store.provenance import collect_provenance
-from gkd_lab.tasks import get_task
+from gkd_lab.tasks import RowList, get_task
 from gkd_lab.training.checkpoints import create_folder_atomically, list_complete_steps
 
 
@@ -38,14 +38,14 @@ class ArtifactFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An artifact in memory; in a teacher's place also what knows what it says."""
+    """Model and tokenizer in memory; for a teacher, the model may be a `ModelFreeTeacher`."""
 
     model: PreTrainedModel
     tokenizer: Any
 
 
 def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions) -> Record:
-    """The finished record of an artifact, built now if it is not there. Raises ArtifactFailed."""
+    """Return the finished record of an artifact, built now if it does not exist. Raises ArtifactFailed."""
     record = options.store.get_artifact(scale, role, model)
     if record.read_status().get("state") == "done" and find_damaged_file(record) is None:
         return record
@@ -64,9 +64,27 @@ def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions
     return record
 
 
+def ensure_teacher_output(
+    record: Record, description: str, build: Callable[[Record], None], options: RunOptions
+) -> Record:
+    """Return the record of a teacher's text or scores, built now if it is missing or damaged.
+
+    A stored failure stays unless `--retry-failed` clears it. Raises RecordedFailure where `build` fails.
+    """
+    if record.read_status().get("state") != "done" or find_damaged_file(record) is not None:
+        with hold_record_lock(record, description, options):
+            quarantine_damaged_result(record, options)
+            if options.retry_failed:
+                record.clear_failure()
+            if not record.read_status():
+                with record_failures([record], options.outputs):
+                    build(record)
+    return record
+
+
 @contextmanager
 def hold_record_lock(record: Record, description: str, options: RunOptions) -> Iterator[None]:
-    """The record's lock; says so when another process has it."""
+    """Hold a record's lock; print a line when another process has it and this one must wait."""
     lock = record.lock()
     try:
         lock.acquire(timeout=1)
@@ -80,71 +98,69 @@ def hold_record_lock(record: Record, description: str, options: RunOptions) -> I
 
 
 def _format_failure(role: str, record: Record) -> str:
+    """Return the message for a failed artifact, with its error and status file."""
     error = record.read_status().get("error", "unknown")
     return f"the {role} failed: {error} (see {record.status_file}; --retry-failed tries again)"
 
 
 def load_artifact(record: Record, model: SftModel) -> LoadedModel:
-    """A finished artifact as model and tokenizer."""
+    """Load model and tokenizer of a finished artifact."""
     return LoadedModel(
-        load_model(record.checkpoint, model.family, model.precision),
-        load_tokenizer(record.checkpoint),
+        load_model(record.checkpoint, model.family, model.precision), load_tokenizer(record.checkpoint)
     )
 
 
 def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOptions) -> None:
+    """Create a model, fine-tune it if its spec says so, and finish its record."""
     record.write_spec(model, role=role)
     repair_unfinished_training(record, options)
-    train = load_split(model.task, model.data, "train", options.cache_folder)
-    loaded = _create_initial_model(model, train)
-    found, cut = encode_examples(model, loaded.tokenizer, train)
-    write_split_report(record.folder, "train", cut)
-    if cut.prompts or cut.completions:
+    rows = load_split(model.task, model.data, "train", options.cache_folder)
+    loaded = _create_initial_model(model, rows)
+    examples, report = encode_examples(model, loaded.tokenizer, rows)
+    write_split_report(record.folder, "train", report)
+    if report.prompts or report.completions:
         options.reporter.say(
-            f"{model.task}: {cut.prompts} prompts and {cut.completions} targets of {cut.rows} exceed "
-            f"{model.max_input_tokens} and {model.max_output_tokens} tokens and were cut"
+            f"{model.task}: {report.prompts} prompts and {report.completions} targets of {report.rows} "
+            f"exceed {model.max_input_tokens} and {model.max_output_tokens} tokens and were cut"
         )
-    count = count_trainable_parameters(loaded.model)
+    parameters = count_trainable_parameters(loaded.model)
     if model.sft is not None:
-        name = f"{model.task}: {role} {model.model.name}, {_format_parameter_count(count)} parameters, SFT"
-        done = max(list_complete_steps(record.steps_folder), default=0)
-        with options.reporter.phase(name, model.sft.steps, done) as advance:
+        phase = f"{model.task}: {role} {model.model.name}, {parameters / 1e6:.2f} M parameters, SFT"
+        done_steps = max(list_complete_steps(record.steps_folder), default=0)
+        with options.reporter.phase(phase, model.sft.steps, done_steps) as update_progress:
             fine_tune(
                 loaded.model,
                 loaded.tokenizer,
-                found,
+                examples,
                 model.sft,
                 record,
-                advance,
+                update_progress,
                 save_every=options.checkpoint_every,
                 log_every=options.log_every,
             )
     export_checkpoint(loaded.model, loaded.tokenizer, record)
-    facts = {"parameters": count, "threads": torch.get_num_threads(), "device": select_device()}
-    record.write_provenance(collect_provenance(**facts))
-    record.finish(parameters=count)
+    record.write_provenance(
+        collect_provenance(parameters=parameters, threads=torch.get_num_threads(), device=select_device())
+    )
+    record.finish(parameters=parameters)
 
 
 def export_checkpoint(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
-    """A finished model as the record's checkpoint: a plain transformers folder."""
+    """Save a finished model and its tokenizer as the record's checkpoint, a transformers folder."""
     with create_folder_atomically(record.checkpoint) as folder, hide_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _format_parameter_count(count: int) -> str:
-    return f"{count / 1e6:.2f} M"
-
-
-def _create_initial_model(model: SftModel, train: Any) -> LoadedModel:
-    """The model before fine-tuning: made from scratch, or loaded."""
+def _create_initial_model(model: SftModel, rows: RowList) -> LoadedModel:
+    """Return the model before fine-tuning: pretrained, or new with a tokenizer trained on the rows."""
     spec = model.model
     if spec.architecture is None:
         return LoadedModel(*load_pretrained(spec, model.family, model.precision))
-    read = 1 if model.family in CLASSIFIER_FAMILIES else 2  # a classifier never reads its labels
-    words = [text for row in build_text_pairs(model, train) for text in row[:read]]
-    tokenizer = train_tokenizer(model.tokenizer, words)
-    made = make_model(
+    text_count = 1 if model.family in CLASSIFIER_FAMILIES else 2  # a classifier does not read its labels
+    texts = [text for pair in build_text_pairs(model, rows) for text in pair[:text_count]]
+    tokenizer = train_tokenizer(model.tokenizer, texts)
+    new_model = make_model(
         model.family,
         spec.architecture,
         tokenizer,
@@ -153,4 +169,4 @@ def _create_initial_model(model: SftModel, train: Any) -> LoadedModel:
         dropout=model.dropout,
         labels=get_task(model.task).labels,
     )
-    return LoadedModel(made.to(PRECISION_DTYPES[model.precision]), tokenizer)
+    return LoadedModel(new_model.to(PRECISION_DTYPES[model.precision]), tokenizer)

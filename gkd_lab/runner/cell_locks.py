@@ -1,4 +1,7 @@
-"""Claims on cells, so that any number of processes on any number of machines share an outputs folder."""
+"""Lock the cells of a pack, so that any number of processes and machines share an outputs folder.
+
+The lock of one folder is `gkd_lab.store.lock.FolderLock`.
+"""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,14 +12,15 @@ from gkd_lab.config.cell import Cell
 from gkd_lab.runner.run_options import RunOptions
 
 LOCK_TIMEOUT = 0.2
-"""Seconds, not 0: a reader that asks whether a cell is claimed holds the lock for an instant."""
+"""Seconds to wait for a cell's lock; not 0, because `is_locked` holds the lock for an instant."""
+_POLL_INTERVAL = 0.02
 
 
 class PackLock:
-    """The cells of a pack that this process may work on, locked for as long as the block lasts.
+    """Context manager that locks those cells of a pack that no other process has locked.
 
-    They are claimed in sorted order, all or those it gets: of two processes that meet at a pack, the second
-    waits for the first cell while the first claims the others.
+    Cells are locked in sorted order. Of two processes that meet at a pack, the second waits for the first
+    cell while the first process locks the others.
     """
 
     def __init__(self, cells: Sequence[Cell], options: RunOptions) -> None:
@@ -30,17 +34,18 @@ class PackLock:
             for cell in sorted(self.requested_cells, key=lambda cell: cell.folder):
                 self._try_lock_cell(cell, stack)
             self._stack = stack.pop_all()
-        others = {cell.full_fingerprint for cell in self.busy_cells}
-        self.locked_cells = [cell for cell in self.requested_cells if cell.full_fingerprint not in others]
+        busy = {cell.full_fingerprint for cell in self.busy_cells}
+        self.locked_cells = [cell for cell in self.requested_cells if cell.full_fingerprint not in busy]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _try_lock_cell(self, cell: Cell, stack: ExitStack) -> None:
-        patience = 0.02 if self.busy_cells else LOCK_TIMEOUT
+        """Lock a cell until the stack closes, or add it to `busy_cells`."""
+        timeout = _POLL_INTERVAL if self.busy_cells else LOCK_TIMEOUT
         lock = self.options.store.get_record(cell).lock()
         try:
-            stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.02))
+            stack.enter_context(lock.acquire(timeout=timeout, poll_interval=_POLL_INTERVAL))
         except Timeout:
             self.busy_cells.append(cell)

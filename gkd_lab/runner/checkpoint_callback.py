@@ -1,4 +1,4 @@
-"""What every training does around its checkpoints: stop after a step when asked to, seal what was saved."""
+"""Trainer callback for checkpoints: stop when requested, seal each checkpoint, restore logged averages."""
 
 import json
 from collections.abc import Sequence
@@ -12,45 +12,49 @@ from gkd_lab.training.checkpoints import build_checkpoint_path, write_checksums
 from gkd_lab.training.metric_accumulator import MetricAccumulator
 
 AVERAGES_FILE = "window.json"
-"""In a checkpoint between two rows of the history: what the next row will average besides later steps."""
+"""File of a checkpoint between two rows of the history: the averages since the last row."""
 
 
 class CheckpointCallback(TrainerCallback):
-    """For a training with checkpoints in these folders, one for each of its cells, and their averages."""
+    """Callback of a training with one checkpoint folder per cell, and the averages that it logs."""
 
     def __init__(self, folders: Sequence[Path], averages: MetricAccumulator | None = None) -> None:
         self.folders, self.averages = folders, averages
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore the averages that the checkpoint stores."""
         for n, folder in enumerate(self.folders):
-            place = build_checkpoint_path(str(folder), state.global_step) / AVERAGES_FILE
-            if self.averages is not None and place.exists():
-                _restore_averages(self.averages, n, json.loads(place.read_bytes()))
+            averages_file = build_checkpoint_path(str(folder), state.global_step) / AVERAGES_FILE
+            if self.averages is not None and averages_file.exists():
+                _restore_averages(self.averages, n, json.loads(averages_file.read_bytes()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and stop if a signal has requested it."""
         if interrupts.is_stop_requested():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add averages and checksums to the checkpoint of each cell."""
         for n, folder in enumerate(self.folders):
-            place = build_checkpoint_path(str(folder), state.global_step)
-            if not place.exists():
-                continue  # a cell that has failed saves no more
+            checkpoint = build_checkpoint_path(str(folder), state.global_step)
+            if not checkpoint.exists():
+                continue  # a failed cell saves no checkpoint
             if self.averages is not None and self.averages.n_batches:
-                (place / AVERAGES_FILE).write_text(json.dumps(_encode_averages(self.averages, n)))
-            write_checksums(place)
+                (checkpoint / AVERAGES_FILE).write_text(json.dumps(_encode_averages(self.averages, n)))
+            write_checksums(checkpoint)
 
 
 def _encode_averages(averages: MetricAccumulator, cell: int) -> dict[str, Any]:
-    """A cell's sums; a float64 comes back from JSON as it was."""
+    """Return a cell's sums as JSON data, which preserves a float64 exactly."""
     sums = {name: float(values[cell]) for name, values in averages.sums.items()}
     return {"batches": averages.n_batches, "sums": sums, "terms": averages.term_sums[:, cell].tolist()}
 
 
 def _restore_averages(averages: MetricAccumulator, cell: int, stored_averages: dict[str, Any]) -> None:
+    """Set a cell's sums to those of `_encode_averages`."""
     averages.n_batches = stored_averages["batches"]
     for name in averages.sums.keys() & stored_averages["sums"].keys():
         averages.sums[name][cell] = stored_averages["sums"][name]
-    # The pack that it was saved in may have had cells with more terms than any has here.
+    # The pack that saved the checkpoint may have had cells with more terms than this one.
     terms = averages.term_sums.new_tensor(stored_averages["terms"])[: averages.max_terms]
     averages.term_sums[: len(terms), cell] = terms

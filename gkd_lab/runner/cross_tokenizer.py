@@ -1,4 +1,4 @@
-"""What a run needs where teacher and student have two tokenizers: rows of one in the other's tokens."""
+"""Training data for teachers with another tokenizer than the student's."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from gkd_lab.losses.registry import build_term
 from gkd_lab.losses.terms import needs_text_reader, required_teachers
 from gkd_lab.models.build import load_tokenizer
 from gkd_lab.models.vocabulary import MISMATCH_ADVICE, find_tokenizer_difference
-from gkd_lab.runner.dataset import encode_examples, load_split
+from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.teacher_text import TEXTS_FILE
 from gkd_lab.store import Record
@@ -19,12 +19,11 @@ from gkd_lab.store.files import read_json_lines
 from gkd_lab.teachers.text_teacher import TeacherPrompts
 
 
-def check_shared_tokenizer(teacher: Any, student: Any, cells: Iterable[Cell]) -> None:
-    """Raises ValueError where a cell compares token by token with a first teacher of other tokens."""
-    listed = [[build_term(one) for one in cell.training.objectives] for cell in cells]
-    difference = (
-        find_tokenizer_difference(student, teacher) if 0 in required_teachers(map(tuple, listed)) else None
-    )
+def check_shared_tokenizer(teacher_tokenizer: Any, student_tokenizer: Any, cells: Iterable[Cell]) -> None:
+    """Raise ValueError if a term compares distributions of a first teacher with another tokenizer."""
+    if 0 not in required_teachers(tuple(map(build_term, cell.training.objectives)) for cell in cells):
+        return
+    difference = find_tokenizer_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:
         raise ValueError(
             "teacher and student do not share a tokenizer, so their distributions cannot be compared: "
@@ -33,47 +32,56 @@ def check_shared_tokenizer(teacher: Any, student: Any, cells: Iterable[Cell]) ->
 
 
 def map_teacher_prompts(
-    teacher: Any, student: Sequence[Example], cells: Iterable[Cell], options: RunOptions
+    teacher_tokenizer: Any, examples: Sequence[Example], cells: Sequence[Cell], options: RunOptions
 ) -> TeacherPrompts | None:
-    """How the teacher reads the training prompts, where an objective lets it read texts.
+    """Map each training prompt's token ids to the teacher's; None where no term lets the teacher read text.
 
-    teacher: its tokenizer. student: all examples of the first rows of the split, in their order.
+    examples: the student's, of the first rows of the split, in order.
     """
-    listed = list(cells)
-    first = listed[0].training
-    if not needs_text_reader(tuple(map(build_term, cell.training.objectives)) for cell in listed):
+    if not needs_text_reader(tuple(map(build_term, cell.training.objectives)) for cell in cells):
         return None
-    data = load_split(first.task, first.data, "train", options.cache_folder)
-    found, _ = encode_examples(first.teacher, teacher, data.take_first(len(student)))
-    pairs = zip(student, found, strict=True)
-    return {tuple(own.prompt_ids): theirs.prompt_ids for own, theirs in pairs}
+    training = cells[0].training
+    rows = load_split(training.task, training.data, "train", options.cache_folder)
+    teacher_examples, _ = encode_examples(
+        training.teacher, teacher_tokenizer, take_first_rows(rows, len(examples))
+    )
+    return {
+        tuple(example.prompt_ids): teacher_example.prompt_ids
+        for example, teacher_example in zip(examples, teacher_examples, strict=True)
+    }
 
 
 def retokenize_completions(
     examples: Sequence[Example], teacher_text: Record, training: Training, teacher: Record, tokenizer: Any
 ) -> list[Example]:
-    """Rows that the teacher completed, in the student's tokens where those are not the teacher's.
+    """Return the examples with the teacher's completions in the tokens of the student's `tokenizer`.
 
-    text: what the teacher wrote. teacher: its record. tokenizer: the student's.
+    teacher_text: the record of the completions. teacher: the record of the model that wrote them.
     """
     if find_tokenizer_difference(tokenizer, load_tokenizer(teacher.checkpoint)) is None:
         return list(examples)
-    lines = read_json_lines(teacher_text.folder / TEXTS_FILE)
-    family = training.start.family == "encoder-decoder"
-    spelt = tokenize_targets(tokenizer, [line["text"] for line in lines], is_encoder_decoder=family)
-    end = tokenizer.eos_token_id
+    completions = read_json_lines(teacher_text.folder / TEXTS_FILE)
+    completion_ids = tokenize_targets(
+        tokenizer,
+        [completion["text"] for completion in completions],
+        is_encoder_decoder=training.start.family == "encoder-decoder",
+    )
     return [
         replace(
-            row,
+            example,
             completion_ids=_truncate_completion(
-                ids, end, is_ended=line["ended"], max_tokens=training.max_output_tokens
+                ids,
+                tokenizer.eos_token_id,
+                is_ended=completion["ended"],
+                max_tokens=training.max_output_tokens,
             ),
         )
-        for row, line, ids in zip(examples, lines, spelt, strict=True)
+        for example, completion, ids in zip(examples, completions, completion_ids, strict=True)
     ]
 
 
 def _truncate_completion(ids: list[int], end_id: int, *, is_ended: bool, max_tokens: int) -> list[int]:
+    """Return at most `max_tokens` ids, with an end token only if the teacher ended the text."""
     if is_ended:
         return ensure_end_id(ids, [end_id])[:max_tokens]
     return (ids[:-1] if ids[-1:] == [end_id] else ids)[:max_tokens]

@@ -1,49 +1,34 @@
-"""The rows that a cell or an artifact needs, as texts and as token ids, and how many were cut or left out."""
+"""Rows of a data split as texts and as token ids, with counts of truncated and omitted rows."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.artifact_specs import DataSpec, SftModel
 from gkd_lab.config.cell import Split
+from gkd_lab.config.errors import suggest_choices
+from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedTerm
 from gkd_lab.encoding.batches import Example, TruncationCounts, encode_rows
 from gkd_lab.encoding.labelled_rows import LabelledExample, encode_labelled_rows
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.store.files import write_json
-from gkd_lab.tasks import Row, get_task, load_rows
+from gkd_lab.tasks import Row, RowList, get_task, load_rows
 
 
 @dataclass(frozen=True)
 class SplitReport(TruncationCounts):
-    """What became of a split's rows: `rows` were taken, so many `prompts` and `completions` of them were
-    longer than their limits and lost what exceeded it, and `dropped` rows were not taken, by reason.
-    """
+    """Counts of a split's rows: used, with a truncated prompt, with a truncated completion, omitted."""
 
     dropped: dict[str, int] = field(default_factory=dict)
-
-
-class SplitRows(tuple[Row, ...]):
-    """Rows that remember what their source left out."""
-
-    dropped: dict[str, int]
-
-    @classmethod
-    def create(cls, rows: Iterable[Row], dropped: dict[str, int]) -> "SplitRows":
-        made = cls(rows)
-        made.dropped = dropped
-        return made
-
-    def take_first(self, count: int | None) -> "SplitRows":
-        """The first rows; None: all."""
-        return self if count is None else SplitRows.create(self[:count], self.dropped)
+    """Reason -> number of rows that were omitted for it."""
 
 
 @lru_cache(maxsize=16)
-def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRows:
-    """The rows of a split, as many as the spec asks for or as there are. ValueError for broken data."""
-    found = load_rows(
+def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> RowList:
+    """Return the rows of a split, at most as many as the spec says. Raises ValueError for broken data."""
+    return load_rows(
         get_task(task),
         data.kind,
         name=data.name,
@@ -57,39 +42,77 @@ def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> SplitRow
         calculator_marks=data.calculator_marks,
         cache=cache,
     )
-    return SplitRows.create(found, found.dropped_counts)
 
 
-def build_text_pairs(model: SftModel, rows: tuple[Row, ...]) -> list[tuple[str, str]]:
-    """(prompt, target) as the model reads them: a decoder's prompt ends with a line break."""
+def take_first_rows(rows: RowList, count: int | None) -> RowList:
+    """Return the first rows of a split, or all for None, with the counts of omitted rows."""
+    return rows if count is None else RowList(rows[:count], rows.dropped_counts)
+
+
+def build_text_pairs(model: SftModel, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (prompt, target) texts as the model reads them: a decoder's prompt ends with a line break."""
     end = "\n" if model.family == "decoder-only" else ""
     return [(row.prompt + end, row.target) for row in rows]
 
 
-def encode_examples(model: SftModel, tokenizer: Any, rows: tuple[Row, ...]) -> tuple[list[Any], SplitReport]:
-    """Token ids of the rows within the model's limits, and how many rows were cut or left out.
+def encode_examples(model: SftModel, tokenizer: Any, rows: RowList) -> tuple[list[Any], SplitReport]:
+    """Return the rows as token ids within the model's length limits, and the counts of what was cut.
 
-    `Example`s, or of a classifier `LabelledExample`.
+    The examples are of type `Example`, or for a classifier `LabelledExample`.
     """
-    encoded: Sequence[Example | LabelledExample]
-    pairs, limit = build_text_pairs(model, rows), model.max_input_tokens
+    examples: Sequence[Example | LabelledExample]
+    pairs, max_input_tokens = build_text_pairs(model, rows), model.max_input_tokens
     kind = parse_classifier_kind(model.family)
     if kind is not None:
-        names = get_task(model.task).labels
-        encoded, cut = encode_labelled_rows(tokenizer, kind, names, pairs, max_input_tokens=limit)
+        labels = get_task(model.task).labels
+        examples, counts = encode_labelled_rows(
+            tokenizer, kind, labels, pairs, max_input_tokens=max_input_tokens
+        )
     else:
-        encoded, cut = encode_rows(
+        examples, counts = encode_rows(
             tokenizer,
             pairs,
             is_encoder_decoder=model.family == "encoder-decoder",
-            max_input_tokens=limit,
+            max_input_tokens=max_input_tokens,
             max_output_tokens=model.max_output_tokens,
         )
-    return list(encoded), SplitReport(
-        **vars(cut), dropped=rows.dropped if isinstance(rows, SplitRows) else {}
-    )
+    return list(examples), SplitReport(**vars(counts), dropped=rows.dropped_counts)
 
 
-def write_split_report(folder: Path, split: str, report: TruncationCounts) -> None:
-    """Say beside the record how many rows were longer than the limits, and how many were left out."""
+def write_split_report(folder: Path, split: str, report: SplitReport) -> None:
+    """Write the counts of truncated and omitted rows as `rows-<split>.json`."""
     write_json(folder / f"rows-{split}.json", vars(report))
+
+
+def assign_teachers(
+    examples: Sequence[Example], rows: Sequence[Row], terms: Iterable[ResolvedTerm]
+) -> list[Example]:
+    """Set each example's teacher by the data's column `teacher`, where a divergence has routes.
+
+    Raises ValueError for a row that names none of the routed teachers.
+    """
+    teacher_indices: dict[str, int] = {}
+    for term in terms:
+        if isinstance(term, ResolvedDivergence) and term.routes is not None:
+            teacher_indices |= dict(zip(term.routes, term.teachers, strict=True))
+    if not teacher_indices:
+        return list(examples)
+    return [
+        replace(example, teacher_index=_find_teacher_index(row, row_index, teacher_indices))
+        for row_index, (example, row) in enumerate(zip(examples, rows, strict=True))
+    ]
+
+
+def _find_teacher_index(row: Row, row_index: int, teacher_indices: dict[str, int]) -> int:
+    """Return the index of the teacher that a row names. Raises ValueError where no route has it."""
+    if row.teacher is None:
+        raise ValueError(
+            f"a divergence has routes, but row {row_index} of the train split names no teacher: give the "
+            f"data a column `teacher` with {' or '.join(map(repr, teacher_indices))}"
+        )
+    if row.teacher not in teacher_indices:
+        raise ValueError(
+            f"row {row_index} of the train split names the teacher {row.teacher!r}, for which no divergence "
+            f"has a route; {suggest_choices(row.teacher, teacher_indices)}"
+        )
+    return teacher_indices[row.teacher]

@@ -1,4 +1,4 @@
-"""Evaluating finished models: decode once for a whole pack, judge each cell, store what was written."""
+"""Evaluate finished models: decode once for a whole pack, score each cell, store predictions and scores."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gkd_lab.metrics.scored_predictions import score_predictions
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.models.packing import Pack
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.dataset import encode_examples, load_split, write_split_report
+from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows, write_split_report
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.memory import PackCapacity, compute_capacity, measure_free_bytes, run_packs
 from gkd_lab.runner.run_options import RunOptions, select_device
@@ -25,76 +25,33 @@ from gkd_lab.store.rescore import rescore_evaluation
 
 
 def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Every evaluation, and every metric of one, that a trained cell of the pack lacks."""
-    trained = [cell for cell in cells if options.store.get_record(cell).read_status().get("state") == "done"]
-    for evaluation in _list_distinct_evaluations(trained):
-        asked = [cell for cell in trained if evaluation in cell.evaluations]
-        _start_tracking(asked, evaluation, options)
-        _score_missing_metrics([options.store.get_record(cell) for cell in asked], evaluation, options)
-        lacking = [cell for cell in asked if _is_pending(options.store.get_record(cell), evaluation, options)]
-        if lacking:
+    """Run each missing evaluation and compute each missing metric of the trained cells of a pack."""
+    trained_cells = [
+        cell for cell in cells if options.store.get_record(cell).read_status().get("state") == "done"
+    ]
+    for evaluation in _list_distinct_evaluations(trained_cells):
+        requesting_cells = [cell for cell in trained_cells if evaluation in cell.evaluations]
+        records = [options.store.get_record(cell) for cell in requesting_cells]
+        _start_tracking(requesting_cells, evaluation, options)
+        _score_missing_metrics(records, evaluation, options)
+        pending_cells = [
+            cell
+            for cell, record in zip(requesting_cells, records, strict=True)
+            if _is_pending(record, evaluation, options)
+        ]
+        if pending_cells:
             run_packs(
-                lacking,
+                pending_cells,
                 partial(_get_evaluation_record, evaluation=evaluation, options=options),
-                partial(_limit_evaluation_pack, lacking, options),
+                partial(_limit_evaluation_pack, pending_cells, options),
                 partial(_evaluate_pack, evaluation=evaluation, options=options),
                 options,
             )
-    for cell in trained:
-        for one in cell.evaluations:
-            if isinstance(one, LmEvalEvaluation):
-                _start_tracking([cell], one, options)
+    for cell in trained_cells:
+        for lm_eval_evaluation in cell.evaluations:
+            if isinstance(lm_eval_evaluation, LmEvalEvaluation):
+                _start_tracking([cell], lm_eval_evaluation, options)
         evaluate_harness_tasks(options.store.get_record(cell), cell.training.start, cell.evaluations, options)
-
-
-def evaluate_harness_tasks(
-    record: Record, model: SftModel, evaluations: Sequence[AnyEvaluation], options: RunOptions
-) -> None:
-    """Those tasks of lm-eval that a finished record was not asked yet; the caller holds its lock."""
-    asked = [one for one in evaluations if isinstance(one, LmEvalEvaluation)]
-    lacking = [one for one in asked if _is_pending(record, one, options)]
-    if lacking:
-        from gkd_lab.runner.lm_eval_runs import run_requested_tasks  # loads lm-eval, which takes seconds
-
-        run_requested_tasks(record, model, lacking, options)
-        options.tracker.log_scores(record)
-
-
-def _start_tracking(cells: Sequence[Cell], evaluation: AnyEvaluation, options: RunOptions) -> None:
-    """Open the tracker's run of each cell that is about to be judged."""
-    for cell in cells:
-        record = options.store.get_record(cell)
-        if record.get_evaluation(evaluation).lacks_metrics(evaluation) or _is_pending(
-            record, evaluation, options
-        ):
-            options.tracker.start_run(cell, record)
-
-
-def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
-    return options.store.get_record(cell).get_evaluation(evaluation)
-
-
-def _limit_evaluation_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """As in training: one cell where packing is known to fail, else as many as there is memory for."""
-    first = cells[0]
-    if options.store.get_sft_student(first).read_unpackable_reason():
-        return PackCapacity(1)
-    if options.pack != "auto" or len(cells) == 1:
-        return PackCapacity(len(cells))
-    # The members are read one by one and then stacked: each is there twice.
-    files = options.store.get_record(first).checkpoint.glob("*.safetensors")
-    needed = 2 * sum(file.stat().st_size for file in files)
-    free = min(measure_free_bytes(place) for place in {"cpu", select_device()}) // options.workers
-    limit = compute_capacity(len(cells), needed, free)
-    if limit.reason:
-        options.reporter.say(f"{first.task}: evaluation: {limit.reason}")
-    return limit
-
-
-def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation, options: RunOptions) -> None:
-    pack, tokenizer = load_trained_pack(cells, options)
-    records = [options.store.get_record(cell) for cell in cells]
-    _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
 
 
 def evaluate_reference(
@@ -104,43 +61,100 @@ def evaluate_reference(
     cells: Sequence[Cell],
     options: RunOptions,
 ) -> None:
-    """The same evaluations for a teacher or a starting student."""
+    """Run the evaluations of the cells on their teacher or SFT student."""
     with artifacts.hold_record_lock(record, role, options):
         for evaluation in _list_distinct_evaluations(cells):
             _score_missing_metrics([record], evaluation, options)
             if _is_pending(record, evaluation, options):
-                part = record.get_evaluation(evaluation)
-                with suppress(RecordedFailure), record_failures([part], options.outputs):
+                evaluation_record = record.get_evaluation(evaluation)
+                with suppress(RecordedFailure), record_failures([evaluation_record], options.outputs):
                     loaded = artifacts.load_artifact(record, model)
                     pack = Pack.build_single(loaded.model)
                     _decode_and_score(pack, loaded.tokenizer, model, evaluation, [record], options, role)
-        asked = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
-        evaluate_harness_tasks(record, model, tuple(asked), options)
+        evaluations = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
+        evaluate_harness_tasks(record, model, tuple(evaluations), options)
 
 
-def _score_missing_metrics(records: Sequence[Record], evaluation: Evaluation, options: RunOptions) -> None:
-    """Metrics that were asked for after the predictions were written are computed from these."""
-    for record in records:
-        part = record.get_evaluation(evaluation)
-        if part.lacks_metrics(evaluation):
-            with suppress(RecordedFailure), record_failures([], options.outputs):
-                try:
-                    rescore_evaluation(part, evaluation.metrics)
-                    options.tracker.log_scores(record)
-                except DamagedPredictions:
-                    part.status_file.unlink()  # some of what was written is lost: it is decoded again
+def evaluate_harness_tasks(
+    record: Record, model: SftModel, evaluations: Sequence[AnyEvaluation], options: RunOptions
+) -> None:
+    """Run the missing lm-eval evaluations of a finished record; the caller holds its lock."""
+    pending = [
+        evaluation
+        for evaluation in evaluations
+        if isinstance(evaluation, LmEvalEvaluation) and _is_pending(record, evaluation, options)
+    ]
+    if pending:
+        from gkd_lab.runner.lm_eval_runs import run_requested_tasks  # loads lm-eval, which takes seconds
+
+        run_requested_tasks(record, model, pending, options)
+        options.tracker.log_scores(record)
 
 
 def _list_distinct_evaluations(cells: Sequence[Cell]) -> list[Evaluation]:
-    found = (e for cell in cells for e in cell.evaluations if isinstance(e, Evaluation))
-    return list(dict.fromkeys(found))
+    """Return the evaluations of the cells without those of lm-eval, each once, in order."""
+    evaluations = (evaluation for cell in cells for evaluation in cell.evaluations)
+    return list(dict.fromkeys(e for e in evaluations if isinstance(e, Evaluation)))
+
+
+def _start_tracking(cells: Sequence[Cell], evaluation: AnyEvaluation, options: RunOptions) -> None:
+    """Open the tracker's run of each cell that is about to be evaluated or rescored."""
+    for cell in cells:
+        record = options.store.get_record(cell)
+        lacks_metrics = record.get_evaluation(evaluation).lacks_metrics(evaluation)
+        if lacks_metrics or _is_pending(record, evaluation, options):
+            options.tracker.start_run(cell, record)
 
 
 def _is_pending(record: Record, evaluation: AnyEvaluation, options: RunOptions) -> bool:
-    part = record.get_evaluation(evaluation)
+    """Return whether an evaluation must be run; with `--retry-failed`, clear its failure first."""
+    evaluation_record = record.get_evaluation(evaluation)
     if options.retry_failed:
-        part.clear_failure()
-    return not part.read_status()
+        evaluation_record.clear_failure()
+    return not evaluation_record.read_status()
+
+
+def _score_missing_metrics(records: Sequence[Record], evaluation: Evaluation, options: RunOptions) -> None:
+    """Compute metrics that finished evaluations lack from their stored predictions."""
+    for record in records:
+        evaluation_record = record.get_evaluation(evaluation)
+        if evaluation_record.lacks_metrics(evaluation):
+            with suppress(RecordedFailure), record_failures([], options.outputs):
+                try:
+                    rescore_evaluation(evaluation_record, evaluation.metrics)
+                    options.tracker.log_scores(record)
+                except DamagedPredictions:
+                    evaluation_record.status_file.unlink()  # so that the model decodes again
+
+
+def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
+    """Return the record of an evaluation of a cell."""
+    return options.store.get_record(cell).get_evaluation(evaluation)
+
+
+def _limit_evaluation_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
+    """Return how many cells to evaluate as one model: 1 if they cannot be packed, else what memory allows."""
+    if options.store.get_sft_student(cells[0]).read_unpackable_reason():
+        return PackCapacity(1)
+    if options.pack != "auto" or len(cells) == 1:
+        return PackCapacity(len(cells))
+    # The members are loaded one by one and then stacked, so that each is in memory twice.
+    weight_files = options.store.get_record(cells[0]).checkpoint.glob("*.safetensors")
+    bytes_per_cell = 2 * sum(file.stat().st_size for file in weight_files)
+    available_bytes = (
+        min(measure_free_bytes(device) for device in {"cpu", select_device()}) // options.workers
+    )
+    capacity = compute_capacity(len(cells), bytes_per_cell, available_bytes)
+    if capacity.reason:
+        options.reporter.say(f"{cells[0].task}: evaluation: {capacity.reason}")
+    return capacity
+
+
+def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation, options: RunOptions) -> None:
+    """Load trained cells as one model and evaluate it."""
+    pack, tokenizer = load_trained_pack(cells, options)
+    records = [options.store.get_record(cell) for cell in cells]
+    _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
 
 
 def _decode_and_score(
@@ -152,29 +166,35 @@ def _decode_and_score(
     options: RunOptions,
     role: str = "",
 ) -> None:
-    split = load_split(model.task, model.data, evaluation.split, options.cache_folder)
-    pack.model.to(select_device())
-    found = split.take_first(evaluation.examples)
-    encoded, cut = encode_examples(model, tokenizer, found)
-    count = role or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
-    name = f"{model.task}: {count}, {evaluation.name} on {len(found)} rows"
-    began, done = time.monotonic(), 0
-    with options.reporter.phase(name, len(found)) as advance:
+    """Predict on the rows of an evaluation, then score each record's predictions and store both.
 
-        def progress(more: int) -> None:
-            nonlocal done
-            done += more
-            advance(done)
+    model: the spec of the pack's members. records: one for each member. role: name of a reference model.
+    """
+    rows = take_first_rows(
+        load_split(model.task, model.data, evaluation.split, options.cache_folder), evaluation.examples
+    )
+    pack.model.to(select_device())
+    examples, report = encode_examples(model, tokenizer, rows)
+    members = role or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
+    start, predicted_rows = time.monotonic(), 0
+    phase = f"{model.task}: {members}, {evaluation.name} on {len(rows)} rows"
+    with options.reporter.phase(phase, len(rows)) as update_progress:
+
+        def count_rows(count: int) -> None:
+            nonlocal predicted_rows
+            predicted_rows += count
+            update_progress(predicted_rows)
 
         if parse_classifier_kind(model.family):
-            predictions = classify_rows(pack, tokenizer, found, encoded, progress)
+            predictions = classify_rows(pack, tokenizer, rows, examples, count_rows)
         else:
-            predictions = generate_predictions(pack, tokenizer, found, encoded, evaluation, progress)
-    seconds = (time.monotonic() - began) / len(records)
-    for record, written in zip(records, predictions, strict=True):
-        scores, lines = score_predictions(evaluation.metrics, written)
-        write_split_report(record.get_evaluation(evaluation).folder, evaluation.split, cut)
-        record.get_evaluation(evaluation).write_results(
-            evaluation, lines, scores, rows=len(lines), seconds_of_decoding=round(seconds, 3)
+            predictions = generate_predictions(pack, tokenizer, rows, examples, evaluation, count_rows)
+    seconds = round((time.monotonic() - start) / len(records), 3)
+    for record, member_predictions in zip(records, predictions, strict=True):
+        scores, prediction_rows = score_predictions(evaluation.metrics, member_predictions)
+        evaluation_record = record.get_evaluation(evaluation)
+        write_split_report(evaluation_record.folder, evaluation.split, report)
+        evaluation_record.write_results(
+            evaluation, prediction_rows, scores, rows=len(prediction_rows), seconds_of_decoding=seconds
         )
         options.tracker.log_scores(record)

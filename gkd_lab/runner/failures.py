@@ -1,4 +1,4 @@
-"""What is kept of an error, and which errors are not a cell's own fault."""
+"""Separate failures of a cell, which its record stores, from errors of the machine, which stop the run."""
 
 import errno
 import shutil
@@ -13,18 +13,22 @@ INFRASTRUCTURE_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM),
 }
-"""What the system says of itself; libraries use OSError for a checkpoint that is not there, too."""
+"""Errors of the machine. Other OSErrors count as failures: libraries raise them for a missing checkpoint."""
 
 MIN_FREE_BYTES = 8 << 20
 """Bytes below which a file system counts as full."""
 
 
+class RecordedFailure(RuntimeError):
+    """A part failed and its record stores the error; the run goes on with other parts."""
+
+
 @contextmanager
 def record_failures(parts: Iterable[RecordPart], outputs: Path) -> Iterator[None]:
-    """An error inside becomes the failure of each part that has no verdict yet, and is raised again.
+    """Mark the unfinished parts as failed on an error inside, and raise it as RecordedFailure.
 
-    A full disk or another fault of the machine is nobody's failure: it is raised as an OSError, and what
-    was under way is still to be done. Libraries raise errors of their own for it, so space is measured.
+    A full disk or another error of the machine fails no part: it is raised as an OSError, and the parts stay
+    unfinished. Because libraries raise errors of their own for a full disk, the free space is measured.
     """
     try:
         yield
@@ -37,7 +41,3 @@ def record_failures(parts: Iterable[RecordPart], outputs: Path) -> Iterator[None
             if not part.read_status():
                 part.mark_failed(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise RecordedFailure(f"{type(error).__name__}: {error}") from error
-
-
-class RecordedFailure(RuntimeError):
-    """Something failed and its record says why; others go on."""

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: a training finishes its step and saves first, anything else stops where it is.
+"""Ctrl-C and SIGTERM: a training finishes its step and saves first, other work stops at once.
 
-A second signal stops a training at once too, and a third leaves it to the system.
+A second signal stops a training at once, and a third has the system's default effect.
 """
 
 import errno
@@ -17,7 +17,7 @@ STOP_MESSAGE = b"\nstopping after this step, when its checkpoint is written; onc
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; the exit status is 143."""
+    """SIGTERM was received; the exit status is 143."""
 
 
 _received_signal: int | None = None
@@ -26,23 +26,23 @@ _active_trainings = 0
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM Terminated; a training delays either by a step.
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated; `delay_signals` delays both.
 
-    For the main thread only, as Python's signals are.
+    For the main thread only, as Python's signal handlers are.
     """
     global _received_signal
-    before = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
+    previous_handlers = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
     try:
         yield
     finally:
         _received_signal = None
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def delay_signals() -> Iterator[None]:
-    """Around a training that looks at `is_asked` after each step: leaving the block stops the process."""
+    """Delay the first signal to the end of this block, in which a training polls `is_stop_requested`."""
     global _active_trainings
     _active_trainings += 1
     try:
@@ -54,30 +54,32 @@ def delay_signals() -> Iterator[None]:
 
 
 def is_stop_requested() -> bool:
-    """Whether the training is to save now and stop.
+    """Return whether the training must save now and stop.
 
-    Raises OSError (ESTALE) where another machine has taken over a record: nothing may be written there.
+    Raises OSError (ESTALE) where another machine has taken the lock of a record, so that nothing is written.
     """
-    taken = lock.find_lost_folder()
-    if taken is not None:
-        why = f"this process was silent for {lock.STALE_SECONDS:.0f} s and another took over its work"
-        raise OSError(errno.ESTALE, why, str(taken))
+    lost_folder = lock.find_lost_folder()
+    if lost_folder is not None:
+        reason = f"this process was silent for {lock.STALE_SECONDS:.0f} s and another took over its work"
+        raise OSError(errno.ESTALE, reason, str(lost_folder))
     return _received_signal is not None
 
 
 def _handle_signal(number: int, _: Any) -> None:
+    """Record the first signal in a training; otherwise restore the default handlers and raise."""
     global _received_signal
-    first = _received_signal is None
+    is_first = _received_signal is None
     _received_signal = number
-    if first and _active_trainings:
-        # Not print, in the middle of which the signal may have come; the reader may be gone.
+    if is_first and _active_trainings:
+        # Not `print`, which the signal may have interrupted; standard error may be closed.
         with suppress(OSError):
             os.write(2, STOP_MESSAGE)
         return
-    for one in SIGNALS:
-        signal.signal(one, signal.SIG_DFL)
+    for signal_number in SIGNALS:
+        signal.signal(signal_number, signal.SIG_DFL)
     raise _create_interrupt(number)
 
 
 def _create_interrupt(number: int) -> BaseException:
+    """Return the exception for a signal."""
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)

@@ -1,4 +1,4 @@
-"""What the libraries below say of themselves, kept off a user's screen; warnings that matter stay."""
+"""Silence the notes and progress bars of third-party libraries; their errors stay visible."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Errors only from transformers and datasets, no progress bars but ours, no notes on renamed fields."""
+    """Show only errors of transformers, datasets, accelerate and trl, and none of their progress bars."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\..*")
     import datasets

@@ -1,7 +1,7 @@
-"""lm-eval on finished records: which tasks a cell is asked, run under its lock, stored as evaluations.
+"""Run lm-eval tasks on finished records, under their locks, and store the scores as evaluations.
 
-`own` stands for the cell's own task: its rows and its way of decoding, written beside the checkpoint as an
-lm-eval YAML that the `lm_eval` command reads too.
+The task name `own` stands for the record's own task: its rows and its decoding, written beside the checkpoint
+as an lm-eval YAML that the `lm_eval` command reads too.
 """
 
 import time
@@ -18,11 +18,10 @@ from gkd_lab.config.cell import Evaluation, LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
 from gkd_lab.config.lm_eval_task import SHIPPED_TASKS_FOLDER, FunctionTag, load_task_yaml
-from gkd_lab.evaluation.lm_harness import BATCH_SIZE, BuiltTask, build_task, open_checkpoint
-from gkd_lab.evaluation.lm_harness import run_task as ask
+from gkd_lab.evaluation.lm_harness import BATCH_SIZE, BuiltTask, build_task, open_checkpoint, run_task
 from gkd_lab.models.build import load_model, load_tokenizer
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split
+from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split, take_first_rows
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.store import EvaluationRecord, Record
@@ -31,19 +30,19 @@ from gkd_lab.training.sampling import collect_end_ids
 
 RECORD_TASK = "own"
 TASK_FOLDER = "lm_eval"
-"""Of a record: its own tasks as files."""
+"""Folder of a record with its own tasks as lm-eval YAMLs."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """One task's verdict on a record."""
+    """Evaluation of a record by one lm-eval task."""
 
     evaluation: LmEvalEvaluation
     record: EvaluationRecord
 
 
 def read_model_spec(record: Record) -> SftModel:
-    """What a record's checkpoint was made from: of a cell, its starting student. Raises SpecError."""
+    """Return the model spec of an artifact's record, or of a cell's SFT student. Raises ConfigError."""
     spec = (read_json(record.folder / "spec.json") or {}).get("spec")
     if spec is None:
         raise ConfigError(f"{record.folder}: spec.json is missing or damaged")
@@ -60,104 +59,106 @@ def evaluate_record(
     batch_size: int = BATCH_SIZE,
     trusted: bool = False,
 ) -> list[HarnessResult]:
-    """Each task's evaluation of a finished record; what is stored already is not run again.
+    """Run lm-eval tasks on a finished record; return the result of each. Stored results are not run again.
 
-    Raises SpecError before anything runs: an unknown task, a file that cannot be used, data out of reach.
+    Raises ConfigError before anything runs: an unknown task, an unusable file, data out of reach.
     """
     model = read_model_spec(record)
-    names = [
-        str(one)
-        for task in tasks
-        for one in (write_record_tasks(record, options) if task == RECORD_TASK else [task])
+    names: list[str] = []
+    for task in tasks:
+        names += map(str, write_record_tasks(record, options)) if task == RECORD_TASK else [task]
+    settings = LmEvalSettings(lm_eval=tuple(names), limit=limit, num_fewshot=num_fewshot)
+    results = [
+        HarnessResult(evaluation, record.get_evaluation(evaluation))
+        for evaluation in resolve_lm_eval_evaluations(settings, trusted=trusted)
     ]
-    asked = LmEvalSettings(lm_eval=tuple(names), limit=limit, num_fewshot=num_fewshot)
-    found = [
-        HarnessResult(one, record.get_evaluation(one))
-        for one in resolve_lm_eval_evaluations(asked, trusted=trusted)
-    ]
-    lacking = [one for one in found if one.record.read_state() != "done"]
-    built = [build_task(one.evaluation, trusted=trusted) for one in lacking]
-    if built:
+    pending = [result for result in results if result.record.read_state() != "done"]
+    built_tasks = [build_task(result.evaluation, trusted=trusted) for result in pending]
+    if built_tasks:
         with artifacts.hold_record_lock(record, "cell", options):
-            for one in lacking:
-                one.record.clear_failure()
-            run_tasks(record, model, built, options, batch_size)
-    return found
+            for result in pending:
+                result.record.clear_failure()
+            run_tasks(record, model, built_tasks, options, batch_size)
+    return results
 
 
 def run_requested_tasks(
     record: Record, model: SftModel, evaluations: Sequence[LmEvalEvaluation], options: RunOptions
 ) -> None:
-    """As part of a run: a task that cannot be set up is a failed evaluation, and the others are asked."""
-    built = []
+    """Run the lm-eval evaluations that an experiment requests; one that cannot be set up is a failed one."""
+    built_tasks = []
     for evaluation in evaluations:
-        part = record.get_evaluation(evaluation)
         try:
-            built.append(build_task(evaluation))
+            built_tasks.append(build_task(evaluation))
         except ConfigError as error:
-            part.write_spec(evaluation)
-            part.mark_failed(str(error))
-    if built:
-        run_tasks(record, model, built, options)
+            evaluation_record = record.get_evaluation(evaluation)
+            evaluation_record.write_spec(evaluation)
+            evaluation_record.mark_failed(str(error))
+    if built_tasks:
+        run_tasks(record, model, built_tasks, options)
 
 
 def run_tasks(
     record: Record,
     model: SftModel,
-    built: Sequence[BuiltTask],
+    built_tasks: Sequence[BuiltTask],
     options: RunOptions,
     batch_size: int = BATCH_SIZE,
 ) -> None:
-    """Ask a checkpoint some tasks; the caller holds its lock. Failures are kept in the evaluations."""
-    parts = [record.get_evaluation(one.evaluation) for one in built]
-    with suppress(RecordedFailure), record_failures(parts, options.outputs):
+    """Evaluate a checkpoint by lm-eval tasks; failures are stored. The caller holds the record's lock."""
+    evaluation_records = [record.get_evaluation(task.evaluation) for task in built_tasks]
+    with suppress(RecordedFailure), record_failures(evaluation_records, options.outputs):
         lm = open_checkpoint(record.checkpoint, model, select_device(), batch_size)
-        for one, part in zip(built, parts, strict=True):
-            with suppress(RecordedFailure), record_failures([part], options.outputs):
-                _run_task(lm, one, part, options)
+        for task, evaluation_record in zip(built_tasks, evaluation_records, strict=True):
+            with suppress(RecordedFailure), record_failures([evaluation_record], options.outputs):
+                _run_and_store_task(lm, task, evaluation_record, options)
 
 
-def _run_task(lm: Any, built: BuiltTask, part: EvaluationRecord, options: RunOptions) -> None:
-    evaluation = built.evaluation
-    part.write_spec(evaluation)
-    began = time.monotonic()
-    name = f"lm-eval {evaluation.name}: {len(built.task_objects['tasks'])} tasks, {built.document_count} documents"
-    with options.reporter.phase(name.replace(": 1 tasks", ": 1 task"), built.document_count) as advance:
-        scores, lines = ask(lm, built, advance)
-    part.write_results(
+def _run_and_store_task(
+    lm: Any, task: BuiltTask, evaluation_record: EvaluationRecord, options: RunOptions
+) -> None:
+    """Run one lm-eval task and write its predictions and scores."""
+    evaluation = task.evaluation
+    evaluation_record.write_spec(evaluation)
+    start = time.monotonic()
+    task_count = len(task.task_objects["tasks"])
+    phase = (
+        f"lm-eval {evaluation.name}: {task_count} task{'s' if task_count != 1 else ''}, "
+        f"{task.document_count} documents"
+    )
+    with options.reporter.phase(phase, task.document_count) as update_progress:
+        scores, prediction_rows = run_task(lm, task, update_progress)
+    evaluation_record.write_results(
         evaluation,
-        lines,
+        prediction_rows,
         scores,
-        rows=len(lines),
+        rows=len(prediction_rows),
         lm_eval=evaluation.lm_eval,
-        task_hash=built.hash,
-        seconds=round(time.monotonic() - began, 3),
+        task_hash=task.hash,
+        seconds=round(time.monotonic() - start, 3),
     )
 
 
 def write_record_tasks(record: Record, options: RunOptions) -> list[Path]:
-    """The record's own task as lm-eval YAMLs, one for each greedy or beam search that it was judged by.
+    """Write the record's own task as lm-eval YAMLs, one for each stored greedy or beam search.
 
-    Each has its rows beside it. Raises SpecError where there is none.
+    The rows of each are in a file beside it. Raises ConfigError where the record has no such task.
     """
     model = read_model_spec(record)
-    shipped = SHIPPED_TASKS_FOLDER / f"{model.task}.yaml"
-    if not shipped.is_file():
-        raise ConfigError(f"{model.task} has no lm-eval task; these have: {', '.join(_list_shipped_tasks())}")
-    stored = list(_iterate_search_evaluations(record))
-    if not stored:
+    if not (SHIPPED_TASKS_FOLDER / f"{model.task}.yaml").is_file():
+        task_names = ", ".join(sorted(path.stem for path in SHIPPED_TASKS_FOLDER.glob("*.yaml")))
+        raise ConfigError(f"{model.task} has no lm-eval task; these have: {task_names}")
+    evaluations = list(_iterate_search_evaluations(record))
+    if not evaluations:
         raise ConfigError(
             f"{record.folder}: no greedy or beam search without a calculator was stored, so there is no "
             f"{RECORD_TASK!r} task; sampling cannot be repeated by lm-eval"
         )
-    return [_write_record_task(record, model, evaluation, options) for evaluation in stored]
-
-
-def _list_shipped_tasks() -> list[str]:
-    return sorted(path.stem for path in SHIPPED_TASKS_FOLDER.glob("*.yaml"))
+    return [_write_record_task(record, model, evaluation, options) for evaluation in evaluations]
 
 
 def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
+    """Yield the stored evaluations by greedy or beam search without a calculator."""
     for path in sorted(record.folder.glob("evaluations/*/spec.json")):
         spec = (read_json(path) or {}).get("spec") or {}
         if spec.get("decoding") in ("greedy", "beam") and not spec.get("calculator"):
@@ -165,37 +166,41 @@ def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
 
 
 def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, options: RunOptions) -> Path:
-    found = load_split(model.task, model.data, evaluation.split, options.cache_folder)[: evaluation.examples]
+    """Write the record's task for one evaluation, and its rows; return the path of the YAML."""
+    rows = take_first_rows(
+        load_split(model.task, model.data, evaluation.split, options.cache_folder), evaluation.examples
+    )
     tokenizer = load_tokenizer(record.checkpoint)
-    _, cut = encode_examples(model, tokenizer, found)
-    if cut.prompts:
+    _, report = encode_examples(model, tokenizer, rows)
+    if report.prompts:
         options.reporter.say(
-            f"{model.task}: {cut.prompts} prompts of {cut.rows} exceed {model.max_input_tokens} tokens; "
-            "lm-eval does not cut them as we do, so that its number may differ"
+            f"{model.task}: {report.prompts} prompts of {report.rows} exceed {model.max_input_tokens} "
+            "tokens; lm-eval does not cut them as gkd-lab does, so that its score may differ"
         )
     config = load_task_yaml(SHIPPED_TASKS_FOLDER / f"{model.task}.yaml")
-    place = record.folder / TASK_FOLDER / f"{config['task']}_{evaluation.name}.yaml"
-    data = place.with_suffix(".jsonl").resolve()
-    lines = [
-        {"prompt": prompt, "target": target, "references": list(row.references)}
-        for row, (prompt, target) in zip(found, build_text_pairs(model, found), strict=True)
-    ]
-    write_json_lines(data, lines)
-    config["task"] = place.stem
-    config["dataset_kwargs"] = {"data_files": {"test": str(data)}}
+    task_file = record.folder / TASK_FOLDER / f"{config['task']}_{evaluation.name}.yaml"
+    rows_file = task_file.with_suffix(".jsonl").resolve()
+    write_json_lines(
+        rows_file,
+        [
+            {"prompt": prompt, "target": target, "references": list(row.references)}
+            for row, (prompt, target) in zip(rows, build_text_pairs(model, rows), strict=True)
+        ],
+    )
+    config["task"] = task_file.stem
+    config["dataset_kwargs"] = {"data_files": {"test": str(rows_file)}}
     config["generation_kwargs"] = _build_generation_arguments(record, model, evaluation, tokenizer)
-    write_text(place, yaml.dump(config, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True))
-    options.reporter.say(f"wrote {place}, a task for the lm_eval command too")
-    return place
+    write_text(task_file, yaml.dump(config, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True))
+    options.reporter.say(f"wrote {task_file}, a task for the lm_eval command too")
+    return task_file
 
 
 def _build_generation_arguments(
     record: Record, model: SftModel, evaluation: Evaluation, tokenizer: Any
 ) -> dict[str, Any]:
-    """Every choice stated, so that nothing of the checkpoint's own configuration fills in."""
-    loaded = load_model(record.checkpoint, model.family)
-    limit = evaluation.max_output_tokens
-    chosen: dict[str, Any] = {
+    """Return lm-eval's generation arguments, all explicit, so that the checkpoint's own have no effect."""
+    end_ids = collect_end_ids(load_model(record.checkpoint, model.family), tokenizer)
+    arguments: dict[str, Any] = {
         "until": [],
         "do_sample": False,
         "num_beams": evaluation.num_beams or 1,
@@ -203,20 +208,21 @@ def _build_generation_arguments(
         "early_stopping": False,
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
-        "eos_token_id": collect_end_ids(loaded, tokenizer).tolist(),
-        "max_gen_toks": limit,
+        "eos_token_id": end_ids.tolist(),
+        "max_gen_toks": evaluation.max_output_tokens,
     }
     if model.family == "encoder-decoder":
-        # lm-eval adds the source's length to the limit; this is the target's, with the token it starts from.
-        chosen["max_length"] = limit + 1
-    return chosen
+        # lm-eval adds the source's length to the limit; this is the target's, with its start token.
+        arguments["max_length"] = evaluation.max_output_tokens + 1
+    return arguments
 
 
 class _TaskDumper(yaml.SafeDumper):
-    """Writes `!function` tags back."""
+    """YAML dumper that writes `!function` tags."""
 
 
 def _represent_function(dumper: yaml.SafeDumper, function: FunctionTag) -> yaml.ScalarNode:
+    """Return a function of a task file as a `!function` tag."""
     return dumper.represent_scalar("!function", function.text)
 
 

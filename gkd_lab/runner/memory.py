@@ -1,6 +1,7 @@
-"""How many cells of a pack fit into memory, and going on with smaller packs where more do not.
+"""Size packs by memory: measure how many cells fit, and halve a pack that runs out of memory.
 
-What one cell needs is measured on the run's own trainer; that a pack needs K times as much is the estimate.
+The memory of one cell is measured on the run's own trainer; a pack of K cells is estimated to need K times as
+much.
 """
 
 import gc
@@ -23,14 +24,14 @@ from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import RecordPart
 
 USABLE_SHARE = 0.8
-"""Share of the free memory that a pack may take: other lengths and the allocator's gaps need some too."""
+"""Share of the free memory that a pack may use; longer batches and fragmentation need the rest."""
 
 _OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "defaultcpuallocator")
 
 
 @dataclass(frozen=True)
 class PackCapacity:
-    """The most cells that share a model from here on, and why no more do."""
+    """Largest number of cells that may share a model, and the reason why no more do."""
 
     max_cells: int
     reason: str = ""
@@ -43,23 +44,24 @@ def run_packs(
     work: Callable[[list[Cell], str], None],
     options: RunOptions,
 ) -> None:
-    """Do `work` on the cells, pack after pack, in order; it hears why a pack is no larger.
+    """Call `work(cells, reason)` on pack after pack until every cell has a status.
 
-    Cells that cannot be packed go one by one, a pack that runs out of memory is halved. An error fails the
-    parts of its own pack and is kept there.
+    get_part: returns the part of a cell's record that `work` finishes. measure_capacity: returns how many
+    cells fit. reason: why the pack is no larger. Cells that cannot be packed run alone, and a pack that runs
+    out of memory is halved. An error marks the parts of its own pack as failed.
     """
-    left, now = list(cells), PackCapacity(len(cells))
-    with suppress(RecordedFailure), record_failures(map(get_part, left), options.outputs):
-        now = _run_or_shrink(measure_capacity, cells, options, measuring=True) or now
+    capacity = PackCapacity(len(cells))
+    with suppress(RecordedFailure), record_failures(map(get_part, cells), options.outputs):
+        capacity = _run_or_shrink(measure_capacity, cells, options, is_measuring=True) or capacity
     release_memory()
-    while left := [cell for cell in left if not get_part(cell).read_status()]:
-        chosen = left[: split_evenly(len(left), now.max_cells)[0]]
-        parts, less = list(map(get_part, chosen)), None
+    while unfinished_cells := [cell for cell in cells if not get_part(cell).read_status()]:
+        pack = unfinished_cells[: split_evenly(len(unfinished_cells), capacity.max_cells)[0]]
+        parts, smaller_capacity = list(map(get_part, pack)), None
         with suppress(RecordedFailure), record_failures(parts, options.outputs):
-            less = _run_or_shrink(partial(work, chosen, now.reason), chosen, options)
-            assert less or all(part.read_status() for part in parts), "work leaves a verdict on each cell"
+            smaller_capacity = _run_or_shrink(partial(work, pack, capacity.reason), pack, options)
+            assert smaller_capacity or all(part.read_status() for part in parts), "each cell has a status"
         release_memory()
-        now = less or now
+        capacity = smaller_capacity or capacity
 
 
 def _run_or_shrink(
@@ -67,84 +69,83 @@ def _run_or_shrink(
     cells: Sequence[Cell],
     options: RunOptions,
     *,
-    measuring: bool = False,
+    is_measuring: bool = False,
 ) -> PackCapacity | None:
-    """What `work` returns; where there cannot be a pack of these cells, the limit to go on with."""
+    """Return the result of `work`, or a smaller capacity if these cells cannot be one pack."""
     size, task = len(cells), cells[0].task
     try:
-        found = work()
+        return work()
     except CannotPack as error:
         if size == 1:
             raise
         options.store.get_sft_student(cells[0]).write_unpackable_reason(str(error))
-        found = PackCapacity(1, f"alone: {error}")
         options.reporter.say(f"{task}: {size} cells run alone, one after another: {error}")
+        return PackCapacity(1, f"alone: {error}")
     except (MemoryError, RuntimeError) as error:
         if size == 1 or not is_out_of_memory_error(error):
             raise
-        found = PackCapacity(
-            1 if measuring else (size + 1) // 2, _format_out_of_memory(1 if measuring else size)
-        )
-        options.reporter.say(f"{task}: {found.reason}; going on with {found.max_cells} at a time")
-    return found
-
-
-def _format_out_of_memory(cells: int) -> str:
-    return f"out of memory with {cells} cell{'s' * (cells > 1)} as one model"
+        tried_size = 1 if is_measuring else size
+        plural = "s" if tried_size > 1 else ""
+        reason = f"out of memory with {tried_size} cell{plural} as one model"
+        capacity = PackCapacity((tried_size + 1) // 2, reason)
+        options.reporter.say(f"{task}: {reason}; going on with {capacity.max_cells} at a time")
+        return capacity
 
 
 def is_out_of_memory_error(error: BaseException) -> bool:
-    """Whether an allocation failed; on a CPU PyTorch says so in a plain RuntimeError."""
+    """Return whether an allocation failed, which PyTorch reports on a CPU as a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in _OUT_OF_MEMORY_PHRASES
+        phrase in str(error).lower() for phrase in _OUT_OF_MEMORY_PHRASES
     )
 
 
 def increase_micro_batches(cell: Cell, micro_batches: int, error: BaseException, options: RunOptions) -> int:
-    """Into how many parts a step's batch goes when `parts` were too few. Raises MemoryError below a row."""
+    """Return the next larger number of micro-batches per step. Raises MemoryError at one row each."""
     rows = cell.training.batch_size
     if micro_batches == rows:
         raise MemoryError(
             f"out of memory even with one row at a time ({type(error).__name__}: {error}); take smaller "
             "models, shorter max_input_tokens and max_output_tokens, or a device with more memory"
         ) from error
-    more = next(n for n in range(micro_batches + 1, rows + 1) if rows % n == 0)
+    increased = next(n for n in range(micro_batches + 1, rows + 1) if rows % n == 0)
     options.reporter.say(
-        f"{cell.task}: cell {cell.fingerprint}: out of memory with {rows // micro_batches} rows at once; going on "
-        f"with {rows // more}"
+        f"{cell.task}: cell {cell.fingerprint}: out of memory with {rows // micro_batches} rows at once; "
+        f"going on with {rows // increased}"
     )
-    return more
+    return increased
 
 
 def release_memory() -> None:
-    """Give back what a trainer that is no longer used still holds: its parts refer to each other."""
+    """Free the memory of unused trainers, whose objects refer to each other, and empty CUDA's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def compute_capacity(cells: int, bytes_per_cell: int, available_bytes: int) -> PackCapacity:
-    """The limit for a pack of up to `cells` that need `bytes_of_one` each of `free` bytes."""
-    most = max(1, int(USABLE_SHARE * available_bytes / max(bytes_per_cell, 1)))
-    if most >= cells:
+    """Return how many of `cells` fit into the usable share of the available bytes, in even packs."""
+    max_cells = max(1, int(USABLE_SHARE * available_bytes / max(bytes_per_cell, 1)))
+    if max_cells >= cells:
         return PackCapacity(cells)
-    size = split_evenly(cells, most)[0]
+    size = split_evenly(cells, max_cells)[0]
     needed = f"{cells} cells as one model need about {_format_gib(cells * bytes_per_cell)}"
     return PackCapacity(size, f"{needed}, {_format_gib(available_bytes)} are free: at most {size} at a time")
 
 
-def _format_gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
+def _format_gib(size: int) -> str:
+    """Return a number of bytes as `1.23 GiB`."""
+    return f"{size / 2**30:.3g} GiB"
 
 
 def measure_step_bytes(trainer: Any, inputs: dict[str, Tensor]) -> int:
-    """What a trainer's only cell needs: weights, gradients, two moments, and a step's intermediate results.
+    """Return the bytes that a trainer's only cell needs in a step.
 
-    The last are the peak of allocations on a GPU; on a CPU, where no such count exists, they are what the
-    forward pass saves for the backward pass. Adafactor's moments are smaller, so it has more room. Sampling
-    has less to keep: of what the forward pass saves of a token, its cache holds the keys and values.
+    They are those of weights, gradients, two moments and activations. Activations are the peak of allocations
+    on a GPU, and on a CPU, which does not count them, the tensors that the forward pass saves for the
+    backward pass. Adafactor's moments are smaller, so it has room to spare; so has sampling, whose cache
+    stores only the keys and values of each token.
     """
     model = trainer.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -153,33 +154,34 @@ def measure_step_bytes(trainer: Any, inputs: dict[str, Tensor]) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         trainer.compute_loss(model, inputs).backward()
-        gradients_and_more = torch.cuda.max_memory_allocated() - before
+        gradients_and_activations = torch.cuda.max_memory_allocated() - before
         model.zero_grad()
-        return 3 * weights + gradients_and_more
-    with record_saved_bytes(model) as saved:
+        return 3 * weights + gradients_and_activations
+    with record_saved_bytes(model) as saved_bytes:
         trainer.compute_loss(model, inputs).backward()
     model.zero_grad()
-    return 4 * weights + sum(saved.values())
+    return 4 * weights + sum(saved_bytes.values())
 
 
 @contextmanager
 def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Address -> bytes of each storage that forward passes inside save, without the model's own weights."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
+    """Yield address -> bytes of each storage that forward passes inside save, the weights excluded."""
+    weight_addresses = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved_bytes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record_storage(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = max(storage.nbytes(), found.get(storage.data_ptr(), 0))
+        address = storage.data_ptr()
+        if address not in weight_addresses:
+            saved_bytes[address] = max(storage.nbytes(), saved_bytes.get(address, 0))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield found
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
+        yield saved_bytes
 
 
 def measure_free_bytes(device: str) -> int:
-    """Memory that can be had on `device`; on a CPU no more than the process's control group allows."""
+    """Return the free memory of `device` in bytes; on a CPU at most what the control group allows."""
     release_memory()
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -190,14 +192,14 @@ _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Versions 2 and 1: the limit, what is taken, and what of that the kernel gives back when asked."""
+"""Files of versions 2 and 1 with limit and usage, and the name of the reclaimable part of the usage."""
 
 
 def iterate_cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """What the limit on this process's control group leaves, if there is one."""
-    for limit, taken, cached in _CGROUP_FILES:
+    """Yield the free bytes below the memory limit of this process's control group, if it has a limit."""
+    for limit, usage, reclaimable in _CGROUP_FILES:
         if (root / limit).exists() and (root / limit).read_text().strip() != "max":
             table = (root / limit).with_name("memory.stat").read_text().split()
             counts = dict(zip(table[::2], table[1::2], strict=True))
-            used = int((root / taken).read_text()) - int(counts.get(cached, 0))
+            used = int((root / usage).read_text()) - int(counts.get(reclaimable, 0))
             yield max(0, int((root / limit).read_text()) - used)

@@ -1,6 +1,6 @@
-"""What a person sees of long work: one line a phase, with the time left.
+"""Report progress: a live bar on a terminal, lines in a file or pipe, with the time left.
 
-A terminal gets a live bar; a file or a pipe gets a line when a phase starts, at each quarter, and at its end.
+A file or pipe gets a line at the start of a phase, at each quarter, and at its end.
 """
 
 import time
@@ -18,35 +18,36 @@ from rich.progress import (
 )
 
 ProgressUpdate = Callable[[int], None]
-"""Called with how much has been done in all."""
+"""Callback that receives the amount done so far, not an increment."""
 
 
 def format_duration(seconds: float) -> str:
-    """`1:02:03`, `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Return seconds as `1:02:03` or `2:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Reporter:
-    """Writes to standard error, so that standard output stays a command's result."""
+    """Writer of messages and progress to standard error; standard output is for a command's result."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
-        """Work of `total` units of which `done` were done before."""
+        """Show the progress of `total` units of work, `done` of which are done at the start."""
         show = self._show_bar if self.console.is_terminal else self._print_progress_lines
-        with show(name, total, done) as advance:
-            yield advance
+        with show(name, total, done) as update:
+            yield update
 
     @contextmanager
     def _show_bar(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
+        """Show a live bar with elapsed and remaining time."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -61,16 +62,17 @@ class Reporter:
 
     @contextmanager
     def _print_progress_lines(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
-        start, reached = time.monotonic(), done * 4 // max(total, 1)
+        """Print a line at the start, at each quarter and at the end."""
+        start, quarter = time.monotonic(), done * 4 // max(total, 1)
         self.say(f"{name}: {done} of {total}")
 
-        def advance(count: int) -> None:
-            nonlocal reached
-            if count * 4 // total > reached and count < total:
-                reached = count * 4 // total
-                passed = time.monotonic() - start
-                left = passed / max(count - done, 1) * (total - count)
-                self.say(f"{name}: {count} of {total}, {format_duration(left)} left")
+        def update(count: int) -> None:
+            nonlocal quarter
+            if count * 4 // total > quarter and count < total:
+                quarter = count * 4 // total
+                elapsed = time.monotonic() - start
+                remaining = elapsed / max(count - done, 1) * (total - count)
+                self.say(f"{name}: {count} of {total}, {format_duration(remaining)} left")
 
-        yield advance
+        yield update
         self.say(f"{name}: done in {format_duration(time.monotonic() - start)}")

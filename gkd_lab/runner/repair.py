@@ -1,4 +1,4 @@
-"""What is not as it was written is set aside, under another name, and made again."""
+"""Quarantine corrupt files under another name, so that they are rebuilt."""
 
 from functools import cache
 from pathlib import Path
@@ -11,53 +11,56 @@ from gkd_lab.training.checkpoints import list_complete_steps, quarantine_damaged
 
 
 def repair_unfinished_training(record: Record, options: RunOptions) -> None:
-    """Before a training goes on: drop damaged checkpoints; without a whole history it begins anew.
+    """Quarantine damaged checkpoints of a training to resume, and all of them if its history is incomplete.
 
     The caller holds the record's lock.
     """
     for folder in quarantine_damaged_checkpoints(record.steps_folder):
-        options.reporter.say(f"{folder.name}: not as it was written, set aside: {folder}")
-    done = max(list_complete_steps(record.steps_folder), default=0)
-    known = max(
-        (row.get("step", 0) for row in record.read_history() if row.get("step", 0) <= done), default=0
-    )
-    if done - known >= options.log_every:
+        options.reporter.say(f"{folder.name}: damaged since it was written, set aside: {folder}")
+    checkpoint_step = max(list_complete_steps(record.steps_folder), default=0)
+    logged_steps = (row.get("step", 0) for row in record.read_history())
+    history_step = max((step for step in logged_steps if step <= checkpoint_step), default=0)
+    if checkpoint_step - history_step >= options.log_every:
         quarantine_path(record.steps_folder)
-        place = quarantine_path(record.metrics_file)
-        options.reporter.say(f"{record.metrics_file} ends at step {known} of {done}, set aside: {place}")
+        quarantined_path = quarantine_path(record.metrics_file)
+        options.reporter.say(
+            f"{record.metrics_file} ends at step {history_step} of {checkpoint_step}, "
+            f"set aside: {quarantined_path}"
+        )
 
 
 def quarantine_damaged_result(record: Record, options: RunOptions) -> None:
-    """A finished model, teacher's text or scores that are not as it was written is to be made again.
+    """Quarantine a damaged model, teacher text or teacher scores of a finished record, to be built again.
 
     The caller holds the record's lock.
     """
-    damaged = find_damaged_file(record)
-    if damaged is not None and record.read_status().get("state") == "done":
-        # A folder as a whole: its files belong together.
-        place = quarantine_path(record.folder / damaged.relative_to(record.folder).parts[0])
+    damaged_file = find_damaged_file(record)
+    if damaged_file is not None and record.read_status().get("state") == "done":
+        # The whole folder, because its files belong together.
+        quarantined_path = quarantine_path(record.folder / damaged_file.relative_to(record.folder).parts[0])
         record.status_file.unlink()
-        where = "" if place is None else f", set aside: {place}"
-        options.reporter.say(f"{damaged} is not as it was written{where}; it is made again")
+        notice = "" if quarantined_path is None else f", set aside: {quarantined_path}"
+        options.reporter.say(f"{damaged_file} is damaged{notice}; it is built again")
 
 
 def find_damaged_file(record: Record) -> Path | None:
-    """What is gone or has changed of a finished model, text or scores; None where nothing was noted."""
-    for name, known in (read_file_hashes(record.folder) or {}).items():
+    """Return the first missing or changed file of a finished model, text or scores; None if intact."""
+    for name, sha256 in (read_file_hashes(record.folder) or {}).items():
         path = record.folder / name
-        if name.startswith(("checkpoint/", "scores/", "texts")) and _compute_current_sha256(path) != known:
+        if name.startswith(("checkpoint/", "scores/", "texts")) and _compute_current_sha256(path) != sha256:
             return path
     return None
 
 
 def _compute_current_sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None without a file; cached while time, size and inode are unchanged."""
     if not path.is_file():
         return None
-    facts = path.stat()
-    return _compute_sha256_once(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    file_status = path.stat()
+    return _compute_sha256_once(path, file_status.st_mtime_ns, file_status.st_size, file_status.st_ino)
 
 
 @cache
 def _compute_sha256_once(path: Path, *_: int) -> str:
-    """A model that many packs load is hashed by a process once."""
+    """Return the SHA-256 of a file; a process hashes a model that many packs load only once."""
     return compute_sha256(path)

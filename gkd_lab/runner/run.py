@@ -1,4 +1,4 @@
-"""An experiment from its first artifact to its last evaluation; what is done is not done again."""
+"""Run a grid: reference models first, then pack after pack of cells; finished work is not repeated."""
 
 import math
 import time
@@ -16,82 +16,83 @@ from gkd_lab.runner.train_cells import train_cells
 from gkd_lab.store import Record, RecordPart
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks at cells that other processes work on."""
+"""Seconds between two attempts to lock cells that other processes have locked."""
 
 
 @dataclass
 class RunOutcome:
-    """What a run left behind."""
+    """Failures of a run, and how many cells it left to other processes."""
 
     failures: list[str] = field(default_factory=list)
-    """A line for each failure: what, why, where the log is."""
+    """One line per failure, with its error and status file."""
     busy_cell_count: int = 0
-    """Cells that another process is working on."""
+    """Number of cells that other processes have locked."""
 
 
 def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
     """Train and evaluate every cell of the grid and its reference models.
 
-    Cells that other processes hold are passed over and come last, when they are waited for or left.
+    Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
     """
     outcome = RunOutcome()
-    broken = _prepare_references(grid, options, outcome)
-    tried, elsewhere = [], []
-    for group in split_packs(grid.cells, options):
-        training = group[0].training
-        needed = (model.full_fingerprint for _, model in training.reference_models)
-        why = next((broken[model] for model in needed if model in broken), None)
-        if why is not None:
-            _report_skipped_cells(group, "failed", why, options)
+    failed_references = _prepare_references(grid, options, outcome)
+    tried_cells: list[Cell] = []
+    busy_packs: list[list[Cell]] = []
+    for pack in split_packs(grid.cells, options):
+        fingerprints = (model.full_fingerprint for _, model in pack[0].training.reference_models)
+        error = next((failed_references[name] for name in fingerprints if name in failed_references), None)
+        if error is not None:
+            _report_skipped_cells(pack, "failed", error, options)
             continue
-        tried += group
-        if left := _lock_and_run_pack(group, options):
-            elsewhere.append(left)
+        tried_cells += pack
+        if busy_cells := _lock_and_run_pack(pack, options):
+            busy_packs.append(busy_cells)
     if options.busy_cells == "wait":
-        _wait_and_run_busy_cells(elsewhere, options)
+        _wait_and_run_busy_cells(busy_packs, options)
     else:
-        outcome.busy_cell_count = sum(map(len, elsewhere))
-        for group in elsewhere:
-            _report_skipped_cells(group, "elsewhere", "another process works on it", options)
-    for cell in tried:
+        outcome.busy_cell_count = sum(map(len, busy_packs))
+        for pack in busy_packs:
+            _report_skipped_cells(pack, "elsewhere", "another process works on it", options)
+    for cell in tried_cells:
         outcome.failures += _list_failures(options.store.get_record(cell), [cell], options)
     return outcome
 
 
 def split_packs(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
-    """The packs of a run; several workers of one run get smaller ones where there would be too few."""
+    """Return the packs of a run; with several workers, small enough that each worker gets one."""
     if options.workers == 1 or options.pack != "auto":
         return group_cells_into_packs(cells, options.pack)
     return group_cells_into_packs(cells, min(AUTO_PACK_SIZE, max(1, math.ceil(len(cells) / options.workers))))
 
 
-def _lock_and_run_pack(group: Sequence[Cell], options: RunOptions) -> list[Cell]:
-    """Work on those cells that nobody holds; returns the others."""
-    with PackLock(group, options) as claimed:
-        _run_pack(claimed.locked_cells, options)
-        return claimed.busy_cells
+def _lock_and_run_pack(pack: Sequence[Cell], options: RunOptions) -> list[Cell]:
+    """Run the cells of a pack that can be locked; return those that other processes have locked."""
+    with PackLock(pack, options) as lock:
+        _run_pack(lock.locked_cells, options)
+        return lock.busy_cells
 
 
-def _wait_and_run_busy_cells(elsewhere: list[list[Cell]], options: RunOptions) -> None:
-    """Wait until others have finished these cells, and take over what one of them leaves undone."""
-    # What another has just tried in vain is not tried once more.
+def _wait_and_run_busy_cells(busy_packs: list[list[Cell]], options: RunOptions) -> None:
+    """Wait until other processes release these cells, and run what they leave unfinished."""
+    # A failure that another process has just recorded is not retried.
     options = replace(options, retry_failed=False)
-    waiting, said = elsewhere, False
-    while waiting := [left for group in waiting if (left := _lock_and_run_pack(group, options))]:
-        if not said:
-            options.reporter.say(_format_waiting([cell for group in waiting for cell in group]))
-        said = True
+    is_first = True
+    while busy_packs := [busy for pack in busy_packs if (busy := _lock_and_run_pack(pack, options))]:
+        if is_first:
+            options.reporter.say(_format_waiting([cell for pack in busy_packs for cell in pack]))
+        is_first = False
         time.sleep(POLL_SECONDS)
 
 
 def _format_waiting(cells: Sequence[Cell]) -> str:
+    """Return the message that names the cells waited for."""
     if len(cells) == 1:
         return f"waiting for another process that works on the cell {cells[0].fingerprint}"
     return f"waiting for other processes that work on {len(cells)} cells"
 
 
 def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Train and judge the cells of a claimed pack."""
+    """Train and evaluate the cells of a locked pack."""
     with options.tracker.open_session():
         if cells:
             train_cells(cells, options)
@@ -102,7 +103,7 @@ def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
 
 
 def _report_skipped_cells(cells: Sequence[Cell], status: str, reason: str, options: RunOptions) -> None:
-    """Tell a sweep agent's run why its cell was not run here."""
+    """Report to a sweep agent's run why its cell was not run by this process."""
     if options.tracker.tracks_finished_cells:
         with options.tracker.open_session():
             for cell in cells:
@@ -110,41 +111,39 @@ def _report_skipped_cells(cells: Sequence[Cell], status: str, reason: str, optio
 
 
 def _prepare_references(grid: Grid, options: RunOptions, outcome: RunOutcome) -> dict[str, str]:
-    """Build and judge teachers and starts; full fingerprint -> reason for those that could not be built."""
-    broken = {}
+    """Build and evaluate teachers and SFT students; return full fingerprint -> error of those that failed."""
+    errors = {}
     for role, model, cells in _iterate_unlocked_first(grid, options):
         try:
             record = artifacts.ensure_artifact(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
             outcome.failures.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
-            broken[model.full_fingerprint] = str(error)
+            errors[model.full_fingerprint] = str(error)
             continue
         evaluate_reference(role, model, record, cells, options)
         outcome.failures += _list_failures(record, cells, options)
-    return broken
+    return errors
 
 
 def _iterate_unlocked_first(grid: Grid, options: RunOptions) -> Iterator[Reference]:
-    """The reference models; those that another process works on when their turn comes are left to the end."""
-    later = []
-    for one in list_references(grid.cells):
-        if options.store.get_artifact(grid.scale, one.role, one.model).is_locked():
-            later.append(one)
+    """Yield the reference models, last those that another process has locked when their turn comes."""
+    locked_references = []
+    for reference in list_references(grid.cells):
+        if options.store.get_artifact(grid.scale, reference.role, reference.model).is_locked():
+            locked_references.append(reference)
         else:
-            yield one
-    yield from later
+            yield reference
+    yield from locked_references
 
 
 def _list_failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:
-    """A line for a failed training and for each failed evaluation of a record."""
-    parts: list[RecordPart] = [record]
-    parts += [record.get_evaluation(e) for e in dict.fromkeys(e for c in cells for e in c.evaluations)]
-    lines = []
-    for part in parts:
-        status = part.read_status()
-        if status.get("state") == "failed":
-            name = part.folder.relative_to(options.outputs)
-            lines.append(
-                f"{name}: {status.get('error')} (see {part.status_file}; --retry-failed tries again)"
-            )
-    return lines
+    """Return a line for a failed training and for each failed evaluation that the cells request."""
+    evaluations = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
+    parts: list[RecordPart] = [record, *map(record.get_evaluation, evaluations)]
+    statuses = [(part, part.read_status()) for part in parts]
+    return [
+        f"{part.folder.relative_to(options.outputs)}: {status.get('error')} "
+        f"(see {part.status_file}; --retry-failed tries again)"
+        for part, status in statuses
+        if status.get("state") == "failed"
+    ]

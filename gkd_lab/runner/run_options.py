@@ -1,4 +1,4 @@
-"""Where and how to run: nothing in here can change what a cell is, or enter its fingerprint."""
+"""Where and how to run; no option enters the fingerprint of a cell or changes its results."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from gkd_lab.store import Store
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Choices of one invocation."""
+    """Options of one invocation of `gkd-lab run` or `gkd-lab cell`."""
 
     outputs: Path
     pack: PackLimit = "auto"
@@ -24,14 +24,14 @@ class RunOptions:
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=Tracker)
     busy_cells: Literal["pass", "wait"] = "pass"
-    """What to do about cells that other processes work on, once nothing else is left."""
+    """What to do at the end about cells that other processes have locked: leave them or wait for them."""
     workers: int = 1
     """Processes of this run on this machine, which share its memory and its cells."""
     term_gradients: bool = False
-    """Whether each log line has the norm of each term's gradient, `grad_norm/NAME`."""
+    """Whether each logged row has the gradient norm of each loss term, `grad_norm/NAME`."""
 
     def __post_init__(self) -> None:
-        # A row averages the steps since the last one: a resumed run must start a window where the other did.
+        # A row averages the steps since the last row; a resumed run must average the same steps.
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every {self.log_every}"
@@ -39,16 +39,17 @@ class RunOptions:
 
     @property
     def store(self) -> Store:
+        """Records below the outputs folder."""
         return Store(self.outputs)
 
     @property
     def cache_folder(self) -> Path:
-        """Where slow sources keep what they read."""
+        """Folder where slow data sources cache their rows."""
         return self.outputs / ".cache"
 
 
 def select_device() -> str:
-    """Where models are put for evaluation; trainers find theirs by themselves."""
+    """Return the device of models in evaluation; trainers choose theirs themselves."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of teachers and starting students, by the libraries' own trainers.
+"""Supervised fine-tuning of teachers and SFT students by the trainers of TRL and transformers.
 
 TRL's SFTTrainer for decoder-only models, transformers' Seq2SeqTrainer for encoder-decoders, its Trainer for
 classifiers.
@@ -43,7 +43,7 @@ OPTIMIZER_NAMES = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 
 
 def build_optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
-    """The optimizer and its schedule as arguments of transformers' Trainer."""
+    """Return the optimizer and its schedule as arguments of transformers' Trainer."""
     return {
         "optim": OPTIMIZER_NAMES[optimizer.name],
         "learning_rate": optimizer.learning_rate,
@@ -59,7 +59,7 @@ def build_optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
 
 
 def build_trainer_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
-    """What every training of this project tells transformers' Trainer."""
+    """Return the arguments of transformers' Trainer that every training of this project shares."""
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -71,24 +71,28 @@ def build_trainer_arguments(folder: Path, steps: int, save_every: int, log_every
         "disable_tqdm": True,
         "activation_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Stated, since transformers refuses bf16 without a GPU otherwise.
+        # Explicit, because transformers refuses bf16 without a GPU otherwise.
         "use_cpu": not torch.accelerator.is_available(),
     }
 
 
 class HistoryCallback(TrainerCallback):
-    """Tells the progress bar, and writes the Trainer's log into the record."""
+    """Callback that updates the progress bar and writes the Trainer's log into the record."""
 
-    def __init__(self, advance: ProgressUpdate, record: Record | None = None) -> None:
-        self.advance, self.record = advance, record
+    def __init__(self, update_progress: ProgressUpdate, record: Record | None = None) -> None:
+        self.update_progress, self.record = update_progress, record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(state.global_step)
+        """Update the progress bar."""
+        self.update_progress(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write loss, gradient norm and learning rate into the record's history."""
         if self.record is not None and "loss" in (logs or {}):
-            kept = ("loss", "grad_norm", "learning_rate")
-            self.record.log_row({"step": state.global_step, **{k: logs[k] for k in kept if k in logs}})
+            names = ("loss", "grad_norm", "learning_rate")
+            self.record.log_row(
+                {"step": state.global_step, **{name: logs[name] for name in names if name in logs}}
+            )
 
 
 def fine_tune(
@@ -97,19 +101,20 @@ def fine_tune(
     examples: Sequence[Any],
     sft: SftSpec,
     record: Record,
-    advance: ProgressUpdate,
+    update_progress: ProgressUpdate,
     *,
     save_every: int,
     log_every: int,
 ) -> None:
-    """Train `model` in place on completions or labels; resumes from the record's checkpoints."""
+    """Train `model` in place on completions or labels; resume from the record's checkpoints."""
     folder = record.steps_folder
-    done = max(list_complete_steps(folder), default=0)
-    record.rewind_history(done)
-    if done >= sft.steps:
+    done_steps = max(list_complete_steps(folder), default=0)
+    checkpoint = build_checkpoint_path(str(folder), done_steps) if done_steps else None
+    record.rewind_history(done_steps)
+    if checkpoint is not None and done_steps >= sft.steps:
         from safetensors.torch import load_model
 
-        load_model(model, build_checkpoint_path(str(folder), done) / "model.safetensors")
+        load_model(model, checkpoint / "model.safetensors")
         return
     arguments = {
         **build_trainer_arguments(folder, sft.steps, save_every, log_every),
@@ -119,31 +124,32 @@ def fine_tune(
         "seed": sft.seed,
         "remove_unused_columns": False,
     }
-    build: Callable[..., Trainer] = (
-        _create_seq2seq_trainer if model.config.is_encoder_decoder else _create_causal_trainer
-    )
+    create_trainer: Callable[..., Trainer] = _create_causal_trainer
     if get_classifier_kind(model) is not None:
-        build = _create_classifier_trainer
-    trainer = build(model, tokenizer, examples, arguments)
+        create_trainer = _create_classifier_trainer
+    elif model.config.is_encoder_decoder:
+        create_trainer = _create_seq2seq_trainer
+    trainer = create_trainer(model, tokenizer, examples, arguments)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(HistoryCallback(advance, record))
+    trainer.add_callback(HistoryCallback(update_progress, record))
     trainer.add_callback(CheckpointCallback([folder]))
     with delay_signals():
-        trainer.train(resume_from_checkpoint=str(build_checkpoint_path(str(folder), done)) if done else None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     remove_other_checkpoints(str(folder), sft.steps)
 
 
 def _create_causal_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
+    """Return TRL's SFTTrainer for a decoder-only model, without loss on the prompts."""
     from trl import SFTConfig, SFTTrainer
 
     rows = [
         {
-            "input_ids": e.prompt_ids + e.completion_ids,
-            "labels": [-100] * len(e.prompt_ids) + e.completion_ids,
+            "input_ids": example.prompt_ids + example.completion_ids,
+            "labels": [-100] * len(example.prompt_ids) + example.completion_ids,
         }
-        for e in examples
+        for example in examples
     ]
     config = SFTConfig(
         **arguments,
@@ -162,10 +168,11 @@ def _create_causal_trainer(
 def _create_classifier_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[LabelledExample], arguments: dict[str, Any]
 ) -> Trainer:
+    """Return transformers' Trainer for a classifier."""
     kind = get_classifier_kind(model)
     assert kind is not None, "a classifier"
 
-    def collated(rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
+    def collate_rows(rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
         return build_transformers_batch(collate_labelled_rows(rows, tokenizer.pad_token_id, kind), kind)
 
     return Trainer(
@@ -173,14 +180,15 @@ def _create_classifier_trainer(
         args=TrainingArguments(**arguments),
         train_dataset=list(examples),
         processing_class=tokenizer,
-        data_collator=collated,
+        data_collator=collate_rows,
     )
 
 
 def _create_seq2seq_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
-    rows = [{"input_ids": e.prompt_ids, "labels": e.completion_ids} for e in examples]
+    """Return transformers' Seq2SeqTrainer for an encoder-decoder model."""
+    rows = [{"input_ids": example.prompt_ids, "labels": example.completion_ids} for example in examples]
     return Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(**arguments),

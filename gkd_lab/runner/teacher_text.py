@@ -1,7 +1,8 @@
-"""What a teacher writes for every training prompt: once, under a lock, for all cells that ask for it."""
+"""Teacher completions of the training prompts: written once under a lock, shared by all cells."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,8 +11,6 @@ from gkd_lab.encoding.batches import Example, collate_examples
 from gkd_lab.models.rng import draw_uniforms
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.dataset import encode_examples, load_split
-from gkd_lab.runner.failures import record_failures
-from gkd_lab.runner.repair import find_damaged_file, quarantine_damaged_result
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json_lines, write_json_lines
@@ -23,87 +22,84 @@ TEXTS_FILE = "texts.jsonl"
 
 
 def ensure_teacher_text(text: TeacherTextSpec, scale: str, options: RunOptions) -> Record:
-    """The finished record of a teacher's text; written now if it is not there. Raises PartFailed."""
+    """Return the finished record of a teacher's text, written now if missing. Raises RecordedFailure."""
     record = options.store.get_teacher_text(scale, text)
-    if record.read_status().get("state") != "done" or find_damaged_file(record) is not None:
-        with artifacts.hold_record_lock(record, "teacher's text", options):
-            quarantine_damaged_result(record, options)
-            if options.retry_failed:
-                record.clear_failure()
-            if not record.read_status():
-                with record_failures([record], options.outputs):
-                    _write_teacher_text(text, scale, record, options)
-    return record
+    build = partial(_write_teacher_text, text=text, scale=scale, options=options)
+    return artifacts.ensure_teacher_output(record, "teacher's text", build, options)
 
 
 def apply_teacher_text(examples: Sequence[Example], record: Record) -> list[Example]:
-    """The same prompts, completed by the teacher."""
+    """Return the examples with the teacher's completions. Raises ValueError where the text failed."""
     status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(f"the teacher's text failed: {status.get('error')} (see {record.status_file})")
-    lines = read_json_lines(record.folder / TEXTS_FILE)
-    if len(lines) != len(examples):
-        raise ValueError(
-            f"{record.folder / TEXTS_FILE} has {len(lines)} texts for {len(examples)} prompts: delete it"
-        )
-    return [replace(row, completion_ids=line["ids"]) for row, line in zip(examples, lines, strict=True)]
+    completions = read_json_lines(record.folder / TEXTS_FILE)
+    if len(completions) != len(examples):
+        path = record.folder / TEXTS_FILE
+        raise ValueError(f"{path} has {len(completions)} texts for {len(examples)} prompts: delete it")
+    return [
+        replace(example, completion_ids=completion["ids"])
+        for example, completion in zip(examples, completions, strict=True)
+    ]
 
 
-def _write_teacher_text(text: TeacherTextSpec, scale: str, record: Record, options: RunOptions) -> None:
+def _write_teacher_text(record: Record, text: TeacherTextSpec, scale: str, options: RunOptions) -> None:
+    """Load the teacher, let it complete every prompt of the training split, and finish the record."""
     record.write_spec(text)
     teacher = artifacts.load_artifact(
         artifacts.ensure_artifact("teacher", text.teacher, scale, options), text.teacher
     )
     teacher.model.to(select_device())
-    found, _ = encode_examples(
-        text.teacher, teacher.tokenizer, load_split(text.task, text.data, "train", options.cache_folder)
-    )
-    name = f"{text.task}: teacher's text for {len(found)} prompts"
-    with options.reporter.phase(name, len(found)) as advance:
-        written = _generate_completions(text, teacher, found, advance)
-    ends = set(collect_end_ids(teacher.model, teacher.tokenizer).tolist())
-    texts = teacher.tokenizer.batch_decode(written, skip_special_tokens=True)
-    lines = [
-        {"text": said, "ended": ids[-1] in ends, "ids": ids} for said, ids in zip(texts, written, strict=True)
+    rows = load_split(text.task, text.data, "train", options.cache_folder)
+    examples, _ = encode_examples(text.teacher, teacher.tokenizer, rows)
+    phase = f"{text.task}: teacher's text for {len(examples)} prompts"
+    with options.reporter.phase(phase, len(examples)) as update_progress:
+        completion_ids = _generate_in_batches(text, teacher, examples, update_progress)
+    end_ids = set(collect_end_ids(teacher.model, teacher.tokenizer).tolist())
+    texts = teacher.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    completions = [
+        {"text": completion, "ended": ids[-1] in end_ids, "ids": ids}
+        for completion, ids in zip(texts, completion_ids, strict=True)
     ]
-    write_json_lines(record.folder / TEXTS_FILE, lines)
+    write_json_lines(record.folder / TEXTS_FILE, completions)
     record.write_provenance(collect_provenance(threads=torch.get_num_threads(), device=select_device()))
-    cut = sum(not line["ended"] for line in lines)
-    record.finish(rows=len(lines), truncated=cut / max(1, len(lines)))
+    truncated = sum(not completion["ended"] for completion in completions)
+    record.finish(rows=len(completions), truncated=truncated / max(1, len(completions)))
 
 
-def _generate_completions(
+def _generate_in_batches(
     text: TeacherTextSpec,
     teacher: artifacts.LoadedModel,
     examples: Sequence[Example],
-    advance: Callable[[int], None],
+    update_progress: Callable[[int], None],
 ) -> list[list[int]]:
-    """Token ids of each row's answer, in the rows' order; rows of like length are answered together."""
-    how, tokenizer = text.text, teacher.tokenizer
-    noise = None
-    if how.decoding == "sample":
-        noise = draw_uniforms(how.seed, 0, "teacher's text", len(examples), text.max_output_tokens)
-    order = sorted(range(len(examples)), key=lambda n: len(examples[n].prompt_ids))
-    answers: dict[int, list[int]] = {}
-    for first in range(0, len(order), BATCH_ROWS):
-        chosen = order[first : first + BATCH_ROWS]
+    """Return the token ids of the teacher's completions, in order; prompts are batched by length."""
+    decoding, tokenizer = text.text, teacher.tokenizer
+    end_ids = collect_end_ids(teacher.model, tokenizer)
+    uniforms = None
+    if decoding.decoding == "sample":
+        uniforms = draw_uniforms(decoding.seed, 0, "teacher's text", len(examples), text.max_output_tokens)
+    by_length = sorted(range(len(examples)), key=lambda n: len(examples[n].prompt_ids))
+    completions: dict[int, list[int]] = {}
+    for start in range(0, len(by_length), BATCH_ROWS):
+        indices = by_length[start : start + BATCH_ROWS]
         prompts = collate_examples(
-            [examples[n] for n in chosen],
+            [examples[n] for n in indices],
             tokenizer.pad_token_id,
             is_encoder_decoder=teacher.model.config.is_encoder_decoder,
         ).to(teacher.model.device)
-        done = generate_completions(
+        batch = generate_completions(
             teacher.model,
             prompts,
             max_new_tokens=text.max_output_tokens,
-            end_ids=collect_end_ids(teacher.model, tokenizer),
+            end_ids=end_ids,
             pad_id=tokenizer.pad_token_id,
-            uniforms=None if noise is None else noise[chosen],
-            temperature=how.temperature or 1.0,
-            num_beams=how.num_beams or 1,
-            length_penalty=how.length_penalty or 0.0,
+            uniforms=None if uniforms is None else uniforms[indices],
+            temperature=decoding.temperature or 1.0,
+            num_beams=decoding.num_beams or 1,
+            length_penalty=decoding.length_penalty or 0.0,
         )
-        for n, ids, mask in zip(chosen, done.completion_ids, done.completion_mask.bool(), strict=True):
-            answers[n] = ids[mask].tolist()
-        advance(len(answers))
-    return [answers[n] for n in range(len(examples))]
+        for n, ids, mask in zip(indices, batch.completion_ids, batch.completion_mask.bool(), strict=True):
+            completions[n] = ids[mask].tolist()
+        update_progress(len(completions))
+    return [completions[n] for n in range(len(examples))]

@@ -1,6 +1,6 @@
-"""A cell's run at a tracker: config, history, scores and verdict, mirrored from its record as it grows.
+"""Mirror the records of cells to a tracker (wandb, trackio): config, history, scores and status.
 
-The record is the store. A tracker that fails costs one warning and never a cell.
+The record is the source of truth. A tracker that fails causes one warning and never fails a cell.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,66 +11,70 @@ from typing import Any, Literal, Protocol
 from gkd_lab.config import Cell, Grid
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.store import Record, Store
+from gkd_lab.store.cell_state import compute_cell_state, get_error_line
 from gkd_lab.tables.rows import name_evaluations
 
 TrackerName = Literal["none", "wandb", "trackio"]
 
 
 class Tracker:
-    """`--tracker none`: follows no cell and imports nothing."""
+    """Tracker of `--tracker none`: tracks no cell and imports no library."""
 
     tracks_finished_cells = False
-    """Whether a cell for which nothing is left to do has a run too: a sweep agent's has."""
+    """Whether a finished cell also gets a run, as under a sweep agent."""
 
     @contextmanager
     def open_session(self) -> Iterator[None]:
-        """The runs started inside end with this block, each with its record's verdict."""
+        """Finish the runs that were started inside this block, each with its record's status."""
         yield
 
     def start_run(self, cell: Cell, record: Record) -> None:
-        """Open the cell's run, or go on with it; what its record holds already is sent first."""
+        """Open or resume the cell's run, and send what its record already holds."""
 
     def log_row(self, record: Record, row: Mapping[str, Any]) -> None:
-        """A row of the record's history, as it is written."""
+        """Send a row of the record's history."""
 
     def log_scores(self, record: Record) -> None:
-        """New scores are in the record."""
+        """Send the scores of the record that were not sent before."""
 
     def finish_run(self, record: Record) -> None:
-        """End the record's run with the verdict that the record holds."""
+        """Finish the record's run with the status that the record holds."""
 
     def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
-        """The cell was not run by this process; `failed` is a status that counts as a failure."""
+        """Report that this process did not run the cell; the status `failed` counts as a failure."""
 
 
 class TrackedRun(Protocol):
-    """One open run of a tracker's."""
+    """Interface of one open run at a tracker."""
 
     next_step: int
-    """The first step that is not there yet."""
+    """First step that was not sent yet."""
     logged_scores: set[str]
-    """Names of scores that are there already."""
+    """Names of the scores that were sent already."""
 
-    def log(self, row: Mapping[str, Any], step: int) -> None: ...
-    def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None: ...
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Send a row of values at a step."""
+
+    def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
+        """Send the summary and close the run."""
 
 
 OpenRun = Callable[[Cell, dict[str, Any]], TrackedRun]
-"""Opens the run of a cell with this config."""
+"""Function that opens the run of a cell with a config."""
 
 
 MAX_OPEN_ATTEMPTS = 2
-"""Runs in a row that cannot be opened before no more is tried: each may wait for a server's answer."""
+"""Failed attempts to open a run in a row, after which none is opened: each may wait for a server."""
 
 
 class MirrorTracker(Tracker):
-    """Runs at a tracker, one for each cell that is worked on."""
+    """Tracker that mirrors each cell that is worked on to a run of its own."""
 
     def __init__(
-        self, name: str, opens: OpenRun, experiment: str, reporter: Reporter, *, agent: bool
+        self, name: str, open_run: OpenRun, experiment: str, reporter: Reporter, *, has_agent: bool
     ) -> None:
-        self.name, self.open_run, self.experiment, self.reporter = name, opens, experiment, reporter
-        self.tracks_finished_cells = agent
+        self.name, self.open_run, self.experiment, self.reporter = name, open_run, experiment, reporter
+        self.tracks_finished_cells = has_agent
         self._runs: dict[Record, tuple[Cell, TrackedRun]] = {}
         self._failed_in_a_row = 0
         self._has_warned = False
@@ -80,13 +84,13 @@ class MirrorTracker(Tracker):
         try:
             yield
         except BaseException as error:
-            why = f"{type(error).__name__}: {error}"
-            interrupted = not isinstance(error, Exception)
+            summary = {"status": "interrupted", "error": f"{type(error).__name__}: {error}"}
+            is_interrupt = not isinstance(error, Exception)
             for record in list(self._runs):
                 if record.read_status():
                     self.finish_run(record)
                 else:
-                    self._end_run(record, {"status": "interrupted", "error": why}, 1, interrupted=interrupted)
+                    self._end_run(record, summary, 1, interrupted=is_interrupt)
             raise
         for record in list(self._runs):
             self.finish_run(record)
@@ -112,26 +116,24 @@ class MirrorTracker(Tracker):
     def log_scores(self, record: Record) -> None:
         if record in self._runs:
             cell, run = self._runs[record]
-            new = {
-                name: v for name, v in collect_scores(cell, record).items() if name not in run.logged_scores
-            }
-            if new:
-                self._send_values(record, new, max(run.next_step, cell.training.steps + 1))
-                run.logged_scores.update(new)
+            scores = collect_scores(cell, record)
+            new_scores = {name: scores[name] for name in scores if name not in run.logged_scores}
+            if new_scores:
+                self._send_values(record, new_scores, max(run.next_step, cell.training.steps + 1))
+                run.logged_scores.update(new_scores)
 
     def finish_run(self, record: Record) -> None:
         if record in self._runs:
             cell, _ = self._runs[record]
-            verdict = summarize_status(cell, record)
-            self._end_run(
-                record, {**collect_scores(cell, record), **verdict}, int(verdict["status"] != "done")
-            )
+            status = summarize_status(cell, record)
+            self._end_run(record, {**collect_scores(cell, record), **status}, int(status["status"] != "done"))
 
     def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
         self.start_run(cell, record)
         self._end_run(record, {"status": status, "error": reason}, int(status == "failed"))
 
     def _send_values(self, record: Record, values: Mapping[str, Any], step: int) -> None:
+        """Send values to the record's run and move its next step."""
         _, run = self._runs[record]
         with self._ignore_errors(record):
             run.log(values, step)
@@ -140,6 +142,7 @@ class MirrorTracker(Tracker):
     def _end_run(
         self, record: Record, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool = False
     ) -> None:
+        """Close the record's run, if it has one, with a summary and an exit status."""
         if record in self._runs:
             _, run = self._runs.pop(record)
             with self._ignore_errors(record):
@@ -147,7 +150,7 @@ class MirrorTracker(Tracker):
 
     @contextmanager
     def _ignore_errors(self, record: Record) -> Iterator[None]:
-        """Whatever a tracker raises ends that run's mirror alone: network, disk, server and library do."""
+        """Drop the record's run on any error of the tracker, with one warning for all runs."""
         try:
             yield
         except Exception as error:
@@ -161,7 +164,7 @@ class MirrorTracker(Tracker):
 
 
 def build_run_config(cell: Cell, experiment: str) -> dict[str, Any]:
-    """What a run is found by: the axis values, names, and the resolved specification."""
+    """Return a run's config: the axis values, names, fingerprints and the resolved specification."""
     return {
         **cell.labels,
         "experiment": experiment,
@@ -174,7 +177,7 @@ def build_run_config(cell: Cell, experiment: str) -> dict[str, Any]:
 
 
 def collect_scores(cell: Cell, record: Record) -> dict[str, float]:
-    """`<evaluation>/<metric>` -> value, for what has been judged; the names are the table's columns."""
+    """Return `<evaluation>/<metric>` -> value for each score, named as the table's columns."""
     names = name_evaluations(cell.evaluations)
     return {
         f"{names[evaluation.folder]}/{metric}": score["value"]
@@ -184,24 +187,26 @@ def collect_scores(cell: Cell, record: Record) -> dict[str, float]:
 
 
 def summarize_status(cell: Cell, record: Record) -> dict[str, Any]:
-    """`status` of the cell as a whole, and the last line of the first error."""
-    parts = [record, *(record.get_evaluation(evaluation) for evaluation in cell.evaluations)]
-    verdicts = [part.read_status() for part in parts]
-    for verdict in verdicts:
-        if verdict.get("state") == "failed":
-            return {"status": "failed", "error": str(verdict.get("error")).strip().splitlines()[-1]}
-    return {"status": "done" if all(verdicts) else "missing"}
+    """Return `status` of the cell as a whole, and of a failed cell the last line of its first `error`.
+
+    What is unfinished counts as missing, because this process holds the cell's lock.
+    """
+    statuses = [record.read_status(), *(record.get_evaluation(e).read_status() for e in cell.evaluations)]
+    training, *evaluations = (status.get("state") for status in statuses)
+    state = compute_cell_state(training, evaluations, is_locked=lambda: False).whole
+    error = next(filter(None, map(get_error_line, statuses)), None)
+    return {"status": state} if error is None else {"status": state, "error": error}
 
 
 def replay_records(grid: Grid, store: Store, tracker: Tracker) -> None:
-    """Send what finished cells hold: nothing is trained, and torch is not loaded."""
+    """Send the records of finished cells to the tracker, without training and without torch."""
     with tracker.open_session():
         for cell in grid.cells:
             tracker.start_run(cell, store.get_record(cell))
 
 
 def create_tracker(name: TrackerName, experiment: str, outputs: Path, reporter: Reporter) -> Tracker:
-    """The tracker of one invocation. Raises SpecError where its package is missing."""
+    """Return the tracker of one invocation. Raises ConfigError where its package is missing."""
     if name == "none":
         return Tracker()
     if name == "wandb":
@@ -212,8 +217,8 @@ def create_tracker(name: TrackerName, experiment: str, outputs: Path, reporter: 
             WandbClient(experiment, outputs, reporter).open_run,
             experiment,
             reporter,
-            agent=is_sweep_agent(),
+            has_agent=is_sweep_agent(),
         )
     from gkd_lab.runner.trackio_tracker import TrackioClient
 
-    return MirrorTracker(name, TrackioClient(experiment).open_run, experiment, reporter, agent=False)
+    return MirrorTracker(name, TrackioClient(experiment).open_run, experiment, reporter, has_agent=False)

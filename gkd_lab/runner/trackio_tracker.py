@@ -1,4 +1,4 @@
-"""Runs at trackio, which keeps them in a local folder or on a server of its own and has wandb's verbs."""
+"""Runs at trackio, which stores them in a local folder or on its own server and has wandb's interface."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from gkd_lab.config.sweep import WANDB_PROJECT
 
 
 class TrackioClient:
-    """Opens runs. Raises SpecError where trackio is not installed."""
+    """Client that opens runs. Raises ConfigError where trackio is not installed."""
 
     def __init__(self, experiment: str) -> None:
         self.experiment, self._trackio = experiment, _import_trackio()
 
     def open_run(self, cell: Cell, config: dict[str, Any]) -> "TrackioRun":
-        """The run of a cell; one of that name is gone on with."""
+        """Open the run of a cell, or resume the run of the same name."""
         begin = partial(
             self._trackio.init,
             project=WANDB_PROJECT,
@@ -28,13 +28,13 @@ class TrackioClient:
             resume="allow",
             embed=False,
         )
-        # In a context of its own, since `init` ends the run that it finds open in the current one.
+        # In a context of its own, because `init` finishes the open run of the current context.
         with _discard_stdout():
             return TrackioRun(copy_context().run(begin))
 
 
 class TrackioRun:
-    """An open run. trackio has no summary: the verdict is a last row, where `exit_code` is a value."""
+    """Open run. Because trackio has no summary, status and `exit_code` are a last row."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -42,17 +42,18 @@ class TrackioRun:
         self.logged_scores: set[str] = set()
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """A row of the history."""
+        """Send a row of the history."""
         self._run.log(dict(row), step=step)
 
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
-        """A last row with the verdict, and everything written."""
+        """Send a last row with the status, and finish the run."""
         self._run.log({**summary, "exit_code": exit_code}, step=self.next_step)
         with _discard_stdout():
             self._run.finish()
 
 
 def _import_trackio() -> Any:
+    """Return the module trackio. Raises ConfigError where it is not installed."""
     try:
         import trackio
     except ImportError as error:
@@ -64,6 +65,6 @@ def _import_trackio() -> Any:
 
 @contextlib.contextmanager
 def _discard_stdout() -> Iterator[None]:
-    """What it prints goes nowhere: standard output is a command's result."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """Discard what trackio prints, because standard output is for a command's result."""
+    with open(os.devnull, "w") as null_file, contextlib.redirect_stdout(null_file):
         yield

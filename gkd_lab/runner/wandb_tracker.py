@@ -1,6 +1,6 @@
-"""Runs at Weights & Biases: one a cell, many in one process; a sweep agent's process has the agent's one.
+"""Runs at Weights & Biases: one per cell; under a sweep agent, a process has only the agent's run.
 
-Without a login, or where the server cannot be reached, runs are kept offline for `wandb sync`.
+Without a login, or where the server cannot be reached, runs are stored offline for `wandb sync`.
 """
 
 import os
@@ -17,12 +17,12 @@ from gkd_lab.runner.progress import Reporter
 
 INIT_TIMEOUT_SECONDS = 30
 FINISH_TIMEOUT_SECONDS = 60
-"""wandb retries for days by default; what was not sent stays on disk for `wandb sync`."""
+"""wandb retries for days by default; unsent data stays on disk for `wandb sync`."""
 
 _SETTINGS = {
     "silent": True,
     "console": "off",
-    # The record's provenance says these without secrets; wandb would keep the command as it was typed.
+    # The record's provenance has these without secrets; wandb would store the command with them.
     "x_disable_meta": True,
     "disable_git": True,
     "disable_code": True,
@@ -34,7 +34,7 @@ Mode = Literal["online", "offline"]
 
 
 class WandbClient:
-    """Opens runs; says once where they are."""
+    """Client that opens runs, and prints once where they are."""
 
     def __init__(self, experiment: str, outputs: Path, reporter: Reporter) -> None:
         self.experiment, self.outputs, self.reporter = experiment, outputs, reporter
@@ -42,7 +42,7 @@ class WandbClient:
         self._has_reported = False
 
     def open_run(self, cell: Cell, config: dict[str, Any]) -> "WandbRun":
-        """The run of a cell; offline where there is no login or no answer."""
+        """Open the run of a cell, offline where there is no login or no answer."""
         wandb.setup(settings=wandb.Settings(silent=True))
         self._mode = self._mode or _choose_mode()
         try:
@@ -50,7 +50,7 @@ class WandbClient:
         except wandb.Error as error:
             if self._mode != "online" or self._has_reported:
                 raise
-            wandb.teardown()  # the id counts as taken by the attempt that failed
+            wandb.teardown()  # otherwise the failed attempt occupies the run's id
             wandb.setup(settings=wandb.Settings(silent=True))
             self._mode = "offline"
             reason = " ".join(str(error).split())
@@ -60,34 +60,37 @@ class WandbClient:
         return WandbRun(run)
 
     def _init_run(self, cell: Cell, config: dict[str, Any]) -> Any:
-        agents = is_sweep_agent()
-        # An agent has set project and id, which are its own.
-        ours: dict[str, Any] = {} if agents else {"project": _choose_project(), "id": build_run_id(cell)}
+        """Call `wandb.init` for a cell; a sweep agent has set project and id itself."""
+        has_agent = is_sweep_agent()
+        identity: dict[str, Any] = (
+            {} if has_agent else {"project": _choose_project(), "id": build_run_id(cell)}
+        )
         return wandb.init(
-            **ours,
+            **identity,
             group=self.experiment,
             name=build_run_name(cell),
             config=config,
             dir=None if os.environ.get("WANDB_DIR") else str(self.outputs),
             mode=self._mode,
             resume="allow",
-            reinit="default" if agents else "create_new",
+            reinit="default" if has_agent else "create_new",
             settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()),
         )
 
     def _report_location(self, run: Any) -> None:
+        """Print once where the runs are: a web page, or the command that sends them."""
         if self._has_reported:
             return
         self._has_reported = True
         if run.offline:
-            place = Path(run.dir).parent.parent
-            self.reporter.say(f"wandb: offline; `wandb sync {place}/offline-run-*` sends the runs later")
+            folder = Path(run.dir).parent.parent
+            self.reporter.say(f"wandb: offline; `wandb sync {folder}/offline-run-*` sends the runs later")
         elif run.url:
             self.reporter.say(f"wandb: {run.url if is_sweep_agent() else run.project_url}")
 
 
 class WandbRun:
-    """An open run."""
+    """Open run at Weights & Biases."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -95,11 +98,11 @@ class WandbRun:
         self.logged_scores = set(run.summary.keys())
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """A row of the history, sent at once."""
+        """Send a row of the history at once."""
         self._run.log(dict(row), step=step, commit=True)
 
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
-        """Finish; an interrupted run of a sweep is one that an agent may resume."""
+        """Write the summary and finish the run; an agent may resume an interrupted run of a sweep."""
         self._run.summary.update(dict(summary))
         if interrupted:
             self._run.mark_preempting()
@@ -107,7 +110,7 @@ class WandbRun:
 
 
 def report_refused_parameters(reason: str) -> None:
-    """Tell the agent's run why no cell could be made of its parameters; a tracker's own fault is let go."""
+    """Report to the agent's run why its parameters are no valid cell; ignore errors of wandb."""
     with suppress(Exception):
         wandb.setup(settings=wandb.Settings(silent=True))
         run = wandb.init(mode=_choose_mode(), settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()))
@@ -116,32 +119,33 @@ def report_refused_parameters(reason: str) -> None:
 
 
 def is_sweep_agent() -> bool:
-    """Whether a sweep agent started this process: the run is the agent's, and there is only one."""
+    """Return whether a sweep agent started this process, which then has only the agent's run."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def build_run_id(cell: Cell) -> str:
-    """The same wherever the cell is run, so that a resumed cell goes on with its run."""
+    """Return the run id of a cell, from its fingerprint alone, so that a resumed cell resumes its run."""
     return cell.full_fingerprint[:16]
 
 
 def build_run_name(cell: Cell) -> str:
-    """Task and readable folder."""
+    """Return the run name of a cell: its folder below the scale's."""
     return cell.folder.partition("/")[2]
 
 
 def _choose_project() -> str:
+    """Return the project of WANDB_PROJECT, or the default."""
     return os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
 
 
 def _choose_mode() -> Mode | None:
-    """As WANDB_MODE says; without it, online where there is a login. Never asks for a key."""
+    """Return None to obey WANDB_MODE, else online with a login and offline without; never ask for a key."""
     if os.environ.get("WANDB_MODE"):
         return None
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def _choose_timeouts() -> dict[str, float]:
-    """How long to wait for the server, where no variable of wandb's says it."""
+    """Return the timeouts for the server that no variable of wandb sets."""
     limits = {"init_timeout": INIT_TIMEOUT_SECONDS, "finish_timeout": FINISH_TIMEOUT_SECONDS}
     return {name: float(value) for name, value in limits.items() if f"WANDB_{name.upper()}" not in os.environ}

@@ -1,6 +1,7 @@
-"""`--workers N`: N processes of one run that claim its packs from each other, with the cores shared out.
+"""`--workers N`: N processes of one run that share its packs and the processor cores.
 
-They agree through the outputs folder alone, so that one that is killed is made up for by the others.
+They coordinate through the locks in the outputs folder alone, so that the others finish the cells of a killed
+worker.
 """
 
 import os
@@ -21,14 +22,14 @@ from gkd_lab.store import Record, Store
 PrintLine = Callable[[str], None]
 
 FAILURE_PREFIX = "failed: "
-"""How a line begins that every worker would say of the same cell."""
+"""Start of a line about a failed cell, which several workers may print."""
 
 
 class WorkerPool:
-    """The processes of one run; their lines come out with the number of the worker in front."""
+    """Worker processes of one run; their output lines are printed with the worker's number in front."""
 
     def __init__(self, count: int, command: Sequence[str], say: PrintLine) -> None:
-        """`command` starts worker K with `--worker K/N` at its end."""
+        """Start `count` workers, each by `command` with `--worker K/N` appended."""
         self.say, self.failures = say, dict[str, None]()
         self._processes = [_start_worker(command, number, count) for number in range(1, count + 1)]
         self._readers = [
@@ -38,54 +39,59 @@ class WorkerPool:
             reader.start()
 
     def wait(self) -> int:
-        """The worst exit status (2, 1, 0; 1 of one that was killed), or 128 and the signal that came here."""
-        with self._forward_signals() as heard:
+        """Wait for all workers; return the worst exit status, or 128 plus a received signal.
+
+        A killed worker counts as exit status 1.
+        """
+        with self._forward_signals() as received_signals:
             codes = [process.wait() for process in self._processes]
         for reader in self._readers:
             reader.join()
         for number, code in enumerate(codes, 1):
             if code < 0:
                 self.say(f"[{number}] was killed by {signal.Signals(-code).name}")
-        if heard:
-            return 128 + heard[0]
+        if received_signals:
+            return 128 + received_signals[0]
         return max(1 if code < 0 else code for code in codes)
 
     def _enumerate_streams(self) -> Iterator[tuple[int, IO[str]]]:
+        """Yield the number and the standard error of each worker."""
         for number, process in enumerate(self._processes, 1):
             assert process.stderr is not None
             yield number, process.stderr
 
     def _relay_output(self, number: int, lines: IO[str]) -> None:
+        """Print a worker's lines with its number; collect the failures, each once."""
         for line in lines:
-            said = line.rstrip("\n")
-            if said.startswith(FAILURE_PREFIX):
-                self.failures[said] = None
-            elif said:
-                self.say(f"[{number}] {said}")
+            text = line.rstrip("\n")
+            if text.startswith(FAILURE_PREFIX):
+                self.failures[text] = None
+            elif text:
+                self.say(f"[{number}] {text}")
 
     @contextmanager
     def _forward_signals(self) -> Iterator[list[int]]:
-        """SIGINT and SIGTERM go on to the workers, each time they come; yields those that came."""
-        heard: list[int] = []
+        """Forward every SIGINT and SIGTERM to the workers; yield the list of received signals."""
+        received_signals: list[int] = []
 
         def forward(number: int, _: object) -> None:
-            heard.append(number)
+            received_signals.append(number)
             for process in self._processes:
                 process.send_signal(number)
 
         numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, forward) for number in numbers}
+        previous_handlers = {number: signal.signal(number, forward) for number in numbers}
         try:
-            yield heard
+            yield received_signals
         finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
 
 
 def clear_failures(grid: Grid, store: Store) -> None:
-    """Make what has failed undone, once for all workers: one must not try again what another just tried."""
-    for one in list_references(grid.cells):
-        _clear_record_failures(store.get_artifact(grid.scale, one.role, one.model), one.cells)
+    """Clear all failures once, before the workers start: no worker retries what another has just tried."""
+    for role, model, cells in list_references(grid.cells):
+        _clear_record_failures(store.get_artifact(grid.scale, role, model), cells)
     for cell in grid.cells:
         _clear_record_failures(store.get_record(cell), [cell])
         if cell.training.text_spec is not None:
@@ -95,7 +101,7 @@ def clear_failures(grid: Grid, store: Store) -> None:
 
 
 def _clear_record_failures(record: Record, cells: Sequence[Cell]) -> None:
-    """Of a record that another process holds nothing: it is at work there."""
+    """Clear the failures of a record and its evaluations, unless another process has locked it."""
     parts = [record.get_evaluation(evaluation) for cell in cells for evaluation in cell.evaluations]
     if any(part.read_status().get("state") == "failed" for part in (record, *parts)):
         with suppress(Timeout), record.lock().acquire(timeout=0.2):
@@ -104,14 +110,15 @@ def _clear_record_failures(record: Record, cells: Sequence[Cell]) -> None:
 
 
 def count_worker_threads(workers: int) -> int:
-    """Cores of this process shared out, at least 1; fewer where OMP_NUM_THREADS says so."""
+    """Return the threads of each worker: its share of the cores, at least 1 and at most OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(max(1, cores // workers), int(asked) if asked.isdecimal() and int(asked) > 0 else cores)
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    max_threads = int(variable) if variable.isdecimal() and int(variable) > 0 else cores
+    return min(max(1, cores // workers), max_threads)
 
 
 def _start_worker(command: Sequence[str], number: int, count: int) -> "subprocess.Popen[str]":
-    """In a session of its own: a terminal's Ctrl-C comes to it once, through its parent."""
+    """Start a worker in a session of its own, so that Ctrl-C reaches it once, through its parent."""
     return subprocess.Popen(
         [*command, "--worker", f"{number}/{count}"],
         stdin=subprocess.PIPE,
@@ -124,7 +131,7 @@ def _start_worker(command: Sequence[str], number: int, count: int) -> "subproces
 
 
 def stop_with_parent() -> None:
-    """In a worker: stop as if by SIGTERM when the parent is gone, which closes this process's input."""
+    """Send SIGTERM to this worker when its parent ends, which closes this process's standard input."""
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)

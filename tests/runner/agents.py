@@ -1,4 +1,4 @@
-"""wandb's own command line against the server of the tests, and a `gkd-lab` on the path of its agents."""
+"""wandb's command line connected to the test server, with a `gkd-lab` command on the path of its agents."""
 
 import os
 import re
@@ -10,15 +10,15 @@ import yaml
 
 from ..wandb_server import Server
 
-# The interval is a constant of the client's, 5 s; nothing else of it is changed.
-WANDB = """
+# The polling interval of the client is a constant of 5 s; nothing else is changed.
+WANDB_SCRIPT = """
 import sys
 from wandb import wandb_agent
 from wandb.cli.cli import cli
 wandb_agent.Agent.POLL_INTERVAL = 0.2
 cli(sys.argv[1:])
 """
-GKD_LAB = """#!{python}
+GKD_LAB_SCRIPT = """#!{python}
 import sys
 sys.path.insert(0, {root!r})
 from gkd_lab.cli import main
@@ -27,14 +27,14 @@ main()
 
 
 class Shell:
-    """A user's shell in `folder`: records in `folder/outputs`, wandb logged in at the server."""
+    """Shell of a user in `folder`: records in `folder/outputs`, wandb logged in to the server."""
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.outputs = folder / "outputs"
         program = folder / "bin" / "gkd-lab"
         program.parent.mkdir(parents=True)
-        program.write_text(GKD_LAB.format(python=sys.executable, root=str(Path(__file__).parents[2])))
+        program.write_text(GKD_LAB_SCRIPT.format(python=sys.executable, root=str(Path(__file__).parents[2])))
         program.chmod(0o755)
         self.environment = {
             **server.environment(folder / "home"),
@@ -49,24 +49,24 @@ class Shell:
         return self._run(["gkd-lab", *words])
 
     def sweep(self, name: str, **changes: object) -> str:
-        """`gkd-lab sweep NAME > sweep.yaml; wandb sweep sweep.yaml`; returns what an agent is given."""
-        printed = self.gkd_lab("sweep", name)
-        assert printed.returncode == 0, printed.stderr
-        place = self.folder / "sweep.yaml"
-        place.write_text(yaml.safe_dump({**yaml.safe_load(printed.stdout), **changes}))
-        done = self._run([sys.executable, "-c", WANDB, "sweep", str(place)])
-        found = re.search(r"wandb agent (\S+)", done.stderr)
-        assert found, done.stderr
-        return found[1]
+        """Create a sweep by `gkd-lab sweep` and `wandb sweep`; return its path for `wandb agent`."""
+        sweep_command = self.gkd_lab("sweep", name)
+        assert sweep_command.returncode == 0, sweep_command.stderr
+        sweep_file = self.folder / "sweep.yaml"
+        sweep_file.write_text(yaml.safe_dump({**yaml.safe_load(sweep_command.stdout), **changes}))
+        create_command = self._run([sys.executable, "-c", WANDB_SCRIPT, "sweep", str(sweep_file)])
+        match = re.search(r"wandb agent (\S+)", create_command.stderr)
+        assert match, create_command.stderr
+        return match[1]
 
     def agent(self, sweep: str) -> subprocess.CompletedProcess[str]:
-        """`wandb agent`, to the end of the sweep."""
-        return self._run([sys.executable, "-c", WANDB, "agent", sweep])
+        """Run `wandb agent` to the end of the sweep."""
+        return self._run([sys.executable, "-c", WANDB_SCRIPT, "agent", sweep])
 
     def agent_beside(self, sweep: str) -> "subprocess.Popen[bytes]":
-        """The same, while this process goes on."""
+        """Start `wandb agent` in the background."""
         return subprocess.Popen(
-            [sys.executable, "-c", WANDB, "agent", sweep],
+            [sys.executable, "-c", WANDB_SCRIPT, "agent", sweep],
             env=self.environment,
             cwd=self.folder,
             stdout=subprocess.DEVNULL,

@@ -1,9 +1,9 @@
-"""Runs a tiny experiment that meets a fault, and again without it, in children of one clean process.
+"""Run a tiny experiment with each fault, and again without it, in children of one clean process.
 
-    python faults.py MAKING_FILE FOLDER
+    python fault_script.py TINY_EXPERIMENTS_FILE FOLDER
 
-Writes FOLDER/found.json: fault -> {"status": what the first child ended with, "left": what it left behind,
-"again": how the second ended, "said": what it told}. Records are in FOLDER/<fault>.
+Writes FOLDER/found.json: fault -> {"status": exit status of the first child, "left": files that it left,
+"again": exit status of the second child, "said": what that one printed}. Records are in FOLDER/<fault>.
 """
 
 import importlib.util
@@ -33,8 +33,8 @@ SMALL = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding": "greedy"}]}
 Work = Callable[[Path], None]
 
 
-class Acting(Reporter):
-    """Does something when the phase whose name contains `name` has done `count`."""
+class ActingReporter(Reporter):
+    """Reporter that calls `act` when the phase whose name contains `name` has done `count`."""
 
     def __init__(self, name: str, count: int, act: Callable[[], Any]) -> None:
         super().__init__(Console(quiet=True))
@@ -42,34 +42,34 @@ class Acting(Reporter):
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
-        def advance(count: int) -> None:
+        def update(count: int) -> None:
             if self.name in name and count == self.count:
                 self.act()
 
         if self.name in name and self.count == 0:
             self.act()
-        yield advance
+        yield update
 
 
-def send(*numbers: int) -> None:
+def send_signals(*numbers: int) -> None:
     for number in numbers:
         os.kill(os.getpid(), number)
 
 
 def die_at_open(words: tuple[str, ...]) -> None:
-    """Killed when a file whose path has all these words is opened to be written."""
+    """Kill this process when a file whose path contains all these words is opened for writing."""
 
-    def hook(event: str, found: Any) -> None:
-        if event == "open" and isinstance(found[0], str) and all(word in found[0] for word in words):
-            mode, flags = found[1], found[2] or 0
+    def hook(event: str, outcomes: Any) -> None:
+        if event == "open" and isinstance(outcomes[0], str) and all(word in outcomes[0] for word in words):
+            mode, flags = outcomes[1], outcomes[2] or 0
             if (mode and set(mode) & set("wxa+")) or flags & (os.O_WRONLY | os.O_RDWR):
-                send(signal.SIGKILL)
+                send_signals(signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def child(work: Callable[[], None], log: Path) -> int:
-    """The process id of `work` in a process of its own."""
+def fork_child(work: Callable[[], None], log: Path) -> int:
+    """Run `work` in a forked child; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -95,118 +95,135 @@ def child(work: Callable[[], None], log: Path) -> int:
     os._exit(status)
 
 
-def ended(*pids: int) -> list[int]:
+def wait_for(*pids: int) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def flip(path: Path, at: int = -3) -> None:
-    """One bit of one byte."""
+def flip_bit(path: Path, at: int = -3) -> None:
+    """Flip one bit of one byte."""
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def left_behind(outputs: Path) -> list[str]:
+def list_files(outputs: Path) -> list[str]:
     return sorted(str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file())
 
 
 def main() -> None:
-    file, root = sys.argv[1], Path(sys.argv[2])
-    source = importlib.util.spec_from_file_location("making", file)
-    assert source is not None
-    assert source.loader is not None
-    making = importlib.util.module_from_spec(source)
-    source.loader.exec_module(making)
+    module_file, root = sys.argv[1], Path(sys.argv[2])
+    module_spec = importlib.util.spec_from_file_location("making", module_file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    tiny_experiments = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(tiny_experiments)
     silence_libraries()
-    grid = making.tiny_grid(root, "arithmetic", **SMALL)
+    grid = tiny_experiments.tiny_grid(root, "arithmetic", **SMALL)
 
-    def whole(outputs: Path, **more: Any) -> None:
-        outcome = run_grid(grid, making.options(outputs, busy_cells="wait", **more))
+    def run_whole(outputs: Path, **changes: Any) -> None:
+        outcome = run_grid(grid, tiny_experiments.options(outputs, busy_cells="wait", **changes))
         assert not outcome.failures, outcome.failures
 
-    def acting(name: str, count: int, act: Callable[[], Any]) -> Work:
-        return lambda outputs: whole(outputs, reporter=Acting(name, count, act))
+    def act_in_phase(name: str, count: int, act: Callable[[], Any]) -> Work:
+        return lambda outputs: run_whole(outputs, reporter=ActingReporter(name, count, act))
 
-    def dying(*words: str) -> Work:
+    def die_writing(*words: str) -> Work:
         def work(outputs: Path) -> None:
             die_at_open(words)
-            whole(outputs)
+            run_whole(outputs)
 
         return work
 
-    def a_cell(outputs: Path) -> Record:
+    def get_first_record(outputs: Path) -> Record:
         return Store(outputs).get_record(grid.cells[0])
 
-    def taken_over(outputs: Path) -> None:
-        """As if this process had been silent for long: a heartbeat that is another's lies in its place."""
+    def lose_lock(outputs: Path) -> None:
+        """Replace the heartbeat as if this process had been silent and another had taken its lock."""
         lock.BEAT_SECONDS = 0.05
 
         def act() -> None:
-            other = a_cell(outputs).folder / "other"
-            other.write_text(json.dumps({"host": "far", "machine": "far/1", "token": "t"}))
-            other.replace(a_cell(outputs).folder / ".owner.json")
+            remote_file = get_first_record(outputs).folder / "other"
+            remote_file.write_text(json.dumps({"host": "far", "machine": "far/1", "token": "t"}))
+            remote_file.replace(get_first_record(outputs).folder / ".owner.json")
             time.sleep(0.5)
 
-        whole(outputs, reporter=Acting("distillation", 2, act))
+        run_whole(outputs, reporter=ActingReporter("distillation", 2, act))
 
-    def full(outputs: Path) -> None:
+    def fill_disk(outputs: Path) -> None:
         outputs.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(outputs)], check=True)
-        whole(outputs)
+        run_whole(outputs)
 
-    def steps(outputs: Path, name: str = "checkpoint-3/model.safetensors") -> Path:
-        return a_cell(outputs).steps_folder / name
+    def get_checkpoint_file(outputs: Path, name: str = "checkpoint-3/model.safetensors") -> Path:
+        return get_first_record(outputs).steps_folder / name
 
-    stop = acting("distillation", 3, partial(send, signal.SIGTERM))
-    none: Work = lambda outputs: None  # noqa: E731
+    stop = act_in_phase("distillation", 3, partial(send_signals, signal.SIGTERM))
+    do_nothing: Work = lambda outputs: None  # noqa: E731
     faults: dict[str, tuple[Work, Work]] = {
-        "undisturbed": (whole, none),
-        "SIGTERM in SFT": (acting(": teacher ", 3, partial(send, signal.SIGTERM)), none),
-        "SIGTERM in training": (stop, none),
-        "Ctrl-C in training": (acting("distillation", 3, partial(send, signal.SIGINT)), none),
-        "Ctrl-C twice": (acting("distillation", 3, partial(send, signal.SIGINT, signal.SIGINT)), none),
-        "SIGTERM in evaluation": (acting("2 cells, greedy", 0, partial(send, signal.SIGTERM)), none),
-        "SIGKILL in a checkpoint": (dying("lmbda=1", "checkpoint-4", "optimizer.json"), none),
-        "SIGKILL in status.json": (dying("lmbda=1", ".status.json"), none),
-        "taken over": (taken_over, lambda outputs: (a_cell(outputs).folder / ".owner.json").unlink()),
-        "disk full": (full, none),
-        "flipped checkpoint": (stop, lambda outputs: flip(steps(outputs))),
-        "cut checkpoint": (stop, lambda outputs: cut(steps(outputs, "checkpoint-3/optimizer.safetensors"))),
-        "cut metrics": (stop, lambda outputs: cut(a_cell(outputs).metrics_file)),
-        "flipped spec": (stop, lambda outputs: flip(a_cell(outputs).folder / "spec.json", -40)),
+        "undisturbed": (run_whole, do_nothing),
+        "SIGTERM in SFT": (act_in_phase(": teacher ", 3, partial(send_signals, signal.SIGTERM)), do_nothing),
+        "SIGTERM in training": (stop, do_nothing),
+        "Ctrl-C in training": (
+            act_in_phase("distillation", 3, partial(send_signals, signal.SIGINT)),
+            do_nothing,
+        ),
+        "Ctrl-C twice": (
+            act_in_phase("distillation", 3, partial(send_signals, signal.SIGINT, signal.SIGINT)),
+            do_nothing,
+        ),
+        "SIGTERM in evaluation": (
+            act_in_phase("2 cells, greedy", 0, partial(send_signals, signal.SIGTERM)),
+            do_nothing,
+        ),
+        "SIGKILL in a checkpoint": (die_writing("lmbda=1", "checkpoint-4", "optimizer.json"), do_nothing),
+        "SIGKILL in status.json": (die_writing("lmbda=1", ".status.json"), do_nothing),
+        "taken over": (
+            lose_lock,
+            lambda outputs: (get_first_record(outputs).folder / ".owner.json").unlink(),
+        ),
+        "disk full": (fill_disk, do_nothing),
+        "flipped checkpoint": (stop, lambda outputs: flip_bit(get_checkpoint_file(outputs))),
+        "cut checkpoint": (
+            stop,
+            lambda outputs: truncate(get_checkpoint_file(outputs, "checkpoint-3/optimizer.safetensors")),
+        ),
+        "cut metrics": (stop, lambda outputs: truncate(get_first_record(outputs).metrics_file)),
+        "flipped spec": (stop, lambda outputs: flip_bit(get_first_record(outputs).folder / "spec.json", -40)),
         "flipped student": (
             stop,
-            lambda outputs: flip(next(outputs.glob("nano/*/start-*")) / "checkpoint" / "model.safetensors"),
+            lambda outputs: flip_bit(
+                next(outputs.glob("nano/*/start-*")) / "checkpoint" / "model.safetensors"
+            ),
         ),
-        "cut status": (whole, lambda outputs: cut(a_cell(outputs).status_file)),
+        "cut status": (run_whole, lambda outputs: truncate(get_first_record(outputs).status_file)),
     }
-    found = {}
-    for name, (work, then) in faults.items():
+    outcomes = {}
+    for name, (work, repair) in faults.items():
         outputs, log = root / name.replace(" ", "-"), root / f"{name.replace(' ', '-')}.log"
-        (status,) = ended(child(lambda work=work, outputs=outputs: work(outputs), log))  # type: ignore[misc]
-        left = left_behind(outputs)
+        (status,) = wait_for(fork_child(lambda work=work, outputs=outputs: work(outputs), log))  # type: ignore[misc]
+        files_left = list_files(outputs)
         if name == "disk full" and os.path.ismount(outputs):
             subprocess.run(["mount", "-o", "remount,size=50m", str(outputs)], check=True)
-        then(outputs)
+        repair(outputs)
 
-        def again(outputs: Path = outputs, log: Path = log) -> None:
-            told = io.StringIO()
+        def run_again(outputs: Path = outputs, log: Path = log) -> None:
+            output = io.StringIO()
             try:
-                whole(outputs, reporter=Reporter(Console(file=told, width=500)))
+                run_whole(outputs, reporter=Reporter(Console(file=output, width=500)))
             finally:
-                log.with_suffix(".said").write_text(told.getvalue())
+                log.with_suffix(".said").write_text(output.getvalue())
 
-        (once_more,) = ended(child(again, log))
-        said = log.with_suffix(".said").read_text()
-        found[name] = {"status": status, "left": left, "again": once_more, "said": said}
-    both = root / "twice-at-once"
-    pids = [child(partial(whole, both), root / f"twice-{n}.log") for n in range(2)]
-    found["twice at once"] = {"status": max(ended(*pids)), "left": [], "again": 0, "said": ""}
-    (root / "found.json").write_text(json.dumps(found))
+        (second_status,) = wait_for(fork_child(run_again, log))
+        text = log.with_suffix(".said").read_text()
+        outcomes[name] = {"status": status, "left": files_left, "again": second_status, "said": text}
+    outputs = root / "twice-at-once"
+    pids = [fork_child(partial(run_whole, outputs), root / f"twice-{n}.log") for n in range(2)]
+    outcomes["twice at once"] = {"status": max(wait_for(*pids)), "left": [], "again": 0, "said": ""}
+    (root / "found.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

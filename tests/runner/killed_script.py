@@ -1,9 +1,9 @@
-"""Runs a tiny experiment in children that kill themselves at given moments, then to the end.
+"""Run a tiny experiment in children that kill themselves at given moments, and then to its end.
 
-    python killed.py MAKING_FILE TASK FOLDER
+    python killed_script.py TINY_EXPERIMENTS_FILE TASK FOLDER
 
-Children are forked from this clean process, so that the libraries are loaded once. A moment is a rename
-(each file of a record appears by one) or a step of a phase. Writes FOLDER/moments.json: moment -> folder.
+Children are forked from this clean process, so that the libraries are loaded once. A moment is a rename, by
+which each file of a record appears, or a step of a phase. Writes FOLDER/moments.json: moment -> folder.
 """
 
 import importlib.util
@@ -24,12 +24,12 @@ from gkd_lab.runner.progress import ProgressUpdate, Reporter
 from gkd_lab.runner.run import run_grid
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class DeadlyReporter(Reporter):
-    """Dies when the phase whose name contains `phase` has done `count`."""
+    """Reporter that kills the process when the phase whose name contains `phase` has done `count`."""
 
     def __init__(self, phase: str, count: int) -> None:
         super().__init__(Console(quiet=True))
@@ -37,42 +37,42 @@ class DeadlyReporter(Reporter):
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
-        def advance(count: int) -> None:
+        def update(count: int) -> None:
             if self.phase_name in name and count >= self.count:
-                die()
+                kill_self()
 
-        yield advance
+        yield update
 
 
 def die_at_rename(number: int) -> None:
-    """Before the rename with this number, counted in this process."""
-    seen = 0
+    """Kill this process before its rename with this number."""
+    rename_count = 0
 
     def hook(event: str, _: Any) -> None:
-        nonlocal seen
+        nonlocal rename_count
         if event == "os.rename":
-            seen += 1
-            if seen == number:
-                die()
+            rename_count += 1
+            if rename_count == number:
+                kill_self()
 
     sys.addaudithook(hook)
 
 
-def count_renames(place: Path) -> None:
-    seen = 0
+def count_renames(count_file: Path) -> None:
+    rename_count = 0
 
     def hook(event: str, _: Any) -> None:
-        nonlocal seen
-        seen += event == "os.rename"
+        nonlocal rename_count
+        rename_count += event == "os.rename"
 
     sys.addaudithook(hook)
     import atexit
 
-    atexit.register(lambda: place.write_text(str(seen)))
+    atexit.register(lambda: count_file.write_text(str(rename_count)))
 
 
-def child(work: Callable[[], None]) -> int:
-    """Exit status of `work` in a process of its own; negative: the signal."""
+def run_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; return its exit status, negative for a signal."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -95,44 +95,44 @@ def child(work: Callable[[], None]) -> int:
 
 def main() -> None:
     file, task, root = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    found = importlib.util.spec_from_file_location("making", file)
-    assert found is not None
-    assert found.loader is not None
-    making = importlib.util.module_from_spec(found)
-    found.loader.exec_module(making)
+    module_spec = importlib.util.spec_from_file_location("making", file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    tiny_experiments = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(tiny_experiments)
     silence_libraries()
-    grid = making.tiny_grid(root, task)
+    grid = tiny_experiments.tiny_grid(root, task)
 
-    def whole(outputs: Path, **more: Any) -> None:
-        outcome = run_grid(grid, making.options(outputs, **more))
+    def run_whole(outputs: Path, **changes: Any) -> None:
+        outcome = run_grid(grid, tiny_experiments.options(outputs, **changes))
         assert not outcome.failures, outcome.failures
 
-    def counted() -> None:
+    def run_and_count() -> None:
         count_renames(root / "renames")
-        whole(root / "undisturbed")
+        run_whole(root / "undisturbed")
 
-    assert child(counted) == 0
+    assert run_child(run_and_count) == 0
     renames = int((root / "renames").read_text())
     moments: dict[str, Callable[[Path], None]] = {
-        "teacher": lambda outputs: whole(outputs, reporter=DeadlyReporter(": teacher ", 3)),
-        "distillation": lambda outputs: whole(outputs, reporter=DeadlyReporter("distillation", 3)),
-        "evaluation": lambda outputs: whole(outputs, reporter=DeadlyReporter("6 cells, sample", 1)),
+        "teacher": lambda outputs: run_whole(outputs, reporter=DeadlyReporter(": teacher ", 3)),
+        "distillation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter("distillation", 3)),
+        "evaluation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter("6 cells, sample", 1)),
     }
     for eighth in (1, 3, 5, 7):
         number = renames * eighth // 8
 
-        def at_rename(outputs: Path, number: int = number) -> None:
+        def run_until_rename(outputs: Path, number: int = number) -> None:
             die_at_rename(number)
-            whole(outputs)
+            run_whole(outputs)
 
-        moments[f"rename {number} of {renames}"] = at_rename
-    places = {}
+        moments[f"rename {number} of {renames}"] = run_until_rename
+    folders = {}
     for name, work in moments.items():
         outputs = root / name.replace(" ", "-")
-        assert child(lambda work=work, outputs=outputs: work(outputs)) == -signal.SIGKILL, name  # type: ignore[misc]
-        assert child(lambda outputs=outputs: whole(outputs)) == 0, name  # type: ignore[misc]
-        places[name] = str(outputs)
-    (root / "moments.json").write_text(json.dumps(places))
+        assert run_child(lambda work=work, outputs=outputs: work(outputs)) == -signal.SIGKILL, name  # type: ignore[misc]
+        assert run_child(lambda outputs=outputs: run_whole(outputs)) == 0, name  # type: ignore[misc]
+        folders[name] = str(outputs)
+    (root / "moments.json").write_text(json.dumps(folders))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Claims on a record: on this machine by its kernel's lock, on another by a heartbeat."""
+"""Locks on a record: a file lock on one machine, a heartbeat between machines."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from gkd_lab.store import Record, lock
 
 from .tiny_experiments import options, tiny_grid
 
-HOLD = """
+HOLD_LOCK = """
 import sys
 from pathlib import Path
 from gkd_lab.store import Record
@@ -37,85 +37,85 @@ def record(tmp_path: Path) -> Record:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.4)
 
 
-def written_elsewhere(record: Record, beats: int = 0, beat: str = "2001-01-01T00:00:00+00:00") -> None:
-    """What a machine leaves whose locks do not reach this one, and whose clock is wrong."""
+def write_remote_owner(record: Record, beats: int = 0, beat: str = "2001-01-01T00:00:00+00:00") -> None:
+    """Write the owner file of a machine whose file locks do not reach this one and whose clock is wrong."""
     facts = {"host": "far", "pid": 7, "machine": "far/1", "token": "t", "beats": beats, "beat": beat}
     (record.folder / ".owner.json").write_text(json.dumps(facts))
     (record.folder / ".lock").touch()
 
 
 @contextmanager
-def beating_elsewhere(record: Record) -> Iterator[None]:
-    """That machine at work, until the block ends as if it had lost its power."""
-    dead = threading.Event()
+def run_remote_owner(record: Record) -> Iterator[None]:
+    """Write heartbeats of that machine until the block ends, as if it lost power then."""
+    dead_content = threading.Event()
 
     def beat() -> None:
         for beats in range(10_000):
-            written_elsewhere(record, beats)
-            if dead.wait(0.05):
+            write_remote_owner(record, beats)
+            if dead_content.wait(0.05):
                 return
 
-    written_elsewhere(record)
+    write_remote_owner(record)
     thread = threading.Thread(target=beat)
     thread.start()
     try:
         yield
     finally:
-        dead.set()
+        dead_content.set()
         thread.join()
 
 
-def test_an_owner_on_another_machine_is_left_alone_while_it_beats(record: Record, quick: None) -> None:
-    with beating_elsewhere(record):
+def test_remote_owner_keeps_the_lock_while_it_beats(record: Record, fast_heartbeat: None) -> None:
+    with run_remote_owner(record):
         assert record.is_locked()
         with pytest.raises(Timeout):
-            record.lock().acquire(timeout=1.0)  # longer than a dead one would be believed
+            record.lock().acquire(timeout=1.0)  # longer than a silent owner counts as alive
         assert record.is_locked()
         assert record.read_state() == "running"
 
 
-@pytest.mark.parametrize("clock", ("2001-01-01T00:00:00+00:00", "2099-01-01T00:00:00+00:00"))
-def test_one_that_stops_beating_is_taken_over_by_the_watchers_own_clock(
-    record: Record, quick: None, clock: str
+@pytest.mark.parametrize("clock_time", ("2001-01-01T00:00:00+00:00", "2099-01-01T00:00:00+00:00"))
+def test_silent_remote_owner_is_replaced_by_the_local_clock(
+    record: Record, fast_heartbeat: None, clock_time: str
 ) -> None:
-    written_elsewhere(record, beat=clock)
+    write_remote_owner(record, beat=clock_time)
     with pytest.raises(Timeout):
         record.lock().acquire(timeout=0.2)
-    began = time.monotonic()
+    start_time = time.monotonic()
     with record.lock():
-        assert time.monotonic() - began < 5
-        found = lock.read_owner(record.folder)
-        assert found is not None
-        assert found["pid"] == os.getpid()
+        assert time.monotonic() - start_time < 5
+        owner = lock.read_owner(record.folder)
+        assert owner is not None
+        assert owner["pid"] == os.getpid()
     assert not record.is_locked()
     assert sorted(path.name for path in record.folder.iterdir()) == [".lock"]
 
 
-def test_a_dead_owner_on_this_machine_is_taken_over_at_once(record: Record) -> None:
-    command = [sys.executable, "-c", HOLD, str(record.folder)]
+def test_dead_local_owner_is_replaced_at_once(record: Record) -> None:
+    command = [sys.executable, "-c", HOLD_LOCK, str(record.folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    there = lock.read_owner(record.folder)
-    assert there is not None
-    assert there["pid"] == holder.pid
+    owner = lock.read_owner(record.folder)
+    assert owner is not None
+    assert owner["pid"] == holder.pid
     with pytest.raises(Timeout):
         record.lock().acquire(timeout=0)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    assert lock.read_owner(record.folder) == there
+    assert lock.read_owner(record.folder) == owner
     assert not record.is_locked()
     with record.lock().acquire(timeout=0):
         assert record.is_locked()
     assert lock.read_owner(record.folder) is None
 
 
-def test_a_held_claim_beats_and_a_released_one_leaves_nothing(record: Record, quick: None) -> None:
+def test_held_lock_beats_and_released_lock_leaves_no_file(record: Record, fast_heartbeat: None) -> None:
     with record.lock():
         first = lock.read_owner(record.folder)
         time.sleep(0.4)
@@ -127,59 +127,63 @@ def test_a_held_claim_beats_and_a_released_one_leaves_nothing(record: Record, qu
     assert lock.read_owner(record.folder) is None
 
 
-def test_one_that_was_taken_over_knows_it_and_writes_nothing_into_the_new_owners_file(
-    record: Record, quick: None
-) -> None:
-    lock = record.lock().acquire()
-    assert lock.lost() is None
-    other = record.folder / "other"
-    other.write_text(json.dumps({"host": "far", "machine": "far/1", "token": "t"}))
-    other.replace(record.folder / ".owner.json")
+def test_replaced_owner_notices_and_keeps_the_new_owners_file(record: Record, fast_heartbeat: None) -> None:
+    folder_lock = record.lock().acquire()
+    assert lock.find_lost_folder() is None
+    remote_file = record.folder / "other"
+    remote_file.write_text(json.dumps({"host": "far", "machine": "far/1", "token": "t"}))
+    remote_file.replace(record.folder / ".owner.json")
     deadline = time.monotonic() + 5
-    while lock.lost() is None and time.monotonic() < deadline:
+    while lock.find_lost_folder() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert lock.lost() == record.folder
-    lock.release()
-    there = lock.owner(record.folder)
-    assert there is not None
-    assert there["host"] == "far"
-    assert lock.lost() is None
+    assert lock.find_lost_folder() == record.folder
+    folder_lock.release()
+    owner = lock.read_owner(record.folder)
+    assert owner is not None
+    assert owner["host"] == "far"
+    assert lock.find_lost_folder() is None
 
 
-def test_of_many_machines_that_find_an_owner_dead_one_takes_over(record: Record) -> None:
-    """Threads that skip the kernel's lock stand for machines that it does not reach."""
+def test_one_of_many_machines_replaces_a_dead_owner(record: Record) -> None:
+    """Threads that skip the file lock stand for machines that it does not reach."""
     path = record.folder / ".owner.json"
     for _ in range(30):
-        written_elsewhere(record)
-        dead = path.read_bytes()
-        start, got = threading.Barrier(6), []
+        write_remote_owner(record)
+        dead_content = path.read_bytes()
+        start, taken_tokens = threading.Barrier(6), []
 
-        def take(start: threading.Barrier = start, got: list[str] = got, dead: bytes = dead) -> None:
-            mine = lock.Heartbeat(path)
+        def take(
+            start: threading.Barrier = start,
+            taken_tokens: list[str] = taken_tokens,
+            dead_content: bytes = dead_content,
+        ) -> None:
+            heartbeat = lock.Heartbeat(path)
             start.wait()
-            if lock._replace_dead_owner(path, dead, mine):
-                got.append(mine.token)
+            if lock._replace_dead_owner(path, dead_content, heartbeat):
+                taken_tokens.append(heartbeat.token)
 
         threads = [threading.Thread(target=take) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        there = lock.read_owner(record.folder)
-        assert there is not None
-        assert got == [there["token"]]
-        assert [one.name for one in record.folder.glob(".owner*")] == [".owner.json"]
+        owner = lock.read_owner(record.folder)
+        assert owner is not None
+        assert taken_tokens == [owner["token"]]
+        assert [file.name for file in record.folder.glob(".owner*")] == [".owner.json"]
 
 
-def test_a_taking_over_that_was_cut_off_is_finished_by_the_next(record: Record, quick: None) -> None:
-    written_elsewhere(record)
+def test_interrupted_replacement_is_finished_by_the_next_process(
+    record: Record, fast_heartbeat: None
+) -> None:
+    write_remote_owner(record)
     (record.folder / ".owner-t.taken").touch()
     with record.lock().acquire(timeout=10):
         pass
     assert sorted(path.name for path in record.folder.iterdir()) == [".lock"]
 
 
-def test_a_damaged_heartbeat_is_watched_like_any_other(record: Record, quick: None) -> None:
+def test_damaged_heartbeat_goes_stale_too(record: Record, fast_heartbeat: None) -> None:
     (record.folder / ".owner.json").write_bytes(b'{"host": "fa')
     with pytest.raises(Timeout):
         record.lock().acquire(timeout=0.1)
@@ -187,23 +191,23 @@ def test_a_damaged_heartbeat_is_watched_like_any_other(record: Record, quick: No
         pass
 
 
-def test_a_pack_is_claimed_whole_or_in_the_part_that_is_free(tmp_path: Path) -> None:
+def test_pack_lock_locks_the_free_cells_of_a_pack(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic")
-    choices = options(tmp_path / "outputs")
+    run_options = options(tmp_path / "outputs")
     first = min(grid.cells, key=lambda cell: cell.folder)
-    with choices.store.get_record(first).lock():
-        with PackLock(grid.cells, choices) as claimed:
-            assert claimed.busy_cells == [first]
-            assert claimed.locked_cells == [cell for cell in grid.cells if cell is not first]
-        with PackLock(grid.cells, choices) as again:
-            assert len(again.locked_cells) == 5, "the others are free again"
+    with run_options.store.get_record(first).lock():
+        with PackLock(grid.cells, run_options) as pack_lock:
+            assert pack_lock.busy_cells == [first]
+            assert pack_lock.locked_cells == [cell for cell in grid.cells if cell is not first]
+        with PackLock(grid.cells, run_options) as second_lock:
+            assert len(second_lock.locked_cells) == 5, "the others are free again"
 
 
-def test_workers_of_one_run_get_packs_of_their_own(tmp_path: Path) -> None:
+def test_each_worker_gets_a_pack(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic")
     sizes = {
         n: [len(pack) for pack in split_packs(grid.cells, options(tmp_path, workers=n))] for n in (1, 2, 4, 9)
     }
     assert sizes == {1: [6], 2: [3, 3], 4: [2, 2, 2], 9: [1] * 6}
-    asked = split_packs(grid.cells, options(tmp_path, workers=2, pack=4))
-    assert [len(pack) for pack in asked] == [4, 2]
+    packs = split_packs(grid.cells, options(tmp_path, workers=2, pack=4))
+    assert [len(pack) for pack in packs] == [4, 2]

@@ -1,4 +1,4 @@
-"""Grids of classifiers from the command's side: packed, interrupted, judged, compared."""
+"""Runs of classifier grids: packing, resuming, scores and comparison."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ SOFT = [{"beta": 0, "teacher_temperature": 2, "student_temperature": 2, "square_
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
@@ -43,31 +43,31 @@ GRIDS: dict[str, Any] = {
 }
 
 
-def grid_of(folder: Path, task: str) -> Grid:
+def build_grid(folder: Path, task: str) -> Grid:
     return tiny_grid(folder, task, task, grid=GRIDS[task], **SMALL)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, Path]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, Path]:
     folder = tmp_path_factory.mktemp("classification")
-    grid = grid_of(folder, "classification")
+    grid = build_grid(folder, "classification")
     assert run_grid(grid, options(folder / "outputs")).failures == []
     return grid, folder / "outputs"
 
 
 @pytest.mark.parametrize("task", ["tagging", "scoring"])
-def test_a_grid_of_classifiers_is_trained_as_one_model_and_judged(tmp_path: Path, task: str) -> None:
-    grid, outputs = grid_of(tmp_path, task), tmp_path / "outputs"
+def test_classifiers_are_trained_as_one_pack_and_scored(tmp_path: Path, task: str) -> None:
+    grid, outputs = build_grid(tmp_path, task), tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
-    is_judged(grid, outputs)
+    check_scores(grid, outputs)
 
 
-def test_classes_are_judged_too(finished: tuple[Grid, Path]) -> None:
-    is_judged(*finished)
+def test_classification_grid_is_scored(finished_run: tuple[Grid, Path]) -> None:
+    check_scores(*finished_run)
 
 
-def is_judged(grid: Grid, outputs: Path) -> None:
-    """Every row of the table has every score with its ends; one pack; scores can be redone."""
+def check_scores(grid: Grid, outputs: Path) -> None:
+    """Check that each table row has all scores with intervals, in one pack, and that rescoring keeps them."""
     rows = table_of(grid, outputs)
     assert [row["status"] for row in rows] == ["done"] * len(rows)
     metrics = grid.cells[0].evaluations[0].metrics
@@ -75,44 +75,51 @@ def is_judged(grid: Grid, outputs: Path) -> None:
     record = Store(outputs).get_record(grid.cells[0])
     facts = json.loads((record.folder / "provenance.json").read_text())
     assert len(facts["pack"]) == len(grid.cells)
-    part = record.get_evaluation(grid.cells[0].evaluations[0])
-    before = part.read_scores()
-    rescore_evaluation(part, metrics)
-    assert part.read_scores() == before
+    evaluation_record = record.get_evaluation(grid.cells[0].evaluations[0])
+    scores_before = evaluation_record.read_scores()
+    rescore_evaluation(evaluation_record, metrics)
+    assert evaluation_record.read_scores() == scores_before
 
 
-def test_predictions_have_the_probability_of_every_label(finished: tuple[Grid, Path]) -> None:
-    grid, outputs = finished
+def test_predictions_have_the_probability_of_every_label(finished_run: tuple[Grid, Path]) -> None:
+    grid, outputs = finished_run
     record = Store(outputs).get_record(grid.cells[0])
-    part = record.get_evaluation(grid.cells[0].evaluations[0])
-    lines = [json.loads(line) for line in (part.folder / "predictions.jsonl").read_text().splitlines()]
+    evaluation_record = record.get_evaluation(grid.cells[0].evaluations[0])
+    lines = [
+        json.loads(line) for line in (evaluation_record.folder / "predictions.jsonl").read_text().splitlines()
+    ]
     model = AutoModelForSequenceClassification.from_pretrained(record.checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(record.checkpoint)
     for line in lines[:4]:
         with torch.no_grad():
-            shares = model(**tokenizer(line["prompt"], return_tensors="pt")).logits.softmax(-1)[0].tolist()
+            probabilities = (
+                model(**tokenizer(line["prompt"], return_tensors="pt")).logits.softmax(-1)[0].tolist()
+            )
         assert list(line["probabilities"]) == ["negative", "mixed", "positive"]
-        assert list(line["probabilities"].values()) == pytest.approx(shares, abs=2e-6)
+        assert list(line["probabilities"].values()) == pytest.approx(probabilities, abs=2e-6)
         assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
 
 
-def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
-    finished: tuple[Grid, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_resumes_to_equal_bytes(
+    finished_run: tuple[Grid, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid, outputs = grid_of(tmp_path, "classification"), tmp_path / "outputs"
+    grid, outputs = build_grid(tmp_path, "classification"), tmp_path / "outputs"
     with interrupted_at(3, monkeypatch):
         run_grid(grid, options(outputs))
     assert run_grid(grid, options(outputs)).failures == []
     assert Store(outputs).get_record(grid.cells[0]).read_provenance()["resumed_at_step"] == 2
-    assert contents(outputs) == contents(finished[1])
+    assert contents(outputs) == contents(finished_run[1])
 
 
-def test_two_classifiers_are_compared_by_each_metric(finished: tuple[Grid, Path]) -> None:
-    grid, outputs = finished
-    one, other = (Store(outputs).get_record(cell) for cell in grid.cells[:2])
+def test_two_classifiers_are_compared_by_each_metric(finished_run: tuple[Grid, Path]) -> None:
+    grid, outputs = finished_run
+    first_record, second_record = (Store(outputs).get_record(cell) for cell in grid.cells[:2])
     evaluation = grid.cells[0].evaluations[0]
     for metric in ("label_accuracy", "f1_macro", "matthews"):
-        found = compare_records(one, other, metric=metric)
-        values = [record.get_evaluation(evaluation).read_scores()[metric]["value"] for record in (one, other)]
-        assert [found.a.score, found.b.score] == pytest.approx(values)
-        assert found.paired and found.n == 12
+        comparison = compare_records(first_record, second_record, metric=metric)
+        values = [
+            record.get_evaluation(evaluation).read_scores()[metric]["value"]
+            for record in (first_record, second_record)
+        ]
+        assert [comparison.a.score, comparison.b.score] == pytest.approx(values)
+        assert comparison.paired and comparison.n == 12

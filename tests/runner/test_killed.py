@@ -1,4 +1,4 @@
-"""Killed at any moment and run again, an experiment ends as if nothing had happened, bit for bit."""
+"""An experiment that is killed at any moment and run again gives equal bytes."""
 
 import json
 import os
@@ -10,32 +10,32 @@ import pytest
 
 from .tiny_experiments import contents, table_of, tiny_grid
 
-HERE = Path(__file__).parent
+TESTS_FOLDER = Path(__file__).parent
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
-def test_killed_and_run_again_equals_undisturbed(task: str, tmp_path: Path) -> None:
-    """In teacher SFT, in distillation, in evaluation, and before four renames spread over the run."""
+def test_killed_and_resumed_run_equals_an_undisturbed_one(task: str, tmp_path: Path) -> None:
+    """Killed in SFT, in distillation, in evaluation, and before four renames."""
     command = [
         sys.executable,
-        str(HERE / "killed_script.py"),
-        str(HERE / "tiny_experiments.py"),
+        str(TESTS_FOLDER / "killed_script.py"),
+        str(TESTS_FOLDER / "tiny_experiments.py"),
         task,
         str(tmp_path),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
     grid = tiny_grid(tmp_path, task)
     expected = contents(tmp_path / "undisturbed")
     rows = table_of(grid, tmp_path / "undisturbed")
     assert {row["status"] for row in rows} == {"done"}
     moments = json.loads((tmp_path / "moments.json").read_text())
     assert len(moments) == 7
-    for moment, place in moments.items():
-        found = contents(Path(place))
-        assert found.keys() == expected.keys(), moment
-        differing = [name for name, content in expected.items() if found[name] != content]
+    for moment, folder in moments.items():
+        actual = contents(Path(folder))
+        assert actual.keys() == expected.keys(), moment
+        differing = [name for name, content in expected.items() if actual[name] != content]
         assert not differing, moment
-        assert table_of(grid, Path(place)) == rows, moment
+        assert table_of(grid, Path(folder)) == rows, moment

@@ -83,13 +83,13 @@ def test_terms_of_a_mixed_loss_are_in_the_history(tmp_path: Path) -> None:
 
 def test_only_the_first_rows_are_distilled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    taken = train_cells._build_trainer
+    taken = train_cells.build_trainer
 
     def watched(pack: Any, teacher: Any, found: list[Any], *rest: Any) -> Any:
         seen.append(len(found))
         return taken(pack, teacher, found, *rest)
 
-    monkeypatch.setattr(train_cells, "_build_trainer", watched)
+    monkeypatch.setattr(train_cells, "build_trainer", watched)
     grid = tiny_grid(tmp_path, "arithmetic", grid={"train_rows": [8, 40]}, **GREEDY)
     assert run_grid(grid, options(tmp_path / "outputs")).failures == []
     assert sorted(set(seen)) == [8, 40]

@@ -1,4 +1,4 @@
-"""A single cell that runs out of memory takes fewer rows at a time, with the same result."""
+"""A single cell that runs out of memory trains in micro-batches, with the same result."""
 
 import io
 from pathlib import Path
@@ -17,23 +17,23 @@ from gkd_lab.training.trainer import GKDTrainer
 from .tiny_experiments import options, table_of, tiny_grid
 
 
-def out_of_memory_above(rows: int, monkeypatch: pytest.MonkeyPatch, from_step: int = 0) -> None:
-    """Steps that take more rows at once fail as on a full GPU."""
+def fail_batches_larger_than(rows: int, monkeypatch: pytest.MonkeyPatch, from_step: int = 0) -> None:
+    """Let training steps with more rows run out of memory."""
     step = GKDTrainer.training_step
 
-    def training_step(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
+    def training_step(trainer: GKDTrainer, *args: Any, **keywords: Any) -> Any:
         if trainer.args.per_device_train_batch_size > rows and trainer.state.global_step >= from_step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return step(trainer, *args, **more)
+        return step(trainer, *args, **keywords)
 
     monkeypatch.setattr(GKDTrainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
-def test_fewer_rows_at_a_time_give_the_same_cell(
+def test_micro_batches_give_the_same_result(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over more than one epoch of 42 rows, of which whole batches of 4 leave 2 out."""
+    """Over more than one epoch of 42 rows, the last 2 of which fill no batch of 4."""
     changes: dict[str, Any] = {
         "precision": "fp64",
         "grid": {"lmbda": [0.5]},
@@ -43,30 +43,32 @@ def test_fewer_rows_at_a_time_give_the_same_cell(
     }
     grid = tiny_grid(tmp_path, task, **changes)
     assert run_grid(grid, options(tmp_path / "whole")).failures == []
-    out_of_memory_above(1, monkeypatch, from_step=3)
-    told = io.StringIO()
-    assert run_grid(grid, options(tmp_path / "parts", Reporter(Console(file=told, width=500)))).failures == []
+    fail_batches_larger_than(1, monkeypatch, from_step=3)
+    output = io.StringIO()
+    assert (
+        run_grid(grid, options(tmp_path / "parts", Reporter(Console(file=output, width=500)))).failures == []
+    )
     (cell,) = grid.cells
     whole, parts = (Store(tmp_path / name).get_record(cell) for name in ("whole", "parts"))
-    said = [line for line in told.getvalue().splitlines() if "out of memory" in line]
-    assert [line.partition("out of memory with ")[2] for line in said] == [
+    messages = [line for line in output.getvalue().splitlines() if "out of memory" in line]
+    assert [line.partition("out of memory with ")[2] for line in messages] == [
         "4 rows at once; going on with 2",
         "2 rows at once; going on with 1",
     ]
     assert parts.read_provenance()["rows_at_once"] == 1
     assert parts.read_provenance()["resumed_at_step"] == 2
-    ours, theirs = (load_file(one.checkpoint / "model.safetensors") for one in (whole, parts))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    for row, other in zip(whole.read_history(), parts.read_history(), strict=True):
-        assert row == pytest.approx(other, rel=1e-9, abs=1e-12)
+    weights, split_weights = (load_file(record.checkpoint / "model.safetensors") for record in (whole, parts))
+    torch.testing.assert_close(weights, split_weights, rtol=0, atol=1e-9)
+    for row, split_row in zip(whole.read_history(), parts.read_history(), strict=True):
+        assert row == pytest.approx(split_row, rel=1e-9, abs=1e-12)
     assert table_of(grid, tmp_path / "whole") == table_of(grid, tmp_path / "parts")
 
 
-def test_a_cell_whose_single_rows_do_not_fit_says_what_to_do(
+def test_error_of_a_single_row_out_of_memory_has_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, evaluations=[{"decoding": "greedy"}])
-    out_of_memory_above(0, monkeypatch)
+    fail_batches_larger_than(0, monkeypatch)
     (line,) = run_grid(grid, options(tmp_path / "outputs")).failures
     assert grid.cells[0].fingerprint in line
     assert "out of memory even with one row at a time (OutOfMemoryError: CUDA out of memory" in line

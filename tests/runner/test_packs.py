@@ -1,4 +1,4 @@
-"""What shares a model in a run: loaded students, what cannot be packed, what does not fit into memory."""
+"""Packs in a run: pretrained students, models that cannot be packed, packs that do not fit into memory."""
 
 import io
 import shutil
@@ -39,28 +39,28 @@ from gkd_lab.training.trainer import GKDTrainer
 from .tiny_experiments import options, table_of, tiny_grid
 
 PAIR: dict[str, Any] = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding": "greedy"}]}
-"""Two cells, judged once."""
+"""Two cells with one evaluation."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Task -> an outputs folder that holds a teacher and a starting student with what was judged of them."""
-    found = {}
+def model_outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> an outputs folder with an evaluated teacher and SFT student, and no cells."""
+    outputs = {}
     for task in ("arithmetic", "translation"):
         folder = tmp_path_factory.mktemp(task)
         grid = tiny_grid(folder, task, **PAIR)
         run_grid(grid, options(folder / "outputs"))
-        found[task] = without_cells(grid, folder / "outputs", folder / "made")
-    return found
+        outputs[task] = copy_without_cells(grid, folder / "outputs", folder / "made")
+    return outputs
 
 
-def without_cells(grid: Grid, outputs: Path, copy: Path) -> Path:
-    """A copy of an outputs folder in which no cell of the grid is done."""
+def copy_without_cells(grid: Grid, outputs: Path, copy: Path) -> Path:
+    """Copy an outputs folder without the cells of the grid."""
     shutil.copytree(outputs, copy)
     for cell in grid.cells:
         shutil.rmtree(Store(copy).get_record(cell).folder)
@@ -68,27 +68,27 @@ def without_cells(grid: Grid, outputs: Path, copy: Path) -> Path:
 
 
 @pytest.fixture
-def outputs(made: dict[str, Path], tmp_path: Path) -> Path:
-    """A folder of our own to work in, where the models of `arithmetic` are made already."""
-    return shutil.copytree(made["arithmetic"], tmp_path / "outputs")
+def outputs(model_outputs: dict[str, Path], tmp_path: Path) -> Path:
+    """Outputs folder of one test, with the reference models of `arithmetic`."""
+    return shutil.copytree(model_outputs["arithmetic"], tmp_path / "outputs")
 
 
-def verdict(record: Record) -> dict[str, Any]:
-    """What a status says but how long it took, and with whom."""
+def read_comparable_status(record: Record) -> dict[str, Any]:
+    """Return a record's status without its time and pack size."""
     return {k: v for k, v in record.read_status().items() if k not in ("seconds", "shared_by")}
 
 
-def start_in(outputs: Path) -> Path:
+def find_sft_student(outputs: Path) -> Path:
     (folder,) = outputs.glob("nano/*/start-*/checkpoint")
     return folder
 
 
-def with_student(folder: Path, task: str, student: Path, **changes: Any) -> Grid:
+def build_grid_with_student(folder: Path, task: str, student: Path, **changes: Any) -> Grid:
     return tiny_grid(folder, task, student={"pretrained": str(student)}, **{**PAIR, **changes})
 
 
-def bart(folder: Path, tokenizer_from: Path) -> Path:
-    """A model whose positions are looked up by a class of its own."""
+def save_bart(folder: Path, tokenizer_from: Path) -> Path:
+    """Save a model that cannot be packed, because its positions have a class of their own."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_from)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     widths = {"d_model": 8, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -110,152 +110,158 @@ def bart(folder: Path, tokenizer_from: Path) -> Path:
     return folder
 
 
-def told(outputs: Path, **changes: Any) -> tuple[RunOptions, io.StringIO]:
-    """Options, and what their run says."""
+def create_recorded_options(outputs: Path, **changes: Any) -> tuple[RunOptions, io.StringIO]:
+    """Return options and the text that their run prints."""
     text = io.StringIO()
     return options(outputs, Reporter(Console(file=text, width=500)), **changes), text
 
 
-def packs_of(grid: Grid, outputs: Path) -> list[int]:
-    """How many cells shared each cell's model."""
+def list_pack_sizes(grid: Grid, outputs: Path) -> list[int]:
+    """Return the number of cells that shared each cell's model."""
     return [len(Store(outputs).get_record(cell).read_provenance()["pack"]) for cell in grid.cells]
 
 
-def limits_of(grid: Grid, outputs: Path) -> set[str | None]:
+def list_pack_limits(grid: Grid, outputs: Path) -> set[str | None]:
     return {Store(outputs).get_record(cell).read_provenance().get("pack_limit") for cell in grid.cells}
 
 
-def planned(grid: Grid, outputs: Path, limit: Any = "auto") -> str:
-    found = build_overview(grid, Store(outputs), limit)
-    return "\n".join([format_listing(list_cells(grid, found, show_progress=False)), *render_summary(found)])
+def render_plan(grid: Grid, outputs: Path, limit: Any = "auto") -> str:
+    overview = build_overview(grid, Store(outputs), limit)
+    return "\n".join(
+        [format_listing(list_cells(grid, overview, show_progress=False)), *render_summary(overview)]
+    )
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "translation"])
-def test_a_loaded_student_is_packed_and_each_cell_leaves_what_it_leaves_alone(
-    task: str, made: dict[str, Path], tmp_path: Path
+def test_packed_pretrained_students_equal_unpacked_ones(
+    task: str, model_outputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    grid = with_student(tmp_path, task, start_in(made[task]), precision="fp64")
+    grid = build_grid_with_student(tmp_path, task, find_sft_student(model_outputs[task]), precision="fp64")
     packed, alone = tmp_path / "packed", tmp_path / "alone"
-    assert "1 pack of 2" in planned(grid, packed)
+    assert "1 pack of 2" in render_plan(grid, packed)
     assert run_grid(grid, options(packed)).failures == []
-    without_cells(grid, packed, alone)
+    copy_without_cells(grid, packed, alone)
     assert run_grid(grid, options(alone, pack="off")).failures == []
-    assert (packs_of(grid, packed), packs_of(grid, alone)) == ([2, 2], [1, 1])
-    assert limits_of(grid, packed) == limits_of(grid, alone) == {None}
+    assert (list_pack_sizes(grid, packed), list_pack_sizes(grid, alone)) == ([2, 2], [1, 1])
+    assert list_pack_limits(grid, packed) == list_pack_limits(grid, alone) == {None}
     auto = AutoModelForCausalLM if task == "arithmetic" else AutoModelForSeq2SeqLM
     for cell in grid.cells:
-        ours, theirs = Store(packed).get_record(cell), Store(alone).get_record(cell)
-        files = [{p.relative_to(one.folder) for p in one.folder.rglob("*")} for one in (ours, theirs)]
+        packed_record, unpacked_record = Store(packed).get_record(cell), Store(alone).get_record(cell)
+        files = [
+            {p.relative_to(record.folder) for p in record.folder.rglob("*")}
+            for record in (packed_record, unpacked_record)
+        ]
         assert files[0] == files[1]
-        assert (ours.folder / "spec.json").read_bytes() == (theirs.folder / "spec.json").read_bytes()
-        assert [one.read_status().pop("shared_by") for one in (ours, theirs)] == [2, 1]
-        assert verdict(ours) == verdict(theirs)
-        for row, other in zip(ours.read_history(), theirs.read_history(), strict=True):
+        assert (packed_record.folder / "spec.json").read_bytes() == (
+            unpacked_record.folder / "spec.json"
+        ).read_bytes()
+        assert [record.read_status().pop("shared_by") for record in (packed_record, unpacked_record)] == [
+            2,
+            1,
+        ]
+        assert read_comparable_status(packed_record) == read_comparable_status(unpacked_record)
+        for row, other in zip(packed_record.read_history(), unpacked_record.read_history(), strict=True):
             assert row == pytest.approx(other, rel=1e-6)
-        weights, others = (load_file(one.checkpoint / "model.safetensors") for one in (ours, theirs))
-        torch.testing.assert_close(weights, others, rtol=0, atol=1e-9)
-        model = auto.from_pretrained(ours.checkpoint)
-        assert type(model).__name__ in (ours.checkpoint / "config.json").read_text()
+        weights, other_weights = (
+            load_file(record.checkpoint / "model.safetensors") for record in (packed_record, unpacked_record)
+        )
+        torch.testing.assert_close(weights, other_weights, rtol=0, atol=1e-9)
+        model = auto.from_pretrained(packed_record.checkpoint)
+        assert type(model).__name__ in (packed_record.checkpoint / "config.json").read_text()
     assert table_of(grid, packed) == table_of(grid, alone)
 
 
-def test_cells_that_cannot_be_packed_run_alone_in_order_and_say_why(
-    made: dict[str, Path], tmp_path: Path
-) -> None:
-    student = bart(tmp_path / "bart", start_in(made["translation"]))
-    outputs = shutil.copytree(made["translation"], tmp_path / "outputs")
-    grid = with_student(tmp_path, "translation", student)
-    assert "1 pack of 2" in planned(grid, outputs), "it is not known before it is tried"
-    asked, text = told(outputs)
-    assert run_grid(grid, asked).failures == []
+def test_unpackable_cells_run_alone_with_the_reason(model_outputs: dict[str, Path], tmp_path: Path) -> None:
+    student = save_bart(tmp_path / "bart", find_sft_student(model_outputs["translation"]))
+    outputs = shutil.copytree(model_outputs["translation"], tmp_path / "outputs")
+    grid = build_grid_with_student(tmp_path, "translation", student)
+    assert "1 pack of 2" in render_plan(grid, outputs), "unknown before the first attempt"
+    run_options, text = create_recorded_options(outputs)
+    assert run_grid(grid, run_options).failures == []
     (line,) = [line for line in text.getvalue().splitlines() if "one after another" in line]
     reason = line.partition("one after another: ")[2]
     assert line.startswith("translation: 2 cells run alone, one after another: ")
     assert reason
-    assert packs_of(grid, outputs) == [1, 1]
-    assert limits_of(grid, outputs) == {f"alone: {reason}"}
+    assert list_pack_sizes(grid, outputs) == [1, 1]
+    assert list_pack_limits(grid, outputs) == {f"alone: {reason}"}
     called = [part.partition(": cell ")[2] for part in text.getvalue().splitlines() if ": done in" in part]
     assert [part[:8] for part in called if "distillation" in part] == [c.fingerprint for c in grid.cells]
     assert {row["status"] for row in table_of(grid, outputs)} == {"done"}
-    plan = planned(grid, outputs)
+    plan = render_plan(grid, outputs)
     assert "2 packs of 1" in plan
     assert f"2 cells run alone: {reason}" in plan
     assert [line.split()[6] for line in plan.splitlines()[1:3]] == ["alone", "alone"]
-    assert "run alone" not in planned(grid, outputs, "off")
+    assert "run alone" not in render_plan(grid, outputs, "off")
 
 
-def test_a_reason_is_forgotten_once_the_pack_can_be_made(outputs: Path) -> None:
+def test_unpackable_reason_is_deleted_once_a_pack_is_built(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", **PAIR)
     start = Store(outputs).get_artifact("nano", "start", grid.cells[0].training.start)
     start.write_unpackable_reason("no packed form for a module of old")
-    assert "2 cells run alone: no packed form for a module of old" in planned(grid, outputs)
+    assert "2 cells run alone: no packed form for a module of old" in render_plan(grid, outputs)
     run_grid(grid, options(outputs))
-    assert packs_of(grid, outputs) == [2, 2]
+    assert list_pack_sizes(grid, outputs) == [2, 2]
     assert start.read_unpackable_reason() is None
-    assert "run alone" not in planned(grid, outputs)
+    assert "run alone" not in render_plan(grid, outputs)
 
 
-def test_a_cell_with_dropout_says_in_its_record_why_it_ran_alone(outputs: Path) -> None:
+def test_record_of_a_cell_with_dropout_has_the_reason(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", dropout=0.1, **PAIR)
     run_grid(grid, options(outputs))
-    assert limits_of(grid, outputs) == {"alone: dropout draws from one stream"}
+    assert list_pack_limits(grid, outputs) == {"alone: dropout draws from one stream"}
 
 
-def out_of_memory_above(cells: int, monkeypatch: pytest.MonkeyPatch, from_step: int = 0) -> None:
-    """Steps of larger packs fail as on a full GPU, decoding for them as on a full machine."""
+def fail_packs_larger_than(cells: int, monkeypatch: pytest.MonkeyPatch, from_step: int = 0) -> None:
+    """Let training steps and decoding of larger packs run out of memory."""
     step, decode = GKDTrainer.training_step, generate_predictions
 
-    def training_step(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
+    def training_step(trainer: GKDTrainer, *args: Any, **keywords: Any) -> Any:
         if trainer.pack.size > cells and trainer.state.global_step >= from_step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return step(trainer, *args, **more)
+        return step(trainer, *args, **keywords)
 
-    def decoded(pack: Any, *args: Any) -> Any:
+    def decode_or_fail(pack: Any, *args: Any) -> Any:
         if pack.size > cells:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return decode(pack, *args)
 
     monkeypatch.setattr(GKDTrainer, "training_step", training_step)
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decoded)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decode_or_fail)
 
 
-def test_a_pack_that_runs_out_of_memory_goes_on_in_halves_from_its_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pack_out_of_memory_is_halved_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"lmbda": [0.5, 1], "beta": [0, 0.5]}
     changes = {"precision": "fp64", "grid": axes, "evaluations": PAIR["evaluations"]}
     grid = tiny_grid(tmp_path, "arithmetic", **changes)
     run_grid(grid, options(tmp_path / "whole"))
-    without_cells(grid, tmp_path / "whole", tmp_path / "halved")
-    out_of_memory_above(2, monkeypatch, from_step=3)
-    asked, text = told(tmp_path / "halved")
-    assert run_grid(grid, asked).failures == []
-    assert packs_of(grid, tmp_path / "halved") == [2] * 4
-    assert limits_of(grid, tmp_path / "halved") == {"out of memory with 4 cells as one model"}
-    said = [line for line in text.getvalue().splitlines() if "out of memory" in line]
-    assert said == ["arithmetic: out of memory with 4 cells as one model; going on with 2 at a time"] * 2
+    copy_without_cells(grid, tmp_path / "whole", tmp_path / "halved")
+    fail_packs_larger_than(2, monkeypatch, from_step=3)
+    run_options, text = create_recorded_options(tmp_path / "halved")
+    assert run_grid(grid, run_options).failures == []
+    assert list_pack_sizes(grid, tmp_path / "halved") == [2] * 4
+    assert list_pack_limits(grid, tmp_path / "halved") == {"out of memory with 4 cells as one model"}
+    messages = [line for line in text.getvalue().splitlines() if "out of memory" in line]
+    assert messages == ["arithmetic: out of memory with 4 cells as one model; going on with 2 at a time"] * 2
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
     for cell in grid.cells:
         assert halved.get_record(cell).read_provenance()["resumed_at_step"] == 2
         assert [row["step"] for row in halved.get_record(cell).read_history()] == [2, 4]
-        ours, theirs = (
+        weights, halved_weights = (
             load_file(s.get_record(cell).checkpoint / "model.safetensors") for s in (whole, halved)
         )
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(weights, halved_weights, rtol=0, atol=1e-9)
     assert table_of(grid, tmp_path / "whole") == table_of(grid, tmp_path / "halved")
 
 
-def test_a_cell_that_is_too_large_alone_fails_as_others_do_and_its_neighbours_finish(
-    outputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cell_too_large_alone_fails_and_others_finish(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, tried = GKDTrainer.training_step, []
 
-    def training_step(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
+    def training_step(trainer: GKDTrainer, *args: Any, **keywords: Any) -> Any:
         if trainer.state.global_step == 0:
             tried.append(len(trainer.cells))
         if any(cell.lmbda == 0 for cell in trainer.cells):
             raise MemoryError("no room")
-        return step(trainer, *args, **more)
+        return step(trainer, *args, **keywords)
 
     monkeypatch.setattr(GKDTrainer, "training_step", training_step)
     changes: dict[str, Any] = {"grid": {"lmbda": [0, 0.5, 1]}, "evaluations": PAIR["evaluations"]}
@@ -267,48 +273,44 @@ def test_a_cell_that_is_too_large_alone_fails_as_others_do_and_its_neighbours_fi
     assert [Store(outputs).get_record(cell).read_state() for cell in grid.cells] == ["failed", "done", "done"]
 
 
-def test_auto_makes_packs_that_fit_into_memory(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_packs_fit_into_memory(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.runner.train_cells.measure_step_bytes", lambda trainer, inputs: 2**30)
     monkeypatch.setattr("gkd_lab.runner.train_cells.measure_free_bytes", lambda device: 5 * 2**30)
     monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 5 * 2**30)
     grid = tiny_grid(outputs.parent, "arithmetic", evaluations=PAIR["evaluations"])
-    asked, text = told(outputs)
-    assert run_grid(grid, asked).failures == []
-    assert packs_of(grid, outputs) == [3] * 6
+    run_options, text = create_recorded_options(outputs)
+    assert run_grid(grid, run_options).failures == []
+    assert list_pack_sizes(grid, outputs) == [3] * 6
     reason = "6 cells as one model need about 6 GiB, 5 GiB are free: at most 3 at a time"
     assert text.getvalue().count(reason) == 1
     assert f"arithmetic: {reason}" in text.getvalue()
-    assert limits_of(grid, outputs) == {reason}
+    assert list_pack_limits(grid, outputs) == {reason}
 
 
-def test_a_number_of_cells_is_taken_as_it_is(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_pack_size_is_not_measured(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.runner.train_cells.measure_free_bytes", lambda device: 1)
     monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 1)
     grid = tiny_grid(outputs.parent, "arithmetic", **{**PAIR, "grid": {"lmbda": [0, 0.5, 1]}})
     run_grid(grid, options(outputs, pack=2))
-    assert packs_of(grid, outputs) == [2, 2, 1]
-    assert limits_of(grid, outputs) == {None}
+    assert list_pack_sizes(grid, outputs) == [2, 2, 1]
+    assert list_pack_limits(grid, outputs) == {None}
 
 
-def test_what_was_trained_in_parts_is_judged_in_parts_that_fit(
-    outputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_packs_fit_into_memory(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, sizes = generate_predictions, []
 
-    def decoded(pack: Any, *args: Any) -> Any:
+    def decode_or_fail(pack: Any, *args: Any) -> Any:
         sizes.append(pack.size)
         return decode(pack, *args)
 
-    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decoded)
+    monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decode_or_fail)
     monkeypatch.setattr("gkd_lab.runner.evaluate_cells.measure_free_bytes", lambda device: 1)
     run_grid(tiny_grid(outputs.parent, "arithmetic", **PAIR), options(outputs))
     assert sizes == [1, 1]
 
 
-def test_what_a_cell_needs_is_measured_on_its_own_step(
-    outputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twice the rows save twice as much; weights, gradients and moments stay."""
+def test_memory_of_a_cell_is_measured_on_its_own_step(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the rows save twice the activations; weights, gradients and moments stay."""
     from gkd_lab.runner import train_cells
 
     measured = []
@@ -330,24 +332,27 @@ def test_what_a_cell_needs_is_measured_on_its_own_step(
     assert twice == pytest.approx(2 * once, rel=0.1)
 
 
-def test_what_is_saved_counts_each_storage_once_and_no_weight() -> None:
+def test_saved_bytes_count_each_storage_once_and_no_weight() -> None:
     layer = nn.Linear(4, 4)
     x = torch.ones(5, 4, requires_grad=True)
-    with record_saved_bytes(layer) as found:
+    with record_saved_bytes(layer) as saved_bytes:
         (layer(x) + layer(x)).square().sum()
-    assert sum(found.values()) == 2 * 5 * 4 * 4, "the input and the sum that is squared"
+    assert sum(saved_bytes.values()) == 2 * 5 * 4 * 4, "the input and the sum that is squared"
 
 
 @pytest.mark.parametrize(
-    ("cells", "one", "free", "limit"), [(6, 10, 75, 6), (6, 10, 74, 3), (6, 10, 25, 2), (6, 10, 3, 1)]
+    ("cells", "bytes_per_cell", "free", "limit"),
+    [(6, 10, 75, 6), (6, 10, 74, 3), (6, 10, 25, 2), (6, 10, 3, 1)],
 )
-def test_a_pack_may_take_four_fifths_of_what_is_free(cells: int, one: int, free: int, limit: int) -> None:
-    found = compute_capacity(cells, one, free)
-    assert found.max_cells == limit
-    assert bool(found.reason) == (limit < cells)
+def test_pack_uses_four_fifths_of_the_free_memory(
+    cells: int, bytes_per_cell: int, free: int, limit: int
+) -> None:
+    capacity = compute_capacity(cells, bytes_per_cell, free)
+    assert capacity.max_cells == limit
+    assert bool(capacity.reason) == (limit < cells)
 
 
-def test_an_error_is_out_of_memory_if_it_says_so() -> None:
+def test_out_of_memory_errors_are_recognized() -> None:
     texts = ("CUDA out of memory.", "DefaultCPUAllocator: not enough memory", "x: Can't allocate memory")
     assert all(is_out_of_memory_error(RuntimeError(text)) for text in texts)
     assert is_out_of_memory_error(MemoryError())
@@ -366,9 +371,7 @@ def test_an_error_is_out_of_memory_if_it_says_so() -> None:
         ),
     ],
 )
-def test_a_control_group_limits_what_is_free(
-    names: tuple[str, str, str], cached: str, tmp_path: Path
-) -> None:
+def test_control_group_limits_free_memory(names: tuple[str, str, str], cached: str, tmp_path: Path) -> None:
     assert list(iterate_cgroup_free_bytes(tmp_path)) == []
     for name, text in zip(names, ("1000\n", "700\n", f"anon 600\n{cached} 100\n"), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)

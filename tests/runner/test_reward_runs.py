@@ -1,4 +1,4 @@
-"""Cells with a reward as cells of a run: what is in their records, resuming, and rewards that are wrong."""
+"""Runs of cells with a reward: records, resuming, and invalid rewards."""
 
 import subprocess
 import sys
@@ -27,12 +27,12 @@ GRID: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
-def test_alphas_and_the_anchor_at_the_start_run_as_cells(task: str, tmp_path: Path) -> None:
+def test_cells_differ_in_alpha_and_anchor_to_the_sft_student(task: str, tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, task, **GRID, **GREEDY)
     outputs = tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
@@ -47,13 +47,11 @@ def test_alphas_and_the_anchor_at_the_start_run_as_cells(task: str, tmp_path: Pa
     first = [Store(outputs).get_record(cell).read_history()[0]["loss/divergence"] for cell in of_rlef]
     of_gkd = [c for c in grid.cells if c.labels == {**of_rlef[0].labels, "method": "gkd", "alpha": 0.5}]
     beside = Store(outputs).get_record(of_gkd[0]).read_history()[0]["loss/divergence"]
-    assert 0 <= max(first) < 1e-3 * beside  # a student that has hardly moved is still its own start
+    assert 0 <= max(first) < 1e-3 * beside  # the student has hardly moved from its start
 
 
-def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
+def test_interrupted_run_resumes_to_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_contents = []
     for name in ("straight", "cut"):
         grid = tiny_grid(tmp_path / name, "arithmetic", **GRID | {"grid": {"alpha": [0.5, 1]}}, **GREEDY)
         outputs = tmp_path / name / "outputs"
@@ -61,12 +59,12 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
             with interrupted_at(3, monkeypatch):
                 run_grid(grid, options(outputs))
         assert run_grid(grid, options(outputs)).failures == []
-        found.append(contents(outputs))
+        all_contents.append(contents(outputs))
     assert Store(outputs).get_record(grid.cells[0]).read_provenance()["resumed_at_step"] == 2
-    assert found[0] == found[1]
+    assert all_contents[0] == all_contents[1]
 
 
-def test_a_window_is_taken_up_by_a_pack_with_fewer_rewards() -> None:
+def test_stored_averages_are_restored_by_a_pack_with_fewer_rewards() -> None:
     before = MetricAccumulator(2, [["divergence", "reward"], ["reward", "reward_2", "divergence"]])
     before.add_reward(0, "reward", 0.5, 0.25)
     before.add_reward(1, "reward_2", 0.75, 0.5)
@@ -79,49 +77,55 @@ def test_a_window_is_taken_up_by_a_pack_with_fewer_rewards() -> None:
     assert (row["loss/divergence"], row["loss/reward"]) == (1, 2)
 
 
-OWN = "def short(prompts, texts, references):\n    return [{value} for text in texts]\n"
+REWARD_MODULE = "def short(prompts, texts, references):\n    return [{value} for text in texts]\n"
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module in the current folder, with a name that no other test has."""
+def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Path of a module in the current folder, with a unique name."""
     file = tmp_path / f"own_{tmp_path.name.replace('-', '_')}.py"
-    file.write_text(OWN.format(value="-float(len(text))"))
+    file.write_text(REWARD_MODULE.format(value="-float(len(text))"))
     monkeypatch.chdir(tmp_path)
     return file
 
 
-def test_a_reward_that_is_no_number_fails_its_cells_alone(own: Path, tmp_path: Path) -> None:
-    own.write_text(OWN.format(value="float('nan')"))
-    changes = {"grid": {"alpha": [0.5, 1]}, "reward": f"{own.stem}:short"}
+def test_nan_reward_fails_only_its_cells(reward_module: Path, tmp_path: Path) -> None:
+    reward_module.write_text(REWARD_MODULE.format(value="float('nan')"))
+    changes = {"grid": {"alpha": [0.5, 1]}, "reward": f"{reward_module.stem}:short"}
     grid = tiny_grid(tmp_path, "arithmetic", **changes, **GREEDY)
     outputs = tmp_path / "outputs"
     assert len(run_grid(grid, options(outputs)).failures) == 1
     rewarded, plain = (Store(outputs).get_record(cell).read_status() for cell in grid.cells)
     assert plain["state"] == "done"
-    assert f"reward '{own.stem}:short' gave nan for row 0 of 4" in rewarded["error"]
+    assert f"reward '{reward_module.stem}:short' gave nan for row 0 of 4" in rewarded["error"]
     assert "at step 1" in rewarded["error"]
 
 
-def test_what_is_no_function_is_told_before_anything_runs(own: Path, tmp_path: Path) -> None:
-    grid = tiny_grid(tmp_path, "arithmetic", reward=f"{own.stem}:shorter", alpha=0.5, grid={}, **GREEDY)
-    with pytest.raises(ConfigError, match=f"{own.stem} has no 'shorter'; did you mean 'short'"):
+def test_missing_reward_function_is_refused_before_the_run(reward_module: Path, tmp_path: Path) -> None:
+    grid = tiny_grid(
+        tmp_path, "arithmetic", reward=f"{reward_module.stem}:shorter", alpha=0.5, grid={}, **GREEDY
+    )
+    with pytest.raises(ConfigError, match=f"{reward_module.stem} has no 'shorter'; did you mean 'short'"):
         experiments.check_generators_and_rewards(grid)
 
 
-def test_the_command_line_finds_a_function_beside_the_experiment(own: Path, tmp_path: Path) -> None:
-    """And says in one line what is wrong with one."""
-    tiny_grid(tmp_path, "arithmetic", reward=f"{own.stem}:short", alpha=0.5, grid={}, steps=2, **GREEDY)
+def test_command_line_finds_a_reward_beside_the_experiment(reward_module: Path, tmp_path: Path) -> None:
+    """An invalid reward is an error of one line."""
+    tiny_grid(
+        tmp_path, "arithmetic", reward=f"{reward_module.stem}:short", alpha=0.5, grid={}, steps=2, **GREEDY
+    )
     words = [sys.executable, "-P", "-m", "gkd_lab", "run", "tiny.yaml"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     wrong = subprocess.run(
-        [*words, "--set", f"reward={own.stem}:shrt"],
+        [*words, "--set", f"reward={reward_module.stem}:shrt"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().endswith(f"{own.stem} has no 'shrt'; did you mean 'short'? valid: short")
+    assert wrong.stderr.strip().endswith(
+        f"{reward_module.stem} has no 'shrt'; did you mean 'short'? valid: short"
+    )
     assert len(wrong.stderr.strip().splitlines()) == 1

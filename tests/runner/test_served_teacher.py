@@ -1,4 +1,4 @@
-"""Cells whose teacher is behind a server: what they learn, and a server that goes down in mid-run."""
+"""Runs with a teacher behind a server: equal losses, and a server that goes down during a run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,72 +19,76 @@ GREEDY: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}]}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[float]]:
-    """A teacher, and the losses of a cell that learns from the 20 tokens that were kept of it."""
+def cached_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[float]]:
+    """A teacher, and the losses of a cell that trains on its cached top-20 scores."""
     folder = tmp_path_factory.mktemp("kept")
-    asked = {"teacher_scores": {"top_k": 20}, "lmbda": 0, "grid": {"beta": [0.5]}}
-    grid, outputs = tiny_grid(folder, "arithmetic", **asked, **GREEDY), folder / "outputs"
+    changes = {"teacher_scores": {"top_k": 20}, "lmbda": 0, "grid": {"beta": [0.5]}}
+    grid, outputs = tiny_grid(folder, "arithmetic", **changes, **GREEDY), folder / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
     teacher = grid.cells[0].training.teacher
     record = Store(outputs).get_artifact(grid.scale, "teacher", teacher)
-    return artifacts.load_artifact(record, teacher).model, losses(grid, outputs)[0]
+    return artifacts.load_artifact(record, teacher).model, read_losses(grid, outputs)[0]
 
 
 @pytest.fixture
-def served(kept: tuple[Any, list[float]]) -> Iterator[Served]:
-    with serving(Served(kept[0])) as found:
-        yield found
+def served(cached_teacher: tuple[Any, list[float]]) -> Iterator[Served]:
+    with serving(Served(cached_teacher[0])) as served_teacher:
+        yield served_teacher
 
 
-def losses(grid: Grid, outputs: Path) -> list[list[float]]:
-    """Of each cell, in the grid's order."""
-    return [[row["loss"] for row in Store(outputs).get_record(one).read_history()] for one in grid.cells]
+def read_losses(grid: Grid, outputs: Path) -> list[list[float]]:
+    """Return the logged losses of each cell, in the grid's order."""
+    return [[row["loss"] for row in Store(outputs).get_record(cell).read_history()] for cell in grid.cells]
 
 
-def asked_of(served: Served, folder: Path, **changes: Any) -> Grid:
+def build_served_grid(served: Served, folder: Path, **changes: Any) -> Grid:
     teacher = {"server": served.address, "model": "large", "top_k": 20, "patience": 0.3}
     return tiny_grid(folder, "arithmetic", teacher=teacher, **{"grid": {"beta": [0.5]}, **GREEDY, **changes})
 
 
-def test_a_server_s_scores_teach_what_kept_ones_teach(
-    served: Served, kept: tuple[Any, list[float]], tmp_path: Path
+def test_served_scores_train_as_cached_scores_do(
+    served: Served, cached_teacher: tuple[Any, list[float]], tmp_path: Path
 ) -> None:
-    grid, outputs = asked_of(served, tmp_path, lmbda=0), tmp_path / "outputs"
+    grid, outputs = build_served_grid(served, tmp_path, lmbda=0), tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
-    assert losses(grid, outputs)[0] == pytest.approx(kept[1], rel=1e-3)
+    assert read_losses(grid, outputs)[0] == pytest.approx(cached_teacher[1], rel=1e-3)
     assert [row["role"] for row in table_of(grid, outputs)] == ["start", "cell"]
     assert not list(outputs.glob("nano/*/teacher-*"))
 
 
-def test_a_pack_of_on_policy_cells_is_scored_as_it_writes(served: Served, tmp_path: Path) -> None:
+def test_on_policy_pack_is_scored_by_the_server(served: Served, tmp_path: Path) -> None:
     axes = {"lmbda": [0, 0.5, 1], "seed": [0, 1]}
-    grid, outputs = asked_of(served, tmp_path, grid=axes, beta=0.5), tmp_path / "outputs"
+    grid, outputs = build_served_grid(served, tmp_path, grid=axes, beta=0.5), tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
     assert [row["status"] for row in table_of(grid, outputs) if row["role"] == "cell"] == ["done"] * 6
-    for one in grid.cells:
-        tossed = {row["on_policy"] for row in Store(outputs).get_record(one).read_history()}
-        assert one.lmbda not in (0, 1) or tossed == {one.lmbda}
+    for cell in grid.cells:
+        on_policy_shares = {row["on_policy"] for row in Store(outputs).get_record(cell).read_history()}
+        assert cell.lmbda not in (0, 1) or on_policy_shares == {cell.lmbda}
 
 
-def test_a_server_that_goes_down_fails_the_cell_which_goes_on_where_it_was(
+def test_unavailable_server_fails_the_cell_which_resumes_later(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GKD_LAB_TEACHER_KEY", "of-this-test-alone")
-    grid = asked_of(served, tmp_path, grid={"beta": [0, 0.5]}, lmbda=0.5)
+    grid = build_served_grid(served, tmp_path, grid={"beta": [0, 0.5]}, lmbda=0.5)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_grid(grid, options(whole)).failures == []
-    needed = len(served.asked)
-    served.down_after = needed + needed - 1  # the last step of the second run
+    needed_requests = len(served.asked)
+    served.down_after = needed_requests + needed_requests - 1  # the last step of the second run
     failed = run_grid(grid, options(parts)).failures
     assert len(failed) == 2
-    assert all("ServerDown" in line and "status 503" in line and "--retry-failed" in line for line in failed)
-    for one in grid.cells:
-        assert [path.name for path in Store(parts).get_record(one).steps_folder.iterdir()] == ["checkpoint-2"]
+    assert all(
+        "ServerUnavailable" in line and "status 503" in line and "--retry-failed" in line for line in failed
+    )
+    for cell in grid.cells:
+        assert [path.name for path in Store(parts).get_record(cell).steps_folder.iterdir()] == [
+            "checkpoint-2"
+        ]
     served.down_after = None
     assert run_grid(grid, options(parts, retry_failed=True)).failures == []
     assert contents(whole) == contents(parts)

@@ -1,4 +1,4 @@
-"""Experiments with several teachers: built, trained on, resumed from; rows that name one of them."""
+"""Experiments with several teachers: training, resuming, and rows that are routed to one of them."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,21 @@ ANCHORED = [{"beta": 0.5}, {"beta": 0.5, "teacher": "start", "weight": 0.1}]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
-def test_cells_learn_from_several_teachers(task: str, tmp_path: Path) -> None:
+def test_cells_train_on_several_teachers(task: str, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     histories = []
-    for name, listed, more in (
+    for name, listed, extra_teachers in (
         ("mixture", MIXTURE, {"small": SMALL}),
         ("sum", SUM, {"small": SMALL}),
         ("anchored", ANCHORED, None),
     ):
         grid = tiny_grid(
-            tmp_path, task, name, grid={"lmbda": [0, 1]}, objectives=listed, teachers=more, **GREEDY
+            tmp_path, task, name, grid={"lmbda": [0, 1]}, objectives=listed, teachers=extra_teachers, **GREEDY
         )
         assert run_grid(grid, options(outputs)).failures == []
         rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
@@ -44,8 +44,8 @@ def test_cells_learn_from_several_teachers(task: str, tmp_path: Path) -> None:
     assert len(list(outputs.glob("nano/*/teacher-*"))) == 2
 
 
-def test_packed_cells_are_those_that_run_alone(tmp_path: Path) -> None:
-    found = []
+def test_packed_and_unpacked_cells_are_equal(tmp_path: Path) -> None:
+    histories = []
     for pack in ("auto", "off"):
         grid = tiny_grid(
             tmp_path / str(pack),
@@ -58,14 +58,14 @@ def test_packed_cells_are_those_that_run_alone(tmp_path: Path) -> None:
         )
         outputs = tmp_path / str(pack) / "outputs"
         assert run_grid(grid, options(outputs, pack=pack)).failures == []
-        found.append([Store(outputs).get_record(cell).read_history() for cell in grid.cells])
-    for one, other in zip(*found, strict=True):
-        for row, twin in zip(one, other, strict=True):
+        histories.append([Store(outputs).get_record(cell).read_history() for cell in grid.cells])
+    for cell, other_cell in zip(*histories, strict=True):
+        for row, twin in zip(cell, other_cell, strict=True):
             assert row["loss"] == pytest.approx(twin["loss"], rel=1e-9)
 
 
-def data(folder: Path, teachers: list[str | None]) -> str:
-    """Arithmetic rows in GSM8K's form that name a teacher each."""
+def write_routed_data(folder: Path, teachers: list[str | None]) -> str:
+    """Write arithmetic rows in GSM8K's form, each with the name of a teacher."""
     folder.mkdir(parents=True)
     for split, count in (("train", 40), ("validation", 8), ("test", 8)):
         rows = []
@@ -77,23 +77,23 @@ def data(folder: Path, teachers: list[str | None]) -> str:
     return str(folder)
 
 
-def routed(tmp_path: Path, teachers: list[str | None]) -> Any:
+def build_routed_grid(tmp_path: Path, teachers: list[str | None]) -> Any:
     return tiny_grid(
         tmp_path,
         "arithmetic",
         grid={"lmbda": [0, 0.5, 1]},
         objectives=[{"beta": 0.5, "teacher": ["teacher", "small"], "routed": True}],
         teachers={"small": SMALL},
-        data={"source": data(tmp_path / "data", teachers)},
+        data={"source": write_routed_data(tmp_path / "data", teachers)},
         **GREEDY,
     )
 
 
-def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
-    both = routed(tmp_path / "both", ["teacher", "small", "teacher"])
-    assert run_grid(both, options(tmp_path / "both" / "outputs")).failures == []
-    # Rows that all name one teacher are those of a cell that has no other.
-    first = routed(tmp_path / "first", ["teacher"])
+def test_each_row_is_routed_to_the_teacher_that_the_data_names(tmp_path: Path) -> None:
+    mixed_grid = build_routed_grid(tmp_path / "both", ["teacher", "small", "teacher"])
+    assert run_grid(mixed_grid, options(tmp_path / "both" / "outputs")).failures == []
+    # If all rows name the same teacher, the cell equals one with that teacher alone.
+    first = build_routed_grid(tmp_path / "first", ["teacher"])
     outputs = tmp_path / "first" / "outputs"
     assert run_grid(first, options(outputs)).failures == []
     plain = tiny_grid(
@@ -105,8 +105,10 @@ def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
         **GREEDY,
     )
     assert run_grid(plain, options(outputs)).failures == []
-    for one, other in zip(first.cells, plain.cells, strict=True):
-        losses = [[row["loss"] for row in Store(outputs).get_record(c).read_history()] for c in (one, other)]
+    for cell, other_cell in zip(first.cells, plain.cells, strict=True):
+        losses = [
+            [row["loss"] for row in Store(outputs).get_record(c).read_history()] for c in (cell, other_cell)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -114,17 +116,19 @@ def test_each_row_has_the_teacher_that_the_data_names(tmp_path: Path) -> None:
     ("teachers", "message"),
     [
         ([None], "row 0 of the train split names no teacher"),
-        (["teacher", "smol"], "row 1 of the train split is meant for the teacher 'smol'"),
+        (["teacher", "smol"], "row 1 of the train split names the teacher 'smol'"),
     ],
 )
-def test_a_row_without_a_teacher_of_the_run_is_named(
+def test_row_without_a_known_teacher_is_refused(
     teachers: list[str | None], message: str, tmp_path: Path
 ) -> None:
-    (line, *_) = run_grid(routed(tmp_path / "one", teachers), options(tmp_path / "one" / "outputs")).failures
+    (line, *_) = run_grid(
+        build_routed_grid(tmp_path / "one", teachers), options(tmp_path / "one" / "outputs")
+    ).failures
     assert message in line
 
 
-def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
+def test_second_run_changes_nothing(tmp_path: Path) -> None:
     grid = tiny_grid(
         tmp_path, "arithmetic", grid={"seed": [0]}, objectives=MIXTURE, teachers={"small": SMALL}, **GREEDY
     )
@@ -135,7 +139,7 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     assert contents(outputs) == before
 
 
-def test_teachers_are_held_as_the_experiment_says(tmp_path: Path) -> None:
+def test_teachers_have_the_dtype_and_device_of_the_experiment(tmp_path: Path) -> None:
     losses = {}
     for name, held in (("plain", {}), ("lowered", {"dtype": "bfloat16"}), ("parked", {"parked": True})):
         grid = tiny_grid(

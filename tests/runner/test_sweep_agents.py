@@ -1,4 +1,4 @@
-"""wandb's real `sweep` and `agent` run a grid through `gkd-lab cell`: each cell once, whatever happens."""
+"""`wandb sweep` and `wandb agent` run each cell of a grid once through `gkd-lab cell`."""
 
 import io
 import os
@@ -22,23 +22,23 @@ from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
-from ..wandb_server import Run, Server, points_of, serving
+from ..wandb_server import Run, Server, list_sweep_points, run_server
 from .agents import Shell
 from .tiny_experiments import options, table_of, tiny_grid
-from .tracked_script import SCORES, follower, wandb_meeting, write_rows
+from .tracked_script import SCORES, connect_wandb, create_recorded_tracker, write_rows
 
-ONE: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}], "steps": 40}
+TINY_CHANGES: dict[str, Any] = {"evaluations": [{"decoding": "greedy"}], "steps": 40}
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
-    with serving() as server:
+    with run_server() as server:
         yield Shell(server, tmp_path)
     assert server.unknown == []
 
 
-def finish_by_hand(grid: Grid, outputs: Path) -> None:
-    """Every record of the grid as if it had been run."""
+def write_records(grid: Grid, outputs: Path) -> None:
+    """Write every record of the grid, as a run does."""
     store = Store(outputs)
     for role, model, cells in list_references(grid.cells):
         record = store.get_artifact(grid.scale, role, model)
@@ -53,49 +53,49 @@ def finish_by_hand(grid: Grid, outputs: Path) -> None:
             record.get_evaluation(evaluation).write_results(evaluation, [], SCORES)
 
 
-def cells_of(server: Server) -> list[str]:
-    return sorted(one.config["cell"] for one in server.runs.values())
+def list_tracked_cells(server: Server) -> list[str]:
+    return sorted(tracked_run.config["cell"] for tracked_run in server.runs.values())
 
 
-def cell_of(grid: Grid, found: Run) -> Any:
-    (cell,) = (cell for cell in grid.cells if cell.full_fingerprint == found.config["fingerprint"])
+def find_tracked_cell(grid: Grid, tracked_run: Run) -> Any:
+    (cell,) = (cell for cell in grid.cells if cell.full_fingerprint == tracked_run.config["fingerprint"])
     return cell
 
 
 def check_done(grid: Grid, server: Server, outputs: Path) -> None:
-    """Each run says what the record of its cell says, and keeps the parameters that it was given."""
-    for found in server.runs.values():
-        cell = cell_of(grid, found)
+    """Check that each run equals the record of its cell and has the parameters of the sweep."""
+    for tracked_run in server.runs.values():
+        cell = find_tracked_cell(grid, tracked_run)
         record = Store(outputs).get_record(cell)
-        given = server.handed_out[found.id]
-        assert {name: found.config[name] for name in given} == given
-        assert cell.lmbda == given["lmbda"]
-        assert (found.exit_code, found.summary["status"]) == (0, "done")
-        *trained, judged = found.history
-        assert [{"step": row.pop("_step"), **row} for row in trained] == record.read_history()
-        assert judged["greedy/accuracy"] == found.summary["greedy/accuracy"]
+        parameters = server.handed_out[tracked_run.id]
+        assert {name: tracked_run.config[name] for name in parameters} == parameters
+        assert cell.lmbda == parameters["lmbda"]
+        assert (tracked_run.exit_code, tracked_run.summary["status"]) == (0, "done")
+        *training_rows, score_row = tracked_run.history
+        assert [{"step": row.pop("_step"), **row} for row in training_rows] == record.read_history()
+        assert score_row["greedy/accuracy"] == tracked_run.summary["greedy/accuracy"]
 
 
-def test_an_agent_replays_what_is_done_and_trains_nothing(shell: Shell) -> None:
+def test_agent_replays_finished_cells(shell: Shell) -> None:
     """Real `wandb sweep` and `wandb agent`; no torch, so that a cell takes about a second."""
-    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 1.0]}, **ONE)
-    finish_by_hand(grid, shell.outputs)
+    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 1.0]}, **TINY_CHANGES)
+    write_records(grid, shell.outputs)
     sweep = shell.sweep("tiny.yaml")
     done = shell.agent(sweep)
     assert done.returncode == 0, done.stderr
-    assert cells_of(shell.server) == sorted(cell.fingerprint for cell in grid.cells)
-    assert {found.sweep for found in shell.server.runs.values()} == {sweep.rsplit("/", 1)[-1]}
+    assert list_tracked_cells(shell.server) == sorted(cell.fingerprint for cell in grid.cells)
+    assert {tracked_run.sweep for tracked_run in shell.server.runs.values()} == {sweep.rsplit("/", 1)[-1]}
     check_done(grid, shell.server, shell.outputs)
 
 
 @pytest.mark.slow
-def test_a_grid_run_by_two_agents_is_the_experiment(shell: Shell) -> None:
-    """Both at once on an empty store: the models are built once, each cell is trained once."""
-    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 0.5, 1.0]}, **ONE)
+def test_two_agents_run_each_cell_of_a_grid_once(shell: Shell) -> None:
+    """Two concurrent agents on an empty store build each model and train each cell once."""
+    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 0.5, 1.0]}, **TINY_CHANGES)
     sweep = shell.sweep("tiny.yaml")
     agents = [shell.agent_beside(sweep) for _ in range(2)]
     assert [agent.wait(600) for agent in agents] == [0, 0]
-    assert cells_of(shell.server) == sorted(cell.fingerprint for cell in grid.cells)
+    assert list_tracked_cells(shell.server) == sorted(cell.fingerprint for cell in grid.cells)
     check_done(grid, shell.server, shell.outputs)
     assert {row["status"] for row in table_of(grid, shell.outputs)} == {"done"}
     packs = [Store(shell.outputs).get_record(cell).read_provenance()["pack"] for cell in grid.cells]
@@ -103,26 +103,30 @@ def test_a_grid_run_by_two_agents_is_the_experiment(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-def test_a_random_sweep_that_draws_a_cell_twice_trains_it_once(shell: Shell) -> None:
-    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 1.0]}, **ONE)
+def test_random_sweep_trains_a_repeated_cell_once(shell: Shell) -> None:
+    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0, 1.0]}, **TINY_CHANGES)
     sweep = shell.sweep("tiny.yaml", method="random", run_cap=3)
     assert shell.agent(sweep).returncode == 0
-    drawn = points_of({"method": "random", "run_cap": 3, "parameters": {"lmbda": {"values": [0, 1]}}})
-    assert [given["lmbda"] for given in shell.server.handed_out.values()] == [one["lmbda"] for one in drawn]
-    assert len(set(cells_of(shell.server))) == 2
+    drawn_points = list_sweep_points(
+        {"method": "random", "run_cap": 3, "parameters": {"lmbda": {"values": [0, 1]}}}
+    )
+    assert [parameters["lmbda"] for parameters in shell.server.handed_out.values()] == [
+        tracked_run["lmbda"] for tracked_run in drawn_points
+    ]
+    assert len(set(list_tracked_cells(shell.server))) == 2
     assert len(shell.server.runs) == 3
     check_done(grid, shell.server, shell.outputs)
 
 
 @pytest.mark.slow
-def test_a_cell_whose_agent_was_killed_is_undone_and_the_next_agent_takes_it(shell: Shell) -> None:
-    """Killed with its child after the checkpoint of step 100; the next one goes on from there."""
-    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0.5]}, **{**ONE, "steps": 400})
+def test_next_agent_resumes_the_cell_of_a_killed_agent(shell: Shell) -> None:
+    """The agent is killed with its child after the checkpoint of step 100."""
+    grid = tiny_grid(shell.folder, "arithmetic", grid={"lmbda": [0.5]}, **{**TINY_CHANGES, "steps": 400})
     (cell,) = grid.cells
     record = Store(shell.outputs).get_record(cell)
     agent = shell.agent_beside(shell.sweep("tiny.yaml"))
     try:
-        until(lambda: any(row["step"] >= 120 for row in record.read_history()))
+        wait_until(lambda: any(row["step"] >= 120 for row in record.read_history()))
     finally:
         kill_all(agent)
     assert record.read_status() == {}
@@ -131,20 +135,20 @@ def test_a_cell_whose_agent_was_killed_is_undone_and_the_next_agent_takes_it(she
     assert record.read_status()["state"] == "done"
     assert record.read_provenance()["resumed_at_step"] >= 100
     assert [row["step"] for row in record.read_history()] == list(range(20, 401, 20))
-    found = list(shell.server.runs.values())[first]
-    assert [row["_step"] for row in found.history] == [*range(20, 401, 20), 401]
-    assert found.exit_code == 0
+    tracked_run = list(shell.server.runs.values())[first]
+    assert [row["_step"] for row in tracked_run.history] == [*range(20, 401, 20), 401]
+    assert tracked_run.exit_code == 0
 
 
-def until(condition: Callable[[], bool], seconds: float = 500) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], seconds: float = 500) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
 
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
-    """As a machine does that goes down."""
+    """Kill a process and its descendants, as if the machine had stopped."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
         os.kill(pid, signal.SIGKILL)
@@ -152,83 +156,81 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.fixture
-def agents_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """This process is what an agent started for the run `run0` of `sweep0`."""
+def agent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Test server, with this process as a child of an agent for the run `run0` of `sweep0`."""
     home = tmp_path / "home"
-    mine = {"WANDB_SWEEP_ID": "sweep0", "WANDB_RUN_ID": "run0", "WANDB_PROJECT": "gkd-lab"}
-    with serving() as server, wandb_meeting(server, home, monkeypatch, **mine):
+    agent_variables = {"WANDB_SWEEP_ID": "sweep0", "WANDB_RUN_ID": "run0", "WANDB_PROJECT": "gkd-lab"}
+    with run_server() as server, connect_wandb(server, home, monkeypatch, **agent_variables):
         yield server
 
 
-def test_a_failed_cell_and_a_failed_teacher_tell_the_agents_run_why(
-    tmp_path: Path, agents_run: Server
-) -> None:
+def test_agents_run_has_the_error_of_a_failed_cell_or_teacher(tmp_path: Path, agent_server: Server) -> None:
     silence_libraries()
     outputs = tmp_path / "outputs"
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **ONE)
-    finish_by_hand(grid, outputs)
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **TINY_CHANGES)
+    write_records(grid, outputs)
     record = Store(outputs).get_record(grid.cells[0])
     record.mark_failed("FloatingPointError: the loss is nan at step 7")
-    assert run_grid(grid, options(outputs, tracker=follower(outputs)[0])).failures
-    found = agents_run.runs["run0"]
-    assert (found.exit_code, found.summary["status"]) == (1, "failed")
-    assert found.summary["error"] == "FloatingPointError: the loss is nan at step 7"
+    assert run_grid(grid, options(outputs, tracker=create_recorded_tracker(outputs)[0])).failures
+    tracked_run = agent_server.runs["run0"]
+    assert (tracked_run.exit_code, tracked_run.summary["status"]) == (1, "failed")
+    assert tracked_run.summary["error"] == "FloatingPointError: the loss is nan at step 7"
     role, model, _ = list_references(grid.cells)[0]
     Store(outputs).get_artifact("nano", role, model).mark_failed("ValueError: no rows")
-    assert run_grid(grid, options(outputs, tracker=follower(outputs)[0])).failures
-    assert found.summary["error"].startswith("the teacher failed: ValueError: no rows")
+    assert run_grid(grid, options(outputs, tracker=create_recorded_tracker(outputs)[0])).failures
+    assert tracked_run.summary["error"].startswith("the teacher failed: ValueError: no rows")
 
 
-def test_a_cell_that_another_process_holds_is_passed_over_or_waited_for(
-    tmp_path: Path, agents_run: Server
-) -> None:
+def test_locked_cell_is_skipped_or_waited_for(tmp_path: Path, agent_server: Server) -> None:
     outputs = tmp_path / "outputs"
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **ONE)
-    finish_by_hand(grid, outputs)
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **TINY_CHANGES)
+    write_records(grid, outputs)
     (cell,) = grid.cells
     record = Store(outputs).get_record(cell)
-    verdict = record.read_status()
+    finished_status = record.read_status()
     record.status_file.unlink()
-    held, go_on = threading.Event(), threading.Event()
+    is_locked, may_finish = threading.Event(), threading.Event()
 
-    def other() -> None:
+    def work_on_cell() -> None:
         with record.lock():
-            held.set()
-            go_on.wait()
-            time.sleep(1.5)  # long enough for the one that waits to say so
-            record.mark_done(**{name: value for name, value in verdict.items() if name != "state"})
+            is_locked.set()
+            may_finish.wait()
+            time.sleep(1.5)  # long enough for the waiting process to print that it waits
+            record.mark_done(**{name: value for name, value in finished_status.items() if name != "state"})
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=work_on_cell)
     thread.start()
-    held.wait()
-    outcome = run_grid(grid, options(outputs, tracker=follower(outputs)[0]))
+    is_locked.wait()
+    outcome = run_grid(grid, options(outputs, tracker=create_recorded_tracker(outputs)[0]))
     assert outcome.busy_cell_count == 1
-    found = agents_run.runs["run0"]
-    assert (found.exit_code, found.summary["status"]) == (0, "elsewhere")
-    go_on.set()
-    told = io.StringIO()
-    reporter = Reporter(Console(file=told, width=500))
-    outcome = run_grid(grid, options(outputs, reporter, tracker=follower(outputs)[0], busy_cells="wait"))
+    tracked_run = agent_server.runs["run0"]
+    assert (tracked_run.exit_code, tracked_run.summary["status"]) == (0, "elsewhere")
+    may_finish.set()
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=500))
+    outcome = run_grid(
+        grid, options(outputs, reporter, tracker=create_recorded_tracker(outputs)[0], busy_cells="wait")
+    )
     thread.join()
-    assert told.getvalue() == f"waiting for another process that works on the cell {cell.fingerprint}\n"
+    assert output.getvalue() == f"waiting for another process that works on the cell {cell.fingerprint}\n"
     assert (outcome.failures, outcome.busy_cell_count) == ([], 0)
-    assert (found.exit_code, found.summary["status"]) == (0, "done")
-    assert found.summary["greedy/accuracy"] == SCORES["accuracy"]["value"]
+    assert (tracked_run.exit_code, tracked_run.summary["status"]) == (0, "done")
+    assert tracked_run.summary["greedy/accuracy"] == SCORES["accuracy"]["value"]
 
 
-def test_parameters_that_make_no_cell_tell_the_agents_run_why(
-    agents_run: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_agents_run_has_the_error_of_invalid_parameters(
+    agent_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(["cell", "--experiment", "quickstart", "--lmbda=2", "--beta=0"])
     assert caught.value.code == 2
-    found = agents_run.runs["run0"]
-    assert (found.exit_code, found.summary["status"]) == (2, "failed")
-    assert "2 is not valid: must be from 0 to 1" in found.summary["error"]
+    tracked_run = agent_server.runs["run0"]
+    assert (tracked_run.exit_code, tracked_run.summary["status"]) == (2, "failed")
+    assert "2 is not valid: must be from 0 to 1" in tracked_run.summary["error"]
 
 
-def test_an_agents_run_is_one_cell(
+def test_sweep_agent_cannot_run_a_grid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep0")

@@ -1,4 +1,4 @@
-"""A teacher's scores as an artifact: written once, shared by all cells, mended, used without the teacher."""
+"""Cached teacher scores: written once, shared by all cells, repaired, used without the teacher."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,21 +22,21 @@ from gkd_lab.teachers import score_files
 from .tiny_experiments import contents, options, table_of, tiny_grid
 
 SUPERVISED: dict[str, Any] = {"lmbda": 0, "evaluations": [{"decoding": "greedy"}]}
-KEPT: dict[str, Any] = {**SUPERVISED, "teacher_scores": {"top_k": 4}}
+CACHED: dict[str, Any] = {**SUPERVISED, "teacher_scores": {"top_k": 4}}
 TASKS = ("arithmetic", "translation")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def silence() -> None:
+def silence_library_output() -> None:
     silence_libraries()
 
 
 class Interrupted(BaseException):
-    """Stands for a killed process."""
+    """Stands for the end of a killed process."""
 
 
-class Stopping(Reporter):
-    """Stops when the phase whose name contains `phase` has done `count`."""
+class StoppingReporter(Reporter):
+    """Reporter that stops the run when the phase whose name contains `phase` has done `count`."""
 
     def __init__(self, phase: str, count: int) -> None:
         super().__init__(Console(quiet=True))
@@ -44,48 +44,48 @@ class Stopping(Reporter):
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
-        def advance(count: int) -> None:
+        def update(count: int) -> None:
             if self.name in name and count >= self.count:
                 raise Interrupted
 
-        yield advance
+        yield update
 
 
-def losses(grid: Grid, outputs: Path) -> list[list[float]]:
-    """Of each cell, in the grid's order."""
-    return [[row["loss"] for row in Store(outputs).get_record(one).read_history()] for one in grid.cells]
+def read_losses(grid: Grid, outputs: Path) -> list[list[float]]:
+    """Return the logged losses of each cell, in the grid's order."""
+    return [[row["loss"] for row in Store(outputs).get_record(cell).read_history()] for cell in grid.cells]
 
 
-def scores_of(outputs: Path) -> list[Record]:
+def list_score_records(outputs: Path) -> list[Record]:
     return [Record(folder) for folder in sorted(outputs.glob("nano/*/scores-*"))]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_with_all_that_the_teacher_said_a_cell_learns_what_it_learns_live(task: str, tmp_path: Path) -> None:
+def test_full_cached_scores_train_as_the_live_teacher_does(task: str, tmp_path: Path) -> None:
     axes = {"teacher_scores": ["live", "full", {"top_k": 4}]}
     grid = tiny_grid(tmp_path, task, grid=axes, beta=0.5, **SUPERVISED)
     outputs = tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
-    live, full, four = losses(grid, outputs)
+    live, full, four = read_losses(grid, outputs)
     assert full == pytest.approx(live, rel=1e-4)
     assert four != pytest.approx(live, rel=1e-4)
     rows = [row for row in table_of(grid, outputs) if row["role"] == "cell"]
     assert [row["status"] for row in rows] == ["done"] * 3
-    assert [record.read_status()["state"] for record in scores_of(outputs)] == ["done"] * 2
+    assert [record.read_status()["state"] for record in list_score_records(outputs)] == ["done"] * 2
 
 
-def test_what_was_written_is_described_and_verified(tmp_path: Path) -> None:
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **KEPT)
+def test_score_record_is_described_and_verified(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **CACHED)
     outputs = tmp_path / "outputs"
     run_grid(grid, options(outputs))
-    (record,) = scores_of(outputs)
+    (record,) = list_score_records(outputs)
     facts = record.read_status()
     assert (facts["state"], facts["rows"]) == ("done", 40)
     # Four log-probabilities and ids, the tail and the token itself; the rest is headers and starts.
     assert facts["tokens"] * 40 < facts["bytes"] < facts["tokens"] * 40 + 1000
     assert record.read_provenance()["packages"]
     source = Store(outputs).get_record(grid.cells[0]).read_provenance()["scores"]
-    assert source["fingerprint"] == wanted(grid.cells[0]).full_fingerprint
+    assert source["fingerprint"] == build_scores_spec(grid.cells[0]).full_fingerprint
     assert {"scores/index.json", "scores/00000.safetensors"} <= source["files"].keys()
     store = Store(outputs)
     assert verify_records(grid, store, list_candidate_records(grid, store)).mismatches == []
@@ -95,126 +95,130 @@ def test_what_was_written_is_described_and_verified(tmp_path: Path) -> None:
     assert "00000.safetensors has changed" in changed
 
 
-def test_scores_are_written_once_for_all_cells_of_all_experiments(tmp_path: Path) -> None:
+def test_scores_are_written_once_for_all_experiments(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **KEPT), options(outputs))
-    before = {path: path.stat().st_mtime_ns for path in scores_of(outputs)[0].folder.rglob("*")}
+    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **CACHED), options(outputs))
+    before = {path: path.stat().st_mtime_ns for path in list_score_records(outputs)[0].folder.rglob("*")}
     axes = {"beta": [0.5, 1], "seed": [1, 2], "train_rows": [8, 40]}
-    more = tiny_grid(tmp_path, "arithmetic", grid=axes, **KEPT)
-    assert run_grid(more, options(outputs)).failures == []
-    assert {path: path.stat().st_mtime_ns for path in scores_of(outputs)[0].folder.rglob("*")} == before
+    second_grid = tiny_grid(tmp_path, "arithmetic", grid=axes, **CACHED)
+    assert run_grid(second_grid, options(outputs)).failures == []
+    assert {
+        path: path.stat().st_mtime_ns for path in list_score_records(outputs)[0].folder.rglob("*")
+    } == before
 
 
-def test_a_cell_whose_scores_are_there_is_trained_without_the_teacher(
+def test_cell_with_cached_scores_does_not_load_the_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = tmp_path / "outputs"
-    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **KEPT), options(outputs))
-    more = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5], "seed": [0, 1]}, **KEPT)
+    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **CACHED), options(outputs))
+    second_grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5], "seed": [0, 1]}, **CACHED)
     load = artifacts.load_artifact
 
-    def never_the_teacher(record: Record, model: SftModel) -> artifacts.LoadedModel:
-        assert model != more.cells[0].training.teacher, "the teacher was loaded"
+    def refuse_the_teacher(record: Record, model: SftModel) -> artifacts.LoadedModel:
+        assert model != second_grid.cells[0].training.teacher, "the teacher was loaded"
         return load(record, model)
 
-    monkeypatch.setattr(artifacts, "load_artifact", never_the_teacher)
-    assert run_grid(more, options(outputs)).failures == []
+    monkeypatch.setattr(artifacts, "load_artifact", refuse_the_teacher)
+    assert run_grid(second_grid, options(outputs)).failures == []
 
 
-def test_packed_or_alone_the_cells_are_the_same(tmp_path: Path) -> None:
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0, 0.5], "seed": [0, 1]}, **KEPT)
-    found = []
+def test_packed_and_unpacked_cells_are_equal(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0, 0.5], "seed": [0, 1]}, **CACHED)
+    all_losses = []
     for pack in ("auto", "off"):
         outputs = tmp_path / pack
         assert run_grid(grid, options(outputs, pack=pack)).failures == []
-        found.append(losses(grid, outputs))
-    for one, other in zip(*found, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        all_losses.append(read_losses(grid, outputs))
+    for first_losses, second_losses in zip(*all_losses, strict=True):
+        assert first_losses == pytest.approx(second_losses, rel=1e-4)
 
 
-def interrupted(folder: Path, phase: str, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """Contents after a run, and after one that was stopped in this phase and then went on."""
+def run_interrupted(folder: Path, phase: str, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Return the contents after a whole run and after one interrupted in a phase and resumed."""
     monkeypatch.setattr(score_files, "TARGET_FILE_BYTES", 4000)
-    grid = tiny_grid(folder, "arithmetic", grid={"beta": [0, 0.5]}, **KEPT)
+    grid = tiny_grid(folder, "arithmetic", grid={"beta": [0, 0.5]}, **CACHED)
     whole, parts = folder / "whole", folder / "parts"
     run_grid(grid, options(whole))
     with pytest.raises(Interrupted):
-        run_grid(grid, options(parts, Stopping(phase, count)))
+        run_grid(grid, options(parts, StoppingReporter(phase, count)))
     assert all(not record.read_status() for record in [*map(Store(parts).get_record, grid.cells)])
     assert run_grid(grid, options(parts)).failures == []
     return contents(whole), contents(parts)
 
 
 @pytest.mark.parametrize(("phase", "count"), [("teacher's scores", 20), ("distillation", 3)])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bit(
+def test_interrupted_run_resumes_to_equal_bytes(
     phase: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, parts = interrupted(tmp_path, phase, count, monkeypatch)
+    whole, parts = run_interrupted(tmp_path, phase, count, monkeypatch)
     assert sum(".safetensors" in name and "scores-" in name for name in whole) > 2
     assert whole.keys() == parts.keys()
     assert [name for name in whole if whole[name] != parts[name]] == []
 
 
-def test_a_damaged_file_is_set_aside_and_made_again(tmp_path: Path) -> None:
+def test_damaged_scores_are_quarantined_and_rebuilt(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **KEPT), options(outputs))
-    (record,) = scores_of(outputs)
+    run_grid(tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **CACHED), options(outputs))
+    (record,) = list_score_records(outputs)
     (file,) = (record.folder / SCORES_FOLDER).glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"abcd")
-    more = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5]}, **KEPT)
-    assert run_grid(more, options(outputs)).failures == []
+    second_grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5]}, **CACHED)
+    assert run_grid(second_grid, options(outputs)).failures == []
     assert file.read_bytes() == whole
     assert (record.folder / f"{SCORES_FOLDER}.damaged").is_dir()
 
 
-def test_what_the_teacher_wrote_itself_can_be_scored(tmp_path: Path) -> None:
+def test_teacher_text_can_be_scored(tmp_path: Path) -> None:
     source = {"lmbda": 0, "text": {"decoding": "greedy"}}
-    own = {"source": source, "teacher_scores": "full", "evaluations": SUPERVISED["evaluations"]}
+    text_changes = {"source": source, "teacher_scores": "full", "evaluations": SUPERVISED["evaluations"]}
     outputs = tmp_path / "outputs"
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5]}, **own)
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5]}, **text_changes)
     assert run_grid(grid, options(outputs)).failures == []
-    live = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0.5]}, **{**own, "teacher_scores": "live"})
+    live = tiny_grid(
+        tmp_path, "arithmetic", grid={"beta": [0.5]}, **{**text_changes, "teacher_scores": "live"}
+    )
     assert run_grid(live, options(outputs)).failures == []
-    (one,), (other,) = losses(grid, outputs), losses(live, outputs)
-    assert one == pytest.approx(other, rel=1e-4)
+    (first_losses,), (second_losses,) = read_losses(grid, outputs), read_losses(live, outputs)
+    assert first_losses == pytest.approx(second_losses, rel=1e-4)
 
 
-def test_bfloat16_reads_as_the_live_teacher_does(tmp_path: Path) -> None:
+def test_bfloat16_scores_equal_the_live_teachers(tmp_path: Path) -> None:
     axes = {"teacher_scores": ["live", "full", {"dtype": "bfloat16"}]}
     grid = tiny_grid(tmp_path, "translation", grid=axes, precision="bf16", beta=0.5, **SUPERVISED)
     outputs = tmp_path / "outputs"
     assert run_grid(grid, options(outputs)).failures == []
-    live, full, narrow = losses(grid, outputs)
+    live, full, narrow = read_losses(grid, outputs)
     assert full == pytest.approx(live, rel=1e-3)
     assert narrow == pytest.approx(live, rel=5e-2)
 
 
-def failing(*_: Any, **__: Any) -> None:
-    raise RuntimeError("made to fail")
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("failed on purpose")
 
 
-def test_scores_that_fail_are_named_and_made_when_asked(
+def test_failed_scores_are_listed_and_retried_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **KEPT)
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0]}, **CACHED)
     outputs = tmp_path / "outputs"
     with monkeypatch.context() as broken:
-        broken.setattr("gkd_lab.runner.teacher_scores.write_teacher_scores", failing)
+        broken.setattr("gkd_lab.runner.teacher_scores.write_teacher_scores", fail)
         (line,) = run_grid(grid, options(outputs)).failures
-        assert "made to fail" in line
+        assert "failed on purpose" in line
     (line,) = run_grid(grid, options(outputs)).failures
     assert run_grid(grid, options(outputs, retry_failed=True)).failures == []
 
 
-def wanted(cell: Cell) -> Any:
+def build_scores_spec(cell: Cell) -> Any:
     assert cell.training.scores_spec is not None
     return cell.training.scores_spec
 
 
-def test_scores_can_be_had_without_a_cell(tmp_path: Path) -> None:
-    grid = tiny_grid(tmp_path, "translation", grid={"beta": [0]}, **KEPT)
-    asked = wanted(grid.cells[0])
-    record = ensure_teacher_scores(asked, grid.scale, options(tmp_path / "outputs"))
+def test_scores_can_be_computed_without_a_cell(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "translation", grid={"beta": [0]}, **CACHED)
+    scores_spec = build_scores_spec(grid.cells[0])
+    record = ensure_teacher_scores(scores_spec, grid.scale, options(tmp_path / "outputs"))
     assert record.read_status()["rows"] == 40
-    assert record.folder.name == f"scores-top4-{asked.fingerprint}"
+    assert record.folder.name == f"scores-top4-{scores_spec.fingerprint}"

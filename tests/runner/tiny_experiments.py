@@ -1,4 +1,4 @@
-"""Tiny experiments that run in seconds, and what a finished outputs folder holds."""
+"""Tiny experiments that run in seconds, and functions that read a finished outputs folder."""
 
 import json
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from gkd_lab.store import Store
 from gkd_lab.tables.table import encode_table, table
 
 TIMED = ("status.json", "provenance.json", "digests.json", "times.jsonl", "files.json")
-"""Files that say when and where, and so differ between two equal runs."""
+"""Files with times and machines, which differ between two equal runs."""
 
 
 def tiny_grid(folder: Path, task: str, name: str = "tiny", **changes: Any) -> Grid:
-    """lmbda {0, 0.5, 1} x beta {0, 0.5}: 6 cells of 4 steps; `changes` replace fields of the file."""
+    """Return lmbda {0, 0.5, 1} x beta {0, 0.5}: 6 cells of 4 steps; `changes` replace fields of the file."""
     document: dict[str, Any] = {
         "description": "a grid small enough for a test",
         "task": task,
@@ -48,28 +48,28 @@ def tiny_grid(folder: Path, task: str, name: str = "tiny", **changes: Any) -> Gr
 
 
 def options(outputs: Path, reporter: Reporter | None = None, **changes: Any) -> RunOptions:
-    """Checkpoints and log lines every two steps; silent."""
+    """Return silent options with checkpoints and log rows every two steps."""
     quiet = Reporter(Console(quiet=True))
     return RunOptions(outputs, checkpoint_every=2, log_every=2, reporter=reporter or quiet, **changes)
 
 
 @contextmanager
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The training that is run within is broken off by Ctrl-C before this step."""
-    whole = GKDTrainer.training_step
+    """Interrupt a training inside this block by Ctrl-C before a step."""
+    training_step = GKDTrainer.training_step
 
-    def broken(trainer: GKDTrainer, *args: Any, **more: Any) -> Any:
+    def interrupt_or_step(trainer: GKDTrainer, *args: Any, **keywords: Any) -> Any:
         if trainer.state.global_step == step:
             raise KeyboardInterrupt
-        return whole(trainer, *args, **more)
+        return training_step(trainer, *args, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GKDTrainer, "training_step", broken)
+        patch.setattr(GKDTrainer, "training_step", interrupt_or_step)
         yield
 
 
 def contents(outputs: Path) -> dict[str, bytes]:
-    """Relative name -> bytes of every file that two equal runs must share."""
+    """Return relative name -> bytes of every file that two equal runs must share."""
     return {
         str(path.relative_to(outputs)): path.read_bytes()
         for path in sorted(outputs.rglob("*"))
@@ -78,7 +78,7 @@ def contents(outputs: Path) -> dict[str, bytes]:
 
 
 def times(outputs: Path) -> dict[str, int]:
-    """Relative name -> time of last change of every file."""
+    """Return relative name -> time of last change of every file."""
     return {
         str(path.relative_to(outputs)): path.stat().st_mtime_ns
         for path in sorted(outputs.rglob("*"))
@@ -87,6 +87,6 @@ def times(outputs: Path) -> dict[str, int]:
 
 
 def table_of(grid: Grid, outputs: Path) -> list[dict[str, Any]]:
-    """The rows of `gkd-lab table --format json`."""
+    """Return the rows of `gkd-lab table --format json`."""
     rows: list[dict[str, Any]] = json.loads(encode_table(table(grid, Store(outputs)), "json"))
     return rows

@@ -1,4 +1,4 @@
-"""What the tests of trackers share: cells with records written by hand, and a wandb that meets our server."""
+"""Helpers of the tracker tests: cells with written records, and wandb connected to the test server."""
 
 import io
 import os
@@ -23,12 +23,16 @@ SCORES = {"accuracy": {"value": 0.25, "low": 0.1, "high": 0.4}}
 
 
 @contextmanager
-def wandb_meeting(server: Server, folder: Path, patch: pytest.MonkeyPatch, **more: str) -> Iterator[None]:
-    """wandb in this process, as it is in one that starts with the server's environment."""
+def connect_wandb(
+    server: Server, folder: Path, patch: pytest.MonkeyPatch, **variables: str
+) -> Iterator[None]:
+    """Connect wandb in this process to the test server, by the environment variables of a new process."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         patch.delenv(name)
-    kept = {name: value for name, value in server.environment(folder).items() if name.startswith("WANDB_")}
-    for name, value in {**kept, **more}.items():
+    wandb_variables = {
+        name: value for name, value in server.environment(folder).items() if name.startswith("WANDB_")
+    }
+    for name, value in {**wandb_variables, **variables}.items():
         patch.setenv(name, value)
     patch.setenv("NETRC", str(folder / "netrc"))
     folder.mkdir(exist_ok=True)
@@ -39,35 +43,35 @@ def wandb_meeting(server: Server, folder: Path, patch: pytest.MonkeyPatch, **mor
         wandb.teardown()
 
 
-def two_cells(outputs: Path) -> list[tuple[Cell, Record]]:
-    """Cells of the quickstart, and their records, which are empty."""
+def create_two_cells(outputs: Path) -> list[tuple[Cell, Record]]:
+    """Return two cells of the quickstart with their empty records."""
     cells = experiments.load("quickstart", outputs=outputs).cells[:2]
     return [(cell, Store(outputs).get_record(cell)) for cell in cells]
 
 
-def row(step: int) -> dict[str, float]:
+def build_row(step: int) -> dict[str, float]:
     return {"step": step, "loss": 1 / step}
 
 
 def write_rows(record: Record, *steps: int) -> None:
     record.folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        record.log_row(row(step))
+        record.log_row(build_row(step))
 
 
-def finish(cell: Cell, record: Record) -> None:
-    """As if it had been trained and judged."""
+def finish_record(cell: Cell, record: Record) -> None:
+    """Finish a record with scores, as a training and evaluation do."""
     record.finish(steps=cell.training.steps)
-    judge(cell, record)
+    write_scores(cell, record)
 
 
-def judge(cell: Cell, record: Record) -> None:
+def write_scores(cell: Cell, record: Record) -> None:
     for evaluation in cell.evaluations:
         record.get_evaluation(evaluation).write_results(evaluation, [], SCORES)
 
 
-def follower(outputs: Path, name: Any = "wandb") -> tuple[Tracker, io.StringIO]:
-    """A tracker, and what is said."""
-    said = io.StringIO()
-    reporter = Reporter(Console(file=said, width=500))
-    return create_tracker(name, "quickstart", outputs, reporter), said
+def create_recorded_tracker(outputs: Path, name: Any = "wandb") -> tuple[Tracker, io.StringIO]:
+    """Return a tracker and the text that it prints."""
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=500))
+    return create_tracker(name, "quickstart", outputs, reporter), output

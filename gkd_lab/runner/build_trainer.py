@@ -1,0 +1,111 @@
+"""Build the trainer of a pack from its cells: every argument is stated, none is a library's default."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PrinterCallback
+
+from gkd_lab.config.cell import Cell
+from gkd_lab.encoding.batches import Example, KeyedBatchSampler
+from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.divergence import Divergence
+from gkd_lab.losses.registry import build_term
+from gkd_lab.models.packing import Pack
+from gkd_lab.runner.artifacts import LoadedModel
+from gkd_lab.runner.cross_tokenizer import map_teacher_prompts
+from gkd_lab.runner.run_options import RunOptions
+from gkd_lab.runner.sft import build_optimizer_arguments, build_trainer_arguments
+from gkd_lab.runner.training_inputs import load_extra_teachers
+from gkd_lab.store import Record
+from gkd_lab.training.arguments import GKDConfig
+from gkd_lab.training.trainer import GKDTrainer
+
+
+class MicroBatchTrainer(GKDTrainer):
+    """GKDTrainer whose epochs end with whole batches, however many micro-batches a batch has."""
+
+    def build_batch_sampler(self) -> KeyedBatchSampler:
+        """Drop the last micro-batches of an epoch that do not fill the batch of a step."""
+        sampler = super().build_batch_sampler()
+        sampler.length -= sampler.length % self.args.gradient_accumulation_steps
+        return sampler
+
+
+def build_trainer(
+    pack: Pack,
+    teacher: LoadedModel,
+    examples: list[Example],
+    cells: Sequence[Cell],
+    options: RunOptions,
+    tokenizer: Any,
+    micro_batches: int = 1,
+) -> GKDTrainer:
+    """Build the trainer of a pack of cells.
+
+    tokenizer: the student's. micro_batches: number of micro-batches that a step's batch is split into.
+    """
+    records = [options.store.get_record(cell) for cell in cells]
+
+    def log_row(cell_index: int, row: dict[str, float]) -> None:
+        records[cell_index].log_row(row)
+        options.tracker.log_row(records[cell_index], row)
+
+    def fail_cell(cell_index: int, reason: str) -> None:
+        records[cell_index].mark_failed(f"FloatingPointError: {reason}")
+        options.tracker.finish_run(records[cell_index])
+
+    trainer = MicroBatchTrainer(
+        pack=pack,
+        cells=[_build_cell_arguments(cell, record) for cell, record in zip(cells, records, strict=True)],
+        teacher_model=teacher.model,
+        args=_build_trainer_config(cells[0], records[0], options, micro_batches),
+        train_dataset=examples,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher.tokenizer,
+        teacher_prompts=map_teacher_prompts(teacher.tokenizer, examples, cells, options),
+        more_teachers=load_extra_teachers(cells[0], options),
+        log_cell=log_row,
+        on_failure=fail_cell,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
+    """Return the arguments that differ between the cells of a pack."""
+    training = cell.training
+    defaults = Divergence()
+    return CellArguments(
+        lmbda=training.source.lmbda,
+        beta=defaults.beta,
+        seed=training.seed,
+        temperature=training.source.temperature or 1.0,
+        teacher_temperature=defaults.teacher_temperature,
+        student_temperature=defaults.student_temperature,
+        learning_rate=training.optimizer.learning_rate,
+        output_dir=str(record.steps_folder),
+        objectives=tuple(map(build_term, training.objectives)),
+    )
+
+
+def _build_trainer_config(cell: Cell, record: Record, options: RunOptions, micro_batches: int) -> GKDConfig:
+    """Return the arguments that all cells of a pack share."""
+    training = cell.training
+    teacher_dtype, park_teacher = training.get_teacher_placement(0)
+    return GKDConfig(
+        **build_trainer_arguments(
+            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
+        ),
+        **build_optimizer_arguments(training.optimizer),
+        per_device_train_batch_size=training.batch_size // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        dataloader_drop_last=True,
+        max_new_tokens=training.max_output_tokens,
+        loss_normalization=training.loss_normalization,
+        disable_dropout=training.dropout == 0,
+        seed=training.seed,
+        bf16=training.precision == "bf16",
+        teacher_dtype=teacher_dtype,
+        park_teacher=park_teacher,
+        log_term_gradients=options.term_gradients,
+    )

@@ -1,0 +1,91 @@
+"""Load what a training of cells reads: the SFT student, the teachers and the examples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gkd_lab.config.cell import Cell, Role
+from gkd_lab.encoding.batches import Example
+from gkd_lab.models.build import PRECISION_DTYPES, load_tokenizer
+from gkd_lab.runner import artifacts
+from gkd_lab.runner.cross_tokenizer import retokenize_completions
+from gkd_lab.runner.dataset import assign_teachers, encode_examples, load_split, write_split_report
+from gkd_lab.runner.run_options import RunOptions
+from gkd_lab.runner.teacher_scores import ensure_teacher_scores, load_cached_teacher
+from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
+from gkd_lab.store import Record
+from gkd_lab.teachers.cached_teachers import ServerTeacher
+from gkd_lab.teachers.score_writer import number_examples
+from gkd_lab.teachers.server import TeacherServer
+from gkd_lab.teachers.teacher import Teacher
+
+
+def load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
+    """Load the SFT student in the dtype of the training, after building it if it does not exist."""
+    student = cell.training.start
+    loaded = artifacts.load_artifact(
+        artifacts.ensure_artifact("start", student, cell.scale, options), student
+    )
+    loaded.model.to(PRECISION_DTYPES["fp64" if cell.training.precision == "fp64" else "fp32"])
+    return loaded
+
+
+def load_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
+    """Load the first teacher: a live model, its cached scores, or a client of its server."""
+    teacher, scores = cell.training.teacher, cell.training.scores_spec
+    if teacher.model.served is not None:
+        return _connect_served_teacher(cell, options)
+    if scores is not None:
+        cached_teacher = load_cached_teacher(ensure_teacher_scores(scores, cell.scale, options))
+        return artifacts.LoadedModel(cached_teacher, cached_teacher.tokenizer)
+    return artifacts.load_artifact(
+        artifacts.ensure_artifact("teacher", teacher, cell.scale, options), teacher
+    )
+
+
+def _connect_served_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
+    """Return a client of the teacher's server; its tokenizer defaults to the student's."""
+    model, student = cell.training.teacher.model, cell.training.start
+    tokenizer_source = (
+        model.path
+        or model.pretrained
+        or artifacts.ensure_artifact("start", student, cell.scale, options).checkpoint
+    )
+    assert model.server and model.served and model.top_k, "the spec of a served teacher is complete"
+    patience = {} if model.patience is None else {"patience": model.patience}
+    server = TeacherServer(model.server, model.served, model.top_k, **patience)
+    teacher = ServerTeacher(server, load_tokenizer(tokenizer_source))
+    return artifacts.LoadedModel(teacher, teacher.tokenizer)
+
+
+def load_extra_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
+    """Load the teachers besides the first, in the order of their indices from 1 on."""
+    training = cell.training
+    teachers = []
+    for index, model in enumerate(training.teachers, start=1):
+        role: Role = "start" if model == training.start else "teacher"
+        loaded = artifacts.load_artifact(artifacts.ensure_artifact(role, model, cell.scale, options), model)
+        teachers.append(Teacher(loaded.model, *training.get_teacher_placement(index), loaded.tokenizer))
+    return teachers
+
+
+def load_examples(
+    cell: Cell, tokenizer: Any, records: Sequence[Record], options: RunOptions
+) -> list[Example]:
+    """Load the training examples in the student's tokens, with the teacher's completions where it wrote them.
+
+    records: those of the pack; each stores the counts of truncated and omitted rows.
+    """
+    training = cell.training
+    rows = load_split(training.task, training.data, "train", options.cache_folder)
+    examples, report = encode_examples(training.start, tokenizer, rows)
+    examples = assign_teachers(examples, rows, training.objectives)
+    for record in records:
+        write_split_report(record.folder, "train", report)
+    if training.text_spec is not None:
+        teacher_text = ensure_teacher_text(training.text_spec, cell.scale, options)
+        teacher = options.store.get_artifact(cell.scale, "teacher", training.teacher)
+        examples = apply_teacher_text(examples, teacher_text)
+        examples = retokenize_completions(examples, teacher_text, training, teacher, tokenizer)
+    if training.scores_spec is not None:
+        examples = number_examples(examples)
+    return examples[: training.train_rows]
