@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.tasks.data_folder import DataFolder
@@ -69,9 +69,10 @@ def load_rows(
     elif kind == "folder":
         rows = _read_folder_rows(parse_row, _open_folder(path, config), split)
     else:
-        rows = _read_hub_rows(
-            parse_row, name or _raise_missing_name(task), config, revision, split, dropped_counts
-        )
+        if name is None:
+            hint = f", such as {task.hub_name}" if task.hub_name else ""
+            raise ValueError(f"data of the hub needs a name{hint}")
+        rows = _read_hub_rows(parse_row, name, config, revision, split, dropped_counts)
     prompted_rows = prepend_shots(task, rows, shots=shots, calculator_marks=calculator_marks)
     loaded = RowList(islice(prompted_rows, count), dropped_counts)
     for reason, number in dropped_counts.items():
@@ -162,11 +163,6 @@ def _locate_split(
         "%s has no validation: the last %d of %d train rows", source_name, held_out, row_counts["train"]
     )
     return ("train", 0, train_rows) if split == "train" else ("train", train_rows, None)
-
-
-def _raise_missing_name(task: Task) -> NoReturn:
-    """Raise ValueError with the task's hub data set as the example."""
-    raise ValueError("data of the hub needs a name" + (f", such as {task.hub_name}" if task.hub_name else ""))
 
 
 def _read_hub_rows(

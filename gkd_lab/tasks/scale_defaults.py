@@ -88,8 +88,8 @@ def define_smol_models(steps: int) -> dict[str, Any]:
 
 
 def define_scratch_model(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
-    """Define a model that is initialized at random and fine-tuned on the task."""
-    return {"layers": layers, "width": width, "heads": heads, "sft": sft}
+    """Define a randomly initialized model, fine-tuned on the task first if `sft` settings are given."""
+    return {"layers": layers, "width": width, "heads": heads, **({"sft": sft} if sft else {})}
 
 
 def define_classifier_scale(**changes: Any) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def define_classifier_scale(**changes: Any) -> dict[str, Any]:
         "models": {
             "xl": define_scratch_model(2, 64, 4, steps=600, batch_size=32, learning_rate=2e-3),
             # No fine-tuning: distillation starts from random weights.
-            "large": define_untrained_model(2, 64, 4),
-            "base": define_untrained_model(2, 32, 4),
-            "small": define_untrained_model(1, 32, 4),
+            "large": define_scratch_model(2, 64, 4),
+            "base": define_scratch_model(2, 32, 4),
+            "small": define_scratch_model(1, 32, 4),
         },
         "lmbda": 0.0,  # a classifier generates no text
         "teacher_temperature": 1.0,
@@ -116,8 +116,3 @@ def define_classifier_scale(**changes: Any) -> dict[str, Any]:
         "evaluations": [{"decoding": "greedy", "split": "test"}],
         **changes,
     }
-
-
-def define_untrained_model(layers: int, width: int, heads: int) -> dict[str, Any]:
-    """Define a model that is initialized at random and trained by distillation alone."""
-    return {"layers": layers, "width": width, "heads": heads}
