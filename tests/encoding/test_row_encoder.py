@@ -1,4 +1,4 @@
-"""Every form of row that is taken or refused, against TRL's collator where that is right."""
+"""Encode rows of every supported format, compared with TRL's collator, and refuse all others."""
 
 import warnings
 from pathlib import Path
@@ -12,16 +12,13 @@ from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Split
 from tokenizers.pre_tokenizers import Sequence as Steps
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_lab.config.artifact_specs import TokenizerSpec
-from gkd_lab.encoding.batches import Example, collate_examples
+from gkd_lab.encoding.batches import Example
 from gkd_lab.encoding.row_encoder import RowEncoder
-from gkd_lab.encoding.trl_batch import is_trl_batch, parse_trl_batch
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.models.forward import Sequences
 
 from ..models.tiny import END, PAD, tiny_tokenizer
 
@@ -79,13 +76,8 @@ CHATS = [
 NAMED = {"llama3.jinja": "<|eot_id|>", "qwen2_5.jinja": "<|im_end|>", "qwen3.jinja": "<|im_end|>"}
 
 
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+def load_chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return chat_tokenizer(*((TEMPLATES / name).read_text(), NAMED[name]) if name in NAMED else ())
-
-
-def assert_same(ours: Sequences, theirs: Sequences) -> None:
-    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 # Messages
@@ -93,7 +85,7 @@ def assert_same(ours: Sequences, theirs: Sequences) -> None:
 
 @pytest.mark.parametrize("name", ["chatml", *NAMED])
 def test_ids_of_messages_equal_those_of_trls_collator(name: str) -> None:
-    tokenizer = tokenizer_of(name)
+    tokenizer = load_chat_tokenizer(name)
     batch = DataCollatorForChatML(tokenizer, max_length=1024)([{"messages": m} for m in CHATS])
     examples = [encoder(tokenizer)({"messages": messages}) for messages in CHATS]
     for example, row, mask, labels, prompt, prompt_mask in zip(
@@ -107,14 +99,14 @@ def test_ids_of_messages_equal_those_of_trls_collator(name: str) -> None:
         assert tokenizer.eos_token_id in example.completion_ids
 
 
-def test_what_a_template_writes_after_the_end_of_the_turn_is_trained_on_as_by_trl() -> None:
+def test_tokens_after_the_end_of_the_turn_are_trained_on_as_in_trl() -> None:
     tokenizer = chat_tokenizer()
     example = encoder(tokenizer)({"messages": CHATS[0]})
     assert tokenizer.decode(example.prompt_ids).endswith("two?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(example.completion_ids) == "It is four.<|im_end|>\n"
 
 
-def test_a_template_that_never_ends_gets_the_end_of_sequence() -> None:
+def test_a_template_without_an_end_gets_the_end_of_sequence() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("<|im_end|>", ""))
     example = encoder(tokenizer)({"messages": CHATS[0]})
     assert tokenizer.decode(example.completion_ids) == "It is four.\n<|im_end|>"
@@ -130,7 +122,7 @@ def test_an_answer_that_would_merge_with_the_prompt_leaves_the_prompts_ids_alone
     assert tokenizer.decode(newlines.completion_ids) == "\n\nfour<|im_end|>\n"
 
 
-def test_an_answer_within_a_chat_gets_no_piece_that_marks_a_texts_begin() -> None:
+def test_an_answer_in_a_chat_gets_no_token_that_marks_the_beginning_of_a_text() -> None:
     tokenizer = chat_tokenizer("{% for m in messages %}{{ '[' ~ m['content'] ~ ']' }}{% endfor %}")
     tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(replacement="_", prepend_scheme="always")
     tokenizer.backend_tokenizer.decoder = MetaspaceDecoder(replacement="_")
@@ -158,7 +150,7 @@ def test_tools_and_template_arguments_reach_the_template() -> None:
     assert begin(chat_template_kwargs={"style": "terse"}) == "none terse"
 
 
-def test_a_prompts_text_beside_messages_is_taken_as_given() -> None:
+def test_a_prompt_column_beside_messages_is_used_unchanged() -> None:
     tokenizer = chat_tokenizer()
     messages = CHATS[1]
     alone = encoder(tokenizer)({"messages": messages})
@@ -171,14 +163,14 @@ def test_a_prompts_text_beside_messages_is_taken_as_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill.jinja", "nemotron_3_nano.jinja"])
-def test_a_template_that_opens_thoughts_which_the_reference_lacks_is_refused(name: str) -> None:
+def test_a_template_that_opens_a_block_of_thoughts_missing_in_the_reference_is_refused(name: str) -> None:
     tokenizer = chat_tokenizer((TEMPLATES / name).read_text())
     with pytest.raises(ValueError, match="enable_thinking"):
         encoder(tokenizer)({"messages": CHATS[0]})
     assert encoder(tokenizer)({"messages": CHATS[0][:1]}).completion_ids == []
 
 
-def test_a_template_that_can_do_without_thoughts_takes_the_reference() -> None:
+def test_a_template_with_thoughts_switched_off_accepts_the_reference() -> None:
     tokenizer = chat_tokenizer((TEMPLATES / "nemotron_3_nano.jinja").read_text())
     row = {"messages": CHATS[0], "chat_template_kwargs": {"enable_thinking": False}}
     assert tokenizer.decode(encoder(tokenizer)(row).completion_ids) == "It is four.<|im_end|>\n"
@@ -198,12 +190,12 @@ def test_messages_without_a_template_are_refused_for_a_decoder() -> None:
 
 
 @pytest.mark.parametrize("messages", [[], "a b", [{"from": "human", "value": "a"}]])
-def test_what_is_no_list_of_messages_is_refused(messages: Any) -> None:
+def test_a_column_without_a_list_of_messages_is_refused(messages: Any) -> None:
     with pytest.raises(ValueError, match="must be a list of messages"):
         encoder(chat_tokenizer())({"messages": messages})
 
 
-def test_an_answer_to_nothing_is_refused() -> None:
+def test_an_answer_without_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing before the assistant's turn"):
         encoder(chat_tokenizer())({"messages": [turn("assistant", "four")]})
 
@@ -250,7 +242,7 @@ def test_a_text_with_messages_is_refused(row: dict[str, Any]) -> None:
         encoder(chat_tokenizer())(row)
 
 
-def test_any_role_but_those_that_ask_gives_the_answer() -> None:
+def test_any_role_but_the_prompt_roles_gives_the_answer() -> None:
     as_gemma = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
     ours = encoder(chat_tokenizer(as_gemma.replace("m['role']", "m['role'].replace('assistant', 'model')")))
     expected = ours({"messages": [turn("user", "a b"), turn("assistant", "c")]})
@@ -324,7 +316,7 @@ def test_tools_without_a_template_are_refused() -> None:
         encoder(is_encoder_decoder=True)({"messages": CHATS[0], "tools": [{"name": "add"}]})
 
 
-def test_contents_are_put_on_lines_of_their_own() -> None:
+def test_contents_are_joined_by_line_breaks() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = None
     example = encoder(tokenizer, is_encoder_decoder=True)({"messages": CHATS[1]})
@@ -355,7 +347,7 @@ def test_contents_are_put_on_lines_of_their_own() -> None:
         {"prompt_ids": [5, 6], "completion_ids": [7, 8]},
     ],
 )
-def test_ready_made_ids_are_taken_as_they_are(row: dict[str, Any]) -> None:
+def test_ready_made_ids_are_not_changed(row: dict[str, Any]) -> None:
     assert encoder()(row) == Example([5, 6], [7, 8])
 
 
@@ -384,7 +376,7 @@ def test_ids_that_do_not_tell_prompt_from_completion_are_refused(row: dict[str, 
 # What is refused, and the user's function
 
 
-def test_an_example_passes_through() -> None:
+def test_an_example_is_returned_unchanged() -> None:
     example = Example([5], [6] * 99)
     assert encoder(max_length=4)(example) is example
 
@@ -399,31 +391,31 @@ def test_an_example_passes_through() -> None:
         {"prompt": [turn("user", [{"type": "image_url", "image_url": "a.png"}])]},
     ],
 )
-def test_pitfall_25_images_are_refused_with_a_way_out(row: dict[str, Any]) -> None:
+def test_pitfall_25_images_are_refused_with_advice(row: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"distils text.*use trl.DistillationTrainer"):
         encoder(chat_tokenizer())(row)
 
 
-def test_an_empty_column_of_images_is_no_image() -> None:
+def test_an_empty_image_column_is_ignored() -> None:
     for nothing in ([], None):
         assert encoder()({"prompt": "a", "images": nothing}) == Example(ids("a"), [])
 
 
 @pytest.mark.parametrize("row", [{"text": "a b"}, {"conversations": []}, {"completion": "a"}, {}])
-def test_other_rows_are_refused_with_their_columns_and_the_known_forms(row: dict[str, Any]) -> None:
+def test_unknown_rows_are_refused_with_their_columns_and_the_known_formats(row: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as refused:
         encoder()(row)
     assert str(sorted(row)) in str(refused.value)
     assert all(form in str(refused.value) for form in ("`messages`", "`prompt`", "`completion_mask`"))
 
 
-def test_the_users_function_makes_the_row() -> None:
+def test_formatting_func_is_applied_to_the_row() -> None:
     ours = encoder(formatting_func=lambda row: {"prompt": row["question"], "completion": row["answer"]})
     assert ours({"question": "a b", "answer": "c"}) == Example(ids("a b"), [*ids("c"), END])
 
 
 @pytest.mark.parametrize("made", ["a b", ["a b"], None])
-def test_a_users_function_that_returns_a_text_is_refused(made: Any) -> None:
+def test_a_formatting_func_that_returns_a_text_is_refused(made: Any) -> None:
     with pytest.raises(ValueError, match="does not say where the prompt ends"):
         encoder(formatting_func=lambda row: made)({"question": "a b"})
 
@@ -451,32 +443,32 @@ def test_pitfall_16_holds_for_messages() -> None:
     assert (ours.rows_read, ours.prompts_cut, ours.completions_cut) == (3, 3, 2)
 
 
-def test_a_prompt_leaves_room_for_the_new_tokens_and_no_more() -> None:
+def test_a_prompt_is_truncated_to_leave_room_for_the_new_tokens() -> None:
     assert limited(0, max_new_tokens=2).prompt_ids == list(range(3, 11))
     assert limited(0, max_new_tokens=3).prompt_ids == list(range(4, 11))
     assert limited(8, prompt=2).completion_ids == [2] * 8
     assert limited(9, prompt=2).completion_ids == [2] * 8
 
 
-def test_an_encoder_decoders_source_and_target_are_cut_apart() -> None:
+def test_an_encoder_decoders_source_and_target_are_truncated_separately() -> None:
     assert limited(5, is_encoder_decoder=True, max_length=4) == Example([3, 4, 5, 6], [2] * 4)
 
 
 @pytest.mark.parametrize("max_length", range(2, 12))
 @pytest.mark.parametrize("max_new_tokens", [1, 3, 99])
-def test_one_token_of_each_is_always_kept(max_length: int, max_new_tokens: int) -> None:
+def test_at_least_one_token_of_prompt_and_completion_remains(max_length: int, max_new_tokens: int) -> None:
     example = limited(99, prompt=99, max_length=max_length, max_new_tokens=max_new_tokens)
     assert example.prompt_ids and example.completion_ids
     assert len(example.prompt_ids + example.completion_ids) == max_length
 
 
-def test_without_a_limit_nothing_is_cut() -> None:
+def test_without_a_limit_nothing_is_truncated() -> None:
     ours = encoder()
     assert len(ours({"prompt_ids": [3] * 5000, "completion_ids": [4] * 5000}).prompt_ids) == 5000
     assert (ours.rows_read, ours.prompts_cut, ours.completions_cut) == (1, 0, 0)
 
 
-def test_the_first_row_that_is_cut_is_reported_with_its_sizes() -> None:
+def test_the_first_truncated_row_is_reported_with_its_lengths() -> None:
     ours = encoder(max_length=10, max_new_tokens=4)
     long = {"prompt_ids": [3] * 9, "completion_ids": [4] * 8}
     with warnings.catch_warnings():
@@ -494,105 +486,3 @@ def test_the_first_row_that_is_cut_is_reported_with_its_sizes() -> None:
 def test_limits_without_room_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(limits))):
         encoder(**limits)
-
-
-# Batches of a user's own collator
-
-
-def batch_of(rows: list[Example], *, left: bool) -> dict[str, Tensor]:
-    """As transformers' collators pad them."""
-    width = max(len(e.prompt_ids + e.completion_ids) for e in rows)
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for example in rows:
-        row = example.prompt_ids + example.completion_ids
-        labels = [-100] * len(example.prompt_ids) + example.completion_ids
-        for name, values, fill in zip(columns, (row, [1] * len(row), labels), (PAD, 0, -100), strict=True):
-            padding = [fill] * (width - len(row))
-            columns[name].append(padding + values if left else values + padding)
-    return {name: torch.tensor(values) for name, values in columns.items()}
-
-
-ROWS = [Example([5, 6, 7], [8, END]), Example([9], [10, 11, 12, END]), Example([3, 4, PAD, 5], [])]
-
-
-def test_a_batch_of_trls_collator_is_what_our_rows_give() -> None:
-    tokenizer = chat_tokenizer()
-    rows = [{"messages": messages} for messages in CHATS]
-    batch = DataCollatorForChatML(tokenizer, max_length=1024)(rows)
-    examples = [encoder(tokenizer)(row) for row in rows]
-    assert is_trl_batch(batch)
-    ours = collate_examples(examples, tokenizer.pad_token_id, is_encoder_decoder=False)
-    assert_same(parse_trl_batch(batch, tokenizer.pad_token_id), ours)
-
-
-@pytest.mark.parametrize("left", [True, False])
-def test_a_batch_without_prompts_is_parted_at_the_first_trained_token(left: bool) -> None:
-    ours = collate_examples(ROWS, PAD, is_encoder_decoder=False)
-    assert_same(parse_trl_batch(batch_of(ROWS, left=left), PAD), ours)
-
-
-@pytest.mark.parametrize("left", [True, False])
-def test_prompts_may_be_padded_on_either_side(left: bool) -> None:
-    prompts = batch_of([Example(row.prompt_ids, []) for row in ROWS], left=left)
-    stated = {"prompts": prompts["input_ids"], "prompt_attention_mask": prompts["attention_mask"]}
-    ours = collate_examples(ROWS, PAD, is_encoder_decoder=False)
-    assert_same(parse_trl_batch({**batch_of(ROWS, left=False), **stated}, PAD), ours)
-
-
-def test_where_nothing_is_trained_the_stated_prompts_are_taken() -> None:
-    batch = batch_of([Example([5, 6, 7], []), Example([8], [])], left=True)
-    batch |= {
-        "prompts": torch.tensor([[5, 6], [PAD, 8]]),
-        "prompt_attention_mask": torch.tensor([[1, 1], [0, 1]]),
-    }
-    expected = collate_examples([Example([5, 6], []), Example([8], [])], PAD, is_encoder_decoder=False)
-    assert_same(parse_trl_batch(batch, PAD), expected)
-
-
-def test_untrained_tokens_after_the_answer_are_left_away() -> None:
-    batch = batch_of([Example([5, 6], [7, END]), Example([8], [9, 10, 11])], left=False)
-    batch["labels"][1, 3:] = -100
-    expected = [Example([5, 6], [7, END]), Example([8], [9, 10])]
-    assert_same(parse_trl_batch(batch, PAD), collate_examples(expected, PAD, is_encoder_decoder=False))
-
-
-def test_an_encoder_decoders_batch_has_source_and_target_apart() -> None:
-    rows = [{"input_ids": r.prompt_ids, "labels": r.completion_ids} for r in ROWS[:2]]
-    batch = DataCollatorForSeq2Seq(tiny_tokenizer())([dict(row) for row in rows])
-    ours = collate_examples(ROWS[:2], PAD, is_encoder_decoder=True)
-    assert_same(parse_trl_batch(batch, PAD, is_encoder_decoder=True), ours)
-
-
-def change(name: str, place: tuple[int, int], value: int) -> dict[str, Tensor]:
-    batch = batch_of(ROWS[:2], left=False)
-    batch[name][place] = value
-    return batch
-
-
-@pytest.mark.parametrize(
-    ("batch", "reason"),
-    [
-        (change("labels", (1, 2), -100), r"rows \[1\] .* several parts"),
-        (change("labels", (0, 3), 4), r"rows \[0\] .* unlike input_ids"),
-        (change("attention_mask", (0, 4), 0), r"rows \[0\] .* attention_mask is 0"),
-        (change("labels", (1, 0), 9), r"rows \[1\] .* have no prompt"),
-        ({k: v for k, v in batch_of(ROWS, left=True).items() if k != "attention_mask"}, "no attention_mask"),
-    ],
-)
-def test_batches_that_cannot_be_parted_are_refused(batch: dict[str, Tensor], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse_trl_batch(batch, PAD)
-
-
-@pytest.mark.parametrize("prompts", [[[5, 6, 7], [PAD, PAD, 10]], [[5, 6, 7], [PAD, 8, 9]]])
-def test_prompts_that_contradict_the_rows_are_refused(prompts: list[list[int]]) -> None:
-    ids = torch.tensor(prompts)
-    batch = {**batch_of(ROWS[:2], left=False), "prompts": ids, "prompt_attention_mask": (ids != PAD).long()}
-    with pytest.raises(ValueError, match=r"rows \[1\] .* other `prompts`"):
-        parse_trl_batch(batch, PAD)
-
-
-def test_our_own_batches_are_told_from_trls() -> None:
-    assert not is_trl_batch(collate_examples(ROWS, PAD, is_encoder_decoder=False))
-    assert not is_trl_batch({"input_ids": torch.zeros(1, 1)})
-    assert is_trl_batch(batch_of(ROWS, left=True))

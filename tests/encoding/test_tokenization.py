@@ -1,4 +1,4 @@
-"""Texts get around them what a model's tokenizer puts there, and keep it when they are cut."""
+"""Tokenize texts with the special tokens of the model's tokenizer, which truncation keeps."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from ..models.tiny import tiny_tokenizer
 BEGIN, END, LANGUAGE = "<s>", "</s>", "<en>"
 
 
-def tokenizer_that_writes(template: str) -> PreTrainedTokenizerFast:
-    """Such as `<s> $A </s>`, BART's; the tiny tokenizer's words."""
-    made = tiny_tokenizer()
-    made.add_special_tokens({"bos_token": BEGIN, "additional_special_tokens": [LANGUAGE]})
-    special = [(t, made.convert_tokens_to_ids(t)) for t in (BEGIN, END, LANGUAGE) if t in template]
-    made.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return made
+def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with special tokens around a text, such as BART's `<s> $A </s>`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": BEGIN, "additional_special_tokens": [LANGUAGE]})
+    special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in (BEGIN, END, LANGUAGE) if t in template]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
 
 
 def encoder(tokenizer: Any, *, is_encoder_decoder: bool, **limits: Any) -> RowEncoder:
@@ -29,21 +29,21 @@ def encoder(tokenizer: Any, *, is_encoder_decoder: bool, **limits: Any) -> RowEn
     return RowEncoder(tokenizer, is_encoder_decoder=is_encoder_decoder, **limits)
 
 
-def shown(tokenizer: Any, ids: list[int]) -> str:
+def join_tokens(tokenizer: Any, ids: list[int]) -> str:
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
-def test_a_decoders_prompt_has_the_begin_of_a_text_and_no_end(template: str) -> None:
-    made = tokenizer_that_writes(template)
-    example = encoder(made, is_encoder_decoder=False)({"prompt": "a b", "completion": "c"})
-    assert shown(made, example.prompt_ids) == "<s> a b"
-    assert shown(made, example.completion_ids) == "c </s>"
+def test_a_decoders_prompt_has_the_first_special_tokens_and_no_end(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    example = encoder(tokenizer, is_encoder_decoder=False)({"prompt": "a b", "completion": "c"})
+    assert join_tokens(tokenizer, example.prompt_ids) == "<s> a b"
+    assert join_tokens(tokenizer, example.completion_ids) == "c </s>"
 
 
-def test_an_empty_prompt_of_a_decoder_is_the_begin_alone() -> None:
-    made = tokenizer_that_writes("<s> $A")
-    assert tokenize_prompts(made, [""], is_encoder_decoder=False) == [[made.bos_token_id]]
+def test_an_empty_prompt_of_a_decoder_is_its_bos_token() -> None:
+    tokenizer = make_tokenizer("<s> $A")
+    assert tokenize_prompts(tokenizer, [""], is_encoder_decoder=False) == [[tokenizer.bos_token_id]]
 
 
 @pytest.mark.parametrize(
@@ -56,45 +56,47 @@ def test_an_empty_prompt_of_a_decoder_is_the_begin_alone() -> None:
     ],
     ids=["T5", "BART", "mBART-50", "mBART"],
 )
-def test_source_and_target_of_an_encoder_decoder_are_as_its_tokenizer_writes_them(
+def test_source_and_target_of_an_encoder_decoder_have_all_special_tokens(
     template: str, source: str, target: str
 ) -> None:
-    made = tokenizer_that_writes(template)
+    tokenizer = make_tokenizer(template)
     rows: list[dict[str, Any]] = [
         {"prompt": "a b", "completion": "c"},
         {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]},
     ]
     for row in rows:
-        example = encoder(made, is_encoder_decoder=True)(row)
-        assert shown(made, example.prompt_ids) == source
-        assert shown(made, example.completion_ids) == target
+        example = encoder(tokenizer, is_encoder_decoder=True)(row)
+        assert join_tokens(tokenizer, example.prompt_ids) == source
+        assert join_tokens(tokenizer, example.completion_ids) == target
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_the_runner_encodes_rows_as_the_trainer_does(template: str, is_encoder_decoder: bool) -> None:
-    made = tokenizer_that_writes(template)
-    (found,), cut = encode_rows(
-        made,
+    tokenizer = make_tokenizer(template)
+    (example,), cut = encode_rows(
+        tokenizer,
         [("a b c", "d e")],
         is_encoder_decoder=is_encoder_decoder,
         max_input_tokens=99,
         max_output_tokens=99,
     )
-    ours = encoder(made, is_encoder_decoder=is_encoder_decoder)
-    assert found == ours({"prompt": "a b c", "completion": "d e"})
+    ours = encoder(tokenizer, is_encoder_decoder=is_encoder_decoder)
+    assert example == ours({"prompt": "a b c", "completion": "d e"})
     assert (cut.rows, cut.prompts, cut.completions) == (1, 0, 0)
 
 
 def test_no_rows_are_no_examples() -> None:
-    made = tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     for kind in (False, True):
-        found = encode_rows(made, [], is_encoder_decoder=kind, max_input_tokens=1, max_output_tokens=1)
-        assert found[0] == [] and tokenize_targets(made, [], is_encoder_decoder=kind) == []
+        examples, _ = encode_rows(
+            tokenizer, [], is_encoder_decoder=kind, max_input_tokens=1, max_output_tokens=1
+        )
+        assert examples == [] and tokenize_targets(tokenizer, [], is_encoder_decoder=kind) == []
 
 
 @pytest.mark.parametrize(
-    ("template", "limit", "kept"),
+    ("template", "limit", "expected"),
     [
         ("$A </s>", 3, "a b </s>"),
         ("$A </s> <en>", 3, "a </s> <en>"),
@@ -104,28 +106,34 @@ def test_no_rows_are_no_examples() -> None:
         ("$A </s>", 6, "a b c d e </s>"),
     ],
 )
-def test_a_source_that_is_cut_keeps_its_end(template: str, limit: int, kept: str) -> None:
-    made = tokenizer_that_writes(template)
-    (whole,) = tokenize_prompts(made, ["a b c d e"], is_encoder_decoder=True)
-    assert shown(made, truncate_prompt(made, whole, limit, is_encoder_decoder=True)) == kept
-    ours = encoder(made, is_encoder_decoder=True, max_length=max(limit, 2))
+def test_a_truncated_source_keeps_its_final_special_tokens(template: str, limit: int, expected: str) -> None:
+    tokenizer = make_tokenizer(template)
+    (whole,) = tokenize_prompts(tokenizer, ["a b c d e"], is_encoder_decoder=True)
+    assert (
+        join_tokens(tokenizer, truncate_prompt(tokenizer, whole, limit, is_encoder_decoder=True)) == expected
+    )
+    ours = encoder(tokenizer, is_encoder_decoder=True, max_length=max(limit, 2))
     if limit > 1:
-        assert shown(made, ours({"prompt": "a b c d e"}).prompt_ids) == kept
+        assert join_tokens(tokenizer, ours({"prompt": "a b c d e"}).prompt_ids) == expected
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(3, "<s> d e"), (1, "e"), (6, "<s> a b c d e")])
-def test_a_decoders_prompt_that_is_cut_keeps_its_begin_and_its_last_words(limit: int, kept: str) -> None:
-    made = tokenizer_that_writes("<s> $A")
-    (whole,) = tokenize_prompts(made, ["a b c d e"], is_encoder_decoder=False)
-    assert shown(made, truncate_prompt(made, whole, limit, is_encoder_decoder=False)) == kept
+@pytest.mark.parametrize(("limit", "expected"), [(3, "<s> d e"), (1, "e"), (6, "<s> a b c d e")])
+def test_a_truncated_prompt_of_a_decoder_keeps_its_bos_token_and_last_words(
+    limit: int, expected: str
+) -> None:
+    tokenizer = make_tokenizer("<s> $A")
+    (whole,) = tokenize_prompts(tokenizer, ["a b c d e"], is_encoder_decoder=False)
+    assert (
+        join_tokens(tokenizer, truncate_prompt(tokenizer, whole, limit, is_encoder_decoder=False)) == expected
+    )
 
 
-def test_any_end_at_which_the_student_stops_is_an_end() -> None:
+def test_any_end_token_of_the_student_is_an_end() -> None:
     assert ensure_end_id([5, 7], [2, 7]) == [5, 7]
     assert ensure_end_id([5, 7, 9], [2, 7]) == [5, 7, 9]
     assert ensure_end_id([5], [2, 7]) == [5, 2]
-    made = tiny_tokenizer()
-    stop = made.convert_tokens_to_ids("e")
-    ours = encoder(made, is_encoder_decoder=False, end_ids=[stop])
+    tokenizer = tiny_tokenizer()
+    stop = tokenizer.convert_tokens_to_ids("e")
+    ours = encoder(tokenizer, is_encoder_decoder=False, end_ids=[stop])
     row = {"prompt": "a", "completion": "b e"}
-    assert ours(row) == Example(*(made(t, add_special_tokens=False)["input_ids"] for t in ("a", "b e")))
+    assert ours(row) == Example(*(tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b e")))

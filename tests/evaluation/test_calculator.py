@@ -46,7 +46,7 @@ from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
         ("100*100", "10000"),
     ],
 )
-def test_arithmetic_is_exact_and_written_as_gsm8k_writes_it(expression: str, value: str) -> None:
+def test_arithmetic_is_exact_and_formatted_as_in_gsm8k(expression: str, value: str) -> None:
     assert evaluate_expression(expression) == value
 
 
@@ -86,7 +86,7 @@ def test_arithmetic_is_exact_and_written_as_gsm8k_writes_it(expression: str, val
         "-" * 100_000 + "1",
     ],
 )
-def test_anything_else_is_left_to_the_model(expression: str) -> None:
+def test_other_expressions_have_no_value(expression: str) -> None:
     assert evaluate_expression(expression) is None
 
 
@@ -107,11 +107,11 @@ SOLUTIONS = [
 MARKED = [f"a << {a} + {b} = {a + b} >>" for a in range(9) for b in range(9)]
 
 
-def by_bytes(size: int = 320) -> PreTrainedTokenizerFast:
+def make_byte_tokenizer(size: int = 320) -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=size), SOLUTIONS)
 
 
-def by_words() -> PreTrainedTokenizerFast:
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerSpec(kind="word", vocab_size=100), MARKED)
 
 
@@ -142,7 +142,7 @@ def spaced_first() -> PreTrainedTokenizerFast:
     )
 
 
-TOKENIZERS = {"bytes": by_bytes, "merged": merged, "spaced first": spaced_first}
+TOKENIZERS = {"bytes": make_byte_tokenizer, "merged": merged, "spaced first": spaced_first}
 
 
 def corrected(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
@@ -152,18 +152,18 @@ def corrected(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     written: list[int] = []
     for token in wanted:
         written += calculator.complete_mark(written, token) if token in calculator.equals_tokens else [token]
-    found: str = tokenizer.decode(written, clean_up_tokenization_spaces=False)
-    return found
+    text: str = tokenizer.decode(written, clean_up_tokenization_spaces=False)
+    return text
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_result_is_written_whatever_the_tokens_are(name: str) -> None:
+def test_the_result_is_inserted_whatever_the_tokens_are(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     assert "<<48/2=24>>" in corrected(tokenizer, "She sold <<48/2=")
     assert "<<30/5=6>>" in corrected(tokenizer, "<<48/2=24>>24, <<30/5=")
 
 
-def test_a_token_that_holds_a_guess_at_the_result_is_replaced() -> None:
+def test_a_token_with_a_guess_of_the_result_is_replaced() -> None:
     tokenizer = merged()
     calculator = Calculator(tokenizer)
     for guess in ("=1", "=3", "=2>>"):
@@ -176,7 +176,7 @@ def test_a_token_that_holds_a_guess_at_the_result_is_replaced() -> None:
 
 
 def test_results_keep_the_spacing_of_the_expression() -> None:
-    tokenizer = by_words()
+    tokenizer = make_word_tokenizer()
     assert corrected(tokenizer, "a << 3 + 4 =") == "a << 3 + 4 = 7 >>"
 
 
@@ -193,21 +193,21 @@ def test_results_keep_the_spacing_of_the_expression() -> None:
         "<<48/2=25=",
     ],
 )
-def test_other_equals_signs_are_left_alone(text: str) -> None:
-    tokenizer = by_bytes()
+def test_other_equals_signs_are_ignored(text: str) -> None:
+    tokenizer = make_byte_tokenizer()
     calculator = Calculator(tokenizer)
     *before, last = tokenizer.encode(text)
     assert calculator.complete_mark(before, last) == [last]
 
 
-def test_a_result_that_the_tokenizer_has_no_word_for_is_left_to_the_model() -> None:
-    tokenizer = by_words()
+def test_a_result_without_tokens_is_not_inserted() -> None:
+    tokenizer = make_word_tokenizer()
     calculator = Calculator(tokenizer)
     *before, last = tokenizer.encode("<< 8 - 9 =".replace("-", "+ 8 + 8 +"))
     assert calculator.complete_mark(before, last) == [last]  # 33 is not in its vocabulary
 
 
-def test_a_tokenizer_without_the_marks_is_refused_with_the_way_out() -> None:
+def test_a_tokenizer_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs a tokenizer that can write << = >>; this one.*calculator_m"):
         Calculator(tiny_tokenizer())
 
@@ -224,8 +224,8 @@ def scripted(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> TokenChoos
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_gets_its_own_result_while_others_end_and_leave(family: Family) -> None:
-    tokenizer = by_bytes()
+def test_every_row_gets_its_own_result_while_other_rows_end(family: Family) -> None:
+    tokenizer = make_byte_tokenizer()
     made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
     models_ = [make_model(family, made, tokenizer, seed=n, max_tokens=64, dropout=0.0) for n in range(2)]
     pack = Pack.build(models_)
@@ -242,13 +242,13 @@ def test_every_row_gets_its_own_result_while_others_end_and_leave(family: Family
         pad_id=tokenizer.pad_token_id,
         wrap_chooser=lambda _: calculator.assist_choice(script),
     )
-    found = tokenizer.batch_decode(written.completion_ids, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(written.completion_ids, skip_special_tokens=True)
     right = ["a", "b <<48/2=24>>24", "", "<<2*3=6>>", "none", "<<1+1=2>> <<5-3=2>>", "x", "<<(=1>>"]
-    assert found == right * 2
+    assert texts == right * 2
 
 
-def test_an_evaluation_switches_it_on_and_every_result_is_right() -> None:
-    tokenizer = by_words()
+def test_an_evaluation_with_a_calculator_has_only_correct_results() -> None:
+    tokenizer = make_word_tokenizer()
     made = Architecture(layers=1, width=16, heads=2, feed_forward=16)
     pack = Pack.build_single(make_model("decoder-only", made, tokenizer, seed=0, max_tokens=80, dropout=0.0))
     rows = [Row(f"a {n % 9} +", "a", ("a",)) for n in range(600)]
@@ -264,11 +264,14 @@ def test_an_evaluation_switches_it_on_and_every_result_is_right() -> None:
     )
     results = []
     for evaluation in (plain, plain.model_copy(update={"calculator": True})):
-        texts = [one.text for one in generate_predictions(pack, tokenizer, rows, examples, evaluation)[0]]
-        found = [match for text in texts for match in re.findall(r"<<([^<>=]*)= (\S+)(?: (\S+)|$)", text)]
-        known = [(evaluate_expression(expression), value, end) for expression, value, end in found]
+        texts = [
+            prediction.text
+            for prediction in generate_predictions(pack, tokenizer, rows, examples, evaluation)[0]
+        ]
+        marks = [match for text in texts for match in re.findall(r"<<([^<>=]*)= (\S+)(?: (\S+)|$)", text)]
+        values = [(evaluate_expression(expression), value, end) for expression, value, end in marks]
         # A value that is no word of the tokenizer's is the model's own, as is one without a calculator.
-        results.append([one for one in known if one[0] is not None and one[0] in tokenizer.get_vocab()])
+        results.append([mark for mark in values if mark[0] is not None and mark[0] in tokenizer.get_vocab()])
     without, assisted = results
     assert len(without) > 5 and any(right != value for right, value, _ in without)
     assert len(assisted) > 5 and all(right == value for right, value, _ in assisted)

@@ -42,24 +42,24 @@ def rows(count: int = 12) -> list[Row]:
     return [Row(text, "a", (f"reference {n}",)) for n, text in enumerate(texts)]
 
 
-def predicted(pack: Pack, family: Family, way: str, found: list[Row]) -> list[list[Prediction]]:
+def predict(pack: Pack, family: Family, way: str, dataset_rows: list[Row]) -> list[list[Prediction]]:
     examples, _ = encode_rows(
         TOKENIZER,
-        [(row.prompt, row.target) for row in found],
+        [(row.prompt, row.target) for row in dataset_rows],
         is_encoder_decoder=family == "encoder-decoder",
         max_input_tokens=16,
         max_output_tokens=8,
     )
-    return generate_predictions(pack, TOKENIZER, found, examples, WAYS[way])
+    return generate_predictions(pack, TOKENIZER, dataset_rows, examples, WAYS[way])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_pack_predicts_what_each_model_predicts_alone(family: Family, way: str) -> None:
-    models, found = [tiny_model(family, seed) for seed in range(3)], rows()
-    together = predicted(Pack.build(models), family, way, found)
+    models, dataset_rows = [tiny_model(family, seed) for seed in range(3)], rows()
+    together = predict(Pack.build(models), family, way, dataset_rows)
     for cell, model in enumerate(models):
-        assert together[cell] == predicted(Pack.build_single(model), family, way, found)[0]
+        assert together[cell] == predict(Pack.build_single(model), family, way, dataset_rows)[0]
     assert len({p.text for predictions in together for p in predictions}) > 3
 
 
@@ -67,31 +67,33 @@ def test_a_pack_predicts_what_each_model_predicts_alone(family: Family, way: str
 def test_rows_keep_their_order_and_do_not_depend_on_their_batch(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, found = Pack.build_single(tiny_model("decoder-only", 0)), rows()
-    together = predicted(model, "decoder-only", way, found)[0]
-    assert [p.prompt for p in together] == [row.prompt for row in found]
-    assert [p.references for p in together] == [row.references for row in found]
+    model, dataset_rows = Pack.build_single(tiny_model("decoder-only", 0)), rows()
+    together = predict(model, "decoder-only", way, dataset_rows)[0]
+    assert [p.prompt for p in together] == [row.prompt for row in dataset_rows]
+    assert [p.references for p in together] == [row.references for row in dataset_rows]
     monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 5)
-    assert predicted(model, "decoder-only", way, found)[0] == together
+    assert predict(model, "decoder-only", way, dataset_rows)[0] == together
     monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 1)
-    assert predicted(model, "decoder-only", way, found)[0] == together
+    assert predict(model, "decoder-only", way, dataset_rows)[0] == together
 
 
-def test_sampling_noise_belongs_to_the_row_s_place() -> None:
+def test_sampling_noise_is_keyed_by_row() -> None:
     """So the first rows of a longer evaluation are those of a shorter one, and cells share the noise."""
-    found = [rows()[0]] * 8
+    dataset_rows = [rows()[0]] * 8
     model = tiny_model("decoder-only", 0)
-    longer = predicted(Pack.build_single(model), "decoder-only", "sample", found)[0]
+    longer = predict(Pack.build_single(model), "decoder-only", "sample", dataset_rows)[0]
     assert len({p.text for p in longer}) > 1, "one prompt, eight draws"
-    shorter = predicted(Pack.build_single(model), "decoder-only", "sample", found[:3])[0]
+    shorter = predict(Pack.build_single(model), "decoder-only", "sample", dataset_rows[:3])[0]
     assert shorter == longer[:3]
-    twins = predicted(Pack.build([model, model]), "decoder-only", "sample", found)
+    twins = predict(Pack.build([model, model]), "decoder-only", "sample", dataset_rows)
     assert twins[0] == twins[1] == longer
 
 
-def test_lengths_count_the_end_and_say_whether_there_was_one() -> None:
-    found = rows(30)
-    predictions = predicted(Pack.build_single(tiny_model("decoder-only", 0)), "decoder-only", "sample", found)
+def test_lengths_include_the_end_token() -> None:
+    dataset_rows = rows(30)
+    predictions = predict(
+        Pack.build_single(tiny_model("decoder-only", 0)), "decoder-only", "sample", dataset_rows
+    )
     ended = [p for p in predictions[0] if p.ended]
     cut = [p for p in predictions[0] if not p.ended]
     assert ended
@@ -101,25 +103,25 @@ def test_lengths_count_the_end_and_say_whether_there_was_one() -> None:
     assert all(len(p.text.split()) <= p.tokens - 1 for p in ended)
 
 
-def test_progress_hears_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 5)
-    heard: list[int] = []
-    found = rows(12)
+    progress: list[int] = []
+    dataset_rows = rows(12)
     examples, _ = encode_rows(
         TOKENIZER,
-        [(row.prompt, row.target) for row in found],
+        [(row.prompt, row.target) for row in dataset_rows],
         is_encoder_decoder=False,
         max_input_tokens=16,
         max_output_tokens=8,
     )
     pack = Pack.build_single(tiny_model("decoder-only", 0))
-    generate_predictions(pack, TOKENIZER, found, examples, WAYS["greedy"], heard.append)
-    assert heard == [5, 5, 2]
+    generate_predictions(pack, TOKENIZER, dataset_rows, examples, WAYS["greedy"], progress.append)
+    assert progress == [5, 5, 2]
 
 
 def test_prediction_leaves_the_model_in_training_mode_and_without_gradients() -> None:
     model = tiny_model("decoder-only", 0).train()
-    predicted(Pack.build_single(model), "decoder-only", "greedy", rows(4))
+    predict(Pack.build_single(model), "decoder-only", "greedy", rows(4))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()

@@ -24,20 +24,20 @@ def test_compute_equals_the_plain_functions(evaluate_metrics, name: str) -> None
     metric = getattr(evaluate_metrics, name)()
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
     expected = score_many(metric.names, PREDICTIONS, REFERENCES)
-    for one, plain in expected.items():
-        assert result[one] == pytest.approx(plain.value)
-        assert result["signatures"][one] == plain.signature
+    for name, plain in expected.items():
+        assert result[name] == pytest.approx(plain.value)
+        assert result["signatures"][name] == plain.signature
         assert {key: result[key] for key in plain.rates} == plain.rates
 
 
 def test_one_text_per_example_is_enough(evaluate_metrics) -> None:  # type: ignore[no-untyped-def]
     firsts = [texts[0] for texts in REFERENCES]
-    one = evaluate_metrics.Chrf().compute(predictions=PREDICTIONS, references=firsts)
+    single = evaluate_metrics.Chrf().compute(predictions=PREDICTIONS, references=firsts)
     same = evaluate_metrics.Chrf().compute(predictions=PREDICTIONS, references=[[text] for text in firsts])
-    assert one == same
+    assert single == same
 
 
-def test_batches_add_up(evaluate_metrics) -> None:  # type: ignore[no-untyped-def]
+def test_batches_are_scored_together(evaluate_metrics) -> None:  # type: ignore[no-untyped-def]
     metric = evaluate_metrics.Bleu()
     for prediction, texts in zip(PREDICTIONS, REFERENCES, strict=True):
         metric.add_batch(predictions=[prediction], references=[texts])
@@ -57,15 +57,15 @@ def test_settings_reach_the_score(evaluate_metrics) -> None:  # type: ignore[no-
 
 def test_self_bleu_takes_the_texts_of_each_prompt(evaluate_metrics) -> None:  # type: ignore[no-untyped-def]
     groups = [["a b c d e", "a b c d f"], ["one two three four"] * 2]
-    found = evaluate_metrics.SelfBleu().compute(predictions=groups)
+    result = evaluate_metrics.SelfBleu().compute(predictions=groups)
     texts = [text for group in groups for text in group]
     expected = score("self_bleu", texts, [[""]] * 4, prompts=[0, 0, 1, 1])
-    assert found["self_bleu"] == pytest.approx(expected.value)
-    assert found["signatures"] == {"self_bleu": expected.signature}
+    assert result["self_bleu"] == pytest.approx(expected.value)
+    assert result["signatures"] == {"self_bleu": expected.signature}
 
 
 @pytest.mark.slow
-def test_it_needs_no_network() -> None:
+def test_metrics_need_no_network() -> None:
     code = """
 import socket
 def refuse(*_, **__):

@@ -74,7 +74,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "outputs"
 
 
-def record_of(outputs: Path, task: str) -> Record:
+def load_record(outputs: Path, task: str) -> Record:
     (cell,) = tiny(outputs.parent, task).cells
     return Store(outputs).get_record(cell)
 
@@ -95,7 +95,7 @@ def built(path: str, **more: Any) -> Any:
 def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path) -> None:
     (cell,) = tiny(outputs.parent, task).cells
     record = Store(outputs).get_record(cell)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(record.checkpoint)},
         tasks=[load_yaml(path) for path in write_record_tasks(record, options(outputs))],
@@ -105,12 +105,12 @@ def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path)
     )
     for evaluation in cell.evaluations:
         name = f"gkd_{task}_{evaluation.name}"
-        theirs = [one["filtered_resps"][0].strip() for one in found["samples"][name]]
+        texts = [sample["filtered_resps"][0].strip() for sample in results["samples"][name]]
         ours = record.get_evaluation(evaluation)
-        assert theirs == [one["prediction"] for one in ours.read_prediction_rows()]
-        assert len(set(theirs)) > 4
+        assert texts == [row["prediction"] for row in ours.read_prediction_rows()]
+        assert len(set(texts)) > 4
         for metric in TASKS[task].metrics:
-            value = found["results"][name][f"{metric},none"]
+            value = results["results"][name][f"{metric},none"]
             assert value == pytest.approx(ours.read_scores()[metric]["value"], abs=1e-9)
     ended = [
         row["ended"] for e in cell.evaluations for row in record.get_evaluation(e).read_prediction_rows()
@@ -122,8 +122,8 @@ def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path)
 def test_the_own_task_of_a_cell_repeats_its_scores_in_batches(task: str, outputs: Path) -> None:
     (cell,) = tiny(outputs.parent, task).cells
     record = Store(outputs).get_record(cell)
-    found = evaluate_record(record, ["own"], options(outputs), batch_size=5)
-    repeated = {judged.evaluation.name: judged.record for judged in found}
+    evaluations = evaluate_record(record, ["own"], options(outputs), batch_size=5)
+    repeated = {judged.evaluation.name: judged.record for judged in evaluations}
     for evaluation in cell.evaluations:
         again, first = repeated[f"gkd_{task}_{evaluation.name}"], record.get_evaluation(evaluation)
         texts = [row["prediction"] for row in first.read_prediction_rows()]
@@ -139,14 +139,14 @@ def test_the_values_of_a_task_file_are_the_metrics_of_the_table(task: str) -> No
     texts = ["5 8 #### 8", "no number", " ein Haus am See "]
     references = [["3 #### 8"], ["#### 1"], ["ein Haus am See", "das Haus"]]
     ours = score_many(TASKS[task].metrics, [text.strip() for text in texts], references)
-    found = [
+    documents = [
         getattr(lm_scores, task)({"references": accepted}, [text])
         for text, accepted in zip(texts, references, strict=True)
     ]
-    for metric, one in ours.items():
-        values = [each[metric] for each in found]
+    for metric, score in ours.items():
+        values = [document[metric] for document in documents]
         whole = sum(values) / 3 if metric == "accuracy" else getattr(lm_scores, metric)(values)
-        assert whole == pytest.approx(one.value)
+        assert whole == pytest.approx(score.value)
 
 
 def test_one_beam_that_ends_does_not_end_the_others() -> None:
@@ -160,7 +160,7 @@ def test_one_beam_that_ends_does_not_end_the_others() -> None:
 
 
 def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_path: Path) -> None:
-    grid, record = tiny(outputs.parent, "arithmetic"), record_of(outputs, "arithmetic")
+    grid, record = tiny(outputs.parent, "arithmetic"), load_record(outputs, "arithmetic")
     (judged,) = evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
     scores, rows = judged.record.read_scores(), judged.record.read_prediction_rows()
     hits = [row["scores"]["acc"] for row in rows]
@@ -180,15 +180,15 @@ def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_pa
 
 
 def test_a_task_hash_moves_with_documents_and_configuration_and_with_nothing_else(tmp_path: Path) -> None:
-    here = built(task_file(tmp_path / "a")).hash
-    assert built(task_file(tmp_path / "b"), limit=2).hash == here
+    task_hash = built(task_file(tmp_path / "a")).hash
+    assert built(task_file(tmp_path / "b"), limit=2).hash == task_hash
     others = [
         built(task_file(tmp_path / "c", rows=ROWS[:5])).hash,
         built(task_file(tmp_path / "d", TASK.replace("[red, blue]", "[red, green]"))).hash,
         built(task_file(tmp_path / "e", TASK.replace("question}}", "question}}?"))).hash,
         built(task_file(tmp_path / "f", TASK + "fewshot_split: test\n"), num_fewshot=1).hash,
     ]
-    assert len({here, *others}) == 5
+    assert len({task_hash, *others}) == 5
 
 
 UNUSABLE = {
@@ -201,20 +201,20 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
+@pytest.mark.parametrize(("text", "message"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
 def test_a_task_that_cannot_be_set_up_is_refused_before_the_model_is_loaded(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError) as caught:
         built(task_file(tmp_path, text))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: Path) -> None:
     path = task_file(tmp_path, TASK + "process_docs: !function first.docs\n")
     (tmp_path / "first.py").write_text("def docs(rows):\n    return rows.select([0, 1])\n")
-    record = record_of(outputs, "arithmetic")
+    record = load_record(outputs, "arithmetic")
     with pytest.raises(ConfigError, match="would run Python code"):
         evaluate_record(record, [path], options(outputs))
     (judged,) = evaluate_record(record, [path], options(outputs), trusted=True)
@@ -222,13 +222,13 @@ def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: 
 
 
 def test_a_cell_that_was_never_searched_has_no_own_task(outputs: Path, tmp_path: Path) -> None:
-    shutil.copy(record_of(outputs, "arithmetic").folder / "spec.json", tmp_path)
+    shutil.copy(load_record(outputs, "arithmetic").folder / "spec.json", tmp_path)
     with pytest.raises(ConfigError, match="no greedy or beam search without a calculator was stored"):
         write_record_tasks(Record(tmp_path), options(outputs))
 
 
 def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, tmp_path: Path) -> None:
-    record = record_of(outputs, "translation")
+    record = load_record(outputs, "translation")
     folder = shutil.copytree(record.checkpoint, tmp_path / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
@@ -240,8 +240,8 @@ def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, 
 
 def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path, tmp_path: Path) -> None:
     path = task_file(tmp_path)
-    asked = [{"lm_eval": [path], "limit": 3}, {"decoding": "greedy"}]
-    grid = tiny(outputs.parent, "arithmetic", evaluations=asked)
+    evaluations = [{"lm_eval": [path], "limit": 3}, {"decoding": "greedy"}]
+    grid = tiny(outputs.parent, "arithmetic", evaluations=evaluations)
     assert run_grid(grid, options(outputs)).failures == []
     rows = table_of(grid, outputs)
     assert {row["status"] for row in rows} == {"done"}
@@ -253,8 +253,8 @@ def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path,
 
 
 def test_a_metric_that_a_task_lacks_fails_its_evaluation_alone(outputs: Path, tmp_path: Path) -> None:
-    asked = [{"lm_eval": [task_file(tmp_path)], "limit": 5, "metric": "f1"}, {"decoding": "greedy"}]
-    grid = tiny(outputs.parent, "translation", evaluations=asked)
+    evaluations = [{"lm_eval": [task_file(tmp_path)], "limit": 5, "metric": "f1"}, {"decoding": "greedy"}]
+    grid = tiny(outputs.parent, "translation", evaluations=evaluations)
     failed = run_grid(grid, options(outputs)).failures
     assert len(failed) == 3
     assert all("colours has no score 'f1'; valid: acc" in line for line in failed)
@@ -270,7 +270,7 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_lm_eval_command_prints_the_number_of_our_table(outputs: Path, tmp_path: Path) -> None:
-    record = record_of(outputs, "translation")
+    record = load_record(outputs, "translation")
     (beam,) = [path for path in write_record_tasks(record, options(outputs)) if "beam" in path.name]
     words = ["--model", "hf", "--model_args", f"pretrained={record.checkpoint}", "--device", "cpu"]
     done = command("lm_eval", "run", *words, "--tasks", str(beam), folder=tmp_path)
@@ -286,8 +286,8 @@ def test_names_that_lm_eval_does_not_know_or_cannot_fetch_are_answered_by_2(
     outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = ["evaluate", str(record_of(outputs, "arithmetic").folder), "--outputs", str(outputs), "--tasks"]
-    for name, said in (
+    words = ["evaluate", str(load_record(outputs, "arithmetic").folder), "--outputs", str(outputs), "--tasks"]
+    for name, message in (
         ("mmul", "gkd-lab: unknown lm-eval task 'mmul'; did you mean 'mmlu'?"),
         ("mmlu", "gkd-lab: mmlu: its documents are on the hub, HF_HUB_OFFLINE is set"),
     ):
@@ -295,5 +295,5 @@ def test_names_that_lm_eval_does_not_know_or_cannot_fetch_are_answered_by_2(
             main([*words, name])
         out, err = capsys.readouterr()
         assert (caught.value.code, out) == (2, "")
-        assert err.startswith(said)
+        assert err.startswith(message)
         assert err.count("\n") == 1

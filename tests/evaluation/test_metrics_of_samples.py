@@ -38,7 +38,7 @@ def sampled(
     )
 
 
-def predicted(
+def predict(
     evaluation: Evaluation, family: Family = "decoder-only", cells: int = 1
 ) -> list[list[Prediction]]:
     pack = Pack.build([tiny_model(family, seed) for seed in range(cells)])
@@ -54,26 +54,26 @@ def predicted(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_prompt_gets_its_texts_in_a_row_and_a_pack_gets_what_each_model_gets(family: Family) -> None:
-    together = predicted(sampled(4), family, cells=2)
-    for found in together:
-        assert [one.prompt for one in found] == [row.prompt for row in ROWS for _ in range(4)]
-        assert [one.references for one in found] == [row.references for row in ROWS for _ in range(4)]
-        assert [one.sample for one in found] == [0, 1, 2, 3] * len(ROWS)
-    assert together[0] == predicted(sampled(4), family)[0]
-    assert len({one.text for one in together[0][:8]}) > 2
+def test_samples_follow_their_prompt_and_equal_those_of_single_models(family: Family) -> None:
+    together = predict(sampled(4), family, cells=2)
+    for predictions in together:
+        assert [p.prompt for p in predictions] == [row.prompt for row in ROWS for _ in range(4)]
+        assert [p.references for p in predictions] == [row.references for row in ROWS for _ in range(4)]
+        assert [p.sample for p in predictions] == [0, 1, 2, 3] * len(ROWS)
+    assert together[0] == predict(sampled(4), family)[0]
+    assert len({p.text for p in together[0][:8]}) > 2
 
 
 def test_texts_do_not_depend_on_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = predicted(sampled(3))
+    (predictions,) = predict(sampled(3))
     for size in (1, 7):
         monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", size)
-        assert predicted(sampled(3)) == [found]
+        assert predict(sampled(3)) == [predictions]
 
 
-def test_self_bleu_is_lower_the_higher_the_temperature() -> None:
+def test_self_bleu_falls_with_the_temperature() -> None:
     cold, warm = (
-        score_predictions(["self_bleu"], predicted(sampled(4, temperature))[0])[0]["self_bleu"]
+        score_predictions(["self_bleu"], predict(sampled(4, temperature))[0])[0]["self_bleu"]
         for temperature in (0.05, 3.0)
     )
     assert warm["value"] < cold["value"]
@@ -91,24 +91,24 @@ def test_progress_counts_prompts() -> None:
     assert sum(heard) == len(ROWS)
 
 
-def test_a_calculator_is_asked_for_by_the_evaluation_and_needs_the_marks() -> None:
-    asked = sampled(None).model_copy(update={"calculator": True})
+def test_a_calculator_needs_a_tokenizer_with_the_marks() -> None:
+    evaluation_with_calculator = sampled(None).model_copy(update={"calculator": True})
     with pytest.raises(ValueError, match="needs a tokenizer that can write << = >>"):
-        predicted(asked)
+        predict(evaluation_with_calculator)
 
 
 def evaluation(**fields: Any) -> Evaluation:
     return make_cell(evaluations=[fields]).evaluations[0]
 
 
-def test_new_fields_leave_older_evaluations_what_they_were() -> None:
+def test_new_fields_do_not_change_older_evaluations() -> None:
     plain = evaluation(decoding="sample", temperature=0.5)
     assert evaluation(decoding="sample", temperature=0.5, samples=1, calculator=False) == plain
     assert "samples" not in plain.canonical_json and "calculator" not in plain.canonical_json
     several = evaluation(decoding="sample", temperature=0.5, samples=8)
     assisted = evaluation(decoding="sample", temperature=0.5, calculator=True)
-    assert len({one.fingerprint for one in (plain, several, assisted)}) == 3
-    assert [one.name for one in (plain, several, assisted)] == [
+    assert len({e.fingerprint for e in (plain, several, assisted)}) == 3
+    assert [e.name for e in (plain, several, assisted)] == [
         "sample0.5",
         "sample0.5x8",
         "sample0.5+calculator",
@@ -124,6 +124,6 @@ def test_new_fields_leave_older_evaluations_what_they_were() -> None:
         ({"decoding": "beam", "calculator": True}, "calculator: beam"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:
+def test_invalid_evaluations_are_refused_before_a_run(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluation(**fields)

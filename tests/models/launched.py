@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"{a} {b} =", "completion": f" {c} {a}"} for a in "abcd" for 
 
 
 def main(folder: Path, out: Path) -> None:
-    trainer = trainer_for(folder, out.with_suffix(""), max_steps=STEPS)
+    trainer = build_trainer(folder, out.with_suffix(""), max_steps=STEPS)
     trainer.train()
     teacher = trainer.teacher_model
     facts: dict[str, Any] = {
@@ -30,14 +30,14 @@ def main(folder: Path, out: Path) -> None:
         "empty": sorted({p.numel() == 0 for p in teacher.parameters()}),
         "device": sorted({p.device.type for p in teacher.parameters()}),
     }
-    again = trainer_for(folder, out.with_suffix(""), max_steps=STEPS)
+    again = build_trainer(folder, out.with_suffix(""), max_steps=STEPS)
     again.train(resume_from_checkpoint=str(out.with_suffix("") / f"checkpoint-{STEPS // 2}"))
     facts["resumed"] = losses(again)
     if trainer.args.process_index == 0:
         out.write_text(json.dumps(facts))
 
 
-def trainer_for(folder: Path, output: Path, **more: Any) -> GKDTrainer:
+def build_trainer(folder: Path, output: Path, **more: Any) -> GKDTrainer:
     args = GKDConfig(
         output_dir=str(output),
         per_device_train_batch_size=GLOBAL_BATCH // WORLD,

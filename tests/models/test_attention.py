@@ -1,4 +1,4 @@
-"""Attention in float32 within a forward pass in bfloat16, for as long as it is asked for."""
+"""Compute attention in float32 within a forward pass in bfloat16."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from gkd_lab.models.forward import Sequences, compute_completion_logits
 from .tiny import FAMILIES, tiny_model
 
 
-class Kernels(TorchDispatchMode):
+class RecordAttention(TorchDispatchMode):
     """Dtypes of the queries of every attention kernel, forward and backward."""
 
     def __init__(self) -> None:
@@ -38,38 +38,38 @@ def student(family: Family) -> PreTrainedModel:
     return tiny_model(family, 0, dtype=torch.float32).train()
 
 
-def dtypes_of_a_step(model: PreTrainedModel, *, wanted: bool) -> set[torch.dtype]:
-    with upcast_cpu_attention(wanted), Kernels() as seen:
+def collect_attention_dtypes(model: PreTrainedModel, *, upcast: bool) -> set[torch.dtype]:
+    with upcast_cpu_attention(upcast), RecordAttention() as recorded:
         with torch.autocast("cpu", torch.bfloat16):
             loss = compute_completion_logits(model, rows()).float().square().mean()
         loss.backward()
-    return seen.queries
+    return recorded.queries
 
 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
     [("decoder-only", False), ("decoder-only", True), ("encoder-decoder", False)],
 )
-def test_no_attention_of_a_step_sees_bfloat16(family: Family, checkpointing: bool) -> None:
+def test_no_attention_of_a_step_is_in_bfloat16(family: Family, checkpointing: bool) -> None:
     model = student(family)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert dtypes_of_a_step(model, wanted=True) == {torch.float32}
+    assert collect_attention_dtypes(model, upcast=True) == {torch.float32}
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_without_it_attention_is_in_bfloat16() -> None:
-    assert torch.bfloat16 in dtypes_of_a_step(student("decoder-only"), wanted=False)
+def test_without_upcasting_attention_is_in_bfloat16() -> None:
+    assert torch.bfloat16 in collect_attention_dtypes(student("decoder-only"), upcast=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_in_bfloat16_get_their_own_dtype_back(family: Family) -> None:
+def test_logits_of_a_bfloat16_model_stay_in_bfloat16(family: Family) -> None:
     model = student(family).bfloat16().eval()
     with torch.no_grad(), upcast_cpu_attention():
         assert compute_completion_logits(model, rows()).dtype == torch.bfloat16
 
 
-def test_float64_stays_what_it_is() -> None:
+def test_float64_attention_is_unchanged() -> None:
     model = student("decoder-only").double().eval()
     with torch.no_grad():
         plain = compute_completion_logits(model, rows())
@@ -77,9 +77,9 @@ def test_float64_stays_what_it_is() -> None:
             assert torch.equal(compute_completion_logits(model, rows()), plain)
 
 
-def test_the_kernel_comes_back_after_an_error_too() -> None:
-    own = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
+def test_the_kernel_is_restored_after_an_error() -> None:
+    attention = ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL]
     with pytest.raises(KeyError), upcast_cpu_attention():
-        assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is not own
+        assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is not attention
         raise KeyError
-    assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is own
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION_KERNEL] is attention

@@ -30,7 +30,7 @@ def batch(model: PreTrainedModel, rows: int = 6) -> Sequences:
     return collate_examples(tiny_examples(rows), PAD, is_encoder_decoder=model.config.is_encoder_decoder)
 
 
-def padded(rows: Sequences, prompt: tuple[int, int], completion: tuple[int, int] = (0, 0)) -> Sequences:
+def add_padding(rows: Sequences, prompt: tuple[int, int], completion: tuple[int, int] = (0, 0)) -> Sequences:
     """More padding, as many positions (left, right) as asked for."""
     return Sequences(
         nn.functional.pad(rows.prompt_ids, prompt, value=PAD),
@@ -40,28 +40,28 @@ def padded(rows: Sequences, prompt: tuple[int, int], completion: tuple[int, int]
     )
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Up to rounding; norms are in float32 whatever the model's dtype."""
     tolerance = 2e-5 if expected.dtype == torch.float32 else 1e-6
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def row_by_row(model: PreTrainedModel, rows: Sequences) -> Tensor:
+def compute_row_by_row(model: PreTrainedModel, rows: Sequences) -> Tensor:
     """Logits of the trained tokens from whole forward passes without padding, cache or our arguments."""
-    found = []
+    logits = []
     for n in range(rows.num_rows):
         prompt = rows.prompt_ids[n, rows.prompt_mask[n].bool()][None]
         completion = rows.completion_ids[n, rows.completion_mask[n].bool()][None]
         if model.config.is_encoder_decoder:
             start = shift_right(model.config, completion)
-            found.append(model(input_ids=prompt, decoder_input_ids=start).logits[0])
+            logits.append(model(input_ids=prompt, decoder_input_ids=start).logits[0])
         else:
-            both = torch.cat([prompt, completion], dim=1)
-            found.append(model(input_ids=both).logits[0, prompt.shape[1] - 1 : -1])
-    return torch.cat(found)
+            ids = torch.cat([prompt, completion], dim=1)
+            logits.append(model(input_ids=ids).logits[0, prompt.shape[1] - 1 : -1])
+    return torch.cat(logits)
 
 
-def written(
+def generate(
     model: PreTrainedModel, rows: Sequences, noise: Tensor | None = None, temperature: float = 1.0
 ) -> Sequences:
     return generate_completions(
@@ -77,10 +77,12 @@ def written(
 
 @each_family
 @torch.no_grad()
-def test_completion_logits_are_those_of_a_whole_forward_pass_of_each_row(name: str) -> None:
+def test_completion_logits_equal_those_of_a_forward_pass_per_row(name: str) -> None:
     model = make(name, 0)
     rows = batch(model)
-    assert_close(compute_completion_logits(model, rows)[rows.completion_mask.bool()], row_by_row(model, rows))
+    assert_close(
+        compute_completion_logits(model, rows)[rows.completion_mask.bool()], compute_row_by_row(model, rows)
+    )
 
 
 @each_family
@@ -104,7 +106,11 @@ def test_the_amount_of_padding_changes_nothing(name: str) -> None:
     rows = batch(model)
     expected, mask = compute_completion_logits(model, rows), rows.completion_mask.bool()
     prompt = (0, 3) if model.config.is_encoder_decoder else (3, 0)
-    for wide in (padded(rows, prompt), padded(rows, (0, 0), (0, 4)), padded(rows, prompt, (0, 4))):
+    for wide in (
+        add_padding(rows, prompt),
+        add_padding(rows, (0, 0), (0, 4)),
+        add_padding(rows, prompt, (0, 4)),
+    ):
         assert_close(compute_completion_logits(model, wide)[:, : mask.shape[1]][mask], expected[mask])
 
 
@@ -123,7 +129,7 @@ def test_pitfall_15_absolute_positions_start_at_the_first_token_whatever_the_pad
     """GPT-2 without `position_ids` counts the padding on the left, which `generate` does not."""
     model = make("gpt2", 0)
     rows = batch(model)
-    wide, mask = padded(rows, (5, 0)), rows.completion_mask.bool()
+    wide, mask = add_padding(rows, (5, 0)), rows.completion_mask.bool()
     assert_close(compute_completion_logits(model, wide)[mask], compute_completion_logits(model, rows)[mask])
     ids = torch.cat([wide.prompt_ids, wide.completion_ids], dim=1)
     attention = torch.cat([wide.prompt_mask, wide.completion_mask], dim=1)
@@ -138,9 +144,11 @@ def test_pitfall_15_absolute_positions_start_at_the_first_token_whatever_the_pad
 
 @each_family
 @torch.no_grad()
-def test_greedy_search_writes_what_the_training_forward_finds_most_likely(name: str) -> None:
+def test_greedy_search_generates_the_likeliest_tokens_of_the_training_forward(name: str) -> None:
     model = make(name, 0)
-    answers = written(model, padded(batch(model), (0, 2) if model.config.is_encoder_decoder else (2, 0)))
+    answers = generate(
+        model, add_padding(batch(model), (0, 2) if model.config.is_encoder_decoder else (2, 0))
+    )
     best, mask = compute_completion_logits(model, answers).argmax(-1), answers.completion_mask.bool()
     assert torch.equal(best[mask], answers.completion_ids[mask])
     assert mask.sum() > 2 * answers.num_rows
@@ -152,7 +160,7 @@ def test_sampling_draws_from_the_training_forward_s_distributions(name: str) -> 
     model = make(name, 0)
     rows = batch(model)
     noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS)
-    answers = written(model, rows, noise, temperature=0.8)
+    answers = generate(model, rows, noise, temperature=0.8)
     cumulative = (compute_completion_logits(model, answers) / 0.8).double().softmax(-1).cumsum(-1)
     expected = (cumulative <= noise[:, : cumulative.shape[1], None]).sum(-1)
     mask = answers.completion_mask.bool()
@@ -162,16 +170,16 @@ def test_sampling_draws_from_the_training_forward_s_distributions(name: str) -> 
 
 @each_family
 @torch.no_grad()
-def test_a_saved_model_comes_back_with_equal_weights_and_logits(name: str, tmp_path: Path) -> None:
+def test_a_saved_model_loads_with_equal_weights_and_logits(name: str, tmp_path: Path) -> None:
     model = make(name, 0)
     rows = batch(model)
     model.save_pretrained(tmp_path)
     family = "encoder-decoder" if model.config.is_encoder_decoder else "decoder-only"
     precision = "fp32" if model.dtype == torch.float32 else "fp64"
     loaded = load_model(tmp_path, family, precision).eval()
-    own = model.state_dict()
-    assert own.keys() == loaded.state_dict().keys()
-    assert all(torch.equal(value, own[key]) for key, value in loaded.state_dict().items())
+    weights = model.state_dict()
+    assert weights.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
     if name == "gemma2":
         loaded.set_attn_implementation("eager")
     # Weights read from a file lie elsewhere in memory, and products are rounded accordingly.
@@ -179,7 +187,7 @@ def test_a_saved_model_comes_back_with_equal_weights_and_logits(name: str, tmp_p
 
 
 @torch.no_grad()
-def test_an_untied_t5_keeps_its_head_and_its_unscaled_output_through_a_file(tmp_path: Path) -> None:
+def test_an_untied_t5_keeps_its_head_and_unscaled_output_when_saved(tmp_path: Path) -> None:
     model = make("t5", 0)
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, "encoder-decoder", "fp64")
@@ -191,14 +199,14 @@ def test_an_untied_t5_keeps_its_head_and_its_unscaled_output_through_a_file(tmp_
     assert not loaded.config.scale_decoder_outputs
 
 
-def test_a_head_of_its_own_is_not_tied_again() -> None:
+def test_an_untied_head_is_not_tied_again() -> None:
     """transformers ties it whenever it is asked to, as `resize_token_embeddings` and FSDP do."""
     model = make("t5", 0)
-    own = model.lm_head.weight.detach().clone()
+    head = model.lm_head.weight.detach().clone()
     model.config.tie_word_embeddings = True
     mark_untied_head(model)
     model.tie_weights()
-    assert torch.equal(model.lm_head.weight, own)
+    assert torch.equal(model.lm_head.weight, head)
     assert model.encoder.embed_tokens.weight is model.shared.weight
     tied = make("qwen2", 0)
     mark_untied_head(tied)
@@ -223,7 +231,7 @@ def test_a_wider_teacher_gives_every_weight_of_the_student_a_gradient(name: str,
         assert parameter.grad.abs().sum() > 0, key
 
 
-def test_a_model_that_does_not_say_what_its_decoder_reads_first_is_refused() -> None:
+def test_a_model_without_a_decoder_start_token_is_refused() -> None:
     model = make("mbart", 0)
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match=r"MBartConfig\.decoder_start_token_id is None.*target language"):

@@ -42,9 +42,9 @@ def logits_by_hand(parts: UnprojectedOutput) -> Tensor:
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     tolerance = 2e-5 if expected.dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
@@ -88,14 +88,14 @@ def test_hidden_states_times_head_are_the_model_s_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", [granite(), cohere()], ids=["granite", "cohere"])
-def test_the_scale_of_logits_is_known(model: PreTrainedModel) -> None:
+def test_the_configured_scale_of_logits_is_applied(model: PreTrainedModel) -> None:
     parts = OutputHead(model).compute_unprojected(batch(model))
     assert parts.projection.scale == 0.25
     assert_close(logits_by_hand(parts), compute_completion_logits(model, batch(model)))
 
 
 @each_family
-def test_gradients_are_those_of_the_dense_logits(name: str) -> None:
+def test_gradients_equal_those_of_dense_logits(name: str) -> None:
     model = make(name, 0)
     rows, head = batch(model), OutputHead(model)
     weights = torch.linspace(-1, 1, rows.completion_mask.numel() * 14, dtype=model.dtype)
@@ -106,8 +106,8 @@ def test_gradients_are_those_of_the_dense_logits(name: str) -> None:
         return {key: p.grad.clone() for key, p in model.named_parameters()}
 
     expected = gradients(compute_completion_logits(model, rows))
-    for key, found in gradients(logits_by_hand(head.compute_unprojected(rows))).items():
-        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-4, msg=key)
+    for key, gradient in gradients(logits_by_hand(head.compute_unprojected(rows))).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
 @each_family
@@ -156,7 +156,9 @@ def test_adapters_on_inner_layers_leave_the_head_linear() -> None:
         assert not torch.allclose(compute_completion_logits(model, batch(model)), logits_by_hand(parts))
 
 
-def test_an_adapter_on_the_head_gives_all_logits_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapter_on_the_head_falls_back_to_all_logits_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(make("llama", 0), config).double()
@@ -170,14 +172,14 @@ def test_an_adapter_on_the_head_gives_all_logits_and_a_warning(caplog: pytest.Lo
     assert torch.equal(parts.hidden, compute_completion_logits(model, batch(model)))
 
 
-def test_what_a_model_does_to_its_logits_unknown_to_us_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_change_of_the_logits_is_detected(caplog: pytest.LogCaptureFixture) -> None:
     """A soft-cap that the small logits of random weights do not show in bfloat16."""
     model = make("llama", 0, dtype=torch.bfloat16)
-    own = type(model).forward
+    forward = type(model).forward
 
     class Capped(type(model)):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = own(self, *args, **kwargs)
+            output = forward(self, *args, **kwargs)
             output.logits = 30 * torch.tanh(output.logits / 30)
             return output
 
@@ -191,7 +193,7 @@ def test_what_a_model_does_to_its_logits_unknown_to_us_is_noticed(caplog: pytest
     )
 
 
-def test_under_autocast_hidden_states_come_as_the_head_would_multiply_them() -> None:
+def test_under_autocast_hidden_states_have_the_dtype_of_the_head_s_product() -> None:
     model = make("llama", 0, dtype=torch.float32)
     head = OutputHead(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -215,8 +217,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for each in (plain, model):
         logits_by_hand(OutputHead(each).compute_unprojected(batch(each))).square().sum().backward()
-    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-        assert_close(one.grad, other.grad)
+    for first, second in zip(plain.parameters(), model.parameters(), strict=True):
+        assert_close(first.grad, second.grad)
 
 
 def test_the_head_s_forward_is_restored_even_when_the_model_s_raises() -> None:
@@ -226,12 +228,12 @@ def test_the_head_s_forward_is_restored_even_when_the_model_s_raises() -> None:
     with pytest.raises(IndexError):
         head.compute_unprojected(replace(rows, completion_ids=rows.completion_ids + 100))
     assert "forward" not in vars(model.lm_head)
-    given = model.lm_head.forward = lambda hidden: nn.Linear.forward(model.lm_head, hidden)
+    head_forward = model.lm_head.forward = lambda hidden: nn.Linear.forward(model.lm_head, hidden)
     head.compute_unprojected(rows)
-    assert vars(model.lm_head)["forward"] is given
+    assert vars(model.lm_head)["forward"] is head_forward
 
 
-def test_finding_the_head_leaves_training_flags_and_random_numbers_alone() -> None:
+def test_building_an_output_head_changes_no_training_flag_or_random_state() -> None:
     model = make("gpt2", 0).train()
     model.transformer.h[0].eval()
     flags, state = [m.training for m in model.modules()], torch.get_rng_state()
@@ -241,13 +243,13 @@ def test_finding_the_head_leaves_training_flags_and_random_numbers_alone() -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_weights_that_are_not_there_yet_are_not_tried() -> None:
+def test_a_model_on_the_meta_device_is_not_run() -> None:
     with torch.device("meta"):
         model = FAMILIES["llama"](16)
     assert OutputHead(model).is_linear
 
 
-def test_it_runs_inside_of_a_wrapper_s_forward() -> None:
+def test_hidden_states_can_be_computed_within_a_wrapper_s_forward() -> None:
     """`model.forward` is called, so that hooks of the model, as FSDP's, are not run again."""
     model = make("llama", 0)
     head, calls = OutputHead(model), []
@@ -256,7 +258,7 @@ def test_it_runs_inside_of_a_wrapper_s_forward() -> None:
     assert not calls
 
 
-def test_pitfall_25_the_router_s_loss_is_what_the_model_adds_itself() -> None:
+def test_pitfall_25_the_router_s_loss_equals_the_model_s_own() -> None:
     model, rows = make("qwen2_moe", 0), batch(make("qwen2_moe", 0))
     ids = torch.cat([rows.prompt_ids, rows.completion_ids], dim=1)
     mask = torch.cat([rows.prompt_mask, rows.completion_mask], dim=1)
@@ -265,15 +267,15 @@ def test_pitfall_25_the_router_s_loss_is_what_the_model_adds_itself() -> None:
     without = model(**named, labels=labels).loss
     model.config.output_router_logits = True
     expected = model(**named, labels=labels).loss - without
-    found = OutputHead(model).compute_unprojected(rows).aux_loss
-    assert found is not None
-    assert found > 0
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    found.backward()
+    aux_loss = OutputHead(model).compute_unprojected(rows).aux_loss
+    assert aux_loss is not None
+    assert aux_loss > 0
+    torch.testing.assert_close(aux_loss, expected, rtol=0, atol=1e-6)
+    aux_loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_a_router_s_loss_that_the_model_does_not_give_is_refused_with_a_way_out() -> None:
+def test_a_router_s_loss_that_the_model_does_not_return_is_refused() -> None:
     model = make("llama", 0)
     head = OutputHead(model)
     model.config.output_router_logits = True
@@ -283,7 +285,7 @@ def test_a_router_s_loss_that_the_model_does_not_give_is_refused_with_a_way_out(
         head.compute_unprojected(batch(model))
 
 
-def test_a_pack_with_a_member_that_is_no_number_keeps_its_linear_head() -> None:
+def test_a_pack_with_a_nan_member_keeps_its_linear_head() -> None:
     members = [tiny_model("decoder-only", n) for n in range(3)]
     with torch.no_grad():
         members[1].get_input_embeddings().weight.fill_(torch.nan)

@@ -19,13 +19,13 @@ from .tiny import FAMILIES, tiny_model, tiny_tokenizer
 IDS = torch.tensor([[3, 4, 5, 6]])
 
 
-def saved(folder: Path, family: Family = "decoder-only", seed: int = 1) -> str:
+def save_teacher(folder: Path, family: Family = "decoder-only", seed: int = 1) -> str:
     tiny_model(family, seed, dtype=torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def teacher_of(given: Any, student: PreTrainedModel | None = None, **changes: Any) -> PreTrainedModel:
+def load(model: Any, student: PreTrainedModel | None = None, **changes: Any) -> PreTrainedModel:
     choices: dict[str, Any] = {
         "name_or_path": None,
         "init_kwargs": None,
@@ -33,52 +33,55 @@ def teacher_of(given: Any, student: PreTrainedModel | None = None, **changes: An
         "trust_remote_code": False,
         **changes,
     }
-    return load_teacher(given, student=student or tiny_model("decoder-only", 0), **choices)
+    return load_teacher(model, student=student or tiny_model("decoder-only", 0), **choices)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pitfall_18_a_name_loads_a_model_of_either_family(family: Family, tmp_path: Path) -> None:
-    name, student = saved(tmp_path, family), tiny_model(family, 0)
-    teacher = teacher_of(name, student)
-    wanted = tiny_model(family, 1, dtype=torch.float32)
+    name, student = save_teacher(tmp_path, family), tiny_model(family, 0)
+    teacher = load(name, student)
+    expected = tiny_model(family, 1, dtype=torch.float32)
     assert type(teacher) is type(student)
-    assert all(map(torch.equal, teacher.parameters(), wanted.parameters()))
+    assert all(map(torch.equal, teacher.parameters(), expected.parameters()))
     loaded = load_student(name, init_kwargs=None, trust_remote_code=False)
     assert type(loaded) is type(student) and all(p.requires_grad for p in loaded.parameters())
 
 
 def test_pitfall_18_a_teacher_of_another_family_is_refused() -> None:
     with pytest.raises(ValueError, match="student is decoder-only and the teacher encoder-decoder"):
-        teacher_of(tiny_model("encoder-decoder", 1))
+        load(tiny_model("encoder-decoder", 1))
 
 
 def test_pitfall_21_init_kwargs_need_no_dtype_and_are_never_changed(tmp_path: Path) -> None:
-    name = saved(tmp_path)
-    for given in ({"use_cache": False}, {"dtype": "bfloat16"}, {"dtype": torch.bfloat16}, {"dtype": "auto"}):
-        before = copy.copy(given)
-        dtypes = [teacher_of(name, init_kwargs=given).dtype for _ in range(2)]
-        wanted = torch.bfloat16 if given.get("dtype") in ("bfloat16", torch.bfloat16) else torch.float32
-        assert dtypes == [wanted] * 2 and given == before
+    name = save_teacher(tmp_path)
+    for kwargs in ({"use_cache": False}, {"dtype": "bfloat16"}, {"dtype": torch.bfloat16}, {"dtype": "auto"}):
+        before = copy.copy(kwargs)
+        dtypes = [load(name, init_kwargs=kwargs).dtype for _ in range(2)]
+        expected = torch.bfloat16 if kwargs.get("dtype") in ("bfloat16", torch.bfloat16) else torch.float32
+        assert dtypes == [expected] * 2 and kwargs == before
 
 
 def test_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
-    teacher = teacher_of(saved(tmp_path), init_kwargs=json.dumps({"dtype": "float16"}))
+    teacher = load(save_teacher(tmp_path), init_kwargs=json.dumps({"dtype": "float16"}))
     assert teacher.dtype == torch.float16
 
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype 'bf17' is neither"):
-        teacher_of(saved(tmp_path), init_kwargs={"dtype": "bf17"})
+        load(save_teacher(tmp_path), init_kwargs={"dtype": "bf17"})
 
 
-def test_init_kwargs_for_a_model_that_exists_are_refused() -> None:
-    for given, why in ((tiny_model("decoder-only", 1), "already a model"), (None, "a copy of the student")):
-        with pytest.raises(ValueError, match=f"loaded by name, but it is {why}"):
-            teacher_of(given, init_kwargs={"dtype": "bfloat16"})
+def test_init_kwargs_for_a_loaded_model_are_refused() -> None:
+    for model, reason in (
+        (tiny_model("decoder-only", 1), "already a model"),
+        (None, "a copy of the student"),
+    ):
+        with pytest.raises(ValueError, match=f"loaded by name, but it is {reason}"):
+            load(model, init_kwargs={"dtype": "bfloat16"})
 
 
 def test_pitfall_22_the_configured_name_is_read_when_no_teacher_is_given(tmp_path: Path) -> None:
-    teacher = teacher_of(None, name_or_path=saved(tmp_path))
+    teacher = load(None, name_or_path=save_teacher(tmp_path))
     assert teacher.name_or_path == str(tmp_path)
 
 
@@ -86,7 +89,7 @@ def test_pitfall_22_the_configured_name_is_read_when_no_teacher_is_given(tmp_pat
 def test_pitfall_22_no_teacher_or_the_student_itself_means_a_frozen_copy(itself: bool) -> None:
     student = tiny_model("decoder-only", 0).train()
     with pytest.warns(UserWarning, match="frozen copy of the initial student"):
-        teacher = teacher_of(student if itself else None, student)
+        teacher = load(student if itself else None, student)
     before = teacher(IDS).logits
     assert torch.equal(before, student(IDS).logits)
     with torch.no_grad():
@@ -97,26 +100,28 @@ def test_pitfall_22_no_teacher_or_the_student_itself_means_a_frozen_copy(itself:
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_the_teacher_is_frozen_in_eval_mode_and_of_the_dtype_asked_for(by_name: bool, tmp_path: Path) -> None:
-    given = saved(tmp_path) if by_name else tiny_model("decoder-only", 1).train()
-    teacher = teacher_of(given, dtype="bfloat16")
+def test_the_teacher_is_frozen_in_eval_mode_and_in_the_configured_dtype(
+    by_name: bool, tmp_path: Path
+) -> None:
+    source = save_teacher(tmp_path) if by_name else tiny_model("decoder-only", 1).train()
+    teacher = load(source, dtype="bfloat16")
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
 
 
 def test_two_different_dtypes_are_refused(tmp_path: Path) -> None:
-    name = saved(tmp_path)
-    assert teacher_of(name, init_kwargs={"dtype": "bfloat16"}, dtype="bfloat16").dtype == torch.bfloat16
+    name = save_teacher(tmp_path)
+    assert load(name, init_kwargs={"dtype": "bfloat16"}, dtype="bfloat16").dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"teacher_dtype='bfloat16', but .*'float16'"):
-        teacher_of(name, init_kwargs={"dtype": "float16"}, dtype="bfloat16")
+        load(name, init_kwargs={"dtype": "float16"}, dtype="bfloat16")
 
 
 def test_a_teacher_without_a_configuration_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear, which has no config"):
-        teacher_of(nn.Linear(2, 2))
+        load(nn.Linear(2, 2))
 
 
-def test_a_student_is_loaded_in_float32_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_student_is_loaded_in_float32_by_default(tmp_path: Path) -> None:
     tiny_model("decoder-only", 1, dtype=torch.bfloat16).save_pretrained(tmp_path)
     dtypes = [
         load_student(str(tmp_path), init_kwargs=kwargs, trust_remote_code=False).dtype
@@ -125,7 +130,7 @@ def test_a_student_is_loaded_in_float32_unless_told_otherwise(tmp_path: Path) ->
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
-def test_a_student_that_is_a_model_is_handed_back_and_ignored_arguments_are_named() -> None:
+def test_a_loaded_student_is_returned_and_ignored_arguments_are_named() -> None:
     student = tiny_model("decoder-only", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -146,13 +151,13 @@ def test_a_parked_teacher_is_used_on_the_cpu_without_a_copy() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to move the teacher to")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_parked_teacher_is_on_the_device_only_while_it_works(family: Family) -> None:
+def test_a_parked_teacher_is_on_the_device_only_while_it_is_used(family: Family) -> None:
     teacher = tiny_model(family, 0, dtype=torch.float32).eval().requires_grad_(False)
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "encoder-decoder" else {})
-    homes, wanted = [p.data_ptr() for p in teacher.parameters()], teacher(**inputs).logits
+    homes, expected = [p.data_ptr() for p in teacher.parameters()], teacher(**inputs).logits
     with use_on_device(teacher, "cuda", parked=True):
         assert {p.device.type for p in teacher.parameters()} == {"cuda"}
-        found = teacher(**{name: ids.cuda() for name, ids in inputs.items()}).logits.cpu()
+        logits = teacher(**{name: ids.cuda() for name, ids in inputs.items()}).logits.cpu()
     assert {t.device.type for t in (*teacher.parameters(), *teacher.buffers())} == {"cpu"}
     assert [p.data_ptr() for p in teacher.parameters()] == homes
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

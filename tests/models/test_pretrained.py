@@ -46,7 +46,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("family", DEEP)
-def test_with_all_layers_it_is_the_same_model(family: str) -> None:
+def test_keeping_all_layers_gives_the_same_model(family: str) -> None:
     model = deep(family)
     again = keep_layers(model, LAYERS)
     assert torch.equal(logits(again), logits(model))
@@ -54,21 +54,23 @@ def test_with_all_layers_it_is_the_same_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tuple(name for name in DEEP if name != "bart"))
-def test_without_layers_it_computes_as_if_these_did_nothing(family: str) -> None:
-    model, kept = deep(family), (0, 2)
+def test_dropped_layers_act_as_the_identity(family: str) -> None:
+    model, layers = deep(family), (0, 2)
     if family == "gemma3":
-        kept = (0, 1, 3)
-    small = keep_layers(model, kept)
+        layers = (0, 1, 3)
+    small = keep_layers(model, layers)
     for name, module in model.named_modules():
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-        if name.endswith(RESIDUAL) and numbers and numbers[0] not in kept:
+        if name.endswith(RESIDUAL) and numbers and numbers[0] not in layers:
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
     torch.testing.assert_close(logits(small), logits(model), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", DEEP)
-def test_the_smaller_model_has_weights_of_its_own_is_saved_and_read(family: str, tmp_path: Path) -> None:
+def test_the_smaller_model_has_separate_weights_and_can_be_saved_and_loaded(
+    family: str, tmp_path: Path
+) -> None:
     model = deep(family)
     before = logits(model)
     small = keep_layers(model, (0, 3))
@@ -88,7 +90,7 @@ def test_a_number_of_layers_is_spread_evenly(count: int, expected: tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    ("family", "kept", "message"),
+    ("family", "layers", "message"),
     [
         ("llama", 5, "keep_layers 5: the model has 4 layers"),
         ("llama", (0, 4), r"keep_layers \[0, 4\].*0 to 3"),
@@ -97,9 +99,9 @@ def test_a_number_of_layers_is_spread_evenly(count: int, expected: tuple[int, ..
         ("t5", (1, 2), "the first layer, 0, holds T5's bias"),
     ],
 )
-def test_layers_that_cannot_be_kept_are_refused(family: str, kept: object, message: str) -> None:
+def test_invalid_layers_are_refused(family: str, layers: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        keep_layers(deep(family), kept)  # type: ignore[arg-type]
+        keep_layers(deep(family), layers)  # type: ignore[arg-type]
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:

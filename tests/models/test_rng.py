@@ -13,7 +13,7 @@ def coins(lmbda: float, seed: int, steps: int = 1000) -> list[bool]:
     return [is_on_policy(lmbda, seed, step) for step in range(steps)]
 
 
-def test_the_streams_are_what_they_always_were() -> None:
+def test_random_streams_have_their_recorded_values() -> None:
     assert derive_seed(0, 0, "coin") == 9072144860899798558
     assert [derive_seed(1, 2, p) % 1000 for p in ("coin", "sampling", "order")] == [416, 332, 768]
     assert "".join("ox"[c] for c in coins(0.5, 0, 20)) == "ooxoxxoxxoxxxooxxxoo"
@@ -55,15 +55,15 @@ def test_the_coin_is_fair() -> None:
 
 def test_coins_of_neighbouring_steps_and_seeds_are_independent() -> None:
     rows = [coins(0.5, seed, 4000) for seed in (0, 1)]
-    for one, other in ((rows[0], rows[1]), (rows[0][:-1], rows[0][1:])):
-        agree = sum(a == b for a, b in zip(one, other, strict=True))
-        assert abs(agree - len(one) / 2) < 4 * math.sqrt(len(one) / 4)
+    for first, second in ((rows[0], rows[1]), (rows[0][:-1], rows[0][1:])):
+        agree = sum(a == b for a, b in zip(first, second, strict=True))
+        assert abs(agree - len(first) / 2) < 4 * math.sqrt(len(first) / 4)
 
 
-def test_purposes_seeds_and_steps_have_streams_of_their_own() -> None:
-    asked = [(0, 0, "sampling"), (1, 0, "sampling"), (0, 1, "sampling"), (0, 0, "evaluation")]
-    drawn = {tuple(draw_uniforms(*what, 1, 4)[0].tolist()) for what in asked}
-    assert len(drawn) == len(asked)
+def test_each_purpose_seed_and_step_has_a_stream_of_its_own() -> None:
+    keys = [(0, 0, "sampling"), (1, 0, "sampling"), (0, 1, "sampling"), (0, 0, "evaluation")]
+    drawn = {tuple(draw_uniforms(*key, 1, 4)[0].tolist()) for key in keys}
+    assert len(drawn) == len(keys)
 
 
 def test_noise_is_uniform_and_below_one() -> None:
@@ -76,13 +76,13 @@ def test_noise_is_uniform_and_below_one() -> None:
     assert chi_square < 27.88  # the 99.9 % point with 9 degrees of freedom
 
 
-def test_the_first_rows_of_a_larger_draw_are_those_of_a_smaller_one() -> None:
+def test_a_larger_draw_begins_with_the_rows_of_a_smaller_one() -> None:
     torch.testing.assert_close(
         draw_uniforms(0, 0, "sampling", 8, 5)[:2], draw_uniforms(0, 0, "sampling", 2, 5), rtol=0, atol=0
     )
 
 
-def test_an_epoch_shows_every_row_once_in_an_order_of_its_own() -> None:
+def test_an_epoch_has_every_row_once_in_its_own_order() -> None:
     orders = [draw_permutation(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4

@@ -36,11 +36,11 @@ CONFIGURATIONS = Path(__file__).parents[2] / "docs" / "accelerate"
 Facts = dict[str, Any]
 
 
-def student_of(family: Family) -> PreTrainedModel:
+def make_student(family: Family) -> PreTrainedModel:
     return tiny_model(family, 1)
 
 
-def teacher_of(family: Family) -> PreTrainedModel:
+def make_teacher(family: Family) -> PreTrainedModel:
     return tiny_model(family, 2, width=32).eval().requires_grad_(False)
 
 
@@ -54,7 +54,7 @@ def batch() -> Sequences:
     return Sequences(prompts, torch.ones_like(prompts), completions, mask)
 
 
-def loss_of(student: nn.Module, teacher_logits: Tensor, rows: Sequences) -> Tensor:
+def compute_loss(student: nn.Module, teacher_logits: Tensor, rows: Sequences) -> Tensor:
     """Sum over the rows' tokens, so that the ranks' losses add up to that of the whole batch."""
     losses = generalized_jsd(compute_completion_logits(student, rows), teacher_logits, 0.5)  # type: ignore[arg-type]
     return (losses * rows.completion_mask).sum()
@@ -111,11 +111,15 @@ def part(rank: int) -> Sequences:
 def step(family: Family, rank: int) -> Facts:
     """One step of a sharded pair, its loss and gradients put together again."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    student, teacher = shard_model(student_of(family), mesh), shard_model(teacher_of(family), mesh)
+    student, teacher = shard_model(make_student(family), mesh), shard_model(make_teacher(family), mesh)
     pieces = all(isinstance(p, DTensor) for m in (student, teacher) for p in m.parameters())
     with torch.no_grad():
         logits = compute_completion_logits(teacher, part(rank))
-    return {"pieces": pieces, "logits": logits, **backward(student, loss_of(student, logits, part(rank)))}
+    return {
+        "pieces": pieces,
+        "logits": logits,
+        **backward(student, compute_loss(student, logits, part(rank))),
+    }
 
 
 def backward(student: nn.Module, loss: Tensor) -> Facts:
@@ -136,11 +140,11 @@ def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
     from trl.models.utils import _ForwardRedirection
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    student, teacher = shard_model(student_of(family), mesh, reshard_root=reshard), teacher_of(family)
+    student, teacher = shard_model(make_student(family), mesh, reshard_root=reshard), make_teacher(family)
     seen: list[Tensor] = []
 
     def inside(rows: Sequences) -> Tensor:
-        loss = loss_of(Unhooked(student), compute_completion_logits(teacher, rows), rows)  # type: ignore[arg-type]
+        loss = compute_loss(Unhooked(student), compute_completion_logits(teacher, rows), rows)  # type: ignore[arg-type]
         head = student.get_output_embeddings().weight
         seen.append(head.detach().clone())
         return loss + head.sum()  # a gradient that reaches the head by itself
@@ -151,7 +155,7 @@ def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
 
 def placed(family: Family, rank: int, accelerator: Accelerator) -> Facts:
     """`place_teacher` under FSDP2, its head read between its forward pass and the end of `use_on_device`."""
-    teacher = teacher_of(family)
+    teacher = make_teacher(family)
     same = place_teacher(teacher, accelerator) is teacher
     kinds = [kind_of_head(teacher)]
     with use_on_device(teacher, "cpu", parked=False):
@@ -169,7 +173,7 @@ def kind_of_head(model: PreTrainedModel) -> str:
 
 def received(family: Family, rank: int) -> Tensor:
     """Rank 1 starts without weights, as `cpu_ram_efficient_loading` leaves it."""
-    teacher = teacher_of(family)
+    teacher = make_teacher(family)
     if rank > 0:
         for module in teacher.modules():
             for name, parameter in module._parameters.items():
@@ -182,7 +186,7 @@ def received(family: Family, rank: int) -> Tensor:
 
 def written(family: Family, rank: int) -> Tensor:
     """Greedy text of a sharded model; rank 1 may write less than rank 0, so they stop at different steps."""
-    model = shard_model(teacher_of(family), init_device_mesh("cpu", (RANKS,)))
+    model = shard_model(make_teacher(family), init_device_mesh("cpu", (RANKS,)))
     return greedy(model, rank)
 
 
@@ -199,16 +203,16 @@ def greedy(model: PreTrainedModel, rank: int) -> Tensor:
 
 def trained(family: Family, rank: int, accelerator: Accelerator) -> dict[str, Tensor]:
     """One optimizer step of a student that `place_student` and `accelerator.prepare` got."""
-    student, teacher = place_student(student_of(family), accelerator), teacher_of(family)
+    student, teacher = place_student(make_student(family), accelerator), make_teacher(family)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student, optimizer = accelerator.prepare(student, optimizer)
-    loss_of(student, compute_completion_logits(teacher, part(rank)), part(rank)).backward()
+    compute_loss(student, compute_completion_logits(teacher, part(rank)), part(rank)).backward()
     optimizer.step()
     return {name: whole(p.detach()) for name, p in student.named_parameters()}
 
 
 def whole_teacher(accelerator: Accelerator) -> Facts:
-    teacher = teacher_of("decoder-only")
+    teacher = make_teacher("decoder-only")
     same = place_teacher(teacher, accelerator) is teacher
     return {"kind": str(accelerator.distributed_type), "same": same, "type": type(teacher).__name__}
 
@@ -218,7 +222,7 @@ def whole_teacher(accelerator: Accelerator) -> Facts:
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
-    """What rank 0 and rank 1 found."""
+    """What rank 0 and rank 1 measured."""
     folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(ranks_main, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
@@ -226,15 +230,15 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
 
 def whole_step(family: Family, *, head_sum: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the unsharded pair on the whole batch."""
-    student = student_of(family)
-    loss = loss_of(student, compute_completion_logits(teacher_of(family), batch()), batch())
+    student = make_student(family)
+    loss = compute_loss(student, compute_completion_logits(make_teacher(family), batch()), batch())
     loss = loss + head_sum * student.get_output_embeddings().weight.sum()
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def close(found: Any, wanted: Any) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -242,11 +246,11 @@ def test_a_sharded_pair_has_the_loss_and_gradients_of_the_whole_one(
     facts: list[Facts], family: Family
 ) -> None:
     loss, gradients = whole_step(family)
-    for rank, found in enumerate(fact[family]["step"] for fact in facts):
-        assert found["pieces"]
-        close(found["logits"], compute_completion_logits(teacher_of(family), part(rank)))
-        close(found["loss"], loss)
-        close(found["gradients"], gradients)
+    for rank, measured in enumerate(fact[family]["step"] for fact in facts):
+        assert measured["pieces"]
+        close(measured["logits"], compute_completion_logits(make_teacher(family), part(rank)))
+        close(measured["loss"], loss)
+        close(measured["gradients"], gradients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,44 +259,42 @@ def test_within_the_forward_pass_the_head_is_whole_and_its_gradient_arrives(
     facts: list[Facts], family: Family, reshard: bool
 ) -> None:
     loss, gradients = whole_step(family, head_sum=RANKS)
-    for found in (fact[family]["redirected"][0 if reshard else 1] for fact in facts):
-        close(found["head"], student_of(family).get_output_embeddings().weight.detach())
-        close(found["loss"], loss)
-        close(found["gradients"], gradients)
+    for measured in (fact[family]["redirected"][0 if reshard else 1] for fact in facts):
+        close(measured["head"], make_student(family).get_output_embeddings().weight.detach())
+        close(measured["loss"], loss)
+        close(measured["gradients"], gradients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pitfall_20_a_teacher_under_fsdp_is_sharded_and_gathers_its_head_only_at_work(
+def test_pitfall_20_a_teacher_under_fsdp_is_sharded_and_gathers_its_head_only_while_it_is_used(
     facts: list[Facts], family: Family
 ) -> None:
-    size = sum(p.numel() for p in teacher_of(family).parameters())
-    for rank, found in enumerate(fact[family]["placed"] for fact in facts):
-        assert found["same"] and found["head"] == ["DTensor", "Parameter", "DTensor"]
-        assert found["weights"] == pytest.approx(size / RANKS, rel=0.02)
-        close(found["logits"], compute_completion_logits(teacher_of(family), part(rank)))
+    size = sum(p.numel() for p in make_teacher(family).parameters())
+    for rank, measured in enumerate(fact[family]["placed"] for fact in facts):
+        assert measured["same"] and measured["head"] == ["DTensor", "Parameter", "DTensor"]
+        assert measured["weights"] == pytest.approx(size / RANKS, rel=0.02)
+        close(measured["logits"], compute_completion_logits(make_teacher(family), part(rank)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_without_weights_get_those_of_the_first(facts: list[Facts], family: Family) -> None:
     for rank, fact in enumerate(facts):
-        close(fact[family]["received"], compute_completion_logits(teacher_of(family), part(rank)))
+        close(fact[family]["received"], compute_completion_logits(make_teacher(family), part(rank)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sharded_model_writes_what_the_whole_one_writes(facts: list[Facts], family: Family) -> None:
+def test_a_sharded_model_generates_the_tokens_of_the_whole_one(facts: list[Facts], family: Family) -> None:
     for rank, fact in enumerate(facts):
-        wanted = greedy(teacher_of(family), rank)
+        wanted = greedy(make_teacher(family), rank)
         # Where ranks stop at different steps transformers keeps the early one going; the rest is cut off.
         assert torch.equal(fact[family]["written"][:, : wanted.shape[1]], wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_of_either_family_is_trained_in_pieces_by_accelerate(
-    facts: list[Facts], family: Family
-) -> None:
+def test_accelerate_trains_a_sharded_student_of_either_family(facts: list[Facts], family: Family) -> None:
     _, gradients = whole_step(family)
     for fact in facts:
-        for name, parameter in student_of(family).named_parameters():
+        for name, parameter in make_student(family).named_parameters():
             close(fact[family]["trained"][name], parameter.detach() - 0.1 * gradients[name] / RANKS)
 
 
@@ -308,8 +310,8 @@ def test_without_fsdp_every_rank_has_a_whole_teacher_that_nothing_wraps(facts: l
 # ---- one process ----
 
 
-def test_a_teacher_is_placed_on_the_device_and_unknown_to_the_accelerator() -> None:
-    accelerator, teacher = Accelerator(cpu=True), teacher_of("decoder-only")
+def test_a_teacher_is_placed_on_the_device_without_the_accelerator_preparing_it() -> None:
+    accelerator, teacher = Accelerator(cpu=True), make_teacher("decoder-only")
     forward = teacher.forward
     assert place_teacher(teacher, accelerator) is teacher
     assert teacher.forward == forward and accelerator._models == []
@@ -318,29 +320,29 @@ def test_a_teacher_is_placed_on_the_device_and_unknown_to_the_accelerator() -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_and_its_hooks_are_not_called_where_the_loss_reads_it(family: Family) -> None:
     """ZeRO-3's hooks would expect a gradient to come back through the head's output."""
-    model, calls = student_of(family), []
-    head, own = OutputHead(model), model.get_output_embeddings()
-    own.register_forward_hook(lambda *_: calls.append(1))
+    model, calls = make_student(family), []
+    head, module = OutputHead(model), model.get_output_embeddings()
+    module.register_forward_hook(lambda *_: calls.append(1))
     hidden = head.compute_unprojected(part(0)).hidden
-    assert not calls and model.get_output_embeddings() is own
-    close(hidden @ own.weight.T, compute_completion_logits(model, part(0)))
+    assert not calls and model.get_output_embeddings() is module
+    close(hidden @ module.weight.T, compute_completion_logits(model, part(0)))
 
 
 def test_a_model_without_known_blocks_is_not_sharded_as_one_piece() -> None:
     with pytest.raises(ValueError, match=r"no transformer block named \['GPT2Block'\].*cls_to_wrap"):
-        shard_model(teacher_of("decoder-only"), None, blocks={"GPT2Block"})  # type: ignore[arg-type]
+        shard_model(make_teacher("decoder-only"), None, blocks={"GPT2Block"})  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
+def test_unsupported_placements_are_refused_with_advice() -> None:
     old = FullyShardedDataParallelPlugin(fsdp_version=1)
     state = SimpleNamespace(fsdp_plugin=old)
     fsdp_1: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, state=state)
     deepspeed: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    quantized = teacher_of("decoder-only")
+    quantized = make_teacher("decoder-only")
     quantized.config.quantization_config = {"load_in_8bit": True}
     refused: list[tuple[str, Callable[[], Any]]] = [
-        ("fsdp_version: 2", lambda: place_teacher(teacher_of("decoder-only"), fsdp_1)),
-        ("offload_param", lambda: place_teacher(teacher_of("decoder-only"), deepspeed, parked=True)),
+        ("fsdp_version: 2", lambda: place_teacher(make_teacher("decoder-only"), fsdp_1)),
+        ("offload_param", lambda: place_teacher(make_teacher("decoder-only"), deepspeed, parked=True)),
         ("quantized teacher", lambda: place_teacher(quantized, Accelerator(cpu=True), parked=True)),
     ]
     for message, attempt in refused:
@@ -395,10 +397,10 @@ def save_pair(folder: Path, family: Family, *, tied: bool) -> None:
         tiny_tokenizer().save_pretrained(folder / role)
 
 
-def same_course(found: Facts, alone: Facts, tolerance: float) -> None:
+def assert_same_course(measured: Facts, alone: Facts, tolerance: float) -> None:
     """Each of four steps, two of them again after resuming, and the evaluation at the end."""
     for name in ("losses", "resumed", "evaluation"):
-        assert found[name] == pytest.approx(alone[name], rel=tolerance)
+        assert measured[name] == pytest.approx(alone[name], rel=tolerance)
     assert alone["resumed"] == alone["losses"]
 
 
@@ -415,13 +417,13 @@ needs_deepspeed = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "tied"), [("deepspeed_zero2", False), ("deepspeed_zero3", False), ("deepspeed_zero3", True)]
 )
-def test_two_processes_under_deepspeed_learn_what_one_learns(
+def test_two_processes_under_deepspeed_have_the_losses_of_one(
     name: str, tied: bool, family: Family, tmp_path: Path
 ) -> None:
     save_pair(tmp_path, family, tied=tied)
-    alone, found = launch(tmp_path, "alone"), launch(tmp_path, name)
-    assert found["empty"] == [name == "deepspeed_zero3"]
-    same_course(found, alone, 1e-5)
+    alone, measured = launch(tmp_path, "alone"), launch(tmp_path, name)
+    assert measured["empty"] == [name == "deepspeed_zero3"]
+    assert_same_course(measured, alone, 1e-5)
 
 
 @pytest.mark.gpu
@@ -441,7 +443,7 @@ def test_the_trainer_learns_the_same_under_each_configuration(
     name: str, family: Family, tmp_path: Path
 ) -> None:
     save_pair(tmp_path, family, tied=True)
-    alone, found = launch(tmp_path, "alone"), launch(tmp_path, name)
-    assert found["device"] == ["cuda"]
-    assert name != "fsdp2" or found["pieces"] == ["DTensor"]
-    same_course(found, alone, 1e-3)
+    alone, measured = launch(tmp_path, "alone"), launch(tmp_path, name)
+    assert measured["device"] == ["cuda"]
+    assert name != "fsdp2" or measured["pieces"] == ["DTensor"]
+    assert_same_course(measured, alone, 1e-3)

@@ -22,7 +22,7 @@ from .tiny import tiny_model, tiny_tokenizer
 ENTRIES = 14
 
 
-def with_rows(rows: int, seed: int = 0) -> PreTrainedModel:
+def make_model_with_head(rows: int, seed: int = 0) -> PreTrainedModel:
     """A model whose head is padded to `rows`."""
     torch.manual_seed(seed)
     model = tiny_model("decoder-only", seed)
@@ -34,7 +34,7 @@ def words(text: str) -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerSpec(kind="word", vocab_size=50), [text])
 
 
-def bytes_of(text: str = "some text, 12 and 345") -> PreTrainedTokenizerFast:
+def make_byte_tokenizer(text: str = "some text, 12 and 345") -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=300), [text])
 
 
@@ -42,12 +42,12 @@ def test_pitfall_19_padded_heads_of_one_tokenizer_are_compared_on_the_smaller() 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rows in ((16, 24), (24, 16)):
-            student, teacher = map(with_rows, rows)
+            student, teacher = map(make_model_with_head, rows)
             assert get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), tiny_tokenizer()) == 16
 
 
 def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_example() -> None:
-    student = teacher = with_rows(ENTRIES)
+    student = teacher = make_model_with_head(ENTRIES)
     other = words("a b c d e f g = 1 2 x")
     assert len(other) == len(tiny_tokenizer())
     with pytest.raises(ValueError, match=r"10 vocabulary .*, for example '3' has id 5 and no id.*type: uld"):
@@ -57,7 +57,7 @@ def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_ex
 def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warning() -> None:
     added = tiny_tokenizer()
     added.add_special_tokens({"pad_token": "[PAD]"})
-    student = teacher = with_rows(ENTRIES + 2)
+    student = teacher = make_model_with_head(ENTRIES + 2)
     with pytest.warns(UserWarning, match=r"lacks '\[PAD\]'.*padding"):
         assert get_shared_vocabulary_size(student, teacher, added, tiny_tokenizer()) == ENTRIES + 2
     # The teacher may then give probability to an entry that the student's tokenizer has no word for.
@@ -65,23 +65,23 @@ def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warn
         get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), added)
 
 
-def test_entries_that_changed_places_are_a_difference() -> None:
+def test_swapped_entries_are_a_difference() -> None:
     reason = find_tokenizer_difference(words("a a a b b c"), words("b b b a a c"))
     assert reason == "2 vocabulary entries differ, for example 'a' has id 3 and id 4"
 
 
 def test_tokenizers_that_split_text_differently_differ_though_their_vocabularies_agree() -> None:
-    whole, digits = bytes_of(), bytes_of()
+    whole, digits = make_byte_tokenizer(), make_byte_tokenizer()
     digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
     assert whole.get_vocab() == digits.get_vocab()
     assert "differently" in str(find_tokenizer_difference(whole, digits))
-    assert find_tokenizer_difference(whole, bytes_of()) is None
+    assert find_tokenizer_difference(whole, make_byte_tokenizer()) is None
 
 
 def test_a_special_token_on_one_side_only_is_a_difference() -> None:
-    plain, chat = bytes_of(), bytes_of()
+    plain, chat = make_byte_tokenizer(), make_byte_tokenizer()
     chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert "'<|im_end|>' has no id and id 274" in str(find_tokenizer_difference(plain, chat))
 
@@ -91,7 +91,7 @@ def test_padding_and_template_may_differ_and_another_end_of_sequence_is_a_warnin
     teacher.pad_token, teacher.chat_template = teacher.eos_token, "{{ messages }}"
     assert find_tokenizer_difference(student, teacher) is None
     teacher.eos_token = "<unk>"
-    model = with_rows(ENTRIES)
+    model = make_model_with_head(ENTRIES)
     with pytest.warns(UserWarning, match=r"end with '</s>', the teacher's with '<unk>'"):
         assert get_shared_vocabulary_size(model, model, student, teacher) == ENTRIES
 
@@ -100,40 +100,45 @@ def test_different_sizes_are_refused_while_the_teachers_tokenizer_is_unknown() -
     with pytest.raises(
         ValueError, match=r"16 vocabulary entries and the teacher 24.*teacher_processing_class"
     ):
-        get_shared_vocabulary_size(with_rows(16), with_rows(24), tiny_tokenizer(), None)
+        get_shared_vocabulary_size(make_model_with_head(16), make_model_with_head(24), tiny_tokenizer(), None)
 
 
 def test_equal_sizes_are_accepted_with_a_warning_while_the_teachers_tokenizer_is_unknown() -> None:
     with pytest.warns(UserWarning, match=r"was not compared: pass .*teacher_processing_class"):
-        assert get_shared_vocabulary_size(with_rows(16), with_rows(16, 1), tiny_tokenizer(), None) == 16
+        assert (
+            get_shared_vocabulary_size(
+                make_model_with_head(16), make_model_with_head(16, 1), tiny_tokenizer(), None
+            )
+            == 16
+        )
 
 
 @pytest.mark.parametrize("small", ["student", "teacher"])
 def test_a_head_without_a_row_for_a_real_token_is_refused(small: str) -> None:
     rows = {"student": 16, "teacher": 16, small: 13}
-    student, teacher = with_rows(rows["student"]), with_rows(rows["teacher"])
+    student, teacher = make_model_with_head(rows["student"]), make_model_with_head(rows["teacher"])
     with pytest.raises(
         ValueError, match=rf"has id 13, but the {small} has 13 .*resize_token_embeddings\(14\)"
     ):
         get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), tiny_tokenizer())
 
 
-def test_the_head_is_measured_and_not_the_configuration_believed() -> None:
+def test_the_size_of_the_head_counts_not_that_of_the_configuration() -> None:
     model = tiny_model("encoder-decoder", 0)
     model.config.vocab_size = 99
     assert get_head_size(model) == ENTRIES
 
 
-def test_the_tokenizer_beside_a_models_weights_is_found(tmp_path: Path) -> None:
+def test_the_tokenizer_in_a_models_folder_is_loaded(tmp_path: Path) -> None:
     tiny_model("decoder-only", 0).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    found = load_model_tokenizer(type(tiny_model("decoder-only", 0)).from_pretrained(tmp_path))
-    assert found is not None
-    assert find_tokenizer_difference(found, tiny_tokenizer()) is None
+    tokenizer = load_model_tokenizer(type(tiny_model("decoder-only", 0)).from_pretrained(tmp_path))
+    assert tokenizer is not None
+    assert find_tokenizer_difference(tokenizer, tiny_tokenizer()) is None
 
 
 @pytest.mark.parametrize("family", ["decoder-only", "encoder-decoder"])
-def test_no_tokenizer_is_made_up_for_a_folder_that_has_none(tmp_path: Path, family: str) -> None:
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path, family: str) -> None:
     """transformers would build an empty T5 tokenizer from the configuration alone."""
     tiny_model(family, 0).save_pretrained(tmp_path)  # type: ignore[arg-type]
     model = tiny_model(family, 0)  # type: ignore[arg-type]
