@@ -110,6 +110,7 @@ class _TaskFileLoader(yaml.SafeLoader):
 
 
 def _construct_function_tag(loader: _TaskFileLoader, node: yaml.ScalarNode) -> FunctionTag:
+    """Build a `FunctionTag` from a YAML node."""
     return FunctionTag(str(loader.construct_scalar(node)), loader.folder)
 
 

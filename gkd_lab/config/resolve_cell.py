@@ -81,11 +81,17 @@ class TaskDefaults(Protocol):
     """Interface of a task for resolving a grid; `gkd_lab.tasks.Task` implements it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the task."""
+
     @property
-    def family(self) -> Family: ...
+    def family(self) -> Family:
+        """Family of its models."""
+
     @property
-    def metrics(self) -> tuple[str, ...]: ...
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of its default evaluations."""
+
     def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         """Return settings, `models` and `evaluations` at a scale for a data source (None: the task's own)."""
         ...
@@ -202,10 +208,10 @@ class CellResolver:
         self, task: TaskDefaults, settings: Settings, defaults: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the fields of a training that do not depend on `_PER_CELL_FIELDS`."""
-        start = self._resolve_model(task, "student", settings, defaults)
+        sft_student = self._resolve_model(task, "student", settings, defaults)
         extra_teachers = resolve_extra_teachers(settings.objectives or (), settings.teachers or {})
         teachers = [
-            start
+            sft_student
             if name == START_TEACHER
             else self._resolve_model(
                 task, "teacher", settings.model_copy(update={"teacher": teacher}), defaults
@@ -217,7 +223,7 @@ class CellResolver:
             "teacher": self._resolve_model(task, "teacher", settings, defaults),
             "teachers": tuple(teachers),
             **resolve_teacher_placements((settings.teacher, *extra_teachers.values())),
-            "start": start,
+            "start": sft_student,
             "optimizer": build_optimizer_spec(settings),
             "train_rows": _limit_train_rows(settings),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),

@@ -1,8 +1,10 @@
 """`alpha`, `reward` and `anchor` as terms of the loss (Eq. 5), and which of their forms make no sense."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from gkd_lab.config.artifact_specs import FindModel
+from gkd_lab.config.cell import Source
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.loss_terms import (
     CrossEntropyConfig,
@@ -17,18 +19,6 @@ from gkd_lab.config.reward_names import (
     hash_reward_module,
     off_policy_message,
 )
-
-FindModel = Callable[[str], tuple[str | None, str | None, str | None]]
-"""Name or folder -> (hub name or None, folder or None, revision)."""
-
-
-class SamplingSource(Protocol):
-    """Who writes; `gkd_lab.config.cell.Source` is one."""
-
-    @property
-    def lmbda(self) -> float: ...
-    @property
-    def temperature(self) -> float | None: ...
 
 
 def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedReward:
@@ -85,7 +75,7 @@ def check_any_weight(terms: Iterable[WeightedTerm]) -> None:
         raise ConfigError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
 
 
-def check_terms_learn(terms: Iterable[ResolvedTerm], source: SamplingSource) -> None:
+def check_terms_learn(terms: Iterable[ResolvedTerm], source: Source) -> None:
     """Raises SpecError where what is written teaches nothing: `reward` of others' text, `cross_entropy` of
     the student's own.
     """

@@ -72,6 +72,7 @@ class _SweepDumper(yaml.SafeDumper):
 
 
 def _represent_list_inline(dumper: _SweepDumper, values: Sequence[Any]) -> yaml.Node:
+    """Write a list in flow style."""
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
 
