@@ -49,16 +49,19 @@ def _define_sacrebleu_metric(name: str) -> Metric:
     """Define `bleu` or `chrf`; sacreBLEU is loaded when the metric is computed."""
 
     def compute_score(inputs: MetricInput) -> Score:
+        """Return the corpus score."""
         from gkd_lab.metrics.sacrebleu_metrics import score_corpus
 
         return score_corpus(name, inputs)
 
     def compute_statistics(inputs: MetricInput) -> CorpusStatistics:
+        """Return the n-gram counts."""
         from gkd_lab.metrics.sacrebleu_metrics import compute_corpus_statistics
 
         return compute_corpus_statistics(name, inputs)
 
     def compute_interval(inputs: MetricInput) -> tuple[float, float]:
+        """Return sacreBLEU's interval."""
         from gkd_lab.metrics.sacrebleu_metrics import bootstrap_sacrebleu_interval
 
         return bootstrap_sacrebleu_interval(name, inputs)
@@ -70,11 +73,13 @@ def _define_classification_metric(name: str) -> Metric:
     """Define a metric of labels, tags or numbers; numpy and scikit-learn are loaded when it is computed."""
 
     def compute_score(inputs: MetricInput) -> Score:
+        """Return scikit-learn's or scipy's score."""
         from gkd_lab.metrics.classifier_metrics import score_texts
 
         return score_texts(name, inputs)
 
     def compute_statistics(inputs: MetricInput) -> CorpusStatistics:
+        """Return label counts, or moments of numbers."""
         from gkd_lab.metrics.classifier_metrics import compute_classification_statistics
 
         return compute_classification_statistics(name, inputs)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gkd_lab.metrics import score, score_many
+from gkd_lab.metrics import METRICS, score, score_many
 
 PREDICTIONS = ["The cat sat #### 5", "Ein Haus am See"]
 REFERENCES = [["The cat sits #### 5"], ["Ein Haus am Meer", "Das Haus am See"]]
@@ -17,6 +17,13 @@ def evaluate_metrics():  # type: ignore[no-untyped-def]
     from gkd_lab.evaluation import evaluate_metrics
 
     return evaluate_metrics
+
+
+@pytest.mark.parametrize("name", [metric for metric in METRICS if metric != "self_bleu"])
+def test_every_registered_metric_can_be_computed(evaluate_metrics, name: str) -> None:  # type: ignore[no-untyped-def]
+    predictions, references = ["1", "2", "2"], [["1"], ["2"], ["1"]]
+    result = evaluate_metrics.TextMetric([name]).compute(predictions=predictions, references=references)
+    assert result[name] == pytest.approx(score(name, predictions, references).value)
 
 
 @pytest.mark.parametrize("name", ["Accuracy", "AccuracyFlexible", "ExactMatch", "Rouge", "Bleu", "Chrf"])
