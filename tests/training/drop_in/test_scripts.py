@@ -17,7 +17,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_lab import GKDTrainer
 
-from ...models.test_attention import Kernels
+from ...models.test_attention import RecordAttention
 from ...training.scripts import (
     chat,
     chat_tokenizer,
@@ -229,8 +229,8 @@ def test_a_subclass_may_log_a_loss_of_its_own(tmp_path: Path) -> None:
 
 def test_in_bfloat16_on_a_cpu_attention_stays_in_float32(tmp_path: Path) -> None:
     made = trainer(tmp_path, eval_dataset=conversations(2), arguments={**HALF, "bf16": True})
-    with Kernels() as seen:
+    with RecordAttention() as recorded:
         made.train()
         made.evaluate()
     assert logged(made, "on_policy") == [0.0, 1.0]
-    assert seen.queries == {torch.float32}
+    assert recorded.queries == {torch.float32}
