@@ -36,7 +36,7 @@ TEXTS = [
 
 
 def chat_tokenizer(template: str = CHATML, end: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a chat template, whose end of a turn is the end of sequence."""
+    """Train a byte-level BPE with a chat template, whose end of a turn is the end of sequence."""
     tokenizer = train_tokenizer(TokenizerSpec(kind="bpe", vocab_size=360), TEXTS)
     tokenizer.backend_tokenizer.pre_tokenizer = Steps(
         [Split(Regex(PIECES), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -59,7 +59,7 @@ def turn(role: str, content: Any) -> dict[str, Any]:
 
 
 def chat(*contents: str) -> list[dict[str, Any]]:
-    """User and assistant by turns."""
+    """Make a chat of user and assistant in turn."""
     return [turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
 
 
@@ -373,7 +373,7 @@ def test_ids_that_do_not_tell_prompt_from_completion_are_refused(row: dict[str, 
         encoder()({"input_ids": [5, 6, 7, 8], **row})
 
 
-# What is refused, and the user's function
+# Refused rows, and formatting_func
 
 
 def test_an_example_is_returned_unchanged() -> None:

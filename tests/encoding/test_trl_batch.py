@@ -20,7 +20,7 @@ def assert_same(ours: Sequences, theirs: Sequences) -> None:
 
 
 def make_batch(rows: list[Example], *, left: bool) -> dict[str, Tensor]:
-    """As transformers' collators pad them."""
+    """Make a batch in the form of transformers' collators."""
     width = max(len(e.prompt_ids + e.completion_ids) for e in rows)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for example in rows:

@@ -1,4 +1,4 @@
-"""The calculator: what it computes, what it refuses, and that its results are what is written."""
+"""Evaluate expressions, refuse others, and insert results into generated text."""
 
 import random
 import re
@@ -116,7 +116,7 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def merged() -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose tokens hold `=` with what follows."""
+    """Train a byte-level BPE that has tokens of `=` and more text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,7 +129,7 @@ def merged() -> PreTrainedTokenizerFast:
 
 
 def spaced_first() -> PreTrainedTokenizerFast:
-    """One like SentencePiece: a space is put before every text that it encodes."""
+    """Make a tokenizer that puts a space before every text, like SentencePiece."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -146,7 +146,7 @@ TOKENIZERS = {"bytes": make_byte_tokenizer, "merged": merged, "spaced first": sp
 
 
 def corrected(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """What comes out where a model would write `text`, token by token."""
+    """Return the text that results when a model writes `text` token by token."""
     calculator = Calculator(tokenizer)
     wanted: list[int] = tokenizer.encode(text, add_special_tokens=False)
     written: list[int] = []
@@ -213,7 +213,7 @@ def test_a_tokenizer_without_the_marks_is_refused() -> None:
 
 
 def scripted(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> TokenChooser:
-    """Writes the texts and ends, whatever the model says; a due result shifts the rest to the right."""
+    """Choose the tokens of the texts, whatever the model says; an inserted result shifts the others."""
     end = tokenizer.eos_token_id
     ids = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
 

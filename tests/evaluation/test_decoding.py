@@ -1,4 +1,4 @@
-"""Predictions of a pack are those of each model alone, in the order of the rows."""
+"""Compare the predictions of a pack with those of single models, in the order of the rows."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def rows(count: int = 12) -> list[Row]:
-    """Rows of different lengths, short and long ones in turn; each prompt says which row it is."""
+    """Make short and long rows in turn; each prompt identifies its row."""
     texts = [TOKENIZER.decode(example.prompt_ids) for example in tiny_examples(count)]
     return [Row(text, "a", (f"reference {n}",)) for n, text in enumerate(texts)]
 
@@ -78,7 +78,7 @@ def test_rows_keep_their_order_and_do_not_depend_on_their_batch(
 
 
 def test_sampling_noise_is_keyed_by_row() -> None:
-    """So the first rows of a longer evaluation are those of a shorter one, and cells share the noise."""
+    """A longer evaluation begins with the predictions of a shorter one, and cells share the noise."""
     dataset_rows = [rows()[0]] * 8
     model = tiny_model("decoder-only", 0)
     longer = predict(Pack.build_single(model), "decoder-only", "sample", dataset_rows)[0]

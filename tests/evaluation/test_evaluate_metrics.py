@@ -1,4 +1,4 @@
-"""The `evaluate.Metric` forms give what the plain functions give, offline."""
+"""Compare the `evaluate.Metric` classes with the plain functions, offline."""
 
 import os
 import subprocess

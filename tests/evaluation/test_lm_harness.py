@@ -1,4 +1,4 @@
-"""lm-eval on tiny exported checkpoints: the numbers of our table, stored as any evaluation is."""
+"""Run lm-eval on tiny exported checkpoints, and compare its scores with those of our table."""
 
 import json
 import os
@@ -47,7 +47,7 @@ ROWS = [{"question": f"{n} + 1 =", "label": n % 2} for n in range(6)]
 
 
 def tiny(folder: Path, task: str, **changes: Any) -> Any:
-    """Trained enough to end what it writes, now and then, before the limit."""
+    """Make an experiment whose models sometimes end a text before the limit."""
     student = {"layers": 1, "width": 16, "heads": 2, "sft": {"steps": 80, "learning_rate": 0.01}}
     settings: dict[str, Any] = {
         "grid": {"lmbda": [0]},

@@ -1,4 +1,4 @@
-"""Several texts a prompt: how an evaluation asks for them, how they are written and judged."""
+"""Generate and score several samples per prompt."""
 
 from typing import Any
 

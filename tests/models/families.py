@@ -1,4 +1,4 @@
-"""A tiny random model of every family that the trainer is to work with, all of one vocabulary."""
+"""Build a tiny random model of each supported family, all with one vocabulary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ IDS: dict[str, Any] = {
 
 
 def decoder(width: int, **more: Any) -> dict[str, Any]:
-    """The fields of a configuration that Llama and those after it share."""
+    """Configuration fields that Llama and later decoders share."""
     return {
         **IDS,
         "hidden_size": width,
@@ -62,7 +62,7 @@ def decoder(width: int, **more: Any) -> dict[str, Any]:
 
 
 def gemma(width: int, **more: Any) -> dict[str, Any]:
-    """A window shorter than the longest rows, so that one of the two layers looks through it."""
+    """Configuration fields of Gemma, with a window shorter than the longest rows in one of two layers."""
     layers = ["sliding_attention", "full_attention"]
     return decoder(
         width,
@@ -88,7 +88,7 @@ def qwen3(width: int) -> PreTrainedModel:
 
 
 def gpt2(width: int) -> PreTrainedModel:
-    """Absolute positions."""
+    """A GPT-2, with absolute positions."""
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(
         GPT2Config(**IDS, n_embd=width, n_layer=2, n_head=4, n_positions=LONGEST, **no_dropout)
@@ -96,7 +96,7 @@ def gpt2(width: int) -> PreTrainedModel:
 
 
 def gemma2(width: int) -> PreTrainedModel:
-    """Soft-capped logits and attention; only eager attention applies the latter."""
+    """A Gemma 2, with soft-capped logits and attention; only eager attention applies the latter."""
     config = Gemma2Config(**gemma(width, attn_logit_softcapping=2.0))
     config._attn_implementation = "eager"
     return Gemma2ForCausalLM(config)
@@ -107,7 +107,7 @@ def gemma3(width: int) -> PreTrainedModel:
 
 
 def t5(width: int) -> PreTrainedModel:
-    """T5 v1.1: relative bias, gated, the decoder's output unscaled, a head of its own."""
+    """A T5 v1.1: relative bias, gated, unscaled decoder output, untied head."""
     config = T5Config(
         vocab_size=VOCABULARY,
         pad_token_id=PAD,
@@ -121,7 +121,7 @@ def t5(width: int) -> PreTrainedModel:
         num_heads=4,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        # Of this the configuration keeps `scale_decoder_outputs=False` alone; the model comes out tied.
+        # This only sets `scale_decoder_outputs=False`; the model is tied all the same.
         tie_word_embeddings=False,
     )
     model = T5ForConditionalGeneration(config)
@@ -149,21 +149,21 @@ def bart_like(config: type, width: int, **more: Any) -> Any:
 
 
 def bart(width: int) -> PreTrainedModel:
-    """With the bias that it adds to its logits."""
+    """A BART, with a bias that is added to its logits."""
     model = BartForConditionalGeneration(bart_like(BartConfig, width, decoder_start_token_id=END))
     model.final_logits_bias.normal_()
     return model
 
 
 def mbart(width: int) -> PreTrainedModel:
-    """Layer norms come first; the decoder starts with a language, here the last word."""
+    """An mBART: layer norms come first, and the decoder starts with a language token, here the last word."""
     model = MBartForConditionalGeneration(bart_like(MBartConfig, width, decoder_start_token_id=LAST_WORD))
     model.final_logits_bias.normal_()
     return model
 
 
 def qwen2_moe(width: int) -> PreTrainedModel:
-    """A mixture of experts, which gives its load-balancing loss when asked."""
+    """A mixture of experts with a load-balancing loss."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     widths = {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
     config = decoder(width, router_aux_loss_coef=0.01, **experts, **widths)
@@ -177,18 +177,18 @@ DECODERS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "qwen2_moe")
 
 
 SINGLE = ("gemma2", "qwen2_moe")
-"""Made in float32. The softmax of eager attention is in it, where a float64 mask of padding becomes NaN;
+"""Families in float32: eager attention computes its softmax in float32, where a float64 padding mask is NaN;
 grouped products of experts take no float64.
 """
 
 
 def make(name: str, seed: int, width: int = 16, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model of the family `name` with random weights, biases and norms included, in eval mode."""
+    """Build a model of the family `name` in eval mode, with random weights, biases and norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FAMILIES[name](width).eval()
         for parameter in model.parameters():
-            # Around what a norm starts with, which is 1, or 0 where it adds the 1 itself.
+            # The mean is a norm's initial value, 1, or 0 for a norm that adds 1 to its weight.
             start = float(parameter.detach().mean().round()) if parameter.dim() == 1 else 0.0
             nn.init.normal_(parameter, start, SPREAD * (16 / width) ** 0.5)
     return model.to(dtype or (torch.float32 if name in SINGLE else torch.float64))

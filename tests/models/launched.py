@@ -1,6 +1,6 @@
-"""What `accelerate launch` runs in tests of several processes: launched.py FOLDER OUT trains and evaluates.
+"""Train and evaluate under `accelerate launch`, in tests of several processes: launched.py FOLDER OUT.
 
-The folder holds a student and a teacher; rank 0 writes what it found to OUT.
+The folder holds a student and a teacher; rank 0 writes its measurements to OUT.
 """
 
 import json

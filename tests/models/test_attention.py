@@ -16,7 +16,7 @@ from .tiny import FAMILIES, tiny_model
 
 
 class RecordAttention(TorchDispatchMode):
-    """Dtypes of the queries of every attention kernel, forward and backward."""
+    """Record the dtypes of the queries of all attention kernels, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every family through the same code: logits, padding, sampling, saving, another width."""
+"""Compute logits, sample and save with every model family, with padding and another width."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def batch(model: PreTrainedModel, rows: int = 6) -> Sequences:
 
 
 def add_padding(rows: Sequences, prompt: tuple[int, int], completion: tuple[int, int] = (0, 0)) -> Sequences:
-    """More padding, as many positions (left, right) as asked for."""
+    """Add positions of padding, (left, right)."""
     return Sequences(
         nn.functional.pad(rows.prompt_ids, prompt, value=PAD),
         nn.functional.pad(rows.prompt_mask, prompt, value=0),
@@ -41,13 +41,13 @@ def add_padding(rows: Sequences, prompt: tuple[int, int], completion: tuple[int,
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Up to rounding; norms are in float32 whatever the model's dtype."""
+    """Compare up to rounding; norms are in float32 whatever the model's dtype."""
     tolerance = 2e-5 if expected.dtype == torch.float32 else 1e-6
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def compute_row_by_row(model: PreTrainedModel, rows: Sequences) -> Tensor:
-    """Logits of the trained tokens from whole forward passes without padding, cache or our arguments."""
+    """Return the trained tokens' logits by one forward pass per row, without padding or our arguments."""
     logits = []
     for n in range(rows.num_rows):
         prompt = rows.prompt_ids[n, rows.prompt_mask[n].bool()][None]
@@ -88,7 +88,7 @@ def test_completion_logits_equal_those_of_a_forward_pass_per_row(name: str) -> N
 @each_family
 @torch.no_grad()
 def test_the_next_token_depends_on_the_whole_prompt(name: str) -> None:
-    """Else the tests beside this one would show nothing."""
+    """Check that the other tests can fail."""
     model = make(name, 0)
     rows = batch(model)
     first = rows.prompt_mask.argmax(1, keepdim=True)
@@ -200,7 +200,7 @@ def test_an_untied_t5_keeps_its_head_and_unscaled_output_when_saved(tmp_path: Pa
 
 
 def test_an_untied_head_is_not_tied_again() -> None:
-    """transformers ties it whenever it is asked to, as `resize_token_embeddings` and FSDP do."""
+    """transformers would tie it in `tie_weights`, which `resize_token_embeddings` and FSDP call."""
     model = make("t5", 0)
     head = model.lm_head.weight.detach().clone()
     model.config.tie_word_embeddings = True

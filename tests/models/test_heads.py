@@ -1,4 +1,4 @@
-"""Hidden states and head apart give the model's own logits, whatever surrounds the model."""
+"""Compare hidden states times head with the model's own logits, also within wrappers and adapters."""
 
 import copy
 import logging
@@ -64,7 +64,7 @@ def cohere(**more: Any) -> PreTrainedModel:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     size = 0
 
@@ -112,7 +112,7 @@ def test_gradients_equal_those_of_dense_logits(name: str) -> None:
 
 @each_family
 def test_no_tensor_holds_the_logits_of_all_tokens(name: str) -> None:
-    """The vocabulary is made large; the largest tensor is then the head itself."""
+    """Use a large vocabulary, so that the largest tensor is the head itself."""
     model = make(name, 0)
     model.resize_token_embeddings(5000, mean_resizing=False)
     rows, head = batch(model, 10), OutputHead(model)
@@ -173,7 +173,7 @@ def test_an_adapter_on_the_head_falls_back_to_all_logits_with_a_warning(
 
 
 def test_an_unknown_change_of_the_logits_is_detected(caplog: pytest.LogCaptureFixture) -> None:
-    """A soft-cap that the small logits of random weights do not show in bfloat16."""
+    """Use a soft-cap that has no effect in bfloat16 on the small logits of random weights."""
     model = make("llama", 0, dtype=torch.bfloat16)
     forward = type(model).forward
 
@@ -250,7 +250,7 @@ def test_a_model_on_the_meta_device_is_not_run() -> None:
 
 
 def test_hidden_states_can_be_computed_within_a_wrapper_s_forward() -> None:
-    """`model.forward` is called, so that hooks of the model, as FSDP's, are not run again."""
+    """Call `model.forward`, so that hooks of the model, as FSDP's, do not run again."""
     model = make("llama", 0)
     head, calls = OutputHead(model), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))

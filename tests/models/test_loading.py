@@ -1,4 +1,4 @@
-"""Student and teacher come as models, names or nothing, and the teacher comes out frozen (18, 21, 22)."""
+"""Load student and teacher by model, name or default, with a frozen teacher (pitfalls 18, 21, 22)."""
 
 import copy
 import json

@@ -376,7 +376,7 @@ def test_under_autocast_a_pack_equals_its_members_up_to_rounding(name: str) -> N
             assert relative(gradient, expected) < 0.1, key
 
 
-# ---- some cells only, and narrow weights ----
+# ---- selected cells, and weights cast in advance ----
 
 
 def packed_modules(pack: Pack) -> list[PackedModule]:

@@ -1,4 +1,4 @@
-"""Loaded weights: folders, GGUF files, and students made of some of a model's layers."""
+"""Load folders and GGUF files, and build students from some of a model's layers."""
 
 import copy
 from pathlib import Path
@@ -20,11 +20,11 @@ from .tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
 LAYERS = 4
 DEEP = ("llama", "qwen3", "gpt2", "gemma3", "t5", "bart")
 RESIDUAL = ("o_proj", "down_proj", "c_proj", "SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
-"""What adds a layer's result to what came in; with zeros there a layer does nothing."""
+"""Projections into the residual stream: with zeros there a layer is the identity."""
 
 
 def deep(family: str) -> PreTrainedModel:
-    """Like those of `make`, with four layers in each stack."""
+    """Build a model like those of `make`, with four layers in each stack."""
     small = make(family, 0)
     config = copy.deepcopy(small.config)
     for name in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
@@ -118,7 +118,7 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 def write_gguf(path: Path, model: PreTrainedModel, words: list[str]) -> None:
-    """A Llama in the form of llama.cpp, unquantized, with a byte-level BPE that knows some words."""
+    """Write a Llama as an unquantized GGUF file, with a byte-level BPE tokenizer of a few words."""
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -168,7 +168,7 @@ def _name_in_gguf(name: str) -> str:
 
 
 def _in_gguf(name: str, value: Tensor, config: object) -> Tensor:
-    """llama.cpp turns neighbouring features of a head together, transformers the two halves."""
+    """Permute a head's features: llama.cpp rotates neighbours together, transformers the two halves."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return value
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Random choices depend on (seed, step, purpose) alone; the golden values keep old results reproducible."""
+"""Check that random streams depend on (seed, step, purpose) alone, and their golden values."""
 
 import itertools
 import math

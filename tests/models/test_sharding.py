@@ -1,4 +1,4 @@
-"""Student and teacher in two pieces on two gloo ranks give what they give whole (pitfall 20)."""
+"""Compare a student and teacher sharded on two gloo ranks with the whole models (pitfall 20)."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def compute_loss(student: nn.Module, teacher_logits: Tensor, rows: Sequences) ->
 
 
 class Unhooked(nn.Module):
-    """Calls `model.forward` itself, as code does that already runs within the model's forward pass."""
+    """Calls `model.forward` itself, like code that runs within the model's forward pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Unhooked(nn.Module):
         return self.model.forward(**inputs)
 
 
-# ---- what two ranks do; each writes its facts, and the tests below read them ----
+# ---- two ranks; each writes its measurements for the tests below ----
 
 
 def ranks_main(rank: int, folder: str) -> None:
@@ -97,7 +97,7 @@ def ranks_main(rank: int, folder: str) -> None:
 
 
 def choose_fsdp(accelerator: Accelerator) -> None:
-    """What accelerate would do with this configuration if it ever chose FSDP on a CPU."""
+    """Make an accelerator choose FSDP on a CPU, which it never does by itself."""
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )
@@ -109,7 +109,7 @@ def part(rank: int) -> Sequences:
 
 
 def step(family: Family, rank: int) -> Facts:
-    """One step of a sharded pair, its loss and gradients put together again."""
+    """Compute loss and gradients of a sharded pair, gathered from the ranks."""
     mesh = init_device_mesh("cpu", (RANKS,))
     student, teacher = shard_model(make_student(family), mesh), shard_model(make_teacher(family), mesh)
     pieces = all(isinstance(p, DTensor) for m in (student, teacher) for p in m.parameters())
@@ -136,7 +136,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
-    """The loss computed inside of the student's forward pass, where its head is read as a tensor."""
+    """Compute the loss within the student's forward pass, with its head as a tensor."""
     from trl.models.utils import _ForwardRedirection
 
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -154,7 +154,7 @@ def redirected_step(family: Family, rank: int, reshard: bool) -> Facts:
 
 
 def placed(family: Family, rank: int, accelerator: Accelerator) -> Facts:
-    """`place_teacher` under FSDP2, its head read between its forward pass and the end of `use_on_device`."""
+    """Place a teacher under FSDP2, and read its head before the end of `use_on_device`."""
     teacher = make_teacher(family)
     same = place_teacher(teacher, accelerator) is teacher
     kinds = [kind_of_head(teacher)]
@@ -172,7 +172,7 @@ def kind_of_head(model: PreTrainedModel) -> str:
 
 
 def received(family: Family, rank: int) -> Tensor:
-    """Rank 1 starts without weights, as `cpu_ram_efficient_loading` leaves it."""
+    """Shard a model whose rank 1 starts without weights, as after `cpu_ram_efficient_loading`."""
     teacher = make_teacher(family)
     if rank > 0:
         for module in teacher.modules():
@@ -185,7 +185,7 @@ def received(family: Family, rank: int) -> Tensor:
 
 
 def written(family: Family, rank: int) -> Tensor:
-    """Greedy text of a sharded model; rank 1 may write less than rank 0, so they stop at different steps."""
+    """Generate greedily with a sharded model; the ranks may stop at different steps."""
     model = shard_model(make_teacher(family), init_device_mesh("cpu", (RANKS,)))
     return greedy(model, rank)
 
@@ -202,7 +202,7 @@ def greedy(model: PreTrainedModel, rank: int) -> Tensor:
 
 
 def trained(family: Family, rank: int, accelerator: Accelerator) -> dict[str, Tensor]:
-    """One optimizer step of a student that `place_student` and `accelerator.prepare` got."""
+    """Take an optimizer step with a student after `place_student` and `accelerator.prepare`."""
     student, teacher = place_student(make_student(family), accelerator), make_teacher(family)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     student, optimizer = accelerator.prepare(student, optimizer)
@@ -217,19 +217,19 @@ def whole_teacher(accelerator: Accelerator) -> Facts:
     return {"kind": str(accelerator.distributed_type), "same": same, "type": type(teacher).__name__}
 
 
-# ---- what must come out ----
+# ---- tests of two ranks ----
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
-    """What rank 0 and rank 1 measured."""
+    """Measurements of rank 0 and rank 1."""
     folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(ranks_main, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 def whole_step(family: Family, *, head_sum: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of the unsharded pair on the whole batch."""
+    """Compute loss and gradients of the unsharded pair on the whole batch."""
     student = make_student(family)
     loss = compute_loss(student, compute_completion_logits(make_teacher(family), batch()), batch())
     loss = loss + head_sum * student.get_output_embeddings().weight.sum()
@@ -319,7 +319,7 @@ def test_a_teacher_is_placed_on_the_device_without_the_accelerator_preparing_it(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_and_its_hooks_are_not_called_where_the_loss_reads_it(family: Family) -> None:
-    """ZeRO-3's hooks would expect a gradient to come back through the head's output."""
+    """ZeRO-3's hooks would expect a gradient through the head's output."""
     model, calls = make_student(family), []
     head, module = OutputHead(model), model.get_output_embeddings()
     module.register_forward_hook(lambda *_: calls.append(1))
@@ -367,7 +367,7 @@ def test_accelerate_reads_each_configuration_file(name: str, kind: DistributedTy
 
 
 def launch(folder: Path, name: str) -> Facts:
-    """What `launched.py` wrote when it was started with a configuration file, or in one process without."""
+    """Run `launched.py` with a configuration file, or in one process without, and read its measurements."""
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started = [sys.executable]
@@ -385,7 +385,7 @@ def launch(folder: Path, name: str) -> Facts:
 
 
 def save_pair(folder: Path, family: Family, *, tied: bool) -> None:
-    """Student and teacher; a head of its own is far from the embeddings."""
+    """Save a student and a teacher; untied heads differ from the embeddings."""
     for role, seed, width in (("student", 1, 16), ("teacher", 2, 32)):
         model = tiny_model(family, seed, width=width, dtype=torch.float32)
         if not tied:
@@ -398,7 +398,7 @@ def save_pair(folder: Path, family: Family, *, tied: bool) -> None:
 
 
 def assert_same_course(measured: Facts, alone: Facts, tolerance: float) -> None:
-    """Each of four steps, two of them again after resuming, and the evaluation at the end."""
+    """Compare the losses of four steps, of two steps after resuming, and of the evaluation."""
     for name in ("losses", "resumed", "evaluation"):
         assert measured[name] == pytest.approx(alone[name], rel=tolerance)
     assert alone["resumed"] == alone["losses"]

@@ -1,4 +1,4 @@
-"""A pair is compared only where both models speak of the same tokens (pitfall 19)."""
+"""Check that student and teacher share a tokenizer (pitfall 19)."""
 
 import warnings
 from pathlib import Path
@@ -23,7 +23,7 @@ ENTRIES = 14
 
 
 def make_model_with_head(rows: int, seed: int = 0) -> PreTrainedModel:
-    """A model whose head is padded to `rows`."""
+    """Make a model whose head is padded to `rows`."""
     torch.manual_seed(seed)
     model = tiny_model("decoder-only", seed)
     model.resize_token_embeddings(rows)

@@ -27,7 +27,7 @@ def tiny_model(
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> PreTrainedModel:
-    """Two layers; weights spread enough for the next token to depend on what came before."""
+    """Build a model of two layers, with weights large enough for the next token to depend on the context."""
     architecture = Architecture(layers=2, width=width, heads=heads, feed_forward=2 * width)
     model = make_model(family, architecture, tiny_tokenizer(), seed=seed, max_tokens=64, dropout=dropout).to(
         dtype
@@ -41,7 +41,7 @@ def tiny_model(
 
 
 def tiny_examples(count: int = 40, seed: int = 0, longest: int = 5) -> list[Example]:
-    """Random prompts of 2 to 6 words and completions of 1 to `longest`, then the end of sequence."""
+    """Make random prompts of 2 to 6 words and completions of 1 to `longest` and the end of sequence."""
     draw = random.Random(seed)
 
     def words(low: int, high: int) -> list[int]:

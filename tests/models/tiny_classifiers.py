@@ -1,4 +1,4 @@
-"""Tiny classifiers with random weights, of encoder and decoder kind, and rows for them."""
+"""Tiny encoder and decoder classifiers with random weights, and rows for them."""
 
 import random
 from typing import Any
@@ -53,7 +53,7 @@ def tiny_classifier(
     dtype: torch.dtype = torch.float64,
     spread: float = 6.0,
 ) -> PreTrainedModel:
-    """Two layers; weights spread enough for outputs to depend on the text."""
+    """Build a classifier of two layers, with weights large enough for its outputs to depend on the text."""
     config = CONFIGS[family]()
     if kind == "regression":
         config.num_labels, config.problem_type = 1, "regression"
@@ -76,7 +76,7 @@ def tiny_classifier(
 
 
 def tiny_rows(kind: ClassifierKind, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Random texts of 2 to 7 words with a label, one for each word, or a number."""
+    """Make random texts of 2 to 7 words with a label, one label per word, or a number."""
     draw = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for _ in range(count):
