@@ -164,19 +164,24 @@ def get_auto_class(family: Family) -> Any:
     }.get(family, AutoModelForSequenceClassification)
 
 
-def load_model(folder: str | Path, family: Family, precision: str = "fp32") -> PreTrainedModel:
-    """Load a checkpoint folder or hub name as a model of `family`, with weights of this precision."""
+def load_model(
+    folder: str | Path, family: Family, precision: str = "fp32", **arguments: Any
+) -> PreTrainedModel:
+    """Load a checkpoint folder or hub name as a model of `family`, with weights of this precision.
+
+    arguments: further ones of `from_pretrained`, such as `revision`.
+    """
     with hide_progress_bars():
         model = get_auto_class(family).from_pretrained(
-            str(folder), dtype=PRECISION_DTYPES[precision], trust_remote_code=False
+            str(folder), dtype=PRECISION_DTYPES[precision], trust_remote_code=False, **arguments
         )
     mark_untied_head(model)
     return model
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a checkpoint folder; without a pad token it gets the EOS token as one."""
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **arguments)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

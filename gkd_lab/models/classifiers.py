@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from gkd_lab.models.vocabulary import find_tokenizer_difference
+from gkd_lab.models.vocabulary import check_ids_fit, find_tokenizer_difference
 
 ClassifierKind = Literal["sequence-classification", "token-classification", "regression"]
 
@@ -122,14 +122,8 @@ def check_classifier_tokenizers(
                 "a student of the teacher's family. If the teacher was trained with another tokenizer than "
                 "its folder's, give it as `teacher_processing_class`"
             )
-    last_id = max(tokenizer.get_vocab().values())
-    for owner, model in (("student", student), ("teacher", teacher)):
-        size = model.config.get_text_config().vocab_size
-        if last_id >= size:
-            raise ValueError(
-                f"the tokenizer has ids up to {last_id}, but the {owner} has {size} embeddings: call "
-                f"`resize_token_embeddings({last_id + 1})` on it, or pass its own tokenizer"
-            )
+    models = {"student": student, "teacher": teacher}
+    check_ids_fit(tokenizer, {name: m.config.get_text_config().vocab_size for name, m in models.items()})
 
 
 def set_pad_token_id(model: PreTrainedModel, pad_id: int) -> None:

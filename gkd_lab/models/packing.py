@@ -23,13 +23,10 @@ from gkd_lab.models.pack_check import (
 )
 from gkd_lab.models.packed_layers import (
     CellSelection,
-    PackedLinear,
     PackedModule,
     pack_modules,
     patch_relative_bias,
 )
-
-__all__ = ["CannotPack", "Pack", "PackedLinear"]
 
 
 class Pack:

@@ -9,17 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab.config.artifact_specs import Family, ModelSpec
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.models.build import PRECISION_DTYPES, hide_progress_bars
+from gkd_lab.models.build import load_model, load_tokenizer
 from gkd_lab.models.heads import mark_untied_head
 
 
@@ -29,7 +23,6 @@ def load_pretrained(
     """Load the model that a spec names, with the layers that it keeps, and its tokenizer."""
     location = spec.path or spec.pretrained
     assert location is not None
-    auto = AutoModelForCausalLM if family == "decoder-only" else AutoModelForSeq2SeqLM
     path, is_gguf = Path(location), location.endswith(".gguf")
     folder = str(path.parent) if is_gguf else location
     arguments: dict[str, Any] = {"gguf_file": path.name} if is_gguf else {}
@@ -37,13 +30,9 @@ def load_pretrained(
         arguments["revision"] = spec.revision
     # No setting of transformers turns off its progress bar for GGUF files.
     silent = redirect_stderr(StringIO()) if is_gguf else nullcontext()
-    with hide_progress_bars(), silent:
-        dtype = PRECISION_DTYPES[precision]
-        model = auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **arguments)
-    mark_untied_head(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with silent:
+        model = load_model(folder, family, precision, **arguments)
+        tokenizer = load_tokenizer(folder, **arguments)
     model = _drop_quantization(model) if is_gguf else model
     return (model if spec.keep_layers is None else keep_layers(model, spec.keep_layers)), tokenizer
 

@@ -65,7 +65,7 @@ def get_shared_vocabulary_size(
             )
         _warn_appended_tokens(appended_tokens)
         _warn_different_eos(student_tokenizer, teacher_tokenizer)
-    _check_ids_fit(student_tokenizer, sizes)
+    check_ids_fit(student_tokenizer, sizes)
     return min(sizes.values())
 
 
@@ -82,7 +82,7 @@ def get_compared_vocabulary_size(
         appended_tokens = _list_appended_tokens(student_tokenizer, teacher_tokenizer)
         if find_tokenizer_difference(student_tokenizer, teacher_tokenizer, appended_tokens) is not None:
             student_size = get_head_size(student)
-            _check_ids_fit(student_tokenizer, {"student": student_size})
+            check_ids_fit(student_tokenizer, {"student": student_size})
             return student_size
     return get_shared_vocabulary_size(student, teacher, student_tokenizer, teacher_tokenizer)
 
@@ -165,7 +165,7 @@ def _warn_different_eos(student: Any, teacher: Any) -> None:
         )
 
 
-def _check_ids_fit(tokenizer: Any, sizes: dict[str, int]) -> None:
+def check_ids_fit(tokenizer: Any, sizes: dict[str, int]) -> None:
     """Raise ValueError if a head of these sizes has no row for one of the tokenizer's ids."""
     token, last_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     for owner, size in sizes.items():
