@@ -53,7 +53,7 @@ def stored(top_k: int | None, dtype: torch.dtype = torch.float64) -> TopKTeacher
 
 def read(guide: Any, vocabulary: int = VOCABULARY) -> Tensor:
     """All logits, block after block, three rows at once."""
-    reader = guide.reader(vocabulary, torch.float64, 3)
+    reader = guide.create_reader(vocabulary, torch.float64, 3)
     rows = torch.arange(guide.shape[1]).split(3)
     return torch.stack([torch.cat([reader(m, some).clone() for some in rows]) for m in range(guide.shape[0])])
 

@@ -19,7 +19,6 @@ from gkd_lab.teachers.server import (
     TeacherServer,
 )
 from gkd_lab.teachers.top_k_distributions import TopKTeacherLogits, select_top_k
-from gkd_lab.training.arguments import GKDConfig
 
 from ..models.tiny import PAD, tiny_examples, tiny_model, tiny_tokenizer
 from .teacher_server import Served, serving
@@ -160,5 +159,5 @@ def test_a_student_that_is_encoder_decoder_is_told_what_to_do(served: Served) ->
     student = tiny_model("encoder-decoder", 7)
     with pytest.raises(ValueError, match=r"prompt log-probabilities are of one text: .*`CachedTeacher`"):
         ServerTeacher(endpoint(served), tiny_tokenizer()).check_compatibility(
-            student, [], GKDConfig(use_cpu=True, bf16=False)
+            student, [], seq_kd=False, eval_on_policy=False
         )

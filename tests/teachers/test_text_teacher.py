@@ -114,10 +114,10 @@ def test_cells_on_the_same_rows_let_the_teacher_read_them_once(
     says = teacher.LiveTeacher.compute_output
 
     def counted(self: Any, batch: Any, asks: Any = ()) -> Any:
-        reads.append(batch.teacher.rows)
+        reads.append(batch.teacher.num_rows)
         return says(self, batch, asks)
 
-    monkeypatch.setattr(teacher.LiveTeacher, "says", counted)
+    monkeypatch.setattr(teacher.LiveTeacher, "compute_output", counted)
     cells = [cell(tmp_path, str(n), lmbda=0.0, objectives=(WeightedLoss(uld(), n + 1.0),)) for n in range(3)]
     distil_pair(tmp_path, cells, max_steps=2)
     assert reads == [8, 8]

@@ -218,7 +218,9 @@ def test_the_order_of_the_rows_changes_nothing(
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
     batch = sample["batch"]
     moved = replace(
-        batch, student=batch.student.map(lambda t: t[order]), teacher=batch.teacher.map(lambda t: t[order])
+        batch,
+        student=batch.student.map_tensors(lambda t: t[order]),
+        teacher=batch.teacher.map_tensors(lambda t: t[order]),
     )
     assert_same(step_on(trainer, [{**sample, "batch": moved}], items), expected, name)
 

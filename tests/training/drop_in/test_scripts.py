@@ -211,7 +211,7 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved(tmp_path: Path) -> N
     step = made.training_step
 
     def with_room_for_two(model: Any, inputs: Any, *more: Any) -> Any:
-        if inputs["batch"].student.rows > 2:
+        if inputs["batch"].student.num_rows > 2:
             raise RuntimeError("CUDA out of memory.")
         return step(model, inputs, *more)
 
