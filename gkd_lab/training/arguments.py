@@ -1,4 +1,4 @@
-"""Arguments of the trainer: TRL's, with TRL's defaults, and what the paper needs besides."""
+"""GKDConfig: the arguments of TRL's trainer, with TRL's defaults, and the choices of the paper."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ class GKDConfig(TrlGKDConfig):
         divergence: `"jsd"`: JSD(beta) with the two KLs at its ends (Eq. 1); `"tv"`: total variation, which
             has no beta.
         rescale_divergence: Divide JSD(beta) by beta (1 - beta), so that losses and gradients of all betas
-            compare; the ends are unchanged.
-        objectives: What the loss is made of, such as `[{"type": "divergence", "beta": 0.1, "weight": 1},
-            {"type": "cross_entropy", "weight": 0.5}]`; what a divergence leaves out is that of the fields
-            above. None: that one divergence. Each term is logged by itself.
+            are comparable; the ends are unchanged.
+        objectives: The terms of the loss, such as `[{"type": "divergence", "beta": 0.1, "weight": 1},
+            {"type": "cross_entropy", "weight": 0.5}]`; a divergence takes the fields above as defaults.
+            None: that one divergence. Each term is logged by itself.
         log_term_gradients: Log the norm of each term's gradient on a step's last micro-batch,
             `grad_norm/NAME`; it costs a forward and a backward pass a term, on the steps that are logged.
         teacher_dtype: Dtype of the teacher's weights; None leaves them as they are.

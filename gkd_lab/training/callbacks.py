@@ -8,13 +8,13 @@ from transformers import TrainerCallback
 from gkd_lab.losses.auxiliary_modules import AuxiliaryModules
 
 if TYPE_CHECKING:
-    from gkd_lab.training.strategies import PackedStudents
+    from gkd_lab.training.strategies import PackStrategy
 
 
 class ParameterViewsCallback(TrainerCallback):
     """Points the optimizer's parameters to the pack's weights again after the Trainer has moved the model."""
 
-    def __init__(self, strategy: "PackedStudents") -> None:
+    def __init__(self, strategy: "PackStrategy") -> None:
         self.strategy = strategy
 
     def on_train_begin(self, *args: Any, **state: Any) -> None:

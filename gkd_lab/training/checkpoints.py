@@ -1,9 +1,8 @@
-"""A cell's own checkpoint to resume from: weights, optimizer slice and step, in safetensors and JSON.
+"""Checkpoints of single cells: weights and optimizer state in safetensors and JSON, sealed with checksums.
 
-A folder appears by rename when it is complete. The step's random choices need no state: they are keyed.
+A folder appears by rename when it is complete. Random choices need no state: they are keyed by the step.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,19 +15,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gkd_lab.store.file_hashes import compute_sha256
+
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
 def build_checkpoint_path(output_dir: str, step: int) -> Path:
+    """Return the folder of a step's checkpoint, named as transformers names it."""
     return Path(output_dir) / f"{CHECKPOINT_PREFIX}{step}"
 
 
 def parse_checkpoint_step(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def list_complete_steps(output_dir: str | Path) -> set[int]:
-    """Steps that a run in `output_dir` can be resumed from."""
+    """Return the steps with an intact checkpoint, from which a run in `output_dir` can be resumed."""
     return {
         parse_checkpoint_step(folder)
         for folder in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
@@ -37,38 +40,33 @@ def list_complete_steps(output_dir: str | Path) -> set[int]:
 
 
 CHECKSUM_FILE = "sha256.json"
-"""File name -> SHA-256 of all others in a checkpoint's folder, written last."""
+"""SHA-256 of every other file in a checkpoint's folder, by name; written last."""
 
 
 def write_checksums(folder: Path) -> None:
-    """Note what is in a checkpoint, so that a changed bit is found before anything is made of it."""
+    """Write the checksums of a checkpoint's files, so that a changed bit is noticed before it is loaded."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUM_FILE)
-    found = {path.relative_to(folder).as_posix(): _compute_sha256(path) for path in files}
-    (folder / CHECKSUM_FILE).write_text(json.dumps(found))
+    checksums = {path.relative_to(folder).as_posix(): compute_sha256(path) for path in files}
+    (folder / CHECKSUM_FILE).write_text(json.dumps(checksums))
 
 
 def quarantine_damaged_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Rename the checkpoints that are not as they were written; returns where they are now."""
-    aside = []
+    """Rename the checkpoints that are no longer as they were written, and return their new folders."""
+    quarantined = []
     for folder in sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")):
         if not _is_checkpoint_intact(folder):
-            place = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(place, ignore_errors=True)
-            aside.append(folder.rename(place))
-    return aside
-
-
-def _compute_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            new_folder = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(new_folder, ignore_errors=True)
+            quarantined.append(folder.rename(new_folder))
+    return quarantined
 
 
 def _is_checkpoint_intact(folder: Path) -> bool:
-    """Whether everything in it is as it was written; of one that was not sealed, whether it can be read."""
+    """Whether all files match their checksums, or without checksums can be read."""
     try:
         if (folder / CHECKSUM_FILE).exists():
-            sealed: dict[str, str] = json.loads((folder / CHECKSUM_FILE).read_bytes())
-            return all(_compute_sha256(folder / name) == known for name, known in sealed.items())
+            checksums: dict[str, str] = json.loads((folder / CHECKSUM_FILE).read_bytes())
+            return all(compute_sha256(folder / name) == value for name, value in checksums.items())
         json.loads((folder / "trainer_state.json").read_bytes())
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt"):  # compares the header with the file's size
@@ -80,7 +78,7 @@ def _is_checkpoint_intact(folder: Path) -> bool:
 
 @contextmanager
 def create_folder_atomically(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name only when the block ends well."""
+    """Create a folder that gets its name only when the block ends without an error."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -102,7 +100,7 @@ def save_cell_checkpoint(
     parameter_views: Mapping[str, nn.Parameter],
     optimizer: Any,
 ) -> None:
-    """Weights and the optimizer's state of one cell."""
+    """Write the weights and the optimizer's state of one cell."""
     save_file({n: v.contiguous().cpu() for n, v in weights.items()}, folder / "model.safetensors")
     tensors, scalars = {}, {}
     for name, view in parameter_views.items():
@@ -116,25 +114,26 @@ def save_cell_checkpoint(
 
 
 def load_checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """Load a cell's weights by name."""
     return load_file(folder / "model.safetensors")
 
 
 def load_optimizer_state(folder: Path, parameter_views: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-    """Put the saved state back onto the cell's parameters."""
+    """Load the optimizer's state of a cell's parameters."""
     entries: dict[str, Any] = dict(load_file(folder / "optimizer.safetensors"))
     entries.update(json.loads((folder / "optimizer.json").read_text()))
     inner = getattr(optimizer, "optimizer", optimizer)
     for key, value in entries.items():
         entry, _, name = key.partition(":")
         view = parameter_views[name]
-        # AdamW's step counter stays where it was made; everything else follows its parameter.
+        # AdamW's step counter stays on its device; everything else is on its parameter's.
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             value = value.to(view.device)
         inner.state[view][entry] = value
 
 
 def set_scheduler_step(scheduler: Any, optimizer: Any, step: int) -> None:
-    """Bring a LambdaLR to `step` as if it had been stepped there."""
+    """Set a LambdaLR and its optimizer's learning rates to `step`."""
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     rates = [

@@ -19,7 +19,7 @@ from gkd_lab.losses.cell_arguments import CellArguments, distinct_seeds
 from gkd_lab.losses.terms import term_names
 from gkd_lab.models.packing import Pack
 from gkd_lab.training.metric_accumulator import MetricAccumulator
-from gkd_lab.training.strategies import PackedStudents, SingleStudent, StudentStrategy
+from gkd_lab.training.strategies import PackStrategy, StudentStrategy
 
 CellLogger = Callable[[int, dict[str, float]], None]
 
@@ -76,7 +76,7 @@ class PackTrainer(Trainer):
             len(self.cells), [term_names(cell.list_terms()) for cell in self.cells]
         )
         self.epoch_callback = EpochCallback()
-        self.strategy: StudentStrategy = PackedStudents(self) if pack.is_packed else SingleStudent(self)
+        self.strategy = PackStrategy(self) if pack.is_packed else StudentStrategy(self)
         super().__init__(model=pack.model, **options)
         self.strategy.prepare()
         # The losses are divided by the whole step's items, whatever the number of micro-batches.

@@ -7,7 +7,7 @@ Shapes: K cells.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,56 +27,11 @@ CellParameters = list[dict[str, nn.Parameter]]
 """For each cell name -> parameter, in the shape of a plain model."""
 
 
-class StudentStrategy(Protocol):
-    """Updates and saves a trainer's students; a method gets the Trainer's own one to fall back on."""
+class StudentStrategy:
+    """Updates and saves one plain model as the Trainer does.
 
-    cell_parameters: CellParameters
-
-    def prepare(self) -> None:
-        """Check how models are spread over devices and register callbacks. Raises ValueError."""
-        ...
-
-    def create_optimizer(self, create: Callable[[], Any]) -> Any:
-        """Create the optimizer of all cells, each at its own learning rate."""
-        ...
-
-    def clip_gradients(self, clip: Callable[[], Any]) -> Any:
-        """Clip the gradient, unless that is done where its norm is taken."""
-        ...
-
-    def compute_grad_norm(self, compute: Callable[[], Any]) -> Any:
-        """Log each cell's gradient norm, fail cells without a finite one, and return the Trainer's value."""
-        ...
-
-    def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
-        """Write each cell's checkpoint of the current step."""
-        ...
-
-    def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
-        """Load each cell's weights and extra state from the step of `checkpoint`."""
-        ...
-
-    def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
-        """Load each cell's optimizer state from the step of `checkpoint`."""
-        ...
-
-    def convert_item_count(self, items: Tensor | None) -> Any:
-        """Return the step's trained items, (K,), in the form in which the Trainer hands them on."""
-        ...
-
-    def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
-        """Return a micro-batch's rows as TRL lays them out, for a subclass that was written for TRL."""
-        ...
-
-    def compute_predictions(
-        self, adapter: TaskAdapter, model: Any, rows: Sequences
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the logits and labels of an evaluation batch."""
-        ...
-
-
-class SingleStudent:
-    """Strategy of one plain model: everything is left to the Trainer."""
+    A method gets the Trainer's own method to call or to replace.
+    """
 
     def __init__(self, trainer: "PackTrainer") -> None:
         self.trainer = trainer
@@ -140,12 +95,12 @@ class SingleStudent:
         return adapter.compute_logits_and_labels(model, rows)
 
 
-class PackedStudents:
-    """Strategy of K students in one model: optimizer groups, clipping and checkpoints per cell."""
+class PackStrategy(StudentStrategy):
+    """Updates and saves K students in one model: optimizer groups, clipping and checkpoints per cell."""
 
     def __init__(self, trainer: "PackTrainer") -> None:
-        self.trainer, self.pack = trainer, trainer.pack
-        self.cell_parameters: CellParameters = []
+        super().__init__(trainer)
+        self.pack = trainer.pack
 
     def prepare(self) -> None:
         """Raise ValueError for a pack that is sharded, or served by vLLM."""

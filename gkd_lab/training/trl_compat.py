@@ -1,4 +1,4 @@
-"""What scripts written for TRL's GKDTrainer call on the class itself, with TRL's signatures."""
+"""Static methods of TRL's GKDTrainer that scripts call on the class, with TRL's signatures."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_lab.losses.divergence import log_probabilities, pointwise_jsd
-from gkd_lab.models.forward import (
-    eval_mode,
-    make_completion_mask,
-)
+from gkd_lab.models.forward import eval_mode, make_completion_mask
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
@@ -25,11 +22,11 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Any = None,
 ) -> Tensor:
-    """JSD(beta) between two sets of logits (B, T, V), as TRL's method of this name.
+    """Compute JSD(beta) between two sets of logits (B, T, V), as TRL's method of this name.
 
     Computed in float32 at least and finite with -inf logits, which TRL's is not. `labels` (B, T) are -100
     where nothing counts. `"batchmean"` divides by the tokens that count (without labels by B), as
-    `num_items_in_batch` does by a number given; `"none"` returns one value per vocabulary entry.
+    `num_items_in_batch` does by that number; `"none"` returns one value per vocabulary entry.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is not one of {REDUCTIONS}")
@@ -50,13 +47,13 @@ def generalized_jsd_loss(
 def generate_on_policy_outputs(
     model: Any, inputs: Mapping[str, Tensor], generation_config: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers to `inputs["prompts"]` (B, P): ids, attention mask and labels, each (B, P + C).
+    """Sample completions of `inputs["prompts"]` (B, P): ids, attention mask and labels, each (B, P + C).
 
-    The model writes in eval mode. Labels are -100 on the prompt and after the first end of sequence.
+    The model samples in eval mode. Labels are -100 on the prompt and after the first end of sequence.
     """
     prompts, prompt_mask = inputs["prompts"], inputs["prompt_attention_mask"]
-    off = eval_mode(model) if isinstance(model, nn.Module) else nullcontext()
-    with torch.no_grad(), off:
+    dropout_off = eval_mode(model) if isinstance(model, nn.Module) else nullcontext()
+    with torch.no_grad(), dropout_off:
         ids = model.generate(
             input_ids=prompts,
             attention_mask=prompt_mask,

@@ -1,6 +1,6 @@
-"""The student writes through vLLM, by way of TRL's `VLLMGeneration`, in place of transformers' `generate`.
+"""Sampling with vLLM instead of transformers' `generate`, by way of TRL's `VLLMGeneration`.
 
-It never ran with vLLM itself: tests drive it with a stand-in, and hold the calls against TRL's signatures.
+It never ran with vLLM itself: tests use a stand-in, and compare the calls with TRL's signatures.
 Shapes: N rows, P prompt tokens, C completion tokens.
 """
 
@@ -22,21 +22,21 @@ from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.rollout import MicroBatchPosition
 
 FULL_DISTRIBUTION_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Sampling from the student's own distribution, stated in full: a server would fill what is left open from
-the model's generation configuration. 0 switches top-k off."""
+"""Settings that leave the student's distribution as it is; a server would take missing ones from the model's
+generation configuration. 0 switches top-k off."""
 
 
 class VllmBackend(Protocol):
-    """What is used of TRL's `VLLMGeneration`."""
+    """The used part of TRL's `VLLMGeneration`."""
 
     temperature: float
     max_completion_length: int
 
     def sync_weights(self) -> None:
-        """Give vLLM the student's weights as they are now; all ranks call it."""
+        """Copy the student's current weights to vLLM; all ranks call it."""
 
     def generate(self, prompts: list[list[int]], images: None, num_generations: int) -> tuple[Any, ...]:
-        """(prompt ids, completion ids, ...), one row a prompt; all ranks call it."""
+        """Return (prompt ids, completion ids, ...), one row per prompt; all ranks call it."""
 
 
 class VllmSampler:
@@ -50,8 +50,8 @@ class VllmSampler:
     Args:
         model: The student, not wrapped.
         end_ids: Every id that ends a sequence.
-        vocabulary: Only these first entries may be written; None: all.
-        backend: Builds what samples, from the arguments of `VLLMGeneration`.
+        vocabulary_size: Only these first entries may be sampled; None: all.
+        backend: Class with the arguments of `VLLMGeneration`, in its place.
 
     Raises:
         ValueError: For an encoder-decoder, and for a model that was not loaded from a folder or a hub name.
@@ -118,10 +118,10 @@ class VllmSampler:
         seed: int,
         purpose: str = "sampling",
     ) -> Sequences:
-        """The prompts with what the student writes after them, at most `max_new_tokens`, padded on the right.
+        """Return the prompts with completions of at most `max_new_tokens`, padded on the right.
 
-        `step` counts optimizer steps: weights go to vLLM when it is another than in the last call. All ranks
-        must call it with equally many rows.
+        `step` counts optimizer steps: the first call of a step copies the weights to vLLM. All ranks must
+        call it with equally many rows.
         """
         if step != self._synced_step:
             self.backend.sync_weights()
@@ -137,7 +137,7 @@ class VllmSampler:
 
     @contextmanager
     def _seed_generators(self, seed: int, step: int, purpose: str) -> Iterator[None]:
-        """Within it this process's generators start from a key of their own; afterwards they are as before.
+        """Seed this process's generators for one call, and restore them afterwards.
 
         A seed among the sampling parameters would be one for all rows, and rows of equal seed draw equal
         noise (vLLM issue 50440), so vLLM draws from this process's generator instead.
@@ -153,7 +153,7 @@ class VllmSampler:
             yield
 
     def _pad_completions(self, answers: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (N, C); the mask ends with the first end of sequence."""
+        """Return padded ids and their mask, (N, C); the mask ends with the first end of sequence."""
         rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])[:, None]
@@ -162,13 +162,14 @@ class VllmSampler:
 
 
 def _list_prompt_ids(prompts: Sequences) -> list[list[int]]:
+    """Return each prompt's ids without padding."""
     return [
         ids[mask.bool()].tolist() for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
     ]
 
 
 def _build_backend_settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[str, Any]:
-    """What `VLLMGeneration` is told besides the models: everything that decides which text comes out."""
+    """Return the arguments of `VLLMGeneration` besides the models: every choice that affects the text."""
     sampling: dict[str, Any] = {"stop_token_ids": end_ids.tolist()}
     if vocabulary is not None:
         sampling["allowed_token_ids"] = list(range(vocabulary))
@@ -192,6 +193,7 @@ def _build_backend_settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | 
 
 
 def _check_model_is_servable(model: PreTrainedModel, args: GKDConfig) -> None:
+    """Raise ValueError for a model that vLLM cannot serve here."""
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"use_vllm=True with a {type(model).__name__}: vLLM serves decoder-only models here; "
@@ -205,6 +207,7 @@ def _check_model_is_servable(model: PreTrainedModel, args: GKDConfig) -> None:
 
 
 def _check_vllm_is_installed() -> None:
+    """Raise ImportError with the command that installs vLLM."""
     if not is_vllm_available():
         raise ImportError(
             "use_vllm=True needs the package vllm, which is not installed: `pip install vllm`, or "
