@@ -98,7 +98,7 @@ def resolve_lm_eval_evaluations(
 def _resolve_decoding_evaluation(
     settings: EvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, rows: int | None
 ) -> Evaluation:
-    """Fill in defaults, and drop the fields that the decoding ignores."""
+    """Return the evaluation of settings: defaults filled in, fields that the decoding ignores dropped."""
     _check_decoding_settings(settings, settings.metrics or metrics)
     limits = [limit for limit in (settings.examples, rows) if limit is not None]
     samples, beams = settings.decoding == "sample", settings.decoding == "beam"

@@ -68,7 +68,7 @@ def compute_fingerprint(canonical: str) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """Return the only JSON text of a value. Raises ConfigError for a value without a stable form."""
+    """Serialize a value as canonical JSON. Raises ConfigError for a value without a stable form."""
     if isinstance(value, Frozen):
         return value.canonical_json
     if isinstance(value, str):
