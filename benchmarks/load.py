@@ -2,11 +2,11 @@
 
     python benchmarks/load.py [--small] [-o FILE.json]
 
-Part 1: 8 processes, each with the run's own loop, claims and records, share 500 cells. Training and judging
-are stubs that write a tiny record; each notes the cell that it ran, so that one that ran twice is seen.
-Part 2: the whole commands `status` and `table` over 10,000 finished records. Cold: no index, and the files
-are dropped from the page cache (their names and inodes stay); warm: again. `plain_s` reads the same files in
-a loop. `--small` takes 50 cells and 1,000 records.
+Part 1: 8 processes share 500 cells by the loop, locks and records of a run. Training and evaluation are stubs
+that write a tiny record; each logs its cell, so that a cell that runs twice is detected. Part 2: the commands
+`status` and `table` over 10,000 finished records. Cold: no index, and the files are dropped from the page
+cache (their names and inodes stay); warm: again. `plain_s` reads the same files in a loop. `--small`: 50 cells
+and 1,000 records.
 """
 
 import argparse
@@ -40,9 +40,9 @@ SCORES = {"accuracy": {"value": 71.2, "low": 67.0, "high": 75.4, "n": 500, "sign
 
 
 def build_grid(folder: Path, cells: int) -> tuple[Path, Grid]:
-    """lmbda x beta x seed on arithmetic: `cells` of them, a multiple of 25."""
-    quarters, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
-    axes = {"lmbda": quarters, "beta": betas, "seed": [*range(cells // 25)]}
+    """Return a grid of lmbda x beta x seed on arithmetic with `cells` cells, a multiple of 25."""
+    lmbdas, betas = [0, 0.25, 0.5, 0.75, 1], [0, 0.1, 0.5, 0.9, 1]
+    axes = {"lmbda": lmbdas, "beta": betas, "seed": [*range(cells // 25)]}
     document = {
         **{"description": "load", "task": "arithmetic", "grid": axes},
         "evaluations": [{"decoding": "greedy", "metrics": ["accuracy"]}],
@@ -53,7 +53,7 @@ def build_grid(folder: Path, cells: int) -> tuple[Path, Grid]:
 
 
 def write_record(record: Record, cell: Cell) -> None:
-    """A tiny record with a history, a checkpoint and an evaluation."""
+    """Write a tiny record with a history, a checkpoint and an evaluation."""
     record.rewind_history(0)
     for step in (200, 400):
         record.log_row({"step": step, "loss": 1 / step, "on_policy": cell.lmbda, "completion_length": 9.0})
@@ -65,13 +65,14 @@ def write_record(record: Record, cell: Cell) -> None:
 
 
 def write_evaluation(record: Record, cell: Cell) -> None:
+    """Write scores without predictions for each evaluation of a cell."""
     for evaluation in cell.evaluations:
         assert isinstance(evaluation, Evaluation)
         record.get_evaluation(evaluation).write_results(evaluation, [], SCORES, rows=0)
 
 
 def finish_references(grid: Grid, store: Store) -> None:
-    """Teacher and start, which nobody has to build."""
+    """Write finished records of the teacher and the SFT student, so that no process builds them."""
     for role, model, cells in list_references(grid.cells):
         record = store.get_artifact(grid.scale, role, model)
         record.write_spec(model, role=role)
@@ -79,39 +80,37 @@ def finish_references(grid: Grid, store: Store) -> None:
         write_evaluation(record, cells[0])
 
 
-def run_process(grid: Grid, outputs: Path) -> int:
-    """What one process does: run the grid until nothing is left; how many times it went through."""
+def run_process(grid: Grid, outputs: Path) -> None:
+    """Run the grid with stubs, as one process does, until no cell is left to other processes."""
     from rich.console import Console
 
-    import gkd_lab.runner.run as runs
+    from gkd_lab.runner import run
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.runner.run_options import RunOptions
 
-    def train(cells: Sequence[Cell], options: Any) -> None:
+    def write_cells(cells: Sequence[Cell], options: RunOptions) -> None:
         for cell in cells:
-            record = options.store.of(cell)
-            if not record.status():
-                record.describe(cell.training, scale=cell.scale, labels=cell.labels)
+            record = options.store.get_record(cell)
+            if not record.read_status():
+                record.write_spec(cell.training, scale=cell.scale, labels=cell.labels)
                 with (outputs / "ran.log").open("a") as log:
                     log.write(f"{cell.full_fingerprint}\n")
                 write_record(record, cell)
 
-    runs.train, runs.evaluate_cells = train, lambda cells, options: None  # type: ignore[assignment]
+    run.train_cells, run.evaluate_cells = write_cells, lambda cells, options: None
     options = RunOptions(outputs, pack="off", reporter=Reporter(Console(quiet=True)), busy_cells="pass")
-    rounds = 1
-    while runs.run(grid, options).busy_cell_count:
-        rounds += 1
-    return rounds
+    while run.run_grid(grid, options).busy_cell_count:
+        pass
 
 
-def many_processes(folder: Path, cells: int) -> dict[str, Any]:
-    """Forked after the libraries were imported, which takes longer than the work."""
+def measure_processes(folder: Path, cells: int) -> dict[str, Any]:
+    """Measure how long the processes take; they are forked after the slow import of the libraries."""
     import gkd_lab.runner.run  # noqa: F401
 
     _, grid = build_grid(folder, cells)
     outputs = folder / "outputs"
     finish_references(grid, Store(outputs))
-    began, children = time.perf_counter(), []
+    start, children = time.perf_counter(), []
     for _ in range(PROCESSES):
         pid = os.fork()
         if not pid:
@@ -124,99 +123,107 @@ def many_processes(folder: Path, cells: int) -> dict[str, Any]:
                 os._exit(1)
             os._exit(0)
         children.append(pid)
-    states = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    seconds = time.perf_counter() - began
-    ran = Counter((outputs / "ran.log").read_text().split())
-    done = sum(Store(outputs).get_record(cell).read_state() == "done" for cell in grid.cells)
-    found = {"cells": cells, "processes": PROCESSES, "done": done, "ran": sum(ran.values())}
-    twice = sum(count > 1 for count in ran.values())
+    exit_statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    seconds = time.perf_counter() - start
+    runs = Counter((outputs / "ran.log").read_text().split())
     return {
-        **found,
-        "ran_twice": twice,
-        "failed_processes": sum(map(bool, states)),
+        "cells": cells,
+        "processes": PROCESSES,
+        "done": sum(Store(outputs).get_record(cell).read_state() == "done" for cell in grid.cells),
+        "ran": sum(runs.values()),
+        "ran_twice": sum(count > 1 for count in runs.values()),
+        "failed_processes": sum(map(bool, exit_statuses)),
         "run_s": round(seconds, 2),
     }
 
 
-def large_store(folder: Path, records: int) -> dict[str, Any]:
-    """One record through its own interface, then copies of its files for all other cells."""
+def measure_store(folder: Path, records: int) -> dict[str, Any]:
+    """Measure `status` and `table` over one record and copies of its files for all other cells."""
     path, grid = build_grid(folder, records)
     outputs = folder / "outputs"
     store = Store(outputs)
     finish_references(grid, store)
-    first = store.get_record(grid.cells[0])
-    first.write_spec(grid.cells[0].training)
-    write_record(first, grid.cells[0])
+    first_record = store.get_record(grid.cells[0])
+    first_record.write_spec(grid.cells[0].training)
+    write_record(first_record, grid.cells[0])
     for cell in grid.cells[1:]:
-        shutil.copytree(first.folder, store.get_record(cell).folder, copy_function=copy_record_file)
-    time.sleep(2.5)  # the index takes no file that was written just now
-    plain = min(measure_plain_loop(grid, store) for _ in range(3))
-    found: dict[str, Any] = {"records": records, "plain_s": round(plain, 2)}
+        shutil.copytree(first_record.folder, store.get_record(cell).folder, copy_function=copy_record_file)
+    time.sleep(2.5)  # the index caches no file that was written just now
+    plain_seconds = min(measure_plain_loop(grid, store) for _ in range(3))
+    figures: dict[str, Any] = {"records": records, "plain_s": round(plain_seconds, 2)}
     for command in ("status", "table"):
         shutil.rmtree(outputs / ".cache", ignore_errors=True)
         drop_page_cache(grid, store)
-        found[f"{command}_cold"] = measure_command(command, path, outputs)
-        again = [measure_command(command, path, outputs) for _ in range(3)]
-        found[f"{command}_warm"] = min(again, key=lambda one: one["wall_s"])
-    return found
+        figures[f"{command}_cold"] = measure_command(command, path, outputs)
+        warm_times = [measure_command(command, path, outputs) for _ in range(3)]
+        figures[f"{command}_warm"] = min(warm_times, key=lambda seconds: seconds["wall_s"])
+    return figures
 
 
 def copy_record_file(source: str, target: str) -> None:
-    """What a listing reads as a file of its own; the rest is one file under many names."""
+    """Copy a file that a listing reads; link any other, which saves time and space."""
     (shutil.copyfile if Path(source).name in LISTED_FILES else os.link)(source, target)
 
 
 def measure_plain_loop(grid: Grid, store: Store) -> float:
-    """Seconds to open and parse a cell's two statuses and its scores, of all cells."""
-    began = time.perf_counter()
+    """Return the seconds to open and parse the two statuses and the scores of all cells."""
+    start = time.perf_counter()
     for cell in grid.cells:
         folder = f"{store.root}/{cell.folder}"
-        judged = f"{folder}/evaluations/{cell.evaluations[0].folder}"
-        for name in (f"{folder}/status.json", f"{judged}/status.json", f"{judged}/scores.json"):
+        evaluation = f"{folder}/evaluations/{cell.evaluations[0].folder}"
+        for name in (f"{folder}/status.json", f"{evaluation}/status.json", f"{evaluation}/scores.json"):
             with open(name, "rb") as file:
                 json.loads(file.read())
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def drop_page_cache(grid: Grid, store: Store) -> None:
-    """Forget the content of what is read, as far as the system lets a user do that."""
+    """Drop the files that a listing reads from the page cache, as far as a user may."""
     os.sync()
     for cell in grid.cells:
-        judged = f"evaluations/{cell.evaluations[0].folder}"
-        for name in ("status.json", "metrics.jsonl", f"{judged}/status.json", f"{judged}/scores.json"):
+        evaluation = f"evaluations/{cell.evaluations[0].folder}"
+        for name in (
+            "status.json",
+            "metrics.jsonl",
+            f"{evaluation}/status.json",
+            f"{evaluation}/scores.json",
+        ):
             with open(f"{store.root}/{cell.folder}/{name}", "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_command(command: str, path: Path, outputs: Path) -> dict[str, float]:
-    """The whole command, imports included; `cpu_s` stays comparable while other work keeps the cores busy."""
+    """Return the times of a whole command, imports included; `cpu_s` is comparable on a busy machine too."""
     words = [sys.executable, "-m", "gkd_lab", command, str(path), "--outputs", str(outputs)]
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    usage_before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
-    taken, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(taken, 2), "cpu_s": round(spent, 2)}
+    wall_seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = usage.ru_utime + usage.ru_stime - usage_before.ru_utime - usage_before.ru_stime
+    return {"wall_s": round(wall_seconds, 2), "cpu_s": round(cpu_seconds, 2)}
 
 
 def main() -> None:
-    """Build, measure, print."""
+    """Run the requested parts, print their figures, and write them to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="50 cells, 1,000 records")
     parser.add_argument("-o", type=Path, default=None, help="a JSON file for the figures")
     parser.add_argument("--only", choices=("processes", "store"), default=None, help="one of the parts")
     options = parser.parse_args()
     cells, records = (50, 1000) if options.small else (500, 10_000)
-    found: dict[str, Any] = {}
-    parts = {"processes": (many_processes, cells), "store": (large_store, records)}
-    for part, size in parts.values() if options.only is None else [parts[options.only]]:
+    figures: dict[str, Any] = {}
+    parts = {
+        "processes": ("many_processes", measure_processes, cells),
+        "store": ("large_store", measure_store, records),
+    }
+    for name, measure, size in parts.values() if options.only is None else [parts[options.only]]:
         with tempfile.TemporaryDirectory() as folder:
-            found[part.__name__] = part(Path(folder), size)
-        print(json.dumps(found[part.__name__]), flush=True)
+            figures[name] = measure(Path(folder), size)
+        print(json.dumps(figures[name]), flush=True)
     if options.o:
         versions = {package: version(package) for package in ("filelock", "pydantic", "pandas")}
         facts = {"device": platform.machine(), "cpus": os.cpu_count(), "versions": versions}
         load = {"load_average_at_the_end": os.getloadavg()[0]}
-        options.o.write_text(json.dumps({**facts, **load, **found, "targets": TARGETS}, indent=1) + "\n")
+        options.o.write_text(json.dumps({**facts, **load, **figures, "targets": TARGETS}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [CELLS]
 
-Claiming, specification, loading, packing, export, provenance, judging 8 predictions, status. Teacher and
-starting student are built before the clock starts. Target: under 1 s a cell.
+Locks, specification, loading, packing, export, provenance, scoring 8 predictions, status. Teacher and SFT
+student are built before the clock starts. Target: under 1 s per cell.
 """
 
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gkd_lab.config import Grid, RevisionLookup, expand_grid
+from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.config.packs import PackLimit
@@ -31,7 +31,7 @@ TARGET = 1.0
 
 
 class PhaseClock(Reporter):
-    """Silent; adds up the seconds inside of training and decoding phases."""
+    """Silent reporter that sums up the seconds of training and decoding phases."""
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
@@ -39,13 +39,14 @@ class PhaseClock(Reporter):
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+        """Add the duration of the block to `seconds`."""
         start = time.perf_counter()
         yield lambda count: None
         self.seconds += time.perf_counter() - start
 
 
 def build_grid(cells: int, task: str) -> Grid:
-    """`cells` cells of the task's nano models with little data and two steps."""
+    """Return a grid of `cells` cells with tiny models, little data and two steps."""
     sft = {"steps": STEPS, "batch_size": 4}
     models = {
         "teacher": {"layers": 2, "width": 128, "heads": 4, "sft": sft},
@@ -72,38 +73,41 @@ def build_grid(cells: int, task: str) -> Grid:
 
 
 def measure(task: str, cells: int, pack: PackLimit) -> tuple[float, float]:
-    """(seconds in all, seconds in training and decoding) of `cells` cells whose artifacts are there."""
+    """Return (all seconds, seconds of training and decoding) of `cells` cells whose artifacts are built."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder)
         grid = build_grid(cells + 1, task)
-        first, rest = grid.cells[:1], grid.cells[1:]
-        failed = run_grid(_replace_cells(grid, first), RunOptions(outputs, reporter=PhaseClock())).failures
-        assert not failed, failed
+        first_cell, timed_cells = grid.cells[:1], grid.cells[1:]
+        failures = run_grid(
+            _replace_cells(grid, first_cell), RunOptions(outputs, reporter=PhaseClock())
+        ).failures
+        assert not failures, failures
         clock, start = PhaseClock(), time.perf_counter()
         assert not run_grid(
-            _replace_cells(grid, rest), RunOptions(outputs, pack=pack, reporter=clock)
+            _replace_cells(grid, timed_cells), RunOptions(outputs, pack=pack, reporter=clock)
         ).failures
         return time.perf_counter() - start, clock.seconds
 
 
-def _replace_cells(grid: Grid, cells: tuple) -> Grid:  # type: ignore[type-arg]
+def _replace_cells(grid: Grid, cells: tuple[Cell, ...]) -> Grid:
+    """Return the grid with only these cells."""
     return Grid(grid.name, grid.scale, grid.experiment, grid.axes, cells, {})
 
 
 def main() -> None:
-    """Measure both families, packed and alone; print."""
+    """Measure both model families, packed and unpacked, and print the overheads."""
     cells = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     silence_libraries()
     torch.manual_seed(0)
     limits: tuple[PackLimit, ...] = ("auto", "off")
     for task in ("arithmetic", "summarization"):
         for pack in limits:
-            whole, worked = measure(task, cells, pack)
-            each = (whole - worked) / cells
+            total, work = measure(task, cells, pack)
+            overhead = (total - work) / cells
             print(
-                f"{task}, pack {pack}: {each:.3f} s a cell outside of training and decoding, "
-                f"{each / TARGET:.2f} x the target, {(whole - worked) / whole:.0%} of a run of "
-                f"{cells} cells x {STEPS} steps ({whole:.1f} s)"
+                f"{task}, pack {pack}: {overhead:.3f} s a cell outside of training and decoding, "
+                f"{overhead / TARGET:.2f} x the target, {(total - work) / total:.0%} of a run of "
+                f"{cells} cells x {STEPS} steps ({total:.1f} s)"
             )
 
 
