@@ -107,6 +107,7 @@ class Collator:
     is_encoder_decoder: bool
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Encode and pad rows; rows that are examples already get no tensors of TRL's form."""
         examples = [self.encode_row(row) for row in rows]
         batch = collate_examples(examples, self.pad_id, is_encoder_decoder=self.is_encoder_decoder)
         if all(isinstance(row, Example) for row in rows):
@@ -120,6 +121,7 @@ class EpochCallback(TrainerCallback):
     batch_sampler: "KeyedBatchSampler | None" = None
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Set the sampler's epoch."""
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(int(state.epoch or 0))
 
@@ -155,6 +157,7 @@ class KeyedBatchSampler(Sampler[list[int]]):
         return self.length
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Yield the row indices of each batch of this epoch, one block per seed."""
         orders = [self._order_rows(seed) for seed in self.seeds]
         for start in range(0, self.length * self.rows_per_seed, self.rows_per_seed):
             yield [row for order in orders for row in order[start : start + self.rows_per_seed]]

@@ -305,6 +305,7 @@ def _refuse_images(row: RowMapping) -> None:
 
 
 def _is_empty_list(value: Any) -> bool:
+    """Check whether a value is an empty list or tuple."""
     return isinstance(value, list | tuple) and not value
 
 

@@ -301,6 +301,7 @@ class _HeadStandIn(nn.Module):
         self.logit, self.captured_inputs = logit, list[Tensor]()
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Record the head's input and return one logit, (1, 1, 1)."""
         self.captured_inputs.append(_cast_for_autocast(hidden))
         return self.captured_inputs[-1].new_full((1, 1, 1), self.logit)
 

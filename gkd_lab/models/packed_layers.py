@@ -75,7 +75,7 @@ class PackedLinear(PackedModule):
         self.in_features, self.out_features = members[0].in_features, members[0].out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ..., I) -> (N, ..., O)."""
+        """Multiply each row by its cell's weight, (N, ..., I) -> (N, ..., O)."""
         return _multiply_per_cell(x, self.get_active_weight().transpose(1, 2), self.get_active_tensor("bias"))
 
 
@@ -89,7 +89,7 @@ class PackedConv1D(PackedModule):
         self.nx, self.nf = members[0].nx, members[0].nf
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ..., I) -> (N, ..., O)."""
+        """Multiply each row by its cell's weight, (N, ..., I) -> (N, ..., O)."""
         return _multiply_per_cell(x, self.get_active_weight(), self.get_active_tensor("bias"))
 
 
@@ -104,7 +104,7 @@ class PackedEmbedding(PackedModule):
         self.lookup_module = None if type(first) is nn.Embedding else strip_weights(first)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(N, T) -> (N, T, H).
+        """Look ids up in their cell's table, (N, T) -> (N, T, H).
 
         Raises:
             ValueError: if the ids do not have the batch's number of rows, as default positions may.
@@ -138,7 +138,7 @@ class PackedNorm(PackedModule):
         self.norm = strip_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ..., H) -> (N, ..., H)."""
+        """Normalize, then scale and shift each row by its cell's vectors, (N, ..., H) -> (N, ..., H)."""
         weight, bias = self.get_active_weight(), self.get_active_tensor("bias")
         shift = {} if bias is None else {"bias": bias[:, None]}
         rows = x.reshape(weight.shape[0], -1, x.shape[-1])
@@ -153,7 +153,7 @@ class PackedTorchNorm(PackedModule):
         self.norm = strip_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ..., H) -> (N, ..., H)."""
+        """Normalize, then scale and shift each row by its cell's vectors, (N, ..., H) -> (N, ..., H)."""
         weight, bias = self.get_active_weight(), self.get_active_tensor("bias")
         y = self.norm(x)
         rows = y.reshape(weight.shape[0], -1, x.shape[-1])
@@ -165,7 +165,7 @@ class PackedRelativeBias(PackedModule):
     """K tables of T5's relative attention bias as one table with K times the heads."""
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """(Q, T) -> (Q, T, K*heads)."""
+        """Look up the biases of all cells, (Q, T) -> (Q, T, K*heads)."""
         table = self.get_active_weight().transpose(0, 1).flatten(1)
         return functional.embedding(buckets, table)
 
