@@ -17,7 +17,7 @@ from gkd_lab.teachers.text_teacher import TeacherPrompts
 
 
 @dataclass(frozen=True)
-class TeacherOptions:
+class TeacherInputs:
     """The arguments of `GKDTrainer` that describe its teachers; see there."""
 
     model: PreTrainedModel | nn.Module | ModelFreeTeacher | str | None
@@ -53,7 +53,7 @@ class TeacherSet:
     @classmethod
     def load(
         cls,
-        options: TeacherOptions,
+        inputs: TeacherInputs,
         student: PreTrainedModel,
         student_tokenizer: Any,
         cells: Sequence[CellArguments],
@@ -65,15 +65,15 @@ class TeacherSet:
 
         Raises ValueError for teachers that do not fit the student or what the cells require.
         """
-        if isinstance(options.model, ModelFreeTeacher):
-            options.model.check_compatibility(
+        if isinstance(inputs.model, ModelFreeTeacher):
+            inputs.model.check_compatibility(
                 student, cells, seq_kd=args.seq_kd, eval_on_policy=args.eval_on_policy
             )
-            first: Any = options.model
+            first: Any = inputs.model
             tokenizer = first.tokenizer
         else:
             first = load_teacher(
-                options.model,
+                inputs.model,
                 name_or_path=args.teacher_model_name_or_path,
                 init_kwargs=args.teacher_model_init_kwargs,
                 student=student,
@@ -82,10 +82,9 @@ class TeacherSet:
             )
             tokenizer = student_tokenizer if is_copy else load_model_tokenizer(first)
         others = [
-            teacher.load_model(student, trust_remote_code=args.trust_remote_code)
-            for teacher in options.others
+            teacher.load_model(student, trust_remote_code=args.trust_remote_code) for teacher in inputs.others
         ]
-        return cls(first, options.tokenizer or tokenizer, tuple(others), tuple(options.others))
+        return cls(first, inputs.tokenizer or tokenizer, tuple(others), tuple(inputs.others))
 
     def list_models_and_tokenizers(self) -> list[tuple[Any, Any]]:
         """Return each teacher with its tokenizer, in the order of their numbers."""

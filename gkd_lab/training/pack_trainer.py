@@ -3,7 +3,8 @@
 Shapes: K cells, S distinct seeds, B rows of a micro-batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import Trainer
 from gkd_lab.encoding.batches import EpochCallback, KeyedBatchSampler
 from gkd_lab.losses.cell_arguments import CellArguments, distinct_seeds
 from gkd_lab.losses.terms import term_names
+from gkd_lab.models.attention import upcast_cpu_attention
 from gkd_lab.models.packing import Pack
 from gkd_lab.training.metric_accumulator import MetricAccumulator
 from gkd_lab.training.strategies import PackStrategy, StudentStrategy
@@ -149,6 +151,25 @@ class PackTrainer(Trainer):
             drop_last=self.args.dataloader_drop_last,
             shuffled=self.args.train_sampling_strategy == "random",
         )
+
+    # ---- precision ----
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Run the Trainer's step, backward pass included, in the attention's precision."""
+        with self.use_float32_attention():
+            return super().training_step(*args, **options)
+
+    def use_float32_attention(self) -> AbstractContextManager[Any]:
+        """Compute attention in float32 on a CPU under autocast."""
+        return upcast_cpu_attention(
+            self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
+        )
+
+    @contextmanager
+    def use_run_precision(self) -> Iterator[None]:
+        """Compute under the run's autocast."""
+        with self.use_float32_attention(), self.accelerator.autocast():
+            yield
 
     # ---- optimizer ----
 

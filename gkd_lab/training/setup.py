@@ -29,7 +29,7 @@ from gkd_lab.models.forward import unwrap_model
 from gkd_lab.models.heads import OutputHead
 from gkd_lab.models.loading import load_student
 from gkd_lab.models.packing import Pack
-from gkd_lab.teachers.load_teachers import TeacherOptions, TeacherSet
+from gkd_lab.teachers.load_teachers import TeacherInputs, TeacherSet
 from gkd_lab.training.adapters import TaskAdapter, build_adapter
 from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.rollout import GenerateSampler, GenerationLimits, StudentSampler
@@ -43,7 +43,7 @@ SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 @dataclass(frozen=True)
-class StudentOptions:
+class StudentInputs:
     """The arguments of `GKDTrainer` that describe its students and their rows; see there."""
 
     model: PreTrainedModel | nn.Module | str | None
@@ -65,46 +65,45 @@ class TrainingSetup:
     teachers: TeacherSet
     adapter: TaskAdapter
 
-    def complete_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the Trainer's arguments: the user's `options`, and the task's where these are None."""
+    def build_trainer_options(self, data_collator: Any, compute_metrics: Any) -> dict[str, Any]:
+        """Return arguments of transformers' Trainer; the task's collator and metrics replace None."""
         return {
-            **options,
             "args": self.args,
             "processing_class": self.tokenizer,
-            "data_collator": options["data_collator"] or self.adapter.collate,
-            "compute_metrics": options["compute_metrics"] or self.adapter.compute_metrics,
+            "data_collator": data_collator or self.adapter.collate,
+            "compute_metrics": compute_metrics or self.adapter.compute_metrics,
         }
 
 
 def prepare_training(
-    args: GKDConfig | None, student_options: StudentOptions, teacher_options: TeacherOptions, dataset: Any
+    args: GKDConfig | None, student_inputs: StudentInputs, teacher_inputs: TeacherInputs, dataset: Any
 ) -> TrainingSetup:
     """Load and check everything that a training needs; `dataset`: its rows.
 
     Raises ValueError and TypeError for what does not fit together.
     """
     has_default_args = args is None
-    model, pack = student_options.model, student_options.pack
+    model, pack = student_inputs.model, student_inputs.pack
     args = resolve_arguments(args, model)
     student = pack.model if pack is not None else _load_student(model, args)
-    tokenizer = resolve_tokenizer(student_options.processing_class, student_options.tokenizer, student, args)
+    tokenizer = resolve_tokenizer(student_inputs.processing_class, student_inputs.tokenizer, student, args)
     if has_default_args and get_classifier_kind(unwrap_model(student)) is not None:
         args.lmbda = 0.0  # A classifier writes nothing.
-    cells = student_options.cells or [CellArguments.build(args)]
-    is_copy = teacher_options.model in (None, model) and not args.teacher_model_name_or_path
-    teachers = TeacherSet.load(teacher_options, student, tokenizer, cells, args, is_copy=is_copy)
+    cells = student_inputs.cells or [CellArguments.build(args)]
+    is_copy = teacher_inputs.model in (None, model) and not args.teacher_model_name_or_path
+    teachers = TeacherSet.load(teacher_inputs, student, tokenizer, cells, args, is_copy=is_copy)
     adapter = build_adapter(
         student,
         tokenizer,
         teachers,
         cells,
         args,
-        student_options.formatting_func,
-        teacher_options.prompts,
+        student_inputs.formatting_func,
+        teacher_inputs.prompts,
         is_stream=not hasattr(dataset, "__len__"),
     )
     if pack is None:
-        pack = Pack.build_single(prepare_student(student, student_options.peft_config, args))
+        pack = Pack.build_single(prepare_student(student, student_inputs.peft_config, args))
     if args.disable_dropout:
         disable_dropout(pack.model)
     return TrainingSetup(args, tokenizer, pack, teachers, adapter)

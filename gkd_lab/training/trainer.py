@@ -7,7 +7,6 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +29,13 @@ from gkd_lab.losses.step_loss import (
 )
 from gkd_lab.losses.term_gradients import term_gradient_norms
 from gkd_lab.losses.terms import required_teachers
-from gkd_lab.models.attention import upcast_cpu_attention
 from gkd_lab.models.forward import Sequences, eval_mode
 from gkd_lab.models.heads import OutputHead
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import derive_seed, is_on_policy
 from gkd_lab.models.sharding import place_student
 from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
-from gkd_lab.teachers.load_teachers import TeacherOptions, TeacherSet
+from gkd_lab.teachers.load_teachers import TeacherInputs, TeacherSet
 from gkd_lab.teachers.teacher import (
     LiveTeacher,
     Teacher,
@@ -56,7 +54,7 @@ from gkd_lab.training.pack_trainer import CellLogger, PackTrainer, build_single_
 from gkd_lab.training.rollout import MicroBatchPosition, TeacherCompletions
 from gkd_lab.training.sampling import build_sampling_config
 from gkd_lab.training.setup import (
-    StudentOptions,
+    StudentInputs,
     create_auxiliary_modules,
     create_student_sampler,
     prepare_training,
@@ -130,22 +128,14 @@ class GKDTrainer(PackTrainer):
         on_failure: Callable[[int, str], None] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        student = StudentOptions(
-            model, processing_class, tokenizer, peft_config, formatting_func, pack, cells
-        )
-        teacher = TeacherOptions(teacher_model, teacher_processing_class, more_teachers, teacher_prompts)
-        options: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        options |= {
-            "data_collator": data_collator,
-            "compute_metrics": compute_metrics,
-            "callbacks": callbacks,
-        }
-        options |= {"optimizers": optimizers, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+        student = StudentInputs(model, processing_class, tokenizer, peft_config, formatting_func, pack, cells)
+        teacher = TeacherInputs(teacher_model, teacher_processing_class, more_teachers, teacher_prompts)
         setup = prepare_training(args, student, teacher, train_dataset)
         self.adapter, self.generation_limits = setup.adapter, setup.adapter.limits
-        super().__init__(
-            setup.pack, setup.adapter.cells, log_cell, on_failure, **setup.complete_options(options)
-        )
+        options = setup.build_trainer_options(data_collator, compute_metrics)
+        options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "callbacks": callbacks}
+        options |= {"optimizers": optimizers, "preprocess_logits_for_metrics": preprocess_logits_for_metrics}
+        super().__init__(setup.pack, setup.adapter.cells, log_cell, on_failure, **options)
         self._place_models(setup.teachers)
         self._create_losses()
         self._create_samplers()
@@ -201,7 +191,7 @@ class GKDTrainer(PackTrainer):
             writer, limits, first.temperature, first.seed, self.is_true_on_any_rank
         )
         self.student_sampler = create_student_sampler(
-            self.pack, self.processing_class, self.accelerator, args, limits, self._use_run_precision
+            self.pack, self.processing_class, self.accelerator, args, limits, self.use_run_precision
         )
         self.add_callback(self.epoch_callback)
 
@@ -293,11 +283,6 @@ class GKDTrainer(PackTrainer):
         return {"batch": batch, "items": items, "parts": parts, **fields}
 
     # ---- Algorithm 1: teacher and loss ----
-
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """Run the Trainer's step, backward pass included, in the attention's precision."""
-        with self._use_float32_attention():
-            return super().training_step(*args, **options)
 
     def compute_loss(
         self,
@@ -396,18 +381,6 @@ class GKDTrainer(PackTrainer):
 
         return term_gradient_norms(self.pack, self.cells, compute_losses, batch)
 
-    def _use_float32_attention(self) -> AbstractContextManager[Any]:
-        """Compute attention in float32 on a CPU under autocast."""
-        return upcast_cpu_attention(
-            self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
-        )
-
-    @contextmanager
-    def _use_run_precision(self) -> Iterator[None]:
-        """Compute under the run's autocast."""
-        with self._use_float32_attention(), self.accelerator.autocast():
-            yield
-
     # ---- logs and checkpoints ----
 
     def get_extra_metrics(self, cell: int) -> dict[str, float]:
@@ -452,7 +425,7 @@ class GKDTrainer(PackTrainer):
         """
         rows = self.adapter.parse_batch(self._prepare_inputs(inputs))
         batch, items = self._build_off_policy_batch(rows)
-        with torch.no_grad(), eval_mode(self.pack.model), self._use_float32_attention():
+        with torch.no_grad(), eval_mode(self.pack.model), self.use_float32_attention():
             sums, _ = self.compute_cell_sums(model, batch, items)
             losses = torch.where(items.to(sums.losses.device) > 0, sums.losses, torch.nan)
             loss = losses[self.mask_running_cells(losses.device)].mean()
