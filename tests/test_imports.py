@@ -1,0 +1,63 @@
+"""Rooms import one way, and a name means one thing in the whole package."""
+
+import ast
+import collections
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "gkd_lab").rglob("*.py"))
+MIN_LINES = 40
+"""Lines of a module that only one other imports."""
+CONTRACTS = {"gkd_lab.config.json_schema", "gkd_lab.__main__"}
+"""Modules that are run by name, however small."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def importers() -> dict[str, set[str]]:
+    """Each module with those that import it; the package itself imports its public names lazily."""
+    names = {module_name(path) for path in MODULES}
+    users: dict[str, set[str]] = collections.defaultdict(set)
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    if imported in names and imported != module_name(path):
+                        users[imported].add(module_name(path))
+    return users
+
+
+def test_imports_between_rooms_run_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contracts are in pyproject.toml; `lint-imports` prints what breaks them."""
+    cli = pytest.importorskip("importlinter.cli")
+    monkeypatch.chdir(ROOT)
+    assert cli.lint_imports(no_cache=True) == cli.EXIT_STATUS_SUCCESS
+
+
+def test_no_two_modules_have_one_name() -> None:
+    stems = collections.Counter(path.stem for path in MODULES if path.name != "__init__.py")
+    assert [stem for stem, count in stems.items() if count > 1] == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    classes = collections.Counter(
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
+
+
+def test_no_small_module_serves_one_other_alone() -> None:
+    users = importers()
+    small = {
+        module_name(path)
+        for path in MODULES
+        if path.name != "__init__.py" and len(path.read_text().splitlines()) < MIN_LINES
+    }
+    assert {name for name in small if len(users[name]) == 1} - CONTRACTS == set()
