@@ -20,8 +20,7 @@ from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.config.packs import PackLimit
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.progress import ProgressUpdate, Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.tasks import TASKS

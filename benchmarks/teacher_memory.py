@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gkd_lab import GKDConfig, GKDTrainer
 from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.teachers.teacher import Teacher
 
 VOCABULARY = 4096

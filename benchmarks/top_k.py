@@ -31,7 +31,7 @@ from gkd_lab.losses.divergence import Divergence
 from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.teachers.score_files import ScoreLayout
 from gkd_lab.teachers.top_k_distributions import TopKTeacherLogits, select_top_k

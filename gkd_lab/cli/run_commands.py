@@ -149,8 +149,8 @@ def evaluate_cell(
     for name in names:
         resolve_lm_eval_task(name, trusted=trust_remote_code)
     create_outputs_folder(record.folder)
-    from gkd_lab.runner.library_logging import silence_libraries
     from gkd_lab.runner.lm_eval_runs import evaluate_record
+    from gkd_lab.runner.progress import silence_libraries
     from gkd_lab.runner.run_options import RunOptions
 
     silence_libraries()
@@ -194,7 +194,7 @@ def check_model_pair(
 
     The checks are invariances of the losses and of sampling. No file is written.
     """
-    from gkd_lab.runner.library_logging import silence_libraries
+    from gkd_lab.runner.progress import silence_libraries
     from gkd_lab.selfcheck.command import run_selfcheck
 
     silence_libraries()
@@ -222,8 +222,7 @@ def run_in_process(
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
     experiments.check_generators_and_rewards(grid)
-    from gkd_lab.runner.library_logging import silence_libraries
-    from gkd_lab.runner.progress import Reporter
+    from gkd_lab.runner.progress import Reporter, silence_libraries
     from gkd_lab.runner.run import run_grid
     from gkd_lab.runner.run_options import RunOptions
     from gkd_lab.runner.trackers import create_tracker

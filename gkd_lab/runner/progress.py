@@ -1,9 +1,12 @@
-"""Report progress: a live bar on a terminal, lines in a file or pipe, with the time left.
+"""Report progress: a live bar on a terminal, lines in a file or pipe, with the time left; silence libraries.
 
 A file or pipe gets a line at the start of a phase, at each quarter, and at its end.
 """
 
+import logging
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -76,3 +79,16 @@ class Reporter:
 
         yield update
         self.say(f"{name}: done in {format_duration(time.monotonic() - start)}")
+
+
+def silence_libraries() -> None:
+    """Show only errors of transformers, datasets, accelerate and trl, and none of their progress bars."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\..*")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("transformers", "datasets", "accelerate", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -23,8 +23,8 @@ from gkd_lab.evaluation import lm_scores
 from gkd_lab.evaluation.lm_harness import build_task, open_checkpoint
 from gkd_lab.metrics import score_many
 from gkd_lab.models.build import train_tokenizer
-from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.lm_eval_runs import evaluate_record, read_model_spec, write_record_tasks
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Record, Store
 from gkd_lab.tasks import TASKS

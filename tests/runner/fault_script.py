@@ -24,8 +24,7 @@ import torch
 from rich.console import Console
 
 from gkd_lab.runner import interrupts
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.progress import ProgressUpdate, Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Record, Store, lock
 

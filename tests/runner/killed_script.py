@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.progress import ProgressUpdate, Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 
 

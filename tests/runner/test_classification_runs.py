@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gkd_lab.config import Grid
 from gkd_lab.report.comparison import compare_records
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 from gkd_lab.store.rescore import rescore_evaluation

@@ -11,7 +11,7 @@ from gkd_lab.config import ConfigError
 from gkd_lab.models.build import load_tokenizer
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.cross_tokenizer import map_teacher_prompts, retokenize_completions
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.teacher_text import TEXTS_FILE
 from gkd_lab.runner.training_inputs import load_examples

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gkd_lab.runner import train_cells
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.teacher_text import TEXTS_FILE
 from gkd_lab.store import Store

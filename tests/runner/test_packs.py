@@ -20,7 +20,6 @@ from transformers import (
 
 from gkd_lab.config import Grid
 from gkd_lab.evaluation.decoding import generate_predictions
-from gkd_lab.runner.library_logging import silence_libraries
 from gkd_lab.runner.memory import (
     compute_capacity,
     is_out_of_memory_error,
@@ -28,7 +27,7 @@ from gkd_lab.runner.memory import (
     measure_free_bytes,
     record_saved_bytes,
 )
-from gkd_lab.runner.progress import Reporter
+from gkd_lab.runner.progress import Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.status.overview import build_overview

@@ -11,7 +11,7 @@ import torch
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError
 from gkd_lab.runner.checkpoint_callback import _encode_averages, _restore_averages
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 from gkd_lab.training.metric_accumulator import MetricAccumulator

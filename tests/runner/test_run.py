@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gkd_lab.config import Grid
 from gkd_lab.models.rng import is_on_policy
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import RunOutcome, list_references, run_grid
 from gkd_lab.store import Store
 

@@ -8,7 +8,7 @@ import pytest
 
 from gkd_lab.config import Grid
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 

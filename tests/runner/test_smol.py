@@ -10,7 +10,7 @@ import yaml
 
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError, Grid
-from gkd_lab.runner.library_logging import silence_libraries
+from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 

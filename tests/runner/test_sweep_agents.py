@@ -17,8 +17,7 @@ from rich.console import Console
 from gkd_lab.cli import main
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import list_references
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import Reporter
+from gkd_lab.runner.progress import Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 

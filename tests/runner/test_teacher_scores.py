@@ -11,8 +11,7 @@ from rich.console import Console
 from gkd_lab.config import Cell, Grid
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.runner import artifacts
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import ProgressUpdate, Reporter
+from gkd_lab.runner.progress import ProgressUpdate, Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.teacher_scores import SCORES_FOLDER, ensure_teacher_scores
 from gkd_lab.status.verify import list_candidate_records, verify_records

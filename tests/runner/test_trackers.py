@@ -17,8 +17,7 @@ from rich.console import Console
 
 from gkd_lab import experiments
 from gkd_lab.config import Cell, ConfigError
-from gkd_lab.runner.library_logging import silence_libraries
-from gkd_lab.runner.progress import Reporter
+from gkd_lab.runner.progress import Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.trackers import MirrorTracker, OpenRun, Tracker, create_tracker
 from gkd_lab.runner.wandb_tracker import build_run_id
