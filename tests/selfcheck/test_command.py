@@ -33,12 +33,12 @@ def llamas(pairs: dict[str, ModelPair]) -> ModelPair:
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the command runs; it leaves nothing there."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    yield here
-    assert list(here.iterdir()) == []
+    yield folder
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def saved(pair: ModelPair, folder: Path) -> tuple[str, ...]:
 
 def verdicts(out: str) -> dict[str, str]:
     """Check -> pass or FAIL; of several tables the last one counts."""
-    return {found["name"]: found["verdict"] for line in out.splitlines() if (found := ROW.fullmatch(line))}
+    return {match["name"]: match["verdict"] for line in out.splitlines() if (match := ROW.fullmatch(line))}
 
 
 def failures(out: str) -> list[str]:
@@ -161,13 +161,17 @@ def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_me
     pair.teacher.get_output_embeddings().weight.data[5] = torch.nan
     status, out, _ = say(*saved(pair, tmp_path))
     assert status == 1
-    found = verdicts(out)
-    assert list(found) == list(all_pass())
-    assert (found["loss"], found["teacher padding"], found["sampling"]) == ("FAIL", "FAIL", "pass")
-    failed = [name for name, verdict in found.items() if verdict == "FAIL"]
+    row_verdicts = verdicts(out)
+    assert list(row_verdicts) == list(all_pass())
+    assert (row_verdicts["loss"], row_verdicts["teacher padding"], row_verdicts["sampling"]) == (
+        "FAIL",
+        "FAIL",
+        "pass",
+    )
+    failed = [name for name, verdict in row_verdicts.items() if verdict == "FAIL"]
     assert [line.split(":")[0] for line in failures(out)] == [f"FAIL {name}" for name in failed]
     assert "FAIL loss: a loss is not finite: weights or logits hold NaN or inf" in failures(out)
-    assert f"{len(found) - len(failed)} of {len(found)} checks passed" in out
+    assert f"{len(row_verdicts) - len(failed)} of {len(row_verdicts)} checks passed" in out
 
 
 # ---- what is refused: status 2 and one message ----
@@ -209,9 +213,12 @@ def test_a_student_without_a_tokenizer_is_refused(llamas: ModelPair, tmp_path: P
 
 
 def test_models_of_two_families_are_refused(pairs: dict[str, ModelPair], tmp_path: Path, say: Say) -> None:
-    one, other = pairs["decoder-only"], pairs["encoder-decoder"]
+    decoder, encoder_decoder = pairs["decoder-only"], pairs["encoder-decoder"]
     status, out, err = say(
-        *saved(ModelPair(one.student, other.teacher, one.tokenizer, one.tokenizer), tmp_path)
+        *saved(
+            ModelPair(decoder.student, encoder_decoder.teacher, decoder.tokenizer, decoder.tokenizer),
+            tmp_path,
+        )
     )
     assert (status, out) == (2, "")
     (line,) = err.splitlines()

@@ -44,10 +44,10 @@ class Served:
         with torch.no_grad():
             logs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         listed: list[Any] = [None]
-        for there, row in zip(ids[1:], logs, strict=False):
+        for token, row in zip(ids[1:], logs, strict=False):
             top = row.topk(body["prompt_logprobs"])
             named = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            named.setdefault(there, row[there].item())
+            named.setdefault(token, row[token].item())
             listed.append({str(n): {"logprob": log, "rank": 1} for n, log in reversed(named.items())})
         return {"index": index, "text": "x", "prompt_logprobs": listed}
 
@@ -60,10 +60,10 @@ def serving(served: Served, port: int = 0) -> Iterator[Served]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != "/v1/completions" or body["model"] != "large":
-                status, said = 404, {"message": f"no {body['model']} at {self.path}"}
+                status, answer = 404, {"message": f"no {body['model']} at {self.path}"}
             else:
-                status, said = served.reply(dict(self.headers), body)
-            content = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+                status, answer = served.reply(dict(self.headers), body)
+            content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -59,18 +59,18 @@ def read(guide: Any, vocabulary: int = VOCABULARY) -> Tensor:
 
 
 def test_two_of_four_tokens_are_kept_and_the_others_share_the_tail() -> None:
-    given = torch.tensor([[0.5, 0.1, 0.3, 0.1]], dtype=torch.float64).log()
-    scores = select_top_k(given, 2, torch.float64)
+    logits_of_row = torch.tensor([[0.5, 0.1, 0.3, 0.1]], dtype=torch.float64).log()
+    scores = select_top_k(logits_of_row, 2, torch.float64)
     assert scores.ids is not None and scores.tail_log_prob is not None
     assert scores.ids.tolist() == [[0, 2]]
     torch.testing.assert_close(scores.tail_log_prob.exp(), torch.tensor([0.2], dtype=torch.float64))
     guide = TopKTeacherLogits.create(scores.apply(lambda tensor: tensor[None]), 4)
-    torch.testing.assert_close(read(guide, 4).exp()[0], given.exp())
+    torch.testing.assert_close(read(guide, 4).exp()[0], logits_of_row.exp())
 
 
 def test_a_tail_too_small_for_one_minus_the_sum_keeps_its_digits() -> None:
-    given = torch.tensor([[0.0, -40.0, -41.0, -42.0]])
-    tail = select_top_k(given, 1, torch.float32).tail_log_prob
+    logits_of_row = torch.tensor([[0.0, -40.0, -41.0, -42.0]])
+    tail = select_top_k(logits_of_row, 1, torch.float32).tail_log_prob
     assert tail is not None
     expected = math.log(math.exp(-40) + math.exp(-41) + math.exp(-42))
     assert tail.item() == pytest.approx(expected, rel=1e-6)
@@ -86,12 +86,12 @@ def test_all_tokens_are_kept_exactly_in_the_order_of_the_vocabulary(top_k: int |
 @pytest.mark.parametrize("top_k", [1, 3, VOCABULARY - 1])
 def test_what_is_read_is_a_distribution_with_the_named_probabilities(top_k: int) -> None:
     guide, exact = stored(top_k), logits().log_softmax(-1)
-    found = read(guide)
-    torch.testing.assert_close(found.exp().sum(-1), torch.ones(BLOCKS, TOKENS, dtype=torch.float64))
+    stored_logits = read(guide)
+    torch.testing.assert_close(stored_logits.exp().sum(-1), torch.ones(BLOCKS, TOKENS, dtype=torch.float64))
     named = exact.topk(top_k).indices
-    torch.testing.assert_close(found.gather(-1, named), exact.gather(-1, named))
+    torch.testing.assert_close(stored_logits.gather(-1, named), exact.gather(-1, named))
     if top_k == VOCABULARY - 1:
-        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(stored_logits, exact)
 
 
 def test_a_smaller_vocabulary_is_the_beginning_of_the_larger_one() -> None:
@@ -116,7 +116,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept
 ) -> None:
     student, head = normal(2, BLOCKS, TOKENS, WIDTH).requires_grad_(), normal(3, 2, VOCABULARY, WIDTH)
     weights = torch.rand(BLOCKS, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = []
+    results = []
     for guide in (HiddenTeacherLogits(logits(), Projection(None)), stored(None)):
         sums = compute_cell_losses(
             student,
@@ -128,8 +128,8 @@ def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept
             weights,
             teachers={0: guide},
         )
-        found.append((sums.losses.detach(), *torch.autograd.grad(sums.losses.sum(), student)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+        results.append((sums.losses.detach(), *torch.autograd.grad(sums.losses.sum(), student)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
 def test_the_error_falls_with_the_number_of_tokens_that_are_kept() -> None:
@@ -137,8 +137,11 @@ def test_the_error_falls_with_the_number_of_tokens_that_are_kept() -> None:
     for divergence in DIVERGENCES[::3]:
         errors = []
         for top_k in (1, 3, 6, 9):
-            kept = read(stored(top_k))
-            pairs = (divergence(student.flatten(0, 1), one.flatten(0, 1)) for one in (kept, exact))
+            top_k_logits = read(stored(top_k))
+            pairs = (
+                divergence(student.flatten(0, 1), teacher_logits.flatten(0, 1))
+                for teacher_logits in (top_k_logits, exact)
+            )
             errors.append(float((next(pairs) - next(pairs)).abs().mean()))
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < errors[0] / 4
@@ -154,9 +157,9 @@ def test_narrower_numbers_round_and_stay_finite(dtype: torch.dtype, most: float)
         assert (read(guide) - read(stored(top_k))).abs().max() < most
     excluded = torch.tensor([[[0.0, -torch.inf, -torch.inf, -torch.inf]]])
     for top_k in (None, 1, 2):
-        found = read(TopKTeacherLogits.create(select_top_k(excluded, top_k, dtype), 4), 4)
-        assert found.isfinite().all()
-        assert found.log_softmax(-1).exp()[0, 0].tolist() == [1, 0, 0, 0]
+        stored_logits = read(TopKTeacherLogits.create(select_top_k(excluded, top_k, dtype), 4), 4)
+        assert stored_logits.isfinite().all()
+        assert stored_logits.log_softmax(-1).exp()[0, 0].tolist() == [1, 0, 0, 0]
 
 
 def test_ids_of_the_whole_vocabulary_leave_no_tail() -> None:
@@ -233,8 +236,8 @@ def test_a_folder_of_another_layout_is_written_anew(tmp_path: Path) -> None:
 def anonymous_and_mapped() -> tuple[int, int]:
     """Bytes of this process's memory that are its own, and that are files' pages."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    own, mapped = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
-    return own, mapped
+    anonymous, mapped = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return anonymous, mapped
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -252,8 +255,8 @@ def test_a_store_is_mapped_and_not_loaded(tmp_path: Path) -> None:
     files = ScoreReader(tmp_path)
     for number in (1, 40):
         files.read_row(number)
-    own, mapped = (b - a for a, b in zip(before, anonymous_and_mapped(), strict=True))
-    assert max(own, mapped) < size / 4
+    anonymous, mapped = (b - a for a, b in zip(before, anonymous_and_mapped(), strict=True))
+    assert max(anonymous, mapped) < size / 4
 
 
 def test_a_row_that_was_not_scored_is_told(tmp_path: Path) -> None:
@@ -333,8 +336,8 @@ def test_a_pack_of_three_is_three_alone(family: Family, tmp_path: Path) -> None:
         cell(tmp_path, "2", lmbda=0.0, beta=0.5, seed=1),
     ]
     packed = trained(tmp_path, family, cells, teacher)
-    for n, one in enumerate(cells):
-        alone = trained(tmp_path, family, [one], teacher, packed=False)
+    for n, cell_args in enumerate(cells):
+        alone = trained(tmp_path, family, [cell_args], teacher, packed=False)
         assert packed.losses(n) == pytest.approx(alone.losses(), rel=1e-5)
         assert_close(packed.weights(n), alone.weights(), atol=1e-5)
 
@@ -362,8 +365,8 @@ def test_a_trainer_with_kept_scores_has_no_teacher_s_model(
         raise AssertionError("a teacher's model was loaded")
 
     monkeypatch.setattr("gkd_lab.teachers.load_teachers.load_teacher", never)
-    found = trained(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0.0)], teacher)
-    assert found.trainer.teacher_model is None
+    run = trained(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0.0)], teacher)
+    assert run.trainer.teacher_model is None
 
 
 def refused(folder: Path, family: Family = "decoder-only", lmbda: float = 0.0, **changes: Any) -> str:

@@ -26,8 +26,8 @@ from .teacher_server import Served, serving
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    with serving(Served(tiny_model("decoder-only", 3, width=32, dtype=torch.float32))) as found:
-        yield found
+    with serving(Served(tiny_model("decoder-only", 3, width=32, dtype=torch.float32))) as server:
+        yield server
 
 
 def endpoint(served: Served, **changes: Any) -> TeacherServer:
@@ -38,14 +38,14 @@ def endpoint(served: Served, **changes: Any) -> TeacherServer:
 
 def test_a_token_is_named_with_the_most_likely_first(served: Served) -> None:
     text = [3, 7, 5]
-    (found,) = endpoint(served).request_scores([text])
+    (tokens,) = endpoint(served).request_scores([text])
     logits = served.model(torch.tensor([text])).logits[0].detach()
     exact = select_top_k(logits[:2], 4, torch.float32)
     assert exact.ids is not None
-    assert [[id_ for id_, _ in one] for one in found] == exact.ids.tolist()
-    kept = build_top_k_scores(found, 4)
-    torch.testing.assert_close(kept.log_probs, exact.log_probs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kept.tail_log_prob, exact.tail_log_prob, rtol=1e-3, atol=1e-3)
+    assert [[id_ for id_, _ in token] for token in tokens] == exact.ids.tolist()
+    scores = build_top_k_scores(tokens, 4)
+    torch.testing.assert_close(scores.log_probs, exact.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.tail_log_prob, exact.tail_log_prob, rtol=1e-3, atol=1e-3)
 
 
 def test_a_guide_is_what_the_teacher_would_say_of_the_rows(served: Served) -> None:
@@ -62,7 +62,10 @@ def test_a_guide_is_what_the_teacher_would_say_of_the_rows(served: Served) -> No
     real = batch.completion_mask.bool().view(2, -1)
     for block in (0, 1):
         at = real[block].nonzero()[:, 0]
-        read = [one.create_reader(14, torch.float32, len(at))(block, at).exp() for one in (guide, exact)]
+        read = [
+            teacher_logits.create_reader(14, torch.float32, len(at))(block, at).exp()
+            for teacher_logits in (guide, exact)
+        ]
         torch.testing.assert_close(*read, rtol=1e-3, atol=1e-5)
     assert [len(body["prompt"]) for body in served.asked] == [16, 16, 2]
 

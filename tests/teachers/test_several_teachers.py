@@ -71,58 +71,61 @@ def assert_is(one: dict[str, Any], target: TeacherTarget, log_target: list[Tenso
 
 
 def test_a_mixture_is_of_probabilities_each_at_its_own_temperature() -> None:
-    one = given()
-    _, teachers = logits(one)
+    loss_arguments = given()
+    _, teachers = logits(loss_arguments)
     target = TeacherTarget((0, 1), (0.7, 0.3), (0.5, 2.0))
     mixed = [
-        (0.7 * (both[0] / 0.5).softmax(-1) + 0.3 * (both[1] / 2.0).softmax(-1)).log() for both in teachers
+        (0.7 * (teacher_logits[0] / 0.5).softmax(-1) + 0.3 * (teacher_logits[1] / 2.0).softmax(-1)).log()
+        for teacher_logits in teachers
     ]
-    assert_is(one, target, mixed)
+    assert_is(loss_arguments, target, mixed)
 
 
 def test_a_mixture_without_weights_is_the_mean() -> None:
-    one = given()
-    mixed = [both.softmax(-1).mean(0).log() for both in logits(one)[1]]
-    assert_is(one, TeacherTarget((0, 1)), mixed)
+    loss_arguments = given()
+    mixed = [teacher_logits.softmax(-1).mean(0).log() for teacher_logits in logits(loss_arguments)[1]]
+    assert_is(loss_arguments, TeacherTarget((0, 1)), mixed)
 
 
 def test_a_routed_divergence_compares_each_row_with_its_own_teacher() -> None:
-    one = given()
+    loss_arguments = given()
     routes = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 0, 1]])
     chosen = []
-    for n, both in enumerate(logits(one)[1]):
-        own = routes[one["block_of_cell"][n]]
-        chosen.append(torch.stack([both[int(teacher), place] for place, teacher in enumerate(own)]))
-    assert_is(one, TeacherTarget((0, 1), routed=True), chosen, routes=routes)
+    for n, teacher_logits in enumerate(logits(loss_arguments)[1]):
+        cell_routes = routes[loss_arguments["block_of_cell"][n]]
+        chosen.append(
+            torch.stack([teacher_logits[int(teacher), place] for place, teacher in enumerate(cell_routes)])
+        )
+    assert_is(loss_arguments, TeacherTarget((0, 1), routed=True), chosen, routes=routes)
 
 
 def test_a_sum_of_divergences_is_that_of_each_alone() -> None:
-    one = given()
+    loss_arguments = given()
     lists: WeightedLosses = (
         WeightedLoss(MEASURE, 0.25),
         WeightedLoss(MEASURE, 2.0, target=TeacherTarget((1,))),
     )
-    together = compute_cell_losses(terms=[lists] * CELLS, **one)
-    alone = [compute_cell_losses(terms=[(term,)] * CELLS, **one).losses for term in lists]
+    together = compute_cell_losses(terms=[lists] * CELLS, **loss_arguments)
+    alone = [compute_cell_losses(terms=[(term,)] * CELLS, **loss_arguments).losses for term in lists]
     torch.testing.assert_close(together.losses, alone[0] + alone[1])
     torch.testing.assert_close(together.terms, torch.stack(alone, 1).detach())
 
 
 def test_a_scale_weighs_the_tokens_of_one_term() -> None:
-    one = given()
+    loss_arguments = given()
     lists: WeightedLosses = (WeightedLoss(MEASURE), WeightedLoss(MEASURE, target=TeacherTarget((1,))))
     scale = normal(9, TOKENS)
-    scaled = compute_cell_losses(terms=[lists] * CELLS, scales={(1, 0): scale}, **one)
-    plain = compute_cell_losses(terms=[lists] * CELLS, **one)
-    by_weights = {**one, "weights": one["weights"] * scale}
+    scaled = compute_cell_losses(terms=[lists] * CELLS, scales={(1, 0): scale}, **loss_arguments)
+    plain = compute_cell_losses(terms=[lists] * CELLS, **loss_arguments)
+    by_weights = {**loss_arguments, "weights": loss_arguments["weights"] * scale}
     weighed = compute_cell_losses(terms=[lists[:1]] * CELLS, **by_weights)
     torch.testing.assert_close(scaled.terms[0], plain.terms[0])
     torch.testing.assert_close(scaled.terms[1, 1], plain.terms[1, 1])
     torch.testing.assert_close(scaled.terms[1, 0], weighed.terms[1, 0])
-    (ours,) = torch.autograd.grad(scaled.losses[1], one["student"])
-    (theirs,) = torch.autograd.grad(weighed.losses[1] + plain.terms[1, 1], one["student"])
-    second = compute_cell_losses(terms=[lists[1:]] * CELLS, **one).losses[1]
-    torch.testing.assert_close(ours, theirs + torch.autograd.grad(second, one["student"])[0])
+    (ours,) = torch.autograd.grad(scaled.losses[1], loss_arguments["student"])
+    (theirs,) = torch.autograd.grad(weighed.losses[1] + plain.terms[1, 1], loss_arguments["student"])
+    second = compute_cell_losses(terms=[lists[1:]] * CELLS, **loss_arguments).losses[1]
+    torch.testing.assert_close(ours, theirs + torch.autograd.grad(second, loss_arguments["student"])[0])
 
 
 @pytest.mark.parametrize(
@@ -173,8 +176,8 @@ def test_packed_cells_learn_from_several_teachers_as_they_do_alone(
     lmbdas = (0.0, 0.5, 1.0)
     cells = [cell(tmp_path, str(n), lmbda=lmbda, objectives=terms) for n, lmbda in enumerate(lmbdas)]
     packed = distil(tmp_path, family, cells, more_teachers=[another(family)])
-    for n, one in enumerate(cells):
-        alone = distil(tmp_path, family, [one], packed=False, more_teachers=[another(family)])
+    for n, cell_args in enumerate(cells):
+        alone = distil(tmp_path, family, [cell_args], packed=False, more_teachers=[another(family)])
         assert_close(packed.weights(n), alone.weights())
 
 
@@ -190,8 +193,8 @@ def test_a_run_with_several_teachers_resumes_bit_for_bit(packed: bool, tmp_path:
     cells = [cell(tmp_path, str(n), objectives=terms) for n, terms in enumerate((MIXTURE, SUM)[: 1 + packed])]
 
     def run(**changes: Any) -> Any:
-        more = [another("decoder-only")]
-        return distil(tmp_path, "decoder-only", cells, packed=packed, more_teachers=more, **changes)
+        extra_teachers = [another("decoder-only")]
+        return distil(tmp_path, "decoder-only", cells, packed=packed, more_teachers=extra_teachers, **changes)
 
     whole = run()
     run(save_strategy="steps", save_steps=3, max_steps=6, prepare=stop_after(3))
@@ -215,7 +218,7 @@ def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) ->
     """On a CPU nothing moves, so what would is counted: the larger teacher, and the other one's head."""
     from gkd_lab.teachers import teacher
 
-    there: list[int] = []
+    counts_on_device: list[int] = []
     most = 0
     plain = teacher.use_on_device
 
@@ -226,11 +229,11 @@ def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) ->
         def within() -> Any:
             nonlocal most
             size = sum({id(p): p.numel() for p in module.parameters()}.values()) if parked else 0
-            there.append(size)
-            most = max(most, sum(there))
+            counts_on_device.append(size)
+            most = max(most, sum(counts_on_device))
             with plain(module, device, parked=parked):
                 yield
-            there.remove(size)
+            counts_on_device.remove(size)
 
         return within()
 
@@ -246,7 +249,7 @@ def test_parked_teachers_come_to_the_device_one_after_another(tmp_path: Path) ->
             park_teacher=True,
         )
     larger = sum(p.numel() for p in teachers[0].parameters())
-    assert not there
+    assert not counts_on_device
     assert most == larger
 
 
@@ -269,9 +272,9 @@ def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
-    more = [another("encoder-decoder")]
+    extra_teachers = [another("encoder-decoder")]
     with pytest.raises(ValueError, match="the student is decoder-only and the teacher encoder-decoder"):
-        distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=more)
+        distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=extra_teachers)
 
 
 def test_a_configuration_names_teachers_by_number() -> None:

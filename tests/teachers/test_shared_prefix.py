@@ -59,10 +59,10 @@ def test_each_family_says_the_same_whether_its_prompts_are_shared_or_not(name: s
     head = OutputHead(model)
     read = SharedPrefixReader(head)
     with torch.no_grad():
-        expected, found = head.compute_unprojected(batch.teacher), read(batch)
+        expected, output = head.compute_unprojected(batch.teacher), read(batch)
     trained = batch.teacher.completion_mask.bool()
-    torch.testing.assert_close(found.hidden[trained], expected.hidden[trained], rtol=1e-4, atol=1e-5)
-    assert found.projection.weight is expected.projection.weight
+    torch.testing.assert_close(output.hidden[trained], expected.hidden[trained], rtol=1e-4, atol=1e-5)
+    assert output.projection.weight is expected.projection.weight
 
 
 @pytest.mark.parametrize("family", ["decoder-only", "encoder-decoder"])
@@ -94,8 +94,8 @@ def test_answers_of_one_token_need_no_second_pass() -> None:
     model = tiny_model("decoder-only", 0).eval()
     head = OutputHead(model)
     batch = step(left=True, of=(0, 0), lengths=(1, 1))
-    found = SharedPrefixReader(head)(batch)
-    torch.testing.assert_close(found.hidden, head.compute_unprojected(batch.teacher).hidden)
+    output = SharedPrefixReader(head)(batch)
+    torch.testing.assert_close(output.hidden, head.compute_unprojected(batch.teacher).hidden)
 
 
 def remembering(model: PreTrainedModel) -> Callable[..., Any]:

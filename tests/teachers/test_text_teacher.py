@@ -71,8 +71,8 @@ def three(folder: Path) -> list[CellArguments]:
 def test_three_packed_cells_learn_what_each_learns_alone(family: Family, tmp_path: Path) -> None:
     cells = three(tmp_path)
     packed = distil_pair(tmp_path / "packed", cells, family=family)
-    for n, one in enumerate(cells):
-        alone = distil_pair(tmp_path / f"alone{n}", [one], family=family)
+    for n, cell_args in enumerate(cells):
+        alone = distil_pair(tmp_path / f"alone{n}", [cell_args], family=family)
         assert alone.losses() == pytest.approx(packed.losses(n), abs=1e-9)
         assert_close(alone.weights(), packed.weights(n))
         assert all(loss > 0 for loss in packed.losses(n))
@@ -88,20 +88,20 @@ class StopAt3(TrainerCallback):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(packed: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
-    asked = [three(tmp_path / name)[0 if packed else 1 : 3 if packed else 2] for name in "ab"]
-    straight = distil_pair(tmp_path / "a", asked[0], **options)
-    half = distil_pair(tmp_path / "b", asked[1], callbacks=[StopAt3()], **options)
+    cells_of_run = [three(tmp_path / name)[0 if packed else 1 : 3 if packed else 2] for name in "ab"]
+    straight = distil_pair(tmp_path / "a", cells_of_run[0], **options)
+    half = distil_pair(tmp_path / "b", cells_of_run[1], callbacks=[StopAt3()], **options)
     assert len(half.losses()) == 3
-    place = Path(asked[1][0].output_dir if packed else tmp_path / "b") / "checkpoint-3"
-    resumed = distil_pair(tmp_path / "b", asked[1], resume=str(place), **options)
-    for n in range(len(asked[0])):
+    place = Path(cells_of_run[1][0].output_dir if packed else tmp_path / "b") / "checkpoint-3"
+    resumed = distil_pair(tmp_path / "b", cells_of_run[1], resume=str(place), **options)
+    for n in range(len(cells_of_run[0])):
         assert_identical(resumed.weights(n), straight.weights(n))
         assert resumed.history[n] == straight.history[n][3:]
 
 
 def test_training_makes_the_student_as_sure_as_its_teacher(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0.0, learning_rate=1e-2, objectives=ULD_ALONE)
-    losses = distil_pair(tmp_path, [one], max_steps=60, learning_rate=1e-2).losses()
+    cell_args = cell(tmp_path, lmbda=0.0, learning_rate=1e-2, objectives=ULD_ALONE)
+    losses = distil_pair(tmp_path, [cell_args], max_steps=60, learning_rate=1e-2).losses()
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
@@ -140,33 +140,33 @@ def test_a_pair_of_one_tokenizer_has_both_terms(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_parked_reads_the_same(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0.5, objectives=BOTH)
-    found = [distil_pair(tmp_path / str(n), [one], park_teacher=bool(n)).weights() for n in range(2)]
-    assert_identical(*found)
+    cell_args = cell(tmp_path, lmbda=0.5, objectives=BOTH)
+    weights = [distil_pair(tmp_path / str(n), [cell_args], park_teacher=bool(n)).weights() for n in range(2)]
+    assert_identical(*weights)
 
 
 def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0.5, objectives=BOTH)
-    whole = distil_pair(tmp_path / "whole", [one])
+    cell_args = cell(tmp_path, lmbda=0.5, objectives=BOTH)
+    whole = distil_pair(tmp_path / "whole", [cell_args])
     parts = distil_pair(
-        tmp_path / "parts", [one], per_device_train_batch_size=2, gradient_accumulation_steps=4
+        tmp_path / "parts", [cell_args], per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     assert_close(whole.weights(), parts.weights())
 
 
 def test_evaluation_gives_the_loss(tmp_path: Path) -> None:
     run = distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], max_steps=1)
-    found = run.trainer.evaluate(tiny_examples(16, seed=1))
-    assert 0 < found["eval_loss"] < 2
+    metrics = run.trainer.evaluate(tiny_examples(16, seed=1))
+    assert 0 < metrics["eval_loss"] < 2
 
 
 def test_half_precision_is_close_to_float32(tmp_path: Path) -> None:
-    one, losses = cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE), []
+    cell_args, losses = cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE), []
     for bf16 in (False, True):
         student = model_of(tiny_tokenizer(), 7, dtype=torch.float32)
         teacher = model_of(pieces(), 3, width=32, dtype=torch.float32)
         run = distil_pair(
-            tmp_path / str(bf16), [one], students=[student], teacher=teacher, max_steps=1, bf16=bf16
+            tmp_path / str(bf16), [cell_args], students=[student], teacher=teacher, max_steps=1, bf16=bf16
         )
         losses.append(run.losses()[0])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
@@ -196,8 +196,8 @@ def test_each_side_has_its_own_chat_template() -> None:
 def test_prompts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.teachers.text_teacher.MAX_CACHED_PROMPTS", 2)
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
-    known = {(1, 2): [3]}
-    prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config, known)
+    initial_prompts = {(1, 2): [3]}
+    prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config, initial_prompts)
     for text in ("a", "b", "c", "d"):
         prompts({"prompt": text, "completion": "1"})
     assert len(prompts.teacher_prompts) == 3

@@ -72,5 +72,5 @@ class Plain:
 def plain_distance(q: Tensor, p: Tensor) -> Tensor:
     """L1 distance of two distributions, sorted, the shorter with zeros behind."""
     size = max(len(q), len(p))
-    one, other = (torch.cat([x, x.new_zeros(size - len(x))]).sort(descending=True).values for x in (q, p))
-    return (one - other).abs().sum()
+    first, second = (torch.cat([x, x.new_zeros(size - len(x))]).sort(descending=True).values for x in (q, p))
+    return (first - second).abs().sum()

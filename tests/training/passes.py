@@ -23,8 +23,8 @@ def rows(family: Family) -> Sequences:
     """Prompts padded on the side that the family needs."""
     width = max(map(len, PROMPTS))
     left = family == "decoder-only"
-    prompts = [_padded(one, width, left=left) for one in PROMPTS]
-    completions = [_padded(one, 4, left=False) for one in COMPLETIONS]
+    prompts = [_padded(ids, width, left=left) for ids in PROMPTS]
+    completions = [_padded(ids, 4, left=False) for ids in COMPLETIONS]
     return Sequences(
         *map(torch.tensor, zip(*prompts, strict=True)), *map(torch.tensor, zip(*completions, strict=True))
     )
@@ -44,8 +44,8 @@ def weights(batch: Sequences) -> Tensor:
 
 def passed(model: PreTrainedModel, batch: Sequences, asks: str) -> ModelOutputs:
     """The model's forward pass with what a measure asks for."""
-    asked: dict[str, Any] = {f"output_{asks}": True}
-    output = model(**build_forward_arguments(model, batch), **asked)
+    output_arguments: dict[str, Any] = {f"output_{asks}": True}
+    output = model(**build_forward_arguments(model, batch), **output_arguments)
     named = {name: value for name, value in output.items() if name.endswith(asks)}
     return ModelOutputs(output.logits, named, model.config, Projection(None))
 

@@ -162,14 +162,14 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
-    found: dict[str, Any] = {name: train(name, folder) for name in CELLS}
-    found["resumed"] = resumed(folder)
-    found["packed"] = packed(folder)
+    results: dict[str, Any] = {name: train(name, folder) for name in CELLS}
+    results["resumed"] = resumed(folder)
+    results["packed"] = packed(folder)
     if "WORLD_SIZE" in os.environ:
         reward = WeightedLoss(reward_loss("tests.training.ranks:no_number"), 0.1)
-        found["no loss"] = packed(folder / "no loss", Broken)
-        found["no reward"] = packed(folder / "no reward", objectives=(WeightedLoss(Divergence()), reward))
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+        results["no loss"] = packed(folder / "no loss", Broken)
+        results["no reward"] = packed(folder / "no reward", objectives=(WeightedLoss(Divergence()), reward))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -57,15 +57,15 @@ def trainer_of(folder: Path, kind: ClassifierKind, family: str = "bert", **chang
         "processing_class": tiny_tokenizer(),
         "teacher_processing_class": tiny_tokenizer(),
     }
-    given = {
+    overrides = {
         name: changes.pop(name) for name in [*options, "data_collator", "eval_dataset"] if name in changes
     }
-    more = {name: changes.pop(name) for name in ("pack", "cells", "more_teachers") if name in changes}
-    if "pack" in more:
+    pack_options = {name: changes.pop(name) for name in ("pack", "cells", "more_teachers") if name in changes}
+    if "pack" in pack_options:
         del options["model"]
     objectives = BOTH_NUMBERS if kind == "regression" else BOTH
     stated = {"lmbda": 0.0, "objectives": objectives, "loss_normalization": "token", **changes}
-    trainer = GKDTrainer(args=arguments(folder, **stated), **{**options, **given}, **more)
+    trainer = GKDTrainer(args=arguments(folder, **stated), **{**options, **overrides}, **pack_options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -106,15 +106,15 @@ def test_loss_and_gradients_equal_torch_s_own_functions(
     student, teacher = trainer.pack.model.eval(), trainer.teacher_model
     loss = trainer.compute_loss(student, trainer.data_collator(rows))
     loss.backward()
-    found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
     expected = expected_loss(student, teacher, kind, rows)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert sum(float(g.abs().sum()) for g in found.values()) > 0
+    assert sum(float(g.abs().sum()) for g in gradients.values()) > 0
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-9, msg=name)
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-9, msg=name)
 
 
 def test_hand_computed_values_of_squared_errors() -> None:
@@ -163,10 +163,10 @@ def test_a_student_learns_its_teacher(tmp_path: Path, kind: ClassifierKind) -> N
 
 
 def test_a_regression_learns_its_teacher_s_numbers_by_default(tmp_path: Path) -> None:
-    given = trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error"}])
+    explicit = trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error"}])
     unstated = trainer_of(tmp_path, "regression", objectives=None)
-    batch = given.data_collator(tiny_rows("regression", 4))
-    losses = [t.compute_loss(t.model, batch).item() for t in (given, unstated)]
+    batch = explicit.data_collator(tiny_rows("regression", 4))
+    losses = [t.compute_loss(t.model, batch).item() for t in (explicit, unstated)]
     assert losses[0] == losses[1] > 0
 
 
@@ -212,8 +212,8 @@ def test_a_teacher_with_its_labels_in_another_order_is_read_by_name(tmp_path: Pa
     swapped.config.id2label = {n: teacher.config.id2label[old] for n, old in enumerate(order)}
     batch = trainer_of(tmp_path, kind).data_collator(tiny_rows(kind, 4))
     losses = []
-    for one in (teacher, swapped):
-        trainer = trainer_of(tmp_path, kind, teacher_model=one)
+    for model in (teacher, swapped):
+        trainer = trainer_of(tmp_path, kind, teacher_model=model)
         losses.append(trainer.compute_loss(trainer.model, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -230,8 +230,8 @@ def test_other_labels_are_refused_and_named(tmp_path: Path) -> None:
 
 def test_a_label_may_be_given_by_its_name(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "sequence-classification")
-    found = trainer.data_collator([{"text": "a b", "label": "yes"}, {"text": "a", "label": 0}])
-    assert found["completion_ids"].tolist() == [[2], [0]]
+    batch = trainer.data_collator([{"text": "a b", "label": "yes"}, {"text": "a", "label": 0}])
+    assert batch["completion_ids"].tolist() == [[2], [0]]
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_soft_targets_alone_need_no_labels(tmp_path: Path) -> None:
             tmp_path, kind, objectives=[objective], train_dataset=rows, eval_dataset=rows[:4], max_steps=2
         )
         trainer.train()
-        found = trainer.evaluate()
-        assert math.isfinite(found["eval_loss"]) and "eval_accuracy" not in found
+        metrics = trainer.evaluate()
+        assert math.isfinite(metrics["eval_loss"]) and "eval_accuracy" not in metrics
 
 
 def test_only_the_first_piece_of_a_word_has_its_label() -> None:
@@ -295,9 +295,9 @@ def test_only_the_first_piece_of_a_word_has_its_label() -> None:
     rows = LabelledRowEncoder(
         tokenizer, "token-classification", ["x", "y"], max_length=None, labels_required=True
     )
-    found = rows({"tokens": ["ab", "c"], "labels": [1, 0]})
-    assert len(found.input_ids) == len(found.labels) > 2
-    assert [label for label in found.labels if label != -100] == [1, 0]
+    example = rows({"tokens": ["ab", "c"], "labels": [1, 0]})
+    assert len(example.input_ids) == len(example.labels) > 2
+    assert [label for label in example.labels if label != -100] == [1, 0]
     unknown = LabelledRowEncoder(
         tokenizer, "token-classification", ["x", "y"], max_length=None, labels_required=False
     )
@@ -309,9 +309,9 @@ def test_only_the_first_piece_of_a_word_has_its_label() -> None:
 
 def test_rows_are_cut_after_the_longest_that_is_asked_for(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "token-classification", max_length=3)
-    found = trainer.data_collator([{"tokens": list("abcde"), "labels": [0, 1, 2, 1, 0]}])
-    assert found["prompt_ids"].shape == found["completion_ids"].shape == (1, 3)
-    assert found["completion_ids"].tolist() == [[0, 1, 2]]
+    batch = trainer.data_collator([{"tokens": list("abcde"), "labels": [0, 1, 2, 1, 0]}])
+    assert batch["prompt_ids"].shape == batch["completion_ids"].shape == (1, 3)
+    assert batch["completion_ids"].tolist() == [[0, 1, 2]]
 
 
 def test_the_second_text_of_a_pair_has_types_of_its_own(tmp_path: Path) -> None:
@@ -329,10 +329,10 @@ def test_the_second_text_of_a_pair_has_types_of_its_own(tmp_path: Path) -> None:
 
 
 def test_text_pair_is_read(tmp_path: Path) -> None:
-    found = trainer_of(tmp_path, "sequence-classification").data_collator(
+    batch = trainer_of(tmp_path, "sequence-classification").data_collator(
         [{"text": "a b", "text_pair": "c", "label": 0}]
     )
-    assert found["prompt_ids"].shape == (1, 3)
+    assert batch["prompt_ids"].shape == (1, 3)
 
 
 # ---- batches of transformers' collators ----
@@ -352,9 +352,9 @@ def test_collators_of_transformers_give_the_same_loss(tmp_path: Path, kind: Clas
     of_tokens = kind == "token-classification"
     collator = (DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer)
     trainer = trainer_of(tmp_path, kind)
-    found = trainer.compute_loss(trainer.model, collator(theirs)).item()
+    loss = trainer.compute_loss(trainer.model, collator(theirs)).item()
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert loss == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_batch_without_labels_is_named(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_several_labels_at_once_are_refused(tmp_path: Path) -> None:
 def test_an_evaluation_has_the_metrics_of_its_kind(tmp_path: Path, kind: ClassifierKind) -> None:
     rows = tiny_rows(kind, 11, seed=4)
     trainer = trainer_of(tmp_path, kind, eval_dataset=rows, per_device_eval_batch_size=4)
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     model, tokenizer = trainer.pack.model.eval(), tiny_tokenizer()
     outputs, true = [], []
     for row in rows:
@@ -429,22 +429,22 @@ def test_an_evaluation_has_the_metrics_of_its_kind(tmp_path: Path, kind: Classif
         true += row["labels"] if "labels" in row else [row["label"]]
     flat = np.concatenate(outputs)
     if kind == "regression":
-        assert found["eval_pearson"] == pytest.approx(np.corrcoef(flat[:, 0], true)[0, 1], abs=1e-5)
-        assert -1 <= found["eval_spearman"] <= 1
+        assert metrics["eval_pearson"] == pytest.approx(np.corrcoef(flat[:, 0], true)[0, 1], abs=1e-5)
+        assert -1 <= metrics["eval_spearman"] <= 1
         return
     predicted = flat.argmax(-1)
-    assert found["eval_accuracy"] == pytest.approx(accuracy_score(true, predicted))
-    assert found["eval_f1_macro"] == pytest.approx(f1_score(true, predicted, average="macro"))
-    assert found["eval_matthews"] == pytest.approx(matthews_corrcoef(true, predicted))
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy_score(true, predicted))
+    assert metrics["eval_f1_macro"] == pytest.approx(f1_score(true, predicted, average="macro"))
+    assert metrics["eval_matthews"] == pytest.approx(matthews_corrcoef(true, predicted))
 
 
 def test_two_labels_have_the_f1_of_the_second() -> None:
     logits, labels = np.array([[0, 1], [0, 1], [1, 0], [1, 0.0]]), np.array([1, 0, 1, -100])
-    found = compute_classification_metrics(
+    metrics = compute_classification_metrics(
         EvalPrediction(logits, labels), kind="sequence-classification", n_labels=2
     )
-    assert found["f1"] == pytest.approx(f1_score([1, 0, 1], [1, 1, 0]))
-    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["f1"] == pytest.approx(f1_score([1, 0, 1], [1, 1, 0]))
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_the_user_s_own_metrics_come_first(tmp_path: Path) -> None:
@@ -459,8 +459,8 @@ def test_the_user_s_own_metrics_come_first(tmp_path: Path) -> None:
         teacher_processing_class=tiny_tokenizer(),
         compute_metrics=lambda evaluated: {"rows": float(len(evaluated.label_ids))},
     )
-    found = trainer.evaluate()
-    assert found["eval_rows"] == 3.0 and "eval_accuracy" not in found
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 3.0 and "eval_accuracy" not in metrics
 
 
 # ---- resuming, packing, several teachers ----
@@ -515,9 +515,9 @@ def test_three_packed_equal_each_alone(tmp_path: Path, family: str, kind: Classi
     pack = Pack.build([pack_member(family, kind) for _ in cells])
     together = trainer_of(tmp_path, kind, family, pack=pack, cells=cells)
     together.train()
-    for n, one in enumerate(cells):
+    for n, cell_args in enumerate(cells):
         alone = trainer_of(
-            tmp_path, kind, family, pack=Pack.build_single(pack_member(family, kind)), cells=[one]
+            tmp_path, kind, family, pack=Pack.build_single(pack_member(family, kind)), cells=[cell_args]
         )
         alone.train()
         assert_close(weights_of(together, n), weights_of(alone))
@@ -544,9 +544,9 @@ def test_the_sum_of_two_teachers_is_the_sum_of_their_losses(tmp_path: Path) -> N
         trainer = trainer_of(tmp_path, kind, objectives=objectives, **options)
         return trainer.compute_loss(trainer.model, batch).item()
 
-    both = loss(
+    summed = loss(
         [{"beta": 0.0, "weight": 0.4}, {"beta": 0.0, "teachers": [1], "weight": 0.6}],
         more_teachers=[Teacher(second, processing_class=tiny_tokenizer())],
     )
     apart = [loss([{"beta": 0.0}]), loss([{"beta": 0.0}], teacher_model=second)]
-    assert both == pytest.approx(0.4 * apart[0] + 0.6 * apart[1])
+    assert summed == pytest.approx(0.4 * apart[0] + 0.6 * apart[1])

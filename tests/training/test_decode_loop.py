@@ -31,12 +31,13 @@ def written(model: PreTrainedModel, rows: Sequences, noise: Tensor | None) -> Se
 
 def rows_read(model: PreTrainedModel) -> list[int]:
     """How many rows each forward pass of the decoder has, filled as they happen."""
-    found: list[int] = []
+    row_counts: list[int] = []
     decoder = model.get_decoder()
     decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: found.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+        lambda _, args, kwargs: row_counts.append(len(args[0] if args else kwargs["input_ids"])),
+        with_kwargs=True,
     )
-    return found
+    return row_counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,10 +50,10 @@ def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -
     ]  # type: ignore[misc]
     read = rows_read(model)
     together = written(model, rows, noise)
-    for n, own in enumerate(alone):
-        length = int(own.completion_mask.sum())
+    for n, answer in enumerate(alone):
+        length = int(answer.completion_mask.sum())
         assert together.completion_mask[n].sum() == length
-        assert torch.equal(together.completion_ids[n, :length], own.completion_ids[0, :length])
+        assert torch.equal(together.completion_ids[n, :length], answer.completion_ids[0, :length])
         assert (together.completion_ids[n, length:] == PAD).all()
     assert read[0] == ROWS
     assert read == sorted(read, reverse=True)
@@ -89,11 +90,11 @@ def test_a_pack_s_cells_keep_equally_many_rows(family: str) -> None:
     together = written(pack.model, rows.repeat_rows(3), noise.repeat(3, 1))
     assert all(batch % 3 == 0 for batch in read)
     assert read[-1] < read[0]
-    for own, member in zip(split_blocks(together, 3), members, strict=True):
+    for answers, member in zip(split_blocks(together, 3), members, strict=True):
         alone = written(member, rows, noise)
         width = alone.completion_ids.shape[1]
-        assert torch.equal(own.completion_ids[:, :width], alone.completion_ids)
-        assert own.completion_mask[:, width:].sum() == 0
+        assert torch.equal(answers.completion_ids[:, :width], alone.completion_ids)
+        assert answers.completion_mask[:, width:].sum() == 0
 
 
 def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,9 @@ def test_on_policy_nothing_of_the_references_matters(name: str, normalization: s
         rows_of(name, [Example(p, []) for p in prompts]),
         replace(rows, completion_mask=unlabelled),
     ):
-        found = step_of(trainer, [other], HEADS_UP)
-        assert (found.loss, found.completions) == (expected.loss, expected.completions)
-        assert all(torch.equal(value, expected.gradient[key]) for key, value in found.gradient.items())
+        result = step_of(trainer, [other], HEADS_UP)
+        assert (result.loss, result.completions) == (expected.loss, expected.completions)
+        assert all(torch.equal(value, expected.gradient[key]) for key, value in result.gradient.items())
     assert expected.loss > 0.05
     off = [step_of(trainer, [r], TAILS_UP).loss for r in (rows, replace(rows, completion_mask=unlabelled))]
     assert off[0] != off[1], "off policy they matter"
@@ -165,9 +165,9 @@ def test_the_amount_of_padding_changes_nothing(
     expected = step_of(trainer, [rows], step)
     side = (0, 5) if name in ENCODER_DECODERS else (5, 0)
     for wide in (padded(rows, side, 0), padded(rows, (0, 0), 7)):
-        found = step_of(trainer, [wide], step)
-        assert found.completions == expected.completions
-        assert_same(found, expected, name)
+        result = step_of(trainer, [wide], step)
+        assert result.completions == expected.completions
+        assert_same(result, expected, name)
 
 
 @each_family
@@ -239,9 +239,9 @@ def test_one_batch_of_eight_is_eight_of_one(name: str, step: int, normalization:
     assert len({len(row) for row in expected.completions}) > 1
     for size in (1, 4):
         parts = [rows_of(name, examples[n : n + size]) for n in range(0, ROWS, size)]
-        found = step_of(trainer, parts, step)
-        assert found.completions == expected.completions
-        assert_same(found, expected, name)
+        result = step_of(trainer, parts, step)
+        assert result.completions == expected.completions
+        assert_same(result, expected, name)
 
 
 @pytest.mark.parametrize("build", [scripts.llama, scripts.t5])
@@ -250,7 +250,7 @@ def test_a_training_does_not_depend_on_how_its_steps_are_split(
     build: Callable[..., Any], normalization: str, tmp_path: Path
 ) -> None:
     """Two steps of a plain model through `train`, off and on policy: losses, norms and weights."""
-    found = []
+    trainers = []
     for size in (8, 1, 4):
         trainer = scripts.trainer(
             tmp_path,
@@ -267,14 +267,14 @@ def test_a_training_does_not_depend_on_how_its_steps_are_split(
             },
         )
         trainer.train()
-        found.append(trainer)
-    assert scripts.logged(found[0], "on_policy") == [0.0, 1.0]
-    for other in found[1:]:
+        trainers.append(trainer)
+    assert scripts.logged(trainers[0], "on_policy") == [0.0, 1.0]
+    for other in trainers[1:]:
         # The Trainer adds up losses in float32 for its log.
-        assert scripts.losses(other) == pytest.approx(scripts.losses(found[0]), rel=1e-6)
-        norms = [scripts.logged(one, "grad_norm") for one in (other, found[0])]
+        assert scripts.losses(other) == pytest.approx(scripts.losses(trainers[0]), rel=1e-6)
+        norms = [scripts.logged(made_trainer, "grad_norm") for made_trainer in (other, trainers[0])]
         assert norms[0] == pytest.approx(norms[1], rel=1e-9)
-        expected = scripts.weights(found[0].model)
+        expected = scripts.weights(trainers[0].model)
         for key, value in scripts.weights(other.model).items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9, msg=key)
 
@@ -293,11 +293,11 @@ def test_a_short_last_part_of_a_step_draws_noise_of_its_own(tmp_path: Path) -> N
         )
         batches = [trainer.data_collator(rows[n : n + size]) for n in range(0, 9, size)]
         samples, _ = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
-        found = [sample["batch"].student for sample in samples]
+        students = [sample["batch"].student for sample in samples]
         written.append(
             [
                 ids[mask.bool()].tolist()
-                for part in found
+                for part in students
                 for ids, mask in zip(part.completion_ids, part.completion_mask, strict=True)
             ]
         )
@@ -315,18 +315,18 @@ def test_only_positions_that_predict_a_trained_token_get_a_gradient(
 ) -> None:
     """Exactly: not the prompt's, not the padding's, not those behind the end of sequence."""
     trainer = made(name, tmp_path)
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if output.last_hidden_state.requires_grad:
             output.last_hidden_state.retain_grad()
-            kept.append(output.last_hidden_state)
+            outputs.append(output.last_hidden_state)
 
     model: Any = trainer.model
     body = model.get_decoder() if name in ENCODER_DECODERS else model.base_model
     body.register_forward_hook(keep)
     student = step_of(trainer, [rows_of(name, tiny_examples(ROWS))], step).batches[0].student
-    (hidden,) = kept
+    (hidden,) = outputs
     assert hidden.grad is not None
     touched = hidden.grad.abs().sum(-1) > 0
     predicts = student.completion_mask.bool()
@@ -353,9 +353,9 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(
     cell = trainer.cells[0]
     for measured in (*(replace(cell, beta=beta) for beta in BETAS), replace(cell, divergence="tv")):
         trainer.cells = (measured,)
-        found = step_of(trainer, [rows], step)
-        assert 0 <= found.loss < tolerance
-        assert measured.divergence == "tv" or found.norm < 100 * tolerance
+        result = step_of(trainer, [rows], step)
+        assert 0 <= result.loss < tolerance
+        assert measured.divergence == "tv" or result.norm < 100 * tolerance
     assert step_of(other, [rows], step).norm > 1000 * tolerance
 
 

@@ -113,8 +113,8 @@ def trained(name: str, folder: Path, cells: Sequence[CellArguments], packed: boo
 
 
 def each_alone(name: str, folder: Path, cells: Sequence[CellArguments], **options: Any) -> Iterator[Any]:
-    for one in cells:
-        run, texts = trained(name, folder, [one], packed=False, **options)
+    for cell_args in cells:
+        run, texts = trained(name, folder, [cell_args], packed=False, **options)
         yield run, texts[0]
 
 
@@ -124,8 +124,8 @@ def losses_apart(together: Run, alone: Run, n: int) -> float:
 
 def assert_packed_equals_alone(name: str, folder: Path, cells: Sequence[CellArguments]) -> None:
     together, texts = trained(name, folder, cells, packed=True, max_steps=20)
-    for n, (alone, own) in enumerate(each_alone(name, folder, cells, max_steps=20)):
-        assert texts[n] == own
+    for n, (alone, pack_number) in enumerate(each_alone(name, folder, cells, max_steps=20)):
+        assert texts[n] == pack_number
         assert losses_apart(together, alone, n) < 1e-9
         assert_close(together.weights(n), alone.weights())
     assert together.trainer.failures == {}
@@ -148,8 +148,8 @@ def test_a_whole_grid_packed_is_the_grid_alone(name: str, tmp_path: Path) -> Non
 def test_in_float32_the_losses_agree_within_rounding(name: str, tmp_path: Path) -> None:
     cells, options = few(tmp_path)[1:3], {"dtype": torch.float32, "max_steps": 3}
     together, texts = trained(name, tmp_path, cells, packed=True, **options)
-    for n, (alone, own) in enumerate(each_alone(name, tmp_path, cells, **options)):
-        assert texts[n] == own
+    for n, (alone, pack_number) in enumerate(each_alone(name, tmp_path, cells, **options)):
+        assert texts[n] == pack_number
         assert losses_apart(together, alone, n) < 1e-5
 
 

@@ -82,12 +82,12 @@ class Written:
 
 
 def test_pitfall_01_the_loss_on_policy_does_not_depend_on_the_length_of_the_reference(tmp_path: Path) -> None:
-    found = []
+    results = []
     for words in (1, 4, 16):
         rows = [{"messages": chat("one plus two ?", " ".join(["three"] * words))}] * 2
-        found.append(losses(one_step(tmp_path, rows, arguments=ON))[0])
-    assert found[0] > 1e-3
-    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+        results.append(losses(one_step(tmp_path, rows, arguments=ON))[0])
+    assert results[0] > 1e-3
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
 
 
 def test_pitfall_03_temperatures_of_teacher_and_student_act_in_the_loss(tmp_path: Path) -> None:
@@ -141,38 +141,38 @@ def test_pitfall_06_seq_kd_trains_on_the_teachers_text_and_asks_for_it_once(tmp_
     made = trainer(
         tmp_path, rows, arguments={**OFF, "seq_kd": True, "max_steps": 6, "per_device_train_batch_size": 2}
     )
-    asked: list[int] = []
+    row_counts: list[int] = []
     generate = made.teacher_model.generate
 
     def counted(*args: Any, **options: Any) -> Any:
-        asked.append(len(options["input_ids"]))
+        row_counts.append(len(options["input_ids"]))
         return generate(*args, **options)
 
     made.teacher_model.generate = counted
     seen = Written(made)
     made.train()
-    assert sum(asked) == 4  # three epochs
+    assert sum(row_counts) == 4  # three epochs
     text: dict[Any, Any] = {}
     for batch, completions in zip(seen.batches, seen.completions, strict=True):
-        for prompt, mask, own in zip(
+        for prompt, mask, completion in zip(
             batch.student.prompt_ids, batch.student.prompt_mask, completions, strict=True
         ):
-            assert text.setdefault(tuple(prompt[mask.bool()].tolist()), own) == own
+            assert text.setdefault(tuple(prompt[mask.bool()].tolist()), completion) == completion
     references = {tuple(made.encode_row(row).completion_ids) for row in rows}
-    assert not references & {tuple(own) for own in text.values()}
+    assert not references & {tuple(completion) for completion in text.values()}
 
 
 def test_pitfall_06_resumed_seq_kd_gets_the_same_text(tmp_path: Path) -> None:
     arguments = {**OFF, "seq_kd": True}
     first, second = (trainer(tmp_path, arguments=arguments) for _ in range(2))
     batch = fixed_batch(first)
-    one = first.teacher_completions.replace_completions(batch)
+    whole = first.teacher_completions.replace_completions(batch)
     halves = [
         second.teacher_completions.replace_completions(batch.map_tensors(lambda t, n=n: t[n : n + 1]))
         for n in (3, 2, 1, 0)
     ]
     for n, half in zip((3, 2, 1, 0), halves, strict=True):
-        ids = one.completion_ids[n][one.completion_mask[n].bool()]
+        ids = whole.completion_ids[n][whole.completion_mask[n].bool()]
         assert ids.tolist() == half.completion_ids[0][half.completion_mask[0].bool()].tolist()
 
 
@@ -429,8 +429,10 @@ def test_pitfall_22_arguments_and_teacher_may_be_left_out(
         train_dataset=conversations(),
         processing_class=chat_tokenizer(),
     )
-    given = trainer(tmp_path, teacher=llama(1))
-    assert named.compute_loss(named.model, batch).item() == given.compute_loss(given.model, batch).item()
+    explicit = trainer(tmp_path, teacher=llama(1))
+    assert (
+        named.compute_loss(named.model, batch).item() == explicit.compute_loss(explicit.model, batch).item()
+    )
 
 
 def test_pitfall_23_the_tokenizers_end_stops_the_student_as_the_models_does(tmp_path: Path) -> None:
@@ -476,12 +478,12 @@ def test_pitfall_24_the_entropy_is_that_of_the_student(tmp_path: Path) -> None:
 
 def test_pitfall_24_evaluation_can_look_at_the_students_own_text(tmp_path: Path) -> None:
     made = trainer(tmp_path, eval_dataset=conversations(5), arguments={"eval_on_policy": True})
-    found = made.evaluate()
-    assert found["eval_loss"] > 0 and found["eval_on_policy_loss"] > 0
-    assert found["eval_on_policy_completion_length"] >= 1
-    assert 0 <= found["eval_on_policy_truncated"] <= 1
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] > 0 and metrics["eval_on_policy_loss"] > 0
+    assert metrics["eval_on_policy_completion_length"] >= 1
+    assert 0 <= metrics["eval_on_policy_truncated"] <= 1
     again = made.evaluate()
-    assert again["eval_on_policy_loss"] == found["eval_on_policy_loss"]
+    assert again["eval_on_policy_loss"] == metrics["eval_on_policy_loss"]
     assert "eval_on_policy_loss" not in trainer(tmp_path, eval_dataset=conversations(5)).evaluate()
 
 
@@ -505,15 +507,17 @@ def test_pitfall_25_the_balancing_loss_of_a_mixture_of_experts_is_kept(tmp_path:
         )
 
     made = {}
-    for kept in (False, True):
-        model = mixtral(0, output_router_logits=kept, router_aux_loss_coef=0.5)
-        made[kept] = trainer(tmp_path, model=model, teacher=mixtral(1), arguments=OFF)
+    for with_router_loss in (False, True):
+        model = mixtral(0, output_router_logits=with_router_loss, router_aux_loss_coef=0.5)
+        made[with_router_loss] = trainer(tmp_path, model=model, teacher=mixtral(1), arguments=OFF)
     batch = fixed_batch(made[False])
-    found = {kept: t.compute_loss(t.model, vars(batch)).item() for kept, t in made.items()}
+    losses = {
+        with_router_loss: t.compute_loss(t.model, vars(batch)).item() for with_router_loss, t in made.items()
+    }
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], 1)
-    own = made[True].model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    assert found[True] - found[False] == pytest.approx(0.5 * own.item(), rel=1e-3)
+    router_loss = made[True].model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert losses[True] - losses[False] == pytest.approx(0.5 * router_loss.item(), rel=1e-3)
 
 
 def test_pitfall_25_a_mixture_of_experts_samples_with_its_router_logits_on(tmp_path: Path) -> None:

@@ -50,11 +50,11 @@ def results(folder: Path, world: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
-    found = {}
+    results_of_worlds = {}
     for world in (1, 2):
         folder = tmp_path_factory.mktemp(f"world{world}")
-        found[world] = (folder, results(folder, world))
-    return found
+        results_of_worlds[world] = (folder, results(folder, world))
+    return results_of_worlds
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -64,9 +64,9 @@ def test_pitfall_02_loss_and_gradient_are_those_of_one_process(runs: Any, cell: 
     # The Trainer adds up losses in float32 for its log.
     assert two[0][cell]["losses"] == pytest.approx(alone[cell]["losses"], rel=1e-6)
     assert two[0][cell]["norms"] == pytest.approx(alone[cell]["norms"], rel=1e-9)
-    one, other = (load_file(f / f"{cell}.safetensors") for f in (alone_folder, folder))
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9, msg=name)
+    expected, actual = (load_file(f / f"{cell}.safetensors") for f in (alone_folder, folder))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -85,11 +85,11 @@ def test_pitfall_11_ranks_sample_different_text_that_one_process_would_have_samp
 
 
 def test_resumed_within_an_epoch_ranks_go_on_with_the_rows_that_are_left(runs: Any) -> None:
-    found = [runs[world][1][0]["resumed"] for world in (1, 2)]
-    for one in found:
-        assert len(one["straight"]) == 2
-        assert one["again"] == one["straight"]
-    assert found[1]["straight"] == pytest.approx(found[0]["straight"], rel=1e-6)
+    resumed_runs = [runs[world][1][0]["resumed"] for world in (1, 2)]
+    for resumed_run in resumed_runs:
+        assert len(resumed_run["straight"]) == 2
+        assert resumed_run["again"] == resumed_run["straight"]
+    assert resumed_runs[1]["straight"] == pytest.approx(resumed_runs[0]["straight"], rel=1e-6)
 
 
 def test_a_pack_on_two_ranks_learns_what_it_learns_on_one(runs: Any) -> None:
@@ -100,9 +100,9 @@ def test_a_pack_on_two_ranks_learns_what_it_learns_on_one(runs: Any) -> None:
         for rank in two:
             assert rank["packed"]["weights"][n] == pytest.approx(alone["packed"]["weights"][n], rel=1e-9)
         place = Path(f"packed{n}") / "checkpoint-4" / "model.safetensors"
-        one, other = (load_file(f / place) for f in (alone_folder, folder))
-        for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9, msg=name)
+        expected, actual = (load_file(f / place) for f in (alone_folder, folder))
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("what", ("no loss", "no reward"))

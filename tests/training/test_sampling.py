@@ -100,8 +100,8 @@ def test_batching_order_and_padding_change_nothing(family: Family) -> None:
     moved = sampled(model, rows.map_tensors(lambda t: t[order]), noise[order])
     assert torch.equal(moved.completion_ids, together.completion_ids[order])
     for n, example in enumerate(tiny_examples(rows.num_rows)):
-        one = collate_examples([example], PAD, is_encoder_decoder=family == "encoder-decoder")
-        ids = sampled(model, one, noise[n : n + 1]).completion_ids[0]
+        row = collate_examples([example], PAD, is_encoder_decoder=family == "encoder-decoder")
+        ids = sampled(model, row, noise[n : n + 1]).completion_ids[0]
         assert torch.equal(ids, together.completion_ids[n, : len(ids)])
 
 
@@ -112,24 +112,24 @@ def test_the_model_s_own_generation_settings_do_not_leak(family: Family, way: st
     noise = draw_uniforms(0, 0, "sampling", rows.num_rows, TOKENS) if way == "sample" else None
     beams = 3 if way == "beam" else 1
     expected = sampled(model, rows, noise, num_beams=beams)
-    own = model.generation_config
-    own.do_sample, own.temperature, own.top_k, own.top_p = True, 5.0, 1, 0.1
-    own.repetition_penalty, own.no_repeat_ngram_size, own.min_p = 1.5, 2, 0.5
-    own.forced_eos_token_id, own.suppress_tokens = END, [4, 5, 6]
-    own.min_new_tokens, own.max_length, own.num_beams = TOKENS, 3, 2
-    own.bad_words_ids = [[7], [8]]
+    settings = model.generation_config
+    settings.do_sample, settings.temperature, settings.top_k, settings.top_p = True, 5.0, 1, 0.1
+    settings.repetition_penalty, settings.no_repeat_ngram_size, settings.min_p = 1.5, 2, 0.5
+    settings.forced_eos_token_id, settings.suppress_tokens = END, [4, 5, 6]
+    settings.min_new_tokens, settings.max_length, settings.num_beams = TOKENS, 3, 2
+    settings.bad_words_ids = [[7], [8]]
     got = sampled(model, rows, noise, num_beams=beams)
     assert torch.equal(got.completion_ids, expected.completion_ids)
-    assert model.generation_config is own
+    assert model.generation_config is settings
 
 
 def test_the_model_s_generation_settings_return_after_an_error() -> None:
     model = tiny_model("decoder-only", 0)
-    own = model.generation_config
+    settings = model.generation_config
     rows = prompts("decoder-only")
     with pytest.raises(IndexError):
         sampled(model, rows, torch.zeros(rows.num_rows, 0))
-    assert model.generation_config is own
+    assert model.generation_config is settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)

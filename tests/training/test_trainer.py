@@ -67,8 +67,8 @@ def test_cells_packed_learn_what_they_learn_alone(family: Family, optimizer: str
     cells = mixed(tmp_path)
     together = distil(tmp_path, family, cells, optim=optimizer, max_steps=20)
     assert together.trainer.failures == {}
-    for n, one in enumerate(cells):
-        alone = distil(tmp_path, family, [one], packed=False, optim=optimizer, max_steps=20)
+    for n, cell_args in enumerate(cells):
+        alone = distil(tmp_path, family, [cell_args], packed=False, optim=optimizer, max_steps=20)
         assert largest_difference(together, alone, n, 0) < 1e-9
         assert_close(together.weights(n), alone.weights())
         for mine, its in zip(together.history[n], alone.history[0], strict=True):
@@ -82,8 +82,8 @@ def test_cells_packed_learn_what_they_learn_alone(family: Family, optimizer: str
 def test_in_float32_packed_and_alone_have_the_same_losses(family: Family, tmp_path: Path) -> None:
     cells = mixed(tmp_path)
     together = distil(tmp_path, family, cells, dtype=torch.float32, max_steps=3)
-    for n, one in enumerate(cells):
-        alone = distil(tmp_path, family, [one], packed=False, dtype=torch.float32, max_steps=3)
+    for n, cell_args in enumerate(cells):
+        alone = distil(tmp_path, family, [cell_args], packed=False, dtype=torch.float32, max_steps=3)
         assert largest_difference(together, alone, n, 0) < 1e-5
 
 
@@ -114,12 +114,14 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
     )
     for n in range(2):
         plain = tiny_model("encoder-decoder", 7)
-        own = Adafactor(plain.parameters(), lr=3e-4, scale_parameter=False, relative_step=False)
+        expected_optimizer = Adafactor(
+            plain.parameters(), lr=3e-4, scale_parameter=False, relative_step=False
+        )
         assert len(seen[n]) == 4
         for gradients in seen[n]:
             for name, parameter in plain.named_parameters():
                 parameter.grad = gradients[name]
-            own.step()
+            expected_optimizer.step()
         assert_close(run.weights(n), {k: p.detach() for k, p in plain.named_parameters()}, 1e-12)
 
 
@@ -152,11 +154,11 @@ def test_clipping_is_per_cell(tmp_path: Path) -> None:
 
 
 def test_without_a_limit_nothing_is_clipped(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0, learning_rate=1e-1)
+    cell_args = cell(tmp_path, lmbda=0, learning_rate=1e-1)
     options: dict[str, Any] = {"max_steps": 4, "optim": "sgd"}
-    free = distil(tmp_path, "decoder-only", [one], max_grad_norm=0.0, **options)
-    loose = distil(tmp_path, "decoder-only", [one], max_grad_norm=1e9, **options)
-    tight = distil(tmp_path, "decoder-only", [one], max_grad_norm=1e-3, **options)
+    free = distil(tmp_path, "decoder-only", [cell_args], max_grad_norm=0.0, **options)
+    loose = distil(tmp_path, "decoder-only", [cell_args], max_grad_norm=1e9, **options)
+    tight = distil(tmp_path, "decoder-only", [cell_args], max_grad_norm=1e-3, **options)
     assert_close(free.weights(), loose.weights(), 1e-12)
     moved = sum((free.weights()[k] - tight.weights()[k]).abs().sum() for k in free.weights())
     assert moved > 1e-3
@@ -240,8 +242,8 @@ def test_dropout_too_is_resumed_bit_for_bit(packed: bool, tmp_path: Path) -> Non
 def test_only_the_last_checkpoint_of_each_cell_stays(tmp_path: Path) -> None:
     cells = mixed(tmp_path)
     distil(tmp_path, "decoder-only", cells, max_steps=4, save_strategy="steps", save_steps=2)
-    for one in cells:
-        assert [path.name for path in Path(one.output_dir).iterdir()] == ["checkpoint-4"]
+    for cell_args in cells:
+        assert [path.name for path in Path(cell_args.output_dir).iterdir()] == ["checkpoint-4"]
 
 
 # ---- what must not matter ----
@@ -317,9 +319,9 @@ def test_the_order_of_rows_in_a_batch_changes_no_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_neighbour_changes_nothing(family: Family, tmp_path: Path) -> None:
-    one = cell(tmp_path, "0", lmbda=0.5)
+    cell_args = cell(tmp_path, "0", lmbda=0.5)
     beside = [cell(tmp_path, "1", lmbda=lmbda, beta=1.0, seed=4) for lmbda in (0.0, 1.0)]
-    first, second = (distil(tmp_path, family, [one, other]) for other in beside)
+    first, second = (distil(tmp_path, family, [cell_args, other]) for other in beside)
     assert first.losses() == pytest.approx(second.losses(), abs=1e-12)
     assert_close(first.weights(), second.weights(), 1e-10)
 
@@ -363,8 +365,8 @@ def test_the_loss_is_that_of_the_definition(
     family: Family, normalization: str, lmbda: float, tmp_path: Path
 ) -> None:
     """Row by row: the coin, the rows of the step, the noise of each row, Eq. 1 and Eq. 2."""
-    one = cell(tmp_path, lmbda=lmbda, beta=0.1, teacher_temperature=0.5, learning_rate=1e-30)
-    run = distil(tmp_path, family, [one], loss_normalization=normalization, max_steps=4)
+    cell_args = cell(tmp_path, lmbda=lmbda, beta=0.1, teacher_temperature=0.5, learning_rate=1e-30)
+    run = distil(tmp_path, family, [cell_args], loss_normalization=normalization, max_steps=4)
     expected = [expected_loss(family, step, lmbda, normalization) for step in range(4)]
     assert run.losses() == pytest.approx(expected, abs=1e-10)
     tossed = [float(is_on_policy(lmbda, 0, step)) for step in range(4)]
@@ -469,11 +471,11 @@ def test_each_cell_follows_the_schedule_at_its_own_rate(tmp_path: Path) -> None:
 
 
 def test_weight_decay_acts_on_each_cell_and_spares_norms(tmp_path: Path) -> None:
-    one = cell(tmp_path, lmbda=0, learning_rate=1e-2)
+    cell_args = cell(tmp_path, lmbda=0, learning_rate=1e-2)
     options: dict[str, Any] = {"weight_decay": 0.5, "max_steps": 4}
-    packed = distil(tmp_path, "encoder-decoder", [one, replace(one, beta=1.0)], **options)
-    alone = distil(tmp_path, "encoder-decoder", [one], packed=False, **options)
-    free = distil(tmp_path, "encoder-decoder", [one], packed=False, max_steps=4)
+    packed = distil(tmp_path, "encoder-decoder", [cell_args, replace(cell_args, beta=1.0)], **options)
+    alone = distil(tmp_path, "encoder-decoder", [cell_args], packed=False, **options)
+    free = distil(tmp_path, "encoder-decoder", [cell_args], packed=False, max_steps=4)
     assert_close(packed.weights(0), alone.weights(), 1e-12)
     moved = max((alone.weights()[k] - free.weights()[k]).abs().max() for k in free.weights())
     assert moved > 1e-3
@@ -572,22 +574,22 @@ def test_evaluation_is_the_mean_loss_on_the_data_s_targets(family: Family, tmp_p
     cells = mixed(tmp_path)
     trainer = distil(tmp_path, family, cells, max_steps=2).trainer
     state = copy.deepcopy(trainer.model.state_dict())
-    found = trainer.evaluate(tiny_examples(8, seed=3))["eval_loss"]
+    packed_loss = trainer.evaluate(tiny_examples(8, seed=3))["eval_loss"]
     rows = collate_examples(tiny_examples(8, seed=3), PAD, is_encoder_decoder=family == "encoder-decoder")
     losses = []
-    for n, one in enumerate(cells):
+    for n, cell_args in enumerate(cells):
         student, teacher = trainer.pack.unpack_cell(n), tiny_model(family, 3, width=32)
         with torch.no_grad():
             q, p = compute_completion_logits(student, rows), compute_completion_logits(teacher, rows)
         values = generalized_jsd(
             q.flatten(0, 1),
             p.flatten(0, 1),
-            one.beta,
-            teacher_temperature=one.teacher_temperature,
+            cell_args.beta,
+            teacher_temperature=cell_args.teacher_temperature,
         ).view(q.shape[:2])
         lengths = rows.completion_mask.sum(-1)
         losses.append(((values * rows.completion_mask).sum(-1) / lengths).mean().item())
-    assert found == pytest.approx(math.fsum(losses) / len(losses), abs=1e-6)
+    assert packed_loss == pytest.approx(math.fsum(losses) / len(losses), abs=1e-6)
     assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())
 
 

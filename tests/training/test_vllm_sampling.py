@@ -175,8 +175,10 @@ def test_the_text_depends_on_seed_step_and_micro_batch_alone(
 
 
 def test_rows_with_the_same_prompt_get_different_answers(student: PreTrainedModel, writer_of: Writer) -> None:
-    one = prompts().map_tensors(lambda tensor: tensor[:1].repeat(8, 1))
-    answers = writer_of(student).sample_completions(one, max_new_tokens=12, temperature=1.0, step=0, seed=0)
+    equal_rows = prompts().map_tensors(lambda tensor: tensor[:1].repeat(8, 1))
+    answers = writer_of(student).sample_completions(
+        equal_rows, max_new_tokens=12, temperature=1.0, step=0, seed=0
+    )
     assert len({tuple(row) for row in answers.completion_ids.tolist()}) > 4
 
 
@@ -224,7 +226,7 @@ def test_the_sampling_parameters_are_complete_and_hold_no_seed(
 
 
 def test_the_fields_of_the_configuration_reach_vllm(student: PreTrainedModel, writer_of: Writer) -> None:
-    asked = {
+    expected_settings = {
         "mode": "server",
         "server_base_url": "http://localhost:9",
         "server_timeout": 7.0,
@@ -233,8 +235,10 @@ def test_the_fields_of_the_configuration_reach_vllm(student: PreTrainedModel, wr
         "max_model_length": 99,
         "enable_sleep_mode": True,
     }
-    settings = writer_of(student, **{f"vllm_{name}": value for name, value in asked.items()}).backend.settings
-    assert {name: settings[name] for name in asked} == asked
+    settings = writer_of(
+        student, **{f"vllm_{name}": value for name, value in expected_settings.items()}
+    ).backend.settings
+    assert {name: settings[name] for name in expected_settings} == expected_settings
 
 
 def test_the_calls_fit_the_signatures_of_trl(student: PreTrainedModel, writer_of: Writer) -> None:

@@ -30,11 +30,11 @@ Make = Callable[..., Any]
 def both(folder: Path, rows: Any = None, *, model: Make = llama, **changes: Any) -> list[Any]:
     """TRL's trainer and ours from one script, and so on the same data in the same order."""
     options = dict(changes)
-    more = {name: options.pop(name) for name in tuple(options) if name in OPTIONS}
+    trainer_options = {name: options.pop(name) for name in tuple(options) if name in OPTIONS}
     made = []
     for kind, arguments in ((TrlTrainer, TrlConfig), (GKDTrainer, GKDConfig)):
-        own = vars(config(folder))
-        fields = {name: own[name] for name in FIELDS}
+        defaults = vars(config(folder))
+        fields = {name: defaults[name] for name in FIELDS}
         made.append(
             kind(
                 model=model(0),
@@ -42,7 +42,7 @@ def both(folder: Path, rows: Any = None, *, model: Make = llama, **changes: Any)
                 args=arguments(**{**fields, **OFF, "per_device_train_batch_size": 8, **options}),
                 train_dataset=Dataset.from_list(conversations() if rows is None else rows),
                 processing_class=chat_tokenizer(),
-                **copy.deepcopy(more),
+                **copy.deepcopy(trainer_options),
             )
         )
     return made

@@ -63,8 +63,8 @@ def test_former_names_are_taken_with_a_warning_that_names_the_new_ones(tmp_path:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "(tokenizer|max_seq_length) is deprecated")
         plain = trainer(tmp_path, teacher=llama(1), arguments={**OFF, "max_length": 48})
-    for one in (made, plain):
-        one.train()
+    for made_trainer in (made, plain):
+        made_trainer.train()
     assert losses(made) == losses(plain)
 
 
@@ -85,9 +85,9 @@ def test_models_may_be_named(tmp_path: Path, model: Make) -> None:
     )
     assert changed.model.dtype == torch.bfloat16 and changed.teacher_model.dtype == torch.float32
     assert changed.model.config._attn_implementation == "eager"
-    for one in (made, changed):
-        one.train()
-        assert losses(one)[0] > 0
+    for made_trainer in (made, changed):
+        made_trainer.train()
+        assert losses(made_trainer)[0] > 0
 
 
 def test_tokens_and_template_may_be_set_in_the_arguments(tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_tokens_and_template_may_be_set_in_the_arguments(tmp_path: Path) -> None
 def test_without_a_pad_token_the_end_of_sequence_pads_and_is_still_trained_on(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer()
     tokenizer.pad_token = None
-    found = []
-    for one in (tokenizer, chat_tokenizer()):
-        made = trainer(tmp_path, processing_class=one, arguments={**HALF, "max_steps": 4})
+    all_losses = []
+    for processing_class in (tokenizer, chat_tokenizer()):
+        made = trainer(tmp_path, processing_class=processing_class, arguments={**HALF, "max_steps": 4})
         made.train()
-        found.append(losses(made))
-    assert found[0] == found[1]
+        all_losses.append(losses(made))
+    assert all_losses[0] == all_losses[1]
     neither = chat_tokenizer()
     neither.pad_token = neither.eos_token = None
     with pytest.raises(ValueError, match="pad_token"):
@@ -161,7 +161,7 @@ def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_autocast_to_bfloat16_trains_float32_weights(tmp_path: Path, model: Make) -> None:
-    found = []
+    all_losses = []
     for bf16 in (False, True):
         made = trainer(
             tmp_path,
@@ -172,11 +172,11 @@ def test_autocast_to_bfloat16_trains_float32_weights(tmp_path: Path, model: Make
         )
         batch = made.data_collator(conversations(4))
         with made.compute_loss_context_manager():
-            found.append(made.compute_loss(made.model, batch).item())
+            all_losses.append(made.compute_loss(made.model, batch).item())
         made.train()
         assert all(loss > 0 for loss in losses(made)) and made.evaluate()["eval_loss"] > 0
         assert {value.dtype for value in weights(made.model).values()} == {torch.float32}
-    assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.1)
+    assert all_losses[0] != all_losses[1] and all_losses[0] == pytest.approx(all_losses[1], rel=0.1)
 
 
 def test_arguments_are_copied_and_pickled(tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_arguments_are_copied_and_pickled(tmp_path: Path) -> None:
 def test_two_trainers_of_one_configuration_do_the_same(tmp_path: Path) -> None:
     arguments = config(tmp_path, **HALF)
     before = arguments.to_dict()
-    found = []
+    results = []
     for _ in range(2):
         made = trainer(tmp_path, args=arguments)
         made.train()
-        found.append(weights(made.model))
-    assert_same(*found)
+        results.append(weights(made.model))
+    assert_same(*results)
     # As TRL's: its collators read columns that a model does not name.
     assert arguments.to_dict() == {**before, "remove_unused_columns": False}

@@ -98,10 +98,10 @@ def test_early_stopping_ends_with_the_best_model(tmp_path: Path, model: Make) ->
         },
     )
     made.train()
-    found = logged(made, "eval_loss")
-    assert len(found) < 20 and found[-1] > min(found)
-    assert made.state.best_metric == min(found)
-    assert made.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-6)
+    eval_losses = logged(made, "eval_loss")
+    assert len(eval_losses) < 20 and eval_losses[-1] > min(eval_losses)
+    assert made.state.best_metric == min(eval_losses)
+    assert made.evaluate()["eval_loss"] == pytest.approx(min(eval_losses), rel=1e-6)
 
 
 @pytest.mark.parametrize("given", ["tuple", "optim", "class"])
@@ -128,7 +128,7 @@ def test_the_optimizer_may_be_chosen(tmp_path: Path, given: str) -> None:
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_checkpointed_gradients_are_the_same_gradients(tmp_path: Path, model: Make) -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         made = trainer(
             tmp_path,
@@ -138,16 +138,16 @@ def test_checkpointed_gradients_are_the_same_gradients(tmp_path: Path, model: Ma
         )
         made.train()
         assert made.model.is_gradient_checkpointing == checkpointing
-        found.append((logged(made, "loss"), logged(made, "grad_norm")))
-    for one, other in zip(*found, strict=True):
-        assert one == pytest.approx(other, rel=ROUNDING)
+        gradients.append((logged(made, "loss"), logged(made, "grad_norm")))
+    for first, second in zip(*gradients, strict=True):
+        assert first == pytest.approx(second, rel=ROUNDING)
 
 
 # ---- collators ----
 
 
 def test_the_collator_of_trl_may_be_given(tmp_path: Path) -> None:
-    found = []
+    all_losses = []
     for collator in (None, DataCollatorForChatML(chat_tokenizer(), max_length=64)):
         made = trainer(
             tmp_path,
@@ -157,10 +157,10 @@ def test_the_collator_of_trl_may_be_given(tmp_path: Path) -> None:
         )
         made.train()
         assert set(logged(made, "on_policy")) == {0.0, 1.0}
-        found.append((losses(made), made.evaluate()["eval_loss"], weights(made.model)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=ROUNDING)
-    assert found[0][1] == pytest.approx(found[1][1], rel=ROUNDING)
-    assert_close(found[0][2], found[1][2], atol=1e-6)
+        all_losses.append((losses(made), made.evaluate()["eval_loss"], weights(made.model)))
+    assert all_losses[0][0] == pytest.approx(all_losses[1][0], rel=ROUNDING)
+    assert all_losses[0][1] == pytest.approx(all_losses[1][1], rel=ROUNDING)
+    assert_close(all_losses[0][2], all_losses[1][2], atol=1e-6)
 
 
 def test_a_collator_need_not_state_the_prompts(tmp_path: Path) -> None:
@@ -170,12 +170,12 @@ def test_a_collator_need_not_state_the_prompts(tmp_path: Path) -> None:
         batch = whole(rows)
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
-    found = []
+    all_losses = []
     for collator in (whole, without):
         made = trainer(tmp_path, data_collator=collator, arguments={**HALF, "max_steps": 6})
         made.train()
-        found.append(losses(made))
-    assert found[0] == found[1]
+        all_losses.append(losses(made))
+    assert all_losses[0] == all_losses[1]
 
 
 def test_our_collator_makes_the_batches_of_trl(tmp_path: Path) -> None:

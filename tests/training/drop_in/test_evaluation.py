@@ -40,7 +40,7 @@ def test_evaluation_data_may_be_given_at_once_under_names_or_later(tmp_path: Pat
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_training_evaluates_as_it_goes_and_is_not_moved_by_it(tmp_path: Path, model: Make) -> None:
-    found = []
+    results = []
     for eval_dataset in (None, {"one": conversations(3), "two": conversations(5)}):
         made = trainer(
             tmp_path,
@@ -56,8 +56,8 @@ def test_training_evaluates_as_it_goes_and_is_not_moved_by_it(tmp_path: Path, mo
             },
         )
         made.train()
-        found.append(weights(made.model))
-    assert_same(*found)
+        results.append(weights(made.model))
+    assert_same(*results)
     for name in ("one", "two"):
         assert len(set(logged(made, f"eval_{name}_loss"))) == 4
 
@@ -113,23 +113,23 @@ def test_a_token_accuracy_of_the_users_is_that_of_a_count_by_hand(
         teacher=model(1),
         eval_dataset=rows,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        compute_metrics=lambda found: accuracy_of_ids(found, shift=shift),
+        compute_metrics=lambda found: accuracy_of_ids(metrics, shift=shift),
         arguments={"per_device_eval_batch_size": 2, "max_steps": 8, "learning_rate": 1e-2, **OFF},
     )
     made.train()
     right, count = right_by_hand(made, rows)
-    found = made.evaluate()
+    metrics = made.evaluate()
     assert 0 < right < count
-    assert found["eval_tokens"] == count
-    assert found["eval_accuracy"] == pytest.approx(right / count)
+    assert metrics["eval_tokens"] == count
+    assert metrics["eval_accuracy"] == pytest.approx(right / count)
 
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_metrics_may_ask_for_the_inputs_and_the_losses(tmp_path: Path, model: Make) -> None:
-    asked: list[EvalPrediction] = []
+    predictions: list[EvalPrediction] = []
 
     def note(found: EvalPrediction) -> dict[str, float]:
-        asked.append(found)
+        predictions.append(found)
         return {}
 
     made = trainer(
@@ -141,8 +141,8 @@ def test_metrics_may_ask_for_the_inputs_and_the_losses(tmp_path: Path, model: Ma
         arguments={"include_for_metrics": ["inputs", "loss"]},
     )
     loss = made.evaluate()["eval_loss"]
-    assert asked[0].inputs.shape[0] == 4
-    assert np.mean(asked[0].losses) == pytest.approx(loss)
+    assert predictions[0].inputs.shape[0] == 4
+    assert np.mean(predictions[0].losses) == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("model", [llama, t5])

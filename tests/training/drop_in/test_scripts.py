@@ -46,12 +46,12 @@ def test_generalized_jsd_loss_is_that_of_trl(
     labels = torch.randint(0, 11, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, -100) if labelled else None
     results = []
     for kind in (TrlTrainer, GKDTrainer):
-        own = student.clone().requires_grad_()
+        student_copy = student.clone().requires_grad_()
         loss = kind.generalized_jsd_loss(
-            own, teacher, labels, beta=beta, temperature=temperature, reduction=reduction
+            student_copy, teacher, labels, beta=beta, temperature=temperature, reduction=reduction
         )
         loss.sum().backward()
-        results.append((loss, own.grad))
+        results.append((loss, student_copy.grad))
     torch.testing.assert_close(results[1], results[0])
 
 
@@ -59,11 +59,11 @@ def test_generalized_jsd_loss_is_that_of_trl(
 def test_generalized_jsd_loss_divides_by_a_number_given(items: Any) -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
-    found = [
+    values = [
         kind.generalized_jsd_loss(student, teacher, reduction="none", num_items_in_batch=items)
         for kind in (TrlTrainer, GKDTrainer)
     ]
-    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(values[1], values[0])
     nothing = torch.full((3, 5), -100)
     for kind in (TrlTrainer, GKDTrainer):
         assert kind.generalized_jsd_loss(student, teacher, nothing).item() == 0
@@ -84,8 +84,8 @@ def test_generate_on_policy_outputs_are_those_of_trl(count: int) -> None:
     theirs, ours = (
         kind.generate_on_policy_outputs(model, inputs, settings) for kind in (TrlTrainer, GKDTrainer)
     )
-    for one, other in zip(theirs, ours, strict=True):
-        assert torch.equal(one, other)
+    for expected, actual in zip(theirs, ours, strict=True):
+        assert torch.equal(expected, actual)
     lengths = ours[1][:, width:].sum(1).tolist()
     assert (min(lengths) < max(lengths)) == (count > 0)
 
@@ -148,8 +148,8 @@ def test_sampling_leaves_the_generation_configuration_of_the_adapted_model_alone
     student.generation_config.temperature, student.generation_config.max_new_tokens = 0.33, 77
     made = trainer(tmp_path, model=student, arguments=ON, peft_config=lora(task_type="CAUSAL_LM"))
     made.train()
-    kept = made.model.merge_and_unload().generation_config
-    assert (kept.temperature, kept.max_new_tokens) == (0.33, 77)
+    configuration = made.model.merge_and_unload().generation_config
+    assert (configuration.temperature, configuration.max_new_tokens) == (0.33, 77)
 
 
 class Annealed(TrainerCallback):

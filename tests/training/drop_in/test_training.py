@@ -51,7 +51,7 @@ def test_the_order_of_the_data_is_that_of_trl_where_the_user_asks_for_the_datas_
 
 
 def test_evaluation_and_its_metrics_are_those_of_trl(tmp_path: Path) -> None:
-    found = []
+    all_metrics = []
     for made in both(
         tmp_path,
         per_device_eval_batch_size=3,
@@ -59,8 +59,8 @@ def test_evaluation_and_its_metrics_are_those_of_trl(tmp_path: Path) -> None:
         compute_metrics=token_accuracy,
     ):
         made.train()
-        found.append(made.evaluate())
-    theirs, ours = found
+        all_metrics.append(made.evaluate())
+    theirs, ours = all_metrics
     names = [name for name in theirs if name.endswith(("_loss", "_accuracy", "_tokens"))]
     assert len(names) == 6
     assert {name: ours[name] for name in names} == pytest.approx(
@@ -96,18 +96,18 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_every_kind_of_data_set_trains_alike(tmp_path: Path, model: Make) -> None:
-    found = []
+    all_losses = []
     for data in (conversations(), Dataset.from_list(conversations()), Rows(conversations())):
         made = trainer(tmp_path, model=model(0), teacher=model(1), train_dataset=data, arguments=HALF)
         made.train()
-        found.append(weights(made.model))
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
+        all_losses.append(weights(made.model))
+    assert_same(all_losses[0], all_losses[1])
+    assert_same(all_losses[0], all_losses[2])
 
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_streams_train_in_their_own_order(tmp_path: Path, model: Make) -> None:
-    found = []
+    all_losses = []
     streams = (Dataset.from_list(conversations()).to_iterable_dataset(), Stream(conversations()))
     assert isinstance(streams[0], IterableDataset)
     for data in streams:
@@ -116,8 +116,8 @@ def test_streams_train_in_their_own_order(tmp_path: Path, model: Make) -> None:
         )
         made.train()  # passes the end of the data
         assert len(losses(made)) == 6
-        found.append(weights(made.model))
-    assert_same(*found)
+        all_losses.append(weights(made.model))
+    assert_same(*all_losses)
 
 
 def test_a_stream_without_a_number_of_steps_is_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_dropping_the_last_part_is_the_users_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [llama, t5])
 def test_a_worker_process_loads_what_the_trainer_would(tmp_path: Path, model: Make) -> None:
-    found = []
+    all_losses = []
     for workers in (0, 1):
         made = trainer(
             tmp_path,
@@ -185,5 +185,5 @@ def test_a_worker_process_loads_what_the_trainer_would(tmp_path: Path, model: Ma
             arguments={**HALF, "dataloader_num_workers": workers},
         )
         made.train()
-        found.append((losses(made), made.evaluate()["eval_loss"]))
-    assert found[0] == found[1]
+        all_losses.append((losses(made), made.evaluate()["eval_loss"]))
+    assert all_losses[0] == all_losses[1]
