@@ -16,7 +16,7 @@ from typing import Any
 from gkd_lab.config.errors import ConfigError, suggest_choices
 
 RewardFunction = Callable[[list[str], list[str], list[str]], list[float]]
-"""(prompts, texts that the student wrote, the data's completions) -> a reward for each, more is better."""
+"""(prompts, the student's completions, references) -> a reward for each, larger is better."""
 
 ENTAILMENT = "entailment"
 BUILT_IN_REWARDS = ("exact_match", "rouge2", "rougeL", ENTAILMENT)
@@ -26,7 +26,7 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z
 
 
 def check_reward_name(name: str) -> None:
-    """Raises SpecError for a name that is neither ours nor an import path."""
+    """Raise ConfigError for a name that is neither built in nor an import path."""
     if name not in BUILT_IN_REWARDS and not _IMPORT_PATH.fullmatch(name):
         raise ConfigError(
             f"unknown reward {name!r}; {suggest_choices(name, BUILT_IN_REWARDS)}, or a function's import "
@@ -35,7 +35,7 @@ def check_reward_name(name: str) -> None:
 
 
 def check_reward_model(name: str, model: object) -> None:
-    """Raises SpecError where a reward lacks the model that it asks, or is given one that it does not read."""
+    """Raise ConfigError for a missing model, or for one that the reward does not read."""
     if name == ENTAILMENT and model is None:
         raise ConfigError(
             "reward 'entailment' asks a sequence-classification model: give `model`, a checkpoint folder or "
@@ -46,7 +46,7 @@ def check_reward_model(name: str, model: object) -> None:
 
 
 def check_reward_baseline(baseline: str, normalize: bool) -> None:
-    """Raises SpecError for a baseline that is unknown, or too little for what is asked."""
+    """Raise ConfigError for `normalize` without a baseline."""
     if normalize and baseline == "none":
         raise ConfigError(
             "a reward's `normalize` divides by how far rewards lie from their mean, which baseline 'none' "
@@ -55,7 +55,7 @@ def check_reward_baseline(baseline: str, normalize: bool) -> None:
 
 
 def check_reward_sampling(lmbda: float, temperature: float | None) -> None:
-    """Raises SpecError where nothing would be rewarded, or a policy gradient would be of another policy."""
+    """Raise ConfigError if the student samples nothing, or from another distribution than is trained."""
     if lmbda == 0:
         raise ConfigError(
             "a reward is of what the student writes, and with lmbda 0 it writes nothing: set lmbda to 1, or "
@@ -69,7 +69,7 @@ def check_reward_sampling(lmbda: float, temperature: float | None) -> None:
 
 
 def off_policy_message(lmbda: float) -> str:
-    """Why a reward alone needs lmbda 1."""
+    """Return the error message for a reward as the only term where lmbda is below 1."""
     return (
         f"lmbda {lmbda:g} takes the other steps from the data, of which a reward teaches nothing: set lmbda "
         "to 1, or add a divergence or cross_entropy"
@@ -77,9 +77,9 @@ def off_policy_message(lmbda: float) -> str:
 
 
 def hash_reward_module(name: str) -> str | None:
-    """SHA-256 of the module that a function's import path names; None for our own rewards.
+    """Return the SHA-256 of the module that an import path names; None for built-in rewards.
 
-    Raises SpecError for a module that is not there.
+    Raises ConfigError for a missing module.
     """
     if name in BUILT_IN_REWARDS:
         return None
@@ -91,31 +91,31 @@ def hash_reward_module(name: str) -> str | None:
 
 
 def import_reward(name: str) -> RewardFunction:
-    """The function at `package.module:function`. Raises SpecError for what is missing or is no function."""
-    module, _, place = name.partition(":")
+    """Import the function at `package.module:function`. Raises ConfigError if there is none."""
+    module, _, attributes = name.partition(":")
     _add_current_folder_to_path()
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise _missing_module_error(name, error.name) from error
         raise _import_failure_error(name, module, error) from error
     except (Exception, SystemExit) as error:  # a user's module may raise anything, and may call exit()
         raise _import_failure_error(name, module, error) from error
-    for part in place.split("."):
-        if not hasattr(found, part):
+    for part in attributes.split("."):
+        if not hasattr(value, part):
             raise ConfigError(
-                f"reward {name!r}: {module} has no {part!r}; {suggest_choices(part, _public_names(found))}"
+                f"reward {name!r}: {module} has no {part!r}; {suggest_choices(part, _public_names(value))}"
             )
-        found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"reward {name!r} is a {type(found).__name__}, not a function")
-    rule: RewardFunction = found
-    return rule
+        value = getattr(value, part)
+    if not callable(value):
+        raise ConfigError(f"reward {name!r} is a {type(value).__name__}, not a function")
+    function: RewardFunction = value
+    return function
 
 
 def _find_module_file(module: str) -> Path | None:
-    """Where a module's source lies, found as an import would find it, without importing its packages."""
+    """Find a module's source file as an import would, without importing its packages."""
     first, *rest = module.split(".")
     _add_current_folder_to_path()
     loaded = sys.modules.get(first)
@@ -127,32 +127,27 @@ def _find_module_file(module: str) -> Path | None:
     else:
         folders = getattr(loaded, "__path__", ())
     if not rest:
-        return None if origin is None else _existing_file(Path(origin))
-    places = [Path(folder).joinpath(*rest) for folder in folders]
-    found = [
-        _existing_file(path) for place in places for path in (place.with_suffix(".py"), place / "__init__.py")
-    ]
-    return next(filter(None, found), None)
-
-
-def _existing_file(path: Path) -> Path | None:
-    return path if path.is_file() else None
+        return Path(origin) if origin is not None and Path(origin).is_file() else None
+    stems = [Path(folder).joinpath(*rest) for folder in folders]
+    files = [file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")]
+    return next(filter(Path.is_file, files), None)
 
 
 def _add_current_folder_to_path() -> None:
-    """A function may lie beside the experiment; behind everything that is installed."""
+    """Let imports find modules of the current folder, after all installed ones."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
 
 
 def _public_names(owner: Any) -> list[str]:
+    """Return the attribute names of a module or class that have no leading underscore."""
     return [name for name in vars(owner) if not name.startswith("_")] if hasattr(owner, "__dict__") else []
 
 
 def _missing_module_error(name: str, module: str) -> ConfigError:
     return ConfigError(
         f"reward {name!r}: there is no module {module!r} among the installed ones and in {Path.cwd()}; "
-        f"our own rewards: {', '.join(BUILT_IN_REWARDS)}"
+        f"built-in rewards: {', '.join(BUILT_IN_REWARDS)}"
     )
 
 

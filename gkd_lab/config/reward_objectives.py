@@ -1,4 +1,4 @@
-"""`alpha`, `reward` and `anchor` as terms of the loss (Eq. 5), and which of their forms make no sense."""
+"""Rewards as terms of the loss (Eq. 5): `alpha`, `reward` and `anchor`, and checks of what is learnt from."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ from gkd_lab.config.reward_names import (
 
 
 def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedReward:
-    """The reward as content. Raises SpecError for one that is not there."""
+    """Return the reward with model revision and module hash. Raises ConfigError for a missing module."""
     hub_name, folder, revision = (None, None, None) if config.model is None else find_model(config.model)
     if hub_name is not None and config.revision is not None:
         revision = config.revision
@@ -34,9 +34,9 @@ def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedRewar
 def build_reward_terms(
     divergence: ResolvedTerm, reward: ResolvedReward | None, values: Mapping[str, Any]
 ) -> tuple[ResolvedTerm, ...]:
-    """The weights alpha of the divergence and 1 - alpha of the reward (Eq. 5); what weighs 0 is left out.
+    """Weight the divergence by alpha and the reward by 1 - alpha (Eq. 5); terms of weight 0 are left out.
 
-    With the anchor `start` the divergence is from the student as it starts, frozen, as in RLEF* (Fig. 5).
+    With the anchor `start` the divergence is from the frozen SFT student, as in RLEF* (Fig. 5).
     """
     alpha, anchor = values["alpha"], values["anchor"] or "teacher"
     if reward is None:
@@ -63,7 +63,7 @@ def build_reward_terms(
 
 
 def _check_no_reward(alpha: float | None, anchor: str) -> None:
-    """What says something of a reward where there is none."""
+    """Raise ConfigError if alpha or anchor is set without a reward."""
     for name, value in (("alpha", alpha), ("anchor", anchor if anchor == "start" else None)):
         if value is not None:
             raise ConfigError(f"{name} {value} says how to weigh a reward: set `reward`, or leave {name} out")
@@ -76,17 +76,18 @@ def check_any_weight(terms: Iterable[WeightedTerm]) -> None:
 
 
 def check_terms_learn(terms: Iterable[ResolvedTerm], source: Source) -> None:
-    """Raises SpecError where what is written teaches nothing: `reward` of others' text, `cross_entropy` of
-    the student's own.
+    """Raise ConfigError if nothing is learnt from some of the text.
+
+    A reward learns only from text that the student sampled, cross-entropy only from other text.
     """
     listed = list(terms)
     check_any_weight(listed)
-    kinds = {type(term) for term in listed if term.weight or term.final_weight}
-    if ResolvedReward in kinds:
+    classes = {type(term) for term in listed if term.weight or term.final_weight}
+    if ResolvedReward in classes:
         check_reward_sampling(source.lmbda, source.temperature)
-        if source.lmbda < 1 and kinds == {ResolvedReward}:
+        if source.lmbda < 1 and classes == {ResolvedReward}:
             raise ConfigError(off_policy_message(source.lmbda))
-    elif source.lmbda > 0 and kinds == {CrossEntropyConfig}:
+    elif source.lmbda > 0 and classes == {CrossEntropyConfig}:
         raise ConfigError(
             f"lmbda {source.lmbda:g} lets the student write, and cross_entropy has nothing to teach of its "
             "own text: set lmbda to 0, or add a divergence to the objectives"

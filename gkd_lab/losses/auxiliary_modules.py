@@ -1,4 +1,4 @@
-"""The modules that compute a step's `AuxiliaryLoss` terms: one for each cell and term, and what they learn.
+"""Auxiliary modules of a pack: one for each cell and `AuxiliaryLoss`, their optimizers and checkpoints.
 
 Shapes: K cells, B rows a cell, C completion tokens.
 """
@@ -25,7 +25,7 @@ CHECKPOINT_STEM = "step_modules"
 
 @dataclass
 class _TermModule:
-    """A term's module, and the optimizer of its parameters where it has any."""
+    """The module of a term, and the optimizer of its parameters if it has any."""
 
     name: str
     module: AuxiliaryModule
@@ -37,18 +37,18 @@ class _TermModule:
 
     @property
     def has_parameter_loss(self) -> bool:
-        """Whether its parameters have a loss of their own."""
+        """Whether its parameters learn from a separate loss."""
         return type(self.module).parameter_loss is not AuxiliaryModule.parameter_loss
 
 
 class AuxiliaryModules:
-    """All of them, by cell and number of the term in the cell's list.
+    """The auxiliary modules of all cells, by cell and number of the term in the cell's list.
 
     Args:
-        cells: K.
+        cells: K cells.
         student, teacher: The configurations of the models.
-        device, dtype: Where modules compute, and in what: float32, or float64 for a student in float64.
-        over_ranks: Mean of a tensor over processes.
+        device, dtype: Of the modules; dtype float32, or float64 for a student in float64.
+        average_over_ranks: Mean of a tensor over processes.
     """
 
     def __init__(
@@ -65,33 +65,32 @@ class AuxiliaryModules:
         wide = torch.promote_types(dtype, torch.float32)
         self._term_modules: dict[tuple[int, int], _TermModule] = {}
         for n, cell in enumerate(cells):
-            called = term_names(cell.list_terms())
-            for place, term in enumerate(cell.list_terms()):
+            terms = cell.list_terms()
+            for number, (name, term) in enumerate(zip(term_names(terms), terms, strict=True)):
                 if isinstance(term.loss, AuxiliaryLoss):
                     module = term.loss.create_module(student, teacher, cell.seed).to(device, wide)
-                    self._term_modules[n, place] = _TermModule(called[place], module)
+                    self._term_modules[n, number] = _TermModule(name, module)
         self.required_outputs = required_outputs(cell.list_terms() for cell in cells)
-        self.reads_teacher = any(measure.reads_teacher for measure in self._auxiliary_losses())
+        self.reads_teacher = any(loss.reads_teacher for loss in self._auxiliary_losses())
 
     def _auxiliary_losses(self) -> list[AuxiliaryLoss]:
-        terms = [term.loss for cell in self.cells for term in cell.list_terms()]
-        return [measure for measure in terms if isinstance(measure, AuxiliaryLoss)]
+        """Return the auxiliary losses of all cells."""
+        losses = [term.loss for cell in self.cells for term in cell.list_terms()]
+        return [loss for loss in losses if isinstance(loss, AuxiliaryLoss)]
 
     def set_text_reader(self, teacher: TextReader) -> None:
-        """Tell the terms that read texts who reads them."""
-        for own in self._term_modules.values():
-            if isinstance(own.module, ULDModule):
-                own.module.teacher = teacher
+        """Give the modules that read texts their teacher."""
+        for term_module in self._term_modules.values():
+            if isinstance(term_module.module, ULDModule):
+                term_module.module.teacher = teacher
 
     def __bool__(self) -> bool:
         return bool(self._term_modules)
 
     @property
     def has_parameters(self) -> bool:
-        """Whether any of them has parameters."""
-        return any(own.optimizer is not None for own in self._term_modules.values())
-
-    # ---- values ----
+        """Whether any module has parameters."""
+        return any(term_module.optimizer is not None for term_module in self._term_modules.values())
 
     def compute_terms(
         self,
@@ -100,17 +99,18 @@ class AuxiliaryModules:
         batch: MicroBatch,
         weights: Tensor,
     ) -> dict[tuple[int, int], Tensor]:
-        """What each term adds to its cell's loss, (), differentiable by the student.
+        """Return each term's part of its cell's loss, (), differentiable by the student, by (cell, term).
 
         student: of (K*B) rows; teacher: of the teacher's rows; weights: (K, B, C).
         """
-        found = {}
+        values = {}
         with torch.autocast(student.hidden.device.type, enabled=False):
-            for (n, place), own in self._term_modules.items():
-                term = batch.cell_terms(n, self.cells[n])[place]
-                seen = self._build_inputs(n, student, teacher, batch, weights)
-                found[n, place] = term.weight * _compute_term(own, seen, learning=batch.only_term is None)
-        return found
+            for (n, number), term_module in self._term_modules.items():
+                weight = batch.cell_terms(n, self.cells[n])[number].weight
+                inputs = self._build_inputs(n, student, teacher, batch, weights)
+                learning = batch.only_term is None
+                values[n, number] = weight * _compute_term(term_module, inputs, learning=learning)
+        return values
 
     def _build_inputs(
         self,
@@ -120,85 +120,84 @@ class AuxiliaryModules:
         batch: MicroBatch,
         weights: Tensor,
     ) -> LossInputs:
+        """Return the part of a micro-batch and of the models' outputs that belongs to a cell."""
         count, block = len(self.cells), batch.block_of_cell[n]
-        of_teacher = None
+        teacher_outputs = None
         if teacher is not None and self._teacher is not None:
-            of_teacher = _select_block(teacher, len(batch.prompts_of_block), block, self._teacher)
+            teacher_outputs = _select_block(teacher, len(batch.prompts_of_block), block, self._teacher)
         return LossInputs(
             rows=split_blocks(batch.student, count)[n],
             student=_select_block(student, count, n, self._student),
-            teacher=of_teacher,
+            teacher=teacher_outputs,
             weights=weights[n],
             on_policy=batch.on_policy[n],
             step=batch.step,
             seed=self.cells[n].seed,
         )
 
-    # ---- what they learn ----
-
     def update_modules(self, rates: Mapping[int, float], factor: float, max_norm: float) -> None:
-        """One update of the modules of the cells in `rates`, which has each one's base learning rate.
+        """Update the modules of the cells in `rates`, which has each cell's base learning rate.
 
-        factor: of the schedule. max_norm: a gradient is clipped to it, each module's by itself; 0: not.
+        factor: of the schedule. max_norm: each module's gradient is clipped to it; 0: no clipping.
         """
-        for (n, _), own in self._term_modules.items():
-            parameters = [p for p in own.module.parameters() if p.grad is not None]
-            if own.optimizer is not None and n in rates:
+        for (n, _), term_module in self._term_modules.items():
+            parameters = [p for p in term_module.module.parameters() if p.grad is not None]
+            if term_module.optimizer is not None and n in rates:
                 for parameter in parameters:
                     assert parameter.grad is not None
                     parameter.grad = self._average_over_ranks(parameter.grad)
                 if max_norm > 0 and parameters:
                     nn.utils.clip_grad_norm_(parameters, max_norm)
-                for group in own.optimizer.param_groups:
-                    group["lr"] = factor * (own.module.learning_rate or rates[n])
-                own.optimizer.step()
-            own.module.zero_grad()
+                for group in term_module.optimizer.param_groups:
+                    group["lr"] = factor * (term_module.module.learning_rate or rates[n])
+                term_module.optimizer.step()
+            term_module.module.zero_grad()
 
     def collect_logs(self, n: int) -> dict[str, float]:
-        """What the modules of a cell have to say of the last step, under `name/what`."""
+        """Return the further log values of a cell's modules, such as `adversarial/accuracy_student`."""
         return {
-            f"{own.name}/{what}": value
-            for (cell, _), own in self._term_modules.items()
-            if cell == n
-            for what, value in own.module.collect_logs(self._average_over_ranks).items()
+            f"{term_module.name}/{key}": value
+            for term_module in self._cell_modules(n).values()
+            for key, value in term_module.module.collect_logs(self._average_over_ranks).items()
         }
 
-    # ---- in a cell's checkpoints ----
-
     def save_cell(self, n: int, folder: Path) -> None:
-        """The cell's modules and their optimizers."""
+        """Save the cell's modules and their optimizers."""
         tensors: dict[str, Tensor] = {}
-        for place, own in self._cell_modules(n).items():
-            tensors |= {f"{place}:{name}": t for name, t in own.module.state_dict().items()}
-            if own.optimizer is not None:
-                for number, state in own.optimizer.state_dict()["state"].items():
-                    tensors |= {f"{place}:optimizer:{number}:{entry}": t for entry, t in state.items()}
+        for number, term_module in self._cell_modules(n).items():
+            tensors |= {f"{number}:{name}": t for name, t in term_module.module.state_dict().items()}
+            if term_module.optimizer is not None:
+                for parameter, state in term_module.optimizer.state_dict()["state"].items():
+                    tensors |= {f"{number}:optimizer:{parameter}:{entry}": t for entry, t in state.items()}
         if tensors:
-            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(kept, folder / f"{CHECKPOINT_STEM}.safetensors")
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_cpu, folder / f"{CHECKPOINT_STEM}.safetensors")
 
     def load_cell(self, n: int, folder: Path) -> None:
-        """Raises ValueError for a checkpoint that was saved without them."""
-        if not any(own.module.state_dict() for own in self._cell_modules(n).values()):
+        """Load the cell's modules and their optimizers. Raises ValueError if the checkpoint lacks them."""
+        if not any(term_module.module.state_dict() for term_module in self._cell_modules(n).values()):
             return
-        place_of = folder / f"{CHECKPOINT_STEM}.safetensors"
-        if not place_of.exists():
-            raise ValueError(
-                f"{folder} has no {place_of.name}, which this loss's terms go on from: start anew"
+        file = folder / f"{CHECKPOINT_STEM}.safetensors"
+        if not file.exists():
+            raise ValueError(f"{folder} has no {file.name}, from which this loss's terms go on: start anew")
+        tensors = load_file(file)
+        for number, term_module in self._cell_modules(n).items():
+            state = {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(f"{number}:")}
+            term_module.module.load_state_dict(
+                {k: t for k, t in state.items() if not k.startswith("optimizer:")}
             )
-        kept = load_file(place_of)
-        for place, own in self._cell_modules(n).items():
-            mine = {k.partition(":")[2]: t for k, t in kept.items() if k.startswith(f"{place}:")}
-            own.module.load_state_dict({k: t for k, t in mine.items() if not k.startswith("optimizer:")})
-            if own.optimizer is not None:
-                own.optimizer.load_state_dict(_optimizer_state(own.optimizer, mine))
+            if term_module.optimizer is not None:
+                term_module.optimizer.load_state_dict(_optimizer_state(term_module.optimizer, state))
 
     def _cell_modules(self, n: int) -> dict[int, _TermModule]:
-        return {place: own for (cell, place), own in self._term_modules.items() if cell == n}
+        """Return the modules of a cell by number of their term."""
+        return {
+            number: term_module for (cell, number), term_module in self._term_modules.items() if cell == n
+        }
 
 
 def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: bool) -> Tensor:
-    """The term's value; a module with a loss of its own gets its gradient here, and none from the value."""
+    """Return the term's value; a module with a separate loss gets its gradient here alone."""
     if not term_module.has_parameter_loss:
         return term_module.module(inputs)
     if learning and torch.is_grad_enabled():
@@ -213,18 +212,19 @@ def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: boo
     return value
 
 
-def _select_block(read: UnprojectedOutput, blocks: int, n: int, config: PretrainedConfig) -> ModelOutputs:
-    """Block `n` of a pass over `parts` blocks of rows."""
+def _select_block(outputs: UnprojectedOutput, blocks: int, n: int, config: PretrainedConfig) -> ModelOutputs:
+    """Select block `n` of a model's outputs over `blocks` blocks of rows."""
 
     def block(tensor: Tensor) -> Tensor:
         rows = len(tensor) // blocks
         return tensor[n * rows : (n + 1) * rows]
 
-    outputs = {name: tuple(map(block, tensors)) for name, tensors in read.extra_outputs.items()}
-    return ModelOutputs(block(read.hidden), outputs, config, read.projection.select_cell(n))
+    extra = {name: tuple(map(block, tensors)) for name, tensors in outputs.extra_outputs.items()}
+    return ModelOutputs(block(outputs.hidden), extra, config, outputs.projection.select_cell(n))
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Build an optimizer's state dict from a checkpoint's tensors `optimizer:NUMBER:ENTRY`."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer:"):

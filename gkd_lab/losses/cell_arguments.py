@@ -1,4 +1,4 @@
-"""What may differ between the cells of one pack: lmbda, divergence, seed, temperatures, learning rate."""
+"""Arguments that may differ between the cells of one pack: lmbda, loss, seed, temperatures, learning rate."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, zero_inapplicable
 
 @dataclass(frozen=True)
 class CellArguments:
-    """What may differ between the cells of a pack; everything else is common to them."""
+    """Arguments of one cell of a pack; all others are common to its cells."""
 
     lmbda: float
     beta: float
@@ -24,11 +24,11 @@ class CellArguments:
     student_temperature: float
     learning_rate: float
     output_dir: str
-    """Where the cell's own checkpoints go."""
+    """Folder of the cell's checkpoints."""
     divergence: str = "jsd"
     rescale_divergence: bool = False
     objectives: WeightedLosses = ()
-    """What the loss is made of; empty: the divergence that the fields above describe."""
+    """Terms of the loss; empty: the divergence that the fields above describe."""
 
     def __post_init__(self) -> None:
         if self.lmbda > 0 and not any(term.is_applicable(on_policy=True) for term in self.list_terms()):
@@ -40,14 +40,14 @@ class CellArguments:
             self._check_reward_sampling()
 
     def _check_reward_sampling(self) -> None:
-        """A reward is of what the student samples, by the very distribution that it is trained as."""
+        """Check that the student samples the text that is rewarded, from the distribution that is trained."""
         check_reward_sampling(self.lmbda, self.temperature)
         if self.lmbda < 1 and not any(term.is_applicable(on_policy=False) for term in self.list_terms()):
             raise ValueError(off_policy_message(self.lmbda))
 
     @classmethod
     def build(cls, args: Any) -> "CellArguments":
-        """The one cell that a `GKDConfig` describes."""
+        """Return the single cell that a `GKDConfig` describes. Raises ConfigError for an invalid term."""
         seed = args.seed if args.data_seed is None else args.data_seed
         fields: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
         objectives = json.loads(args.objectives) if isinstance(args.objectives, str) else args.objectives
@@ -61,16 +61,16 @@ class CellArguments:
         return cls(**{**fields, "seed": seed, "objectives": parse_terms(objectives or (), defaults)})
 
     def list_terms(self, *, on_policy: bool = False, progress: float = 0.0) -> WeightedLosses:
-        """The terms of the loss after a share of the steps.
+        """Return the terms of the loss after a share of the steps.
 
-        What teaches nothing of this text has the weight 0, as cross-entropy of what the student wrote itself.
+        Terms that learn nothing from such text have weight 0, such as cross-entropy on policy.
         """
         terms = self.objectives or (WeightedLoss(self.build_divergence()),)
         weighted = tuple(term.interpolate_weight(progress) for term in terms)
         return zero_inapplicable_terms(weighted, on_policy=on_policy)
 
     def build_divergence(self) -> Divergence:
-        """The divergence that the cell's own fields describe."""
+        """Return the divergence that the fields besides `objectives` describe."""
         return Divergence(
             kind=self.divergence,  # type: ignore[arg-type]
             beta=self.beta,
@@ -81,5 +81,5 @@ class CellArguments:
 
 
 def distinct_seeds(cells: Sequence[CellArguments]) -> list[int]:
-    """The distinct seeds of a pack, in order of first appearance."""
+    """Return the distinct seeds of a pack, in order of first appearance."""
     return list(dict.fromkeys(cell.seed for cell in cells))

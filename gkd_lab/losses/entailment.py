@@ -15,49 +15,50 @@ ENTAILMENT_LABEL = "entailment"
 
 @lru_cache(maxsize=1)
 def load_entailment_reward(model: str, revision: str | None, device: torch.device) -> RewardFunction:
-    """The probability that the prompt (premise) entails the text (hypothesis), from 0 to 1.
+    """Load the reward: the probability that the prompt (premise) entails the text (hypothesis).
 
-    The model is loaded once, frozen, in its own dtype. Pairs longer than it reads are cut at their longer
-    part. Raises ValueError if none of its labels is called entailment, or there is no such model.
+    It is from 0 to 1. The model is loaded once, frozen, in its own dtype. Pairs that are too long for it are
+    cut at their longer part. Raises ValueError if the model is missing or has no label called entailment.
     """
-    given: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+    options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     try:
         with hide_progress_bars():
-            judge = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto", **given)
-            tokenizer = AutoTokenizer.from_pretrained(model, **given)
+            classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto", **options)
+            tokenizer = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"reward 'entailment': the model {model!r} cannot be loaded: {reason}") from error
-    label = entailment_label_id(judge, model)
-    judge = judge.to(device).eval().requires_grad_(False)
+    label = entailment_label_id(classifier, model)
+    classifier = classifier.to(device).eval().requires_grad_(False)
 
-    def rule(prompts: list[str], texts: list[str], references: list[str]) -> list[float]:
-        found: list[float] = []
+    def compute_entailment(prompts: list[str], texts: list[str], references: list[str]) -> list[float]:
+        rewards: list[float] = []
         for first in range(0, len(texts), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            found += _label_probabilities(judge, tokenizer, prompts[some], texts[some])[:, label].tolist()
-        return found
+            rows = slice(first, first + ROWS_AT_ONCE)
+            probabilities = _label_probabilities(classifier, tokenizer, prompts[rows], texts[rows])
+            rewards += probabilities[:, label].tolist()
+        return rewards
 
-    return rule
+    return compute_entailment
 
 
 def entailment_label_id(classifier: PreTrainedModel, model_name: str) -> int:
-    """Number of the label that is called entailment in the model's own list, whatever its case."""
+    """Return the number of the label called entailment, in any case. Raises ValueError if there is none."""
     labels = classifier.config.id2label
-    found = [number for number, label in labels.items() if str(label).lower() == ENTAILMENT_LABEL]
-    if len(found) != 1:
-        known = ", ".join(map(str, labels.values()))
+    numbers = [number for number, label in labels.items() if str(label).lower() == ENTAILMENT_LABEL]
+    if len(numbers) != 1:
+        names = ", ".join(map(str, labels.values()))
         raise ValueError(
-            f"reward 'entailment': no label of {model_name!r} is called {ENTAILMENT_LABEL!r}; it has: {known}"
+            f"reward 'entailment': no label of {model_name!r} is called {ENTAILMENT_LABEL!r}; it has: {names}"
         )
-    return int(found[0])
+    return int(numbers[0])
 
 
 @torch.no_grad()
 def _label_probabilities(
     classifier: PreTrainedModel, tokenizer: Any, premises: list[str], texts: list[str]
 ) -> Any:
-    """(rows, labels), float64."""
+    """Return the probabilities of all labels, (rows, labels), float64."""
     longest = min(
         tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", None) or 2**20
     )

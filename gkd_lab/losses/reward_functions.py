@@ -1,7 +1,7 @@
-"""What gives rewards: a rule (prompts, texts, references) -> one number for each text, more is better.
+"""Reward functions: (prompts, texts, references) -> one number for each text, larger is better.
 
-Ours: `exact_match`, `rouge2`, `rougeL` against the data's own completion, `entailment` by a model; each from
-0 to 1. Any other is a user's function, known by its import path.
+Built in are `exact_match`, `rouge2`, `rougeL` against the dataset's completion and `entailment` by a model,
+each from 0 to 1. Any other one is a user's function, named by its import path.
 """
 
 import math
@@ -25,11 +25,12 @@ Texts = list[str]
 
 
 def exact_match(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
-    """1 where the answer behind `####` is the reference's, by the rule of the metric `accuracy` (GSM8K).
+    """Return 1 where the answer behind `####` is the reference's, as the metric `accuracy` (GSM8K), else 0.
 
-    Of a reference without such an answer the whole text counts, as in the metric `exact_match`. Else 0.
+    If a reference has no such answer, the whole text is compared, as by the metric `exact_match`.
     """
-    return [float(_is_exact_match(text, wanted)) for text, wanted in zip(texts, references, strict=True)]
+    pairs = zip(texts, references, strict=True)
+    return [float(_is_exact_match(text, reference)) for text, reference in pairs]
 
 
 def _is_exact_match(text: str, reference: str) -> bool:
@@ -38,38 +39,38 @@ def _is_exact_match(text: str, reference: str) -> bool:
 
 
 def create_rouge_reward(kind: str) -> RewardFunction:
-    """The F-measure of `rouge2` or `rougeL` against the reference, not stemmed, from 0 to 1."""
+    """Create the reward `rouge2` or `rougeL`: F-measure against the reference, not stemmed, from 0 to 1."""
     score = RougeScorer((kind,), use_stemmer=False)
 
-    def rule(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
+    def compute_rouge(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
         values = score(texts, [[reference] for reference in references])[kind]
         return [value / 100 for value in values]
 
-    return rule
+    return compute_rouge
 
 
 def load_reward_function(
     name: str, model: str | None, revision: str | None, device: torch.device | str
 ) -> RewardFunction:
-    """The rule of this name, ready for use. Raises SpecError, a ValueError, for what cannot be found."""
+    """Load the reward function of this name. Raises ConfigError if it or its model cannot be found."""
     check_reward_name(name)
     check_reward_model(name, model)
     if name == ENTAILMENT:
         from gkd_lab.losses.entailment import load_entailment_reward
 
-        assert model is not None, "checked"
+        assert model is not None, "check_reward_model has refused None"
         return load_entailment_reward(model, revision, torch.device(device))
     if name == "exact_match":
         return _require_references(name, exact_match)
-    return (
-        _require_references(name, create_rouge_reward(name))
-        if name.startswith("rouge")
-        else import_reward(name)
-    )
+    if name.startswith("rouge"):
+        return _require_references(name, create_rouge_reward(name))
+    return import_reward(name)
 
 
 def _require_references(name: str, function: RewardFunction) -> RewardFunction:
-    def checked(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
+    """Wrap a function so that rows without a reference raise MissingReferenceError."""
+
+    def compute_checked(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
         missing = [row for row, reference in enumerate(references) if not reference]
         if missing:
             raise MissingReferenceError(
@@ -78,30 +79,30 @@ def _require_references(name: str, function: RewardFunction) -> RewardFunction:
             )
         return function(prompts, texts, references)
 
-    return checked
+    return compute_checked
 
 
 class MissingReferenceError(ValueError):
-    """A rule that compares was given nothing to compare with."""
+    """A reward compares with references, and a row has none."""
 
 
 def compute_rewards(
     name: str, function: RewardFunction, prompts: Texts, texts: Texts, references: Texts
 ) -> list[float]:
-    """What a rule gives, as finite numbers. Raises ValueError naming the reward, the row and the value."""
+    """Return the function's rewards. Raises ValueError if it fails or gives no finite number for a row."""
     try:
-        given: Any = function(list(prompts), list(texts), list(references))
+        rewards: Any = function(list(prompts), list(texts), list(references))
     except MissingReferenceError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything, and may call exit()
         last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"
-        raise ValueError(f"reward {name!r} raised {type(error).__name__}: {error} ({where})") from error
-    if isinstance(given, str | dict) or not hasattr(given, "__len__") or not hasattr(given, "__iter__"):
-        raise ValueError(f"reward {name!r} gave {given!r:.80}, not a list of {len(texts)} numbers")
-    if len(given) != len(texts):
-        raise ValueError(f"reward {name!r} gave {len(given)} values for {len(texts)} texts")
-    return [_finite_reward(name, row, value, texts) for row, value in enumerate(given)]
+        location = f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"
+        raise ValueError(f"reward {name!r} raised {type(error).__name__}: {error} ({location})") from error
+    if isinstance(rewards, str | dict) or not hasattr(rewards, "__len__") or not hasattr(rewards, "__iter__"):
+        raise ValueError(f"reward {name!r} gave {rewards!r:.80}, not a list of {len(texts)} numbers")
+    if len(rewards) != len(texts):
+        raise ValueError(f"reward {name!r} gave {len(rewards)} values for {len(texts)} texts")
+    return [_finite_reward(name, row, value, texts) for row, value in enumerate(rewards)]
 
 
 def _finite_reward(name: str, row: int, value: Any, texts: Sequence[str]) -> float:

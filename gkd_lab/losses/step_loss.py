@@ -1,4 +1,4 @@
-"""What one optimizer step trains on and the loss of each cell (Algorithm 1, Eq. 2).
+"""The micro-batches of an optimizer step and the loss of each cell on them (Algorithm 1, Eq. 2).
 
 Shapes: K cells, S distinct seeds, B rows a cell, C completion tokens, V vocabulary, M teacher blocks.
 """
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
+from gkd_lab.losses.cell_losses import CellLosses
+from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits, gather_positions
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.forward import Sequences
@@ -23,63 +24,62 @@ class MicroBatch:
     """One micro-batch of a step, for all cells."""
 
     student: Sequences
-    """(K*B) rows, cell after cell: what each student is trained on."""
+    """(K*B) rows, cell after cell, that each student is trained on."""
     teacher: Sequences
-    """(M*B) rows: what the teacher must read; cells that share their rows share a block."""
+    """(M*B) rows for the teacher; cells with the same rows share a block."""
     block_of_cell: tuple[int, ...]
     on_policy: tuple[bool, ...]
     prompts_of_block: tuple[int, ...] = (0,)
-    """Which of the seeds' prompts a block of teacher rows answers."""
+    """For each block of teacher rows the number of the seed that its prompts belong to."""
     progress: float = 0.0
-    """Share of the training's steps that lie behind, 1 in the last one."""
+    """Share of the training's steps that are finished, 1 in the last step."""
     scales: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
-    """(cell, number of its term) -> (B, C), a factor on the tokens' weights in this term, as a reward's."""
+    """(cell, number of its term) -> factors on the tokens' weights in it, (B, C), such as a reward's."""
     step: int = 0
-    """Optimizer steps done."""
+    """Number of finished optimizer steps."""
     only_term: int | None = None
-    """Number of the only term that counts, for its gradient alone; None: all of them."""
+    """Number of the term whose gradient is measured; all others have weight 0. None: train on all terms."""
 
     def cell_terms(self, n: int, cell: CellArguments) -> WeightedLosses:
-        """What the loss of cell `n` is made of here; what does not count weighs 0."""
+        """Return the terms of cell `n` on this micro-batch; terms that do not apply have weight 0."""
         terms = cell.list_terms(on_policy=self.on_policy[n], progress=self.progress)
         if self.only_term is None:
             return terms
         return tuple(
-            term if place == self.only_term else replace(term, weight=0.0) for place, term in enumerate(terms)
+            term if number == self.only_term else replace(term, weight=0.0)
+            for number, term in enumerate(terms)
         )
 
 
 SHARED_TENSORS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
-"""What all rows have."""
+"""Fields of `Sequences` that are always set."""
 
 
 def split_blocks(batch: Sequences, count: int) -> list[Sequences]:
-    """A batch of `count` equal blocks of rows, one by one."""
+    """Split a batch into `count` equal blocks of rows."""
     size = batch.num_rows // count
 
-    def block(n: int) -> Sequences:
+    def select_block(n: int) -> Sequences:
         return batch.map_tensors(lambda tensor: tensor[n * size : (n + 1) * size])
 
-    return [block(n) for n in range(count)]
+    return [select_block(n) for n in range(count)]
 
 
 def concatenate_blocks(parts: Sequence[Sequences], pad_id: int) -> Sequences:
-    """Blocks under each other; completions are padded to the longest."""
+    """Concatenate blocks of rows; completions are padded to the longest."""
     width = max(part.completion_ids.shape[1] for part in parts)
 
-    def padded(tensor: Tensor, value: int) -> Tensor:
+    def pad_right(tensor: Tensor, value: int) -> Tensor:
         return functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
-    both = (set(part.named_tensors()) - SHARED_TENSORS for part in parts)
-    more = {
-        name: torch.cat([part.named_tensors()[name] for part in parts]) for name in set.intersection(*both)
-    }
+    optional = set.intersection(*(set(part.named_tensors()) - SHARED_TENSORS for part in parts))
+    optional_tensors = {name: torch.cat([part.named_tensors()[name] for part in parts]) for name in optional}
     return Sequences(
         torch.cat([part.prompt_ids for part in parts]),
         torch.cat([part.prompt_mask for part in parts]),
-        torch.cat([padded(part.completion_ids, pad_id) for part in parts]),
-        torch.cat([padded(part.completion_mask, 0) for part in parts]),
-        **more,
+        torch.cat([pad_right(part.completion_ids, pad_id) for part in parts]),
+        torch.cat([pad_right(part.completion_mask, 0) for part in parts]),
+        **optional_tensors,
     )
 
 
@@ -90,53 +90,53 @@ def build_micro_batch(
     sampled_rows: dict[int, Sequences],
     pad_id: int,
 ) -> MicroBatch:
-    """Put together the rows of all cells: `written` by those on policy, `fixed` (S*B rows) for the rest."""
-    of_seed = dict(zip(seeds, split_blocks(dataset_rows, len(seeds)), strict=True))
-    student = [sampled_rows[n] if n in sampled_rows else of_seed[cell.seed] for n, cell in enumerate(cells)]
-    distinct: dict[int, int] = {}
+    """Collect the rows of all cells: sampled ones on policy, those of the dataset, (S*B), off policy."""
+    rows_by_seed = dict(zip(seeds, split_blocks(dataset_rows, len(seeds)), strict=True))
+    student = [sampled_rows.get(n, rows_by_seed[cell.seed]) for n, cell in enumerate(cells)]
+    block_numbers: dict[int, int] = {}  # by the identity of the rows
     prompts: list[int] = []
     for part, cell in zip(student, cells, strict=True):
-        if id(part) not in distinct:
-            distinct[id(part)] = len(distinct)
+        if id(part) not in block_numbers:
+            block_numbers[id(part)] = len(block_numbers)
             prompts.append(list(seeds).index(cell.seed))
     unique = {id(part): part for part in student}
     return MicroBatch(
         student=concatenate_blocks(student, pad_id),
-        teacher=concatenate_blocks([unique[key] for key in distinct], pad_id),
-        block_of_cell=tuple(distinct[id(part)] for part in student),
+        teacher=concatenate_blocks([unique[key] for key in block_numbers], pad_id),
+        block_of_cell=tuple(block_numbers[id(part)] for part in student),
         on_policy=tuple(n in sampled_rows for n in range(len(cells))),
         prompts_of_block=tuple(prompts),
     )
 
 
 def count_trained_items(batch: MicroBatch, cells: int, normalization: str) -> Tensor:
-    """What a cell's loss is divided by, (K,): its sequences, or its tokens, that are trained on."""
+    """Return the divisor of each cell's loss, (K,): the number of its trained sequences, or tokens."""
     tokens = batch.student.completion_mask.view(cells, -1, batch.student.completion_mask.shape[1])
     per_row = tokens.sum(-1)
     return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
 
 
 def cell_token_weights(batch: MicroBatch, cells: int, items: Tensor, normalization: str) -> Tensor:
-    """Weight of each token in its cell's loss, (K, B, C); over all micro-batches of a step they sum to 1."""
+    """Return each token's weight in its cell's loss, (K, B, C); they sum to 1 over a whole step."""
     weights = token_weights(block_masks(batch, cells), normalization)
     return weights[list(batch.block_of_cell)] / items.to(weights.device).clamp_min(1)[:, None, None]
 
 
 def block_masks(batch: MicroBatch, cells: int) -> Tensor:
-    """Mask of the trained tokens of the teacher's rows, block after block, (M, B, C)."""
+    """Return the mask of trained tokens of the teacher's rows, by block, (M, B, C)."""
     mask = batch.teacher.completion_mask
     return mask.reshape(-1, batch.student.num_rows // cells, mask.shape[1])
 
 
 def project_blocks(outputs: UnprojectedOutput, blocks: int) -> HiddenTeacherLogits:
-    """What a teacher's forward pass over `blocks` blocks of rows says of their tokens."""
+    """Return the teacher logits of a forward pass over `blocks` blocks of rows, not yet projected."""
     return HiddenTeacherLogits(
         outputs.hidden.reshape(blocks, -1, outputs.hidden.shape[-1]), outputs.projection
     )
 
 
 def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
-    """Weight of each token in the sum over a block that is still to be divided by its items, (M, B, C)."""
+    """Return each token's weight before the division by the number of items, (M, B, C)."""
     masks = masks_MBC.double()
     return masks if normalization == "token" else masks / masks.sum(-1, keepdim=True).clamp_min(1)
 
@@ -150,35 +150,35 @@ def compute_step_losses(
     normalization: str,
     vocabulary: int | None = None,
 ) -> CellLosses:
-    """Loss and entropy of each cell, summed over this micro-batch; the loss is divided by the step's `items`.
+    """Return loss and entropy of each cell, summed over this micro-batch; losses are divided by `items`.
 
-    student: (K*B, C, H); guides: of M blocks of B*C tokens, by the teacher's number. Only positions that are
-    trained on are projected.
+    student: (K*B, C, H). teachers: by number, each of M blocks of B*C tokens. items: divisors of the whole
+    step, (K,). Only positions that are trained on are projected.
     """
     count = len(cells)
     masks = block_masks(batch, count)
     weights = token_weights(masks, normalization).flatten(1)
     trained = max(1, int((weights > 0).sum(-1).max()))
     # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
-    chosen = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
-    block = torch.tensor(batch.block_of_cell, device=chosen.device)
+    positions = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
+    block = torch.tensor(batch.block_of_cell, device=positions.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
     routes = None
     if batch.teacher.teacher_indices is not None:
         routes = batch.teacher.teacher_indices.view(masks.shape[:2])[..., None].expand_as(masks).flatten(1)
     return compute_cell_losses(
-        gather_positions(student.hidden.reshape(count, -1, student.hidden.shape[-1]), chosen[block]),
+        gather_positions(student.hidden.reshape(count, -1, student.hidden.shape[-1]), positions[block]),
         student.projection,
         None,
         None,
         batch.block_of_cell,
         [batch.cell_terms(n, cell) for n, cell in enumerate(cells)],
-        weights.gather(1, chosen)[block] / divisors,
-        teachers={number: guide.select_positions(chosen) for number, guide in teachers.items()},
-        labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, chosen)[block],
-        routes=None if routes is None else routes.gather(1, chosen),
+        weights.gather(1, positions)[block] / divisors,
+        teachers={number: logits.select_positions(positions) for number, logits in teachers.items()},
+        labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, positions)[block],
+        routes=None if routes is None else routes.gather(1, positions),
         scales={
-            (n, term): scale.to(chosen.device).flatten().gather(0, chosen[block[n]])
+            (n, term): scale.to(positions.device).flatten().gather(0, positions[block[n]])
             for (n, term), scale in batch.scales.items()
         },
         vocabulary=vocabulary,

@@ -1,6 +1,6 @@
-"""What a teacher says of the tokens that are trained on, and the targets that divergences make of it.
+"""Teacher logits for the trained tokens, and the mixtures of teachers that divergences compare with.
 
-Shapes: M blocks of N tokens, n of them in a chunk, V vocabulary, H width, G teachers.
+Shapes: M blocks of N tokens, n of them in a chunk, V vocabulary, H width.
 """
 
 import math
@@ -19,35 +19,35 @@ LogitReader = Callable[[int, Tensor], Tensor]
 
 
 class TeacherLogits(Protocol):
-    """A teacher's distributions for M blocks of N tokens, as logits that are made where they are needed."""
+    """A teacher's logits for M blocks of N tokens, computed chunk by chunk where they are needed."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(M, N)."""
+        """Numbers of blocks and of tokens in each, (M, N)."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it holds; logits are float32 at least."""
+        """Dtype of the stored tensors; logits are float32 at least."""
         ...
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens it knows of."""
+        """Size of the teacher's vocabulary."""
         ...
 
     def select_positions(self, positions: Tensor) -> "TeacherLogits":
-        """The same at positions (M, N') alone."""
+        """Return the logits of the positions (M, N') alone."""
         ...
 
     def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
-        """Logits of the first `vocabulary` tokens, in `wide`, of at most `longest` rows at once."""
+        """Return a reader of the first `vocabulary` logits, in `dtype`, of at most `max_rows` tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class HiddenTeacherLogits:
-    """Hidden states (M, N, H), without gradient, and the head that turns them into logits."""
+    """Logits as hidden states (M, N, H), without gradient, and the head that projects them."""
 
     hidden: Tensor
     head: Projection
@@ -81,11 +81,11 @@ class HiddenTeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """Which of the teachers a divergence compares with, and how several become one distribution.
+    """The teachers that a divergence compares with, combined into one distribution.
 
-    teachers: their numbers. One: its own logits. Several: sum_i w_i softmax(z_i / T_i), or with `routed` for
-        each row the teacher that its own data names.
-    weights: w_i, which sum to 1. temperatures: T_i; empty: 1 each.
+    teachers: their numbers. One: its logits. Several: sum_i w_i softmax(z_i / T_i), or with `routed` for each
+        row the teacher that the dataset names.
+    weights: w_i, which sum to 1; empty: all alike. temperatures: T_i; empty: 1 each.
     """
 
     teachers: tuple[int, ...] = (0,)
@@ -94,9 +94,10 @@ class TeacherTarget:
     routed: bool = False
 
     def combine_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
-        """Logits (n, V) of what is compared with, from each teacher's.
+        """Return the target's logits, (n, V).
 
-        routes: (n,), for each token the teacher that its row is meant for.
+        teacher_logits: returns the logits of a teacher by number. routes: (n,), for each token the number of
+        its row's teacher.
         """
         if self.routed:
             return self._route_logits(teacher_logits, routes)
@@ -106,32 +107,33 @@ class TeacherTarget:
         weights = self.weights or (1 / len(self.teachers),) * len(self.teachers)
         mixed: Tensor | None = None
         for teacher, weight, temperature in zip(self.teachers, weights, temperatures, strict=True):
-            part = log_probabilities(teacher_logits(teacher), temperature).add_(math.log(weight))
-            mixed = part if mixed is None else torch.logaddexp(mixed, part)
+            weighted = log_probabilities(teacher_logits(teacher), temperature).add_(math.log(weight))
+            mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
         assert mixed is not None, "a target has a teacher"
         return mixed
 
     def _route_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
+        """Return for each token the logits of its row's teacher, (n, V)."""
         if routes is None:
             raise ValueError("a routed divergence needs to know each row's teacher: give `routes`")
         temperatures = dict(zip(self.teachers, self.temperatures, strict=False))
-        found: Tensor | None = None
+        routed: Tensor | None = None
         for teacher in self.teachers:
-            part = teacher_logits(teacher) / temperatures.get(teacher, 1.0)
-            found = part if found is None else torch.where((routes == teacher)[:, None], part, found)
-        assert found is not None, "a target has a teacher"
-        return found
+            logits = teacher_logits(teacher) / temperatures.get(teacher, 1.0)
+            routed = logits if routed is None else torch.where((routes == teacher)[:, None], logits, routed)
+        assert routed is not None, "a target has a teacher"
+        return routed
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """(M, T, H) at positions (M, N) -> (M, N, H)."""
+    """Gather hidden states (M, T, H) at positions (M, N): (M, N, H)."""
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def project_hidden(
     hidden: Tensor, head: Projection, vocabulary: int, arithmetic: MatmulPrecision, buffer: Tensor
 ) -> Tensor:
-    """h W^T + b of (K, n, H) hidden states, (K, n, V), in the beginning of the buffer."""
+    """Return h W^T + b of hidden states (K, n, H), (K, n, V), in the beginning of the buffer."""
     raw = buffer[: hidden.shape[0] * hidden.shape[1] * vocabulary].view(*hidden.shape[:2], vocabulary)
     if head.weight is None:
         raw.copy_(hidden[..., :vocabulary])

@@ -1,4 +1,4 @@
-"""What each term of a loss asks of the student: the norm of its own gradient.
+"""Gradient norm of each term of the loss.
 
 Shapes: K cells.
 """
@@ -21,26 +21,26 @@ def term_gradient_norms(
     compute_losses: Callable[[MicroBatch], Tensor],
     batch: MicroBatch,
 ) -> list[dict[str, float]]:
-    """For each cell name of a term -> norm of its gradient by all of the cell's weights that train.
+    """Return for each cell: name of a term -> norm of its gradient by the cell's trainable weights.
 
-    losses: of a batch, (K,). The loss is a sum of its terms, so that gradients, not norms, add up.
+    compute_losses: returns the losses of a batch, (K,). The terms' gradients, not their norms, add up.
     """
-    called = [term_names(cell.list_terms()) for cell in cells]
+    names = [term_names(cell.list_terms()) for cell in cells]
     parameters = [p for p in pack.model.parameters() if p.requires_grad]
-    found: list[dict[str, float]] = [{} for _ in cells]
-    for place in range(max(map(len, called))):
+    cell_norms: list[dict[str, float]] = [{} for _ in cells]
+    for number in range(max(map(len, names))):
         with torch.enable_grad():
-            total = compute_losses(replace(batch, only_term=place)).sum()
+            total = compute_losses(replace(batch, only_term=number)).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         norms = _cell_norms([g for g in gradients if g is not None], len(cells), packed=pack.is_packed)
-        for n, own in enumerate(called):
-            if place < len(own):
-                found[n][own[place]] = float(norms[n])
-    return found
+        for n, names_of_cell in enumerate(names):
+            if number < len(names_of_cell):
+                cell_norms[n][names_of_cell[number]] = float(norms[n])
+    return cell_norms
 
 
 def _cell_norms(gradients: Sequence[Tensor], cells: int, *, packed: bool) -> Tensor:
-    """Over each cell's share of the gradients, (K,)."""
+    """Return the norm of each cell's part of the gradients, (K,)."""
     if not gradients:
         return torch.zeros(cells)
     squares = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.fused_loss import CellLosses
+from gkd_lab.losses.cell_losses import CellLosses
 from gkd_lab.losses.policy_gradient import ProcessGroup, RewardHooks, RewardScaler
 from gkd_lab.losses.step_loss import (
     MicroBatch,

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_lab.losses import fused_loss
+from gkd_lab.losses.cell_losses import CellLosses, LossArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
+from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
 from gkd_lab.losses.terms import list_terms
 from gkd_lab.models import projection
@@ -403,9 +404,7 @@ def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
     student, head = arguments.pop("student"), arguments.pop("student_head")
     objectives = tuple(list_terms(one) for one in arguments.pop("terms"))
     guides = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
-    call = fused_loss._LossArguments(
-        **arguments, teachers=guides, terms=objectives, labels=None, routes=None, scales={}
-    )
+    call = LossArguments(**arguments, teachers=guides, terms=objectives, labels=None, routes=None, scales={})
     return student, head, call
 
 
@@ -413,7 +412,7 @@ def assert_paths_agree(given: Problem) -> None:
     student, head, call = as_call(given)
     assert fused_loss._is_trl_computable(student, head, call)
     ours, theirs = (
-        fused_loss._compute_on_cpu(student, head, call),
+        fused_loss._compute_in_chunks(student, head, call),
         fused_loss._compute_by_trl(student, head, call),
     )
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)

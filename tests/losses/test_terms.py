@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gkd_lab.losses.cell_arguments import CellArguments
+from gkd_lab.losses.cell_losses import CellLosses
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import CellLosses, compute_cell_losses
+from gkd_lab.losses.fused_loss import compute_cell_losses
 from gkd_lab.losses.label_losses import CrossEntropy
 from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, term_names
 from gkd_lab.models.projection import Projection

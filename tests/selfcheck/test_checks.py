@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.losses import step_loss
-from gkd_lab.losses.fused_loss import CellLosses
+from gkd_lab.losses.cell_losses import CellLosses
 from gkd_lab.losses.step_loss import count_trained_items
 from gkd_lab.selfcheck import checks
 from gkd_lab.selfcheck.bench import ModelPair, PairBench
