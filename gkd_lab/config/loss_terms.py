@@ -213,10 +213,10 @@ class DivergenceConfig(DivergenceFields):
 
 
 class CrossEntropyConfig(LossTerm):
-    """-log q of the tokens that the data or the teacher wrote.
+    """-log q of the tokens that the dataset has or the teacher wrote.
 
-    Alone it is supervised fine-tuning, and sequence-level KD (Kim and Rush 2016) on the teacher's text. Of
-    what the student wrote itself it teaches nothing.
+    Alone it is supervised fine-tuning, and sequence-level KD (Kim and Rush 2016) on the teacher's text. Its
+    weight is 0 on text that the student sampled.
     """
 
     type: Literal["cross_entropy"] = "cross_entropy"
@@ -226,7 +226,7 @@ class LayerTerm(LossTerm):
     """A distance between layers of student and teacher."""
 
     first: ClassVar[int] = 0
-    """The lowest layer that a pair may name."""
+    """The lowest layer that a pair may contain."""
 
     layers: LayerMapField = Field(
         default=UNIFORM,
@@ -238,20 +238,20 @@ class LayerTerm(LossTerm):
 
 
 class HiddenStatesConfig(LayerTerm):
-    """The student's hidden states drawn to the teacher's (PKD, Sun et al. 2019; TinyBERT, Jiao et al. 2020).
+    """Distance between hidden states (PKD, Sun et al. 2019; TinyBERT, Jiao et al. 2020).
 
-    Layer 0: the embeddings; n: after layer n. Where widths differ a projection is learnt along, which is no
-    part of the student.
+    Layer 0: the embeddings; n: the output of layer n. Where widths differ, a projection is learnt, which is
+    not part of the exported student.
     """
 
     type: Literal["hidden_states"] = "hidden_states"
     loss: Literal["mse", "cosine"] = Field(
-        default="mse", description="`cosine`: 1 - cos, which does not see lengths"
+        default="mse", description="`cosine`: 1 - cos, which ignores lengths"
     )
 
 
 class AttentionsConfig(LayerTerm):
-    """The student's attention maps drawn to the teacher's (TinyBERT; MiniLM, Wang et al. 2020)."""
+    """Distance between attention maps (TinyBERT; MiniLM, Wang et al. 2020)."""
 
     first: ClassVar[int] = 1
 
@@ -273,7 +273,8 @@ class RewardFields(Frozen):
     )
     revision: str | None = Field(default=None, description="of `model` on the hub; null: its newest")
     baseline: RewardBaseline = Field(
-        default="leave_one_out", description="taken from a reward: the mean of the step's others, or nothing"
+        default="leave_one_out",
+        description="subtracted from a reward: the mean of the step's other rewards, or nothing",
     )
     normalize: bool = Field(default=False, description="divide by the standard deviation of a step's rewards")
 
@@ -298,7 +299,7 @@ class RewardConfig(RewardFields, LossTerm):
 
 
 class ResolvedReward(RewardFields, LossTerm):
-    """A reward as records store it, identified by content: its model's revision, or its function's module."""
+    """A reward as records store it, with the revision of its model and the hash of its function's module."""
 
     type: Literal["reward"] = "reward"
     path: Annotated[str | None, NotHashed()] = None
@@ -310,48 +311,48 @@ class ResolvedReward(RewardFields, LossTerm):
 
 
 class AdversarialConfig(LossTerm):
-    """A discriminator learns to tell the student from the teacher, and the student to pass for the teacher.
+    """A discriminator learns to tell the student from the teacher, and the student learns to mislead it.
 
-    The non-saturating game of Goodfellow et al. (2014), which goes on beside the other terms. The
-    discriminator is no part of the student.
+    The non-saturating game of Goodfellow et al. (2014), beside the other terms. The discriminator is not part
+    of the exported student.
     """
 
     type: Literal["adversarial"] = "adversarial"
     reads: Literal["hidden_states", "sequences"] = Field(
         default="hidden_states",
-        description="what is told apart: last hidden states, or distributions over tokens, in sequence",
+        description="input of the discriminator: last hidden states, or distributions over tokens",
     )
     gradient_penalty: NonNegativeFloat = Field(
         default=10.0, description="gamma of R1, zero-centred, on the teacher's side (Mescheder et al. 2018)"
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="taken from the teacher's label 1 (Salimans et al. 2016)"
+        default=0.0, ge=0, lt=0.5, description="subtracted from the teacher's label 1 (Salimans et al. 2016)"
     )
     learning_rate: PositiveFloat = Field(
-        default=1e-3, description="the discriminator's own, which follows the student's schedule"
+        default=1e-3, description="of the discriminator, before the student's schedule"
     )
     width: PositiveInt = Field(default=64, description="of the discriminator's hidden layers")
     layers: PositiveInt = Field(default=2, description="hidden layers of the discriminator")
 
 
 class ULDConfig(LossTerm):
-    """Universal logit distillation, for a teacher with a tokenizer of its own (Boizard et al. 2024).
+    """Universal logit distillation, for a teacher with another tokenizer (Boizard et al. 2024).
 
-    The teacher reads the same text in its own tokens; probabilities are compared by size, the largest with
-    the largest: L1. That says how sure the teacher is, not of what: put cross_entropy beside it.
+    The teacher reads the same text in its own tokens; the sorted probabilities are compared by L1. They tell
+    how sure the teacher is, not of which token: put cross_entropy beside it.
     """
 
     type: Literal["uld"] = "uld"
-    teacher_temperature: PositiveFloat = Field(default=1.0, description="divides the teacher's logits here")
-    student_temperature: PositiveFloat = Field(default=1.0, description="divides the student's logits here")
+    teacher_temperature: PositiveFloat = Field(default=1.0, description="divides the teacher's logits")
+    student_temperature: PositiveFloat = Field(default=1.0, description="divides the student's logits")
 
 
 class SquaredErrorConfig(LossTerm):
-    """(student - teacher)^2 of a regression's number, or the mean of it over logits (Ba and Caruana 2014)."""
+    """(student - teacher)^2 of a regression's output, or its mean over logits (Ba and Caruana 2014)."""
 
     type: Literal["squared_error"] = "squared_error"
     against: Literal["teacher", "labels"] = Field(
-        default="teacher", description="`labels`: the data's own numbers, in a regression"
+        default="teacher", description="`labels`: the dataset's numbers, for a regression"
     )
 
 
