@@ -1,12 +1,12 @@
-"""Many processes on one store, and a large store: does every cell run once, and how fast is it listed?
+"""Check that many processes on one store run each cell once, and time the commands that list a large store.
 
-    python benchmarks/load.py [--small] [-o FILE.json]
+    python benchmarks/load.py [--small | --smoke] [-o FILE.json]
 
 Part 1: 8 processes share 500 cells by the loop, locks and records of a run. Training and evaluation are stubs
 that write a tiny record; each logs its cell, so that a cell that runs twice is detected. Part 2: the commands
 `status` and `table` over 10,000 finished records. Cold: no index, and the files are dropped from the page
-cache (their names and inodes stay); warm: again. `plain_s` reads the same files in a loop. `--small`: 50 cells
-and 1,000 records.
+cache (their names and inodes stay); warm: again. `plain_s` reads the same files in a loop.
+`--small`: 50 cells and 1,000 records; `--smoke`: 25 and 100.
 """
 
 import argparse
@@ -206,10 +206,11 @@ def main() -> None:
     """Run the requested parts, print their figures, and write them to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="50 cells, 1,000 records")
+    parser.add_argument("--smoke", action="store_true", help="25 cells, 100 records")
     parser.add_argument("-o", type=Path, default=None, help="a JSON file for the figures")
     parser.add_argument("--only", choices=("processes", "store"), default=None, help="one of the parts")
     options = parser.parse_args()
-    cells, records = (50, 1000) if options.small else (500, 10_000)
+    cells, records = (25, 100) if options.smoke else (50, 1000) if options.small else (500, 10_000)
     figures: dict[str, Any] = {}
     parts = {
         "processes": ("many_processes", measure_processes, cells),

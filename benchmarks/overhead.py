@@ -1,12 +1,12 @@
-"""Seconds per cell that a run spends outside of training and decoding, and their share of the whole.
+"""Measure the seconds per cell outside of training and decoding, and their share of a run.
 
-    python benchmarks/overhead.py [CELLS]
+    python benchmarks/overhead.py [CELLS | --smoke]
 
 Locks, specification, loading, packing, export, provenance, scoring 8 predictions, status. Teacher and SFT
 student are built before the clock starts. Target: under 1 s per cell.
 """
 
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,7 +95,11 @@ def _replace_cells(grid: Grid, cells: tuple[Cell, ...]) -> Grid:
 
 def main() -> None:
     """Measure both model families, packed and unpacked, and print the overheads."""
-    cells = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cells", type=int, nargs="?", default=8)
+    parser.add_argument("--smoke", action="store_true", help="1 cell")
+    options = parser.parse_args()
+    cells = 1 if options.smoke else options.cells
     silence_libraries()
     torch.manual_seed(0)
     limits: tuple[PackLimit, ...] = ("auto", "off")

@@ -11,8 +11,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(
     path.name for path in BENCHMARKS.glob("*.py") if path.name not in ("step_timing.py", "trl_tests.py")
 )
-SMALLEST = {"load.py": ["--small"], "overhead.py": ["1"]}
-"""Arguments of scripts without `--smoke`."""
 TRL_TEST = """
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -37,7 +35,7 @@ def run_benchmark(*arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_benchmark_prints_figures_in_its_smoke_form(script: str) -> None:
-    output = run_benchmark(str(BENCHMARKS / script), *SMALLEST.get(script, ["--smoke"]))
+    output = run_benchmark(str(BENCHMARKS / script), "--smoke")
     assert any(character.isdigit() for character in output)
 
 
