@@ -21,6 +21,7 @@ from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.models.packing import Pack
+from tests.losses.descriptions import reward_loss
 from tests.training.scripts import (
     chat_tokenizer,
     config,
@@ -31,8 +32,6 @@ from tests.training.scripts import (
     trainer,
     weights,
 )
-
-from ..losses.descriptions import reward_loss
 
 CELLS: dict[str, dict[str, Any]] = {
     "off": {"lmbda": 0.0},
