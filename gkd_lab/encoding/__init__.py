@@ -1,1 +1,1 @@
-"""Dataset rows to token ids and batches."""
+"""Encode dataset rows as token ids, and collate them into batches."""
