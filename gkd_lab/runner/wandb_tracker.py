@@ -54,7 +54,7 @@ class WandbClient:
             wandb.setup(settings=wandb.Settings(silent=True))
             self._mode = "offline"
             reason = " ".join(str(error).split())
-            self.reporter.say(f"warning: wandb: its server cannot be used ({reason}); runs are kept offline")
+            self.reporter.say(f"warning: wandb: its server cannot be used ({reason}); runs are offline")
             run = self._init_run(cell, config)
         self._report_location(run)
         return WandbRun(run)

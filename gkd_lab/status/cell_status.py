@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd_lab.config import Cell
 from gkd_lab.store import EvaluationRecord, Record, State
-from gkd_lab.store.cell_state import Verdict, compute_cell_state, get_error_line, judge_evaluation
+from gkd_lab.store.cell_state import StoredState, compute_cell_state, get_error_line, require_metrics
 from gkd_lab.store.files import read_last_json_line
 from gkd_lab.store.index import RecordFacts, RecordIndex
 from gkd_lab.store.lock import read_owner
@@ -44,14 +44,14 @@ def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgres
     folders = [evaluation.folder for evaluation in cell.evaluations]
     files = [f"evaluations/{folder}/{name}" for folder in folders for name in _EVALUATION_FILES]
     facts = index.get_facts(cell.folder, ["status.json", *files], lambda: _collect_record_facts(record, cell))
-    training: Verdict = facts["status"].get("state")
-    verdicts = [
-        judge_evaluation(verdict, evaluation.metrics, metrics)
-        for evaluation, verdict, metrics in zip(
-            cell.evaluations, facts["verdicts"], facts["scores"], strict=True
+    training: StoredState = facts["status"].get("state")
+    stored_states = [
+        require_metrics(stored_state, evaluation.metrics, metrics)
+        for evaluation, stored_state, metrics in zip(
+            cell.evaluations, facts["states"], facts["scores"], strict=True
         )
     ]
-    state = compute_cell_state(training, verdicts, record.is_locked)
+    state = compute_cell_state(training, stored_states, record.is_locked)
     error, error_file = _find_failure(facts, record, cell)
     return CellProgress(
         state=state.whole,
@@ -72,7 +72,7 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
         "status": {name: status[name] for name in _STATUS_KEYS if name in status},
         "row": {name: row[name] for name in _ROW_KEYS if name in row},
         "errors": [get_error_line(status), *map(get_error_line, evaluation_statuses)],
-        "verdicts": [evaluation_status.get("state") for evaluation_status in evaluation_statuses],
+        "states": [evaluation_status.get("state") for evaluation_status in evaluation_statuses],
         "scores": [list(evaluation.read_scores()) for evaluation in evaluations],
     }
 
@@ -110,7 +110,7 @@ def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
 
 
 def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str, Any]:
-    """Return the progress fields of a training that has no verdict yet, from its history."""
+    """Return the progress fields of a training that is not finished, from its history."""
     history = record.read_history() if is_running or record.steps_folder.exists() else []
     last_row = history[-1] if history else {}
     step = int(last_row.get("step", 0))

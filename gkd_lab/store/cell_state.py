@@ -1,9 +1,9 @@
-"""State of a cell: computed here only, from the verdicts in its status files and the lock on its folder.
+"""State of a cell: computed here only, from its status files and the lock on its folder.
 
 done      `status.json` says so, and every requested metric has a score
 failed    `status.json` says so
-running   no verdict, and a process holds the lock
-missing   no verdict, and no process holds the lock
+running   no stored state, and a process holds the lock
+missing   no stored state, and no process holds the lock
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 State = Literal["done", "running", "failed", "missing"]
-Verdict = Literal["done", "failed"] | None
+StoredState = Literal["done", "failed"] | None
 """State that a `status.json` stores; None while there is none."""
 
 _STATES_WORST_FIRST: tuple[State, ...] = ("failed", "missing", "running", "done")
@@ -33,26 +33,24 @@ class CellState:
 
 
 def compute_cell_state(
-    training: Verdict, evaluations: Sequence[Verdict], is_locked: Callable[[], bool]
+    training: StoredState, evaluations: Sequence[StoredState], is_locked: Callable[[], bool]
 ) -> CellState:
-    """Return the states of a record from its stored verdicts and its lock.
+    """Return the states of a record from its stored states and its lock.
 
-    evaluations: one verdict each, by `judge_evaluation`. is_locked: as `Record.is_locked`; called at most
-    once, and only where a verdict is missing. An evaluation of a failed training is never running.
+    evaluations: the state of each by `require_metrics`. is_locked: as `Record.is_locked`; called at most
+    once, and only where a stored state is missing. An evaluation of a failed training is never running.
     """
     is_running = None in (training, *evaluations) and is_locked()
     unfinished: State = "running" if is_running else "missing"
     unevaluated: State = "missing" if training == "failed" else unfinished
-    return CellState(
-        training or unfinished, tuple(verdict or unevaluated for verdict in evaluations), is_running
-    )
+    return CellState(training or unfinished, tuple(state or unevaluated for state in evaluations), is_running)
 
 
-def judge_evaluation(
-    verdict: Verdict, requested_metrics: Collection[str], scored_metrics: Collection[str]
-) -> Verdict:
-    """Return the verdict of an evaluation: the stored one, or None where a requested metric has no score."""
-    return None if verdict == "done" and not set(requested_metrics) <= set(scored_metrics) else verdict
+def require_metrics(
+    state: StoredState, requested_metrics: Collection[str], scored_metrics: Collection[str]
+) -> StoredState:
+    """Return the stored state of an evaluation, or None for a finished one that lacks a requested metric."""
+    return None if state == "done" and not set(requested_metrics) <= set(scored_metrics) else state
 
 
 def combine_states(states: Sequence[State]) -> State:

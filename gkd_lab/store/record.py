@@ -25,7 +25,7 @@ from gkd_lab.config.artifact_specs import (
 from gkd_lab.config.cell import AnyEvaluation, Cell, LmEvalEvaluation
 from gkd_lab.config.fingerprint import FORMAT_VERSION, Frozen
 from gkd_lab.store import lock, timing
-from gkd_lab.store.cell_state import State, compute_cell_state, judge_evaluation
+from gkd_lab.store.cell_state import State, compute_cell_state, require_metrics
 from gkd_lab.store.file_hashes import write_file_hashes
 from gkd_lab.store.files import (
     append_json_line,
@@ -63,6 +63,7 @@ class RecordPart:
 
     @property
     def status_file(self) -> Path:
+        """Path of `status.json`, the last file that is written."""
         return self.folder / "status.json"
 
     def read_status(self) -> dict[str, Any]:
@@ -114,8 +115,8 @@ class EvaluationRecord(RecordPart):
 
     def lacks_metrics(self, evaluation: AnyEvaluation) -> bool:
         """Return whether the evaluation is done but has no score for one of the requested metrics."""
-        verdict = self.read_status().get("state")
-        return verdict == "done" and not judge_evaluation(verdict, evaluation.metrics, self.read_scores())
+        state = self.read_status().get("state")
+        return state == "done" and not require_metrics(state, evaluation.metrics, self.read_scores())
 
     def write_results(
         self,
@@ -155,6 +156,7 @@ class Record(RecordPart):
 
     @property
     def metrics_file(self) -> Path:
+        """Path of `metrics.jsonl`, the history of the training."""
         return self.folder / "metrics.jsonl"
 
     def lock(self) -> lock.FolderLock:
@@ -203,6 +205,7 @@ class Record(RecordPart):
         return read_json(self.folder / "provenance.json") or {}
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
+        """Write `provenance.json`."""
         write_json(self.folder / "provenance.json", dict(facts))
 
     def finish(self, **facts: Any) -> None:

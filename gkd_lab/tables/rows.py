@@ -10,7 +10,7 @@ from typing import Any
 from gkd_lab.config import Cell, Grid, SftModel
 from gkd_lab.config.cell import AnyEvaluation, list_references
 from gkd_lab.store import EvaluationRecord, Record, Store
-from gkd_lab.store.cell_state import compute_cell_state, get_error_line, judge_evaluation
+from gkd_lab.store.cell_state import compute_cell_state, get_error_line, require_metrics
 
 TableRow = dict[str, Any]
 
@@ -111,18 +111,18 @@ def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell)
 def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> TableRow:
     """Read status, scores and first error of a record: one file, and two for each evaluation."""
     status = record.read_status()
-    verdicts, errors, scores = [], [get_error_line(status)], {}
+    stored_states, errors, scores = [], [get_error_line(status)], {}
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
         part = record.get_evaluation(evaluation)
         part_status = part.read_status()
         errors.append(get_error_line(part_status))
-        verdict = part_status.get("state")
-        stored = part.read_scores() if verdict == "done" else {}
+        stored_state = part_status.get("state")
+        stored = part.read_scores() if stored_state == "done" else {}
         name = names[evaluation.folder]
         scores.update(_flatten_scores(stored, name, include_short_names=len(evaluations) == 1))
-        verdicts.append(judge_evaluation(verdict, evaluation.metrics, stored))
-    state = compute_cell_state(status.get("state"), verdicts, record.is_locked)
+        stored_states.append(require_metrics(stored_state, evaluation.metrics, stored))
+    state = compute_cell_state(status.get("state"), stored_states, record.is_locked)
     states = dict(zip(names.values(), state.evaluations, strict=True))
     for name, part in _find_added_evaluations(record, evaluations, names.values()):
         states[name] = part.read_state()

@@ -1,9 +1,9 @@
-"""The state of a cell follows from its verdicts and its lock."""
+"""The state of a cell follows from its status files and its lock."""
 
 import pytest
 
 from gkd_lab.store import State, combine_states
-from gkd_lab.store.cell_state import Verdict, compute_cell_state, get_error_line, judge_evaluation
+from gkd_lab.store.cell_state import StoredState, compute_cell_state, get_error_line, require_metrics
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,11 @@ def test_combined_state_is_the_worst(states: list[State], whole: State) -> None:
     ],
 )
 def test_unfinished_parts_are_running_while_locked(
-    training: Verdict, evaluations: list[Verdict], is_locked: bool, expected: tuple[State, ...], whole: State
+    training: StoredState,
+    evaluations: list[StoredState],
+    is_locked: bool,
+    expected: tuple[State, ...],
+    whole: State,
 ) -> None:
     state = compute_cell_state(training, evaluations, lambda: is_locked)
     assert (state.training, *state.evaluations) == expected
@@ -47,11 +51,11 @@ def test_lock_is_not_read_for_finished_cells() -> None:
     assert compute_cell_state("done", ["done"], fail).whole == "done"
 
 
-def test_evaluation_without_a_requested_metric_has_no_verdict() -> None:
-    assert judge_evaluation("done", ["rouge1"], ["rouge1", "bleu"]) == "done"
-    assert judge_evaluation("done", ["rouge1", "bleu"], ["rouge1"]) is None
-    assert judge_evaluation("failed", ["rouge1"], []) == "failed"
-    assert judge_evaluation(None, [], []) is None
+def test_evaluation_without_a_requested_metric_is_not_done() -> None:
+    assert require_metrics("done", ["rouge1"], ["rouge1", "bleu"]) == "done"
+    assert require_metrics("done", ["rouge1", "bleu"], ["rouge1"]) is None
+    assert require_metrics("failed", ["rouge1"], []) == "failed"
+    assert require_metrics(None, [], []) is None
 
 
 def test_error_line_is_the_last_line_of_a_failure() -> None:
