@@ -29,14 +29,14 @@ def test_each_experiment_of_the_page_resolves(block: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[0][:30])
 def test_each_script_of_the_page_trains(block: str, tmp_path: Path) -> None:
     assert len(block.splitlines()) <= 10
-    here = vars(arguments(tmp_path))
+    shared = vars(arguments(tmp_path))
 
-    def config(**changes: Any) -> GKDConfig:
-        kept = ("use_cpu", "bf16", "report_to", "disable_tqdm", "max_new_tokens", "logging_steps")
-        return GKDConfig(**{name: here[name] for name in kept}, **changes)
+    def create_config(**changes: Any) -> GKDConfig:
+        names = ("use_cpu", "bf16", "report_to", "disable_tqdm", "max_new_tokens", "logging_steps")
+        return GKDConfig(**{name: shared[name] for name in names}, **changes)
 
-    found = {
-        "GKDConfig": config,
+    namespace = {
+        "GKDConfig": create_config,
         "GKDTrainer": GKDTrainer,
         "Teacher": Teacher,
         "folder": str(tmp_path),
@@ -46,7 +46,7 @@ def test_each_script_of_the_page_trains(block: str, tmp_path: Path) -> None:
         "tokenizer": tiny_tokenizer(),
         "rows": tiny_examples(),
     }
-    exec(block, found)
+    exec(block, namespace)
 
 
 def test_every_member_has_an_experiment_of_its_own() -> None:

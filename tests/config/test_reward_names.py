@@ -92,22 +92,22 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def name_of(module: Path) -> str:
+def get_import_path(module: Path) -> str:
     return f"{module.parts[-3]}.deeper.rewards:f"
 
 
 def test_a_function_is_known_by_its_module_s_content_without_being_imported(module: Path) -> None:
-    first = make_cell(reward=name_of(module), alpha=0.5).training
+    first = make_cell(reward=get_import_path(module), alpha=0.5).training
     assert not Path("imported").exists()
     (_, reward) = first.objectives
-    assert reward.content == hash_reward_module(name_of(module))
+    assert reward.content == hash_reward_module(get_import_path(module))
     module.write_text(module.read_text().replace("1.0", "2.0"))
-    assert make_cell(reward=name_of(module), alpha=0.5).fingerprint != first.fingerprint
-    assert import_reward(name_of(module))(["p"], ["t"], ["r"]) == [2]
+    assert make_cell(reward=get_import_path(module), alpha=0.5).fingerprint != first.fingerprint
+    assert import_reward(get_import_path(module))(["p"], ["t"], ["r"]) == [2]
     assert Path("imported").exists()
     assert (
-        hash_reward_module(name_of(module))
-        == make_cell(reward=name_of(module), alpha=0.5).training.objectives[1].content
+        hash_reward_module(get_import_path(module))
+        == make_cell(reward=get_import_path(module), alpha=0.5).training.objectives[1].content
     )
 
 

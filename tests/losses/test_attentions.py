@@ -47,7 +47,7 @@ def pair(family: Family, heads: int = 4) -> tuple[PreTrainedModel, PreTrainedMod
     return models
 
 
-def module_of(measure: AttentionLoss, models: tuple[PreTrainedModel, PreTrainedModel]) -> AttentionModule:
+def build_module(measure: AttentionLoss, models: tuple[PreTrainedModel, PreTrainedModel]) -> AttentionModule:
     made = measure.create_module(models[0].config, models[1].config, seed=5)
     assert isinstance(made, AttentionModule)
     return made
@@ -89,11 +89,11 @@ def test_a_map_that_gives_a_key_nothing_has_a_finite_distance_and_gradient() -> 
         assert torch.autograd.grad(value, scores)[0].isfinite().all()
 
 
-def expected(measure: AttentionLoss, given: LossInputs, family: Family, *, per_head: bool) -> Tensor:
+def expected(measure: AttentionLoss, inputs: LossInputs, family: Family, *, per_head: bool) -> Tensor:
     """Query by query: half the weight to each row that is trained, in equal parts on its real tokens."""
     prefix = "" if family == "decoder-only" else f"{measure.config.stack}_"
     total = torch.zeros(())
-    width = given.rows.prompt_ids.shape[1]
+    width = inputs.rows.prompt_ids.shape[1]
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         places = {
             "decoder-only": range(width - len(prompt), width + len(completion)),
@@ -103,12 +103,12 @@ def expected(measure: AttentionLoss, given: LossInputs, family: Family, *, per_h
             for query in places if completion else ():
                 keys = places if measure.config.stack == "encoder" else range(places[0], query + 1)
                 maps = [
-                    one.outputs[f"{prefix}attentions"][layer][row, :, query, keys]
-                    for one in (given.student, given.teacher)
-                    if one is not None
+                    item.outputs[f"{prefix}attentions"][layer][row, :, query, keys]
+                    for item in (inputs.student, inputs.teacher)
+                    if item is not None
                 ]
                 if not per_head:
-                    maps = [one.mean(0, keepdim=True) for one in maps]
+                    maps = [item.mean(0, keepdim=True) for item in maps]
                 for s, t in zip(*maps, strict=True):
                     total = total + plain(measure.config.loss, s, t) / (2 * len(places) * len(maps[0]) * 2)
     return total
@@ -128,14 +128,14 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 ) -> None:
     models = pair(family, heads)
     measure = attention_loss("uniform", loss, stack)
-    given = seen(*models, rows(family), "attentions")
-    value = module_of(measure, models)(given)
-    other = expected(measure, given, family, per_head=heads == 4)
+    inputs = seen(*models, rows(family), "attentions")
+    value = build_module(measure, models)(inputs)
+    other = expected(measure, inputs, family, per_head=heads == 4)
     torch.testing.assert_close(value.float(), other, rtol=1e-4, atol=1e-6)
     assert value > 1e-2
-    learnt = list(models[0].parameters())
+    trainable = list(models[0].parameters())
     ours, theirs = (
-        torch.autograd.grad(one, learnt, retain_graph=True, allow_unused=True) for one in (value, other)
+        torch.autograd.grad(item, trainable, retain_graph=True, allow_unused=True) for item in (value, other)
     )
     for mine, theirs_too in zip(ours, theirs, strict=True):
         assert (mine is None) == (theirs_too is None)
@@ -146,9 +146,9 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(attention_loss(stack=stack), models)
+    module = build_module(attention_loss(stack=stack), models)
     batch = rows(family)
-    values = [module(seen(*models, one, "attentions")) for one in (batch, longer(batch, 3))]
+    values = [module(seen(*models, item, "attentions")) for item in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
 
 
@@ -158,8 +158,8 @@ def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
 def test_an_attention_that_gives_no_maps_is_refused() -> None:
     student, teacher = pair("decoder-only")
     teacher.set_attn_implementation("sdpa")
-    said = "the teacher's attn_implementation is 'sdpa', which gives no maps: load it with .*='eager'"
-    with pytest.raises(ValueError, match=said):
+    message = "the teacher's attn_implementation is 'sdpa', which gives no maps: load it with .*='eager'"
+    with pytest.raises(ValueError, match=message):
         attention_loss().create_module(student.config, teacher.config, 0)
 
 
@@ -170,16 +170,16 @@ def test_a_decoder_in_float64_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"layers": [[0, 1]]}, r"layer 0 of the student, in the pair \[0, 1\]: .* 1 to 2"),
         ({"loss": "cosine"}, "loss: 'cosine' is not valid: valid: mse, kl"),
         ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack"),
     ],
 )
-def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], said: str) -> None:
-    student, teacher = (one.config for one in pair("decoder-only"))
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], message: str) -> None:
+    student, teacher = (model.config for model in pair("decoder-only"))
+    with pytest.raises(ValueError, match=message):
         (term,) = parse([{"type": "attentions", **fields}])
         term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
 
@@ -198,16 +198,18 @@ def test_cells_packed_are_those_cells_alone(family: Family, tmp_path: Path) -> N
     """To the rounding of float32, in which transformers' eager attention takes its softmax."""
     cells = [cell(tmp_path, str(n), lmbda=0.5, objectives=terms) for n, terms in enumerate(LOSSES)]
 
-    run = distil(tmp_path, family, cells, **of_float32(family, len(cells)))
-    for n, one in enumerate(cells):
-        alone = distil(tmp_path / "alone", family, [one], packed=False, **of_float32(family, 1))
+    run = distil(tmp_path, family, cells, **load_float32_models(family, len(cells)))
+    for n, cell_arguments in enumerate(cells):
+        alone = distil(
+            tmp_path / "alone", family, [cell_arguments], packed=False, **load_float32_models(family, 1)
+        )
         assert_close(run.weights(n), alone.weights(), atol=2e-5)
         for row, other in zip(run.history[n], alone.history[0], strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
     assert all(row["loss/attentions"] > 0 for row in run.history[0])
 
 
-def of_float32(family: Family, students: int) -> dict[str, Any]:
+def load_float32_models(family: Family, students: int) -> dict[str, Any]:
     """Models that give maps, trained for three steps."""
     models = [tiny_model(family, 7, dtype=torch.float32) for _ in range(students)]
     teacher = tiny_model(family, 3, width=32, dtype=torch.float32)

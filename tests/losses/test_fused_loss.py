@@ -114,17 +114,17 @@ def derivatives(losses: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, .
     return torch.autograd.grad((losses * factors).sum(), parameters)
 
 
-def assert_like_the_reference(given: Problem, tolerance: float = 1e-12) -> None:
-    losses, reference = given.sums().losses, given.dense()
+def assert_like_the_reference(case: Problem, tolerance: float = 1e-12) -> None:
+    losses, reference = case.sums().losses, case.dense()
     torch.testing.assert_close(losses, reference, rtol=tolerance, atol=tolerance)
-    found = derivatives(losses, given.parameters())
-    expected = derivatives(reference, given.parameters())
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    actual = derivatives(losses, case.parameters())
+    expected = derivatives(reference, case.parameters())
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @contextmanager
-def chunks_of(tokens: int, given: Problem, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    logits = (len(given.student) + len(given.teacher)) * VOCABULARY * 8
+def set_chunk_tokens(tokens: int, case: Problem, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    logits = (len(case.student) + len(case.teacher)) * VOCABULARY * 8
     with monkeypatch.context() as patch:
         patch.setattr(fused_loss, "CHUNK_BYTES", tokens * logits)
         yield
@@ -145,9 +145,9 @@ def test_packed_cells_that_share_teacher_rows_have_those_of_the_reference(head: 
 
 @pytest.mark.parametrize("tokens", (1, 2, 3, 10, 11, 12, 100))
 def test_the_size_of_chunks_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=3.0)
-    with chunks_of(tokens, given, monkeypatch):
-        assert_like_the_reference(given)
+    case = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=3.0)
+    with set_chunk_tokens(tokens, case, monkeypatch):
+        assert_like_the_reference(case)
 
 
 @pytest.mark.parametrize("tokens", (1, 4))
@@ -161,37 +161,37 @@ def test_the_size_of_slices_changes_nothing(tokens: int, monkeypatch: pytest.Mon
 def test_only_the_shared_or_the_asked_part_of_the_vocabularies_counts(
     rows: tuple[int, int], vocabulary: int | None
 ) -> None:
-    given = replace(problem(EVERY[:3], (0, 1, 0), rows=rows, bias=True), vocabulary=vocabulary)
-    assert_like_the_reference(given)
-    given.sums().losses.sum().backward()
-    weight = given.student_head.weight
+    case = replace(problem(EVERY[:3], (0, 1, 0), rows=rows, bias=True), vocabulary=vocabulary)
+    assert_like_the_reference(case)
+    case.sums().losses.sum().backward()
+    weight = case.student_head.weight
     assert weight is not None
     assert weight.grad is not None
     assert weight.grad[:, vocabulary or 17 :].eq(0).all()
 
 
 def test_logits_may_be_given_instead_of_hidden_states_and_heads() -> None:
-    given = replace(
+    case = replace(
         problem(EVERY[:3], (0, 1, 0)),
         student=normal(8, 3, TOKENS, VOCABULARY + 2).requires_grad_(),
         student_head=Projection(None, normal(9, 3, VOCABULARY + 2).requires_grad_(), softcap=2.0),
         teacher=normal(10, 2, TOKENS, VOCABULARY),
         teacher_head=Projection(None, scale=0.5),
     )
-    assert_like_the_reference(given)
+    assert_like_the_reference(case)
 
 
 def test_gradients_are_the_finite_differences_of_the_value() -> None:
-    given = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=2.0)
-    gradients = derivatives(given.sums().losses, given.parameters())
+    case = problem(EVERY[:3], (0, 1, 0), bias=True, softcap=2.0)
+    gradients = derivatives(case.sums().losses, case.parameters())
     factors, step = torch.linspace(0.5, 2, 3, dtype=torch.float64), 1e-6
-    for seed, (parameter, gradient) in enumerate(zip(given.parameters(), gradients, strict=True)):
+    for seed, (parameter, gradient) in enumerate(zip(case.parameters(), gradients, strict=True)):
         direction = normal(20 + seed, *parameter.shape)
         values = []
         for sign in (1, -2):  # one step forward, then to one step back
             with torch.no_grad():
                 parameter += sign * step * direction
-                values.append(given.sums().losses @ factors)
+                values.append(case.sums().losses @ factors)
         slope = (values[0] - values[1]) / (2 * step)
         assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-7)
         with torch.no_grad():
@@ -199,58 +199,58 @@ def test_gradients_are_the_finite_differences_of_the_value() -> None:
 
 
 def test_a_bias_that_cells_share_and_that_is_not_trained_is_added_to_each() -> None:
-    given = problem(EVERY[:3], (0, 1, 0))
-    shared = replace(given.student_head, bias=normal(9, VOCABULARY))
-    given = replace(given, student_head=shared)
-    parameters = given.parameters()[:2]
-    losses, reference = given.sums().losses, given.dense()
+    case = problem(EVERY[:3], (0, 1, 0))
+    shared = replace(case.student_head, bias=normal(9, VOCABULARY))
+    case = replace(case, student_head=shared)
+    parameters = case.parameters()[:2]
+    losses, reference = case.sums().losses, case.dense()
     torch.testing.assert_close(losses, reference, rtol=0, atol=1e-12)
     torch.testing.assert_close(derivatives(losses, parameters), derivatives(reference, parameters))
 
 
 def test_entropies_are_those_of_the_student_at_its_temperature_where_something_is_trained() -> None:
-    given = problem(EVERY[:3], (0, 1, 0), softcap=2.0)
-    found = given.sums().entropies
-    assert not found.requires_grad
-    for cell, divergence in enumerate(given.terms):
-        logits = given.student_head(given.student)[cell] / divergence.student_temperature
+    case = problem(EVERY[:3], (0, 1, 0), softcap=2.0)
+    actual = case.sums().entropies
+    assert not actual.requires_grad
+    for cell, divergence in enumerate(case.terms):
+        logits = case.student_head(case.student)[cell] / divergence.student_temperature
         entropies = torch.distributions.Categorical(logits=logits).entropy()
-        expected = entropies[given.weights[cell] > 0].sum()
-        assert found[cell].item() == pytest.approx(expected.item(), abs=1e-12)
+        expected = entropies[case.weights[cell] > 0].sum()
+        assert actual[cell].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:
-    given = problem(EVERY[:2], (0, 0), bias=True)
-    expected = derivatives(given.dense(), given.parameters())
+    case = problem(EVERY[:2], (0, 0), bias=True)
+    expected = derivatives(case.dense(), case.parameters())
     for chosen in itertools.product((False, True), repeat=3):
-        for parameter, wanted in zip(given.parameters(), chosen, strict=True):
+        for parameter, wanted in zip(case.parameters(), chosen, strict=True):
             parameter.requires_grad_(wanted)
-        losses = given.sums().losses
+        losses = case.sums().losses
         assert losses.requires_grad == any(chosen)
         if any(chosen):
-            needed = [p for p in given.parameters() if p.requires_grad]
-            found = derivatives(losses, needed)
-            kept = [g for g, wanted in zip(expected, chosen, strict=True) if wanted]
-            torch.testing.assert_close(found, tuple(kept), rtol=0, atol=1e-12)
+            needed = [p for p in case.parameters() if p.requires_grad]
+            actual = derivatives(losses, needed)
+            needed_gradients = [g for g, wanted in zip(expected, chosen, strict=True) if wanted]
+            torch.testing.assert_close(actual, tuple(needed_gradients), rtol=0, atol=1e-12)
 
 
 def test_without_gradients_the_values_are_the_same() -> None:
-    given = problem(EVERY[:3], (0, 1, 0))
+    case = problem(EVERY[:3], (0, 1, 0))
     with torch.no_grad():
-        sums = given.sums()
+        sums = case.sums()
     assert not sums.losses.requires_grad
-    torch.testing.assert_close(sums.losses, given.dense().detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums.losses, case.dense().detach(), rtol=0, atol=1e-12)
 
 
 def test_a_head_tied_to_the_embedding_adds_its_gradient_to_that_of_the_embedding() -> None:
-    given = problem(EVERY[1:2])
+    case = problem(EVERY[1:2])
     tied, ids = normal(8, VOCABULARY, WIDTH).requires_grad_(), torch.arange(TOKENS)[None]
 
     def model() -> Problem:
-        return replace(given, student=tied[ids] * 2, student_head=Projection(tied))
+        return replace(case, student=tied[ids] * 2, student_head=Projection(tied))
 
-    found, expected = derivatives(model().sums().losses, [tied]), derivatives(model().dense(), [tied])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    actual, expected = derivatives(model().sums().losses, [tied]), derivatives(model().dense(), [tied])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 def test_a_second_backward_pass_says_what_to_do() -> None:
@@ -261,31 +261,31 @@ def test_a_second_backward_pass_says_what_to_do() -> None:
 
 
 def test_nothing_to_train_on_is_zero_with_zero_gradients() -> None:
-    given = problem(EVERY[:3], (0, 1, 0), bias=True)
-    given.weights = torch.zeros_like(given.weights)
-    losses = given.sums().losses
+    case = problem(EVERY[:3], (0, 1, 0), bias=True)
+    case.weights = torch.zeros_like(case.weights)
+    losses = case.sums().losses
     assert losses.eq(0).all()
-    assert all(gradient.eq(0).all() for gradient in derivatives(losses, given.parameters()))
+    assert all(gradient.eq(0).all() for gradient in derivatives(losses, case.parameters()))
 
 
 def test_tokens_without_weight_are_as_if_they_were_not_there() -> None:
-    given = problem(EVERY[:2], (0, 0))
+    case = problem(EVERY[:2], (0, 0))
     with torch.no_grad():
-        given.student[:, 2] = given.teacher[:, 2] = torch.nan
-    losses = given.sums().losses
+        case.student[:, 2] = case.teacher[:, 2] = torch.nan
+    losses = case.sums().losses
     assert losses.isfinite().all()
-    found = derivatives(losses, given.parameters())
-    assert all(gradient.isfinite().all() for gradient in found)
-    assert found[0][:, 2].eq(0).all()
+    actual = derivatives(losses, case.parameters())
+    assert all(gradient.isfinite().all() for gradient in actual)
+    assert actual[0][:, 2].eq(0).all()
 
 
 def test_a_broken_cell_breaks_no_other() -> None:
-    given = problem(EVERY[:3], (0, 1, 0))
-    expected = derivatives(given.dense(), given.parameters())
+    case = problem(EVERY[:3], (0, 1, 0))
+    expected = derivatives(case.dense(), case.parameters())
     with torch.no_grad():
-        given.student[1] = torch.nan
-    found = derivatives(given.sums().losses, given.parameters())
-    for gradient, reference in zip(found, expected, strict=True):
+        case.student[1] = torch.nan
+    actual = derivatives(case.sums().losses, case.parameters())
+    for gradient, reference in zip(actual, expected, strict=True):
         assert gradient[1].isnan().any()
         torch.testing.assert_close(gradient[[0, 2]], reference[[0, 2]], rtol=0, atol=1e-12)
 
@@ -294,51 +294,51 @@ def test_a_broken_cell_breaks_no_other() -> None:
 def test_biases_that_exclude_tokens_make_no_nan(dtype: torch.dtype) -> None:
     sets = ((), (0,), (3,), (0, 3))
     for of_student, of_teacher in itertools.product(sets, sets):
-        given = problem(EVERY, (0,) * 5, dtype=dtype, bias=True)
-        student_bias, teacher_bias = given.student_head.bias, given.teacher_head.bias
+        case = problem(EVERY, (0,) * 5, dtype=dtype, bias=True)
+        student_bias, teacher_bias = case.student_head.bias, case.teacher_head.bias
         assert student_bias is not None
         assert teacher_bias is not None
         with torch.no_grad():
             student_bias[:, list(of_student)] = -torch.inf
             teacher_bias[list(of_teacher)] = -torch.inf
-        losses = given.sums().losses
+        losses = case.sums().losses
         bounded = torch.tensor([d.kind == "tv" or 0 < d.beta < 1 for d in EVERY])
-        torch.testing.assert_close(losses[bounded], given.dense()[bounded].to(dtype), rtol=1e-5, atol=1e-5)
-        found = derivatives(losses[bounded], given.parameters())
-        assert all(gradient.isfinite().all() for gradient in found)
+        torch.testing.assert_close(losses[bounded], case.dense()[bounded].to(dtype), rtol=1e-5, atol=1e-5)
+        actual = derivatives(losses[bounded], case.parameters())
+        assert all(gradient.isfinite().all() for gradient in actual)
         if set(of_student) >= set(of_teacher):  # else the reverse KL stands for infinity
-            assert derivatives(given.sums().losses[3:4], given.parameters())[0].isfinite().all()
+            assert derivatives(case.sums().losses[3:4], case.parameters())[0].isfinite().all()
 
 
 @pytest.mark.parametrize("divergence", (*EVERY, Divergence(beta=0.9)), ids=str)
 def test_bf16_hidden_states_give_float32_values_that_are_never_negative(divergence: Divergence) -> None:
-    given = problem([divergence], dtype=torch.bfloat16)
+    case = problem([divergence], dtype=torch.bfloat16)
     near = replace(
-        given,
-        teacher=(given.student.detach().float() * 1.003).bfloat16(),
-        teacher_head=Projection(given.student_head.weight.detach()),  # type: ignore[union-attr]
+        case,
+        teacher=(case.student.detach().float() * 1.003).bfloat16(),
+        teacher_head=Projection(case.student_head.weight.detach()),  # type: ignore[union-attr]
         terms=[Divergence(divergence.kind, divergence.beta)],
     )
     for token in range(TOKENS):
         alone = replace(near, weights=torch.eye(TOKENS)[token][None])
         assert alone.sums().losses.item() >= 0
-    losses = given.sums().losses
+    losses = case.sums().losses
     assert losses.dtype == torch.float32
-    gradients = derivatives(losses, given.parameters())
+    gradients = derivatives(losses, case.parameters())
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 2
 
 
-def in_double(given: Problem) -> Problem:
+def convert_to_double(case: Problem) -> Problem:
     def wide(head: Projection) -> Projection:
         weight, bias = (None if t is None else t.detach().double() for t in (head.weight, head.bias))
         return replace(head, weight=weight, bias=bias)
 
     return replace(
-        given,
-        student=given.student.detach().double().requires_grad_(),
-        student_head=wide(given.student_head),
-        teacher=given.teacher.double(),
-        teacher_head=wide(given.teacher_head),
+        case,
+        student=case.student.detach().double().requires_grad_(),
+        student_head=wide(case.student_head),
+        teacher=case.teacher.double(),
+        teacher_head=wide(case.teacher_head),
     )
 
 
@@ -347,18 +347,18 @@ def test_bf16_is_projected_into_float32_without_rounding_logits(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projection, "CONVERTED_ROWS", rows)
-    given = problem(EVERY[:3], (0, 1, 0), dtype=torch.bfloat16)
-    exact = in_double(given)
-    torch.testing.assert_close(given.sums().losses.double(), exact.dense(), rtol=1e-5, atol=1e-5)
-    (found,) = derivatives(given.sums().losses, [given.student])
+    case = problem(EVERY[:3], (0, 1, 0), dtype=torch.bfloat16)
+    exact = convert_to_double(case)
+    torch.testing.assert_close(case.sums().losses.double(), exact.dense(), rtol=1e-5, atol=1e-5)
+    (actual,) = derivatives(case.sums().losses, [case.student])
     (expected,) = derivatives(exact.dense(), [exact.student])
-    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_lowers_the_operands_as_in_the_model_and_nothing_else() -> None:
-    given = problem(EVERY[:3], (0, 1, 0), dtype=torch.float32, bias=True)
+    case = problem(EVERY[:3], (0, 1, 0), dtype=torch.float32, bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = given.sums().losses
+        under = case.sums().losses
     assert under.dtype == torch.float32
 
     def rounded(head: Projection) -> Projection:
@@ -366,16 +366,16 @@ def test_autocast_lowers_the_operands_as_in_the_model_and_nothing_else() -> None
         return replace(head, weight=head.weight.bfloat16())
 
     lowered = replace(
-        given,
-        student=given.student.bfloat16(),
-        student_head=rounded(given.student_head),
-        teacher=given.teacher.bfloat16(),
-        teacher_head=rounded(given.teacher_head),
+        case,
+        student=case.student.bfloat16(),
+        student_head=rounded(case.student_head),
+        teacher=case.teacher.bfloat16(),
+        teacher_head=rounded(case.teacher_head),
     )
     torch.testing.assert_close(under, lowered.sums().losses, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(under, given.sums().losses)
-    found = derivatives(under, given.parameters())
-    assert {gradient.dtype for gradient in found} == {torch.float32}
+    assert not torch.equal(under, case.sums().losses)
+    actual = derivatives(under, case.parameters())
+    assert {gradient.dtype for gradient in actual} == {torch.float32}
 
 
 @pytest.mark.parametrize("beta", (0.0, 0.1, 0.5, 1.0))
@@ -385,8 +385,8 @@ def test_the_path_through_trls_kernel_agrees_with_our_own(
     beta: float, temperatures: tuple[float, float], head: dict[str, Any]
 ) -> None:
     divergence = Divergence("jsd", beta, *temperatures, rescale=beta == 0.1)
-    given = problem([divergence], rows=(17, 19), dtype=torch.float32, **head)
-    assert_paths_agree(replace(given, weights=given.weights.float()))
+    case = problem([divergence], rows=(17, 19), dtype=torch.float32, **head)
+    assert_paths_agree(replace(case, weights=case.weights.float()))
 
 
 @pytest.mark.parametrize("rows", ((17, 19), (19, 17)))
@@ -395,31 +395,33 @@ def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
     rows: tuple[int, int], vocabulary: int | None
 ) -> None:
     divergence = Divergence(beta=0.3, student_temperature=0.7, teacher_temperature=0.7)
-    given = problem([divergence], rows=rows, dtype=torch.float32, **HEADS[4])
-    assert_paths_agree(replace(given, vocabulary=vocabulary))
+    case = problem([divergence], rows=rows, dtype=torch.float32, **HEADS[4])
+    assert_paths_agree(replace(case, vocabulary=vocabulary))
 
 
-def as_call(given: Problem) -> tuple[Tensor, Projection, Any]:
-    arguments = dict(vars(given))
+def build_arguments(case: Problem) -> tuple[Tensor, Projection, Any]:
+    arguments = dict(vars(case))
     student, head = arguments.pop("student"), arguments.pop("student_head")
-    objectives = tuple(list_terms(one) for one in arguments.pop("terms"))
-    guides = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
-    call = LossArguments(**arguments, teachers=guides, terms=objectives, labels=None, routes=None, scales={})
-    return student, head, call
+    objectives = tuple(list_terms(terms_of_cell) for terms_of_cell in arguments.pop("terms"))
+    teachers = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
+    loss_arguments = LossArguments(
+        **arguments, teachers=teachers, terms=objectives, labels=None, routes=None, scales={}
+    )
+    return student, head, loss_arguments
 
 
-def assert_paths_agree(given: Problem) -> None:
-    student, head, call = as_call(given)
-    assert fused_loss._is_trl_computable(student, head, call)
+def assert_paths_agree(case: Problem) -> None:
+    student, head, loss_arguments = build_arguments(case)
+    assert fused_loss._is_trl_computable(student, head, loss_arguments)
     ours, theirs = (
-        fused_loss._compute_in_chunks(student, head, call),
-        fused_loss._compute_by_trl(student, head, call),
+        fused_loss._compute_in_chunks(student, head, loss_arguments),
+        fused_loss._compute_by_trl(student, head, loss_arguments),
     )
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(ours.entropies, theirs.entropies, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(
-        derivatives(ours.losses, given.parameters()),
-        derivatives(theirs.losses, given.parameters()),
+        derivatives(ours.losses, case.parameters()),
+        derivatives(theirs.losses, case.parameters()),
         rtol=5e-5,
         atol=5e-5,
     )
@@ -445,8 +447,8 @@ def unfit() -> dict[str, Problem]:
 
 @pytest.mark.parametrize("case", unfit())
 def test_what_trls_kernel_lacks_goes_our_own_way(case: str) -> None:
-    student, head, call = as_call(unfit()[case])
-    assert not fused_loss._is_trl_computable(student, head, call)
+    student, head, loss_arguments = build_arguments(unfit()[case])
+    assert not fused_loss._is_trl_computable(student, head, loss_arguments)
 
 
 class Largest(TorchDispatchMode):
@@ -475,7 +477,7 @@ def test_no_tensor_as_large_as_the_logits_is_ever_made(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, vocabulary = 400, 300
-    given = Problem(
+    case = Problem(
         normal(1, 1, tokens, 4, dtype=dtype).requires_grad_(),
         Projection(normal(2, vocabulary, 4, dtype=dtype).requires_grad_()),
         normal(3, 1, tokens, 4, dtype=dtype),
@@ -485,17 +487,17 @@ def test_no_tensor_as_large_as_the_logits_is_ever_made(
         torch.ones(1, tokens),
     )
     monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 2 * vocabulary * 4 * 20)
-    assert largest(lambda: given.sums().losses) <= 20 * vocabulary
-    assert largest(given.dense) >= tokens * vocabulary
+    assert largest(lambda: case.sums().losses) <= 20 * vocabulary
+    assert largest(case.dense) >= tokens * vocabulary
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    given = problem(EVERY[:2], (0, 1))
-    weight = given.student_head.weight
+    case = problem(EVERY[:2], (0, 1))
+    weight = case.student_head.weight
     assert weight is not None
     for wrong, message in (
-        ({"weights": given.weights[:, :3]}, r"must be \(K, N, H_s\)"),
-        ({"teacher": given.teacher[:, :3]}, r"must be \(K, N, H_s\)"),
+        ({"weights": case.weights[:, :3]}, r"must be \(K, N, H_s\)"),
+        ({"teacher": case.teacher[:, :3]}, r"must be \(K, N, H_s\)"),
         ({"terms": EVERY[:1]}, "one of each a cell"),
         ({"block_of_cell": (0, 2)}, r"must lie in range\(2\)"),
         ({"vocabulary": 18}, "not in 1 to 17"),
@@ -503,4 +505,4 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ({"student_head": Projection(weight[0])}, r"need a head \(K, V, H\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            replace(given, **wrong).sums()
+            replace(case, **wrong).sums()

@@ -52,7 +52,9 @@ def pair(family: Family, teacher_width: int = 32) -> tuple[PreTrainedModel, PreT
     return tiny_model(family, 7), tiny_model(family, 3, width=teacher_width)
 
 
-def module_of(measure: HiddenStateLoss, models: tuple[PreTrainedModel, PreTrainedModel]) -> HiddenStateModule:
+def build_module(
+    measure: HiddenStateLoss, models: tuple[PreTrainedModel, PreTrainedModel]
+) -> HiddenStateModule:
     made = measure.create_module(models[0].config, models[1].config, seed=5).double()
     assert isinstance(made, HiddenStateModule)
     return made
@@ -60,16 +62,16 @@ def module_of(measure: HiddenStateLoss, models: tuple[PreTrainedModel, PreTraine
 
 def positions(family: Family, stack: StackName, batch: Sequences) -> list[tuple[int, int, float]]:
     """(row, position in the stack, weight), token by token: half the weight to each row that is trained."""
-    found = []
+    weighted_positions = []
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         if not completion:
             continue
         if stack == "encoder":
-            found += [(row, n, 0.5 / len(prompt)) for n in range(len(prompt))]
+            weighted_positions += [(row, n, 0.5 / len(prompt)) for n in range(len(prompt))]
         else:
             start = batch.prompt_ids.shape[1] - 1 if family == "decoder-only" else 0
-            found += [(row, start + n, 0.5 / len(completion)) for n in range(len(completion))]
-    return found
+            weighted_positions += [(row, start + n, 0.5 / len(completion)) for n in range(len(completion))]
+    return weighted_positions
 
 
 def plain(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
@@ -80,18 +82,20 @@ def plain(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def expected(
-    module: HiddenStateModule, given: LossInputs, family: Family, pairs: tuple[tuple[int, int], ...]
+    module: HiddenStateModule, inputs: LossInputs, family: Family, pairs: tuple[tuple[int, int], ...]
 ) -> Tensor:
     config = module.config
     prefix = "" if family == "decoder-only" else f"{config.stack}_"
-    own, guide = (one.outputs[f"{prefix}hidden_states"] for one in (given.student, given.teacher) if one)
+    student_states, teacher_states = (
+        item.outputs[f"{prefix}hidden_states"] for item in (inputs.student, inputs.teacher) if item
+    )
     total = torch.zeros((), dtype=torch.float64)
     for n, (mine, theirs) in enumerate(pairs):
-        for row, place, weight in positions(family, config.stack, given.rows):
-            state = own[mine][row, place]
+        for row, place, weight in positions(family, config.stack, inputs.rows):
+            state = student_states[mine][row, place]
             if len(module.projections):
                 state = module.projections[n] @ state
-            total = total + weight * plain(config.loss, state, guide[theirs][row, place])
+            total = total + weight * plain(config.loss, state, teacher_states[theirs][row, place])
     return total / len(pairs)
 
 
@@ -112,15 +116,15 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
     family: Family, stack: StackName, width: int, loss: Loss
 ) -> None:
     models = pair(family, width)
-    module = module_of(hidden_state_loss(((0, 0), (1, 2), (2, 2)), loss, stack), models)
-    given = seen(*models, rows(family), "hidden_states")
+    module = build_module(hidden_state_loss(((0, 0), (1, 2), (2, 2)), loss, stack), models)
+    inputs = seen(*models, rows(family), "hidden_states")
     assert len(module.projections) == (3 if width == 32 else 0)
-    value, other = module(given), expected(module, given, family, ((0, 0), (1, 2), (2, 2)))
+    value, other = module(inputs), expected(module, inputs, family, ((0, 0), (1, 2), (2, 2)))
     torch.testing.assert_close(value, other)
     assert value > 1e-3
     learnt = [p for p in models[0].parameters() if p.requires_grad] + list(module.parameters())
     ours, theirs = (
-        torch.autograd.grad(one, learnt, retain_graph=True, allow_unused=True) for one in (value, other)
+        torch.autograd.grad(item, learnt, retain_graph=True, allow_unused=True) for item in (value, other)
     )
     assert [g is None for g in ours] == [g is None for g in theirs]
     for mine, theirs_too in zip(ours, theirs, strict=True):
@@ -132,25 +136,25 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(family: Family, stack: StackName) -> None:
     model = tiny_model(family, 7)
     for loss in ("mse", "cosine"):
-        module = module_of(hidden_state_loss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
+        module = build_module(hidden_state_loss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
         assert module(seen(model, model, rows(family), "hidden_states")).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
 def test_padding_changes_nothing(family: Family, stack: StackName) -> None:
     models = pair(family)
-    module = module_of(hidden_state_loss("uniform", stack=stack), models)
+    module = build_module(hidden_state_loss("uniform", stack=stack), models)
     batch = rows(family)
-    values = [module(seen(*models, one, "hidden_states")) for one in (batch, longer(batch, 3))]
+    values = [module(seen(*models, item, "hidden_states")) for item in (batch, longer(batch, 3))]
     torch.testing.assert_close(*values)
 
 
 def test_the_last_layer_is_what_the_head_reads() -> None:
     model = tiny_model("decoder-only", 7)
-    given = seen(model, model, rows("decoder-only"), "hidden_states")
+    inputs = seen(model, model, rows("decoder-only"), "hidden_states")
     head = model.get_output_embeddings()
     torch.testing.assert_close(
-        head(given.student.outputs["hidden_states"][2])[:, -5:], given.student.last_hidden
+        head(inputs.student.outputs["hidden_states"][2])[:, -5:], inputs.student.last_hidden
     )
 
 
@@ -163,23 +167,23 @@ def classifier(width: int, seed: int) -> PreTrainedModel:
 
 def test_of_a_classifier_every_token_of_a_text_shares_the_weight_of_its_label() -> None:
     models = classifier(8, 0), classifier(12, 1)
-    module = module_of(hidden_state_loss(((1, 2),)), models)
-    given = seen(*models, labelled(rows("encoder-decoder")), "hidden_states")
-    assert given.teacher is not None
+    module = build_module(hidden_state_loss(((1, 2),)), models)
+    inputs = seen(*models, labelled(rows("encoder-decoder")), "hidden_states")
+    assert inputs.teacher is not None
     total = torch.zeros((), dtype=torch.float64)
     for row, prompt in enumerate(PROMPTS):
         for place in range(len(prompt)):
-            own = module.projections[0] @ given.student.outputs["hidden_states"][1][row, place]
-            distance = plain("mse", own, given.teacher.outputs["hidden_states"][2][row, place])
+            projected = module.projections[0] @ inputs.student.outputs["hidden_states"][1][row, place]
+            distance = plain("mse", projected, inputs.teacher.outputs["hidden_states"][2][row, place])
             total = total + distance / (len(PROMPTS) * len(prompt))
-    torch.testing.assert_close(module(given), total)
+    torch.testing.assert_close(module(inputs), total)
 
 
 def test_rows_without_anything_trained_add_nothing() -> None:
     models = pair("decoder-only")
-    given = seen(*models, rows("decoder-only"), "hidden_states")
-    given.weights.zero_()
-    value = module_of(hidden_state_loss(), models)(given)
+    inputs = seen(*models, rows("decoder-only"), "hidden_states")
+    inputs.weights.zero_()
+    value = build_module(hidden_state_loss(), models)(inputs)
     assert value.item() == 0
     value.backward()
 
@@ -188,12 +192,12 @@ def test_rows_without_anything_trained_add_nothing() -> None:
 
 
 def test_projections_come_from_the_seed_alone_and_leave_other_draws_as_they_are() -> None:
-    student, teacher = (one.config for one in pair("decoder-only"))
+    student, teacher = (model.config for model in pair("decoder-only"))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, again, other = (hidden_state_loss().create_module(student, teacher, seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
-    drawn = [dict(one.named_parameters()) for one in (first, again, other)]
+    drawn = [dict(module.named_parameters()) for module in (first, again, other)]
     assert {name: tuple(p.shape) for name, p in drawn[0].items()} == {
         "projections.0": (32, 16),
         "projections.1": (32, 16),
@@ -227,7 +231,7 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"layers": [[9, 1]]}, r"layer 9 of the student, in the pair \[9, 1\]: .* 0 to 2"),
         ({"layers": "last_9"}, "last_9: .* student is 2; the nearest rule is last_2"),
@@ -235,16 +239,16 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
     ],
 )
 def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
-    fields: dict[str, Any], said: str
+    fields: dict[str, Any], message: str
 ) -> None:
     (term,) = parse([{"type": "hidden_states", **fields}])
-    student, teacher = (one.config for one in pair("decoder-only"))
-    with pytest.raises(ValueError, match=said):
+    student, teacher = (model.config for model in pair("decoder-only"))
+    with pytest.raises(ValueError, match=message):
         term.loss.create_module(student, teacher, 0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"layers": "uniformly"}, "'uniformly' is not a rule; did you mean 'uniform'"),
         ({"layers": [[1]]}, r"pair 1 is \[1\]: give two layers"),
@@ -253,8 +257,8 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
         ({"layer": 1}, r"unknown field 'objectives\[0\].layer'; did you mean 'layers'\? valid: .*loss"),
     ],
 )
-def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse([{"type": "hidden_states", **fields}])
 
 
@@ -275,7 +279,7 @@ LOSSES: tuple[WeightedLosses, ...] = (
 )
 
 
-def cells_in(folder: Path, lmbda: float = 0.5) -> list[CellArguments]:
+def build_cells(folder: Path, lmbda: float = 0.5) -> list[CellArguments]:
     return [
         cell(folder, str(n), lmbda=lmbda, seed=n, objectives=terms, learning_rate=3e-4 * (n + 1))
         for n, terms in enumerate(LOSSES)
@@ -286,18 +290,18 @@ def learnt(trainer: Any, n: int) -> dict[str, Tensor]:
     """Parameters of a cell's modules."""
     return {
         f"{place}.{name}": p.detach().clone()
-        for (number, place), own in trainer.auxiliary_modules._term_modules.items()
+        for (number, place), term_module in trainer.auxiliary_modules._term_modules.items()
         if number == n
-        for name, p in own.module.named_parameters()
+        for name, p in term_module.module.named_parameters()
     }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cells_packed_are_those_cells_alone(family: Family, tmp_path: Path) -> None:
-    cells = cells_in(tmp_path)
+    cells = build_cells(tmp_path)
     run = distil(tmp_path, family, cells, max_steps=4)
-    for n, one in enumerate(cells):
-        alone = distil(tmp_path / "alone", family, [one], packed=False, max_steps=4)
+    for n, cell_arguments in enumerate(cells):
+        alone = distil(tmp_path / "alone", family, [cell_arguments], packed=False, max_steps=4)
         assert_close(run.weights(n), alone.weights())
         assert_close(learnt(run.trainer, n), learnt(alone.trainer, 0))
         assert learnt(alone.trainer, 0)
@@ -320,10 +324,10 @@ class StopAfter(TrainerCallback):
 
 @pytest.mark.parametrize(("family", "packed"), (("decoder-only", False), ("encoder-decoder", True)))
 def test_a_run_goes_on_bit_for_bit(family: Family, packed: bool, tmp_path: Path) -> None:
-    def run(folder: Path, **more: Any) -> Run:
-        cells = cells_in(folder) if packed else cells_in(folder)[1:2]
+    def run(folder: Path, **options: Any) -> Run:
+        cells = build_cells(folder) if packed else build_cells(folder)[1:2]
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-        return distil(folder, family, cells, packed=packed, dtype=torch.float32, **saving, **more)
+        return distil(folder, family, cells, packed=packed, dtype=torch.float32, **saving, **options)
 
     whole = run(tmp_path / "a")
     with pytest.raises(Stopped):
@@ -337,13 +341,13 @@ def test_a_run_goes_on_bit_for_bit(family: Family, packed: bool, tmp_path: Path)
 
 
 def test_projections_learn_and_the_distance_falls(tmp_path: Path) -> None:
-    (one,) = cells_in(tmp_path, lmbda=0.0)[2:]
-    one = replace(one, learning_rate=3e-3)
+    (cell_arguments,) = build_cells(tmp_path, lmbda=0.0)[2:]
+    cell_arguments = replace(cell_arguments, learning_rate=3e-3)
     drawn: dict[str, Tensor] = {}
     run = distil(
         tmp_path,
         "decoder-only",
-        [one],
+        [cell_arguments],
         packed=False,
         max_steps=20,
         prepare=lambda trainer: drawn.update(learnt(trainer, 0)),
@@ -354,7 +358,7 @@ def test_projections_learn_and_the_distance_falls(tmp_path: Path) -> None:
 
 
 def test_each_layer_s_term_is_logged_and_a_student_that_is_saved_has_no_projection(tmp_path: Path) -> None:
-    run = distil(tmp_path, "decoder-only", cells_in(tmp_path)[:1], packed=False, max_steps=2)
+    run = distil(tmp_path, "decoder-only", build_cells(tmp_path)[:1], packed=False, max_steps=2)
     for row in run.history[0]:
         assert row["loss"] == pytest.approx(row["loss/divergence"] + row["loss/hidden_states"], rel=1e-9)
         assert row["loss/hidden_states"] > 0
@@ -375,11 +379,13 @@ def test_projections_follow_a_schedule_that_is_no_function_of_the_step(tmp_path:
         "eval_steps": 1,
         "metric_for_best_model": "loss",
     }
-    more = {"eval_dataset": conversations(2)}
-    made = trainer(tmp_path, conversations(), teacher=llama(1, width=24), arguments=arguments, **more)
-    (own,) = made.auxiliary_modules._term_modules.values()
+    options = {"eval_dataset": conversations(2)}
+    made = trainer(tmp_path, conversations(), teacher=llama(1, width=24), arguments=arguments, **options)
+    (term_module,) = made.auxiliary_modules._term_modules.values()
     rates: list[float] = []
-    assert own.optimizer is not None
-    own.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    assert term_module.optimizer is not None
+    term_module.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
     made.train()
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4])

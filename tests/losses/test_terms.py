@@ -44,31 +44,33 @@ def tensors() -> dict[str, Any]:
     }
 
 
-def dense(given: dict[str, Any], terms: WeightedLosses, n: int) -> list[Tensor]:
+def dense(loss_arguments: dict[str, Any], terms: WeightedLosses, n: int) -> list[Tensor]:
     """What each term adds to the loss of cell n, by plain formulas."""
-    student = given["student"][n] @ given["student_head"].weight[n].T
-    teacher = given["teacher"][0] @ given["teacher_head"].weight.T
+    student = loss_arguments["student"][n] @ loss_arguments["student_head"].weight[n].T
+    teacher = loss_arguments["teacher"][0] @ loss_arguments["teacher_head"].weight.T
     values = []
     for term in terms:
         if isinstance(term.loss, CrossEntropy):
-            each = functional.cross_entropy(student, given["labels"][n], reduction="none")
+            each = functional.cross_entropy(student, loss_arguments["labels"][n], reduction="none")
         else:
             each = term.loss(student, teacher)
-        values.append(term.weight * (each * given["weights"][n]).sum())
+        values.append(term.weight * (each * loss_arguments["weights"][n]).sum())
     return values
 
 
 def test_values_and_gradients_are_the_weighted_sums_of_the_terms() -> None:
-    given = tensors()
-    sums = compute_cell_losses(terms=LISTS, **given)
+    loss_arguments = tensors()
+    sums = compute_cell_losses(terms=LISTS, **loss_arguments)
     for n, terms in enumerate(LISTS):
-        expected = dense(given, terms, n)
+        expected = dense(loss_arguments, terms, n)
         torch.testing.assert_close(sums.losses[n], torch.stack(expected).sum())
         for k, value in enumerate(expected):
             torch.testing.assert_close(sums.terms[n, k], value.detach())
-    parameters = [given["student"], given["student_head"].weight]
+    parameters = [loss_arguments["student"], loss_arguments["student_head"].weight]
     ours = torch.autograd.grad(sums.losses.sum(), parameters)
-    total = torch.stack([value for n, terms in enumerate(LISTS) for value in dense(given, terms, n)]).sum()
+    total = torch.stack(
+        [value for n, terms in enumerate(LISTS) for value in dense(loss_arguments, terms, n)]
+    ).sum()
     torch.testing.assert_close(ours, torch.autograd.grad(total, parameters))
 
 
@@ -80,8 +82,8 @@ def test_cross_entropy_is_finite_where_a_token_is_excluded() -> None:
 
 
 def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
-    given = tensors() | {"teacher": None, "teacher_head": None, "block_of_cell": (0, 1, 2)}
-    sums = compute_cell_losses(terms=[HARD] * CELLS, **given)
+    loss_arguments = tensors() | {"teacher": None, "teacher_head": None, "block_of_cell": (0, 1, 2)}
+    sums = compute_cell_losses(terms=[HARD] * CELLS, **loss_arguments)
     expected = torch.stack([dense(tensors(), (WeightedLoss(HARD),), n)[0] for n in range(CELLS)])
     torch.testing.assert_close(sums.losses, expected)
 
@@ -98,15 +100,15 @@ def test_what_a_term_reads_must_be_given(changes: dict[str, Any], message: str) 
         compute_cell_losses(terms=LISTS, **(tensors() | changes))
 
 
-def sums_of(objectives: WeightedLosses) -> CellLosses:
-    given = tensors()
-    return compute_cell_losses(terms=[objectives] * CELLS, **given)
+def compute_losses(objectives: WeightedLosses) -> CellLosses:
+    loss_arguments = tensors()
+    return compute_cell_losses(terms=[objectives] * CELLS, **loss_arguments)
 
 
 def test_two_divergences_of_half_the_weight_are_one() -> None:
-    halves = sums_of((WeightedLoss(SOFT, 0.5), WeightedLoss(SOFT, 0.5)))
-    torch.testing.assert_close(halves.losses, sums_of((WeightedLoss(SOFT),)).losses)
-    torch.testing.assert_close(halves.entropies, sums_of((WeightedLoss(SOFT),)).entropies)
+    halves = compute_losses((WeightedLoss(SOFT, 0.5), WeightedLoss(SOFT, 0.5)))
+    torch.testing.assert_close(halves.losses, compute_losses((WeightedLoss(SOFT),)).losses)
+    torch.testing.assert_close(halves.entropies, compute_losses((WeightedLoss(SOFT),)).entropies)
 
 
 # ---- in the trainer ----
@@ -221,7 +223,7 @@ def test_several_terms_of_a_kind_are_numbered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "message"),
+    ("fields", "message"),
     [
         ({"type": "divergance"}, "type: 'divergance' is not valid: did you mean 'divergence'"),
         ({"weight": -1}, "weight: -1 is not valid: must be at least 0"),
@@ -231,6 +233,6 @@ def test_several_terms_of_a_kind_are_numbered() -> None:
         ({"beta": 2}, "beta: 2 is not valid: must be from 0 to 1"),
     ],
 )
-def test_a_term_that_is_not_understood_is_refused(one: dict[str, Any], message: str) -> None:
+def test_a_term_that_is_not_understood_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse([one])
+        parse([fields])

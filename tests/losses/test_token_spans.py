@@ -54,28 +54,28 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
 ALL = {"words": words, "pieces": pieces, "more pieces": lambda: pieces(340), "▁": sentence_pieces}
 
 
-def told_by(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> DecodedText:
+def decode_with(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> DecodedText:
     return decode_completion(tokenizer, ids, [tokenizer.eos_token_id], non_text_ids(tokenizer))
 
 
-def spelled_by(tokenizer: PreTrainedTokenizerFast, said: DecodedText) -> tuple[list[int], TokenEnds]:
-    return encode_completion(tokenizer, said, non_text_ids(tokenizer), is_encoder_decoder=False)
+def encode_with(tokenizer: PreTrainedTokenizerFast, decoded: DecodedText) -> tuple[list[int], TokenEnds]:
+    return encode_completion(tokenizer, decoded, non_text_ids(tokenizer), is_encoder_decoder=False)
 
 
-def stretches(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, text: str) -> list[str]:
+def stretches(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, text: str) -> list[str]:
     """What of the text each span covers; both sides must agree on it."""
-    ids = [*one(text, add_special_tokens=False)["input_ids"], one.eos_token_id]
-    said = told_by(one, ids)
-    _, ends = spelled_by(other, said)
-    found, begin = [], 0
-    for left, right in align_spans(said.ends, ends):
-        last = {said.ends[left[-1]], ends[right[-1]]}
+    ids = [*first(text, add_special_tokens=False)["input_ids"], first.eos_token_id]
+    decoded = decode_with(first, ids)
+    _, ends = encode_with(second, decoded)
+    spans, begin = [], 0
+    for left, right in align_spans(decoded.ends, ends):
+        last = {decoded.ends[left[-1]], ends[right[-1]]}
         assert len(last) == 1
         end = last.pop()
         assert end is not None
-        found.append("END" if end > len(said.text) else said.text[begin:end])
+        spans.append("END" if end > len(decoded.text) else decoded.text[begin:end])
         begin = end
-    return found
+    return spans
 
 
 def test_ends_that_both_have_part_the_text() -> None:
@@ -108,64 +108,64 @@ def test_spaces_that_one_side_has_no_token_for_go_with_what_follows() -> None:
 
 
 def test_the_end_of_sequence_is_a_span_of_its_own_and_missing_where_the_text_was_cut() -> None:
-    one, other = words(), pieces()
-    whole = one("the cat")["input_ids"]
-    for ids, count in (([*whole, one.eos_token_id], 3), (whole, 2), ([one.eos_token_id], 1)):
-        said = told_by(one, ids)
-        _, ends = spelled_by(other, said)
-        found = align_spans(said.ends, ends)
-        assert len(found) == count
-        assert said.is_complete == (len(ids) in found[-1][0] or ids[-1] == one.eos_token_id)
+    first, second = words(), pieces()
+    whole = first("the cat")["input_ids"]
+    for ids, count in (([*whole, first.eos_token_id], 3), (whole, 2), ([first.eos_token_id], 1)):
+        decoded = decode_with(first, ids)
+        _, ends = encode_with(second, decoded)
+        spans = align_spans(decoded.ends, ends)
+        assert len(spans) == count
+        assert decoded.is_complete == (len(ids) in spans[-1][0] or ids[-1] == first.eos_token_id)
 
 
 def test_what_follows_the_end_is_no_text() -> None:
-    one = words()
-    ids = one("the cat")["input_ids"]
-    said = told_by(one, [*ids, one.eos_token_id, *ids])
-    assert said == DecodedText("the cat", [3, 7, 8, None, None], True)
+    first = words()
+    ids = first("the cat")["input_ids"]
+    decoded = decode_with(first, [*ids, first.eos_token_id, *ids])
+    assert decoded == DecodedText("the cat", [3, 7, 8, None, None], True)
 
 
 def test_a_special_token_within_a_text_is_left_out() -> None:
-    one = words()
-    the, cat = one("the cat")["input_ids"]
-    assert told_by(one, [the, one.pad_token_id, cat]) == DecodedText("the cat", [3, None, 7], False)
+    first = words()
+    the, cat = first("the cat")["input_ids"]
+    assert decode_with(first, [the, first.pad_token_id, cat]) == DecodedText("the cat", [3, None, 7], False)
 
 
 def test_bytes_of_a_character_count_when_it_is_whole() -> None:
-    one = pieces()
-    assert told_by(one, one("a ж!")["input_ids"]) == DecodedText("a ж!", [1, 2, 3, 3, 4], False)
+    first = pieces()
+    assert decode_with(first, first("a ж!")["input_ids"]) == DecodedText("a ж!", [1, 2, 3, 3, 4], False)
 
 
 def test_a_character_that_was_cut_is_no_text() -> None:
-    one, other = pieces(), words()
-    said = told_by(one, one("the ж")["input_ids"][:-1])
-    assert said == DecodedText("the ", [3, 4, None], False)
-    assert align_spans(said.ends, spelled_by(other, said)[1]) == [([0], [0])]
+    first, second = pieces(), words()
+    decoded = decode_with(first, first("the ж")["input_ids"][:-1])
+    assert decoded == DecodedText("the ", [3, 4, None], False)
+    assert align_spans(decoded.ends, encode_with(second, decoded)[1]) == [([0], [0])]
 
 
 def test_a_text_is_told_however_it_was_split() -> None:
     """A student may write `c` `a` `t`, which its own tokenizer never would."""
-    one, other = pieces(), words()
-    ids = [i for letter in "the cat" for i in one(letter)["input_ids"]]
-    said = told_by(one, ids)
-    assert said == DecodedText("the cat", [1, 2, 3, 4, 5, 6, 7], False)
-    found = align_spans(said.ends, spelled_by(other, said)[1])
-    assert found == [([0, 1, 2], [0]), ([3, 4, 5, 6], [1])]
+    first, second = pieces(), words()
+    ids = [i for letter in "the cat" for i in first(letter)["input_ids"]]
+    decoded = decode_with(first, ids)
+    assert decoded == DecodedText("the cat", [1, 2, 3, 4, 5, 6, 7], False)
+    spans = align_spans(decoded.ends, encode_with(second, decoded)[1])
+    assert spans == [([0, 1, 2], [0]), ([3, 4, 5, 6], [1])]
 
 
-@pytest.mark.parametrize("one", ALL)
-@pytest.mark.parametrize("other", ALL)
+@pytest.mark.parametrize("first", ALL)
+@pytest.mark.parametrize("second", ALL)
 @pytest.mark.parametrize("text", ["the cat", "cats 117 , mat", "naïve 🙂 漢字 the", "  the\tcat\n", ""])
-def test_every_token_of_a_whole_text_is_in_one_span(one: str, other: str, text: str) -> None:
-    student, teacher = ALL[one](), ALL[other]()
+def test_every_token_of_a_whole_text_is_in_one_span(first: str, second: str, text: str) -> None:
+    student, teacher = ALL[first](), ALL[second]()
     ids = [*student(text, add_special_tokens=False)["input_ids"], student.eos_token_id]
-    said = told_by(student, ids)
-    theirs, ends = spelled_by(teacher, said)
-    found = align_spans(said.ends, ends)
+    decoded = decode_with(student, ids)
+    second_ids, ends = encode_with(teacher, decoded)
+    spans = align_spans(decoded.ends, ends)
     placed = [n for n, i in enumerate(ids) if i not in (student.pad_token_id, student.unk_token_id)]
-    assert [n for left, _ in found for n in left] == placed
-    assert [n for _, right in found for n in right] == list(range(len(theirs)))
-    assert theirs[-1] == teacher.eos_token_id
+    assert [n for left, _ in spans for n in left] == placed
+    assert [n for _, right in spans for n in right] == list(range(len(second_ids)))
+    assert second_ids[-1] == teacher.eos_token_id
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -175,20 +175,20 @@ def test_any_ids_are_told_as_they_are_decoded(name: str) -> None:
     special = non_text_ids(tokenizer)
     for _ in range(50):
         ids = [draw.randrange(2, len(tokenizer)) for _ in range(12)]
-        said = told_by(tokenizer, ids)
+        decoded = decode_with(tokenizer, ids)
         whole = tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=False)
-        assert whole.startswith(said.text)
-        assert whole in (said.text, "") or whole.endswith("\ufffd")
-        placed = [end for end in said.ends if end is not None]
+        assert whole.startswith(decoded.text)
+        assert whole in (decoded.text, "") or whole.endswith("\ufffd")
+        placed = [end for end in decoded.ends if end is not None]
         assert placed == sorted(placed)
-        assert max(placed, default=0) == len(said.text)
+        assert max(placed, default=0) == len(decoded.text)
 
 
 def test_one_tokenizer_meets_itself_token_by_token() -> None:
     for make in ALL.values():
-        one = make()
-        ids = [*one("the cat sat on 12", add_special_tokens=False)["input_ids"], one.eos_token_id]
-        said = told_by(one, ids)
-        theirs, ends = spelled_by(one, said)
-        assert theirs == ids
-        assert align_spans(said.ends, ends) == [([n], [n]) for n in range(len(ids))]
+        first = make()
+        ids = [*first("the cat sat on 12", add_special_tokens=False)["input_ids"], first.eos_token_id]
+        decoded = decode_with(first, ids)
+        second_ids, ends = encode_with(first, decoded)
+        assert second_ids == ids
+        assert align_spans(decoded.ends, ends) == [([n], [n]) for n in range(len(ids))]

@@ -40,13 +40,13 @@ def examples(tokenizer: PreTrainedTokenizerFast, family: Family = "decoder-only"
     return found
 
 
-def rows_of(tokenizer: PreTrainedTokenizerFast, family: Family = "decoder-only") -> Sequences:
+def collate_texts(tokenizer: PreTrainedTokenizerFast, family: Family = "decoder-only") -> Sequences:
     return collate_examples(
         examples(tokenizer), tokenizer.pad_token_id, is_encoder_decoder=family == "encoder-decoder"
     )
 
 
-def seen_of(
+def build_inputs(
     logits: Tensor, rows: Sequences, projection: Projection | None = None, config: Any = None
 ) -> LossInputs:
     """A step on these rows alone: each row has the same weight, shared by its tokens (Eq. 2)."""
@@ -65,7 +65,7 @@ def reader(
     return TextTeacher(Plain(teacher), tokenizer, student, [student.eos_token_id], **more)
 
 
-def value_of(
+def compute_value(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
@@ -73,14 +73,14 @@ def value_of(
     config: ULDConfig = PLAIN,
     family: Family = "decoder-only",
 ) -> Tensor:
-    rows = rows_of(student_tokenizer, family)
+    rows = collate_texts(student_tokenizer, family)
     module = ULDModule(config)
     module.teacher = reader(teacher, teacher_tokenizer, student_tokenizer)
-    value: Tensor = module(seen_of(compute_completion_logits(student, rows), rows))
+    value: Tensor = module(build_inputs(compute_completion_logits(student, rows), rows))
     return value
 
 
-def by_hand(
+def compute_by_hand(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerFast,
@@ -138,7 +138,7 @@ def test_tokens_of_one_span_are_joined_by_the_chain_rule() -> None:
     rows = Sequences(*(torch.tensor([[0, 1]]), torch.ones(1, 2).long()) * 2)
     spans: list[list[Span]] = [[([0, 1], [0])]]
     reading = TextTeacherLogits(HiddenTeacherLogits(teacher, Projection(None)), torch.tensor([[2]]), spans)
-    value = sum_span_distances(ULDConfig(), seen_of(student, rows), reading)
+    value = sum_span_distances(ULDConfig(), build_inputs(student, rows), reading)
     torch.testing.assert_close(value, torch.tensor(abs(0.4 - 0.7) + abs(0.1 - 0.2) + 0.1))
 
 
@@ -150,16 +150,16 @@ PAIRS = {"words of pieces": (words, pieces), "pieces of words": (pieces, words),
 def test_it_is_the_plain_formula_s_on_rows_of_different_lengths(pair: str, config: ULDConfig) -> None:
     one, other = (make() for make in PAIRS[pair])
     student, teacher = model_of(one, 1), model_of(other, 2, width=32)
-    expected = by_hand(student, teacher, one, other, config)
+    expected = compute_by_hand(student, teacher, one, other, config)
     assert expected > 0.1
-    torch.testing.assert_close(value_of(student, teacher, one, other, config), expected)
+    torch.testing.assert_close(compute_value(student, teacher, one, other, config), expected)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_its_gradient_is_the_plain_formula_s(pair: str) -> None:
     one, other = (make() for make in PAIRS[pair])
     teacher, found = model_of(other, 2, width=32), []
-    for compute in (value_of, by_hand):
+    for compute in (compute_value, compute_by_hand):
         student = model_of(one, 1)
         compute(student, teacher, one, other).backward()
         found.append({name: p.grad for name, p in student.named_parameters()})
@@ -172,15 +172,15 @@ def test_its_gradient_is_the_plain_formula_s(pair: str) -> None:
 def test_a_model_that_equals_its_teacher_has_nothing_to_learn(family: Family) -> None:
     tokenizer = pieces()
     student, teacher = (model_of(tokenizer, 1, family) for _ in range(2))
-    assert value_of(student, teacher, tokenizer, tokenizer, family=family) < 1e-12
+    assert compute_value(student, teacher, tokenizer, tokenizer, family=family) < 1e-12
     other = model_of(tokenizer, 2, family)
-    assert value_of(other, teacher, tokenizer, tokenizer, family=family) > 0.1
+    assert compute_value(other, teacher, tokenizer, tokenizer, family=family) > 0.1
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = words(), pieces()
-    rows, teacher = rows_of(one), model_of(other, 2)
+    rows, teacher = collate_texts(one), model_of(other, 2)
     torch.manual_seed(0)
     hidden = torch.randn(len(ROWS), rows.completion_ids.shape[1], 8, dtype=torch.float64)
     weight = torch.randn(len(one), 8, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch
         added = torch.ones(len(one), dtype=torch.float64).requires_grad_() if bias else None
         module = ULDModule(ULDConfig())
         module.teacher = reader(teacher, other, one)
-        value = module(seen_of(leaves[0], rows, Projection(leaves[1], added, scale=0.5, softcap=5.0)))
+        value = module(build_inputs(leaves[0], rows, Projection(leaves[1], added, scale=0.5, softcap=5.0)))
         (3 * value).backward()
         found.append([value, *(leaf.grad for leaf in leaves), *([added.grad] if added is not None else [])])
     for whole, parts in zip(*found, strict=True):
@@ -201,22 +201,22 @@ def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch
 
 def test_its_gradient_agrees_with_finite_differences() -> None:
     one, other = words(), pieces()
-    rows, teacher = rows_of(one), model_of(other, 2)
+    rows, teacher = collate_texts(one), model_of(other, 2)
     torch.manual_seed(0)
     logits = torch.randn(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
-    assert torch.autograd.gradcheck(lambda x: module(seen_of(x, rows)), 3 * logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: module(build_inputs(x, rows)), 3 * logits.requires_grad_())
 
 
 def test_minus_infinity_is_a_probability_of_0() -> None:
     one, other = words(), pieces()
-    rows, teacher = rows_of(one), model_of(other, 2)
+    rows, teacher = collate_texts(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
     logits[..., :2] = -math.inf
     module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
-    value = module(seen_of(logits.requires_grad_(), rows))
+    value = module(build_inputs(logits.requires_grad_(), rows))
     value.backward()
     assert value.isfinite()
     assert logits.grad is not None
@@ -227,15 +227,15 @@ def test_without_gradients_the_value_is_the_same() -> None:
     one, other = words(), pieces()
     student, teacher = model_of(one, 1), model_of(other, 2)
     with torch.no_grad():
-        quiet = value_of(student, teacher, one, other)
-    torch.testing.assert_close(quiet, value_of(student, teacher, one, other).detach())
+        quiet = compute_value(student, teacher, one, other)
+    torch.testing.assert_close(quiet, compute_value(student, teacher, one, other).detach())
 
 
 def test_rows_of_weight_0_and_rows_without_a_span_count_nothing() -> None:
     one, other = words(), pieces()
-    rows, teacher = rows_of(one), model_of(other, 2)
+    rows, teacher = collate_texts(one), model_of(other, 2)
     logits = torch.zeros(len(ROWS), rows.completion_ids.shape[1], len(one), dtype=torch.float64)
-    seen = seen_of(logits.requires_grad_(), rows)
+    seen = build_inputs(logits.requires_grad_(), rows)
     module = ULDModule(ULDConfig())
     module.teacher = reader(teacher, other, one)
     assert module(replace(seen, weights=0 * seen.weights)) == 0
@@ -265,7 +265,7 @@ def trl_s(strategy: str, **more: Any) -> Any:
     return ULDLoss(SimpleNamespace(**config))
 
 
-def by_trl(
+def compute_by_trl(
     student: PreTrainedModel, teacher: PreTrainedModel, one: Any, other: Any, strategy: str, **more: Any
 ) -> Tensor:
     """TRL's loss on our offsets (as bytes: the texts are ASCII): its own encoding wants byte-level BPE."""
@@ -300,17 +300,17 @@ def by_trl(
 def test_it_equals_trl_s_by_the_chain_rule(pair: str) -> None:
     one, other = (make() for make in PAIRS[pair])
     student, teacher = model_of(one, 1), model_of(other, 2, width=32)
-    expected = by_trl(student, teacher, one, other, "bayesian")
-    torch.testing.assert_close(value_of(student, teacher, one, other), expected)
+    expected = compute_by_trl(student, teacher, one, other, "bayesian")
+    torch.testing.assert_close(compute_value(student, teacher, one, other), expected)
 
 
 def test_trl_s_default_compares_what_follows_each_token() -> None:
     """One position late: a teacher that differs in its first token alone is no different to it."""
     tokenizer = words()
     student = model_of(tokenizer, 1)
-    same = by_trl(student, student, tokenizer, tokenizer, "observed")
+    same = compute_by_trl(student, student, tokenizer, tokenizer, "observed")
     assert same < 1e-12
-    rows = rows_of(tokenizer)
+    rows = collate_texts(tokenizer)
     logits = compute_completion_logits(student, rows).detach()
     changed = logits.clone()
     changed[:, 0] = changed[:, 0] * 3
@@ -333,7 +333,7 @@ def test_trl_s_default_compares_what_follows_each_token() -> None:
 def test_trl_s_default_teaches_nothing_of_the_end() -> None:
     """It leaves each row's last token out, also where the row was cut and that is a word."""
     tokenizer = words()
-    student, rows = model_of(tokenizer, 1), rows_of(tokenizer)
+    student, rows = model_of(tokenizer, 1), collate_texts(tokenizer)
     at_end = rows.completion_mask.sum(-1) - 1
     defaults = {"uld_skip_student_eos": True, "uld_skip_teacher_eos": True}
     ids = torch.cat([rows.prompt_ids, rows.completion_ids], 1)
@@ -376,7 +376,7 @@ def test_trl_encodes_with_byte_level_tokenizers_alone() -> None:
 def test_the_teacher_reads_prompt_and_completion_in_its_own_tokens() -> None:
     one, other = words(), pieces()
     teacher = reader(model_of(other, 2), other, one)
-    reading = teacher.read_rows(rows_of(one))
+    reading = teacher.read_rows(collate_texts(one))
     read = [other.decode(ids[ids != other.pad_token_id]) for ids in reading.ids]
     assert read == ["a b = 12 bad</s>", "c cab 3</s>", "21 21"]
 
@@ -397,7 +397,7 @@ def test_rows_that_cells_share_are_read_once() -> None:
     one, other = words(), pieces()
     plain = Plain(model_of(other, 2))
     teacher = TextTeacher(plain, other, one, [one.eos_token_id])
-    rows = rows_of(one)
+    rows = collate_texts(one)
     first = teacher.read_rows(rows)
     assert teacher.read_rows(rows.map_tensors(torch.clone)) is first
     shorter = replace(rows, completion_mask=rows.completion_mask * 0)
@@ -408,7 +408,7 @@ def test_rows_that_cells_share_are_read_once() -> None:
 def test_a_teacher_of_another_family_reads_the_same_text() -> None:
     one, other = words(), pieces()
     student, teacher = model_of(one, 1), model_of(other, 2, "encoder-decoder")
-    value = value_of(student, teacher, one, other)
+    value = compute_value(student, teacher, one, other)
     assert 0 < value < 2
 
 
@@ -420,7 +420,7 @@ def test_what_cannot_be_is_refused() -> None:
         ULDConfig(teacher_temperature=0)
     one, other = words(), pieces()
     with pytest.raises(ValueError, match=r"give the module's `teacher` first"):
-        ULDModule(ULDConfig())(seen_of(torch.zeros(1), rows_of(one)))
+        ULDModule(ULDConfig())(build_inputs(torch.zeros(1), collate_texts(one)))
     with pytest.raises(ValueError, match=r"uld needs the teacher's tokenizer.*teacher_processing_class"):
         reader(model_of(other, 2), None, one)  # type: ignore[arg-type]
     other.eos_token = None
