@@ -52,6 +52,7 @@ class InvarianceResult:
 
     @property
     def passed(self) -> bool:
+        """Whether the value is within its tolerance."""
         return self.value <= self.tolerance
 
 
@@ -101,6 +102,7 @@ def build_head_check(side: str) -> Callable[[PairBench], InvarianceResult]:
     """Build the check that hidden states times head are the logits of "student" or "teacher"."""
 
     def check_head(bench: PairBench) -> InvarianceResult:
+        """Compare hidden states times head with the model's logits."""
         model, head = getattr(bench, side), bench.heads[side]
         if not head.is_linear:
             return create_failed_result(
@@ -124,6 +126,7 @@ def build_padding_check(side: str) -> Callable[[PairBench], InvarianceResult]:
     """Build the check that more padding leaves the probabilities of "student" or "teacher" as they are."""
 
     def check_padding(bench: PairBench) -> InvarianceResult:
+        """Compare the probabilities of narrow and wide batches."""
         model = getattr(bench, side)
         narrow = bench.compute_probabilities(model, bench.rows)
         wide = bench.compute_probabilities(model, _add_padding(bench))
@@ -291,6 +294,7 @@ def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
     outputs: list[Tensor] = []
 
     def retain_gradient(module: nn.Module, args: Any, output: Any) -> None:
+        """Keep the last hidden states and, after the backward pass, their gradient."""
         if output[0].requires_grad:
             output[0].retain_grad()
             outputs.append(output[0])
@@ -330,6 +334,7 @@ def build_accumulation_check(lmbda: float, normalization: str) -> Callable[[Pair
     """Build the check that four micro-batches of a row give the loss and gradient of one with four rows."""
 
     def check_accumulation(bench: PairBench) -> InvarianceResult:
+        """Compare loss and gradient of a step as one micro-batch and as four."""
         rows = [bench.select_row(n) for n in range(bench.rows.num_rows)]
         bench.student.zero_grad()
         whole = bench.compute_loss_and_gradient(

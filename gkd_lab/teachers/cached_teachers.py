@@ -177,6 +177,7 @@ def _build_logits(
     lengths = [len(scores.log_probs) for scores in row_scores]
 
     def pad_rows(tensor: Tensor) -> Tensor:
+        """Arrange one tensor of all rows' scores by block."""
         rows = tensor.new_zeros(len(row_scores), completions.shape[1], *tensor.shape[1:])
         for row, part in zip(rows, tensor.split(lengths), strict=True):
             row[: len(part)] = part

@@ -128,6 +128,7 @@ class ScoreReader:
         first, last = file.get_slice("starts")[row_in_file : row_in_file + 2].tolist()
 
         def read_tensor(name: str) -> Tensor:
+            """Read the row's part of the file's tensor `name`."""
             tensor: Tensor = file.get_slice(name)[first:last]
             return tensor
 

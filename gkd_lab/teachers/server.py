@@ -90,6 +90,7 @@ class TeacherServer:
         address = self.server.rstrip("/") + "/completions"
 
         def send_request() -> httpx.Response:
+            """Post once; raise for a temporary error."""
             response = client.post(address, json=body)
             if response.status_code >= 500 or response.status_code in RETRIED_STATUS_CODES:
                 response.raise_for_status()

@@ -114,10 +114,12 @@ class TopKTeacherLogits:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Blocks and tokens per block, (M, N)."""
         return self.log_probs.shape[0], self.log_probs.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the stored log-probabilities."""
         return self.log_probs.dtype
 
     def select_positions(self, positions: Tensor) -> "TopKTeacherLogits":
@@ -134,6 +136,7 @@ class TopKTeacherLogits:
         buffer = log_probs.new_empty((max_rows, self.vocabulary), dtype=dtype)
 
         def read_logits(block: int, rows: Tensor) -> Tensor:
+            """Write the logits of a block's tokens into the buffer."""
             logits = buffer[: len(rows)]
             logits.copy_(unnamed[block, rows, None].expand_as(logits))
             logits.scatter_(1, ids[block, rows].long(), log_probs[block, rows].to(dtype))

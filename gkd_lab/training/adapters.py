@@ -23,26 +23,30 @@ class TaskAdapter(Protocol):
 
     can_generate: Whether the student can write completions, so that steps can be on-policy.
     limits: Pad id, end ids, and V, the vocabulary entries or labels that are compared.
-    cells: The cells' arguments with the task's default loss.
-    encode_row: Encodes one dataset row.
-    collate: Makes a batch of dataset rows, for the user who gives no collator.
-    compute_metrics: Metrics of an evaluation, for the user who gives none; None: the loss alone.
     """
 
     can_generate: bool
     limits: GenerationLimits
 
     @property
-    def cells(self) -> Sequence[CellArguments]: ...
+    def cells(self) -> Sequence[CellArguments]:
+        """The cells' arguments with the task's default loss."""
+        ...
 
     @property
-    def encode_row(self) -> Callable[[Any], Any]: ...
+    def encode_row(self) -> Callable[[Any], Any]:
+        """Encodes one dataset row."""
+        ...
 
     @property
-    def collate(self) -> Callable[[Sequence[Any]], dict[str, Tensor]]: ...
+    def collate(self) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """Makes a batch of dataset rows, if the user gives no collator."""
+        ...
 
     @property
-    def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None: ...
+    def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """Metrics of an evaluation, if the user gives none; None: the loss alone."""
+        ...
 
     def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
         """Convert a collated batch, ours or a user's collator's. Raises ValueError for another form."""

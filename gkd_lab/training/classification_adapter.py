@@ -83,7 +83,8 @@ class ClassificationAdapter:
 
     def _align_models(self, student: PreTrainedModel, tokenizer: Any, teachers: TeacherSet) -> None:
         """Check that all models share token ids and labels, and set their padding token."""
-        models = [(unwrap_model(model), own) for model, own in teachers.list_models_and_tokenizers()]
+        pairs = teachers.list_models_and_tokenizers()
+        models = [(unwrap_model(model), teacher_tokenizer) for model, teacher_tokenizer in pairs]
         for teacher, teacher_tokenizer in models:
             check_classifier_tokenizers(student, teacher, tokenizer, teacher_tokenizer)
         self.teacher_label_columns = [

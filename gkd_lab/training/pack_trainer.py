@@ -34,9 +34,11 @@ def build_single_cell_property(name: str) -> property:
     """Build TRL's attribute `name` of the only cell, which a callback may read and set between steps."""
 
     def read_value(trainer: "PackTrainer") -> Any:
+        """Return the only cell's value."""
         return getattr(trainer._get_single_cell(name), name)
 
     def set_value(trainer: "PackTrainer", value: float) -> None:
+        """Replace the only cell's value."""
         changes: dict[str, Any] = {name: value}
         trainer.cells = (replace(trainer._get_single_cell(name), **changes),)
 
@@ -179,9 +181,11 @@ class PackTrainer(Trainer):
         return create() if self.optimizer is not None else self.strategy.create_optimizer(create)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradient as the strategy does."""
         return self.strategy.clip_gradients(partial(super()._clip_grad_norm, model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm that the Trainer logs, and record each cell's."""
         return self.strategy.compute_grad_norm(partial(super()._get_grad_norm, model, grad_norm))
 
     # ---- logs ----
@@ -208,14 +212,17 @@ class PackTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write each cell's checkpoint of the current step."""
         save = partial(super()._save_checkpoint, model, trial)
         self.strategy.save_checkpoint(save, self._get_output_dir(trial=trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load each cell's weights and extra state."""
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         self.strategy.load_weights(load, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load each cell's optimizer state and set the schedule to the checkpoint's step."""
         load = partial(super()._load_optimizer_and_scheduler, checkpoint)
         self.strategy.load_optimizer(load, checkpoint)
 

@@ -377,6 +377,7 @@ class GKDTrainer(PackTrainer):
         """Return the gradient norm of each cell's terms on a micro-batch."""
 
         def compute_losses(term_batch: MicroBatch) -> Tensor:
+            """Return the cells' losses, (K,), on a micro-batch with a single active term."""
             return self.compute_cell_sums(model, term_batch, items)[0].losses
 
         return term_gradient_norms(self.pack, self.cells, compute_losses, batch)
