@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
+
 FigureCell = dict[str, Any]
 """Field -> value; None or absent where the field does not apply."""
 
@@ -61,7 +63,7 @@ _FIELD_TEMPLATES = {
     "learning_rate": "learning rate {:g}",
     "alpha": "α = {:g}",
 }
-_LOSS_NAMES = {"tv": "total variation", "seqkd": "SeqKD", "sft": "SFT"}
+_LOSS_NAMES = {**NAMES_WITHOUT_BETA, "seqkd": "SeqKD", "sft": "SFT"}
 _ROLE_NAMES = {"start": "the SFT student", "teacher": "the teacher"}
 
 

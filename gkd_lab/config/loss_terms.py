@@ -33,7 +33,8 @@ from gkd_lab.config.reward_names import check_reward_baseline, check_reward_mode
 Share = Annotated[float, Field(ge=0, le=1)]
 DivergenceKind = Literal["jsd", "tv"]
 DIVERGENCE_KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
-KINDS_WITH_BETA: tuple[DivergenceKind, ...] = ("jsd",)
+NAMES_WITHOUT_BETA: Mapping[str, str] = {"tv": "total variation"}
+"""Readable names of the kinds that have no beta; those of the others are made from beta."""
 FIRST_TEACHER = "teacher"
 """Name of the run's main teacher, number 0."""
 RewardBaseline = Literal["leave_one_out", "none"]
@@ -96,7 +97,7 @@ class DivergenceFields(WeightedTerm):
     @field_validator("beta")
     @classmethod
     def _check_beta(cls, beta: float | None, info: ValidationInfo) -> float | None:
-        if info.data.get("divergence", "jsd") not in KINDS_WITH_BETA:
+        if info.data.get("divergence") in NAMES_WITHOUT_BETA:
             return None
         if beta is None:
             raise PydanticKnownError("missing")

@@ -10,7 +10,7 @@ beta = 0 and beta = 1 stand for forward KL(P || Q) and reverse KL(Q || P), which
 JSD(beta) / beta and JSD(beta) / (1 - beta), not of JSD(beta) itself: that goes to 0 at both ends.
 
 Shapes: N tokens, V vocabulary. Values are per token; the caller masks and averages. A new kind is one more
-name of `DivergenceKind` in `gkd_lab.config.loss_terms` and one more line of `FORMULAS`.
+name of `DivergenceKind` in `gkd_lab.config.loss_terms` and one more line of `FORMULAS` here.
 """
 
 import math

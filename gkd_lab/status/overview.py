@@ -12,6 +12,7 @@ from typing import Any
 from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
+from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 from gkd_lab.config.packs import PackLimit, explain_unpackable, group_cells_into_packs
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
@@ -205,7 +206,7 @@ def _describe_unused_beta(grid: Grid) -> list[str]:
 
 def _format_divergence(divergence: str) -> str:
     """Format the name of a divergence for reading."""
-    names = {"tv": "total variation", "cross_entropy": "cross-entropy"}
+    names = {**NAMES_WITHOUT_BETA, "cross_entropy": "cross-entropy"}
     return names.get(divergence, divergence.replace("_", " "))
 
 

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
+
 
 def divergence_label(beta: float | None) -> str:
     """Format `Forward KL`, `JSD(0.1)`, ..., `Reverse KL` as on the paper's axes.
@@ -51,7 +53,8 @@ def _format_weighted_term(term: dict[str, Any]) -> str:
 
 def _format_divergence_term(term: dict[str, Any]) -> str:
     """Format a divergence with its temperatures and teachers."""
-    name = "Total variation" if term.get("divergence") == "tv" else divergence_label(term.get("beta"))
+    name = NAMES_WITHOUT_BETA.get(term.get("divergence", ""), "").capitalize()
+    name = name or divergence_label(term.get("beta"))
     temperatures = {side: term.get(f"{side}_temperature", 1) for side in ("teacher", "student")}
     if temperatures["teacher"] == temperatures["student"] != 1:
         name += f" at T = {temperatures['teacher']:g}"
