@@ -59,18 +59,21 @@ def test_exit_status_is_the_worst_and_killed_workers_are_reported() -> None:
 def test_signal_is_forwarded_to_each_worker(number: signal.Signals) -> None:
     pool, lines = start_workers(LISTENING_SCRIPT)
 
+    previous_handler = signal.getsignal(number)
+
     def send() -> None:
         while lines.count("[1] ready") + lines.count("[2] ready") < 2:
             time.sleep(0.02)
+        while signal.getsignal(number) is previous_handler:  # until `wait` forwards signals
+            time.sleep(0.02)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
     thread = threading.Thread(target=send)
     thread.start()
     assert pool.wait() == 128 + number
     thread.join()
     assert sorted(lines[-2:]) == [f"[1] heard {number}", f"[2] heard {number}"]
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is previous_handler
 
 
 def test_workers_share_cores_within_omp_num_threads(
