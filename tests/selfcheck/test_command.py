@@ -178,16 +178,14 @@ def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_me
 
 
 @pytest.mark.parametrize(("given", "missing"), (("--teacher", "--student"), ("--student", "--teacher")))
-def test_one_name_without_the_other_is_refused(given: str, missing: str, say: Say) -> None:
+def test_a_teacher_without_a_student_is_refused_and_vice_versa(given: str, missing: str, say: Say) -> None:
     status, out, err = say(given, "somewhere")
     assert (status, out) == (2, "")
     assert err == f"gkd-lab: {missing} is missing: name both models, or neither to check two made pairs\n"
 
 
 @pytest.mark.parametrize("option", ("student", "teacher"))
-def test_a_folder_that_is_not_there_is_refused(
-    option: str, llamas: ModelPair, tmp_path: Path, say: Say
-) -> None:
+def test_a_missing_folder_is_refused(option: str, llamas: ModelPair, tmp_path: Path, say: Say) -> None:
     saved(llamas, tmp_path)
     (tmp_path / option).rename(tmp_path / "elsewhere")
     status, out, err = say(*named(tmp_path))

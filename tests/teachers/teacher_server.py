@@ -13,7 +13,7 @@ import torch
 class Served:
     """The server of one model: what it was asked, and what is to go wrong.
 
-    down: so many of the next requests fail with `status`. answer: said in the place of scores.
+    down: so many of the next requests fail with `status`. answer: replaces the scores.
     """
 
     def __init__(self, model: Any, key: str | None = None, max_logprobs: int = 20) -> None:

@@ -58,7 +58,7 @@ def read(guide: Any, vocabulary: int = VOCABULARY) -> Tensor:
     return torch.stack([torch.cat([reader(m, some).clone() for some in rows]) for m in range(guide.shape[0])])
 
 
-def test_two_of_four_tokens_are_kept_and_the_others_share_the_tail() -> None:
+def test_top_2_of_4_tokens_are_named_and_the_others_share_the_tail() -> None:
     logits_of_row = torch.tensor([[0.5, 0.1, 0.3, 0.1]], dtype=torch.float64).log()
     scores = select_top_k(logits_of_row, 2, torch.float64)
     assert scores.ids is not None and scores.tail_log_prob is not None
@@ -77,14 +77,14 @@ def test_a_tail_too_small_for_one_minus_the_sum_keeps_its_digits() -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, VOCABULARY, VOCABULARY + 5])
-def test_all_tokens_are_kept_exactly_in_the_order_of_the_vocabulary(top_k: int | None) -> None:
+def test_full_distributions_are_stored_exactly_in_vocabulary_order(top_k: int | None) -> None:
     guide = stored(top_k)
     assert guide.ids is None
     torch.testing.assert_close(read(guide), logits().log_softmax(-1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, VOCABULARY - 1])
-def test_what_is_read_is_a_distribution_with_the_named_probabilities(top_k: int) -> None:
+def test_stored_logits_are_a_distribution_with_the_named_probabilities(top_k: int) -> None:
     guide, exact = stored(top_k), logits().log_softmax(-1)
     stored_logits = read(guide)
     torch.testing.assert_close(stored_logits.exp().sum(-1), torch.ones(BLOCKS, TOKENS, dtype=torch.float64))
@@ -111,7 +111,7 @@ def test_chosen_tokens_are_those_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
-def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept(
+def test_full_stored_distributions_give_the_live_teacher_s_loss_and_gradient(
     divergence: Divergence,
 ) -> None:
     student, head = normal(2, BLOCKS, TOKENS, WIDTH).requires_grad_(), normal(3, 2, VOCABULARY, WIDTH)
@@ -132,7 +132,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_live_teacher_where_all_is_kept
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
-def test_the_error_falls_with_the_number_of_tokens_that_are_kept() -> None:
+def test_the_error_falls_with_top_k() -> None:
     exact, student = logits(), normal(5, BLOCKS, TOKENS, VOCABULARY)
     for divergence in DIVERGENCES[::3]:
         errors = []
@@ -190,7 +190,7 @@ def written(folder: Path, family: Family, **how: Any) -> tuple[Any, list[Example
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_a_row_on_disk_is_what_the_teacher_says_of_it(
+def test_a_row_on_disk_has_the_teacher_s_scores(
     family: Family, top_k: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_files, "TARGET_FILE_BYTES", 700)
@@ -276,14 +276,14 @@ def test_a_folder_without_scores_and_a_file_that_is_gone_are_told(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"dtype": "int8"}, "dtype 'int8' of a teacher's scores is not one of float16"),
         ({"top_k": 0}, "top_k 0 "),
     ],
 )
-def test_what_cannot_be_kept_is_refused(how: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_dtype_or_top_k_is_refused(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         written(tmp_path, "decoder-only", **how)
 
 
@@ -314,7 +314,7 @@ def trained(folder: Path, family: Family, cells: list[CellArguments], teacher: A
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_with_all_that_the_teacher_said_is_one_with_the_teacher(
+def test_training_on_full_cached_scores_equals_training_with_the_live_teacher(
     family: Family, tmp_path: Path
 ) -> None:
     cells = [cell(tmp_path, lmbda=0.0, beta=0.5, teacher_temperature=0.7)]
@@ -356,7 +356,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(family: Family,
         assert_identical(whole.weights(n), resumed.weights(n))
 
 
-def test_a_trainer_with_kept_scores_has_no_teacher_s_model(
+def test_a_trainer_with_cached_scores_has_no_teacher_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = kept_scores(tmp_path, "decoder-only", top_k=4)
@@ -383,7 +383,7 @@ def refused(folder: Path, family: Family = "decoder-only", lmbda: float = 0.0, *
     return str(caught.value)
 
 
-def test_a_student_that_writes_cannot_be_compared_with_kept_scores(tmp_path: Path) -> None:
+def test_on_policy_steps_are_refused_with_cached_scores(tmp_path: Path) -> None:
     assert "lmbda=0.5 lets the student write, and a store of its scores" in refused(tmp_path, lmbda=0.5)
     assert "eval_on_policy=True lets the student write" in refused(tmp_path, eval_on_policy=True)
     assert "seq_kd=True lets the teacher write" in refused(tmp_path, seq_kd=True)

@@ -48,7 +48,7 @@ def test_a_token_is_named_with_the_most_likely_first(served: Served) -> None:
     torch.testing.assert_close(scores.tail_log_prob, exact.tail_log_prob, rtol=1e-3, atol=1e-3)
 
 
-def test_a_guide_is_what_the_teacher_would_say_of_the_rows(served: Served) -> None:
+def test_a_server_s_logits_are_the_live_teacher_s(served: Served) -> None:
     rows = tiny_examples(2 * TEXTS_PER_REQUEST + 2)
     batch = collate_examples(rows, PAD, is_encoder_decoder=False)
     step = MicroBatch(batch, batch, (0, 1), (False, False), (0, 0))
@@ -80,13 +80,13 @@ def test_the_key_comes_from_the_environment(served: Served, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again(served: Served, status: int) -> None:
+def test_a_request_to_a_busy_server_is_retried(served: Served, status: int) -> None:
     served.down, served.status = 2, status
     assert len(endpoint(served, patience=1).request_scores([[3, 4, 5]])[0]) == 2
     assert len(served.asked) == 3
 
 
-def test_a_server_that_stays_away_is_given_up_after_the_patience(
+def test_an_unavailable_server_fails_after_the_patience(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     served.down = 1000
@@ -102,35 +102,35 @@ def test_a_server_that_stays_away_is_given_up_after_the_patience(
     ]
 
 
-def test_nobody_at_the_address_is_a_server_that_is_down() -> None:
+def test_an_address_without_a_server_is_unavailable() -> None:
     with serving(Served(None)) as gone:
         pass
     with pytest.raises(ServerUnavailable, match=r"ConnectError.*Connection refused"):
         endpoint(gone).request_scores([[3, 4]])
 
 
-def test_a_server_that_takes_too_long_is_down(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_takes_too_long_is_unavailable(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "choice", lambda *_: time.sleep(0.5))
     with pytest.raises(ServerUnavailable, match="ReadTimeout"):
         endpoint(served, timeout=0.05).request_scores([[3, 4]])
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"top_k": 21}, r"status 400\): .*greater than max allowed: 20.*`--max-logprobs`"),
         ({"model": "lrage"}, r"refuses to score with lrage \(status 404\).*the model's name"),
     ],
 )
 def test_what_another_try_would_not_change_is_told_at_once(
-    served: Served, changes: dict[str, Any], said: str
+    served: Served, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ServerRejection, match=said):
+    with pytest.raises(ServerRejection, match=message):
         endpoint(served, patience=60, **changes).request_scores([[3, 4]])
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         ("<html>", "answers no JSON: <html>"),
         ([], "as vLLM does"),
@@ -145,9 +145,11 @@ def test_what_another_try_would_not_change_is_told_at_once(
         ),
     ],
 )
-def test_what_is_no_scores_of_these_texts_is_told(served: Served, answer: Any, said: str) -> None:
+def test_an_answer_in_another_format_is_refused_with_the_reason(
+    served: Served, answer: Any, message: str
+) -> None:
     served.answer = answer
-    with pytest.raises(ServerRejection, match=said):
+    with pytest.raises(ServerRejection, match=message):
         endpoint(served).request_scores([[3, 4]])
 
 

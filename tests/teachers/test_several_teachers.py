@@ -266,7 +266,7 @@ def test_teachers_have_each_its_own_dtype(tmp_path: Path) -> None:
     assert all(math.isfinite(loss) for loss in run.losses())
 
 
-def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_teacher_is_refused_by_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compares with teacher number 1, and there is number 0 alone"):
         distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)])
 

@@ -53,7 +53,7 @@ def calls(model: PreTrainedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_says_the_same_whether_its_prompts_are_shared_or_not(name: str) -> None:
+def test_shared_prompts_leave_the_hidden_states_of_each_family_unchanged(name: str) -> None:
     model = FAMILIES[name](16).eval()
     batch = step(left=not model.config.is_encoder_decoder)
     head = OutputHead(model)

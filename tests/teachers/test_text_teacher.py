@@ -193,7 +193,7 @@ def test_each_side_has_its_own_chat_template() -> None:
     assert teacher.decode(prompts.teacher_prompts[tuple(example.prompt_ids)]) == "Q: a b 1\nA: "
 
 
-def test_prompts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gkd_lab.teachers.text_teacher.MAX_CACHED_PROMPTS", 2)
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
     initial_prompts = {(1, 2): [3]}

@@ -228,14 +228,14 @@ def test_other_labels_are_refused_and_named(tmp_path: Path) -> None:
         trainer_of(tmp_path, kind, teacher_model=renamed)
 
 
-def test_a_label_may_be_given_by_its_name(tmp_path: Path) -> None:
+def test_a_label_can_be_a_class_name(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "sequence-classification")
     batch = trainer.data_collator([{"text": "a b", "label": "yes"}, {"text": "a", "label": 0}])
     assert batch["completion_ids"].tolist() == [[2], [0]]
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             {"text": "a", "label": 3},
@@ -249,13 +249,13 @@ def test_a_label_may_be_given_by_its_name(tmp_path: Path) -> None:
         ({"text": "", "label": 1}, "the row's text is empty"),
     ],
 )
-def test_rows_of_no_use_are_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_rows_are_refused_with_the_reason(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, "sequence-classification").data_collator([row])
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"tokens": ["a", "b"], "labels": [1]}, "`labels` has 1 entries for 2 tokens: give one for each"),
         ({"tokens": ["a", "b"], "labels": [1, 7]}, "label 7 is out of range"),
@@ -263,8 +263,10 @@ def test_rows_of_no_use_are_named(tmp_path: Path, row: dict[str, Any], said: str
         ({"tokens": ["a"], "label": 1}, "`label` has 1 entries for 1 tokens|`label` has 1 entries"),
     ],
 )
-def test_rows_of_tokens_of_no_use_are_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_rows_of_tokens_are_refused_with_the_reason(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, "token-classification").data_collator([row])
 
 
@@ -307,14 +309,14 @@ def test_only_the_first_piece_of_a_word_has_its_label() -> None:
     ]
 
 
-def test_rows_are_cut_after_the_longest_that_is_asked_for(tmp_path: Path) -> None:
+def test_rows_are_truncated_to_max_length(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "token-classification", max_length=3)
     batch = trainer.data_collator([{"tokens": list("abcde"), "labels": [0, 1, 2, 1, 0]}])
     assert batch["prompt_ids"].shape == batch["completion_ids"].shape == (1, 3)
     assert batch["completion_ids"].tolist() == [[0, 1, 2]]
 
 
-def test_the_second_text_of_a_pair_has_types_of_its_own(tmp_path: Path) -> None:
+def test_the_second_text_of_a_pair_has_token_type_1(tmp_path: Path) -> None:
     """Ready-made ids with `token_type_ids`, which BERT tells texts apart by."""
     trainer = trainer_of(tmp_path, "sequence-classification")
     row = {"input_ids": [3, 4, 5, 6], "label": 1}
@@ -529,7 +531,7 @@ def pack_member(family: str, kind: ClassifierKind) -> Any:
     return model
 
 
-def test_a_classifier_that_counts_positions_its_own_way_says_that_it_cannot_be_packed() -> None:
+def test_a_classifier_with_its_own_position_numbers_is_refused_in_a_pack() -> None:
     members = [tiny_classifier("roberta", "sequence-classification", n) for n in range(2)]
     with pytest.raises(CannotPack, match="logits of the packed RobertaForSequenceClassification differ"):
         Pack.build(members)

@@ -107,7 +107,7 @@ def test_a_cache_that_cannot_lose_rows_keeps_them(monkeypatch: pytest.MonkeyPatc
     assert set(read) == {ROWS}
 
 
-def test_beams_have_no_chooser_of_their_own() -> None:
+def test_beam_search_refuses_a_token_chooser() -> None:
     model = make("llama", 0)
     with pytest.raises(ValueError, match="2 beams cannot be chosen"):
         generate_completions(

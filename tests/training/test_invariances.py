@@ -433,7 +433,7 @@ def test_lmbda_0_never_samples_and_1_always_does(build: Callable[..., Any], tmp_
         assert scripts.logged(trainer, "on_policy") == [lmbda] * 6
 
 
-def test_each_step_samples_if_and_only_if_its_coin_says_so(tmp_path: Path) -> None:
+def test_each_step_samples_if_and_only_if_its_coin_is_heads(tmp_path: Path) -> None:
     """Asked of the trainer itself, also out of order and after others drew from torch's generator."""
     trainer = made("llama", tmp_path, max_new_tokens=1, seed=3)
     rows, order = rows_of("llama", tiny_examples(1)), torch.randperm(200).tolist()

@@ -154,7 +154,7 @@ def test_in_float32_the_losses_agree_within_rounding(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_family_that_does_not_pack_says_why(name: str) -> None:
+def test_an_unpackable_family_is_refused_with_the_reason(name: str) -> None:
     model = make(name, 0)
     with pytest.raises(CannotPack, match=ALONE[name]):
         Pack.build([model, model])

@@ -40,7 +40,7 @@ def drawn(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
-def test_tokens_are_drawn_as_often_as_the_softmax_says(temperature: float) -> None:
+def test_token_frequencies_follow_the_softmax(temperature: float) -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = 20_000 * (logits / temperature).softmax(-1)
     noise = draw_uniforms(0, 0, "sampling", 20_000, 1)[:, 0]

@@ -518,7 +518,7 @@ def test_a_cell_that_diverges_later_is_frozen_then(optimizer: str, tmp_path: Pat
     assert_identical(run.weights(0), healthy.weights(0))
 
 
-def test_when_all_cells_fail_the_training_stops_and_says_why(tmp_path: Path) -> None:
+def test_training_stops_with_the_reasons_when_all_cells_fail(tmp_path: Path) -> None:
     models = [poisoned(1, 0)[0], poisoned(1, 0)[0]]
     cells = [cell(tmp_path, str(n), lmbda=lmbda) for n, lmbda in enumerate((0.0, 1.0))]
     with pytest.raises(AllCellsFailed, match="nan at step"):

@@ -208,7 +208,7 @@ def test_a_server_draws_from_its_own_generator(student: PreTrainedModel, writer_
     assert not same(*texts)
 
 
-def test_each_call_says_its_temperature_and_limit(student: PreTrainedModel, writer_of: Writer) -> None:
+def test_each_call_passes_its_temperature_and_limit(student: PreTrainedModel, writer_of: Writer) -> None:
     writer = writer_of(student, temperature=0.3, max_new_tokens=5)
     assert (writer.backend.temperature, writer.backend.max_completion_length) == (0.3, 5)
     written(writer, temperature=0.7)
@@ -250,7 +250,9 @@ def test_the_calls_fit_the_signatures_of_trl(student: PreTrainedModel, writer_of
 
 
 @pytest.mark.skipif(is_vllm_available(), reason="vllm is installed")
-def test_a_missing_vllm_is_said_with_what_to_install(student: PreTrainedModel, writer_of: Writer) -> None:
+def test_a_missing_vllm_is_reported_with_the_install_command(
+    student: PreTrainedModel, writer_of: Writer
+) -> None:
     with pytest.raises(ImportError, match=r"pip install vllm.*gkd-lab\[vllm\].*use_vllm False"):
         writer_of(student, backend=None)
 
