@@ -1,5 +1,6 @@
 """Commands that load models: `run`, `cell`, `evaluate` and `selfcheck`. torch is loaded once work begins."""
 
+import gc
 import os
 import signal
 import sys
@@ -239,6 +240,7 @@ def run_in_process(
         term_gradients=term_gradients,
     )
     silence_libraries()
+    gc.freeze()  # the collections between trainings skip the objects of the libraries
     try:
         outcome = run_grid(grid, options)
     except OSError as error:

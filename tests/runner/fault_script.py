@@ -6,6 +6,7 @@ Writes FOLDER/found.json: fault -> {"status": exit status of the first child, "l
 "again": exit status of the second child, "said": what that one printed}. Records are in FOLDER/<fault>.
 """
 
+import gc
 import importlib.util
 import io
 import json
@@ -121,6 +122,7 @@ def main() -> None:
     tiny_experiments = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(tiny_experiments)
     silence_libraries()
+    gc.freeze()
     grid = tiny_experiments.tiny_grid(root, "arithmetic", **SMALL)
 
     def run_whole(outputs: Path, **changes: Any) -> None:

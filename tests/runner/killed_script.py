@@ -6,6 +6,7 @@ Children are forked from this clean process, so that the libraries are loaded on
 which each file of a record appears, or a step of a phase. Writes FOLDER/moments.json: moment -> folder.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -100,6 +101,7 @@ def main() -> None:
     tiny_experiments = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(tiny_experiments)
     silence_libraries()
+    gc.freeze()
     grid = tiny_experiments.tiny_grid(root, task)
 
     def run_whole(outputs: Path, **changes: Any) -> None:
