@@ -146,7 +146,8 @@ def main(command="", *arguments):
         return run(gkd_lab, "run", "quickstart") or run(gkd_lab, "report", "quickstart")
     # One process per core with one thread each: these models are too small for more threads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    tests = ["pytest", "-n", "auto", "--dist", "loadfile"]
+    # Files go to the processes whole, for their fixtures, and in the order of tests/conftest.py.
+    tests = ["pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
     if command == "test":
         return run(PYTHON, "-m", *(["pytest", *arguments] if arguments else tests))
     steps = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], tests]

@@ -18,6 +18,12 @@ os.environ.update(OFFLINE)
 os.environ.pop("GKD_LAB_OUTPUTS", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests, so that no process ends with one while the others wait."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def exclude_loaded_objects_from_garbage_collection() -> None:
     """Let `gc.collect`, which every training and evaluation calls, skip the objects of imported libraries."""

@@ -77,6 +77,7 @@ def test_the_quickstart_notebook_runs_and_shows_its_figures(
     )
 
 
+@pytest.mark.slow
 def test_the_papers_notebooks_run_and_show_their_figures_and_verdicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,7 @@ def same_course(found: Facts, wanted: Facts) -> None:
     assert not moved or max(moved) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ("whole", "in parts", "sharded"))
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_learn_and_log_what_one_does(two: list[Facts], alone: Facts, case: str, split: str) -> None:
@@ -199,6 +200,7 @@ def test_two_ranks_learn_and_log_what_one_does(two: list[Facts], alone: Facts, c
         same_course(rank[case][split], alone[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_micro_batches_learn_what_one_does(alone: Facts, case: str, tmp_path: Path) -> None:
     same_course(train(case, tmp_path, parts=2), alone[case])

@@ -45,6 +45,7 @@ def test_gradients_of_terms_are_logged_where_they_are_asked_for(tmp_path: Path) 
         assert all(measured[-1][name] > 0 for name in added)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ("arithmetic", "translation"))
 def test_terms_cross_in_a_grid_and_go_on_bit_for_bit(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

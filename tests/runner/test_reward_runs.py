@@ -109,6 +109,7 @@ def test_missing_reward_function_is_refused_before_the_run(reward_module: Path, 
         experiments.check_generators_and_rewards(grid)
 
 
+@pytest.mark.slow
 def test_command_line_finds_a_reward_beside_the_experiment(reward_module: Path, tmp_path: Path) -> None:
     """An invalid reward is an error of one line."""
     tiny_grid(

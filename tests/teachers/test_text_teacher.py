@@ -67,6 +67,7 @@ def three(folder: Path) -> list[CellArguments]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_packed_cells_learn_what_each_learns_alone(family: Family, tmp_path: Path) -> None:
     cells = three(tmp_path)

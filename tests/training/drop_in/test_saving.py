@@ -29,6 +29,7 @@ from ...training.scripts import (
 from .common import HALF, ON, Make, Stream, assert_close, assert_same, lora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("model", "task"), [(llama, "CAUSAL_LM"), (t5, "SEQ_2_SEQ_LM")])
 def test_an_adapter_alone_is_trained_and_saved(
@@ -126,6 +127,7 @@ def test_a_model_with_an_adapter_may_be_given(tmp_path: Path) -> None:
 # ---- saving and resuming ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [llama, t5])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("at", [1, 3])
