@@ -68,7 +68,7 @@ def test_a_missing_generator_is_reported_before_anything_runs(
 
     monkeypatch.setattr("gkd_lab.tasks.instruction.version", missing)
     grid = experiments.load("nano_instruction", outputs=tmp_path)
-    with pytest.raises(ConfigError, match=r"need reasoning-gym .* none\): pip install 'gkd-lab\[r"):
+    with pytest.raises(ConfigError, match=r"reasoning-gym .*'gkd-lab\[reasoning"):
         experiments.check_generators_and_rewards(grid)
     experiments.check_generators_and_rewards(experiments.load("quickstart", outputs=tmp_path))
 
@@ -104,9 +104,9 @@ def test_an_experiment_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.M
     assert experiments.load("own").name == "own"
     assert experiments.load("mine.yaml").name == "mine"
     assert set(experiments.list_experiment_files()) == {"own", *COUNTS}
-    with pytest.raises(ConfigError, match=r"no experiment file 'none.yaml'"):
+    with pytest.raises(ConfigError, match=r"file 'none.yaml'"):
         experiments.load("none.yaml")
-    with pytest.raises(ConfigError, match="unknown experiment 'quikstart'; did you mean 'quickstart'"):
+    with pytest.raises(ConfigError, match=r"'quikstart'.*'quickstart'"):
         experiments.load("quikstart")
 
 
@@ -121,7 +121,7 @@ def test_a_single_cell_of_an_experiment_is_one_of_its_grid(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fields", [{"lmbda": "0,1", "beta": "0"}, {"lmbda": "0"}])
 def test_more_than_one_cell_is_refused(fields: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cells of 'quickstart' match: give one value for --"):
+    with pytest.raises(ConfigError, match=r"cells of 'quickstart' .*--"):
         experiments.load_single_cell(fields, name="quickstart", outputs=tmp_path)
 
 
@@ -147,13 +147,13 @@ def test_a_data_folder_is_identified_by_content(tmp_path: Path) -> None:
 
 def test_a_missing_data_folder_is_reported_with_the_nearest(tmp_path: Path) -> None:
     rows(tmp_path / "gsm8k")
-    with pytest.raises(ConfigError, match=r"no folder '.*/gsm8'.*did you mean '.*/gsm8k'"):
+    with pytest.raises(ConfigError, match=r"/gsm8'.*/gsm8k'"):
         experiments.load("quickstart", overrides={"data.source": str(tmp_path / "gsm8")})
 
 
 def test_an_unknown_metric_is_refused_before_anything_runs(tmp_path: Path) -> None:
     overrides = {"evaluations": "[{decoding: greedy, metrics: [acuracy]}]"}
-    with pytest.raises(ConfigError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
+    with pytest.raises(ConfigError, match=r"'acuracy'.*'accuracy'"):
         experiments.load("quickstart", overrides=overrides, outputs=tmp_path)
 
 
@@ -161,12 +161,12 @@ HUB = {"task": "arithmetic", "data.source": "owner/rows"}
 
 
 def test_an_unresolved_hub_name_asks_for_a_line_in_revisions_json(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the hub is offline") as caught:
+    with pytest.raises(ConfigError, match="hub is offline") as caught:
         experiments.load_single_cell(HUB, outputs=tmp_path)
     place, _, line = str(caught.value).partition("add it to ")[2].partition(": ")
     assert place == str(tmp_path / "revisions.json")
     Path(place).write_text(line)
-    with pytest.raises(ConfigError, match="replace COMMIT by the commit of 'owner/rows'"):
+    with pytest.raises(ConfigError, match=r"COMMIT .*'owner/rows'"):
         experiments.load_single_cell(HUB, outputs=tmp_path)
     Path(place).write_text(line.replace("COMMIT", "0a1b2c"))
     (cell,) = experiments.load_single_cell(HUB, outputs=tmp_path).cells

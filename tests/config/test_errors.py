@@ -123,5 +123,5 @@ def test_an_empty_grid_has_no_axes(tmp_path: Path) -> None:
 def test_an_invalid_override_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: d\n")
-    with pytest.raises(ConfigError, match=r"with the values set: beta: 'abc' is not valid"):
+    with pytest.raises(ConfigError, match="beta: 'abc'"):
         read_experiment(path, {"beta": "abc"})

@@ -45,12 +45,12 @@ def test_a_missing_layer_is_reported(layers: LayerMap, expected: str) -> None:
 
 
 def test_last_k_is_bounded_by_the_shallower_model() -> None:
-    with pytest.raises(ConfigError, match=r"last_5: .* teacher is 2; the nearest rule is last_2"):
+    with pytest.raises(ConfigError, match=r"last_5.* 2; .*last_2"):
         resolve_layer_pairs("last_5", 4, 2)
 
 
 def test_the_lowest_layer_of_a_map_can_be_1() -> None:
-    with pytest.raises(ConfigError, match=r"layer 0 of the student, .* 1 to 4; the nearest is 1"):
+    with pytest.raises(ConfigError, match=r"layer 0 .* 1 to 4; .* 1"):
         resolve_layer_pairs(((0, 0),), 4, 8, lowest_layer=1)
 
 

@@ -140,5 +140,5 @@ def test_a_pack_limit_is_auto_off_or_a_number() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "2.5", "²", "AUTO"])
 def test_an_invalid_pack_limit_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected auto, off or a number of cells from 1"):
+    with pytest.raises(ConfigError, match=r"auto, off .* 1"):
         parse_pack_limit(text)

@@ -185,18 +185,18 @@ def test_messages_that_the_template_cannot_write_are_a_value_error() -> None:
 
 
 def test_messages_without_a_template_are_refused_for_a_decoder() -> None:
-    with pytest.raises(ValueError, match=r"no chat template: set `tokenizer.chat_template`, or"):
+    with pytest.raises(ValueError, match=r"`tokenizer\.chat_template`"):
         encoder()({"messages": CHATS[0]})
 
 
 @pytest.mark.parametrize("messages", [[], "a b", [{"from": "human", "value": "a"}]])
 def test_a_column_without_a_list_of_messages_is_refused(messages: Any) -> None:
-    with pytest.raises(ValueError, match="must be a list of messages"):
+    with pytest.raises(ValueError, match="list of messages"):
         encoder(chat_tokenizer())({"messages": messages})
 
 
 def test_an_answer_without_a_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing before the assistant's turn"):
+    with pytest.raises(ValueError, match=r"`messages`.*no prompt"):
         encoder(chat_tokenizer())({"messages": [turn("assistant", "four")]})
 
 
@@ -238,7 +238,7 @@ def test_prompt_and_completion_as_messages_equal_one_list_of_messages() -> None:
     "row", [{"prompt": "a", "completion": CHATS[0][1:]}, {"prompt": CHATS[0][:1], "completion": "b"}]
 )
 def test_a_text_with_messages_is_refused(row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="give two texts or two lists"):
+    with pytest.raises(ValueError, match=r"`prompt` and `completion`.*two lists"):
         encoder(chat_tokenizer())(row)
 
 
@@ -253,7 +253,7 @@ def test_any_role_but_the_prompt_roles_gives_the_answer() -> None:
 
 
 def test_a_completion_of_several_turns_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be one assistant turn"):
+    with pytest.raises(ValueError, match=r"`completion`.*one assistant turn"):
         encoder(chat_tokenizer())({"prompt": CHATS[1][:2], "completion": CHATS[1][2:]})
 
 
@@ -312,7 +312,7 @@ def test_an_encoder_decoder_without_a_template_reads_the_contents_alone() -> Non
 
 
 def test_tools_without_a_template_are_refused() -> None:
-    with pytest.raises(ValueError, match="`tools` need a chat template"):
+    with pytest.raises(ValueError, match=r"`tools`.*template"):
         encoder(is_encoder_decoder=True)({"messages": CHATS[0], "tools": [{"name": "add"}]})
 
 
@@ -392,7 +392,7 @@ def test_an_example_is_returned_unchanged() -> None:
     ],
 )
 def test_pitfall_25_images_are_refused_with_advice(row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"distils text.*use trl.DistillationTrainer"):
+    with pytest.raises(ValueError, match=r"trl\.DistillationTrainer"):
         encoder(chat_tokenizer())(row)
 
 
@@ -416,7 +416,7 @@ def test_formatting_func_is_applied_to_the_row() -> None:
 
 @pytest.mark.parametrize("made", ["a b", ["a b"], None])
 def test_a_formatting_func_that_returns_a_text_is_refused(made: Any) -> None:
-    with pytest.raises(ValueError, match="does not say where the prompt ends"):
+    with pytest.raises(ValueError, match=f"formatting_func returned {type(made).__name__}"):
         encoder(formatting_func=lambda row: made)({"question": "a b"})
 
 
@@ -474,9 +474,7 @@ def test_the_first_truncated_row_is_reported_with_its_lengths() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours({"prompt_ids": [3], "completion_ids": [4]})
-    with pytest.warns(
-        UserWarning, match=r"max_length=10 cuts a row of 9 prompt and 8 .* to 6 and 4"
-    ) as caught:
+    with pytest.warns(UserWarning, match="max_length=10.* 9 .* 8 .* 6 and 4") as caught:
         ours(long)
         ours(long)
     assert len(caught) == 1 and (ours.prompts_cut, ours.completions_cut) == (2, 2)

@@ -146,7 +146,7 @@ def test_a_table_without_scores_is_refused(draw: object, tmp_path: Path) -> None
 
 
 def test_a_table_without_sampled_scores_has_no_tradeoff(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no column sample<temperature>/rouge2"):
+    with pytest.raises(ValueError, match=r"sample.*/rouge2"):
         tradeoff(build_run_table(tmp_path), "rouge2", "self_bleu")
 
 

@@ -576,13 +576,13 @@ def test_an_experiment_cannot_ask_for_it_either(fields: dict[str, Any]) -> None:
 
 
 def test_it_needs_a_teacher_that_runs_here_and_states_that_a_head_reads() -> None:
-    with pytest.raises(ValueError, match="adversarial reads a teacher's forward pass"):
+    with pytest.raises(ValueError, match=r"adversarial.*teacher"):
         adversarial_loss().create_module(config(3), None, 0)
     logits = replace(made_pass(1, VOCABULARY), projection=Projection(None))
-    with pytest.raises(ValueError, match="7 numbers a token where the student's 3 hidden states should be"):
+    with pytest.raises(ValueError, match=r"7 .* student's 3 "):
         game(adversarial_loss())(seen(logits, made_pass(2, TEACHER)))
     wider = adversarial_loss(reads="sequences").create_module(config(3, 9), config(4, 9), 0).double()
-    with pytest.raises(ValueError, match="a head of 7 tokens has no distribution over 9"):
+    with pytest.raises(ValueError, match=r"7 tokens .* 9"):
         wider(pair())
 
 

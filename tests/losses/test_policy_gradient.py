@@ -314,15 +314,13 @@ def test_a_cell_whose_reward_is_no_number_fails_and_its_neighbours_go_on(tmp_pat
     assert why.endswith("at step 1")
     alone = distil(tmp_path / "alone", "decoder-only", cells[:1])
     assert_close(run.weights(0), alone.weights())
-    with pytest.raises(AllCellsFailed, match="gave nan for row 2 of 8"):
+    with pytest.raises(AllCellsFailed, match=r"nan .* row 2 of 8"):
         distil(tmp_path / "spoilt", "decoder-only", cells[1:], packed=False)
 
 
 def test_rows_without_a_completion_cannot_be_compared_with(tmp_path: Path) -> None:
     examples = [replace(row, completion_ids=[]) for row in tiny_examples()]
-    with pytest.raises(
-        AllCellsFailed, match="compares with the data's completion, and 8 of 8 rows have none"
-    ):
+    with pytest.raises(AllCellsFailed, match=r"completion.* 8 of 8 rows"):
         distil(
             tmp_path, "decoder-only", [cell(tmp_path, lmbda=1.0, objectives=(rewarded(),))], examples=examples
         )

@@ -145,12 +145,12 @@ def test_a_model_is_loaded_once_and_frozen(folder: Path, monkeypatch: pytest.Mon
 def test_a_model_without_the_label_is_refused(tmp_path: Path) -> None:
     labels = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     place = judge(tmp_path / "unnamed", labels)
-    with pytest.raises(ValueError, match="is called 'entailment'; it has: LABEL_0, LABEL_1, LABEL_2"):
+    with pytest.raises(ValueError, match=r"'entailment'; .*LABEL_0, LABEL_1, LABEL_2"):
         load_entailment_reward(str(place), None, CPU)
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reward 'entailment': the model '.*none' cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"'entailment': .*none' cannot be loaded"):
         load_entailment_reward(str(tmp_path / "none"), None, CPU)
 
 
@@ -211,9 +211,7 @@ def test_a_function_that_cannot_be_had_is_told(place: str, message: str, package
 
 @pytest.mark.parametrize("name", ["brevity", "my package:f", "a:b:c", ":f", "a.b:", "os.system('x'):y"])
 def test_what_is_no_import_path_imports_nothing(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown reward .*valid: exact_match, rouge2, rougeL, entailment, or"
-    ):
+    with pytest.raises(ValueError, match=r"unknown reward .*exact_match, rouge2, rougeL, entailment"):
         load_reward_function(name, None, None, CPU)
 
 
@@ -251,7 +249,7 @@ def test_what_a_function_raises_is_told_with_its_place(package: str) -> None:
 def test_what_compares_needs_something_to_compare_with() -> None:
     for name in ("exact_match", "rouge2", "rougeL"):
         rule = load_reward_function(name, None, None, CPU)
-        with pytest.raises(ValueError, match=f"reward '{name}' compares .* 1 of 2 rows have none"):
+        with pytest.raises(ValueError, match=f"'{name}' .* 1 of 2 rows"):
             compute_rewards(name, rule, ["p", "q"], ["a", "b"], ["r", ""])
 
 
@@ -259,7 +257,5 @@ def test_a_function_that_leaves_the_program_has_failed() -> None:
     def leaves(*_: Any) -> Any:
         raise SystemExit(0)
 
-    with pytest.raises(
-        ValueError, match=r"reward 'm:f' raised SystemExit: 0 \(test_reward_functions.py, line"
-    ):
+    with pytest.raises(ValueError, match=r"'m:f' .*SystemExit: 0 \(test_reward_functions.py"):
         compute_rewards("m:f", leaves, ["p"], ["t"], ["r"])

@@ -194,7 +194,7 @@ def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path)
 
 
 def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lmbda 0\.5 lets the student write, and cross-entropy has nothing"):
+    with pytest.raises(ValueError, match=r"lmbda 0.5 .*cross-entropy"):
         cell(tmp_path, lmbda=0.5, objectives=(WeightedLoss(HARD),))
 
 

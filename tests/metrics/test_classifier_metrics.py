@@ -45,7 +45,7 @@ def test_binary_f1_scores_the_last_label_or_the_given_one():
     predicted, true = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]
     assert score_labels("f1_binary", predicted, true) == pytest.approx(2 * 2 / 6)
     assert score_labels("f1_binary", predicted, true, positive=0) == pytest.approx(2 * 1 / 4)
-    with pytest.raises(ValueError, match="there are 3: a, b, c; choose f1_macro"):
+    with pytest.raises(ValueError, match=r" 3: a, b, c; .*f1_macro"):
         score_labels("f1_binary", PREDICTED, TRUE)
 
 

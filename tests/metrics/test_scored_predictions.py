@@ -46,9 +46,9 @@ def test_only_rows_of_several_samples_have_a_sample_number() -> None:
 
 def test_a_row_with_a_missing_or_invalid_field_is_refused() -> None:
     row = {"prompt": "p", "prediction": "t", "references": ["r"], "tokens": 1}
-    with pytest.raises(ValueError, match="no field 'ended'; the fields there are: prompt, prediction, ref"):
+    with pytest.raises(ValueError, match=r"no field 'ended'; .*prompt, prediction, ref"):
         parse_prediction(row)
-    with pytest.raises(ValueError, match="field 'references' must be list, got 'r'"):
+    with pytest.raises(ValueError, match=r"'references' .*list.* 'r'"):
         parse_prediction({**row, "ended": True, "references": "r"})
 
 
@@ -73,7 +73,7 @@ def test_two_prompts_with_equal_text_stay_separate() -> None:
 
 
 def test_a_prompt_with_a_missing_sample_is_an_error() -> None:
-    with pytest.raises(ValueError, match="as many texts: there are from 1 to 2"):
+    with pytest.raises(ValueError, match="1 to 2 of one prompt"):
         score_predictions(["accuracy"], written(SOLUTIONS, samples=2)[:3])
 
 

@@ -234,5 +234,5 @@ def test_a_wider_teacher_gives_every_weight_of_the_student_a_gradient(name: str,
 def test_a_model_without_a_decoder_start_token_is_refused() -> None:
     model = make("mbart", 0)
     model.config.decoder_start_token_id = None
-    with pytest.raises(ValueError, match=r"MBartConfig\.decoder_start_token_id is None.*target language"):
+    with pytest.raises(ValueError, match=r"MBartConfig\.decoder_start_token_id"):
         compute_completion_logits(model, batch(model))

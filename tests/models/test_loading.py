@@ -48,7 +48,7 @@ def test_pitfall_18_a_name_loads_a_model_of_either_family(family: Family, tmp_pa
 
 
 def test_pitfall_18_a_teacher_of_another_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="student is decoder-only and the teacher encoder-decoder"):
+    with pytest.raises(ValueError, match=r"student .*decoder-only.* teacher encoder-decoder"):
         load(tiny_model("encoder-decoder", 1))
 
 
@@ -67,7 +67,7 @@ def test_init_kwargs_may_be_json_as_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype 'bf17' is neither"):
+    with pytest.raises(ValueError, match="dtype 'bf17'"):
         load(save_teacher(tmp_path), init_kwargs={"dtype": "bf17"})
 
 
@@ -76,7 +76,7 @@ def test_init_kwargs_for_a_loaded_model_are_refused() -> None:
         (tiny_model("decoder-only", 1), "already a model"),
         (None, "a copy of the student"),
     ):
-        with pytest.raises(ValueError, match=f"loaded by name, but it is {reason}"):
+        with pytest.raises(ValueError, match=f"teacher_model_init_kwargs.*{reason}"):
             load(model, init_kwargs={"dtype": "bfloat16"})
 
 
@@ -88,7 +88,7 @@ def test_pitfall_22_the_configured_name_is_read_when_no_teacher_is_given(tmp_pat
 @pytest.mark.parametrize("itself", [False, True])
 def test_pitfall_22_no_teacher_or_the_student_itself_means_a_frozen_copy(itself: bool) -> None:
     student = tiny_model("decoder-only", 0).train()
-    with pytest.warns(UserWarning, match="frozen copy of the initial student"):
+    with pytest.warns(UserWarning, match="copy of the initial student"):
         teacher = load(student if itself else None, student)
     before = teacher(IDS).logits
     assert torch.equal(before, student(IDS).logits)
@@ -112,12 +112,12 @@ def test_the_teacher_is_frozen_in_eval_mode_and_in_the_configured_dtype(
 def test_two_different_dtypes_are_refused(tmp_path: Path) -> None:
     name = save_teacher(tmp_path)
     assert load(name, init_kwargs={"dtype": "bfloat16"}, dtype="bfloat16").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"teacher_dtype='bfloat16', but .*'float16'"):
+    with pytest.raises(ValueError, match=r"teacher_dtype='bfloat16'.*'float16'"):
         load(name, init_kwargs={"dtype": "float16"}, dtype="bfloat16")
 
 
 def test_a_teacher_without_a_configuration_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear, which has no config"):
+    with pytest.raises(ValueError, match=r"Linear.* config"):
         load(nn.Linear(2, 2))
 
 

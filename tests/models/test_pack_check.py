@@ -74,7 +74,7 @@ def test_model_code_that_mixes_rows_is_refused(name: str, kind: type[PreTrainedM
 def test_members_that_differ_only_in_their_logits_are_refused() -> None:
     alone = [make("llama", seed) for seed in range(2)]
     alone[1].model.norm.variance_epsilon = 1.0
-    with pytest.raises(CannotPack, match=r"the logits of the packed LlamaForCausalLM differ .* \de"):
+    with pytest.raises(CannotPack, match=r"logits .*LlamaForCausalLM .* \de"):
         Pack.build(alone)
 
 
@@ -86,7 +86,7 @@ def test_members_share_their_buffers_or_do_not_pack() -> None:
     assert state.keys() == alone[1].state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in alone[1].state_dict().items())
     alone[1].languages[0] = 2.0
-    with pytest.raises(CannotPack, match="model 1 differs from model 0 in its buffer 'languages'"):
+    with pytest.raises(CannotPack, match=r"model 1 .*buffer 'languages'"):
         Pack.build(alone)
 
 

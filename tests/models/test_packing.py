@@ -285,7 +285,7 @@ def test_a_pack_of_one_equals_the_single_model(family: Family) -> None:
 
 def test_models_that_differ_are_refused_with_the_difference() -> None:
     small, large = (tiny_model("decoder-only", 0, width=width) for width in (16, 32))
-    with pytest.raises(CannotPack, match=r"model 1 .*embed_tokens.weight: \(14, 32\) and \(14, 16\)"):
+    with pytest.raises(CannotPack, match=r"model 1 .*embed_tokens.weight: \(14, 32\) .*\(14, 16\)"):
         Pack.build([small, large])
     with pytest.raises(CannotPack, match=r"model 1 .*class.*T5.*Llama"):
         Pack.build([small, tiny_model("encoder-decoder", 0)])
@@ -300,7 +300,7 @@ def test_equal_shapes_with_other_heads_are_refused() -> None:
 
 def test_weights_without_a_packed_form_are_named() -> None:
     model = make("qwen2_moe", 0)
-    with pytest.raises(CannotPack, match=r"no packed form .*mlp\.gate\.weight"):
+    with pytest.raises(CannotPack, match=r"packed form .*mlp\.gate\.weight"):
         Pack.build([model, model])
 
 

@@ -50,7 +50,7 @@ def test_pitfall_19_equal_sizes_with_different_tokenizers_are_refused_with_an_ex
     student = teacher = make_model_with_head(ENTRIES)
     other = words("a b c d e f g = 1 2 x")
     assert len(other) == len(tiny_tokenizer())
-    with pytest.raises(ValueError, match=r"10 vocabulary .*, for example '3' has id 5 and no id.*type: uld"):
+    with pytest.raises(ValueError, match=r"10 vocabulary .*'3' .*id 5 .*type: uld"):
         get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), other)
 
 
@@ -61,7 +61,7 @@ def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warn
     with pytest.warns(UserWarning, match=r"lacks '\[PAD\]'.*padding"):
         assert get_shared_vocabulary_size(student, teacher, added, tiny_tokenizer()) == ENTRIES + 2
     # The teacher may then give probability to an entry that the student's tokenizer has no word for.
-    with pytest.raises(ValueError, match=r"'\[PAD\]' has no id and id 14.*teacher_processing_class"):
+    with pytest.raises(ValueError, match=r"'\[PAD\]' .*id 14.*teacher_processing_class"):
         get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), added)
 
 
@@ -92,19 +92,17 @@ def test_padding_and_template_may_differ_and_another_end_of_sequence_is_a_warnin
     assert find_tokenizer_difference(student, teacher) is None
     teacher.eos_token = "<unk>"
     model = make_model_with_head(ENTRIES)
-    with pytest.warns(UserWarning, match=r"end with '</s>', the teacher's with '<unk>'"):
+    with pytest.warns(UserWarning, match="student's .*'</s>', .*teacher's .*'<unk>'"):
         assert get_shared_vocabulary_size(model, model, student, teacher) == ENTRIES
 
 
 def test_different_sizes_are_refused_while_the_teachers_tokenizer_is_unknown() -> None:
-    with pytest.raises(
-        ValueError, match=r"16 vocabulary entries and the teacher 24.*teacher_processing_class"
-    ):
+    with pytest.raises(ValueError, match=r"16 vocabulary .* 24.*teacher_processing_class"):
         get_shared_vocabulary_size(make_model_with_head(16), make_model_with_head(24), tiny_tokenizer(), None)
 
 
 def test_equal_sizes_are_accepted_with_a_warning_while_the_teachers_tokenizer_is_unknown() -> None:
-    with pytest.warns(UserWarning, match=r"was not compared: pass .*teacher_processing_class"):
+    with pytest.warns(UserWarning, match="not compared: .*teacher_processing_class"):
         assert (
             get_shared_vocabulary_size(
                 make_model_with_head(16), make_model_with_head(16, 1), tiny_tokenizer(), None
@@ -117,9 +115,7 @@ def test_equal_sizes_are_accepted_with_a_warning_while_the_teachers_tokenizer_is
 def test_a_head_without_a_row_for_a_real_token_is_refused(small: str) -> None:
     rows = {"student": 16, "teacher": 16, small: 13}
     student, teacher = make_model_with_head(rows["student"]), make_model_with_head(rows["teacher"])
-    with pytest.raises(
-        ValueError, match=rf"has id 13, but the {small} has 13 .*resize_token_embeddings\(14\)"
-    ):
+    with pytest.raises(ValueError, match=rf"id 13, .*{small} .*resize_token_embeddings\(14\)"):
         get_shared_vocabulary_size(student, teacher, tiny_tokenizer(), tiny_tokenizer())
 
 

@@ -105,7 +105,7 @@ def test_missing_reward_function_is_refused_before_the_run(reward_module: Path, 
     grid = tiny_grid(
         tmp_path, "arithmetic", reward=f"{reward_module.stem}:shorter", alpha=0.5, grid={}, **GREEDY
     )
-    with pytest.raises(ConfigError, match=f"{reward_module.stem} has no 'shorter'; did you mean 'short'"):
+    with pytest.raises(ConfigError, match=f"{reward_module.stem} .*'shorter'.*'short'"):
         experiments.check_generators_and_rewards(grid)
 
 

@@ -74,7 +74,7 @@ def test_made_rows_are_distinct_and_depend_on_the_seed_alone(name: str) -> None:
 
 
 def test_an_endless_made_source_needs_a_count() -> None:
-    with pytest.raises(ValueError, match="endless: say how many rows"):
+    with pytest.raises(ValueError, match=r"endless.* rows"):
         load_rows(TRANSLATION, "made", split="train")
 
 
@@ -93,7 +93,7 @@ def test_shards_are_read_in_order_also_below_data(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "validation.jsonl", raw_rows(1))
     assert prompts(tmp_path, "train") == ["a 0", "a 1", "b 0", "b 1"]
     (tmp_path / "data" / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(ValueError, match=re.escape("of 2 shards these are missing: [0]")):
+    with pytest.raises(ValueError, match=r"2 shards .*missing: \[0\]"):
         prompts(tmp_path, "train")
 
 
@@ -122,7 +122,7 @@ def test_the_number_of_held_out_rows_has_bounds() -> None:
 def test_a_missing_split_is_refused_with_the_existing_splits(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", raw_rows(3))
     for split in ("train", "validation"):
-        with pytest.raises(ValueError, match=f"has no split '{split}'; it has: test"):
+        with pytest.raises(ValueError, match=f"no split '{split}'.* test"):
             prompts(tmp_path, split)
 
 
@@ -148,16 +148,16 @@ def test_a_broken_line_is_reported_with_its_number(tmp_path: Path, line: bytes, 
 
 def test_a_broken_parquet_row_is_reported_with_its_number(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [*raw_rows(2), {"en": "a", "de": " "}])
-    with pytest.raises(ValueError, match=re.escape("test.parquet:3: field 'de' is empty")):
+    with pytest.raises(ValueError, match=r"test.parquet:3: .*'de' is empty"):
         prompts(tmp_path, "test")
     (tmp_path / "test.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(ValueError, match=re.escape("test.parquet: expected a parquet file")):
+    with pytest.raises(ValueError, match=r"test.parquet: .*parquet file"):
         prompts(tmp_path, "test")
 
 
 def test_a_missing_folder_suggests_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "tatoeba").mkdir()
-    with pytest.raises(ValueError, match=re.escape(f"Did you mean {tmp_path / 'tatoeba'}?")):
+    with pytest.raises(ValueError, match=re.escape(f"Did you mean {tmp_path / 'tatoeba'}")):
         prompts(tmp_path / "tatoebe", "test")
 
 
@@ -167,14 +167,14 @@ def test_invalid_folders_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("en,de\n")
     with pytest.raises(ValueError, match=r"it holds: rows\.csv"):
         prompts(tmp_path, "test")
-    with pytest.raises(ValueError, match=r"rows\.csv is a file; give the folder"):
+    with pytest.raises(ValueError, match=r"rows\.csv is a file"):
         prompts(tmp_path / "rows.csv", "test")
     (tmp_path / "test.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"test\.jsonl: the file is empty"):
+    with pytest.raises(ValueError, match=r"test\.jsonl: .*empty"):
         prompts(tmp_path, "test")
     write_jsonl(tmp_path / "test.jsonl", raw_rows(1))
     write_parquet(tmp_path / "test.parquet", raw_rows(1))
-    with pytest.raises(ValueError, match="more than one form of the same split"):
+    with pytest.raises(ValueError, match="more than one form"):
         prompts(tmp_path, "test")
 
 
@@ -204,7 +204,7 @@ def test_an_invalid_request_is_refused_with_what_to_do(request_: dict[str, objec
 
 
 def test_an_unknown_task_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'arithmetics'; did you mean 'arithmetic'\? valid: arithmetic,"):
+    with pytest.raises(ValueError, match=r"'arithmetics'; .*'arithmetic'\? .*arithmetic,"):
         get_task("arithmetics")
 
 
@@ -261,7 +261,7 @@ def test_a_hub_data_set_follows_the_rules_of_folders(
     assert load_prompts("train") == [f"w {index}" for index in range(19)]
     assert load_prompts("validation") == ["w 19"]
     assert "left out 1 rows with an empty field" in caplog.text
-    with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
+    with pytest.raises(ValueError, match=r"no split 'test'.* train"):
         load_prompts("test")
 
 

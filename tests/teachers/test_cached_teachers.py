@@ -164,7 +164,7 @@ def test_narrower_numbers_round_and_stay_finite(dtype: torch.dtype, most: float)
 
 def test_ids_of_the_whole_vocabulary_leave_no_tail() -> None:
     scores = TopKScores(torch.zeros(1, 1, 4), torch.arange(4).view(1, 1, 4), torch.zeros(1, 1))
-    with pytest.raises(ValueError, match="4 tokens of a vocabulary of 4 are named, which leaves none"):
+    with pytest.raises(ValueError, match="4 tokens of a vocabulary of 4"):
         TopKTeacherLogits.create(scores, 4)
 
 
@@ -262,16 +262,16 @@ def test_a_store_is_mapped_and_not_loaded(tmp_path: Path) -> None:
 def test_a_row_that_was_not_scored_is_told(tmp_path: Path) -> None:
     written(tmp_path, "decoder-only", top_k=4)
     for number in (-1, 9):
-        with pytest.raises(ValueError, match=f"are of rows 0 to 8, and row {number} is asked for"):
+        with pytest.raises(ValueError, match=f"rows 0 to 8, .*row {number} "):
             ScoreReader(tmp_path).read_row(number)
 
 
 def test_a_folder_without_scores_and_a_file_that_is_gone_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"holds no scores of a teacher: there is no {INDEX_FILE} in it"):
+    with pytest.raises(ValueError, match=f"no {INDEX_FILE}"):
         ScoreReader(tmp_path)
     written(tmp_path, "decoder-only", top_k=4)
     (tmp_path / "00000.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"00000.safetensors cannot be read \(.*delete it"):
+    with pytest.raises(ValueError, match=r"00000.safetensors .*delete it"):
         ScoreReader(tmp_path).read_row(0)
 
 
@@ -397,5 +397,5 @@ def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
 
 def test_a_term_that_reads_the_teacher_s_states_is_refused(tmp_path: Path) -> None:
     teacher = kept_scores(tmp_path, "decoder-only", top_k=4)
-    with pytest.raises(ValueError, match="reads the teacher's hidden_states, and a store of its"):
+    with pytest.raises(ValueError, match=r"teacher's hidden_states.* store"):
         teacher.compute_output(None, ["hidden_states"])  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def test_a_server_s_logits_are_the_live_teacher_s(served: Served) -> None:
 
 def test_the_key_comes_from_the_environment(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.key = "of-this-test-alone"
-    with pytest.raises(ServerRejection, match=rf"status 401\): .*; give its key in .* {API_KEY_VARIABLE}"):
+    with pytest.raises(ServerRejection, match=f"status 401.*{API_KEY_VARIABLE}"):
         endpoint(served).request_scores([[3, 4]])
     monkeypatch.setenv(API_KEY_VARIABLE, served.key)
     assert len(endpoint(served).request_scores([[3, 4]])[0]) == 1
@@ -91,9 +91,7 @@ def test_an_unavailable_server_fails_after_the_patience(
 ) -> None:
     served.down = 1000
     start = time.monotonic()
-    with pytest.raises(
-        ServerUnavailable, match=r"no answer in 0.3 s .*status 503.*resume from the last checkpoint"
-    ):
+    with pytest.raises(ServerUnavailable, match=r"0.3 s .*status 503.*checkpoint"):
         endpoint(served).request_scores([[3, 4]])
     assert time.monotonic() - start < 5
     assert 2 <= len(served.asked) < 10
@@ -162,7 +160,7 @@ def test_an_endpoint_that_cannot_be_is_refused(field: str, value: Any) -> None:
 
 def test_a_student_that_is_encoder_decoder_is_told_what_to_do(served: Served) -> None:
     student = tiny_model("encoder-decoder", 7)
-    with pytest.raises(ValueError, match=r"prompt log-probabilities are of one text: .*`CachedTeacher`"):
+    with pytest.raises(ValueError, match=r"encoder-decoder.*`CachedTeacher`"):
         ServerTeacher(endpoint(served), tiny_tokenizer()).check_compatibility(
             student, [], seq_kd=False, eval_on_policy=False
         )

@@ -149,7 +149,7 @@ def test_a_target_that_makes_no_sense_is_refused(fields: dict[str, Any], message
 
 
 def test_a_routed_loss_must_know_the_routes() -> None:
-    with pytest.raises(ValueError, match="a routed divergence needs to know each row's teacher"):
+    with pytest.raises(ValueError, match="`routes`"):
         compute_cell_losses(
             terms=[(WeightedLoss(MEASURE, target=TeacherTarget((0, 1), routed=True)),)] * CELLS, **given()
         )
@@ -267,13 +267,13 @@ def test_teachers_have_each_its_own_dtype(tmp_path: Path) -> None:
 
 
 def test_a_missing_teacher_is_refused_by_number(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="compares with teacher number 1, and there is number 0 alone"):
+    with pytest.raises(ValueError, match=r"teacher number 1.* 0 alone"):
         distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)])
 
 
 def test_a_teacher_of_the_other_family_is_refused(tmp_path: Path) -> None:
     extra_teachers = [another("encoder-decoder")]
-    with pytest.raises(ValueError, match="the student is decoder-only and the teacher encoder-decoder"):
+    with pytest.raises(ValueError, match=r"student .*decoder-only.* teacher encoder-decoder"):
         distil(tmp_path, "decoder-only", [cell(tmp_path, objectives=MIXTURE)], more_teachers=extra_teachers)
 
 
@@ -283,5 +283,5 @@ def test_a_configuration_names_teachers_by_number() -> None:
 
 
 def test_weights_that_are_all_0_are_refused() -> None:
-    with pytest.raises(ValueError, match="all weights are 0, so nothing would be learnt"):
+    with pytest.raises(ValueError, match="weights are 0"):
         parse([{"weight": 0}, {"type": "cross_entropy", "weight": 0}])

@@ -209,7 +209,7 @@ def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> N
     student.chat_template = "{{ messages[0].content }} ="
     encoder = RowEncoder(student, is_encoder_decoder=False, max_length=64, max_new_tokens=8)
     prompts = TwoTokenizerEncoder(encoder, pieces(), model_of(pieces(), 3).config)
-    with pytest.raises(ValueError, match=r"uld: with the teacher's tokenizer: .*has no chat template"):
+    with pytest.raises(ValueError, match=r"teacher's tokenizer: .*no chat template"):
         prompts({"messages": ROWS[0]["messages"][:1]})
 
 
@@ -218,24 +218,24 @@ def test_a_row_that_the_teacher_cannot_read_is_named_as_its(tmp_path: Path) -> N
 
 def test_a_divergence_between_two_tokenizers_is_refused_with_a_way_out(tmp_path: Path) -> None:
     terms = (WeightedLoss(Divergence()), WeightedLoss(uld()))
-    with pytest.raises(ValueError, match=r"do not share a tokenizer: .*objectives: \[\{type: uld\}"):
+    with pytest.raises(ValueError, match=r"share a tokenizer: .*\[\{type: uld\}"):
         distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=terms)])
 
 
 def test_text_of_a_teacher_written_on_the_fly_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="do not share a tokenizer"):
+    with pytest.raises(ValueError, match="share a tokenizer"):
         distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], seq_kd=True)
 
 
 def test_a_teacher_that_is_no_model_here_is_refused() -> None:
     encoder = RowEncoder(tiny_tokenizer(), is_encoder_decoder=False, max_length=64, max_new_tokens=8)
-    with pytest.raises(ValueError, match=r"this teacher is no model that could"):
+    with pytest.raises(ValueError, match=r"uld .*give a model"):
         TwoTokenizerEncoder(encoder, pieces(), None)
 
 
 @pytest.mark.filterwarnings("ignore:teacher and student have 14 vocabulary entries")
 def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"uld needs the teacher's tokenizer"):
+    with pytest.raises(ValueError, match=r"uld .*teacher's tokenizer"):
         GKDTrainer(
             model=model_of(tiny_tokenizer(), 7),
             teacher_model=model_of(tiny_tokenizer(), 3),
@@ -246,14 +246,14 @@ def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_workers_that_would_keep_the_prompts_to_themselves_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set dataloader_num_workers to 0"):
+    with pytest.raises(ValueError, match="dataloader_num_workers to 0"):
         distil_pair(tmp_path, [cell(tmp_path, lmbda=0.0, objectives=ULD_ALONE)], dataloader_num_workers=1)
 
 
 def test_a_configuration_names_it(tmp_path: Path) -> None:
     (term,) = parse([{"type": "uld", "weight": 2, "teacher_temperature": 0.5}])
     assert term == WeightedLoss(uld(teacher_temperature=0.5), 2)
-    with pytest.raises(ValueError, match=r"unknown field .*beta'; .*student_temperature"):
+    with pytest.raises(ValueError, match=r"beta'; .*student_temperature"):
         parse([{"type": "uld", "beta": 0.5}])
-    with pytest.raises(ValueError, match="student_temperature: -1 is not valid: must be more than 0"):
+    with pytest.raises(ValueError, match=r"student_temperature: -1 .* 0"):
         parse([{"type": "uld", "student_temperature": -1}])

@@ -221,10 +221,10 @@ def test_a_teacher_with_its_labels_in_another_order_is_read_by_name(tmp_path: Pa
 def test_other_labels_are_refused_and_named(tmp_path: Path) -> None:
     kind: ClassifierKind = "sequence-classification"
     other = tiny_classifier("bert", kind, 2, labels=("no", "yes"))
-    with pytest.raises(ValueError, match=r"student has 3 .*teacher has 2 .*only the student has 'maybe'"):
+    with pytest.raises(ValueError, match=r"student has 3 .*teacher has 2 .*'maybe'"):
         trainer_of(tmp_path, kind, teacher_model=other)
     renamed = tiny_classifier("bert", kind, 2, labels=("no", "maybe", "si"))
-    with pytest.raises(ValueError, match=r"only the student has 'yes'; only the teacher has 'si'; load the"):
+    with pytest.raises(ValueError, match=r"student has 'yes'; .*teacher has 'si'"):
         trainer_of(tmp_path, kind, teacher_model=renamed)
 
 
@@ -272,7 +272,7 @@ def test_invalid_rows_of_tokens_are_refused_with_the_reason(
 
 @pytest.mark.parametrize("label", ["high", float("nan"), math.inf])
 def test_a_regression_s_label_must_be_a_number(tmp_path: Path, label: Any) -> None:
-    with pytest.raises(ValueError, match="is no number, and a regression learns numbers"):
+    with pytest.raises(ValueError, match=f"{label!r} .*regression"):
         trainer_of(tmp_path, "regression").data_collator([{"text": "a", "label": label}])
 
 
@@ -361,7 +361,7 @@ def test_collators_of_transformers_give_the_same_loss(tmp_path: Path, kind: Clas
 
 def test_a_batch_without_labels_is_named(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "sequence-classification")
-    with pytest.raises(ValueError, match=r"returns \['input_ids'\] without attention_mask, labels"):
+    with pytest.raises(ValueError, match=r"\['input_ids'\] .*attention_mask, labels"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 2, dtype=torch.long)})
 
 
@@ -370,38 +370,36 @@ def test_a_batch_without_labels_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_writes_nothing(tmp_path: Path, kind: ClassifierKind) -> None:
-    with pytest.raises(
-        ValueError, match=rf"lmbda=0.5 lets the student write .* a {kind} model writes nothing"
-    ):
+    with pytest.raises(ValueError, match=f"lmbda=0.5 .* {kind} "):
         trainer_of(tmp_path, kind, lmbda=0.5, objectives=None)
-    with pytest.raises(ValueError, match="seq_kd=True lets a model write"):
+    with pytest.raises(ValueError, match="seq_kd=True"):
         trainer_of(tmp_path, kind, seq_kd=True)
 
 
 @pytest.mark.parametrize("objective", [{"type": "cross_entropy"}, {"type": "divergence", "beta": 0.5}])
 def test_a_regression_has_no_distribution(tmp_path: Path, objective: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"{objective['type']} compares distributions, and a regression"):
+    with pytest.raises(ValueError, match=f"{objective['type']} .*regression"):
         trainer_of(tmp_path, "regression", objectives=[objective])
 
 
 def test_classes_are_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="squared_error against labels needs numbers"):
+    with pytest.raises(ValueError, match="squared_error against labels"):
         trainer_of(
             tmp_path, "sequence-classification", objectives=[{"type": "squared_error", "against": "labels"}]
         )
-    with pytest.raises(ValueError, match=r"against: 'data' is not valid: .*teacher, labels"):
+    with pytest.raises(ValueError, match=r"against: 'data' .*teacher, labels"):
         trainer_of(tmp_path, "regression", objectives=[{"type": "squared_error", "against": "data"}])
-    with pytest.raises(ValueError, match="compares numbers, and the model has 3 outputs"):
+    with pytest.raises(ValueError, match=r"squared_error .*3 outputs"):
         LabelSquaredError().value_and_gradient(torch.zeros(2, 3), torch.zeros(2))
 
 
 def test_what_only_a_language_model_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="hidden_states reads what only a language model has"):
+    with pytest.raises(ValueError, match=r"hidden_states .*language model"):
         trainer_of(tmp_path, "sequence-classification", objectives=[{"type": "hidden_states"}])
 
 
 def test_a_teacher_made_for_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="regression and the teacher for sequence-class"):
+    with pytest.raises(ValueError, match=r"regression .*teacher for sequence-classification"):
         trainer_of(
             tmp_path, "regression", teacher_model=tiny_classifier("bert", "sequence-classification", 2)
         )
@@ -410,7 +408,7 @@ def test_a_teacher_made_for_something_else_is_refused(tmp_path: Path) -> None:
 def test_several_labels_at_once_are_refused(tmp_path: Path) -> None:
     model = tiny_classifier("bert", "sequence-classification", 1)
     model.config.problem_type = "multi_label_classification"
-    with pytest.raises(ValueError, match="with 3 labels is not distilled here: a row has one label"):
+    with pytest.raises(ValueError, match=r"problem_type.* 3 labels"):
         trainer_of(tmp_path, "sequence-classification", model=model)
 
 
@@ -533,7 +531,7 @@ def pack_member(family: str, kind: ClassifierKind) -> Any:
 
 def test_a_classifier_with_its_own_position_numbers_is_refused_in_a_pack() -> None:
     members = [tiny_classifier("roberta", "sequence-classification", n) for n in range(2)]
-    with pytest.raises(CannotPack, match="logits of the packed RobertaForSequenceClassification differ"):
+    with pytest.raises(CannotPack, match=r"logits .*RobertaForSequenceClassification"):
         Pack.build(members)
 
 

@@ -349,7 +349,7 @@ def test_pitfall_17_rows_with_a_prompt_alone_train_on_policy_and_are_refused_off
     made = one_step(tmp_path, [row] * 2, arguments=ON)
     assert losses(made)[0] > 0
     assert all(value.isfinite().all() for value in weights(made.model).values())
-    with pytest.raises(ValueError, match=r"2 of 2 rows have no completion.*lmbda=1"):
+    with pytest.raises(ValueError, match=r"2 of 2 rows .*lmbda=1"):
         one_step(tmp_path, [row] * 2, arguments=OFF)
     assert losses(one_step(tmp_path, [row] * 2, arguments={**OFF, "seq_kd": True}))[0] > 0
 

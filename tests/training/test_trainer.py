@@ -595,7 +595,7 @@ def test_evaluation_is_the_mean_loss_on_the_data_s_targets(family: Family, tmp_p
 
 def test_a_number_of_cells_that_is_not_the_pack_s_is_refused(tmp_path: Path) -> None:
     models = [tiny_model("decoder-only", 0), tiny_model("decoder-only", 1)]
-    with pytest.raises(ValueError, match="1 cells for a pack of 2 models"):
+    with pytest.raises(ValueError, match=r"1 cells .* 2 models"):
         GKDTrainer(
             pack=Pack.build(models),
             cells=[cell(tmp_path)],
@@ -606,7 +606,7 @@ def test_a_number_of_cells_that_is_not_the_pack_s_is_refused(tmp_path: Path) -> 
 
 
 def test_data_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 rows are fewer than one batch of 4"):
+    with pytest.raises(ValueError, match=r"3 rows .* 4"):
         KeyedBatchSampler(3, 4, (0,))
 
 
@@ -620,7 +620,7 @@ def test_sequences_move_together() -> None:
 
 def test_a_pack_whose_cells_would_need_several_texts_of_the_teacher_is_refused(tmp_path: Path) -> None:
     cells = [cell(tmp_path / "0", seed=0), cell(tmp_path / "1", seed=1)]
-    with pytest.raises(ValueError, match=r"cells of the pack differ in seed or temperature: .*--pack off"):
+    with pytest.raises(ValueError, match=r"seed or temperature.*--pack off"):
         GKDTrainer(
             pack=Pack.build([tiny_model("decoder-only", n) for n in range(2)]),
             cells=cells,

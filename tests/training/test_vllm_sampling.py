@@ -253,15 +253,15 @@ def test_the_calls_fit_the_signatures_of_trl(student: PreTrainedModel, writer_of
 def test_a_missing_vllm_is_reported_with_the_install_command(
     student: PreTrainedModel, writer_of: Writer
 ) -> None:
-    with pytest.raises(ImportError, match=r"pip install vllm.*gkd-lab\[vllm\].*use_vllm False"):
+    with pytest.raises(ImportError, match=r"gkd-lab\[vllm\].*use_vllm"):
         writer_of(student, backend=None)
 
 
 def test_an_encoder_decoder_is_refused_with_a_way_out(writer_of: Writer) -> None:
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration: vLLM serves decoder-only.*use_vllm"):
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration.*decoder-only.*use_vllm"):
         writer_of(tiny_model("encoder-decoder", 1), backend=None)
 
 
 def test_a_model_from_nowhere_is_refused_with_a_way_out(writer_of: Writer) -> None:
-    with pytest.raises(ValueError, match=r"not loaded from anywhere.*save_pretrained"):
+    with pytest.raises(ValueError, match="save_pretrained"):
         writer_of(tiny_model("decoder-only", 1), backend=None)

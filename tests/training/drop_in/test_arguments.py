@@ -109,7 +109,7 @@ def test_tokens_and_template_may_be_set_in_the_arguments(tmp_path: Path) -> None
     made.train()
     assert made.model.generation_config.eos_token_id is not None
     for field in ("eos_token", "pad_token"):
-        with pytest.raises(ValueError, match=f"{field} 'eleven' is not in"):
+        with pytest.raises(ValueError, match=f"{field} 'eleven'"):
             trainer(tmp_path, arguments={field: "eleven"})
     with pytest.raises(ValueError, match="clone_chat_template"):
         trainer(tmp_path, arguments={"chat_template_path": "some/model"})
@@ -132,7 +132,7 @@ def test_without_a_pad_token_the_end_of_sequence_pads_and_is_still_trained_on(tm
 
 @pytest.mark.parametrize("field", ["packing", "padding_free"])
 def test_what_does_not_fit_is_refused(tmp_path: Path, field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field}=True does not fit GKD"):
+    with pytest.raises(ValueError, match=f"{field}=True"):
         trainer(tmp_path, arguments={field: True})
 
 
