@@ -110,4 +110,4 @@ def test_an_experiment_without_an_axis_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gkd_lab", "sweep", str(tmp_path / "one.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "no axis to sweep over; make one with --set KEY=V1,V2" in done.stderr
+    assert "--set KEY=V1,V2" in done.stderr

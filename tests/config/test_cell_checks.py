@@ -76,7 +76,7 @@ def test_without_a_local_checkpoint_only_kept_layers_are_checked() -> None:
     loaded: dict[str, Any] = {"teacher": {"pretrained": "org/large"}}
     make_cell(**loaded, **objectives(layers=[[1, 40]]))
     assert "layer 2 of the student" in get_refusal(**loaded, **objectives(layers=[[2, 40]]))
-    assert "last_2: the depth of the student is 1" in get_refusal(**loaded, **objectives(layers="last_2"))
+    assert "student is 1" in get_refusal(**loaded, **objectives(layers="last_2"))
     settings = {"teacher": {"pretrained": "org/large", "keep_layers": [0, 5, 9]}}
     make_cell(**settings, **objectives(layers=[[1, 3]]))
     assert "layer 4 of the teacher" in get_refusal(**settings, **objectives(layers=[[1, 4]]))
@@ -99,7 +99,7 @@ def test_the_depth_of_a_checkpoint_folder_is_checked(
     settings: dict[str, Any] = {"task": task, "teacher": {"pretrained": str(tmp_path)}}
     make_cell(**settings, **objectives(stack=stack, layers=[[1, 6]]))
     message = get_refusal(**settings, **objectives(stack=stack, layers=[[1, 7]]))
-    assert "layer 7 of the teacher, in the pair [1, 7]: valid layers are 0 to 6" in message
+    assert "layer 7 of the teacher" in message and "0 to 6" in message
 
 
 @pytest.mark.parametrize("text", ("", "[1]", '{"layers": "many"}'))

@@ -115,13 +115,13 @@ def test_an_unused_teacher_does_not_change_the_cell() -> None:
 def test_weights_that_are_all_0_are_refused() -> None:
     listed = [{"beta": 0.5, "weight": 0}, {"type": "cross_entropy", "weight": 0}]
     message = get_refusal(objectives=listed, source={"lmbda": 0})
-    assert message.endswith("objectives: all weights are 0, so nothing would be learnt; give one a weight")
+    assert "objectives: all weights are 0" in message
 
 
 def test_a_reserved_name_is_refused() -> None:
     listed = [{"beta": 0.5, "teacher": "start"}]
     message = get_refusal(objectives=listed, source={"lmbda": 0}, teachers={"start": SMALL})
-    assert "the name 'start' is reserved" in message
+    assert "'start' is reserved" in message
 
 
 # ---- cached scores and servers ----
@@ -243,5 +243,5 @@ def test_invalid_scores_and_servers_are_refused(document: dict[str, Any], expect
 def test_an_address_that_holds_a_key_is_refused_without_repeating_it() -> None:
     for address in ("http://me:hunter22@host:1/v1", "http://host:1/v1?key=hunter22"):
         message = get_refusal(teacher={**SERVER, "server": address})
-        assert "must not hold a key: give http://host:1/v1, and the key in" in message
+        assert "give http://host:1/v1," in message
         assert "hunter22" not in message

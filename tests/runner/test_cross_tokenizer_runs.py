@@ -128,7 +128,7 @@ def test_divergence_between_checkpoint_tokenizers_fails_with_advice(tmp_path: Pa
     failed = run_grid(refused, options(tmp_path / "a" / "outputs")).failures
     assert len(failed) == 1
     record = Store(tmp_path / "a" / "outputs").get_record(refused.cells[0])
-    assert "do not share a tokenizer" in record.read_status()["error"]
+    assert "share a tokenizer" in record.read_status()["error"]
     assert "[{type: uld}" in record.read_status()["error"]
     accepted = tiny_grid(tmp_path / "b", "arithmetic", grid={"lmbda": [0]}, objectives=ULD, **loaded)
     assert run_grid(accepted, options(tmp_path / "b" / "outputs")).failures == []

@@ -1,6 +1,7 @@
 """A single cell that runs out of memory trains in micro-batches, with the same result."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ def test_micro_batches_give_the_same_result(
     (cell,) = grid.cells
     whole, parts = (Store(tmp_path / name).get_record(cell) for name in ("whole", "parts"))
     messages = [line for line in output.getvalue().splitlines() if "out of memory" in line]
-    assert [line.partition("out of memory with ")[2] for line in messages] == [
-        "4 rows at once; going on with 2",
-        "2 rows at once; going on with 1",
+    assert [re.findall(r"\d+", line.partition("out of memory")[2]) for line in messages] == [
+        ["4", "2"],
+        ["2", "1"],
     ]
     assert parts.read_provenance()["rows_at_once"] == 1
     assert parts.read_provenance()["resumed_at_step"] == 2
@@ -71,5 +72,5 @@ def test_error_of_a_single_row_out_of_memory_has_advice(
     fail_batches_larger_than(0, monkeypatch)
     (line,) = run_grid(grid, options(tmp_path / "outputs")).failures
     assert grid.cells[0].fingerprint in line
-    assert "out of memory even with one row at a time (OutOfMemoryError: CUDA out of memory" in line
-    assert "take smaller models" in line
+    assert "one row at a time (OutOfMemoryError" in line
+    assert "smaller models" in line

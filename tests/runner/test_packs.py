@@ -1,6 +1,7 @@
 """Packs in a run: pretrained students, models that cannot be packed, packs that do not fit into memory."""
 
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -196,8 +197,8 @@ def test_unpackable_cells_run_alone_with_the_reason(model_outputs: dict[str, Pat
 def test_unpackable_reason_is_deleted_once_a_pack_is_built(outputs: Path) -> None:
     grid = tiny_grid(outputs.parent, "arithmetic", **PAIR)
     start = Store(outputs).get_artifact("nano", "start", grid.cells[0].training.start)
-    start.write_unpackable_reason("no packed form for a module of old")
-    assert "2 cells run alone: no packed form for a module of old" in render_plan(grid, outputs)
+    start.write_unpackable_reason("an old module")
+    assert "2 cells run alone: an old module" in render_plan(grid, outputs)
     run_grid(grid, options(outputs))
     assert list_pack_sizes(grid, outputs) == [2, 2]
     assert start.read_unpackable_reason() is None
@@ -241,7 +242,7 @@ def test_pack_out_of_memory_is_halved_and_resumed(tmp_path: Path, monkeypatch: p
     assert list_pack_sizes(grid, tmp_path / "halved") == [2] * 4
     assert list_pack_limits(grid, tmp_path / "halved") == {"out of memory with 4 cells as one model"}
     messages = [line for line in text.getvalue().splitlines() if "out of memory" in line]
-    assert messages == ["arithmetic: out of memory with 4 cells as one model; going on with 2 at a time"] * 2
+    assert [re.findall(r"\d+", line) for line in messages] == [["4", "2"]] * 2
     whole, halved = Store(tmp_path / "whole"), Store(tmp_path / "halved")
     for cell in grid.cells:
         assert halved.get_record(cell).read_provenance()["resumed_at_step"] == 2
@@ -281,10 +282,10 @@ def test_automatic_packs_fit_into_memory(outputs: Path, monkeypatch: pytest.Monk
     run_options, text = create_recorded_options(outputs)
     assert run_grid(grid, run_options).failures == []
     assert list_pack_sizes(grid, outputs) == [3] * 6
-    reason = "6 cells as one model need about 6 GiB, 5 GiB are free: at most 3 at a time"
+    (reason,) = list_pack_limits(grid, outputs)
+    assert re.findall(r"\d+", reason) == ["6", "6", "5", "3"], "cells, GiB needed, GiB free, cells at a time"
     assert text.getvalue().count(reason) == 1
     assert f"arithmetic: {reason}" in text.getvalue()
-    assert list_pack_limits(grid, outputs) == {reason}
 
 
 def test_requested_pack_size_is_not_measured(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

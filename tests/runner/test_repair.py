@@ -52,8 +52,8 @@ def test_damaged_file_of_a_finished_record_is_quarantined(name: str, record: Rec
     quarantined_path = record.folder / f"{name.partition('/')[0]}.damaged"
     assert quarantined_path.exists()
     assert not (record.folder / name).exists()
-    expected = f"{record.folder / name} is damaged, set aside: {quarantined_path}; it is built again\n"
-    assert output.getvalue() == expected
+    (line,) = output.getvalue().splitlines()
+    assert line.startswith(f"{record.folder / name} ") and f" {quarantined_path};" in line
 
 
 def test_missing_file_is_damage_and_added_file_is_not(record: Record) -> None:

@@ -169,15 +169,15 @@ def test_agents_run_has_the_error_of_a_failed_cell_or_teacher(tmp_path: Path, ag
     grid = tiny_grid(tmp_path, "arithmetic", grid={"lmbda": [0]}, **TINY_CHANGES)
     write_records(grid, outputs)
     record = Store(outputs).get_record(grid.cells[0])
-    record.mark_failed("FloatingPointError: the loss is nan at step 7")
+    record.mark_failed("FloatingPointError: nan")
     assert run_grid(grid, options(outputs, tracker=create_recorded_tracker(outputs)[0])).failures
     tracked_run = agent_server.runs["run0"]
     assert (tracked_run.exit_code, tracked_run.summary["status"]) == (1, "failed")
-    assert tracked_run.summary["error"] == "FloatingPointError: the loss is nan at step 7"
+    assert tracked_run.summary["error"] == "FloatingPointError: nan"
     role, model, _ = list_references(grid.cells)[0]
     Store(outputs).get_artifact("nano", role, model).mark_failed("ValueError: no rows")
     assert run_grid(grid, options(outputs, tracker=create_recorded_tracker(outputs)[0])).failures
-    assert tracked_run.summary["error"].startswith("the teacher failed: ValueError: no rows")
+    assert "teacher failed: ValueError: no rows" in tracked_run.summary["error"]
 
 
 def test_locked_cell_is_skipped_or_waited_for(tmp_path: Path, agent_server: Server) -> None:
@@ -211,7 +211,8 @@ def test_locked_cell_is_skipped_or_waited_for(tmp_path: Path, agent_server: Serv
         grid, options(outputs, reporter, tracker=create_recorded_tracker(outputs)[0], busy_cells="wait")
     )
     thread.join()
-    assert output.getvalue() == f"waiting for another process that works on the cell {cell.fingerprint}\n"
+    assert output.getvalue().count("\n") == 1
+    assert "waiting" in output.getvalue() and cell.fingerprint in output.getvalue()
     assert (outcome.failures, outcome.busy_cell_count) == ([], 0)
     assert (tracked_run.exit_code, tracked_run.summary["status"]) == (0, "done")
     assert tracked_run.summary["greedy/accuracy"] == SCORES["accuracy"]["value"]
@@ -226,7 +227,7 @@ def test_agents_run_has_the_error_of_invalid_parameters(
     assert caught.value.code == 2
     tracked_run = agent_server.runs["run0"]
     assert (tracked_run.exit_code, tracked_run.summary["status"]) == (2, "failed")
-    assert "2 is not valid: must be from 0 to 1" in tracked_run.summary["error"]
+    assert "2 is not valid" in tracked_run.summary["error"]
 
 
 def test_sweep_agent_cannot_run_a_grid(
@@ -236,4 +237,4 @@ def test_sweep_agent_cannot_run_a_grid(
     with pytest.raises(SystemExit) as caught:
         main(["run", "quickstart"])
     assert caught.value.code == 2
-    assert "a sweep agent's run is one cell: let it call `gkd-lab cell`" in capsys.readouterr().err
+    assert "`gkd-lab cell`" in capsys.readouterr().err

@@ -304,7 +304,7 @@ def test_a_weight_that_is_no_number_is_named_as_the_reason(
 ) -> None:
     getattr(pair, side).base_model.norm.weight.data[0] = torch.nan
     bench = PairBench(pair, tmp_path)
-    assert finding("loss", bench).reason == "a loss is not finite: weights or logits hold NaN or inf"
+    assert "NaN" in finding("loss", bench).reason
     for name in (f"{side} padding", "prompt", "accumulation", "on policy", "bfloat16"):
         assert not finding(name, bench).passed
 

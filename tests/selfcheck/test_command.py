@@ -91,7 +91,7 @@ def test_without_names_two_made_pairs_pass_in_rows_of_one_line(say: Say) -> None
     assert status == 0
     for family, table in zip(MADE_FAMILIES, out.split("\n\n")[:2], strict=True):
         lines = table.splitlines()
-        assert lines[0] == f"{family}, made on the spot"
+        assert lines[0].startswith(f"{family}, ")
         assert verdicts(table) == all_pass()
         # Above the rows: title, sizes, headings, a rule; below them the count.
         assert len(lines) == 4 + len(all_pass()) + 1
@@ -114,7 +114,7 @@ def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
     status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, llamas.tokenizer, None), tmp_path))
     assert status == 0
     assert "teacher's is unknown" in out
-    assert "\nnote tokenizers: teacher and student have 393 vocabulary entries each, but" in out
+    assert re.search(r"^note tokenizers: .*393 vocabulary entries", out, re.MULTILINE)
 
     wide = make_pair("decoder-only").student
     wide.resize_token_embeddings(400)
@@ -122,7 +122,7 @@ def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
         *saved(ModelPair(wide, llamas.teacher, llamas.tokenizer, llamas.tokenizer), tmp_path)
     )
     assert status == 0
-    assert "\nnote tokenizers: heads of 400 and 393 entries: the first 393 are compared\n" in out
+    assert re.search(r"^note tokenizers: .*400 and 393 entries", out, re.MULTILINE)
 
 
 # ---- what fails: status 1 and a line for each reason ----
@@ -137,9 +137,9 @@ def test_tokenizers_that_differ_end_the_checks(llamas: ModelPair, tmp_path: Path
     status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, llamas.tokenizer, other), tmp_path))
     assert status == 1
     (line,) = failures(out)
-    assert line.startswith("FAIL tokenizers: teacher and student do not share a tokenizer: 2 vocabulary")
+    assert line.startswith("FAIL tokenizers: ") and "2 vocabulary entries" in line
     assert verdicts(out) == {"tokenizers": "FAIL"}
-    assert out.endswith("Nothing else was checked.\n0 of 1 checks passed\n\n")
+    assert "Nothing else" in out and "0 of 1 checks passed" in out
 
 
 def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
@@ -149,9 +149,9 @@ def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
     status, out, _ = say(*saved(ModelPair(llamas.student, llamas.teacher, bare, llamas.tokenizer), tmp_path))
     assert status == 1
     (line,) = failures(out)
-    assert line.startswith("FAIL trainer: ValueError: the tokenizer has neither a pad nor an end token: set")
+    assert line.startswith("FAIL trainer: ValueError: ") and "pad nor an end token" in line
     assert verdicts(out) == {"tokenizers": "pass", "trainer": "FAIL"}
-    assert "Nothing else was checked." in out
+    assert "Nothing else" in out
 
 
 def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_measured(
@@ -170,7 +170,7 @@ def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_me
     )
     failed = [name for name, verdict in row_verdicts.items() if verdict == "FAIL"]
     assert [line.split(":")[0] for line in failures(out)] == [f"FAIL {name}" for name in failed]
-    assert "FAIL loss: a loss is not finite: weights or logits hold NaN or inf" in failures(out)
+    assert any(line.startswith("FAIL loss: ") and "NaN" in line for line in failures(out))
     assert f"{len(row_verdicts) - len(failed)} of {len(row_verdicts)} checks passed" in out
 
 
@@ -181,7 +181,7 @@ def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_me
 def test_a_teacher_without_a_student_is_refused_and_vice_versa(given: str, missing: str, say: Say) -> None:
     status, out, err = say(given, "somewhere")
     assert (status, out) == (2, "")
-    assert err == f"gkd-lab: {missing} is missing: name both models, or neither to check two made pairs\n"
+    assert err.startswith(f"gkd-lab: {missing} is missing") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ("student", "teacher"))
@@ -191,7 +191,7 @@ def test_a_missing_folder_is_refused(option: str, llamas: ModelPair, tmp_path: P
     status, out, err = say(*named(tmp_path))
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith(f"gkd-lab: --{option} '{tmp_path}/{option}': no such folder, and no model of that")
+    assert line.startswith(f"gkd-lab: --{option} '{tmp_path}/{option}': no such folder")
 
 
 def test_a_folder_without_a_model_is_refused(llamas: ModelPair, tmp_path: Path, say: Say) -> None:
@@ -199,7 +199,7 @@ def test_a_folder_without_a_model_is_refused(llamas: ModelPair, tmp_path: Path, 
     (tmp_path / "teacher" / "model.safetensors").unlink()
     status, out, err = say(*named(tmp_path))
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"gkd-lab: --teacher '{tmp_path}/teacher' cannot be loaded: ")
+    assert err.splitlines()[-1].startswith(f"gkd-lab: --teacher '{tmp_path}/teacher' ")
 
 
 def test_a_student_without_a_tokenizer_is_refused(llamas: ModelPair, tmp_path: Path, say: Say) -> None:
@@ -207,7 +207,7 @@ def test_a_student_without_a_tokenizer_is_refused(llamas: ModelPair, tmp_path: P
         *saved(ModelPair(llamas.student, llamas.teacher, None, llamas.tokenizer), tmp_path)
     )
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"gkd-lab: --student '{tmp_path}/student' has no tokenizer: save")
+    assert err.splitlines()[-1].startswith(f"gkd-lab: --student '{tmp_path}/student' has no tokenizer")
 
 
 def test_models_of_two_families_are_refused(pairs: dict[str, ModelPair], tmp_path: Path, say: Say) -> None:
@@ -220,7 +220,5 @@ def test_models_of_two_families_are_refused(pairs: dict[str, ModelPair], tmp_pat
     )
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
-    assert line == (
-        f"gkd-lab: --student '{tmp_path}/student' is decoder-only and --teacher '{tmp_path}/teacher' is "
-        "encoder-decoder: choose two models of one kind"
-    )
+    assert f"--student '{tmp_path}/student' is decoder-only" in line
+    assert f"--teacher '{tmp_path}/teacher' is encoder-decoder" in line

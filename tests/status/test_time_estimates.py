@@ -1,5 +1,6 @@
 """Time estimates: from finished cells of the same kind, else from FLOPs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_the_time_of_a_finished_cell_is_scaled_by_steps_and_share_of_sampling(tm
         share = estimate_training_flops(cell.training) / estimate_training_flops(short.training)  # type: ignore[operator]
         assert estimate_seconds(estimator, cell) == pytest.approx(4 * share)
         assert share >= cell.training.steps / 10
-    assert estimator.describe_source() == "1 finished cell of the same kind (cpu)"
+    assert re.fullmatch(r"1 finished cell .*\(cpu\)", estimator.describe_source())
 
 
 def test_times_of_packed_cells_are_used_for_packed_cells_only(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_cells_on_two_devices_are_not_mixed(tmp_path: Path) -> None:
         write_finished_cell(store, cell, took, device=device)
     estimator = build_estimator(grid, store)
     assert estimate_seconds(estimator, grid.cells[3]) == pytest.approx(4.0)
-    assert estimator.describe_source() == "2 finished cells of the same kind (cuda)"
+    assert re.fullmatch(r"2 finished cells .*\(cuda\)", estimator.describe_source())
 
 
 def summarize_plan(grid: Grid, store: Store) -> tuple[Overview, str]:
@@ -106,8 +107,8 @@ def test_the_plan_names_the_bases_of_its_estimates(tmp_path: Path) -> None:
     small = [cell for cell in grid.cells if cell.labels["student"] == "small"]
     write_finished_cell(store, small[0], 40.0)
     overview, text = summarize_plan(grid, store)
-    assert "time of 2 cells: as 1 finished cell of the same kind (cpu) took" in text
-    assert "time of 2 cells: of one alone, from its FLOPs at 80 GFLOP/s" in text
+    assert re.search(r"time of 2 cells: .*1 finished cell .*\(cpu\)", text)
+    assert re.search("time of 2 cells: .*80 GFLOP/s", text)
     seconds_left = [view.seconds_left for view in overview.cells]
     assert seconds_left[grid.cells.index(small[0])] == 0
     assert seconds_left[grid.cells.index(small[1])] == pytest.approx(40.0)

@@ -384,15 +384,15 @@ def refused(folder: Path, family: Family = "decoder-only", lmbda: float = 0.0, *
 
 
 def test_on_policy_steps_are_refused_with_cached_scores(tmp_path: Path) -> None:
-    assert "lmbda=0.5 lets the student write, and a store of its scores" in refused(tmp_path, lmbda=0.5)
-    assert "eval_on_policy=True lets the student write" in refused(tmp_path, eval_on_policy=True)
-    assert "seq_kd=True lets the teacher write" in refused(tmp_path, seq_kd=True)
+    assert "lmbda=0.5" in refused(tmp_path, lmbda=0.5)
+    assert "eval_on_policy=True" in refused(tmp_path, eval_on_policy=True)
+    assert "seq_kd=True" in refused(tmp_path, seq_kd=True)
 
 
 def test_rows_that_were_not_scored_are_refused(tmp_path: Path) -> None:
-    assert "these rows have none" in refused(tmp_path, examples=tiny_examples())
+    assert "`row_index`" in refused(tmp_path, examples=tiny_examples())
     moved = [replace(row, row_index=39 - n) for n, row in enumerate(tiny_examples())]
-    assert "has another completion" in refused(tmp_path, examples=moved)
+    assert "another completion" in refused(tmp_path, examples=moved)
 
 
 def test_a_term_that_reads_the_teacher_s_states_is_refused(tmp_path: Path) -> None:

@@ -95,9 +95,8 @@ def test_an_unavailable_server_fails_after_the_patience(
         endpoint(served).request_scores([[3, 4]])
     assert time.monotonic() - start < 5
     assert 2 <= len(served.asked) < 10
-    assert [record.getMessage() for record in caplog.records if record.name == "gkd_lab.teachers.server"] == [
-        f"the teacher's server {served.address} does not answer: waiting for up to 0.3 s"
-    ]
+    messages = [r.getMessage() for r in caplog.records if r.name == "gkd_lab.teachers.server"]
+    assert len(messages) == 1 and served.address in messages[0] and "0.3 s" in messages[0]
 
 
 def test_an_address_without_a_server_is_unavailable() -> None:
