@@ -1,9 +1,8 @@
 """Terms of a loss: one description and validation for YAML, `GKDConfig(objectives=...)` and the trainer.
 
-`gkd_lab.losses.registry` maps each `type` to the loss that computes it.
+`gkd_lab.config.loss_registry` maps each `type` to the loss that computes it.
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
@@ -28,6 +27,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
 from gkd_lab.config.layer_maps import UNIFORM, LayerMapField
+from gkd_lab.config.loss_registry import LOSSES, load_loss_class
 from gkd_lab.config.reward_names import check_reward_baseline, check_reward_model, check_reward_name
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,8 +38,6 @@ NAMES_WITHOUT_BETA: Mapping[str, str] = {"tv": "total variation"}
 FIRST_TEACHER = "teacher"
 """Name of the run's main teacher, number 0."""
 RewardBaseline = Literal["leave_one_out", "none"]
-REGISTRY_MODULE = "gkd_lab.losses.registry"
-"""Knows the terms that are described beside their loss; it imports torch."""
 
 
 class WeightedTerm(Frozen):
@@ -375,9 +373,10 @@ def get_term_type(term_class: type[WeightedTerm]) -> str:
 
 def find_added_term(term_type: object) -> type[LossTerm] | None:
     """Return the class that describes an added term, or None if no loss is registered under this type."""
-    losses = importlib.import_module(REGISTRY_MODULE).LOSSES
-    loss_class = losses.get(term_type) if isinstance(term_type, str) else None
-    return None if loss_class is None else loss_class.config_class
+    if not isinstance(term_type, str) or term_type not in LOSSES:
+        return None
+    term_class: type[LossTerm] = load_loss_class(term_type).config_class
+    return term_class
 
 
 def _validate_added_term(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:

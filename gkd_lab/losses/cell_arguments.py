@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_lab.config.reward_names import check_reward_sampling, off_policy_message
+from gkd_lab.losses.build_terms import parse_terms
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.label_losses import RewardLoss
-from gkd_lab.losses.registry import parse_terms
 from gkd_lab.losses.terms import WeightedLoss, WeightedLosses, zero_inapplicable_terms
 
 

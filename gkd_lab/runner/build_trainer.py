@@ -7,9 +7,9 @@ from transformers import PrinterCallback
 
 from gkd_lab.config.cell import Cell
 from gkd_lab.encoding.batches import Example, KeyedBatchSampler
+from gkd_lab.losses.build_terms import build_term
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.registry import build_term
 from gkd_lab.models.packing import Pack
 from gkd_lab.runner.artifacts import LoadedModel
 from gkd_lab.runner.cross_tokenizer import map_teacher_prompts

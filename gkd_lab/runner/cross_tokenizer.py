@@ -7,7 +7,7 @@ from typing import Any
 from gkd_lab.config.cell import Cell, Training
 from gkd_lab.encoding.batches import Example
 from gkd_lab.encoding.tokenization import ensure_end_id, tokenize_targets
-from gkd_lab.losses.registry import build_term
+from gkd_lab.losses.build_terms import build_term
 from gkd_lab.losses.terms import needs_text_reader, required_teachers
 from gkd_lab.models.build import load_tokenizer
 from gkd_lab.models.vocabulary import MISMATCH_ADVICE, find_tokenizer_difference

@@ -12,9 +12,9 @@ from gkd_lab.config.loss_terms import (
 )
 from gkd_lab.losses.adversarial import AdversarialLoss
 from gkd_lab.losses.attentions import AttentionLoss
+from gkd_lab.losses.build_terms import parse_terms
 from gkd_lab.losses.hidden_states import HiddenStateLoss
 from gkd_lab.losses.label_losses import RewardLoss
-from gkd_lab.losses.registry import parse_terms
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.losses.uld import ULD
 

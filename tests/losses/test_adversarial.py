@@ -18,9 +18,9 @@ from gkd_lab.config.loss_terms import AdversarialConfig
 from gkd_lab.losses import discriminator
 from gkd_lab.losses.adversarial import AdversarialLoss, AdversarialModule
 from gkd_lab.losses.auxiliary_losses import LossInputs, ModelOutputs
+from gkd_lab.losses.build_terms import build_term
 from gkd_lab.losses.discriminator import mean_embeddings
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.registry import build_term
 from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.projection import Projection

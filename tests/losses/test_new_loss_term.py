@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from gkd_lab import GKDConfig, GKDTrainer
 from gkd_lab.config import ConfigError
-from gkd_lab.losses.registry import LOSSES
+from gkd_lab.config.loss_registry import LOSSES, load_loss_class
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
@@ -42,9 +43,9 @@ def load_module(name: str, text: str, folder: Path) -> ModuleType:
 @pytest.fixture
 def test_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page's test; its loss is registered as its line says."""
-    loss = load_module(NAME, LOSS, tmp_path)
-    for name, loss_class in eval(f"{{{LINE}}}", vars(loss)).items():
-        monkeypatch.setitem(LOSSES, name, loss_class)
+    load_module(NAME, LOSS, tmp_path)
+    for name, path in eval(f"{{{LINE}}}").items():
+        monkeypatch.setitem(LOSSES, name, path)
     try:
         yield load_module("test_label_smoothing", TEST, tmp_path)
     finally:
@@ -113,3 +114,25 @@ def test_a_wrong_setting_is_refused_alike(
 def test_an_unregistered_type_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'label_smoothing'.*cross_entropy"):
         tiny_grid(tmp_path, "arithmetic", lmbda=0, objectives=[{"type": "label_smoothing"}])
+
+
+@pytest.mark.parametrize("term_type", LOSSES)
+def test_every_registered_loss_loads_and_builds_terms(term_type: str) -> None:
+    assert callable(load_loss_class(term_type).build)
+
+
+def test_a_wrong_type_is_refused_without_torch() -> None:
+    code = """
+import sys
+from gkd_lab.config import ConfigError
+from gkd_lab.config.experiment import parse_experiment
+terms = [{"type": "cross_entropi"}]
+try:
+    parse_experiment({"description": "d", "task": "arithmetic", "objectives": terms}, "file")
+except ConfigError as error:
+    assert "did you mean 'cross_entropy'" in str(error)
+else:
+    raise AssertionError("accepted")
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,4 @@
-"""Builds the terms of a loss from their descriptions: one loss class for each `type`.
-
-A new term is a file with its loss, a line in `LOSSES` and a test (docs/new_loss_term.md).
-"""
+"""Build the terms of a loss from their descriptions, by the registry `gkd_lab.config.loss_registry`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +7,7 @@ from pydantic import ValidationError
 
 from gkd_lab.config.errors import ConfigError, explain_validation_error, suggest_choices
 from gkd_lab.config.fingerprint import Frozen
+from gkd_lab.config.loss_registry import load_loss_class
 from gkd_lab.config.loss_terms import (
     FIRST_TEACHER,
     DivergenceConfig,
@@ -20,27 +18,8 @@ from gkd_lab.config.loss_terms import (
     TermConfig,
 )
 from gkd_lab.config.reward_objectives import check_any_weight
-from gkd_lab.losses.adversarial import AdversarialLoss
-from gkd_lab.losses.attentions import AttentionLoss
-from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.hidden_states import HiddenStateLoss
-from gkd_lab.losses.label_losses import CrossEntropy, RewardLoss
-from gkd_lab.losses.loss import Loss
-from gkd_lab.losses.squared_error import SquaredError
 from gkd_lab.losses.teacher_targets import TeacherTarget
 from gkd_lab.losses.terms import FIRST_TEACHER_TARGET, WeightedLoss, WeightedLosses
-from gkd_lab.losses.uld import ULD
-
-LOSSES: dict[str, type[Loss]] = {
-    "divergence": Divergence,
-    "cross_entropy": CrossEntropy,
-    "squared_error": SquaredError,
-    "hidden_states": HiddenStateLoss,
-    "attentions": AttentionLoss,
-    "adversarial": AdversarialLoss,
-    "reward": RewardLoss,
-    "uld": ULD,
-}
 
 
 def build_term(config: ResolvedTerm) -> WeightedLoss:
@@ -54,7 +33,7 @@ def build_term(config: ResolvedTerm) -> WeightedLoss:
             routed=config.routes is not None,
         )
     # Without its weight, so that losses that compute the same are equal.
-    loss = LOSSES[config.type].build(config.model_copy(update={"weight": 1.0, "final_weight": None}))
+    loss = load_loss_class(config.type).build(config.model_copy(update={"weight": 1.0, "final_weight": None}))
     return WeightedLoss(loss, config.weight, config.final_weight, target)
 
 
