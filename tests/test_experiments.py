@@ -187,7 +187,7 @@ def test_a_commit_changes_the_fingerprint(tmp_path: Path) -> None:
 def test_a_damaged_revisions_json_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
     commits_file = tmp_path / "revisions.json"
     commits_file.write_text(text)
-    with pytest.raises(ConfigError, match=r"revisions.json: (not valid JSON|expected)"):
+    with pytest.raises(ConfigError, match=r"revisions\.json: "):
         experiments.load_single_cell(HUB, outputs=tmp_path)
     assert commits_file.read_text() == text
 

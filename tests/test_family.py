@@ -50,7 +50,7 @@ def test_each_script_of_the_page_trains(block: str, tmp_path: Path) -> None:
 
 
 def test_every_member_has_an_experiment_of_its_own() -> None:
-    """What a section calls its nano result is an experiment with a notebook."""
+    """Each section's nano result is an experiment with a notebook."""
     named = re.findall(r"\(\.\./analysis/(\w+)\.ipynb\)", PAGE.read_text())
     assert len(named) >= 8
     assert set(named) <= set(experiments.list_experiment_files())

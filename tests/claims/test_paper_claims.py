@@ -70,7 +70,7 @@ def test_every_detail_says_k_of_n() -> None:
     assert all(re.match(r"\d+ of \d+\b", verdict.detail) for verdict in VERDICTS.values())
 
 
-def test_exceptions_are_named() -> None:
+def test_details_list_the_cells_that_fail_or_tie() -> None:
     assert get_detail("C1") == "54 of 55; fails: summarization, base, sampling, forward KL (-0.20)"
     assert "arithmetic, large, greedy, reverse KL (-0.20)" in get_detail("C2")
     assert "ties: summarization, small, sampling, forward KL (+0.00)" in get_detail("C2")

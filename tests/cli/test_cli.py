@@ -234,7 +234,7 @@ def test_watching_a_finished_grid_ends_at_once_with_its_exit_status(run_command:
     Store(Path("outputs")).get_record(cell).mark_failed("ValueError: no luck", "Traceback ...")
     status, out, _ = run_command("status", *words, "--watch")
     assert status == 1
-    assert out.splitlines()[0].startswith("quickstart: 1 failed; left to do")
+    assert out.splitlines()[0].startswith("quickstart: 1 failed;")
     assert out.splitlines()[-1] == run_command("status", *words)[1].splitlines()[-1]
 
 
@@ -269,7 +269,7 @@ def test_evaluate_needs_a_finished_training_and_a_valid_task(run_command: RunCom
     Path("task.yaml").write_text("task: [")
     status, out, err = run_command("evaluate", str(record.folder), "--tasks", "task.yaml")
     assert (status, out) == (2, "")
-    assert err.startswith("gkd-lab: task.yaml: not valid YAML")
+    assert err.startswith("gkd-lab: task.yaml: ")
 
 
 def test_table_creates_the_folder_of_its_file(run_command: RunCommand) -> None:
@@ -445,9 +445,8 @@ def test_compare_shows_the_difference_and_the_examples(run_command: RunCommand) 
     assert re.search("1 of 1 differing examples .*, of 3", out)
     comparison = json.loads(run_command("compare", a, b, "--format", "json")[1])
     assert (comparison["n"], comparison["effect"]["verdict"]) == (3, "undecided")
-    assert run_command("compare", a, b, "--metric", "acuracy")[2].startswith(
-        "gkd-lab: unknown metric 'acuracy'; did"
-    )
+    error = run_command("compare", a, b, "--metric", "acuracy")[2]
+    assert error.startswith("gkd-lab: ") and "'acuracy'; did you mean 'accuracy'" in error
 
 
 def test_rescore_reports_changes_and_exits_with_1_for_a_damaged_file(run_command: RunCommand) -> None:
@@ -468,7 +467,7 @@ def test_rescore_reports_changes_and_exits_with_1_for_a_damaged_file(run_command
 def test_rescore_without_evaluations_exits_with_1(run_command: RunCommand) -> None:
     status, out, err = run_command("rescore", "quickstart")
     assert (status, out) == (1, "")
-    assert err.startswith("gkd-lab: nothing to rescore: quickstart")
+    assert err.startswith("gkd-lab: nothing to rescore")
 
 
 @pytest.mark.parametrize("words", ["list", "plan quickstart", "status quickstart"])

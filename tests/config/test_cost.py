@@ -12,7 +12,7 @@ def cell() -> Cell:
     return experiments.load("quickstart", overrides={"lmbda": "0.5", "beta": "0"}).cells[0]
 
 
-def test_a_training_costs_what_its_tokens_do(cell: Cell) -> None:
+def test_training_flops_are_proportional_to_the_tokens(cell: Cell) -> None:
     training = cell.training
     tokens = (training.max_input_tokens + training.max_output_tokens) * training.batch_size * training.steps
     assert estimate_training_flops(training, 10, 100) == (6 * 10 + 2 * 100 + 2 * 10 * 0.5) * tokens

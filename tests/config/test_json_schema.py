@@ -64,6 +64,6 @@ def test_every_experiment_is_valid_under_the_schema(path: Path) -> None:
     ],
     ids=str,
 )
-def test_the_schema_rejects_what_the_reader_rejects(wrong: dict[str, Any]) -> None:
+def test_schema_and_reader_reject_the_same_files(wrong: dict[str, Any]) -> None:
     assert errors({"description": "d"}) == []
     assert len(errors({"description": "d", **wrong})) == 1

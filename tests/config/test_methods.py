@@ -98,5 +98,5 @@ def test_the_folder_names_the_source_of_the_text() -> None:
         ({"source": "students"}, "source: 'students' is not valid: "),
     ],
 )
-def test_what_makes_no_sense_is_refused(document: dict[str, Any], expected: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(document: dict[str, Any], expected: str) -> None:
     assert expected in get_refusal(**document)

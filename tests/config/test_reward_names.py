@@ -26,7 +26,7 @@ def test_alpha_and_reward_are_short_for_two_weighted_objectives() -> None:
     assert (cell.beta, cell.divergence) == (0.9, "jsd")
 
 
-def test_what_weighs_nothing_is_left_out() -> None:
+def test_terms_with_weight_0_are_dropped() -> None:
     assert make_cell(**{**SHORT, "alpha": 1}).training == make_cell(beta=0.9).training
     (alone,) = make_cell(**{**SHORT, "alpha": 0}).training.objectives
     assert alone == ResolvedReward(name="exact_match", weight=1)
@@ -38,7 +38,7 @@ def test_the_other_weight_is_a_round_number_too() -> None:
     assert weights == [0.9, 0.1]
 
 
-def test_the_long_form_of_a_reward_says_more() -> None:
+def test_short_and_long_form_of_a_reward_are_one_cell() -> None:
     long = {"name": "rouge2", "baseline": "none"}
     objectives = [{"beta": 0, "weight": 0.5}, {"type": "reward", "weight": 0.5, **long}]
     assert make_cell(reward=long, alpha=0.5).training == make_cell(objectives=objectives).training
@@ -54,7 +54,7 @@ def test_rewards_and_alphas_are_axes_and_share_a_model() -> None:
     assert [len(pack) for pack in group_cells_into_packs(cells, "auto")] == [5]
 
 
-def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
+def test_the_rlef_method_anchors_to_the_sft_student() -> None:
     changes = {"reward": "exact_match", "beta": 0.9}
     rlef = make_cell(method="rlef", **changes).training
     assert rlef == make_cell(alpha=0.05, anchor="start", **changes).training
@@ -67,7 +67,7 @@ def test_a_method_of_the_paper_holds_to_the_student_s_own_start() -> None:
     assert len(grid.cells) == 3
 
 
-def test_a_model_that_judges_is_known_by_its_revision() -> None:
+def test_a_reward_model_is_hashed_by_its_revision() -> None:
     (_, hub) = make_cell(reward={"name": "entailment", "model": "owner/nli"}, alpha=0.5).training.objectives
     (_, local) = make_cell(reward={"name": "entailment", "model": "/a/folder"}, alpha=0.5).training.objectives
     assert (hub.model, hub.revision, hub.path) == ("owner/nli", "abc", None)
@@ -96,7 +96,7 @@ def get_import_path(module: Path) -> str:
     return f"{module.parts[-3]}.deeper.rewards:f"
 
 
-def test_a_function_is_known_by_its_module_s_content_without_being_imported(module: Path) -> None:
+def test_a_reward_function_is_hashed_by_its_module_without_an_import(module: Path) -> None:
     first = make_cell(reward=get_import_path(module), alpha=0.5).training
     assert not Path("imported").exists()
     (_, reward) = first.objectives
@@ -112,14 +112,14 @@ def test_a_function_is_known_by_its_module_s_content_without_being_imported(modu
 
 
 @pytest.mark.parametrize("name", BUILT_IN_REWARDS)
-def test_our_own_rewards_have_no_file(name: str) -> None:
+def test_built_in_rewards_are_not_hashed_by_a_file(name: str) -> None:
     assert hash_reward_module(name) is None
 
 
 @pytest.mark.parametrize(
     "name", ["json:dumps", "json.decoder:f", "gkd_lab.config.reward_names:import_reward"]
 )
-def test_an_installed_module_is_found(name: str) -> None:
+def test_an_installed_module_is_hashed(name: str) -> None:
     assert len(hash_reward_module(name) or "") == 64
 
 
@@ -158,13 +158,13 @@ def test_a_module_without_a_file_is_refused(name: str) -> None:
         ({"objectives": [{"beta": 0}]}, "objectives and beta, reward, alpha"),
     ],
 )
-def test_what_makes_no_sense_is_refused(changes: dict[str, Any], expected: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], expected: str) -> None:
     assert expected in get_refusal(
         **{name: one for name, one in {**SHORT, **changes}.items() if one is not None}
     )
 
 
-def test_a_listed_reward_is_refused_as_a_short_one_is() -> None:
+def test_a_reward_among_objectives_is_checked_like_the_shorthand() -> None:
     listed = [{"beta": 0.5}, {"type": "reward", "name": "rouge2"}]
     assert "lmbda 0 " in get_refusal(objectives=listed, lmbda=0)
     assert "objectives[0].name" in get_refusal(objectives=[{"type": "reward"}])

@@ -119,7 +119,7 @@ def test_lm_eval_itself_gives_the_numbers_of_our_table(task: str, outputs: Path)
 
 
 @pytest.mark.parametrize("task", FAMILIES)
-def test_the_own_task_of_a_cell_repeats_its_scores_in_batches(task: str, outputs: Path) -> None:
+def test_the_lm_eval_task_of_a_record_reproduces_its_scores(task: str, outputs: Path) -> None:
     (cell,) = tiny(outputs.parent, task).cells
     record = Store(outputs).get_record(cell)
     evaluations = evaluate_record(record, ["own"], options(outputs), batch_size=5)
@@ -159,7 +159,7 @@ def test_one_beam_that_ends_does_not_end_the_others() -> None:
     assert criterion(rows[:1], None) is True
 
 
-def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_path: Path) -> None:
+def test_lm_eval_results_are_stored_and_computed_once(outputs: Path, tmp_path: Path) -> None:
     grid, record = tiny(outputs.parent, "arithmetic"), load_record(outputs, "arithmetic")
     (judged,) = evaluate_record(record, [task_file(tmp_path)], options(outputs), limit=4)
     scores, rows = judged.record.read_scores(), judged.record.read_prediction_rows()
@@ -179,7 +179,7 @@ def test_a_record_keeps_what_lm_eval_gave_and_asks_it_once(outputs: Path, tmp_pa
     assert judged.record.status_file.stat().st_mtime_ns == before
 
 
-def test_a_task_hash_moves_with_documents_and_configuration_and_with_nothing_else(tmp_path: Path) -> None:
+def test_a_task_hash_depends_on_documents_and_configuration_only(tmp_path: Path) -> None:
     task_hash = built(task_file(tmp_path / "a")).hash
     assert built(task_file(tmp_path / "b"), limit=2).hash == task_hash
     others = [
@@ -211,7 +211,7 @@ def test_a_task_that_cannot_be_set_up_is_refused_before_the_model_is_loaded(
     assert message in str(caught.value)
 
 
-def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: Path) -> None:
+def test_only_code_of_a_trusted_file_is_run(outputs: Path, tmp_path: Path) -> None:
     path = task_file(tmp_path, TASK + "process_docs: !function first.docs\n")
     (tmp_path / "first.py").write_text("def docs(rows):\n    return rows.select([0, 1])\n")
     record = load_record(outputs, "arithmetic")
@@ -221,9 +221,9 @@ def test_code_of_a_trusted_file_is_run_and_of_no_other(outputs: Path, tmp_path: 
     assert len(judged.record.read_prediction_rows()) == 2
 
 
-def test_a_cell_that_was_never_searched_has_no_own_task(outputs: Path, tmp_path: Path) -> None:
+def test_a_record_without_greedy_or_beam_search_has_no_lm_eval_task(outputs: Path, tmp_path: Path) -> None:
     shutil.copy(load_record(outputs, "arithmetic").folder / "spec.json", tmp_path)
-    with pytest.raises(ConfigError, match="no greedy or beam search"):
+    with pytest.raises(ConfigError, match="greedy or beam search"):
         write_record_tasks(Record(tmp_path), options(outputs))
 
 
@@ -238,7 +238,7 @@ def test_a_source_longer_than_the_512_positions_of_t5_is_not_cut(outputs: Path, 
     assert open_checkpoint(folder, long, "cpu").max_length == 1024
 
 
-def test_an_experiment_asks_lm_eval_of_cells_and_references_alike(outputs: Path, tmp_path: Path) -> None:
+def test_an_experiment_runs_lm_eval_on_cells_and_reference_models(outputs: Path, tmp_path: Path) -> None:
     path = task_file(tmp_path)
     evaluations = [{"lm_eval": [path], "limit": 3}, {"decoding": "greedy"}]
     grid = tiny(outputs.parent, "arithmetic", evaluations=evaluations)

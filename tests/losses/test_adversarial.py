@@ -43,7 +43,7 @@ def config(width: int, vocabulary: int = VOCABULARY) -> GPT2Config:
 
 
 def made_pass(seed: int, width: int) -> ModelOutputs:
-    """Random hidden states and head; what no token is behind is no number."""
+    """Random hidden states and head; positions without a token are NaN."""
     last = normal(seed, ROWS, LONGEST, width)
     last[~real()] = torch.nan
     head = Projection(normal(seed + 100, VOCABULARY, width).requires_grad_())
@@ -77,7 +77,7 @@ def game(measure: AdversarialLoss, student: int = STUDENT, *, spread: float = 1.
 
 
 def plain_inputs(module: AdversarialModule, of: ModelOutputs, is_teacher: bool) -> list[Tensor]:
-    """What is read of each row's tokens, (length, W), by plain formulas."""
+    """Return the discriminator's inputs for each row, (length, W), by plain formulas."""
     found = []
     for row, length in enumerate(LENGTHS):
         hidden = of.last_hidden[row, :length]
@@ -172,7 +172,7 @@ def own(module: AdversarialModule, of: LossInputs) -> Tensor:
 @pytest.mark.parametrize("student", (STUDENT, TEACHER))
 @pytest.mark.parametrize("smoothing", (0.0, 0.2))
 def test_losses_are_those_of_plain_formulas(reads: str, student: int, smoothing: float) -> None:
-    """Padding, which is no number here, is read by neither."""
+    """Padding is NaN here, and neither model reads it."""
     measure = adversarial_loss(reads=reads, gradient_penalty=0, label_smoothing=smoothing, width=6)
     module, of = game(measure, student), pair(student)
     fooling, judging = plain_losses(module, of)
@@ -428,7 +428,7 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("float64_norms")
-def test_three_packed_learn_what_they_learn_alone(family: Family, tmp_path: Path) -> None:
+def test_three_packed_cells_equal_cells_trained_alone(family: Family, tmp_path: Path) -> None:
     cells = three(tmp_path)
     together = distil(tmp_path, family, cells, max_steps=8)
     for n, one in enumerate(cells):

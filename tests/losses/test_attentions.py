@@ -80,7 +80,7 @@ def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
     torch.testing.assert_close(gradient, 2 * centred / 6)
 
 
-def test_a_map_that_gives_a_key_nothing_has_a_finite_distance_and_gradient() -> None:
+def test_attention_of_0_has_a_finite_distance_and_gradient() -> None:
     scores = torch.tensor([[[0.0, -1000.0, 1.0]]], requires_grad=True)
     teacher = torch.tensor([[[0.2, 0.3, 0.5]]])
     for distance in (score_error, attention_kl):

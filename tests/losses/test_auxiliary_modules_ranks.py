@@ -195,18 +195,18 @@ def same_course(found: Facts, wanted: Facts) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ("whole", "in parts", "sharded"))
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_learn_and_log_what_one_does(two: list[Facts], alone: Facts, case: str, split: str) -> None:
+def test_two_ranks_equal_one_rank(two: list[Facts], alone: Facts, case: str, split: str) -> None:
     for rank in two:
         same_course(rank[case][split], alone[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_micro_batches_learn_what_one_does(alone: Facts, case: str, tmp_path: Path) -> None:
+def test_two_micro_batches_equal_one(alone: Facts, case: str, tmp_path: Path) -> None:
     same_course(train(case, tmp_path, parts=2), alone[case])
 
 
 @pytest.mark.parametrize("case", ("uld", "adversarial sequences"))
-def test_chunks_of_a_step_learn_what_it_does_at_once(alone: Facts, case: str, tmp_path: Path) -> None:
+def test_a_step_in_chunks_equals_a_step_at_once(alone: Facts, case: str, tmp_path: Path) -> None:
     with in_chunks():
         same_course(train(case, tmp_path), alone[case])

@@ -158,7 +158,7 @@ def test_the_size_of_slices_changes_nothing(tokens: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("rows", ((17, 19), (19, 17)))
 @pytest.mark.parametrize("vocabulary", (None, 11, 17))
-def test_only_the_shared_or_the_asked_part_of_the_vocabularies_counts(
+def test_only_the_shared_or_requested_vocabulary_counts(
     rows: tuple[int, int], vocabulary: int | None
 ) -> None:
     case = replace(problem(EVERY[:3], (0, 1, 0), rows=rows, bias=True), vocabulary=vocabulary)
@@ -219,7 +219,7 @@ def test_entropies_are_those_of_the_student_at_its_temperature_where_something_i
         assert actual[cell].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-def test_only_what_requires_a_gradient_gets_one() -> None:
+def test_only_tensors_that_require_a_gradient_get_one() -> None:
     case = problem(EVERY[:2], (0, 0), bias=True)
     expected = derivatives(case.dense(), case.parameters())
     for chosen in itertools.product((False, True), repeat=3):
@@ -253,7 +253,7 @@ def test_a_head_tied_to_the_embedding_adds_its_gradient_to_that_of_the_embedding
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_a_second_backward_pass_says_what_to_do() -> None:
+def test_a_second_backward_pass_is_refused_with_advice() -> None:
     losses = problem().sums().losses
     losses.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call it again"):
@@ -446,7 +446,7 @@ def unfit() -> dict[str, Problem]:
 
 
 @pytest.mark.parametrize("case", unfit())
-def test_what_trls_kernel_lacks_goes_our_own_way(case: str) -> None:
+def test_cases_that_trls_kernel_lacks_use_our_own_code(case: str) -> None:
     student, head, loss_arguments = build_arguments(unfit()[case])
     assert not fused_loss._is_trl_computable(student, head, loss_arguments)
 

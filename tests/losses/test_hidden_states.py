@@ -61,7 +61,7 @@ def build_module(
 
 
 def positions(family: Family, stack: StackName, batch: Sequences) -> list[tuple[int, int, float]]:
-    """(row, position in the stack, weight), token by token: half the weight to each row that is trained."""
+    """List (row, position in the stack, weight) of each token; each trained row has half the weight."""
     weighted_positions = []
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         if not completion:
@@ -75,7 +75,7 @@ def positions(family: Family, stack: StackName, batch: Sequences) -> list[tuple[
 
 
 def plain(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of two vectors; half of what PKD's formula says."""
+    """Return the distance of two vectors: half of PKD's formula."""
     if loss == "mse":
         return sum((s - t) ** 2 for s, t in zip(student, teacher, strict=True)) / len(teacher)  # type: ignore[return-value]
     return (student / student.norm() - teacher / teacher.norm()).square().sum() / 2
@@ -133,7 +133,7 @@ def test_value_and_gradients_are_those_of_a_plain_formula(
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(family: Family, stack: StackName) -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss(family: Family, stack: StackName) -> None:
     model = tiny_model(family, 7)
     for loss in ("mse", "cosine"):
         module = build_module(hidden_state_loss("uniform", loss, stack), (model, model))  # type: ignore[arg-type]
@@ -310,7 +310,7 @@ def test_cells_packed_are_those_cells_alone(family: Family, tmp_path: Path) -> N
 
 
 class Stopped(Exception):
-    """A run that ends between two steps."""
+    """Stands for the end of a run between two steps."""
 
 
 class StopAfter(TrainerCallback):
@@ -323,7 +323,7 @@ class StopAfter(TrainerCallback):
 
 
 @pytest.mark.parametrize(("family", "packed"), (("decoder-only", False), ("encoder-decoder", True)))
-def test_a_run_goes_on_bit_for_bit(family: Family, packed: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(family: Family, packed: bool, tmp_path: Path) -> None:
     def run(folder: Path, **options: Any) -> Run:
         cells = build_cells(folder) if packed else build_cells(folder)[1:2]
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

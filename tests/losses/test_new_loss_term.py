@@ -95,7 +95,7 @@ def test_a_script_trains_with_the_term(test_module: ModuleType, tmp_path: Path) 
     ("fields", "message"),
     [({"epsilon": 1}, "epsilon: 1 is not valid"), ({"share": 0.1}, "unknown field .*share")],
 )
-def test_a_wrong_setting_is_refused_alike(
+def test_experiment_and_trainer_refuse_the_same_setting(
     fields: dict[str, Any], message: str, test_module: ModuleType, tmp_path: Path
 ) -> None:
     objectives = [{"type": "label_smoothing", **fields}]

@@ -94,7 +94,7 @@ def test_in_expectation_it_is_the_gradient_of_the_expected_reward(
     torch.testing.assert_close(estimate, -true, rtol=0, atol=1e-12)
 
 
-def test_on_a_bandit_it_is_the_known_gradient() -> None:
+def test_the_gradient_on_a_bandit_has_its_closed_form() -> None:
     """d E[r] / d z_k = q_k (r_k - E[r]), without anything of ours."""
     logits, rewards = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64), [1.0, 0.0, 0.25]
     q = logits.softmax(-1)
@@ -122,7 +122,7 @@ def test_both_normalizations_give_one_gradient_step_by_step() -> None:
 # ---- advantages ----
 
 
-def test_leave_one_out_is_what_others_earned_on_average() -> None:
+def test_the_leave_one_out_baseline_is_the_mean_of_the_other_rewards() -> None:
     rewards = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
     expected = torch.tensor([1 - 2.0, 0 - 2.5, 4 - 0.5], dtype=torch.float64)
     torch.testing.assert_close(compute_advantages(rewards, "leave_one_out", False, ALONE), expected)
@@ -132,7 +132,7 @@ def test_leave_one_out_is_what_others_earned_on_average() -> None:
 
 
 @pytest.mark.parametrize("normalize", (False, True))
-def test_equal_rewards_teach_nothing_and_neither_does_a_single_one(normalize: bool) -> None:
+def test_equal_rewards_and_a_single_reward_have_no_gradient(normalize: bool) -> None:
     for rewards in (torch.full((7,), 0.1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)):
         assert compute_advantages(rewards, "leave_one_out", normalize, ALONE).abs().max() < 1e-12
 
@@ -267,7 +267,7 @@ def test_what_is_rewarded_becomes_more(tmp_path: Path) -> None:
     assert sum(lengths[1][last]) > 0.9 * sum(lengths[1][first])
 
 
-def test_a_function_gets_what_the_student_wrote_beside_the_data_s_own(tmp_path: Path) -> None:
+def test_a_reward_function_gets_completions_and_references(tmp_path: Path) -> None:
     SEEN.clear()
     cells = [cell(tmp_path, lmbda=1.0, seed=3, objectives=(SOFT, rewarded(HERE + "noted")))]
     run = distil(tmp_path, "decoder-only", cells, max_steps=1)
@@ -297,7 +297,7 @@ def spoilt(prompts: list[str], texts: list[str], references: list[str]) -> list[
     return [float("nan") if row == 2 else 1.0 for row, _ in enumerate(texts)]
 
 
-def test_a_cell_whose_reward_is_no_number_fails_and_its_neighbours_go_on(tmp_path: Path) -> None:
+def test_a_nan_reward_fails_its_cell_and_no_other(tmp_path: Path) -> None:
     cells = [
         cell(tmp_path, str(n), lmbda=1.0, objectives=(SOFT, rewarded(name)))
         for n, name in enumerate(("rougeL", HERE + "spoilt"))
@@ -310,7 +310,7 @@ def test_a_cell_whose_reward_is_no_number_fails_and_its_neighbours_go_on(tmp_pat
     run = distil(tmp_path, "decoder-only", cells, prepare=listen)
     ((n, why),) = told
     assert n == 1
-    assert why.startswith(f"reward '{HERE}spoilt' gave nan for row 2 of 8, which is no finite number (text '")
+    assert f"'{HERE}spoilt' gave nan for row 2 of 8" in why
     assert why.endswith("at step 1")
     alone = distil(tmp_path / "alone", "decoder-only", cells[:1])
     assert_close(run.weights(0), alone.weights())
@@ -345,7 +345,7 @@ def test_rows_without_a_completion_cannot_be_compared_with(tmp_path: Path) -> No
         ({"lmbda": 0.5}, (rewarded(),), "lmbda 0.5 takes the other steps from the data"),
     ],
 )
-def test_a_reward_needs_text_of_the_student_s_own(
+def test_a_reward_needs_on_policy_text(
     changes: dict[str, Any], terms: WeightedLosses, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -384,7 +384,7 @@ def test_a_reward_that_is_not_understood_is_refused(fields: dict[str, Any], mess
         parse([{"type": "reward", **fields}])
 
 
-def test_evaluation_on_own_text_leaves_the_reward_out(tmp_path: Path) -> None:
+def test_on_policy_evaluation_leaves_the_reward_out(tmp_path: Path) -> None:
     """Its loss is that of the divergence."""
     found = []
     for terms in ((SOFT,), (SOFT, rewarded())):
@@ -401,7 +401,7 @@ def test_evaluation_on_own_text_leaves_the_reward_out(tmp_path: Path) -> None:
     assert found[0] > 0
 
 
-def test_each_rule_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_reward_function_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     from gkd_lab.losses import policy_gradient
 

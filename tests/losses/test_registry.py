@@ -29,7 +29,7 @@ def silence() -> None:
     silence_libraries()
 
 
-def test_gradients_of_terms_are_logged_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_gradients_of_terms_are_logged_on_request(tmp_path: Path) -> None:
     grid = tiny_grid(tmp_path, "arithmetic", grid={"objectives": list(TERMS.values())}, lmbda=0, **GREEDY)
     found = []
     for asked in (False, True):

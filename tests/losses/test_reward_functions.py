@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 SOLUTIONS = ["3 5 8 #### 8", "3 5 9 #### 9", "#### 1,024", "#### 1024", "no answer", "#### 8 #### 9", ""]
 
 
-def test_an_exact_match_is_arithmetic_s_own_rule() -> None:
+def test_the_exact_match_reward_follows_the_rule_of_arithmetic() -> None:
     for text, reference in itertools.product(SOLUTIONS, SOLUTIONS[:4]):
         assert exact_match(["p"], [text], [reference]) == [float(is_correct(text, reference))]
 
@@ -120,7 +120,7 @@ def test_pairs_longer_than_the_model_reads_are_cut(tmp_path: Path) -> None:
     assert 0 <= value <= 1
 
 
-def test_more_rows_than_fit_at_once_are_what_they_are_alone(folder: Path) -> None:
+def test_rewards_in_batches_equal_rewards_one_by_one(folder: Path) -> None:
     rule = load_entailment_reward(str(folder), None, CPU)
     premises = ["a b c d e f g h"[: 1 + 2 * (n % 8)] for n in range(ROWS_AT_ONCE + 3)]
     together = rule(premises, ["a"] * len(premises), [""] * len(premises))
@@ -150,7 +150,7 @@ def test_a_model_without_the_label_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'entailment': .*none' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"'entailment': .*/none' "):
         load_entailment_reward(str(tmp_path / "none"), None, CPU)
 
 
@@ -211,7 +211,7 @@ def test_a_function_that_cannot_be_had_is_told(place: str, message: str, package
 
 @pytest.mark.parametrize("name", ["brevity", "my package:f", "a:b:c", ":f", "a.b:", "os.system('x'):y"])
 def test_what_is_no_import_path_imports_nothing(name: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown reward .*exact_match, rouge2, rougeL, entailment"):
+    with pytest.raises(ValueError, match="exact_match, rouge2, rougeL, entailment"):
         load_reward_function(name, None, None, CPU)
 
 
@@ -257,5 +257,5 @@ def test_a_function_that_leaves_the_program_has_failed() -> None:
     def leaves(*_: Any) -> Any:
         raise SystemExit(0)
 
-    with pytest.raises(ValueError, match=r"'m:f' .*SystemExit: 0 \(test_reward_functions.py"):
+    with pytest.raises(ValueError, match=r"'m:f' .*SystemExit: 0 \(test_reward"):
         compute_rewards("m:f", leaves, ["p"], ["t"], ["r"])

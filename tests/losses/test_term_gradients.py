@@ -38,7 +38,7 @@ def test_norms_are_those_of_losses_of_one_term(family: Family, packed: bool, tmp
 
 
 @pytest.mark.parametrize("packed", (True, False))
-def test_looking_at_gradients_changes_nothing_that_is_learnt(packed: bool, tmp_path: Path) -> None:
+def test_logging_gradients_does_not_change_the_training(packed: bool, tmp_path: Path) -> None:
     cells = [cell(tmp_path, str(n), objectives=TERMS) for n in range(2 if packed else 1)]
     found: list[Any] = [
         distil(tmp_path, "decoder-only", cells, packed=packed, log_term_gradients=asked)

@@ -81,7 +81,7 @@ def test_cross_entropy_is_finite_where_a_token_is_excluded() -> None:
     assert value > 1e30
 
 
-def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
+def test_cross_entropy_needs_no_teacher() -> None:
     loss_arguments = tensors() | {"teacher": None, "teacher_head": None, "block_of_cell": (0, 1, 2)}
     sums = compute_cell_losses(terms=[HARD] * CELLS, **loss_arguments)
     expected = torch.stack([dense(tensors(), (WeightedLoss(HARD),), n)[0] for n in range(CELLS)])
@@ -95,7 +95,7 @@ def test_no_teacher_is_needed_where_nothing_compares_with_one() -> None:
         ({"labels": None}, "cross-entropy reads the tokens themselves"),
     ],
 )
-def test_what_a_term_reads_must_be_given(changes: dict[str, Any], message: str) -> None:
+def test_missing_inputs_of_a_term_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compute_cell_losses(terms=LISTS, **(tensors() | changes))
 
@@ -193,7 +193,7 @@ def test_a_weight_moves_linearly_over_the_training(packed: bool, tmp_path: Path)
         assert row["loss/cross_entropy"] == pytest.approx(2 * share * plain["loss/cross_entropy"], rel=1e-9)
 
 
-def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
+def test_cross_entropy_is_refused_on_policy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lmbda 0.5 .*cross-entropy"):
         cell(tmp_path, lmbda=0.5, objectives=(WeightedLoss(HARD),))
 
@@ -201,7 +201,7 @@ def test_the_student_s_own_text_is_no_label(tmp_path: Path) -> None:
 # ---- in a configuration ----
 
 
-def test_a_configuration_lists_terms_and_leaves_out_what_it_says_elsewhere(tmp_path: Path) -> None:
+def test_a_configuration_lists_terms_without_the_fields_set_elsewhere(tmp_path: Path) -> None:
     listed = [{"type": "divergence", "beta": 0.1}, {"type": "cross_entropy", "weight": 0.5}]
     config = GKDConfig(
         output_dir=str(tmp_path), teacher_temperature=0.3, objectives=listed, bf16=False, use_cpu=True

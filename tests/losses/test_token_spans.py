@@ -63,7 +63,7 @@ def encode_with(tokenizer: PreTrainedTokenizerFast, decoded: DecodedText) -> tup
 
 
 def stretches(first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, text: str) -> list[str]:
-    """What of the text each span covers; both sides must agree on it."""
+    """Return the text that each span covers; both sides must agree on it."""
     ids = [*first(text, add_special_tokens=False)["input_ids"], first.eos_token_id]
     decoded = decode_with(first, ids)
     _, ends = encode_with(second, decoded)
@@ -103,7 +103,7 @@ def test_words_meet_pieces_at_the_words() -> None:
     assert stretches(pieces(), words(), "the cats sit") == ["the", " cats", " sit", "END"]
 
 
-def test_spaces_that_one_side_has_no_token_for_go_with_what_follows() -> None:
+def test_spaces_without_a_token_on_one_side_join_the_next_span() -> None:
     assert stretches(pieces(), words(), "the  cat sat ") == ["the", "  cat", " sat", "END"]
 
 

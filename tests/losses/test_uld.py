@@ -169,7 +169,7 @@ def test_its_gradient_is_the_plain_formula_s(pair: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_equals_its_teacher_has_nothing_to_learn(family: Family) -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss(family: Family) -> None:
     tokenizer = pieces()
     student, teacher = (model_of(tokenizer, 1, family) for _ in range(2))
     assert compute_value(student, teacher, tokenizer, tokenizer, family=family) < 1e-12
@@ -178,7 +178,7 @@ def test_a_model_that_equals_its_teacher_has_nothing_to_learn(family: Family) ->
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_pieces_of_a_head_s_work_give_what_one_pass_does(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunked_head_equals_one_pass(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = words(), pieces()
     rows, teacher = collate_texts(one), model_of(other, 2)
     torch.manual_seed(0)
@@ -304,7 +304,7 @@ def test_it_equals_trl_s_by_the_chain_rule(pair: str) -> None:
     torch.testing.assert_close(compute_value(student, teacher, one, other), expected)
 
 
-def test_trl_s_default_compares_what_follows_each_token() -> None:
+def test_trl_s_default_is_shifted_by_one_token() -> None:
     """One position late: a teacher that differs in its first token alone is no different to it."""
     tokenizer = words()
     student = model_of(tokenizer, 1)
@@ -330,7 +330,7 @@ def test_trl_s_default_compares_what_follows_each_token() -> None:
         assert (found > 1e-3) == differs
 
 
-def test_trl_s_default_teaches_nothing_of_the_end() -> None:
+def test_trl_s_default_drops_the_last_token() -> None:
     """It leaves each row's last token out, also where the row was cut and that is a word."""
     tokenizer = words()
     student, rows = model_of(tokenizer, 1), collate_texts(tokenizer)
@@ -348,7 +348,7 @@ def test_trl_s_default_teaches_nothing_of_the_end() -> None:
         assert (found > 1e-3) == differs
 
 
-def test_trl_s_hybrid_does_not_see_what_the_teacher_gives_to_tokens_of_its_own() -> None:
+def test_trl_s_hybrid_loss_drops_tokens_that_only_the_teacher_has() -> None:
     """Where the student has no token that the teacher lacks: 0.8 of the teacher's mass is left out here."""
     hybrid = {
         "uld_use_hybrid_loss": True,
@@ -381,7 +381,7 @@ def test_the_teacher_reads_prompt_and_completion_in_its_own_tokens() -> None:
     assert read == ["a b = 12 bad</s>", "c cab 3</s>", "21 21"]
 
 
-def test_a_prompt_that_is_known_is_read_as_it_is() -> None:
+def test_a_cached_teacher_prompt_is_used_unchanged() -> None:
     """The word tokenizer has no token for a line break, with which a decoder's prompt ends."""
     one, other = words(), pieces()
     row = examples(one)[0]
@@ -415,7 +415,7 @@ def test_a_teacher_of_another_family_reads_the_same_text() -> None:
 # ---- messages ----
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_settings_and_tokenizers_are_refused() -> None:
     with pytest.raises(ValueError, match="teacher_temperature"):
         ULDConfig(teacher_temperature=0)
     one, other = words(), pieces()

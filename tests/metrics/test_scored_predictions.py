@@ -46,7 +46,7 @@ def test_only_rows_of_several_samples_have_a_sample_number() -> None:
 
 def test_a_row_with_a_missing_or_invalid_field_is_refused() -> None:
     row = {"prompt": "p", "prediction": "t", "references": ["r"], "tokens": 1}
-    with pytest.raises(ValueError, match=r"no field 'ended'; .*prompt, prediction, ref"):
+    with pytest.raises(ValueError, match=r"'ended'; .*prompt, prediction, ref"):
         parse_prediction(row)
     with pytest.raises(ValueError, match=r"'references' .*list.* 'r'"):
         parse_prediction({**row, "ended": True, "references": "r"})

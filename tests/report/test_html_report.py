@@ -160,7 +160,7 @@ def test_a_collapsed_cell_is_reported_at_each_combination(store: Store, tmp_path
         assert f"student 0 JSD(0.5) {temperature} 38.0 35.0 to 41.0" in page.text
 
 
-def test_total_variation_is_named(store: Store, tmp_path: Path) -> None:
+def test_the_page_names_total_variation(store: Store, tmp_path: Path) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0.5, 1]})
     failed, *other_cells = grid.cells
     fill_store(grid, store, cells=[cell for cell in other_cells if cell.beta != 1])

@@ -61,9 +61,7 @@ def finding(name: str, bench: PairBench) -> InvarianceResult:
 def test_a_sound_pair_passes_every_check(family: Family, pairs: dict[str, ModelPair], tmp_path: Path) -> None:
     results = findings(PairBench(copy.deepcopy(pairs[family]), tmp_path))
     assert [name for name, result in results.items() if not result.passed] == []
-    assert not any(
-        result.reason.startswith("hidden states times head are not") for result in results.values()
-    )
+    assert not any("hidden states times head" in result.reason for result in results.values())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,9 +297,7 @@ def test_a_model_that_draws_random_numbers_while_it_evaluates_fails_all_that_com
 
 
 @pytest.mark.parametrize("side", ("student", "teacher"))
-def test_a_weight_that_is_no_number_is_named_as_the_reason(
-    side: str, pair: ModelPair, tmp_path: Path
-) -> None:
+def test_a_nan_weight_is_reported_as_the_reason(side: str, pair: ModelPair, tmp_path: Path) -> None:
     getattr(pair, side).base_model.norm.weight.data[0] = torch.nan
     bench = PairBench(pair, tmp_path)
     assert "NaN" in finding("loss", bench).reason

@@ -154,9 +154,7 @@ def test_a_tokenizer_without_any_end_is_a_failure_with_its_way_out(
     assert "Nothing else" in out
 
 
-def test_a_weight_that_is_no_number_fails_what_reads_it_and_the_rest_is_still_measured(
-    tmp_path: Path, say: Say
-) -> None:
+def test_a_nan_weight_fails_the_checks_that_read_it_and_no_other(tmp_path: Path, say: Say) -> None:
     pair = make_pair("decoder-only")
     pair.teacher.get_output_embeddings().weight.data[5] = torch.nan
     status, out, _ = say(*saved(pair, tmp_path))

@@ -19,7 +19,7 @@ TRANSLATION = get_task("translation")
 
 
 def installed(name: str) -> bool:
-    """Whether what the task's generator needs is there; `instruction` needs an extra."""
+    """Return whether the task's generator can run; `instruction` needs an extra."""
     return name != "instruction" or importlib.util.find_spec("reasoning_gym") is not None
 
 

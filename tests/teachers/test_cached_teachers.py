@@ -209,7 +209,7 @@ def test_a_row_on_disk_has_the_teacher_s_scores(
             torch.testing.assert_close(scores.tail_log_prob, exact.tail_log_prob, rtol=0, atol=1e-4)
 
 
-def test_whoever_goes_on_writing_makes_what_is_missing_or_cut_short(
+def test_a_resumed_writer_rebuilds_missing_and_truncated_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_files, "TARGET_FILE_BYTES", 700)

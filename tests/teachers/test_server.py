@@ -157,7 +157,7 @@ def test_an_endpoint_that_cannot_be_is_refused(field: str, value: Any) -> None:
         TeacherServer(**stated)
 
 
-def test_a_student_that_is_encoder_decoder_is_told_what_to_do(served: Served) -> None:
+def test_an_encoder_decoder_student_is_refused_with_advice(served: Served) -> None:
     student = tiny_model("encoder-decoder", 7)
     with pytest.raises(ValueError, match=r"encoder-decoder.*`CachedTeacher`"):
         ServerTeacher(endpoint(served), tiny_tokenizer()).check_compatibility(

@@ -87,7 +87,7 @@ class StopAt3(TrainerCallback):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(packed: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(packed: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     cells_of_run = [three(tmp_path / name)[0 if packed else 1 : 3 if packed else 2] for name in "ab"]
     straight = distil_pair(tmp_path / "a", cells_of_run[0], **options)

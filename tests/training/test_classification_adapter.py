@@ -277,7 +277,7 @@ def test_a_regression_s_label_must_be_a_number(tmp_path: Path, label: Any) -> No
 
 
 def test_soft_targets_alone_need_no_labels(tmp_path: Path) -> None:
-    """And the metrics count the rows that have one."""
+    """Metrics count only the rows that have a label."""
     for kind in KINDS:
         objective = {"type": "squared_error"} if kind == "regression" else {"beta": 0.0}
         rows = [{n: v for n, v in row.items() if not n.startswith("label")} for row in tiny_rows(kind)]

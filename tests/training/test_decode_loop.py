@@ -41,7 +41,7 @@ def rows_read(model: PreTrainedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -> None:
+def test_rows_of_a_shrinking_batch_equal_rows_decoded_alone(family: str) -> None:
     model = make(family, 0)
     rows = prompts(model)
     noise = draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
@@ -66,7 +66,7 @@ def test_each_row_gets_what_it_gets_alone_while_the_batch_shrinks(family: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_search_is_that_of_generate(family: str) -> None:
+def test_greedy_search_equals_generate(family: str) -> None:
     model = make(family, 0)
     rows = prompts(model)
     got = written(model, rows, None)

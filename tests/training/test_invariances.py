@@ -131,7 +131,9 @@ def padded(rows: Sequences, prompt: tuple[int, int], completion: int) -> Sequenc
 
 @each_family
 @each_normalization
-def test_on_policy_nothing_of_the_references_matters(name: str, normalization: str, tmp_path: Path) -> None:
+def test_on_policy_loss_does_not_depend_on_the_references(
+    name: str, normalization: str, tmp_path: Path
+) -> None:
     """Neither how long they are, nor which of their tokens carry a label, nor whether there are any."""
     trainer = made(name, tmp_path, loss_normalization=normalization)
     rows = rows_of(name, tiny_examples(ROWS))
@@ -279,7 +281,7 @@ def test_a_training_does_not_depend_on_how_its_steps_are_split(
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9, msg=key)
 
 
-def test_a_short_last_part_of_a_step_draws_noise_of_its_own(tmp_path: Path) -> None:
+def test_a_smaller_last_micro_batch_draws_separate_noise(tmp_path: Path) -> None:
     """Nine rows of one prompt, whole and as 4 + 4 + 1: no two rows share their text, whatever the split."""
     rows = scripts.conversations(1) * 9
     written = []

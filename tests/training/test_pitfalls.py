@@ -60,7 +60,7 @@ def by_hand(made: GKDTrainer, batch: Sequences, **temperatures: float) -> tuple[
 
 
 class Written:
-    """Keeps what the trainer's micro-batches hold."""
+    """Records the trainer's micro-batches and their completions."""
 
     def __init__(self, made: GKDTrainer) -> None:
         self.batches: list[Any] = []
@@ -234,7 +234,7 @@ class DrawsFromTheSharedStream(TrainerCallback):
         random.random()
 
 
-def test_pitfall_10_one_coin_a_step_that_nobody_else_can_move(tmp_path: Path) -> None:
+def test_pitfall_10_each_step_draws_one_coin_from_its_own_stream(tmp_path: Path) -> None:
     coins = []
     for callbacks in ([], [DrawsFromTheSharedStream()]):
         made = trainer(
@@ -450,7 +450,7 @@ def test_pitfall_23_the_tokenizers_end_stops_the_student_as_the_models_does(tmp_
     assert all(not set(row[:-1]) & ends for row in rows)
 
 
-def test_pitfall_24_logs_tell_who_wrote_how_long_and_how_sure(tmp_path: Path) -> None:
+def test_pitfall_24_logs_have_on_policy_share_lengths_and_entropy(tmp_path: Path) -> None:
     made = trainer(tmp_path, arguments={**ON, "max_steps": 4})
     seen = Written(made)
     made.train()

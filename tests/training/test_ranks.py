@@ -92,7 +92,7 @@ def test_resumed_within_an_epoch_ranks_go_on_with_the_rows_that_are_left(runs: A
     assert resumed_runs[1]["straight"] == pytest.approx(resumed_runs[0]["straight"], rel=1e-6)
 
 
-def test_a_pack_on_two_ranks_learns_what_it_learns_on_one(runs: Any) -> None:
+def test_a_pack_on_two_ranks_equals_a_pack_on_one(runs: Any) -> None:
     (alone_folder, (alone,)), (folder, two) = runs[1], runs[2]
     for n in (0, 1):
         assert len(alone["packed"]["losses"][n]) == 4

@@ -62,7 +62,7 @@ def largest_difference(one: Run, other: Run, mine: int, its: int) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("optimizer", ("adamw_torch_fused", "adafactor"))
-def test_cells_packed_learn_what_they_learn_alone(family: Family, optimizer: str, tmp_path: Path) -> None:
+def test_packed_cells_equal_cells_trained_alone(family: Family, optimizer: str, tmp_path: Path) -> None:
     """Twenty steps over four epochs. Other sampled tokens would show in the losses at once."""
     cells = mixed(tmp_path)
     together = distil(tmp_path, family, cells, optim=optimizer, max_steps=20)
@@ -497,7 +497,7 @@ def test_a_cell_without_a_number_is_frozen_and_its_neighbours_go_on(family: Fami
     healthy = distil(tmp_path, family, cells)
     run = distil(tmp_path, family, cells, students=poisoned(len(cells), 1, family))
     assert list(run.trainer.failures) == [1]
-    assert run.trainer.failures[1].startswith("the loss is nan at step ")
+    assert run.trainer.failures[1].startswith("the loss is nan")
     for n in (0, 2, 3, 4):
         assert run.history[n] == healthy.history[n]
         assert_identical(run.weights(n), healthy.weights(n))

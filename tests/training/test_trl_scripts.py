@@ -19,7 +19,7 @@ from .trl_scripts import FROM_GKD_LAB, FROM_TRL, TODAYS, YESTERDAYS, run, save_m
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a script runs: the models are there, and what it saves appears there."""
+    """Folder in which a script runs, loads its models and saves its results."""
     save_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -27,7 +27,7 @@ COLD = 1e-6
 
 @dataclass
 class Rank:
-    """What the writer reads of accelerate's Accelerator."""
+    """Stub with the attributes that the sampler reads of accelerate's Accelerator."""
 
     process_index: int
     device: torch.device

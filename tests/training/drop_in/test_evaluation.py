@@ -103,9 +103,7 @@ def right_by_hand(made: GKDTrainer, rows: list[dict[str, Any]]) -> tuple[int, in
 
 
 @pytest.mark.parametrize(("model", "shift"), [(llama, 1), (t5, 0)])
-def test_a_token_accuracy_of_the_users_is_that_of_a_count_by_hand(
-    tmp_path: Path, model: Make, shift: int
-) -> None:
+def test_a_users_token_accuracy_equals_a_count_by_hand(tmp_path: Path, model: Make, shift: int) -> None:
     rows = conversations(7)
     made = trainer(
         tmp_path,

@@ -103,7 +103,7 @@ def test_sampling_uses_the_adapter_and_a_copied_teacher_does_not(
 
 
 def written(made: GKDTrainer) -> list[list[int]]:
-    """What the students would write in the first step."""
+    """Return the students' completions in the first step."""
     samples, _ = made.get_batch_samples(iter(made.get_train_dataloader()), 2, torch.device("cpu"))
     return [row for sample in samples for row in sample["batch"].student.completion_ids.tolist()]
 

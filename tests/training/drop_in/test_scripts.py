@@ -94,7 +94,7 @@ def test_generate_on_policy_outputs_are_those_of_trl(count: int) -> None:
 
 
 class WithCrossEntropy(GKDTrainer):
-    """What a user may add: some of the usual loss on the sequence that the step trains on."""
+    """Adds part of the usual loss on the sequence that the step trains on, as a user may."""
 
     seen: list[Tensor]
 

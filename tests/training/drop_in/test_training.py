@@ -42,7 +42,7 @@ def test_off_policy_losses_gradients_and_weights_are_those_of_trl(
     assert max(float((end[name] - start[name]).abs().max()) for name in start) > 1e-3
 
 
-def test_the_order_of_the_data_is_that_of_trl_where_the_user_asks_for_the_datas_own(tmp_path: Path) -> None:
+def test_an_unshuffled_data_set_is_read_in_the_order_of_trl(tmp_path: Path) -> None:
     arguments = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 3, "max_steps": 6}
     theirs, ours = both(tmp_path, **arguments)
     for made in (theirs, ours):
@@ -68,7 +68,7 @@ def test_evaluation_and_its_metrics_are_those_of_trl(tmp_path: Path) -> None:
     )
 
 
-def test_a_lora_adapter_learns_what_it_learns_with_trl(tmp_path: Path) -> None:
+def test_a_lora_adapter_trains_as_with_trl(tmp_path: Path) -> None:
     def adapted(seed: int) -> Any:
         torch.manual_seed(seed)
         return peft.get_peft_model(llama(seed), lora())
@@ -95,7 +95,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("model", [llama, t5])
-def test_every_kind_of_data_set_trains_alike(tmp_path: Path, model: Make) -> None:
+def test_every_kind_of_data_set_gives_the_same_training(tmp_path: Path, model: Make) -> None:
     all_losses = []
     for data in (conversations(), Dataset.from_list(conversations()), Rows(conversations())):
         made = trainer(tmp_path, model=model(0), teacher=model(1), train_dataset=data, arguments=HALF)
@@ -174,7 +174,7 @@ def test_dropping_the_last_part_is_the_users_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [llama, t5])
-def test_a_worker_process_loads_what_the_trainer_would(tmp_path: Path, model: Make) -> None:
+def test_a_worker_process_encodes_rows_as_the_trainer_does(tmp_path: Path, model: Make) -> None:
     all_losses = []
     for workers in (0, 1):
         made = trainer(
