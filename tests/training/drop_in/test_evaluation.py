@@ -111,7 +111,7 @@ def test_a_users_token_accuracy_equals_a_count_by_hand(tmp_path: Path, model: Ma
         teacher=model(1),
         eval_dataset=rows,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        compute_metrics=lambda found: accuracy_of_ids(metrics, shift=shift),
+        compute_metrics=lambda predictions: accuracy_of_ids(predictions, shift=shift),
         arguments={"per_device_eval_batch_size": 2, "max_steps": 8, "learning_rate": 1e-2, **OFF},
     )
     made.train()
