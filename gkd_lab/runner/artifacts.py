@@ -45,7 +45,11 @@ class LoadedModel:
 
 
 def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions) -> Record:
-    """Return the finished record of an artifact, built now if it does not exist. Raises ArtifactFailed."""
+    """Return the done record of a teacher or SFT student; build it first if missing or damaged.
+
+    A failure, new or stored, raises ArtifactFailed; `--retry-failed` clears a stored one and builds again.
+    The record is locked while it is built.
+    """
     record = options.store.get_artifact(scale, role, model)
     if record.read_status().get("state") == "done" and find_damaged_file(record) is None:
         return record
@@ -67,9 +71,10 @@ def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions
 def ensure_teacher_output(
     record: Record, description: str, build: Callable[[Record], None], options: RunOptions
 ) -> Record:
-    """Return the record of a teacher's text or scores, built now if it is missing or damaged.
+    """Return a record, after `build(record)` if missing or damaged; a stored failed record is returned too.
 
-    A stored failure stays unless `--retry-failed` clears it. Raises RecordedFailure where `build` fails.
+    The record is that of a teacher's text or scores, locked during `build`. A stored failure stays unless
+    `--retry-failed` clears it: the caller checks the status. Raises RecordedFailure where `build` fails now.
     """
     if record.read_status().get("state") != "done" or find_damaged_file(record) is not None:
         with hold_record_lock(record, description, options):
@@ -84,7 +89,7 @@ def ensure_teacher_output(
 
 @contextmanager
 def hold_record_lock(record: Record, description: str, options: RunOptions) -> Iterator[None]:
-    """Hold a record's lock; print a line when another process has it and this one must wait."""
+    """Hold a record's lock in the block; wait without limit, printing a line if another process has it."""
     lock = record.lock()
     try:
         lock.acquire(timeout=1)
@@ -98,20 +103,20 @@ def hold_record_lock(record: Record, description: str, options: RunOptions) -> I
 
 
 def _format_failure(role: str, record: Record) -> str:
-    """Return the message for a failed artifact, with its error and status file."""
+    """Return the message `the ROLE failed: ERROR (see STATUS FILE; --retry-failed tries again)`."""
     error = record.read_status().get("error", "unknown")
     return f"the {role} failed: {error} (see {record.status_file}; --retry-failed tries again)"
 
 
 def load_artifact(record: Record, model: SftModel) -> LoadedModel:
-    """Load model and tokenizer of a finished artifact."""
+    """Load model and tokenizer of a finished record's checkpoint, in the precision of its spec."""
     return LoadedModel(
         load_model(record.checkpoint, model.family, model.precision), load_tokenizer(record.checkpoint)
     )
 
 
 def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOptions) -> None:
-    """Create a model, fine-tune it if its spec says so, and finish its record."""
+    """Create the model, fine-tune it if its spec has `sft`, export its checkpoint, mark the record done."""
     record.write_spec(model, role=role)
     repair_unfinished_training(record, options)
     rows = load_split(model.task, model.data, "train", options.cache_folder)
@@ -146,14 +151,14 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
 
 
 def export_checkpoint(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
-    """Save a finished model and its tokenizer as the record's checkpoint, a transformers folder."""
+    """Save model and tokenizer as the record's `checkpoint/` folder, by rename; the status is not written."""
     with create_folder_atomically(record.checkpoint) as folder, hide_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _create_initial_model(model: SftModel, rows: RowList) -> LoadedModel:
-    """Return the model before fine-tuning: pretrained, or new with a tokenizer trained on the rows."""
+    """Return model and tokenizer before SFT: pretrained, or random with a tokenizer trained on the rows."""
     spec = model.model
     if spec.architecture is None:
         return LoadedModel(*load_pretrained(spec, model.family, model.precision))

@@ -25,7 +25,7 @@ class MicroBatchTrainer(GKDTrainer):
     """GKDTrainer whose epochs end with whole batches, however many micro-batches a batch has."""
 
     def build_batch_sampler(self) -> KeyedBatchSampler:
-        """Drop the last micro-batches of an epoch that do not fill the batch of a step."""
+        """Return the sampler, cut to a multiple of `gradient_accumulation_steps` micro-batches an epoch."""
         sampler = super().build_batch_sampler()
         sampler.length -= sampler.length % self.args.gradient_accumulation_steps
         return sampler
@@ -40,17 +40,19 @@ def build_trainer(
     tokenizer: Any,
     micro_batches: int = 1,
 ) -> GKDTrainer:
-    """Build the trainer of a pack of cells.
+    """Return a GKDTrainer for the pack, one cell per member; it logs rows and failures to the cells' records.
 
     tokenizer: the student's. micro_batches: number of micro-batches that a step's batch is split into.
     """
     records = [options.store.get_record(cell) for cell in cells]
 
     def log_row(cell_index: int, row: dict[str, float]) -> None:
+        """Append a row to the history of the cell's record, and send it to the tracker."""
         records[cell_index].log_row(row)
         options.tracker.log_row(records[cell_index], row)
 
     def fail_cell(cell_index: int, reason: str) -> None:
+        """Mark the cell's record failed by a FloatingPointError, and close its run at the tracker."""
         records[cell_index].mark_failed(f"FloatingPointError: {reason}")
         options.tracker.finish_run(records[cell_index])
 
@@ -72,7 +74,7 @@ def build_trainer(
 
 
 def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
-    """Return the arguments that differ between the cells of a pack."""
+    """Return the arguments that differ between cells: lmbda, seed, learning rate, loss terms, folder."""
     training = cell.training
     defaults = Divergence()
     return CellArguments(
@@ -89,7 +91,7 @@ def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
 
 
 def _build_trainer_config(cell: Cell, record: Record, options: RunOptions, micro_batches: int) -> GKDConfig:
-    """Return the arguments that all cells of a pack share."""
+    """Return the GKDConfig that all cells of a pack share, from the first cell's spec and the options."""
     training = cell.training
     teacher_dtype, park_teacher = training.get_teacher_placement(0)
     return GKDConfig(

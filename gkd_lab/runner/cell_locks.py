@@ -42,7 +42,7 @@ class PackLock:
         self._stack.close()
 
     def _try_lock_cell(self, cell: Cell, stack: ExitStack) -> None:
-        """Lock a cell until the stack closes, or add it to `busy_cells`."""
+        """Lock a cell until the stack closes, or if another process has it, add it to `busy_cells`."""
         timeout = _POLL_INTERVAL if self.busy_cells else LOCK_TIMEOUT
         lock = self.options.store.get_record(cell).lock()
         try:

@@ -22,36 +22,36 @@ class CheckpointCallback(TrainerCallback):
         self.folders, self.averages = folders, averages
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Restore the averages that the checkpoint stores."""
+        """Restore each cell's metric sums from the checkpoint to resume from, if it stores them."""
         for n, folder in enumerate(self.folders):
             averages_file = build_checkpoint_path(str(folder), state.global_step) / AVERAGES_FILE
             if self.averages is not None and averages_file.exists():
-                _restore_averages(self.averages, n, json.loads(averages_file.read_bytes()))
+                _restore_metric_sums(self.averages, n, json.loads(averages_file.read_bytes()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop if a signal has requested it."""
+        """Make the Trainer save a checkpoint and stop, if SIGINT or SIGTERM was received."""
         if interrupts.is_stop_requested():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Add averages and checksums to the checkpoint of each cell."""
+        """Add metric sums and SHA-256 checksums to each cell's new checkpoint; a failed cell has none."""
         for n, folder in enumerate(self.folders):
             checkpoint = build_checkpoint_path(str(folder), state.global_step)
             if not checkpoint.exists():
                 continue  # a failed cell saves no checkpoint
             if self.averages is not None and self.averages.n_batches:
-                (checkpoint / AVERAGES_FILE).write_text(json.dumps(_encode_averages(self.averages, n)))
+                (checkpoint / AVERAGES_FILE).write_text(json.dumps(_encode_metric_sums(self.averages, n)))
             write_checksums(checkpoint)
 
 
-def _encode_averages(averages: MetricAccumulator, cell: int) -> dict[str, Any]:
-    """Return a cell's sums as JSON data, which preserves a float64 exactly."""
+def _encode_metric_sums(averages: MetricAccumulator, cell: int) -> dict[str, Any]:
+    """Return one cell's batch count, metric sums and loss term sums as a JSON dict, exact for float64."""
     sums = {name: float(values[cell]) for name, values in averages.sums.items()}
     return {"batches": averages.n_batches, "sums": sums, "terms": averages.term_sums[:, cell].tolist()}
 
 
-def _restore_averages(averages: MetricAccumulator, cell: int, stored_averages: dict[str, Any]) -> None:
-    """Set a cell's sums to those of `_encode_averages`."""
+def _restore_metric_sums(averages: MetricAccumulator, cell: int, stored_averages: dict[str, Any]) -> None:
+    """Overwrite one cell's sums in `averages`, and its batch count, by a dict of `_encode_metric_sums`."""
     averages.n_batches = stored_averages["batches"]
     for name in averages.sums.keys() & stored_averages["sums"].keys():
         averages.sums[name][cell] = stored_averages["sums"][name]

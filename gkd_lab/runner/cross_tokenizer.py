@@ -20,7 +20,7 @@ from gkd_lab.teachers.text_teacher import TeacherPrompts
 
 
 def check_shared_tokenizer(teacher_tokenizer: Any, student_tokenizer: Any, cells: Iterable[Cell]) -> None:
-    """Raise ValueError if a term compares distributions of a first teacher with another tokenizer."""
+    """Raise ValueError if the tokenizers differ and a cell's loss compares teacher 0's distributions."""
     if 0 not in required_teachers(tuple(map(build_term, cell.training.objectives)) for cell in cells):
         return
     difference = find_tokenizer_difference(student_tokenizer, teacher_tokenizer)
@@ -34,9 +34,10 @@ def check_shared_tokenizer(teacher_tokenizer: Any, student_tokenizer: Any, cells
 def map_teacher_prompts(
     teacher_tokenizer: Any, examples: Sequence[Example], cells: Sequence[Cell], options: RunOptions
 ) -> TeacherPrompts | None:
-    """Map each training prompt's token ids to the teacher's; None where no term lets the teacher read text.
+    """Return {student's ids of a prompt: teacher's ids of it} for all examples; None if no term reads text.
 
-    examples: the student's, of the first rows of the split, in order.
+    Such a term lets the teacher read texts in its own tokens. examples: the student's, of the first rows of
+    the split, in order.
     """
     if not needs_text_reader(tuple(map(build_term, cell.training.objectives)) for cell in cells):
         return None
@@ -54,9 +55,10 @@ def map_teacher_prompts(
 def retokenize_completions(
     examples: Sequence[Example], teacher_text: Record, training: Training, teacher: Record, tokenizer: Any
 ) -> list[Example]:
-    """Return the examples with the teacher's completions in the tokens of the student's `tokenizer`.
+    """Return the examples with the teacher's stored texts, in ids of `tokenizer`, as completions.
 
-    teacher_text: the record of the completions. teacher: the record of the model that wrote them.
+    Where both tokenizers agree, the examples are returned unchanged. tokenizer: the student's. teacher_text:
+    the record of the texts. teacher: the record of the model that wrote them.
     """
     if find_tokenizer_difference(tokenizer, load_tokenizer(teacher.checkpoint)) is None:
         return list(examples)
@@ -81,7 +83,7 @@ def retokenize_completions(
 
 
 def _truncate_completion(ids: list[int], end_id: int, *, is_ended: bool, max_tokens: int) -> list[int]:
-    """Return at most `max_tokens` ids, with an end token only if the teacher ended the text."""
+    """Add a missing end id if `is_ended`, else remove a last one; then return the first `max_tokens` ids."""
     if is_ended:
         return ensure_end_id(ids, [end_id])[:max_tokens]
     return (ids[:-1] if ids[-1:] == [end_id] else ids)[:max_tokens]

@@ -27,7 +27,10 @@ class SplitReport(TruncationCounts):
 
 @lru_cache(maxsize=16)
 def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> RowList:
-    """Return the rows of a split, at most as many as the spec says. Raises ValueError for broken data."""
+    """Return the rows of a split, at most the spec's number; the same arguments give the same list object.
+
+    Raises ValueError for broken data.
+    """
     return load_rows(
         get_task(task),
         data.kind,
@@ -45,20 +48,21 @@ def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> RowList:
 
 
 def take_first_rows(rows: RowList, count: int | None) -> RowList:
-    """Return the first rows of a split, or all for None, with the counts of omitted rows."""
+    """Return the first `count` rows, or all for None, with the whole split's counts of omitted rows."""
     return rows if count is None else RowList(rows[:count], rows.dropped_counts)
 
 
 def build_text_pairs(model: SftModel, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (prompt, target) texts as the model reads them: a decoder's prompt ends with a line break."""
+    """Return one (prompt, target) text pair per row; a decoder-only model's prompt ends with a line break."""
     end = "\n" if model.family == "decoder-only" else ""
     return [(row.prompt + end, row.target) for row in rows]
 
 
 def encode_examples(model: SftModel, tokenizer: Any, rows: RowList) -> tuple[list[Any], SplitReport]:
-    """Return the rows as token ids within the model's length limits, and the counts of what was cut.
+    """Return (one example of token ids per row, counts of truncated and omitted rows).
 
-    The examples are of type `Example`, or for a classifier `LabelledExample`.
+    Texts are truncated to the model's length limits. The examples are of type `Example`, or for a classifier
+    `LabelledExample`.
     """
     examples: Sequence[Example | LabelledExample]
     pairs, max_input_tokens = build_text_pairs(model, rows), model.max_input_tokens
@@ -80,16 +84,17 @@ def encode_examples(model: SftModel, tokenizer: Any, rows: RowList) -> tuple[lis
 
 
 def write_split_report(folder: Path, split: str, report: SplitReport) -> None:
-    """Write the counts of truncated and omitted rows as `rows-<split>.json`."""
+    """Write the counts of truncated and omitted rows as JSON to `rows-<split>.json` in the folder."""
     write_json(folder / f"rows-{split}.json", vars(report))
 
 
 def assign_teachers(
     examples: Sequence[Example], rows: Sequence[Row], terms: Iterable[ResolvedTerm]
 ) -> list[Example]:
-    """Set each example's teacher by the data's column `teacher`, where a divergence has routes.
+    """Return the examples with `teacher_index` set by the routes from their row's column `teacher`.
 
-    Raises ValueError for a row that names none of the routed teachers.
+    The routes are those of the divergence terms; without routes the examples are returned unchanged. Raises
+    ValueError for a row that names none of the routed teachers.
     """
     teacher_indices: dict[str, int] = {}
     for term in terms:
@@ -104,7 +109,7 @@ def assign_teachers(
 
 
 def _find_teacher_index(row: Row, row_index: int, teacher_indices: dict[str, int]) -> int:
-    """Return the index of the teacher that a row names. Raises ValueError where no route has it."""
+    """Return the index of the teacher that a row names. ValueError for no name or one without a route."""
     if row.teacher is None:
         raise ValueError(
             f"a divergence has routes, but row {row_index} of the train split names no teacher: give the "

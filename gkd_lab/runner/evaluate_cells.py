@@ -25,7 +25,10 @@ from gkd_lab.store.rescore import rescore_evaluation
 
 
 def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Run each missing evaluation and compute each missing metric of the trained cells of a pack."""
+    """Run every missing evaluation, and compute every missing metric, of the cells whose training is done.
+
+    Results and failures are stored in the cells' records, whose locks the caller holds.
+    """
     trained_cells = [
         cell for cell in cells if options.store.get_record(cell).read_status().get("state") == "done"
     ]
@@ -37,13 +40,13 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
         pending_cells = [
             cell
             for cell, record in zip(requesting_cells, records, strict=True)
-            if _is_pending(record, evaluation, options)
+            if _clear_failure_and_check_missing(record, evaluation, options)
         ]
         if pending_cells:
             run_packs(
                 pending_cells,
                 partial(_get_evaluation_record, evaluation=evaluation, options=options),
-                partial(_limit_evaluation_pack, pending_cells, options),
+                partial(_estimate_evaluation_capacity, pending_cells, options),
                 partial(_evaluate_pack, evaluation=evaluation, options=options),
                 options,
             )
@@ -61,11 +64,14 @@ def evaluate_reference(
     cells: Sequence[Cell],
     options: RunOptions,
 ) -> None:
-    """Run the evaluations of the cells on their teacher or SFT student."""
+    """Run the cells' missing evaluations on `record`, their teacher or SFT student, under its lock.
+
+    Metrics that finished evaluations lack are computed too. Results and failures are stored in the record.
+    """
     with artifacts.hold_record_lock(record, role, options):
         for evaluation in _list_distinct_evaluations(cells):
             _score_missing_metrics([record], evaluation, options)
-            if _is_pending(record, evaluation, options):
+            if _clear_failure_and_check_missing(record, evaluation, options):
                 evaluation_record = record.get_evaluation(evaluation)
                 with suppress(RecordedFailure), record_failures([evaluation_record], options.outputs):
                     loaded = artifacts.load_artifact(record, model)
@@ -78,11 +84,15 @@ def evaluate_reference(
 def evaluate_harness_tasks(
     record: Record, model: SftModel, evaluations: Sequence[AnyEvaluation], options: RunOptions
 ) -> None:
-    """Run the missing lm-eval evaluations of a finished record; the caller holds its lock."""
+    """Run those of `evaluations` that are lm-eval's and have no result yet, on a finished record.
+
+    The caller holds the record's lock. With `--retry-failed`, a failed evaluation is run again.
+    """
     pending = [
         evaluation
         for evaluation in evaluations
-        if isinstance(evaluation, LmEvalEvaluation) and _is_pending(record, evaluation, options)
+        if isinstance(evaluation, LmEvalEvaluation)
+        and _clear_failure_and_check_missing(record, evaluation, options)
     ]
     if pending:
         from gkd_lab.runner.lm_eval_runs import run_requested_tasks  # loads lm-eval, which takes seconds
@@ -92,22 +102,25 @@ def evaluate_harness_tasks(
 
 
 def _list_distinct_evaluations(cells: Sequence[Cell]) -> list[Evaluation]:
-    """Return the evaluations of the cells without those of lm-eval, each once, in order."""
+    """Return the evaluations of all cells except lm-eval's, each once, in order of first appearance."""
     evaluations = (evaluation for cell in cells for evaluation in cell.evaluations)
     return list(dict.fromkeys(e for e in evaluations if isinstance(e, Evaluation)))
 
 
 def _start_tracking(cells: Sequence[Cell], evaluation: AnyEvaluation, options: RunOptions) -> None:
-    """Open the tracker's run of each cell that is about to be evaluated or rescored."""
+    """Open the tracker's run of each cell whose evaluation must run or lacks a metric.
+
+    With `--retry-failed`, a failed evaluation loses its status first.
+    """
     for cell in cells:
         record = options.store.get_record(cell)
         lacks_metrics = record.get_evaluation(evaluation).lacks_metrics(evaluation)
-        if lacks_metrics or _is_pending(record, evaluation, options):
+        if lacks_metrics or _clear_failure_and_check_missing(record, evaluation, options):
             options.tracker.start_run(cell, record)
 
 
-def _is_pending(record: Record, evaluation: AnyEvaluation, options: RunOptions) -> bool:
-    """Return whether an evaluation must be run; with `--retry-failed`, clear its failure first."""
+def _clear_failure_and_check_missing(record: Record, evaluation: AnyEvaluation, options: RunOptions) -> bool:
+    """Delete a failed status if `--retry-failed` is set, then return whether the evaluation has no status."""
     evaluation_record = record.get_evaluation(evaluation)
     if options.retry_failed:
         evaluation_record.clear_failure()
@@ -115,7 +128,11 @@ def _is_pending(record: Record, evaluation: AnyEvaluation, options: RunOptions) 
 
 
 def _score_missing_metrics(records: Sequence[Record], evaluation: Evaluation, options: RunOptions) -> None:
-    """Compute metrics that finished evaluations lack from their stored predictions."""
+    """Compute the metrics that finished evaluations lack, from stored predictions, and store the scores.
+
+    An evaluation with damaged predictions loses its status instead, so that the model decodes again. Other
+    errors are ignored, except those of the machine.
+    """
     for record in records:
         evaluation_record = record.get_evaluation(evaluation)
         if evaluation_record.lacks_metrics(evaluation):
@@ -128,12 +145,15 @@ def _score_missing_metrics(records: Sequence[Record], evaluation: Evaluation, op
 
 
 def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
-    """Return the record of an evaluation of a cell."""
+    """Return the record of a cell's evaluation, whether or not it exists yet."""
     return options.store.get_record(cell).get_evaluation(evaluation)
 
 
-def _limit_evaluation_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """Return how many cells to evaluate as one model: 1 if they cannot be packed, else what memory allows."""
+def _estimate_evaluation_capacity(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
+    """Return how many cells to evaluate as one model: what memory allows if `pack` is auto, otherwise all.
+
+    It is 1 where the students are known to be unpackable. The estimate is by the size of the weight files.
+    """
     if options.store.get_sft_student(cells[0]).read_unpackable_reason():
         return PackCapacity(1)
     if options.pack != "auto" or len(cells) == 1:
@@ -151,7 +171,10 @@ def _limit_evaluation_pack(cells: Sequence[Cell], options: RunOptions) -> PackCa
 
 
 def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation, options: RunOptions) -> None:
-    """Load trained cells as one model and evaluate it."""
+    """Load the cells' trained models as one pack, evaluate it, store each cell's predictions and scores.
+
+    limit_reason: not used; `run_packs` passes it.
+    """
     pack, tokenizer = load_trained_pack(cells, options)
     records = [options.store.get_record(cell) for cell in cells]
     _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
@@ -166,7 +189,7 @@ def _decode_and_score(
     options: RunOptions,
     role: str = "",
 ) -> None:
-    """Predict on the rows of an evaluation, then score each record's predictions and store both.
+    """Predict on the evaluation's rows by all members at once; store predictions and scores in each record.
 
     model: the spec of the pack's members. records: one for each member. role: name of a reference model.
     """
@@ -180,15 +203,16 @@ def _decode_and_score(
     phase = f"{model.task}: {members}, {evaluation.name} on {len(rows)} rows"
     with options.reporter.phase(phase, len(rows)) as update_progress:
 
-        def count_rows(count: int) -> None:
+        def add_finished_rows(count: int) -> None:
+            """Add `count` rows to the number of finished rows, and update the progress."""
             nonlocal predicted_rows
             predicted_rows += count
             update_progress(predicted_rows)
 
         if parse_classifier_kind(model.family):
-            predictions = classify_rows(pack, tokenizer, rows, examples, count_rows)
+            predictions = classify_rows(pack, tokenizer, rows, examples, add_finished_rows)
         else:
-            predictions = generate_predictions(pack, tokenizer, rows, examples, evaluation, count_rows)
+            predictions = generate_predictions(pack, tokenizer, rows, examples, evaluation, add_finished_rows)
     seconds = round((time.monotonic() - start) / len(records), 3)
     for record, member_predictions in zip(records, predictions, strict=True):
         scores, prediction_rows = score_predictions(evaluation.metrics, member_predictions)

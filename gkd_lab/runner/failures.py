@@ -25,7 +25,7 @@ class RecordedFailure(RuntimeError):
 
 @contextmanager
 def record_failures(parts: Iterable[RecordPart], outputs: Path) -> Iterator[None]:
-    """Mark the unfinished parts as failed on an error inside, and raise it as RecordedFailure.
+    """On an error in the block, mark the parts without a status as failed, and raise RecordedFailure.
 
     A full disk or another error of the machine fails no part: it is raised as an OSError, and the parts stay
     unfinished. Because libraries raise errors of their own for a full disk, the free space is measured.

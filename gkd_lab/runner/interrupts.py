@@ -26,9 +26,10 @@ _active_trainings = 0
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated; `delay_signals` delays both.
+    """In the block, SIGINT raises KeyboardInterrupt and SIGTERM Terminated; old handlers return after it.
 
-    For the main thread only, as Python's signal handlers are.
+    Inside `delay_signals` a first signal is delayed. For the main thread only, as Python's signal handlers
+    are.
     """
     global _received_signal
     previous_handlers = {number: signal.signal(number, _handle_signal) for number in SIGNALS}
@@ -42,7 +43,10 @@ def handle_signals() -> Iterator[None]:
 
 @contextmanager
 def delay_signals() -> Iterator[None]:
-    """Delay the first signal to the end of this block, in which a training polls `is_stop_requested`."""
+    """Delay a first SIGINT or SIGTERM: it is raised at the end of the block, a second one at once.
+
+    A training inside polls `is_stop_requested`. Works only within `handle_signals`.
+    """
     global _active_trainings
     _active_trainings += 1
     try:
@@ -54,7 +58,7 @@ def delay_signals() -> Iterator[None]:
 
 
 def is_stop_requested() -> bool:
-    """Return whether the training must save now and stop.
+    """Return whether SIGINT or SIGTERM was received, so that the training must save now and stop.
 
     Raises OSError (ESTALE) where another machine has taken the lock of a record, so that nothing is written.
     """
@@ -66,7 +70,10 @@ def is_stop_requested() -> bool:
 
 
 def _handle_signal(number: int, _: Any) -> None:
-    """Record the first signal in a training; otherwise restore the default handlers and raise."""
+    """Handle SIGINT or SIGTERM: store the first one in a training and return; raise every other at once.
+
+    Before raising, the system's default handlers are restored.
+    """
     global _received_signal
     is_first = _received_signal is None
     _received_signal = number
@@ -81,5 +88,5 @@ def _handle_signal(number: int, _: Any) -> None:
 
 
 def _create_interrupt(number: int) -> BaseException:
-    """Return the exception for a signal."""
+    """Return (not raise) KeyboardInterrupt for SIGINT, else Terminated with exit status 128 + `number`."""
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)

@@ -42,7 +42,7 @@ class HarnessResult:
 
 
 def read_model_spec(record: Record) -> SftModel:
-    """Return the model spec of an artifact's record, or of a cell's SFT student. Raises ConfigError."""
+    """Return the model spec in a record's spec.json: an artifact's own, for a cell its SFT student's."""
     spec = (read_json(record.folder / "spec.json") or {}).get("spec")
     if spec is None:
         raise ConfigError(f"{record.folder}: spec.json is missing or damaged")
@@ -59,9 +59,10 @@ def evaluate_record(
     batch_size: int = BATCH_SIZE,
     trusted: bool = False,
 ) -> list[HarnessResult]:
-    """Run lm-eval tasks on a finished record; return the result of each. Stored results are not run again.
+    """Run lm-eval tasks without stored scores on a finished record; return a HarnessResult per task.
 
-    Raises ConfigError before anything runs: an unknown task, an unusable file, data out of reach.
+    A stored failure is run again. Failures are stored, not raised. Raises ConfigError before anything runs:
+    an unknown task, an unusable file, data out of reach.
     """
     model = read_model_spec(record)
     names: list[str] = []
@@ -85,7 +86,10 @@ def evaluate_record(
 def run_requested_tasks(
     record: Record, model: SftModel, evaluations: Sequence[LmEvalEvaluation], options: RunOptions
 ) -> None:
-    """Run the lm-eval evaluations that an experiment requests; one that cannot be set up is a failed one."""
+    """Run an experiment's lm-eval evaluations on a record; store an error as a failed evaluation.
+
+    That includes a task that cannot be set up. The caller holds the record's lock.
+    """
     built_tasks = []
     for evaluation in evaluations:
         try:
@@ -105,7 +109,10 @@ def run_tasks(
     options: RunOptions,
     batch_size: int = BATCH_SIZE,
 ) -> None:
-    """Evaluate a checkpoint by lm-eval tasks; failures are stored. The caller holds the record's lock."""
+    """Load the record's checkpoint and run lm-eval tasks on it; store scores or the error of each task.
+
+    The caller holds the record's lock.
+    """
     evaluation_records = [record.get_evaluation(task.evaluation) for task in built_tasks]
     with suppress(RecordedFailure), record_failures(evaluation_records, options.outputs):
         lm = open_checkpoint(record.checkpoint, model, select_device(), batch_size)
@@ -117,7 +124,7 @@ def run_tasks(
 def _run_and_store_task(
     lm: Any, task: BuiltTask, evaluation_record: EvaluationRecord, options: RunOptions
 ) -> None:
-    """Run one lm-eval task and write its predictions and scores."""
+    """Run one lm-eval task on a loaded model; write its spec, predictions, scores and status `done`."""
     evaluation = task.evaluation
     evaluation_record.write_spec(evaluation)
     start = time.monotonic()
@@ -140,7 +147,7 @@ def _run_and_store_task(
 
 
 def write_record_tasks(record: Record, options: RunOptions) -> list[Path]:
-    """Write the record's own task as lm-eval YAMLs, one for each stored greedy or beam search.
+    """Write an lm-eval YAML of the record's own task per stored greedy or beam search; return the YAML paths.
 
     The rows of each are in a file beside it. Raises ConfigError where the record has no such task.
     """
@@ -158,7 +165,7 @@ def write_record_tasks(record: Record, options: RunOptions) -> list[Path]:
 
 
 def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
-    """Yield the stored evaluations by greedy or beam search without a calculator."""
+    """Yield the specs of the record's stored evaluations by greedy or beam search without a calculator."""
     for path in sorted(record.folder.glob("evaluations/*/spec.json")):
         spec = (read_json(path) or {}).get("spec") or {}
         if spec.get("decoding") in ("greedy", "beam") and not spec.get("calculator"):
@@ -166,7 +173,7 @@ def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
 
 
 def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, options: RunOptions) -> Path:
-    """Write the record's task for one evaluation, and its rows; return the path of the YAML."""
+    """Write an evaluation as an lm-eval YAML, and its rows as JSON lines beside it; return the YAML path."""
     rows = take_first_rows(
         load_split(model.task, model.data, evaluation.split, options.cache_folder), evaluation.examples
     )
@@ -198,7 +205,7 @@ def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, 
 def _build_generation_arguments(
     record: Record, model: SftModel, evaluation: Evaluation, tokenizer: Any
 ) -> dict[str, Any]:
-    """Return lm-eval's generation arguments, all explicit, so that the checkpoint's own have no effect."""
+    """Return lm-eval's `generation_kwargs`, all keys set, so that the checkpoint's own have no effect."""
     end_ids = collect_end_ids(load_model(record.checkpoint, model.family), tokenizer)
     arguments: dict[str, Any] = {
         "until": [],
@@ -222,7 +229,7 @@ class _TaskDumper(yaml.SafeDumper):
 
 
 def _represent_function(dumper: yaml.SafeDumper, function: FunctionTag) -> yaml.ScalarNode:
-    """Return a function of a task file as a `!function` tag."""
+    """Return the YAML node of a function in a task file: its text as a scalar with the tag `!function`."""
     return dumper.represent_scalar("!function", function.text)
 
 

@@ -44,7 +44,7 @@ def run_packs(
     work: Callable[[list[Cell], str], None],
     options: RunOptions,
 ) -> None:
-    """Call `work(cells, reason)` on pack after pack until every cell has a status.
+    """Split cells into packs that fit into memory, and call `work(pack, reason)` until each has a status.
 
     get_part: returns the part of a cell's record that `work` finishes. measure_capacity: returns how many
     cells fit. reason: why the pack is no larger. Cells that cannot be packed run alone, and a pack that runs
@@ -71,7 +71,11 @@ def _run_or_shrink(
     *,
     is_measuring: bool = False,
 ) -> PackCapacity | None:
-    """Return the result of `work`, or a smaller capacity if these cells cannot be one pack."""
+    """Return the result of `work`; if several cells cannot be packed or lack memory, a smaller capacity.
+
+    The capacity is 1 after CannotPack, half of the cells after out of memory, and 1 if that was while
+    measuring. A single cell's error is raised.
+    """
     size, task = len(cells), cells[0].task
     try:
         return work()
@@ -93,7 +97,7 @@ def _run_or_shrink(
 
 
 def is_out_of_memory_error(error: BaseException) -> bool:
-    """Return whether an allocation failed, which PyTorch reports on a CPU as a plain RuntimeError."""
+    """Return whether the error means out of memory, by its type or, as PyTorch's on a CPU, by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -102,7 +106,7 @@ def is_out_of_memory_error(error: BaseException) -> bool:
 
 
 def increase_micro_batches(cell: Cell, micro_batches: int, error: BaseException, options: RunOptions) -> int:
-    """Return the next larger number of micro-batches per step. Raises MemoryError at one row each."""
+    """Return the batch size's next larger divisor. Raises MemoryError if `micro_batches` is that size."""
     rows = cell.training.batch_size
     if micro_batches == rows:
         raise MemoryError(
@@ -118,14 +122,17 @@ def increase_micro_batches(cell: Cell, micro_batches: int, error: BaseException,
 
 
 def release_memory() -> None:
-    """Free the memory of unused trainers, whose objects refer to each other, and empty CUDA's cache."""
+    """Collect garbage, such as unused trainers, whose objects refer to each other, and empty CUDA's cache."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def compute_capacity(cells: int, bytes_per_cell: int, available_bytes: int) -> PackCapacity:
-    """Return how many of `cells` fit into the usable share of the available bytes, in even packs."""
+    """Return the size of even packs that fit into 80 % of `available_bytes`, and why it is below `cells`.
+
+    Even packs: 10 cells of which 6 fit give packs of 5. It is at least 1.
+    """
     max_cells = max(1, int(USABLE_SHARE * available_bytes / max(bytes_per_cell, 1)))
     if max_cells >= cells:
         return PackCapacity(cells)
@@ -135,12 +142,12 @@ def compute_capacity(cells: int, bytes_per_cell: int, available_bytes: int) -> P
 
 
 def _format_gib(size: int) -> str:
-    """Return a number of bytes as `1.23 GiB`."""
+    """Return bytes as text in GiB with three significant digits, such as `1.23 GiB`."""
     return f"{size / 2**30:.3g} GiB"
 
 
 def measure_step_bytes(trainer: Any, inputs: dict[str, Tensor]) -> int:
-    """Return the bytes that a trainer's only cell needs in a step.
+    """Run forward and backward pass of one batch; return the bytes that one cell needs in a training step.
 
     They are those of weights, gradients, two moments and activations. Activations are the peak of allocations
     on a GPU, and on a CPU, which does not count them, the tensors that the forward pass saves for the
@@ -165,11 +172,12 @@ def measure_step_bytes(trainer: Any, inputs: dict[str, Tensor]) -> int:
 
 @contextmanager
 def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Yield address -> bytes of each storage that forward passes inside save, the weights excluded."""
+    """Yield a dict that fills with {address: bytes} of storages saved for backward, without the weights."""
     weight_addresses = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved_bytes: dict[int, int] = {}
 
     def record_storage(tensor: Tensor) -> Tensor:
+        """Add the tensor's storage to `saved_bytes`, unless it is a weight's; return the tensor unchanged."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address not in weight_addresses:
@@ -181,7 +189,7 @@ def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def measure_free_bytes(device: str) -> int:
-    """Return the free memory of `device` in bytes; on a CPU at most what the control group allows."""
+    """Release unused memory, then return the free bytes of the GPU, or of the machine and control group."""
     release_memory()
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -196,7 +204,7 @@ _CGROUP_FILES = (
 
 
 def iterate_cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield the free bytes below the memory limit of this process's control group, if it has a limit."""
+    """Yield bytes below the memory limit, file caches counted as free, of each cgroup with a limit."""
     for limit, usage, reclaimable in _CGROUP_FILES:
         if (root / limit).exists() and (root / limit).read_text().strip() != "max":
             table = (root / limit).with_name("memory.stat").read_text().split()

@@ -25,7 +25,7 @@ ProgressUpdate = Callable[[int], None]
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as `1:02:03` or `2:03`."""
+    """Return seconds, rounded, as text: `1:02:03`, or below an hour `2:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -38,19 +38,22 @@ class Reporter:
         self.console = console or Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line to standard error, neither wrapped nor read as markup."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
-        """Show the progress of `total` units of work, `done` of which are done at the start."""
+        """Show progress in the block; yield a function to call with the units done so far, not an increment.
+
+        total: units of work. done: those done before this phase, which count as done so far.
+        """
         show = self._show_bar if self.console.is_terminal else self._print_progress_lines
         with show(name, total, done) as update:
             yield update
 
     @contextmanager
     def _show_bar(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
-        """Show a live bar with elapsed and remaining time."""
+        """Show a live bar with elapsed and remaining time; yield a function that sets the units done."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -65,11 +68,12 @@ class Reporter:
 
     @contextmanager
     def _print_progress_lines(self, name: str, total: int, done: int) -> Iterator[ProgressUpdate]:
-        """Print a line at the start, at each quarter and at the end."""
+        """Print a line at start, each quarter and end; yield a function that sets the units done so far."""
         start, quarter = time.monotonic(), done * 4 // max(total, 1)
         self.say(f"{name}: {done} of {total}")
 
         def update(count: int) -> None:
+            """Print a line with the time left if `count`, the units done so far, is in a new quarter."""
             nonlocal quarter
             if count * 4 // total > quarter and count < total:
                 quarter = count * 4 // total
@@ -82,7 +86,7 @@ class Reporter:
 
 
 def silence_libraries() -> None:
-    """Show only errors of transformers, datasets, accelerate and trl, and none of their progress bars."""
+    """Show only errors of transformers, datasets, accelerate and trl: no progress bars, no FutureWarning."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\..*")
     import datasets

@@ -11,9 +11,9 @@ from gkd_lab.training.checkpoints import list_complete_steps, quarantine_damaged
 
 
 def repair_unfinished_training(record: Record, options: RunOptions) -> None:
-    """Quarantine damaged checkpoints of a training to resume, and all of them if its history is incomplete.
+    """Rename damaged resume checkpoints; if rows of the history are missing, rename all and the history too.
 
-    The caller holds the record's lock.
+    Renamed files are not read again, so that the training starts earlier. The caller holds the record's lock.
     """
     for folder in quarantine_damaged_checkpoints(record.steps_folder):
         options.reporter.say(f"{folder.name}: damaged since it was written, set aside: {folder}")
@@ -30,9 +30,9 @@ def repair_unfinished_training(record: Record, options: RunOptions) -> None:
 
 
 def quarantine_damaged_result(record: Record, options: RunOptions) -> None:
-    """Quarantine a damaged model, teacher text or teacher scores of a finished record, to be built again.
+    """If a done record's model, text or scores are damaged, rename them and delete the status.
 
-    The caller holds the record's lock.
+    They count as missing then and are built again. The caller holds the record's lock.
     """
     damaged_file = find_damaged_file(record)
     if damaged_file is not None and record.read_status().get("state") == "done":
@@ -44,7 +44,7 @@ def quarantine_damaged_result(record: Record, options: RunOptions) -> None:
 
 
 def find_damaged_file(record: Record) -> Path | None:
-    """Return the first missing or changed file of a finished model, text or scores; None if intact."""
+    """Return the first model, text or score file that is missing or differs from its stored hash, or None."""
     for name, sha256 in (read_file_hashes(record.folder) or {}).items():
         path = record.folder / name
         if name.startswith(("checkpoint/", "scores/", "texts")) and _compute_current_sha256(path) != sha256:
@@ -53,7 +53,7 @@ def find_damaged_file(record: Record) -> Path | None:
 
 
 def _compute_current_sha256(path: Path) -> str | None:
-    """Return the SHA-256 of a file, None without a file; cached while time, size and inode are unchanged."""
+    """Return a file's SHA-256, or None without a file; cached while time, size and inode are unchanged."""
     if not path.is_file():
         return None
     file_status = path.stat()
@@ -62,5 +62,5 @@ def _compute_current_sha256(path: Path) -> str | None:
 
 @cache
 def _compute_sha256_once(path: Path, *_: int) -> str:
-    """Return the SHA-256 of a file; a process hashes a model that many packs load only once."""
+    """Return a file's SHA-256, cached in this process by path, time, size and inode, the arguments."""
     return compute_sha256(path)

@@ -30,7 +30,7 @@ class RunOutcome:
 
 
 def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
-    """Train and evaluate every cell of the grid and its reference models.
+    """Build the reference models, train and evaluate every cell; return failure lines and busy cell count.
 
     Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
     """
@@ -54,26 +54,29 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
         for pack in busy_packs:
             _report_skipped_cells(pack, "elsewhere", "another process works on it", options)
     for cell in tried_cells:
-        outcome.failures += _list_failures(options.store.get_record(cell), [cell], options)
+        outcome.failures += _list_failure_lines(options.store.get_record(cell), [cell], options)
     return outcome
 
 
 def split_packs(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
-    """Return the packs of a run; with several workers, small enough that each worker gets one."""
+    """Return the cells grouped into packs; with pack auto, small enough that each worker gets one."""
     if options.workers == 1 or options.pack != "auto":
         return group_cells_into_packs(cells, options.pack)
     return group_cells_into_packs(cells, min(AUTO_PACK_SIZE, max(1, math.ceil(len(cells) / options.workers))))
 
 
 def _lock_and_run_pack(pack: Sequence[Cell], options: RunOptions) -> list[Cell]:
-    """Run the cells of a pack that can be locked; return those that other processes have locked."""
+    """Train and evaluate the pack's cells that can be locked; return those that other processes hold."""
     with PackLock(pack, options) as lock:
         _run_pack(lock.locked_cells, options)
         return lock.busy_cells
 
 
 def _wait_and_run_busy_cells(busy_packs: list[list[Cell]], options: RunOptions) -> None:
-    """Wait until other processes release these cells, and run what they leave unfinished."""
+    """Try the busy packs again each second until every cell was locked; run what is unfinished.
+
+    Failures stay, even with `--retry-failed`.
+    """
     # A failure that another process has just recorded is not retried.
     options = replace(options, retry_failed=False)
     is_first = True
@@ -85,14 +88,14 @@ def _wait_and_run_busy_cells(busy_packs: list[list[Cell]], options: RunOptions) 
 
 
 def _format_waiting(cells: Sequence[Cell]) -> str:
-    """Return the message that names the cells waited for."""
+    """Return the message that this run waits for a cell, by fingerprint, or for several, by number."""
     if len(cells) == 1:
         return f"waiting for another process that works on the cell {cells[0].fingerprint}"
     return f"waiting for other processes that work on {len(cells)} cells"
 
 
 def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Train and evaluate the cells of a locked pack."""
+    """Train and evaluate cells that the caller has locked, and show them to the tracker; may be none."""
     with options.tracker.open_session():
         if cells:
             train_cells(cells, options)
@@ -103,7 +106,7 @@ def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
 
 
 def _report_skipped_cells(cells: Sequence[Cell], status: str, reason: str, options: RunOptions) -> None:
-    """Report to a sweep agent's run why its cell was not run by this process."""
+    """Send status and reason of cells not run by this process to the tracker, only under a sweep agent."""
     if options.tracker.tracks_finished_cells:
         with options.tracker.open_session():
             for cell in cells:
@@ -111,9 +114,12 @@ def _report_skipped_cells(cells: Sequence[Cell], status: str, reason: str, optio
 
 
 def _prepare_references(grid: Grid, options: RunOptions, outcome: RunOutcome) -> dict[str, str]:
-    """Build and evaluate teachers and SFT students; return full fingerprint -> error of those that failed."""
+    """Build and evaluate teachers and SFT students; return {full fingerprint: error} of those not built.
+
+    Failures of building and evaluating are also added to `outcome`.
+    """
     errors = {}
-    for role, model, cells in _iterate_unlocked_first(grid, options):
+    for role, model, cells in _iterate_references_locked_last(grid, options):
         try:
             record = artifacts.ensure_artifact(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
@@ -121,12 +127,12 @@ def _prepare_references(grid: Grid, options: RunOptions, outcome: RunOutcome) ->
             errors[model.full_fingerprint] = str(error)
             continue
         evaluate_reference(role, model, record, cells, options)
-        outcome.failures += _list_failures(record, cells, options)
+        outcome.failures += _list_failure_lines(record, cells, options)
     return errors
 
 
-def _iterate_unlocked_first(grid: Grid, options: RunOptions) -> Iterator[Reference]:
-    """Yield the reference models, last those that another process has locked when their turn comes."""
+def _iterate_references_locked_last(grid: Grid, options: RunOptions) -> Iterator[Reference]:
+    """Yield all reference models of the grid; one that is locked when its turn comes is yielded last."""
     locked_references = []
     for reference in list_references(grid.cells):
         if options.store.get_artifact(grid.scale, reference.role, reference.model).is_locked():
@@ -136,8 +142,8 @@ def _iterate_unlocked_first(grid: Grid, options: RunOptions) -> Iterator[Referen
     yield from locked_references
 
 
-def _list_failures(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:
-    """Return a line for a failed training and for each failed evaluation that the cells request."""
+def _list_failure_lines(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:
+    """Return a line (folder, error, status file) per failure: of training and of evaluations of `cells`."""
     evaluations = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
     parts: list[RecordPart] = [record, *map(record.get_evaluation, evaluations)]
     statuses = [(part, part.read_status()) for part in parts]

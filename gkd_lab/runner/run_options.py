@@ -39,17 +39,17 @@ class RunOptions:
 
     @property
     def store(self) -> Store:
-        """Records below the outputs folder."""
+        """The store of all records below the outputs folder."""
         return Store(self.outputs)
 
     @property
     def cache_folder(self) -> Path:
-        """Folder where slow data sources cache their rows."""
+        """Path of the folder where slow data sources cache their rows, `.cache` in the outputs."""
         return self.outputs / ".cache"
 
 
 def select_device() -> str:
-    """Return the device of models in evaluation; trainers choose theirs themselves."""
+    """Return `cuda` if a GPU is available, else `cpu`; for all but trainers, which choose theirs."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

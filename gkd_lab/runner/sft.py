@@ -43,7 +43,7 @@ OPTIMIZER_NAMES = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 
 
 def build_optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
-    """Return the optimizer and its schedule as arguments of transformers' Trainer."""
+    """Return optimizer, clipping, warm-up and linear cooldown as arguments of transformers' Trainer."""
     return {
         "optim": OPTIMIZER_NAMES[optimizer.name],
         "learning_rate": optimizer.learning_rate,
@@ -59,7 +59,7 @@ def build_optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
 
 
 def build_trainer_arguments(folder: Path, steps: int, save_every: int, log_every: int) -> dict[str, Any]:
-    """Return the arguments of transformers' Trainer that every training of this project shares."""
+    """Return the Trainer arguments of all trainings: steps, two checkpoints kept, logging, GPU if any."""
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -83,11 +83,11 @@ class HistoryCallback(TrainerCallback):
         self.update_progress, self.record = update_progress, record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Update the progress bar."""
+        """Set the progress to the number of optimizer steps done."""
         self.update_progress(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write loss, gradient norm and learning rate into the record's history."""
+        """Append step, loss, gradient norm, learning rate to the record's history; skip logs without loss."""
         if self.record is not None and "loss" in (logs or {}):
             names = ("loss", "grad_norm", "learning_rate")
             self.record.log_row(
@@ -106,7 +106,10 @@ def fine_tune(
     save_every: int,
     log_every: int,
 ) -> None:
-    """Train `model` in place on completions or labels; resume from the record's checkpoints."""
+    """Train `model` in place on completions or labels, from the record's last checkpoint; return nothing.
+
+    If that checkpoint has all steps, only its weights are loaded. The final model is not exported.
+    """
     folder = record.steps_folder
     done_steps = max(list_complete_steps(folder), default=0)
     checkpoint = build_checkpoint_path(str(folder), done_steps) if done_steps else None
@@ -141,7 +144,7 @@ def fine_tune(
 def _create_causal_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
-    """Return TRL's SFTTrainer for a decoder-only model, without loss on the prompts."""
+    """Return TRL's SFTTrainer for a decoder-only model, with loss on completions and not on prompts."""
     from trl import SFTConfig, SFTTrainer
 
     rows = [
@@ -168,11 +171,12 @@ def _create_causal_trainer(
 def _create_classifier_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[LabelledExample], arguments: dict[str, Any]
 ) -> Trainer:
-    """Return transformers' Trainer for a classifier."""
+    """Return transformers' Trainer for a classifier and its labelled examples."""
     kind = get_classifier_kind(model)
     assert kind is not None, "a classifier"
 
     def collate_rows(rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
+        """Pad labelled examples into one batch of the classifier's forward arguments, labels included."""
         return build_transformers_batch(collate_labelled_rows(rows, tokenizer.pad_token_id, kind), kind)
 
     return Trainer(
@@ -187,7 +191,7 @@ def _create_classifier_trainer(
 def _create_seq2seq_trainer(
     model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], arguments: dict[str, Any]
 ) -> Trainer:
-    """Return transformers' Seq2SeqTrainer for an encoder-decoder model."""
+    """Return transformers' Seq2SeqTrainer for an encoder-decoder: prompts are inputs, completions labels."""
     rows = [{"input_ids": example.prompt_ids, "labels": example.completion_ids} for example in examples]
     return Seq2SeqTrainer(
         model=model,

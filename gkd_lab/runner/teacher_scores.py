@@ -23,7 +23,10 @@ SCORES_FOLDER, TOKENIZER_FOLDER = "scores", "tokenizer"
 
 
 def ensure_teacher_scores(scores: TeacherScoresSpec, scale: str, options: RunOptions) -> Record:
-    """Return the finished record of a teacher's scores, computed now if missing. Raises RecordedFailure."""
+    """Return the record of a teacher's scores, computed now if missing; it may be a stored failed record.
+
+    Raises RecordedFailure where computing fails now; `load_cached_teacher` raises for a failed record.
+    """
     record = options.store.get_teacher_scores(scale, scores)
     build = partial(_write_teacher_scores, scores=scores, scale=scale, options=options)
     artifacts.ensure_teacher_output(record, "teacher's scores", build, options)
@@ -32,7 +35,7 @@ def ensure_teacher_scores(scores: TeacherScoresSpec, scale: str, options: RunOpt
 
 
 def load_cached_teacher(record: Record) -> CachedTeacher:
-    """Return a teacher that reads its scores from a record, with its tokenizer; its model is not loaded."""
+    """Return a teacher that reads its scores from a done record, with its tokenizer. ValueError if failed."""
     status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(
@@ -44,7 +47,7 @@ def load_cached_teacher(record: Record) -> CachedTeacher:
 
 
 def _write_teacher_scores(record: Record, scores: TeacherScoresSpec, scale: str, options: RunOptions) -> None:
-    """Load the teacher, score every row of the training split, and finish the record."""
+    """Score every training row's completion by the teacher, write the scores, and mark the record done."""
     record.write_spec(scores)
     teacher = artifacts.load_artifact(
         artifacts.ensure_artifact("teacher", scores.teacher, scale, options), scores.teacher

@@ -22,14 +22,20 @@ TEXTS_FILE = "texts.jsonl"
 
 
 def ensure_teacher_text(text: TeacherTextSpec, scale: str, options: RunOptions) -> Record:
-    """Return the finished record of a teacher's text, written now if missing. Raises RecordedFailure."""
+    """Return the record of a teacher's text, generated now if missing; it may be a stored failed record.
+
+    Raises RecordedFailure where generating fails now; `apply_teacher_text` raises for a failed record.
+    """
     record = options.store.get_teacher_text(scale, text)
     build = partial(_write_teacher_text, text=text, scale=scale, options=options)
     return artifacts.ensure_teacher_output(record, "teacher's text", build, options)
 
 
 def apply_teacher_text(examples: Sequence[Example], record: Record) -> list[Example]:
-    """Return the examples with the teacher's completions. Raises ValueError where the text failed."""
+    """Return the examples with the teacher's stored token ids as completions. ValueError if the text failed.
+
+    The same error where there is not one text per example.
+    """
     status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(f"the teacher's text failed: {status.get('error')} (see {record.status_file})")
@@ -44,7 +50,7 @@ def apply_teacher_text(examples: Sequence[Example], record: Record) -> list[Exam
 
 
 def _write_teacher_text(record: Record, text: TeacherTextSpec, scale: str, options: RunOptions) -> None:
-    """Load the teacher, let it complete every prompt of the training split, and finish the record."""
+    """Generate the teacher's completions of all training prompts, write `texts.jsonl`, finish the record."""
     record.write_spec(text)
     teacher = artifacts.load_artifact(
         artifacts.ensure_artifact("teacher", text.teacher, scale, options), text.teacher
@@ -73,7 +79,7 @@ def _generate_in_batches(
     examples: Sequence[Example],
     update_progress: Callable[[int], None],
 ) -> list[list[int]]:
-    """Return the token ids of the teacher's completions, in order; prompts are batched by length."""
+    """Return unpadded token ids of one completion per example, in their order; batches are by length."""
     decoding, tokenizer = text.text, teacher.tokenizer
     end_ids = collect_end_ids(teacher.model, tokenizer)
     uniforms = None

@@ -25,23 +25,26 @@ class Tracker:
 
     @contextmanager
     def open_session(self) -> Iterator[None]:
-        """Finish the runs that were started inside this block, each with its record's status."""
+        """Yield and do nothing; a subclass closes the runs started in the block, by their records' status."""
         yield
 
     def start_run(self, cell: Cell, record: Record) -> None:
-        """Open or resume the cell's run, and send what its record already holds."""
+        """Do nothing; a subclass opens or resumes the cell's run and sends what its record holds."""
 
     def log_row(self, record: Record, row: Mapping[str, Any]) -> None:
-        """Send a row of the record's history."""
+        """Do nothing; a subclass sends a row of the record's history."""
 
     def log_scores(self, record: Record) -> None:
-        """Send the scores of the record that were not sent before."""
+        """Do nothing; a subclass sends the record's scores that were not sent before."""
 
     def finish_run(self, record: Record) -> None:
-        """Finish the record's run with the status that the record holds."""
+        """Do nothing; a subclass closes the record's run with the status that the record holds."""
 
     def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
-        """Report that this process did not run the cell; the status `failed` counts as a failure."""
+        """Do nothing; a subclass sends why this process did not run the cell.
+
+        The status `failed` counts as a failure.
+        """
 
 
 class TrackedRun(Protocol):
@@ -81,6 +84,7 @@ class MirrorTracker(Tracker):
 
     @contextmanager
     def open_session(self) -> Iterator[None]:
+        """Close all open runs after the block, by record status; on an error, unfinished as interrupted."""
         try:
             yield
         except BaseException as error:
@@ -96,6 +100,7 @@ class MirrorTracker(Tracker):
             self.finish_run(record)
 
     def start_run(self, cell: Cell, record: Record) -> None:
+        """Open or resume the cell's run, send its history and scores; nothing after two failures in a row."""
         if record in self._runs or self._failed_in_a_row >= MAX_OPEN_ATTEMPTS:
             return
         with self._ignore_errors(record):
@@ -107,6 +112,7 @@ class MirrorTracker(Tracker):
         self.log_scores(record)
 
     def log_row(self, record: Record, row: Mapping[str, Any]) -> None:
+        """Send a history row at its `step` if that was not sent before; nothing if no run is open."""
         if record in self._runs:
             _, run = self._runs[record]
             values = {name: value for name, value in row.items() if name != "step"}
@@ -114,6 +120,7 @@ class MirrorTracker(Tracker):
                 self._send_values(record, values, row["step"])
 
     def log_scores(self, record: Record) -> None:
+        """Send scores that the run lacks, at a step after the training's last; nothing if no run is open."""
         if record in self._runs:
             cell, run = self._runs[record]
             scores = collect_scores(cell, record)
@@ -123,17 +130,19 @@ class MirrorTracker(Tracker):
                 run.logged_scores.update(new_scores)
 
     def finish_run(self, record: Record) -> None:
+        """Close the record's open run, if any, with scores and status; exit code 0 if all is done, else 1."""
         if record in self._runs:
             cell, _ = self._runs[record]
             status = summarize_status(cell, record)
             self._end_run(record, {**collect_scores(cell, record), **status}, int(status["status"] != "done"))
 
     def report_skipped(self, cell: Cell, record: Record, status: str, reason: str) -> None:
+        """Open the cell's run and close it with this status and reason; exit code 1 only for `failed`."""
         self.start_run(cell, record)
         self._end_run(record, {"status": status, "error": reason}, int(status == "failed"))
 
     def _send_values(self, record: Record, values: Mapping[str, Any], step: int) -> None:
-        """Send values to the record's run and move its next step."""
+        """Send values at `step` to the record's open run, and set its next step to `step` + 1."""
         _, run = self._runs[record]
         with self._ignore_errors(record):
             run.log(values, step)
@@ -142,7 +151,7 @@ class MirrorTracker(Tracker):
     def _end_run(
         self, record: Record, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool = False
     ) -> None:
-        """Close the record's run, if it has one, with a summary and an exit status."""
+        """Close and forget the record's run, if it has one, sending a summary and an exit code."""
         if record in self._runs:
             _, run = self._runs.pop(record)
             with self._ignore_errors(record):
@@ -150,7 +159,7 @@ class MirrorTracker(Tracker):
 
     @contextmanager
     def _ignore_errors(self, record: Record) -> Iterator[None]:
-        """Drop the record's run on any error of the tracker, with one warning for all runs."""
+        """Swallow an error in the block: forget the record's run, and print a warning, once per tracker."""
         try:
             yield
         except Exception as error:
@@ -164,7 +173,7 @@ class MirrorTracker(Tracker):
 
 
 def build_run_config(cell: Cell, experiment: str) -> dict[str, Any]:
-    """Return a run's config: the axis values, names, fingerprints and the resolved specification."""
+    """Return a run's config: axis values, experiment, scale, fingerprints, training and evaluation specs."""
     return {
         **cell.labels,
         "experiment": experiment,
@@ -177,7 +186,7 @@ def build_run_config(cell: Cell, experiment: str) -> dict[str, Any]:
 
 
 def collect_scores(cell: Cell, record: Record) -> dict[str, float]:
-    """Return `<evaluation>/<metric>` -> value for each score, named as the table's columns."""
+    """Return {`EVALUATION/METRIC`: value} of the cell's stored scores, named as the table's columns."""
     names = name_evaluations(cell.evaluations)
     return {
         f"{names[evaluation.folder]}/{metric}": score["value"]
@@ -187,9 +196,10 @@ def collect_scores(cell: Cell, record: Record) -> dict[str, float]:
 
 
 def summarize_status(cell: Cell, record: Record) -> dict[str, Any]:
-    """Return `status` of the cell as a whole, and of a failed cell the last line of its first `error`.
+    """Return a dict: `status`, worst of training and evaluations; `error`, the first failure's last line.
 
-    What is unfinished counts as missing, because this process holds the cell's lock.
+    The error is that of the first failed part. What is unfinished counts as missing, because this process
+    holds the cell's lock.
     """
     statuses = [record.read_status(), *(record.get_evaluation(e).read_status() for e in cell.evaluations)]
     training, *evaluations = (status.get("state") for status in statuses)
@@ -199,14 +209,20 @@ def summarize_status(cell: Cell, record: Record) -> dict[str, Any]:
 
 
 def replay_records(grid: Grid, store: Store, tracker: Tracker) -> None:
-    """Send the records of finished cells to the tracker, without training and without torch."""
+    """Send the stored history, scores and status of each cell of the grid to a tracker run of its own.
+
+    Nothing is trained, and torch is not loaded.
+    """
     with tracker.open_session():
         for cell in grid.cells:
             tracker.start_run(cell, store.get_record(cell))
 
 
 def create_tracker(name: TrackerName, experiment: str, outputs: Path, reporter: Reporter) -> Tracker:
-    """Return the tracker of one invocation. Raises ConfigError where its package is missing."""
+    """Return a tracker of wandb or trackio, or for `none` one that does nothing.
+
+    Raises ConfigError where trackio is requested but not installed.
+    """
     if name == "none":
         return Tracker()
     if name == "wandb":

@@ -18,7 +18,7 @@ class TrackioClient:
         self.experiment, self._trackio = experiment, _import_trackio()
 
     def open_run(self, cell: Cell, config: dict[str, Any]) -> "TrackioRun":
-        """Open the run of a cell, or resume the run of the same name."""
+        """Open a run named after the cell's folder, or resume the run of that name; other runs stay open."""
         begin = partial(
             self._trackio.init,
             project=WANDB_PROJECT,
@@ -42,18 +42,18 @@ class TrackioRun:
         self.logged_scores: set[str] = set()
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Send a row of the history."""
+        """Send a row of values at a step."""
         self._run.log(dict(row), step=step)
 
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
-        """Send a last row with the status, and finish the run."""
+        """Send summary and exit code as a last row, and finish the run; `interrupted` has no effect."""
         self._run.log({**summary, "exit_code": exit_code}, step=self.next_step)
         with _discard_stdout():
             self._run.finish()
 
 
 def _import_trackio() -> Any:
-    """Return the module trackio. Raises ConfigError where it is not installed."""
+    """Import and return the module trackio. Raises ConfigError where it is not installed."""
     try:
         import trackio
     except ImportError as error:
@@ -65,6 +65,6 @@ def _import_trackio() -> Any:
 
 @contextlib.contextmanager
 def _discard_stdout() -> Iterator[None]:
-    """Discard what trackio prints, because standard output is for a command's result."""
+    """Discard all standard output of the block: what trackio prints is no result of a command."""
     with open(os.devnull, "w") as null_file, contextlib.redirect_stdout(null_file):
         yield

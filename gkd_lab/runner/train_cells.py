@@ -42,7 +42,10 @@ from gkd_lab.training.pack_trainer import AllCellsFailed
 
 
 def train_cells(cells: Sequence[Cell], options: RunOptions) -> None:
-    """Train the unfinished cells of a locked pack; a failure is stored in the cell's record."""
+    """Train those cells of a locked pack that have no status; store failures in their records, raise none.
+
+    With `--retry-failed`, failed cells are trained again. Errors of the machine are raised.
+    """
     unfinished_cells = []
     for cell in cells:
         record = options.store.get_record(cell)
@@ -58,14 +61,14 @@ def train_cells(cells: Sequence[Cell], options: RunOptions) -> None:
         run_packs(
             unfinished_cells,
             options.store.get_record,
-            partial(_limit_training_pack, unfinished_cells, options),
+            partial(_measure_training_capacity, unfinished_cells, options),
             partial(_train_in_micro_batches, options=options),
             options,
         )
 
 
 def _train_in_micro_batches(cells: list[Cell], limit_reason: str, options: RunOptions) -> None:
-    """Train a pack; split the batches of a single cell further each time it runs out of memory."""
+    """Train a pack; if a single cell runs out of memory, try again with more micro-batches per step."""
     micro_batches = 1
     while True:
         try:
@@ -114,7 +117,10 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
 
 
 def _resume_pack(pack: Pack, records: Sequence[Record], options: RunOptions) -> int:
-    """Load the last checkpoint that all records have into the pack; return its step, 0 without one."""
+    """Load the newest checkpoint that all records have into the pack; return its step, 0 without one.
+
+    Damaged checkpoints are set aside first. The records' histories are cut back to that step.
+    """
     for record in records:
         repair_unfinished_training(record, options)
     common_steps = set.intersection(*(list_complete_steps(record.steps_folder) for record in records))
@@ -136,7 +142,7 @@ def _run_trainer(
     options: RunOptions,
     micro_batches: int,
 ) -> None:
-    """Train the pack from `start_step` to its end; a cell that fails is marked as failed at once."""
+    """Train the pack in place from `start_step` to the last step; mark a cell failed as soon as it fails."""
     training = cells[0].training
     steps_folders = [options.store.get_record(cell).steps_folder for cell in cells]
     name = (
@@ -154,7 +160,7 @@ def _run_trainer(
 
 
 def _describe_pack(cells: Sequence[Cell], limit_reason: str) -> dict[str, Any]:
-    """Return the provenance of a pack: its cells, threads, device, and why it is no larger."""
+    """Return provenance entries: `pack` (fingerprints), `threads`, `device`, `pack_limit` (why no larger)."""
     unpackable_reason = explain_unpackable(cells[0])
     reason = f"alone: {unpackable_reason}" if unpackable_reason else limit_reason
     return {
@@ -165,8 +171,11 @@ def _describe_pack(cells: Sequence[Cell], limit_reason: str) -> dict[str, Any]:
     }
 
 
-def _limit_training_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """Return how many cells fit into memory as one model; a requested pack size is not measured."""
+def _measure_training_capacity(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
+    """Return how many cells to train as one model: what memory allows if `pack` is auto, otherwise all.
+
+    The memory of one cell is measured in a step on the longest examples.
+    """
     if options.pack != "auto" or len(cells) == 1:
         return PackCapacity(len(cells))
     student, teacher = load_sft_student(cells[0], options), load_teacher(cells[0], options)
@@ -184,7 +193,10 @@ def _limit_training_pack(cells: Sequence[Cell], options: RunOptions) -> PackCapa
 
 
 def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:
-    """Return the largest batch of these cells: the longest examples, with completions of maximum length."""
+    """Return input tensors as large as one cell's longest batch, sampled completions at their limit.
+
+    The tokens are zeros, except with cached scores, which exist for the examples' own tokens only.
+    """
     training = cells[0].training
     by_length = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))
     longest = by_length[-training.batch_size :]
@@ -207,7 +219,7 @@ def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> 
 
 
 def _build_pack(members: Sequence[Any]) -> Pack:
-    """Pack models as one; a single model of any architecture stays as it is. Raises CannotPack."""
+    """Return the models as one pack; a single model of any architecture is allowed. Raises CannotPack."""
     try:
         return Pack.build(members)
     except CannotPack:
@@ -217,7 +229,7 @@ def _build_pack(members: Sequence[Any]) -> Pack:
 
 
 def load_trained_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
-    """Load trained cells as one model, with their tokenizer. Raises CannotPack."""
+    """Return (pack of the cells' trained models in order, the first cell's tokenizer). Raises CannotPack."""
     training = cells[0].training
     precision = "fp64" if training.precision == "fp64" else "fp32"
     folders = [options.store.get_record(cell).checkpoint for cell in cells]

@@ -20,7 +20,7 @@ from gkd_lab.teachers.teacher import Teacher
 
 
 def load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
-    """Load the SFT student in the dtype of the training, after building it if it does not exist."""
+    """Return the cell's SFT student in fp32, or in fp64 for an fp64 training; build it first if missing."""
     student = cell.training.start
     loaded = artifacts.load_artifact(
         artifacts.ensure_artifact("start", student, cell.scale, options), student
@@ -30,7 +30,7 @@ def load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
 
 
 def load_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
-    """Load the first teacher: a live model, its cached scores, or a client of its server."""
+    """Return the first teacher: client of its server, reader of its cached scores, or the live model."""
     teacher, scores = cell.training.teacher, cell.training.scores_spec
     if teacher.model.served is not None:
         return _connect_served_teacher(cell, options)
@@ -43,7 +43,10 @@ def load_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
 
 
 def _connect_served_teacher(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
-    """Return a client of the teacher's server; its tokenizer defaults to the student's."""
+    """Return a client of the teacher's server as model, with the tokenizer that the spec names.
+
+    Without a name it is the SFT student's, which is built if missing.
+    """
     model, student = cell.training.teacher.model, cell.training.start
     tokenizer_source = (
         model.path
@@ -58,7 +61,7 @@ def _connect_served_teacher(cell: Cell, options: RunOptions) -> artifacts.Loaded
 
 
 def load_extra_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
-    """Load the teachers besides the first, in the order of their indices from 1 on."""
+    """Return the cell's teachers 1, 2, ... in order, without the first (0); build them if missing."""
     training = cell.training
     teachers = []
     for index, model in enumerate(training.teachers, start=1):
@@ -71,9 +74,10 @@ def load_extra_teachers(cell: Cell, options: RunOptions) -> list[Teacher]:
 def load_examples(
     cell: Cell, tokenizer: Any, records: Sequence[Record], options: RunOptions
 ) -> list[Example]:
-    """Load the training examples in the student's tokens, with the teacher's completions where it wrote them.
+    """Return the cell's examples in the student's tokens, the first `train_rows` of the training split.
 
-    records: those of the pack; each stores the counts of truncated and omitted rows.
+    Completions are the teacher's where the spec asks for its text. records: those of the pack; each stores
+    the counts of truncated and omitted rows.
     """
     training = cell.training
     rows = load_split(training.task, training.data, "train", options.cache_folder)

@@ -42,7 +42,7 @@ class WandbClient:
         self._has_reported = False
 
     def open_run(self, cell: Cell, config: dict[str, Any]) -> "WandbRun":
-        """Open the run of a cell, offline where there is no login or no answer."""
+        """Open or resume the cell's run; offline without a login, or if the server refuses the first run."""
         wandb.setup(settings=wandb.Settings(silent=True))
         self._mode = self._mode or _choose_mode()
         try:
@@ -60,7 +60,7 @@ class WandbClient:
         return WandbRun(run)
 
     def _init_run(self, cell: Cell, config: dict[str, Any]) -> Any:
-        """Call `wandb.init` for a cell; a sweep agent has set project and id itself."""
+        """Return `wandb.init`'s run of a cell; project and id are set here, except under a sweep agent."""
         has_agent = is_sweep_agent()
         identity: dict[str, Any] = (
             {} if has_agent else {"project": _choose_project(), "id": build_run_id(cell)}
@@ -78,7 +78,7 @@ class WandbClient:
         )
 
     def _report_location(self, run: Any) -> None:
-        """Print once where the runs are: a web page, or the command that sends them."""
+        """Print, at the first run only, its web page, or if offline the command that sends the runs."""
         if self._has_reported:
             return
         self._has_reported = True
@@ -98,11 +98,11 @@ class WandbRun:
         self.logged_scores = set(run.summary.keys())
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Send a row of the history at once."""
+        """Send a row of values at a step, at once."""
         self._run.log(dict(row), step=step, commit=True)
 
     def end(self, summary: Mapping[str, Any], exit_code: int, *, interrupted: bool) -> None:
-        """Write the summary and finish the run; an agent may resume an interrupted run of a sweep."""
+        """Write the summary and finish the run; `interrupted` lets a sweep agent resume it."""
         self._run.summary.update(dict(summary))
         if interrupted:
             self._run.mark_preempting()
@@ -110,7 +110,7 @@ class WandbRun:
 
 
 def report_refused_parameters(reason: str) -> None:
-    """Report to the agent's run why its parameters are no valid cell; ignore errors of wandb."""
+    """End the sweep agent's run as failed with `reason`: no valid cell; ignore errors of wandb."""
     with suppress(Exception):
         wandb.setup(settings=wandb.Settings(silent=True))
         run = wandb.init(mode=_choose_mode(), settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()))
@@ -119,33 +119,36 @@ def report_refused_parameters(reason: str) -> None:
 
 
 def is_sweep_agent() -> bool:
-    """Return whether a sweep agent started this process, which then has only the agent's run."""
+    """Return whether a wandb sweep agent started this process, by WANDB_SWEEP_ID in the environment."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def build_run_id(cell: Cell) -> str:
-    """Return the run id of a cell, from its fingerprint alone, so that a resumed cell resumes its run."""
+    """Return the fingerprint's first 16 digits as run id, so that a resumed cell resumes its run."""
     return cell.full_fingerprint[:16]
 
 
 def build_run_name(cell: Cell) -> str:
-    """Return the run name of a cell: its folder below the scale's."""
+    """Return the cell's folder without the scale as run name: `TASK/CELL`."""
     return cell.folder.partition("/")[2]
 
 
 def _choose_project() -> str:
-    """Return the project of WANDB_PROJECT, or the default."""
+    """Return the project in the variable WANDB_PROJECT, or this project's default."""
     return os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
 
 
 def _choose_mode() -> Mode | None:
-    """Return None to obey WANDB_MODE, else online with a login and offline without; never ask for a key."""
+    """Return None if WANDB_MODE is set, which wandb obeys; else `online` with a login, else `offline`.
+
+    Never asks for a key.
+    """
     if os.environ.get("WANDB_MODE"):
         return None
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def _choose_timeouts() -> dict[str, float]:
-    """Return the timeouts for the server that no variable of wandb sets."""
+    """Return settings `init_timeout` and `finish_timeout` in seconds, without those set by environment."""
     limits = {"init_timeout": INIT_TIMEOUT_SECONDS, "finish_timeout": FINISH_TIMEOUT_SECONDS}
     return {name: float(value) for name, value in limits.items() if f"WANDB_{name.upper()}" not in os.environ}

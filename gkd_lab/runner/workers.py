@@ -39,7 +39,7 @@ class WorkerPool:
             reader.start()
 
     def wait(self) -> int:
-        """Wait for all workers; return the worst exit status, or 128 plus a received signal.
+        """Wait for all workers; return the largest exit status, or 128 plus the first signal received here.
 
         A killed worker counts as exit status 1.
         """
@@ -55,13 +55,13 @@ class WorkerPool:
         return max(1 if code < 0 else code for code in codes)
 
     def _enumerate_streams(self) -> Iterator[tuple[int, IO[str]]]:
-        """Yield the number and the standard error of each worker."""
+        """Yield (number from 1, standard error stream) of each worker."""
         for number, process in enumerate(self._processes, 1):
             assert process.stderr is not None
             yield number, process.stderr
 
     def _relay_output(self, number: int, lines: IO[str]) -> None:
-        """Print a worker's lines with its number; collect the failures, each once."""
+        """Print a worker's lines with its number; add lines of failures to `failures` instead, each once."""
         for line in lines:
             text = line.rstrip("\n")
             if text.startswith(FAILURE_PREFIX):
@@ -71,10 +71,11 @@ class WorkerPool:
 
     @contextmanager
     def _forward_signals(self) -> Iterator[list[int]]:
-        """Forward every SIGINT and SIGTERM to the workers; yield the list of received signals."""
+        """In the block, forward SIGINT and SIGTERM to all workers; yield a list that receives the signals."""
         received_signals: list[int] = []
 
         def forward(number: int, _: object) -> None:
+            """Handle a signal: add it to the list and send it to every worker."""
             received_signals.append(number)
             for process in self._processes:
                 process.send_signal(number)
@@ -89,7 +90,10 @@ class WorkerPool:
 
 
 def clear_failures(grid: Grid, store: Store) -> None:
-    """Clear all failures once, before the workers start: no worker retries what another has just tried."""
+    """Delete the failed status of every reference, cell, evaluation, teacher text and scores of the grid.
+
+    Once, before the workers start: no worker retries what another has just tried. Locked records keep theirs.
+    """
     for role, model, cells in list_references(grid.cells):
         _clear_record_failures(store.get_artifact(grid.scale, role, model), cells)
     for cell in grid.cells:
@@ -101,7 +105,7 @@ def clear_failures(grid: Grid, store: Store) -> None:
 
 
 def _clear_record_failures(record: Record, cells: Sequence[Cell]) -> None:
-    """Clear the failures of a record and its evaluations, unless another process has locked it."""
+    """Delete failed statuses of a record and its evaluations by `cells`; none if another process locks it."""
     parts = [record.get_evaluation(evaluation) for cell in cells for evaluation in cell.evaluations]
     if any(part.read_status().get("state") == "failed" for part in (record, *parts)):
         with suppress(Timeout), record.lock().acquire(timeout=0.2):
@@ -110,7 +114,7 @@ def _clear_record_failures(record: Record, cells: Sequence[Cell]) -> None:
 
 
 def count_worker_threads(workers: int) -> int:
-    """Return the threads of each worker: its share of the cores, at least 1 and at most OMP_NUM_THREADS."""
+    """Return the threads of each worker: cores divided by workers, at least 1 and at most OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     variable = os.environ.get("OMP_NUM_THREADS", "")
     max_threads = int(variable) if variable.isdecimal() and int(variable) > 0 else cores
@@ -118,7 +122,10 @@ def count_worker_threads(workers: int) -> int:
 
 
 def _start_worker(command: Sequence[str], number: int, count: int) -> "subprocess.Popen[str]":
-    """Start a worker in a session of its own, so that Ctrl-C reaches it once, through its parent."""
+    """Start and return process `number` of `count`, in its own session; its standard error is a pipe.
+
+    In its own session, Ctrl-C reaches it once, through its parent.
+    """
     return subprocess.Popen(
         [*command, "--worker", f"{number}/{count}"],
         stdin=subprocess.PIPE,
@@ -131,9 +138,10 @@ def _start_worker(command: Sequence[str], number: int, count: int) -> "subproces
 
 
 def stop_with_parent() -> None:
-    """Send SIGTERM to this worker when its parent ends, which closes this process's standard input."""
+    """Start a thread that sends SIGTERM to this worker when its parent ends, which closes standard input."""
 
     def watch() -> None:
+        """Wait until standard input ends, then send SIGTERM to this process."""
         os.read(sys.stdin.fileno(), 1)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -11,7 +11,7 @@ import torch
 
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError
-from gkd_lab.runner.checkpoint_callback import _encode_averages, _restore_averages
+from gkd_lab.runner.checkpoint_callback import _encode_metric_sums, _restore_metric_sums
 from gkd_lab.runner.progress import silence_libraries
 from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
@@ -72,7 +72,7 @@ def test_stored_averages_are_restored_by_a_pack_with_fewer_rewards() -> None:
     before.add_term_losses(torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]))
     before.n_batches = 1
     alone = MetricAccumulator(1, [["divergence", "reward"]])
-    _restore_averages(alone, 0, _encode_averages(before, 0))
+    _restore_metric_sums(alone, 0, _encode_metric_sums(before, 0))
     (row,) = alone.pop_means()
     assert (row["reward"], row["advantage_std"]) == (0.5, 0.25)
     assert (row["loss/divergence"], row["loss/reward"]) == (1, 2)
