@@ -47,9 +47,10 @@ def encode_rows(
     max_input_tokens: int,
     max_output_tokens: int,
 ) -> tuple[list[Example], TruncationCounts]:
-    """Encode (prompt, target) texts; each is truncated by itself, a decoder's prompt at its beginning.
+    """Encode (prompt, target) texts, truncated to the limits; return (examples, counts of truncated rows).
 
-    The target ends with the end of sequence, which counts against its limit.
+    A decoder's prompt loses its beginning, everything else its end. The target ends with the end of
+    sequence, which counts against its limit.
     """
     kind = {"is_encoder_decoder": is_encoder_decoder}
     prompts = tokenize_prompts(tokenizer, [p for p, _ in rows], **kind)
@@ -70,7 +71,7 @@ def encode_rows(
 
 
 def collate_examples(examples: Sequence[Example], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
-    """Pad examples into tensors: a decoder's prompts on the left, everything else on the right."""
+    """Pad examples into one `Sequences`: a decoder's prompts on the left, everything else on the right."""
     prompts = _pad_rows([e.prompt_ids for e in examples], pad_id, left=not is_encoder_decoder)
     completions = _pad_rows([e.completion_ids for e in examples], pad_id, left=False)
     return Sequences(
@@ -87,7 +88,7 @@ def _make_index_column(indices: Sequence[int]) -> Tensor | None:
 
 
 def _pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Pad lists of ids on one side into (ids, mask), both (N, longest row)."""
+    """Return (ids, mask), both (N, longest row), of lists of ids padded on the left or right."""
     width = max(1, *(len(row) for row in rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -121,7 +122,7 @@ class EpochCallback(TrainerCallback):
     batch_sampler: "KeyedBatchSampler | None" = None
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Set the sampler's epoch."""
+        """Set the epoch of `batch_sampler`, if there is one, to the trainer's epoch, rounded down."""
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(int(state.epoch or 0))
 
@@ -150,7 +151,7 @@ class KeyedBatchSampler(Sampler[list[int]]):
             raise ValueError(f"{num_rows} rows are fewer than one batch of {batch_size}")
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order of the rows."""
+        """Set the epoch, which together with each seed determines the order of the rows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -163,5 +164,5 @@ class KeyedBatchSampler(Sampler[list[int]]):
             yield [row for order in orders for row in order[start : start + self.rows_per_seed]]
 
     def _order_rows(self, seed: int) -> Sequence[int]:
-        """Return the order of the rows in this epoch for one seed."""
+        """Return all row indices in this epoch's random order for one seed; in order unless `shuffled`."""
         return draw_permutation(seed, self.epoch, self.num_rows) if self.shuffled else range(self.num_rows)

@@ -43,7 +43,7 @@ class LabelledExample:
     teacher_index: int = -1
 
     def truncate(self, max_tokens: int) -> "LabelledExample":
-        """Keep the first `max_tokens` tokens, with their labels if each token has one."""
+        """Return a copy with the first `max_tokens` tokens, and their labels if each token has one."""
         labels = self.labels[:max_tokens] if len(self.labels) == len(self.input_ids) else self.labels
         types = None if self.token_type_ids is None else self.token_type_ids[:max_tokens]
         return replace(self, input_ids=self.input_ids[:max_tokens], labels=labels, token_type_ids=types)
@@ -67,7 +67,7 @@ def encode_labelled_rows(
     *,
     max_input_tokens: int,
 ) -> tuple[list[LabelledExample], TruncationCounts]:
-    """Encode (text, target) pairs and truncate them; count the truncated rows.
+    """Encode (text, target) pairs; return (examples cut to their first tokens, counts of truncated rows).
 
     A target is a label's name, one tag per word, or a number.
     """
@@ -79,7 +79,7 @@ def encode_labelled_rows(
 
 
 def _build_classification_row(kind: ClassifierKind, text: str, target: str) -> Row:
-    """Build a dataset row from a text and its written target."""
+    """Return a dataset row: tokens and labels split at spaces for tags, else text and one label or number."""
     if kind == "token-classification":
         return {"tokens": text.split(), "labels": target.split()}
     return {"text": text, "label": float(target) if kind == "regression" else target}
@@ -122,7 +122,7 @@ class LabelledRowEncoder:
         return LabelledExample(ids, self._encode_labels(row, label_indices), types, read_teacher_index(row))
 
     def _tokenize_row(self, row: Row) -> tuple[list[int], list[int] | None, list[int | None]]:
-        """Return token ids, token type ids, and for each token the index of its label (None: no label)."""
+        """Return (token ids, token type ids or None, index of each token's label in the row or None)."""
         if "input_ids" in row:
             ids = [int(i) for i in row["input_ids"]]
             real = [n for n, is_real in enumerate(row.get("attention_mask", [1] * len(ids))) if is_real]
@@ -142,7 +142,10 @@ class LabelledRowEncoder:
         return ids, encoding.get("token_type_ids"), self._map_tokens_to_labels(encoding, is_split, len(ids))
 
     def _map_tokens_to_labels(self, encoding: Any, is_split: bool, count: int) -> list[int | None]:
-        """Return for each token the index of its label in the row; None: no label."""
+        """Return for each token its label's index: only a word's first piece has one, the others None.
+
+        All are None if the whole row has one label.
+        """
         if self.kind != "token-classification":
             return [None] * count
         if not self.tokenizer.is_fast:
@@ -157,7 +160,7 @@ class LabelledRowEncoder:
         return [word if word not in words[:n] else None for n, word in enumerate(words)]
 
     def _encode_labels(self, row: Row, label_indices: Sequence[int | None]) -> list[int] | list[float]:
-        """Return the row's labels as numbers, one per token for token classification."""
+        """Return the row's one class number or regression number in a list, or one class number per token."""
         column = next((name for name in ("labels", "label") if name in row), None)
         if column is None and self.labels_required:
             raise ValueError(
@@ -174,7 +177,7 @@ class LabelledRowEncoder:
     def _encode_token_labels(
         self, row: Row, column: str | None, label_indices: Sequence[int | None]
     ) -> list[int]:
-        """Return a class number for each token; NOT_TRAINED for tokens without a label."""
+        """Return a class number per token; NOT_TRAINED where none belongs, UNKNOWN_LABEL if it is missing."""
         if column is None:
             return [NOT_TRAINED if index is None else UNKNOWN_LABEL for index in label_indices]
         labels = row[column]
@@ -190,7 +193,7 @@ class LabelledRowEncoder:
         ]
 
     def _encode_class_label(self, value: Any) -> int:
-        """Return the number of a class that is given by number or name."""
+        """Return the number of a class given by name or number; UNKNOWN_LABEL for None, else ValueError."""
         if value is None:
             return UNKNOWN_LABEL
         if isinstance(value, str):
@@ -210,7 +213,7 @@ class LabelledRowEncoder:
         return number
 
     def _parse_regression_label(self, value: Any) -> float:
-        """Return the number that a regression learns; NaN for a missing one."""
+        """Return the label as a float; NaN for None, ValueError if it is not a finite number."""
         if value is None:
             return math.nan
         try:
@@ -236,7 +239,7 @@ class ClassificationCollator:
 
 
 def collate_labelled_rows(rows: Sequence[LabelledExample], pad_id: int, kind: ClassifierKind) -> Sequences:
-    """Pad rows on the right: the text becomes the prompt, its labels the completion."""
+    """Pad examples on the right into one `Sequences`: texts become the prompts, labels the completions."""
     width = max(len(row.input_ids) for row in rows)
     ids = _pad_id_lists([row.input_ids for row in rows], width, pad_id)
     mask = _pad_id_lists([[1] * len(row.input_ids) for row in rows], width, 0)
@@ -256,18 +259,18 @@ def collate_labelled_rows(rows: Sequence[LabelledExample], pad_id: int, kind: Cl
 
 
 def _pad_id_lists(rows: Sequence[Sequence[Any]], width: int, value: int) -> Tensor:
-    """Pad each row with `value` on the right to `width` entries, (N, width)."""
+    """Return the rows as an integer tensor, (N, width), each padded on the right with `value`."""
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
 
 
 def build_labelled_sequences(ids: Tensor, mask: Tensor, labels: Tensor, types: Tensor | None) -> Sequences:
-    """Build `Sequences` from labels (N, C); those that are NOT_TRAINED become masked zeros."""
+    """Build `Sequences` with labels (N, C) as completions; a NOT_TRAINED label becomes 0 with mask 0."""
     is_trained = labels != NOT_TRAINED
     return Sequences(ids, mask, labels.masked_fill(~is_trained, 0), is_trained.long(), types)
 
 
 def build_transformers_batch(rows: Sequences, kind: ClassifierKind) -> dict[str, Tensor]:
-    """Return a classifier's forward arguments; labels (N,), for tokens (N, P), are -100 where none counts."""
+    """Return a classifier's forward arguments, labels included: (N,) or (N, P), -100 where none counts."""
     labels = rows.completion_ids
     if kind != "regression":
         labels = labels.masked_fill((rows.completion_mask == 0) | (labels == UNKNOWN_LABEL), NOT_TRAINED)

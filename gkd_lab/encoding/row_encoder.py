@@ -72,7 +72,7 @@ class RowEncoder:
         return replace(self._truncate_example(self._encode_row(row)), teacher_index=read_teacher_index(row))
 
     def _apply_formatting(self, row: RowMapping) -> RowMapping:
-        """Apply `formatting_func` and drop the empty columns that Arrow adds."""
+        """Return the row, mapped by `formatting_func` if set, without the columns that are None."""
         formatted: Any = row if self.formatting_func is None else self.formatting_func(row)
         if not isinstance(formatted, Mapping):
             raise ValueError(
@@ -82,7 +82,7 @@ class RowEncoder:
         return {column: value for column, value in formatted.items() if value is not None}
 
     def _encode_row(self, row: RowMapping) -> Example:
-        """Encode a formatted row by the columns that it has."""
+        """Encode a formatted row, untruncated, by its `input_ids`, `prompt_ids`, `messages` or `prompt`."""
         _refuse_images(row)
         if "input_ids" in row:
             return self._encode_input_ids(row)
@@ -99,7 +99,7 @@ class RowEncoder:
     # Chats
 
     def _encode_messages(self, row: RowMapping, messages: Messages) -> Example:
-        """Encode a chat; a last turn of the assistant is the target."""
+        """Encode a chat: a last message of the assistant is the completion; without one that is empty."""
         prompt = row.get("prompt")
         if not isinstance(prompt, str | None):
             raise ValueError("`prompt` as a list and `messages` both hold the chat: remove one of the two")
@@ -109,7 +109,7 @@ class RowEncoder:
         return self._encode_chat(prompt, self._render_answer(row, messages, prompt) if has_answer else None)
 
     def _render_prompt(self, row: RowMapping, messages: Messages) -> str:
-        """Render the prompt up to the beginning of the assistant's answer."""
+        """Return the messages as text by the chat template, up to the beginning of the assistant's answer."""
         if not messages:
             raise ValueError("`messages` holds nothing before the assistant's turn: there is no prompt")
         if self._uses_plain_text():
@@ -117,7 +117,7 @@ class RowEncoder:
         return self._apply_chat_template(row, messages, add_generation_prompt=True)
 
     def _render_answer(self, row: RowMapping, messages: Messages, prompt: str) -> str:
-        """Render the whole chat and return the text after the prompt."""
+        """Return the answer: what the rendered chat has after `prompt`; ValueError if it begins otherwise."""
         if self._uses_plain_text():
             return self._join_contents(row, messages[-1:])
         text = self._apply_chat_template(row, messages)
@@ -127,9 +127,10 @@ class RowEncoder:
         return text.removeprefix(prompt)
 
     def _encode_chat(self, prompt: str, answer: str | None) -> Example:
-        """Tokenize a rendered prompt and answer, as one text unless that changes the prompt's ids.
+        """Tokenize a rendered prompt and answer into an `Example`; None as answer: an empty completion.
 
-        A tokenizer that marks the beginning of a text would mark the answer's too if it were tokenized alone.
+        Both are tokenized as one text unless that changes the prompt's ids: a tokenizer that marks the
+        beginning of a text would mark the answer's too if it were tokenized alone.
         """
         if self._uses_plain_text():
             return self._encode_texts(prompt, answer)
@@ -143,17 +144,17 @@ class RowEncoder:
         return Example(prompt_ids, self._append_end_id(self._tokenize(answer)))
 
     def _uses_plain_text(self) -> bool:
-        """Check for an encoder-decoder without a chat template, which reads the messages' contents."""
+        """Check for an encoder-decoder without a chat template, for which the messages' texts are joined."""
         return self.is_encoder_decoder and self.tokenizer.chat_template is None
 
     def _join_contents(self, row: RowMapping, messages: Messages) -> str:
-        """Join the texts of the messages, one per line."""
+        """Return the texts of the messages without their roles, one per line; ValueError for `tools`."""
         if row.get("tools"):
             raise ValueError("`tools` need a chat template, and this tokenizer has none: remove the column")
         return "\n".join(text for message in messages for text in _list_message_texts(message))
 
     def _apply_chat_template(self, row: RowMapping, messages: Messages, **options: Any) -> str:
-        """Render messages by the tokenizer's chat template, with the row's tools and template arguments."""
+        """Return the messages rendered as text by the chat template, with the row's tools and arguments."""
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the row holds messages and the tokenizer has no chat template: set "
@@ -173,7 +174,7 @@ class RowEncoder:
     # Texts
 
     def _encode_prompt_row(self, row: RowMapping) -> Example:
-        """Encode `prompt` and `completion`, both as texts or both as messages."""
+        """Encode `prompt` and `completion` (or none), both texts or both messages; ValueError if mixed."""
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, str) and isinstance(completion, str | None):
             return self._encode_texts(prompt, completion)
@@ -188,13 +189,13 @@ class RowEncoder:
         return self._encode_chat(self._render_open_prompt(row, messages), None)
 
     def _render_open_prompt(self, row: RowMapping, messages: Messages) -> str:
-        """Render a prompt without an answer, which may end with the beginning of the assistant's turn."""
+        """Render a prompt as text; a last message of the assistant is left open, as an answer's beginning."""
         if messages[-1]["role"] != "assistant" or self._uses_plain_text():
             return self._render_prompt(row, messages)
         return self._apply_chat_template(row, messages, continue_final_message=True)
 
     def _encode_texts(self, prompt: str, completion: str | None) -> Example:
-        """Tokenize texts that no chat template has rendered."""
+        """Tokenize texts without a chat template into an `Example`; None as completion: an empty one."""
         kind = {"is_encoder_decoder": self.is_encoder_decoder}
         (prompt_ids,) = tokenize_prompts(self.tokenizer, [prompt], **kind)
         if completion is None:
@@ -203,16 +204,16 @@ class RowEncoder:
         return Example(prompt_ids, self._append_end_id(completion_ids))
 
     def _tokenize_prompt(self, text: str) -> list[int]:
-        """Tokenize a rendered prompt; an encoder's gets the tokenizer's special tokens."""
+        """Return the ids of a rendered prompt; only an encoder's has the tokenizer's special tokens."""
         return self._tokenize(text, special=self.is_encoder_decoder)
 
     def _tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Tokenize a text, with special tokens or without."""
+        """Return the ids of one text, untruncated, with special tokens only if `special`."""
         # verbose=False: no warning about long texts, which are truncated later.
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def _append_end_id(self, ids: list[int]) -> list[int]:
-        """Append the end of sequence to a completion that has none."""
+        """Return completion ids, ended by an end-of-sequence id if they have none; ValueError without EOS."""
         if not self.end_ids:
             raise ValueError("the tokenizer has no end of sequence: set `tokenizer.eos_token`")
         return ensure_end_id(ids, self.end_ids)
@@ -220,7 +221,7 @@ class RowEncoder:
     # Ready-made ids
 
     def _encode_input_ids(self, row: RowMapping) -> Example:
-        """Split ready-made ids into prompt and completion by a mask, labels or the prompt."""
+        """Split a row's `input_ids` into prompt and completion by mask, labels or prompt, else ValueError."""
         ids = _parse_integers(row["input_ids"])
         attention_mask = _read_token_column(row, "attention_mask", ids)
         if self.is_encoder_decoder and "labels" in row:
@@ -237,7 +238,7 @@ class RowEncoder:
         return Example(ids[:start], ids[start : start + count])
 
     def _build_training_mask(self, row: RowMapping, ids: list[int]) -> list[int]:
-        """Return 1 for each trained token, 0 for the others."""
+        """Return 1 per trained id, else 0, by `completion_mask`, `labels` or `prompt`; ValueError without."""
         if "completion_mask" in row:
             return [int(value != 0) for value in _read_token_column(row, "completion_mask", ids)]
         if "labels" in row:
@@ -262,7 +263,7 @@ class RowEncoder:
     # Limits
 
     def _truncate_example(self, example: Example) -> Example:
-        """Truncate prompt and completion, count both, and warn the first time."""
+        """Return the example truncated to `max_length`; count truncated parts, and warn the first time."""
         prompt, completion = example.prompt_ids, example.completion_ids
         if not prompt:
             raise ValueError("the prompt is empty: a completion needs at least one token to follow from")
@@ -281,7 +282,7 @@ class RowEncoder:
         return Example(short_prompt, short_completion)
 
     def _truncate_ids(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
-        """Truncate to `max_length`; the prompt's length does not depend on the completion."""
+        """Return (prompt, completion) cut to `max_length`; the prompt's limit ignores the completion."""
         limit = self.max_length
         if limit is None:
             return prompt, completion
@@ -293,7 +294,7 @@ class RowEncoder:
 
 
 def _refuse_images(row: RowMapping) -> None:
-    """Raise ValueError for a row with images."""
+    """Raise ValueError for a row with an image column or a message part that is not text."""
     columns = [name for name in IMAGE_COLUMNS if name in row and not _is_empty_list(row[name])]
     types = {part["type"] for part in _list_content_parts(row) if part.get("type", "text") != "text"}
     if columns or types:
@@ -310,7 +311,7 @@ def _is_empty_list(value: Any) -> bool:
 
 
 def _list_content_parts(row: RowMapping) -> list[RowMapping]:
-    """List the parts of all messages whose content is a list of parts."""
+    """List the content parts (dicts) of all the row's messages; a content that is plain text has none."""
     turns = [row[c] for c in ("messages", "prompt", "completion") if isinstance(row.get(c), list | tuple)]
     contents = [message.get("content") for turn in turns for message in turn if isinstance(message, Mapping)]
     part_lists = [content for content in contents if isinstance(content, list | tuple)]
@@ -318,7 +319,7 @@ def _list_content_parts(row: RowMapping) -> list[RowMapping]:
 
 
 def _read_messages(row: RowMapping, column: str) -> list[RowMapping]:
-    """Return a column's messages; ValueError if it is not a list of them."""
+    """Return a column's messages as a list; ValueError if it is not a filled list of dicts with a `role`."""
     messages = row[column]
     are_messages = isinstance(messages, list | tuple) and all(
         isinstance(m, Mapping) and "role" in m for m in messages
@@ -332,7 +333,7 @@ def _read_messages(row: RowMapping, column: str) -> list[RowMapping]:
 
 
 def read_teacher_index(row: RowMapping) -> int:
-    """Return the number in the column `teacher`, or -1 without one."""
+    """Return the integer in the row's column `teacher`, or -1 without one; ValueError for another type."""
     index = row.get("teacher", -1)
     if isinstance(index, bool) or not isinstance(index, int):
         raise ValueError(f"the column `teacher` holds {index!r}: the number of a teacher, 0 for the first")
@@ -340,7 +341,7 @@ def read_teacher_index(row: RowMapping) -> int:
 
 
 def _read_single_answer(row: RowMapping) -> RowMapping:
-    """Return the message in `completion`; ValueError if it is not one assistant turn."""
+    """Return the one message in `completion`; ValueError unless it is a single assistant turn."""
     completion = _read_messages(row, "completion")
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
@@ -352,7 +353,7 @@ def _read_single_answer(row: RowMapping) -> RowMapping:
 
 
 def _list_message_texts(message: RowMapping) -> list[str]:
-    """List the texts of a message's content."""
+    """List a message's texts: its content as one text, or the text of each of its content parts."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return [content]
@@ -360,7 +361,7 @@ def _list_message_texts(message: RowMapping) -> list[str]:
 
 
 def _explain_prompt_mismatch(prompt: str, text: str, *, has_prompt_column: bool) -> str:
-    """Explain that the rendered chat does not begin with the prompt."""
+    """Return an error message: the rendered chat `text` does not begin with the rendered prompt."""
     length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
     if has_prompt_column:
         return (
@@ -377,17 +378,17 @@ def _explain_prompt_mismatch(prompt: str, text: str, *, has_prompt_column: bool)
 
 
 def _parse_integers(values: Any) -> list[int]:
-    """Convert the entries of a list or array to int."""
+    """Return the entries of a list or array as a list of int."""
     return [int(value) for value in values]
 
 
 def _select_ids(ids: list[int], mask: list[int]) -> list[int]:
-    """Select the ids whose mask is not 0."""
+    """Return the ids whose mask is not 0."""
     return [i for i, selected in zip(ids, mask, strict=True) if selected]
 
 
 def _read_token_column(row: RowMapping, name: str, ids: list[int]) -> list[int]:
-    """Return a column with one entry per token; a missing one is all 1."""
+    """Return a column as integers, one per id; all 1 if it is missing, ValueError for another length."""
     values = _parse_integers(row[name]) if name in row else [1] * len(ids)
     if len(values) != len(ids):
         raise ValueError(
@@ -397,7 +398,7 @@ def _read_token_column(row: RowMapping, name: str, ids: list[int]) -> list[int]:
 
 
 def _mask_completion(prompt: list[int], ids: list[int]) -> list[int]:
-    """Return 0 for each prompt token and 1 for each later one; ValueError if the prompt differs."""
+    """Return 0 per prompt id and 1 per later id; ValueError if `ids` do not begin with `prompt`."""
     if ids[: len(prompt)] != prompt:
         raise ValueError(
             f"`input_ids` begin with {ids[:8]}, the ids of `prompt` with {prompt[:8]}: they differ within "

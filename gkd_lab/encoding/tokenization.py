@@ -8,10 +8,10 @@ TokenIds = list[int]
 
 
 def tokenize_prompts(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
-    """Tokenize prompts that no chat template has rendered.
+    """Return each prompt's ids with special tokens: an encoder's all, a decoder's only those in front.
 
-    An encoder's source gets all special tokens. A decoder's prompt gets those in front of a text, such as
-    Gemma's `<bos>`, and none at its end, where the completion follows.
+    For texts that no chat template has rendered. Those in front are such as Gemma's `<bos>`; at its end a
+    decoder's prompt gets none, as the completion follows.
     """
     with_special = _tokenize(tokenizer, texts, special=True)
     if is_encoder_decoder:
@@ -22,7 +22,10 @@ def tokenize_prompts(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder
 
 
 def tokenize_targets(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder: bool) -> list[TokenIds]:
-    """Tokenize completions; an encoder-decoder's get the first tokens of its decoder, such as `<s>`."""
+    """Return the ids of each completion: without special tokens, or an encoder-decoder's as `text_target`.
+
+    As a `text_target` it gets the first tokens of its decoder, such as `<s>`.
+    """
     if not is_encoder_decoder or not texts:
         return _tokenize(tokenizer, texts, special=False)
     ids: list[TokenIds] = tokenizer(text_target=list(texts), verbose=False)["input_ids"]
@@ -30,7 +33,7 @@ def tokenize_targets(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder
 
 
 def ensure_end_id(ids: TokenIds, end_ids: Sequence[int]) -> TokenIds:
-    """Append the first of `end_ids` if the ids contain none of them.
+    """Return the ids, with the first of `end_ids` appended if they contain none of them.
 
     Tokens that a chat template puts after the end, such as a newline, are trained on, as in TRL.
     """
@@ -50,7 +53,7 @@ def truncate_prompt(tokenizer: Any, ids: TokenIds, limit: int, *, is_encoder_dec
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[TokenIds]:
-    """Tokenize texts with or without special tokens."""
+    """Return the ids of each text, with or without the tokenizer's special tokens, untruncated."""
     if not texts:
         return []
     # verbose=False: no warning about long texts, which are truncated later.
@@ -59,7 +62,10 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[To
 
 
 def _find_prefix(ids: TokenIds, inner: TokenIds, end_id: int | None) -> TokenIds:
-    """Return the ids in front of `inner` in `ids`; all but the end of sequence if `inner` is empty."""
+    """Return the ids in front of `inner` in `ids`; all but the end of sequence if `inner` is empty.
+
+    Empty if `inner` is not in `ids`.
+    """
     if not inner:
         return [i for i in ids if i != end_id]
     starts = range(len(ids) - len(inner) + 1)

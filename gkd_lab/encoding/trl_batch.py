@@ -17,7 +17,7 @@ NOT_TRAINED = -100
 
 
 def parse_collated_batch(batch: Mapping[str, Any], pad_id: int, *, is_encoder_decoder: bool) -> Sequences:
-    """Convert a collated batch, in our form or TRL's, to `Sequences`; ValueError for any other."""
+    """Convert a collator's batch, with our tensor names or TRL's, to `Sequences`; ValueError for others."""
     if has_sequence_tensors(batch):
         return Sequences(**{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch})
     if not is_trl_batch(batch):
@@ -29,12 +29,12 @@ def parse_collated_batch(batch: Mapping[str, Any], pad_id: int, *, is_encoder_de
 
 
 def has_sequence_tensors(batch: Mapping[str, Any]) -> bool:
-    """Check whether a batch has the tensors of `Sequences`, by name."""
+    """Check whether a batch has the keys prompt_ids, prompt_mask, completion_ids and completion_mask."""
     return {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"} <= batch.keys()
 
 
 def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> dict[str, Tensor]:
-    """Build the tensors of TRL's chat collator; labels are -100 for untrained tokens.
+    """Return name -> tensor of TRL's chat collator for these sequences; labels are -100 for untrained tokens.
 
     input_ids, attention_mask and labels are the arguments of the model's forward: (N, T) each, or for an
     encoder-decoder source and target, (N, P) and (N, C).
@@ -55,14 +55,14 @@ def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> di
 
 
 def is_trl_batch(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
-    """Check whether a batch has the form of TRL's and transformers' collators, with ids and labels."""
+    """Check whether a batch is a mapping with the keys `input_ids` and `labels`."""
     return isinstance(batch, Mapping) and "input_ids" in batch and "labels" in batch
 
 
 def parse_trl_batch(
     batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False
 ) -> Sequences:
-    """Convert a batch of TRL's DataCollatorForChatML, or of a user's collator in its form, to `Sequences`.
+    """Convert a TRL batch to `Sequences`; completions are the tokens whose label is not -100.
 
     input_ids, attention_mask, labels: (N, T), padded on either side, labels -100 for untrained tokens; tokens
     after the trained ones are dropped. prompts, prompt_attention_mask: (N, P), optional, by default the
@@ -92,7 +92,7 @@ def parse_trl_batch(
 
 
 def _align_ids(ids: Tensor, selected: Tensor, pad_id: int, *, left: bool) -> IdsAndMask:
-    """Move each row's selected ids to one side and pad the other; return ids and mask."""
+    """Return (ids, mask) of each row's selected ids only, in order, padded to one width (left: in front)."""
     width = max(1, int(selected.sum(1).max()))
     order = (selected if left else ~selected).long().argsort(dim=1, stable=True)
     order = order[:, -width:] if left else order[:, :width]
@@ -101,7 +101,7 @@ def _align_ids(ids: Tensor, selected: Tensor, pad_id: int, *, left: bool) -> Ids
 
 
 def _check_trained_tokens(ids: Tensor, labels: Tensor, is_real: Tensor, trained: Tensor) -> None:
-    """Raise ValueError for trained tokens in several parts, under padding, or with shifted labels."""
+    """Raise ValueError if a row's trained tokens are in several parts, under padding, or unlike input_ids."""
     starts = trained & ~pad(trained, (1, 0))[:, :-1]
     _refuse_rows(
         starts.sum(1) > 1, "train on several parts with untrained ones between them: mask all but one"
@@ -117,7 +117,7 @@ def _check_trained_tokens(ids: Tensor, labels: Tensor, is_real: Tensor, trained:
 def _check_prompt_column(
     column_prompts: IdsAndMask, inferred_prompts: IdsAndMask, has_completion: Tensor, pad_id: int
 ) -> None:
-    """Raise ValueError if `prompts` are not the tokens before the trained ones in input_ids."""
+    """Raise ValueError if a row's `prompts` are not the tokens before its completion in input_ids."""
     width = max(column_prompts[0].shape[1], inferred_prompts[0].shape[1])
     differs = torch.zeros_like(has_completion)
     for tensors in zip(column_prompts, inferred_prompts, (pad_id, 0), strict=True):
@@ -129,7 +129,7 @@ def _check_prompt_column(
 
 
 def _refuse_rows(is_invalid: Tensor, reason: str) -> None:
-    """Raise ValueError with the indices of the invalid rows, if there are any."""
+    """Raise ValueError with `reason` and the indices of the invalid rows, if there are any."""
     if is_invalid.any():
         raise ValueError(
             f"rows {is_invalid.nonzero().flatten().tolist()} of the data collator's batch {reason}"

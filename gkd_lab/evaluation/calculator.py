@@ -39,10 +39,10 @@ _OPEN_MARK_PATTERN = re.compile(r"<<([^<>=]*)=")
 
 
 def evaluate_expression(expression: str) -> str | None:
-    """Evaluate sums, differences, products and quotients exactly, then round to `DECIMALS` digits.
+    """Return the exact value of + - * / // and brackets as text, rounded to 6 decimals; None if invalid.
 
-    Drops commas in numbers. Returns None for other characters, powers, a division by zero, more than
-    `MAX_CHARACTERS` characters, or a value beyond `MAX_VALUE`.
+    Drops commas in numbers. Invalid are other characters, powers, a division by zero, more than
+    `MAX_CHARACTERS` characters, and a value beyond `MAX_VALUE`.
     """
     text = expression.replace(",", "").strip()
     if len(text) > MAX_CHARACTERS or not _EXPRESSION_PATTERN.fullmatch(text):
@@ -55,7 +55,7 @@ def evaluate_expression(expression: str) -> str | None:
 
 
 def _evaluate_node(node: ast.expr) -> Fraction:
-    """Evaluate a parsed expression exactly; ValueError if it is not arithmetic."""
+    """Return the exact value of a parsed expression as a Fraction; ValueError if it is not arithmetic."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
@@ -67,7 +67,7 @@ def _evaluate_node(node: ast.expr) -> Fraction:
 
 
 def _format_number(value: Fraction) -> str:
-    """Format a number without trailing zeros, as GSM8K does."""
+    """Return a number as decimal text with at most 6 decimals and no trailing zeros, as GSM8K does."""
     rounded = round(value, DECIMALS)
     text = f"{Decimal(rounded.numerator) / Decimal(rounded.denominator):f}"
     return "0" if text == "-0" else text
@@ -94,16 +94,16 @@ class Calculator:
             )
 
     def assist_choice(self, choose: TokenChooser) -> TokenChooser:
-        """Wrap a token chooser so that it writes the results of expressions; for one batch."""
+        """Return a token chooser around `choose` that also writes results of expressions; for one batch."""
         return _AssistedChoice(self, choose)
 
     @cached_property
     def equals_tokens(self) -> frozenset[int]:
-        """Ids of the tokens that contain `=`."""
+        """Ids of all vocabulary tokens that contain `=`."""
         return frozenset(i for token, i in self.tokenizer.get_vocab().items() if "=" in token)
 
     def complete_mark(self, written_ids: list[int], token: int) -> list[int]:
-        """Return the tokens to write instead of `token`: it alone, or with a result after its `=`."""
+        """Return the ids to write instead of `token`: it alone, or with the result if it ends `<<48/2=`."""
         old_text, text = self._decode(written_ids), self._decode([*written_ids, token])
         marks = list(_OPEN_MARK_PATTERN.finditer(text))
         if len(marks) == len(_OPEN_MARK_PATTERN.findall(old_text)) or not text.startswith(old_text):
@@ -118,7 +118,7 @@ class Calculator:
         return self._find_spelling(written_ids, text[len(old_text) : end] + result) or [token]
 
     def _find_spelling(self, written_ids: list[int], text: str) -> list[int] | None:
-        """Return tokens that append `text` to the written ones; None if the tokenizer has none.
+        """Return ids that, after the written ones, decode to `text`; None if the tokenizer has none.
 
         Some tokenizers begin every text with a space, so this also tries the tokens of `text` after an `=`.
         """
@@ -134,12 +134,12 @@ class Calculator:
         return None
 
     def _encode(self, text: str) -> list[int]:
-        """Tokenize without special tokens."""
+        """Return the ids of a text, without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     def _decode(self, ids: Iterable[int]) -> str:
-        """Decode without special tokens, keeping all spaces."""
+        """Return the text of ids without special tokens, all spaces kept."""
         text: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -147,7 +147,7 @@ class Calculator:
 
 
 def _remove_spaces(text: str) -> str:
-    """Remove all whitespace."""
+    """Return the text without any whitespace."""
     return "".join(text.split())
 
 
@@ -167,7 +167,7 @@ class _AssistedChoice:
         return tokens.new_tensor([self._choose_next_token(row, token) for row, token in pairs])
 
     def _choose_next_token(self, row: int, token: int) -> int:
-        """Return the row's next pending token, or `token` after checking whether it closes an expression."""
+        """Record and return the row's next token: a result's pending one, else `token` as completed."""
         written, pending = self.written_ids[row], self.pending_ids[row]
         if not pending:
             ends_expression = token in self.calculator.equals_tokens

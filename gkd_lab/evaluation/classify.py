@@ -28,10 +28,10 @@ def classify_rows(
     examples: Sequence[LabelledExample],
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[Prediction]]:
-    """Predict every row by every cell, in the rows' order.
+    """Classify every row by every cell; return one list per cell with a `Prediction` per row, in order.
 
     The text of a prediction is a label's name, a tag for each word, or a number; a label comes with the
-    probabilities of all labels. `progress` is called with the number of finished rows.
+    probabilities of all labels. `progress` is called after each batch with its number of rows.
     """
     kind, label_names = get_classifier_kind(pack.model), list_label_names(pack.model)
     assert kind is not None, "a classifier"
@@ -55,7 +55,7 @@ def classify_rows(
 def _make_prediction(
     row: Row, logits: Tensor, kind: ClassifierKind, label_names: Sequence[str]
 ) -> Prediction:
-    """Make a prediction from the logits of a row's labels, (C, V)."""
+    """Return the `Prediction` (label name, tags or number as text) of one row's label logits, (C, V)."""
     if kind == "regression":
         return Prediction(row.prompt, repr(round(float(logits[0, 0]), DIGITS)), row.references, 1, True)
     labels = [label_names[n] for n in logits.argmax(-1).tolist()]

@@ -27,10 +27,10 @@ def generate_predictions(
     evaluation: Evaluation,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[Prediction]]:
-    """Generate `samples` predictions for every row by every cell, in the rows' order.
+    """Generate `samples` texts per row by every cell; return one list of predictions per cell, by row.
 
-    Sampling noise is keyed by row, so it does not depend on batching, and all cells share it. `progress` is
-    called with the number of finished rows.
+    A row's samples follow each other. Sampling noise is keyed by row, so it does not depend on batching, and
+    all cells share it. `progress` is called after each batch with its number of rows.
     """
     beams, samples = evaluation.num_beams or 1, evaluation.samples or 1
     size = max(1, MAX_BATCH_SEQUENCES // (pack.size * beams * samples))
@@ -73,8 +73,7 @@ def generate_predictions(
 
 
 def _draw_noise(evaluation: Evaluation, rows: int) -> torch.Tensor | None:
-    """Draw sampling noise for every prediction, (rows, T); None for greedy and beam search."""
-    """Draw sampling noise for every prediction, (rows, T); None for greedy and beam search."""
+    """Return sampling noise for every prediction, (rows, max_output_tokens); None for greedy, beam search."""
     if evaluation.decoding != "sample":
         return None
     return draw_uniforms(evaluation.seed or 0, 0, "evaluation", rows, evaluation.max_output_tokens)

@@ -33,7 +33,7 @@ class TextMetric(evaluate.Metric):
         super().__init__(**{"keep_in_memory": True, **settings})
 
     def _info(self) -> evaluate.MetricInfo:
-        """Describe the metric and its inputs for `evaluate`."""
+        """Return the description of these metrics and of their inputs that `evaluate` asks for."""
         return evaluate.MetricInfo(
             description=f"gkd_lab.metrics: {', '.join(self.names)}, 0 to 100",
             citation="",
@@ -44,7 +44,7 @@ class TextMetric(evaluate.Metric):
     def _compute(
         self, predictions: list[str], references: list[Any], use_stemmer: bool = False
     ) -> dict[str, Any]:
-        """Compute all metrics; return their values, their rates and their signatures."""
+        """Return one dict: metric name -> value, all rates of the metrics, and `signatures` by metric."""
         texts = [[item] if isinstance(item, str) else list(item) for item in references]
         scores = score_many(self.names, list(predictions), texts, use_stemmer=use_stemmer)
         result: dict[str, Any] = {name: metric.value for name, metric in scores.items()}
@@ -121,7 +121,7 @@ class SelfBleu(evaluate.Metric):
         super().__init__(**{"keep_in_memory": True, **settings})
 
     def _info(self) -> evaluate.MetricInfo:
-        """Describe the metric and its inputs for `evaluate`."""
+        """Return the description of the metric and of its inputs that `evaluate` asks for."""
         return evaluate.MetricInfo(
             description="gkd_lab.metrics: self_bleu, 0 (all different) to 100 (all equal)",
             citation="",
@@ -130,7 +130,7 @@ class SelfBleu(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[str]]) -> dict[str, Any]:
-        """Compute Self-BLEU of the texts of each prompt."""
+        """Return a dict of the `self_bleu` of all prompts' texts, its rates and its signature."""
         texts = [text for group in predictions for text in group]
         prompts = [n for n, group in enumerate(predictions) for _ in group]
         metric = score("self_bleu", texts, [[""]] * len(texts), prompts=prompts)

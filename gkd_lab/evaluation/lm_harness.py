@@ -60,7 +60,7 @@ class BuiltTask:
 
     @property
     def document_count(self) -> int:
-        """Number of documents, at most `limit` of each task."""
+        """Number of documents of all tasks together, counting at most `limit` of each task."""
         counts = [len(task.eval_docs) for task in self.task_objects["tasks"].values()]
         limit = self.evaluation.limit
         return sum(count if limit is None else min(count, limit) for count in counts)
@@ -68,7 +68,7 @@ class BuiltTask:
 
 @lru_cache(maxsize=8)
 def build_task(evaluation: LmEvalEvaluation, *, trusted: bool = False) -> BuiltTask:
-    """Build a task with its documents and hash; ConfigError if it is unknown, refused or lacks its data."""
+    """Build (cached) a task with documents and hash; ConfigError if it is unknown, refused or lacks data."""
     with _silence_and_sandbox(trusted):
         task_or_config = _resolve_task(evaluation, trusted)
         manager = _get_task_manager(evaluation.path is None)
@@ -77,12 +77,12 @@ def build_task(evaluation: LmEvalEvaluation, *, trusted: bool = False) -> BuiltT
         except Exception as error:  # Datasets, templates and metrics raise errors of many libraries.
             raise ConfigError(_explain_build_error(evaluation, error)) from error
         for task in task_objects["tasks"].values():
-            _set_fewshot(task, evaluation.num_fewshot)
+            _set_num_fewshot(task, evaluation.num_fewshot)
         return BuiltTask(evaluation, task_objects, compute_task_hash(task_objects), trusted)
 
 
 def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int = BATCH_SIZE) -> HFLM:
-    """Load an exported checkpoint as lm-eval's `hf` model.
+    """Load an exported checkpoint folder on `device` as lm-eval's `hf` model, causal or seq2seq.
 
     T5 has relative positions, so sources up to the training length are not truncated to the 512 positions of
     its configuration.
@@ -102,7 +102,7 @@ def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int 
 def run_task(
     lm: HFLM, built_task: BuiltTask, report_progress: Callable[[int], None]
 ) -> tuple[HarnessScores, list[dict[str, Any]]]:
-    """Run a task; return its scores and a prediction row for each document and filter.
+    """Run a task; return (metric -> scores, a prediction row per document and filter). Resets global seeds.
 
     `report_progress` is called with the number of answered requests.
     """
@@ -128,19 +128,25 @@ class _RequestCounter:
         self.report_progress, self.answered_requests = report_progress, 0
 
     def add_partial(self, *_: Any) -> None:
-        """Count a request that lm-eval has answered."""
+        """Count one request that lm-eval has answered, and report the total so far."""
         self.answered_requests += 1
         self.report_progress(self.answered_requests)
 
 
 @cache
 def _get_task_manager(include_defaults: bool) -> TaskManager:
-    """Return a task manager; only a task by name needs lm-eval's index, which takes seconds to read."""
+    """Return lm-eval's task manager, cached; only `include_defaults` reads its index of tasks, which is slow.
+
+    Only a task by name needs that index.
+    """
     return TaskManager(include_defaults=include_defaults)
 
 
 def _resolve_task(evaluation: LmEvalEvaluation, trusted: bool) -> str | dict[str, Any]:
-    """Return a task's name after checking it, or the configuration in its file."""
+    """Return the task's checked name, or the config of its file with functions imported; else ConfigError.
+
+    Raises ConfigError for an unknown name, a changed file, and metrics that an untrusted file may not use.
+    """
     if evaluation.path is None:
         names = _get_task_manager(True).all_tasks
         if evaluation.task not in names:
@@ -155,13 +161,13 @@ def _resolve_task(evaluation: LmEvalEvaluation, trusted: bool) -> str | dict[str
     if hash_task_config(config) != evaluation.content:
         raise ConfigError(f"{path}: the file or its data has changed since the run began; run again")
     if not trusted:
-        _refuse_metrics(path, config)
-    imported: dict[str, Any] = _import_functions(config)
+        _refuse_unknown_metrics(path, config)
+    imported: dict[str, Any] = _import_tagged_functions(config)
     return imported
 
 
-def _refuse_metrics(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for unknown metrics, which lm-eval would download from the hub as code."""
+def _refuse_unknown_metrics(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for metrics not built into lm-eval, which it would download from the hub as code."""
     for entry in config.get("metric_list") or ():
         metric = entry.get("metric") if isinstance(entry, dict) else entry
         if isinstance(metric, FunctionTag) or config.get("process_results") is not None:
@@ -171,24 +177,30 @@ def _refuse_metrics(path: Path, config: Mapping[str, Any]) -> None:
             raise build_unknown_name_error(f"metric in {path}", metric, names)
 
 
-def _import_functions(value: Any) -> Any:
-    """Replace the function tags of a configuration by the functions, installed or of a trusted file."""
+def _import_tagged_functions(value: Any) -> Any:
+    """Return a copy of the config with every function tag, at any depth, replaced by the imported function.
+
+    The function is of an installed package, or of a trusted file.
+    """
     if isinstance(value, FunctionTag):
         return _import_func_in_yml(value.text, value.folder)
     if isinstance(value, dict):
-        return {key: _import_functions(item) for key, item in value.items()}
-    return [_import_functions(item) for item in value] if isinstance(value, list) else value
+        return {key: _import_tagged_functions(item) for key, item in value.items()}
+    return [_import_tagged_functions(item) for item in value] if isinstance(value, list) else value
 
 
-def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
-    """Set the number of few-shot examples as lm-eval's command does: a task defined with 0 keeps 0."""
+def _set_num_fewshot(task: Task, num_fewshot: int | None) -> None:
+    """Set the task's number of few-shot examples, as lm-eval's command does: a task defined with 0 keeps 0.
+
+    None keeps the task's own number, or 0 if it has none.
+    """
     default = task.get_config("num_fewshot")
     if default is None or (num_fewshot is not None and default != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
 
 
 def _explain_build_error(evaluation: LmEvalEvaluation, error: Exception) -> str:
-    """Explain why lm-eval cannot build a task: documents missing offline, or its error's first line."""
+    """Return an error message: documents missing while offline, or else the first line of lm-eval's error."""
     is_offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     task, text = evaluation.path or evaluation.task, f"{type(error).__name__}: {error}".splitlines()[0]
     if is_offline and (isinstance(error, ConnectionError) or "offline" in text.lower()):
@@ -201,7 +213,7 @@ def _explain_build_error(evaluation: LmEvalEvaluation, error: Exception) -> str:
 
 @contextmanager
 def _silence_and_sandbox(trusted: bool) -> Iterator[None]:
-    """Let lm-eval log errors only, without progress bars, within the block; sandbox untrusted templates.
+    """Context manager: lm-eval logs errors only, no progress bars; templates are sandboxed unless trusted.
 
     lm-eval's own template environment can reach any Python object: `{{ doc.__class__.__mro__ }}`.
     """
@@ -219,14 +231,18 @@ def _silence_and_sandbox(trusted: bool) -> Iterator[None]:
 
 
 def _build_sandbox(filters: Mapping[str, Any]) -> SandboxedEnvironment:
-    """Build a sandboxed template environment with lm-eval's filters."""
+    """Return a sandboxed Jinja environment with these filters, in which undefined variables are errors."""
     sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(filters)
     return sandbox
 
 
 def _collect_scores(built_task: BuiltTask, results: Mapping[str, Any]) -> HarnessScores:
-    """Collect the scores of a task or group, or of each task of a tag, with signatures and the task hash."""
+    """Return metric -> score dict (value, interval, signature, task hash) of a task or group.
+
+    A tag has no score of its own: its metrics are `task.metric` of each task. ConfigError if a metric that
+    was asked for is missing.
+    """
     evaluation, samples = built_task.evaluation, results["samples"]
     origin = {"lm_eval": evaluation.lm_eval, "task_hash": built_task.hash}
     metrics = _parse_metrics(results["results"].get(evaluation.task, {}), samples.get(evaluation.task, ()))
@@ -256,7 +272,7 @@ def _collect_scores(built_task: BuiltTask, results: Mapping[str, Any]) -> Harnes
 
 
 def _parse_metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> HarnessScores:
-    """Convert lm-eval's results of a task; a key `acc,none` becomes `acc`, other filters stay in the key."""
+    """Convert lm-eval's results of a task to metric -> score; key `acc,none` becomes `acc`, others stay."""
     scores: HarnessScores = {}
     for key, value in results.items():
         metric, comma, filter_name = key.partition(",")
@@ -274,7 +290,7 @@ def _parse_metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, An
 
 
 def _compute_interval(value: float, stderr: float | None, sample_values: Sequence[Any]) -> dict[str, float]:
-    """Bootstrap a mean over documents; for any other score take 1.96 of lm-eval's standard errors."""
+    """Return {low, high}: bootstrapped if `value` is the samples' mean, else by 1.96 `stderr`; {} without."""
     numbers = [float(number) for number in sample_values if isinstance(number, int | float | np.number)]
     if numbers and len(numbers) == len(sample_values) and math.isclose(np.mean(numbers), value):
         low, high = bootstrap_mean_interval(numbers)
@@ -292,7 +308,7 @@ def _parse_finite(value: Any) -> float | None:
 
 
 def _iterate_prediction_rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield a prediction row for each document and filter of each task."""
+    """Yield a dict per task, document and filter: its prompt, prediction, references and scores."""
     for task, task_samples in samples.items():
         for sample in task_samples:
             answers = sample["filtered_resps"]
@@ -310,7 +326,7 @@ def _iterate_prediction_rows(samples: Mapping[str, Sequence[Mapping[str, Any]]])
 
 
 def _convert_to_json_value(value: Any) -> Any:
-    """Convert numpy values and tuples for JSON; a number that is not finite becomes None."""
+    """Return numpy values and tuples as lists or numbers for JSON; NaN and infinity become None."""
     if isinstance(value, np.ndarray | np.number):
         value = value.tolist()
     if isinstance(value, tuple | list):

@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def compute_task_hash(loaded: Mapping[str, Any]) -> str:
-    """Return `sha256:...` of a result of `TaskManager.load`."""
+    """Return `sha256:...` of lm-eval's version and of the tasks and groups that `TaskManager.load` gave."""
     parts = {
         "lm_eval": get_lm_eval_version(),
         "tasks": {name: _describe_task(task) for name, task in sorted(loaded["tasks"].items())},
@@ -29,7 +29,7 @@ def compute_task_hash(loaded: Mapping[str, Any]) -> str:
 
 
 def _describe_task(task: Any) -> dict[str, Any]:
-    """Return a task's configuration without paths, and the hashes of its documents and few-shot examples."""
+    """Return a task's config without local paths, and the hashes of its documents and few-shot examples."""
     config = {name: value for name, value in vars(task.config).items() if value is not None}
     config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
     kwargs = config.get("dataset_kwargs") or {}
@@ -45,13 +45,13 @@ def _describe_task(task: Any) -> dict[str, Any]:
 
 
 def _describe_group(group: Any) -> dict[str, Any]:
-    """Return a group's members, version and aggregate metrics."""
+    """Return a dict of a group's member names, version and aggregate metrics."""
     aggregates = [vars(aggregate) for aggregate in group.aggregate_metric_list or ()]
     return {"members": list(group.child_names), "version": group.version, "sums": aggregates}
 
 
 def _hash_rows(rows: Iterable[Any]) -> str:
-    """Return the SHA-256 of documents, one JSON line each."""
+    """Return the SHA-256 in hexadecimal of rows in their order, one JSON line each."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(_serialize(row).encode() + b"\n")
@@ -59,12 +59,12 @@ def _hash_rows(rows: Iterable[Any]) -> str:
 
 
 def _serialize(value: Any) -> str:
-    """Serialize a value as JSON with sorted keys."""
+    """Return a value as JSON text with sorted keys; other objects as by `_serialize_object`."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_serialize_object)
 
 
 def _serialize_object(value: Any) -> Any:
-    """Return a function's source, as lm-eval does, and any other object's text without its memory address."""
+    """Return a function's source, a dataclass's fields, else the object's repr without its memory address."""
     if isinstance(value, partial):
         return [value.func, list(value.args), value.keywords]
     if callable(value):

@@ -17,7 +17,7 @@ ATTENTION_KERNEL = "sdpa"
 
 @contextmanager
 def upcast_cpu_attention(enabled: bool = True) -> Iterator[None]:
-    """Compute transformers' `sdpa` attention on a CPU at least in float32 within the block."""
+    """Context manager: all models' `sdpa` attention on a CPU computes at least in float32, if enabled."""
     if not enabled:
         yield
         return
@@ -26,6 +26,7 @@ def upcast_cpu_attention(enabled: bool = True) -> Iterator[None]:
     def upcast_attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> Any:
+        """Attend in float32 on a CPU and cast the output back; unchanged elsewhere and in float64."""
         if query.device.type != "cpu" or query.dtype == torch.float64:
             return attention(module, query, key, value, mask, **options)
         with torch.autocast("cpu", enabled=False):

@@ -39,7 +39,7 @@ PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch
 
 
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a word-level or byte-level BPE tokenizer of at most `vocab_size` entries on `texts`."""
+    """Train and return a word-level or byte-level BPE tokenizer of at most `vocab_size` (or 1024) entries."""
     special = [PAD, END, UNKNOWN]
     size = spec.vocab_size or 1024
     if spec.kind == "word":
@@ -76,7 +76,7 @@ def make_model(
     dropout: float,
     labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """Build a model with random weights drawn from `seed`.
+    """Build a Llama decoder, T5 or ModernBERT classifier, by family, with random weights drawn from `seed`.
 
     Args:
         max_tokens: Limit of input plus output tokens.
@@ -128,7 +128,10 @@ def _build_classifier(
     labels: Sequence[str],
     ids: dict[str, int],
 ) -> PreTrainedModel:
-    """Build a ModernBERT: a BERT of this size, trained from scratch, only predicts the commonest label."""
+    """Build an untrained ModernBERT for token or sequence classification, or for regression (one output).
+
+    Not a BERT: of this size and trained from scratch, that only predicts the commonest label.
+    """
     problem = "regression" if family == "regression" else "single_label_classification"
     config = ModernBertConfig(
         vocab_size=vocab_size,
@@ -156,7 +159,7 @@ def _build_classifier(
 
 
 def get_auto_class(family: Family) -> Any:
-    """Return transformers' auto class for a model of `family`."""
+    """Return transformers' auto class for `family`; sequence classification also stands for regression."""
     return {
         "decoder-only": AutoModelForCausalLM,
         "encoder-decoder": AutoModelForSeq2SeqLM,
@@ -169,7 +172,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint folder or hub name as a model of `family`, with weights of this precision.
 
-    arguments: further ones of `from_pretrained`, such as `revision`.
+    Corrects `tie_word_embeddings` in its config. arguments: further ones of `from_pretrained`, such as
+    `revision`.
     """
     with hide_progress_bars():
         model = get_auto_class(family).from_pretrained(
@@ -180,7 +184,7 @@ def load_model(
 
 
 def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a checkpoint folder; without a pad token it gets the EOS token as one."""
+    """Load a tokenizer from a folder or hub name; if it has no pad token, its EOS token becomes that."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **arguments)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -189,7 +193,7 @@ def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerF
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Turn transformers' progress bars off within the block."""
+    """Context manager: turn transformers' progress bars off within the block, then restore them."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -200,5 +204,5 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def count_trainable_parameters(model: PreTrainedModel) -> int:
-    """Count a model's trainable parameters."""
+    """Return the number of trainable weights (scalars) of a model; a pack's are summed over its cells."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -28,7 +28,7 @@ _TOKEN_CLASSIFIER_NAMES = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 
 def get_classifier_kind(model: Any) -> ClassifierKind | None:
-    """Return the kind of an unwrapped classifier, or None for a language model.
+    """Return the kind of an unwrapped classifier by its class and config, or None for a language model.
 
     Raises:
         ValueError: for multi-label classification, and for a regression of several numbers.
@@ -42,7 +42,7 @@ def get_classifier_kind(model: Any) -> ClassifierKind | None:
 
 
 def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
-    """Tell a regression from a classification by `problem_type` and the number of labels."""
+    """Return "regression" or "sequence-classification" by the config; ValueError for multi-label ones."""
     numeric = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if config.problem_type == "multi_label_classification" or (numeric and config.num_labels > 1):
         raise ValueError(
@@ -53,12 +53,12 @@ def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
 
 
 def parse_classifier_kind(family: str) -> ClassifierKind | None:
-    """Return the family of a cell's models as a kind of classifier, or None for a language model."""
+    """Return `family` itself if it is the name of a kind of classifier, or None for a language model."""
     return next((kind for kind in get_args(ClassifierKind) if kind == family), None)
 
 
 def get_classifier_auto_class(config: PretrainedConfig) -> Any | None:
-    """Return transformers' auto class for the configured architecture, or None if it is no classifier."""
+    """Return the auto class for a token or sequence classifier's config; None for other architectures."""
     architectures = set(config.architectures or ())
     if architectures & _TOKEN_CLASSIFIER_NAMES:
         return AutoModelForTokenClassification
@@ -66,12 +66,12 @@ def get_classifier_auto_class(config: PretrainedConfig) -> Any | None:
 
 
 def add_label_axis(logits: Tensor, kind: ClassifierKind) -> Tensor:
-    """Give logits an axis of labels per row: (N, V) or (N, P, V) -> (N, C, V)."""
+    """Return logits as (N, C, V): (N, P, V) of a token classifier unchanged, (N, V) of others with C = 1."""
     return logits if kind == "token-classification" else logits[:, None]
 
 
 def list_label_names(model: PreTrainedModel) -> list[str]:
-    """List the names of a classifier's labels in the order of its logits."""
+    """List a classifier's label names by `config.id2label`, in the order of its logits."""
     names = model.config.id2label
     return [names[n] for n in range(model.config.num_labels)]
 
@@ -79,7 +79,7 @@ def list_label_names(model: PreTrainedModel) -> list[str]:
 def match_teacher_labels(
     student: PreTrainedModel, teacher: PreTrainedModel, kind: ClassifierKind
 ) -> list[int] | None:
-    """Return the teacher's logit index of each of the student's labels, or None if the order is equal.
+    """Return the teacher's logit index for each student label; None if equal in order, or for a regression.
 
     Raises:
         ValueError: if the labels differ; the message names the difference.
@@ -100,20 +100,23 @@ def match_teacher_labels(
 
 
 def _format_labels(labels: list[str]) -> str:
-    """Format the number of labels and the first eight."""
+    """Return the number of labels and the first eight names as text, such as "2 ('no', 'yes')"."""
     first = ", ".join(map(repr, labels[:8]))
     return f"{len(labels)} ({first}{', ...' if len(labels) > 8 else ''})"
 
 
 def _format_extra_labels(owner: str, labels: list[str]) -> str:
-    """Format the labels that only one of the two models has; empty if there are none."""
+    """Return "; only the {owner} has 'x', ..." with the first eight labels; an empty string for no labels."""
     return f"; only the {owner} has {', '.join(map(repr, labels[:8]))}" if labels else ""
 
 
 def check_classifier_tokenizers(
     student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, teacher_tokenizer: Any | None
 ) -> None:
-    """Raise ValueError if student and teacher do not read the same token ids."""
+    """Raise ValueError if the tokenizers differ, or the student's has ids beyond either model's vocabulary.
+
+    An unknown teacher tokenizer (None) is not compared.
+    """
     if teacher_tokenizer is not None:
         reason = find_tokenizer_difference(tokenizer, teacher_tokenizer)
         if reason is not None:
@@ -127,5 +130,5 @@ def check_classifier_tokenizers(
 
 
 def set_pad_token_id(model: PreTrainedModel, pad_id: int) -> None:
-    """Set the pad token: a decoder classifies a row by its last token that is not padding."""
+    """Set the config's pad token id, by which a decoder that classifies finds each row's last real token."""
     model.config.get_text_config().pad_token_id = pad_id

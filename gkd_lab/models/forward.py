@@ -48,39 +48,42 @@ class Sequences:
         return self.prompt_ids.shape[0]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Sequences":
-        """Apply `function` to every tensor."""
+        """Return new `Sequences`, with `function` applied to every tensor; None stays None."""
         return Sequences(**{name: function(tensor) for name, tensor in self.named_tensors().items()})
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Return name -> tensor, without those that are None."""
+        """Return field name -> tensor, without the fields that are None."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def repeat_rows(self, times: int) -> "Sequences":
-        """Repeat the whole batch `times` times, one block per cell."""
+        """Return the whole batch `times` times in a row, one block of N rows per cell."""
         return self.map_tensors(lambda tensor: tensor.repeat(times, 1))
 
     def to(self, device: torch.device | str) -> "Sequences":
-        """Move all tensors to a device."""
+        """Return the batch with all its tensors on `device`."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def replace_completions(self, ids: Tensor, mask: Tensor) -> "Sequences":
-        """Return the same prompts with other completions, (N, C)."""
+        """Return the same prompts with other completions, ids and mask (N, C)."""
         return replace(self, completion_ids=ids, completion_mask=mask)
 
 
 def compute_position_ids(mask: Tensor) -> Tensor:
-    """Count positions from 0 at the first token that is not padding, (N, T)."""
+    """Return positions (N, T): 0 at the first token with mask 1, then 1, 2, ...; 0 for padding before it."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def compute_completion_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """Return the logits that predict each completion token, (N, C, V); the model may be wrapped by DDP."""
+    """Run the model and return the logits that predict each completion token, (N, C, V), differentiably.
+
+    The model may be wrapped by DDP. For a classifier these are the logits of its labels.
+    """
     inner = unwrap_model(model)
     return slice_completion_outputs(inner, model(**build_forward_arguments(inner, batch)).logits, batch)
 
 
 def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """Build the forward arguments with which an unwrapped model predicts the completion's tokens."""
+    """Return the keyword arguments of forward with which an unwrapped model predicts the completions."""
     if get_classifier_kind(model) is not None:
         return _build_classifier_arguments(model, batch)
     if model.config.is_encoder_decoder:
@@ -105,7 +108,7 @@ def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[st
 
 
 def _build_classifier_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """Build a classifier's forward arguments, with explicit positions for every row of a pack."""
+    """Return a classifier's keyword arguments of forward; a pack's have explicit positions for every row."""
     arguments = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
     if batch.token_type_ids is not None and accepts_argument(model, "token_type_ids"):
         arguments["token_type_ids"] = batch.token_type_ids
@@ -116,7 +119,7 @@ def _build_classifier_arguments(model: PreTrainedModel, batch: Sequences) -> dic
 
 
 def slice_completion_outputs(model: PreTrainedModel, outputs: Tensor, batch: Sequences) -> Tensor:
-    """Select the outputs that predict the completion, (N, T, ...) -> (N, C, ...).
+    """Select an unwrapped model's outputs that predict the completion: (N, T, ...) -> (N, C, ...).
 
     For a classifier `outputs` must be its logits.
     """
@@ -129,7 +132,7 @@ def slice_completion_outputs(model: PreTrainedModel, outputs: Tensor, batch: Seq
 
 
 def unwrap_model(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside a DDP wrapper and a PEFT adapter."""
+    """Return the transformers model inside a DDP wrapper and a PEFT adapter, or the model itself."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if is_peft_model(inner) else inner
 
@@ -141,7 +144,7 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode within the block, then restore each module's mode."""
+    """Context manager: put models into eval mode within the block, then restore each module's own mode."""
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
@@ -154,12 +157,12 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _list_parameter_names(function: Callable[..., Any]) -> frozenset[str]:
-    """List the names of a function's parameters."""
+    """Return the set of a function's parameter names, cached per function."""
     return frozenset(inspect.signature(function).parameters)
 
 
 def shift_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
-    """Return the decoder's input for predicting `completion_ids`: the start token, then all but the last id.
+    """Return decoder inputs that predict `completion_ids`, (N, C): the start token, then all but the last id.
 
     Raises:
         ValueError: if the configuration has no `decoder_start_token_id`.
@@ -177,6 +180,6 @@ def shift_right(config: PretrainedConfig, completion_ids: Tensor) -> Tensor:
 
 
 def make_completion_mask(ids: Tensor, end_ids: Tensor) -> Tensor:
-    """Return a mask of the tokens up to and including the first end of sequence, (N, C)."""
+    """Return a bool mask (N, C): True up to and including the first of `end_ids`, everywhere without one."""
     ended = torch.isin(ids, end_ids).long()
     return (ended.cumsum(-1) - ended) == 0

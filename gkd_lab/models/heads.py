@@ -47,8 +47,7 @@ class UnprojectedOutput:
     hidden: the output head's input for each completion token, (N, C, H); the logits, (N, C, V), when
         `projection.weight` is None.
     aux_loss: load-balancing loss of a mixture of experts times its coefficient, when the model's
-    configuration
-        has `output_router_logits`.
+        configuration has `output_router_logits`.
     extra_outputs: the requested outputs by transformers' name: `hidden_states`, `decoder_attentions`, ...
     """
 
@@ -75,7 +74,7 @@ class OutputHead:
         classifies = get_classifier_kind(self._unwrapped_model) is not None
         self._head_module: nn.Module | None = None if classifies else model.get_output_embeddings()
         self._head_slots = _find_head_slots(self._head_module, model)
-        reason = self._find_nonlinearity()
+        reason = self._explain_nonlinear_head()
         self.is_linear = reason is None
         if self.is_linear and is_deepspeed_zero3_enabled():
             self._register_with_zero_3()
@@ -87,7 +86,7 @@ class OutputHead:
             )
 
     def compute_unprojected(self, batch: Sequences, output_names: Sequence[str] = ()) -> UnprojectedOutput:
-        """Return hidden states, head and auxiliary loss for the tokens of `batch`.
+        """Run the model; return the head's inputs (N, C, H) and projection, or logits if it is not linear.
 
         Calls `model.forward`, not the model, so that it can run inside a wrapper's forward.
 
@@ -113,13 +112,13 @@ class OutputHead:
         )
 
     def _build_arguments(self, batch: Sequences, output_names: Sequence[str] = ()) -> dict[str, Any]:
-        """Build the model's forward arguments, with flags for the extra outputs and the router logits."""
+        """Return the model's keyword arguments of forward, with flags for extra outputs and router logits."""
         arguments = build_forward_arguments(self._unwrapped_model, batch)
         arguments |= {f"output_{name}": True for name in output_names}
         return arguments | ({"output_router_logits": True} if self.outputs_router_logits() else {})
 
     def _register_with_zero_3(self) -> None:
-        """Let ZeRO-3's hooks of the whole model gather the head, whose own hooks are not called.
+        """Register the head's weights with ZeRO-3's hooks of the whole model, as the head's own are skipped.
 
         For the backward pass these hooks find the loss only in a tensor, tuple, list or dict.
         """
@@ -130,7 +129,7 @@ class OutputHead:
             deepspeed.zero.register_external_parameter(self.model, parameter)
 
     def compute_hidden(self, **arguments: Any) -> Tensor:
-        """Return a linear head's input in a forward pass with these arguments, (N, T, H)."""
+        """Run the model on these forward arguments and return its linear head's input, (N, T, H)."""
         return self._capture_head_input(arguments, 0.0)[0]
 
     def accepts_argument(self, argument: str) -> bool:
@@ -138,7 +137,7 @@ class OutputHead:
         return accepts_argument(self._unwrapped_model, argument)
 
     def _capture_head_input(self, arguments: dict[str, Any], stand_in_logit: float) -> tuple[Tensor, Any]:
-        """Run the model with a stand-in head; return the head's input, (N, T, H), and the model's output."""
+        """Run the model with a stand-in head; return (the head's input (N, T, H), the model's output)."""
         assert self._head_module is not None
         with _replace_head(self._head_module, self._head_slots, stand_in_logit) as captured_inputs:
             output = self.model.forward(**arguments)
@@ -148,12 +147,12 @@ class OutputHead:
     def _capture_completion_hidden(
         self, batch: Sequences, stand_in_logit: float, output_names: Sequence[str] = ()
     ) -> tuple[Tensor, Any]:
-        """Return the head's input for the completion tokens, (N, C, H), and the model's output."""
+        """Run the model with a stand-in head; return (its input for completion tokens (N, C, H), output)."""
         hidden, output = self._capture_head_input(self._build_arguments(batch, output_names), stand_in_logit)
         return slice_completion_outputs(self._unwrapped_model, hidden, batch), output
 
     def read_projection(self) -> Projection:
-        """Return the head's current weights with the configured scale and soft-cap.
+        """Return the head's current weight and bias with the config's scale and soft-cap as a `Projection`.
 
         Not cached: a pack may have selected some of its cells, and a wrapper may have moved the weights.
         """
@@ -165,7 +164,7 @@ class OutputHead:
         return Projection(weight, bias, scale, softcap)
 
     def _get_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the linear head's weight and bias, with a cell axis if it is packed."""
+        """Return (weight, bias or None) of the linear head, with a cell axis first if it is packed."""
         head = self._head_module
         if isinstance(head, PackedLinear):
             return head.get_active_weight(), head.get_active_tensor("bias")
@@ -173,16 +172,16 @@ class OutputHead:
         return head.weight, head.bias
 
     def _get_final_logits_bias(self) -> Tensor | None:
-        """Return the bias that BART and related models add to the head's output, (V,)."""
+        """Return the bias that BART and related models add to the head's output, (V,); None for others."""
         buffer = dict(self._unwrapped_model.named_buffers(recurse=False)).get("final_logits_bias")
         return None if buffer is None else buffer[0]
 
     def outputs_router_logits(self) -> bool:
-        """Check whether the configuration asks for a mixture of experts' router logits."""
+        """Check whether the config asks a mixture of experts for its router logits."""
         return bool(getattr(self._text_config, "output_router_logits", False))
 
     def _compute_aux_loss(self, output: Any) -> Tensor | None:
-        """Return the weighted load-balancing loss of a mixture of experts, if the configuration has one."""
+        """Return a mixture of experts' load-balancing loss times its coefficient; None if not configured."""
         if not self.outputs_router_logits():
             return None
         loss, weight = output.get("aux_loss"), getattr(self._text_config, "router_aux_loss_coef", None)
@@ -195,12 +194,15 @@ class OutputHead:
         return weight * loss
 
     def has_unavailable_weights(self) -> bool:
-        """Check whether any weight is on the meta device or sharded (an empty tensor under ZeRO-3)."""
+        """Check whether any weight of the model is on the meta device or sharded (empty under ZeRO-3)."""
         weights = self.model.parameters()
         return any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in weights)
 
-    def _find_nonlinearity(self) -> str | None:
-        """Return the reason why hidden states times head are not the model's logits; None if they are."""
+    def _explain_nonlinear_head(self) -> str | None:
+        """Return the reason why hidden states times head are not the model's logits; None if they are.
+
+        Compares numbers on a few tokens, unless weights are unavailable: then the type of the head decides.
+        """
         head = self._head_module
         if head is None:
             return "the model has no output embedding"
@@ -217,7 +219,10 @@ class OutputHead:
             return self._find_logit_mismatch(_make_probe_batch(self.model, weight))
 
     def _find_logit_mismatch(self, batch: Sequences) -> str | None:
-        """Describe how projected logits, or a scaled large logit, differ from the model's; None if equal."""
+        """Return how the head's logits of a probe batch differ from the model's own; None if they agree.
+
+        Also compares a large logit, which shows an unknown scale or soft-cap.
+        """
         expected = slice_completion_outputs(
             self._unwrapped_model,
             self.model.forward(**build_forward_arguments(self._unwrapped_model, batch)).logits,
@@ -249,7 +254,7 @@ class OutputHead:
 
 
 def _select_outputs(output: Any, output_names: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
-    """Select the model's outputs of these names, with or without a prefix such as `decoder_`."""
+    """Return name -> output for the requested names, with or without a prefix such as `decoder_`."""
     endings = tuple(f"_{name}" for name in output_names)
     return {
         name: value for name, value in output.items() if value is not None and f"_{name}".endswith(endings)
@@ -257,7 +262,7 @@ def _select_outputs(output: Any, output_names: Sequence[str]) -> dict[str, tuple
 
 
 def mark_untied_head(model: PreTrainedModel) -> None:
-    """Set `tie_word_embeddings=False` in the configuration of a model whose head is not tied.
+    """Set `tie_word_embeddings=False` in the config if head and input embeddings are different tensors.
 
     In transformers 5 a T5 configuration is always tied, whatever its file says, so that a later
     `tie_weights`, as by `resize_token_embeddings` or FSDP, would replace T5 v1.1's head by its embeddings.
@@ -268,7 +273,7 @@ def mark_untied_head(model: PreTrainedModel) -> None:
 
 
 def _make_probe_batch(model: PreTrainedModel, weight: Tensor) -> Sequences:
-    """Make a batch of one row of five tokens for each cell."""
+    """Make a batch of one row per cell: ids 0 to 4, of which three are the prompt and two the completion."""
     rows = len(weight) if weight.dim() == 3 else 1
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(5, device=device).expand(rows, -1) % weight.shape[-2]
@@ -277,12 +282,12 @@ def _make_probe_batch(model: PreTrainedModel, weight: Tensor) -> Sequences:
 
 
 def _get_matmul_rounding(logits: Tensor) -> float:
-    """Return the relative rounding of float32 products on CUDA, which may use the 10 bits of TF32."""
+    """Return 2**-10 for float32 logits on CUDA, where products may use TF32 (10 bits); 0 otherwise."""
     return 2.0**-10 if logits.is_cuda and logits.dtype == torch.float32 else 0.0
 
 
 def _find_head_slots(head: nn.Module | None, model: nn.Module) -> list[ModuleSlot]:
-    """Find all parents of the head with its name in each."""
+    """List (parent module, child name) of every place of the head in the model; empty for no head."""
     return [
         (parent, name)
         for parent in model.modules()
@@ -301,7 +306,7 @@ class _HeadStandIn(nn.Module):
         self.logit, self.captured_inputs = logit, list[Tensor]()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Record the head's input and return one logit, (1, 1, 1)."""
+        """Record the head's input, cast as autocast would, and return one constant logit, (1, 1, 1)."""
         self.captured_inputs.append(_cast_for_autocast(hidden))
         return self.captured_inputs[-1].new_full((1, 1, 1), self.logit)
 
@@ -312,7 +317,7 @@ class _HeadStandIn(nn.Module):
 
 @contextmanager
 def _replace_head(head: nn.Module, slots: Sequence[ModuleSlot], logit: float) -> Iterator[list[Tensor]]:
-    """Replace the head by a stand-in within the block; yield the list of the inputs that it records.
+    """Context manager: replace the head by a stand-in; yield the list that collects the inputs it receives.
 
     The head's hooks are not called either: those of ZeRO-3 expect a gradient through the head's output.
     """
@@ -327,7 +332,7 @@ def _replace_head(head: nn.Module, slots: Sequence[ModuleSlot], logit: float) ->
 
 
 def _cast_for_autocast(hidden: Tensor) -> Tensor:
-    """Cast hidden states as autocast would for a linear layer, which excludes float64."""
+    """Return hidden states cast as autocast casts a linear layer's; float64 or without autocast unchanged."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden
@@ -335,7 +340,7 @@ def _cast_for_autocast(hidden: Tensor) -> Tensor:
 
 
 def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Read the factor of the logits and Gemma's `final_logit_softcapping` from the configuration."""
+    """Return (factor of the logits, 1.0 by default; `final_logit_softcapping` or None) from the config."""
     scale = next(
         (value for name in LOGIT_FACTOR_FIELDS if (value := getattr(config, name, None)) is not None), None
     )
@@ -347,7 +352,7 @@ def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | No
 
 
 def compute_relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest expected number.
+    """Return the largest absolute difference divided by the largest finite expected magnitude, a float.
 
     NaN or the same infinity in the same place compare equal.
     """

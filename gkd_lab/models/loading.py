@@ -40,7 +40,9 @@ def load_teacher(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """Return the teacher in eval mode, without gradients, its weights cast to `dtype` unless that is None.
+    """Return the frozen teacher in eval mode: the given model itself, one loaded by name, or a student copy.
+
+    Its weights are cast to `dtype` unless that is None.
 
     Args:
         teacher_model: A model, which is frozen and cast in place, or a name. None stands for `name_or_path`,
@@ -71,7 +73,10 @@ def load_teacher(
 def load_student(
     model: PreTrainedModel | str, *, init_kwargs: InitKwargs, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Return the student; loaded by name it is float32 unless `init_kwargs` have a dtype, as in TRL."""
+    """Return the student: a model as it is, or one loaded by name, in float32 unless a dtype is given.
+
+    As in TRL. Warns if `init_kwargs` are ignored because the student is already a model.
+    """
     if isinstance(model, str):
         kwargs = {"dtype": "float32", **_parse_init_kwargs(init_kwargs)}
         return load_auto_model(model, kwargs, trust_remote_code=trust_remote_code)
@@ -83,7 +88,7 @@ def load_student(
 
 
 def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a decoder-only model, encoder-decoder or classifier, whichever its configuration names.
+    """Load the decoder-only model, encoder-decoder or classifier of this name, by what its config says it is.
 
     `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
     """
@@ -103,7 +108,7 @@ def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bo
 
 
 def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
-    """Check under ZeRO-3 whether the loaded configuration is tied though its file is not, as T5 v1.1's.
+    """Check under ZeRO-3 whether the loaded config ties the head though its file says untied, as T5 v1.1's.
 
     transformers would then compare head and embeddings, and take any two tensors split by ZeRO-3 for equal.
     """
@@ -114,7 +119,7 @@ def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[st
 
 @contextmanager
 def _disable_zero3_init() -> Iterator[None]:
-    """Keep ZeRO-3 from splitting models that are loaded within the block; its engine splits them later."""
+    """Context manager: models loaded within the block are not split by ZeRO-3; its engine does so later."""
     deepspeed_config = deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -125,11 +130,11 @@ def _disable_zero3_init() -> Iterator[None]:
 
 @contextmanager
 def use_on_device(teacher: nn.Module, device: torch.device | str, *, parked: bool) -> Iterator[nn.Module]:
-    """Copy a teacher that is `parked` on the CPU to `device` within the block.
+    """Context manager: a `parked` teacher's weights are on `device` within the block, then on the CPU again.
 
-    The CPU tensors are kept, so nothing is copied back. FSDP moves its own shards (see `place_teacher`), and
-    the end of the block frees the gathered weights. Nothing may read the teacher's weights after the block,
-    not even a backward pass.
+    Without `parked` nothing moves. The CPU tensors are kept, so nothing is copied back. FSDP moves its own
+    shards (see `place_teacher`), and the end of the block frees the gathered weights. Nothing may read the
+    teacher's weights after the block, not even a backward pass.
     """
     if isinstance(teacher, FSDPModule):
         try:
@@ -151,7 +156,7 @@ def use_on_device(teacher: nn.Module, device: torch.device | str, *, parked: boo
 
 
 def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
-    """Return a copy of the arguments, which may be JSON; the deprecated `torch_dtype` becomes `dtype`."""
+    """Return the arguments (dict, JSON or None) as a new dict; deprecated `torch_dtype` becomes `dtype`."""
     kwargs = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
     if "torch_dtype" in kwargs:
         warnings.warn("torch_dtype is deprecated: use dtype", FutureWarning, stacklevel=3)
@@ -160,7 +165,7 @@ def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
 
 
 def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
-    """Add `teacher_dtype` to the arguments; ValueError if they have another dtype."""
+    """Return a copy of the arguments with `dtype` added unless None; ValueError if they have another one."""
     kwargs = _parse_init_kwargs(init_kwargs)
     if dtype is not None and _parse_dtype(kwargs.setdefault("dtype", dtype)) != TEACHER_DTYPES[dtype]:
         raise ValueError(
@@ -171,7 +176,7 @@ def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
 
 
 def _parse_dtype(value: Any) -> Any:
-    """Return the torch.dtype of a name; "auto", None and a torch.dtype are returned as they are."""
+    """Return the torch.dtype of a name, else ValueError; "auto", None and a torch.dtype stay as they are."""
     if value in ("auto", None) or isinstance(value, torch.dtype):
         return value
     dtype = getattr(torch, str(value), None)
@@ -181,7 +186,7 @@ def _parse_dtype(value: Any) -> Any:
 
 
 def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
-    """Copy the initial student as its own teacher, with a warning."""
+    """Warn, and return a deep copy of the initial student as its own teacher; ValueError under ZeRO-3."""
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "ZeRO-3 has split the student's weights, so it cannot be copied as its own teacher: "
@@ -196,7 +201,7 @@ def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_same_family(student: PreTrainedModel, teacher: Any) -> None:
-    """Raise ValueError unless both models have the same family and the same kind of task."""
+    """Raise ValueError unless both are encoder-decoders, both decoder-only, or classifiers of one kind."""
     if getattr(teacher, "config", None) is None:
         name = type(teacher).__name__
         raise ValueError(f"teacher_model is a {name}, which has no config: pass a transformers model")

@@ -30,7 +30,7 @@ class CannotPack(ValueError):
 
 
 def make_perturbed_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Copy a model in float32 and add random numbers to every weight; NaN and infinity become 0."""
+    """Return a float32 copy in eval mode with seeded noise added to all weights; NaN and inf become 0."""
     perturbed = copy.deepcopy(model).float().eval()
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
@@ -42,9 +42,9 @@ def make_perturbed_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
-    """Compare a pack with its perturbed members: logits, and greedy generation with a KV cache.
+    """Raise CannotPack unless a pack's logits and greedy generation with a KV cache equal its members'.
 
-    May modify the members. Raises CannotPack if the pack differs or its model's code fails.
+    May modify the members, which are perturbed copies. The model's code may also fail: CannotPack too.
     """
     batch = _make_random_batch(packed, len(members))
     functions: dict[str, LogitFunction] = {"logits": compute_completion_logits}
@@ -60,7 +60,7 @@ def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreT
 
 
 def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
-    """Compare the pack's logits with those of each member; raise CannotPack if they differ."""
+    """Raise CannotPack unless the pack's logits on random rows equal each member's own, up to rounding."""
     rows = _select_cell_rows(_make_random_batch(packed, 1), 0)
     with _plain_inference(packed, members):
         # Members that are one object are computed once.
@@ -70,7 +70,7 @@ def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedMod
 
 
 def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
-    """Make a batch of random tokens, with prompts padded on the side that the model's family needs."""
+    """Make a batch of two random rows per cell, 4 prompt and 3 completion ids; one row of two has padding."""
     shape = (ROWS_PER_MEMBER * cell_count, 7)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=generator)
@@ -81,12 +81,12 @@ def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
 
 
 def _select_cell_rows(batch: Sequences, cell: int) -> Sequences:
-    """Select one cell's rows of a batch."""
+    """Return one cell's two rows of a batch."""
     return batch.map_tensors(lambda tensor: tensor[cell * ROWS_PER_MEMBER : (cell + 1) * ROWS_PER_MEMBER])
 
 
 def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """Return the logits of greedily generated tokens, (N, NEW_TOKENS, V)."""
+    """Generate two tokens per row greedily; return their logits (N, 2, V). Overwrites `generation_config`."""
     model.generation_config = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
@@ -103,7 +103,7 @@ def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 @contextmanager
 def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Turn off dropout, gradients and autocast within the block; raise CannotPack for any error in it."""
+    """Context manager: no dropout, gradients or autocast; errors but out-of-memory become CannotPack."""
     try:
         with (
             eval_mode(packed, *members),
@@ -123,7 +123,7 @@ def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]
 def _check_close(
     quantity: str, packed: PreTrainedModel, actual: Tensor, expected: Tensor, precision: torch.dtype
 ) -> None:
-    """Raise CannotPack if the pack's numbers differ from its members' by more than rounding."""
+    """Raise CannotPack if the relative error of the pack's numbers is NaN or above the tolerance."""
     error = compute_relative_error(actual, expected)
     if not error <= _get_tolerance(precision, packed.device):
         raise CannotPack(
@@ -133,7 +133,7 @@ def _check_close(
 
 
 def _get_tolerance(precision: torch.dtype, device: torch.device) -> float:
-    """Return the largest relative rounding error that products of another shape cause through all layers.
+    """Return the relative error allowed for rounding: 1e-4 (2**-7 on CUDA), in half precision 16 epsilons.
 
     Norms use float32 even in a float64 model, and CUDA may multiply float32 with the 10 bits of TF32.
     """

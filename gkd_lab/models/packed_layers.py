@@ -33,11 +33,11 @@ class PackedModule(nn.Module):
         self.selected_weights: dict[str, Tensor] = {}
 
     def get_active_tensor(self, name: str) -> Tensor | None:
-        """Return the stacked parameter `name` of the selected cells, (K, ...)."""
+        """Return parameter `name`, stacked over the selected cells, (K, ...); None if the module lacks it."""
         return self.selected_weights.get(name, self._parameters.get(name))
 
     def get_active_weight(self) -> Tensor:
-        """Return the stacked weight of the selected cells, (K, ...)."""
+        """Return parameter `weight`, (K, ...), stacked over the selected cells (by default all)."""
         weight = self.get_active_tensor("weight")
         assert weight is not None
         return weight
@@ -45,7 +45,7 @@ class PackedModule(nn.Module):
     def select_cells(
         self, cells: CellSelection, dtype: torch.dtype | None, weight_cache: dict[tuple[int, bool], Tensor]
     ) -> None:
-        """Restrict forward passes to the weights of these cells, detached.
+        """Use only these cells' weights, detached, in forward calls until `select_all_cells` is called.
 
         Slices are views; indexed or cast weights are copied once, and `weight_cache` has those that modules
         share.
@@ -61,7 +61,7 @@ class PackedModule(nn.Module):
                 self.selected_weights[name] = weight_cache[key]
 
     def select_all_cells(self) -> None:
-        """Undo `select_cells`."""
+        """Undo `select_cells`: forward calls use the trainable weights of all cells again."""
         self.selected_weights = {}
 
 
@@ -75,7 +75,7 @@ class PackedLinear(PackedModule):
         self.in_features, self.out_features = members[0].in_features, members[0].out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply each row by its cell's weight, (N, ..., I) -> (N, ..., O)."""
+        """Multiply each row by its cell's weight and add its cell's bias, (N, ..., I) -> (N, ..., O)."""
         return _multiply_per_cell(x, self.get_active_weight().transpose(1, 2), self.get_active_tensor("bias"))
 
 
@@ -89,7 +89,7 @@ class PackedConv1D(PackedModule):
         self.nx, self.nf = members[0].nx, members[0].nf
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply each row by its cell's weight, (N, ..., I) -> (N, ..., O)."""
+        """Multiply each row by its cell's weight and add its cell's bias, (N, ..., I) -> (N, ..., O)."""
         return _multiply_per_cell(x, self.get_active_weight(), self.get_active_tensor("bias"))
 
 
@@ -101,10 +101,10 @@ class PackedEmbedding(PackedModule):
         first = members[0]
         self.num_embeddings, self.embedding_dim = first.num_embeddings, first.embedding_dim
         self.padding_idx = first.padding_idx
-        self.lookup_module = None if type(first) is nn.Embedding else strip_weights(first)
+        self.lookup_module = None if type(first) is nn.Embedding else copy_without_weights(first)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look ids up in their cell's table, (N, T) -> (N, T, H).
+        """Look up each row's ids in its cell's table, (N, T) -> (N, T, H); no gradient for padding ids.
 
         Raises:
             ValueError: if the ids do not have the batch's number of rows, as default positions may.
@@ -124,7 +124,7 @@ class PackedEmbedding(PackedModule):
         return torch.where((ids == self.padding_idx)[..., None], embedded.detach(), embedded)
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Look ids up in the table of all cells, (K*V, H)."""
+        """Return the embeddings of ids, already offset by cell, from all cells' joined table, (K*V, H)."""
         if self.lookup_module is None:
             return functional.embedding(ids, table)
         return call_with_weights(self.lookup_module, ids, weight=table)
@@ -135,7 +135,7 @@ class PackedNorm(PackedModule):
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
-        self.norm = strip_weights(members[0])
+        self.norm = copy_without_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize, then scale and shift each row by its cell's vectors, (N, ..., H) -> (N, ..., H)."""
@@ -150,7 +150,7 @@ class PackedTorchNorm(PackedModule):
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__(members)
-        self.norm = strip_weights(members[0])
+        self.norm = copy_without_weights(members[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize, then scale and shift each row by its cell's vectors, (N, ..., H) -> (N, ..., H)."""
@@ -165,18 +165,19 @@ class PackedRelativeBias(PackedModule):
     """K tables of T5's relative attention bias as one table with K times the heads."""
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Look up the biases of all cells, (Q, T) -> (Q, T, K*heads)."""
+        """Look up the attention biases of all selected cells at once, (Q, T) -> (Q, T, K*heads)."""
         table = self.get_active_weight().transpose(0, 1).flatten(1)
         return functional.embedding(buckets, table)
 
 
 def patch_relative_bias(attention: nn.Module) -> None:
-    """Patch a T5 attention, which computes one bias for the whole batch, to give each row its cell's bias."""
+    """Replace a T5 attention's `compute_bias`, in place, so that each batch row gets its own cell's bias."""
     compute = attention.compute_bias
     table = attention.relative_attention_bias
     row_count = 1
 
     def count_rows(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Store the number of rows N of the attention's input, for `compute_bias`."""
         nonlocal row_count
         row_count = (args[0] if args else kwargs["hidden_states"]).shape[0]
 
@@ -193,13 +194,13 @@ def patch_relative_bias(attention: nn.Module) -> None:
 
 
 def count_cells(model: nn.Module) -> int:
-    """Return the number of selected cells of a packed model; 1 for any other model."""
+    """Return the number of currently selected cells of a packed model; 1 for a model that is not packed."""
     packed = next((m for m in model.modules() if isinstance(m, PackedModule)), None)
     return 1 if packed is None else packed.get_active_weight().shape[0]
 
 
 def pack_modules(name: str, members: Sequence[nn.Module]) -> PackedModule | None:
-    """Build the packed form of the same module of all members; None if it has no weights or no such form."""
+    """Build one packed module from the same module of K models; None if it has no weight or packed form."""
     first = members[0]
     if name.endswith("relative_attention_bias"):
         return PackedRelativeBias(members)
@@ -217,7 +218,7 @@ def pack_modules(name: str, members: Sequence[nn.Module]) -> PackedModule | None
 
 
 def _holds_only_vectors(module: nn.Module) -> bool:
-    """Check whether a module looks like a norm: a weight and perhaps a bias, both vectors.
+    """Check whether a module looks like a norm: only a weight and perhaps a bias, both vectors, no children.
 
     `pack_check` will find out if it computes something else.
     """
@@ -226,8 +227,8 @@ def _holds_only_vectors(module: nn.Module) -> bool:
     return parameters.keys() <= {"weight", "bias"} and are_vectors and not module._modules
 
 
-def strip_weights(module: nn.Module) -> nn.Module:
-    """Copy a module with buffers in the place of its parameters: neutral vectors, or an empty table."""
+def copy_without_weights(module: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are placeholder buffers: vectors of 1 (bias: 0), or an empty table."""
     # The weights themselves, perhaps a large table, are not copied.
     skipped = {id(p): None for p in module.parameters(recurse=False)}
     stripped: nn.Module = copy.deepcopy(module, skipped)
@@ -241,7 +242,7 @@ def strip_weights(module: nn.Module) -> nn.Module:
 
 
 def call_with_weights(module: nn.Module, x: Tensor, **weights: Tensor) -> Tensor:
-    """Call a module made by `strip_weights` with these weights as its buffers; gradients flow to them."""
+    """Return module(x) of a `copy_without_weights` with these weights for this call; gradients reach them."""
     neutral = dict(module._buffers)
     module._buffers.update(weights)
     try:
@@ -259,5 +260,5 @@ def _multiply_per_cell(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _stack_parameters(tensors: Iterator[nn.Parameter]) -> nn.Parameter:
-    """Stack the parameters of K modules along a new first axis."""
+    """Return one new parameter, (K, ...), that stacks copies of the same parameter of K modules."""
     return nn.Parameter(torch.stack([tensor.detach() for tensor in tensors]))

@@ -39,17 +39,14 @@ class Pack:
 
     @classmethod
     def build_single(cls, model: PreTrainedModel) -> "Pack":
-        """Build a pack of one cell from a model of any architecture, which is left as it is."""
+        """Return a pack of one cell around a model of any kind, which is neither copied nor changed."""
         return cls(model, 1, model)
 
     @classmethod
     def build(cls, members: Sequence[PreTrainedModel]) -> "Pack":
-        """Stack the weights of `members`, which are not modified.
+        """Return a pack of copies of K models; CannotPack unless it computes the same as each model alone.
 
         Compares packed and single outputs, first of two perturbed copies of member 0, then of the members.
-
-        Raises:
-            CannotPack: if the members differ in architecture, or their pack computes something else.
         """
         _check_same_architecture(members)
         copies = [make_perturbed_copy(members[0], seed) for seed in range(2)]
@@ -61,25 +58,28 @@ class Pack:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the weights have a cell axis; those of `build_single` have none."""
+        """Whether the weights have a cell axis; False for a pack made by `build_single`."""
         return self._template is not self.model
 
     def get_cell_parameters(self, cell: int) -> dict[str, Tensor]:
-        """Return name -> the cell's slice of each trainable parameter, a detached view."""
+        """Return name -> the cell's detached view of each trainable parameter; writing changes the pack."""
         named = self.model.named_parameters()
         if not self.is_packed:
             return {name: p.detach() for name, p in named if p.requires_grad}
         return {name: p.detach()[cell] for name, p in named if p.requires_grad}
 
     def get_cell_gradients(self, cell: int) -> dict[str, Tensor | None]:
-        """Return name -> the cell's slice of each parameter's gradient, a view."""
+        """Return name -> the cell's view of each trainable parameter's gradient, None where it has none."""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.is_packed:
             return gradients
         return {name: grad if grad is None else grad[cell] for name, grad in gradients.items()}
 
     def unpack_cell(self, cell: int) -> PreTrainedModel:
-        """Return the cell as a plain model. The next call reuses this object: save it or copy it."""
+        """Copy the cell's weights into a plain model and return it; the next call overwrites that model.
+
+        A pack made by `build_single` returns its own model.
+        """
         if self.is_packed:
             state = {
                 name: value[cell] if _is_packed_parameter(self.model, name) else value
@@ -89,7 +89,7 @@ class Pack:
         return self._template
 
     def load_cell(self, cell: int, state: dict[str, Tensor]) -> None:
-        """Overwrite a cell's weights by those of a plain model; tied names may be left out."""
+        """Copy a plain model's state dict into the cell's weights; ValueError if it lacks a trainable one."""
         parameters = self.get_cell_parameters(cell)
         missing = sorted(set(parameters) - set(state))
         if missing:
@@ -101,13 +101,12 @@ class Pack:
     def select_cells(
         self, cells: Sequence[int], dtype: torch.dtype | None = None
     ) -> Iterator[PreTrainedModel]:
-        """Restrict the model to these cells within the block, for sampling; its batch has only their rows.
+        """Context manager: restrict the yielded model to these cells; its batch then has only their rows.
 
         Args:
             cells: Neighbouring cells are views of the weights; others are copied once.
             dtype: Cast the weights of linear layers to this dtype once, instead of by autocast at each token.
-            A
-                model that is not packed is left as it is.
+                A model that is not packed is left as it is.
         """
         if list(cells) == list(range(self.size)) and dtype is None:
             yield self.model
@@ -125,7 +124,7 @@ class Pack:
 
 
 def _make_cell_selection(cells: Sequence[int], device: torch.device) -> CellSelection:
-    """Return a slice for neighbouring cells in ascending order, whose weights are views; else indices."""
+    """Return a slice for consecutive ascending cells, whose weights are views; else a tensor of indices."""
     first = cells[0]
     if list(cells) == list(range(first, first + len(cells))):
         return slice(first, first + len(cells))
@@ -133,7 +132,7 @@ def _make_cell_selection(cells: Sequence[int], device: torch.device) -> CellSele
 
 
 def _stack_models(members: Sequence[PreTrainedModel]) -> PreTrainedModel:
-    """Build the packed model; CannotPack if a weight is in a module that has no packed form."""
+    """Return a new packed model of the members; CannotPack if a weight's module has no packed form."""
     model = copy.deepcopy(members[0])
     _replace_modules(model, members)
     unpacked = [n for n, p in model.named_parameters() if not _is_packed_parameter(model, n)]
@@ -143,7 +142,7 @@ def _stack_models(members: Sequence[PreTrainedModel]) -> PreTrainedModel:
 
 
 def _replace_modules(model: nn.Module, members: Sequence[PreTrainedModel]) -> None:
-    """Replace every module that holds weights by its packed form; shared modules and weights stay shared."""
+    """Replace in `model` each module with weights by the members' packed form; shared ones stay shared."""
     packed_by_id: dict[int, PackedModule] = {}
     tied_weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -161,7 +160,7 @@ def _replace_modules(model: nn.Module, members: Sequence[PreTrainedModel]) -> No
 
 
 def _check_same_architecture(members: Sequence[PreTrainedModel]) -> None:
-    """Raise CannotPack if a member differs from the first one in its configuration, shapes or buffers."""
+    """Raise CannotPack if a member differs from member 0 in class, dtype, config, shapes or buffers."""
     reference, buffers = _describe_architecture(members[0]), dict(members[0].named_buffers())
     for index, member in enumerate(members[1:], start=1):
         traits = _describe_architecture(member)
@@ -175,7 +174,7 @@ def _check_same_architecture(members: Sequence[PreTrainedModel]) -> None:
 
 
 def _describe_architecture(model: PreTrainedModel) -> dict[str, object]:
-    """Return all traits that members must share: class, dtype, parameter shapes and configuration."""
+    """Return name -> value of what members must share: class, dtype, parameter shapes and config fields."""
     shapes = {f"shape of {name}": tuple(p.shape) for name, p in model.named_parameters()}
     traits = {"class": type(model).__name__, "dtype": model.dtype, **shapes}
     return traits | {k: v for k, v in model.config.to_dict().items() if k not in _PROVENANCE_FIELDS}
@@ -186,5 +185,5 @@ _PROVENANCE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_d
 
 
 def _is_packed_parameter(model: nn.Module, parameter: str) -> bool:
-    """Check whether the parameter of this name is in a packed module."""
+    """Check whether the parameter of this dotted name belongs to a `PackedModule`."""
     return isinstance(model.get_submodule(parameter.rpartition(".")[0]), PackedModule)

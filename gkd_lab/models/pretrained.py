@@ -20,7 +20,7 @@ from gkd_lab.models.heads import mark_untied_head
 def load_pretrained(
     spec: ModelSpec, family: Family, precision: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load the model that a spec names, with the layers that it keeps, and its tokenizer."""
+    """Load (model, tokenizer) from the spec's folder, hub name or GGUF file, without layers it drops."""
     location = spec.path or spec.pretrained
     assert location is not None
     path, is_gguf = Path(location), location.endswith(".gguf")
@@ -38,7 +38,7 @@ def load_pretrained(
 
 
 def _drop_quantization(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model from a GGUF file, which transformers marks as quantized, into one that can be trained."""
+    """Return a trainable copy of a model from a GGUF file, whose config marks it as quantized."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,7 +46,7 @@ def _drop_quantization(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
-    """Copy a model with only some layers of every stack.
+    """Return a copy of a model, in eval mode, with only these layers of every full-depth layer stack.
 
     Args:
         layers: Indices of the layers to keep, or their number, evenly spaced from first to last.
@@ -59,7 +59,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
         name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1
     }
     depth = model.config.num_hidden_layers
-    indices = _choose_layers(layers, depth)
+    indices = _resolve_layer_indices(layers, depth)
     if indices[0] != 0 and model.config.is_encoder_decoder:
         raise ConfigError(
             f"keep_layers {list(indices)}: the first layer, 0, holds T5's bias and must be kept"
@@ -76,8 +76,8 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     return _build_model(type(model), _shorten_config(model.config, indices), state, model)
 
 
-def _choose_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Return the indices of the layers to keep; ConfigError if they are not in range and ascending."""
+def _resolve_layer_indices(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Return the layer indices to keep, evenly spaced if `layers` is a number; ConfigError if invalid."""
     if isinstance(layers, int):
         if layers > depth:
             raise ConfigError(f"keep_layers {layers}: the model has {depth} layers")
@@ -94,7 +94,7 @@ _DEPTH_FIELDS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "d
 
 
 def _shorten_config(config: Any, layers: Sequence[int]) -> Any:
-    """Copy a configuration for a model with these layers only, `layer_types` included."""
+    """Return a copy of a config whose depth fields and `layer_types` describe only these layer indices."""
     depth, short = config.num_hidden_layers, copy.deepcopy(config)
     for name in _DEPTH_FIELDS:
         if getattr(config, name, None) == depth:
@@ -106,7 +106,7 @@ def _shorten_config(config: Any, layers: Sequence[int]) -> Any:
 
 
 def _build_model(kind: type, config: Any, state: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
-    """Build a model from a configuration and weights, with the dtype and generation settings of `like`."""
+    """Build a model of class `kind`, in eval mode, with dtype and generation settings of `like`."""
     model: PreTrainedModel = kind(config).to(like.dtype)
     mark_untied_head(model)
     model.load_state_dict(state)

@@ -38,34 +38,34 @@ class Projection:
         return self.scale_and_cap(raw)
 
     def truncate_vocabulary(self, size: int) -> "Projection":
-        """Return the projection to the first `size` entries of the vocabulary."""
+        """Return a projection to the first `size` vocabulary entries; its weight and bias are views."""
         weight = None if self.weight is None else self.weight[..., :size, :]
         bias = None if self.bias is None else self.bias[..., :size]
         return replace(self, weight=weight, bias=bias)
 
     def select_cell(self, cell: int) -> "Projection":
-        """Return the projection of one of K packed students; without a cell axis it is unchanged."""
+        """Return the projection of one packed student, weight (V, H); unchanged without a cell axis."""
         weight = self.weight if self.weight is None or self.weight.dim() == 2 else self.weight[cell]
         bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[cell % len(self.bias)]
         return replace(self, weight=weight, bias=bias)
 
     def add_cell_axis(self) -> "Projection":
-        """Give weight and bias a leading cell axis if they have none."""
+        """Return the projection with weight (K, V, H) and bias (K, V); K = 1 if there was no cell axis."""
         weight = self.weight if self.weight is None or self.weight.dim() == 3 else self.weight[None]
         bias = self.bias if self.bias is None or self.bias.dim() == 2 else self.bias[None]
         return replace(self, weight=weight, bias=bias)
 
     def get_vocabulary_size(self, hidden: Tensor) -> int:
-        """Return V, the number of logits for these hidden states."""
+        """Return V: the weight's rows, or without a weight the width of `hidden`, then the logits."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[-2]
 
     def scale_and_cap(self, raw: Tensor) -> Tensor:
-        """Return the logits for `raw` = h W^T + b: scaled, then soft-capped."""
+        """Return the logits of `raw` = h W^T + b: cap * tanh(scale * raw / cap); uncapped if it is None."""
         scaled = raw if self.scale == 1 else raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def compute_raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Convert, in place, a gradient with respect to the logits into one with respect to h W^T + b."""
+        """Convert `gradient` in place, and return it: from d/d(capped `logits`) to d/d(h W^T + b)."""
         if self.softcap is not None:
             gradient.mul_(1 - (logits / self.softcap).square())
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -80,7 +80,7 @@ class MatmulPrecision:
 
     @staticmethod
     def create(hidden: Tensor, result_dtype: torch.dtype) -> "MatmulPrecision":
-        """Multiply in autocast's dtype where autocast applies, else in that of the hidden states."""
+        """Return a precision whose operands have autocast's dtype if it applies, else the hidden states'."""
         device = hidden.device.type
         autocasts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         return MatmulPrecision(torch.get_autocast_dtype(device) if autocasts else hidden.dtype, result_dtype)
@@ -94,7 +94,7 @@ class MatmulPrecision:
             out.baddbmm_(left.to(self.result_dtype), right.to(self.result_dtype), beta=int(accumulate))
 
     def split_rows(self, weight: Tensor) -> Iterator[slice]:
-        """Split the rows of a head, (K, V, H), into slices if its dtype must be converted."""
+        """Yield slices over V of a head (K, V, H): 32,768 rows each, or one slice if nothing is converted."""
         vocabulary = weight.shape[1]
         rows = vocabulary if weight.dtype == self.operand_dtype == self.result_dtype else CONVERTED_ROWS
         return (slice(start, start + rows) for start in range(0, vocabulary, rows))

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, step: int, purpose: str) -> int:
-    """Hash (seed, step, purpose) to a 63-bit seed for a random generator."""
+    """Return a 63-bit seed for a random generator, the hash of (seed, step, purpose)."""
     digest = hashlib.blake2b(f"{seed}:{step}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def is_on_policy(lmbda: float, seed: int, step: int) -> bool:
-    """Toss the coin of Algorithm 1: decide whether an optimizer step trains on the student's own samples.
+    """Toss the coin of Algorithm 1: return whether this optimizer step trains on the student's own samples.
 
     True with probability lmbda: never for 0, always for 1. With one seed, a step that is on-policy for one
     lmbda is on-policy for every larger one.
@@ -27,13 +27,13 @@ def is_on_policy(lmbda: float, seed: int, step: int) -> bool:
 
 
 def draw_uniforms(seed: int, step: int, purpose: str, rows: int, tokens: int) -> Tensor:
-    """Draw sampling noise in [0, 1) for `rows` sequences, float64, (rows, tokens)."""
+    """Return sampling noise in [0, 1), a function of (seed, step, purpose): float64, (rows, tokens)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, step, purpose))
     return torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
 
 
 def draw_permutation(seed: int, epoch: int, size: int) -> list[int]:
-    """Draw the order of `size` rows in one pass over the data."""
+    """Return the indices 0 to size - 1 in the random order of this pass over the data."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order

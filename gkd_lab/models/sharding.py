@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked: bool = False) -> nn.Module:
-    """Shard the teacher under FSDP2 and ZeRO-3; move it whole to the device under anything else.
+    """Return the teacher, sharded under FSDP2 and ZeRO-3, else moved whole to the device (parked: CPU).
 
     `parked` leaves it on the CPU: `gkd_lab.models.loading.use_on_device` moves it for the time of a block,
     and FSDP2 moves its shards. Under FSDP2 embeddings and head stay gathered from a forward pass to the end
@@ -50,12 +50,12 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, *, parked:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Check whether transformers loaded quantized weights, which can neither be cast nor moved."""
+    """Check whether the config has `quantization_config`: such weights can be neither cast nor moved."""
     return getattr(getattr(model, "config", None), "quantization_config", None) is not None
 
 
 def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> None:
-    """Raise ValueError if `park_teacher` is set for weights that cannot be moved."""
+    """Raise ValueError if `parked`: weights of this description cannot move between CPU and device."""
     if parked:
         raise ValueError(
             f"park_teacher=True, but {weights_description} cannot be moved between uses: {way_out}"
@@ -63,7 +63,7 @@ def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> Non
 
 
 def _refuse_fsdp_1(accelerator: Accelerator) -> None:
-    """Raise ValueError unless accelerate uses FSDP version 2."""
+    """Raise ValueError if accelerate uses FSDP version 1, which cannot shard a frozen teacher here."""
     if not accelerator.is_fsdp2:
         raise ValueError(
             f"fsdp_version {accelerator.state.fsdp_plugin.fsdp_version} cannot shard a frozen teacher here: "
@@ -72,7 +72,7 @@ def _refuse_fsdp_1(accelerator: Accelerator) -> None:
 
 
 def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Shard an encoder-decoder student under FSDP2, before its optimizer is made.
+    """Shard an encoder-decoder student under FSDP2 and return it; return any other student unchanged.
 
     accelerate cannot: embeddings that encoder and decoder share must be in one group. Any other student is
     returned as it is, for accelerate to prepare.
@@ -89,7 +89,7 @@ def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrai
 def _shard_with_plugin(
     model: PreTrainedModel, accelerator: Accelerator, offload: OffloadPolicy | None, reshard_root: bool | None
 ) -> PreTrainedModel:
-    """Call `shard_model` with the settings of accelerate's FSDP plugin."""
+    """Shard a model in place by `shard_model` with accelerate's FSDP plugin settings, and return it."""
     plugin = accelerator.state.fsdp_plugin
     return shard_model(
         model,
@@ -104,7 +104,7 @@ def _shard_with_plugin(
 
 
 def _get_sharding_mesh(accelerator: Accelerator) -> DeviceMesh:
-    """Return the mesh dimensions over which accelerate shards the student."""
+    """Return the FSDP dimensions of accelerate's device mesh, else a 1-D mesh of all processes."""
     mesh = accelerator.torch_device_mesh
     if mesh is None:
         return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -121,7 +121,9 @@ def shard_model(
     offload_policy: OffloadPolicy | None = None,
     broadcast_weights: bool = False,
 ) -> PreTrainedModel:
-    """Call `fully_shard` on each transformer block, then on the root (embeddings, head, last norm).
+    """Shard a model in place by FSDP2, each transformer block and then the root as a group, and return it.
+
+    The root holds embeddings, head and last norm.
 
     Args:
         blocks: Class names of the transformer blocks, each gathered as one; default `_no_split_modules`.
@@ -159,7 +161,7 @@ def shard_model(
 
 @torch.no_grad()
 def _broadcast_weights(unit: nn.Module, device: str) -> None:
-    """Overwrite those weights and buffers of `unit` that are not sharded yet by rank 0's."""
+    """Replace, in place, the parameters and buffers of `unit` that are not sharded yet by rank 0's."""
     received: dict[Tensor, Tensor] = {}
     for module in unit.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -173,7 +175,7 @@ def _broadcast_weights(unit: nn.Module, device: str) -> None:
 
 
 def _broadcast_tensor(tensor: Tensor, device: str) -> Tensor:
-    """Return rank 0's values of `tensor` on `device`, as a parameter if it is one."""
+    """Send rank 0's values of `tensor` to all ranks; return them on `device`, a parameter if it is one."""
     value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
     dist.broadcast(value, src=0)
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

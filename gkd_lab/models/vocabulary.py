@@ -39,7 +39,7 @@ def get_shared_vocabulary_size(
     student_tokenizer: Any,
     teacher_tokenizer: Any | None,
 ) -> int:
-    """Return the number of leading vocabulary entries that both models share: the size of the smaller head.
+    """Check that both tokenizers are equal (else ValueError), and return the size of the smaller output head.
 
     Further rows are padding of the larger head, as in Qwen2.5 (0.5B: 151936 rows, 7B: 152064, one tokenizer).
     Warns if the teacher's tokenizer is unknown, and if the EOS tokens differ. `teacher` may be the size of
@@ -47,8 +47,7 @@ def get_shared_vocabulary_size(
 
     Raises:
         ValueError: if the tokenizers differ, if the heads differ in size and the teacher's tokenizer is
-        unknown,
-            or if a head has no row for one of the tokenizer's ids.
+            unknown, or if a head has no row for one of the tokenizer's ids.
     """
     teacher_size = teacher if isinstance(teacher, int) else get_head_size(teacher)
     sizes = {"student": get_head_size(student), "teacher": teacher_size}
@@ -77,7 +76,10 @@ def get_compared_vocabulary_size(
     *,
     compares_tokens: bool,
 ) -> int:
-    """Return the shared vocabulary size, or the student's if tokenizers may differ and do."""
+    """Return the shared vocabulary size, or the student's head size if the tokenizers may differ and do.
+
+    `compares_tokens`: a loss compares token by token, so that tokenizers that differ raise ValueError.
+    """
     if not compares_tokens and teacher_tokenizer is not None:
         appended_tokens = _list_appended_tokens(student_tokenizer, teacher_tokenizer)
         if find_tokenizer_difference(student_tokenizer, teacher_tokenizer, appended_tokens) is not None:
@@ -88,14 +90,14 @@ def get_compared_vocabulary_size(
 
 
 def get_head_size(model: PreTrainedModel) -> int:
-    """Return V, the number of logits: rows of the output head, which may differ from `config.vocab_size`."""
+    """Return V, the logits' number: rows of the output head, or `config.vocab_size` without a head."""
     head = model.get_output_embeddings()
     # Not `weight.shape`: that is 0 under ZeRO-3 and has a cell axis in a pack.
     return model.config.get_text_config().vocab_size if head is None else head.out_features
 
 
 def find_tokenizer_difference(a: Any, b: Any, ignored_tokens: Collection[str] = ()) -> str | None:
-    """Describe, with an example, how the ids of two tokenizers differ in meaning; None if they do not.
+    """Return a text on how the ids of two tokenizers differ in meaning, with an example; None if they do not.
 
     Compares every vocabulary entry, except `ignored_tokens` of `a`, and the ids of probe texts. Padding, EOS
     and BOS tokens and chat template may differ, as they do between base and instruct models of one family.
@@ -105,14 +107,14 @@ def find_tokenizer_difference(a: Any, b: Any, ignored_tokens: Collection[str] = 
 
 
 def _list_appended_tokens(student: Any, teacher: Any) -> list[str]:
-    """List the tokens added to the student's tokenizer after the teacher's last id."""
+    """List, sorted, the student's added tokens that the teacher lacks, with ids beyond the teacher's last."""
     teacher_ids = teacher.get_vocab()
     last_id = max(teacher_ids.values())
     return sorted(t for t, n in student.get_added_vocab().items() if t not in teacher_ids and n > last_id)
 
 
 def _warn_appended_tokens(tokens: Collection[str]) -> None:
-    """Warn that the teacher was never trained on the tokens that only the student has."""
+    """Warn that the teacher was never trained on these tokens of the student; silent if there are none."""
     if tokens:
         warnings.warn(
             f"the teacher's tokenizer lacks {', '.join(map(repr, tokens))}: the teacher was not trained on "
@@ -122,7 +124,7 @@ def _warn_appended_tokens(tokens: Collection[str]) -> None:
 
 
 def load_model_tokenizer(model: PreTrainedModel) -> Any | None:
-    """Load the tokenizer of the folder or hub repository that `model` was loaded from; None if it has none.
+    """Load the tokenizer from where `model` was loaded from; None if there is none or it cannot be loaded.
 
     Never runs remote code. Checks for files first: without them transformers creates an empty tokenizer.
     """
@@ -139,7 +141,7 @@ def load_model_tokenizer(model: PreTrainedModel) -> Any | None:
 
 
 def _check_sizes_without_tokenizer(sizes: dict[str, int]) -> None:
-    """Warn that the teacher's tokenizer is unknown; ValueError if the heads also differ in size."""
+    """Raise ValueError if the heads differ in size, else warn that the teacher's tokenizer is unknown."""
     advice = "pass the teacher's tokenizer as `teacher_processing_class=...`"
     if sizes["student"] != sizes["teacher"]:
         raise ValueError(
@@ -155,7 +157,7 @@ def _check_sizes_without_tokenizer(sizes: dict[str, int]) -> None:
 
 
 def _warn_different_eos(student: Any, teacher: Any) -> None:
-    """Warn if student and teacher end sequences with different tokens."""
+    """Warn if the EOS ids of the student's and the teacher's tokenizer differ."""
     if student.eos_token_id != teacher.eos_token_id:
         warnings.warn(
             f"the student's sequences end with {student.eos_token!r}, the teacher's with "
@@ -166,7 +168,7 @@ def _warn_different_eos(student: Any, teacher: Any) -> None:
 
 
 def check_ids_fit(tokenizer: Any, sizes: dict[str, int]) -> None:
-    """Raise ValueError if a head of these sizes has no row for one of the tokenizer's ids."""
+    """Raise ValueError if the tokenizer's highest id is not below each size in `sizes` (model name -> V)."""
     token, last_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     for owner, size in sizes.items():
         if last_id >= size:
@@ -178,7 +180,7 @@ def check_ids_fit(tokenizer: Any, sizes: dict[str, int]) -> None:
 
 
 def _find_entry_difference(a: dict[str, int], b: dict[str, int]) -> str | None:
-    """Describe how two vocabularies differ, with their first differing entry; None if they are equal."""
+    """Return a text with the number of entries that differ and the first of them; None if all are equal."""
     differing = a.items() ^ b.items()
     if not differing:
         return None
@@ -190,7 +192,7 @@ def _find_entry_difference(a: dict[str, int], b: dict[str, int]) -> str | None:
 
 
 def _find_text_difference(a: Any, b: Any, ignored_tokens: Collection[str]) -> str | None:
-    """Describe the first probe text that two tokenizers split differently; None if there is none."""
+    """Return as text the first probe text that two tokenizers split differently; None if there is none."""
     special = dict.fromkeys(
         t for t in [*a.all_special_tokens, *b.all_special_tokens] if t not in ignored_tokens
     )
