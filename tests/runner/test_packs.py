@@ -229,7 +229,6 @@ def fail_packs_larger_than(cells: int, monkeypatch: pytest.MonkeyPatch, from_ste
     monkeypatch.setattr("gkd_lab.runner.evaluate_cells.generate_predictions", decode_or_fail)
 
 
-@pytest.mark.slow
 def test_pack_out_of_memory_is_halved_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"lmbda": [0.5, 1], "beta": [0, 0.5]}
     changes = {"precision": "fp64", "grid": axes, "evaluations": PAIR["evaluations"]}

