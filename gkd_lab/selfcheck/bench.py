@@ -67,7 +67,10 @@ class PairBench:
         self.rows = self._build_rows()
 
     def _build_rows(self) -> Sequences:
-        """Encode the prompts and answers as chats, or as plain texts if the template fails."""
+        """Return the batch of the four texts, as chats; as plain texts without a working chat template.
+
+        The failure's message is kept as `chat_template_error`.
+        """
         if self.pair.tokenizer.chat_template is not None:
             try:
                 return self._collate_rows([{"messages": _build_chat(*text)} for text in PROMPTS_AND_ANSWERS])
@@ -78,19 +81,22 @@ class PairBench:
         )
 
     def _collate_rows(self, rows: list[dict[str, Any]]) -> Sequences:
-        """Collate dataset rows with the trainer's own collator."""
+        """Encode and collate dataset rows by the trainer's collator; return `Sequences` on the device."""
         batch = self.trainer.data_collator(rows)
         fields = Sequences.__dataclass_fields__
         return Sequences(**{name: batch[name].to(self.device) for name in fields if name in batch})
 
     def select_row(self, n: int) -> Sequences:
-        """Return row `n` as a batch, as wide as the whole batch."""
+        """Return row `n` as a batch of one, still padded as wide as the whole batch."""
         return self.rows.map_tensors(lambda tensor: tensor[n : n + 1])
 
     def build_micro_batches(
         self, parts: Sequence[Sequences], lmbda: float, *, step: int = 0, normalization: str = "token"
     ) -> list[dict[str, Any]]:
-        """Return the trainer's samples of optimizer step `step`, made of these micro-batches."""
+        """Let the trainer build step `step` of these micro-batches (it samples at lmbda); return its samples.
+
+        Sets the trainer's lmbda, loss normalization and step, and clears its failures.
+        """
         trainer = self.trainer
         # A loss that is not finite would freeze the student for all checks that follow.
         trainer.failures.clear()
@@ -101,14 +107,14 @@ class PairBench:
         samples, _ = trainer.get_batch_samples(batches, len(parts), self.device)
         return samples
 
-    def compute_loss_and_gradient(self, samples: Sequence[dict[str, Any]]) -> float:
-        """Return the loss of a step and add its gradient to the student's weights."""
+    def accumulate_gradients(self, samples: Sequence[dict[str, Any]]) -> float:
+        """Run forward and backward on a step's samples: return the summed loss, add gradients to `.grad`."""
         self.trainer.current_gradient_accumulation_steps = len(samples)
         losses = [self.trainer.training_step(self.student, sample) for sample in samples]
         return float(torch.stack(losses).sum())
 
     def generate_answers(self, rows: Sequences, noise: Tensor | None = None) -> Sequences:
-        """Let the student answer token by token with its cache: sampled by `noise`, or greedily."""
+        """Let the student complete the prompts with its cache, sampled by `noise` or else greedily."""
         return generate_completions(
             self.student,
             rows,
@@ -120,27 +126,27 @@ class PairBench:
         )
 
     def draw_noise(self) -> Tensor:
-        """Return one uniform number per row and new token."""
+        """Return uniform numbers, always the same, (rows, MAX_NEW_TOKENS)."""
         return draw_uniforms(0, 0, "selfcheck", self.rows.num_rows, MAX_NEW_TOKENS)
 
     def compute_probabilities(self, model: Any, rows: Sequences) -> Tensor:
-        """Return the distribution at each trained token, by the training forward, (tokens, V)."""
+        """Return the model's probabilities at each completion token, (tokens, V): one forward, no cache."""
         return self.compute_logits(model, rows).float().softmax(-1)
 
     def compute_logits(self, model: Any, rows: Sequences) -> Tensor:
-        """Return the model's logits at each trained token, (tokens, V)."""
+        """Return the model's logits for each completion token of all rows, (tokens, V), in eval mode."""
         with torch.no_grad(), eval_mode(model):
             logits = compute_completion_logits(model, rows)[rows.completion_mask.bool()]
         return logits[:, : self.vocabulary_size]
 
 
 def _build_chat(question: str, answer: str) -> list[dict[str, str]]:
-    """Return a conversation of one turn each."""
+    """Return the messages of a conversation: a user's question and the assistant's answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _build_arguments(folder: Path) -> GKDConfig:
-    """Return TRL's defaults, in float32 and with nothing reported."""
+    """Return a GKDConfig for the bench: float32, no reports or saves, a teacher temperature of 0.5."""
     return GKDConfig(
         output_dir=str(folder),
         per_device_train_batch_size=len(PROMPTS_AND_ANSWERS),

@@ -39,9 +39,9 @@ PAIR_ERRORS = (
 
 @dataclass(frozen=True)
 class InvarianceResult:
-    """A check's measurement; it passes if `value` is at most `tolerance`, which NaN is not."""
+    """A check's measurement; it passes if `error_size` is at most `tolerance`, which NaN is not."""
 
-    value: float
+    error_size: float
     tolerance: float
     measurement: str
     """The value with its unit, as shown in the table."""
@@ -52,8 +52,8 @@ class InvarianceResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the value is within its tolerance."""
-        return self.value <= self.tolerance
+        """Whether the error size is at most the tolerance; NaN fails."""
+        return self.error_size <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class InvarianceCheck:
 
 
 def create_failed_result(reason: str, measurement: str = "-") -> InvarianceResult:
-    """Create the result of a check that failed without a measured value."""
+    """Return a result that fails (infinite error) for this reason, without a measured error."""
     return InvarianceResult(math.inf, 0.0, measurement, reason)
 
 
 def create_error_result(error: Exception) -> InvarianceResult:
-    """Create the failed result of a check that raised an error."""
+    """Return a failed result with the exception's type and message as its reason; nothing is raised."""
     return create_failed_result(f"{type(error).__name__}: {error}")
 
 
 def _get_largest_value(values: Iterable[float]) -> float:
-    """Return the value of largest magnitude, NaN first: with NaN, `max` would depend on the order."""
+    """Return the signed value of largest magnitude, NaN before all: `max` would depend on the order."""
     return max(values, key=lambda value: math.inf if math.isnan(value) else abs(value))
 
 
@@ -91,7 +91,7 @@ def _get_largest_value(values: Iterable[float]) -> float:
 
 
 def check_rows(bench: PairBench) -> InvarianceResult:
-    """Check that the chat template renders the rows and each begins with its prompt."""
+    """Fail with the chat template's error, if there was one; else pass (error 0) with the rows' size."""
     if bench.chat_template_error is not None:
         return create_failed_result(bench.chat_template_error)
     max_tokens = int(bench.rows.prompt_mask.sum(1).max() + bench.rows.completion_mask.sum(1).max())
@@ -99,10 +99,10 @@ def check_rows(bench: PairBench) -> InvarianceResult:
 
 
 def build_head_check(side: str) -> Callable[[PairBench], InvarianceResult]:
-    """Build the check that hidden states times head are the logits of "student" or "teacher"."""
+    """Return the check for "student" or "teacher": hidden states times head equal the model's logits."""
 
     def check_head(bench: PairBench) -> InvarianceResult:
-        """Compare hidden states times head with the model's logits."""
+        """Return as error the largest gap of hidden x head to the logits, relative; nonlinear heads fail."""
         model, head = getattr(bench, side), bench.heads[side]
         if not head.is_linear:
             return create_failed_result(
@@ -123,10 +123,10 @@ def build_head_check(side: str) -> Callable[[PairBench], InvarianceResult]:
 
 
 def build_padding_check(side: str) -> Callable[[PairBench], InvarianceResult]:
-    """Build the check that more padding leaves the probabilities of "student" or "teacher" as they are."""
+    """Return the check for "student" or "teacher": more padding does not change the probabilities."""
 
     def check_padding(bench: PairBench) -> InvarianceResult:
-        """Compare the probabilities of narrow and wide batches."""
+        """Return as error the largest change of a probability by ADDED_PADDING more pads."""
         model = getattr(bench, side)
         narrow = bench.compute_probabilities(model, bench.rows)
         wide = bench.compute_probabilities(model, _add_padding(bench))
@@ -138,7 +138,7 @@ def build_padding_check(side: str) -> Callable[[PairBench], InvarianceResult]:
 
 
 def _add_padding(bench: PairBench) -> Sequences:
-    """Return the rows with more padding on the side where the trainer puts it."""
+    """Return the rows with 5 more pads in the prompt, where the trainer pads it, and after the completion."""
     pad_id, rows = bench.pad_id, bench.rows
     side = (0, ADDED_PADDING) if bench.is_encoder_decoder else (ADDED_PADDING, 0)
     pad = nn.functional.pad
@@ -151,7 +151,7 @@ def _add_padding(bench: PairBench) -> Sequences:
 
 
 def check_neighbours(bench: PairBench) -> InvarianceResult:
-    """Compare each row alone with all of them in one batch."""
+    """Return as error the largest change of a student's probability, row alone against whole batch."""
     batched = bench.compute_probabilities(bench.student, bench.rows)
     rows = [bench.select_row(n) for n in range(bench.rows.num_rows)]
     single = torch.cat([bench.compute_probabilities(bench.student, row) for row in rows])
@@ -164,7 +164,7 @@ def check_neighbours(bench: PairBench) -> InvarianceResult:
 
 
 def check_cached_generation(bench: PairBench) -> InvarianceResult:
-    """Measure how much less likely greedy tokens are than the training forward's best ones."""
+    """Return as error how far a greedy token's probability is below the training forward's best one."""
     answers = bench.generate_answers(bench.rows)
     probabilities = bench.compute_probabilities(bench.student, answers)
     ids = answers.completion_ids[answers.completion_mask.bool()]
@@ -174,7 +174,7 @@ def check_cached_generation(bench: PairBench) -> InvarianceResult:
 
 
 def check_sampling_distribution(bench: PairBench) -> InvarianceResult:
-    """Measure how far uniform numbers lie outside of their tokens' intervals of the distribution."""
+    """Return as error how far a uniform number lies outside its sampled token's interval of the CDF."""
     noise = bench.draw_noise()
     answers = bench.generate_answers(bench.rows, noise)
     mask = answers.completion_mask.bool()
@@ -189,7 +189,7 @@ def check_sampling_distribution(bench: PairBench) -> InvarianceResult:
 
 
 def check_dropout_is_off(bench: PairBench) -> InvarianceResult:
-    """Count the modules in training mode while the student samples."""
+    """Return as error the number of the student's modules in training mode while it samples; limit 0."""
     counts: list[int] = []
     bench.student.train()
     hook = bench.student.register_forward_pre_hook(
@@ -207,7 +207,7 @@ def check_dropout_is_off(bench: PairBench) -> InvarianceResult:
 
 
 def check_divergence_values(bench: PairBench) -> InvarianceResult:
-    """Compare each divergence with the same from the models' full logits in float64."""
+    """Return as error the largest relative gap of a loss (each beta, TV) to float64 by full logits."""
     cells = _build_divergence_cells(bench)
     losses = [_compute_loss_and_gradient_norm(bench, "teacher", cell)[0] for cell in cells]
     if not all(math.isfinite(loss) for loss in losses):
@@ -223,7 +223,7 @@ def check_divergence_values(bench: PairBench) -> InvarianceResult:
 
 
 def check_equal_models_loss(bench: PairBench) -> InvarianceResult:
-    """Check that the loss is 0 with the student as its own teacher."""
+    """Return as error the largest loss, in nats, with the student as its own teacher; it should be 0."""
     cells = _build_divergence_cells(bench, teacher_temperature=1.0)
     losses = [_compute_loss_and_gradient_norm(bench, "student", cell)[0] for cell in cells]
     value = abs(_get_largest_value(losses))
@@ -231,7 +231,7 @@ def check_equal_models_loss(bench: PairBench) -> InvarianceResult:
 
 
 def check_equal_models_gradient(bench: PairBench) -> InvarianceResult:
-    """Check that the gradient by the hidden states is 0 with the student as its own teacher.
+    """Return as error the largest gradient norm by hidden states, with the student as its own teacher.
 
     Total variation is left out, as it has a kink where both are equal.
     """
@@ -244,7 +244,7 @@ def check_equal_models_gradient(bench: PairBench) -> InvarianceResult:
 
 
 def _build_divergence_cells(bench: PairBench, **changes: Any) -> list[CellArguments]:
-    """Build cells with JSD at every beta and with total variation."""
+    """Return six cells, changed by `changes`: JSD at each of five betas, and total variation."""
     cell = replace(bench.trainer.cells[0], **changes)
     return [*(replace(cell, beta=beta) for beta in BETAS), replace(cell, divergence="tv")]
 
@@ -252,7 +252,10 @@ def _build_divergence_cells(bench: PairBench, **changes: Any) -> list[CellArgume
 def _compute_loss_and_gradient_norm(
     bench: PairBench, teacher: str, cell: CellArguments
 ) -> tuple[float, float]:
-    """Return the mean loss per token on the rows' answers, and its gradient norm by hidden states."""
+    """Return (mean loss per token on the rows' completions, its gradient's norm by student hidden states).
+
+    `teacher`: "teacher" or "student", the model to compare with.
+    """
     batch = MicroBatch(bench.rows, bench.rows, (0,), (False,))
     with torch.no_grad(), eval_mode(bench.student):
         student_output, teacher_output = (
@@ -267,7 +270,7 @@ def _compute_loss_and_gradient_norm(
 
 
 def check_bfloat16(bench: PairBench) -> InvarianceResult:
-    """Compare autocast to bfloat16 with float32: the off-policy loss, and the mean shift of a distribution.
+    """Return as error bfloat16's relative loss change, or the mean shift of a distribution if larger.
 
     The loss alone would not tell: any two random students are about equally far from their teacher.
     """
@@ -290,11 +293,14 @@ def check_bfloat16(bench: PairBench) -> InvarianceResult:
 
 
 def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
-    """Check that only positions that predict an answer's token get a gradient, and all of them do."""
+    """Return as error the relative gradient at positions that predict no trained token; inf if one has 0.
+
+    That is, inf if a position that predicts a trained token gets no gradient. Clears the student's `.grad`.
+    """
     outputs: list[Tensor] = []
 
     def retain_gradient(module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the last hidden states and, after the backward pass, their gradient."""
+        """Collect a layer's output in `outputs`, and let it keep its gradient after the backward pass."""
         if output[0].requires_grad:
             output[0].retain_grad()
             outputs.append(output[0])
@@ -302,7 +308,7 @@ def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
     body = bench.student.get_decoder() if bench.is_encoder_decoder else bench.student.base_model
     hook = body.register_forward_hook(retain_gradient)
     try:
-        bench.compute_loss_and_gradient(bench.build_micro_batches([bench.rows], 0.0))
+        bench.accumulate_gradients(bench.build_micro_batches([bench.rows], 0.0))
     finally:
         hook.remove()
         bench.student.zero_grad()
@@ -322,7 +328,7 @@ def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
 
 
 def _mask_predicting_positions(bench: PairBench) -> Tensor:
-    """Return the mask of the decoder's positions whose next token is trained on."""
+    """Return the mask of decoder positions whose next token is trained, (rows, decoder positions)."""
     trained = bench.rows.completion_mask.bool()
     if bench.is_encoder_decoder:
         return trained
@@ -331,13 +337,16 @@ def _mask_predicting_positions(bench: PairBench) -> Tensor:
 
 
 def build_accumulation_check(lmbda: float, normalization: str) -> Callable[[PairBench], InvarianceResult]:
-    """Build the check that four micro-batches of a row give the loss and gradient of one with four rows."""
+    """Return the check that four micro-batches of one row give the loss and gradient of one of four rows.
+
+    `lmbda`: 0 for the data's completions, 1 for the student's own.
+    """
 
     def check_accumulation(bench: PairBench) -> InvarianceResult:
-        """Compare loss and gradient of a step as one micro-batch and as four."""
+        """Return as error the larger relative gap, of loss or gradient, between one micro-batch and four."""
         rows = [bench.select_row(n) for n in range(bench.rows.num_rows)]
         bench.student.zero_grad()
-        whole = bench.compute_loss_and_gradient(
+        whole = bench.accumulate_gradients(
             bench.build_micro_batches([bench.rows], lmbda, normalization=normalization)
         )
         # The second gradient is subtracted within the weights' own, which spares a copy.
@@ -345,7 +354,7 @@ def build_accumulation_check(lmbda: float, normalization: str) -> Callable[[Pair
         norm = _compute_norm(gradients)
         for gradient in gradients:
             gradient.neg_()
-        split = bench.compute_loss_and_gradient(
+        split = bench.accumulate_gradients(
             bench.build_micro_batches(rows, lmbda, normalization=normalization)
         )
         gaps = abs(split - whole) / abs(whole), _compute_norm(gradients) / norm
@@ -357,13 +366,13 @@ def build_accumulation_check(lmbda: float, normalization: str) -> Callable[[Pair
 
 
 def _compute_norm(tensors: list[Tensor]) -> float:
-    """Return the norm of all tensors together."""
+    """Return the Euclidean norm of all tensors joined together."""
     return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
 
 
 def check_teacher_is_frozen(bench: PairBench) -> InvarianceResult:
-    """Count the teacher's weights that could learn, or that are the student's own."""
-    bench.compute_loss_and_gradient(bench.build_micro_batches([bench.rows], 0.0))
+    """Return as error the number of teacher weights that can learn or are shared with the student."""
+    bench.accumulate_gradients(bench.build_micro_batches([bench.rows], 0.0))
     student_weights = {p.data_ptr() for p in bench.student.parameters()}
     bench.student.zero_grad()
     weights = list(bench.teacher.parameters())
@@ -376,26 +385,26 @@ def check_teacher_is_frozen(bench: PairBench) -> InvarianceResult:
 
 
 def check_reference_independence(bench: PairBench) -> InvarianceResult:
-    """Compare an on-policy step on the dataset's answers with one on their first tokens alone."""
+    """Return as error the sampled tokens that differ once the dataset's completions are cut to 1 token."""
     ids, mask = bench.rows.completion_ids, bench.rows.completion_mask
     is_later = torch.arange(mask.shape[1], device=mask.device) > 0
     truncated = bench.rows.replace_completions(
         ids.masked_fill(is_later, bench.pad_id), mask.masked_fill(is_later, 0)
     )
     full, short = (
-        _list_trained_tensors(bench.build_micro_batches([rows], 1.0)[0]) for rows in (bench.rows, truncated)
+        _get_trained_tensors(bench.build_micro_batches([rows], 1.0)[0]) for rows in (bench.rows, truncated)
     )
     reason = "the data's answers leak into the student's own text or its weight"
     return _compare_trained_tensors(full, short, reason)
 
 
 def check_resumed_step(bench: PairBench) -> InvarianceResult:
-    """Compare step 3 as the first of a run with step 3 after step 2."""
+    """Return as error the sampled tokens that differ in step 3 if step 2 ran before."""
     torch.manual_seed(1)
-    resumed = _list_trained_tensors(bench.build_micro_batches([bench.rows], 1.0, step=3)[0])
+    resumed = _get_trained_tensors(bench.build_micro_batches([bench.rows], 1.0, step=3)[0])
     bench.build_micro_batches([bench.select_row(0)], 1.0, step=2)
     torch.rand(7)
-    continued = _list_trained_tensors(bench.build_micro_batches([bench.rows], 1.0, step=3)[0])
+    continued = _get_trained_tensors(bench.build_micro_batches([bench.rows], 1.0, step=3)[0])
     reason = "the model draws random numbers of its own: a resumed run would differ"
     return _compare_trained_tensors(resumed, continued, reason)
 
@@ -403,14 +412,17 @@ def check_resumed_step(bench: PairBench) -> InvarianceResult:
 TrainedTensors = tuple[Tensor, Tensor, Tensor]
 
 
-def _list_trained_tensors(sample: dict[str, Any]) -> TrainedTensors:
-    """Return a training sample's completion ids, their mask and the divisor of the loss."""
+def _get_trained_tensors(sample: dict[str, Any]) -> TrainedTensors:
+    """Return a training sample's (completion ids, completion mask, divisors of the loss)."""
     student = sample["batch"].student
     return student.completion_ids, student.completion_mask, sample["items"]
 
 
 def _compare_trained_tensors(first: TrainedTensors, second: TrainedTensors, reason: str) -> InvarianceResult:
-    """Check that two steps train on the same; `reason`: the meaning of a difference."""
+    """Return a result whose error counts differing ids, at least 1 if masks or divisors differ.
+
+    `reason`: the meaning of a difference. Different shapes fail without a count.
+    """
     pairs = list(zip(first, second, strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return create_failed_result(reason, "lengths differ")

@@ -40,9 +40,9 @@ WEIGHT_SCALES = {"decoder-only": 10.0, "encoder-decoder": 3.0}
 
 
 def run_selfcheck(teacher: str | None, student: str | None, *, bf16: bool = False) -> bool:
-    """Check the named pair, or two made ones, print the tables and return whether all checks passed.
+    """Check the named pair, or two made ones, print the tables; return whether all checks passed.
 
-    Raises ConfigError for names that cannot be loaded and models of two families.
+    Raises ConfigError for a single name, names that cannot be loaded and models of two families.
     """
     if (teacher is None) != (student is None):
         missing = "--teacher" if teacher is None else "--student"
@@ -58,7 +58,10 @@ def run_selfcheck(teacher: str | None, student: str | None, *, bf16: bool = Fals
 
 
 def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
-    """Load both models in float32 with their tokenizers, without running remote code."""
+    """Load both models in float32 with their tokenizers; ConfigError if one fails or their families differ.
+
+    No remote code is run. ConfigError too for a student without a tokenizer; a teacher's may be None.
+    """
     names = {"--student": student, "--teacher": teacher}
     configs = {option: _load_config(option, name) for option, name in names.items()}
     kinds = {o: "encoder-decoder" if c.is_encoder_decoder else "decoder-only" for o, c in configs.items()}
@@ -83,7 +86,7 @@ def load_pair(teacher: str, student: str, reporter: Reporter) -> ModelPair:
 
 
 def _load_config(option: str, name: str) -> Any:
-    """Load the configuration of the model that `option` names."""
+    """Return the model configuration of `name`; ConfigError, which names CLI option `option`, if it fails."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -91,7 +94,7 @@ def _load_config(option: str, name: str) -> Any:
 
 
 def _load_model(option: str, name: str) -> PreTrainedModel:
-    """Load the model that `option` names, in float32."""
+    """Return the model `name` in float32; ConfigError, which names CLI option `option`, if it fails."""
     try:
         return load_auto_model(name, {"dtype": torch.float32}, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -99,7 +102,7 @@ def _load_model(option: str, name: str) -> PreTrainedModel:
 
 
 def _build_load_error(option: str, name: str, error: Exception) -> ConfigError:
-    """Build the error for a model that cannot be loaded from a folder or the hub."""
+    """Return (not raise) the ConfigError for a model that cannot be loaded from a folder or the hub."""
     if Path(name).exists():
         return ConfigError(f"{option} {name!r} cannot be loaded: {_get_first_line(error)}")
     return ConfigError(
@@ -109,12 +112,15 @@ def _build_load_error(option: str, name: str, error: Exception) -> ConfigError:
 
 
 def _get_first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
+    """Return the first line of an error's message without its final dot, or its type's name if empty."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def make_pair(family: Family) -> ModelPair:
-    """Make a teacher of three layers and a student of two, with one byte-level tokenizer of 512 entries."""
+    """Make an untrained 2-layer student and 3-layer teacher with one byte-level tokenizer of 512 entries.
+
+    Weights are scaled up, so that tokens differ in probability.
+    """
     tokenizer = train_tokenizer(
         TokenizerSpec(kind="bpe", vocab_size=512),
         [f"{prompt} {answer}" for prompt, answer in PROMPTS_AND_ANSWERS],
@@ -132,7 +138,10 @@ def make_pair(family: Family) -> ModelPair:
 
 
 def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> CheckResults:
-    """Run all checks; none but the first for different tokenizers, or if the trainer refuses the pair."""
+    """Return (name, meaning, result) of each check; only the first if the tokenizers differ.
+
+    If the trainer refuses the pair, that refusal is the second and last. `bf16` adds the check of bfloat16.
+    """
     tokenizer_result = _check_tokenizers(pair)
     results = [("tokenizers", "ids mean the same to both", tokenizer_result)]
     if not tokenizer_result.passed:
@@ -154,7 +163,7 @@ def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> Ch
 
 
 def _check_tokenizers(pair: ModelPair) -> InvarianceResult:
-    """Check that student and teacher share their token ids, and note what the comparison warns of."""
+    """Return a failed result if student and teacher do not share token ids; else warnings are notes."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -172,14 +181,14 @@ def _check_tokenizers(pair: ModelPair) -> InvarianceResult:
 
 @contextmanager
 def _silence_warnings() -> Iterator[None]:
-    """Silence the trainer's warnings: the checks report the same."""
+    """Ignore all Python warnings within the block: the checks report the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _print_report(out: Console, title: str, pair: ModelPair, results: CheckResults) -> bool:
-    """Print sizes, table and the reasons of failures; return whether all checks passed."""
+    """Print sizes, table, reasons of failures and notes; return whether all checks passed."""
     # Words are wrapped for a person; a file or a pipe gets a line for each reason.
     say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
     sizes = [f"{_count_parameters(model) / 1e6:,.1f} M" for model in (pair.student, pair.teacher)]
@@ -198,7 +207,7 @@ def _print_report(out: Console, title: str, pair: ModelPair, results: CheckResul
 
 
 def _build_table(results: CheckResults) -> Table:
-    """Build the table of all results."""
+    """Build the rich table: a row for each check with its meaning, measurement, limit, and pass or FAIL."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("check", "what holds", "measured"):
         table.add_column(heading, overflow="fold")
@@ -212,5 +221,5 @@ def _build_table(results: CheckResults) -> Table:
 
 
 def _count_parameters(model: PreTrainedModel) -> int:
-    """Count all parameters, frozen ones too."""
+    """Return the number of all parameters, frozen ones too."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -30,42 +30,42 @@ class TaskAdapter(Protocol):
 
     @property
     def cells(self) -> Sequence[CellArguments]:
-        """The cells' arguments with the task's default loss."""
+        """Return the cells' arguments; a regression cell without objectives has got the default loss."""
         ...
 
     @property
     def encode_row(self) -> Callable[[Any], Any]:
-        """Encodes one dataset row."""
+        """Return the callable that encodes one dataset row to an example of token ids (and labels)."""
         ...
 
     @property
     def collate(self) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-        """Makes a batch of dataset rows, if the user gives no collator."""
+        """Return the default data collator, a callable: dataset rows -> batch of padded tensors by name."""
         ...
 
     @property
     def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """Metrics of an evaluation, if the user gives none; None: the loss alone."""
+        """Return the default `compute_metrics` of an evaluation; None: only the loss is evaluated."""
         ...
 
     def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
-        """Convert a collated batch, ours or a user's collator's. Raises ValueError for another form."""
+        """Convert a batch of our or the user's collator to `Sequences`; ValueError for an unknown form."""
         ...
 
     def build_trl_fields(self, rows: Sequences) -> dict[str, Tensor]:
-        """Return the rows as TRL lays out a batch, for a subclass that was written for TRL."""
+        """Return the rows as TRL's batch tensors by name, for a TRL subclass; empty for classifiers."""
         ...
 
     def compute_logits_and_labels(self, model: Any, rows: Sequences) -> tuple[Tensor, Tensor]:
-        """Return what `compute_metrics` gets; labels are -100 where nothing is trained."""
+        """Run the model and return (logits, labels) for `compute_metrics`; untrained labels are -100."""
         ...
 
-    def align_teachers(self, teachers: Sequence[TeacherInterface]) -> None:
-        """Make the teachers name their outputs in the student's order."""
+    def reorder_teacher_labels(self, teachers: Sequence[TeacherInterface]) -> None:
+        """Set the teachers' heads to return labels in the student's order; language models need nothing."""
         ...
 
     def create_text_teacher(self, teacher: TeacherInterface) -> TextTeacher | None:
-        """Create the teacher that reads texts in its own tokens; None: no term of the loss needs it."""
+        """Wrap `teacher` to read texts in its own tokens; return None if no loss term (`uld`) needs that."""
         ...
 
 
@@ -80,9 +80,9 @@ def build_adapter(
     *,
     is_stream: bool,
 ) -> TaskAdapter:
-    """Build the adapter of the student's task; `is_stream`: the rows are iterated, not indexed.
+    """Return a ClassificationAdapter if the student is a classifier, else a LanguageModelingAdapter.
 
-    Raises ValueError for cells or arguments that do not fit it.
+    `is_stream`: the rows are iterated, not indexed. Raises ValueError for cells or arguments that do not fit.
     """
     kind = get_classifier_kind(unwrap_model(student))
     if kind is None:

@@ -18,7 +18,7 @@ class ParameterViewsCallback(TrainerCallback):
         self.strategy = strategy
 
     def on_train_begin(self, *args: Any, **state: Any) -> None:
-        """Point the parameters to the weights where these are now."""
+        """Set each optimizer parameter's `.data` to its cell's slice of the pack's (moved) weights."""
         for n, parameters in enumerate(self.strategy.cell_parameters):
             for name, weight in self.strategy.pack.get_cell_parameters(n).items():
                 parameters[name].data = weight
@@ -31,7 +31,7 @@ class AuxiliaryUpdateCallback(TrainerCallback):
         self.modules, self.failures = modules, failures
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Update the modules of the running cells."""
+        """Step the running cells' auxiliary modules, at their learning rate times the schedule's factor."""
         cells, schedule = self.modules.cells, parts["lr_scheduler"]
         rates = {n: cell.learning_rate for n, cell in enumerate(cells) if n not in self.failures}
         if hasattr(schedule, "lr_lambdas"):

@@ -21,17 +21,17 @@ CHECKPOINT_PREFIX = "checkpoint-"
 
 
 def build_checkpoint_path(output_dir: str, step: int) -> Path:
-    """Return the folder of a step's checkpoint, named as transformers names it."""
+    """Return the path `output_dir/checkpoint-STEP`, transformers' name for it; nothing is created."""
     return Path(output_dir) / f"{CHECKPOINT_PREFIX}{step}"
 
 
 def parse_checkpoint_step(folder: Path) -> int:
-    """Return the step of a checkpoint's folder."""
+    """Return the step number in a folder's name, `checkpoint-STEP`; other names raise ValueError."""
     return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def list_complete_steps(output_dir: str | Path) -> set[int]:
-    """Return the steps with an intact checkpoint, from which a run in `output_dir` can be resumed."""
+    """Return the set of steps whose `checkpoint-STEP` folder is intact; a run can be resumed from each."""
     return {
         parse_checkpoint_step(folder)
         for folder in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
@@ -44,14 +44,14 @@ CHECKSUM_FILE = "sha256.json"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of a checkpoint's files, so that a changed bit is noticed before it is loaded."""
+    """Write `sha256.json` into the folder: relative path -> SHA-256 of every other file below it."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUM_FILE)
     checksums = {path.relative_to(folder).as_posix(): compute_sha256(path) for path in files}
     (folder / CHECKSUM_FILE).write_text(json.dumps(checksums))
 
 
 def quarantine_damaged_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Rename the checkpoints that are no longer as they were written, and return their new folders."""
+    """Rename each damaged `checkpoint-N` to `damaged-checkpoint-N`, replacing an older one; return these."""
     quarantined = []
     for folder in sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")):
         if not _is_checkpoint_intact(folder):
@@ -62,7 +62,7 @@ def quarantine_damaged_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _is_checkpoint_intact(folder: Path) -> bool:
-    """Whether all files match their checksums, or without checksums can be read."""
+    """Whether all listed files match `sha256.json`; if that is missing, whether the files can be read."""
     try:
         if (folder / CHECKSUM_FILE).exists():
             checksums: dict[str, str] = json.loads((folder / CHECKSUM_FILE).read_bytes())
@@ -78,7 +78,7 @@ def _is_checkpoint_intact(folder: Path) -> bool:
 
 @contextmanager
 def create_folder_atomically(folder: Path) -> Iterator[Path]:
-    """Create a folder that gets its name only when the block ends without an error."""
+    """Yield an empty hidden folder to fill; after a block without error it replaces `folder`, by rename."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -88,7 +88,7 @@ def create_folder_atomically(folder: Path) -> Iterator[Path]:
 
 
 def remove_other_checkpoints(output_dir: str, step: int) -> None:
-    """Remove the checkpoints of other steps."""
+    """Delete all `checkpoint-*` folders of `output_dir`, older and newer, except that of `step`."""
     for other in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"):
         if other != build_checkpoint_path(output_dir, step):
             shutil.rmtree(other, ignore_errors=True)
@@ -100,7 +100,7 @@ def save_cell_checkpoint(
     parameter_views: Mapping[str, nn.Parameter],
     optimizer: Any,
 ) -> None:
-    """Write the weights and the optimizer's state of one cell."""
+    """Write one cell's weights to `model.safetensors`, its optimizer state to `optimizer.*`."""
     save_file({n: v.contiguous().cpu() for n, v in weights.items()}, folder / "model.safetensors")
     tensors, scalars = {}, {}
     for name, view in parameter_views.items():
@@ -114,12 +114,12 @@ def save_cell_checkpoint(
 
 
 def load_checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """Load a cell's weights by name."""
+    """Return the folder's `model.safetensors` as a dict: parameter name -> tensor on the CPU."""
     return load_file(folder / "model.safetensors")
 
 
 def load_optimizer_state(folder: Path, parameter_views: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-    """Load the optimizer's state of a cell's parameters."""
+    """Load a cell's saved optimizer state into `optimizer`, in place; names map to `parameter_views`."""
     entries: dict[str, Any] = dict(load_file(folder / "optimizer.safetensors"))
     entries.update(json.loads((folder / "optimizer.json").read_text()))
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -133,7 +133,7 @@ def load_optimizer_state(folder: Path, parameter_views: Mapping[str, nn.Paramete
 
 
 def set_scheduler_step(scheduler: Any, optimizer: Any, step: int) -> None:
-    """Set a LambdaLR and its optimizer's learning rates to `step`."""
+    """Set a LambdaLR's counter to `step`, and its optimizer's learning rates to the schedule's there."""
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     rates = [

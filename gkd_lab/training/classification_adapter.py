@@ -62,7 +62,7 @@ class ClassificationAdapter:
     ) -> None:
         student = unwrap_model(student)
         self.kind, self.label_names = kind, list_label_names(student)
-        self._align_models(student, tokenizer, teachers)
+        self._match_teachers_to_student(student, tokenizer, teachers)
         for name in ("seq_kd", "use_vllm", "eval_on_policy"):
             if getattr(args, name):
                 raise ValueError(f"{name}=True lets a model write, and a {kind} model writes nothing")
@@ -81,8 +81,10 @@ class ClassificationAdapter:
         )
         self.collate = ClassificationCollator(self.encode_row, tokenizer.pad_token_id, kind)
 
-    def _align_models(self, student: PreTrainedModel, tokenizer: Any, teachers: TeacherSet) -> None:
-        """Check that all models share token ids and labels, and set their padding token."""
+    def _match_teachers_to_student(
+        self, student: PreTrainedModel, tokenizer: Any, teachers: TeacherSet
+    ) -> None:
+        """Check teachers' ids and labels (ValueError), keep their label columns, set all pad token ids."""
         pairs = teachers.list_models_and_tokenizers()
         models = [(unwrap_model(model), teacher_tokenizer) for model, teacher_tokenizer in pairs]
         for teacher, teacher_tokenizer in models:
@@ -94,7 +96,7 @@ class ClassificationAdapter:
             set_pad_token_id(model, tokenizer.pad_token_id)
 
     def _resolve_cell(self, cell: CellArguments) -> CellArguments:
-        """Return the cell with a regression's default loss; raise ValueError for terms that do not fit."""
+        """Return the cell, in a regression with a default loss; ValueError for lmbda > 0 and unfit terms."""
         if cell.lmbda > 0:
             raise ValueError(
                 f"lmbda={cell.lmbda:g} lets the student write its own text, and a {self.kind} model writes "
@@ -107,7 +109,7 @@ class ClassificationAdapter:
         return cell
 
     def _check_term(self, term: WeightedLoss) -> None:
-        """Raise ValueError for a loss term that this kind of classifier cannot have."""
+        """Raise ValueError for a loss term that this kind (classes or regression) cannot have."""
         is_regression = self.kind == "regression"
         if not isinstance(term.loss, Divergence | CrossEntropy | SquaredError | LabelSquaredError):
             raise ValueError(
@@ -124,7 +126,7 @@ class ClassificationAdapter:
             )
 
     def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
-        """Convert a collated batch, ours or transformers'. Raises ValueError for another form."""
+        """Convert a batch of our or transformers' collator to `Sequences`; ValueError if tensors lack."""
         if has_sequence_tensors(batch):
             return Sequences(
                 **{name: batch[name] for name in Sequences.__dataclass_fields__ if name in batch}
@@ -142,20 +144,17 @@ class ClassificationAdapter:
         )
 
     def build_trl_fields(self, rows: Sequences) -> dict[str, Tensor]:
-        """Return nothing: TRL's trainer has no classifiers."""
+        """Return an empty dict: TRL's trainer has no classifiers."""
         return {}
 
     def compute_logits_and_labels(self, model: Any, rows: Sequences) -> tuple[Tensor, Tensor]:
-        """Return logits and labels as transformers' Trainer does; labels are -100 where none counts.
-
-        (N, V) and (N,); for token classification (N, P, V) and (N, P).
-        """
+        """Run the model; return logits (N, V), labels (N,); for tokens (N, P, V), (N, P). No label: -100."""
         logits = compute_completion_logits(model, rows)
         labels = build_transformers_batch(rows, self.kind)["labels"]
         return logits if self.kind == "token-classification" else logits[:, 0], labels
 
-    def align_teachers(self, teachers: Sequence[TeacherInterface]) -> None:
-        """Make each teacher's head return its labels in the student's order."""
+    def reorder_teacher_labels(self, teachers: Sequence[TeacherInterface]) -> None:
+        """Set live teachers' heads to the columns of `__init__`: logits come in the student's label order."""
         for teacher, columns in zip(teachers, self.teacher_label_columns, strict=True):
             if isinstance(teacher, LiveTeacher):
                 teacher.head.logit_indices = columns
@@ -165,17 +164,17 @@ class ClassificationAdapter:
 
     @property
     def compute_metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Metrics of an evaluation where the user gives none."""
+        """Return `compute_classification_metrics` with this task's kind and number of labels filled in."""
         return partial(compute_classification_metrics, kind=self.kind, n_labels=len(self.label_names))
 
 
 def compute_classification_metrics(
     evaluation: EvalPrediction, *, kind: ClassifierKind, n_labels: int
 ) -> dict[str, float]:
-    """Compute accuracy, macro F1, Matthews' correlation and, for two labels, F1 of the second.
+    """Return accuracy, macro F1, Matthews (two labels: F1 too); for a regression Pearson and Spearman.
 
-    For a regression: Pearson's and Spearman's correlations. Values are from 0 to 1, correlations from -1; the
-    result is empty if no row has a label.
+    Unlabelled rows are left out. Values are from 0 to 1, correlations from -1; the result is empty without a
+    labelled row (for a regression without two).
     """
     predictions, labels = np.asarray(evaluation.predictions), np.asarray(evaluation.label_ids)
     if kind == "regression":

@@ -71,15 +71,15 @@ class LanguageModelingAdapter:
         )
 
     def parse_batch(self, batch: Mapping[str, Any]) -> Sequences:
-        """Convert a collated batch, ours or in TRL's form. Raises ValueError for another form."""
+        """Convert a batch of our or TRL's collator to `Sequences`; ValueError for an unknown form."""
         return parse_collated_batch(batch, self.limits.pad_id, is_encoder_decoder=self.is_encoder_decoder)
 
     def build_trl_fields(self, rows: Sequences) -> dict[str, Tensor]:
-        """Return the tensors of TRL's chat collator."""
+        """Return TRL's batch tensors: `input_ids`, `attention_mask`, `labels`, `prompts` with their mask."""
         return build_trl_batch(rows, is_encoder_decoder=self.is_encoder_decoder)
 
     def compute_logits_and_labels(self, model: Any, rows: Sequences) -> tuple[Tensor, Tensor]:
-        """Return logits (N, T, V) and labels (N, T), -100 where nothing is trained, as TRL lays them out.
+        """Run the model; return unshifted logits (N, T, V) and labels (N, T), -100 where nothing is trained.
 
         A decoder-only model's logits at position t predict the label at t + 1, an encoder-decoder's at t.
         """
@@ -95,11 +95,11 @@ class LanguageModelingAdapter:
         )
         return outputs.logits, batch["labels"]
 
-    def align_teachers(self, teachers: Sequence[TeacherInterface]) -> None:
-        """Do nothing: the token ids mean the same to all."""
+    def reorder_teacher_labels(self, teachers: Sequence[TeacherInterface]) -> None:
+        """Do nothing: student and teachers already share their token ids."""
 
     def create_text_teacher(self, teacher: TeacherInterface) -> TextTeacher | None:
-        """Create the teacher that reads texts in its own tokens; None: no term of the loss needs it."""
+        """Wrap `teacher` to read texts in its own tokens; return None if no loss term (`uld`) needs that."""
         if self._text_encoder is None:
             return None
         student_tokenizer, teacher_tokenizer = self._tokenizers
@@ -108,7 +108,7 @@ class LanguageModelingAdapter:
 
 
 def _check_collation(args: GKDConfig, *, is_stream: bool) -> None:
-    """Raise ValueError if another process than the training one would collate the rows of `uld`."""
+    """Raise ValueError if rows of `uld` would be collated in another process than the training one."""
     if args.dataloader_num_workers:
         raise ValueError(
             "uld keeps the teacher's prompts where rows are collated: set dataloader_num_workers to 0"

@@ -29,16 +29,19 @@ class MetricAccumulator:
         self._reset()
 
     def _reset(self) -> None:
-        """Set all sums to 0."""
+        """Set all sums and the batch count to 0."""
         self.n_batches = 0
-        reward_sums = [sum_name for name in self.reward_names for sum_name in _list_reward_sums(name)]
+        reward_sums = [sum_name for name in self.reward_names for sum_name in _build_reward_sum_names(name)]
         self.sums = {
             name: torch.zeros(self.n_cells, dtype=torch.float64) for name in (*SUM_NAMES, *reward_sums)
         }
         self.term_sums = torch.zeros(self.max_terms, self.n_cells, dtype=torch.float64)
 
     def add_micro_batch(self, losses: Tensor, entropies: Tensor, batch: MicroBatch, end_ids: Tensor) -> None:
-        """Add a micro-batch; losses (K,) are shares of the step's loss, entropies (K,) sums over tokens."""
+        """Add a micro-batch: losses (K,) are shares of the step's loss, entropies (K,) sums over tokens.
+
+        Truncated are those on-policy rows whose last token is not among `end_ids`.
+        """
         ids, mask = batch.student.completion_ids, batch.student.completion_mask
         lengths = mask.sum(-1)
         last_ids = ids.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
@@ -55,23 +58,23 @@ class MetricAccumulator:
         self.sums["tokens"] += lengths.view(self.n_cells, -1).sum(-1).cpu()
 
     def add_term_losses(self, term_losses: Tensor) -> None:
-        """Add each term's share of the loss of a micro-batch, (K, most terms of a cell)."""
+        """Add a micro-batch's loss of each term of each cell, (K, most terms of a cell), to the term sums."""
         self.term_sums[: term_losses.shape[1]] += term_losses.double().cpu().T
 
     def add_reward(self, cell: int, name: str, reward: float, advantage_std: float) -> None:
-        """Add a step's mean reward from the term `name`, and the standard deviation of its advantages."""
-        for sum_name, value in zip(_list_reward_sums(name), (reward, advantage_std, 1.0), strict=True):
+        """Add one rewarded step of a cell: reward term `name`'s mean reward and its advantages' deviation."""
+        for sum_name, value in zip(_build_reward_sum_names(name), (reward, advantage_std, 1.0), strict=True):
             self.sums[sum_name][cell] += value
 
     def add_grad_norms(self, norms: Tensor) -> None:
-        """End a step with the norm of each cell's gradient, (K,)."""
+        """Add each cell's gradient norm, (K,), and count one more finished optimizer step."""
         self.sums["steps"] += 1
         self.sums["grad_norm"] += norms.double().cpu()
 
     def pop_means(
         self, reduce_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> list[dict[str, float]]:
-        """Return one row of means per cell, over all ranks, and reset.
+        """Return a dict of means for each cell, over all ranks since the last call, and set the sums to 0.
 
         loss: mean over steps (over micro-batches where no step ended); on_policy: share of rows that the
         student sampled; completion_length: tokens; truncated: share of sampled rows without an end;
@@ -96,18 +99,18 @@ class MetricAccumulator:
             if len(names) > 1:
                 row |= {f"loss/{name}": float(terms[k, n] / steps[n]) for k, name in enumerate(names)}
             for name in filter(_is_reward_term, names):
-                *mean_names, count_name = _list_reward_sums(name)
+                *mean_names, count_name = _build_reward_sum_names(name)
                 if count := float(sums[count_name][n]):
                     row |= {mean_name: float(sums[mean_name][n]) / count for mean_name in mean_names}
         return rows
 
 
 def _is_reward_term(name: str) -> bool:
-    """Whether a term of this name is a reward: `reward`, `reward_2`, ..."""
+    """Whether a loss term's log name is a reward's: begins with `reward`, as `reward_2` does."""
     return name.startswith(RewardLoss.log_name)
 
 
-def _list_reward_sums(name: str) -> tuple[str, str, str]:
-    """Return the names of a reward term's sums: `reward_2`, `advantage_std_2`, `rewarded_steps_2`."""
+def _build_reward_sum_names(name: str) -> tuple[str, str, str]:
+    """Return the names of a reward term's three sums: `reward_2`, `advantage_std_2`, `rewarded_steps_2`."""
     suffix = name.removeprefix(RewardLoss.log_name)
     return name, f"advantage_std{suffix}", f"rewarded_steps{suffix}"

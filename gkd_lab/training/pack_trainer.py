@@ -31,14 +31,14 @@ class AllCellsFailed(FloatingPointError):
 
 
 def build_single_cell_property(name: str) -> property:
-    """Build TRL's attribute `name` of the only cell, which a callback may read and set between steps."""
+    """Build a trainer property that reads and sets field `name` of the only cell; ValueError in a pack."""
 
     def read_value(trainer: "PackTrainer") -> Any:
-        """Return the only cell's value."""
+        """Return the only cell's value of the field; ValueError in a pack."""
         return getattr(trainer._get_single_cell(name), name)
 
     def set_value(trainer: "PackTrainer", value: float) -> None:
-        """Replace the only cell's value."""
+        """Replace `trainer.cells` by a copy of the only cell with the new value; ValueError in a pack."""
         changes: dict[str, Any] = {name: value}
         trainer.cells = (replace(trainer._get_single_cell(name), **changes),)
 
@@ -87,7 +87,7 @@ class PackTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
 
     def _get_single_cell(self, name: str) -> CellArguments:
-        """Return the only cell. Raises ValueError for a pack, whose cells differ in `name`."""
+        """Return the only cell's arguments; for several, ValueError that names the attribute `name`."""
         if len(self.cells) > 1:
             raise ValueError(f"each of the {len(self.cells)} cells has its own {name}: use `trainer.cells`")
         return self.cells[0]
@@ -95,11 +95,11 @@ class PackTrainer(Trainer):
     # ---- failures ----
 
     def mask_running_cells(self, device: torch.device) -> Tensor:
-        """Return whether each cell still trains, (K,)."""
+        """Return a bool tensor (K,): True for each cell that has not failed."""
         return torch.tensor([n not in self.failures for n in range(len(self.cells))], device=device)
 
     def fail_cell(self, cell: int, reason: str) -> None:
-        """Freeze a cell; the others train on. Raises AllCellsFailed when it was the last."""
+        """Freeze a cell, keep its first reason, call on_failure; AllCellsFailed if no cell is left."""
         if cell not in self.failures:
             self.failures[cell] = f"{reason} at step {self.state.global_step + 1}"
             if self.on_failure is not None:
@@ -110,17 +110,17 @@ class PackTrainer(Trainer):
     # ---- values over all ranks ----
 
     def is_true_on_any_rank(self, value: bool) -> bool:
-        """Whether `value` is true in any process."""
+        """Return whether `value` is true in any process; all processes must call it."""
         if self.args.world_size == 1:
             return value
         return bool(self.accelerator.reduce(torch.tensor(float(value), device=self.args.device)) > 0)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes, on the CPU."""
+        """Return the elementwise sum of the tensor over all processes, on the CPU; all must call it."""
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     def average_over_ranks(self, values: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes."""
+        """Return the elementwise mean of the tensor over all processes; all must call it."""
         if self.args.world_size == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), reduction="mean").cpu()
@@ -128,7 +128,7 @@ class PackTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return batches of (S*B) rows in the order of each cell's seed; a stream keeps its own order."""
+        """Return the loader of S*B rows a batch, B in each seed's own order; a stream keeps its order."""
         if not hasattr(self.train_dataset, "__len__"):
             return super().get_train_dataloader()
         args, sampler = self.args, self.build_batch_sampler()
@@ -145,7 +145,7 @@ class PackTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def build_batch_sampler(self) -> KeyedBatchSampler:
-        """Build the sampler of row numbers, whose order depends on seed and epoch alone."""
+        """Build the sampler of batches of row numbers, S blocks of B, ordered by seed and epoch alone."""
         return KeyedBatchSampler(
             len(self.train_dataset),
             self._train_batch_size,
@@ -157,41 +157,47 @@ class PackTrainer(Trainer):
     # ---- precision ----
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """Run the Trainer's step, backward pass included, in the attention's precision."""
+        """Run a micro-batch's forward and backward pass and return its loss (CPU: attention in float32)."""
         with self.use_float32_attention():
             return super().training_step(*args, **options)
 
     def use_float32_attention(self) -> AbstractContextManager[Any]:
-        """Compute attention in float32 on a CPU under autocast."""
+        """Return a context: attention in float32 on a CPU under autocast, no effect anywhere else."""
         return upcast_cpu_attention(
             self.args.device.type == "cpu" and self.accelerator.mixed_precision in ("bf16", "fp16")
         )
 
     @contextmanager
     def use_run_precision(self) -> Iterator[None]:
-        """Compute under the run's autocast."""
+        """Enter the run's autocast, with attention in float32 on a CPU, for the duration of the block."""
         with self.use_float32_attention(), self.accelerator.autocast():
             yield
 
     # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the optimizer unless the user gave one."""
+        """Return the user's optimizer; without one create the strategy's, with each cell's learning rate."""
         create = partial(super().create_optimizer, model)
         return create() if self.optimizer is not None else self.strategy.create_optimizer(create)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradient as the strategy does."""
+        """Clip a single model's gradient and return its norm before; a pack's waits for _get_grad_norm."""
         return self.strategy.clip_gradients(partial(super()._clip_grad_norm, model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm that the Trainer logs, and record each cell's."""
-        return self.strategy.compute_grad_norm(partial(super()._get_grad_norm, model, grad_norm))
+        """Record each cell's norm and return their mean over running cells; a pack's cells are clipped here.
+
+        Norms are those before clipping. A cell whose norm is not finite fails.
+        """
+        return self.strategy.clip_and_record_norms(partial(super()._get_grad_norm, model, grad_norm))
 
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write the Trainer's own log, and a row for each cell; a single cell's row is part of the log."""
+        """Write the Trainer's log; with a loss in it, pass each running cell's means to log_cell and reset.
+
+        A single cell's means are also part of the Trainer's log.
+        """
         if "loss" in logs and self.metrics.n_batches:
             rows = self.metrics.pop_means(self.average_over_ranks)
             for n, (cell, row) in enumerate(zip(self.cells, rows, strict=True)):
@@ -206,31 +212,31 @@ class PackTrainer(Trainer):
         super().log(logs, start_time)
 
     def get_extra_metrics(self, cell: int) -> dict[str, float]:
-        """Return more values of the cell's last step, for its row."""
+        """Return further log values of the cell, name -> value; here none, for subclasses to override."""
         return {}
 
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write each cell's checkpoint of the current step."""
+        """Write the step's checkpoint: one model as the Trainer does, a pack's running cells each apart."""
         save = partial(super()._save_checkpoint, model, trial)
         self.strategy.save_checkpoint(save, self._get_output_dir(trial=trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load each cell's weights and extra state."""
+        """Load each cell's weights and extra state from the checkpoint, or in a pack from its own folder."""
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         self.strategy.load_weights(load, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load each cell's optimizer state and set the schedule to the checkpoint's step."""
+        """Load each cell's optimizer state and set the learning rate schedule to the checkpoint's step."""
         load = partial(super()._load_optimizer_and_scheduler, checkpoint)
         self.strategy.load_optimizer(load, checkpoint)
 
     def save_extra_state(self, cell: int, folder: Path) -> None:
-        """Write a cell's state besides weights and optimizer into its checkpoint."""
+        """Write a cell's further state into its checkpoint; here nothing, for subclasses to override."""
 
     def load_extra_state(self, cell: int, folder: Path) -> None:
-        """Load what `save_extra_state` wrote."""
+        """Load what `save_extra_state` wrote for a cell; here nothing, for subclasses to override."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Do nothing: random choices are keyed by the step, and a stored state would replace its dropout."""
@@ -244,7 +250,10 @@ class PackTrainer(Trainer):
         tags: str | list[str] | None = None,
         **fields: Any,
     ) -> None:
-        """Write README.md beside the model; `fields` are the Trainer's own, by name."""
+        """Write README.md into the output folder; `dataset_name` is passed on as the Trainer's `dataset`.
+
+        `fields` are the Trainer's own, by name.
+        """
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags, **fields)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

@@ -34,13 +34,13 @@ class MicroBatchPosition:
     rows_per_micro_batch: int = 1
     """Rows of a full micro-batch; the last one of an epoch may have fewer."""
 
-    def select_rows(self, step_noise: Tensor, rows: int) -> Tensor:
-        """Return this micro-batch's share of the noise that was drawn for the whole step."""
+    def slice_noise(self, step_noise: Tensor, n_rows: int) -> Tensor:
+        """Return this micro-batch's `n_rows` rows, on this rank, of the noise drawn for the whole step."""
         first = (self.position * self.world_size + self.rank) * self.rows_per_micro_batch
-        return step_noise[first : first + rows]
+        return step_noise[first : first + n_rows]
 
     def count_step_rows(self) -> int:
-        """Return the rows of the whole step, over all micro-batches and ranks."""
+        """Return the row count of the whole step, over micro-batches and ranks, as if all were full."""
         return self.n_micro_batches * self.world_size * self.rows_per_micro_batch
 
 
@@ -66,7 +66,7 @@ class StudentSampler(Protocol):
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Sample completions of the prompts of `rows`, (S*B) rows by seed: cell number -> its (B) rows."""
+        """Let the on-policy students complete the prompts of (S*B) rows: cell number -> its (B) rows."""
         ...
 
 
@@ -94,13 +94,13 @@ class GenerateSampler:
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Sample completions with one uniform number per row and token: cell number -> (B) rows."""
+        """Sample all on-policy cells at once, noise keyed by seed and step: cell number -> its (B) rows."""
         seeds = distinct_seeds(cells)
         prompts_of_seed = dict(zip(seeds, split_blocks(rows, len(seeds)), strict=True))
         prompts = [prompts_of_seed[cells[n].seed] for n in on_policy_cells]
         num_rows, limits = prompts[0].num_rows, self.limits
         noise_of_seed = {
-            seed: position.select_rows(
+            seed: position.slice_noise(
                 draw_uniforms(
                     seed, position.step, purpose, position.count_step_rows(), limits.max_new_tokens
                 ),
@@ -144,7 +144,7 @@ class TeacherCompletions:
         self.completion_cache: dict[tuple[int, ...], list[int]] = {}
 
     def replace_completions(self, rows: Sequences) -> Sequences:
-        """Return the same prompts with the teacher's completions."""
+        """Return the rows with the teacher's completions: sampled for new prompts, cached for others."""
         prompts = [
             tuple(ids[mask.bool()].tolist())
             for ids, mask in zip(rows.prompt_ids, rows.prompt_mask, strict=True)
@@ -163,7 +163,7 @@ class TeacherCompletions:
         )
 
     def _sample_completions(self, rows: Sequences, prompts: Sequence[tuple[int, ...]]) -> Sequences:
-        """Let the teacher sample one completion per row, with noise keyed by the row's prompt."""
+        """Let the teacher sample one completion per row, with noise keyed by seed and prompt, not step."""
         noise = [
             draw_uniforms(
                 derive_seed(self.seed, _hash_prompt(prompt), "teacher"),
@@ -187,12 +187,12 @@ class TeacherCompletions:
 
 
 def _hash_prompt(ids: Sequence[int]) -> int:
-    """Hash token ids to 64 bits, the same in every process."""
+    """Return a 64-bit integer hash of the token ids, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(ids).encode(), digest_size=8).digest(), "big")
 
 
 def _set_completions(rows: Sequences, completions: Sequence[list[int]], pad_id: int) -> Sequences:
-    """Return the rows with these completions, padded on the right."""
+    """Return the rows with these lists of token ids as completions, padded on the right, with their mask."""
     width = max(1, *(len(completion) for completion in completions))
     ids = rows.prompt_ids.new_full((len(completions), width), pad_id)
     mask = torch.zeros_like(ids)

@@ -42,10 +42,10 @@ def generate_completions(
     vocabulary_size: int | None = None,
     wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
 ) -> Sequences:
-    """Return the prompts with the model's completions of at most `max_new_tokens`.
+    """Sample by `uniforms`, or search, completions of the prompts; return the prompts with these instead.
 
-    With `uniforms` (N, C) it samples at `temperature`, from the first `vocabulary_size` entries if given;
-    without it searches, greedily or with `num_beams`.
+    `uniforms` are (N, C). At most `max_new_tokens` are sampled at `temperature`, from the first
+    `vocabulary_size` entries if given; without `uniforms` the search is greedy or with `num_beams`.
     `wrap_chooser` may replace single tokens, as a calculator does; ValueError if combined with beams.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
@@ -88,7 +88,7 @@ def generate_completions(
 def build_generation_config(
     model: PreTrainedModel, end_ids: Tensor, pad_id: int, **overrides: Any
 ) -> GenerationConfig:
-    """Build a greedy configuration that states every choice, with `overrides`."""
+    """Build a configuration that states every choice, greedy with a cache by default, then `overrides`."""
     ends = end_ids.tolist()
     return GenerationConfig(
         **{
@@ -109,7 +109,7 @@ def build_generation_config(
 
 
 def _get_forced_first_token(model: PreTrainedModel) -> int | None:
-    """Return the token that every text of an encoder-decoder begins with: mBART's language, BART's `<s>`."""
+    """Return the id that an encoder-decoder's outputs must begin with (mBART's language); None if any may."""
     if not model.config.is_encoder_decoder:
         return None
     configs = (model.generation_config, model.config)
@@ -120,7 +120,10 @@ def _get_forced_first_token(model: PreTrainedModel) -> int | None:
 def build_sampling_config(
     model: PreTrainedModel, end_ids: Tensor, pad_id: int, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Build the configuration of plain sampling, which TRL's trainer shows as `generation_config`."""
+    """Build the configuration of sampling from the full distribution (no top-k, top-p) at `temperature`.
+
+    TRL's trainer shows it as `generation_config`; our own sampling does not use it.
+    """
     return build_generation_config(
         model,
         end_ids,
@@ -134,7 +137,7 @@ def build_sampling_config(
 
 
 def collect_end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    """Return every id that ends a sequence, by the model's configurations and the tokenizer, once each."""
+    """Return the distinct end-of-sequence ids of generation config, model config and tokenizer, (E,)."""
     ids: list[int | None] = []
     for config in (model.generation_config, model.config, tokenizer):
         end_id = getattr(config, "eos_token_id", None)
@@ -144,7 +147,7 @@ def collect_end_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
 
 @contextmanager
 def override_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own generation configuration, which fills what a given one leaves open."""
+    """Set the model's own generation configuration to `config` for the block, then restore it."""
     # An adapter's `generate` puts its configuration into the model that it adapts.
     inner = unwrap_model(model)
     originals = model.generation_config, inner.generation_config
@@ -159,7 +162,7 @@ def override_generation_config(model: PreTrainedModel, config: GenerationConfig)
 
 
 def choose_most_likely(scores: Tensor, rows: Tensor, position: int) -> Tensor:
-    """Return the most likely token of each row: greedy search."""
+    """Return the id of each row's highest score, (n,): greedy search; `rows` and `position` are not used."""
     return scores.argmax(-1)
 
 
@@ -252,7 +255,7 @@ class DecodeLoop:
         return output_ids
 
     def _select_unfinished_rows(self, is_finished: Tensor) -> Tensor | None:
-        """Return the rows to continue with, equally many per cell; None: too few have finished."""
+        """Return indices of rows to go on with, equally many a cell; None (keep all) if too few finished."""
         by_cell = is_finished.view(self.n_cells, -1)
         rows_per_cell, needed = by_cell.shape[1], int((~by_cell).sum(1).max())
         if needed > SHRINK_THRESHOLD * rows_per_cell:
@@ -264,12 +267,12 @@ class DecodeLoop:
 
 
 def _can_drop_rows(state: dict[str, Any]) -> bool:
-    """Whether the cache can lose rows; recurrent states, for example, cannot."""
+    """Whether the KV cache can lose rows; recurrent states and a missing cache cannot."""
     return hasattr(state.get("past_key_values"), "batch_select_indices")
 
 
 def _select_state_rows(state: dict[str, Any], rows: Tensor) -> None:
-    """Keep only these rows in the cache, masks and encoder outputs, in place."""
+    """Keep only the rows with these indices in the cache, masks and encoder outputs of `state`, in place."""
     state["past_key_values"].batch_select_indices(rows)
     for name in _PER_ROW_INPUTS:
         if state.get(name) is not None:

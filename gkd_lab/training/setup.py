@@ -66,7 +66,7 @@ class TrainingSetup:
     adapter: TaskAdapter
 
     def build_trainer_options(self, data_collator: Any, compute_metrics: Any) -> dict[str, Any]:
-        """Return arguments of transformers' Trainer; the task's collator and metrics replace None."""
+        """Return transformers' Trainer arguments; a collator or metrics of None become the task's."""
         return {
             "args": self.args,
             "processing_class": self.tokenizer,
@@ -78,9 +78,10 @@ class TrainingSetup:
 def prepare_training(
     args: GKDConfig | None, student_inputs: StudentInputs, teacher_inputs: TeacherInputs, dataset: Any
 ) -> TrainingSetup:
-    """Load and check everything that a training needs; `dataset`: its rows.
+    """Resolve arguments, student, tokenizer, teachers, task and pack; return them as one TrainingSetup.
 
-    Raises ValueError and TypeError for what does not fit together.
+    `dataset`: the training rows, of which only whether they are a stream is read; models given by name are
+    loaded. Raises ValueError and TypeError for what does not fit together.
     """
     has_default_args = args is None
     model, pack = student_inputs.model, student_inputs.pack
@@ -113,7 +114,10 @@ def prepare_training(
 
 
 def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
-    """Return the arguments, or defaults for this model. Raises ValueError for those that do not fit GKD."""
+    """Return `args`, changed in place where GKD needs it, or defaults if None; ValueError if they do not fit.
+
+    TypeError if they are not a GKDConfig. Warns of fields without effect.
+    """
     if args is None:
         name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
         folder = f"{os.path.basename(name.rstrip('/')) or 'student'}-GKD"
@@ -154,7 +158,10 @@ def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
 def resolve_tokenizer(
     processing_class: Any, tokenizer: Any, model: PreTrainedModel, args: GKDConfig
 ) -> PreTrainedTokenizerBase:
-    """Return the text tokenizer, with the pad token, end token and chat template that `args` names."""
+    """Return the given or the model's tokenizer, with `args`' special tokens and chat template set in place.
+
+    ValueError for a processor of images or sound, and TypeError for what is no tokenizer.
+    """
     if tokenizer is not None:
         warnings.warn("tokenizer is deprecated: use processing_class", FutureWarning, stacklevel=4)
         processing_class = processing_class or tokenizer
@@ -172,7 +179,7 @@ def resolve_tokenizer(
 
 
 def _load_model_tokenizer(model: PreTrainedModel, args: GKDConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from the model's folder or hub name."""
+    """Load the tokenizer from the folder or hub name that the model came from; ValueError if it has none."""
     name = model.config._name_or_path
     if not name:
         raise ValueError("the model does not say where its tokenizer is: give it as `processing_class`")
@@ -180,7 +187,10 @@ def _load_model_tokenizer(model: PreTrainedModel, args: GKDConfig) -> PreTrained
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> None:
-    """Set the end token, the pad token and the chat template that `args` names."""
+    """Set end token, pad token (default: the end token) and chat template file of `args`, in place.
+
+    ValueError for a token outside of the vocabulary, a missing file, and if no pad token is left.
+    """
     vocabulary = tokenizer.get_vocab()
     for field in ("eos_token", "pad_token"):
         token = getattr(args, field)
@@ -207,14 +217,14 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> 
 
 
 def _load_student(model: Any, args: GKDConfig) -> PreTrainedModel:
-    """Return the student, loaded if `model` is a name."""
+    """Return `model`, loaded first if it is a name (float32 by default); ValueError if it is None."""
     if model is None:
         raise ValueError("give the student as `model`, or several of them as `pack`")
     return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
 
 
 def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
-    """Set the router loss's weight and add the adapter, whose weights are drawn from `args.seed`."""
+    """Seed all generators, set the router loss's weight, return the model with its new adapter, if any."""
     set_seed(args.seed)
     if args.router_aux_loss_coef is not None:
         _set_router_loss_weight(model, args.router_aux_loss_coef)
@@ -227,7 +237,7 @@ def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -
 
 
 def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
-    """Write the weight of a load-balancing loss into the configuration, where heads read it."""
+    """Set the load-balancing loss's weight in the model's config, 0: off; ValueError if it has no router."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits, config.router_aux_loss_coef = weight != 0, weight
@@ -239,7 +249,7 @@ def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
 
 
 def _add_peft_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
-    """Return the model with a new adapter of peft."""
+    """Wrap the model with a new peft adapter; ImportError, TypeError, or ValueError if it has one."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model
     except ImportError as error:
@@ -252,7 +262,7 @@ def _add_peft_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedMod
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, also those that attention reads from an attribute."""
+    """Set every dropout rate of the model to 0, in place, also those that attention reads from attributes."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -271,7 +281,10 @@ def create_auxiliary_modules(
     teacher_config: PretrainedConfig | None,
     accelerator: Accelerator,
 ) -> AuxiliaryModules:
-    """Create the modules of loss terms that read more than logits; models record what these read."""
+    """Create the cells' modules of loss terms that read hidden states or attentions, not logits alone.
+
+    Lets the models return attentions if a term reads them. ValueError for learning modules under fp16.
+    """
     model = student_head.model
     if "attentions" in required_outputs(cell.list_terms() for cell in cells):
         for head in (student_head, teacher_head):
@@ -294,7 +307,7 @@ def create_student_sampler(
     limits: GenerationLimits,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> StudentSampler:
-    """Create the sampler that `args.use_vllm` chooses; `precision`: context of the model's arithmetic."""
+    """Return a VllmSampler if `args.use_vllm`, else a GenerateSampler; `precision`: context for sampling."""
     if args.use_vllm:
         from gkd_lab.training.vllm_sampling import VllmSampler
 

@@ -38,10 +38,10 @@ class StudentStrategy:
         self.cell_parameters: CellParameters = []
 
     def prepare(self) -> None:
-        """Do nothing: every placement fits."""
+        """Do nothing: a single model fits every placement (a pack checks its own)."""
 
     def create_optimizer(self, create: Callable[[], Any]) -> Any:
-        """Create the Trainer's optimizer, at the cell's learning rate."""
+        """Create the Trainer's optimizer by `create`, set it to the cell's learning rate, and return it."""
         optimizer = create()
         for group in optimizer.param_groups:
             if group["lr"] == self.trainer.args.learning_rate:
@@ -49,11 +49,11 @@ class StudentStrategy:
         return optimizer
 
     def clip_gradients(self, clip: Callable[[], Any]) -> Any:
-        """Clip as the Trainer does."""
+        """Clip by `clip`, the Trainer's own method, and return the norm before clipping."""
         return clip()
 
-    def compute_grad_norm(self, compute: Callable[[], Any]) -> Any:
-        """Log the norm, fail the cell if it is not finite, and return it."""
+    def clip_and_record_norms(self, compute: Callable[[], Any]) -> Any:
+        """Record and return the norm (the Trainer has clipped); not finite fails the cell, except in fp16."""
         norm = compute()
         if isinstance(norm, DTensor):  # of shards
             norm = norm.full_tensor()
@@ -65,33 +65,33 @@ class StudentStrategy:
         return norm
 
     def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
-        """Write the Trainer's checkpoint, and the cell's extra state into it."""
+        """Write the Trainer's checkpoint by `save`, then the cell's extra state into its folder."""
         step = self.trainer.state.global_step
         save()
         if self.trainer.args.should_save:
             self.trainer.save_extra_state(0, checkpoints.build_checkpoint_path(run_folder, step))
 
     def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
-        """Load as the Trainer does, and the cell's extra state."""
+        """Load the weights by `load`, the Trainer's own method, then the cell's extra state."""
         load()
         self.trainer.load_extra_state(0, Path(checkpoint))
 
     def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
-        """Load as the Trainer does."""
+        """Load optimizer and schedule by `load`, the Trainer's own method."""
         load()
 
     def convert_item_count(self, items: Tensor | None) -> Any:
-        """Return one number: a subclass written for TRL divides by it."""
+        """Return the only cell's count as a scalar tensor (TRL subclasses divide by it); None stays None."""
         return None if items is None else items[0]
 
     def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
-        """Return the rows as TRL lays them out."""
+        """Return the rows as TRL's batch tensors by name."""
         return adapter.build_trl_fields(rows)
 
     def compute_predictions(
         self, adapter: TaskAdapter, model: Any, rows: Sequences
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the logits and labels that `compute_metrics` gets."""
+        """Run the model and return the (logits, labels) that `compute_metrics` gets."""
         return adapter.compute_logits_and_labels(model, rows)
 
 
@@ -103,7 +103,7 @@ class PackStrategy(StudentStrategy):
         self.pack = trainer.pack
 
     def prepare(self) -> None:
-        """Raise ValueError for a pack that is sharded, or served by vLLM."""
+        """Raise ValueError for FSDP, DeepSpeed or vLLM; add the callback that renews the parameter views."""
         trainer = self.trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
@@ -115,7 +115,10 @@ class PackStrategy(StudentStrategy):
         trainer.add_callback(ParameterViewsCallback(self))
 
     def create_optimizer(self, create: Callable[[], Any]) -> Any:
-        """Create an optimizer with parameter groups of each cell's weights in their own shapes."""
+        """Set and return `trainer.optimizer`, with parameter groups for each cell; `create` is not called.
+
+        Creates the parameter views, whose shapes are those of a plain model.
+        """
         trainer, args = self.trainer, self.trainer.args
         self.cell_parameters = create_parameter_views(self.pack)
         decayed = set(trainer.get_decay_parameter_names(self.pack.unpack_cell(0)))
@@ -125,10 +128,13 @@ class PackStrategy(StudentStrategy):
         return trainer.optimizer
 
     def clip_gradients(self, clip: Callable[[], Any]) -> None:
-        """Do nothing: each cell is clipped where the norms are taken."""
+        """Do nothing and return None: `clip_and_record_norms` clips each cell."""
 
-    def compute_grad_norm(self, compute: Callable[[], Any]) -> Tensor:
-        """Clip each cell's gradient and return the mean norm of the running cells."""
+    def clip_and_record_norms(self, compute: Callable[[], Any]) -> Tensor:
+        """Clip each cell's gradient, record the norms before, return their mean over the running cells.
+
+        A cell whose norm is not finite fails. `compute` is not called.
+        """
         trainer = self.trainer
         norms = clip_cell_gradients(
             trainer.model,
@@ -141,7 +147,7 @@ class PackStrategy(StudentStrategy):
         return norms[trainer.mask_running_cells(norms.device)].mean()
 
     def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
-        """Write each running cell's own folder, all of them before any older one is removed."""
+        """Write each running cell's checkpoint to its own folder, then delete every cell's other steps."""
         trainer, step = self.trainer, self.trainer.state.global_step
         if not trainer.args.should_save:
             return
@@ -159,13 +165,16 @@ class PackStrategy(StudentStrategy):
             checkpoints.remove_other_checkpoints(cell.output_dir, step)
 
     def load_weights(self, load: Callable[[], None], checkpoint: str) -> None:
-        """Load each cell's weights and extra state from its folder of the same step."""
+        """Load each cell's weights and extra state from its own folder of the step of `checkpoint`."""
         for n, folder in self._list_cell_checkpoints(checkpoint):
             self.pack.load_cell(n, checkpoints.load_checkpoint_weights(folder))
             self.trainer.load_extra_state(n, folder)
 
     def load_optimizer(self, load: Callable[[], None], checkpoint: str | None) -> None:
-        """Load each cell's optimizer state, and bring the schedule to the step."""
+        """Load each cell's optimizer state from its own folder and set the schedule to the trainer's step.
+
+        Does nothing if `checkpoint` is None.
+        """
         if checkpoint is None:
             return
         trainer = self.trainer
@@ -174,26 +183,26 @@ class PackStrategy(StudentStrategy):
         checkpoints.set_scheduler_step(trainer.lr_scheduler, trainer.optimizer, trainer.state.global_step)
 
     def _list_cell_checkpoints(self, checkpoint: str) -> Iterator[tuple[int, Path]]:
-        """Yield each cell's number and its folder of the step of `checkpoint`."""
+        """Yield (cell number, its own checkpoint folder of the step of `checkpoint`) for every cell."""
         step = checkpoints.parse_checkpoint_step(Path(checkpoint))
         for n, cell in enumerate(self.trainer.cells):
             yield n, checkpoints.build_checkpoint_path(cell.output_dir, step)
 
     def convert_item_count(self, items: Tensor | None) -> Tensor | None:
-        """Return each cell's count, (K,)."""
+        """Return the counts of all cells, (K,), unchanged."""
         return items
 
     def build_trl_fields(self, adapter: TaskAdapter, rows: Sequences) -> dict[str, Tensor]:
-        """Return nothing: TRL's trainer has one student."""
+        """Return an empty dict: TRL's trainer has one student."""
         return {}
 
     def compute_predictions(self, adapter: TaskAdapter, model: Any, rows: Sequences) -> tuple[None, None]:
-        """Return nothing: metrics are of one student."""
+        """Return (None, None) without running the model: `compute_metrics` is for one student."""
         return None, None
 
 
 def create_parameter_views(pack: Pack) -> CellParameters:
-    """Return each cell's weights as parameters that share the pack's memory."""
+    """Return a dict name -> parameter for each cell: views of its slice of the pack's trainable weights."""
     return [
         {name: nn.Parameter(view) for name, view in pack.get_cell_parameters(n).items()}
         for n in range(pack.size)
@@ -206,7 +215,7 @@ def build_parameter_groups(
     decayed: Collection[str],
     weight_decay: float,
 ) -> list[dict[str, object]]:
-    """Build the optimizer's groups: one for each cell and learning rate, decayed weights apart."""
+    """Build up to two optimizer groups per cell, at its learning rate: decayed weights and others without."""
     groups: list[dict[str, object]] = []
     for cell, named_parameters in zip(cells, cell_parameters, strict=True):
         for is_decayed in (True, False):
@@ -224,7 +233,11 @@ def clip_cell_gradients(
     failed: Collection[int],
     on_failure: Callable[[int, str], None],
 ) -> Tensor:
-    """Clip each cell's gradient, hand it to the optimizer's parameters and return the norms before, (K,)."""
+    """Clip each cell's gradient to max_norm, hand it to its views; return the norms before clipping, (K,).
+
+    Calls on_failure(cell, reason) for a norm that is not finite; failed cells get the gradient None, so their
+    weights stay.
+    """
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     squares = torch.stack([gradient.flatten(1).square().sum(1) for _, gradient in gradients])
     norms = squares.sum(0).sqrt()

@@ -143,18 +143,21 @@ class GKDTrainer(PackTrainer):
     # ---- setup ----
 
     def _place_models(self, teachers: TeacherSet) -> None:
-        """Place student and teachers on the devices."""
+        """Move student and teachers to their devices; set the attributes of models, heads and teachers.
+
+        ValueError if a loss term names a teacher number that does not exist.
+        """
         self.student_head = OutputHead(self.pack.model)
         self.teachers = teachers.place_teachers(self.accelerator, parked=self.args.park_teacher)
         self.model = place_student(self.pack.model, self.accelerator)
         live = self.teachers[0] if isinstance(self.teachers[0], LiveTeacher) else None
         self.teacher_model: Any = live and live.model
         self.teacher_head: Any = live and live.head
-        self.adapter.align_teachers(self.teachers)
+        self.adapter.reorder_teacher_labels(self.teachers)
         check_teacher_numbers(self.teachers, required_teachers(cell.list_terms() for cell in self.cells))
 
     def _create_losses(self) -> None:
-        """Create the modules and rewards of loss terms that read more than logits."""
+        """Set `auxiliary_modules` (terms that read more than logits) and `reward_scaler` (reward terms)."""
         self.auxiliary_modules = create_auxiliary_modules(
             self.cells, self.student_head, self.teacher_head, self.teachers[0].config, self.accelerator
         )
@@ -174,7 +177,10 @@ class GKDTrainer(PackTrainer):
         self._term_norms: list[dict[str, float]] = []
 
     def _create_samplers(self) -> None:
-        """Create what samples completions: the students, or the teacher in their place."""
+        """Set `student_sampler`, `teacher_completions` and `generation_config`; add the epoch callback.
+
+        ValueError if seq_kd would need several texts for a prompt.
+        """
         args, limits, first = self.args, self.generation_limits, self.cells[0]
         if self.adapter.can_generate:
             self.generation_config = build_sampling_config(
@@ -197,7 +203,7 @@ class GKDTrainer(PackTrainer):
 
     @property
     def encode_row(self) -> Callable[[Any], Any]:
-        """Encodes one dataset row for the student."""
+        """Return the callable that encodes one dataset row for the student, to an example of token ids."""
         return self.adapter.encode_row
 
     # ---- Algorithm 1: coin and sampling ----
@@ -205,7 +211,11 @@ class GKDTrainer(PackTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Build the micro-batches of an optimizer step: toss each cell's coin, sample, count items."""
+        """Build one optimizer step: toss each cell's coin, sample; return (micro-batch dicts, item counts).
+
+        Takes up to `num_batches` batches from the iterator and seeds the step's dropout. Counts divide the
+        losses: (K,) for a pack, a scalar for one student, None without batches.
+        """
         fetched = [self.adapter.parse_batch(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         for rows in fetched:
             check_row_routes((cell.list_terms() for cell in self.cells), rows.teacher_indices)
@@ -228,7 +238,7 @@ class GKDTrainer(PackTrainer):
         return samples, self.strategy.convert_item_count(items)
 
     def _get_off_policy_rows(self, rows: Sequences) -> Sequences:
-        """Return the rows of off-policy cells, completed by the dataset or with `seq_kd` by the teacher."""
+        """Return the rows; seq_kd: with the teacher's completions; else ValueError if one is without any."""
         if self.args.seq_kd:
             with self.teachers[0].activate():
                 return self.teacher_completions.replace_completions(rows)
@@ -243,7 +253,7 @@ class GKDTrainer(PackTrainer):
     def _build_micro_batch(
         self, rows: Sequences, on_policy: Sequence[int], position: MicroBatchPosition
     ) -> MicroBatch:
-        """Sample for the on-policy cells and join the rows of all cells."""
+        """Sample for the on-policy cells and join the rows of all cells into one MicroBatch."""
         completions = self.sample_completions(rows, on_policy, position)
         batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
         progress = position.step / max(1, self.state.max_steps - 1)
@@ -256,7 +266,7 @@ class GKDTrainer(PackTrainer):
         position: MicroBatchPosition,
         purpose: str = "sampling",
     ) -> dict[int, Sequences]:
-        """Let the on-policy students answer the prompts of (S*B) rows: cell number -> its (B) rows.
+        """Let the on-policy students complete the prompts of (S*B) rows; return cell number -> its (B) rows.
 
         `purpose` keys the noise, with each cell's seed and the step.
         """
@@ -265,7 +275,7 @@ class GKDTrainer(PackTrainer):
         return self.student_sampler.sample(self.cells, on_policy_cells, rows, position, purpose)
 
     def _count_step_items(self, batches: Sequence[MicroBatch], device: torch.device) -> Tensor | None:
-        """Count the tokens or sequences that divide each cell's loss, (K,); None: the step is empty."""
+        """Count each cell's trained tokens or sequences in a step, (K,), mean over ranks; None if empty."""
         if not batches:
             return None
         counts = [self._count_items(batch) for batch in batches]
@@ -274,11 +284,11 @@ class GKDTrainer(PackTrainer):
         return items if self.args.world_size == 1 else self.accelerator.reduce(items, reduction="mean")
 
     def _count_items(self, batch: MicroBatch) -> Tensor:
-        """Count the trained tokens or sequences of a micro-batch, (K,)."""
+        """Count each cell's trained tokens, or sequences by loss_normalization, in a micro-batch, (K,)."""
         return count_trained_items(batch, len(self.cells), self.args.loss_normalization)
 
     def _build_sample(self, batch: MicroBatch, items: Tensor | None, parts: int) -> dict[str, Any]:
-        """Build a micro-batch for `compute_loss`, with TRL's fields for a subclass that reads them."""
+        """Return the dict for `compute_loss`: batch, items, number of micro-batches, TRL's fields."""
         fields = self.strategy.build_trl_fields(self.adapter, batch.student)
         return {"batch": batch, "items": items, "parts": parts, **fields}
 
@@ -291,7 +301,7 @@ class GKDTrainer(PackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the sum of the cells' losses: each depends on its own weights alone.
+        """Return the scalar sum of the running cells' losses and the router loss; with outputs if asked for.
 
         `inputs` are a micro-batch of `get_batch_samples`, or what a data collator makes; the loss of the
         latter is off-policy and divided by `num_items_in_batch`, or by its own tokens or sequences.
@@ -311,13 +321,13 @@ class GKDTrainer(PackTrainer):
         return (total, {"losses": sums.losses}) if return_outputs else total
 
     def _get_batch_and_items(self, inputs: Mapping[str, Any]) -> tuple[MicroBatch, Tensor]:
-        """Return a training sample's micro-batch and items, or those of a collated batch, off-policy."""
+        """Return a training sample's (micro-batch, item counts); a collated batch's are built off-policy."""
         if "batch" in inputs:
             return inputs["batch"], inputs["items"]
         return self._build_off_policy_batch(self.adapter.parse_batch(inputs))
 
     def _build_off_policy_batch(self, rows: Sequences) -> tuple[MicroBatch, Tensor]:
-        """Build a micro-batch of the same rows for every cell, and count its items."""
+        """Return (micro-batch in which every cell has the same (B) rows, its item counts (K,))."""
         copies = concatenate_blocks([rows] * len(self.seeds), self.generation_limits.pad_id)
         batch = build_micro_batch(self.seeds, self.cells, copies, {}, self.generation_limits.pad_id)
         return batch, self._count_items(batch)
@@ -325,7 +335,10 @@ class GKDTrainer(PackTrainer):
     def compute_cell_sums(
         self, model: nn.Module, batch: MicroBatch, items: Tensor
     ) -> tuple[CellLosses, Tensor | None]:
-        """Return the cells' losses and entropies, and the load-balancing loss of a mixture of experts."""
+        """Run teachers and students; return (each cell's losses and entropies, router loss or None).
+
+        The router loss is the load-balancing loss of a mixture of experts.
+        """
         numbers, modules = required_teachers(cell.list_terms() for cell in self.cells), self.auxiliary_modules
         output_names = modules.required_outputs if modules.reads_teacher else ()
         with compute_teacher_outputs(self.teachers, numbers, batch, output_names) as outputs:
@@ -336,7 +349,7 @@ class GKDTrainer(PackTrainer):
     def _compute_losses(
         self, batch: MicroBatch, teacher_outputs: Mapping[int, TeacherOutput], items: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Run the students and compare them with the teachers: losses, entropies, terms, router loss.
+        """Run students, compare with teacher outputs: (losses, entropies, terms, router loss or None).
 
         A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it.
         """
@@ -353,7 +366,7 @@ class GKDTrainer(PackTrainer):
         return sums.losses, sums.entropies, sums.terms, student.aux_loss
 
     def _record_losses(self, sums: CellLosses, batch: MicroBatch) -> None:
-        """Add a micro-batch to the metrics and fail the cells whose loss is not finite."""
+        """Add a micro-batch to the metrics; a cell whose loss is not finite on any rank fails on all."""
         losses = sums.losses.detach()
         is_bad = ~losses.isfinite()
         # A bad loss in one process fails the cell in all of them, which otherwise would wait for it.
@@ -365,7 +378,7 @@ class GKDTrainer(PackTrainer):
         self.metrics.add_term_losses(sums.terms)
 
     def term_gradients(self, inputs: dict[str, Any]) -> list[dict[str, float]]:
-        """Return for each cell: name of a term -> norm of its weighted gradient by the student's weights.
+        """Return a dict for each cell: loss term name -> norm of its weighted gradient (student's weights).
 
         `inputs` as for `compute_loss`; nothing is updated or logged.
         """
@@ -374,7 +387,7 @@ class GKDTrainer(PackTrainer):
     def _compute_term_norms(
         self, model: nn.Module, batch: MicroBatch, items: Tensor
     ) -> list[dict[str, float]]:
-        """Return the gradient norm of each cell's terms on a micro-batch."""
+        """Return a dict for each cell: loss term name -> norm of its weighted gradient; `.grad` is kept."""
 
         def compute_losses(term_batch: MicroBatch) -> Tensor:
             """Return the cells' losses, (K,), on a micro-batch with a single active term."""
@@ -385,24 +398,28 @@ class GKDTrainer(PackTrainer):
     # ---- logs and checkpoints ----
 
     def get_extra_metrics(self, cell: int) -> dict[str, float]:
-        """Return what the cell's auxiliary modules log, and the gradient norms of its terms."""
+        """Return the values that the cell's auxiliary modules log, and its terms' last `grad_norm/TERM`."""
         norms = self._term_norms[cell] if self._term_norms else {}
         return self.auxiliary_modules.collect_logs(cell) | {
             f"grad_norm/{name}": norm for name, norm in norms.items()
         }
 
     def save_extra_state(self, cell: int, folder: Path) -> None:
-        """Write the cell's auxiliary modules into its checkpoint."""
+        """Write the cell's auxiliary modules and their optimizers into its checkpoint folder."""
         self.auxiliary_modules.save_cell(cell, folder)
 
     def load_extra_state(self, cell: int, folder: Path) -> None:
-        """Load the cell's auxiliary modules."""
+        """Load the cell's auxiliary modules and their optimizers from its checkpoint folder."""
         self.auxiliary_modules.load_cell(cell, folder)
 
     # ---- evaluation: the loss on the dataset, and on the students' own text if requested ----
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """Run the Trainer's loop; with `args.eval_on_policy` add the metrics of the students' own text."""
+        """Run and return the Trainer's evaluation; eval_on_policy adds `eval_on_policy_NAME` to its metrics.
+
+        These are means over the running cells: loss, completion length, truncated share and entropy on the
+        students' own text.
+        """
         self._on_policy_metrics, self._n_evaluated_batches = MetricAccumulator(len(self.cells)), 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self._on_policy_metrics.n_batches:
@@ -420,9 +437,10 @@ class GKDTrainer(PackTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the cells' mean loss on the dataset's completions, and logits and labels in TRL's layout.
+        """Return (running cells' mean off-policy loss, logits, labels); the latter are None for a pack.
 
-        A batch without any trained token has the loss NaN.
+        A batch without any trained token has the loss NaN. Logits and labels are in TRL's layout, and None
+        with prediction_loss_only.
         """
         rows = self.adapter.parse_batch(self._prepare_inputs(inputs))
         batch, items = self._build_off_policy_batch(rows)
@@ -437,7 +455,7 @@ class GKDTrainer(PackTrainer):
             return loss, *self.strategy.compute_predictions(self.adapter, model, rows)
 
     def _evaluate_on_policy(self, model: nn.Module, rows: Sequences) -> None:
-        """Let all students answer the prompts and add the loss on their answers to the metrics."""
+        """Let all students complete the prompts; add the losses, without rewards, to on-policy metrics."""
         purpose, limits = f"evaluation {self._n_evaluated_batches}", self.generation_limits
         self._n_evaluated_batches += 1
         copies = concatenate_blocks([rows] * len(self.seeds), limits.pad_id)

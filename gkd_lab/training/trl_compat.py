@@ -22,7 +22,7 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Any = None,
 ) -> Tensor:
-    """Compute JSD(beta) between two sets of logits (B, T, V), as TRL's method of this name.
+    """Return JSD(beta) of logits (B, T, V), as TRL's: a scalar, or with reduction "none" all values.
 
     Computed in float32 at least and finite with -inf logits, which TRL's is not. `labels` (B, T) are -100
     where nothing counts. `"batchmean"` divides by the tokens that count (without labels by B), as
@@ -47,9 +47,10 @@ def generalized_jsd_loss(
 def generate_on_policy_outputs(
     model: Any, inputs: Mapping[str, Tensor], generation_config: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample completions of `inputs["prompts"]` (B, P): ids, attention mask and labels, each (B, P + C).
+    """Sample completions of the prompts (B, P); return (ids, attention mask, labels), each (B, P + C).
 
-    The model samples in eval mode. Labels are -100 on the prompt and after the first end of sequence.
+    The prompts are `inputs["prompts"]`. The model samples in eval mode. Labels are -100 on the prompt and
+    after the first end of sequence.
     """
     prompts, prompt_mask = inputs["prompts"], inputs["prompt_attention_mask"]
     dropout_off = eval_mode(model) if isinstance(model, nn.Module) else nullcontext()

@@ -36,7 +36,7 @@ class VllmBackend(Protocol):
         """Copy the student's current weights to vLLM; all ranks call it."""
 
     def generate(self, prompts: list[list[int]], images: None, num_generations: int) -> tuple[Any, ...]:
-        """Return (prompt ids, completion ids, ...), one row per prompt; all ranks call it."""
+        """Return (prompt ids, completion ids, ...), each a list of ids per prompt; all ranks call it."""
 
 
 class VllmSampler:
@@ -96,7 +96,7 @@ class VllmSampler:
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Sample the only cell's completions of the prompts of (B) rows: {0: rows}."""
+        """Sample the only cell's completions of (B) prompts: {0: rows}; ValueError for several cells."""
         (cell,) = cells
         completions = self.sample_completions(
             rows,
@@ -118,7 +118,7 @@ class VllmSampler:
         seed: int,
         purpose: str = "sampling",
     ) -> Sequences:
-        """Return the prompts with completions of at most `max_new_tokens`, padded on the right.
+        """Return the prompts with sampled completions of at most `max_new_tokens`, padded on the right.
 
         `step` counts optimizer steps: the first call of a step copies the weights to vLLM. All ranks must
         call it with equally many rows.
@@ -137,7 +137,7 @@ class VllmSampler:
 
     @contextmanager
     def _seed_generators(self, seed: int, step: int, purpose: str) -> Iterator[None]:
-        """Seed this process's generators for one call, and restore them afterwards.
+        """Seed torch by (seed, step, purpose, call, group) for the block, then restore it; server: no-op.
 
         A seed among the sampling parameters would be one for all rows, and rows of equal seed draw equal
         noise (vLLM issue 50440), so vLLM draws from this process's generator instead.
@@ -153,7 +153,7 @@ class VllmSampler:
             yield
 
     def _pad_completions(self, answers: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Return padded ids and their mask, (N, C); the mask ends with the first end of sequence."""
+        """Return (padded ids, mask), each (N, C); the mask is 1 up to and including the first end id."""
         rows = [torch.tensor(answer, dtype=torch.long) for answer in answers]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(row) for row in rows])[:, None]
@@ -162,14 +162,14 @@ class VllmSampler:
 
 
 def _list_prompt_ids(prompts: Sequences) -> list[list[int]]:
-    """Return each prompt's ids without padding."""
+    """Return each prompt's token ids as a list, without padding."""
     return [
         ids[mask.bool()].tolist() for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
     ]
 
 
 def _build_backend_settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | None) -> dict[str, Any]:
-    """Return the arguments of `VLLMGeneration` besides the models: every choice that affects the text."""
+    """Return `VLLMGeneration`'s keyword arguments besides the models: every choice that affects the text."""
     sampling: dict[str, Any] = {"stop_token_ids": end_ids.tolist()}
     if vocabulary is not None:
         sampling["allowed_token_ids"] = list(range(vocabulary))
@@ -193,7 +193,7 @@ def _build_backend_settings(args: GKDConfig, end_ids: Tensor, vocabulary: int | 
 
 
 def _check_model_is_servable(model: PreTrainedModel, args: GKDConfig) -> None:
-    """Raise ValueError for a model that vLLM cannot serve here."""
+    """Raise ValueError for an encoder-decoder and, when colocated, a model without a folder or hub name."""
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"use_vllm=True with a {type(model).__name__}: vLLM serves decoder-only models here; "
@@ -207,7 +207,7 @@ def _check_model_is_servable(model: PreTrainedModel, args: GKDConfig) -> None:
 
 
 def _check_vllm_is_installed() -> None:
-    """Raise ImportError with the command that installs vLLM."""
+    """Raise ImportError, with the command that installs vLLM, if it is missing."""
     if not is_vllm_available():
         raise ImportError(
             "use_vllm=True needs the package vllm, which is not installed: `pip install vllm`, or "
