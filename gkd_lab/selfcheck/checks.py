@@ -91,7 +91,7 @@ def _get_largest_value(values: Iterable[float]) -> float:
 
 
 def check_rows(bench: PairBench) -> InvarianceResult:
-    """Fail with the chat template's error, if there was one; else pass (error 0) with the rows' size."""
+    """Return a failed result with the chat template's error, if there was one; else a pass (error 0)."""
     if bench.chat_template_error is not None:
         return create_failed_result(bench.chat_template_error)
     max_tokens = int(bench.rows.prompt_mask.sum(1).max() + bench.rows.completion_mask.sum(1).max())
@@ -207,7 +207,7 @@ def check_dropout_is_off(bench: PairBench) -> InvarianceResult:
 
 
 def check_divergence_values(bench: PairBench) -> InvarianceResult:
-    """Return as error the largest relative gap of a loss (each beta, TV) to float64 by full logits."""
+    """Return as error the largest relative gap of the loss (each beta, TV) to float64 on full logits."""
     cells = _build_divergence_cells(bench)
     losses = [_compute_loss_and_gradient_norm(bench, "teacher", cell)[0] for cell in cells]
     if not all(math.isfinite(loss) for loss in losses):
@@ -293,9 +293,9 @@ def check_bfloat16(bench: PairBench) -> InvarianceResult:
 
 
 def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
-    """Return as error the relative gradient at positions that predict no trained token; inf if one has 0.
+    """Return as error the largest gradient at positions not predicting a trained token, over the largest.
 
-    That is, inf if a position that predicts a trained token gets no gradient. Clears the student's `.grad`.
+    It is inf if a position that predicts a trained token gets no gradient. Clears the student's `.grad`.
     """
     outputs: list[Tensor] = []
 

@@ -62,7 +62,7 @@ def quarantine_damaged_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _is_checkpoint_intact(folder: Path) -> bool:
-    """Whether all listed files match `sha256.json`; if that is missing, whether the files can be read."""
+    """Whether all files listed in `sha256.json` match it; if it is missing, whether the files parse."""
     try:
         if (folder / CHECKSUM_FILE).exists():
             checksums: dict[str, str] = json.loads((folder / CHECKSUM_FILE).read_bytes())

@@ -154,7 +154,7 @@ class ClassificationAdapter:
         return logits if self.kind == "token-classification" else logits[:, 0], labels
 
     def reorder_teacher_labels(self, teachers: Sequence[TeacherInterface]) -> None:
-        """Set live teachers' heads to the columns of `__init__`: logits come in the student's label order."""
+        """Assign the columns found in `__init__` to live teachers' heads, for the student's label order."""
         for teacher, columns in zip(teachers, self.teacher_label_columns, strict=True):
             if isinstance(teacher, LiveTeacher):
                 teacher.head.logit_indices = columns

@@ -42,7 +42,7 @@ def generate_completions(
     vocabulary_size: int | None = None,
     wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
 ) -> Sequences:
-    """Sample by `uniforms`, or search, completions of the prompts; return the prompts with these instead.
+    """Return the prompts with new completions: sampled by `uniforms` if given, else greedy or beam search.
 
     `uniforms` are (N, C). At most `max_new_tokens` are sampled at `temperature`, from the first
     `vocabulary_size` entries if given; without `uniforms` the search is greedy or with `num_beams`.

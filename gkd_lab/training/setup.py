@@ -66,7 +66,7 @@ class TrainingSetup:
     adapter: TaskAdapter
 
     def build_trainer_options(self, data_collator: Any, compute_metrics: Any) -> dict[str, Any]:
-        """Return transformers' Trainer arguments; a collator or metrics of None become the task's."""
+        """Return a dict of four Trainer arguments; a collator or metrics of None become the task's."""
         return {
             "args": self.args,
             "processing_class": self.tokenizer,
@@ -237,7 +237,7 @@ def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -
 
 
 def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
-    """Set the load-balancing loss's weight in the model's config, 0: off; ValueError if it has no router."""
+    """Set the router loss's weight in the model's config (0: off); ValueError if not 0 without a router."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits, config.router_aux_loss_coef = weight != 0, weight

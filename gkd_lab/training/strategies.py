@@ -41,7 +41,7 @@ class StudentStrategy:
         """Do nothing: a single model fits every placement (a pack checks its own)."""
 
     def create_optimizer(self, create: Callable[[], Any]) -> Any:
-        """Create the Trainer's optimizer by `create`, set it to the cell's learning rate, and return it."""
+        """Return the optimizer of `create`, with the cell's learning rate in place of that of `args`."""
         optimizer = create()
         for group in optimizer.param_groups:
             if group["lr"] == self.trainer.args.learning_rate:

@@ -301,7 +301,7 @@ class GKDTrainer(PackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the scalar sum of the running cells' losses and the router loss; with outputs if asked for.
+        """Return the scalar sum of running cells' losses and router loss; or (sum, outputs) if asked for.
 
         `inputs` are a micro-batch of `get_batch_samples`, or what a data collator makes; the loss of the
         latter is off-policy and divided by `num_items_in_batch`, or by its own tokens or sequences.
