@@ -45,10 +45,10 @@ class LoadedModel:
 
 
 def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions) -> Record:
-    """Return the done record of a teacher or SFT student; build it first if missing or damaged.
+    """Return the done record of a teacher or SFT student, built now if missing; ArtifactFailed if it failed.
 
-    A failure, new or stored, raises ArtifactFailed; `--retry-failed` clears a stored one and builds again.
-    The record is locked while it is built.
+    A damaged model is built again. A stored failure raises too, unless `--retry-failed` clears it. The record
+    is locked while it is built.
     """
     record = options.store.get_artifact(scale, role, model)
     if record.read_status().get("state") == "done" and find_damaged_file(record) is None:
@@ -89,7 +89,7 @@ def ensure_teacher_output(
 
 @contextmanager
 def hold_record_lock(record: Record, description: str, options: RunOptions) -> Iterator[None]:
-    """Hold a record's lock in the block; wait without limit, printing a line if another process has it."""
+    """Hold a record's lock in the block; wait for it without limit, saying so if another process has it."""
     lock = record.lock()
     try:
         lock.acquire(timeout=1)

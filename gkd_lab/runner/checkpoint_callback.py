@@ -51,7 +51,7 @@ def _encode_metric_sums(averages: MetricAccumulator, cell: int) -> dict[str, Any
 
 
 def _restore_metric_sums(averages: MetricAccumulator, cell: int, stored_averages: dict[str, Any]) -> None:
-    """Overwrite one cell's sums in `averages`, and its batch count, by a dict of `_encode_metric_sums`."""
+    """Overwrite one cell's sums in `averages`, and its batch count, with a dict of `_encode_metric_sums`."""
     averages.n_batches = stored_averages["batches"]
     for name in averages.sums.keys() & stored_averages["sums"].keys():
         averages.sums[name][cell] = stored_averages["sums"][name]

@@ -55,7 +55,7 @@ def map_teacher_prompts(
 def retokenize_completions(
     examples: Sequence[Example], teacher_text: Record, training: Training, teacher: Record, tokenizer: Any
 ) -> list[Example]:
-    """Return the examples with the teacher's stored texts, in ids of `tokenizer`, as completions.
+    """Return the examples with the teacher's stored texts, tokenized by `tokenizer`, as completions.
 
     Where both tokenizers agree, the examples are returned unchanged. tokenizer: the student's. teacher_text:
     the record of the texts. teacher: the record of the model that wrote them.

@@ -91,10 +91,10 @@ def write_split_report(folder: Path, split: str, report: SplitReport) -> None:
 def assign_teachers(
     examples: Sequence[Example], rows: Sequence[Row], terms: Iterable[ResolvedTerm]
 ) -> list[Example]:
-    """Return the examples with `teacher_index` set by the routes from their row's column `teacher`.
+    """Return the examples with `teacher_index` set to the index of the teacher that their row names.
 
-    The routes are those of the divergence terms; without routes the examples are returned unchanged. Raises
-    ValueError for a row that names none of the routed teachers.
+    The name in the column `teacher` is looked up in the routes of the divergence terms; without routes the
+    examples are returned unchanged. Raises ValueError for a row that names none of the routed teachers.
     """
     teacher_indices: dict[str, int] = {}
     for term in terms:

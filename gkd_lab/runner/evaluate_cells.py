@@ -108,7 +108,7 @@ def _list_distinct_evaluations(cells: Sequence[Cell]) -> list[Evaluation]:
 
 
 def _start_tracking(cells: Sequence[Cell], evaluation: AnyEvaluation, options: RunOptions) -> None:
-    """Open the tracker's run of each cell whose evaluation must run or lacks a metric.
+    """Open the tracker run of cells whose evaluation must run or lacks a metric; clear failures to retry.
 
     With `--retry-failed`, a failed evaluation loses its status first.
     """
@@ -150,7 +150,7 @@ def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptio
 
 
 def _estimate_evaluation_capacity(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """Return how many cells to evaluate as one model: what memory allows if `pack` is auto, otherwise all.
+    """Return the PackCapacity: 1 if unpackable, what memory allows if `pack` is auto, else all the cells.
 
     It is 1 where the students are known to be unpackable. The estimate is by the size of the weight files.
     """

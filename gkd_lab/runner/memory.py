@@ -71,7 +71,7 @@ def _run_or_shrink(
     *,
     is_measuring: bool = False,
 ) -> PackCapacity | None:
-    """Return the result of `work`; if several cells cannot be packed or lack memory, a smaller capacity.
+    """Return `work()`; if several cells cannot be packed or run out of memory, a smaller PackCapacity.
 
     The capacity is 1 after CannotPack, half of the cells after out of memory, and 1 if that was while
     measuring. A single cell's error is raised.
@@ -129,7 +129,7 @@ def release_memory() -> None:
 
 
 def compute_capacity(cells: int, bytes_per_cell: int, available_bytes: int) -> PackCapacity:
-    """Return the size of even packs that fit into 80 % of `available_bytes`, and why it is below `cells`.
+    """Return the PackCapacity of even packs that fit into 80 % of `available_bytes`; reason if below `cells`.
 
     Even packs: 10 cells of which 6 fit give packs of 5. It is at least 1.
     """
@@ -204,7 +204,7 @@ _CGROUP_FILES = (
 
 
 def iterate_cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield bytes below the memory limit, file caches counted as free, of each cgroup with a limit."""
+    """Yield free bytes (limit - usage + inactive file cache) of each cgroup version with a memory limit."""
     for limit, usage, reclaimable in _CGROUP_FILES:
         if (root / limit).exists() and (root / limit).read_text().strip() != "max":
             table = (root / limit).with_name("memory.stat").read_text().split()

@@ -62,5 +62,5 @@ def _compute_current_sha256(path: Path) -> str | None:
 
 @cache
 def _compute_sha256_once(path: Path, *_: int) -> str:
-    """Return a file's SHA-256, cached in this process by path, time, size and inode, the arguments."""
+    """Return a file's SHA-256; cached in this process by all arguments: path, time, size and inode."""
     return compute_sha256(path)

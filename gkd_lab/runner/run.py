@@ -88,7 +88,7 @@ def _wait_and_run_busy_cells(busy_packs: list[list[Cell]], options: RunOptions) 
 
 
 def _format_waiting(cells: Sequence[Cell]) -> str:
-    """Return the message that this run waits for a cell, by fingerprint, or for several, by number."""
+    """Return the waiting message: it names one cell by its fingerprint, or several by their number only."""
     if len(cells) == 1:
         return f"waiting for another process that works on the cell {cells[0].fingerprint}"
     return f"waiting for other processes that work on {len(cells)} cells"

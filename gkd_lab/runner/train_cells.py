@@ -172,7 +172,7 @@ def _describe_pack(cells: Sequence[Cell], limit_reason: str) -> dict[str, Any]:
 
 
 def _measure_training_capacity(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """Return how many cells to train as one model: what memory allows if `pack` is auto, otherwise all.
+    """Return the PackCapacity: what memory allows if option `pack` is auto, otherwise all of the cells.
 
     The memory of one cell is measured in a step on the longest examples.
     """
@@ -193,7 +193,7 @@ def _measure_training_capacity(cells: Sequence[Cell], options: RunOptions) -> Pa
 
 
 def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:
-    """Return input tensors as large as one cell's longest batch, sampled completions at their limit.
+    """Return named input tensors as large as one cell's longest batch, sampled completions at their limit.
 
     The tokens are zeros, except with cached scores, which exist for the examples' own tokens only.
     """

@@ -78,7 +78,7 @@ class WandbClient:
         )
 
     def _report_location(self, run: Any) -> None:
-        """Print, at the first run only, its web page, or if offline the command that sends the runs."""
+        """Print for the first run only where runs are: a web page, or offline the command to send them."""
         if self._has_reported:
             return
         self._has_reported = True
@@ -110,7 +110,7 @@ class WandbRun:
 
 
 def report_refused_parameters(reason: str) -> None:
-    """End the sweep agent's run as failed with `reason`: no valid cell; ignore errors of wandb."""
+    """End the sweep agent's run as failed, its parameters being no valid cell; ignore errors of wandb."""
     with suppress(Exception):
         wandb.setup(settings=wandb.Settings(silent=True))
         run = wandb.init(mode=_choose_mode(), settings=wandb.Settings(**_SETTINGS, **_choose_timeouts()))
@@ -149,6 +149,6 @@ def _choose_mode() -> Mode | None:
 
 
 def _choose_timeouts() -> dict[str, float]:
-    """Return settings `init_timeout` and `finish_timeout` in seconds, without those set by environment."""
+    """Return settings `init_timeout` and `finish_timeout` in seconds, except those that a variable sets."""
     limits = {"init_timeout": INIT_TIMEOUT_SECONDS, "finish_timeout": FINISH_TIMEOUT_SECONDS}
     return {name: float(value) for name, value in limits.items() if f"WANDB_{name.upper()}" not in os.environ}
