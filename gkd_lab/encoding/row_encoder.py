@@ -99,7 +99,7 @@ class RowEncoder:
     # Chats
 
     def _encode_messages(self, row: RowMapping, messages: Messages) -> Example:
-        """Encode a chat: a last message of the assistant is the completion; without one that is empty."""
+        """Encode a chat: the last message, if the assistant's, is the completion, else that is empty."""
         prompt = row.get("prompt")
         if not isinstance(prompt, str | None):
             raise ValueError("`prompt` as a list and `messages` both hold the chat: remove one of the two")
@@ -361,7 +361,7 @@ def _list_message_texts(message: RowMapping) -> list[str]:
 
 
 def _explain_prompt_mismatch(prompt: str, text: str, *, has_prompt_column: bool) -> str:
-    """Return an error message: the rendered chat `text` does not begin with the rendered prompt."""
+    """Return the error message for a rendered chat, `text`, that does not begin with its rendered prompt."""
     length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
     if has_prompt_column:
         return (

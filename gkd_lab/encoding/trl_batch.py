@@ -62,7 +62,7 @@ def is_trl_batch(batch: object) -> TypeGuard[Mapping[str, Tensor]]:
 def parse_trl_batch(
     batch: Mapping[str, Tensor], pad_id: int, *, is_encoder_decoder: bool = False
 ) -> Sequences:
-    """Convert a TRL batch to `Sequences`; completions are the tokens whose label is not -100.
+    """Convert a TRL batch to `Sequences`; the completion is the tokens with a label other than -100.
 
     input_ids, attention_mask, labels: (N, T), padded on either side, labels -100 for untrained tokens; tokens
     after the trained ones are dropped. prompts, prompt_attention_mask: (N, P), optional, by default the

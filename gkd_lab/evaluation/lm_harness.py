@@ -143,7 +143,7 @@ def _get_task_manager(include_defaults: bool) -> TaskManager:
 
 
 def _resolve_task(evaluation: LmEvalEvaluation, trusted: bool) -> str | dict[str, Any]:
-    """Return the task's checked name, or the config of its file with functions imported; else ConfigError.
+    """Return the task's checked name, or its file's config with functions imported; ConfigError if invalid.
 
     Raises ConfigError for an unknown name, a changed file, and metrics that an untrusted file may not use.
     """

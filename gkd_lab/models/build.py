@@ -170,7 +170,7 @@ def get_auto_class(family: Family) -> Any:
 def load_model(
     folder: str | Path, family: Family, precision: str = "fp32", **arguments: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint folder or hub name as a model of `family`, with weights of this precision.
+    """Load a checkpoint folder or hub name as a model of `family`; precision: "fp32", "bf16" or "fp64".
 
     Corrects `tie_word_embeddings` in its config. arguments: further ones of `from_pretrained`, such as
     `revision`.

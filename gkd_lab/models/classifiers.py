@@ -42,7 +42,7 @@ def get_classifier_kind(model: Any) -> ClassifierKind | None:
 
 
 def _read_sequence_classifier_kind(config: PretrainedConfig) -> ClassifierKind:
-    """Return "regression" or "sequence-classification" by the config; ValueError for multi-label ones."""
+    """Return "regression" or "sequence-classification" by the config; ValueError for multi-output ones."""
     numeric = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if config.problem_type == "multi_label_classification" or (numeric and config.num_labels > 1):
         raise ValueError(
@@ -79,7 +79,7 @@ def list_label_names(model: PreTrainedModel) -> list[str]:
 def match_teacher_labels(
     student: PreTrainedModel, teacher: PreTrainedModel, kind: ClassifierKind
 ) -> list[int] | None:
-    """Return the teacher's logit index for each student label; None if equal in order, or for a regression.
+    """Return for each student label the teacher's logit index; None if the order is equal or for regression.
 
     Raises:
         ValueError: if the labels differ; the message names the difference.
@@ -130,5 +130,5 @@ def check_classifier_tokenizers(
 
 
 def set_pad_token_id(model: PreTrainedModel, pad_id: int) -> None:
-    """Set the config's pad token id, by which a decoder that classifies finds each row's last real token."""
+    """Set `pad_token_id` in the model's config, by which decoders find the last real token to classify."""
     model.config.get_text_config().pad_token_id = pad_id

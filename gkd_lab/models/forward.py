@@ -56,11 +56,11 @@ class Sequences:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def repeat_rows(self, times: int) -> "Sequences":
-        """Return the whole batch `times` times in a row, one block of N rows per cell."""
+        """Return the whole batch repeated `times` times: row k * N + n is row n again, for cell k."""
         return self.map_tensors(lambda tensor: tensor.repeat(times, 1))
 
     def to(self, device: torch.device | str) -> "Sequences":
-        """Return the batch with all its tensors on `device`."""
+        """Return a batch with all tensors on `device`; the original is unchanged."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def replace_completions(self, ids: Tensor, mask: Tensor) -> "Sequences":
@@ -83,7 +83,7 @@ def compute_completion_logits(model: PreTrainedModel, batch: Sequences) -> Tenso
 
 
 def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """Return the keyword arguments of forward with which an unwrapped model predicts the completions."""
+    """Return forward's keyword arguments with which an unwrapped model predicts the completion tokens."""
     if get_classifier_kind(model) is not None:
         return _build_classifier_arguments(model, batch)
     if model.config.is_encoder_decoder:
@@ -108,7 +108,7 @@ def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[st
 
 
 def _build_classifier_arguments(model: PreTrainedModel, batch: Sequences) -> dict[str, Any]:
-    """Return a classifier's keyword arguments of forward; a pack's have explicit positions for every row."""
+    """Return a classifier's keyword arguments for forward; a pack gets `position_ids` for all its rows."""
     arguments = {"input_ids": batch.prompt_ids, "attention_mask": batch.prompt_mask}
     if batch.token_type_ids is not None and accepts_argument(model, "token_type_ids"):
         arguments["token_type_ids"] = batch.token_type_ids

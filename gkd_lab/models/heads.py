@@ -112,7 +112,7 @@ class OutputHead:
         )
 
     def _build_arguments(self, batch: Sequences, output_names: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the model's keyword arguments of forward, with flags for extra outputs and router logits."""
+        """Return forward's keyword arguments for a batch, with flags for extra outputs and router logits."""
         arguments = build_forward_arguments(self._unwrapped_model, batch)
         arguments |= {f"output_{name}": True for name in output_names}
         return arguments | ({"output_router_logits": True} if self.outputs_router_logits() else {})
@@ -177,7 +177,7 @@ class OutputHead:
         return None if buffer is None else buffer[0]
 
     def outputs_router_logits(self) -> bool:
-        """Check whether the config asks a mixture of experts for its router logits."""
+        """Check whether the config sets `output_router_logits`, so that an auxiliary loss is trained on."""
         return bool(getattr(self._text_config, "output_router_logits", False))
 
     def _compute_aux_loss(self, output: Any) -> Tensor | None:
@@ -352,9 +352,9 @@ def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | No
 
 
 def compute_relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference divided by the largest finite expected magnitude, a float.
+    """Return max |actual - expected| / max |expected|, a float; NaN or equal infinity in both counts as 0.
 
-    NaN or the same infinity in the same place compare equal.
+    The largest expected number ignores NaN and infinity.
     """
     actual, expected = torch.broadcast_tensors(actual.double(), expected.double())
     equal = (actual == expected) | (actual.isnan() & expected.isnan())

@@ -88,7 +88,7 @@ def load_student(
 
 
 def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Load the decoder-only model, encoder-decoder or classifier of this name, by what its config says it is.
+    """Load a model by name as decoder-only model, encoder-decoder or classifier, as its config says.
 
     `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
     """
@@ -165,7 +165,7 @@ def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
 
 
 def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:
-    """Return a copy of the arguments with `dtype` added unless None; ValueError if they have another one."""
+    """Return the arguments as a new dict, with `dtype` set unless None; ValueError if they have another."""
     kwargs = _parse_init_kwargs(init_kwargs)
     if dtype is not None and _parse_dtype(kwargs.setdefault("dtype", dtype)) != TEACHER_DTYPES[dtype]:
         raise ValueError(

@@ -103,7 +103,7 @@ def _generate_logits(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 @contextmanager
 def _plain_inference(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Context manager: no dropout, gradients or autocast; errors but out-of-memory become CannotPack."""
+    """Context manager: no dropout, gradients, autocast; turns errors except out-of-memory into CannotPack."""
     try:
         with (
             eval_mode(packed, *members),

@@ -69,7 +69,7 @@ class Pack:
         return {name: p.detach()[cell] for name, p in named if p.requires_grad}
 
     def get_cell_gradients(self, cell: int) -> dict[str, Tensor | None]:
-        """Return name -> the cell's view of each trainable parameter's gradient, None where it has none."""
+        """Return name -> the cell's gradient (a view) of each trainable parameter; None where it has none."""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
         if not self.is_packed:
             return gradients
@@ -89,7 +89,7 @@ class Pack:
         return self._template
 
     def load_cell(self, cell: int, state: dict[str, Tensor]) -> None:
-        """Copy a plain model's state dict into the cell's weights; ValueError if it lacks a trainable one."""
+        """Overwrite a cell's weights by a plain model's state dict, which may lack only tied names."""
         parameters = self.get_cell_parameters(cell)
         missing = sorted(set(parameters) - set(state))
         if missing:

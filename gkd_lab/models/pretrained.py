@@ -20,7 +20,7 @@ from gkd_lab.models.heads import mark_untied_head
 def load_pretrained(
     spec: ModelSpec, family: Family, precision: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load (model, tokenizer) from the spec's folder, hub name or GGUF file, without layers it drops."""
+    """Load (model, tokenizer) from the spec's folder, hub name or GGUF file; apply its `keep_layers`."""
     location = spec.path or spec.pretrained
     assert location is not None
     path, is_gguf = Path(location), location.endswith(".gguf")
@@ -38,7 +38,7 @@ def load_pretrained(
 
 
 def _drop_quantization(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a trainable copy of a model from a GGUF file, whose config marks it as quantized."""
+    """Return a trainable copy of a model from GGUF, whose config is no longer marked as quantized."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,7 +46,7 @@ def _drop_quantization(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
-    """Return a copy of a model, in eval mode, with only these layers of every full-depth layer stack.
+    """Return a copy of a model with only these layers of each stack; a number means evenly spaced ones.
 
     Args:
         layers: Indices of the layers to keep, or their number, evenly spaced from first to last.
@@ -106,7 +106,7 @@ def _shorten_config(config: Any, layers: Sequence[int]) -> Any:
 
 
 def _build_model(kind: type, config: Any, state: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
-    """Build a model of class `kind`, in eval mode, with dtype and generation settings of `like`."""
+    """Build a `kind` from config and weights, in eval mode, with dtype and generation settings of `like`."""
     model: PreTrainedModel = kind(config).to(like.dtype)
     mark_untied_head(model)
     model.load_state_dict(state)

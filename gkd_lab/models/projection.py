@@ -56,7 +56,7 @@ class Projection:
         return replace(self, weight=weight, bias=bias)
 
     def get_vocabulary_size(self, hidden: Tensor) -> int:
-        """Return V: the weight's rows, or without a weight the width of `hidden`, then the logits."""
+        """Return V: rows of the weight, or without a weight the width of `hidden`, which are logits then."""
         return hidden.shape[-1] if self.weight is None else self.weight.shape[-2]
 
     def scale_and_cap(self, raw: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Projection:
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def compute_raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Convert `gradient` in place, and return it: from d/d(capped `logits`) to d/d(h W^T + b)."""
+        """Convert `gradient`, d/d(logits), in place to d/d(h W^T + b), and return it; `logits`: capped."""
         if self.softcap is not None:
             gradient.mul_(1 - (logits / self.softcap).square())
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -80,7 +80,7 @@ class MatmulPrecision:
 
     @staticmethod
     def create(hidden: Tensor, result_dtype: torch.dtype) -> "MatmulPrecision":
-        """Return a precision whose operands have autocast's dtype if it applies, else the hidden states'."""
+        """Return a precision: operands in autocast's dtype if that applies, else in the dtype of `hidden`."""
         device = hidden.device.type
         autocasts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         return MatmulPrecision(torch.get_autocast_dtype(device) if autocasts else hidden.dtype, result_dtype)

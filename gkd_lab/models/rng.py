@@ -18,10 +18,10 @@ def derive_seed(seed: int, step: int, purpose: str) -> int:
 
 
 def is_on_policy(lmbda: float, seed: int, step: int) -> bool:
-    """Toss the coin of Algorithm 1: return whether this optimizer step trains on the student's own samples.
+    """Decide by coin whether this optimizer step trains on the student's own samples; True with chance lmbda.
 
-    True with probability lmbda: never for 0, always for 1. With one seed, a step that is on-policy for one
-    lmbda is on-policy for every larger one.
+    The coin of Algorithm 1, a function of (seed, step): never for 0, always for 1. With one seed, a step
+    that is on-policy for one lmbda is on-policy for every larger one.
     """
     return random.Random(derive_seed(seed, step, "coin")).random() < lmbda
 
@@ -33,7 +33,7 @@ def draw_uniforms(seed: int, step: int, purpose: str, rows: int, tokens: int) ->
 
 
 def draw_permutation(seed: int, epoch: int, size: int) -> list[int]:
-    """Return the indices 0 to size - 1 in the random order of this pass over the data."""
+    """Return the row indices 0 to size - 1 in a random order that depends on (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order

@@ -55,7 +55,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _refuse_parking(parked: bool, weights_description: str, way_out: str) -> None:
-    """Raise ValueError if `parked`: weights of this description cannot move between CPU and device."""
+    """Raise ValueError if `parked` is True: weights of this kind cannot move between CPU and device."""
     if parked:
         raise ValueError(
             f"park_teacher=True, but {weights_description} cannot be moved between uses: {way_out}"
@@ -72,7 +72,7 @@ def _refuse_fsdp_1(accelerator: Accelerator) -> None:
 
 
 def place_student(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Shard an encoder-decoder student under FSDP2 and return it; return any other student unchanged.
+    """Shard an encoder-decoder student under FSDP2, in place; any other student is returned unchanged.
 
     accelerate cannot: embeddings that encoder and decoder share must be in one group. Any other student is
     returned as it is, for accelerate to prepare.

@@ -39,7 +39,7 @@ def get_shared_vocabulary_size(
     student_tokenizer: Any,
     teacher_tokenizer: Any | None,
 ) -> int:
-    """Check that both tokenizers are equal (else ValueError), and return the size of the smaller output head.
+    """Return the smaller head's size, the vocabulary shared; ValueError if the tokenizers' ids differ.
 
     Further rows are padding of the larger head, as in Qwen2.5 (0.5B: 151936 rows, 7B: 152064, one tokenizer).
     Warns if the teacher's tokenizer is unknown, and if the EOS tokens differ. `teacher` may be the size of
@@ -76,7 +76,7 @@ def get_compared_vocabulary_size(
     *,
     compares_tokens: bool,
 ) -> int:
-    """Return the shared vocabulary size, or the student's head size if the tokenizers may differ and do.
+    """Return the shared vocabulary size; the student's head size if tokenizers differ and need not match.
 
     `compares_tokens`: a loss compares token by token, so that tokenizers that differ raise ValueError.
     """
@@ -90,14 +90,14 @@ def get_compared_vocabulary_size(
 
 
 def get_head_size(model: PreTrainedModel) -> int:
-    """Return V, the logits' number: rows of the output head, or `config.vocab_size` without a head."""
+    """Return V, the number of logits: `out_features` of the output head, else `config.vocab_size`."""
     head = model.get_output_embeddings()
     # Not `weight.shape`: that is 0 under ZeRO-3 and has a cell axis in a pack.
     return model.config.get_text_config().vocab_size if head is None else head.out_features
 
 
 def find_tokenizer_difference(a: Any, b: Any, ignored_tokens: Collection[str] = ()) -> str | None:
-    """Return a text on how the ids of two tokenizers differ in meaning, with an example; None if they do not.
+    """Return a text with an example of how two tokenizers' ids differ in meaning; None if they are equal.
 
     Compares every vocabulary entry, except `ignored_tokens` of `a`, and the ids of probe texts. Padding, EOS
     and BOS tokens and chat template may differ, as they do between base and instruct models of one family.
@@ -192,7 +192,7 @@ def _find_entry_difference(a: dict[str, int], b: dict[str, int]) -> str | None:
 
 
 def _find_text_difference(a: Any, b: Any, ignored_tokens: Collection[str]) -> str | None:
-    """Return as text the first probe text that two tokenizers split differently; None if there is none."""
+    """Return how two tokenizers split a probe text differently, the first such text; None if none differs."""
     special = dict.fromkeys(
         t for t in [*a.all_special_tokens, *b.all_special_tokens] if t not in ignored_tokens
     )
