@@ -29,7 +29,7 @@ class ModelSelector:
     conditions: Conditions
 
     def matches(self, figure_cell: FigureCell) -> bool:
-        """Return whether the model is selected; only trained cells are, unless a role is named."""
+        """Return whether a figure cell meets the conditions; only trained cells do, if no role is named."""
         return meets_conditions(figure_cell, {"role": "cell", **self.conditions})
 
 
@@ -80,11 +80,11 @@ class Check(ABC):
     conditions: Conditions
 
     def is_relevant(self, figure_cell: FigureCell) -> bool:
-        """Return whether the check reads a figure cell: quality scores, unless a measure is named."""
+        """Return whether a figure cell meets the check's conditions (quality scores by default)."""
         return meets_conditions(figure_cell, {"measure": "quality", **self.conditions})
 
     def list_varying_fields(self) -> set[str]:
-        """Return the fields that differ inside a column: those of the check's selectors, and its axes."""
+        """Return fields that may differ in a column: of selectors and axes, and what depends on them."""
         varying: set[str] = set()
         for value in vars(self).values():
             if isinstance(value, str):
@@ -96,7 +96,7 @@ class Check(ABC):
 
     @abstractmethod
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build the contrasts of one column from its figure cells."""
+        """Build one column's contrasts and list the models it lacks; indices are of `figure_cells`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ScoresHigher(Check):
     best_only: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast each better model, or the best one, with each worse one."""
+        """Build better minus worse for every pair; with `best_only` the best better one only."""
         better = find_matches(figure_cells, self.better)
         if not better:
             return ColumnContrasts([], [self.better.name])
@@ -133,7 +133,7 @@ class Ranking(Check):
     selectors: tuple[ModelSelector, ...]
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast each model with the next one."""
+        """Build mean of each model minus mean of the next; pairs that the column lacks are left out."""
         ranked = [(selector, find_matches(figure_cells, selector)) for selector in self.selectors]
         contrasts = [
             Contrast(f"{upper.name} against {lower.name}", _build_difference(upper_indices, lower_indices))
@@ -151,7 +151,7 @@ class MonotoneTrend(Check):
     is_falling: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast each value of the axis with the value before."""
+        """Build score at each axis value minus that at the value before; negated if falling."""
         groups = group_by_axis(figure_cells, self.axis)
         sign = -1 if self.is_falling else 1
         contrasts = [
@@ -160,7 +160,7 @@ class MonotoneTrend(Check):
             )
             for before, after in pairwise(groups)
         ]
-        return ColumnContrasts(contrasts, _require_two_values(contrasts, self.axis))
+        return ColumnContrasts(contrasts, _list_missing_values(contrasts, self.axis))
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class ShrinkingSpan(Check):
     is_descending: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast the span at each value of the axis with the span at the next."""
+        """Build span at an axis value minus span at the next, if over equal `span_axis` values."""
         groups = group_by_axis(figure_cells, self.axis)
         spans = {value: indices for value, indices in groups.items() if len(indices) > 1}
         order = list(spans)[::-1] if self.is_descending else list(spans)
@@ -197,7 +197,7 @@ class SpanBelowEffect(Check):
     span_axis: str
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast the effect at each value with the span over all values."""
+        """Build (better minus worse at a value) minus the span of the better, for each value."""
         better = group_by_axis(figure_cells, self.span_axis, self.better)
         worse = group_by_axis(figure_cells, self.span_axis, self.worse)
         span = build_span_scores([index for indices in better.values() for index in indices], sign=-1)
@@ -210,7 +210,7 @@ class SpanBelowEffect(Check):
             if value in worse and len(better) > 1
         ]
         missing = _list_missing([(self.better, better), (self.worse, worse)])
-        return ColumnContrasts(contrasts, missing or _require_two_values(contrasts, self.span_axis))
+        return ColumnContrasts(contrasts, missing or _list_missing_values(contrasts, self.span_axis))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class GainRatio(Check):
     start: ModelSelector = SFT_STUDENT
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Contrast the gain with that of the baselines, averaged over the values that all have."""
+        """Build one contrast: gain over the start against `factor` times the baselines' gain."""
         selectors = (self.better, self.start, *self.baselines)
         groups = [group_by_axis(figure_cells, self.averaged_axis, selector) for selector in selectors]
         better, starts, *baselines = groups
@@ -249,7 +249,7 @@ class GainRatio(Check):
         return ColumnContrasts([contrast])
 
     def _format_label(self) -> str:
-        """Format the ratio that the paper states, with the baseline where there is only one."""
+        """Format `said: 2.1`, or `said: 2.1 times ImitKD` where there is one baseline."""
         baseline = f" times {self.baselines[0].name}" if len(self.baselines) == 1 else ""
         return f"said: {self.factor:g}{baseline}"
 
@@ -263,7 +263,7 @@ class MeasuredDifference(Check):
     is_ratio: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build one contrast: the difference or the ratio."""
+        """Build one contrast: mean of first minus mean of second, or divided by it."""
         selectors = (self.first, self.second)
         first, second = (tuple(find_matches(figure_cells, selector)) for selector in selectors)
         missing = _list_missing([(self.first, first), (self.second, second)])
@@ -284,7 +284,7 @@ class DifferenceOfChanges(Check):
     axis: str
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build one contrast: the change of the first minus that of the second."""
+        """Build one contrast: change of first minus that of second, last two axis values."""
         first = group_by_axis(figure_cells, self.axis, self.first)
         second = group_by_axis(figure_cells, self.axis, self.second)
         values = [value for value in first if value in second]
@@ -312,19 +312,19 @@ _DEPENDENT_FIELDS = {
 
 
 def add_dependent_fields(fields: set[str]) -> set[str]:
-    """Return the fields and all that change with them."""
+    """Return a set of the fields and those that change with them, such as beta with loss."""
     return fields.union(*(_DEPENDENT_FIELDS.get(name, set()) for name in fields))
 
 
 def find_matches(figure_cells: Sequence[FigureCell], selector: ModelSelector) -> list[int]:
-    """Return the indices of the figure cells that a selector matches."""
+    """Return the indices of the figure cells that a selector matches, in order."""
     return [index for index, cell in enumerate(figure_cells) if selector.matches(cell)]
 
 
 def group_by_axis(
     figure_cells: Sequence[FigureCell], axis: str, selector: ModelSelector = ALL_CELLS
 ) -> dict[Any, list[int]]:
-    """Return value of an axis -> indices of the selected figure cells, in the order of the values."""
+    """Map each value of an axis, sorted, to the indices of the selected figure cells that have it."""
     groups: dict[Any, list[int]] = {}
     for index in find_matches(figure_cells, selector):
         if figure_cells[index].get(axis) is not None:
@@ -333,7 +333,7 @@ def group_by_axis(
 
 
 def _sort_axis_values(axis: str, values: Collection[Any]) -> list[Any]:
-    """Sort an axis's values; students by size, where an unnamed size has a place only if it is alone."""
+    """Sort values; students small to large, where an unknown size is dropped unless it is alone."""
     if axis != "student":
         return sorted(values)
     return [size for size in STUDENT_SIZES if size in values] if len(values) > 1 else list(values)
@@ -342,7 +342,7 @@ def _sort_axis_values(axis: str, values: Collection[Any]) -> list[Any]:
 def have_equal_values(
     figure_cells: Sequence[FigureCell], first: Sequence[int], second: Sequence[int], field_name: str
 ) -> bool:
-    """Return whether two groups of figure cells have the same values of a field."""
+    """Return whether two groups of indices have the same set of values of a field."""
     values = [{figure_cells[index].get(field_name) for index in indices} for indices in (first, second)]
     return values[0] == values[1]
 
@@ -351,7 +351,7 @@ def have_equal_values(
 
 
 def build_span_scores(cell_indices: Sequence[int], sign: int = 1) -> tuple[WeightedScore, WeightedScore]:
-    """Build the largest minus the smallest score, as two terms."""
+    """Build two terms that sum to largest minus smallest score, times `sign`."""
     indices = tuple(cell_indices)
     return WeightedScore(sign, indices, "max"), WeightedScore(-sign, indices, "min")
 
@@ -359,7 +359,7 @@ def build_span_scores(cell_indices: Sequence[int], sign: int = 1) -> tuple[Weigh
 def _build_difference(
     upper: Sequence[int], lower: Sequence[int], sign: int = 1
 ) -> tuple[WeightedScore, WeightedScore]:
-    """Build the mean of the upper minus the mean of the lower scores, as two terms."""
+    """Build two terms that sum to mean of upper minus mean of lower, times `sign`; given by index."""
     return WeightedScore(sign, tuple(upper)), WeightedScore(-sign, tuple(lower))
 
 
@@ -368,13 +368,13 @@ def _list_missing(matches: Iterable[tuple[ModelSelector, Collection[Any]]]) -> l
     return [selector.name for selector, matched in matches if not matched]
 
 
-def _require_two_values(contrasts: Sequence[Contrast], axis: str) -> list[str]:
-    """Name the axis as missing if it gave no contrast."""
+def _list_missing_values(contrasts: Sequence[Contrast], axis: str) -> list[str]:
+    """Return `["two values of <axis>"]` if there are no contrasts, else an empty list."""
     return [] if contrasts else [f"two values of {axis}"]
 
 
 def _format_step(axis: str, before: Any, after: Any) -> str:
-    """Format `from forward KL to JSD(0.1)`."""
+    """Format two values of an axis: `from forward KL to JSD(0.1)`."""
     return f"from {format_field(axis, before)} to {format_field(axis, after)}"
 
 
@@ -386,7 +386,7 @@ def _format_contrast_label(
     *,
     is_ambiguous: bool,
 ) -> str:
-    """Format `against ImitKD`, preceded by the better model where a column has several."""
+    """Format `against ImitKD`; if ambiguous, `<fields of the better cell> against ImitKD`."""
     label = f"against {selector.name}"
     if not is_ambiguous:
         return label

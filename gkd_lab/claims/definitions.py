@@ -43,7 +43,7 @@ class Claim:
 
 
 def _require_jsd(beta: float, **others: object) -> dict[str, object]:
-    """Build the conditions for JSD(beta)."""
+    """Build conditions on a figure cell: loss JSD, this beta, and the other fields given."""
     return {"loss": "jsd", "beta": beta, **others}
 
 
@@ -67,17 +67,17 @@ FORWARD_KL, REVERSE_KL = _BETA_SELECTORS[0.0], _BETA_SELECTORS[1.0]
 
 
 def _select_other_betas(*betas: float) -> tuple[ModelSelector, ...]:
-    """Select each of the paper's divergences but these."""
+    """Return a selector for each of the paper's five betas except these."""
     return tuple(selector for beta, selector in _BETA_SELECTORS.items() if beta not in betas)
 
 
 def _select_gkd(beta: float) -> ModelSelector:
-    """Select on-policy GKD with JSD(beta)."""
+    """Build a selector of on-policy GKD: lmbda 1 and JSD(beta)."""
     return ModelSelector(f"on-policy GKD ({format_field('beta', beta)})", _require_jsd(beta, lmbda=1.0))
 
 
 def _select_cell(lmbda: float, beta: float) -> ModelSelector:
-    """Select the cells at one lmbda and beta."""
+    """Build a selector of the cells with this lmbda and beta."""
     return ModelSelector(f"λ = {lmbda:g}, {format_field('beta', beta)}", {"lmbda": lmbda, "beta": beta})
 
 
@@ -88,7 +88,7 @@ _STATED_GAIN_RATIOS = ((XSUM, 0.0, 2.1), (WMT, 0.1, 1.7), (GSM8K, 0.0, 1.9))
 
 
 def _build_gain_ratios(best_only: bool) -> tuple[Check, ...]:
-    """Build the checks of §1's gains over the baselines.
+    """Build a check per task of §1: GKD's gain is the stated multiple of the baselines' gain.
 
     The paper gives no formula; the mean and the best of the baselines are the two that come near.
     """
@@ -98,8 +98,8 @@ def _build_gain_ratios(best_only: bool) -> tuple[Check, ...]:
     )
 
 
-def _check_jsd_beats_kl(lmbda: float) -> Check:
-    """Build the check that in translation each JSD scores above both KL divergences."""
+def _build_jsd_check(lmbda: float) -> Check:
+    """Build the check that in translation, at this lmbda, each JSD scores above both KLs."""
     inner = ModelSelector("JSD", {"beta": (0.1, 0.5, 0.9)})
     return ScoresHigher({**WMT, **JSDS, "lmbda": lmbda}, inner, (FORWARD_KL, REVERSE_KL))
 
@@ -198,8 +198,8 @@ _CLAIM_LIST = (
     ),
     Claim(
         "C9", "Translation, on policy: every JSD beats both KLs.", "§4.2", ("6",),
-        (_check_jsd_beats_kl(1.0),),
-        variants={"λ = 0.5": (_check_jsd_beats_kl(0.5),), "λ = 0": (_check_jsd_beats_kl(0.0),)},
+        (_build_jsd_check(1.0),),
+        variants={"λ = 0.5": (_build_jsd_check(0.5),), "λ = 0": (_build_jsd_check(0.0),)},
     ),
     Claim(
         "C10", "Translation, on policy: the span over divergences is smaller for the larger student.",

@@ -29,12 +29,12 @@ STUDENT_SIZES = ("small", "base", "large")
 
 
 def meets_conditions(figure_cell: FigureCell, conditions: Conditions) -> bool:
-    """Return whether each field that the conditions name has an accepted value."""
+    """Return whether a figure cell meets every condition; an absent field counts as None."""
     return all(_meets_condition(figure_cell.get(name), condition) for name, condition in conditions.items())
 
 
 def _meets_condition(value: Any, condition: Any) -> bool:
-    """Return whether a value equals the condition, is one of a tuple, or satisfies a predicate."""
+    """Return whether a value equals the condition (0.1 % for numbers), is in its tuple, or satisfies it."""
     if isinstance(condition, tuple):
         return any(_meets_condition(value, option) for option in condition)
     if callable(condition):
@@ -45,12 +45,12 @@ def _meets_condition(value: Any, condition: Any) -> bool:
 
 
 def require_minimum(bound: float) -> Callable[[float], bool]:
-    """Build a condition: the value is at least `bound`."""
+    """Return a predicate to use as a condition: the value is at least `bound`."""
     return lambda value: value >= bound
 
 
 def require_other(name: str) -> Callable[[str], bool]:
-    """Build a condition: the value is not `name`."""
+    """Return a predicate to use as a condition: the value is not `name`."""
     return lambda value: value != name
 
 
@@ -68,7 +68,7 @@ _ROLE_NAMES = {"start": "the SFT student", "teacher": "the teacher"}
 
 
 def format_field(name: str, value: Any) -> str:
-    """Format one field, such as `λ = 0.5` or `forward KL`; empty where the value needs no mention."""
+    """Format a field's value, such as `λ = 0.5` or `forward KL`; empty where it needs no mention."""
     if name == "beta":
         return {0.0: "forward KL", 1.0: "reverse KL"}.get(float(value), f"JSD({value:g})")
     if name == "loss":
@@ -87,7 +87,7 @@ def format_field(name: str, value: Any) -> str:
 
 
 def format_fields(figure_cell: FigureCell, fields: Iterable[str]) -> str:
-    """Format some fields of a figure cell, in the order of `FIGURE_CELL_FIELDS`."""
+    """Join the formatted values of these fields with commas; fields that are None are left out."""
     selected = set(fields)
     words = [
         format_field(name, figure_cell[name])
@@ -98,7 +98,7 @@ def format_fields(figure_cell: FigureCell, fields: Iterable[str]) -> str:
 
 
 def format_distinction(figure_cell: FigureCell, other: FigureCell) -> str:
-    """Format the fields in which a figure cell differs from another one of its column."""
+    """Format the fields in which a figure cell differs from `other`; a start or teacher by its role."""
     if figure_cell.get("role") in _ROLE_NAMES:
         return _ROLE_NAMES[figure_cell["role"]]
     differing = [
@@ -110,7 +110,7 @@ def format_distinction(figure_cell: FigureCell, other: FigureCell) -> str:
 
 
 def find_distinguishing_fields(figure_cells: Sequence[FigureCell]) -> list[str]:
-    """Return the fields that tell the cells apart, each only if the fields before it do not suffice."""
+    """Return fields that together tell the cells apart; one that adds nothing is left out."""
     fields: list[str] = []
     distinct = 1
     for name in FIGURE_CELL_FIELDS:

@@ -37,7 +37,10 @@ SeedMeasurements = dict[int, Measurement]
 
 
 def judge_paper(claims: Iterable[Claim]) -> list[ClaimVerdict]:
-    """Judge claims on the paper's own numbers."""
+    """Judge each claim on the paper's own numbers, by sign; one verdict per claim, in order.
+
+    A claim without numbers in the paper is undecided.
+    """
     unprinted = format_unjudged(["the paper prints no number of it"])
     return [
         _judge_claim(claim, load_paper_measurements(claim.figures), None)
@@ -52,14 +55,17 @@ def judge(
     measurements: Sequence[Measurement],
     resample: ResampleLookup = lambda measurement: None,
 ) -> list[ClaimVerdict]:
-    """Judge claims on a table's measurements: over seeds from two on, else over examples."""
+    """Judge each claim on a table's measurements, by intervals; one verdict per claim, in order.
+
+    Intervals are over seeds from two on, else over examples by `resample`.
+    """
     return [_judge_claim(claim, measurements, resample) for claim in claims]
 
 
 def _judge_claim(
     claim: Claim, measurements: Sequence[Measurement], resample: ResampleLookup | None
 ) -> ClaimVerdict:
-    """Judge all columns of a claim and describe them; `resample` None: judge by sign."""
+    """Judge all columns of a claim, combine and describe them; `resample` None: judge by sign."""
     columns, reasons = _judge_columns(claim.checks, measurements, resample)
     judged = [column for column in columns if column.contrasts]
     unfinished = [figure_cell for column in columns for figure_cell in column.unfinished_cells]
@@ -78,7 +84,10 @@ def _judge_claim(
 
 
 def _combine_outcomes(claim: Claim, columns: Sequence[Column]) -> Verdict:
-    """Return the claim's verdict: one column that fails decides, then one that is undecided."""
+    """Return `fails` if a column fails, else `undecided` if one is, else `holds`.
+
+    A measurement is `undecided`. A tie does not keep a claim from holding.
+    """
     outcomes = {column.outcome for column in columns}
     if claim.is_measurement:
         return "undecided"
@@ -96,7 +105,7 @@ ColumnMeasurements = dict[tuple[Any, ...], list[Measurement]]
 def _judge_columns(
     checks: Iterable[Check], measurements: Sequence[Measurement], resample: ResampleLookup | None
 ) -> tuple[list[Column], list[str]]:
-    """Return the columns of all checks, and a reason for each check without a column to judge."""
+    """Return (judged columns of all checks, a reason per check without a column to judge)."""
     columns: list[Column] = []
     reasons: list[str] = []
     for check in checks:
@@ -116,7 +125,7 @@ def _judge_columns(
 def _group_columns(
     check: Check, measurements: Sequence[Measurement]
 ) -> list[tuple[FigureCell, ColumnMeasurements]]:
-    """Group the measurements that a check reads by the fields that stay the same in a column."""
+    """Group the measurements a check reads: a pair (shared fields, cell values -> seeds) per column."""
     varying = check.list_varying_fields()
     shared = [name for name in FIGURE_CELL_FIELDS if name not in varying]
     columns: dict[tuple[Any, ...], ColumnMeasurements] = {}
@@ -131,7 +140,7 @@ def _group_columns(
 def _judge_column(
     check: Check, shared_fields: FigureCell, group: ColumnMeasurements, resample: ResampleLookup | None
 ) -> Column:
-    """Judge the contrasts of a column's finished figure cells; list the unfinished and missing ones."""
+    """Judge one column's contrasts over its scored figure cells; list unfinished and missing ones."""
     planned = list(group.values())
     finished = [seeds for seeds in planned if any(measurement.value is not None for measurement in seeds)]
     plan = check.build_contrasts([seeds[0].figure_cell for seeds in planned])
@@ -149,12 +158,12 @@ def _judge_column(
 
 
 def _list_cell_indices(contrast: Contrast) -> set[int]:
-    """Return the indices of all figure cells that a contrast reads."""
+    """Return the indices of all figure cells in a contrast's terms and denominator."""
     return {index for term in (*contrast.terms, *contrast.denominator) for index in term.cell_indices}
 
 
 def _summarize_columns(columns: Sequence[Column]) -> tuple[float, float | None, float | None]:
-    """Return the mean effect over columns with its interval, over seeds or else over examples."""
+    """Return (mean over columns of the weakest effect, low, high); bounds None if not known."""
     weakest = [column.weakest for column in columns]
     effect = float(np.mean([contrast.effect for contrast in weakest]))
     if len(weakest) == 1:
@@ -178,7 +187,7 @@ def _summarize_columns(columns: Sequence[Column]) -> tuple[float, float | None, 
 def _judge_contrast(
     contrast: Contrast, by_cell: Mapping[int, SeedMeasurements], resample: ResampleLookup | None
 ) -> JudgedContrast | None:
-    """Judge a contrast by its interval, or by its sign where `resample` is None; None without a seed.
+    """Judge one contrast by interval, or by sign if `resample` is None; None without a common seed.
 
     `by_cell` is index of a figure cell -> its measurements.
     """
@@ -195,7 +204,7 @@ def _judge_contrast(
 
 
 def _classify_sign(effect: float, reading_error: float) -> ContrastOutcome:
-    """Return the outcome by sign; a difference within the reading error is a tie.
+    """Return `tie` if |effect| is below the reading error, else `holds` above 0 and `fails` below.
 
     Rounding cannot turn the order of two printed numbers: a difference as large as the error is no tie.
     """
@@ -205,7 +214,7 @@ def _classify_sign(effect: float, reading_error: float) -> ContrastOutcome:
 
 
 def _classify_interval(low: float | None, high: float | None) -> ContrastOutcome:
-    """Return `holds` for an interval above 0, `fails` for one below 0, else `undecided`."""
+    """Return `holds` for an interval above 0, `fails` for one below; else, or without, `undecided`."""
     if low is None or high is None:
         return "undecided"
     if low > 0:
@@ -216,7 +225,7 @@ def _classify_interval(low: float | None, high: float | None) -> ContrastOutcome
 def _compute_effects(
     contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]
 ) -> tuple[dict[int, float], float | None]:
-    """Return the effect for each seed that all figure cells have, and the mean ratio if it has one."""
+    """Return (seed -> effect, mean ratio or None) over the seeds that all figure cells have."""
     seed_effects, ratios = {}, []
     for seed in sorted(set.intersection(*(set(seeds) for seeds in by_cell.values()))):
         scores = {index: np.array([seeds[seed].value]) for index, seeds in by_cell.items()}
@@ -232,7 +241,10 @@ def _compute_interval(
     seed_effects: Mapping[int, float],
     resample: ResampleLookup,
 ) -> tuple[float | None, float | None, Array | None]:
-    """Return the interval over seeds; with one seed that over examples, and the (R,) resampled effects."""
+    """Return (low, high, None) over seeds; for one seed (low, high, (R,) resampled effects).
+
+    All are None where an example bootstrap is not possible.
+    """
     if len(seed_effects) >= 2:
         estimate = estimate_seed_effect(list(seed_effects.values()), len(seed_effects))
         return estimate.low, estimate.high, None
@@ -246,7 +258,7 @@ def _compute_interval(
 
 
 def _evaluate_contrast(contrast: Contrast, scores: Mapping[int, Array]) -> Array:
-    """Return the (R,) values that the claim says are above 0, or the ratio if there is no factor."""
+    """Return (R,) terms minus factor times denominator, or their ratio if there is no factor."""
     total = _sum_scores(contrast.terms, scores)
     if not contrast.denominator:
         return total
@@ -258,7 +270,7 @@ def _evaluate_contrast(contrast: Contrast, scores: Mapping[int, Array]) -> Array
 
 
 def _compute_ratio(contrast: Contrast, scores: Mapping[int, Array]) -> float:
-    """Return the ratio of the terms' sum to the denominator's, NaN for a denominator of 0."""
+    """Return the terms' sum divided by the denominator's, of the first score; NaN for a denominator of 0."""
     denominator = float(_sum_scores(contrast.denominator, scores)[0])
     return float(_sum_scores(contrast.terms, scores)[0]) / denominator if denominator else float("nan")
 
@@ -267,7 +279,7 @@ _REDUCTIONS: Mapping[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max,
 
 
 def _sum_scores(terms: Iterable[WeightedScore], scores: Mapping[int, Array]) -> Array:
-    """Sum weighted scores; `scores` is index of a figure cell -> (R,) scores."""
+    """Return the (R,) weighted sum of each term's mean, max or min over its cells; index -> (R,) scores."""
     parts = []
     for term in terms:
         stacked = np.stack([scores[index] for index in term.cell_indices])
@@ -277,9 +289,10 @@ def _sum_scores(terms: Iterable[WeightedScore], scores: Mapping[int, Array]) -> 
 
 
 def _compute_reading_error(contrast: Contrast, by_cell: Mapping[int, SeedMeasurements]) -> float:
-    """Return the largest shift of a contrast by reading errors; means and extremes shift as their parts."""
+    """Return the largest shift of a contrast by the errors of the numbers that were read off."""
 
     def sum_errors(terms: Iterable[WeightedScore]) -> float:
+        """Sum |weight| times the largest reading error among the term's cells."""
         return sum(
             abs(term.weight) * max(m.reading_error for n in term.cell_indices for m in by_cell[n].values())
             for term in terms

@@ -11,10 +11,10 @@ import pandas as pd
 from gkd_lab.claims import paper
 from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS, MODEL_FIELDS, FigureCell
 from gkd_lab.config import Cell
-from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedReward
+from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA, ResolvedDivergence, ResolvedReward
 from gkd_lab.config.settings import METHODS
 from gkd_lab.metrics import METRICS
-from gkd_lab.statistics.summaries import expand_collapsed_cells
+from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.table import list_axes
 
@@ -36,7 +36,7 @@ class Measurement:
 
 
 def _remove_duplicates(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Keep the first finished measurement of each figure cell and seed: many cells share one start."""
+    """Keep one measurement per figure cell and seed, the first with a value: cells share a start."""
     unique: dict[Any, Measurement] = {}
     for measurement in measurements:
         key = (*(measurement.figure_cell.get(name) for name in FIGURE_CELL_FIELDS), measurement.seed)
@@ -45,8 +45,8 @@ def _remove_duplicates(measurements: Iterable[Measurement]) -> list[Measurement]
     return list(unique.values())
 
 
-def _describe_reference(figure_cell: FigureCell, role: str) -> FigureCell:
-    """Return the figure cell of the start or teacher that a cell is compared with."""
+def _build_reference_cell(figure_cell: FigureCell, role: str) -> FigureCell:
+    """Return a copy of a cell's figure cell for its `start` or `teacher`, model fields cleared."""
     return {**figure_cell, **dict.fromkeys(MODEL_FIELDS), "role": role}
 
 
@@ -56,7 +56,7 @@ _OTHER_MEASURES = ("self_bleu", "entailment", "step_time")
 
 
 def load_paper_measurements(figures: Iterable[str] | None = None) -> list[Measurement]:
-    """Load the paper's own numbers, of some figures or of all."""
+    """Load the paper's numbers of these figures (None: of all) as a list without duplicates."""
     frame = paper.load_values()
     selected = frame if figures is None else frame[frame["figure"].isin(tuple(figures))]
     return _remove_duplicates(
@@ -65,7 +65,7 @@ def load_paper_measurements(figures: Iterable[str] | None = None) -> list[Measur
 
 
 def _convert_paper_row(row: dict[Any, Any]) -> Iterator[Measurement]:
-    """Yield the measurement of a row and, where the paper states it, that of the row's start."""
+    """Yield a paper row's measurement and, where it is known, that of its start (0 for gains)."""
     row = {str(name): None if pd.isna(value) else value for name, value in row.items()}
     metric = row["metric"]
     figure_cell = {
@@ -89,12 +89,12 @@ def _convert_paper_row(row: dict[Any, Any]) -> Iterator[Measurement]:
     if row["role"] == "cell" and (row["start"] is not None or row["form"] == "gain"):
         is_gain = row["form"] == "gain"
         error = 0.0 if is_gain else row["gain_error"] - row["error"]
-        start = _describe_reference(figure_cell, "start")
+        start = _build_reference_cell(figure_cell, "start")
         yield Measurement(start, 0.0 if is_gain else row["start"], reading_error=error)
 
 
 def _classify_method_loss(method: Any, divergence: Any) -> str | None:
-    """Return the method's name if it trains with cross-entropy, such as `seqkd`, else the divergence."""
+    """Return the method's name if it trains with cross-entropy (`seqkd`, `sft`), else `divergence`."""
     settings = METHODS.get(method, {}) if isinstance(method, str) else {}
     return str(method) if settings.get("type") == "cross_entropy" else divergence
 
@@ -118,10 +118,11 @@ def extract_measurements(
     cells: Mapping[str, Cell] | None = None,
     step_seconds: Mapping[str, float] | None = None,
 ) -> list[Measurement]:
-    """Extract a table's scores: the first metric of every evaluation, and Self-BLEU.
+    """List the scores of cells, starts and teachers: first metric per evaluation, and Self-BLEU.
 
     `cells` (fingerprint -> cell) hold what the columns lack: divergences without a beta, settings that
-    are no axis. `step_seconds` (fingerprint -> seconds of a step) are those of cells that ran alone.
+    are no axis. `step_seconds` (fingerprint -> seconds of a step) are those of cells that ran alone; they
+    become measurements too.
     """
     reader = _TableReader(frame, cells or {}, step_seconds or {})
     table_rows = expand_collapsed_cells(frame).to_dict("records")
@@ -143,8 +144,8 @@ class _TableReader:
         self.max_train_rows = None if rows is None or pd.isna(rows) else float(rows)
 
     def read_row(self, row: dict[Any, Any]) -> Iterator[Measurement]:
-        """Yield a cell's scores, those of its start and teacher, and its seconds per step."""
-        described, seed = self._describe_cell(row), int(row["seed"])
+        """Yield a cell's scores, its start's and teacher's, and its seconds per step if known."""
+        described, seed = self._build_cell_fields(row), int(row["seed"])
         for column, measure in self.score_columns[row["task"]]:
             figure_cell = {**described, **_parse_score_column(column), "measure": measure}
             value = _parse_number(row[column])
@@ -153,7 +154,7 @@ class _TableReader:
                 reference = self.references.get((role, row[f"{role}_cell"]))
                 if reference is not None:
                     yield Measurement(
-                        _describe_reference(figure_cell, role),
+                        _build_reference_cell(figure_cell, role),
                         _parse_number(reference[column]),
                         seed,
                         fingerprint=reference["cell"],
@@ -163,7 +164,7 @@ class _TableReader:
             timed = {**described, "metric": "step_time", "measure": "step_time"}
             yield Measurement(timed, self.step_seconds[row["cell"]], seed)
 
-    def _describe_cell(self, row: dict[Any, Any]) -> FigureCell:
+    def _build_cell_fields(self, row: dict[Any, Any]) -> FigureCell:
         """Return the fields of a cell's figure cell that do not depend on the evaluation."""
         cell = self.cells.get(row["cell"])
         fields = {
@@ -184,12 +185,12 @@ class _TableReader:
             "other_axes": json.dumps(others, sort_keys=True, default=str) if others else None,
             "role": "cell",
             "lmbda": float(row["lmbda"]),
-            **_describe_reward(cell, loss),
+            **_build_loss_fields(cell, loss),
             "beta": float(row["beta"]) if has_beta else None,
         }
 
     def _compute_train_share(self, row: dict[Any, Any]) -> float | None:
-        """Return the share of the table's most training rows; null in the axis means all rows."""
+        """Return training rows / the table's largest number (null: 1.0); None without the axis."""
         if "train_rows" not in self.axes:
             return None
         rows = row["train_rows"]
@@ -199,7 +200,7 @@ class _TableReader:
 
 
 def _find_score_columns(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, str]]:
-    """Yield (score column, measure) of each evaluation of a task: its first metric, and Self-BLEU."""
+    """Yield (column, `quality`) per evaluation, its first scored metric, and (column, `self_bleu`)."""
     task_rows = frame[frame["task"] == task]
     evaluations: dict[str, None] = {}
     for states in task_rows["evaluations"]:
@@ -216,7 +217,7 @@ def _find_score_columns(frame: pd.DataFrame, task: str) -> Iterator[tuple[str, s
 
 
 def _is_score_column(column: str, evaluation: str) -> bool:
-    """Return whether a column holds a score of the evaluation, not a bound or a detail of it."""
+    """Return whether a column is a score of this evaluation, not a bound or a detail of it."""
     name, slash, metric = column.partition("/")
     if not slash or name != evaluation or metric.endswith((".low", ".high")):
         return False
@@ -224,7 +225,10 @@ def _is_score_column(column: str, evaluation: str) -> bool:
 
 
 def _parse_score_column(column: str) -> FigureCell:
-    """Return metric and decoding of `<evaluation>/<metric>`; an lm-eval benchmark is its own metric."""
+    """Parse `<evaluation>/<metric>` to fields metric, decoding, temperature and evaluation.
+
+    An lm-eval benchmark is its own metric and has no decoding.
+    """
     evaluation, metric = column.split("/", 1)
     decoding = _DECODING_NAME.match(evaluation)
     if decoding is None:
@@ -242,18 +246,23 @@ def _parse_score_column(column: str) -> FigureCell:
 
 
 def _classify_loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
-    """Return `jsd`, `tv`, `seqkd` or `sft`; without a cell, the method's name tells the latter two."""
+    """Return the loss's kind, such as `jsd`, `tv`, `seqkd`, `sft`; on the teacher's text that is added.
+
+    Without a cell, the row's method tells SeqKD and SFT, and its divergence, or else its beta, the others.
+    """
     if cell is not None:
         has_teacher_text = cell.training.source.text is not None
         if cell.divergence == "cross_entropy":
             return "seqkd" if has_teacher_text else "sft"
         return cell.divergence + (" on the teacher's text" if has_teacher_text else "")
-    divergence = "jsd" if row["beta"] != float("inf") else "tv"
+    divergence = row.get("divergence")
+    if not isinstance(divergence, str):
+        divergence = "jsd" if row["beta"] != NO_BETA else " or ".join(NAMES_WITHOUT_BETA)
     return _classify_method_loss(row.get("method"), divergence) or divergence
 
 
-def _describe_reward(cell: Cell | None, loss: str) -> FigureCell:
-    """Return the loss, and for a reward the divergence's weight `alpha` or the `anchor` of RLEF*.
+def _build_loss_fields(cell: Cell | None, loss: str) -> FigureCell:
+    """Return field `loss`; with a reward also `alpha`, the divergence's share, or RLEF*'s `anchor`.
 
     A cell with a reward does not show what its divergence does alone, so its loss has another name.
     """
@@ -269,7 +278,7 @@ def _describe_reward(cell: Cell | None, loss: str) -> FigureCell:
 
 
 def _classify_pair(cell: Cell | None, student: Any) -> str:
-    """Return `self` if the student is as large as its teacher (self-distillation), else `smaller`."""
+    """Return `self` if student and teacher are one model (self-distillation), else `smaller`."""
     if cell is None:
         return "self" if student in ("teacher", "xl") else "smaller"
     teacher, start = (
@@ -280,5 +289,5 @@ def _classify_pair(cell: Cell | None, student: Any) -> str:
 
 
 def _parse_number(value: Any) -> float | None:
-    """Return a table's number, None where it is missing."""
+    """Return a table's number as a float; None for None or NaN."""
     return None if value is None or pd.isna(value) else float(value)

@@ -18,14 +18,14 @@ from gkd_lab.tables.table import table
 def judge_run(
     grid: Grid, store: Store, claims: Iterable[Claim] = tuple(CLAIMS.values())
 ) -> list[ClaimVerdict]:
-    """Judge claims on the finished part of a run."""
+    """Judge claims (default: all) on a run's finished cells; one verdict per claim, in order."""
     cells = {cell.fingerprint: cell for cell in grid.cells}
     measurements = extract_measurements(table(grid, store), cells, measure_step_seconds(grid, store))
     return judge(claims, measurements, build_resample_lookup(grid, store))
 
 
 def measure_step_seconds(grid: Grid, store: Store) -> dict[str, float]:
-    """Return fingerprint -> seconds per step, of finished cells that ran alone and without a break.
+    """Map fingerprint to recorded seconds per step, of done cells that ran alone and unbroken.
 
     The time of a pack is that of all of its members, so it does not tell the time of one.
     """
@@ -41,15 +41,16 @@ def measure_step_seconds(grid: Grid, store: Store) -> dict[str, float]:
 
 
 def build_resample_lookup(grid: Grid, store: Store) -> ResampleLookup:
-    """Build a cached lookup of a model's scores on resampled examples, from its stored predictions.
+    """Return a cached function: measurement -> (R,) scores on resampled predictions, or None.
 
-    Models with equal numbers of examples get the same resamples, which pairs them. It returns None where
-    the predictions are not stored or do not give the table's score.
+    Models with equal numbers of examples get the same resamples, which pairs them. None: the predictions
+    are not stored or do not give the table's score.
     """
     evaluations = _index_evaluations(grid, store)
     cache: dict[tuple[str | None, str | None], Array | None] = {}
 
     def resample(measurement: Measurement) -> Array | None:
+        """Return a measurement's (R,) resampled scores, computed once per model and column."""
         key = (measurement.fingerprint, measurement.score_column)
         if key not in cache:
             cache[key] = _resample_scores(measurement, evaluations)
@@ -61,7 +62,7 @@ def build_resample_lookup(grid: Grid, store: Store) -> ResampleLookup:
 def _resample_scores(
     measurement: Measurement, evaluations: Mapping[tuple[str, str], tuple[Record, AnyEvaluation]]
 ) -> Array | None:
-    """Return the (R,) scores on resampled examples, None if the stored predictions do not allow it."""
+    """Return (R,) bootstrap scores; None if predictions are missing or give another score."""
     if measurement.fingerprint is None or measurement.score_column is None or measurement.value is None:
         return None
     evaluation, metric = measurement.score_column.split("/", 1)
@@ -77,7 +78,7 @@ def _resample_scores(
 
 
 def _index_evaluations(grid: Grid, store: Store) -> dict[tuple[str, str], tuple[Record, AnyEvaluation]]:
-    """Return (fingerprint, evaluation's name) -> record and evaluation, reference models included."""
+    """Map (fingerprint, evaluation's column name) to (record, evaluation); starts, teachers too."""
     index = {}
     for cell in grid.cells:
         names = name_evaluations(cell.evaluations)

@@ -55,12 +55,12 @@ class Column:
 
     @property
     def outcome(self) -> ContrastOutcome:
-        """The worst outcome of the contrasts."""
+        """Worst outcome of the contrasts; worst first: fails, undecided, tie, holds."""
         return min((contrast.outcome for contrast in self.contrasts), key=_OUTCOMES_WORST_FIRST.index)
 
     @property
     def weakest(self) -> JudgedContrast:
-        """The contrast with the smallest effect."""
+        """Contrast with the smallest effect."""
         return min(self.contrasts, key=lambda contrast: contrast.effect)
 
 
@@ -91,7 +91,10 @@ UNJUDGED_PREFIX = "0 of 0; "
 
 
 def encode_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
-    """Encode as JSON rows of `id`, `verdict`, `effect`, `low`, `high`, `n` (columns judged) and `detail`."""
+    """Return JSON text, a row per claim: `id`, `verdict`, `effect`, `low`, `high`, `n`, `detail`.
+
+    `n` counts the columns judged.
+    """
     rows = [
         {
             "id": verdict.claim.id,
@@ -109,19 +112,19 @@ def encode_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
 
 
 def _round_number(value: float | None) -> float | None:
-    """Round to 9 digits, which drops the noise of binary fractions."""
+    """Round to 9 digits, which drops the noise of binary fractions; None stays None."""
     return None if value is None else round(value, 9)
 
 
 def format_verdict(verdict: ClaimVerdict) -> str:
-    """Return `holds`, `fails`, `undecided`, `measured` or `not judged`."""
+    """Return `holds`, `fails`, `undecided`, `measured` (a claim to measure only) or `not judged`."""
     if not verdict.is_judged:
         return "not judged"
     return "measured" if verdict.claim.is_measurement else verdict.verdict
 
 
 def format_effect(verdict: ClaimVerdict) -> str:
-    """Format `+1.2 [+0.4, +2.0]`, without brackets where there is no interval."""
+    """Format `+1.20 [+0.40, +2.00]`, `+1.20` without interval, a ratio as `1.98 times`; empty if none."""
     if verdict.effect is None:
         return ""
     if verdict.claim.is_measurement and any(column.weakest.ratio is not None for column in verdict.columns):
@@ -131,7 +134,7 @@ def format_effect(verdict: ClaimVerdict) -> str:
 
 
 def format_verdict_lines(verdicts: Sequence[ClaimVerdict], named_claims: Sequence[str] = ()) -> Iterator[str]:
-    """Yield a block for each judged or named claim, then one line for each other claim."""
+    """Yield a block per judged or named claim, then a line per other claim with its reason."""
     width = min(110, shutil.get_terminal_size((110, 24)).columns)
     shown = [verdict for verdict in verdicts if verdict.is_judged or verdict.claim.id in named_claims]
     for verdict in shown:
@@ -149,7 +152,7 @@ def format_verdict_lines(verdicts: Sequence[ClaimVerdict], named_claims: Sequenc
 
 
 def _wrap_text(head: str, text: str, width: int) -> list[str]:
-    """Wrap a text behind its head, later lines indented alike."""
+    """Wrap a text into lines of `width` behind `head`; later lines are indented by its length."""
     return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
 
 
@@ -157,7 +160,7 @@ def _wrap_text(head: str, text: str, width: int) -> list[str]:
 
 
 def format_columns(columns: Sequence[Column], is_measurement: bool) -> str:
-    """Format all columns: the count that holds and the exceptions, or a measurement's numbers."""
+    """Format a claim's detail: `format_counts`, or for a measurement the effect of each column."""
     if not is_measurement:
         return format_counts(columns)
     fields = find_distinguishing_fields([column.shared_fields for column in columns])
@@ -170,7 +173,7 @@ def format_columns(columns: Sequence[Column], is_measurement: bool) -> str:
 
 
 def format_counts(columns: Sequence[Column]) -> str:
-    """Format `54 of 55`, the exceptions by name, and ratios where the claim is about one."""
+    """Format `54 of 55` columns that hold; then those that fail, tie or are undecided, and ratios."""
     fields = find_distinguishing_fields([column.shared_fields for column in columns])
     held = sum(column.outcome == "holds" for column in columns)
     parts = [f"{held} of {len(columns)}"]
@@ -183,7 +186,7 @@ def format_counts(columns: Sequence[Column]) -> str:
 
 
 def _format_exception(column: Column, fields: Sequence[str]) -> str:
-    """Format a column that does not hold, with the effects of the contrasts that decided it."""
+    """Format a column that does not hold: its fields, and the effects of contrasts of its outcome."""
     deciding = [contrast for contrast in column.contrasts if contrast.outcome == column.outcome]
     effects = ", ".join(f"{contrast.label} {contrast.effect:+.2f}" for contrast in deciding)
     name = format_fields(column.shared_fields, fields)
@@ -193,7 +196,7 @@ def _format_exception(column: Column, fields: Sequence[str]) -> str:
 
 
 def _format_ratio(column: Column, fields: Sequence[str]) -> str:
-    """Format the ratio of a column's weakest contrast."""
+    """Format fields of a column with the ratio and the label of its weakest contrast."""
     name = format_fields(column.shared_fields, fields)
     return f"{name} {column.weakest.ratio:.2f} ({column.weakest.label})".strip()
 
@@ -212,7 +215,7 @@ _MEASURE_DESCRIPTIONS = {
 
 
 def format_unjudged(reasons: Sequence[str], unfinished_cells: Sequence[FigureCell] = ()) -> str:
-    """Format the detail of a claim without a verdict."""
+    """Format the detail of a claim without verdict: `0 of 0; cannot be judged: <reasons>`."""
     parts = [*reasons, *_list_unfinished(unfinished_cells)]
     return f"{UNJUDGED_PREFIX}cannot be judged: {'; '.join(parts)}"
 
@@ -220,13 +223,13 @@ def format_unjudged(reasons: Sequence[str], unfinished_cells: Sequence[FigureCel
 def list_gaps(
     missing_models: Sequence[str], reasons: Sequence[str], unfinished_cells: Sequence[FigureCell]
 ) -> list[str]:
-    """Return all that a verdict had to do without."""
+    """List texts on what a verdict lacked: missing models, the reasons given, unfinished cells."""
     missing = [f"not in the table: {', '.join(missing_models)}"] if missing_models else []
     return [*missing, *reasons, *_list_unfinished(unfinished_cells)]
 
 
 def _list_unfinished(figure_cells: Sequence[FigureCell]) -> list[str]:
-    """Return one entry that names the first unfinished cells, none if there are none."""
+    """Return one text in a list, `not done: a | b and 3 more`; an empty list without cells."""
     fields = {*find_distinguishing_fields(figure_cells), *MODEL_FIELDS}
     names = list(dict.fromkeys(format_fields(figure_cell, fields) for figure_cell in figure_cells))
     others = f" and {len(names) - MAX_LISTED_CELLS} more" if len(names) > MAX_LISTED_CELLS else ""
@@ -234,7 +237,7 @@ def _list_unfinished(figure_cells: Sequence[FigureCell]) -> list[str]:
 
 
 def explain_missing_data(check: Check, measurements: Sequence[Measurement]) -> str:
-    """Name the first condition of a check that no trained cell meets."""
+    """Return `no <condition>` for the first condition of a check that no trained cell meets."""
     if not measurements:
         return "no cells"
     conditions = {"measure": "quality", **check.conditions}
@@ -250,7 +253,7 @@ def explain_missing_data(check: Check, measurements: Sequence[Measurement]) -> s
 
 
 def _format_condition(name: str, condition: Any) -> str:
-    """Name the cells, evaluation or axis that would meet a condition."""
+    """Format cells, evaluation or axis that meets a condition, such as `cells of task arithmetic`."""
     if name == "measure":
         return _MEASURE_DESCRIPTIONS[condition]
     if name == "task":

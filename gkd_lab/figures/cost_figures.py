@@ -39,7 +39,7 @@ class TrainingCost:
 
 
 def compute_costs(grid: Grid, store: Store, task: str) -> dict[str, TrainingCost]:
-    """Map the fingerprint of each finished cell of a task to its cost."""
+    """Map the fingerprint of each done cell of a task to its training cost."""
     seconds = measure_step_seconds(grid, store)
     return {
         cell.fingerprint: _compute_cost(cell, store.get_record(cell), seconds)
@@ -49,7 +49,10 @@ def compute_costs(grid: Grid, store: Store, task: str) -> dict[str, TrainingCost
 
 
 def _compute_cost(cell: Cell, record: Record, seconds: Mapping[str, float]) -> TrainingCost:
-    """Sum tokens over the history: mean length times rows times steps, and the on-policy share of them."""
+    """Compute a cell's tokens from its history and its seconds; what was not recorded is None.
+
+    Tokens are mean length times rows times steps; `generated` is the on-policy share of them.
+    """
     history, rows, previous_step = record.read_history(), cell.training.batch_size, 0
     generated, taught = 0.0, 0.0
     for row in history:
@@ -68,14 +71,14 @@ def _compute_cost(cell: Cell, record: Record, seconds: Mapping[str, float]) -> T
 
 
 def list_varying_costs(costs: Mapping[str, TrainingCost]) -> list[str]:
-    """List the costs in which the cells differ by more than one per cent."""
+    """Return the names of the costs whose range over the cells exceeds one per cent."""
     return [
         name for name in COST_LABELS if (values := _collect_costs(costs, name)) and not _is_constant(values)
     ]
 
 
 def describe_omitted_costs(costs: Mapping[str, TrainingCost]) -> str | None:
-    """Describe which costs are not drawn, and why."""
+    """Return a sentence on the costs that are not drawn, and why; None if all are drawn."""
     reasons = [
         _explain_omission(name, _collect_costs(costs, name))
         for name in COST_LABELS
@@ -85,17 +88,17 @@ def describe_omitted_costs(costs: Mapping[str, TrainingCost]) -> str | None:
 
 
 def _collect_costs(costs: Mapping[str, TrainingCost], name: str) -> list[float]:
-    """Collect one cost of all cells, where it is recorded."""
+    """Return the values of one cost over the cells, without those that are None."""
     return [value for cost in costs.values() if (value := getattr(cost, name)) is not None]
 
 
 def _is_constant(values: Sequence[float]) -> bool:
-    """Return whether values are equal within the tolerance."""
+    """Return whether values range over at most 1 % of the largest."""
     return max(values) - min(values) <= EQUAL_TOLERANCE * max(values)
 
 
 def _explain_omission(name: str, values: Sequence[float]) -> str:
-    """Explain that a cost is equal in all cells or not recorded."""
+    """Return a text: a cost is equal in all cells or, if `values` is empty, not recorded."""
     if values:
         return f"{COST_LABELS[name]}, {np.mean(values):,.0f} in each cell to within 1 %"
     if name == "seconds":
@@ -108,9 +111,9 @@ def _explain_omission(name: str, values: Sequence[float]) -> str:
 def cost_scatter(
     frame: pd.DataFrame, metric: str, task: str, costs: Mapping[str, TrainingCost]
 ) -> Figure | None:
-    """Draw scores against each cost, a point for each cell; the colour is the divergence, the shape lmbda.
+    """Draw scores against each varying cost, a panel per cost, a point per cell; None if no cost varies.
 
-    Returns None where no cost varies.
+    The colour is the divergence, the shape lmbda.
     """
     cells = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
     cells = cells[cells["cell"].isin(list(costs))]
@@ -129,7 +132,7 @@ def cost_scatter(
 
 
 def _draw_points(axes: Axes, cells: pd.DataFrame, metric: str, costs: Mapping[str, float | None]) -> None:
-    """Draw the score of each cell at its cost."""
+    """Draw a point per cell that has a cost; the colour is its divergence, the shape its lmbda."""
     for row in cells.to_dict("records"):
         cost = costs.get(row["cell"])
         if cost is not None:
@@ -142,12 +145,12 @@ def _draw_points(axes: Axes, cells: pd.DataFrame, metric: str, costs: Mapping[st
 
 
 def _choose_marker(lmbda: float, cells: pd.DataFrame) -> str:
-    """Choose a shape by the rank of lmbda."""
+    """Return the marker for the rank of this lmbda among the cells'; markers repeat when used up."""
     return MARKERS[sorted(cells["lmbda"].unique()).index(lmbda) % len(MARKERS)]
 
 
 def _add_legend(figure: Figure, cells: pd.DataFrame) -> None:
-    """Add a legend of colours and shapes beside the panels."""
+    """Add a legend beside the panels: a colour per divergence, a shape per lmbda."""
     betas = [None if pd.isna(beta) else float(beta) for beta in cells["beta"].drop_duplicates().sort_values()]
     handles = [
         Line2D([], [], marker="o", ls="", color=get_divergence_color(beta), label=divergence_label(beta))

@@ -36,7 +36,7 @@ def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figur
     """Draw the improvement over the SFT student for each lmbda (1 on top) and divergence, mean over seeds.
 
     Without a score of the SFT student the scores themselves. One panel for each task that has the
-    metric and each value of a further axis. The best is bold; what is not done is hatched.
+    metric and each combination of varying axes. The best is bold; what is not done is hatched.
     """
     with apply_style():
         panels = build_panels(frame, metric, task)
@@ -49,7 +49,7 @@ def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figur
 
 
 def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
-    """Draw for each pair the run's map and the paper's side by side: one colour scale, the same cells."""
+    """Draw each pair as two panels, the run's map and the paper's: one colour scale, equal squares."""
     with apply_style():
         width = _get_map_width(max(len({beta for _, beta in pair.paper_values}) for pair in pairs))
         figure, axes = create_axes(2 * len(pairs), width, 3.0, columns=2)
@@ -68,12 +68,12 @@ def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
 
 
 def _get_map_width(columns: int) -> float:
-    """Return the width of a panel in inches."""
+    """Return the width in inches of a map with so many columns, at least 4.2."""
     return max(4.2, 1.05 + 0.86 * columns)
 
 
 def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
-    """Draw one panel of `heat_map`: mean gains with their labels, and the state of what has no score."""
+    """Draw one panel of `heat_map`: mean gains as labels, or the cells' state where none has a score."""
     groups = {(lmbda, beta): cells for lmbda, beta, cells in group_cells_by_point(panel.cells)}
     values = {
         point: float(cells[metric].mean()) - (panel.start_score or 0.0)
@@ -101,7 +101,7 @@ def _draw_heat_map(
     labels: Mapping[GridPoint, str],
     scale: Sequence[float],
 ) -> None:
-    """Colour and label each (lmbda, beta): lmbda upwards, the best bold, points without a value hatched.
+    """Draw a square per (lmbda, beta): coloured by value, the largest bold, hatched without a value.
 
     Colours span the values of `scale`. `pcolormesh`, not `imshow`: it stays a vector drawing in SVG,
     so that a report's page holds no embedded image.
@@ -139,7 +139,7 @@ def _draw_heat_map(
 
 
 def _choose_colors(values: Sequence[float]) -> tuple[Colormap, Normalize]:
-    """Choose pale to dark blue over the range; where signs differ, 0 is white and losses are orange."""
+    """Return (colormap, norm) over the values' range; 0 is white where both signs occur."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low < 0 < high:
         end = max(-low, high)
@@ -148,7 +148,7 @@ def _choose_colors(values: Sequence[float]) -> tuple[Colormap, Normalize]:
 
 
 def _choose_decimals(values: Iterable[float]) -> int:
-    """Choose two decimals where one would make most squares alike, as in Figure 6, else one."""
+    """Return the decimals of labels: 2 if all |values| are below 2 and one needs them, else 1."""
     numbers = list(values)
     is_small = bool(numbers) and max(map(abs, numbers)) < 2
     return 2 if is_small and any(abs(10 * value - round(10 * value)) > 1e-6 for value in numbers) else 1

@@ -27,11 +27,12 @@ _LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a"
 
 
 def bars(frame: pd.DataFrame, metric: str, bar_axis: str = "method") -> Figure:
-    """Draw a bar for each method, in the order of Figure 9, with its 95 % interval; a panel for each task.
+    """Draw mean scores as bars, one per method in the order of Figure 9, with 95 % intervals.
 
-    GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is
-    supervised. Panels have the same rows, empty where a panel has no such method. With another `bar_axis`,
-    such as `objectives`, there is a bar for each of its values in table order, in the divergence's colour.
+    A panel for each task and combination of other varying axes. GKD has a bar for each of its divergences,
+    in the divergence's colour, a light one where it is supervised. Panels have the same rows, empty where a
+    panel has no such method. With another `bar_axis`, such as `objectives`, there is a bar for each of its
+    values in table order, in the divergence's colour.
     """
     with apply_style():
         panels = build_summary_panels(frame, metric, excluded_axes=(bar_axis,))
@@ -47,7 +48,7 @@ def bars(frame: pd.DataFrame, metric: str, bar_axis: str = "method") -> Figure:
 
 
 def _list_bar_names(cells: pd.DataFrame, bar_axis: str) -> list[str]:
-    """List the names of the bars: methods in the order of Figure 9, values of another axis in table order."""
+    """Return distinct bar names: methods in Figure 9's order, other values in table order."""
     if bar_axis == "method":
         order = {method: number for number, method in enumerate(METHOD_NAMES)}
         cells = cells.assign(order=cells["method"].map(order)).sort_values(["order", "beta"])
@@ -55,7 +56,7 @@ def _list_bar_names(cells: pd.DataFrame, bar_axis: str) -> list[str]:
 
 
 def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
-    """Name the bar of a row: GKD by its divergence too."""
+    """Return a row's bar name: its formatted value, for GKD methods with the divergence."""
     name = _format_axis_value(bar_axis, row[bar_axis])
     if bar_axis == "method" and row["method"].startswith("gkd"):
         return f"{name}, {divergence_label(row['beta'])}"
@@ -63,7 +64,7 @@ def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
 
 
 def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: str) -> None:
-    """Draw the bars of one panel with their values and intervals."""
+    """Draw one panel's bars in the rows of `bar_names`, with values as text and with intervals."""
     decimals = 1 if cells["mean"].abs().max() >= 2 else 2
     for row in cells.to_dict("records"):
         method = row["method"] if bar_axis == "method" else "gkd"
@@ -84,10 +85,10 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
 
 
 def lines(frame: pd.DataFrame, metric: str, x_axis: str, line_axis: str) -> Figure:
-    """Draw scores along one axis, equally spaced, a line for each value of another, 95 % intervals.
+    """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, 95 % intervals.
 
-    A panel for each task and each value of a further axis. Raises ValueError where two settings meet at
-    one point.
+    A panel for each task and combination of other varying axes. Raises ValueError where two settings meet
+    at one point.
     """
     with apply_style():
         panels = build_summary_panels(frame, metric, excluded_axes=(x_axis, line_axis))
@@ -105,7 +106,7 @@ def lines(frame: pd.DataFrame, metric: str, x_axis: str, line_axis: str) -> Figu
 def _draw_lines(
     axes: Axes, cells: pd.DataFrame, x_axis: str, line_axis: str, line_values: Sequence[Any]
 ) -> None:
-    """Draw the lines of one panel side by side, so that their intervals can be read."""
+    """Draw one panel's lines, shifted sideways so that intervals do not overlap."""
     ticks = list_axis_values(cells, x_axis)
     for number, value in enumerate(line_values):
         line = cells[cells[line_axis] == value]
@@ -126,7 +127,7 @@ def _draw_lines(
 
 
 def list_axis_values(cells: pd.DataFrame, axis: str) -> list[Any]:
-    """List the values of an axis: numbers sorted, methods as in Figure 9, other text in table order."""
+    """Return distinct values of an axis: numbers sorted, methods as in Figure 9, text in table order."""
     values = list(cells[axis].dropna().unique())
     if axis == "method":
         return [method for method in METHOD_NAMES if method in values]
@@ -134,7 +135,7 @@ def list_axis_values(cells: pd.DataFrame, axis: str) -> list[Any]:
 
 
 def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
-    """Choose colour, marker and label of a line."""
+    """Return colour, marker and label of a line as plot arguments; betas have their own colour."""
     color = get_divergence_color(value) if axis == "beta" else _LINE_COLORS[number % len(_LINE_COLORS)]
     return {
         "color": color,
@@ -144,7 +145,7 @@ def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
 
 
 def _format_axis_value(axis: str, value: Any, with_axis_name: bool = False) -> str:
-    """Format a value of an axis for a label."""
+    """Format a label: method and beta by name, losses by terms, numbers with thousands separators."""
     if axis == "method":
         return METHOD_NAMES[value]
     if axis == "beta":

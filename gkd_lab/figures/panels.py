@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from gkd_lab.figures.style import MUTED
 from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells, summary
-from gkd_lab.tables.loss_labels import format_axis_setting
+from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
 from gkd_lab.tables.table import list_axes
 
 MAX_COLUMNS = 3
@@ -32,7 +32,7 @@ class Panel:
 
     @property
     def subtitle(self) -> str:
-        """The baseline of the improvements, and the teacher's score."""
+        """Two lines: the SFT student's score as baseline, or that it is missing; the teacher's score."""
         teacher = "missing" if self.teacher_score is None else f"{self.teacher_score:.1f}"
         if self.start_score is None:
             return f"as measured: the SFT student is missing\nteacher {teacher}"
@@ -40,7 +40,10 @@ class Panel:
 
 
 def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
-    """Split the cells of one task, or of all tasks that have the metric, in the table's order."""
+    """Return a panel per task and combination of varying axes. `task` None: all with the metric.
+
+    Panels are in the table's order. Raises ValueError for a metric that is no column.
+    """
     if metric not in frame.columns:
         scores = [name for name in frame.columns if "/" in name and not name.endswith((".low", ".high"))]
         raise ValueError(f"no column {metric!r} in the table; scores are: {', '.join(scores)}")
@@ -63,7 +66,7 @@ def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Pan
 def build_summary_panels(
     frame: pd.DataFrame, metric: str, excluded_axes: Sequence[str]
 ) -> list[tuple[str, pd.DataFrame]]:
-    """Return (title, summary of the cells) for each task and each value of an axis that is not excluded.
+    """Return (title, cells' summary rows) per task and combination of varying axes not excluded.
 
     A collapsed cell stands once, under the first of its names. Raises ValueError where nothing has a score.
     """
@@ -83,7 +86,7 @@ def build_summary_panels(
 def create_axes(
     count: int, width: float, height: float, sharey: bool = False, columns: int = MAX_COLUMNS
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with `count` panels of `width` x `height` inches, at most `columns` a row."""
+    """Return a figure and `count` axes of `width` x `height` inches each, at most `columns` a row."""
     columns = min(count, columns) or 1
     rows = math.ceil(count / columns) or 1
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
@@ -96,7 +99,7 @@ def create_axes(
 
 
 def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
-    """Write the title over two quiet lines, which may be wider than the panel."""
+    """Write a bold title and a muted two-line subtitle above a panel; it may be wider than the panel."""
     axes.set_title(title, pad=34, fontweight="bold")
     axes.annotate(
         subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
@@ -108,12 +111,12 @@ def add_divergence_legend(figure: Figure, axes: list[Axes]) -> None:
     """Add one legend for all panels, forward KL first; none where nothing is drawn."""
     handles = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
     if handles:
-        labels = sorted(map(str, handles), key=_parse_beta)
+        labels = sorted(map(str, handles), key=_get_legend_order)
         figure.legend([handles[label] for label in labels], labels, loc="outside right center")
 
 
 def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequence[Line2D] = ()) -> None:
-    """Add one legend beside the panels and widen the figure by it."""
+    """Add one legend right of the panels, one entry per label, and widen the figure by it."""
     drawn = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
     handles = [*drawn.values(), *extra_handles]
     names = [str(handle.get_label()) for handle in handles]
@@ -121,27 +124,28 @@ def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequenc
     figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
 
 
-def _parse_beta(label: str) -> float:
-    """Return the beta of a label made by `divergence_label`."""
-    ends = {"Forward KL": 0.0, "Reverse KL": 1.0, "Total variation": NO_BETA}
-    return ends[label] if label in ends else float(label[4:-1])
+def _get_legend_order(label: str) -> float:
+    """Return the beta of a `divergence_label` as sort key; `NO_BETA`, the last, for other labels."""
+    betas = {divergence_label(beta): beta for beta in (0.0, 1.0)}
+    is_jsd = label.startswith("JSD(")
+    return float(label[4:-1]) if is_jsd else betas.get(label, NO_BETA)
 
 
 def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]:
-    """Yield (lmbda, beta, its cells: one for each seed)."""
+    """Yield (lmbda, beta, the cells there: one per seed), sorted by lmbda, then beta."""
     for _, group in cells.groupby(["lmbda", "beta"], sort=True):
         yield float(group["lmbda"].iloc[0]), float(group["beta"].iloc[0]), group
 
 
 def _format_title(values: dict[str, Any]) -> str:
-    """Format task and axis values, wrapped to the width of a panel."""
+    """Format task and axis values, wrapped to a panel's width; pops `task` from `values`."""
     task = str(values.pop("task"))
     title = ", ".join([task, *(format_axis_setting(axis, value) for axis, value in values.items())])
     return textwrap.fill(title, TITLE_CHARACTERS)
 
 
 def _find_reference_score(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
-    """Return the score of the teacher or SFT student of these cells; None where there are several."""
+    """Return the score of these cells' one start or teacher; None without or with several."""
     references = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
     scores = references[metric].dropna()
     return float(scores.iloc[0]) if len(scores) == 1 else None
@@ -153,5 +157,5 @@ def shorten_metric(column: str) -> str:
 
 
 def format_signed(value: float, decimals: int = 1) -> str:
-    """Format a number with its sign, a true minus."""
+    """Format a number with + or a true minus sign and so many decimals."""
     return f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")

@@ -43,7 +43,7 @@ class MapPair:
 
     @property
     def common_points(self) -> list[GridPoint]:
-        """Points with a value in both maps."""
+        """Sorted (lmbda, beta) points that have a value in both maps."""
         return sorted(self.run_values.keys() & self.paper_values.keys())
 
 
@@ -65,7 +65,7 @@ class Agreement:
 
 
 def pair_maps(measurements: Sequence[Measurement], task: str) -> list[MapPair]:
-    """Pair the panels of a task with the paper's heat maps; at least four cells must be common."""
+    """Return a pair per panel of a task whose paper map shares at least four points with it."""
     panels: dict[str, list[Measurement]] = {}
     for measurement in measurements:
         cell = measurement.figure_cell
@@ -82,7 +82,10 @@ def pair_maps(measurements: Sequence[Measurement], task: str) -> list[MapPair]:
 
 
 def _build_pair(panel: Sequence[Measurement], title: str) -> MapPair | None:
-    """Pair one panel with the paper's map; None where the paper has none."""
+    """Pair one panel with the paper's map; None where the paper has none.
+
+    Values are gains over the start where both state one, else differences from the mean.
+    """
     rows, students = _select_paper_rows(panel[0].figure_cell)
     if rows.empty:
         return None
@@ -111,14 +114,14 @@ def _build_pair(panel: Sequence[Measurement], title: str) -> MapPair | None:
 def _center_values(
     values: Mapping[GridPoint, float], other_values: Mapping[GridPoint, float]
 ) -> dict[GridPoint, float]:
-    """Subtract the mean over the points in common."""
+    """Return all values minus their mean over the points that both maps have."""
     common = values.keys() & other_values.keys()
     mean = float(np.mean([values[point] for point in common])) if common else 0.0
     return {point: value - mean for point, value in values.items()}
 
 
 def _average_cells(panel: Sequence[Measurement]) -> dict[GridPoint, float]:
-    """Average the scores of the cells at each (lmbda, beta) over seeds."""
+    """Return (lmbda, beta) -> mean score over seeds; only JSD cells count, unfinished ones do not."""
     scores: dict[GridPoint, list[float]] = {}
     for measurement in panel:
         cell = measurement.figure_cell
@@ -128,14 +131,14 @@ def _average_cells(panel: Sequence[Measurement]) -> dict[GridPoint, float]:
 
 
 def _average_start(panel: Sequence[Measurement]) -> float | None:
-    """Average the distinct scores of the students before distillation."""
+    """Return the mean of the SFT students' distinct scores; None without one."""
     starts = [measurement for measurement in panel if measurement.figure_cell["role"] == "start"]
     scores = {start.value for start in starts if start.value is not None}
     return float(np.mean(list(scores))) if scores else None
 
 
 def _select_paper_rows(figure_cell: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
-    """Select the paper's numbers of a task and decoding: of the same student, else of all sizes."""
+    """Return (paper rows of a task and decoding, their sizes): of the same student, else of all."""
     rows = paper.load_values()
     rows = rows[rows["figure"].isin(_list_paper_figures(figure_cell)) & (rows["role"] == "cell")]
     sizes = [str(size) for size in rows["student"].unique()]
@@ -145,7 +148,7 @@ def _select_paper_rows(figure_cell: Mapping[str, Any]) -> tuple[pd.DataFrame, st
 
 
 def _list_paper_figures(figure_cell: Mapping[str, Any]) -> tuple[str, ...]:
-    """List the paper's heat maps of a task and decoding."""
+    """Return the paper's heat-map figures of a task and decoding; none where it has no such map."""
     task = figure_cell["task"]
     if task == "summarization" and figure_cell.get("decoding") == "sample":
         return ("A.12",) if figure_cell.get("temperature") == 1.0 else ()
@@ -154,13 +157,13 @@ def _list_paper_figures(figure_cell: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _average_paper_rows(rows: pd.DataFrame, column: str) -> dict[GridPoint, float]:
-    """Average a column of the paper's numbers at each (lmbda, beta) over the sizes."""
+    """Return (lmbda, beta) -> mean over the student sizes of one column of the paper's numbers."""
     means = rows.groupby(["lmbda", "beta"], as_index=False)[[column]].mean().to_dict("records")
     return {(float(row["lmbda"]), float(row["beta"])): float(row[column]) for row in means}
 
 
 def measure_agreement(pair: MapPair, seed: int = 0) -> Agreement:
-    """Count equal signs and equal orders over the common cells and correlate their ranks."""
+    """Count equal signs and equal orders over the common points and correlate their ranks."""
     points = pair.common_points
     run_array = np.array([pair.run_values[point] for point in points])
     paper_array = np.array([pair.paper_values[point] for point in points])
@@ -185,14 +188,14 @@ def measure_agreement(pair: MapPair, seed: int = 0) -> Agreement:
 
 
 def _compute_spearman(a: Array, b: Array) -> float:
-    """Compute the rank correlation; NaN where one side is constant."""
+    """Return Spearman's rank correlation; NaN where one side is constant."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return float("nan")
     return float(pd.Series(a).rank().corr(pd.Series(b).rank()))
 
 
 def _bootstrap_spearman(a: Array, b: Array, seed: int) -> tuple[float, float]:
-    """Compute the 95 % interval of the rank correlation by resampling cells."""
+    """Return (low, high), the 95 % interval of the rank correlation by resampling cells; or NaN."""
     indices = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
     ranks = pd.DataFrame(a[indices]).rank(axis=1), pd.DataFrame(b[indices]).rank(axis=1)
     correlations = ranks[0].corrwith(ranks[1], axis=1).dropna()
@@ -203,7 +206,7 @@ def _bootstrap_spearman(a: Array, b: Array, seed: int) -> tuple[float, float]:
 
 
 def describe_agreement(pair: MapPair) -> Iterator[str]:
-    """Describe the agreement in sentences."""
+    """Yield sentences on a pair's equal signs (gains only), equal orders and rank correlation."""
     agreement = measure_agreement(pair)
     if pair.is_gain:
         yield (

@@ -21,9 +21,10 @@ _METRIC_LABELS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}
 
 
 def tradeoff(frame: pd.DataFrame, quality: str, diversity: str) -> Figure:
-    """Draw quality against diversity of sampled text: a line a divergence, a mark a temperature.
+    """Draw quality against diversity of sampled text: a line per divergence, a mark per temperature.
 
-    The table has columns `sample<temperature>[x<samples>]/<metric>`; means over seeds.
+    The table has columns `sample<temperature>[x<samples>]/<metric>`; means over seeds. A panel for each
+    task and combination of varying axes.
     """
     with apply_style():
         temperatures = _list_temperatures(frame, quality)
@@ -42,7 +43,7 @@ def tradeoff(frame: pd.DataFrame, quality: str, diversity: str) -> Figure:
 
 
 def _list_temperatures(frame: pd.DataFrame, quality: str) -> list[float]:
-    """List the temperatures of the table, the warmest first. Raises ValueError where nothing was sampled."""
+    """Return the temperatures sampled at, the warmest first. Raises ValueError without any."""
     temperatures = {_parse_temperature(name, quality) for name in frame.columns} - {None}
     if not temperatures:
         raise ValueError(f"no column sample<temperature>/{quality} in the table")
@@ -50,7 +51,7 @@ def _list_temperatures(frame: pd.DataFrame, quality: str) -> list[float]:
 
 
 def _parse_temperature(column: str, metric: str) -> float | None:
-    """Parse the temperature of a column of this metric; None for another column."""
+    """Return the temperature of `sample<temperature>[x<samples>]/<metric>`; None for another column."""
     match = re.fullmatch(rf"sample([0-9.]+)(?:x\d+)?/{re.escape(metric)}", column)
     return float(match[1]) if match else None
 
@@ -58,7 +59,7 @@ def _parse_temperature(column: str, metric: str) -> float | None:
 def _add_temperature_columns(
     frame: pd.DataFrame, temperatures: Sequence[float], metrics: Sequence[str]
 ) -> pd.DataFrame:
-    """Add columns `<metric> at <temperature>`, whatever the number of samples for each prompt."""
+    """Return a copy with columns `<metric> at <temperature>`, for any number of samples."""
     scores = {}
     for metric in metrics:
         for temperature in temperatures:
@@ -69,7 +70,7 @@ def _add_temperature_columns(
 
 
 def _select_table_rows(frame: pd.DataFrame, cells: pd.DataFrame, beta: float) -> pd.DataFrame:
-    """Select the table's rows of one divergence in one panel."""
+    """Return the table's rows of one beta with the task and axis values of a panel's cells."""
     rows = frame[(frame["role"] == "cell") & (frame["task"] == cells["task"].iloc[0])]
     for axis in list_axes(frame):
         rows = rows[rows[axis].isin(cells[axis])]
@@ -79,7 +80,7 @@ def _select_table_rows(frame: pd.DataFrame, cells: pd.DataFrame, beta: float) ->
 def _draw_tradeoff_line(
     axes: Axes, rows: pd.DataFrame, temperatures: Sequence[float], quality: str, diversity: str, beta: float
 ) -> None:
-    """Draw the line of one divergence, a marker for each temperature."""
+    """Draw one divergence's line through its mean scores, with a marker for each temperature."""
     xs = [rows[f"{diversity} at {temperature:g}"].mean() for temperature in temperatures]
     ys = [rows[f"{quality} at {temperature:g}"].mean() for temperature in temperatures]
     color = get_divergence_color(beta)
@@ -89,7 +90,7 @@ def _draw_tradeoff_line(
 
 
 def _create_temperature_handles(temperatures: Sequence[float]) -> list[Line2D]:
-    """Create the legend entries of the temperatures."""
+    """Return legend entries, a marker for each temperature."""
     return [
         Line2D([], [], color=MUTED, ls="", marker=MARKERS[n % len(MARKERS)], label=f"temperature {value:g}")
         for n, value in enumerate(temperatures)
@@ -115,11 +116,11 @@ class ModelGain:
 
 
 def reward_gains(frame: pd.DataFrame, score: str, reward: str) -> Figure:
-    """Draw the gain in `score` against the gain in `reward`, a point for each alpha, beside the paper's.
+    """Draw gain in `score` against gain in `reward`, a point per model: this run, beside the paper.
 
-    Both are columns of the table; gains are over the student before distillation. RLEF*, which is
-    regularized towards that student, and the teacher are points too. Means over seeds with 95 % intervals.
-    Raises ValueError where the table has no finished start.
+    Both are columns of the table; gains are over the student before distillation. There is a point for
+    each alpha, for RLEF*, which is regularized towards that student, and for the teacher. Means over seeds
+    with 95 % intervals. Raises ValueError where the table has no finished start.
     """
     run_gains, paper_gains = list(_compute_run_gains(frame, score, reward)), list(_load_paper_gains())
     with apply_style():
@@ -130,7 +131,7 @@ def reward_gains(frame: pd.DataFrame, score: str, reward: str) -> Figure:
 
 
 def _compute_run_gains(frame: pd.DataFrame, score: str, reward: str) -> Iterator[ModelGain]:
-    """Yield the gains of each model of the table that has both scores."""
+    """Yield the gains of each model with both scores. Raises ValueError without start scores."""
     runs = frame.assign(stands_for=None)  # RLEF* has one alpha, whatever it is crossed with
     summaries = [summary(runs, column).to_dict("records") for column in (score, reward)]
     starts = [next(row["mean"] for row in rows if row["role"] == "start") for rows in summaries]
@@ -148,20 +149,20 @@ def _compute_run_gains(frame: pd.DataFrame, score: str, reward: str) -> Iterator
 
 
 def _format_label(row: Mapping[Any, Any]) -> str:
-    """Format the label of a model's point."""
+    """Return the label of a model's point: `teacher`, `RLEF*` or `α = 0.5`."""
     if row["role"] == "teacher":
         return "teacher"
     return RLEF_LABEL if row["method"] == "rlef" else f"α = {row['alpha']:g}"
 
 
 def _compute_gain(row: Mapping[Any, Any], start: float) -> MeanWithInterval:
-    """Subtract the start's score from a mean and its interval."""
+    """Return (mean, low, high) of a summary row, each minus the start's score; bounds may be None."""
     low, high = (None if pd.isna(row[end]) else float(row[end]) - start for end in ("low", "high"))
     return float(row["mean"]) - start, low, high
 
 
 def _load_paper_gains() -> Iterator[ModelGain]:
-    """Yield the points of Figure 5, which are gains already."""
+    """Yield the models of the paper's Figure 5, whose numbers are gains already; no intervals."""
     values = paper.load_values()
     figure_values = values[values["figure"] == "5"]
     for _, group in figure_values.groupby(["role", "method", "alpha"], dropna=False):
@@ -177,7 +178,7 @@ def _load_paper_gains() -> Iterator[ModelGain]:
 
 
 def _draw_gains(axes: Axes, gains: list[ModelGain], title: str, score: str, reward: str) -> None:
-    """Draw one panel of points with their intervals and labels."""
+    """Draw one panel: a point per model with its intervals and its label."""
     for gain in gains:
         marker = {"teacher": "D"}.get(gain.role, "s" if gain.label == RLEF_LABEL else "o")
         color = MUTED if gain.label in (RLEF_LABEL, "teacher") else get_divergence_color(gain.beta)
@@ -197,7 +198,7 @@ def _draw_gains(axes: Axes, gains: list[ModelGain], title: str, score: str, rewa
 
 
 def _label_points(axes: Axes, gains: list[ModelGain]) -> None:
-    """Label points at their sides; a label that would hide another is lifted and led to its point."""
+    """Label each point; a label that would hide another is lifted and led to its point by a line."""
     axes.autoscale_view()
     pixels_per_point = axes.figure.dpi / 72
     label_positions: list[tuple[float, float]] = []

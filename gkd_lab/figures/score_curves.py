@@ -18,9 +18,10 @@ from gkd_lab.tables.table import list_axes
 
 
 def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
-    """Draw scores against lmbda, a line for each divergence, 95 % intervals; start and teacher dashed.
+    """Draw mean scores against lmbda, a line per divergence, 95 % intervals; start and teacher dashed.
 
-    Points of one lmbda stand side by side so that their intervals can be read.
+    A panel for each task and combination of varying axes. Points of one lmbda stand side by side so that
+    their intervals can be read.
     """
     with apply_style():
         panels = build_panels(frame, metric, task)
@@ -34,7 +35,7 @@ def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
 
 
 def _draw_curves(axes: Axes, panel: Panel, summaries: pd.DataFrame, other_axes: list[str]) -> None:
-    """Draw the lines of one panel from the summaries of its cells."""
+    """Draw one panel: a line per divergence from the cells' summaries, start and teacher dashed."""
     first = panel.cells.iloc[0]
     cells = summaries[(summaries["role"] == "cell") & (summaries["task"] == first["task"])]
     for axis in other_axes:
@@ -57,7 +58,7 @@ def _draw_curves(axes: Axes, panel: Panel, summaries: pd.DataFrame, other_axes: 
 
 
 def _draw_curve(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marker: str) -> None:
-    """Draw the means of one divergence with their intervals."""
+    """Draw one divergence's means and intervals against lmbda, shifted sideways by `offset`."""
     x, y = line["lmbda"] + offset, line["mean"].astype(float)
     color = get_divergence_color(beta)
     axes.plot(x, y, color=color, marker=marker, ms=5, lw=1.6, label=divergence_label(beta))
@@ -66,7 +67,7 @@ def _draw_curve(axes: Axes, line: pd.DataFrame, offset: float, beta: float, mark
 
 
 def _draw_references(axes: Axes, panel: Panel) -> None:
-    """Draw SFT student and teacher as dashed lines with names at their right ends, above and below."""
+    """Draw SFT student and teacher, where scored, as dashed lines with names at the right end."""
     scores = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
     references = {name: value for name, value in scores.items() if value is not None}
     for name, value in references.items():
@@ -79,7 +80,7 @@ def _draw_references(axes: Axes, panel: Panel) -> None:
 
 
 def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str = "loss") -> Figure:
-    """Draw a logged quantity against the training step, a panel for each lmbda, a line for each cell.
+    """Draw a logged quantity against the training step, a panel per lmbda, a line per cell.
 
     Losses are on a log scale; those of different divergences do not compare, their shapes do.
     """
@@ -98,7 +99,7 @@ def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str
 
 
 def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
-    """Draw the history of each cell; losses on a log scale."""
+    """Draw each cell's history; the quantity `loss` on a log scale if all values are above 0."""
     lowest, highest = np.inf, 0.0
     for cell in sorted(cells, key=lambda cell: NO_BETA if cell.beta is None else cell.beta):
         logged = [row for row in store.get_record(cell).read_history() if row.get(quantity) is not None]
@@ -108,7 +109,7 @@ def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity:
             lowest, highest = min([lowest, *finite]), max([highest, *finite])
             axes.plot(
                 [row["step"] for row in logged], values, lw=1.3, alpha=0.9,
-                color=get_divergence_color(cell.beta), label=divergence_label(cell.beta),
+                color=get_divergence_color(cell.beta), label=divergence_label(cell.beta, cell.divergence),
             )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if quantity == "loss" and 0 < lowest < highest:

@@ -57,27 +57,30 @@ _RC_PARAMS: dict[Any, Any] = {
 
 @contextmanager
 def apply_style() -> Iterator[None]:
-    """Apply the style to the figures that are drawn in the context."""
+    """Apply this package's matplotlib settings to figures drawn inside the `with` block."""
     with mpl.rc_context(_RC_PARAMS):
         yield
 
 
 def get_divergence_color(beta: float | None) -> tuple[float, float, float, float]:
-    """Return the colour of a divergence, the same in every figure; None or infinite is total variation."""
+    """Return the RGBA colour of a beta, equal in all figures; None, inf and NaN: total variation."""
     if beta is None or not math.isfinite(beta):
         return to_rgba(_TOTAL_VARIATION_COLOR)
     return _DIVERGENCE_COLORS(float(beta))
 
 
 def choose_text_color(color: tuple[float, float, float, float] | str) -> str:
-    """Return black or white, whichever contrasts more with `color` (WCAG 2 relative luminance)."""
+    """Return `#000000` or `#ffffff`, whichever contrasts more with the background `color`.
+
+    By WCAG 2's relative luminance.
+    """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#ffffff" if (1.05 / (luminance + 0.05)) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def render_inline_svg(figure: Figure, name: str, label: str) -> str:
-    """Render the figure as an `<svg>` element: text stays text, colours follow the theme of the page.
+    """Render a figure as an `<svg>` element: text stays text, colours are the page's variables.
 
     Ids are prefixed with `name`, so that figures of one page do not borrow each other's clip paths.
     The page defines --ink, --muted, --faint, --paper and --void.
@@ -98,11 +101,11 @@ def render_inline_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _replace_theme_color(match: re.Match[str]) -> str:
-    """Replace a colour of the style by the CSS variable of the page."""
+    """Return a matched `fill: #...` with the page's variable for a theme colour, else unchanged."""
     role = _THEME_NAMES.get(match[2])
     return f"{match[1]}: var(--{role})" if role else match[0]
 
 
 def _escape_attribute(text: str) -> str:
-    """Escape a text for an attribute in double quotes."""
+    """Escape `&`, `"` and `<` of a text for an attribute in double quotes."""
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -102,7 +102,7 @@ class _PromptScores:
     interval: tuple[float, float]
 
     def build_prompt_keys(self) -> list[tuple[Any, ...]]:
-        """Build a key for each prompt: text, references, and a number for equal ones."""
+        """Return a key per prompt: (count of equal ones before it, text, references)."""
         counts: Counter[tuple[Any, ...]] = Counter()
         keys = []
         for indices in self.prompt_groups:
@@ -116,7 +116,7 @@ class _PromptScores:
 def compare_records(
     a: Record, b: Record, *, evaluation: str | None = None, metric: str | None = None, examples: int = 10
 ) -> Comparison:
-    """Compute B minus A in one metric of one evaluation that both have, from the stored texts.
+    """Recompute one metric of an evaluation both have from stored texts, and compare: B minus A.
 
     Paired by prompt, where at least half of the prompts are the same. Raises ConfigError for a request
     that these records cannot answer and DamagedRecord for damaged predictions.
@@ -158,7 +158,7 @@ def compare_records(
 
 
 def _find_common_metric(a: FinishedEvaluation, b: FinishedEvaluation) -> str:
-    """Return the first metric of A that B has too. Raises ConfigError."""
+    """Return A's first metric that B has too and that can be computed. Raises ConfigError."""
     for metric in a.metrics:
         if metric in b.metrics and metric in METRICS:
             return metric
@@ -169,7 +169,7 @@ def _find_common_metric(a: FinishedEvaluation, b: FinishedEvaluation) -> str:
 
 
 def _score_evaluation(evaluation: FinishedEvaluation, metric: str) -> _PromptScores:
-    """Compute a metric from the stored predictions. Raises ConfigError where it does not apply."""
+    """Recompute a metric from stored predictions, grouped by prompt. Raises ConfigError."""
     rows = read_predictions(evaluation.record)
     prompt_groups = group_by_prompt(rows)
     prompts = [number for number, indices in enumerate(prompt_groups) for _ in indices]
@@ -190,13 +190,13 @@ def _score_evaluation(evaluation: FinishedEvaluation, metric: str) -> _PromptSco
 
 
 def _match_prompts(a: _PromptScores, b: _PromptScores) -> list[tuple[int, int]]:
-    """Return the numbers in A and in B of the prompts that both have."""
+    """Return (number in A, number in B) of each prompt that both have, in B's order."""
     numbers_a = {key: number for number, key in enumerate(a.build_prompt_keys())}
     return [(numbers_a[key], n) for n, key in enumerate(b.build_prompt_keys()) if key in numbers_a]
 
 
 def _compute_paired_effect(a: _PromptScores, b: _PromptScores, shared: Sequence[tuple[int, int]]) -> Effect:
-    """Bootstrap B minus A over the shared prompts, the same resamples for both."""
+    """Return B minus A over the shared prompts, bootstrapped with equal resamples for both."""
     sample_a = a.sample.select_examples([number for number, _ in shared])
     sample_b = b.sample.select_examples([number for _, number in shared])
     resampled_a, resampled_b = bootstrap_scores([sample_a, sample_b], resamples=RESAMPLES)
@@ -210,7 +210,7 @@ def _compute_paired_effect(a: _PromptScores, b: _PromptScores, shared: Sequence[
 
 
 def _compute_unpaired_effect(a: _PromptScores, b: _PromptScores) -> Effect:
-    """Bootstrap B minus A over the prompts of each record on its own."""
+    """Return B minus A over all prompts of each, bootstrapped independently."""
     resampled_a, resampled_b = (
         bootstrap_scores([scores.sample], resamples=RESAMPLES, seed=seed)[0]
         for seed, scores in enumerate((a, b))
@@ -227,7 +227,7 @@ def _compute_unpaired_effect(a: _PromptScores, b: _PromptScores) -> Effect:
 def _rank_examples(
     a: _PromptScores, b: _PromptScores, shared: Sequence[tuple[int, int]]
 ) -> list[ComparedExample]:
-    """Build the examples whose scores differ, the largest difference first."""
+    """Return the shared prompts whose mean scores differ, the largest difference first."""
     examples = []
     for number_a, number_b in shared:
         if a.mean_scores[number_a] != b.mean_scores[number_b]:
@@ -246,7 +246,7 @@ def _rank_examples(
 
 
 def _build_compared_record(record: Record, spec: Mapping[str, Any], scores: _PromptScores) -> ComparedRecord:
-    """Build the summary of one of the two records."""
+    """Build the summary of one record: folder, fingerprint, role, score, interval, prompts."""
     low, high = scores.interval
     return ComparedRecord(
         record=str(record.folder),
@@ -262,7 +262,7 @@ def _build_compared_record(record: Record, spec: Mapping[str, Any], scores: _Pro
 def _describe_pairing(
     a: _PromptScores, b: _PromptScores, is_paired: bool, shared_count: int
 ) -> Iterator[str]:
-    """Yield a note if not all prompts are shared."""
+    """Yield a note if the comparison is not paired, or not over all prompts; else nothing."""
     count_a, count_b = len(a.prompt_groups), len(b.prompt_groups)
     if not is_paired:
         yield f"not paired: {shared_count} prompts are the same, of {count_a} in A and {count_b} in B"
@@ -280,7 +280,7 @@ def _describe_evaluations(
     scores_b: _PromptScores,
     metric: str,
 ) -> Iterator[str]:
-    """Yield notes on differing settings, signatures and outdated stored scores."""
+    """Yield notes on differing settings, differing signatures and outdated stored scores."""
     if evaluation_a.folder != evaluation_b.folder:
         yield (
             f"the evaluations share a name, not all settings: {evaluation_a.folder} and {evaluation_b.folder}"
@@ -294,17 +294,20 @@ def _describe_evaluations(
 
 
 def read_spec(record: Record) -> dict[str, Any]:
-    """Read `spec.json`: fingerprint, role or labels, and the specification as `spec`."""
+    """Read `spec.json` as a dict: fingerprint, role or labels, specification; empty if missing."""
     return read_json(record.folder / "spec.json") or {}
 
 
 def get_role(spec: Mapping[str, Any]) -> str:
-    """Return `cell`, `start` or `teacher`."""
+    """Return `start` or `teacher` as `spec.json` states it; `cell` where it states no role."""
     return str(spec.get("role", "cell"))  # only artifacts have the key
 
 
 def compare_specs(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> Iterator[SpecDifference]:
-    """Yield the fields that differ. A cell is compared with a reference model by its SFT student."""
+    """Yield each field (`objectives[0].beta`) with a different value in both; one side may lack it.
+
+    A cell is compared with a reference model by the specification of its SFT student.
+    """
     fields_a, fields_b = spec_a.get("spec", {}), spec_b.get("spec", {})
     role_a, role_b = get_role(spec_a), get_role(spec_b)
     if role_a != role_b:
@@ -318,7 +321,7 @@ def compare_specs(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> Itera
 
 
 def describe_relation(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> str | None:
-    """Describe that one record started from the other or learnt from it; None if neither."""
+    """Return `B started from A` or `A learnt from the teacher B`; None if neither."""
     for cell, model, names in ((spec_a, spec_b, "AB"), (spec_b, spec_a, "BA")):
         role = get_role(model)
         if get_role(cell) == "cell" != role and cell.get("spec", {}).get(role) == model.get("spec"):
@@ -328,7 +331,7 @@ def describe_relation(spec_a: Mapping[str, Any], spec_b: Mapping[str, Any]) -> s
 
 
 def _flatten_spec(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of every leaf, such as `objectives[0].beta`."""
+    """Yield (path, value) of every leaf of nested dicts and lists, such as `objectives[0].beta`."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flatten_spec(item, f"{name}.{key}" if name else key)

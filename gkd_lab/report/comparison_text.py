@@ -17,21 +17,21 @@ MAX_CHARACTERS = 400
 
 
 def format_comparison_json(comparison: Comparison) -> str:
-    """Format every field as JSON, all texts whole, with `verdict` beside the effect."""
+    """Return all fields of a comparison as JSON text, texts whole; `effect` gets its `verdict`."""
     fields = asdict(comparison)
     fields["effect"]["verdict"] = comparison.effect.verdict
     return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the records, how their specifications differ, the verdict and the examples, long texts cut."""
+    """Print records, differing settings, scores, verdict, notes and examples; long texts are cut."""
     console = console or Console()
     for part in _render_comparison(comparison):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
 
 
 def _render_comparison(comparison: Comparison) -> Iterator[RenderableType]:
-    """Yield what is printed, from top to bottom."""
+    """Yield what is printed, lines and rich tables, from top to bottom."""
     for name, record in (("A", comparison.a), ("B", comparison.b)):
         yield f"{name}: {record.role} {record.fingerprint}, {record.record}"
     if comparison.relation:
@@ -55,7 +55,7 @@ def _render_comparison(comparison: Comparison) -> Iterator[RenderableType]:
 
 
 def _render_differences(comparison: Comparison) -> RenderableType:
-    """Render a table of the fields in which the specifications differ."""
+    """Return a table of the fields in which the specifications differ, or a sentence if none."""
     if not comparison.differs:
         return "their specifications do not differ"
     table = _create_table("differs in", "A", "B")
@@ -65,7 +65,7 @@ def _render_differences(comparison: Comparison) -> RenderableType:
 
 
 def _render_scores(comparison: Comparison) -> Table:
-    """Render a table of both scores and their difference."""
+    """Return a table of A's score, B's score and B - A, each with interval and number of examples."""
     table = _create_table("", "score", "95 % interval", "examples")
     for name, record in (("A", comparison.a), ("B", comparison.b)):
         interval = f"{record.low:.2f} to {record.high:.2f}"
@@ -77,14 +77,14 @@ def _render_scores(comparison: Comparison) -> Table:
 
 
 def _format_verdict(effect: Effect) -> str:
-    """Format the verdict with the method of its interval."""
+    """Format `B is higher (<method of the interval>)`, `B is lower` or `undecided`."""
     undecided = "undecided" if effect.low is None else "undecided, the interval holds 0"
     verdicts = {"higher": "B is higher", "lower": "B is lower", "undecided": undecided}
     return f"{verdicts[effect.verdict]} ({effect.over})"
 
 
 def _render_example(example: ComparedExample) -> Table:
-    """Render a prompt with its references and both completions."""
+    """Return a grid of prompt, references and both completions with their scores."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -97,7 +97,7 @@ def _render_example(example: ComparedExample) -> Table:
 
 
 def escape_text(text: str) -> Text:
-    """Cut a text to `MAX_CHARACTERS` and show what could steer a terminal as its code."""
+    """Cut a text to `MAX_CHARACTERS` and show unprintable characters, all but newlines, as escapes."""
     left_out = len(text) - MAX_CHARACTERS
     escaped = "".join(
         character if character == "\n" or character.isprintable() else repr(character)[1:-1]
@@ -108,14 +108,14 @@ def escape_text(text: str) -> Text:
 
 
 def _format_value(value: object) -> str:
-    """Format a value of a specification."""
+    """Format a setting: None as `-`, a float by `:g`, anything else by `str`."""
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _create_table(*columns: str) -> Table:
-    """Create a table without lines."""
+    """Create an empty rich table without lines, with these column names."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")

@@ -41,7 +41,10 @@ MAX_LOSS_CURVES = 200
 
 
 def write_report(grid: Grid, store: Store, path: Path) -> Path:
-    """Write the report of a grid to `path`, by rename; a grid with nothing done has a report too."""
+    """Write the HTML report of a grid to `path`, by rename, and return `path`.
+
+    A grid with nothing done has a report too.
+    """
     frame = table(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
@@ -65,20 +68,20 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
 
 
 def _count_states(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """Count (state, cells, reference models) for each state, the finished first."""
+    """Return (state, number of cells, number of reference models) for each state, done first."""
     is_cell = frame["role"] == "cell"
     cells, references = Counter(frame.loc[is_cell, "status"]), Counter(frame.loc[~is_cell, "status"])
     return [(state, cells[state], references[state]) for state in STATES]
 
 
 def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
-    """Format the values of an axis in one line."""
+    """Join the formatted values of an axis by commas, of `objectives` by semicolons."""
     separator = "; " if axis == "objectives" else ", "
     return separator.join(format_axis_value(axis, value) for value in values)
 
 
 def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
-    """Collect what the page shows of one task."""
+    """Build the template's dict on one task: results, figures, costs, scores, samples."""
     metric = find_headline_column(grid, task)
     cells = [cell for cell in grid.cells if cell.task == task]
     evaluation = cells[0].evaluations[0]
@@ -88,6 +91,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
 
     @cache
     def load_statistics(fingerprint: str) -> ExampleStatistics | None:
+        """Load the example statistics of a cell or start of this task, once."""
         return load_example_statistics(records[fingerprint], evaluation, metric.split("/", 1)[1])
 
     differences = compute_start_differences(frame, metric, task, load_statistics)
@@ -112,21 +116,21 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
 
 
 def _describe_cell(cell: Cell) -> str:
-    """Format lmbda, divergence, other axes and seed of a cell."""
+    """Format a cell's lmbda, divergence, other axes and seed: `λ = 1, JSD(0.1), seed 0`."""
     axes = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
     row = {**cell.labels, "lmbda": cell.lmbda, "beta": cell.beta}
     return f"{describe_point(row, axes)}, seed {cell.seed}"
 
 
 def _render_svg(figure: Figure, name: str, label: str) -> Markup:
-    """Render a figure; matplotlib escapes its texts."""
+    """Render a figure as inline SVG that the template does not escape; `name` prefixes its ids."""
     return Markup(render_inline_svg(figure, name, label))
 
 
 def _draw_figures(
     grid: Grid, store: Store, frame: pd.DataFrame, task: str, metric: str
 ) -> dict[str, tuple[Figure, str]]:
-    """Draw the figures of a task: name -> (figure, its label for screen readers)."""
+    """Draw a task's figures, those it has data for: name -> (figure, label for screen readers)."""
     figures: dict[str, tuple[Figure, str]] = {}
     rows = frame[frame["task"] == task]
     has_scores = bool(rows.loc[rows["role"] == "cell", metric].notna().any())
@@ -153,13 +157,13 @@ def _draw_figures(
 
 
 def _collect_measurements(grid: Grid, store: Store, frame: pd.DataFrame) -> list[Measurement]:
-    """Read the table's scores as claims need them."""
+    """Return the table's scores and step times as measurements, which claims are judged on."""
     cells = {cell.fingerprint: cell for cell in grid.cells}
     return extract_measurements(frame, cells, measure_step_seconds(grid, store))
 
 
 def _build_paper_comparison(measurements: list[Measurement], task: str, name: str) -> dict[str, Any] | None:
-    """Build figure and sentences on the paper's map of a task; None where it has none."""
+    """Build figure and sentences on a task's maps beside the paper's; None without a pair."""
     pairs = pair_maps(measurements, task)
     if not pairs:
         return None
@@ -173,7 +177,10 @@ def _build_paper_comparison(measurements: list[Measurement], task: str, name: st
 def _build_cost_section(
     grid: Grid, store: Store, frame: pd.DataFrame, metric: str, task: str, name: str
 ) -> dict[str, Any] | None:
-    """Build the figure of scores against costs, and a sentence on omitted costs; None if nothing is done."""
+    """Build the figure of scores against costs and a sentence on omitted ones, each maybe None.
+
+    Returns None if no cell is done.
+    """
     costs = compute_costs(grid, store, task)
     if not costs:
         return None
@@ -188,7 +195,10 @@ def _build_cost_section(
 def _build_score_rows(
     frame: pd.DataFrame, metric: str, task: str, differences: Sequence[StartDifference]
 ) -> list[dict[str, Any]]:
-    """Build the rows of the score table: reference models, then cells with their start differences."""
+    """Build a dict per row of the score table: reference models, then grid points, over seeds.
+
+    Cells have their difference from the start.
+    """
     rows = frame[frame["task"] == task]
     points = expand_table(rows)
     keys = ["role", "lmbda", "beta", *list_axes(frame)]
@@ -213,7 +223,7 @@ def _build_score_rows(
 
 
 def _find_difference(differences: Sequence[StartDifference], row: Any) -> StartDifference | None:
-    """Return the difference of the cells of a row."""
+    """Return the start difference with this row's axis values; None if there is none."""
     for difference in differences:
         if all(_is_equal(row[name], value) for name, value in difference.axis_values.items()):
             return difference
@@ -221,12 +231,12 @@ def _find_difference(differences: Sequence[StartDifference], row: Any) -> StartD
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Return whether two values are equal or both missing."""
+    """Return whether two values are equal or both missing (None, NaN)."""
     return bool(pd.isna(a) and pd.isna(b)) or bool(a == b)
 
 
 def _build_claim_rows(grid: Grid, store: Store) -> list[dict[str, Any]]:
-    """Build a row for each claim that could be judged or that the experiment names."""
+    """Build a dict per claim that was judged or that the experiment names, beside the paper's."""
     named_claims = grid.experiment.paper.claims
     verdicts = [
         verdict for verdict in judge_run(grid, store) if verdict.is_judged or verdict.claim.id in named_claims

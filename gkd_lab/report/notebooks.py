@@ -38,7 +38,7 @@ _CELL_COLUMNS = [
 
 
 def read_table(name: str) -> pd.DataFrame:
-    """Read the table of an experiment: `NAME.parquet` in the folder `GKD_LAB_TABLES`, else in `tables`.
+    """Read an experiment's table: `NAME.parquet` in the folder `$GKD_LAB_TABLES`, else in `tables`.
 
     `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet` writes it. Raises ConfigError.
     """
@@ -52,7 +52,7 @@ def read_table(name: str) -> pd.DataFrame:
 
 
 def add_gain(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Add a column `gain in <metric>`: a cell's score minus that of the SFT student it started from.
+    """Return a copy with `gain in <metric>` and its bounds: a score minus its SFT student's.
 
     Null in the teachers' rows, and where the SFT student has no score. The bounds are shifted as if that
     score were exact: it is one model, shared by all seeds.
@@ -69,7 +69,7 @@ def add_gain(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
-    """Yield lines for each claim that the experiment names: its verdict on the table and on the paper."""
+    """Yield lines per claim that the experiment names: its verdict on the table and on the paper."""
     claims = [CLAIMS[name] for name in grid.experiment.paper.claims]
     measurements = extract_measurements(frame, {cell.fingerprint: cell for cell in grid.cells})
     verdicts, paper_verdicts = judge(claims, measurements), judge_paper(claims)
@@ -81,7 +81,7 @@ def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
 
 
 def combine_with_paper(run: pd.DataFrame, *papers: pd.DataFrame) -> pd.DataFrame:
-    """Join a run's table and tables of the paper's numbers, told apart by the axis `of`."""
+    """Return one table of the run's rows, then the paper's, told apart by the axis `of`."""
     run = run.copy()
     run.insert(list(run.columns).index("status"), SOURCE_AXIS, "this run")
     frames = [frame.dropna(axis="columns", how="all") for frame in (run, *papers)]
@@ -90,7 +90,7 @@ def combine_with_paper(run: pd.DataFrame, *papers: pd.DataFrame) -> pd.DataFrame
 
 
 def load_paper_table(*figures: str, axes: Sequence[str] = (), students: Sequence[str] = ()) -> pd.DataFrame:
-    """Load the paper's numbers of some figures in the columns of a run's table.
+    """Load the paper's numbers of some figures as a table with the columns of a run's table.
 
     `axes` are further columns: `method`, `student`, `teacher_temperature` or `train_rows`; `students` the
     sizes to load, by default all. A score is in the column `<decoding>/<metric>`, and in `<metric>` where
@@ -116,7 +116,7 @@ def load_paper_table(*figures: str, axes: Sequence[str] = (), students: Sequence
 
 
 def _build_cell_rows(paper_values: pd.DataFrame) -> list[dict[str, Any]]:
-    """Build a row for each cell of the paper's figures."""
+    """Return a dict per cell of the paper's figures, its scores as a dict in `scores`."""
     grouped = paper_values.groupby(_CELL_COLUMNS, dropna=False, sort=False)
     return [
         {
@@ -136,7 +136,7 @@ def _build_cell_rows(paper_values: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[str, Any]]:
-    """Build a row for each figure, task and student; without scores where the paper states none."""
+    """Return a dict per figure, task and student; `scores` are NaN where the paper states none."""
     return [
         {
             "cell": _format_reference_name(group.iloc[0], role),
@@ -151,14 +151,14 @@ def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[st
 
 
 def _compute_scores(group: pd.DataFrame) -> "pd.Series[float]":
-    """Return the paper's scores; where it states gains, add the score of the SFT student."""
+    """Return a score per number of the paper; a stated gain is added to its SFT student's score."""
     return group["value"].where(group["form"] == "score", group["start"] + group["value"])
 
 
 def _name_scores(
     group: pd.DataFrame, scores: "pd.Series[float]", paper_values: pd.DataFrame
 ) -> dict[str, float]:
-    """Name the scores of a row by decoding and metric, or by the metric alone where that is unambiguous."""
+    """Map `<decoding>/<metric>` to its score, and `<metric>` too if the figure has one decoding."""
     named_scores: dict[str, float] = {}
     first = group.iloc[0]
     same_figure = (paper_values["figure"] == first["figure"]) & (paper_values["task"] == first["task"])
@@ -172,5 +172,5 @@ def _name_scores(
 
 
 def _format_reference_name(row: "pd.Series[Any]", role: str) -> str:
-    """Name a teacher or SFT student of the paper, in the place of a fingerprint."""
+    """Return `paper <role> <figure> <task> <student>`, used in place of a fingerprint."""
     return f"paper {role} {row['figure']} {row['task']} {row['student']}"

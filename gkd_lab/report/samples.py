@@ -10,6 +10,7 @@ from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.files import read_json
+from gkd_lab.tables.loss_labels import divergence_label
 from gkd_lab.tables.rows import get_primary_metric
 
 MAX_CHARACTERS = 1500
@@ -19,7 +20,7 @@ MAX_CHARACTERS = 1500
 def get_evaluations_by_role(
     store: Store, cell: Cell, evaluation: AnyEvaluation
 ) -> dict[str, EvaluationRecord]:
-    """Return the evaluation of the cell's SFT student (`start`), of the cell and of its teacher."""
+    """Map `start`, `cell` and `teacher` to that model's record of this evaluation."""
     records = {
         "start": store.get_artifact(cell.scale, "start", cell.training.start),
         "cell": store.get_record(cell),
@@ -29,7 +30,7 @@ def get_evaluations_by_role(
 
 
 def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
-    """Return the cell with the highest score of a task; the first of several."""
+    """Return the one cell (seeds apart) with a task's highest score, the first if tied, or None."""
     scored = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
     if scored.empty:
         return None
@@ -38,7 +39,7 @@ def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> C
 
 
 def select_samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, Any]]:
-    """Return `count` examples, spread evenly, with the completions of SFT student, cell and teacher."""
+    """Return at most `count` examples, evenly spaced, as dicts with the completion of each role."""
     evaluation, metric = get_primary_metric(cell)
     evaluations = get_evaluations_by_role(store, cell, evaluation)
     predictions = {role: record.read_prediction_rows() for role, record in evaluations.items()}
@@ -48,7 +49,10 @@ def select_samples(store: Store, cell: Cell, count: int = 10) -> list[dict[str, 
 
 
 def _build_sample(predictions: dict[str, list[dict[str, Any]]], index: int, metric: str) -> dict[str, Any]:
-    """Collect prompt, references and the completion of each role for one example."""
+    """Build one example's dict: number from 1, prompt, references, and text and score per role.
+
+    A role's text is None where its predictions have another prompt there.
+    """
     example = predictions["cell"][index]
     outputs = {}
     for role, rows in predictions.items():
@@ -68,13 +72,13 @@ def _build_sample(predictions: dict[str, list[dict[str, Any]]], index: int, metr
 
 
 def shorten_text(text: str) -> str:
-    """Cut a text to `MAX_CHARACTERS` and append how much was left out."""
+    """Cut a text to `MAX_CHARACTERS` and append how many characters were left out."""
     left_out = len(text) - MAX_CHARACTERS
     return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} ... ({left_out} more characters)"
 
 
 def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
-    """List failed trainings and evaluations: name, folder below the outputs, error, traceback."""
+    """Return a dict per failed training or evaluation: name, folder, error, traceback."""
     return [
         {
             "name": name,
@@ -89,7 +93,7 @@ def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
 
 
 def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:
-    """Collect the provenance of all records: (field, its values, several where records differ)."""
+    """Return (field, distinct values joined by `; `) over all records, first the time range."""
     values: dict[str, dict[str, None]] = {}
     times: list[str] = []
     for _, record, _ in _list_records(grid, store):
@@ -102,7 +106,7 @@ def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:
 
 
 def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple[AnyEvaluation, ...]]]:
-    """Yield (name, record, evaluations) of each reference model, once, and of each cell."""
+    """Yield (name to show, record, its evaluations) of each reference model once and each cell."""
     listed = set()
     for cell in grid.cells:
         for role, model in (("start", cell.training.start), ("teacher", cell.training.teacher)):
@@ -110,13 +114,15 @@ def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple
                 listed.add((role, model.fingerprint))
                 record = store.get_artifact(grid.scale, role, model)
                 yield f"{cell.task}, {role} {model.model.name}", record, cell.evaluations
-        divergence = "total variation" if cell.beta is None else f"β = {cell.beta:g}"
+        divergence = (
+            divergence_label(None, cell.divergence).lower() if cell.beta is None else f"β = {cell.beta:g}"
+        )
         name = f"{cell.task}, λ = {cell.lmbda:g}, {divergence}, seed {cell.seed}"
         yield name, store.get_record(cell), cell.evaluations
 
 
 def _format_fact(value: Any) -> str:
-    """Format a value of a provenance in one line."""
+    """Format a provenance value in one line: a dict as `key value, ...`, a list by spaces."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):

@@ -18,7 +18,10 @@ def describe_results(
     load_statistics: StatisticsLookup,
     start_differences: Sequence[StartDifference],
 ) -> list[str]:
-    """Describe the best cell, the differences from the start, the range over beta, the effect of lmbda."""
+    """Return four sentences: best cell, students against starts, effect of beta, effect of lmbda.
+
+    One sentence where no cell of the task has a score.
+    """
     rows = frame[frame["task"] == task]
     summaries = summary(rows, metric)
     cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
@@ -34,7 +37,7 @@ def describe_results(
 
 
 def describe_point(row: Any, axes: Sequence[str]) -> str:
-    """Format `λ = 1, JSD(0.1)`, then the values of the other axes."""
+    """Format `λ = 1, JSD(0.1), <other axes>`; with an axis `objectives` no divergence."""
     settings = [format_axis_setting(axis, row[axis]) for axis in axes]
     if "objectives" in axes:  # which include the divergence
         return ", ".join([f"λ = {row['lmbda']:g}", *settings])
@@ -48,7 +51,7 @@ def format_score(row: Any) -> str:
 
 
 def _describe_best(cells: pd.DataFrame, summaries: pd.DataFrame, axes: list[str]) -> str:
-    """Describe the best cell beside its SFT student and its teacher."""
+    """Return a sentence on the cell with the highest mean and its distance from start and teacher."""
     best = cells.iloc[int(cells["mean"].argmax())]
     comparisons = []
     for role, name in (("start", "the SFT student"), ("teacher", "the teacher")):
@@ -64,7 +67,7 @@ def _describe_best(cells: pd.DataFrame, summaries: pd.DataFrame, axes: list[str]
 
 
 def _describe_start_comparison(start_differences: Sequence[StartDifference]) -> str:
-    """Count the students that are better or worse than the SFT student that they started from."""
+    """Return a sentence that counts students higher and lower than their SFT student."""
     if not start_differences:
         return "No student can be compared with the SFT student that it started from."
     verdicts = [difference.verdict for difference in start_differences]
@@ -79,7 +82,7 @@ def _describe_start_comparison(start_differences: Sequence[StartDifference]) -> 
 
 
 def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
-    """Describe the range of scores over the divergences at the largest lmbda."""
+    """Return a sentence on the span of scores over divergences at the largest lmbda."""
     lmbda = cells["lmbda"].max()
     means = cells[cells["lmbda"] == lmbda].groupby("beta")["mean"].mean()
     if len(means) < 2:
@@ -96,7 +99,7 @@ def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
 
 
 def _describe_overlap(cells: pd.DataFrame, best_beta: float, worst_beta: float) -> str:
-    """Describe whether the intervals of the best and the worst divergence overlap."""
+    """Return `; their intervals overlap` or `do not overlap`; empty where one has no interval."""
     best, worst = (cells[cells["beta"] == beta].iloc[0] for beta in (best_beta, worst_beta))
     if pd.isna(best["low"]) or pd.isna(worst["high"]):
         return ""
@@ -105,7 +108,7 @@ def _describe_overlap(cells: pd.DataFrame, best_beta: float, worst_beta: float) 
 
 
 def _describe_lmbda_effect(frame: pd.DataFrame, effect: Effect | None) -> str:
-    """Describe the difference between the largest and the smallest lmbda."""
+    """Return a sentence on the score at the largest minus that at the smallest lmbda."""
     lmbdas = frame["lmbda"].dropna()
     low, high = lmbdas.min(), lmbdas.max()
     if low == high:

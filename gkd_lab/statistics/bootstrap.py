@@ -35,11 +35,11 @@ class ExampleStatistics:
 
     @property
     def score(self) -> float:
-        """Score of the examples as they are, 0 to 100."""
+        """Score of all examples, each counted once, from 0 to 100."""
         return float(self.score_resamples(np.ones((1, len(self))))[0])
 
     def score_resamples(self, counts: Array) -> Array:
-        """Return the (R,) scores of resamples that contain example n counts[r, n] times."""
+        """Return (R,) scores for counts (R, N): resample r has example n counts[r, n] times."""
         summed = counts @ self.statistics
         if self.corpus_score is None:
             scores: Array = summed[:, 0] / len(self)
@@ -47,16 +47,17 @@ class ExampleStatistics:
         return np.array([self.corpus_score(row) for row in summed.tolist()])
 
     def select_examples(self, examples: Sequence[int]) -> "ExampleStatistics":
-        """Return the statistics of some examples, in the given order."""
+        """Return the statistics of the examples at these indices, in the given order."""
         return ExampleStatistics(self.statistics[list(examples)], self.corpus_score)
 
 
 def build_example_statistics(
     metric: str, rows: Sequence[Mapping[str, Any]], values: Sequence[float]
 ) -> ExampleStatistics:
-    """Build one example per prompt from stored predictions and the score of each.
+    """Build statistics with one example per prompt, from rows and the score of each row.
 
-    Several texts of one prompt are one example, because they are not independent.
+    Several texts of one prompt are one example, because they are not independent: scores are averaged, and
+    the sufficient statistics of corpus metrics such as BLEU are summed.
     """
     groups = group_by_prompt(rows)
     definition = METRICS.get(metric)  # None: a metric of lm-eval, a mean over documents
@@ -71,14 +72,14 @@ def build_example_statistics(
 def load_example_statistics(
     record: Record, evaluation: AnyEvaluation, metric: str
 ) -> ExampleStatistics | None:
-    """Load an evaluation's stored predictions as statistics; None where a prediction has no score."""
+    """Load an evaluation's statistics for a metric; None if there are no rows or one lacks it."""
     rows = record.get_evaluation(evaluation).read_prediction_rows()
     values = [row.get("scores", {}).get(metric) for row in rows]
     return build_example_statistics(metric, rows, values) if rows and None not in values else None
 
 
 def bootstrap_scores(models: Sequence[ExampleStatistics], *, resamples: int = 1000, seed: int = 0) -> Array:
-    """Return the (S, R) scores of S models over the same N examples; column r is one resample for all."""
+    """Return (S, R) bootstrap scores of S models over the same N examples, equal resamples for all."""
     examples = len(models[0])
     assert examples and {len(model) for model in models} == {examples}
     parts = [
@@ -89,6 +90,6 @@ def bootstrap_scores(models: Sequence[ExampleStatistics], *, resamples: int = 10
 
 
 def compute_percentile_interval(scores: Array) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles."""
+    """Return (2.5th percentile, 97.5th percentile), a 95 % bootstrap interval."""
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)

@@ -26,7 +26,7 @@ class StartDifference:
 
     @property
     def verdict(self) -> str:
-        """`higher` or `lower` where the adjusted p-value allows it, else `undecided`."""
+        """`higher` or `lower` by sign if the adjusted p-value is at most 0.05, else `undecided`."""
         if self.adjusted_p_value is None or self.adjusted_p_value > 1 - CONFIDENCE_LEVEL:
             return "undecided"
         return "higher" if self.effect.mean > 0 else "lower"
@@ -35,7 +35,7 @@ class StartDifference:
 def compute_start_differences(
     frame: pd.DataFrame, metric: str, task: str, load_statistics: StatisticsLookup
 ) -> list[StartDifference]:
-    """Compute one difference per combination of lmbda, beta and the other axes that has a score.
+    """Return score minus the SFT student's, one per grid point (all axes but seed) with a score.
 
     From two seeds on it is taken over seeds, else paired over the examples of the one seed. Intervals are
     for one comparison; p-values and verdicts are adjusted for the number of differences with an interval.
@@ -49,7 +49,7 @@ def compute_start_differences(
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values by Holm's step-down method (1979), which bounds the chance of any false positive."""
+    """Return Holm's adjusted p-values (1979), in the order of `p_values`."""
     order = np.argsort(p_values)
     factors = len(p_values) - np.arange(len(p_values))
     adjusted = np.empty(len(p_values))
@@ -60,7 +60,7 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
 def _iterate_effects(
     frame: pd.DataFrame, metric: str, load_statistics: StatisticsLookup
 ) -> Iterator[tuple[dict[str, Any], Effect]]:
-    """Yield axis values and difference from the start of each grid point with a score."""
+    """Yield (axis values, effect: score minus the SFT student's) for each grid point with both."""
     starts = frame[frame["role"] == "start"].set_index("cell")[metric]
     keys = ["lmbda", "beta", *list_axes(frame)]
     cells = expand_collapsed_cells(frame)

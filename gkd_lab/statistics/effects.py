@@ -35,14 +35,17 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """`higher` or `lower` where the interval excludes 0, else `undecided`."""
+        """`higher` or `lower` if the interval excludes 0; `undecided` if not, or without interval."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "undecided"
         return "higher" if self.low > 0 else "lower"
 
 
 def estimate_seed_effect(differences: Sequence[float], pairs: int) -> Effect:
-    """Estimate the effect from one mean difference per seed, for at least two seeds (Student's t)."""
+    """Return mean, 95 % t interval and p-value of one difference per seed, for two seeds or more.
+
+    `pairs` is stored as it is.
+    """
     low, high = compute_t_interval(differences)
     mean = float(np.mean(differences))
     standard_error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
@@ -53,7 +56,10 @@ def estimate_seed_effect(differences: Sequence[float], pairs: int) -> Effect:
 def estimate_bootstrap_effect(
     mean: float, resampled: Array, examples: int, pairs: int, method: str
 ) -> Effect:
-    """Estimate the effect from its (R,) bootstrap values; a single example has no interval."""
+    """Return `mean` with the 95 % interval and p-value of its (R,) bootstrap values.
+
+    With fewer than two examples it has neither. `method` says what the interval is taken over.
+    """
     if examples < 2:
         return Effect(mean, None, None, pairs, "one example, no interval")
     low, high = compute_percentile_interval(resampled)
@@ -64,7 +70,7 @@ def estimate_bootstrap_effect(
 def estimate_one_seed_effect(
     mean: float, before: Sequence[ExampleStatistics | None], after: Sequence[ExampleStatistics | None]
 ) -> Effect:
-    """Estimate the mean of `after` minus `before` for one seed, paired over the examples.
+    """Return `mean`, of after minus before, with a bootstrap interval paired over examples.
 
     It has no interval where statistics are missing, differ in length or do not give the stored scores.
     """
@@ -82,7 +88,7 @@ def estimate_one_seed_effect(
 
 
 def compute_p_value(mean: float, standard_error: float, count: int) -> float:
-    """Return the two-sided p-value of a mean of `count` values (Student's t)."""
+    """Return the two-sided p-value of mean = 0 by Student's t with `count` - 1 degrees of freedom."""
     from scipy.special import stdtr
 
     if standard_error == 0:
@@ -91,7 +97,7 @@ def compute_p_value(mean: float, standard_error: float, count: int) -> float:
 
 
 def compute_t_interval(values: Sequence[float]) -> Interval:
-    """Return the 95 % interval of the mean of at least two independent values (Student's t)."""
+    """Return (low, high), the 95 % t interval of the mean of at least two independent values."""
     from scipy.special import stdtrit
 
     center = float(np.mean(values))

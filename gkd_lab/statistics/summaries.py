@@ -29,7 +29,7 @@ StatisticsLookup = Callable[[str], ExampleStatistics | None]
 
 
 def expand_collapsed_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the cells, one row per grid point: a collapsed cell has a row at each point it stands for.
+    """Return only the cells' rows, a collapsed cell repeated at each grid point it stands for.
 
     `beta` is `NO_BETA` for total variation, which has one row instead of one per beta.
     """
@@ -43,7 +43,7 @@ def expand_collapsed_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _list_points(cell: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Return the axis values of each grid point that a cell's table row stands for."""
+    """Return the axis values, with beta, of each grid point that one cell's table row stands for."""
     points = cell["stands_for"] if isinstance(cell["stands_for"], list) else [{}]
     beta = NO_BETA if pd.isna(cell["beta"]) else cell["beta"]
     return [
@@ -53,16 +53,16 @@ def _list_points(cell: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def expand_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the reference models, then the cells of `expand_collapsed_cells`."""
+    """Return reference models' rows, then cells' rows with collapsed cells repeated per grid point."""
     return pd.concat([frame[frame["role"] != "cell"], expand_collapsed_cells(frame)])
 
 
 def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Summarize a metric per role, task, lmbda, beta and other axis: `mean`, `low`, `high`, `n`, `interval`.
+    """Return a frame with `mean`, `low`, `high`, `n`, `interval` of a metric per grid point, over seeds.
 
-    `n` counts the finished seeds. From two seeds on, the interval is Student's t over seeds; for one it is
-    the stored bootstrap over its examples; `interval` names the kind, or is `none`. `beta` is `NO_BETA` for
-    total variation.
+    A row per role, task, lmbda, beta and other axis; two teachers are two rows. `n` counts the finished
+    seeds. From two seeds on, the interval is Student's t over seeds; for one it is the stored bootstrap over
+    its examples; `interval` names the kind, or is `none`. `beta` is `NO_BETA` where a cell has none.
     """
     keys = ["role", "task", "lmbda", "beta", *list_axes(frame)]
     rows = expand_table(frame)
@@ -77,7 +77,7 @@ def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _summarize_group(group: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """Return mean, interval and number of the finished seeds of one grid point."""
+    """Return mean, low, high, n and interval kind of the scored rows of one grid point."""
     done = group[group[metric].notna()]
     values = [float(value) for value in done[metric]]
     low, high, kind = None, None, NO_INTERVAL
@@ -93,7 +93,7 @@ def _summarize_group(group: pd.DataFrame, metric: str) -> dict[str, Any]:
 def estimate_lmbda_effect(
     frame: pd.DataFrame, metric: str, load_statistics: StatisticsLookup
 ) -> Effect | None:
-    """Estimate the score at the largest lmbda minus that at the smallest; None without a pair.
+    """Return the mean difference of matched cells, largest minus smallest lmbda; None without a pair.
 
     Cells are paired on every other axis, and the differences averaged. The interval is Student's t over
     the seeds' means, or with one seed a bootstrap over its examples.
@@ -109,7 +109,10 @@ def estimate_lmbda_effect(
 
 
 def _pair_lmbda_ends(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return one row per pair of cells that differ in lmbda only, at its smallest and largest value."""
+    """Return a row per pair of scored cells that differ only in lmbda, its smallest and largest.
+
+    Columns `cell_low`, `cell_high` and `difference`; no row where all cells have one lmbda.
+    """
     ends = cells["lmbda"].min(), cells["lmbda"].max()
     done = cells[cells[metric].notna()]
     keys = ["task", "beta", "seed", *list_axes(cells)]

@@ -40,7 +40,7 @@ class CellProgress:
 
 
 def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgress:
-    """Read the progress of a cell; the facts of a finished one come from the index."""
+    """Read a cell's progress from its record; facts of a finished one are cached in `index`."""
     folders = [evaluation.folder for evaluation in cell.evaluations]
     files = [f"evaluations/{folder}/{name}" for folder in folders for name in _EVALUATION_FILES]
     facts = index.get_facts(cell.folder, ["status.json", *files], lambda: _collect_record_facts(record, cell))
@@ -64,7 +64,7 @@ def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgres
 
 
 def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
-    """Collect what the index stores of a finished record."""
+    """Read what the index stores: status, last logged row, errors, states, scored metrics."""
     status, evaluations = record.read_status(), _list_evaluations(record, cell)
     evaluation_statuses = [evaluation.read_status() for evaluation in evaluations]
     row = read_last_json_line(record.metrics_file) if status else {}
@@ -78,7 +78,7 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
 
 
 def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
-    """Return the first error and the file with its traceback."""
+    """Return (last line of the first error, file with its traceback), or (None, None)."""
     for error, part in zip(facts["errors"], [record, *_list_evaluations(record, cell)], strict=True):
         if error is not None:
             return error, part.status_file
@@ -86,18 +86,18 @@ def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, 
 
 
 def _list_evaluations(record: Record, cell: Cell) -> list[EvaluationRecord]:
-    """List the records of the evaluations that the cell requests."""
+    """Return the record of each evaluation that the cell requests; it may not exist yet."""
     return [record.get_evaluation(evaluation) for evaluation in cell.evaluations]
 
 
 def _format_owner(record: Record) -> str | None:
-    """Return `host:pid` of the process that holds the record's lock."""
+    """Return `host:pid` of the process that holds the record's lock; None if unknown."""
     owner = read_owner(record.folder)
     return None if not owner else f"{owner.get('host')}:{owner.get('pid')}"
 
 
 def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
-    """Return the progress fields of a finished or failed training."""
+    """Return step, loss, on_policy and speed of an ended training; seconds_left is None."""
     status, row = facts["status"], facts["row"]
     seconds = status.get("seconds")
     return {
@@ -110,7 +110,10 @@ def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
 
 
 def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str, Any]:
-    """Return the progress fields of a training that is not finished, from its history."""
+    """Return step, loss, on_policy, speed and seconds_left of a training that has not ended.
+
+    Speed and time left are None where no process works on it.
+    """
     history = record.read_history() if is_running or record.steps_folder.exists() else []
     last_row = history[-1] if history else {}
     step = int(last_row.get("step", 0))

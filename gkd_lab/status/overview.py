@@ -37,17 +37,17 @@ class CellView:
 
     @property
     def state(self) -> State:
-        """State of the whole cell."""
+        """State of the whole cell: its training and its evaluations."""
         return self.progress.state
 
     @property
     def error(self) -> str | None:
-        """Last line of its error."""
+        """Last line of its first error; None without one."""
         return self.progress.error
 
     @property
     def seconds_left(self) -> float | None:
-        """Part of the estimate that is left."""
+        """Estimated time times the share of steps left; 0 if done, None without an estimate."""
         if self.state == "done":
             return 0.0
         share = 1 - self.progress.step / self.cell.training.steps
@@ -83,12 +83,12 @@ class Overview:
 
     @property
     def is_settled(self) -> bool:
-        """True if every cell is done or failed."""
+        """Whether every cell is done or failed."""
         return all(view.state in ("done", "failed") for view in self.cells)
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated time of everything that is not done; None where some of it cannot be estimated."""
+        """Estimated seconds of everything not done; None where some of it has no estimate."""
         parts = [view.seconds_left for view in self.cells]
         parts += [view.estimated_seconds for view in self.artifacts if view.state != "done"]
         estimates = [part for part in parts if part is not None]
@@ -96,7 +96,7 @@ class Overview:
 
 
 def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
-    """Read the state of every cell and reference model of a grid and estimate their times."""
+    """Read the state of every cell and reference model and estimate times; updates the record index."""
     unpacked_reasons = {} if limit == "off" else _find_unpacked_reasons(grid, store)
     packs = [
         part
@@ -128,7 +128,7 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
 
 
 def _format_point(point: dict[str, Any]) -> str:
-    """Format a combination of axis values."""
+    """Format a combination of axis values: `axis=value axis=value`."""
     return " ".join(f"{axis}={value}" for axis, value in point.items())
 
 
@@ -139,7 +139,7 @@ def _build_cell_views(
     unpacked_reasons: Mapping[str, str],
     estimator: TimeEstimator,
 ) -> Iterator[CellView]:
-    """Yield each cell with its progress, the number of its pack and its time estimate."""
+    """Yield each cell with its progress, the number of its pack (from 1) and its time estimate."""
     pack_numbers = {cell.full_fingerprint: n for n, pack in enumerate(packs, 1) for cell in pack}
     for cell, progress in zip(grid.cells, progresses, strict=True):
         pack = pack_numbers[cell.full_fingerprint]
@@ -155,7 +155,7 @@ def _build_cell_views(
 
 
 def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) -> Iterator[ArtifactView]:
-    """Yield each teacher and SFT student with its state and its time estimate."""
+    """Yield each teacher and SFT student once, with its state and its time estimate."""
     for role, model, _ in list_references(grid.cells):
         record = store.get_artifact(grid.scale, role, model)
         yield ArtifactView(
@@ -169,7 +169,7 @@ def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) ->
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
-    """Map the fingerprint of each cell that runs alone to the reason, as far as it is known before a run."""
+    """Map full fingerprint -> reason of each cell that runs alone, as far as known before a run."""
     reasons: dict[str, str] = {}
     for role, model, cells in list_references(grid.cells):
         if role != "start":
@@ -183,18 +183,18 @@ def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
 
 
 def _split_unpacked(pack: list[Cell], unpacked_reasons: Mapping[str, str]) -> list[list[Cell]]:
-    """Split a pack whose cells run alone into packs of one."""
+    """Return packs of one if the first cell of a pack has a reason to run alone, else the pack."""
     return [[cell] for cell in pack] if pack[0].full_fingerprint in unpacked_reasons else [pack]
 
 
 def _describe_unpacked(unpacked_reasons: Mapping[str, str]) -> list[str]:
-    """Write a note for each reason why cells run alone."""
+    """Return a note for each reason, with the number of cells that run alone for it."""
     counts = Counter(unpacked_reasons.values())
     return [f"{count} cells run alone: {reason}" for reason, count in counts.items()]
 
 
 def _describe_unused_beta(grid: Grid) -> list[str]:
-    """Write a note if a beta is set for cells whose divergence has none."""
+    """Return one note in a list if beta is set for cells whose loss has none, else an empty list."""
     cells = [cell for cell in grid.cells if cell.beta is None]
     tasks = {cell.task for cell in cells}
     tasks_with_beta = {task for task in tasks if "beta" in grid.experiment.merge_task_settings(task)}
@@ -205,7 +205,7 @@ def _describe_unused_beta(grid: Grid) -> list[str]:
 
 
 def _format_divergence(divergence: str) -> str:
-    """Format the name of a divergence for reading."""
+    """Return a readable name of a divergence or term type: `tv` -> `total variation`."""
     names = {**NAMES_WITHOUT_BETA, "cross_entropy": "cross-entropy"}
     return names.get(divergence, divergence.replace("_", " "))
 
@@ -238,7 +238,7 @@ _AXES_OF_BOTH_MODELS = {
 
 
 def _describe_undeclared_fields(grid: Grid) -> list[str]:
-    """Write notes on fields in which cells differ although no axis names them."""
+    """Return notes on training fields that differ though no axis sets them, or by task."""
     declared = {"task"} if "task" in grid.axes else set()
     for axis in grid.axes:
         declared |= _FIELDS_SET_BY_AXIS.get(axis, {axis})
@@ -256,7 +256,7 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
 
 
 def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
-    """Group the cells of a grid, a list for each task."""
+    """Return a list of cells for each task, in the grid's order."""
     groups: dict[str, list[Cell]] = {}
     for cell in grid.cells:
         groups.setdefault(cell.task, []).append(cell)
@@ -264,13 +264,13 @@ def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
 
 
 def _find_varying_fields(cells: list[Cell]) -> list[str]:
-    """Find the fields of a training in which these cells differ."""
+    """Return the names of the training fields in which these cells differ."""
     names = type(cells[0].training).model_fields
     return [name for name in names if _has_several_values([getattr(cell.training, name) for cell in cells])]
 
 
 def _has_several_values(values: list[Any]) -> bool:
-    """Return whether the values differ; most cells of a large grid share one object."""
+    """Return whether values differ in canonical JSON; most cells of a large grid share one object."""
     distinct_objects = {id(value): value for value in values}.values()
     first = canonical_json(values[0])
     return any(canonical_json(value) != first for value in distinct_objects)

@@ -40,7 +40,7 @@ def print_listing(listing: Listing) -> None:
 
 
 def format_listing(listing: Listing) -> str:
-    """Format a table as plain text, its columns two spaces apart."""
+    """Return a table as plain text, columns two spaces apart, names left and numbers right."""
     alignment = ["left" if name in TEXT_COLUMNS else "right" for name in listing.columns]
     rows = [listing.columns, *listing.rows]  # tabulate would widen a header by two spaces
     return str(tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True))
@@ -49,7 +49,7 @@ def format_listing(listing: Listing) -> str:
 def list_cells(
     grid: Grid, overview: Overview, *, show_progress: bool, states: Container[State] = _STATES
 ) -> Listing:
-    """List the cells in some states, a row each: their progress, or their pack and estimated time."""
+    """List the cells that are in `states`, a row each: progress, or else pack and estimated time."""
     axes = [axis for axis in grid.axes if axis not in ("task", "lmbda", "beta", "seed")]
     progress_columns = ["owner", "step", "loss", "on policy", "tokens/s", "left"]
     columns = progress_columns if show_progress else ["pack", "about", "from"]
@@ -63,7 +63,7 @@ def list_cells(
 
 
 def _format_identity(view: CellView, axes: list[str]) -> list[str]:
-    """Format the columns that tell a cell from the others."""
+    """Return the texts of fingerprint, task, lmbda, beta (`-` without one), seed and other axes."""
     cell = view.cell
     beta = "-" if cell.beta is None else f"{cell.beta:g}"
     labels = [_format_axis_value(axis, cell.labels[axis]) for axis in axes]
@@ -71,7 +71,7 @@ def _format_identity(view: CellView, axes: list[str]) -> list[str]:
 
 
 def _format_axis_value(axis: str, label: Any) -> str:
-    """Format a value of an axis: losses by their terms, mappings as `key=value`."""
+    """Format an axis value: objectives by terms, dicts as `key=value,...`, floats by `:g`."""
     if axis == "objectives":
         return loss_label(label)
     if isinstance(label, dict):
@@ -80,7 +80,10 @@ def _format_axis_value(axis: str, label: Any) -> str:
 
 
 def _format_progress(view: CellView) -> list[str]:
-    """Format owner, step, loss, share of on-policy steps, tokens per second and time left."""
+    """Return texts of owner, step, loss, on-policy share, tokens per second and time left.
+
+    What is not known is an empty text.
+    """
     progress = view.progress
     return [
         progress.owner or "",
@@ -93,14 +96,14 @@ def _format_progress(view: CellView) -> list[str]:
 
 
 def _format_cost(view: CellView) -> list[str]:
-    """Format the number of the pack, the estimated time and the basis of the estimate."""
+    """Return texts of pack number (or `alone`), estimated time and basis of the estimate."""
     pack = "alone" if view.unpacked_reason else str(view.pack)
     basis = "" if view.estimate_basis == "nothing" else view.estimate_basis
     return [pack, _format_duration(view.estimated_seconds), basis]
 
 
 def render_failures(overview: Overview) -> Iterator[str]:
-    """Yield a line for each failure: the cell or model, the end of its error, the file with the traceback."""
+    """Yield a line per failed cell, then model: its name, last line of its error, file with traceback."""
     for view in overview.cells:
         if view.error:
             yield f"failed: {view.cell.folder}: {view.error} (see {view.progress.error_file})"
@@ -110,7 +113,7 @@ def render_failures(overview: Overview) -> Iterator[str]:
 
 
 def render_running_artifacts(overview: Overview) -> Iterator[str]:
-    """Yield a line for each reference model that is being built while its cells wait."""
+    """Yield a line for each reference model that is being trained now."""
     for artifact in overview.artifacts:
         if artifact.state == "running":
             yield f"{artifact.role} {artifact.name}: running"
@@ -124,7 +127,7 @@ def render_state_counts(overview: Overview) -> str:
 
 
 def render_summary(overview: Overview) -> Iterator[str]:
-    """Yield lines on reference models, packs, work left, collapsed cells and notes."""
+    """Yield lines on reference models, packs, work left, estimates, collapsed cells and notes."""
     for artifact in overview.artifacts:
         duration = _format_duration(artifact.estimated_seconds)
         yield f"{artifact.role} {artifact.name}: {artifact.state}, about {duration}"
@@ -139,7 +142,7 @@ def render_summary(overview: Overview) -> Iterator[str]:
 
 
 def _render_estimate_bases(overview: Overview) -> Iterator[str]:
-    """Yield a line for each basis of the time estimates."""
+    """Yield a line for each basis of time estimates, with the number of cells that have it."""
     counts = Counter(view.estimate_basis for view in overview.cells)
     if counts["finished cells"]:
         cells = _format_count(counts["finished cells"], "cell")
@@ -159,7 +162,7 @@ def _format_count(count: int, noun: str) -> str:
 
 
 def _format_duration(seconds: float | None) -> str:
-    """Format seconds as seconds, minutes or hours."""
+    """Format seconds: `89 s`, from 90 s on `12 min`, from 90 min on `1.5 h`; None as `unknown`."""
     if seconds is None:
         return "unknown"
     if seconds < 90:

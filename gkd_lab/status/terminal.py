@@ -29,13 +29,13 @@ _MIN_FOLDED_WIDTH = 5
 
 
 def print_table(listing: Listing, console: Console | None = None) -> None:
-    """Print a table, coloured and folded to the width of the terminal."""
+    """Print a table by rich, coloured and folded to the console's width."""
     console = console or Console()
     console.print(build_rich_table(listing, console.width), crop=False)
 
 
 def build_rich_table(listing: Listing, terminal_width: int, *, fold: bool = True) -> Table:
-    """Build the table for a terminal, without empty columns; what cannot be folded stays whole."""
+    """Build the rich table without empty columns; `fold`: long columns may wrap if too wide."""
     indices = [n for n in range(len(listing.columns)) if any(row[n] for row in listing.rows)]
     widths = [max(len(row[n]) for row in (listing.columns, *listing.rows)) for n in indices]
     gap = 2 if sum(widths) + 2 * len(indices) <= terminal_width else 1
@@ -82,14 +82,14 @@ def watch_grid(
 
 
 def _redraw_terminal(grid: Grid, console: Console) -> OverviewDisplay:
-    """Redraw the table in place; it is erased at the end, when the whole listing takes its place."""
+    """Redraw the table in place for each overview sent to this generator; erase it when closed."""
     with Live(console=console, transient=True, auto_refresh=False) as live:
         while True:
             live.update(_build_screen(grid, (yield), console), refresh=True)
 
 
 def _build_screen(grid: Grid, overview: Overview, console: Console) -> Group:
-    """Build what fits the terminal: all cells, or those that are running or failed."""
+    """Build table, artifacts and footer; only running or failed cells if not all fit the terminal."""
     artifacts = [Text(line) for line in render_running_artifacts(overview)]
     max_rows = console.height - 3 - len(artifacts)
     listing = list_cells(grid, overview, show_progress=True)
@@ -101,7 +101,7 @@ def _build_screen(grid: Grid, overview: Overview, console: Console) -> Group:
 
 
 def _print_state_changes(grid: Grid, console: Console) -> OverviewDisplay:
-    """Print a line whenever the state of a cell has changed."""
+    """Print a line of state counts for an overview sent to this generator if a state changed."""
     previous_states = None
     while True:
         overview = yield

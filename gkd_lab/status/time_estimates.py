@@ -64,7 +64,7 @@ class TimeEstimator:
     _flops_cache: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
     def add_finished_cell(self, training: Training, status: Mapping[str, Any]) -> None:
-        """Add the time of a finished cell; one that was recorded without its time is ignored."""
+        """Add a done cell's time to those of its kind; without a time, or again: ignored."""
         if training.full_fingerprint in self._added_fingerprints:
             return
         if status.get("state") == "done" and status.get("seconds") and status.get("shared_by"):
@@ -77,7 +77,10 @@ class TimeEstimator:
             measured.cells += 1
 
     def estimate_cell(self, training: Training, *, is_packed: bool) -> Estimate:
-        """Estimate the training of one cell: alone, or its share of a pack."""
+        """Estimate a cell's training seconds by finished cells of its kind, else by FLOPs.
+
+        `is_packed`: its share of a pack, else alone. Records of other experiments are read once per task.
+        """
         kind = self._build_kind_key(training, is_packed=is_packed)
         if kind not in self._measured_times and training.task not in self._searched_tasks:
             self._searched_tasks.add(training.task)
@@ -91,7 +94,7 @@ class TimeEstimator:
         return _estimate_seconds(self._compute_flops(training))
 
     def estimate_artifact(self, role: str, model: SftModel) -> Estimate:
-        """Estimate the building of a teacher or an SFT student."""
+        """Estimate the seconds to train a teacher or an SFT student, by FLOPs only."""
         return _estimate_seconds(estimate_sft_flops(model, self._get_parameter_count(role, model)))
 
     def describe_source(self) -> str | None:
@@ -103,7 +106,7 @@ class TimeEstimator:
         return f"{count} finished cell{'s' * (count > 1)} of the same kind ({devices})"
 
     def _get_parameter_count(self, role: str, model: SftModel) -> int | None:
-        """Return the parameters of a model as specified or recorded; None if it is not built yet."""
+        """Return a model's number of parameters; None if not specified and not built yet."""
         key = model.full_fingerprint
         if key not in self._parameter_counts:
             count = count_model_parameters(model)
@@ -113,7 +116,10 @@ class TimeEstimator:
         return self._parameter_counts[key]
 
     def _compute_relative_flops(self, training: Training) -> float:
-        """Return FLOPs; of models of unknown size up to a factor, as if both had one parameter."""
+        """Return a training's FLOPs; of unknown sizes as if both models had one parameter.
+
+        For comparison within one kind only.
+        """
         flops = self._compute_flops(training)
         if flops is None:
             flops = estimate_training_flops(training, 1, 1)
@@ -121,7 +127,7 @@ class TimeEstimator:
         return flops
 
     def _compute_flops(self, training: Training) -> float | None:
-        """Return the FLOPs of a training; None where the size of a model is unknown."""
+        """Return the FLOPs of a training, cached; None where the size of a model is unknown."""
         key = (
             *(training.start.full_fingerprint, training.teacher.full_fingerprint),
             *(training.max_input_tokens, training.max_output_tokens),
@@ -134,7 +140,7 @@ class TimeEstimator:
         return self._flops_cache[key]
 
     def _build_kind_key(self, training: Training, *, is_packed: bool) -> str:
-        """Build the key that cells of one kind share."""
+        """Return a text that is equal for cells of one kind, whose times can be compared."""
         parts = (
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
@@ -147,7 +153,7 @@ class TimeEstimator:
         return self._kind_keys[parts]
 
     def _add_cells_of_other_experiments(self, task: str) -> None:
-        """Add the newest finished cells of a task, whatever experiment they belong to."""
+        """Add times of a task's newest cell records (200 at most), any experiment's."""
         records = _list_newest_cell_records(self.store.root / self.scale / task)
         for record in islice(records, _MAX_RECORDS_READ):
             status = record.read_status()
@@ -159,7 +165,7 @@ class TimeEstimator:
 def create_estimator(
     cells: Iterable[tuple[Cell, Mapping[str, Any]]], store: Store, scale: str
 ) -> TimeEstimator:
-    """Create an estimator from cells and the statuses of their trainings."""
+    """Create an estimator from (cell, status of its training) pairs; only done ones count."""
     estimator = TimeEstimator(store, scale)
     for cell, status in cells:
         estimator.add_finished_cell(cell.training, status)
@@ -167,14 +173,14 @@ def create_estimator(
 
 
 def _estimate_seconds(flops: float | None) -> Estimate:
-    """Estimate the time of so many FLOPs at the nominal rate."""
+    """Estimate the time of so many FLOPs at the nominal rate; None gives basis `nothing`."""
     if flops is None:
         return Estimate(None, "nothing")
     return Estimate(flops / NOMINAL_FLOPS_PER_SECOND, "FLOPs")
 
 
 def _list_speed_fields(model: SftModel) -> list[Any]:
-    """List the fields of a model and its data that decide its speed; the content of data does not."""
+    """Return the fields of a model and its data that decide its speed, not the data's content."""
     data = model.data
     return [
         *(model.family, model.model, model.precision, model.tokenizer),
@@ -183,14 +189,14 @@ def _list_speed_fields(model: SftModel) -> list[Any]:
 
 
 def _list_newest_cell_records(folder: Path) -> Iterator[Record]:
-    """Yield the records of a task's cells, newest first."""
+    """Yield the records of the cells in a task's folder, last modified first."""
     paths = [path for path in folder.glob("lmbda=*") if path.is_dir()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         yield Record(path)
 
 
 def _load_training(record: Record) -> Training | None:
-    """Load the specification of a record; None where this version cannot read it."""
+    """Load the training that a record specifies; None where this version cannot read it."""
     spec = (read_json(record.folder / "spec.json") or {}).get("spec")
     try:
         return Training.model_validate(spec)

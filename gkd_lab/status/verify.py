@@ -47,7 +47,7 @@ class VerificationResult:
 
 
 def list_candidate_records(grid: Grid, store: Store) -> list[Record]:
-    """List all records of the grid's tasks at its scale; some may belong to other experiments."""
+    """Return all records of the grid's tasks at its scale, other experiments' included."""
     tasks = dict.fromkeys(cell.task for cell in grid.cells)
     paths = (path for task in tasks for path in sorted((store.root / grid.scale / task).glob("*-*")))
     return [Record(path) for path in paths if path.is_dir()]
@@ -59,10 +59,10 @@ def verify_records(
     records: list[Record],
     report_progress: ProgressCallback = lambda done: None,
 ) -> VerificationResult:
-    """Verify these records; `grid` must be resolved from data and models as they are now.
+    """Verify records by fingerprints, hashes and recomputed scores; return counts and mismatches.
 
-    Of another experiment's records only those are reported whose data or models have changed: they may
-    have been this one's before.
+    `grid` must be resolved from data and models as they are now. Of another experiment's records only those
+    are reported whose data or models have changed: they may have been this one's before.
     """
     result, scorer = VerificationResult(), Scorer()
     revisions = {key: revision for cell in grid.cells for key, revision in list_revisions(cell.training)}
@@ -80,7 +80,7 @@ def verify_records(
 
 
 def _list_experiment_folders(grid: Grid, store: Store) -> set[Path]:
-    """List the folders of the grid's cells, reference models, teacher texts and teacher scores."""
+    """Return the record folders of the grid's cells, reference models, teacher texts and scores."""
     folders = {store.get_record(cell).folder for cell in grid.cells}
     for role, model, _ in list_references(grid.cells):
         folders.add(store.get_artifact(grid.scale, role, model).folder)
@@ -105,7 +105,7 @@ class RecordVerifier:
     """Of data and models as they are now."""
 
     def verify_record(self) -> None:
-        """Verify specification, sources, files, provenance and evaluations, unless a process works there."""
+        """Verify spec, sources, files, provenance and evaluations; a locked record is only noted."""
         if self.record.is_locked():
             self._add_note("left alone, another process works there")
             return
@@ -120,7 +120,7 @@ class RecordVerifier:
             self._verify_evaluation(EvaluationRecord(folder))
 
     def verify_revisions(self) -> None:
-        """Verify only the data and models of another experiment's record, if its specification is valid."""
+        """Verify only the revisions of data and models; nothing if the specification is invalid."""
         content = (read_json(self.record.folder / "spec.json") or {}).get("spec")
         try:
             spec = _get_spec_type(self.record.folder).model_validate(content)
@@ -129,7 +129,10 @@ class RecordVerifier:
         self._verify_source_revisions(spec)
 
     def _load_spec(self, folder: Path, spec_type: type[T]) -> T | None:
-        """Load the specification of a folder and compare it with its fingerprint and the folder's name."""
+        """Load a folder's specification, None if unreadable; report a wrong fingerprint or name.
+
+        A specification with a wrong fingerprint is reported and returned.
+        """
         stored = read_json(folder / "spec.json")
         if stored is None:
             self._add_mismatch("spec.json is missing or damaged", folder)
@@ -157,13 +160,13 @@ class RecordVerifier:
         return spec
 
     def _is_done(self, record: Record | EvaluationRecord) -> bool:
-        """Return whether a record is done; a damaged status is a mismatch."""
+        """Return whether a record's state is `done`; a damaged status is added as a mismatch."""
         if record.status_file.exists() and not record.read_status():
             self._add_mismatch("status.json is damaged", record.folder)
         return record.read_status().get("state") == "done"
 
     def _verify_file_hashes(self) -> None:
-        """Compare the files that a training left with their stored hashes."""
+        """Add a mismatch for each file that changed since its hash was stored."""
         hashes = read_file_hashes(self.record.folder)
         if hashes is None:
             self._add_note("its files have no hashes to be compared with (files.json)")
@@ -173,7 +176,7 @@ class RecordVerifier:
             self._add_mismatch(change)
 
     def _verify_provenance(self, spec: Spec | None) -> None:
-        """Check that the provenance can be read and, of a training, that it names the same inputs."""
+        """Add a mismatch if the provenance is unreadable or, of a training, names other inputs."""
         provenance = self.record.read_provenance()
         if not provenance:
             self._add_mismatch("provenance.json is missing or damaged")
@@ -181,7 +184,7 @@ class RecordVerifier:
             self._verify_inputs(provenance, spec)
 
     def _verify_inputs(self, provenance: Mapping[str, Any], spec: Training) -> None:
-        """Compare the data and models that a training used with its specification and the stored models."""
+        """Add mismatches where a training used other data than specified or other models than stored."""
         scale = self.record.folder.parent.parent.name
         if "data" in provenance and provenance["data"].get("revision") != spec.data.revision:
             self._add_mismatch(
@@ -195,7 +198,7 @@ class RecordVerifier:
                     self._add_mismatch(f"its {role} {model.fingerprint} had another {name} than now")
 
     def _verify_evaluation(self, evaluation: EvaluationRecord) -> None:
-        """Verify specification, status and scores of one evaluation."""
+        """Verify specification and, if done, scores of one evaluation; of lm-eval the row count."""
         content = (read_json(evaluation.folder / "spec.json") or {}).get("spec", {})
         is_lm_eval = "lm_eval" in content or evaluation.folder.name.startswith("lm_eval-")
         spec_type = LmEvalEvaluation if is_lm_eval else Evaluation
@@ -209,13 +212,13 @@ class RecordVerifier:
             self._verify_scores(evaluation, spec)
 
     def _verify_row_count(self, evaluation: EvaluationRecord) -> None:
-        """Compare the number of an lm-eval task's predictions with the one in its status."""
+        """Add a mismatch if an lm-eval task has not as many predictions as its status states."""
         rows, written = len(evaluation.read_prediction_rows()), evaluation.read_status().get("rows")
         if written not in (None, rows):
             self._add_mismatch(f"predictions.jsonl has {rows} of {written} rows", evaluation.folder)
 
     def _verify_scores(self, evaluation: EvaluationRecord, spec: Evaluation) -> None:
-        """Compute the scores from the predictions and compare them with the stored ones."""
+        """Recompute the scores from the predictions; add a mismatch per difference from stored ones."""
         stored_scores = evaluation.read_scores()
         names = tuple(dict.fromkeys((*spec.metrics, *(name for name in stored_scores if name in METRICS))))
         try:
@@ -247,7 +250,7 @@ class RecordVerifier:
         computed_score: Mapping[str, Any],
         evaluation: EvaluationRecord,
     ) -> bool:
-        """Return whether a score is stored with the signature that it is computed with now."""
+        """Return whether a score is stored with the signature of now; if not, note or report it."""
         if name not in stored_scores:
             if "signature" in computed_score:
                 self._add_mismatch(f"scores.json has no {name}", evaluation.folder)
@@ -260,7 +263,7 @@ class RecordVerifier:
         return bool(stored == computed)
 
     def _verify_source_revisions(self, spec: Spec) -> None:
-        """Compare the revisions of data and models in a specification with those of now."""
+        """Add a mismatch for each data set or model that has another revision now."""
         for key, revision in dict.fromkeys(list_revisions(spec)):
             current = self.revisions.get(key)
             if current is not None and current != revision:
@@ -270,20 +273,20 @@ class RecordVerifier:
                 )
 
     def _add_mismatch(self, message: str, folder: Path | None = None) -> None:
-        """Add a mismatch of the record, or of an evaluation's folder, to the result."""
+        """Add `<folder>: <message>` to the mismatches; `folder` None: the record's."""
         self.result.mismatches.append(f"{self._get_relative_folder(folder)}: {message}")
 
     def _add_note(self, message: str, folder: Path | None = None) -> None:
-        """Add a note on what could not be compared to the result."""
+        """Add `<folder>: <message>` to the notes on what was not compared; None: the record's."""
         self.result.notes.append(f"{self._get_relative_folder(folder)}: {message}")
 
     def _get_relative_folder(self, folder: Path | None) -> Path:
-        """Return a folder, by default the record's, relative to the outputs."""
+        """Return a folder (None: the record's) relative to the store's root."""
         return (folder or self.record.folder).relative_to(self.store.root)
 
 
 def _get_spec_type(folder: Path) -> type[Spec]:
-    """Return the class of the specification in a record's folder."""
+    """Return the class of a record's specification, by its folder's name; a training by default."""
     if folder.name.startswith(("teacher-", "start-")):
         return SftModel
     if folder.name.startswith("scores-"):
@@ -294,7 +297,7 @@ def _get_spec_type(folder: Path) -> type[Spec]:
 def _describe_score_changes(
     name: str, stored: Mapping[str, Any], computed: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield the changed numbers of a score; computed in the same order, only the last bits may differ."""
+    """Yield a text per number (value, low, high) that differs, by more than 1e-9."""
     for key in ("value", "low", "high"):
         a, b = stored.get(key), computed.get(key)
         is_equal = a == b if None in (a, b) else isclose(a or 0, b or 0, rel_tol=1e-9, abs_tol=1e-9)
@@ -304,7 +307,7 @@ def _describe_score_changes(
 
 
 def list_revisions(spec: Spec) -> Iterator[tuple[SourceKey, str]]:
-    """Yield (source, revision) of all local or made data and models; a hub's commit needs no check."""
+    """Yield (source key, revision) of all local or made data and models; those on the hub are skipped."""
     if isinstance(spec, Training):
         yield from list_revisions(spec.teacher)
         yield from list_revisions(spec.start)
@@ -317,18 +320,18 @@ def list_revisions(spec: Spec) -> Iterator[tuple[SourceKey, str]]:
 
 
 def _list_data_revisions(task: str, data: DataSpec) -> Iterator[tuple[SourceKey, str]]:
-    """Yield the revision of local or made data."""
+    """Yield (source key, revision) of local or made data; nothing for data on the hub."""
     if data.kind != "hub":
         yield ("data", task, data.path or data.name or "made", data.config or ""), data.revision
 
 
 def _list_model_revisions(model: ModelSpec) -> Iterator[tuple[SourceKey, str]]:
-    """Yield the revision of a local model."""
+    """Yield (source key, revision) of a local model; nothing for one on the hub or made."""
     if model.path is not None and model.revision is not None:
         yield ("model", model.path), model.revision
 
 
 def _shorten_revision(revision: str) -> str:
-    """Shorten a hash to its first digits."""
+    """Shorten `sha256:<digits>` to eight digits; a revision without algorithm stays whole."""
     algorithm, colon, digits = revision.partition(":")
     return f"{algorithm}:{digits[:SHOWN_DIGITS]}" if colon else revision

@@ -20,28 +20,31 @@ class FinishedEvaluation:
 
     @property
     def folder(self) -> str:
-        """Name of its folder, which ends with its fingerprint."""
+        """Name (not path) of the evaluation's folder, which ends with its fingerprint."""
         return self.record.folder.name
 
     @property
     def name(self) -> str:
-        """Its short name, such as `greedy`."""
+        """Short name, such as `greedy`; two evaluations of one record may share it."""
         return self.evaluation.name
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The evaluation's own metrics, then those that were computed later."""
+        """Names of the requested metrics, then of the stored ones that were computed later."""
         later = (name for name, score in self.record.read_scores().items() if "signature" in score)
         return tuple(dict.fromkeys((*self.evaluation.metrics, *later)))
 
     @property
     def sort_key(self) -> tuple[Any, ...]:
-        """Sorts the test split first, then greedy decoding."""
+        """Key that sorts the test split first, then greedy, beam, sampling, then by folder."""
         return self.evaluation.split != "test", _DECODING_ORDER.index(self.evaluation.decoding), self.folder
 
 
 def list_finished_evaluations(record: Record) -> list[FinishedEvaluation]:
-    """Return a record's finished evaluations, sorted. Raises ConfigError where there is none."""
+    """List a record's evaluations that are done and have predictions, sorted; never lm-eval's.
+
+    Raises ConfigError where there is none.
+    """
     finished, failures = [], []
     for path in sorted(record.folder.glob("evaluations/*/spec.json")):
         part = EvaluationRecord(path.parent)
@@ -63,10 +66,10 @@ Pair = tuple[FinishedEvaluation, FinishedEvaluation]
 def match_evaluations(
     a: list[FinishedEvaluation], b: list[FinishedEvaluation], evaluation_name: str | None
 ) -> tuple[FinishedEvaluation, FinishedEvaluation, tuple[str, ...]]:
-    """Return an evaluation of A, that of B which matches it, and the names of the other matches.
+    """Return (evaluation of A, its match in B, names of the other matching pairs).
 
-    Evaluations match if they are equal, else by name. Without a name the first match is returned. Raises
-    ConfigError where there is none.
+    Evaluations match if they are of equal settings, else by name. Without a name the best-sorted match is
+    returned. Raises ConfigError where there is none.
     """
     pairs = [(first, second) for first in a for second in b if first.folder == second.folder]
     matched = {evaluation.folder for pair in pairs for evaluation in pair}
@@ -90,18 +93,18 @@ def match_evaluations(
 
 
 def _unambiguous_names(pairs: list[Pair]) -> list[str]:
-    """Return the name of each pair, or its folder where two pairs have one name."""
+    """Return one name per pair: its short name, or its folder where pairs share the short name."""
     names = [first.name for first, _ in pairs]
     return [first.name if names.count(first.name) == 1 else first.folder for first, _ in pairs]
 
 
 def _join_names(evaluations: list[FinishedEvaluation]) -> str:
-    """List the distinct names of evaluations."""
+    """Join the distinct short names with commas, in their order."""
     return ", ".join(dict.fromkeys(evaluation.name for evaluation in evaluations))
 
 
 def _describe_unfinished(record: Record, failures: list[str]) -> str:
-    """Describe why a record has no finished evaluation."""
+    """Return an error text: the record's folder and why it has no finished evaluation."""
     state = record.read_state()
     if state != "done":
         reason = f"its training is {state if state != 'missing' else 'not finished'}"

@@ -8,18 +8,22 @@ from typing import Any
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 
 
-def divergence_label(beta: float | None) -> str:
-    """Format `Forward KL`, `JSD(0.1)`, ..., `Reverse KL` as on the paper's axes.
+def divergence_label(beta: float | None, kind: str | None = None) -> str:
+    """Format `JSD(0.1)`, at its ends `Forward KL`, `Reverse KL`; a kind without beta by its name.
 
-    Without a beta (None, infinite or NaN) it is `Total variation`.
+    `kind` is one of `DIVERGENCE_KINDS`, or the type of a term that is no divergence. Where it is not known
+    (None), a beta means `jsd`, and no beta (None, infinite or NaN) names the kinds that have none.
     """
-    if beta is None or not math.isfinite(beta):
-        return "Total variation"
-    return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
+    if kind is None:
+        is_jsd = beta is not None and math.isfinite(beta)
+        kind = "jsd" if is_jsd else " or ".join(NAMES_WITHOUT_BETA.values())
+    if kind == "jsd" and beta is not None:
+        return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
+    return NAMES_WITHOUT_BETA.get(kind, kind.replace("_", " ")).capitalize()
 
 
 def loss_label(objectives: Any) -> str:
-    """Format an experiment's list of objectives, or its JSON in a table, in one line.
+    """Format a list of loss terms, or its JSON, in one line: `JSD(0.5) + 0.1 cross entropy`.
 
     Omitted fields and a weight of 1 are left out.
     """
@@ -28,20 +32,20 @@ def loss_label(objectives: Any) -> str:
 
 
 def format_axis_value(axis: str, value: Any) -> str:
-    """Format a value of an axis: objectives by their terms, a number without needless digits."""
+    """Format a value without its axis's name: objectives by `loss_label`, floats by `:g`."""
     if axis == "objectives" and not isinstance(value, float):
         return loss_label(value)
     return _format_number(value)
 
 
 def format_axis_setting(axis: str, value: Any) -> str:
-    """Format `student small`; a list of objectives stands without the axis's name."""
+    """Format axis and value, such as `student small`; objectives stand without the axis's name."""
     text = format_axis_value(axis, value)
     return text if axis == "objectives" else f"{axis} {text}"
 
 
 def _format_weighted_term(term: dict[str, Any]) -> str:
-    """Format a term behind its weight, or behind `0.5 to 1` for a weight that changes."""
+    """Format a term as `JSD(0.1)`, `0.5 JSD(0.1)` or `0.5 to 1 JSD(0.1)`; pops keys of `term`."""
     weight, final_weight = term.pop("weight", 1), term.pop("final_weight", None)
     term_type = term.pop("type", "divergence")
     is_divergence = term_type == "divergence"
@@ -52,9 +56,8 @@ def _format_weighted_term(term: dict[str, Any]) -> str:
 
 
 def _format_divergence_term(term: dict[str, Any]) -> str:
-    """Format a divergence with its temperatures and teachers."""
-    name = NAMES_WITHOUT_BETA.get(term.get("divergence", ""), "").capitalize()
-    name = name or divergence_label(term.get("beta"))
+    """Format a divergence's label, its temperatures unless 1, its scaling and its teachers."""
+    name = divergence_label(term.get("beta"), term.get("divergence"))
     temperatures = {side: term.get(f"{side}_temperature", 1) for side in ("teacher", "student")}
     if temperatures["teacher"] == temperatures["student"] != 1:
         name += f" at T = {temperatures['teacher']:g}"
@@ -67,7 +70,10 @@ def _format_divergence_term(term: dict[str, Any]) -> str:
 
 
 def _format_teachers(term: Mapping[str, Any]) -> str:
-    """Name the teachers and their weights; older tables call them `teacher` and `mixture`."""
+    """Format ` of a and b`, ` of 0.3 a + 0.7 b` or ` of a or b, by row`; empty without teachers.
+
+    Older tables call the fields `teacher` and `mixture`.
+    """
     teachers = term.get("teachers", term.get("teacher"))
     if teachers is None:
         return ""
@@ -81,7 +87,7 @@ def _format_teachers(term: Mapping[str, Any]) -> str:
 
 
 def _format_other_term(term_type: str, settings: Mapping[str, Any]) -> str:
-    """Format a term that is no divergence, with its settings in brackets."""
+    """Format a term that is no divergence as `hidden states (mse, layers 2)`; no empty brackets."""
     name = term_type.replace("_", " ")
     parts = ", ".join(
         value if isinstance(value, str) else f"{field.replace('_', ' ')} {_format_number(value)}"
@@ -91,5 +97,5 @@ def _format_other_term(term_type: str, settings: Mapping[str, Any]) -> str:
 
 
 def _format_number(value: Any) -> str:
-    """Format a float without needless digits, anything else as it is."""
+    """Format a float by `:g`, anything else by `str`."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -54,7 +54,7 @@ class ScoreChange:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the value or its signature differs."""
+        """Whether the value or its signature differs from before; True for a new score."""
         return self.old_value != self.new_value or self.old_signature != self.new_signature
 
 
@@ -73,11 +73,11 @@ class RescoreOutcome:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all records were rescored."""
+        """Whether no record was damaged or locked and no metric refused its predictions."""
         return not (self.damage_messages or self.refusals or self.locked_folders)
 
     def add(self, other: "RescoreOutcome") -> None:
-        """Add the results of other records."""
+        """Add the counts and append the lists of another outcome to this one, in place."""
         self.evaluation_count += other.evaluation_count
         self.prediction_count += other.prediction_count
         self.changes += other.changes
@@ -89,7 +89,7 @@ class RescoreOutcome:
 def collect_rescore_jobs(
     grid: Grid, store: Store, metrics: Sequence[str] | None
 ) -> tuple[list[RescoreJob], list[str]]:
-    """Return the jobs, reference models first, and the folders of evaluations without predictions.
+    """Return (a job per record, reference models first; folders of evaluations not finished).
 
     `metrics` None: those that the grid's evaluations name. lm-eval's evaluations are left out.
     """
@@ -104,7 +104,7 @@ def collect_rescore_jobs(
 
 
 def _iterate_records(grid: Grid, store: Store) -> Iterator[tuple[Record, list[Cell]]]:
-    """Yield each reference model's record with the cells that use it, then each cell's own."""
+    """Yield (record, cells that use it): each reference model, then each cell with itself."""
     for role, model, cells in list_references(grid.cells):
         yield store.get_artifact(grid.scale, role, model), cells
     for cell in grid.cells:
@@ -114,7 +114,10 @@ def _iterate_records(grid: Grid, store: Store) -> Iterator[tuple[Record, list[Ce
 def _collect_evaluations(
     record: Record, cells: Sequence[Cell], metrics: Sequence[str] | None
 ) -> Iterator[EvaluationJob]:
-    """Yield each evaluation once, with all metrics that some cell names for it."""
+    """Yield a job per distinct evaluation: with `metrics`, else with all that some cell names.
+
+    lm-eval's evaluations are left out.
+    """
     collected: dict[Path, tuple[EvaluationRecord, str, dict[str, None]]] = {}
     for evaluations in dict.fromkeys(cell.evaluations for cell in cells):
         names = name_evaluations(evaluations)
@@ -130,7 +133,7 @@ def _collect_evaluations(
 
 
 def list_lm_eval_evaluations(grid: Grid) -> list[str]:
-    """Return the names of the evaluations that lm-eval scores, which have no predictions to rescore."""
+    """List the distinct names of the grid's lm-eval evaluations, which cannot be rescored."""
     evaluations = (evaluation for cell in grid.cells for evaluation in cell.evaluations)
     return list(dict.fromkeys(e.name for e in evaluations if isinstance(e, LmEvalEvaluation)))
 
@@ -141,10 +144,10 @@ def list_lm_eval_evaluations(grid: Grid) -> list[str]:
 def rescore_records(
     jobs: Sequence[RescoreJob], report_progress: Callable[[int], None] = lambda done: None
 ) -> RescoreOutcome:
-    """Rescore each record under its lock; call `report_progress` with the number of finished jobs.
+    """Rewrite the scores of all records, each under its lock; return the summed outcome.
 
-    Damaged and locked records are listed in the outcome, and the others are rescored. Raises OSError when
-    a file cannot be written.
+    `report_progress` is called with the number of finished jobs so far. Damaged and locked records are
+    listed in the outcome, and the others are rescored. Raises OSError when a file cannot be written.
     """
     outcome, done = RescoreOutcome(), 0
     for part, count in _rescore_in_processes(jobs):
@@ -155,7 +158,7 @@ def rescore_records(
 
 
 def _rescore_in_processes(jobs: Sequence[RescoreJob]) -> Iterator[tuple[RescoreOutcome, int]]:
-    """Yield outcome and number of jobs, one by one for few jobs, else in chunks by several processes."""
+    """Yield (outcome, number of its jobs): job by job if few, else in chunks by processes."""
     workers = os.cpu_count() or 1
     if len(jobs) < _MIN_RECORDS_FOR_PROCESSES or workers == 1:
         yield from ((rescore_sequentially([job]), 1) for job in jobs)
@@ -167,18 +170,21 @@ def _rescore_in_processes(jobs: Sequence[RescoreJob]) -> Iterator[tuple[RescoreO
 
 
 def _ignore_interrupts() -> None:
-    """Ignore Ctrl-C, which reaches all processes of a terminal: the caller stops after open records."""
+    """Make this worker process ignore Ctrl-C; the parent process handles it.
+
+    Ctrl-C reaches all processes of a terminal: the caller stops after open records.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache
 def _get_scorer() -> Scorer:
-    """Return the scorer of this process; records share references, and often predictions."""
+    """Return the one scorer of this process, cached: records share references and predictions."""
     return Scorer()
 
 
 def rescore_sequentially(jobs: Iterable[RescoreJob]) -> RescoreOutcome:
-    """Rescore records one after another in this process."""
+    """Rescore records one by one in this process, skipping locked ones; return one outcome."""
     outcome, scorer = RescoreOutcome(), _get_scorer()
     for job in jobs:
         try:
@@ -192,7 +198,7 @@ def rescore_sequentially(jobs: Iterable[RescoreJob]) -> RescoreOutcome:
 
 
 def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scorer: Scorer) -> None:
-    """Rescore one evaluation and add the result to the outcome."""
+    """Rewrite the scores of one evaluation; add counts and changes, or the failure, to `outcome`."""
     try:
         rescored = rescore_evaluation(evaluation.record, evaluation.metrics, scorer)
     except DamagedRecord as error:
@@ -210,7 +216,7 @@ def _rescore_evaluation(evaluation: EvaluationJob, outcome: RescoreOutcome, scor
 
 
 def _build_score_change(name: str, metric: str, before: MetricScores, after: MetricScores) -> ScoreChange:
-    """Compare one metric's score before and after."""
+    """Pair the old and new value and signature of one metric, named `<name>/<metric>`."""
     old, new = before.get(metric, {}), after[metric]
     return ScoreChange(
         f"{name}/{metric}", old.get("value"), new["value"], old.get("signature"), new["signature"]
@@ -223,7 +229,7 @@ _MAX_LISTED = 5
 
 
 def format_rescored_lines(outcome: RescoreOutcome, record_count: int) -> Iterator[str]:
-    """Yield a line with the counts, and one for each metric of each evaluation."""
+    """Yield a line with the counts, then a line per evaluation and metric on what changed."""
     yield (
         f"rescored {_format_count(outcome.evaluation_count, 'evaluation')} of "
         f"{_format_count(record_count, 'record')}, {outcome.prediction_count:,} predictions"
@@ -233,7 +239,7 @@ def format_rescored_lines(outcome: RescoreOutcome, record_count: int) -> Iterato
 
 
 def _format_changes(changes: Sequence[ScoreChange]) -> str:
-    """Format how many scores of one metric changed, their means and signatures."""
+    """Format the changes of one metric: `unchanged in 5`, `new in 5, mean ...` or `changed in 3 of 5`."""
     changed = [change for change in changes if change.is_changed]
     if not changed:
         return f"unchanged in {len(changes)}"
@@ -252,24 +258,24 @@ def _format_changes(changes: Sequence[ScoreChange]) -> str:
 
 
 def _format_mean_change(changes: Sequence[ScoreChange]) -> str:
-    """Format the means before and after, and the smallest and largest change."""
+    """Format means and smallest to largest change: `30.10 -> 31.20 (+0.50 to +2.00)`."""
     old = [change.old_value for change in changes if change.old_value is not None]
     steps = [change.new_value - value for change, value in zip(changes, old, strict=True)]
     return f"{fmean(old):.2f} -> {_format_new_mean(changes)} ({min(steps):+.2f} to {max(steps):+.2f})"
 
 
 def _format_new_mean(changes: Sequence[ScoreChange]) -> str:
-    """Format the mean of the new values."""
+    """Format the mean of the new values with two decimals."""
     return f"{fmean(change.new_value for change in changes):.2f}"
 
 
 def _join_signatures(changes: Sequence[ScoreChange]) -> str:
-    """List the distinct new signatures."""
+    """Join the distinct new signatures with commas, sorted."""
     return ", ".join(sorted({change.new_signature for change in changes}))
 
 
 def format_unscored_lines(grid: Grid, outcome: RescoreOutcome, missing: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each reason why something was not rescored."""
+    """Yield a line per failure reason, and one each on locked, unfinished and lm-eval parts."""
     for message in outcome.damage_messages:
         yield f"failed: {message}"
     for reason in dict.fromkeys(reason for reason, _ in outcome.refusals):
@@ -286,11 +292,11 @@ def format_unscored_lines(grid: Grid, outcome: RescoreOutcome, missing: Sequence
 
 
 def _join_truncated(heading: str, names: Sequence[str]) -> str:
-    """Format `heading: a, b and 3 more`."""
+    """Format `heading: a, b, c, d, e and 3 more`: five names at most."""
     hidden = len(names) - _MAX_LISTED
     return f"{heading}: {', '.join(names[:_MAX_LISTED])}" + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _format_count(number: int, noun: str) -> str:
-    """Format `1 record` or `2 records`."""
+    """Format `1 record` or `2,000 records`: thousands separator, plural by an s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

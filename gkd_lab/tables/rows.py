@@ -20,7 +20,7 @@ _LM_EVAL_DETAILS = ("lm_eval", "task_hash")
 
 
 def build_table_rows(grid: Grid, store: Store) -> list[TableRow]:
-    """Build the rows of the SFT students, the teachers and the cells, each in the grid's order."""
+    """Build a dict (column -> value) per SFT student, then per teacher, then per cell."""
     axes = list_extra_axes(grid)
     references = sorted(list_references(grid.cells), key=lambda reference: reference.role != "start")
     reference_rows = [_build_reference_row(grid, store, axes, *reference) for reference in references]
@@ -28,29 +28,32 @@ def build_table_rows(grid: Grid, store: Store) -> list[TableRow]:
 
 
 def list_extra_axes(grid: Grid) -> tuple[str, ...]:
-    """Return the axes beside task, lmbda, beta and seed, each of which is a column."""
+    """Return the grid's axes besides task, lmbda, beta and seed; each is a column."""
     return tuple(axis for axis in grid.axes if axis not in _FIXED_AXES)
 
 
 def find_headline_column(grid: Grid, task: str) -> str:
-    """Return the column of a task's main score: first metric of the first evaluation."""
+    """Return `<evaluation>/<metric>` of a task's main score: first evaluation, its first metric."""
     cell = next(cell for cell in grid.cells if cell.task == task)
     evaluation, metric = get_primary_metric(cell)
     return f"{name_evaluations(cell.evaluations)[evaluation.folder]}/{metric}"
 
 
 def get_primary_metric(cell: Cell) -> tuple[AnyEvaluation, str]:
-    """Return the first evaluation and its first metric."""
+    """Return (the cell's first evaluation, name of the first metric of that evaluation)."""
     return cell.evaluations[0], _get_first_metric(cell.evaluations[0])
 
 
 def _get_first_metric(evaluation: AnyEvaluation) -> str:
-    """Return an evaluation's first metric; `acc` for an lm-eval task that names none."""
+    """Return the name of an evaluation's first metric; `acc` for an lm-eval task without any."""
     return next(iter(evaluation.metrics), "acc")
 
 
 def list_metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]:
-    """Yield the score columns that a cell's evaluations call for, whether or not scores exist."""
+    """Yield the requested score columns with their `.low` and `.high`, scored yet or not.
+
+    A cell with one evaluation has each column under the metric's name alone, too.
+    """
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
         first = (_get_first_metric(evaluation),) if evaluation is evaluations[0] else ()
@@ -61,12 +64,12 @@ def list_metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]
 
 
 def _list_bound_columns(name: str) -> tuple[str, str, str]:
-    """Return a score's column and those of its interval."""
+    """Return three column names: the score's, and the same with `.low` and `.high`."""
     return name, f"{name}.low", f"{name}.high"
 
 
 def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
-    """Return folder -> name in columns; with the fingerprint where two evaluations have one name."""
+    """Map each evaluation's folder to its name in columns: `name-fingerprint` if not unique."""
     names = [evaluation.name for evaluation in evaluations]
     return {
         evaluation.folder: name if names.count(name) == 1 else f"{name}-{evaluation.fingerprint}"
@@ -77,7 +80,7 @@ def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
 def _build_reference_row(
     grid: Grid, store: Store, axes: tuple[str, ...], role: str, model: SftModel, cells: list[Cell]
 ) -> TableRow:
-    """Build the row of a reference model; an axis is filled where all cells that use the model agree."""
+    """Build a reference model's row; an axis has a value if all cells of the model agree on it."""
     values = {axis: {encode_axis_value(cell.labels[axis]) for cell in cells} for axis in axes}
     shared = {axis: options.pop() if len(options) == 1 else None for axis, options in values.items()}
     return {
@@ -91,7 +94,7 @@ def _build_reference_row(
 
 
 def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell) -> TableRow:
-    """Build the row of a trained cell."""
+    """Build a trained cell's row: settings, status, scores, start, teacher and `stands_for`."""
     points = grid.stands_for.get(cell.full_fingerprint)
     return {
         "cell": cell.fingerprint,
@@ -109,7 +112,10 @@ def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell)
 
 
 def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> TableRow:
-    """Read status, scores and first error of a record: one file, and two for each evaluation."""
+    """Read status, state per evaluation, score columns and first error of a record.
+
+    Reads one file, and two for each evaluation. Added lm-eval tasks have columns and do not affect `status`.
+    """
     status = record.read_status()
     stored_states, errors, scores = [], [get_error_line(status)], {}
     names = name_evaluations(evaluations)
@@ -139,7 +145,7 @@ def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> Tab
 def _find_added_evaluations(
     record: Record, evaluations: Sequence[AnyEvaluation], used_names: Iterable[str]
 ) -> Iterator[tuple[str, EvaluationRecord]]:
-    """Yield name and record of the lm-eval tasks that `gkd-lab evaluate` added; they change no status."""
+    """Yield (unique name, record) of lm-eval tasks that `gkd-lab evaluate` added afterwards."""
     folders, taken = {evaluation.folder for evaluation in evaluations}, set(used_names)
     added = [e for e in record.list_harness_evaluations() if e.folder not in folders]
     for evaluation in added:
@@ -151,7 +157,10 @@ def _find_added_evaluations(
 def _flatten_scores(
     scores: Mapping[str, Mapping[str, Any]], name: str, include_short_names: bool
 ) -> TableRow:
-    """Return the columns of an evaluation's scores: values, interval ends, lm-eval details."""
+    """Return columns `<name>/<metric>`, their `.low` and `.high`, and lm-eval's details.
+
+    With `include_short_names` each metric has columns under its name alone, too.
+    """
     columns: TableRow = {}
     for metric, score in scores.items():
         for column in (f"{name}/{metric}", metric) if include_short_names else (f"{name}/{metric}",):
@@ -162,12 +171,12 @@ def _flatten_scores(
 
 
 def encode_axis_value(value: Any) -> Any:
-    """Return an axis value that fits one table cell: lists and settings become JSON."""
+    """Return a scalar or None as it is, anything else as JSON text, so that it fits a table cell."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return json.dumps(value, sort_keys=True, default=_dump_value)
 
 
 def _dump_value(value: Any) -> Any:
-    """Return a sequence as a list, a pydantic model as a dictionary."""
+    """Return an iterable as a list, a pydantic model as a dict: the `default` of json.dumps."""
     return list(value) if isinstance(value, Iterable) else value.model_dump(mode="json")

@@ -19,7 +19,7 @@ _TRAILING_COLUMNS = ("start_cell", "teacher_cell", "stands_for", "error")
 
 
 def table(grid: Grid, store: Store) -> pd.DataFrame:
-    """Build the results table: a row per reference model, then a row per cell in the grid's order.
+    """Build the results table as a data frame: a row per reference model, then a row per cell.
 
     Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes, `status`,
     `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one evaluation) with
@@ -39,7 +39,7 @@ def table(grid: Grid, store: Store) -> pd.DataFrame:
 
 
 def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
-    """Return the columns of all expected scores, then of others, each in order of first appearance."""
+    """Return the score columns: the requested ones, then others that some row has, each once."""
     columns: dict[str, None] = {}
     for evaluations in dict.fromkeys(cell.evaluations for cell in grid.cells):
         columns.update(dict.fromkeys(list_metric_columns(evaluations)))
@@ -52,9 +52,9 @@ def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
 
 
 def list_axes(frame: pd.DataFrame) -> list[str]:
-    """Return the axes beside task, lmbda, beta and seed: the columns between `seed` and `status`.
+    """Return the frame's axis columns, those between `seed` and `status`, without `divergence`.
 
-    `divergence` is left out, because a null `beta` tells it.
+    A null `beta` tells the divergence. task, lmbda, beta and seed are always there and not among them.
     """
     columns = list(frame.columns)
     axes = columns[columns.index("seed") + 1 : columns.index("status")]
@@ -65,7 +65,7 @@ _PROVENANCE_FIELDS = ("gkd_lab", "commit", "changed", "python", "packages", "mac
 
 
 def collect_table_provenance(grid: Grid, store: Store) -> dict[str, Any]:
-    """Return experiment, scale, and how many finished cells each code, package and machine state made."""
+    """Return experiment, scale and `origins`: cells per distinct code, packages and machine."""
     origins: dict[str, int] = {}
     for cell in grid.cells:
         provenance = store.get_record(cell).read_provenance()
@@ -84,7 +84,7 @@ def collect_table_provenance(grid: Grid, store: Store) -> dict[str, Any]:
 
 
 def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
-    """Encode the table in one of `TABLE_FORMATS`; text is UTF-8.
+    """Encode the table as csv, json, parquet or md and return bytes; text is UTF-8.
 
     In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown is for reading: numbers are
     rounded and empty columns left out.
@@ -99,7 +99,7 @@ def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
 
 
 def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
-    """Return the rows as plain dictionaries, with None where a value is missing."""
+    """Return a dict (column -> value) per row, with None for every missing value (NaN, NA)."""
     columns = [
         [None if _is_missing(value) else value for value in frame[name].astype(object)]
         for name in frame.columns
@@ -109,6 +109,7 @@ def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
 
 
 def _is_integer_or_missing(value: Any) -> bool:
+    """Return whether a value is None or an int; bools and floats are not."""
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
@@ -118,22 +119,25 @@ def _is_missing(value: Any) -> bool:
 
 
 def _encode_csv(frame: pd.DataFrame) -> bytes:
+    """Encode as CSV bytes with a header and no index; nested columns as JSON text."""
     return _encode_nested_columns(frame).to_csv(index=False).encode()
 
 
 def _encode_json(frame: pd.DataFrame) -> bytes:
+    """Encode as JSON bytes: an array of objects, one row a line; missing is null, columns stay nested."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in list_table_rows(frame)]
     return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
 
 
 def _encode_parquet(frame: pd.DataFrame) -> bytes:
+    """Encode as Parquet bytes without index; nested columns as JSON text."""
     buffer = io.BytesIO()
     _encode_nested_columns(frame).to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
 def _encode_nested_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with nested columns as JSON text."""
+    """Return a copy whose `evaluations` and `stands_for` are JSON text, or None if missing."""
     flat = frame.copy()
     for column in ("evaluations", "stands_for"):
         flat[column] = [
@@ -147,7 +151,7 @@ _HIDDEN_COLUMNS = ("evaluations", "start_cell", "teacher_cell")
 
 
 def _encode_markdown(frame: pd.DataFrame) -> bytes:
-    """Encode as an aligned table, each score once and with its interval in one column."""
+    """Encode as a GitHub table in bytes: rounded, no empty columns, intervals beside their scores."""
     names = [
         name
         for name in frame.columns
@@ -158,14 +162,14 @@ def _encode_markdown(frame: pd.DataFrame) -> bytes:
 
 
 def _is_redundant_column(name: str, frame: pd.DataFrame) -> bool:
-    """Return whether a column repeats another one, or is only in the other formats."""
+    """Return whether Markdown omits a column: bounds, lm-eval details, long form of a score."""
     is_detail = name.endswith((".low", ".high", ".lm_eval", ".task_hash"))
     has_short_form = "/" in name and name.split("/", 1)[1] in frame.columns
     return name in _HIDDEN_COLUMNS or is_detail or has_short_form
 
 
 def _format_score(row: TableRow, name: str) -> str:
-    """Format a value, with its interval if it is a score that has one."""
+    """Format a value of a row; a score with bounds as `12.3 [11.0, 13.5]`, a share with 3 digits."""
     low, high = row.get(f"{name}.low"), row.get(f"{name}.high")
     if row[name] is None or low is None or high is None:
         return _format_value(row[name])
@@ -175,7 +179,7 @@ def _format_score(row: TableRow, name: str) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """Format a value for a Markdown cell."""
+    """Format a Markdown cell: None empty, floats with 4 digits, dicts as `name: state`; `|` escaped."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -193,6 +193,9 @@ def test_labels_are_the_papers_and_colours_differ() -> None:
     for no_beta in (None, float("inf"), float("nan")):
         assert divergence_label(no_beta) == "Total variation"
         assert get_divergence_color(no_beta) not in [get_divergence_color(beta) for beta in betas]
+    assert divergence_label(None, "tv") == "Total variation"
+    assert divergence_label(0.5, "jsd") == "JSD(0.5)"
+    assert divergence_label(None, "squared_error") == "Squared error"
 
 
 def test_text_contrasts_with_its_background() -> None:

@@ -18,7 +18,7 @@ _TEXT_COLUMNS = (
 
 
 def load_figures() -> dict[str, dict[str, Any]]:
-    """Load figure (ICLR numbering) -> `how` it was read, `error`, what it `shows`, and maybe a `note`.
+    """Return figure (ICLR number) -> dict of `how` it was read, `error`, what it `shows`, maybe `note`.
 
     `error` is the largest error of a number, in its own unit; a mapping where metrics differ.
     """
@@ -28,7 +28,7 @@ def load_figures() -> dict[str, dict[str, Any]]:
 
 
 def load_values() -> pd.DataFrame:
-    """Load the paper's numbers, one per row.
+    """Load the paper's numbers as a data frame, one per row; the caller may change it.
 
     Columns: `figure`, `task` (as here), `data` (as the paper calls it), `student` (size), `decoding`
     (`greedy`, `sample`, `beam`), `temperature` (of decoding by sampling), `teacher_temperature` (in the
@@ -45,7 +45,7 @@ def load_values() -> pd.DataFrame:
 
 @cache
 def _read_values() -> pd.DataFrame:
-    """Read `values.csv` once and add the columns that follow from the others."""
+    """Read `values.csv` once and add columns `how`, `error`, `gain` and `gain_error`."""
     source = files(__package__) / "values.csv"
     with source.open("r", encoding="utf-8") as file:
         frame = pd.read_csv(file, dtype=dict.fromkeys(_TEXT_COLUMNS, "object"))
@@ -61,12 +61,15 @@ def _read_values() -> pd.DataFrame:
 
 
 def _get_reading_error(error: float | dict[str, float], metric: str) -> float:
-    """Return a figure's error for one metric."""
+    """Return the largest reading error of a metric: a figure states one error, or one per metric."""
     return float(error[metric] if isinstance(error, dict) else error)
 
 
 def _get_start_error(row: dict[Any, Any]) -> float:
-    """Return the error of a row's start: drawn in Figures 1, A.10 and A.11, elsewhere printed."""
+    """Return the reading error of a row's start score; NaN where the paper states no start.
+
+    It is drawn in Figures 1, A.10 and A.11, elsewhere printed.
+    """
     if math.isnan(row["start"]):
         return math.nan
     is_drawn = row["figure"] in ("1", "A.10", "A.11")
