@@ -151,7 +151,7 @@ class MonotoneTrend(Check):
     is_falling: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build score at each axis value minus that at the value before; negated if falling."""
+        """Build mean score at an axis value minus that at the value before; negated if falling."""
         groups = group_by_axis(figure_cells, self.axis)
         sign = -1 if self.is_falling else 1
         contrasts = [
@@ -197,7 +197,7 @@ class SpanBelowEffect(Check):
     span_axis: str
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build (better minus worse at a value) minus the span of the better, for each value."""
+        """Build (better minus worse) minus the better's span, at each value of `span_axis`."""
         better = group_by_axis(figure_cells, self.span_axis, self.better)
         worse = group_by_axis(figure_cells, self.span_axis, self.worse)
         span = build_span_scores([index for indices in better.values() for index in indices], sign=-1)
@@ -263,7 +263,7 @@ class MeasuredDifference(Check):
     is_ratio: bool = False
 
     def build_contrasts(self, figure_cells: Sequence[FigureCell]) -> ColumnContrasts:
-        """Build one contrast: mean of first minus mean of second, or divided by it."""
+        """Build one contrast: mean of first minus mean of second, or the ratio of both means."""
         selectors = (self.first, self.second)
         first, second = (tuple(find_matches(figure_cells, selector)) for selector in selectors)
         missing = _list_missing([(self.first, first), (self.second, second)])

@@ -65,7 +65,7 @@ def judge(
 def _judge_claim(
     claim: Claim, measurements: Sequence[Measurement], resample: ResampleLookup | None
 ) -> ClaimVerdict:
-    """Judge all columns of a claim, combine and describe them; `resample` None: judge by sign."""
+    """Return a claim's verdict over all columns, with its detail text; `resample` None: by sign."""
     columns, reasons = _judge_columns(claim.checks, measurements, resample)
     judged = [column for column in columns if column.contrasts]
     unfinished = [figure_cell for column in columns for figure_cell in column.unfinished_cells]
@@ -125,7 +125,7 @@ def _judge_columns(
 def _group_columns(
     check: Check, measurements: Sequence[Measurement]
 ) -> list[tuple[FigureCell, ColumnMeasurements]]:
-    """Group the measurements a check reads: a pair (shared fields, cell values -> seeds) per column."""
+    """Return per column that a check reads (its shared fields, cell values -> list over seeds)."""
     varying = check.list_varying_fields()
     shared = [name for name in FIGURE_CELL_FIELDS if name not in varying]
     columns: dict[tuple[Any, ...], ColumnMeasurements] = {}
@@ -140,7 +140,7 @@ def _group_columns(
 def _judge_column(
     check: Check, shared_fields: FigureCell, group: ColumnMeasurements, resample: ResampleLookup | None
 ) -> Column:
-    """Judge one column's contrasts over its scored figure cells; list unfinished and missing ones."""
+    """Return a judged column: contrasts over scored figure cells; missing models, unfinished cells."""
     planned = list(group.values())
     finished = [seeds for seeds in planned if any(measurement.value is not None for measurement in seeds)]
     plan = check.build_contrasts([seeds[0].figure_cell for seeds in planned])

@@ -144,7 +144,7 @@ class _TableReader:
         self.max_train_rows = None if rows is None or pd.isna(rows) else float(rows)
 
     def read_row(self, row: dict[Any, Any]) -> Iterator[Measurement]:
-        """Yield a cell's scores, its start's and teacher's, and its seconds per step if known."""
+        """Yield a row's measurement per score column, its start's and teacher's, and its step time."""
         described, seed = self._build_cell_fields(row), int(row["seed"])
         for column, measure in self.score_columns[row["task"]]:
             figure_cell = {**described, **_parse_score_column(column), "measure": measure}
@@ -278,7 +278,10 @@ def _build_loss_fields(cell: Cell | None, loss: str) -> FigureCell:
 
 
 def _classify_pair(cell: Cell | None, student: Any) -> str:
-    """Return `self` if student and teacher are one model (self-distillation), else `smaller`."""
+    """Return `self` if student and teacher have one architecture (self-distillation), else `smaller`.
+
+    Without a cell, the student's name tells it.
+    """
     if cell is None:
         return "self" if student in ("teacher", "xl") else "smaller"
     teacher, start = (

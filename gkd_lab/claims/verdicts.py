@@ -60,7 +60,7 @@ class Column:
 
     @property
     def weakest(self) -> JudgedContrast:
-        """Contrast with the smallest effect."""
+        """Contrast with the smallest effect; it need not be the one that decides the outcome."""
         return min(self.contrasts, key=lambda contrast: contrast.effect)
 
 
@@ -237,7 +237,7 @@ def _list_unfinished(figure_cells: Sequence[FigureCell]) -> list[str]:
 
 
 def explain_missing_data(check: Check, measurements: Sequence[Measurement]) -> str:
-    """Return `no <condition>` for the first condition of a check that no trained cell meets."""
+    """Return a text on the first condition of a check, task first, that leaves no trained cell."""
     if not measurements:
         return "no cells"
     conditions = {"measure": "quality", **check.conditions}

@@ -33,10 +33,10 @@ from gkd_lab.tables.loss_labels import divergence_label
 
 
 def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
-    """Draw the improvement over the SFT student for each lmbda (1 on top) and divergence, mean over seeds.
+    """Draw the mean gain over the SFT student at each (lmbda, divergence), a panel per task and axis setting.
 
-    Without a score of the SFT student the scores themselves. One panel for each task that has the
-    metric and each combination of varying axes. The best is bold; what is not done is hatched.
+    lmbda 1 is on top. Without a score of the SFT student the scores themselves. One panel for each task that
+    has the metric and each combination of varying axes. The best is bold; what is not done is hatched.
     """
     with apply_style():
         panels = build_panels(frame, metric, task)

@@ -86,7 +86,10 @@ def build_summary_panels(
 def create_axes(
     count: int, width: float, height: float, sharey: bool = False, columns: int = MAX_COLUMNS
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and `count` axes of `width` x `height` inches each, at most `columns` a row."""
+    """Return (figure, list of `count` axes), each `width` x `height` inches, at most `columns` a row.
+
+    Left over places of the last row are blank.
+    """
     columns = min(count, columns) or 1
     rows = math.ceil(count / columns) or 1
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
@@ -145,7 +148,7 @@ def _format_title(values: dict[str, Any]) -> str:
 
 
 def _find_reference_score(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
-    """Return the score of these cells' one start or teacher; None without or with several."""
+    """Return the score of these cells' start or teacher; None unless exactly one is scored."""
     references = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
     scores = references[metric].dropna()
     return float(scores.iloc[0]) if len(scores) == 1 else None

@@ -163,7 +163,10 @@ def _average_paper_rows(rows: pd.DataFrame, column: str) -> dict[GridPoint, floa
 
 
 def measure_agreement(pair: MapPair, seed: int = 0) -> Agreement:
-    """Count equal signs and equal orders over the common points and correlate their ranks."""
+    """Return counts of equal signs and orders over the common points, and their rank correlation.
+
+    `seed` is of the bootstrap that gives the correlation's interval.
+    """
     points = pair.common_points
     run_array = np.array([pair.run_values[point] for point in points])
     paper_array = np.array([pair.paper_values[point] for point in points])

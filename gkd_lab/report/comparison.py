@@ -116,7 +116,7 @@ class _PromptScores:
 def compare_records(
     a: Record, b: Record, *, evaluation: str | None = None, metric: str | None = None, examples: int = 10
 ) -> Comparison:
-    """Recompute one metric of an evaluation both have from stored texts, and compare: B minus A.
+    """Return B minus A in one metric of one evaluation, recomputed from stored texts, with examples.
 
     Paired by prompt, where at least half of the prompts are the same. Raises ConfigError for a request
     that these records cannot answer and DamagedRecord for damaged predictions.

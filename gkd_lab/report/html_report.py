@@ -91,7 +91,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
 
     @cache
     def load_statistics(fingerprint: str) -> ExampleStatistics | None:
-        """Load the example statistics of a cell or start of this task, once."""
+        """Load the example statistics of a cell or start, cached; None where it has none."""
         return load_example_statistics(records[fingerprint], evaluation, metric.split("/", 1)[1])
 
     differences = compute_start_differences(frame, metric, task, load_statistics)

@@ -72,7 +72,7 @@ def build_example_statistics(
 def load_example_statistics(
     record: Record, evaluation: AnyEvaluation, metric: str
 ) -> ExampleStatistics | None:
-    """Load an evaluation's statistics for a metric; None if there are no rows or one lacks it."""
+    """Load a stored evaluation's statistics for a metric; None if a row lacks its score, or no rows."""
     rows = record.get_evaluation(evaluation).read_prediction_rows()
     values = [row.get("scores", {}).get(metric) for row in rows]
     return build_example_statistics(metric, rows, values) if rows and None not in values else None

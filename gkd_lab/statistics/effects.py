@@ -56,7 +56,7 @@ def estimate_seed_effect(differences: Sequence[float], pairs: int) -> Effect:
 def estimate_bootstrap_effect(
     mean: float, resampled: Array, examples: int, pairs: int, method: str
 ) -> Effect:
-    """Return `mean` with the 95 % interval and p-value of its (R,) bootstrap values.
+    """Return an effect of the given `mean`, with 95 % interval and p of its (R,) bootstrap values.
 
     With fewer than two examples it has neither. `method` says what the interval is taken over.
     """
@@ -70,7 +70,7 @@ def estimate_bootstrap_effect(
 def estimate_one_seed_effect(
     mean: float, before: Sequence[ExampleStatistics | None], after: Sequence[ExampleStatistics | None]
 ) -> Effect:
-    """Return `mean`, of after minus before, with a bootstrap interval paired over examples.
+    """Return an effect of the given `mean`, after minus before, with a bootstrap paired by example.
 
     It has no interval where statistics are missing, differ in length or do not give the stored scores.
     """

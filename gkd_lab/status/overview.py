@@ -169,7 +169,7 @@ def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) ->
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
-    """Map full fingerprint -> reason of each cell that runs alone, as far as known before a run."""
+    """Map full fingerprint of each cell that must run alone to the reason, as far as known now."""
     reasons: dict[str, str] = {}
     for role, model, cells in list_references(grid.cells):
         if role != "start":
@@ -238,7 +238,7 @@ _AXES_OF_BOTH_MODELS = {
 
 
 def _describe_undeclared_fields(grid: Grid) -> list[str]:
-    """Return notes on training fields that differ though no axis sets them, or by task."""
+    """Return notes: training fields that differ though no axis sets them, or with the task."""
     declared = {"task"} if "task" in grid.axes else set()
     for axis in grid.axes:
         declared |= _FIELDS_SET_BY_AXIS.get(axis, {axis})

@@ -116,7 +116,7 @@ class TimeEstimator:
         return self._parameter_counts[key]
 
     def _compute_relative_flops(self, training: Training) -> float:
-        """Return a training's FLOPs; of unknown sizes as if both models had one parameter.
+        """Return a training's FLOPs, or if a size is unknown those with one parameter each.
 
         For comparison within one kind only.
         """

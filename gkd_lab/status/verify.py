@@ -47,7 +47,7 @@ class VerificationResult:
 
 
 def list_candidate_records(grid: Grid, store: Store) -> list[Record]:
-    """Return all records of the grid's tasks at its scale, other experiments' included."""
+    """Return all stored records of the grid's tasks at its scale, other experiments' included."""
     tasks = dict.fromkeys(cell.task for cell in grid.cells)
     paths = (path for task in tasks for path in sorted((store.root / grid.scale / task).glob("*-*")))
     return [Record(path) for path in paths if path.is_dir()]

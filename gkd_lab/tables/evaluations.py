@@ -81,7 +81,7 @@ def match_evaluations(
     ]
     if not pairs:
         raise ConfigError(f"no common evaluation: A has {_join_names(a)}; B has {_join_names(b)}")
-    names = _unambiguous_names(pairs)
+    names = _name_pairs(pairs)
     if evaluation_name is None:
         first, second = min(pairs, key=lambda pair: pair[0].sort_key)
     else:
@@ -92,7 +92,7 @@ def match_evaluations(
     return first, second, tuple(name for name in names if name not in (first.name, first.folder))
 
 
-def _unambiguous_names(pairs: list[Pair]) -> list[str]:
+def _name_pairs(pairs: list[Pair]) -> list[str]:
     """Return one name per pair: its short name, or its folder where pairs share the short name."""
     names = [first.name for first, _ in pairs]
     return [first.name if names.count(first.name) == 1 else first.folder for first, _ in pairs]

@@ -266,3 +266,13 @@ def test_text_shows_judged_and_named_claims_first_and_others_in_one_line(store: 
     assert "+5.00 [+2.52, +7.48]; 1 of 1" in text
     assert "C9   not judged" in text.split("not judged:")[0]
     assert "C10" in text.split("\nnot judged:")[1]
+
+
+def test_a_table_without_cells_tells_the_loss_by_its_divergence(store: Store) -> None:
+    grid = build_grid(grid={"lmbda": [1], "divergence": ["jsd", "tv"], "beta": [0.5]})
+    fill_store(grid, store)
+    frame = table(grid, store)
+    trained = [m.figure_cell for m in extract_measurements(frame) if m.figure_cell["role"] == "cell"]
+    assert {(cell["loss"], cell["beta"]) for cell in trained} == {("jsd", 0.5), ("tv", None)}
+    frame["divergence"] = frame["divergence"].replace("tv", "hellinger")
+    assert {m.figure_cell["loss"] for m in extract_measurements(frame)} >= {"jsd", "hellinger"}
