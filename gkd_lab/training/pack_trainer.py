@@ -181,13 +181,13 @@ class PackTrainer(Trainer):
         return create() if self.optimizer is not None else self.strategy.create_optimizer(create)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip a single model's gradient and return its norm before; a pack's waits for _get_grad_norm."""
+        """Clip one model's gradient, return its norm before; in a pack do nothing: _get_grad_norm clips."""
         return self.strategy.clip_gradients(partial(super()._clip_grad_norm, model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Record each cell's norm and return their mean over running cells; a pack's cells are clipped here.
+        """Clip a pack's cells, record norms, return the running cells' mean norm; not finite: the cell fails.
 
-        Norms are those before clipping. A cell whose norm is not finite fails.
+        Norms are those before clipping; a single model was clipped by `_clip_grad_norm`.
         """
         return self.strategy.clip_and_record_norms(partial(super()._get_grad_norm, model, grad_norm))
 

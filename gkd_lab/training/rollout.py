@@ -66,7 +66,7 @@ class StudentSampler(Protocol):
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Let the on-policy students complete the prompts of (S*B) rows: cell number -> its (B) rows."""
+        """Let on-policy students complete the prompts of (S*B) rows; return cell number -> its (B) rows."""
         ...
 
 
@@ -94,7 +94,7 @@ class GenerateSampler:
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Sample all on-policy cells at once, noise keyed by seed and step: cell number -> its (B) rows."""
+        """Sample all on-policy cells at once, by noise of seed and step; return cell number -> (B) rows."""
         seeds = distinct_seeds(cells)
         prompts_of_seed = dict(zip(seeds, split_blocks(rows, len(seeds)), strict=True))
         prompts = [prompts_of_seed[cells[n].seed] for n in on_policy_cells]

@@ -253,7 +253,7 @@ class GKDTrainer(PackTrainer):
     def _build_micro_batch(
         self, rows: Sequences, on_policy: Sequence[int], position: MicroBatchPosition
     ) -> MicroBatch:
-        """Sample for the on-policy cells and join the rows of all cells into one MicroBatch."""
+        """Return one MicroBatch of all cells: completions sampled on policy, `rows` unchanged off policy."""
         completions = self.sample_completions(rows, on_policy, position)
         batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
         progress = position.step / max(1, self.state.max_steps - 1)
@@ -349,7 +349,7 @@ class GKDTrainer(PackTrainer):
     def _compute_losses(
         self, batch: MicroBatch, teacher_outputs: Mapping[int, TeacherOutput], items: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Run students, compare with teacher outputs: (losses, entropies, terms, router loss or None).
+        """Run students, compare with teachers; return (losses, entropies, terms, router loss or None).
 
         A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it.
         """

@@ -96,7 +96,7 @@ class VllmSampler:
         position: MicroBatchPosition,
         purpose: str,
     ) -> dict[int, Sequences]:
-        """Sample the only cell's completions of (B) prompts: {0: rows}; ValueError for several cells."""
+        """Sample the only cell's completions of (B) prompts; return {0: rows}. Several cells: ValueError."""
         (cell,) = cells
         completions = self.sample_completions(
             rows,
