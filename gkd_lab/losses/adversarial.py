@@ -48,7 +48,7 @@ class AdversarialLoss(AuxiliaryLoss):
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> "AdversarialModule":
-        """Return a discriminator that sees no difference yet: all its scores are 0.
+        """Return a new discriminator module for one cell; its scores are all 0 at first.
 
         Raises ValueError without a teacher whose forward pass can be read.
         """
@@ -80,12 +80,15 @@ class AdversarialModule(AuxiliaryModule):
         self._accuracy_sums: dict[str, Tensor] = {}
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the student's loss, (); it gives the discriminator no gradient."""
+        """Return the student's loss, sum(weight * softplus(-score)), (); the module gets no gradient."""
         with freeze_parameters(self):
             return self._student_loss(inputs, inputs.student)
 
     def parameter_loss(self, inputs: LossInputs) -> Tensor:
-        """Return the loss of discriminator and projection, (); neither model gets a gradient."""
+        """Return the loss, (), that trains the module's parameters alone: both models are detached.
+
+        The discriminator learns its own loss; a projection, if there is one, learns the student's.
+        """
         student = _detach_outputs(inputs.student)
         if not self.view.learns_with_student:
             return self._discriminator_loss(inputs, student)
@@ -95,11 +98,13 @@ class AdversarialModule(AuxiliaryModule):
             return loss + self._student_loss(inputs, student)
 
     def _student_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
+        """Return sum(weight * softplus(-score)) over the student's tokens, (): low if scored as real."""
         mask = inputs.weights > 0
         scores = self.judge(self.view(student, mask, False), mask)
         return _weighted_sum(functional.softplus(-scores), inputs)
 
     def _discriminator_loss(self, inputs: LossInputs, student: ModelOutputs) -> Tensor:
+        """Return the discriminator's loss on both models' tokens, (), with R1 penalty; count its hits."""
         assert inputs.teacher is not None, "create_module has refused to do without a teacher"
         mask, epsilon = inputs.weights > 0, self.config.label_smoothing
         student_scores = self.judge(self.view(student, mask, False), mask)
@@ -121,7 +126,7 @@ class AdversarialModule(AuxiliaryModule):
         return loss + self.config.gradient_penalty / 2 * _weighted_sum(squares, inputs)
 
     def _add_accuracies(self, inputs: LossInputs, **correct: Tensor) -> None:
-        """Add a micro-batch's correct decisions, (B, C) each, to the sums that `collect_logs` divides."""
+        """Add a micro-batch's weighted correct decisions, (B, C) each, to sums for `collect_logs`."""
         for name, values in {**correct, "share": torch.ones_like(inputs.weights)}.items():
             previous = self._accuracy_sums.get(name, 0)
             self._accuracy_sums[name] = previous + _weighted_sum(values.double(), inputs)
@@ -129,10 +134,11 @@ class AdversarialModule(AuxiliaryModule):
     def collect_logs(
         self, average_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> dict[str, float]:
-        """Return the shares of the student's and of the teacher's tokens that the discriminator recognized.
+        """Return the shares of student's and teacher's tokens that the discriminator got right; reset them.
 
-        Over all micro-batches since the last call, of all ranks. Their mean is near a half where the game is
-        in balance or has not begun, and near 1 where the discriminator wins.
+        Keys: accuracy_student and accuracy_teacher, over all micro-batches since the last call, of all ranks;
+        {} without any. Their mean is near a half where the game is in balance or has not begun, and near 1
+        where the discriminator wins.
         """
         if not self._accuracy_sums:
             return {}
@@ -144,25 +150,28 @@ class AdversarialModule(AuxiliaryModule):
 
 
 def _weighted_sum(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Return this micro-batch's part of the mean of values (B, C) over the step's real tokens, ()."""
+    """Return sum(weights * values) of values (B, C), (); added up over a step it is the mean over tokens."""
     weights = inputs.weights.to(values.dtype)
     return (values.masked_fill(weights <= 0, 0) * weights).sum()
 
 
 def _score_correctness(scores: Tensor) -> Tensor:
-    """Return 1 for a positive score, 0 for a negative one and a half for 0, without gradient."""
+    """Return, elementwise and detached, 1 for a positive score, 0 for a negative one and 1/2 for 0."""
     return (scores.detach().sign() + 1) / 2
 
 
 def _squared_gradient_norms(scores: Tensor, features: Tensor, mask: Tensor) -> Tensor:
-    """Return |d (sum of scores) / d features|^2 of each token, (B, C), for features (B, C, W)."""
+    """Return each token's squared gradient norm |d sum(scores) / d features|^2, (B, C), differentiably.
+
+    features: (B, C, W), of which scores (B, C) were computed.
+    """
     total = scores.masked_fill(~mask, 0).sum()
     (gradient,) = torch.autograd.grad(total, features, create_graph=True)
     return gradient.square().sum(-1)
 
 
 def _detach_outputs(outputs: ModelOutputs) -> ModelOutputs:
-    """Return the same outputs without gradient."""
+    """Return a copy with last hidden states and head detached; extra outputs are left as they are."""
     head = outputs.projection
     weight = None if head.weight is None else head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
@@ -173,7 +182,7 @@ def _detach_outputs(outputs: ModelOutputs) -> ModelOutputs:
 
 @contextmanager
 def freeze_parameters(module: nn.Module) -> Iterator[None]:
-    """Treat the module's parameters as constants within the context."""
+    """Turn off requires_grad of the module's trainable parameters within the context; restore it after."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

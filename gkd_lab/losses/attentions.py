@@ -31,12 +31,12 @@ LOG_GRADIENT_MARGIN = 2.0**16
 """How far above the smallest normal number a probability has to be for its logarithm to have a gradient."""
 
 
-def score_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of the scores before the softmax, (N, h, T), (N, h, T) -> (N, h): TinyBERT's.
+def attention_score_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return each query's mean squared error of attention scores before the softmax, (N, h): TinyBERT's.
 
-    The scores are recovered from the maps, as their logarithms less the mean over the keys: up to a number
-    added to all scores of a query, which changes no map. Keys to which either map gives exactly 0 (masked,
-    outside of a window, dropped) are left out.
+    student, teacher: attention maps, (N, h, T). The scores are recovered from the maps, as their logarithms
+    less the mean over the keys: up to a number added to all scores of a query, which changes no map. Keys to
+    which either map gives exactly 0 (masked, outside of a window, dropped) are left out.
     """
     read = (student > 0) & (teacher > 0)
     count = read.sum(-1).clamp_min(1)
@@ -46,7 +46,7 @@ def score_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of each query's map, (N, h, T), (N, h, T) -> (N, h): MiniLM's.
+    """Return KL(teacher || student) of each query's attention map, (N, h, T) twice -> (N, h): MiniLM's.
 
     Keys to which either map gives exactly 0 are left out.
     """
@@ -56,7 +56,7 @@ def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _log_with_bounded_gradient(maps: Tensor, mask: Tensor) -> Tensor:
-    """Return the logarithm where the mask is true, and 0 without a gradient elsewhere.
+    """Return log(maps) where the mask is true, else 0; very small probabilities get no gradient.
 
     A probability so small that the logarithm's gradient, 1 / p, times the incoming gradient would leave the
     dtype's range (1e-33 in float32) gets no gradient either: infinity here is NaN behind the softmax.
@@ -65,7 +65,7 @@ def _log_with_bounded_gradient(maps: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, torch.where(finite, maps, maps.detach()), 1).log()
 
 
-ATTENTION_DISTANCES: Mapping[str, Distance] = {"mse": score_error, "kl": attention_kl}
+ATTENTION_DISTANCES: Mapping[str, Distance] = {"mse": attention_score_mse, "kl": attention_kl}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ class AttentionLoss(AuxiliaryLoss):
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> AuxiliaryModule:
-        """Raises ValueError for a layer or a stack that is missing, and for a model that returns no maps."""
+        """Return the module of one cell, which has no parameters, with the layer pairs of these models.
+
+        Raises ValueError for a layer or a stack that is missing, and for a model that returns no maps.
+        """
         assert teacher is not None, "attention maps are matched with a teacher's"
         config = self.config
         pairs = match_layers(config.layers, student, teacher, config.stack, first=config.first)
@@ -101,7 +104,7 @@ class AttentionLoss(AuxiliaryLoss):
 
 
 def enable_attention_maps(model: PreTrainedModel) -> None:
-    """Make a model, which is not wrapped, return its attention maps from now on.
+    """Switch an unwrapped model to eager attention in place, so that it can return attention maps.
 
     Raises:
         ValueError: if it cannot, and for a decoder in float64.
@@ -123,7 +126,7 @@ class AttentionModule(AuxiliaryModule):
         self.config, self.pairs, self.per_head = config, tuple(pairs), per_head
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the maps' distance, (): weighted over queries, the mean over heads and pairs."""
+        """Return the maps' distance, (): weighted over queries, averaged over heads and layer pairs."""
         assert inputs.teacher is not None, "attention maps are matched with a teacher's"
         stack, distance = self.config.stack, ATTENTION_DISTANCES[self.config.loss]
         student_maps, teacher_maps = (
@@ -140,6 +143,9 @@ class AttentionModule(AuxiliaryModule):
         return total / len(self.pairs)
 
     def _select_query_maps(self, maps: Tensor, query_mask: Tensor) -> Tensor:
-        """Select the maps (B, h, Q, T) of queries (B, Q): (N, h, T), or their mean over heads, (N, 1, T)."""
+        """Return the maps of the mask's queries, (N, h, T), or their mean over heads, (N, 1, T).
+
+        maps: (B, h, Q, T); query_mask: (B, Q). The mean where the models' numbers of heads differ.
+        """
         selected = widen_dtype(maps.transpose(1, 2)[query_mask])
         return selected if self.per_head else selected.mean(1, keepdim=True)

@@ -58,7 +58,7 @@ class LossInputs:
 
     @property
     def weight_sum(self) -> Tensor:
-        """This micro-batch's share of the step, (): the factor of a mean over its rows."""
+        """Sum of the micro-batch's token weights, (): its share of the step (they add up to 1)."""
         return self.weights.sum()
 
 
@@ -70,22 +70,23 @@ class AuxiliaryModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss, (), in float32 or float64, differentiable by the student's outputs.
+        """Return the micro-batch's part of the loss, (), float32 or float64, differentiable by the student.
 
-        The module's parameters take a gradient from it too, times the term's weight.
+        It is weighted by `inputs.weights`, so parts add up over a step, but not by the term's weight. The
+        module's parameters take a gradient from it too, times the term's weight.
         """
 
     def parameter_loss(self, inputs: LossInputs) -> Tensor | None:
-        """Return a separate loss for the module's parameters, (), which must not reach the student, or None.
+        """Return a loss, (), that trains the module's parameters alone, or None: they learn from `forward`.
 
-        With a separate loss, `forward` gives the parameters no gradient.
+        It must not reach the student. With a separate loss, `forward` gives the parameters no gradient.
         """
         return None
 
     def collect_logs(
         self, average_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums
     ) -> dict[str, float]:
-        """Return further values for the log of the last step, such as an accuracy.
+        """Return log name -> value since the last call, such as an accuracy; by default none.
 
         average_over_ranks: Mean of a tensor over processes; all processes have to call it equally often.
         """
@@ -107,7 +108,7 @@ class AuxiliaryLoss(Loss):
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> AuxiliaryModule:
-        """Return a module for a cell, its parameters drawn from `seed` alone (`torch.Generator`).
+        """Return a new module for one cell, its parameters drawn from `seed` alone (`torch.Generator`).
 
         Raises ValueError if student and teacher lack what the loss reads, such as a layer.
         """

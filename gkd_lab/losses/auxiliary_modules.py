@@ -37,7 +37,7 @@ class _TermModule:
 
     @property
     def has_parameter_loss(self) -> bool:
-        """Whether its parameters learn from a separate loss."""
+        """Whether the module's class overrides `parameter_loss`: its parameters learn a separate loss."""
         return type(self.module).parameter_loss is not AuxiliaryModule.parameter_loss
 
 
@@ -74,12 +74,12 @@ class AuxiliaryModules:
         self.reads_teacher = any(loss.reads_teacher for loss in self._auxiliary_losses())
 
     def _auxiliary_losses(self) -> list[AuxiliaryLoss]:
-        """Return the auxiliary losses of all cells."""
+        """Return the auxiliary losses among the terms of all cells, cell after cell, repeats included."""
         losses = [term.loss for cell in self.cells for term in cell.list_terms()]
         return [loss for loss in losses if isinstance(loss, AuxiliaryLoss)]
 
     def set_text_reader(self, teacher: TextReader) -> None:
-        """Give the modules that read texts their teacher."""
+        """Set the teacher that the ULD modules read texts with; other modules are left alone."""
         for term_module in self._term_modules.values():
             if isinstance(term_module.module, ULDModule):
                 term_module.module.teacher = teacher
@@ -89,7 +89,7 @@ class AuxiliaryModules:
 
     @property
     def has_parameters(self) -> bool:
-        """Whether any module has parameters."""
+        """Whether any cell's module has parameters to train."""
         return any(term_module.optimizer is not None for term_module in self._term_modules.values())
 
     def compute_terms(
@@ -99,7 +99,9 @@ class AuxiliaryModules:
         batch: MicroBatch,
         weights: Tensor,
     ) -> dict[tuple[int, int], Tensor]:
-        """Return each term's part of its cell's loss, (), differentiable by the student, by (cell, term).
+        """Return (cell, term number) -> weight * value, (); backpropagate separate parameter losses.
+
+        Values are the terms' parts of their cells' losses, differentiable by the student.
 
         student: of (K*B) rows; teacher: of the teacher's rows; weights: (K, B, C).
         """
@@ -120,7 +122,7 @@ class AuxiliaryModules:
         batch: MicroBatch,
         weights: Tensor,
     ) -> LossInputs:
-        """Return the part of a micro-batch and of the models' outputs that belongs to a cell."""
+        """Return cell `n`'s part of a micro-batch: rows, token weights, and both models' outputs."""
         count, block = len(self.cells), batch.block_of_cell[n]
         teacher_outputs = None
         if teacher is not None and self._teacher is not None:
@@ -136,9 +138,10 @@ class AuxiliaryModules:
         )
 
     def update_modules(self, rates: Mapping[int, float], factor: float, max_norm: float) -> None:
-        """Update the modules of the cells in `rates`, which has each cell's base learning rate.
+        """Step the optimizers of the cells in `rates` on rank-averaged gradients; clear all gradients.
 
-        factor: of the schedule. max_norm: each module's gradient is clipped to it; 0: no clipping.
+        rates: cell -> base learning rate, for modules that have none of their own. factor: of the schedule.
+        max_norm: each module's gradient is clipped to it; 0: no clipping.
         """
         for (n, _), term_module in self._term_modules.items():
             parameters = [p for p in term_module.module.parameters() if p.grad is not None]
@@ -154,7 +157,7 @@ class AuxiliaryModules:
             term_module.module.zero_grad()
 
     def collect_logs(self, n: int) -> dict[str, float]:
-        """Return the further log values of a cell's modules, such as `adversarial/accuracy_student`."""
+        """Return `TERM/KEY` -> value of cell `n`, such as `adversarial/accuracy_student`; reset them."""
         return {
             f"{term_module.name}/{key}": value
             for term_module in self._cell_modules(n).values()
@@ -162,7 +165,7 @@ class AuxiliaryModules:
         }
 
     def save_cell(self, n: int, folder: Path) -> None:
-        """Save the cell's modules and their optimizers."""
+        """Write weights and optimizer states of cell `n`'s modules to a file in `folder`, if any exist."""
         tensors: dict[str, Tensor] = {}
         for number, term_module in self._cell_modules(n).items():
             tensors |= {f"{number}:{name}": t for name, t in term_module.module.state_dict().items()}
@@ -174,7 +177,7 @@ class AuxiliaryModules:
             save_file(on_cpu, folder / f"{CHECKPOINT_STEM}.safetensors")
 
     def load_cell(self, n: int, folder: Path) -> None:
-        """Load the cell's modules and their optimizers. Raises ValueError if the checkpoint lacks them."""
+        """Load what `save_cell` wrote for cell `n`; ValueError if modules have a state but no file exists."""
         if not any(term_module.module.state_dict() for term_module in self._cell_modules(n).values()):
             return
         file = folder / f"{CHECKPOINT_STEM}.safetensors"
@@ -190,14 +193,17 @@ class AuxiliaryModules:
                 term_module.optimizer.load_state_dict(_optimizer_state(term_module.optimizer, state))
 
     def _cell_modules(self, n: int) -> dict[int, _TermModule]:
-        """Return the modules of a cell by number of their term."""
+        """Return term number -> module and its optimizer, of cell `n` alone."""
         return {
             number: term_module for (cell, number), term_module in self._term_modules.items() if cell == n
         }
 
 
 def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: bool) -> Tensor:
-    """Return the term's value; a module with a separate loss gets its gradient here alone."""
+    """Return a term's value, (), before its weight; run the backward pass of a separate parameter loss.
+
+    If `learning` and gradients are enabled. The value gives a module with such a loss no gradient.
+    """
     if not term_module.has_parameter_loss:
         return term_module.module(inputs)
     if learning and torch.is_grad_enabled():
@@ -213,9 +219,10 @@ def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: boo
 
 
 def _select_block(outputs: UnprojectedOutput, blocks: int, n: int, config: PretrainedConfig) -> ModelOutputs:
-    """Select block `n` of a model's outputs over `blocks` blocks of rows."""
+    """Return block `n` of a model's output rows, of `blocks` equal ones, with cell `n`'s head of a pack."""
 
     def block(tensor: Tensor) -> Tensor:
+        """Return the rows of block `n` of one tensor."""
         rows = len(tensor) // blocks
         return tensor[n * rows : (n + 1) * rows]
 
@@ -224,7 +231,7 @@ def _select_block(outputs: UnprojectedOutput, blocks: int, n: int, config: Pretr
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Build an optimizer's state dict from a checkpoint's tensors `optimizer:NUMBER:ENTRY`."""
+    """Return a state dict to load: states from tensors `optimizer:NUMBER:ENTRY`, groups of this optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer:"):

@@ -40,14 +40,17 @@ class CellArguments:
             self._check_reward_sampling()
 
     def _check_reward_sampling(self) -> None:
-        """Check that the student samples the text that is rewarded, from the distribution that is trained."""
+        """Raise ValueError unless the student samples at temperature 1 and off-policy steps have a term."""
         check_reward_sampling(self.lmbda, self.temperature)
         if self.lmbda < 1 and not any(term.is_applicable(on_policy=False) for term in self.list_terms()):
             raise ValueError(off_policy_message(self.lmbda))
 
     @classmethod
     def build(cls, args: Any) -> "CellArguments":
-        """Return the single cell that a `GKDConfig` describes. Raises ConfigError for an invalid term."""
+        """Return the one cell that a `GKDConfig` describes; its seed is `data_seed`, if set, or `seed`.
+
+        Raises ConfigError for an invalid term.
+        """
         seed = args.seed if args.data_seed is None else args.data_seed
         fields: dict[str, Any] = {name: getattr(args, name) for name in cls.__dataclass_fields__}
         objectives = json.loads(args.objectives) if isinstance(args.objectives, str) else args.objectives
@@ -61,16 +64,17 @@ class CellArguments:
         return cls(**{**fields, "seed": seed, "objectives": parse_terms(objectives or (), defaults)})
 
     def list_terms(self, *, on_policy: bool = False, progress: float = 0.0) -> WeightedLosses:
-        """Return the terms of the loss after a share of the steps.
+        """Return the loss's terms with their weights at this progress, 0 for those that do not apply.
 
-        Terms that learn nothing from such text have weight 0, such as cross-entropy on policy.
+        on_policy: whether the text is the student's own, from which cross-entropy, for one, learns nothing.
+        progress: share of the steps that are finished. Without `objectives` the only term is the divergence.
         """
         terms = self.objectives or (WeightedLoss(self.build_divergence()),)
         weighted = tuple(term.interpolate_weight(progress) for term in terms)
         return zero_inapplicable_terms(weighted, on_policy=on_policy)
 
     def build_divergence(self) -> Divergence:
-        """Return the divergence that the fields besides `objectives` describe."""
+        """Return the divergence that the fields besides `objectives` describe, without a weight."""
         return Divergence(
             kind=self.divergence,  # type: ignore[arg-type]
             beta=self.beta,
@@ -81,5 +85,5 @@ class CellArguments:
 
 
 def distinct_seeds(cells: Sequence[CellArguments]) -> list[int]:
-    """Return the distinct seeds of a pack, in order of first appearance."""
+    """Return the cells' distinct seeds, in order of first appearance."""
     return list(dict.fromkeys(cell.seed for cell in cells))

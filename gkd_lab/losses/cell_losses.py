@@ -35,7 +35,10 @@ class CellLosses:
     terms: Tensor
 
     def add_terms(self, values: Mapping[tuple[int, int], Tensor]) -> "CellLosses":
-        """Return the losses with further terms added: (cell, number of the term) -> value, ()."""
+        """Return a copy with each value, (), added to its cell's loss and, detached, set in `terms`.
+
+        values: (cell, number of the term) -> value.
+        """
         losses, terms = list(self.losses.unbind()), self.terms.clone()
         for (cell, number), value in values.items():
             losses[cell] = losses[cell] + value.to(losses[cell].dtype)
@@ -57,7 +60,7 @@ class LossArguments:
     vocabulary: int | None
 
     def is_single_divergence(self, cell: int) -> bool:
-        """Whether the cell's loss is one divergence from the first teacher."""
+        """Whether the cell's only term is a divergence from the first teacher, and no term has scales."""
         terms = self.terms[cell]
         return (
             len(terms) == 1
@@ -67,14 +70,20 @@ class LossArguments:
         )
 
     def logit_terms(self, cell: int) -> list[tuple[int, WeightedLoss]]:
-        """Return the cell's terms that read logits, by number; at least one, for the entropy."""
+        """Return (number, term) of the cell's token losses: the first, and further ones of nonzero weight.
+
+        At least one, for the entropy: a term of weight 0 if there is none.
+        """
         terms = [(number, term) for number, term in enumerate(self.terms[cell]) if term.is_token_loss]
         # The first one is computed even if it has no weight.
         return [terms[0], *(pair for pair in terms[1:] if pair[1].weight)] if terms else [(0, _ZERO_TERM)]
 
 
 def shared_vocabulary(student: Tensor, head: Projection, arguments: LossArguments) -> int:
-    """Return the number of tokens that all heads have, or the smaller one that is stated."""
+    """Return the smallest vocabulary size of student and teachers, or the stated one, which may be smaller.
+
+    Raises ValueError for a stated one that is larger. student: its hidden states.
+    """
     shared = head.get_vocabulary_size(student)
     for teacher in arguments.teachers.values():
         shared = min(shared, teacher.vocabulary)
@@ -84,7 +93,7 @@ def shared_vocabulary(student: Tensor, head: Projection, arguments: LossArgument
 
 
 def check_shapes(student: Tensor, head: Projection, arguments: LossArguments) -> None:
-    """Raise ValueError for shapes that do not fit together, and for missing teachers or labels."""
+    """Raise ValueError if shapes do not fit, a teacher or labels are missing, or a head is sharded."""
     cells, tokens = student.shape[:2]
     shapes = [teacher.shape for teacher in arguments.teachers.values()]
     blocks = shapes[0][0] if shapes else cells

@@ -35,7 +35,7 @@ class TokenFeatures(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
-        """Return the features of all tokens; `mask`, (B, C), is true where a token is real."""
+        """Return each token's features, (B, C, W), 0 for padding; `mask`, (B, C), is true for real tokens."""
 
 
 class HiddenStateFeatures(TokenFeatures):
@@ -55,6 +55,10 @@ class HiddenStateFeatures(TokenFeatures):
         )
 
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
+        """Return layer-normalized last hidden states, (B, C, W); a student's are projected if widths differ.
+
+        Raises ValueError for a model whose head is not linear.
+        """
         expected, width = self.width if is_teacher else self.student_width, outputs.last_hidden.shape[-1]
         if outputs.projection.weight is None or width != expected:
             model = "teacher" if is_teacher else "student"
@@ -80,6 +84,7 @@ class SoftTokenFeatures(TokenFeatures):
         self.embedding = nn.Parameter(torch.randn(vocabulary, width, generator=generator))
 
     def forward(self, outputs: ModelOutputs, mask: Tensor, is_teacher: bool) -> Tensor:
+        """Return each real token's mean embedding under the model's next-token distribution, (B, C, W)."""
         embedding = functional.normalize(self.embedding, dim=-1) * self.width**0.5
         features = embedding.new_zeros(*mask.shape, self.width)
         features[mask] = mean_embeddings(outputs.last_hidden[mask], outputs.projection, embedding)
@@ -87,10 +92,10 @@ class SoftTokenFeatures(TokenFeatures):
 
 
 def mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tensor:
-    """Return softmax(logits) times embedding (V, W) for hidden states (n, H): (n, W), over V tokens.
+    """Return softmax(logits) @ embedding for each hidden state, (n, W), over the head's first V tokens.
 
-    Large distributions are computed chunk by chunk, and again in the backward pass. Raises ValueError for a
-    head that has fewer tokens.
+    hidden: (n, H); embedding: (V, W). Large distributions are computed chunk by chunk, and again in the
+    backward pass. Raises ValueError for a head that has fewer tokens.
     """
     vocabulary = len(embedding)
     if head.get_vocabulary_size(hidden) < vocabulary:
@@ -105,7 +110,7 @@ def mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tens
 
 
 def _chunk_mean_embeddings(hidden: Tensor, head: Projection, embedding: Tensor) -> Tensor:
-    """Return the mean embeddings of one chunk, with the head in the dtype of its input as under autocast."""
+    """Return one chunk's mean embeddings, (n, W), with the head cast to the hidden states' dtype."""
     weight = None if head.weight is None else head.weight.to(hidden.dtype)
     bias = None if head.bias is None else head.bias.to(hidden.dtype)
     logits = replace(head, weight=weight, bias=bias)(hidden)[..., : len(embedding)]
@@ -126,7 +131,7 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Return scores (B, C) for features (B, C, W); tokens outside of the mask do not reach others."""
+        """Return one score per token, (B, C), for features (B, C, W); tokens outside the mask are ignored."""
         for layer in self.hidden:
             features = functional.leaky_relu(layer(self._concatenate_neighbours(features)), LEAKY_RELU_SLOPE)
             features = features.masked_fill(~mask[..., None], 0)
@@ -134,14 +139,14 @@ class Discriminator(nn.Module):
         return scores
 
     def _concatenate_neighbours(self, features: Tensor) -> Tensor:
-        """Return each token's features beside those of its neighbours, (B, C, window * W)."""
+        """Return the features of each token's window, joined, (B, C, window * W); zeros beyond the ends."""
         aside = self.window // 2
         padded = functional.pad(features, (0, 0, aside, aside))
         return padded.unfold(1, self.window, 1).mT.flatten(2)
 
 
 def create_linear(inputs: int, outputs: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
-    """Create a float32 layer with weights drawn from the generator (He et al. 2015) and a bias of 0."""
+    """Return a new float32 layer: weights drawn from the generator by He et al. (2015), a bias of 0."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)
     nn.init.kaiming_normal_(layer.weight, a=LEAKY_RELU_SLOPE, generator=generator)
     if bias:

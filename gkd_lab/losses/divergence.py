@@ -51,6 +51,7 @@ class Divergence(TeacherLoss):
 
     @classmethod
     def build(cls, config: ResolvedDivergence) -> "Divergence":
+        """Return the divergence of a resolved config; beta None becomes 0.5 (total variation has none)."""
         return cls(
             kind=config.divergence,
             beta=0.5 if config.beta is None else config.beta,  # total variation has none
@@ -62,7 +63,7 @@ class Divergence(TeacherLoss):
 
     @property
     def factor(self) -> float:
-        """Factor of the divergence, from `rescale` and `square_temperature`."""
+        """Factor on the value: 1 / (beta (1 - beta)) if `rescale`, times T_s T_t if `square_temperature`."""
         is_rescaled = self.rescale and self.kind == "jsd" and 0 < self.beta < 1
         scale = 1 / (self.beta * (1 - self.beta)) if is_rescaled else 1.0
         squared = self.student_temperature * self.teacher_temperature if self.square_temperature else 1.0
@@ -78,10 +79,10 @@ class Divergence(TeacherLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same values, their gradient and the student's entropy, without autograd.
+        """Return each token's value, (N,), gradient by its logits, (N, V), and entropy, (N,); no autograd.
 
-        Returns the values, (N,); the gradient of each token's value by its own student logits, (N, V);
-        the student's entropy at its temperature, (N,), in nats.
+        The values are those of `__call__`; the gradient is by the student's logits as passed in; the entropy
+        is the student's at its temperature, in nats.
         """
         log_q = log_probabilities(student_logits_NV, self.student_temperature)
         log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
@@ -102,7 +103,7 @@ def generalized_jsd(
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
 ) -> Tensor:
-    """JSD(beta) in nats of each token, (N,), with the two KLs at beta 0 and 1; never negative.
+    """Return each token's JSD(beta) in nats, (N,), never negative; beta 0: forward KL, beta 1: reverse KL.
 
     Computed in float32 (float64 for float64 logits) whatever the logits' dtype. Logits may be -inf: a
     token that only one side excludes costs a finite amount under JSD and a very large one under a KL.
@@ -119,7 +120,7 @@ def total_variation(
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
 ) -> Tensor:
-    """Total variation of each token, 1/2 sum_v |p - q|, (N,), in [0, 1] (paper, §2).
+    """Return each token's total variation, 1/2 sum_v |p - q|, (N,), in [0, 1] (paper, §2).
 
     Computed in float32 (float64 for float64 logits); logits may be -inf.
     """
@@ -129,7 +130,7 @@ def total_variation(
 
 
 def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """JSD(beta) before its sum over the vocabulary, (..., V); entries may be negative, their sum is not.
+    """Return JSD(beta) of each entry before the sum over the vocabulary, (..., V); entries may be negative.
 
     log_q, log_p: (..., V), the student's and the teacher's `log_probabilities`.
     """
@@ -142,29 +143,29 @@ def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature), in float32 (float64 for float64), with a finite number for log 0."""
+    """Return log softmax(logits / temperature) in float32 (float64 stays), log 0 as a finite number."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide if temperature == 1 else wide / temperature
     return scaled.log_softmax(-1).clamp_min(_finite_log_zero(wide))
 
 
 def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """JSD(beta) of each token, (N,)."""
+    """Return each token's JSD(beta) from log-probabilities (N, V), (N,), at least 0."""
     return pointwise_jsd(log_q, log_p, beta).sum(-1).clamp_min(0)
 
 
 def _total_variation(log_q: Tensor, log_p: Tensor, _: float = 0.0) -> Tensor:
-    """TV of each token, (N,); it has no beta."""
+    """Return each token's total variation, (N,); the third argument, beta in other formulas, is ignored."""
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
 def _pointwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p log(p / q), before the sum."""
+    """Return p log(p / q) of each entry: KL(p || q) before its sum over the vocabulary."""
     return log_p.exp() * (log_p - log_q)
 
 
 def _finite_log_zero(reference: Tensor) -> float:
-    """Return a finite stand-in for log 0: it keeps 0 * log 0 at 0, in the value and in the gradient."""
+    """Return the dtype's finite stand-in for log 0: 0 * log 0 stays 0, in the value and in the gradient."""
     return torch.finfo(reference.dtype).min / 8
 
 
@@ -173,27 +174,30 @@ def _finite_log_zero(reference: Tensor) -> float:
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return the dot product of each row, (N,)."""
+    """Return the dot product of each pair of rows, (N, V) twice -> (N,)."""
     return (left * right).sum(-1)
 
 
 def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
-    """Turn dD / dq into the gradient by the logits, q (dD / dq - row_sum), where row_sum = sum q dD / dq."""
+    """Turn dD/dq, in place, into the gradient by the logits: q (dD/dq - row_sum), row_sum = sum q dD/dq."""
     return gradient.sub_(row_sum[:, None]).mul_(q)
 
 
-def _jsd_family_gradient(
+def _jsd_family_value_and_gradient(
     log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return value and gradient of JSD(beta), or of the KLs at its ends."""
+    """Return values, (N,), and gradients, (N, V), of forward KL (beta 0), reverse KL (1) or JSD(beta)."""
     if beta == 0:
-        return _forward_kl_gradient(log_q, q, log_p, p)
+        return _forward_kl_value_and_gradient(log_q, q, log_p, p)
     if beta == 1:
-        return _reverse_kl_gradient(log_q, q, log_p)
-    return _jsd_gradient(log_q, q, log_p, p, beta)
+        return _reverse_kl_value_and_gradient(log_q, q, log_p)
+    return _jsd_value_and_gradient(log_q, q, log_p, p, beta)
 
 
-def _forward_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_kl_value_and_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q), (N,), and its gradient by the logits, (N, V), 0 at -inf; overwrites its inputs."""
     value, zero = _row_dot(p, log_p.sub_(log_q)), _finite_log_zero(log_q)
     if log_q.min() > zero:
         return value, q.sub_(p)
@@ -202,14 +206,18 @@ def _forward_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> 
     return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
-def _reverse_kl_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_kl_value_and_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(q || p), (N,), and its gradient by the student's logits, (N, V); overwrites its inputs."""
     ratio = log_q.sub_(log_p)
     value = _row_dot(q, ratio)
     return value, _softmax_gradient(ratio, q, value)
 
 
-def _jsd_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd_value_and_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
     # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
+    """Return JSD(beta), 0 < beta < 1, (N,), and its gradient by the logits, (N, V); overwrites its inputs."""
     log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
     teacher_kl = _row_dot(p, log_p.sub_(log_m))
     ratio = log_q.sub_(log_m)
@@ -218,9 +226,10 @@ def _jsd_gradient(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: floa
     return value, _softmax_gradient(ratio, q, student_kl).mul_(1 - beta)
 
 
-def _total_variation_gradient(
+def _total_variation_value_and_gradient(
     log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
+    """Return total variation, (N,), and its gradient by the student's logits, (N, V); beta is ignored."""
     difference = q - p
     value = difference.abs().sum(-1) / 2
     sign = difference.sign_().div_(2)
@@ -239,6 +248,6 @@ class Formula(NamedTuple):
 
 
 FORMULAS: Mapping[DivergenceKind, Formula] = {
-    "jsd": Formula(_jsd, _jsd_family_gradient),
-    "tv": Formula(_total_variation, _total_variation_gradient),
+    "jsd": Formula(_jsd, _jsd_family_value_and_gradient),
+    "tv": Formula(_total_variation, _total_variation_value_and_gradient),
 }

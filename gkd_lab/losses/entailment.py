@@ -15,10 +15,10 @@ ENTAILMENT_LABEL = "entailment"
 
 @lru_cache(maxsize=1)
 def load_entailment_reward(model: str, revision: str | None, device: torch.device) -> RewardFunction:
-    """Load the reward: the probability that the prompt (premise) entails the text (hypothesis).
+    """Return a reward function: the probability, 0 to 1, that the prompt (premise) entails the text.
 
-    It is from 0 to 1. The model is loaded once, frozen, in its own dtype. Pairs that are too long for it are
-    cut at their longer part. Raises ValueError if the model is missing or has no label called entailment.
+    The model is loaded once, frozen, in its own dtype. Pairs that are too long for it are cut at their longer
+    part. Raises ValueError if the model is missing or has no label called entailment.
     """
     options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     try:
@@ -32,6 +32,7 @@ def load_entailment_reward(model: str, revision: str | None, device: torch.devic
     classifier = classifier.to(device).eval().requires_grad_(False)
 
     def compute_entailment(prompts: list[str], texts: list[str], references: list[str]) -> list[float]:
+        """Return the probability that each prompt entails its text; references are ignored."""
         rewards: list[float] = []
         for first in range(0, len(texts), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
@@ -43,7 +44,7 @@ def load_entailment_reward(model: str, revision: str | None, device: torch.devic
 
 
 def entailment_label_id(classifier: PreTrainedModel, model_name: str) -> int:
-    """Return the number of the label called entailment, in any case. Raises ValueError if there is none."""
+    """Return the index of the label named entailment, in any case; ValueError unless exactly one is."""
     labels = classifier.config.id2label
     numbers = [number for number, label in labels.items() if str(label).lower() == ENTAILMENT_LABEL]
     if len(numbers) != 1:
@@ -58,7 +59,7 @@ def entailment_label_id(classifier: PreTrainedModel, model_name: str) -> int:
 def _label_probabilities(
     classifier: PreTrainedModel, tokenizer: Any, premises: list[str], texts: list[str]
 ) -> Any:
-    """Return the probabilities of all labels, (rows, labels), float64."""
+    """Return each (premise, text) pair's label probabilities, (rows, labels), float64, on the CPU."""
     longest = min(
         tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", None) or 2**20
     )

@@ -51,7 +51,7 @@ def compute_cell_losses(
     scales: Mapping[tuple[int, int], Tensor] | None = None,
     vocabulary: int | None = None,
 ) -> CellLosses:
-    """Sum weight * loss over tokens and over the weighted terms of each cell.
+    """Return `CellLosses`: per cell sum(weight * loss) over tokens and terms, the entropy, each term's part.
 
     student: (K, N, H_s) last hidden states, any float dtype; its head's weight: (K, V, H_s), or (V, H_s).
     teacher: (M, N, H_t), M distinct blocks of rows, without gradient; its head's weight (V_t, H_t). None
@@ -90,7 +90,7 @@ def compute_cell_losses(
 
 
 def _compute_in_chunks(student: Tensor, head: Projection, arguments: LossArguments) -> CellLosses:
-    """Compute the losses, with autograd if any tensor of the student requires a gradient."""
+    """Return the losses by our chunked code, differentiable if any tensor of the student needs a gradient."""
     tensors = (student, head.weight, head.bias)
     needs_gradient = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     if any(needs_gradient):
@@ -113,6 +113,7 @@ class _FusedLoss(torch.autograd.Function):
         arguments: LossArguments,
         needs_gradient: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses, entropies and terms; keep gradients of student, weight and bias in `ctx`."""
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (student, weight, bias)]
         head = replace(head, weight=weight, bias=bias)
         sums, ctx.gradients = _sum_chunks(student, head, arguments, needs_gradient)
@@ -122,6 +123,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the kept gradients times each cell's incoming one; RuntimeError on a second call."""
         if ctx.gradients is None:
             raise RuntimeError(
                 "compute_cell_losses computes gradients in the forward pass and frees them in the first "
@@ -136,7 +138,10 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _scale_by_cell(gradient: Tensor, incoming: Tensor) -> Tensor:
-    """Multiply the gradient of K cells' losses by the incoming gradient of each, in place."""
+    """Multiply a gradient, whose first axis is the cell, in place by each cell's incoming gradient, (K,).
+
+    With a single cell there need be no such axis.
+    """
     if len(incoming) == 1:
         return gradient.mul_(incoming[0])
     return gradient.mul_(incoming.view(-1, *[1] * (gradient.dim() - 1)))
@@ -145,7 +150,7 @@ def _scale_by_cell(gradient: Tensor, incoming: Tensor) -> Tensor:
 def _sum_chunks(
     student: Tensor, head: Projection, arguments: LossArguments, needs_gradient: Sequence[bool]
 ) -> tuple[CellLosses, list[Tensor | None]]:
-    """Return the losses and the gradients of (student, weight, bias) that are needed."""
+    """Return all cells' losses, and the gradients of student, weight and bias, None where not needed."""
     wide = torch.promote_types(student.dtype, torch.float32)
     teachers = arguments.teachers.values()
     for teacher in teachers:
@@ -165,7 +170,7 @@ def _sum_chunks(
 
 
 def _head_parameters(head: Projection) -> list[torch.nn.Parameter]:
-    """Return those of the head's tensors that are parameters."""
+    """Return those of the head's weight and bias that are an `nn.Parameter`."""
     return [tensor for tensor in (head.weight, head.bias) if isinstance(tensor, torch.nn.Parameter)]
 
 
@@ -187,10 +192,11 @@ class _TeacherReaders:
         }
 
     def target_logits(self, block: int, rows: Tensor, cells: Sequence[int]) -> dict[TeacherTarget, Tensor]:
-        """Return the logits (n, V) of all targets of these cells; each teacher's are computed once."""
+        """Return target -> logits (n, V) at a block's `rows`, for these cells; each teacher is read once."""
         logits: dict[int, Tensor] = {}
 
         def read_teacher(number: int) -> Tensor:
+            """Return a teacher's logits (n, V) at these rows, computed at its first use."""
             if number not in logits:
                 logits[number] = self.readers[number](block, rows)
             return logits[number]
@@ -230,7 +236,7 @@ class _ChunkSums:
         self.logits_buffer = student.new_empty(longest * self.vocabulary, dtype=wide)
 
     def add_block(self, block: int) -> None:
-        """Add the cells that share the teacher's rows `block`, whose logits are computed once.
+        """Add the losses and gradients of the cells that train on teacher block `block`; it is read once.
 
         Cells are projected one by one and only where they are trained: a batched product over all would let
         the tokens of one cell change the rounding of another's.
@@ -243,7 +249,7 @@ class _ChunkSums:
                 self._add_chunk(cell, rows, targets)
 
     def _add_chunk(self, cell: int, rows: Tensor, targets: Mapping[TeacherTarget, Tensor]) -> None:
-        """Add a cell's tokens `rows` to all sums."""
+        """Add the losses and gradients of a cell's tokens `rows` to the sums."""
         hidden, head = self.student[cell, rows][None], _select_cell_head(self.head, cell)
         raw = project_hidden(hidden, head, self.vocabulary, self.arithmetic, self.logits_buffer)
         self._replace_logits_by_gradient(cell, raw[0], rows, targets)
@@ -252,7 +258,10 @@ class _ChunkSums:
     def _replace_logits_by_gradient(
         self, cell: int, raw: Tensor, rows: Tensor, targets: Mapping[TeacherTarget, Tensor]
     ) -> None:
-        """Add the values of a cell's tokens; replace `raw` by their gradient."""
+        """Add the loss of a cell's tokens `rows`; overwrite `raw`, h W^T + b, (n, V), with its gradient.
+
+        Nothing is written if no gradient is needed.
+        """
         is_trained = any(gradient is not None for gradient in self.gradients)
         size = len(raw) if raw.is_cuda else max(SLICE_BYTES // (raw.shape[1] * raw.element_size()), 1)
         for first in range(0, len(raw), size):
@@ -272,9 +281,10 @@ class _ChunkSums:
         targets: Mapping[TeacherTarget, Tensor],
         weight: Tensor,
     ) -> Tensor:
-        """Add the terms' values of the tokens `rows`, which are `chunk_slice` of the chunk.
+        """Add all terms' values at the tokens `rows`; return their gradient by the logits, (n, V).
 
-        Returns their gradient by the logits, (n, V), without the tokens' weights.
+        The gradient has the terms' weights and scales, not yet the tokens' weights. chunk_slice: the position
+        of `rows` in the chunk of the targets.
         """
         total: Tensor | None = None
         for order, (number, term) in enumerate(self.logit_terms[cell]):
@@ -303,7 +313,7 @@ class _ChunkSums:
         chunk_slice: slice,
         targets: Mapping[TeacherTarget, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, gradients and entropies of a term's tokens."""
+        """Return a term's values, (n,), gradient, (n, V), and entropies, (n,), all before weights."""
         if isinstance(term.loss, TeacherLoss):
             return term.loss.value_and_gradient(logits, targets[term.target][chunk_slice])
         assert isinstance(term.loss, LabelLoss)
@@ -313,7 +323,10 @@ class _ChunkSums:
         return term.loss.value_and_gradient(logits, self.arguments.labels[cell, rows])
 
     def _add_parameter_gradients(self, cell: int, rows: Tensor, hidden: Tensor, raw: Tensor) -> None:
-        """Add the gradients of hidden states, weight and bias; `raw` is that of h W^T + b, (1, n, V)."""
+        """Add a chunk's gradients of hidden states, weight and bias, where needed, to the cell's sums.
+
+        raw: the gradient by h W^T + b, (1, n, V).
+        """
         hidden_gradient, weight_gradient, bias_gradient = self.gradients
         if bias_gradient is not None:
             bias_rows = bias_gradient.view(-1, bias_gradient.shape[-1])
@@ -337,7 +350,7 @@ class _ChunkSums:
 
 
 def _select_cell_head(head: Projection, cell: int) -> Projection:
-    """Select a cell's part of a packed head, with a cell axis; a bias may be common to all cells."""
+    """Return one cell's head with a cell axis of size 1; a bias common to all cells is kept."""
     cells = slice(cell, cell + 1)
     weight = None if head.weight is None else head.weight[cells]
     bias = head.bias if head.bias is None or len(head.bias) == 1 else head.bias[cells]
@@ -345,7 +358,7 @@ def _select_cell_head(head: Projection, cell: int) -> Projection:
 
 
 def _is_trl_computable(student: Tensor, head: Projection, arguments: LossArguments) -> bool:
-    """Whether TRL's kernel can compute this: one cell, JSD or a KL, no float64, no infinite logits."""
+    """Whether TRL's kernel can compute this: one cell, one JSD or KL, no float64, no infinite bias."""
     first_teacher, divergence = arguments.teachers.get(0), arguments.terms[0][0].loss
     if not isinstance(first_teacher, HiddenTeacherLogits) or not arguments.is_single_divergence(0):
         return False
@@ -366,7 +379,7 @@ def _is_trl_computable(student: Tensor, head: Projection, arguments: LossArgumen
 
 
 def _compute_by_trl(student: Tensor, head: Projection, arguments: LossArguments) -> CellLosses:
-    """Compute the losses by TRL's kernel, which projects each chunk again in the backward pass."""
+    """Return the single cell's losses by TRL's kernel, which projects again in the backward pass."""
     ((term,),), vocabulary = arguments.terms, shared_vocabulary(student, head, arguments)
     divergence, first_teacher = term.loss, arguments.teachers[0]
     assert isinstance(divergence, Divergence) and isinstance(first_teacher, HiddenTeacherLogits)

@@ -28,12 +28,15 @@ from gkd_lab.models.rng import derive_seed
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """||s - t||^2 / H of each token, (N, H), (N, H) -> (N,): TinyBERT's."""
+    """Return ||s - t||^2 / H of each token, (N, H) twice -> (N,): TinyBERT's."""
     return (student - teacher).square().mean(-1)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos(s, t) of each token, (N, H), (N, H) -> (N,): half of PKD's || s / ||s|| - t / ||t|| ||^2."""
+    """Return 1 - cos(s, t) of each token, (N, H) twice -> (N,).
+
+    It is half of PKD's || s / ||s|| - t / ||t|| ||^2.
+    """
     return 1 - functional.cosine_similarity(student, teacher, dim=-1)
 
 
@@ -66,7 +69,10 @@ class HiddenStateLoss(AuxiliaryLoss):
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> AuxiliaryModule:
-        """Raises ValueError for a layer or a stack that one of the models does not have."""
+        """Return the module of one cell, with the models' layer pairs; it projects if their widths differ.
+
+        Raises ValueError for a layer or a stack that one of the models does not have.
+        """
         assert teacher is not None, "hidden states are matched with a teacher's"
         config = self.config
         pairs = match_layers(config.layers, student, teacher, config.stack, first=config.first)
@@ -78,7 +84,7 @@ class HiddenStateLoss(AuxiliaryLoss):
 
 
 def create_projections(count: int, student_width: int, teacher_width: int, seed: int) -> list[nn.Parameter]:
-    """Return `count` maps of student width to teacher width, (teacher, student); none for equal widths.
+    """Return `count` trainable maps, (teacher width, student width) each; an empty list for equal widths.
 
     Drawn as torch draws a linear layer's weights, uniform within 1 / sqrt(student).
     """
@@ -101,7 +107,7 @@ class HiddenStateModule(AuxiliaryModule):
         self.projections = nn.ParameterList(projections)
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the distance of the matched layers, (): weighted over tokens, the mean over pairs."""
+        """Return the distance of hidden states, (): weighted over tokens, averaged over layer pairs."""
         assert inputs.teacher is not None, "hidden states are matched with a teacher's"
         stack, distance = self.config.stack, HIDDEN_STATE_DISTANCES[self.config.loss]
         student_states, teacher_states = (
@@ -117,7 +123,7 @@ class HiddenStateModule(AuxiliaryModule):
         return total / len(self.pairs)
 
     def _project_student(self, pair: int, states: Tensor) -> Tensor:
-        """Map (N, student's H) to (N, teacher's H)."""
+        """Map student states, (N, H_s), to the teacher's width, (N, H_t); unchanged for equal widths."""
         if not self.projections:
             return states
         weight = self.projections[pair]

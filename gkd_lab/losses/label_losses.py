@@ -25,6 +25,7 @@ class CrossEntropy(LabelLoss):
 
     @classmethod
     def build(cls, config: CrossEntropyConfig) -> "CrossEntropy":
+        """Return the loss, which has no settings of its own."""
         return cls()
 
     def __call__(self, student_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -36,6 +37,7 @@ class CrossEntropy(LabelLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return -log q of each label, (N,), its gradient, (N, V), and the entropy, (N,); no autograd."""
         logs = log_probabilities(student_logits_NV)
         q, label = logs.exp(), labels_N[:, None]
         value = -logs.gather(1, label)[:, 0]
@@ -59,9 +61,7 @@ class RewardLoss(LabelLoss):
 
     @property
     def function_key(self) -> tuple[str, str | None, str | None]:
-        """Name of the reward function, its model and the model's revision: rewards that share them share a
-        function.
-        """
+        """(Reward's name, model or folder, revision): rewards with equal keys share a loaded function."""
         config = self.config
         # A folder has no revision: its content is what is loaded.
         return config.name, config.path or config.model, config.revision if config.model else None
@@ -69,4 +69,5 @@ class RewardLoss(LabelLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cross-entropy's values, gradient and entropy; the advantage comes as a scale, not here."""
         return CrossEntropy().value_and_gradient(student_logits_NV, labels_N)

@@ -23,7 +23,7 @@ _CONFIG_FIELDS = {"layers": "num_hidden_layers", "width": "hidden_size", "heads"
 def stack_size(
     config: PretrainedConfig, stack: StackName, dimension: Literal["layers", "width", "heads"]
 ) -> int:
-    """Return one dimension of a stack.
+    """Return a stack's number of layers, hidden width or number of heads, read from the configuration.
 
     Raises:
         ValueError: for the encoder of a model that has one stack, and for a size that is not one number.
@@ -48,19 +48,22 @@ def stack_size(
 def match_layers(
     layers: LayerMap, student: PretrainedConfig, teacher: PretrainedConfig, stack: StackName, *, first: int
 ) -> tuple[LayerPair, ...]:
-    """Return the pairs of layers that a map means for two models. Raises ValueError for a missing layer."""
+    """Return the (student layer, teacher layer) pairs that a layer map means for these two models.
+
+    first: the lowest layer that a pair may name. Raises ValueError for a missing layer.
+    """
     student_layers, teacher_layers = (stack_size(config, stack, "layers") for config in (student, teacher))
     return resolve_layer_pairs(layers, student_layers, teacher_layers, lowest_layer=first)
 
 
 def stack_outputs(outputs: ModelOutputs, kind: str, stack: StackName) -> tuple[Tensor, ...]:
-    """Return the `hidden_states` or `attentions` of a stack, from the names that transformers gives them."""
+    """Return a stack's recorded `hidden_states` (embeddings first) or `attentions`, one per layer."""
     name = f"{stack}_{kind}" if outputs.config.is_encoder_decoder else kind
     return outputs.outputs[name]
 
 
 def position_weights(inputs: LossInputs, stack: StackName, length: int, *, predictions: bool) -> Tensor:
-    """Return the weight in the cell's loss of each of a stack's `length` positions, (B, T).
+    """Return (B, T): each position's loss weight, its predicted token's or an even share of its row's.
 
     predictions: a position that predicts a trained token has this token's weight, all others 0. Otherwise,
     and where a stack reads the prompt alone, as encoders and classifiers do, a row's weight is spread evenly
@@ -79,11 +82,14 @@ def position_weights(inputs: LossInputs, stack: StackName, length: int, *, predi
 
 
 def _spread_row_weights(mask: Tensor, weights: Tensor) -> Tensor:
-    """Spread each row's weight, (B, C), evenly over the positions of a mask, (B, T)."""
+    """Return (B, T): each row's total weight divided evenly among the mask's positions, 0 elsewhere.
+
+    mask: (B, T). weights: (B, C).
+    """
     real = mask.to(weights)
     return real * (weights.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1))
 
 
 def widen_dtype(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or in float64 if it is."""
+    """Return the tensor in float32, or unchanged if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

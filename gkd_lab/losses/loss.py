@@ -24,7 +24,7 @@ class Loss(ABC):
 
     @classmethod
     def build(cls, config: Any) -> "Loss":
-        """Return the loss that an instance of `config_class` describes."""
+        """Return the loss that an instance of `config_class` describes; its weight is not part of it."""
         return cls(config)  # type: ignore[call-arg]
 
 
@@ -39,8 +39,9 @@ class TeacherLoss(TokenLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, (N,), their gradient by the student's logits, (N, V), and the student's entropy in
-        nats, (N,), without autograd.
+        """Return values, (N,), gradient by student logits, (N, V), and entropies, (N,); no autograd.
+
+        The entropies are the student's, in nats.
         """
 
 
@@ -54,6 +55,7 @@ class LabelLoss(TokenLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, (N,), their gradient by the student's logits, (N, V), and the student's entropy in
-        nats, (N,), without autograd.
+        """Return values, (N,), gradient by student logits, (N, V), and entropies, (N,); no autograd.
+
+        The entropies are the student's, in nats.
         """

@@ -35,8 +35,9 @@ class ProcessGroup:
 
 
 def compute_advantages(rewards: Tensor, baseline: str, normalize: bool, processes: ProcessGroup) -> Tensor:
-    """Compute the advantage of each row of this rank, (n,), from their rewards, (n,), float64.
+    """Return this rank's advantages, (n,): each row's reward less the baseline over all ranks' rows.
 
+    rewards: (n,), float64.
     `leave_one_out`: r_i less the mean of the step's N - 1 other rows, which is N / (N - 1) (r_i - mean) and
     does not depend on y_i (Kool et al. 2019; Ahmadian et al. 2024, there over samples of one prompt); a row
     without others has the advantage 0. `none`: r_i itself. normalize: divided by the standard deviation of
@@ -60,7 +61,7 @@ def compute_advantages(rewards: Tensor, baseline: str, normalize: bool, processe
 def reinforce_scales(
     advantages_B: Tensor, mask_BC: Tensor, items: Tensor, sequences: float, normalization: str
 ) -> Tensor:
-    """Compute the factors on the tokens' weights in a cell's loss, (B, C), that make the term REINFORCE's.
+    """Return factors on token weights w, (B, C): A_i items / (sequences w), for REINFORCE's gradient.
 
     REINFORCE takes the sum of a sequence's log-probabilities and averages over sequences: the -log q of each
     token weighs A_i / n. The loss weighs it w / items, with w = 1 / L_i where `loss_normalization` is
@@ -94,7 +95,7 @@ class RewardTerm:
 
 
 def _list_reward_terms(terms: WeightedLosses) -> list[RewardTerm]:
-    """Return the rewards among the terms of a cell."""
+    """Return the reward terms of one cell, each with its number in the list and its log name."""
     named_terms = enumerate(zip(term_names(terms), terms, strict=True))
     return [
         RewardTerm(number, name, term.loss)
@@ -136,9 +137,10 @@ class RewardScaler:
     def add_reward_scales(
         self, batches: Sequence[MicroBatch], dataset_rows: Sequence[Sequences], items: Tensor | None
     ) -> list[MicroBatch]:
-        """Return the micro-batches of a step with the scales that make their rewards a policy gradient.
+        """Return copies of a step's micro-batches with the scales of all on-policy cells' reward terms set.
 
-        dataset_rows: (S*B) rows for each micro-batch. items: the divisors of the losses, (K,).
+        dataset_rows: (S*B) rows for each micro-batch. items: the divisors of the losses, (K,); None: no
+        scales are set. A reward that fails is reported to `hooks.fail_cell` and not raised.
         """
         scales: list[dict[tuple[int, int], Tensor]] = [dict(batch.scales) for batch in batches]
         for cell, terms in enumerate(self.reward_terms):
@@ -155,8 +157,8 @@ class RewardScaler:
                 self.hooks.fail_cell(cell, str(error))
         return [replace(batch, scales=new) for batch, new in zip(batches, scales, strict=True)]
 
-    def remove_rewards(self, batch: MicroBatch) -> MicroBatch:
-        """Return the batch with scales of 0 for all rewards."""
+    def zero_reward_scales(self, batch: MicroBatch) -> MicroBatch:
+        """Return a copy of the batch in which every reward term has scales of 0, so that it adds no loss."""
         rows = batch.student.num_rows // len(self.reward_terms)
         zeros = torch.zeros(rows, batch.student.completion_mask.shape[1])
         keys = [(cell, term.number) for cell, terms in enumerate(self.reward_terms) for term in terms]
@@ -165,7 +167,7 @@ class RewardScaler:
     def _compute_scales(
         self, cell: int, term: RewardTerm, texts: RewardTexts, parts: Sequence[Sequences], items: Tensor
     ) -> list[Tensor]:
-        """Compute the scales of a cell's term, (B, C) for each micro-batch, and log its rewards."""
+        """Return a reward term's scales, (B, C) for each micro-batch, and log its rewards' statistics."""
         config = term.loss.config
         rewards = torch.tensor(self._compute_rewards(term.loss, texts), dtype=torch.float64)
         advantages = compute_advantages(rewards, config.baseline, config.normalize, self.processes)
@@ -179,7 +181,7 @@ class RewardScaler:
         ]
 
     def _compute_rewards(self, loss: RewardLoss, texts: RewardTexts) -> list[float]:
-        """Return the rewards of this rank's texts. Raises ValueError on all ranks if one of them fails."""
+        """Return this rank's rewards, one per text; if any rank's function fails, raise ValueError on all."""
         failure, rewards = None, list[float]()
         try:
             rewards = compute_rewards(loss.config.name, self.reward_functions[loss.function_key], *texts)
@@ -194,7 +196,7 @@ class RewardScaler:
     def _decode_texts(
         self, parts: Sequence[Sequences], dataset_rows: Sequence[Sequences], seed: int
     ) -> RewardTexts:
-        """Decode the prompts, the student's completions and the references of a step's rows."""
+        """Return (prompts, student's completions, references) of a cell's rows in a step, aligned."""
         dataset_parts = [split_blocks(rows, self.seed_count)[seed] for rows in dataset_rows]
         prompts, texts, references = list[str](), list[str](), list[str]()
         for part in dataset_parts:
@@ -205,19 +207,19 @@ class RewardScaler:
         return prompts, texts, references
 
     def _decode_rows(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Decode rows of ids as evaluations do: without special tokens and surrounding space."""
+        """Return each row's text, decoded without padding, special tokens and surrounding space."""
         unpadded = [row[used.bool()].tolist() for row, used in zip(ids, mask, strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(unpadded, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
 
 def _sum_over_processes(tensor: Tensor, processes: ProcessGroup) -> Tensor:
-    """Sum a tensor over all processes; it keeps its dtype and device."""
+    """Return the tensor summed over all processes, with its dtype and device."""
     return tensor if processes.size == 1 else processes.sum_tensor(tensor).to(tensor)
 
 
 def _reward_statistics(rewards: Tensor, advantages: Tensor, processes: ProcessGroup) -> tuple[float, float]:
-    """Return the mean reward and the advantages' standard deviation over all ranks."""
+    """Return (mean reward, standard deviation of the advantages) over the rows of all ranks."""
     sums = torch.stack(
         [torch.ones_like(rewards).sum(), rewards.sum(), advantages.sum(), advantages.square().sum()]
     )

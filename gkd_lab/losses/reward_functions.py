@@ -25,24 +25,26 @@ Texts = list[str]
 
 
 def exact_match(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
-    """Return 1 where the answer behind `####` is the reference's, as the metric `accuracy` (GSM8K), else 0.
+    """Return 1 for each text whose `#### ANSWER` equals its reference's, as `accuracy` (GSM8K), else 0.
 
-    If a reference has no such answer, the whole text is compared, as by the metric `exact_match`.
+    If a reference has no such answer, the whole stripped text is compared, as by the metric `exact_match`.
     """
     pairs = zip(texts, references, strict=True)
     return [float(_is_exact_match(text, reference)) for text, reference in pairs]
 
 
 def _is_exact_match(text: str, reference: str) -> bool:
+    """Whether the `####` answers are equal, or the whole texts if the reference has no such answer."""
     answer = extract_answer(reference)
     return text.strip() == reference.strip() if answer is None else extract_answer(text) == answer
 
 
 def create_rouge_reward(kind: str) -> RewardFunction:
-    """Create the reward `rouge2` or `rougeL`: F-measure against the reference, not stemmed, from 0 to 1."""
+    """Return the reward function `rouge2` or `rougeL`: unstemmed F-measure with the reference, 0 to 1."""
     score = RougeScorer((kind,), use_stemmer=False)
 
     def compute_rouge(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
+        """Return each text's F-measure with its reference, 0 to 1; prompts are ignored."""
         values = score(texts, [[reference] for reference in references])[kind]
         return [value / 100 for value in values]
 
@@ -52,7 +54,11 @@ def create_rouge_reward(kind: str) -> RewardFunction:
 def load_reward_function(
     name: str, model: str | None, revision: str | None, device: torch.device | str
 ) -> RewardFunction:
-    """Load the reward function of this name. Raises ConfigError if it or its model cannot be found."""
+    """Return the built-in or imported reward function of this name; ConfigError if it cannot be found.
+
+    Built-in ones that compare with references raise MissingReferenceError for a row without. model, revision:
+    for `entailment` alone.
+    """
     check_reward_name(name)
     check_reward_model(name, model)
     if name == ENTAILMENT:
@@ -68,9 +74,10 @@ def load_reward_function(
 
 
 def _require_references(name: str, function: RewardFunction) -> RewardFunction:
-    """Wrap a function so that rows without a reference raise MissingReferenceError."""
+    """Return a wrapper of the function that raises MissingReferenceError if any reference is empty."""
 
     def compute_checked(prompts: Texts, texts: Texts, references: Texts) -> list[float]:
+        """Return the wrapped function's rewards; MissingReferenceError if any reference is empty."""
         missing = [row for row, reference in enumerate(references) if not reference]
         if missing:
             raise MissingReferenceError(
@@ -89,7 +96,7 @@ class MissingReferenceError(ValueError):
 def compute_rewards(
     name: str, function: RewardFunction, prompts: Texts, texts: Texts, references: Texts
 ) -> list[float]:
-    """Return the function's rewards. Raises ValueError if it fails or gives no finite number for a row."""
+    """Call the reward function; return one float per text. ValueError if it fails or one is not finite."""
     try:
         rewards: Any = function(list(prompts), list(texts), list(references))
     except MissingReferenceError:
@@ -102,10 +109,11 @@ def compute_rewards(
         raise ValueError(f"reward {name!r} gave {rewards!r:.80}, not a list of {len(texts)} numbers")
     if len(rewards) != len(texts):
         raise ValueError(f"reward {name!r} gave {len(rewards)} values for {len(texts)} texts")
-    return [_finite_reward(name, row, value, texts) for row, value in enumerate(rewards)]
+    return [_parse_reward(name, row, value, texts) for row, value in enumerate(rewards)]
 
 
-def _finite_reward(name: str, row: int, value: Any, texts: Sequence[str]) -> float:
+def _parse_reward(name: str, row: int, value: Any, texts: Sequence[str]) -> float:
+    """Return one row's reward as a float; ValueError if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -23,6 +23,7 @@ class SquaredError(TeacherLoss):
 
     @classmethod
     def build(cls, config: SquaredErrorConfig) -> Loss:
+        """Return `SquaredError` or, if the config is against labels, `LabelSquaredError`."""
         return cls() if config.against == "teacher" else LabelSquaredError()
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
@@ -33,7 +34,10 @@ class SquaredError(TeacherLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, gradients, and the entropy of the student's outputs as logits: 0 of a number."""
+        """Return mean squared differences, (N,), gradient, (N, V), and the entropy of softmax(student), (N,).
+
+        Without autograd; the entropy of a single output is 0.
+        """
         gap = student_logits_NV - teacher_logits_NV
         logs = student_logits_NV.log_softmax(-1)
         return gap.square().mean(-1), gap * (2 / gap.shape[-1]), -(logs.exp() * logs).sum(-1)
@@ -49,7 +53,7 @@ class LabelSquaredError(LabelLoss):
     def value_and_gradient(
         self, student_logits_NV: Tensor, labels_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same as `SquaredError`. Raises ValueError for a model with several outputs."""
+        """Return `SquaredError`'s three results against labels; ValueError if there are several outputs."""
         if student_logits_NV.shape[-1] != 1:
             raise ValueError(
                 "squared_error against labels compares numbers, and the model has "

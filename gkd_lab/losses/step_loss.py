@@ -41,7 +41,7 @@ class MicroBatch:
     """Number of the term whose gradient is measured; all others have weight 0. None: train on all terms."""
 
     def cell_terms(self, n: int, cell: CellArguments) -> WeightedLosses:
-        """Return the terms of cell `n` on this micro-batch; terms that do not apply have weight 0."""
+        """Return cell `n`'s terms, with weight 0 if inapplicable here or, if it is set, not `only_term`."""
         terms = cell.list_terms(on_policy=self.on_policy[n], progress=self.progress)
         if self.only_term is None:
             return terms
@@ -56,20 +56,25 @@ SHARED_TENSORS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mas
 
 
 def split_blocks(batch: Sequences, count: int) -> list[Sequences]:
-    """Split a batch into `count` equal blocks of rows."""
+    """Split a batch into `count` consecutive blocks of equally many rows."""
     size = batch.num_rows // count
 
     def select_block(n: int) -> Sequences:
+        """Return the rows of block `n`."""
         return batch.map_tensors(lambda tensor: tensor[n * size : (n + 1) * size])
 
     return [select_block(n) for n in range(count)]
 
 
 def concatenate_blocks(parts: Sequence[Sequences], pad_id: int) -> Sequences:
-    """Concatenate blocks of rows; completions are padded to the longest."""
+    """Join blocks of rows in order; completions are padded on the right to the longest.
+
+    Prompts have one width. An optional tensor is joined if all blocks have it, and left out otherwise.
+    """
     width = max(part.completion_ids.shape[1] for part in parts)
 
     def pad_right(tensor: Tensor, value: int) -> Tensor:
+        """Pad a tensor of completions on the right to the longest."""
         return functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
     optional = set.intersection(*(set(part.named_tensors()) - SHARED_TENSORS for part in parts))
@@ -90,7 +95,11 @@ def build_micro_batch(
     sampled_rows: dict[int, Sequences],
     pad_id: int,
 ) -> MicroBatch:
-    """Collect the rows of all cells: sampled ones on policy, those of the dataset, (S*B), off policy."""
+    """Build all cells' micro-batch: a cell's sampled rows if it has any, else the dataset rows of its seed.
+
+    dataset_rows: (S*B), seed after seed. sampled_rows: cell -> its rows; cells may share one object, and then
+    a block of teacher rows.
+    """
     rows_by_seed = dict(zip(seeds, split_blocks(dataset_rows, len(seeds)), strict=True))
     student = [sampled_rows.get(n, rows_by_seed[cell.seed]) for n, cell in enumerate(cells)]
     block_numbers: dict[int, int] = {}  # by the identity of the rows
@@ -110,33 +119,33 @@ def build_micro_batch(
 
 
 def count_trained_items(batch: MicroBatch, cells: int, normalization: str) -> Tensor:
-    """Return the divisor of each cell's loss, (K,): the number of its trained sequences, or tokens."""
+    """Return the divisor of each cell's loss, (K,): its number of trained tokens ("token") or sequences."""
     tokens = batch.student.completion_mask.view(cells, -1, batch.student.completion_mask.shape[1])
     per_row = tokens.sum(-1)
     return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
 
 
 def cell_token_weights(batch: MicroBatch, cells: int, items: Tensor, normalization: str) -> Tensor:
-    """Return each token's weight in its cell's loss, (K, B, C); they sum to 1 over a whole step."""
+    """Return each token's weight in its cell's loss, (K, B, C); over a whole step each cell's sum to 1."""
     weights = token_weights(block_masks(batch, cells), normalization)
     return weights[list(batch.block_of_cell)] / items.to(weights.device).clamp_min(1)[:, None, None]
 
 
 def block_masks(batch: MicroBatch, cells: int) -> Tensor:
-    """Return the mask of trained tokens of the teacher's rows, by block, (M, B, C)."""
+    """Return the mask of trained tokens of each block of teacher rows, (M, B, C)."""
     mask = batch.teacher.completion_mask
     return mask.reshape(-1, batch.student.num_rows // cells, mask.shape[1])
 
 
-def project_blocks(outputs: UnprojectedOutput, blocks: int) -> HiddenTeacherLogits:
-    """Return the teacher logits of a forward pass over `blocks` blocks of rows, not yet projected."""
+def build_teacher_logits(outputs: UnprojectedOutput, blocks: int) -> HiddenTeacherLogits:
+    """Arrange hidden states of a forward pass in `blocks` blocks as teacher logits, projected when read."""
     return HiddenTeacherLogits(
         outputs.hidden.reshape(blocks, -1, outputs.hidden.shape[-1]), outputs.projection
     )
 
 
 def token_weights(masks_MBC: Tensor, normalization: str) -> Tensor:
-    """Return each token's weight before the division by the number of items, (M, B, C)."""
+    """Return token weights before division by the items, (M, B, C): 1 each ("token"), or 1 / row's length."""
     masks = masks_MBC.double()
     return masks if normalization == "token" else masks / masks.sum(-1, keepdim=True).clamp_min(1)
 
@@ -150,7 +159,7 @@ def compute_step_losses(
     normalization: str,
     vocabulary: int | None = None,
 ) -> CellLosses:
-    """Return loss and entropy of each cell, summed over this micro-batch; losses are divided by `items`.
+    """Return this micro-batch's `CellLosses`: per cell the loss divided by `items`, entropy and terms.
 
     student: (K*B, C, H). teachers: by number, each of M blocks of B*C tokens. items: divisors of the whole
     step, (K,). Only positions that are trained on are projected.

@@ -23,7 +23,7 @@ class TeacherLogits(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Numbers of blocks and of tokens in each, (M, N)."""
+        """Number of blocks and of tokens in each, (M, N)."""
         ...
 
     @property
@@ -37,11 +37,11 @@ class TeacherLogits(Protocol):
         ...
 
     def select_positions(self, positions: Tensor) -> "TeacherLogits":
-        """Return the logits of the positions (M, N') alone."""
+        """Return the logits at these positions of each block alone, (M, N')."""
         ...
 
     def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
-        """Return a reader of the first `vocabulary` logits, in `dtype`, of at most `max_rows` tokens."""
+        """Return a reader: (block, rows) -> first `vocabulary` logits, of `max_rows` tokens at most."""
         ...
 
 
@@ -54,25 +54,34 @@ class HiddenTeacherLogits:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Number of blocks and of tokens in each, (M, N)."""
         return self.hidden.shape[0], self.hidden.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
         return self.hidden.dtype
 
     @property
     def vocabulary(self) -> int:
+        """Number of logits of the head."""
         return self.head.get_vocabulary_size(self.hidden)
 
     def select_positions(self, positions: Tensor) -> "HiddenTeacherLogits":
+        """Return the hidden states at these positions of each block, (M, N'), with the same head."""
         return HiddenTeacherLogits(gather_positions(self.hidden, positions), self.head)
 
     def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
+        """Return a reader that projects a block's rows to logits, (n, vocabulary), when it is called.
+
+        Each call overwrites the logits of the one before.
+        """
         head = self.head.add_cell_axis().truncate_vocabulary(vocabulary)
         arithmetic = MatmulPrecision.create(self.hidden, dtype)
         buffer = self.hidden.new_empty(max_rows * vocabulary, dtype=dtype)
 
         def read(block: int, rows: Tensor) -> Tensor:
+            """Project a block's rows into the buffer and return their scaled and capped logits, (n, V)."""
             hidden = self.hidden[block, rows][None]
             return head.scale_and_cap(project_hidden(hidden, head, vocabulary, arithmetic, buffer))[0]
 
@@ -94,7 +103,7 @@ class TeacherTarget:
     routed: bool = False
 
     def combine_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
-        """Return the target's logits, (n, V).
+        """Return the target's logits, (n, V): one teacher's, a mixture's log, or each row's own teacher's.
 
         teacher_logits: returns the logits of a teacher by number. routes: (n,), for each token the number of
         its row's teacher.
@@ -113,7 +122,10 @@ class TeacherTarget:
         return mixed
 
     def _route_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
-        """Return for each token the logits of its row's teacher, (n, V)."""
+        """Return for each token its row's teacher's logits over that teacher's temperature, (n, V).
+
+        Raises ValueError without routes.
+        """
         if routes is None:
             raise ValueError("a routed divergence needs to know each row's teacher: give `routes`")
         temperatures = dict(zip(self.teachers, self.temperatures, strict=False))
@@ -126,14 +138,14 @@ class TeacherTarget:
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Gather hidden states (M, T, H) at positions (M, N): (M, N, H)."""
+    """Return the hidden states (M, T, H) at each block's positions (M, N), as (M, N, H)."""
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def project_hidden(
     hidden: Tensor, head: Projection, vocabulary: int, arithmetic: MatmulPrecision, buffer: Tensor
 ) -> Tensor:
-    """Return h W^T + b of hidden states (K, n, H), (K, n, V), in the beginning of the buffer."""
+    """Return h W^T + b of hidden states (K, n, H), (K, n, V), unscaled; a view of the overwritten buffer."""
     raw = buffer[: hidden.shape[0] * hidden.shape[1] * vocabulary].view(*hidden.shape[:2], vocabulary)
     if head.weight is None:
         raw.copy_(hidden[..., :vocabulary])

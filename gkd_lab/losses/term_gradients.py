@@ -21,7 +21,7 @@ def term_gradient_norms(
     compute_losses: Callable[[MicroBatch], Tensor],
     batch: MicroBatch,
 ) -> list[dict[str, float]]:
-    """Return for each cell: name of a term -> norm of its gradient by the cell's trainable weights.
+    """Return for each cell: term name -> L2 norm of the weighted term's gradient by the cell's weights.
 
     compute_losses: returns the losses of a batch, (K,). The terms' gradients, not their norms, add up.
     """
@@ -40,7 +40,7 @@ def term_gradient_norms(
 
 
 def _cell_norms(gradients: Sequence[Tensor], cells: int, *, packed: bool) -> Tensor:
-    """Return the norm of each cell's part of the gradients, (K,)."""
+    """Return the L2 norm of each cell's part of all gradients, (K,); `packed`: the first axis is the cell."""
     if not gradients:
         return torch.zeros(cells)
     squares = [

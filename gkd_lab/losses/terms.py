@@ -23,7 +23,7 @@ class WeightedLoss:
     target: TeacherTarget = FIRST_TEACHER_TARGET
 
     def interpolate_weight(self, progress: float) -> "WeightedLoss":
-        """Return the term after this share of the training's steps, its weight constant."""
+        """Return the term with the constant weight that it has after this share (0 to 1) of the steps."""
         if self.final_weight is None:
             return self
         weight = self.weight + progress * (self.final_weight - self.weight)
@@ -31,23 +31,26 @@ class WeightedLoss:
 
     @property
     def is_token_loss(self) -> bool:
-        """Whether it is computed token by token from the logits."""
+        """Whether its loss is computed token by token from the logits, not by an auxiliary module."""
         return isinstance(self.loss, TokenLoss)
 
     @property
     def reads_labels(self) -> bool:
-        """Whether its targets are the tokens themselves."""
+        """Whether its loss compares with the tokens themselves (a `LabelLoss`)."""
         return isinstance(self.loss, LabelLoss)
 
     @property
     def teachers(self) -> tuple[int, ...]:
-        """Numbers of the teachers that it reads."""
+        """Numbers of the teachers whose logits or outputs it reads; empty if it reads none."""
         if isinstance(self.loss, TeacherLoss):
             return self.target.teachers
         return (0,) if isinstance(self.loss, AuxiliaryLoss) and self.loss.reads_teacher else ()
 
     def is_applicable(self, *, on_policy: bool) -> bool:
-        """Whether it learns from text that the student sampled (`on_policy`), or that others wrote."""
+        """Whether it learns from the student's own text (`on_policy`) or, if False, from other text.
+
+        Label losses learn from one of the two, all other losses from both.
+        """
         return not isinstance(self.loss, LabelLoss) or self.loss.on_policy == on_policy
 
 
@@ -60,7 +63,7 @@ def list_terms(terms: Loss | Sequence[WeightedLoss]) -> WeightedLosses:
 
 
 def zero_inapplicable_terms(terms: WeightedLosses, *, on_policy: bool) -> WeightedLosses:
-    """Set the weight of terms that learn nothing from such text to 0."""
+    """Return all terms, with weight 0 for those that learn nothing from such text."""
     return tuple(
         term if term.is_applicable(on_policy=on_policy) else WeightedLoss(term.loss, 0.0, target=term.target)
         for term in terms
@@ -68,7 +71,7 @@ def zero_inapplicable_terms(terms: WeightedLosses, *, on_policy: bool) -> Weight
 
 
 def term_names(terms: WeightedLosses) -> list[str]:
-    """Return the name of each term in the log: `divergence`, `divergence_2`, ..."""
+    """Return each term's unique log name, in order: `divergence`, `divergence_2` for a second one, ..."""
     counts: dict[str, int] = {}
     names = []
     for term in terms:
@@ -84,13 +87,13 @@ def required_teachers(all_terms: Iterable[WeightedLosses]) -> list[int]:
 
 
 def required_outputs(all_terms: Iterable[WeightedLosses]) -> tuple[str, ...]:
-    """Return the outputs that forward passes record for the terms besides logits, in alphabetical order."""
+    """Return the outputs besides logits, such as "attentions", that any term reads, in alphabetical order."""
     losses = [term.loss for terms in all_terms for term in terms]
     outputs = {name for loss in losses if isinstance(loss, AuxiliaryLoss) for name in loss.required_outputs}
     return tuple(sorted(outputs))
 
 
 def needs_text_reader(all_terms: Iterable[WeightedLosses]) -> bool:
-    """Whether any term lets the teacher read texts in its own tokens."""
+    """Whether any term, as ULD does, needs a teacher that reads texts in its own tokens."""
     losses = [term.loss for terms in all_terms for term in terms]
     return any(isinstance(loss, AuxiliaryLoss) and loss.reads_texts for loss in losses)

@@ -27,7 +27,7 @@ class DecodedText:
 
 
 def non_text_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids that are no text: padding, ends, special tokens of chat templates, the unknown token."""
+    """Return the ids of all special tokens: padding, ends, those of chat templates, the unknown token."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
@@ -35,7 +35,7 @@ def non_text_ids(tokenizer: Any) -> frozenset[int]:
 def decode_completion(
     tokenizer: Any, ids: Sequence[int], end_ids: Collection[int], non_text: Collection[int]
 ) -> DecodedText:
-    """Decode a completion and find each token's end; a student need not split it as its tokenizer would.
+    """Return a completion's text up to its end of sequence, and the character where each token ends.
 
     tokenizer: a fast one. end_ids: the first of them ends the text. non_text: its `non_text_ids`.
     """
@@ -51,7 +51,7 @@ def decode_completion(
 
 
 def _decode_prefixes(tokenizer: Any, ids: Sequence[int]) -> tuple[str, TokenEnds]:
-    """Return the text up to its last whole character, and its length after each token.
+    """Return the text up to its last whole character, and its length after each token, None if incomplete.
 
     Every prefix is decoded by itself, as the text of a token depends on those before it: 8 ms for 320 tokens
     of a byte-level tokenizer. `DecodeStream`, which takes 0.3, raises for bytes that make up no character.
@@ -73,8 +73,9 @@ def _decode_prefixes(tokenizer: Any, ids: Sequence[int]) -> tuple[str, TokenEnds
 def encode_completion(
     tokenizer: Any, decoded: DecodedText, non_text: Collection[int], *, is_encoder_decoder: bool
 ) -> tuple[list[int], TokenEnds]:
-    """Encode a completion with another tokenizer, as a training target, and find each token's end.
+    """Return a decoded completion's ids in another tokenizer, and the character where each token ends.
 
+    Encoded as a training target, with an end of sequence if the completion has one.
     non_text: its `non_text_ids`; an unknown token counts as text here.
     """
     text: dict[str, Any] = {"text_target": decoded.text} if is_encoder_decoder else {"text": decoded.text}
@@ -93,7 +94,7 @@ def encode_completion(
 
 
 def align_spans(first: TokenEnds, second: TokenEnds) -> list[Span]:
-    """Return the shortest spans of text that both sides cover with whole tokens, in their order.
+    """Return the shortest spans of text that both sides cover with whole tokens: pairs of position lists.
 
     Text behind the last common end, such as a word that one side did not finish, is in no span.
     """
@@ -102,7 +103,7 @@ def align_spans(first: TokenEnds, second: TokenEnds) -> list[Span]:
 
 
 def _group_by_span(ends: TokenEnds, span_ends: Sequence[int]) -> list[list[int]]:
-    """Return the positions of the tokens in each span."""
+    """Return for each span the positions of its tokens; others, such as those without text, are left out."""
     positions: list[list[int]] = [[] for _ in span_ends]
     for position, end in enumerate(ends):
         if end is not None and span_ends and end <= span_ends[-1]:
@@ -110,8 +111,11 @@ def _group_by_span(ends: TokenEnds, span_ends: Sequence[int]) -> list[list[int]]
     return positions
 
 
-def check_token_ends(owner: str, tokenizer: Any) -> None:
-    """Raise ValueError for a tokenizer that is missing, is not fast, or has no end of sequence."""
+def check_uld_tokenizer(owner: str, tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer is missing, is not fast, or has no end-of-sequence token.
+
+    owner: "student" or "teacher", for the message.
+    """
     if tokenizer is None:
         raise ValueError(
             f"uld needs the {owner}'s tokenizer, and there is none in its folder: pass it as "

@@ -47,11 +47,14 @@ class TextReader(Protocol):
     """A teacher that reads texts in its own tokens."""
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Keep the teacher's weights on the device within the context."""
+        """Return a context within which the teacher's weights are on the device."""
         ...
 
     def read_rows(self, rows: Sequences) -> TextTeacherLogits:
-        """Return the distributions for the texts of a student's rows, without gradient."""
+        """Return the teacher's logits and tokens for the texts of a student's rows, and the shared spans.
+
+        Without gradient.
+        """
         ...
 
 
@@ -73,6 +76,7 @@ class ULD(AuxiliaryLoss):
     def create_module(
         self, student: PretrainedConfig, teacher: PretrainedConfig | None, seed: int
     ) -> "ULDModule":
+        """Return the module of one cell, without parameters; its `teacher` has to be set before use."""
         return ULDModule(self.config)
 
 
@@ -86,7 +90,10 @@ class ULDModule(AuxiliaryModule):
         self.config = config
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        """Return the loss, (); gradients are computed here, while the teacher's weights are on the device."""
+        """Return the weighted L1 distance of sorted probabilities, (); gradients are computed in this call.
+
+        Raises ValueError if no teacher was set.
+        """
         if self.teacher is None:
             raise ValueError("uld reads texts with a teacher of its own: give the module's `teacher` first")
         with self.teacher.activate():
@@ -103,13 +110,13 @@ class _SideTokens:
 
     @property
     def is_span_end(self) -> Tensor:
-        """Mask of each span's last token, (n,)."""
+        """Mask of the tokens that are the last of their span, (n,)."""
         following = self.span.roll(-1)
         following[-1] = -1
         return following != self.span
 
     def join_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
-        """Return the probabilities of each span's last token, times those of the tokens before, (G, V)."""
+        """Return each span's distribution at its last token, times the others' probabilities, (G, V)."""
         logs, last = log_probabilities(logits, temperature), self.is_span_end
         before = logs.gather(1, self.ids[:, None])[:, 0].masked_fill(last, 0)
         chain = before.new_zeros(int(last.sum())).index_add(0, self.span, before)
@@ -127,7 +134,10 @@ class _Chunk:
 
 
 def sum_span_distances(config: ULDConfig, inputs: LossInputs, teacher: TextTeacherLogits) -> Tensor:
-    """Sum weight * distance over spans, (), chunk by chunk; differentiable by the student's outputs."""
+    """Return the sum of weight * distance over all spans, (), differentiable by the student's outputs.
+
+    Computed chunk by chunk.
+    """
     hidden, head = inputs.student.last_hidden, inputs.student.projection
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sizes = head.get_vocabulary_size(hidden), teacher.logits.vocabulary
@@ -136,6 +146,7 @@ def sum_span_distances(config: ULDConfig, inputs: LossInputs, teacher: TextTeach
     read = teacher.logits.create_reader(sizes[1], wide, longest)
 
     def sum_chunk(chunk: _Chunk, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the sum of weight * distance over one chunk's spans, (); the teacher gets no gradient."""
         with torch.no_grad():
             logits = read(0, chunk.teacher.positions)
             target = chunk.teacher.join_probabilities(logits, config.teacher_temperature)
@@ -152,7 +163,7 @@ def sum_span_distances(config: ULDConfig, inputs: LossInputs, teacher: TextTeach
 
 
 def sorted_l1_distance(first: Tensor, second: Tensor) -> Tensor:
-    """L1 distance of the sorted rows, (G, V) and (G, V') -> (G,); the shorter one is padded with zeros."""
+    """Return the L1 distance of the rows, sorted, (G, V), (G, V') -> (G,); the shorter is zero-padded."""
     first, second = (rows.sort(dim=-1, descending=True).values for rows in (first, second))
     shared = min(first.shape[-1], second.shape[-1])
     tail = first[:, shared:].sum(-1) + second[:, shared:].sum(-1)
@@ -162,7 +173,7 @@ def sorted_l1_distance(first: Tensor, second: Tensor) -> Tensor:
 def _replace_head_weights(
     head: Projection, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Projection:
-    """Return the same head with these weights, in the dtype of the logits."""
+    """Return the head with this weight and bias, cast to `dtype`; its scale and cap stay."""
     return replace(
         head,
         weight=None if weight is None else weight.to(dtype),
@@ -173,7 +184,7 @@ def _replace_head_weights(
 def _iterate_chunks(
     inputs: LossInputs, teacher: TextTeacherLogits, vocabularies: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[_Chunk]:
-    """Yield the spans of all rows in chunks whose logits fit into `CHUNK_BYTES`."""
+    """Yield all rows' spans in chunks whose logits fit into `CHUNK_BYTES`, with each span's weight."""
     rows = inputs.weights.sum(-1).to(dtype)
     ids = inputs.rows.completion_ids, teacher.ids
     all_spans = [(row, span) for row, spans in enumerate(teacher.spans) for span in spans]
@@ -187,7 +198,7 @@ def _iterate_chunks(
 def _group_spans(
     spans: Sequence[tuple[int, Span]], vocabularies: tuple[int, int], max_logits: int
 ) -> Iterator[list[tuple[int, Span]]]:
-    """Yield groups of spans, each with its row, that have `max_logits` logits at most, or are one span."""
+    """Yield lists of (row, span) with `max_logits` logits at most; a larger span comes alone."""
     group: list[tuple[int, Span]] = []
     logits_in_group = 0
     for row, span in spans:
@@ -202,7 +213,10 @@ def _group_spans(
 
 
 def _build_side(spans: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _SideTokens:
-    """Return the tokens of the student (side 0) or of the teacher (side 1) in these spans."""
+    """Return all tokens of the student (side 0) or of the teacher (side 1) in these (row, span) pairs.
+
+    ids: (B, C) or (B, D).
+    """
     width = ids.shape[1]
     pairs = [(row * width + token, n) for n, (row, span) in enumerate(spans) for token in span[side]]
     positions, span_numbers = torch.tensor(pairs, device=ids.device).unbind(1)
@@ -216,6 +230,7 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(
         ctx: Any, chunk_value: Callable[..., Tensor], chunks: Sequence[_Chunk], *tensors: Tensor | None
     ) -> Tensor:
+        """Return the sum of chunk_value(chunk, *tensors) over chunks, (); keep its gradients in `ctx`."""
         leaves = [
             None if tensor is None else tensor.detach().requires_grad_(needs_gradient)
             for tensor, needs_gradient in zip(tensors, ctx.needs_input_grad[2:], strict=True)
@@ -233,5 +248,6 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the kept gradients times the incoming one."""
         gradients = (None if part is None else part * incoming.to(part.dtype) for part in ctx.gradients)
         return (None, None, *gradients)

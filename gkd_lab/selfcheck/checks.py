@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.step_loss import MicroBatch, compute_step_losses, count_trained_items, project_blocks
+from gkd_lab.losses.step_loss import (
+    MicroBatch,
+    build_teacher_logits,
+    compute_step_losses,
+    count_trained_items,
+)
 from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
 from gkd_lab.selfcheck.bench import PROMPTS_AND_ANSWERS, PairBench
 
@@ -263,7 +268,7 @@ def _compute_loss_and_gradient_norm(
         )
     hidden = student_output.hidden.requires_grad_()
     items = count_trained_items(batch, 1, "token")
-    logits = {0: project_blocks(teacher_output, 1)}
+    logits = {0: build_teacher_logits(teacher_output, 1)}
     sums = compute_step_losses(student_output, logits, batch, [cell], items, "token", bench.vocabulary_size)
     (gradient,) = torch.autograd.grad(sums.losses.sum(), hidden)
     return float(sums.losses.detach()), float(gradient.norm())

@@ -46,7 +46,10 @@ class ModelFreeTeacher(ABC):
     def check_compatibility(
         self, student: PreTrainedModel, cells: Sequence[CellArguments], *, seq_kd: bool, eval_on_policy: bool
     ) -> None:
-        """Raise ValueError for a run that needs a live teacher model."""
+        """Raise ValueError for a run that needs a teacher model: a classifier, seq_kd, or new text to score.
+
+        New text, sampled in training or evaluation, is no problem if `can_score_new_text`.
+        """
         if get_classifier_kind(unwrap_model(student)) is not None:
             raise ValueError(
                 f"the student classifies, and {self.description} knows of texts alone: give a model"
@@ -66,15 +69,15 @@ class ModelFreeTeacher(ABC):
             )
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Do nothing: there are no weights to move."""
+        """Return a context that does nothing: there are no weights to move."""
         return nullcontext()
 
     def activate_head(self) -> AbstractContextManager[Any]:
-        """Do nothing: there is no head to move."""
+        """Return a context that does nothing: there is no head to move."""
         return nullcontext()
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        """Return the logits of a micro-batch. Raises ValueError if other outputs are requested."""
+        """Return the micro-batch's logits; ValueError if hidden states or attention maps are requested."""
         if output_names:
             raise ValueError(
                 f"an objective reads the teacher's {', '.join(output_names)}, and {self.description} has "
@@ -93,7 +96,10 @@ class CachedTeacher(ModelFreeTeacher):
         self.vocabulary_size = self.score_reader.layout.vocabulary
 
     def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
-        """Look up the rows' logits. Raises ValueError for a row that was not scored with this completion."""
+        """Return the stored logits of the batch's rows, found by `row_index`, on the batch's device.
+
+        Raises ValueError for a row without an index, or that was not scored with this completion.
+        """
         rows = batch.teacher
         if rows.row_indices is None:
             raise ValueError(
@@ -108,7 +114,7 @@ class CachedTeacher(ModelFreeTeacher):
         return _build_logits(row_scores, batch, self.vocabulary_size)
 
     def _read_row(self, number: int, completion_ids: Sequence[int]) -> TopKScores:
-        """Read the scores of row `number` and check that they are of this completion."""
+        """Return the stored scores of row `number`, (C, k); ValueError if they are of another completion."""
         tokens, scores = self.score_reader.read_row(number)
         if tokens.tolist() != list(completion_ids):
             raise ValueError(
@@ -135,7 +141,7 @@ class ServerTeacher(ModelFreeTeacher):
     def check_compatibility(
         self, student: PreTrainedModel, cells: Sequence[CellArguments], *, seq_kd: bool, eval_on_policy: bool
     ) -> None:
-        """Raise ValueError for a run that needs a live teacher model, and for an encoder-decoder."""
+        """Raise ValueError for an encoder-decoder student, a classifier or seq_kd; new text is fine."""
         super().check_compatibility(student, cells, seq_kd=seq_kd, eval_on_policy=eval_on_policy)
         if student.config.is_encoder_decoder:
             raise ValueError(
@@ -144,7 +150,10 @@ class ServerTeacher(ModelFreeTeacher):
             )
 
     def compute_logits(self, batch: MicroBatch) -> TopKTeacherLogits:
-        """Request the rows' logits. Raises ServerUnavailable and ServerRejection."""
+        """Send each row's prompt and completion to the server; return the completions' top-k logits.
+
+        Raises ServerUnavailable and ServerRejection.
+        """
         rows = batch.teacher
         lengths = rows.completion_mask.sum(-1).tolist()
         texts = [
@@ -161,7 +170,7 @@ class ServerTeacher(ModelFreeTeacher):
 
 
 def build_top_k_scores(tokens: Sequence[TokenLogProbs], top_k: int) -> TopKScores:
-    """Convert a server's answer for C tokens, each with its `top_k` most likely ones, to scores (C, k)."""
+    """Convert a server's answer for C tokens, `top_k` pairs (id, log-probability) each, to scores (C, k)."""
     log_probs = torch.tensor([[log_prob for _, log_prob in token] for token in tokens], dtype=torch.float64)
     log_probs = log_probs.view(-1, top_k)
     ids = torch.tensor([[id_ for id_, _ in token] for token in tokens], dtype=torch.int32).view(-1, top_k)
@@ -172,12 +181,12 @@ def build_top_k_scores(tokens: Sequence[TokenLogProbs], top_k: int) -> TopKScore
 def _build_logits(
     row_scores: Sequence[TopKScores], batch: MicroBatch, vocabulary_size: int
 ) -> TopKTeacherLogits:
-    """Arrange the scores of M*B rows as M blocks of B*C tokens, with zeros behind each row's own tokens."""
+    """Return logits of M blocks of B*C tokens from M*B rows' scores, with zeros behind each row's own."""
     completions, blocks = batch.teacher.completion_ids, len(batch.prompts_of_block)
     lengths = [len(scores.log_probs) for scores in row_scores]
 
     def pad_rows(tensor: Tensor) -> Tensor:
-        """Arrange one tensor of all rows' scores by block."""
+        """Arrange one tensor of all rows' tokens as (M, B*C, ...), with zeros behind each row's own."""
         rows = tensor.new_zeros(len(row_scores), completions.shape[1], *tensor.shape[1:])
         for row, part in zip(rows, tensor.split(lengths), strict=True):
             row[: len(part)] = part

@@ -61,9 +61,9 @@ class TeacherSet:
         *,
         is_copy: bool,
     ) -> "TeacherSet":
-        """Load and freeze all teachers; `is_copy`: the first one is a copy of the student.
+        """Return all teachers loaded and frozen; ValueError if one does not fit the student or the cells.
 
-        Raises ValueError for teachers that do not fit the student or what the cells require.
+        is_copy: the first one is a copy of the student, and shares its tokenizer.
         """
         if isinstance(inputs.model, ModelFreeTeacher):
             inputs.model.check_compatibility(
@@ -87,7 +87,7 @@ class TeacherSet:
         return cls(first, inputs.tokenizer or tokenizer, tuple(others), tuple(inputs.others))
 
     def list_models_and_tokenizers(self) -> list[tuple[Any, Any]]:
-        """Return each teacher with its tokenizer, in the order of their numbers."""
+        """Return (teacher, its tokenizer or None) for each teacher, in the order of their numbers."""
         others = zip(self.other_teachers, self.other_models, strict=True)
         return [
             (self.first, self.tokenizer),
@@ -97,7 +97,7 @@ class TeacherSet:
     def count_shared_vocabulary(
         self, student: PreTrainedModel, tokenizer: Any, compared: Collection[int]
     ) -> int:
-        """Return how many leading vocabulary entries the student shares with all teachers.
+        """Return the number of leading vocabulary entries that the student shares with all teachers.
 
         compared: numbers of the teachers that are compared token by token. Raises ValueError if one of these
         has another tokenizer than the student.
@@ -114,7 +114,10 @@ class TeacherSet:
         )
 
     def place_teachers(self, accelerator: Accelerator, *, parked: bool) -> list[TeacherInterface]:
-        """Place all teachers on the devices; `parked` is the default of teachers that do not state it."""
+        """Return all teachers ready to run, by number: models are moved to the device, sharded, or parked.
+
+        parked: the default of teachers that do not state it.
+        """
         first = self.first
         if not isinstance(first, ModelFreeTeacher):
             first = LiveTeacher(first, accelerator, parked=parked)

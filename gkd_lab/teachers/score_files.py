@@ -42,7 +42,7 @@ class ScoreLayout:
 
     @classmethod
     def create(cls, lengths: Sequence[int], top_k: int | None, vocabulary: int, dtype: str) -> "ScoreLayout":
-        """Create the layout for rows of these numbers of tokens; the longest decides the rows per file."""
+        """Return the layout for rows of these token counts: files of about 256 MiB, by the longest row."""
         named = None if top_k is None or top_k >= vocabulary else top_k
         layout = cls(len(lengths), 1, named, vocabulary, dtype)
         max_row_bytes = max(1, *lengths) * layout.bytes_per_token
@@ -50,18 +50,18 @@ class ScoreLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's log-probabilities, ids and tail, and of the token itself."""
+        """Bytes of one scored token: its id, and its distribution's log-probabilities, ids and tail."""
         value_bytes = SCORE_DTYPES[self.dtype].itemsize
         if self.top_k is None:
             return 4 + self.vocabulary * value_bytes
         return 4 + self.top_k * (value_bytes + 4) + value_bytes
 
     def build_file_path(self, folder: Path, number: int) -> Path:
-        """Return the path of file `number`."""
+        """Return the path of file `number`, such as `00003.safetensors`."""
         return folder / f"{number:05d}.safetensors"
 
     def split_rows(self) -> list[range]:
-        """Return the rows of each file."""
+        """Return the range of row numbers that each file holds, in the order of files."""
         step = self.rows_a_file
         return [range(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
 
@@ -77,7 +77,7 @@ class ScoreWriter:
             write_json(folder / INDEX_FILE, vars(layout))
 
     def list_missing_rows(self) -> list[range]:
-        """Return the rows of each file that is still to be written."""
+        """Return the ranges of row numbers of the files that are missing or incomplete."""
         return [
             rows
             for number, rows in enumerate(self.layout.split_rows())
@@ -85,7 +85,10 @@ class ScoreWriter:
         ]
 
     def write_file(self, rows: range, tokens: Sequence[Sequence[int]], scores: Sequence[TopKScores]) -> None:
-        """Write the file of these rows: each row's scored tokens and their scores."""
+        """Write the one file of these rows, their scored tokens and scores; it appears by rename, complete.
+
+        rows: a range of `list_missing_rows`.
+        """
         starts = torch.tensor([0, *(len(ids) for ids in tokens)]).cumsum(0)
         tensors = {
             "starts": starts,
@@ -113,7 +116,7 @@ class ScoreReader:
         self._open_files: dict[int, Any] = {}
 
     def read_row(self, number: int) -> tuple[Tensor, TopKScores]:
-        """Return the scored tokens (C,) of row `number`, and their scores (C, k).
+        """Return the scored completion's token ids, (C,), and their scores, (C, k), of row `number`.
 
         Raises:
             ValueError: for a row outside of the scored data, or a file that cannot be read.
@@ -128,7 +131,7 @@ class ScoreReader:
         first, last = file.get_slice("starts")[row_in_file : row_in_file + 2].tolist()
 
         def read_tensor(name: str) -> Tensor:
-            """Read the row's part of the file's tensor `name`."""
+            """Return the row's part of the file's tensor `name`."""
             tensor: Tensor = file.get_slice(name)[first:last]
             return tensor
 
@@ -137,7 +140,7 @@ class ScoreReader:
         return read_tensor("tokens"), TopKScores(read_tensor("logs"), read_tensor("ids"), read_tensor("tail"))
 
     def _open_file(self, number: int) -> Any:
-        """Return file `number`, opened once."""
+        """Return file `number` as a safetensors handle, opened once; ValueError if it cannot be read."""
         if number not in self._open_files:
             path = self.layout.build_file_path(self.folder, number)
             try:
@@ -150,7 +153,7 @@ class ScoreReader:
 
 
 def _is_file_complete(path: Path, rows: range) -> bool:
-    """Whether the file can be opened, which compares its header with its size, and holds these many rows."""
+    """Whether the file exists, has the size that its header states, and holds as many rows as `rows`."""
     try:
         with safe_open(path, "pt") as file:
             return bool(file.get_slice("starts").get_shape() == [len(rows) + 1])

@@ -25,7 +25,7 @@ LOGITS_CHUNK_BYTES = 128 * 2**20
 
 
 def number_examples(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples with their positions as `row_index`, by which their scores are found."""
+    """Return copies of the examples with their positions as `row_index`, by which their scores are found."""
     return [replace(example, row_index=number) for number, example in enumerate(examples)]
 
 
@@ -40,7 +40,7 @@ def write_teacher_scores(
     use_bfloat16: bool = False,
     report_progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Write the teacher's scores of each row's completion; existing files are kept.
+    """Score each row's completion with the teacher and write the scores to `folder`; finished files stay.
 
     Train on the examples of `number_examples` with a `CachedTeacher` of the folder.
 
@@ -81,7 +81,7 @@ def write_teacher_scores(
 def _score_batch(
     head: OutputHead, batch: Sequences, layout: ScoreLayout, *, use_bfloat16: bool
 ) -> list[TopKScores]:
-    """Run the teacher and return the scores of each row's real tokens."""
+    """Run the teacher on a batch; return each row's scores of its real completion tokens, on the CPU."""
     device = head.model.get_input_embeddings().weight.device
     batch = batch.to(device)
     with (

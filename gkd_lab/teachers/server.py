@@ -64,7 +64,9 @@ class TeacherServer:
             raise ValueError(f"top_k {self.top_k} names no token: give 1 or more")
 
     def request_scores(self, texts: Sequence[Sequence[int]]) -> list[list[TokenLogProbs]]:
-        """Return the most likely tokens at every position but the first of each text (token ids).
+        """Return each text's `top_k` likeliest (token, log-probability) pairs at all positions but the first.
+
+        texts: token ids.
 
         Raises:
             ServerUnavailable: after `patience` seconds without an answer.
@@ -79,7 +81,10 @@ class TeacherServer:
         return scores
 
     def _post_request(self, client: httpx.Client, prompts: list[list[int]]) -> Any:
-        """Send one scoring request, with retries, and return the answer's JSON."""
+        """Send one scoring request, retrying temporary errors; return the answer's JSON, not yet checked.
+
+        Raises ServerUnavailable, and ServerRejection for another error or no JSON.
+        """
         body = {
             "model": self.model,
             "prompt": prompts,
@@ -90,7 +95,7 @@ class TeacherServer:
         address = self.server.rstrip("/") + "/completions"
 
         def send_request() -> httpx.Response:
-            """Post once; raise for a temporary error."""
+            """Post once; return any answer but a temporary error, which raises."""
             response = client.post(address, json=body)
             if response.status_code >= 500 or response.status_code in RETRIED_STATUS_CODES:
                 response.raise_for_status()
@@ -110,7 +115,10 @@ class TeacherServer:
             ) from error
 
     def _parse_answer(self, answer: Any, lengths: Sequence[int]) -> list[list[TokenLogProbs]]:
-        """Return the scores of all texts, which have these numbers of tokens."""
+        """Return the scores of all texts in their order; ServerRejection if the answer has another form.
+
+        lengths: each text's number of tokens.
+        """
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             texts = [choice["prompt_logprobs"] for choice in choices]
@@ -121,14 +129,14 @@ class TeacherServer:
         return [self._parse_text(text, length) for text, length in zip(texts, lengths, strict=True)]
 
     def _parse_text(self, entries: Any, length: int) -> list[TokenLogProbs]:
-        """Return the scores of one text's tokens but the first."""
+        """Return a text's top tokens at all positions but the first; ServerRejection if some are missing."""
         if not isinstance(entries, list) or len(entries) != length:
             count = len(entries) if isinstance(entries, list) else "no"
             raise self._build_format_error(f"{count} prompt_logprobs for {length} tokens")
         return [self._parse_token(entry) for entry in entries[1:]]
 
     def _parse_token(self, entry: Mapping[str, Mapping[str, float]]) -> TokenLogProbs:
-        """Return the `top_k` most likely tokens of one position."""
+        """Return a position's `top_k` likeliest (token, log-probability) pairs; ServerRejection if fewer."""
         try:
             tokens = [(int(id_), float(values["logprob"])) for id_, values in entry.items()]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -137,10 +145,10 @@ class TeacherServer:
             raise self._build_format_error(
                 f"{len(tokens)} tokens of each distribution where {self.top_k} are asked for"
             )
-        return sorted(tokens, key=_get_likelihood_order)[: self.top_k]
+        return sorted(tokens, key=_build_likelihood_sort_key)[: self.top_k]
 
     def _build_format_error(self, reason: str) -> ServerRejection:
-        """Build the error for an answer in another form than vLLM's."""
+        """Return, without raising it, the error for an answer in another form than vLLM's."""
         return ServerRejection(
             f"the teacher's server {self.server} does not give prompt log-probabilities as vLLM does: "
             f"{reason}"
@@ -150,9 +158,9 @@ class TeacherServer:
 def retry_until_timeout(
     send_request: Callable[[], httpx.Response], max_wait: float, server_name: str
 ) -> httpx.Response:
-    """Return the response, retrying for `max_wait` seconds while the server cannot be reached or fails.
+    """Return the response, retrying failures with growing pauses; ServerUnavailable after `max_wait` s.
 
-    Raises ServerUnavailable.
+    A failure is a connection error or a temporary status.
     """
     start, pause, has_warned = time.monotonic(), min(FIRST_RETRY_SECONDS, max_wait / 8), False
     while True:
@@ -172,30 +180,30 @@ def retry_until_timeout(
 
 
 def _build_headers() -> dict[str, str]:
-    """Return the authorization header, if the environment has a key."""
+    """Return the authorization header with the key from the environment, or an empty dict without a key."""
     key = os.environ.get(API_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _get_likelihood_order(token: tuple[int, float]) -> tuple[float, int]:
-    """Return the sort key that puts likely tokens first and equally likely ones in the order of their ids."""
+def _build_likelihood_sort_key(token: tuple[int, float]) -> tuple[float, int]:
+    """Return the sort key (-log-probability, id): most likely tokens first, equally likely ones by id."""
     return -token[1], token[0]
 
 
 def _describe_error(error: Exception) -> str:
-    """Return the reason of a failed request in one line."""
+    """Return one line: the status and the beginning of the answer, or the text of a connection error."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"status {error.response.status_code}, {_summarize_answer(error.response)}"
     return str(error) or "no reason given"
 
 
 def _summarize_answer(response: httpx.Response) -> str:
-    """Return the beginning of an answer's text in one line."""
+    """Return the first 200 characters of an answer's text in one line."""
     return " ".join(response.text.split())[:200]
 
 
 def _suggest_fix(status: int) -> str:
-    """Return what to do about a status code, if it is known."""
+    """Return advice to append to the message for status 400, 401, 403 or 404; otherwise an empty string."""
     if status in (401, 403):
         return f"; give its key in the environment variable {API_KEY_VARIABLE}"
     if status == 404:

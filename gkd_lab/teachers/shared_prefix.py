@@ -48,7 +48,7 @@ class SharedPrefixReader:
         return UnprojectedOutput(states, self.head.read_projection(), None)
 
     def _read_completions(self, blocks: Sequence[Sequences]) -> Iterator[Tensor]:
-        """Yield the hidden states, (B, C, H), of blocks with the same prompts."""
+        """Yield each block's hidden states, (B, C, H), in order; the blocks must have the same prompts."""
         rows, length = blocks[0].completion_ids.shape
         is_encoder_decoder = self.is_encoder_decoder
         prompt = self._encode_prompts(blocks[0]) if is_encoder_decoder else self._cache_prompts(blocks[0])
@@ -58,7 +58,7 @@ class SharedPrefixReader:
             yield from read_blocks(blocks[first : first + size], *prompt).split(rows)
 
     def _count_blocks_per_pass(self, tokens: int) -> int:
-        """Return how many blocks of this many tokens are read at once."""
+        """Return how many blocks of `tokens` tokens to read at once: what fits a CPU's cache; a GPU all."""
         config = self.head.model.config.get_text_config(decoder=True)
         if self.head.model.device.type != "cpu":
             return 2**31
@@ -67,7 +67,7 @@ class SharedPrefixReader:
     # ---- decoder-only ----
 
     def _cache_prompts(self, block: Sequences) -> tuple[DynamicCache, Tensor]:
-        """Return the prompts' keys and values, and the last state, which predicts the first new token."""
+        """Read the prompts; return the cache of keys and values, and the last hidden state, (B, 1, H)."""
         cache = DynamicCache(config=self.head.model.config.get_text_config(decoder=True))
         hidden = self.head.compute_hidden(
             input_ids=block.prompt_ids,
@@ -81,7 +81,11 @@ class SharedPrefixReader:
     def _read_from_cache(
         self, blocks: Sequence[Sequences], prompt_cache: DynamicCache, first: Tensor
     ) -> Tensor:
-        """Return the hidden states of completions of cached prompts; `first`: of their first tokens."""
+        """Return hidden states of the blocks' completions, (blocks * B, C, H), after prompts in a cache.
+
+        first: the prompts' last state, which predicts the first completion token. The cache is copied, not
+        changed.
+        """
         times, width = len(blocks), blocks[0].prompt_ids.shape[1]
         if blocks[0].completion_ids.shape[1] == 1:
             return first.repeat(times, 1, 1)
@@ -101,19 +105,19 @@ class SharedPrefixReader:
         return torch.cat([first.repeat(times, 1, 1), hidden], dim=1)
 
     def _build_position_arguments(self, positions: Tensor) -> dict[str, Tensor]:
-        """Return the positions as an argument, if the model takes it."""
+        """Return `position_ids` as a keyword argument, or none if the model's forward does not take it."""
         return {"position_ids": positions} if self.head.accepts_argument("position_ids") else {}
 
     # ---- encoder-decoder ----
 
     def _encode_prompts(self, block: Sequences) -> tuple[Tensor, Tensor]:
-        """Return the encoder's output for the prompts, and their mask."""
+        """Return the encoder's output for the prompts, (B, P, H), and their mask, (B, P)."""
         encoder = self.head.model.get_encoder()
         states = encoder(input_ids=block.prompt_ids, attention_mask=block.prompt_mask).last_hidden_state
         return states, block.prompt_mask
 
     def _decode_completions(self, blocks: Sequence[Sequences], states: Tensor, mask: Tensor) -> Tensor:
-        """Return the decoder's hidden states for completions of encoded prompts."""
+        """Return decoder states of the blocks' completions, (blocks * B, C, H), for encoded prompts."""
         ids = torch.cat([block.completion_ids for block in blocks])
         return self.head.compute_hidden(
             encoder_outputs=(states.repeat(len(blocks), 1, 1),),
@@ -125,7 +129,10 @@ class SharedPrefixReader:
     # ---- check ----
 
     def _is_reuse_exact(self) -> bool:
-        """Whether two completions of two prompts get the same hidden states with and without reuse."""
+        """Run the model on a tiny batch; return whether reading prompts once gives the same hidden states.
+
+        Up to rounding. False without a try for models that cannot reuse prompts.
+        """
         model = self.head.model
         if (
             not self.head.is_linear
@@ -154,6 +161,6 @@ class SharedPrefixReader:
 
 
 def _has_full_attention_cache(model: Any) -> bool:
-    """Whether every layer caches the keys and values of all tokens."""
+    """Whether every layer caches the keys and values of all tokens: no sliding window, no recurrent state."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)

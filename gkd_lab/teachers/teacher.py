@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.models.utils import _ForwardRedirection
 
-from gkd_lab.losses.step_loss import MicroBatch, project_blocks
+from gkd_lab.losses.step_loss import MicroBatch, build_teacher_logits
 from gkd_lab.losses.teacher_targets import TeacherLogits
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
@@ -44,15 +44,15 @@ class TeacherInterface(Protocol):
     """Configuration of its model; None: the teacher is no model of this process."""
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Keep the teacher's weights on the device within the context."""
+        """Return a context within which the teacher's weights are on the device."""
         ...
 
     def activate_head(self) -> AbstractContextManager[Any]:
-        """Keep the head on the device within the context: lazy logits read it after `compute_output`."""
+        """Return a context that keeps the head on the device: lazy logits read it after `compute_output`."""
         ...
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        """Run the teacher on a micro-batch without gradient; `output_names`: extra outputs to record."""
+        """Return the teacher's logits for a micro-batch, and any extra outputs named, without gradient."""
         ...
 
 
@@ -72,7 +72,10 @@ class Teacher:
     processing_class: Any = None
 
     def load_model(self, student: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel:
-        """Load and freeze the model. Raises ValueError if it is of another family than the student."""
+        """Return the model, loaded if it is a name, frozen and cast to `dtype`.
+
+        Raises ValueError if it is of another family than the student.
+        """
         return load_teacher(
             self.model,
             name_or_path=None,
@@ -94,26 +97,29 @@ class LiveTeacher:
         self.parked, self.accelerator = parked, accelerator
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Keep the model on the device within the context."""
+        """Return a context within which the model is on the device; a parked one is copied there."""
         return use_on_device(self.model, self.accelerator.device, parked=self.parked)
 
     def activate_head(self) -> AbstractContextManager[Any]:
-        """Keep the output head on the device within the context."""
+        """Return a context within which the output head alone is on the device, if the model has one."""
         head = self.head.model.get_output_embeddings()
         if head is None:
             return nullcontext()
         return use_on_device(head, self.accelerator.device, parked=self.parked)
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
-        """Read the micro-batch's teacher rows in one forward pass without gradient."""
+        """Run the model on the teacher rows without gradient; return lazy logits and the forward output."""
         with torch.no_grad(), self.accelerator.autocast():
             output: UnprojectedOutput = run_inside_forward(
                 self.model, self.head.model, self._run_forward_pass, (batch, output_names)
             )
-        return TeacherOutput(project_blocks(output, len(batch.prompts_of_block)), output)
+        return TeacherOutput(build_teacher_logits(output, len(batch.prompts_of_block)), output)
 
     def _run_forward_pass(self, inputs: tuple[MicroBatch, Sequence[str]]) -> UnprojectedOutput:
-        """Return hidden states and head for (micro-batch, names of extra outputs)."""
+        """Return hidden states and head for (micro-batch, extra output names), prompts shared if no extras.
+
+        With extra outputs each row is read whole; without, a prompt that rows share is read once.
+        """
         batch, output_names = inputs
         # Prompts that are read once leave no states of their own.
         if output_names:
@@ -133,7 +139,7 @@ def compute_teacher_outputs(
     batch: MicroBatch,
     first_output_names: Sequence[str],
 ) -> Iterator[Mapping[int, TeacherOutput]]:
-    """Run the teachers with these numbers on a micro-batch and yield their outputs by number.
+    """Run the teachers of these numbers on a micro-batch; yield number -> output, valid within the context.
 
     Within the context the weights that the loss still reads stay on the device: all of a single teacher, the
     heads of several. Several teachers come to the device one after another. `first_output_names`: extra
@@ -155,7 +161,10 @@ def compute_teacher_outputs(
 
 
 def check_teacher_numbers(teachers: Sequence[TeacherInterface], used_numbers: Sequence[int]) -> None:
-    """Raise ValueError if the loss reads a missing teacher, or if one of several teachers is sharded."""
+    """Raise ValueError if the loss reads a missing teacher, or if one of several teachers is sharded.
+
+    used_numbers: in ascending order.
+    """
     count = len(teachers)
     if used_numbers and used_numbers[-1] >= count:
         numbers = "number 0 alone" if count == 1 else f"numbers 0 to {count - 1}"
@@ -171,7 +180,7 @@ def check_teacher_numbers(teachers: Sequence[TeacherInterface], used_numbers: Se
 
 
 def check_row_routes(all_terms: Iterable[WeightedLosses], routes: Tensor | None) -> None:
-    """Raise ValueError if a row names none of the teachers of a routed divergence.
+    """Raise ValueError if a divergence is routed and a row names none of its teachers.
 
     routes: (N, 1), each row's teacher; None: no row names one.
     """
@@ -189,7 +198,10 @@ def check_row_routes(all_terms: Iterable[WeightedLosses], routes: Tensor | None)
 def run_inside_forward(
     wrapped: nn.Module, inner: nn.Module, method: Callable[..., Any], argument: Any
 ) -> Any:
-    """Run `method` within the forward pass of `wrapped`, where DDP and FSDP make the weights available."""
+    """Return method(argument), run within `wrapped`'s forward, where DDP and FSDP make the weights available.
+
+    inner: the unwrapped model; if it is `wrapped` itself, and no FSDP module, `method` is called directly.
+    """
     if wrapped is inner and not isinstance(inner, FSDPModule):
         return method(argument)
     return _ForwardRedirection()(wrapped, inner, method, argument)

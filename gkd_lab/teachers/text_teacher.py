@@ -17,7 +17,7 @@ from gkd_lab.losses.step_loss import MicroBatch
 from gkd_lab.losses.token_spans import (
     Span,
     align_spans,
-    check_token_ends,
+    check_uld_tokenizer,
     decode_completion,
     encode_completion,
     non_text_ids,
@@ -52,7 +52,7 @@ class TwoTokenizerEncoder:
         teacher_config: PretrainedConfig | None,
         teacher_prompts: TeacherPrompts | None = None,
     ) -> None:
-        check_token_ends("teacher", tokenizer)
+        check_uld_tokenizer("teacher", tokenizer)
         if teacher_config is None:
             raise ValueError(
                 "uld lets the teacher read texts in its own tokens, and this teacher is no model that could: "
@@ -106,8 +106,8 @@ class TextTeacher:
         end_ids: Collection[int],
         teacher_prompts: TeacherPrompts | None = None,
     ) -> None:
-        check_token_ends("teacher", tokenizer)
-        check_token_ends("student", student_tokenizer)
+        check_uld_tokenizer("teacher", tokenizer)
+        check_uld_tokenizer("student", student_tokenizer)
         assert teacher.config is not None, "a teacher of texts is a model"
         self.teacher, self.tokenizer, self.student_tokenizer = teacher, tokenizer, student_tokenizer
         self.is_encoder_decoder = bool(teacher.config.is_encoder_decoder)
@@ -122,11 +122,11 @@ class TextTeacher:
         self._last_reading: tuple[list[Example], TextTeacherLogits] | None = None
 
     def activate(self) -> AbstractContextManager[Any]:
-        """Keep the teacher's weights on the device within the context."""
+        """Return a context within which the teacher's weights are on the device."""
         return self.teacher.activate()
 
     def read_rows(self, rows: Sequences) -> TextTeacherLogits:
-        """Return the teacher's logits on the texts of (B) rows in the student's ids.
+        """Return the teacher's logits, its own tokens and the shared spans for the texts of student rows (B).
 
         Cells of a pack that share their rows ask one after another: the last rows are read once.
         """
@@ -138,7 +138,7 @@ class TextTeacher:
         return self._last_reading[1]
 
     def _score_examples(self, examples: Sequence[Example], rows: Sequences) -> TextTeacherLogits:
-        """Translate examples into the teacher's tokens and run the teacher on them."""
+        """Translate examples into the teacher's tokens; return its logits, those tokens and shared spans."""
         translations = [self._translate_example(example) for example in examples]
         batch = collate_examples(
             [example for example, _ in translations],
@@ -149,7 +149,7 @@ class TextTeacher:
         return TextTeacherLogits(logits, batch.completion_ids, [spans for _, spans in translations])
 
     def _translate_example(self, example: Example) -> tuple[Example, list[Span]]:
-        """Return the example in the teacher's tokens, and the spans of text that both tokenizations share."""
+        """Return the example in the teacher's tokens, and the spans that both tokenizations share."""
         decoded = decode_completion(
             self.student_tokenizer, example.completion_ids, self.end_ids, self._student_special_ids
         )
@@ -159,7 +159,7 @@ class TextTeacher:
         return Example(self._translate_prompt(example.prompt_ids), ids), align_spans(decoded.ends, ends)
 
     def _translate_prompt(self, ids: list[int]) -> list[int]:
-        """Return a prompt in the teacher's ids."""
+        """Return a prompt in the teacher's ids: the known ones, else its decoded text tokenized again."""
         known_prompt = self.teacher_prompts.get(tuple(ids))
         if known_prompt is not None:
             return list(known_prompt)
@@ -170,5 +170,5 @@ class TextTeacher:
 
 
 def _list_real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Return each row's ids without padding."""
+    """Return each row's ids where its mask is set, as a list."""
     return [row[is_real.bool()].tolist() for row, is_real in zip(ids, mask, strict=True)]

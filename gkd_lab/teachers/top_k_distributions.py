@@ -44,7 +44,7 @@ class TopKScores:
     tail_log_prob: Tensor | None = None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> "TopKScores":
-        """Apply the same change to all tensors."""
+        """Return new scores with `change` applied to each tensor that is not None."""
         ids, tail = self.ids, self.tail_log_prob
         return TopKScores(
             change(self.log_probs),
@@ -53,7 +53,7 @@ class TopKScores:
         )
 
     def split(self, lengths: Sequence[int]) -> list["TopKScores"]:
-        """Split into consecutive parts of these numbers of tokens."""
+        """Return consecutive parts of these numbers of tokens, along the first axis."""
         ends = accumulate(lengths)
         return [
             self.apply(itemgetter(slice(end - length, end)))
@@ -62,9 +62,10 @@ class TopKScores:
 
 
 def select_top_k(logits: Tensor, top_k: int | None, dtype: torch.dtype) -> TopKScores:
-    """Return the scores of the k most likely tokens of logits (n, V), all if None; ids are int32.
+    """Return the scores of the k most likely tokens of logits (n, V), of all V if `top_k` is None or larger.
 
-    The mass of the others is summed by itself: 1 minus the sum of the named would keep none of its digits.
+    ids are int32, log-probabilities in `dtype`. The mass of the others is summed by itself: 1 minus the sum
+    of the named would keep none of its digits.
     """
     log_probs = log_probabilities(logits)
     if top_k is None or top_k >= log_probs.shape[-1]:
@@ -75,7 +76,7 @@ def select_top_k(logits: Tensor, top_k: int | None, dtype: torch.dtype) -> TopKS
 
 
 def _convert_dtype(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast for storage, with a finite value for -inf, whose differences would be NaN."""
+    """Cast log-probabilities for storage; -inf becomes a finite value, as its differences would be NaN."""
     return log_probs.clamp_min(torch.finfo(dtype).min / 8).to(dtype)
 
 
@@ -96,7 +97,7 @@ class TopKTeacherLogits:
 
     @classmethod
     def create(cls, scores: TopKScores, vocabulary: int) -> "TopKTeacherLogits":
-        """Create logits from the scores of (M, N) tokens, spreading their tail evenly.
+        """Return logits of the scores of (M, N) tokens; the tail is spread evenly over unnamed tokens.
 
         Raises:
             ValueError: if all tokens seem to be named, but are not in the order of the vocabulary.
@@ -114,7 +115,7 @@ class TopKTeacherLogits:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Blocks and tokens per block, (M, N)."""
+        """Number of blocks and of tokens in each, (M, N)."""
         return self.log_probs.shape[0], self.log_probs.shape[1]
 
     @property
@@ -123,20 +124,23 @@ class TopKTeacherLogits:
         return self.log_probs.dtype
 
     def select_positions(self, positions: Tensor) -> "TopKTeacherLogits":
-        """Keep the tokens at these positions of each block, (M, N')."""
+        """Return the distributions at these positions of each block alone, (M, N')."""
         ids = None if self.ids is None else gather_positions(self.ids, positions)
         unnamed = None if self.unnamed_log_prob is None else self.unnamed_log_prob.gather(1, positions)
         return TopKTeacherLogits(gather_positions(self.log_probs, positions), ids, unnamed, self.vocabulary)
 
     def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
-        """Create a function that writes the logits of a chunk's tokens into a buffer."""
+        """Return a reader, (block, rows) -> log-probabilities (n, vocabulary) as logits, the tail filled in.
+
+        Each call may overwrite the logits of the one before.
+        """
         log_probs, ids, unnamed = self.log_probs, self.ids, self.unnamed_log_prob
         if ids is None or unnamed is None:
             return lambda block, rows: log_probs[block, rows, :vocabulary].to(dtype)
         buffer = log_probs.new_empty((max_rows, self.vocabulary), dtype=dtype)
 
         def read_logits(block: int, rows: Tensor) -> Tensor:
-            """Write the logits of a block's tokens into the buffer."""
+            """Fill the buffer with a block's rows, tail included, and return its view, (n, vocabulary)."""
             logits = buffer[: len(rows)]
             logits.copy_(unnamed[block, rows, None].expand_as(logits))
             logits.scatter_(1, ids[block, rows].long(), log_probs[block, rows].to(dtype))
@@ -148,7 +152,7 @@ class TopKTeacherLogits:
 def compute_top_k_scores(
     logits: TeacherLogits, top_k: int | None, dtype: torch.dtype, chunk_bytes: int
 ) -> TopKScores:
-    """Return the scores of a single block of logits, (N, k), computed in chunks; on the CPU."""
+    """Return the scores, (N, k), of teacher logits of a single block, computed in chunks; on the CPU."""
     vocabulary, tokens = logits.vocabulary, logits.shape[1]
     wide = torch.promote_types(logits.dtype, torch.float32)
     chunk_rows = max(1, min(tokens, chunk_bytes // (vocabulary * wide.itemsize)))
@@ -161,7 +165,7 @@ def compute_top_k_scores(
 
 
 def concatenate_scores(parts: Sequence[TopKScores]) -> TopKScores:
-    """Join scores along their first dimension."""
+    """Return the scores joined along the first axis, in order."""
     ids = [part.ids for part in parts if part.ids is not None]
     tails = [part.tail_log_prob for part in parts if part.tail_log_prob is not None]
     return TopKScores(

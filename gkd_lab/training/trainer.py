@@ -464,6 +464,6 @@ class GKDTrainer(PackTrainer):
         )
         completions = self.sample_completions(copies, range(len(self.cells)), position, purpose)
         batch = build_micro_batch(self.seeds, self.cells, copies, completions, limits.pad_id)
-        batch = self.reward_scaler.remove_rewards(batch)
+        batch = self.reward_scaler.zero_reward_scales(batch)
         sums, _ = self.compute_cell_sums(model, batch, self._count_items(batch))
         self._on_policy_metrics.add_micro_batch(sums.losses, sums.entropies, batch, limits.end_ids)

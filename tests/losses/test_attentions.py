@@ -15,8 +15,8 @@ from gkd_lab.losses.attentions import (
     AttentionLoss,
     AttentionModule,
     attention_kl,
+    attention_score_mse,
     enable_attention_maps,
-    score_error,
 )
 from gkd_lab.losses.auxiliary_losses import LossInputs
 from gkd_lab.losses.divergence import Divergence
@@ -58,7 +58,7 @@ def test_the_distances_of_two_maps_are_those_worked_out_by_hand() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0])
     student = torch.cat([scores.softmax(0), torch.zeros(1)])[None, None]
     teacher = torch.cat([torch.full((3,), 1 / 3), torch.zeros(1)])[None, None]
-    assert score_error(student, teacher).item() == pytest.approx(2 / 3, rel=1e-6)
+    assert attention_score_mse(student, teacher).item() == pytest.approx(2 / 3, rel=1e-6)
     expected = sum(1 / 3 * math.log(1 / 3 / p) for p in scores.softmax(0).tolist())
     assert attention_kl(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
@@ -66,7 +66,7 @@ def test_the_distances_of_two_maps_are_those_worked_out_by_hand() -> None:
 def test_what_is_added_to_all_scores_of_a_query_counts_for_nothing() -> None:
     scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
     maps = [(scores + shift).softmax(-1) for shift in (0.0, 7.0)]
-    torch.testing.assert_close(score_error(*maps), torch.zeros(3, 2), atol=1e-10, rtol=0)
+    torch.testing.assert_close(attention_score_mse(*maps), torch.zeros(3, 2), atol=1e-10, rtol=0)
 
 
 def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
@@ -74,7 +74,9 @@ def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
     draw = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, 2, 6, generator=draw, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()
-    gradient = torch.autograd.grad(score_error(student.softmax(-1), teacher.softmax(-1)).sum(), student)[0]
+    gradient = torch.autograd.grad(
+        attention_score_mse(student.softmax(-1), teacher.softmax(-1)).sum(), student
+    )[0]
     difference = student - teacher
     centred = (difference - difference.mean(-1, keepdim=True)).detach()
     torch.testing.assert_close(gradient, 2 * centred / 6)
@@ -83,7 +85,7 @@ def test_the_gradient_by_the_scores_is_that_of_their_own_squares() -> None:
 def test_attention_of_0_has_a_finite_distance_and_gradient() -> None:
     scores = torch.tensor([[[0.0, -1000.0, 1.0]]], requires_grad=True)
     teacher = torch.tensor([[[0.2, 0.3, 0.5]]])
-    for distance in (score_error, attention_kl):
+    for distance in (attention_score_mse, attention_kl):
         value = distance(scores.softmax(-1), teacher).sum()
         assert value.isfinite()
         assert torch.autograd.grad(value, scores)[0].isfinite().all()
@@ -229,7 +231,7 @@ def test_models_as_they_are_loaded_hand_out_their_maps(family: Family, packed: b
     assert all(row["loss/attentions"] > 0 for row in run.history[0])
 
 
-@pytest.mark.parametrize("loss", (score_error, attention_kl))
+@pytest.mark.parametrize("loss", (attention_score_mse, attention_kl))
 def test_a_probability_near_zero_counts_and_its_gradient_is_finite(loss: Callable[..., Tensor]) -> None:
     scores = torch.tensor([[[0.0, -60.0, -80.0, -95.0]]], requires_grad=True)
     uniform = torch.full((1, 1, 4), 0.25)
