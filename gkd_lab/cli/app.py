@@ -49,7 +49,7 @@ def print_version(
     context: typer.Context,
     show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Print the version if `--version` is given."""
+    """Print the version and exit if `--version` is given; else do nothing."""
     if show:
         print(__version__)
         raise typer.Exit()
@@ -61,7 +61,10 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit with status 0, 1 or 2; a traceback means a bug in this package."""
+    """Run one command and exit with its status (0, 1, 2, or 128 + signal); expected errors print a message.
+
+    arguments: None: those of the process. A traceback means a bug in this package.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _format_usage_error(error: Any) -> str:
-    """Return typer's message as one line with the command whose help to read."""
+    """Return typer's usage error as one line that ends with the `--help` command to read."""
     # pydantic, which checks typer's values, adds this prefix.
     text = error.format_message().replace("Value error, ", "").rstrip(".")
     command = error.ctx.command_path if error.ctx else "gkd-lab"

@@ -137,7 +137,7 @@ def judge_claims(
     outputs: OutputsOption = Path("outputs"),
     format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
-    """Judge the paper's claims on an experiment, or on the paper."""
+    """Print a verdict on each of the paper's claims, by an experiment or by the paper's numbers."""
     from gkd_lab.claims.definitions import CLAIMS
     from gkd_lab.claims.judge import judge_paper
     from gkd_lab.claims.run_claims import judge_run
@@ -168,7 +168,7 @@ def write_report_page(
         Path | None, typer.Option("-o", help="File to write; default: in the outputs folder.")
     ] = None,
 ) -> None:
-    """Write one HTML page with figures, table and samples."""
+    """Write one HTML page with figures, table and samples, and print its path."""
     from gkd_lab.report.html_report import write_report
 
     grid = load_grid(name, scale, sets, outputs)
@@ -248,7 +248,7 @@ def verify_experiment(
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
 ) -> None:
-    """Check every record against its fingerprint and file hashes."""
+    """Check every record against its fingerprint and file hashes; print the mismatches."""
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.status.verify import list_candidate_records, verify_records
 

@@ -56,7 +56,7 @@ WorkerOption = Annotated[
 
 
 def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
-    """Parse `a,b` of --metrics; None if the option is not given. ConfigError: unknown metric."""
+    """Return the distinct metrics of `--metrics a,b`; None without the option. ConfigError: unknown name."""
     from gkd_lab.metrics import METRICS
 
     if names is None:
@@ -73,7 +73,7 @@ def parse_metric_names(names: str | None) -> tuple[str, ...] | None:
 def load_grid_without_cache(
     name: str, scale: Scale | None, sets: Sequence[str] | None, outputs: Path
 ) -> Grid:
-    """Load a grid with hashes of the data and models as they are now, not the cached ones."""
+    """Return a grid after hashing local data and models anew; commits in `revisions.json` still apply."""
     revisions = outputs / "revisions.json"
     with tempfile.TemporaryDirectory() as folder:
         if revisions.is_file():
@@ -82,18 +82,18 @@ def load_grid_without_cache(
 
 
 def parse_worker_count(text: str | None) -> int:
-    """Return the number of workers N from `K/N`; 1 without the option."""
+    """Return N, the number of all workers, from the option `K/N`; 1 without the option."""
     return 1 if text is None else int(text.partition("/")[2])
 
 
 def load_grid(name: str, scale: Scale | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
-    """Load the cells of an experiment by name or file."""
+    """Return the grid of an experiment, by name or file, with `--set` texts applied. Raises ConfigError."""
     check_outputs_folder(outputs)
     return experiments.load(name, scale=scale, overrides=parse_overrides(sets), outputs=outputs)
 
 
 def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
-    """Parse the KEY=VALUE texts of --set: key -> value."""
+    """Return key -> value text from the KEY=VALUE texts of --set; a later text of a key wins."""
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
@@ -104,7 +104,7 @@ def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
 
 
 def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
-    """Parse `--lmbda 0.5` and `--lmbda=0.5` as fields of a cell: name -> value."""
+    """Return field -> value text from `--lmbda 0.5` or `--lmbda=0.5`. ConfigError: no value, given twice."""
     fields: dict[str, str] = {}
     remaining = list(arguments)
     while remaining:
@@ -125,7 +125,7 @@ def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
-    """Raise ConfigError for an executor that does not exist, and for contradictory options."""
+    """Raise ConfigError unless the executor is local, workers are >= 1, and --no-wait has one worker."""
     if executor in ("ray", "slurm"):
         raise ConfigError(f"--executor {executor} is not built yet; valid: local")
     if executor != "local":
@@ -137,13 +137,13 @@ def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
 
 
 def check_outputs_folder(outputs: Path) -> None:
-    """Raise ConfigError if the outputs folder is a file."""
+    """Raise ConfigError if the outputs folder is a file; a missing folder is fine."""
     if outputs.exists() and not outputs.is_dir():
         raise ConfigError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
 
 
 def create_outputs_folder(outputs: Path) -> Path:
-    """Create the outputs folder and return it. ConfigError: nothing can be written there."""
+    """Create the outputs folder, test that it is writable, and return it. Raises ConfigError."""
     try:
         outputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=outputs) as file:
@@ -157,6 +157,6 @@ def create_outputs_folder(outputs: Path) -> Path:
 
 
 def exit_with_message(message: str, status: int) -> NoReturn:
-    """Print one message to stderr and exit."""
+    """Print `gkd-lab: message` to stderr and exit with this status; never returns."""
     print(f"gkd-lab: {message}", file=sys.stderr)
     sys.exit(status)

@@ -177,7 +177,7 @@ def evaluate_cell(
 
 
 def _format_score(score: dict[str, Any]) -> str:
-    """Format a value with its interval."""
+    """Return a score as `0.1234 [0.1000, 0.1500]`, or without interval; `no number` for null."""
     value = "no number" if score["value"] is None else f"{score['value']:.4f}"
     return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
 
@@ -191,9 +191,9 @@ def check_model_pair(
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Also compare with bfloat16.")] = False,
 ) -> None:
-    """Check what distillation relies on with two models; train nothing.
+    """Check invariances of the losses and of sampling on a pair of models; train nothing.
 
-    The checks are invariances of the losses and of sampling. No file is written.
+    No file is written. The status is 1 if a check fails.
     """
     from gkd_lab.runner.progress import silence_libraries
     from gkd_lab.selfcheck.command import run_selfcheck
@@ -215,7 +215,10 @@ def run_in_process(
     workers: int = 1,
     term_gradients: bool = False,
 ) -> None:
-    """Run a grid in this process, which may be one of several `workers` of the same run."""
+    """Train and evaluate a grid's unfinished cells in this process; exit 1 if some failed or are busy.
+
+    For a sweep agent a busy cell is no failure. workers: Number of processes that share this run.
+    """
     store = Store(create_outputs_folder(outputs))
     if not retry_failed and _is_grid_done(grid, store):
         if tracker == "wandb" and is_sweep_agent():
@@ -260,7 +263,10 @@ def run_in_process(
 def run_in_workers(
     grid: Grid, outputs: Path, count: int, arguments: Sequence[str], retry_failed: bool
 ) -> None:
-    """Run a grid in `count` processes with these command line arguments; exit unless all cells are done."""
+    """Run a grid in `count` child processes; exit with their status unless all cells are done.
+
+    arguments: Command line of each child. retry_failed: Delete stored failures first.
+    """
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.runner.workers import WorkerPool, clear_failures
 
@@ -284,7 +290,7 @@ def run_in_workers(
 
 
 def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
-    """Log the metrics of finished cells into the agent's run, without torch."""
+    """Log the stored metrics of a grid's finished cells into the wandb agent's run; train nothing."""
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.runner.trackers import create_tracker, replay_records
 
@@ -293,17 +299,17 @@ def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
 
 
 def choose_tracker(choice: TrackerChoice | None) -> TrackerChoice:
-    """Return the name of the tracker; without a choice wandb under a sweep agent, else none."""
+    """Return the chosen tracker; without a choice `wandb` under a sweep agent, else `none`."""
     return choice or ("wandb" if is_sweep_agent() else "none")
 
 
 def is_sweep_agent() -> bool:
-    """Return True if a wandb sweep agent started this process."""
+    """Return whether a wandb sweep agent started this process: WANDB_SWEEP_ID is set."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def _is_grid_done(grid: Grid, store: Store) -> bool:
-    """Return True if all cells and reference models are done."""
+    """Return whether all cells, with their evaluations, and all reference models are done."""
     from gkd_lab.tables.rows import build_table_rows
 
     return all(row["status"] == "done" for row in build_table_rows(grid, store))

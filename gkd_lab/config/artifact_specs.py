@@ -140,19 +140,19 @@ class TeacherText(Frozen):
     @field_validator("temperature")
     @classmethod
     def _resolve_temperature(cls, value: float | None, info: ValidationInfo) -> float | None:
-        """Default to 1 for sampling; drop the value for other decodings."""
+        """Return the temperature for sampling, by default 1; None for other decodings."""
         return (value or 1.0) if info.data.get("decoding") == "sample" else None
 
     @field_validator("num_beams")
     @classmethod
     def _resolve_num_beams(cls, value: int | None, info: ValidationInfo) -> int | None:
-        """Default to 4 for beam search; drop the value for other decodings."""
+        """Return the number of beams for beam search, by default 4; None for other decodings."""
         return (value or 4) if info.data.get("decoding") == "beam" else None
 
     @field_validator("length_penalty")
     @classmethod
     def _resolve_length_penalty(cls, value: float | None, info: ValidationInfo) -> float | None:
-        """Default to 0.6 for beam search; drop the value for other decodings."""
+        """Return the length penalty for beam search, by default 0.6; None for other decodings."""
         return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
 
 
@@ -169,7 +169,7 @@ class TeacherScores(Frozen):
 
     @property
     def name(self) -> str:
-        """Name in folders: `full`, `top32`."""
+        """Name in folders: `full` without top_k, else `top32` and the like."""
         return "full" if self.top_k is None else f"top{self.top_k}"
 
 
@@ -198,7 +198,7 @@ class TeacherScoresSpec(Frozen):
 
     @property
     def text_spec(self) -> TeacherTextSpec | None:
-        """The teacher text that must exist before it is scored; None: the data's targets are scored."""
+        """Spec of the teacher text that is scored; None: the data's targets are scored."""
         if self.text is None:
             return None
         return TeacherTextSpec(
@@ -212,17 +212,17 @@ class TeacherScoresSpec(Frozen):
 
 
 def get_text_folder(scale: str, text: TeacherTextSpec) -> str:
-    """Return the folder of a teacher's text, relative to the outputs folder."""
+    """Return `<scale>/<task>/text-<decoding>-<fingerprint>`, relative to the outputs folder."""
     return f"{scale}/{text.task}/text-{text.text.decoding}-{text.fingerprint}"
 
 
 def get_scores_folder(scale: str, scores: TeacherScoresSpec) -> str:
-    """Return the folder of a teacher's scores, relative to the outputs folder."""
+    """Return `<scale>/<task>/scores-<full or topK>-<fingerprint>`, relative to the outputs folder."""
     return f"{scale}/{scores.task}/scores-{scores.scores.name}-{scores.fingerprint}"
 
 
 def get_artifact_folder(scale: str, role: str, model: SftModel) -> str:
-    """Return the record folder of a reference model, relative to the outputs folder.
+    """Return `<scale>/<task>/<role>-<size or name>-<fingerprint>`, relative to the outputs folder.
 
     role: "teacher" or "start" (the SFT student).
     """

@@ -74,7 +74,7 @@ class Training(Frozen):
 
     @property
     def reference_models(self) -> "tuple[tuple[Role, SftModel], ...]":
-        """Models to build or load first, with their roles: first teacher, SFT student, other teachers."""
+        """(role, model) pairs to build or load first: teacher (unless served), student, other teachers."""
         models: list[tuple[Role, SftModel]] = [("start", self.start)]
         if self.teacher.model.served is None:
             models.insert(0, ("teacher", self.teacher))
@@ -82,18 +82,18 @@ class Training(Frozen):
         return tuple(models)
 
     def get_teacher_placement(self, number: int) -> tuple[ScoreType | None, bool]:
-        """Return the type of a teacher's weights (None: as trained) and whether it is parked on the CPU."""
+        """Return (dtype of a teacher's weights, None: as trained; whether it is parked on the CPU)."""
         dtype = self.teacher_dtypes[number] if number < len(self.teacher_dtypes) else None
         return dtype, self.parked[number] if number < len(self.parked) else False
 
     @property
     def data(self) -> DataSpec:
-        """The data to distil on, which is the SFT student's."""
+        """Spec of the data to distil on, which is the SFT student's."""
         return self.start.data
 
     @property
     def text_spec(self) -> TeacherTextSpec | None:
-        """The teacher text that must exist before training; None: no text of the teacher is used."""
+        """Spec of the teacher text that must exist before training; None: training uses no teacher text."""
         if self.source.text is None:
             return None
         return TeacherTextSpec(
@@ -107,7 +107,7 @@ class Training(Frozen):
 
     @property
     def scores_spec(self) -> TeacherScoresSpec | None:
-        """The teacher scores that must exist before training; None: the teacher runs during training."""
+        """Spec of the teacher scores that must exist before training; None: the teacher runs in training."""
         if self.teacher_scores is None:
             return None
         return TeacherScoresSpec(
@@ -145,7 +145,7 @@ class Evaluation(Frozen):
 
     @property
     def name(self) -> str:
-        """Short name: `greedy`, `sample0.5`, `sample1x8`, `beam4`, `greedy+calculator`; split if not test."""
+        """Short name: `greedy`, `sample0.5x8`, `beam4`, `greedy+calculator`; with `@split` if not test."""
         detail = {"greedy": "", "sample": f"{self.temperature:g}" if self.temperature else ""}
         label = self.decoding + detail.get(self.decoding, str(self.num_beams))
         label += f"x{self.samples}" if self.samples else ""
@@ -154,7 +154,7 @@ class Evaluation(Frozen):
 
     @property
     def folder(self) -> str:
-        """Name of the evaluation's folder inside a record."""
+        """Name of the evaluation's folder inside a record: `<decoding>-<fingerprint>`."""
         return f"{self.decoding}-{self.fingerprint}"
 
 
@@ -173,18 +173,18 @@ class LmEvalEvaluation(Frozen):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metric that the task must report; empty if any metric will do."""
+        """The one metric that the task must report, as a tuple; () if any metric will do."""
         return () if self.metric is None else (self.metric,)
 
     @property
     def name(self) -> str:
-        """Short name: `mmlu`, `mmlu_5shot`, `mmlu_first100`."""
+        """Short name of the task, its shots and limit: `mmlu`, `mmlu_5shot`, `mmlu_first100`."""
         shots = "" if self.num_fewshot is None else f"_{self.num_fewshot}shot"
         return self.task + shots + (f"_first{self.limit}" if self.limit else "")
 
     @property
     def folder(self) -> str:
-        """Name of the evaluation's folder inside a record."""
+        """Name of the evaluation's folder inside a record: `lm_eval-<fingerprint>`."""
         return f"lm_eval-{self.fingerprint}"
 
 
@@ -202,12 +202,12 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """First 8 hexadecimal digits of the training's fingerprint."""
+        """First 8 hexadecimal digits of the training's fingerprint; evaluations do not count."""
         return self.training.fingerprint
 
     @property
     def full_fingerprint(self) -> str:
-        """All 64 hexadecimal digits of the training's fingerprint."""
+        """All 64 hexadecimal digits of the training's fingerprint; evaluations do not count."""
         return self.training.full_fingerprint
 
     @property
@@ -217,17 +217,17 @@ class Cell:
 
     @property
     def lmbda(self) -> float:
-        """Share of student-written batches."""
+        """Share of student-written batches, 0 to 1."""
         return self.training.source.lmbda
 
     @property
     def divergence(self) -> str:
-        """Divergence of the first loss term, or the type of the term if it is no divergence."""
+        """Divergence of the first loss term (`jsd`, `tv`), or the term's type if it is no divergence."""
         return self.training.objectives[0].divergence
 
     @property
     def beta(self) -> float | None:
-        """Beta of the first loss term; None if it has none."""
+        """Beta of the first loss term; None if that term has none."""
         return self.training.objectives[0].beta
 
     @property
@@ -237,7 +237,7 @@ class Cell:
 
     @cached_property
     def folder(self) -> str:
-        """Folder of the cell's record, relative to the outputs folder: readable part, then fingerprint."""
+        """Path of the cell's record below the outputs folder: scale, task, readable name and fingerprint."""
         divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
         divergence += "_teacher-text" if self.training.source.text else ""
         scores = self.training.teacher_scores
@@ -255,7 +255,7 @@ class Reference(NamedTuple):
 
 
 def list_references(cells: Iterable[Cell]) -> list[Reference]:
-    """Return the distinct teachers and SFT students that cells need, in order of first appearance."""
+    """Return one Reference per distinct teacher or SFT student, with its cells, by first appearance."""
     references: dict[tuple[Role, str], Reference] = {}
     for cell in cells:
         for role, model in cell.training.reference_models:

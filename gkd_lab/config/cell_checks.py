@@ -30,12 +30,12 @@ Stack = Literal["decoder", "encoder"]
 
 
 def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:
-    """Raise ConfigError if a cell cannot be trained or evaluated as specified."""
+    """Raise ConfigError if a cell's values, valid one by one, cannot be trained or evaluated together."""
     check_terms_learn(training.objectives, training.source)
     _check_teacher_scores(training)
     _check_layer_terms(training)
     _check_tokenizers(training)
-    _check_not_only_own_start(training)
+    _check_not_zero_at_start(training)
     _check_served_teacher(training)
     if training.start.family in CLASSIFIER_FAMILIES:
         _check_classifier_cell(training, evaluations)
@@ -47,7 +47,7 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
 
 
 def _check_teacher_scores(training: Training) -> None:
-    """Raise ConfigError if cached teacher scores cannot replace the teacher."""
+    """Raise ConfigError if cached teacher scores cannot replace the teacher: lmbda > 0, unfit terms."""
     if training.teacher_scores is None:
         return
     lmbda = training.source.lmbda
@@ -73,7 +73,7 @@ def _check_teacher_scores(training: Training) -> None:
 
 
 def _check_served_teacher(training: Training) -> None:
-    """Raise ConfigError if a teacher behind a server cannot give what a training needs."""
+    """Raise ConfigError if a teacher behind a server is not the first, or cannot give what is needed."""
     if any(model.model.served for model in training.teachers):
         raise ConfigError("teachers: only the first teacher, `teacher`, can be behind a server")
     if training.teacher.model.served is None:
@@ -93,7 +93,10 @@ def _check_served_teacher(training: Training) -> None:
 
 
 def _check_only_distributions(terms: Iterable[ResolvedTerm], scores_source: str, remedy: str) -> None:
-    """Raise ConfigError for a loss term that needs more of a teacher than its output distributions."""
+    """Raise ConfigError for a term that needs more of a teacher than its output distributions.
+
+    Divergences, cross-entropy and rewards do not. scores_source, remedy: Words of the message.
+    """
     for term in terms:
         if not isinstance(term, ResolvedDivergence | CrossEntropyConfig | ResolvedReward):
             raise ConfigError(
@@ -102,8 +105,8 @@ def _check_only_distributions(terms: Iterable[ResolvedTerm], scores_source: str,
             )
 
 
-def _check_not_only_own_start(training: Training) -> None:
-    """Raise ConfigError if the only teacher is the student's own start, which leaves nothing to learn."""
+def _check_not_zero_at_start(training: Training) -> None:
+    """Raise ConfigError if dropout is 0 and all terms are too, as the student starts as its own teacher."""
     if training.dropout == 0 and all(_is_zero_at_start(term, training) for term in training.objectives):
         raise ConfigError(
             "objectives: every divergence is from `start`, the SFT student, so nothing can be learnt: add a "
@@ -112,7 +115,7 @@ def _check_not_only_own_start(training: Training) -> None:
 
 
 def _is_zero_at_start(term: ResolvedTerm, training: Training) -> bool:
-    """Return whether a loss term is a divergence that is 0 until the student has changed."""
+    """Return whether a term is a divergence from teachers equal to the untrained student, so that it is 0."""
     if (
         not isinstance(term, ResolvedDivergence)
         or term.mixture_temperatures is not None
@@ -135,7 +138,7 @@ OTHER_TOKENIZER_REMEDY = (
 
 
 def _check_tokenizers(training: Training) -> None:
-    """Raise ConfigError if a term compares models made from scratch token by token across two tokenizers."""
+    """Raise ConfigError if a term compares scratch-made models token by token across two tokenizers."""
     student = training.start
     for term in training.objectives:
         for teacher in _list_compared_teachers(term, training):
@@ -149,7 +152,7 @@ def _check_tokenizers(training: Training) -> None:
 
 
 def _list_compared_teachers(term: ResolvedTerm, training: Training) -> list[SftModel]:
-    """Return the teachers that a loss term compares with the student token by token."""
+    """Return the teachers that a term compares with the student token by token; [] if it does not."""
     if isinstance(term, CrossEntropyConfig | ResolvedReward | ULDConfig):
         return []
     if isinstance(term, ResolvedDivergence):
@@ -159,7 +162,7 @@ def _list_compared_teachers(term: ResolvedTerm, training: Training) -> list[SftM
 
 
 def _describe_tokenizer(tokenizer: TokenizerSpec) -> str:
-    """Return the kind and the size of a tokenizer: `bpe, 300 entries`."""
+    """Return a tokenizer's kind and, if stated, size as text: `bpe, 300 entries`."""
     return tokenizer.kind + (f", {tokenizer.vocab_size} entries" if tokenizer.vocab_size else "")
 
 
@@ -167,7 +170,7 @@ def _describe_tokenizer(tokenizer: TokenizerSpec) -> str:
 
 
 def _check_layer_terms(training: Training) -> None:
-    """Raise ConfigError for a layer or a stack that a model does not have.
+    """Raise ConfigError if a layer term names a stack, layer or attention maps that a model lacks.
 
     The depth of a checkpoint comes from its `config.json`. If that is not local (a hub name, a .gguf file),
     the trainer checks the layers when it loads the model.
@@ -181,7 +184,7 @@ def _check_layer_terms(training: Training) -> None:
 
 
 def _check_layer_term(term: LayerTerm, training: Training) -> None:
-    """Raise ConfigError if the models do not have the stack, the attention maps or the layers of a term."""
+    """Raise ConfigError if the models lack the stack, the attention maps or the layers of one term."""
     family = training.start.family
     if term.stack == "encoder" and family != "encoder-decoder":
         raise ConfigError("stack 'encoder': the models have one stack; the nearest valid value is 'decoder'")
@@ -195,7 +198,7 @@ def _check_layer_term(term: LayerTerm, training: Training) -> None:
 
 
 def _get_stack_depth(model: SftModel, stack: Stack) -> int | None:
-    """Return the number of layers of a stack; None if only the checkpoint tells."""
+    """Return a model's number of layers in one stack; None if only an unread checkpoint tells."""
     spec = model.model
     if spec.architecture is not None:
         return spec.architecture.layers
@@ -212,7 +215,7 @@ _DEPTH_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def _read_checkpoint_depth(config_file: Path, stack: Stack) -> int | None:
-    """Return the number of layers of a stack in a checkpoint's config.json; None if it does not say."""
+    """Return a stack's number of layers from a config.json; None if it is unreadable or does not say."""
     try:
         config = json.loads(config_file.read_text())
     except (OSError, ValueError):
@@ -229,7 +232,7 @@ def _read_checkpoint_depth(config_file: Path, stack: Stack) -> int | None:
 
 
 def _check_classifier_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:
-    """Raise ConfigError for text generation, and for loss terms that do not fit a classifier's outputs."""
+    """Raise ConfigError if a classifier cell generates text, loads a model or has an unfit loss term."""
     family = training.start.family
     models = f"models of {training.task} ({family})"
     lmbda = training.source.lmbda
@@ -254,7 +257,7 @@ def _check_classifier_cell(training: Training, evaluations: Iterable[AnyEvaluati
 
 
 def _check_classifier_term(term: ResolvedTerm, *, is_regression: bool) -> None:
-    """Raise ConfigError for a loss term that a classifier or a regression cannot compute."""
+    """Raise ConfigError for a loss term that a classifier, or a regression, cannot compute."""
     if not isinstance(term, ResolvedDivergence | CrossEntropyConfig | SquaredErrorConfig):
         raise ConfigError(f"objectives: {term.divergence} needs a language model; leave it out")
     if is_regression and not isinstance(term, SquaredErrorConfig):
@@ -269,7 +272,7 @@ def _check_classifier_term(term: ResolvedTerm, *, is_regression: bool) -> None:
 
 
 def _check_classifier_evaluation(evaluation: AnyEvaluation, task: str) -> None:
-    """Raise ConfigError for an evaluation that needs generated text."""
+    """Raise ConfigError for lm-eval or a decoding other than greedy, which need generated text."""
     if isinstance(evaluation, LmEvalEvaluation):
         raise ConfigError(f"evaluations: lm_eval needs language models, and those of {task} generate no text")
     if evaluation.decoding != "greedy":
@@ -280,7 +283,7 @@ def _check_classifier_evaluation(evaluation: AnyEvaluation, task: str) -> None:
 
 
 def _check_no_label_regression(terms: Iterable[ResolvedTerm]) -> None:
-    """Raise ConfigError for a squared error against labels, which language models do not have."""
+    """Raise ConfigError for a squared error against labels, for which language models have no numbers."""
     if any(isinstance(term, SquaredErrorConfig) and term.against == "labels" for term in terms):
         raise ConfigError(
             "objectives: squared_error against labels is for a regression: choose cross_entropy"

@@ -11,7 +11,7 @@ NOMINAL_FLOPS_PER_SECOND = 80e9
 
 
 def count_model_parameters(model: SftModel) -> int | None:
-    """Return the number of parameters of a model, tied embeddings once; None if it is loaded."""
+    """Return a scratch-made model's parameter count, tied embeddings once; None for a loaded model."""
     architecture = model.model.architecture
     if architecture is None:
         return None
@@ -24,7 +24,7 @@ def count_model_parameters(model: SftModel) -> int | None:
 
 
 def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float | None:
-    """Return the FLOPs of fine-tuning a teacher or an SFT student; 0 without fine-tuning.
+    """Return the total FLOPs of a model's fine-tuning; 0.0 without it, None if its size is unknown.
 
     parameters: Needed for a loaded model; without them the result is None.
     """
@@ -40,7 +40,7 @@ def estimate_sft_flops(model: SftModel, parameters: int | None = None) -> float 
 def estimate_training_flops(
     training: Training, student_parameters: int | None = None, teacher_parameters: int | None = None
 ) -> float | None:
-    """Return the FLOPs of one cell alone; None if the size of a model is unknown.
+    """Return the total FLOPs of training one cell alone; None if a model's size is unknown.
 
     Student forward and backward, sampling, and teacher forward unless its scores are cached.
     """

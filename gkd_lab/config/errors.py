@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 
 def suggest_choices(value: object, choices: Iterable[object]) -> str:
-    """Return `did you mean 'x'? valid: ...` for the end of a message; of many choices only the nearest."""
+    """Return the end of a message, `did you mean 'x'? valid: ...`; of over 8 choices the nearest 5."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -48,13 +48,13 @@ def suggest_choices(value: object, choices: Iterable[object]) -> str:
 
 
 def build_unknown_name_error(kind: str, value: object, choices: Iterable[object]) -> ConfigError:
-    """Return the error for a name that is not one of its choices."""
+    """Return (not raise) a ConfigError `unknown KIND VALUE` with the nearest valid choices."""
     return ConfigError(f"unknown {kind} {value!r}; {suggest_choices(value, choices)}")
 
 
 @contextmanager
-def report_yaml_errors(path: Path) -> Iterator[None]:
-    """Turn errors of reading a user's YAML file into a one-line ConfigError."""
+def convert_yaml_errors(path: Path) -> Iterator[None]:
+    """Re-raise errors of reading a YAML file inside the `with` block as a one-line ConfigError."""
     try:
         yield
     except yaml.YAMLError as error:
@@ -66,7 +66,7 @@ def report_yaml_errors(path: Path) -> Iterator[None]:
 
 
 def explain_validation_error(error: ValidationError, origin: str, model: type[BaseModel]) -> ConfigError:
-    """Return pydantic's report on a `model` as one line: field, value, reason, valid choices.
+    """Return (not raise) pydantic's error as a one-line ConfigError: field, value, reason, choices.
 
     origin: Names the file or request; the message begins with it.
     """
@@ -91,7 +91,7 @@ def explain_validation_error(error: ValidationError, origin: str, model: type[Ba
 
 
 def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
-    """Return what the value must be, for a kind of pydantic error; empty if pydantic's own text will do."""
+    """Return text on what a value must be, by the kind of pydantic error; "" if pydantic's text will do."""
     classes = _list_model_classes(annotation)
     names = [name for owner in classes for name in _list_field_types(owner)]
     if kind == "union_tag_invalid":
@@ -110,7 +110,7 @@ def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
 
 
 def _describe_bounds(annotation: Any) -> str:
-    """Return the bounds of a number type in words: `from 0 to 1`, `more than 0`."""
+    """Return the bounds of a number type in words, `from 0 to 1` or `more than 0`; "" without bounds."""
     bounds: dict[str, Any] = {}
     for constraint in _list_constraints(annotation):
         bounds |= {name: getattr(constraint, name) for name in _BOUND_WORDS if hasattr(constraint, name)}
@@ -120,7 +120,7 @@ def _describe_bounds(annotation: Any) -> str:
 
 
 def _locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple[str, Any]:
-    """Return a field as the user writes it, such as `grid.lmbda[1]`, and its type."""
+    """Return (name as the user writes it, such as `grid.lmbda[1]`, type) of pydantic's error location."""
     path: str = ""
     annotation: Any = model
     for part in location:
@@ -141,7 +141,7 @@ def _locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tupl
 
 
 def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
-    """Return field name (as it is written in a file) -> type with its constraints."""
+    """Return field name (its alias if it has one) -> type with its constraints, of a pydantic class."""
     return {
         field.alias or name: Annotated[field.annotation, *field.metadata]
         if field.metadata
@@ -151,7 +151,7 @@ def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _walk_annotation(annotation: Any) -> Iterator[Any]:
-    """Yield a type and the types it is composed of; do not enter dictionaries and models."""
+    """Yield a type and all types inside its unions, tuples and `Annotated`; dicts and models stay closed."""
     yield annotation
     if get_origin(annotation) is Annotated:
         yield from _walk_annotation(get_args(annotation)[0])
@@ -161,7 +161,7 @@ def _walk_annotation(annotation: Any) -> Iterator[Any]:
 
 
 def _list_model_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the pydantic classes that a type is composed of."""
+    """Return the pydantic classes inside a type, as `_walk_annotation` finds them."""
     return [
         item
         for item in _walk_annotation(annotation)
@@ -170,13 +170,13 @@ def _list_model_classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _list_literal_choices(annotation: Any) -> list[Any]:
-    """Return the values of all `Literal`s that a type is composed of."""
+    """Return the values of all `Literal`s inside a type, as `_walk_annotation` finds them."""
     literals = (item for item in _walk_annotation(annotation) if get_origin(item) is Literal)
     return [choice for literal in literals for choice in get_args(literal)]
 
 
 def _list_constraints(annotation: Any) -> Iterator[Any]:
-    """Yield the constraints in a type; those of pydantic's `Field(...)` are in its metadata."""
+    """Yield the constraint objects in a type's `Annotated` parts; those of a `Field(...)` one by one."""
     for item in _walk_annotation(annotation):
         if get_origin(item) is Annotated:
             for mark in get_args(item)[1:]:

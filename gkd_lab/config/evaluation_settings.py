@@ -46,7 +46,7 @@ class LmEvalSettings(Section):
 
 
 def _tag_evaluation(value: Any) -> str:
-    """Return the class of an evaluation, as data or parsed; errors then list that class's fields only."""
+    """Return the class name of evaluation settings, raw or parsed: `LmEvalSettings` if `lm_eval` is set."""
     fields = value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
     return "LmEvalSettings" if "lm_eval" in fields else "EvaluationSettings"
 
@@ -59,14 +59,14 @@ AnyEvaluationSettings = Annotated[
 
 
 def parse_evaluation_settings(values: dict[str, Any]) -> EvaluationSettings | LmEvalSettings:
-    """Parse a default evaluation of a task. Raises pydantic's ValidationError."""
+    """Return LmEvalSettings if `values` has `lm_eval`, else EvaluationSettings. May raise ValidationError."""
     return (LmEvalSettings if "lm_eval" in values else EvaluationSettings).model_validate(values)
 
 
 def resolve_evaluations(
     settings: AnyEvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, data: DataSettings
 ) -> Iterator[AnyEvaluation]:
-    """Yield the evaluations that settings ask for: one way of decoding, or each lm-eval task.
+    """Yield the evaluations of one settings entry: one for a decoding, or one per lm-eval task.
 
     metrics, max_output_tokens: Defaults of the task. data: Bounds the number of examples. Raises ConfigError.
     """
@@ -81,7 +81,10 @@ def resolve_evaluations(
 def resolve_lm_eval_evaluations(
     settings: LmEvalSettings, *, trusted: bool = False
 ) -> Iterator[LmEvalEvaluation]:
-    """Yield an evaluation per lm-eval task; `trusted` task files may run code. Raises ConfigError."""
+    """Yield one evaluation per distinct lm-eval task; only `trusted` task files may run code.
+
+    Raises ConfigError for a task file that cannot be used.
+    """
     for name in dict.fromkeys(settings.lm_eval):
         task = resolve_lm_eval_task(name, trusted=trusted)
         yield LmEvalEvaluation(
@@ -98,7 +101,7 @@ def resolve_lm_eval_evaluations(
 def _resolve_decoding_evaluation(
     settings: EvaluationSettings, metrics: tuple[str, ...], max_output_tokens: int, rows: int | None
 ) -> Evaluation:
-    """Return the evaluation of settings: defaults filled in, fields that the decoding ignores dropped."""
+    """Return the evaluation of settings: defaults filled in, fields that the decoding ignores None."""
     _check_decoding_settings(settings, settings.metrics or metrics)
     limits = [limit for limit in (settings.examples, rows) if limit is not None]
     samples, beams = settings.decoding == "sample", settings.decoding == "beam"
@@ -119,7 +122,7 @@ def _resolve_decoding_evaluation(
 
 
 def _check_decoding_settings(settings: EvaluationSettings, metrics: tuple[str, ...]) -> None:
-    """Raise ConfigError for settings that the decoding or a metric cannot use."""
+    """Raise ConfigError for samples, self_bleu or calculator that do not fit the decoding."""
     samples = settings.samples or 1
     if samples > 1 and settings.decoding != "sample":
         raise ConfigError(

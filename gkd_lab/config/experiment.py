@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, Union, get_args
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
-from gkd_lab.config.errors import ConfigError, explain_validation_error, report_yaml_errors
+from gkd_lab.config.errors import ConfigError, convert_yaml_errors, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.settings import Section, Settings, merge_settings
@@ -24,7 +24,7 @@ FigureName = Literal[
 
 
 def _define_axes() -> dict[str, Any]:
-    """Return an axis for every field of `Settings`, and for its sections' fields under dotted names."""
+    """Return axis name -> pydantic field definition: task, all settings, and `data.train` and the like."""
     axes: dict[str, Any] = {"task": _define_axis(str, "tasks that are crossed with the other axes")}
     for name, field in Settings.model_fields.items():
         types = tuple(item for item in get_args(field.annotation) if item is not type(None))
@@ -38,7 +38,7 @@ def _define_axes() -> dict[str, Any]:
 
 
 def _define_axis(value_type: Any, description: str | None, **options: Any) -> tuple[Any, Any]:
-    """Return the type and the pydantic field of an axis, a list of values of `value_type`."""
+    """Return (type, pydantic field) of an axis: a non-empty list of `value_type`."""
     return tuple[value_type, ...], Field(default=None, min_length=1, description=description, **options)
 
 
@@ -50,7 +50,7 @@ class _OrderedAxes(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _remember_order(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Keep the order of the keys of `data` beside the validated axes."""
+        """Validate the axes and store the order of the file's keys in `_order`."""
         axes = handler(data)
         if isinstance(data, Mapping):
             axes._order = tuple(data)
@@ -111,30 +111,30 @@ class Experiment(TaskSettings):
         }
 
     def merge_task_settings(self, task: str) -> dict[str, Any]:
-        """Return the file's settings for a task as nested dictionaries; `per_task` wins."""
+        """Return the file's stated settings for a task as nested dictionaries; those of `per_task` win."""
         return merge_settings(*(_dump_stated_fields(layer) for layer in self._list_settings_layers(task)))
 
     def get_task_evaluations(self, task: str) -> tuple[AnyEvaluationSettings, ...] | None:
-        """Return the file's evaluations for a task; None if the task's own apply."""
+        """Return the file's evaluations for a task, `per_task` first; None if it states none."""
         for layer in reversed(self._list_settings_layers(task)):
             if layer.evaluations:
                 return layer.evaluations
         return None
 
     def _list_settings_layers(self, task: str) -> list[TaskSettings]:
-        """Return the settings for all tasks, then those for `task` if there are any."""
+        """Return [settings for all tasks, settings of `per_task` for this task if any], later ones win."""
         return [self, *([self.per_task[task]] if task in self.per_task else [])]
 
 
 def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
-    """Return the fields that a file sets. A null field is unset; inside a section null is a value."""
+    """Return the non-null settings that a file states, as nested dictionaries; null counts in sections."""
     fields = layer.model_dump(include=set(Settings.model_fields), exclude_unset=True)
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
-    """Read the experiment in a YAML file and apply `--set` overrides. Raises ConfigError."""
-    with report_yaml_errors(path):
+    """Return the validated experiment of a YAML file, after `--set` overrides. Raises ConfigError."""
+    with convert_yaml_errors(path):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
@@ -144,7 +144,7 @@ def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> E
 
 
 def parse_experiment(document: Mapping[str, Any], origin: str) -> Experiment:
-    """Validate plain data as an experiment; messages begin with `origin`. Raises ConfigError."""
+    """Return plain data as a validated experiment; messages begin with `origin`. Raises ConfigError."""
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
@@ -152,7 +152,7 @@ def parse_experiment(document: Mapping[str, Any], origin: str) -> Experiment:
 
 
 def _check_grid_lists(document: dict[str, Any], origin: str) -> None:
-    """Raise ConfigError unless every axis is a list of values; say how to write one, unlike pydantic."""
+    """Raise ConfigError unless each axis is a non-empty list; replace a null or missing grid by {}."""
     grid = document["grid"] = {} if document.get("grid") is None else document["grid"]
     if not isinstance(grid, dict):
         raise ConfigError(f"{origin}: grid: expected `axis: [values]` lines, got {grid!r}")
@@ -166,9 +166,10 @@ def _check_grid_lists(document: dict[str, Any], origin: str) -> None:
 
 
 def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Set each `key=v1,v2` in a document, in `per_task` too, and return the document. Raises ConfigError.
+    """Set each `key=v1,v2` in `document`, in place, and return it. Raises ConfigError.
 
-    Several values, or a key that is an axis already, make an axis; one value sets a field.
+    Several values, or a key that is an axis already, make an axis; one value sets a field, and removes it
+    from every section of `per_task`.
     """
     for key, text in overrides.items():
         values = _parse_override(key, text)
@@ -183,7 +184,10 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
 
 
 def _parse_override(key: str, text: str) -> list[Any]:
-    """Return the values of `V1,V2`, or of a list for an axis of scalars. Raises ConfigError."""
+    """Return the YAML values of `V1,V2` as a list; `[V1,V2]` is the list of an axis of scalars.
+
+    Raises ConfigError.
+    """
     try:
         values = yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
@@ -196,7 +200,7 @@ def _parse_override(key: str, text: str) -> list[Any]:
 
 
 def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a field by its dotted name; create missing sections. Raises ConfigError."""
+    """Set a field of nested dictionaries, in place, by its dotted name; create sections. ConfigError."""
     *sections, field = key.split(".")
     for section in sections:
         if document.get(section) is None:
@@ -208,7 +212,7 @@ def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _remove_field(section: Any, key: str) -> None:
-    """Remove a field by its dotted name, if it is there."""
+    """Remove a field of nested dictionaries, in place, by its dotted name; do nothing if it is missing."""
     *sections, field = key.split(".")
     for name in sections:
         section = section.get(name) if isinstance(section, dict) else None

@@ -53,12 +53,12 @@ class Frozen(BaseModel):
 
     @cached_property
     def full_fingerprint(self) -> str:
-        """The fingerprint, 64 hexadecimal digits."""
+        """SHA-256 of the canonical JSON and the format version: 64 hexadecimal digits."""
         return compute_fingerprint(self.canonical_json)
 
     @property
     def fingerprint(self) -> str:
-        """The first `SHOWN_DIGITS` digits of the fingerprint."""
+        """The first 8 hexadecimal digits of the full fingerprint."""
         return self.full_fingerprint[:SHOWN_DIGITS]
 
 
@@ -68,7 +68,7 @@ def compute_fingerprint(canonical: str) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """Serialize a value as canonical JSON. Raises ConfigError for a value without a stable form."""
+    """Return a value as canonical JSON text, keys sorted; ConfigError for one without a stable form."""
     if isinstance(value, Frozen):
         return value.canonical_json
     if isinstance(value, str):
@@ -93,7 +93,7 @@ _MARKED_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
 
 
 def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return each field's name and hashing marks, sorted by name; cached per class."""
+    """Return (name, its NotHashed and DefaultFrom marks) of each field, sorted; cached per class."""
     if model not in _MARKED_FIELDS:
         fields = model.model_fields
         _MARKED_FIELDS[model] = [
@@ -104,5 +104,5 @@ def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ..
 
 
 def _is_excluded(mark: Any, value: Any) -> bool:
-    """Return whether a mark keeps a field with this value out of the canonical JSON."""
+    """Return whether a mark keeps a field unhashed: NotHashed, or DefaultFrom at its old value."""
     return isinstance(mark, NotHashed) or (isinstance(mark, DefaultFrom) and bool(value == mark.old_value))

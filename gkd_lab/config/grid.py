@@ -34,7 +34,7 @@ def expand_grid(
     revisions: RevisionLookup,
     scale: Scale | None = None,
 ) -> Grid:
-    """Resolve every combination of the experiment's axis values to a cell; the first axis varies slowest.
+    """Return the grid of cells, one per combination of axis values; the first axis varies slowest.
 
     Points with equal trainings become one cell. scale: Overrides the experiment's. Raises ConfigError.
     """
@@ -58,7 +58,7 @@ def expand_grid(
 def _list_axes_with_task(
     name: str, experiment: Experiment, tasks: Mapping[str, TaskDefaults]
 ) -> dict[str, tuple[Any, ...]]:
-    """Return the experiment's axes, its task among them. Raises ConfigError for an unknown task or none."""
+    """Return axis -> values; `task` is put first if it is no axis. ConfigError: unknown task or none."""
     axes = experiment.list_axes()
     if "task" not in axes:
         if experiment.task is None:

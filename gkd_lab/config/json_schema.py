@@ -12,18 +12,18 @@ SCHEMA_PATH = Path("experiments/experiment.schema.json")
 
 
 def build_json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of an experiment file."""
+    """Return the JSON Schema of experiment files as a dictionary, without titles and null defaults."""
     schema = _strip_titles_and_nulls(Experiment.model_json_schema(by_alias=True))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def format_json_schema() -> str:
-    """Return the text of the schema file."""
+    """Return the schema as JSON text, indented, as the schema file has it."""
     return json.dumps(build_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def _strip_titles_and_nulls(schema: Any) -> Any:
-    """Remove titles, which repeat names, and defaults of null."""
+    """Return a copy of a schema without titles, which repeat names, and defaults of null, at any depth."""
     if isinstance(schema, list):
         return [_strip_titles_and_nulls(item) for item in schema]
     if not isinstance(schema, dict):
@@ -36,7 +36,7 @@ def _strip_titles_and_nulls(schema: Any) -> Any:
 
 
 def main() -> None:
-    """Write the schema to the given file, or to its place in the checkout."""
+    """Write the schema to the path in the first argument, by default SCHEMA_PATH, and print the path."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else SCHEMA_PATH
     path.write_text(format_json_schema(), encoding="utf-8")
     print(f"wrote {path}")

@@ -20,7 +20,7 @@ _LAST_RULE = re.compile(r"last_([1-9][0-9]*)")
 
 
 def parse_layer_map(value: Any) -> LayerMap:
-    """Return a layer map as a rule or a tuple of pairs. Raises ConfigError for anything else."""
+    """Return a layer map as a rule (text) or a tuple of distinct pairs. Raises ConfigError."""
     if isinstance(value, str):
         if value != UNIFORM and not _LAST_RULE.fullmatch(value):
             raise ConfigError(f"{value!r} is not a rule; {_suggest_layer_map(value)}")
@@ -37,13 +37,13 @@ def parse_layer_map(value: Any) -> LayerMap:
 
 
 def _suggest_layer_map(rule: str) -> str:
-    """Return the end of the message about an unknown rule."""
+    """Return the end of the message about an unknown rule: the nearest rule and the valid forms."""
     suggestion = suggest_choices(rule, (UNIFORM, "last_1"))
     return f"{suggestion}, last_2 and so on, or a list of pairs [student layer, teacher layer]"
 
 
 def _parse_layer_pair(number: int, value: Any) -> LayerPair:
-    """Return the pair at place `number` of a list. Raises ConfigError unless it is two layers."""
+    """Return (student layer, teacher layer) from item `number` of a list. Raises ConfigError."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if not is_pair or any(type(layer) is not int or layer < 0 for layer in value):
         raise ConfigError(
@@ -55,7 +55,7 @@ def _parse_layer_pair(number: int, value: Any) -> LayerPair:
 def resolve_layer_pairs(
     layers: LayerMap, student_layers: int, teacher_layers: int, *, lowest_layer: int = 0
 ) -> tuple[LayerPair, ...]:
-    """Return the pairs of a layer map for models with so many layers.
+    """Return the (student layer, teacher layer) pairs of a layer map for models of these depths.
 
     `uniform` matches student layer i of n with layer ceil(i m / n) of the teacher's m, which is TinyBERT's
     m / n i (Jiao et al. 2020, section 3.2) and PKD-Skip (Sun et al. 2019) where n divides m. `last_k` matches
@@ -79,7 +79,7 @@ def resolve_layer_pairs(
 
 
 def _pair_last_layers(count: int, student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
-    """Return pairs of the last `count` layers of both models. Raises ConfigError if one has fewer."""
+    """Return (student, teacher) pairs of the last `count` layers, in order. ConfigError if one has fewer."""
     role, depth = min(("student", student_layers), ("teacher", teacher_layers), key=lambda item: item[1])
     if count > depth:
         raise ConfigError(
@@ -99,7 +99,7 @@ def _check_layer_exists(role: str, layer: int, lowest: int, highest: int, pair: 
 
 
 def _validate_layer_map(value: Any) -> Any:
-    """Parse a layer map for pydantic, which adds the location in the file to the error."""
+    """Parse a layer map for pydantic: a ConfigError becomes a pydantic error, which gets a location."""
     try:
         return parse_layer_map(value)
     except ConfigError as error:

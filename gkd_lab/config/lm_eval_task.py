@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from gkd_lab.config.errors import ConfigError, report_yaml_errors
+from gkd_lab.config.errors import ConfigError, convert_yaml_errors
 
 TASK_FILE_SUFFIXES = (".yaml", ".yml")
 SHIPPED_TASKS_FOLDER = Path(__file__).parent.parent / "evaluation" / "lm_tasks"
@@ -32,13 +32,13 @@ class FunctionTag:
 
     @property
     def local_file(self) -> Path | None:
-        """The Python file beside the task file that the tag names, or None if there is none."""
+        """The Python file in `folder` that holds the function; None if there is none."""
         path = self.folder / (self.text.rpartition(".")[0].replace(".", "/") + ".py")
         return path if path.is_file() else None
 
     @property
     def is_installed(self) -> bool:
-        """Whether the function belongs to lm-eval's own tasks or to this package."""
+        """Whether the function belongs to lm-eval's own tasks or to this package, so needs no trust."""
         if any(
             self.folder.is_relative_to(path) for path in (SHIPPED_TASKS_FOLDER, _find_lm_eval_tasks_folder())
         ):
@@ -56,12 +56,12 @@ class LmEvalTask:
 
 
 def get_lm_eval_version() -> str:
-    """Return the installed version of lm-eval without importing it."""
+    """Return the installed version of lm-eval from its metadata, without importing it."""
     return importlib.metadata.version("lm_eval")
 
 
 def resolve_lm_eval_task(name: str, *, trusted: bool = False) -> LmEvalTask:
-    """Return the task of a name or of a YAML file. Raises ConfigError for a file that cannot be used.
+    """Return an LmEvalTask: by name only, or by a YAML file with its content's hash. ConfigError: bad file.
 
     A name is not checked before lm-eval runs: reading its index of tasks takes seconds.
     """
@@ -72,9 +72,10 @@ def resolve_lm_eval_task(name: str, *, trusted: bool = False) -> LmEvalTask:
 
 
 def read_task_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
-    """Return a task's configuration, includes merged and data paths absolute. Raises ConfigError.
+    """Return a task file's fields, includes merged and data paths absolute. Raises ConfigError.
 
-    A relative data path is looked for in the file's folder, then in the current folder.
+    A relative data path is looked for in the file's folder, then in the current folder. A file that would run
+    Python code is refused unless it is `trusted`.
     """
     config = _merge_includes(path, ())
     if "group" in config:
@@ -90,7 +91,7 @@ def read_task_file(path: Path, *, trusted: bool = False) -> dict[str, Any]:
 
 
 def hash_task_config(config: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a configuration, with data files by content instead of path."""
+    """Return the SHA-256 of a task's configuration, with data files by content instead of path."""
     text = json.dumps(config, sort_keys=True, default=_serialize_value)
     for file in list_data_files(config):
         text = text.replace(json.dumps(str(file)), json.dumps(f"sha256:{_hash_file(file)}"))
@@ -98,7 +99,7 @@ def hash_task_config(config: Mapping[str, Any]) -> str:
 
 
 def list_data_files(config: Mapping[str, Any]) -> list[Path]:
-    """Return the local files that a task's documents come from."""
+    """Return the existing local files that `dataset_kwargs.data_files` names."""
     paths = map(Path, _list_strings((config.get("dataset_kwargs") or {}).get("data_files")))
     return [path for path in paths if path.is_file()]
 
@@ -110,7 +111,7 @@ class _TaskFileLoader(yaml.SafeLoader):
 
 
 def _construct_function_tag(loader: _TaskFileLoader, node: yaml.ScalarNode) -> FunctionTag:
-    """Build a `FunctionTag` from a YAML node."""
+    """Return a `!function` YAML node as a FunctionTag; nothing is imported."""
     return FunctionTag(str(loader.construct_scalar(node)), loader.folder)
 
 
@@ -118,8 +119,8 @@ _TaskFileLoader.add_constructor("!function", _construct_function_tag)
 
 
 def load_task_yaml(path: Path) -> dict[str, Any]:
-    """Load one task file without its includes. Raises ConfigError."""
-    with report_yaml_errors(path):
+    """Return one task file's fields as a dictionary, its includes not read. Raises ConfigError."""
+    with convert_yaml_errors(path):
         loader = _TaskFileLoader(path.read_text(encoding="utf-8"))
         loader.folder = path.resolve().parent
         document = loader.get_single_data()
@@ -129,7 +130,7 @@ def load_task_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge_includes(path: Path, ancestors: tuple[Path, ...]) -> dict[str, Any]:
-    """Load a task file over the files that it includes, as lm-eval does: the file's own fields win."""
+    """Return a task file's fields over those of its includes, recursively. ConfigError: includes itself."""
     if path.resolve() in ancestors:
         raise ConfigError(f"{path}: includes itself")
     fields = load_task_yaml(path)
@@ -140,7 +141,7 @@ def _merge_includes(path: Path, ancestors: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _refuse_foreign_code(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a task would run Python code that is not installed."""
+    """Raise ConfigError if a task would run Python code from neither lm-eval nor this package."""
     tags = (leaf for leaf in _walk_leaves(config) if isinstance(leaf, FunctionTag))
     foreign = [tag.text for tag in tags if not tag.is_installed]
     if foreign:
@@ -158,7 +159,7 @@ def _refuse_foreign_code(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
-    """Make the data paths of a task's configuration absolute, in place. Raises ConfigError."""
+    """Make the data paths of a configuration absolute, in place, from the task file. ConfigError."""
     folder = path.resolve().parent
     dataset_path = config.get("dataset_path")
     if isinstance(dataset_path, str) and (folder / dataset_path).is_dir():
@@ -176,7 +177,7 @@ def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
 
 
 def _resolve_data_files(path: Path, folder: Path, value: Any) -> Any:
-    """Return `data_files` with absolute paths; URLs and patterns stay. Raises ConfigError."""
+    """Return `data_files`, same nesting, with absolute paths; URLs and patterns stay. ConfigError."""
     if isinstance(value, dict):
         return {key: _resolve_data_files(path, folder, item) for key, item in value.items()}
     if isinstance(value, list):
@@ -193,12 +194,12 @@ def _resolve_data_files(path: Path, folder: Path, value: Any) -> Any:
 
 
 def _list_strings(value: Any) -> list[str]:
-    """Return the strings among the leaves of nested lists and mappings."""
+    """Return the strings among the values of nested lists and mappings, in order."""
     return [leaf for leaf in _walk_leaves(value) if isinstance(leaf, str)]
 
 
 def _walk_leaves(value: Any) -> Iterator[Any]:
-    """Yield the leaves of nested lists and mappings."""
+    """Yield the values inside nested lists and mappings, depth first; a mapping's keys are left out."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -209,14 +210,14 @@ def _walk_leaves(value: Any) -> Iterator[Any]:
 
 
 def _serialize_value(value: Any) -> str:
-    """Return text for a value that JSON cannot hold; a function by its name and local code's hash."""
+    """Return text for a value that JSON cannot hold; a FunctionTag as its name and its file's hash."""
     if isinstance(value, FunctionTag):
         return f"!function {value.text} {_hash_file(value.local_file) if value.local_file else ''}"
     return str(value)
 
 
 def _hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -94,7 +94,8 @@ class DivergenceFields(WeightedTerm):
 
     @field_validator("beta")
     @classmethod
-    def _check_beta(cls, beta: float | None, info: ValidationInfo) -> float | None:
+    def _normalize_beta(cls, beta: float | None, info: ValidationInfo) -> float | None:
+        """Return beta, but None for `tv`, which has none; a missing beta of `jsd` is an error."""
         if info.data.get("divergence") in NAMES_WITHOUT_BETA:
             return None
         if beta is None:
@@ -104,13 +105,13 @@ class DivergenceFields(WeightedTerm):
     @field_validator("rescale")
     @classmethod
     def _normalize_rescale(cls, rescale: bool, info: ValidationInfo) -> bool:
-        """Reset it at beta 0 and 1, where the limits of JSD(beta) / (beta (1 - beta)) are the KLs already."""
+        """Return `rescale`, but False at beta 0 and 1, where rescaled JSD(beta) tends to the KLs anyway."""
         return rescale and info.data.get("beta") not in (None, 0, 1)
 
     @field_validator("square_temperature")
     @classmethod
     def _normalize_square_temperature(cls, squared: bool, info: ValidationInfo) -> bool:
-        """Reset it where the product of the temperatures is 1."""
+        """Return `square_temperature`, but False where the product of the temperatures is 1."""
         values = [info.data.get(name) or 1.0 for name in ("teacher_temperature", "student_temperature")]
         return squared and values[0] * values[1] != 1
 
@@ -161,29 +162,34 @@ class DivergenceConfig(DivergenceFields):
     @model_validator(mode="before")
     @classmethod
     def _rename_old_fields(cls, fields: Any) -> Any:
-        """Accept the older spelling of some fields."""
+        """Return the fields with older names replaced; an error if both names of a field are given."""
         if not isinstance(fields, dict):
             return fields
         for old, new in cls._OLD_NAMES.items():
             if old in fields and new in fields:
-                raise _config_error(f"{old} is the older name of {new}: leave it out")
+                raise _build_pydantic_error(f"{old} is the older name of {new}: leave it out")
         return {cls._OLD_NAMES.get(name, name): value for name, value in fields.items()}
 
     @model_validator(mode="after")
     def _check_teachers(self) -> "DivergenceConfig":
+        """Raise a pydantic error unless teachers, weights, temperatures and routing fit together."""
         names, weights = self.teacher_names, self.weights
         if not names:
-            raise _config_error("teachers []: name at least one, or leave `teachers` out for the run's own")
+            raise _build_pydantic_error(
+                "teachers []: name at least one, or leave `teachers` out for the run's own"
+            )
         if len(set(names)) < len(names):
-            raise _config_error(f"teachers {list(names)} names a teacher twice")
+            raise _build_pydantic_error(f"teachers {list(names)} names a teacher twice")
         for field in ("weights", "temperatures"):
             values = getattr(self, field)
             if values and len(values) != len(names):
-                raise _config_error(f"{len(values)} {field} for {len(names)} teachers: give one of each")
+                raise _build_pydantic_error(
+                    f"{len(values)} {field} for {len(names)} teachers: give one of each"
+                )
         if weights and abs(sum(weights) - 1) > 1e-6:
-            raise _config_error(f"weights {list(weights)} must sum to 1, not {sum(weights):g}")
+            raise _build_pydantic_error(f"weights {list(weights)} must sum to 1, not {sum(weights):g}")
         if self.routed and (len(names) == 1 or weights):
-            raise _config_error(
+            raise _build_pydantic_error(
                 "routed takes one of several teachers for each row: list them in `teachers`, and leave "
                 "`weights` out"
             )
@@ -191,14 +197,14 @@ class DivergenceConfig(DivergenceFields):
 
     @property
     def teacher_names(self) -> tuple[str | int, ...]:
-        """The teachers that it compares with, as they are stated."""
+        """The teachers that it compares with, always a tuple; by default the run's own, `teacher`."""
         teachers = FIRST_TEACHER if self.teachers is None else self.teachers
         return teachers if isinstance(teachers, tuple) else (teachers,)
 
     def resolve(
         self, settings: Mapping[str, Any], teacher_numbers: Mapping[str | int, int]
     ) -> ResolvedDivergence:
-        """Return the complete divergence; `settings` has the temperatures that it does not state."""
+        """Return the ResolvedDivergence; `settings` has the temperatures that it does not state."""
         names = self.teacher_names
         stated = self.model_dump(include=set(DivergenceFields.model_fields), exclude_none=True)
         temperatures = {name: settings[name] for name in ("teacher_temperature", "student_temperature")}
@@ -288,12 +294,13 @@ class RewardConfig(RewardFields, LossTerm):
 
     @model_validator(mode="after")
     def _check_reward(self) -> "RewardConfig":
+        """Raise a pydantic error for an unknown reward name, or a model or baseline that does not fit."""
         try:
             check_reward_name(self.name)
             check_reward_model(self.name, self.model)
             check_reward_baseline(self.baseline, self.normalize)
         except ConfigError as error:
-            raise _config_error(str(error)) from error
+            raise _build_pydantic_error(str(error)) from error
         return self
 
 
@@ -305,7 +312,7 @@ class ResolvedReward(RewardFields, LossTerm):
     content: str | None = Field(default=None, description="SHA-256 of the module that has the function")
 
     def reweight(self, weight: float) -> "ResolvedReward":
-        """Return the same reward with another weight."""
+        """Return a copy of the reward with another weight."""
         return self.model_copy(update={"weight": weight})
 
 
@@ -367,7 +374,7 @@ TERMS_WITHOUT_REFERENCES = (
 
 
 def get_term_type(term_class: type[WeightedTerm]) -> str:
-    """Return the `type` that names a class of terms."""
+    """Return the `type` string that names a class of terms, such as `cross_entropy`."""
     return str(term_class.model_fields["type"].default)
 
 
@@ -380,6 +387,7 @@ def find_added_term(term_type: object) -> type[LossTerm] | None:
 
 
 def _validate_added_term(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Return a registered loss's term, validated by its config class; a LossTerm is returned as it is."""
     if isinstance(value, LossTerm):
         return value
     term_class = find_added_term(value["type"])
@@ -388,10 +396,11 @@ def _validate_added_term(value: Any, handler: ValidatorFunctionWrapHandler) -> A
 
 
 def _build_union(*term_classes: type[WeightedTerm]) -> Any:
-    """Return the union of these classes and of added terms, by `type`; its default is a divergence."""
+    """Return a pydantic union of these classes and registered terms, by `type`, default a divergence."""
     names = {get_term_type(term_class): term_class.__name__ for term_class in term_classes}
 
     def find_tag(term: Any) -> str:
+        """Return the class name of a term's union member, by `type`; an unknown type is returned as it is."""
         fields = term if isinstance(term, dict) else {"type": getattr(term, "type", "divergence")}
         term_type = fields.get("type", "divergence")
         if isinstance(term_type, str) and term_type in names:
@@ -414,6 +423,6 @@ else:
     """A term as records store it and losses are built from it."""
 
 
-def _config_error(message: str) -> PydanticCustomError:
-    """Return a validation error whose message `explain_validation_error` shows as it is."""
+def _build_pydantic_error(message: str) -> PydanticCustomError:
+    """Return (not raise) a pydantic error with a message that `explain_validation_error` shows unchanged."""
     return PydanticCustomError("config", "{reason}", {"reason": message})

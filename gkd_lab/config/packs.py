@@ -22,7 +22,7 @@ _SHARED_FIELDS = tuple(name for name in Training.model_fields if name not in _PE
 
 
 def parse_pack_limit(text: str) -> PackLimit:
-    """Parse `auto`, `off` or a number of cells. Raises ConfigError."""
+    """Return `auto`, `off` or a number of cells from the text of --pack. Raises ConfigError."""
     if text == "auto":
         return "auto"
     if text == "off":
@@ -33,7 +33,10 @@ def parse_pack_limit(text: str) -> PackLimit:
 
 
 def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list[Cell]]:
-    """Group cells into packs of at most `limit`, each sorted by (seed, lmbda, beta), total variation last."""
+    """Return lists of at most `limit` cells that train as one model, sorted by (seed, lmbda, beta).
+
+    Cells without beta (total variation) come last.
+    """
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(_serialize_shared_fields(cell.training), []).append(cell)
@@ -46,7 +49,7 @@ def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list
 
 
 def explain_unpackable(cell: Cell) -> str | None:
-    """Return the reason why a cell must train alone, or None if its spec allows packing.
+    """Return the reason why a cell must train alone (dropout), or None if its spec allows packing.
 
     Only the student's architecture can forbid it later: both optimizers act on each member separately.
     """
@@ -65,19 +68,19 @@ def split_evenly(cell_count: int, max_cells: int) -> list[int]:
 
 
 def _build_sort_key(cell: Cell) -> tuple[int, float, float, str]:
-    """Return the sort key of a cell inside its pack."""
+    """Return (seed, lmbda, beta or infinity, fingerprint), which orders cells inside a pack."""
     return cell.seed, cell.lmbda, math.inf if cell.beta is None else cell.beta, cell.fingerprint
 
 
 def _get_pack_size(cell: Cell, limit: PackLimit) -> int:
-    """Return the largest size of a pack of cells like `cell`."""
+    """Return the largest pack size for cells like `cell`: 1 if it must train alone, 16 with `auto`."""
     if limit == "off" or explain_unpackable(cell):
         return 1
     return AUTO_PACK_SIZE if limit == "auto" else limit
 
 
 def _serialize_shared_fields(training: Training) -> str:
-    """Return canonical JSON of everything that the cells of a pack must have in common."""
+    """Return canonical JSON of all that a pack's cells must share; equal text means one group."""
     fields = {name: getattr(training, name) for name in _SHARED_FIELDS}
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
     # The cells of a pack train on the same rows, so the teacher's text must be the same.

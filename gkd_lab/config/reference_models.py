@@ -44,7 +44,7 @@ def resolve_sft_model(
     data: DataSpec,
     find_model: FindModel,
 ) -> SftModel:
-    """Return the spec of the model that settings ask for in a role, "teacher" or "student".
+    """Return the spec of the model that settings ask for in a role, "teacher" or "student", with its SFT.
 
     scale_settings: Defaults of the scale. They set dropout and SFT, so that an experiment's changes of the
         distillation leave its reference models unchanged.
@@ -69,7 +69,7 @@ def resolve_sft_model(
 
 
 def build_optimizer_spec(settings: Settings) -> OptimizerSpec:
-    """Return the optimizer of settings; whether its schedule fits their steps is not checked."""
+    """Return the optimizer of settings; whether its schedule fits into their steps is not checked."""
     return OptimizerSpec(
         name=settings.optimizer,  # type: ignore[arg-type]  # pydantic refuses None
         **{name: getattr(settings, name) for name in _OPTIMIZER_FIELDS},
@@ -86,7 +86,7 @@ def check_schedule(optimizer: OptimizerSpec, steps: int, prefix: str = "") -> No
 
 
 def check_vocab_sizes(settings: Settings) -> None:
-    """Raise ConfigError for a byte-level tokenizer that is too small for all bytes."""
+    """Raise ConfigError if a `bpe` tokenizer's vocab_size is below 300, too small for all bytes."""
     for name in ("tokenizer", "teacher_tokenizer"):
         tokenizer: TokenizerSettings | None = getattr(settings, name)
         if tokenizer is None or tokenizer.kind != "bpe" or tokenizer.vocab_size is None:
@@ -101,7 +101,7 @@ def check_vocab_sizes(settings: Settings) -> None:
 def _look_up_model(
     role: str, stated_model: str | ModelSettings, models: Mapping[str, ModelSettings]
 ) -> tuple[str, ModelSettings]:
-    """Return the display name of a model and all of its fields. Raises ConfigError."""
+    """Return (display name, all fields) of a model stated by name, path or fields. Raises ConfigError."""
     if isinstance(stated_model, str):
         if stated_model in models:
             return stated_model, models[stated_model]
@@ -125,7 +125,7 @@ def _look_up_model(
 
 
 def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:
-    """Return `tokenizer`, or for a teacher `teacher_tokenizer` if it is set; its kind may be left out."""
+    """Return the TokenizerSpec of a role: `teacher_tokenizer` for a teacher if set, else `tokenizer`."""
     assert settings.tokenizer is not None, "every scale states a tokenizer"
     stated = settings.teacher_tokenizer if role == "teacher" else None
     if stated is None:
@@ -134,7 +134,7 @@ def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:
 
 
 def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: FindModel) -> ModelSpec:
-    """Return the spec of a model that is served, loaded or made from scratch. Raises ConfigError."""
+    """Return the ModelSpec of a model that is served, loaded or made from scratch. Raises ConfigError."""
     if model.server is not None:
         return _resolve_served_teacher(role, model, find_model)
     for field in _SERVER_FIELDS:
@@ -163,7 +163,7 @@ def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: 
 
 
 def _resolve_sft_spec(model: ModelSettings, scale_settings: Settings) -> SftSpec | None:
-    """Return the model's fine-tuning, with the scale's distillation defaults for what it leaves out."""
+    """Return a model's fine-tuning, unstated values from the scale's distillation; None without any."""
     sft = model.sft
     if sft is None or not sft.steps:
         return None
@@ -185,7 +185,7 @@ def _resolve_sft_spec(model: ModelSettings, scale_settings: Settings) -> SftSpec
 
 
 def _resolve_served_teacher(role: str, model: ModelSettings, find_model: FindModel) -> ModelSpec:
-    """Return the spec of a teacher behind a server: its name there and how many tokens are read of it."""
+    """Return the ModelSpec of a teacher behind a server. ConfigError: a student or unfit fields."""
     if role != "teacher":
         raise ConfigError("student: a model behind a server cannot be trained: give one that can be loaded")
     other_fields = model.model_dump(exclude_none=True).keys() - {"server", *_SERVER_FIELDS}
@@ -214,7 +214,7 @@ def _resolve_served_teacher(role: str, model: ModelSettings, find_model: FindMod
 
 
 def _check_server_address(server: str) -> str:
-    """Return an http(s) address without credentials. Raises ConfigError for any other."""
+    """Return the address unchanged. ConfigError unless it is http(s) and holds no credentials or query."""
     parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"teacher.server: {server!r} is not an address such as http://127.0.0.1:8000/v1")

@@ -86,11 +86,11 @@ class TaskDefaults(Protocol):
 
     @property
     def family(self) -> Family:
-        """Family of its models."""
+        """Family of its models, such as `decoder-only`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics of its default evaluations."""
+        """Names of the metrics of its default evaluations."""
 
     def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
         """Return settings, `models` and `evaluations` at a scale for a data source (None: the task's own)."""
@@ -139,7 +139,7 @@ class CellResolver:
         self.evaluations: dict[Hashable, tuple[AnyEvaluation, ...]] = {}
 
     def resolve_cell(self, point: dict[str, Any]) -> Cell:
-        """Return the cell of a point (axis name -> value), checked. Raises ConfigError."""
+        """Return the resolved and checked cell of a point (axis name -> value). Raises ConfigError."""
         shared = self._resolve_shared_parts(point)
         defaults = {name: getattr(shared.settings, name) for name in _PER_CELL_FIELDS}
         axis_values = {name: point[name] for name in _PER_CELL_FIELDS if name in point}
@@ -157,7 +157,7 @@ class CellResolver:
         return Cell(self.scale, training, shared.evaluations, point)
 
     def _resolve_shared_parts(self, point: Mapping[str, Any]) -> _SharedParts:
-        """Return the parts of a point's cell that do not depend on `_PER_CELL_FIELDS`, cached."""
+        """Return a point's parts that do not depend on `_PER_CELL_FIELDS`, cached by the other values."""
         axis_values = {name: value for name, value in point.items() if name not in _PER_CELL_FIELDS}
         key = canonical_json(axis_values)
         if key not in self.shared_parts:
@@ -165,7 +165,7 @@ class CellResolver:
         return self.shared_parts[key]
 
     def _build_shared_parts(self, axis_values: Mapping[str, Any]) -> _SharedParts:
-        """Merge settings of the task, the experiment and the axes, and resolve them. Raises ConfigError."""
+        """Return the parts resolved from task defaults, experiment and axes, later wins. ConfigError."""
         task = self.tasks[axis_values["task"]]
         stated = self._merge_stated_settings(task.name, axis_values)
         try:
@@ -192,7 +192,7 @@ class CellResolver:
         )
 
     def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge axis values over the experiment's settings; refuse shorthand beside its long form."""
+        """Return the experiment's settings with axis values over them; refuse shorthand beside long form."""
         stated = self.experiment.merge_task_settings(task_name)
         for axis, value in axis_values.items():
             if axis != "task":
@@ -207,7 +207,7 @@ class CellResolver:
     def _build_training_fields(
         self, task: TaskDefaults, settings: Settings, defaults: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the fields of a training that do not depend on `_PER_CELL_FIELDS`."""
+        """Return Training field -> value for the fields that do not depend on `_PER_CELL_FIELDS`."""
         sft_student = self._resolve_model(task, "student", settings, defaults)
         extra_teachers = resolve_extra_teachers(settings.objectives or (), settings.teachers or {})
         teachers = [
@@ -233,7 +233,7 @@ class CellResolver:
     def _resolve_model(
         self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
     ) -> SftModel:
-        """Return the teacher or the student of settings; equal settings give the same object."""
+        """Return the SftModel of a role, "teacher" or "student"; equal inputs give the same object."""
         inputs = (getattr(settings, name) for name in (role, *REFERENCE_SETTINGS))
         key = (task.name, role, *inputs)
         if key not in self.models:
@@ -254,7 +254,7 @@ class CellResolver:
     def _resolve_evaluations(
         self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
     ) -> tuple[AnyEvaluation, ...]:
-        """Return the distinct evaluations of the experiment for a task, or else the task's own."""
+        """Return the experiment's distinct evaluations for a task, or else the task's defaults; cached."""
         key = (task.name, settings.data, settings.max_output_tokens)
         if key not in self.evaluations:
             stated = self.experiment.get_task_evaluations(task.name) or tuple(
@@ -274,7 +274,7 @@ class CellResolver:
         return self.evaluations[key]
 
     def _resolve_single_reward(self, settings: Settings, method: Mapping[str, Any]) -> ResolvedReward | None:
-        """Return the reward of the shorthand `reward`, or None; refuse a method that lacks one."""
+        """Return the reward of the shorthand `reward`, or None; ConfigError if the method needs one."""
         if settings.reward is None:
             if "alpha" in method:
                 raise ConfigError(
@@ -286,17 +286,17 @@ class CellResolver:
         return resolve_reward(RewardConfig(**fields), self.revisions.resolve_model)
 
     def _resolve_terms(self, shared: _SharedParts, values: Mapping[str, Any]) -> tuple[ResolvedTerm, ...]:
-        """Return the loss terms: those that are listed, or those that the shorthand stands for."""
+        """Return a cell's loss terms: `objectives` if stated, else what the shorthand `values` stand for."""
         listed = shared.settings.objectives
         if listed is None:
-            return build_reward_terms(_build_divergence_term(values), shared.reward, values)
+            return build_reward_terms(_build_shorthand_term(values), shared.reward, values)
         teacher_numbers = number_teachers(listed)
         return tuple(self._resolve_term(term, values, teacher_numbers) for term in listed)
 
     def _resolve_term(
         self, term: TermConfig, values: Mapping[str, Any], teacher_numbers: Mapping[str | int, int]
     ) -> ResolvedTerm:
-        """Return a listed loss term with temperatures, teacher numbers and content filled in."""
+        """Return one listed loss term with temperatures, teacher numbers and reward hashes filled in."""
         if isinstance(term, DivergenceConfig):
             return term.resolve(values, teacher_numbers)
         if isinstance(term, RewardConfig):
@@ -305,14 +305,14 @@ class CellResolver:
 
 
 def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a task's defaults that is fields of `Settings`."""
+    """Return a task's defaults without the keys that are no `Settings` fields, such as `models`."""
     return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
 
 
 def _get_student_defaults(
     defaults: Mapping[str, Any], stated: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scale's defaults for the chosen student, and further ones if it learns by reverse KL."""
+    """Return the scale's changes for the stated student: (always applied, applied with reverse KL only)."""
     student = stated.get("student", defaults["student"])
     fields = dict(defaults.get("per_student", {}).get(student, {})) if isinstance(student, str) else {}
     return fields, fields.pop("reverse_kl", {})
@@ -321,7 +321,7 @@ def _get_student_defaults(
 def _scale_schedule(
     merged: dict[str, Any], defaults: Mapping[str, Any], stated: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keep the default share of warm-up and cool-down in the steps, unless they are stated."""
+    """Return `merged` with unstated warm-up and cool-down at their default share of the steps."""
     share = merged["steps"] / defaults["steps"]
     schedule = {
         name: int(defaults[name] * share)
@@ -332,20 +332,20 @@ def _scale_schedule(
 
 
 def _limit_train_rows(settings: Settings) -> int | None:
-    """Return `train_rows`, or None if it covers all rows."""
+    """Return `train_rows`, or None if it is unset or covers all rows."""
     rows = settings.train_rows
     available = None if settings.data is None else settings.data.train
     return None if rows is None or (available is not None and rows >= available) else rows
 
 
 def _apply_data_format(data: DataSpec, settings: DataSettings) -> DataSpec:
-    """Return the data with the stated shots and calculator marks, whatever its source."""
+    """Return a copy of the data spec with the stated shots and calculator marks; default 0 and False."""
     row_format = {"shots": settings.shots or 0, "calculator_marks": settings.calculator_marks or False}
     return DataSpec(**{**data.model_dump(), **row_format})
 
 
 def _resolve_method(settings: Settings) -> tuple[Mapping[str, Any], Source | None]:
-    """Return the settings that the method fixes, and the source if its long form is stated."""
+    """Return (settings that the method fixes, Source if its long form is stated, else None)."""
     method = METHODS[settings.method or "gkd"]
     if isinstance(settings.source, Source):
         stated = settings.source.model_dump(exclude_none=True)
@@ -356,7 +356,7 @@ def _resolve_method(settings: Settings) -> tuple[Mapping[str, Any], Source | Non
 
 
 def _build_source(values: Mapping[str, Any]) -> Source:
-    """Return the source of completions, without the fields that its lmbda makes irrelevant."""
+    """Return the Source, temperature dropped if lmbda is 0 and teacher text if lmbda is 1."""
     lmbda = values["lmbda"]
     return Source(
         lmbda=lmbda,
@@ -365,8 +365,8 @@ def _build_source(values: Mapping[str, Any]) -> Source:
     )
 
 
-def _build_divergence_term(values: Mapping[str, Any]) -> ResolvedTerm:
-    """Return the loss term of the shorthand; None leaves a field at the default of `ResolvedDivergence`."""
+def _build_shorthand_term(values: Mapping[str, Any]) -> ResolvedTerm:
+    """Return the loss term of the shorthand values: a divergence, or cross-entropy by the method."""
     if values.get("type") == "cross_entropy":
         return CrossEntropyConfig()
     fields = {

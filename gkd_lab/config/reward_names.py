@@ -26,7 +26,7 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z
 
 
 def check_reward_name(name: str) -> None:
-    """Raise ConfigError for a name that is neither built in nor an import path."""
+    """Raise ConfigError for a name that is neither built in nor of the form `package.module:function`."""
     if name not in BUILT_IN_REWARDS and not _IMPORT_PATH.fullmatch(name):
         raise ConfigError(
             f"unknown reward {name!r}; {suggest_choices(name, BUILT_IN_REWARDS)}, or a function's import "
@@ -35,7 +35,7 @@ def check_reward_name(name: str) -> None:
 
 
 def check_reward_model(name: str, model: object) -> None:
-    """Raise ConfigError for a missing model, or for one that the reward does not read."""
+    """Raise ConfigError if `entailment` has no model, or another reward has one."""
     if name == ENTAILMENT and model is None:
         raise ConfigError(
             "reward 'entailment' asks a sequence-classification model: give `model`, a checkpoint folder or "
@@ -46,7 +46,7 @@ def check_reward_model(name: str, model: object) -> None:
 
 
 def check_reward_baseline(baseline: str, normalize: bool) -> None:
-    """Raise ConfigError for `normalize` without a baseline."""
+    """Raise ConfigError for `normalize` with the baseline 'none'."""
     if normalize and baseline == "none":
         raise ConfigError(
             "a reward's `normalize` divides by how far rewards lie from their mean, which baseline 'none' "
@@ -55,7 +55,7 @@ def check_reward_baseline(baseline: str, normalize: bool) -> None:
 
 
 def check_reward_sampling(lmbda: float, temperature: float | None) -> None:
-    """Raise ConfigError if the student samples nothing, or from another distribution than is trained."""
+    """Raise ConfigError if lmbda is 0 (the student writes nothing), or the temperature is not 1."""
     if lmbda == 0:
         raise ConfigError(
             "a reward is of what the student writes, and with lmbda 0 it writes nothing: set lmbda to 1, or "
@@ -68,8 +68,8 @@ def check_reward_sampling(lmbda: float, temperature: float | None) -> None:
         )
 
 
-def off_policy_message(lmbda: float) -> str:
-    """Return the error message for a reward as the only term where lmbda is below 1."""
+def format_off_policy_message(lmbda: float) -> str:
+    """Return the error message for a reward as the only loss term where lmbda is below 1."""
     return (
         f"lmbda {lmbda:g} takes the other steps from the data, of which a reward teaches nothing: set lmbda "
         "to 1, or add a divergence or cross_entropy"
@@ -77,7 +77,7 @@ def off_policy_message(lmbda: float) -> str:
 
 
 def hash_reward_module(name: str) -> str | None:
-    """Return the SHA-256 of the module that an import path names; None for built-in rewards.
+    """Return the SHA-256 of a reward function's source file, not imported; None for built-in rewards.
 
     Raises ConfigError for a missing module.
     """
@@ -86,27 +86,26 @@ def hash_reward_module(name: str) -> str | None:
     module = name.partition(":")[0]
     file = _find_module_file(module)
     if file is None:
-        raise _missing_module_error(name, module)
+        raise _build_missing_module_error(name, module)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def import_reward(name: str) -> RewardFunction:
-    """Import the function at `package.module:function`. Raises ConfigError if there is none."""
+    """Import and return the function at `package.module:function`. ConfigError: missing, broken."""
     module, _, attributes = name.partition(":")
     _add_current_folder_to_path()
     try:
         value: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            raise _missing_module_error(name, error.name) from error
-        raise _import_failure_error(name, module, error) from error
+            raise _build_missing_module_error(name, error.name) from error
+        raise _build_import_failure_error(name, module, error) from error
     except (Exception, SystemExit) as error:  # a user's module may raise anything, and may call exit()
-        raise _import_failure_error(name, module, error) from error
+        raise _build_import_failure_error(name, module, error) from error
     for part in attributes.split("."):
         if not hasattr(value, part):
-            raise ConfigError(
-                f"reward {name!r}: {module} has no {part!r}; {suggest_choices(part, _public_names(value))}"
-            )
+            suggestion = suggest_choices(part, _list_public_names(value))
+            raise ConfigError(f"reward {name!r}: {module} has no {part!r}; {suggestion}")
         value = getattr(value, part)
     if not callable(value):
         raise ConfigError(f"reward {name!r} is a {type(value).__name__}, not a function")
@@ -115,7 +114,7 @@ def import_reward(name: str) -> RewardFunction:
 
 
 def _find_module_file(module: str) -> Path | None:
-    """Find a module's source file as an import would, without importing its packages."""
+    """Return a module's source file as an import would find it, importing nothing; None if not found."""
     first, *rest = module.split(".")
     _add_current_folder_to_path()
     loaded = sys.modules.get(first)
@@ -134,22 +133,24 @@ def _find_module_file(module: str) -> Path | None:
 
 
 def _add_current_folder_to_path() -> None:
-    """Let imports find modules of the current folder, after all installed ones."""
+    """Append the current folder to sys.path unless it is there: installed modules come first."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
 
 
-def _public_names(owner: Any) -> list[str]:
+def _list_public_names(owner: Any) -> list[str]:
     """Return the attribute names of a module or class that have no leading underscore."""
     return [name for name in vars(owner) if not name.startswith("_")] if hasattr(owner, "__dict__") else []
 
 
-def _missing_module_error(name: str, module: str) -> ConfigError:
+def _build_missing_module_error(name: str, module: str) -> ConfigError:
+    """Return (not raise) the ConfigError for a reward whose module is not found."""
     return ConfigError(
         f"reward {name!r}: there is no module {module!r} among the installed ones and in {Path.cwd()}; "
         f"built-in rewards: {', '.join(BUILT_IN_REWARDS)}"
     )
 
 
-def _import_failure_error(name: str, module: str, error: BaseException) -> ConfigError:
+def _build_import_failure_error(name: str, module: str, error: BaseException) -> ConfigError:
+    """Return (not raise) the ConfigError for a reward whose module raised `error` on import."""
     return ConfigError(f"reward {name!r}: importing {module} raised {type(error).__name__}: {error}")

@@ -16,13 +16,13 @@ from gkd_lab.config.loss_terms import (
 )
 from gkd_lab.config.reward_names import (
     check_reward_sampling,
+    format_off_policy_message,
     hash_reward_module,
-    off_policy_message,
 )
 
 
 def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedReward:
-    """Return the reward with model revision and module hash. Raises ConfigError for a missing module."""
+    """Return the ResolvedReward, with model revision and module hash. ConfigError for a missing module."""
     hub_name, folder, revision = (None, None, None) if config.model is None else find_model(config.model)
     if hub_name is not None and config.revision is not None:
         revision = config.revision
@@ -34,9 +34,10 @@ def resolve_reward(config: RewardConfig, find_model: FindModel) -> ResolvedRewar
 def build_reward_terms(
     divergence: ResolvedTerm, reward: ResolvedReward | None, values: Mapping[str, Any]
 ) -> tuple[ResolvedTerm, ...]:
-    """Weight the divergence by alpha and the reward by 1 - alpha (Eq. 5); terms of weight 0 are left out.
+    """Return (alpha times divergence, 1 - alpha times reward) (Eq. 5), terms of weight 0 left out.
 
-    With the anchor `start` the divergence is from the frozen SFT student, as in RLEF* (Fig. 5).
+    Without a reward, or with cross-entropy instead of a divergence, the first term alone is returned. With
+    the anchor `start` the divergence is from the frozen SFT student, as in RLEF* (Fig. 5).
     """
     alpha, anchor = values["alpha"], values["anchor"] or "teacher"
     if reward is None:
@@ -63,30 +64,30 @@ def build_reward_terms(
 
 
 def _check_no_reward(alpha: float | None, anchor: str) -> None:
-    """Raise ConfigError if alpha or anchor is set without a reward."""
+    """Raise ConfigError if alpha or the anchor `start` is set; called where there is no reward."""
     for name, value in (("alpha", alpha), ("anchor", anchor if anchor == "start" else None)):
         if value is not None:
             raise ConfigError(f"{name} {value} says how to weigh a reward: set `reward`, or leave {name} out")
 
 
-def check_any_weight(terms: Iterable[WeightedTerm]) -> None:
-    """Raise ConfigError if the weights of all terms are 0."""
+def check_not_all_weights_zero(terms: Iterable[WeightedTerm]) -> None:
+    """Raise ConfigError if every term's weight, and final weight, is 0."""
     if not any(term.weight or term.final_weight for term in terms):
         raise ConfigError("objectives: all weights are 0, so nothing would be learnt; give one a weight")
 
 
 def check_terms_learn(terms: Iterable[ResolvedTerm], source: Source) -> None:
-    """Raise ConfigError if nothing is learnt from some of the text.
+    """Raise ConfigError if all weights are 0, or the terms learn nothing from some of the source's text.
 
     A reward learns only from text that the student sampled, cross-entropy only from other text.
     """
     listed = list(terms)
-    check_any_weight(listed)
+    check_not_all_weights_zero(listed)
     classes = {type(term) for term in listed if term.weight or term.final_weight}
     if ResolvedReward in classes:
         check_reward_sampling(source.lmbda, source.temperature)
         if source.lmbda < 1 and classes == {ResolvedReward}:
-            raise ConfigError(off_policy_message(source.lmbda))
+            raise ConfigError(format_off_policy_message(source.lmbda))
     elif source.lmbda > 0 and classes == {CrossEntropyConfig}:
         raise ConfigError(
             f"lmbda {source.lmbda:g} lets the student write, and cross_entropy has nothing to teach of its "

@@ -138,7 +138,7 @@ class ModelSettings(Section):
     )
 
     def build_architecture(self) -> Architecture | None:
-        """Return the architecture to make, or None; feed_forward defaults to 4 widths."""
+        """Return the Architecture; None unless layers, width and heads are set. feed_forward: 4 widths."""
         if self.layers is None or self.width is None or self.heads is None:
             return None
         forward = self.feed_forward or 4 * self.width
@@ -236,7 +236,7 @@ class Settings(Section):
 
 
 def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Merge nested dictionaries: later layers win, sections are merged field by field."""
+    """Return nested dictionaries merged into a new one: later layers win, sections merge field by field."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():

@@ -14,7 +14,7 @@ WANDB_PROJECT = "gkd-lab"
 
 
 def format_sweep_file(name: str, experiment: Experiment, scale: str | None, fields: Mapping[str, str]) -> str:
-    """Return the YAML text of a grid sweep over the experiment's cells. Raises ConfigError without an axis.
+    """Return the YAML text of a wandb grid sweep over an experiment's cells. ConfigError without an axis.
 
     name: The experiment as the command line takes it. scale, fields: Options given beside the file; fields
     that are no axes become options of the command. The server varies the alphabetically first axis slowest.
@@ -55,7 +55,7 @@ def encode_axis_value(value: Any) -> Any:
 
 
 def _reads_back(text: str, value: Any) -> bool:
-    """Return whether `gkd-lab cell` parses the text as this one value."""
+    """Return whether YAML reads the text as this one value, as `gkd-lab cell` does."""
     try:
         return bool(yaml.safe_load(f"[{text}]") == [value])
     except yaml.YAMLError:
@@ -63,7 +63,7 @@ def _reads_back(text: str, value: Any) -> bool:
 
 
 def _dump_model(value: Any) -> Any:
-    """Return a pydantic section as plain data, without fields that were not set."""
+    """Return a pydantic section as JSON-ready data, without fields that were not set."""
     return value.model_dump(mode="json", exclude_unset=True)
 
 
@@ -72,7 +72,7 @@ class _SweepDumper(yaml.SafeDumper):
 
 
 def _represent_list_inline(dumper: _SweepDumper, values: Sequence[Any]) -> yaml.Node:
-    """Write a list in flow style."""
+    """Return the YAML node of a list, written on one line."""
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
 
 

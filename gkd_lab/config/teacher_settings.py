@@ -20,13 +20,13 @@ START_TEACHER = "start"
 
 
 def number_teachers(terms: Iterable[TermConfig]) -> dict[str | int, int]:
-    """Number the teachers that divergences name: the run's own is 0, others follow as they appear."""
+    """Return teacher name -> number: the run's own is 0, others follow as divergences name them."""
     names = [name for term in terms if isinstance(term, DivergenceConfig) for name in term.teacher_names]
     return {name: number for number, name in enumerate(dict.fromkeys([FIRST_TEACHER, *names]))}
 
 
 def resolve_extra_teachers(terms: Iterable[TermConfig], teachers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the teachers besides the first, by name in the order of their numbers.
+    """Return name -> settings of the named teachers besides the first, in the order of their numbers.
 
     `start` maps to itself. A teacher that no divergence names is left out, because objectives may be an axis.
     Raises ConfigError for an unknown or a reserved name.
@@ -46,7 +46,7 @@ def resolve_extra_teachers(terms: Iterable[TermConfig], teachers: Mapping[str, A
 
 
 def resolve_teacher_placements(teachers: Iterable[str | ModelSettings | None]) -> dict[str, Any]:
-    """Return the fields `teacher_dtypes` and `parked` of a training, empty where all have the default."""
+    """Return {"teacher_dtypes", "parked"} of a Training, one entry per teacher; () where all are default."""
     settings = [teacher if isinstance(teacher, ModelSettings) else ModelSettings() for teacher in teachers]
     dtypes = tuple(teacher.dtype for teacher in settings)
     parked = tuple(bool(teacher.parked) for teacher in settings)
@@ -54,13 +54,13 @@ def resolve_teacher_placements(teachers: Iterable[str | ModelSettings | None]) -
 
 
 def parse_teacher_scores(stated: str | TeacherScores | None) -> TeacherScores | None:
-    """Return the format of cached teacher scores; None for `live` or if nothing is stated."""
+    """Return the format of cached teacher scores; None for `live`, or if nothing is stated."""
     if isinstance(stated, TeacherScores):
         return stated
     return TeacherScores() if stated == "full" else None
 
 
 def drop_unused_scores(scores: TeacherScores | None, terms: Iterable[ResolvedTerm]) -> TeacherScores | None:
-    """Return the scores, or None if no loss term reads a teacher."""
+    """Return `scores`, or None if every term is cross-entropy or a reward, which read no teacher."""
     uses_teacher = any(not isinstance(term, CrossEntropyConfig | ResolvedReward) for term in terms)
     return scores if uses_teacher else None

@@ -17,7 +17,7 @@ from gkd_lab.config.loss_terms import (
     RewardConfig,
     TermConfig,
 )
-from gkd_lab.config.reward_objectives import check_any_weight
+from gkd_lab.config.reward_objectives import check_not_all_weights_zero
 from gkd_lab.losses.teacher_targets import TeacherTarget
 from gkd_lab.losses.terms import FIRST_TEACHER_TARGET, WeightedLoss, WeightedLosses
 
@@ -55,7 +55,7 @@ def parse_terms(objectives: Sequence[Mapping[str, Any]], defaults: Mapping[str, 
     except ValidationError as error:
         raise explain_validation_error(error, "GKDConfig", _ListedTerms) from error
     if configs:
-        check_any_weight(configs)
+        check_not_all_weights_zero(configs)
     return tuple(build_term(_resolve_term(config, defaults)) for config in configs)
 
 

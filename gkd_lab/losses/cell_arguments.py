@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_lab.config.reward_names import check_reward_sampling, off_policy_message
+from gkd_lab.config.reward_names import check_reward_sampling, format_off_policy_message
 from gkd_lab.losses.build_terms import parse_terms
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.label_losses import RewardLoss
@@ -43,7 +43,7 @@ class CellArguments:
         """Raise ValueError unless the student samples at temperature 1 and off-policy steps have a term."""
         check_reward_sampling(self.lmbda, self.temperature)
         if self.lmbda < 1 and not any(term.is_applicable(on_policy=False) for term in self.list_terms()):
-            raise ValueError(off_policy_message(self.lmbda))
+            raise ValueError(format_off_policy_message(self.lmbda))
 
     @classmethod
     def build(cls, args: Any) -> "CellArguments":

@@ -23,7 +23,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> str | None:
-    """Return the last number as it is written: `flexible-extract` of lm-eval's `gsm8k` (version 3).
+    """Return the last number as it is written, or None: `flexible-extract` of lm-eval's `gsm8k` 3.
 
     Two or more characters of `$ 0-9 . ,` in a row count as a number, even `...`.
     """
@@ -32,16 +32,17 @@ def extract_last_number(text: str) -> str | None:
 
 
 def normalize_answer(text: str) -> str:
-    """Remove commas, dollar signs, everything up to `#### ` and a final period, as lm-eval's `gsm8k` does.
+    """Return the lower-case text after the last `#### `, without commas, dollar signs and final period.
 
-    lm-eval's pattern `(?s).*#### ` takes minutes on a long document without that mark; this does not.
+    This is the rule of lm-eval's `gsm8k`, whose pattern `(?s).*#### ` takes minutes on a long document
+    without that mark.
     """
     answer = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
     return _FINAL_PERIOD.sub("", answer).lower()
 
 
 def score_accuracy(inputs: MetricInput) -> Score:
-    """Score the share of solutions whose answer equals a reference's, by the grade-school-math rule."""
+    """Return a Score: the percentage of solutions whose `#### number` equals a reference's (GSM8K's rule)."""
     answers = [extract_answer(text) for text in inputs.predictions]
     accepted = [{extract_answer(text) for text in texts} - {None} for texts in inputs.references]
     hits = [100.0 * (answer in valid) for answer, valid in zip(answers, accepted, strict=True)]
@@ -53,7 +54,7 @@ def score_accuracy(inputs: MetricInput) -> Score:
 
 
 def score_flexible_accuracy(inputs: MetricInput) -> Score:
-    """Score the share of solutions whose last number equals a reference's, by lm-eval's rule."""
+    """Return a Score: the percentage of solutions whose last number is a reference's answer (lm-eval)."""
     answers = [extract_last_number(text) for text in inputs.predictions]
     hits = [
         100.0 * (answer is not None and normalize_answer(answer) in set(map(normalize_answer, texts)))
@@ -67,7 +68,7 @@ def score_flexible_accuracy(inputs: MetricInput) -> Score:
 
 
 def score_exact_match(inputs: MetricInput) -> Score:
-    """Score the share of predictions that equal a reference, spaces at the ends aside."""
+    """Return a Score: the percentage of predictions equal to a reference, outer spaces aside."""
     hits = [
         100.0 * (prediction.strip() in {text.strip() for text in texts})
         for prediction, texts in zip(inputs.predictions, inputs.references, strict=True)

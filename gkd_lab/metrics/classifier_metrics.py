@@ -25,7 +25,7 @@ LabelPairs = Sequence[tuple[str, str]]
 
 
 def score_labels(rule: str, predicted: ArrayLike, true: ArrayLike, positive: Any = None) -> float:
-    """Return scikit-learn's score of labels (N,): 0 to 1, Matthews correlation from -1.
+    """Return one score of all labels (N,) by scikit-learn: 0 to 1, Matthews correlation from -1.
 
     rule: `accuracy`; `f1_macro`, over labels that occur on either side; `f1_binary`, of the label `positive`
     (None: the last in sorted order, such as 1 of 0 and 1); or `matthews`, 0 where one side is constant.
@@ -59,7 +59,7 @@ def correlate(metric: str, predictions: ArrayLike, references: ArrayLike) -> flo
 
 
 def score_texts(metric: str, inputs: MetricInput) -> Score:
-    """Score texts that are labels, tags or numbers; ValueError for texts that are not.
+    """Return the Score (percent) of texts that are labels, tags or numbers; ValueError for others.
 
     Per example: the share of its labels that are right; for a correlation, the product of both standard
     scores, whose mean is the correlation.
@@ -77,7 +77,7 @@ def score_texts(metric: str, inputs: MetricInput) -> Score:
 
 
 def compute_classification_statistics(metric: str, inputs: MetricInput) -> CorpusStatistics:
-    """Return the statistics of each example: label counts (N, 3L), or moments (N, 6) of a correlation.
+    """Return statistics to resample, per example: label counts (N, 3L), or moments (N, 6) of numbers.
 
     Spearman's ranks are those among all texts, in a resample too.
     """
@@ -101,12 +101,12 @@ def compute_classification_statistics(metric: str, inputs: MetricInput) -> Corpu
 
 
 def _get_label_rule(metric: str) -> str:
-    """Return the rule of `score_labels` that a metric of labels or tags applies."""
+    """Return the rule of `score_labels` for a metric: its name without `tag_` or `label_`."""
     return metric.removeprefix("tag_").removeprefix("label_")
 
 
 def _check_binary(labels: Sequence[Any]) -> None:
-    """Raise ValueError if there are more than two labels."""
+    """Raise ValueError if there are more than two distinct labels."""
     if len(labels) > 2:
         raise ValueError(
             f"f1_binary needs two labels, and there are {len(labels)}: {', '.join(map(str, labels))}; "
@@ -115,19 +115,19 @@ def _check_binary(labels: Sequence[Any]) -> None:
 
 
 def _pair_labels(metric: str, inputs: MetricInput) -> list[LabelPairs]:
-    """Pair each example with the reference that equals it, else with the first."""
+    """Return per example its (predicted, true) labels; true is the reference that matches, else the first."""
     pair = _pair_label if metric in LABEL_METRICS else _pair_tags
     return [pair(*example) for example in zip(inputs.predictions, inputs.references, strict=True)]
 
 
 def _pair_label(prediction: str, references: Sequence[str]) -> LabelPairs:
-    """Pair a predicted label with the true one."""
+    """Return [(predicted, true)] of one label; true is the reference that matches, else the first."""
     label, accepted = prediction.strip(), [text.strip() for text in references]
     return [(label, label if label in accepted else accepted[0])]
 
 
 def _pair_tags(prediction: str, references: Sequence[str]) -> LabelPairs:
-    """Pair each predicted tag with the true one; ValueError for unequal numbers of tags."""
+    """Return (predicted, true) for each tag of one text; ValueError for unequal numbers of tags."""
     predicted, accepted = prediction.split(), [text.split() for text in references]
     true = predicted if predicted in accepted else accepted[0]
     if not true or len(predicted) != len(true):
@@ -139,7 +139,7 @@ def _pair_tags(prediction: str, references: Sequence[str]) -> LabelPairs:
 
 
 def _count_labels(examples: Sequence[LabelPairs], labels: Sequence[str]) -> Floats:
-    """Count hits, predictions and occurrences of each label in each example, (N, 3L)."""
+    """Return the hits, predictions and true occurrences of each label in each example, (N, 3L)."""
     positions = {label: n for n, label in enumerate(labels)}
     counts = np.zeros((len(examples), 3, len(labels)))
     for n, pairs in enumerate(examples):
@@ -157,23 +157,23 @@ def _compute_label_f1(counts: Floats) -> Floats:
 
 
 def _compute_accuracy(counts: Floats) -> float:
-    """Return the share of correct labels from counts (3, L)."""
+    """Return the share of correct labels, 0 to 1, from counts (3, L)."""
     return float(counts[0].sum() / counts[2].sum())
 
 
 def _compute_macro_f1(counts: Floats) -> float:
-    """Return the mean F1 of the labels that occur from counts (3, L)."""
+    """Return the mean F1, 0 to 1, of the labels that occur on either side, from counts (3, L)."""
     occurs = counts[1] + counts[2] > 0
     return float(_compute_label_f1(counts)[occurs].mean())
 
 
 def _compute_binary_f1(counts: Floats) -> float:
-    """Return F1 of the last label from counts (3, L)."""
+    """Return F1, 0 to 1, of the last label from counts (3, L)."""
     return float(_compute_label_f1(counts)[-1])
 
 
 def _compute_matthews(counts: Floats) -> float:
-    """Return Matthews correlation (Gorodkin 2004) from counts (3, L); 0 if one side is constant."""
+    """Return Matthews correlation (Gorodkin 2004), -1 to 1, from counts (3, L); 0 if a side is constant."""
     hits, predicted, true = counts
     total = true.sum()
     covariance = hits.sum() * total - predicted @ true
@@ -192,7 +192,7 @@ _COUNT_SCORES: dict[str, Callable[[Floats], float]] = {
 
 
 def _parse_numbers(inputs: MetricInput) -> tuple[Floats, Floats]:
-    """Return predictions and first references as numbers, (N,) each."""
+    """Return (predictions, first references) as arrays of numbers (N,); ValueError for other texts."""
     sides = {"predictions": inputs.predictions, "references": [texts[0] for texts in inputs.references]}
     numbers = []
     for side, texts in sides.items():
@@ -204,7 +204,7 @@ def _parse_numbers(inputs: MetricInput) -> tuple[Floats, Floats]:
 
 
 def _center_numbers(metric: str, predictions: ArrayLike, references: ArrayLike) -> tuple[Floats, Floats]:
-    """Return both sides minus their means, ranked first for `spearman`. ValueError: fewer than 2, or NaN.
+    """Return both sides (N,) minus their means, ranked first for `spearman`. ValueError: under 2, or NaN.
 
     Sums of squares of centered numbers lose no digits; equal numbers share their mean rank.
     """
@@ -221,7 +221,7 @@ def _center_numbers(metric: str, predictions: ArrayLike, references: ArrayLike) 
 
 
 def _multiply_standard_scores(metric: str, predictions: Floats, references: Floats) -> list[float]:
-    """Return the product of both sides' standard scores of each example, (N,); 0 if a side is constant."""
+    """Return the product of both sides' standard scores per example, N numbers; 0 if a side is constant."""
     x, y = _center_numbers(metric, predictions, references)
     if not np.ptp(x) or not np.ptp(y):
         return [0.0] * len(x)
@@ -229,7 +229,10 @@ def _multiply_standard_scores(metric: str, predictions: Floats, references: Floa
 
 
 def _correlate_moments(total: Floats) -> float:
-    """Return the correlation from sums of 1, x, y, x^2, y^2, xy; 0 if a side is constant up to rounding."""
+    """Return the correlation, -1 to 1, from sums of 1, x, y, x^2, y^2, xy; 0 if a side is constant.
+
+    A side that varies by no more than rounding counts as constant.
+    """
     n, x, y, xx, yy, xy = total
     squares = np.maximum([xx - x * x / n, yy - y * y / n], 0)
     if (squares <= 1e-12 * np.maximum([xx, yy], 1e-300)).any():

@@ -31,9 +31,9 @@ def compute_interval(
     *,
     samples_per_prompt: int = 1,
 ) -> tuple[float, float] | None:
-    """Return the 95 % interval of a metric: of its corpus score where it is one, else of the mean.
+    """Return the 95 % bootstrap interval (low, high) of a metric; None for a corpus score of samples.
 
-    With several samples per prompt, one after another, prompts are drawn; a corpus score then has none.
+    With several samples per prompt, one after another, the interval of a mean resamples prompts.
     """
     definition = METRICS[metric]
     if definition.compute_statistics is None:
@@ -50,7 +50,7 @@ def compute_interval(
 def bootstrap_corpus_interval(
     statistics: CorpusStatistics, *, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles of a corpus score over resampled examples."""
+    """Return (low, high), the 2.5 and 97.5 percentiles of a corpus score over resampled examples."""
     counts = draw_resample_counts(len(statistics.per_example), resamples, seed=0)
     summed = (row for part in counts for row in (part @ statistics.per_example).tolist())
     low, high = np.percentile([statistics.compute_score(row) for row in summed], _PERCENTILES)
@@ -60,7 +60,10 @@ def bootstrap_corpus_interval(
 def bootstrap_mean_interval(
     per_example: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles of the mean over resampled examples. ValueError: no examples."""
+    """Return (low, high), the 2.5 and 97.5 percentiles of the mean over resampled examples.
+
+    Raises ValueError without examples.
+    """
     values = np.asarray(per_example, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ValueError(f"an interval needs one value per example, got an array of shape {values.shape}")
@@ -69,7 +72,7 @@ def bootstrap_mean_interval(
 
 
 def bootstrap_mean_intervals(per_example: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Return the intervals of M cells, (M, 2), from values (M, N); all cells see the same draws."""
+    """Return the 95 % intervals of the means of M cells, (M, 2), from values (M, N), with equal draws."""
     values = np.asarray(per_example, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"intervals need values (cells, examples), got an array of shape {values.shape}")
@@ -80,7 +83,7 @@ def bootstrap_mean_intervals(per_example: ArrayLike, *, resamples: int = RESAMPL
 
 
 def _compute_interval_ends(values: Floats, resamples: int, seed: int) -> Floats:
-    """Return the interval of the mean of each row of (M, N), rounded, (M, 2)."""
+    """Return the 2.5 and 97.5 percentiles of each row's resampled mean, (M, 2), rounded."""
     examples = values.shape[1]
     # How often each example is drawn, times the examples' values, is the sum over a resample.
     means = [values @ counts.T / examples for counts in draw_resample_counts(examples, resamples, seed)]
@@ -89,7 +92,7 @@ def _compute_interval_ends(values: Floats, resamples: int, seed: int) -> Floats:
 
 
 def draw_resample_counts(examples: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield how often each example is drawn in each resample, (resamples, examples), in parts of rows."""
+    """Yield how often each example is drawn in each resample, as blocks of rows of (resamples, examples)."""
     rows = max(1, _MAX_MATRIX_NUMBERS // examples)
     for part, first in enumerate(range(0, resamples, rows)):
         yield _draw_count_matrix(examples, min(rows, resamples - first), seed, part)
@@ -97,7 +100,7 @@ def draw_resample_counts(examples: int, resamples: int, seed: int) -> Iterator[F
 
 @lru_cache(maxsize=4)
 def _draw_count_matrix(examples: int, resamples: int, seed: int, part: int) -> Floats:
-    """Return one part of `draw_resample_counts`; each row sums to `examples`."""
+    """Return block `part` of `draw_resample_counts`, (resamples, examples); each row sums to `examples`."""
     generator = np.random.default_rng((seed, part))
     drawn = generator.integers(examples, size=(resamples, examples))
     drawn += np.arange(resamples)[:, None] * examples

@@ -47,7 +47,7 @@ class RougeScorer:
         self._score_cached_pair = lru_cache(maxsize=MAX_CACHED_PAIRS)(self._score_pair)
 
     def _score_pair(self, prediction: str, reference: str) -> tuple[float, ...]:
-        """Return the F-measure of each variant, 0 to 100."""
+        """Return the F-measures of one text pair, 0 to 100, one per variant in the order of `variants`."""
         scores: dict[str, Any] = self._scorer.score(reference, prediction)
         return tuple(100.0 * scores[variant].fmeasure for variant in self.variants)
 
@@ -62,7 +62,7 @@ class RougeScorer:
         return {variant: [row[n] for row in values] for n, variant in enumerate(self.variants)}
 
     def format_signature(self, variant: str) -> str:
-        """Return the variant, its settings and the version of rouge_score as one text."""
+        """Return the variant, its settings and the version of rouge_score as one text joined by `|`."""
         split = "|split:lines" if variant == "rougeLsum" else ""
         stem = "yes" if self.use_stemmer else "no"
         return f"{variant}|measure:f|stem:{stem}|refs:best{split}|version:{version('rouge-score')}"

@@ -24,7 +24,7 @@ class _CachedBLEU(BLEU):
     """BLEU that counts the n-grams of each pair of texts once."""
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Return the cached n-gram counts of each hypothesis."""
+        """Return the n-gram counts of each hypothesis, from the cache where it has them."""
         return _extract_statistics("bleu", self, hypotheses, references)
 
 
@@ -32,18 +32,18 @@ class _CachedCHRF(CHRF):
     """chrF that counts the n-grams of each pair of texts once."""
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Return the cached n-gram counts of each hypothesis."""
+        """Return the n-gram counts of each hypothesis, from the cache where it has them."""
         return _extract_statistics("chrf", self, hypotheses, references)
 
     def _compute_score_from_stats(self, stats: Any) -> Any:
-        """Return a float score: sacreBLEU mixes floats and numpy floats, and `statistics` refuses that."""
+        """Return chrF with a plain float `score`: sacreBLEU mixes numpy's in, which `statistics` refuses."""
         score = super()._compute_score_from_stats(stats)
         score.score = float(score.score)
         return score
 
 
 def build_sacrebleu_metric(name: str, *, sentence_level: bool = False) -> Any:
-    """Build sacreBLEU's `bleu` or `chrf` with its defaults; sentence BLEU uses the effective order."""
+    """Return sacreBLEU's object for `bleu` or `chrf`, default settings; sentence BLEU: effective order."""
     assert name in ("bleu", "chrf"), name
     return _CachedCHRF() if name == "chrf" else _CachedBLEU(effective_order=sentence_level)
 
@@ -56,7 +56,7 @@ def transpose_references(references: References) -> list[list[str]]:
 def _extract_statistics(
     name: str, metric: Any, hypotheses: Sequence[str], references: Any
 ) -> list[list[int]]:
-    """Return the n-gram counts of each hypothesis and set the number of references in the signature."""
+    """Return the n-gram counts of each hypothesis; also set `metric.num_refs` (-1 if it varies)."""
     texts_per_example = [
         tuple(text for text in texts if text is not None) for texts in zip(*references, strict=True)
     ]
@@ -70,14 +70,14 @@ def _extract_statistics(
 
 @lru_cache(maxsize=MAX_CACHED_PAIRS)
 def _count_ngrams(name: str, prediction: str, references: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the counts of one example that sacreBLEU sums over a corpus."""
+    """Return the n-gram counts of one example, which sacreBLEU sums over a corpus; cached."""
     metric = CHRF() if name == "chrf" else BLEU()
     (counts,) = metric._extract_corpus_statistics([prediction], [[text] for text in references])
     return tuple(counts)
 
 
 def score_corpus(name: str, inputs: MetricInput) -> Score:
-    """Score the corpus; `per_example` holds sentence scores."""
+    """Return the corpus BLEU or chrF, 0 to 100, as a Score; `per_example` holds sentence scores."""
     corpus, sentence = build_sacrebleu_metric(name), build_sacrebleu_metric(name, sentence_level=True)
     value = corpus.corpus_score(list(inputs.predictions), transpose_references(inputs.references)).score
     per_example = [
@@ -88,12 +88,12 @@ def score_corpus(name: str, inputs: MetricInput) -> Score:
 
 
 def compute_corpus_statistics(name: str, inputs: MetricInput) -> CorpusStatistics:
-    """Return the n-gram counts of each example, which sacreBLEU's paired bootstrap resamples too."""
+    """Return the n-gram counts of each example and the function from their sum to the corpus score."""
     metric = build_sacrebleu_metric(name)
     counts = metric._extract_corpus_statistics(inputs.predictions, transpose_references(inputs.references))
 
     def compute_score(summed: Sequence[float]) -> float:
-        """Return the corpus score of summed counts."""
+        """Return the corpus score, 0 to 100, of counts summed over examples."""
         return float(metric._compute_score_from_stats(summed).score)
 
     return CorpusStatistics(np.asarray(counts, dtype=np.float64), compute_score)
@@ -102,10 +102,10 @@ def compute_corpus_statistics(name: str, inputs: MetricInput) -> CorpusStatistic
 def bootstrap_sacrebleu_interval(
     name: str, inputs: MetricInput, *, resamples: int = 1000
 ) -> tuple[float, float]:
-    """Return sacreBLEU's own 95 % bootstrap interval, 0 to 100, at its defaults (13a; 6 characters).
+    """Return (low, high), sacreBLEU's own 95 % bootstrap interval of `bleu` or `chrf`, 0 to 100.
 
     It resamples the sentences' statistics (seed 12345, or SACREBLEU_SEED) and publishes half the width of the
-    middle 95 %: the interval is the score plus and minus that.
+    middle 95 %: the interval is the score plus and minus that. Settings are the defaults (13a; 6 characters).
     """
     metric = build_sacrebleu_metric(name)
     references = transpose_references(inputs.references)

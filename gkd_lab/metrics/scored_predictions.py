@@ -40,7 +40,7 @@ _REQUIRED_FIELDS: dict[str, type] = {
 
 
 def parse_prediction(row: Mapping[str, Any]) -> Prediction:
-    """Parse a row of predictions.jsonl. ValueError: a field is missing or has another type."""
+    """Return a row of predictions.jsonl as a Prediction. ValueError: a field is missing or mistyped."""
     for name, kind in _REQUIRED_FIELDS.items():
         if name not in row:
             raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, row))}")
@@ -55,7 +55,7 @@ def parse_prediction(row: Mapping[str, Any]) -> Prediction:
 def score_predictions(
     metrics: Sequence[str], predictions: Sequence[Prediction], scorer: Scorer | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return scores (metric -> value, 95 % interval over examples, n, signature) and a row per example.
+    """Return (metric -> value, 95 % interval, n, signature; one row of predictions.jsonl per prediction).
 
     Beside the metrics: `mean_length` in tokens, `eos_rate`, the share with an end of sequence, and
     `truncated`, the share without. One `scorer` for many cells processes shared texts once. With several
@@ -81,7 +81,7 @@ def score_predictions(
 
 
 def _count_samples_per_prompt(prompts: Sequence[int]) -> int:
-    """Return the number of samples that every prompt has. ValueError: it varies."""
+    """Return the number of samples that every prompt has, from prompt numbers. ValueError: it varies."""
     counts = set(Counter(prompts).values())
     if len(counts) > 1:
         raise ValueError(
@@ -93,7 +93,7 @@ def _count_samples_per_prompt(prompts: Sequence[int]) -> int:
 def _build_prediction_rows(
     predictions: Sequence[Prediction], scores: Mapping[str, Score], include_sample: bool
 ) -> list[dict[str, Any]]:
-    """Return the rows of predictions.jsonl, each with its scores."""
+    """Return one row of predictions.jsonl per prediction, with its own score by each metric."""
     return [
         {
             "prompt": prediction.prompt,

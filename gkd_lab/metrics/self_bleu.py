@@ -16,7 +16,10 @@ MAX_NGRAM_ORDER = 4
 
 
 def score_self_bleu(inputs: MetricInput) -> Score:
-    """Score the texts of each prompt against each other. ValueError: fewer than 2, or unequal numbers."""
+    """Return a Score, 0 to 100: the mean BLEU of each text against the others of its prompt.
+
+    Raises ValueError for a prompt with fewer than 2 texts, or unequal numbers of texts.
+    """
     prompts = range(len(inputs.predictions)) if inputs.prompts is None else inputs.prompts
     pairs = groupby(zip(prompts, inputs.predictions, strict=True), key=lambda pair: pair[0])
     groups = [[text for _, text in group] for _, group in pairs]
@@ -32,7 +35,7 @@ def score_self_bleu(inputs: MetricInput) -> Score:
 
 
 def compute_self_bleu(texts: Sequence[str]) -> list[float]:
-    """Return BLEU of each text against the other texts of its prompt, 0 (all different) to 100 (all equal).
+    """Return BLEU of each text of one prompt against the other texts, 0 (different) to 100 (equal).
 
     A text of fewer than 4 words lacks n-grams of the highest orders and stays below 100, as in NLTK.
     Words are those of NLTK's tokenizer, without its splitting into sentences, which needs a download.

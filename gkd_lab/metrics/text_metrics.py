@@ -46,22 +46,22 @@ class Metric:
 
 
 def _define_sacrebleu_metric(name: str) -> Metric:
-    """Define `bleu` or `chrf`; sacreBLEU is loaded when the metric is computed."""
+    """Return the Metric `bleu` or `chrf`; sacreBLEU is loaded when the metric is computed."""
 
     def compute_score(inputs: MetricInput) -> Score:
-        """Return the corpus score."""
+        """Return the corpus score as a Score."""
         from gkd_lab.metrics.sacrebleu_metrics import score_corpus
 
         return score_corpus(name, inputs)
 
     def compute_statistics(inputs: MetricInput) -> CorpusStatistics:
-        """Return the n-gram counts."""
+        """Return the n-gram counts of each example."""
         from gkd_lab.metrics.sacrebleu_metrics import compute_corpus_statistics
 
         return compute_corpus_statistics(name, inputs)
 
     def compute_interval(inputs: MetricInput) -> tuple[float, float]:
-        """Return sacreBLEU's interval."""
+        """Return sacreBLEU's own 95 % interval (low, high)."""
         from gkd_lab.metrics.sacrebleu_metrics import bootstrap_sacrebleu_interval
 
         return bootstrap_sacrebleu_interval(name, inputs)
@@ -70,16 +70,16 @@ def _define_sacrebleu_metric(name: str) -> Metric:
 
 
 def _define_classification_metric(name: str) -> Metric:
-    """Define a metric of labels, tags or numbers; numpy and scikit-learn are loaded when it is computed."""
+    """Return a Metric of labels, tags or numbers; numpy and scikit-learn are loaded when it is computed."""
 
     def compute_score(inputs: MetricInput) -> Score:
-        """Return scikit-learn's or scipy's score."""
+        """Return the Score by scikit-learn or scipy."""
         from gkd_lab.metrics.classifier_metrics import score_texts
 
         return score_texts(name, inputs)
 
     def compute_statistics(inputs: MetricInput) -> CorpusStatistics:
-        """Return label counts, or moments of numbers."""
+        """Return label counts, or moments of numbers, of each example."""
         from gkd_lab.metrics.classifier_metrics import compute_classification_statistics
 
         return compute_classification_statistics(name, inputs)
@@ -104,7 +104,7 @@ CORPUS_METRICS = tuple(name for name, metric in METRICS.items() if metric.comput
 
 
 def _check_inputs(metrics: Sequence[str], inputs: MetricInput) -> None:
-    """Raise ValueError for an unknown metric, no predictions, or lists that do not match."""
+    """Raise ValueError for an unknown metric, no predictions, or lists of unequal length."""
     for metric in metrics:
         if metric not in METRICS:
             raise build_unknown_name_error("metric", metric, METRICS)
@@ -145,7 +145,7 @@ class Scorer:
         use_stemmer: bool = False,
         prompts: Sequence[int] | None = None,
     ) -> dict[str, Score]:
-        """Return the score of each metric over the same predictions, in the order of `metrics`.
+        """Return metric -> Score over the same predictions, in the order of `metrics`.
 
         With several references the accuracies and exact match accept any, ROUGE takes the best, BLEU and
         chrF count n-grams of all. `rouge1_stem` and the like stem words; `use_stemmer` makes `rouge1` do so
@@ -167,7 +167,7 @@ class Scorer:
     def _score_rouge(
         self, metrics: Sequence[str], inputs: MetricInput, use_stemmer: bool
     ) -> dict[str, Score]:
-        """Score those of the metrics that are ROUGE variants."""
+        """Return metric -> Score of the ROUGE variants among the metrics; other metrics are left out."""
         names_by_stemming: dict[bool, dict[str, str]] = {}
         for metric in metrics:
             variant = METRICS[metric].compute_score
@@ -182,7 +182,7 @@ class Scorer:
         return scores
 
     def _get_rouge_scorer(self, variants: tuple[str, ...], use_stemmer: bool) -> "RougeScorer":
-        """Return the cached scorer of these variants."""
+        """Return the RougeScorer of these variants and this stemming; created once, then reused."""
         from gkd_lab.metrics.rouge import RougeScorer
 
         if (variants, use_stemmer) not in self._rouge_scorers:
@@ -198,7 +198,7 @@ def score_many(
     use_stemmer: bool = False,
     prompts: Sequence[int] | None = None,
 ) -> dict[str, Score]:
-    """Return the score of each metric over the same predictions; see `Scorer.score_many`."""
+    """Return metric -> Score over the same predictions; see `Scorer.score_many`."""
     return Scorer().score_many(metrics, predictions, references, use_stemmer=use_stemmer, prompts=prompts)
 
 
@@ -210,6 +210,6 @@ def score(
     use_stemmer: bool = False,
     prompts: Sequence[int] | None = None,
 ) -> Score:
-    """Return one metric over all examples; see `Scorer.score_many`."""
+    """Return the Score of one metric over all predictions; see `Scorer.score_many`."""
     scores = score_many([metric], predictions, references, use_stemmer=use_stemmer, prompts=prompts)
     return scores[metric]

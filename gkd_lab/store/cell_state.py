@@ -28,14 +28,14 @@ class CellState:
 
     @property
     def whole(self) -> State:
-        """The worst state of the parts."""
+        """The worst state of training and evaluations: failed, missing, running, done."""
         return combine_states([self.training, *self.evaluations])
 
 
 def compute_cell_state(
     training: StoredState, evaluations: Sequence[StoredState], is_locked: Callable[[], bool]
 ) -> CellState:
-    """Return the states of a record from its stored states and its lock.
+    """Return a record's CellState; what has no stored state is running if the record is locked, else missing.
 
     evaluations: the state of each by `require_metrics`. is_locked: as `Record.is_locked`; called at most
     once, and only where a stored state is missing. An evaluation of a failed training is never running.
@@ -49,17 +49,17 @@ def compute_cell_state(
 def require_metrics(
     state: StoredState, requested_metrics: Collection[str], scored_metrics: Collection[str]
 ) -> StoredState:
-    """Return the stored state of an evaluation, or None for a finished one that lacks a requested metric."""
+    """Return an evaluation's stored state, but None for one done without a score for a requested metric."""
     return None if state == "done" and not set(requested_metrics) <= set(scored_metrics) else state
 
 
 def combine_states(states: Sequence[State]) -> State:
-    """Return the worst of several states: failed, missing, running, done."""
+    """Return the worst of several states; from the worst: failed, missing, running, done."""
     return min(states, key=_STATES_WORST_FIRST.index)
 
 
 def get_error_line(status: Mapping[str, Any]) -> str | None:
-    """Return the last line of the error that a failed part's `status.json` holds; None unless it failed."""
+    """Return the last line of the error in a failed part's status; None if the state is not failed."""
     if status.get("state") != "failed":
         return None
     lines = str(status.get("error") or "").strip().splitlines()

@@ -12,7 +12,7 @@ _SEALED_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "texts.jsonl")
 
 
 def write_file_hashes(folder: Path) -> None:
-    """Hash the files of a record that is about to be marked done."""
+    """Write `files.json`, the SHA-256 of each file of a record that is about to be marked done."""
     hashes = {
         path.relative_to(folder).as_posix(): compute_sha256(path) for path in _iterate_sealed_files(folder)
     }
@@ -20,12 +20,12 @@ def write_file_hashes(folder: Path) -> None:
 
 
 def read_file_hashes(folder: Path) -> dict[str, str] | None:
-    """Return relative name -> SHA-256 when the record was finished; None where none were written."""
+    """Return relative name -> SHA-256 as stored in `files.json`; None if the record has none."""
     return read_json(folder / HASHES_FILE)
 
 
 def list_changed_files(folder: Path) -> list[str]:
-    """Return a sentence for each file that is missing, was added to the checkpoint, or has changed."""
+    """Return a sentence for each file that is missing, added or changed since `files.json` was written."""
     hashes = read_file_hashes(folder) or {}
     paths = {path.relative_to(folder).as_posix(): path for path in _iterate_sealed_files(folder)}
     changes = []
@@ -48,7 +48,7 @@ def compute_sha256(path: Path) -> str:
 
 
 def _iterate_sealed_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a record that must not change once it is finished."""
+    """Yield the existing files that must not change once a record is finished, checkpoint included."""
     yield from (folder / name for name in _SEALED_FILES if (folder / name).is_file())
     for subfolder in ("checkpoint", "scores"):
         yield from sorted(path for path in folder.glob(f"{subfolder}/**/*") if path.is_file())

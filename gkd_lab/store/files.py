@@ -12,7 +12,7 @@ _TAIL_BYTES = 4096
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by rename: at any moment `path` has either its old content or all of `content`."""
+    """Write a file by rename, creating its folder: `path` always has its old or all of its new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_bytes(content)  # a device or a pipe, which a rename would replace
@@ -29,12 +29,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by rename with `text` in UTF-8."""
+    """Write `text` to a file by rename, in UTF-8, creating its folder."""
     write_bytes(path, text.encode())
 
 
 def quarantine_path(path: Path) -> Path | None:
-    """Rename a damaged file or folder to `<name>.damaged`; return its new path, None if there was none."""
+    """Rename a file or folder to `<name>.damaged`, over an older one; return that path, None if absent."""
     if not path.exists():
         return None
     quarantined_path = path.with_name(f"{path.name}.damaged")
@@ -44,12 +44,12 @@ def quarantine_path(path: Path) -> Path | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by rename with `value` as indented JSON."""
+    """Write `value` to a file by rename as indented JSON; NaN is refused with ValueError."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in `path`; None where the file is missing or damaged."""
+    """Return the JSON object in a file; None if the file is missing, damaged or holds no object."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -58,18 +58,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file by rename with one JSON object per line."""
+    """Write rows to a file by rename, one JSON object per line; old rows are replaced."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write."""
+    """Append one row as a JSON line in a single write; the folder must exist."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON lines before the first damaged one (an interrupted write); [] without a file."""
+    """Return a file's rows up to the first damaged line (an interrupted write); [] without a file."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
@@ -83,7 +83,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_last_json_line(path: Path) -> dict[str, Any]:
-    """Return the last whole JSON line without reading the whole file; {} where there is none."""
+    """Return the last whole row, reading only the end of the file; {} if there is none."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -95,13 +95,13 @@ def read_last_json_line(path: Path) -> dict[str, Any]:
 
 
 def drop_lines_beyond_step(path: Path, step: int) -> None:
-    """Remove the lines logged after `step`, so that a resumed run does not log a step twice."""
+    """Rewrite a file of JSON lines without the rows after `step`, so that no step is logged twice."""
     if path.exists():
         write_json_lines(path, [row for row in read_json_lines(path) if row.get("step", 0) <= step])
 
 
 def _parse_json_object(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in a line; None where it holds none."""
+    """Return the JSON object in a line; None if it is damaged or not an object."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):

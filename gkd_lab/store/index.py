@@ -43,7 +43,7 @@ class RecordIndex:
     def get_facts(
         self, folder: str, files: Sequence[str], read_facts: Callable[[], RecordFacts]
     ) -> RecordFacts:
-        """Return the cached facts of a record, or those of `read_facts` if one of its `files` has changed."""
+        """Return a record's cached facts; if one of `files` changed, call `read_facts` instead, and cache."""
         record_path, names = f"{self.root}/{folder}", list(files)
         stamps = [_read_file_stamp(f"{record_path}/{name}") for name in names]
         entry = self._entries.get(folder)
@@ -58,7 +58,7 @@ class RecordIndex:
         return facts
 
     def save(self) -> None:
-        """Write the index of a large store if more than a fiftieth of its entries is new."""
+        """Write the index file if the store is large and over a fiftieth of its entries is new."""
         if len(self._entries) < _MIN_RECORDS or self._new_entries * 50 < len(self._entries):
             return
         # A store that is read-only or full is listed without an index.
@@ -69,7 +69,7 @@ class RecordIndex:
 
 
 def _read_file_stamp(path: str) -> FileStamp:
-    """Return time, size and inode of a file; None where it is missing."""
+    """Return [time in ns, size, inode] of a file; None if it is missing."""
     try:
         file_status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -78,6 +78,6 @@ def _read_file_stamp(path: str) -> FileStamp:
 
 
 def _are_files_settled(stamps: Sequence[FileStamp]) -> bool:
-    """Return whether the newest file is older than `_SETTLE_SECONDS`."""
+    """Return whether the newest file has been unchanged for over `_SETTLE_SECONDS`."""
     newest = max(stamp[0] for stamp in stamps if stamp is not None)
     return time.time() - newest / 1e9 > _SETTLE_SECONDS

@@ -40,7 +40,7 @@ class FolderLock:
         self._heartbeat: Heartbeat | None = None
 
     def acquire(self, timeout: float = -1, poll_interval: float = 0.05) -> "FolderLock":
-        """Wait up to `timeout` seconds, or for ever if negative. Raises filelock's Timeout."""
+        """Wait up to `timeout` seconds (negative: for ever) and return self. Raises filelock's Timeout."""
         deadline = time.monotonic() + timeout
         while not self._try_acquire():
             if timeout >= 0 and time.monotonic() >= deadline:
@@ -49,7 +49,7 @@ class FolderLock:
         return self
 
     def release(self) -> None:
-        """Stop the heartbeat and free the file lock."""
+        """Stop the heartbeat, remove the owner file and free the file lock."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
             self._heartbeat = None
@@ -62,7 +62,7 @@ class FolderLock:
         self.release()
 
     def _try_acquire(self) -> bool:
-        """Take the file lock, then the heartbeat file; return whether both succeeded."""
+        """Try once to take the file lock and start the heartbeat; return whether the lock is now held."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -76,13 +76,13 @@ class FolderLock:
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:
-    """Return `host`, `pid`, `started`, `beat` of the owner, which may be dead; None where there is none."""
+    """Return the owner's `host`, `pid`, `started`, `beat`, even if dead; None without an owner file."""
     content = _read_bytes(folder / _OWNER_FILE)
     return None if content is None else _parse_owner(content)
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock on the folder, without waiting.
+    """Return whether a live process, this one included, holds the lock on the folder; never waits.
 
     An owner on another machine counts as alive until this process has seen it miss its beats.
     """
@@ -98,7 +98,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def find_lost_folder() -> Path | None:
-    """Return a folder whose lock another machine took from this process, which was silent for too long."""
+    """Return a folder whose lock another machine took from this process, silent too long; None: all held."""
     lost_heartbeats = (heartbeat for heartbeat in list(_active_heartbeats) if heartbeat.is_lost)
     return next((heartbeat.path.parent for heartbeat in lost_heartbeats), None)
 
@@ -111,7 +111,7 @@ class Heartbeat:
         self.started, self.beats, self._descriptor = _format_utc_time(), 0, -1
 
     def create_file(self, path: Path) -> None:
-        """Create the owner file. Raises FileExistsError, and OSError where it cannot be written."""
+        """Create the owner file with a first beat. FileExistsError if there is one, OSError if unwritable."""
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         try:
             os.pwrite(self._descriptor, self._encode_content(), 0)
@@ -121,7 +121,7 @@ class Heartbeat:
             raise
 
     def write_beat(self) -> None:
-        """Rewrite the file, and notice if another process has replaced it (`is_lost`)."""
+        """Rewrite the owner file; set `is_lost` if another process has replaced it. Ignores OSError."""
         self.beats += 1
         # A beat that cannot be written is missed; writing the record will meet the same error.
         with suppress(OSError):
@@ -131,7 +131,7 @@ class Heartbeat:
             os.fsync(self._descriptor)  # a network file system may delay it otherwise
 
     def stop(self) -> None:
-        """Stop beating and remove the file, unless another process owns it by now."""
+        """Stop beating and remove the owner file, unless another process owns it by now."""
         _unregister_heartbeat(self)
         # A file that cannot be removed goes stale.
         with suppress(OSError):
@@ -141,7 +141,7 @@ class Heartbeat:
         os.close(self._descriptor)
 
     def _encode_content(self) -> bytes:
-        """Return the owner's facts as JSON, padded to `_HEARTBEAT_BYTES`."""
+        """Return the owner's facts as JSON bytes, padded to `_HEARTBEAT_BYTES`."""
         facts = {
             **{"host": socket.gethostname(), "pid": os.getpid(), "started": self.started},
             **{"beat": _format_utc_time(), "beats": self.beats},
@@ -151,7 +151,7 @@ class Heartbeat:
 
 
 def _start_heartbeat(path: Path) -> Heartbeat | None:
-    """Create the heartbeat at `path` or replace a dead owner's; None while a remote owner is alive.
+    """Create the owner file, or replace a dead owner's, and start beating; None if a remote owner lives.
 
     The caller holds the file lock.
     """
@@ -169,7 +169,7 @@ def _start_heartbeat(path: Path) -> Heartbeat | None:
 
 
 def _replace_dead_owner(path: Path, dead_content: bytes, heartbeat: Heartbeat) -> bool:
-    """Put `heartbeat` in the place of a dead owner's file; return False if another process was faster.
+    """Replace a dead owner's file by `heartbeat` and return True; False if another process was faster.
 
     Of several machines that try, the one that creates the gate file replaces the owner.
     """
@@ -192,13 +192,16 @@ def _replace_dead_owner(path: Path, dead_content: bytes, heartbeat: Heartbeat) -
 
 
 def _is_owner_dead(path: Path, content: bytes) -> bool:
-    """Return whether an owner is dead: one on this machine is, because the caller holds the file lock."""
+    """Return whether an owner is dead: any on this machine, a remote one after `STALE_SECONDS` of silence.
+
+    The caller holds the file lock, so a living owner is on another machine.
+    """
     is_local = _parse_owner(content).get("machine") == _identify_machine()
     return is_local or _measure_silence(path, content) >= STALE_SECONDS
 
 
 def _has_live_remote_owner(path: Path) -> bool:
-    """Return whether the owner file exists and its owner does not count as dead."""
+    """Return whether there is an owner file whose owner, on another machine, does not count as dead."""
     content = _read_bytes(path)
     return content is not None and not _is_owner_dead(path, content)
 
@@ -208,7 +211,7 @@ _first_sightings: dict[Path, tuple[bytes, float]] = {}
 
 
 def _measure_silence(path: Path, content: bytes) -> float:
-    """Return the seconds since this process first saw the file with this content."""
+    """Return the seconds since this process first saw the file with this content; 0 for new content."""
     previous_content, first_seen = _first_sightings.get(path, (None, 0.0))
     if previous_content != content:
         first_seen = time.monotonic()
@@ -217,7 +220,7 @@ def _measure_silence(path: Path, content: bytes) -> float:
 
 
 def _read_bytes(path: Path) -> bytes | None:
-    """Return the content of a file; None where it is missing."""
+    """Return the content of a file; None if it is missing."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -225,7 +228,7 @@ def _read_bytes(path: Path) -> bytes | None:
 
 
 def _parse_owner(content: bytes) -> dict[str, Any]:
-    """Return the facts in an owner file; {} for one that is damaged or being written."""
+    """Return the facts in an owner file's bytes; {} for one that is damaged or being written."""
     try:
         facts = json.loads(content)
     except ValueError:
@@ -234,18 +237,18 @@ def _parse_owner(content: bytes) -> dict[str, Any]:
 
 
 def _parse_owner_token(content: bytes) -> str:
-    """Return the token in an owner file, or a hash of its content where it has none."""
+    """Return the token in an owner file's bytes, or a hash of them if they have none."""
     return str(_parse_owner(content).get("token") or hashlib.sha256(content).hexdigest()[:32])
 
 
 def _format_utc_time() -> str:
-    """Return the present time in UTC, ISO 8601 to the second."""
+    """Return the present time in UTC as text, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @cache
 def _identify_machine() -> str:
-    """Return host name and boot id; each container counts as a machine, which only costs a wait."""
+    """Return `host name/boot id`, equal for all processes of a machine; a container counts as a machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else uuid.getnode()}"
 
@@ -258,7 +261,7 @@ _heartbeat_thread: threading.Thread | None = None
 
 
 def _register_heartbeat(heartbeat: Heartbeat) -> None:
-    """Add a heartbeat to those that the thread writes; start the thread if needed."""
+    """Add a heartbeat to those that the background thread writes; start the thread if needed."""
     global _heartbeat_thread
     with _heartbeat_condition:
         _active_heartbeats.append(heartbeat)
@@ -268,7 +271,7 @@ def _register_heartbeat(heartbeat: Heartbeat) -> None:
 
 
 def _unregister_heartbeat(heartbeat: Heartbeat) -> None:
-    """Remove a heartbeat from those that the thread writes, and wake the thread."""
+    """Remove a heartbeat from those that the background thread writes, and wake the thread."""
     with _heartbeat_condition:
         if heartbeat in _active_heartbeats:
             _active_heartbeats.remove(heartbeat)
@@ -291,7 +294,7 @@ def _run_heartbeat_thread() -> None:
 
 
 def _reset_forked_process() -> None:
-    """Drop the parent's heartbeats in a forked child, which does not hold its locks."""
+    """Drop the parent's heartbeats and thread in a forked child, which does not hold its locks."""
     global _heartbeat_condition, _heartbeat_thread
     _heartbeat_condition, _heartbeat_thread = threading.Condition(), None
     _active_heartbeats.clear()

@@ -42,7 +42,7 @@ def iterate_records(outputs: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _open_record_folder(folder: Path) -> Record:
-    """Return the record in a folder. Raises ConfigError where the folder is none."""
+    """Return the record in a folder. ConfigError: an evaluation's folder, or one without spec.json."""
     if folder.resolve().parent.name == "evaluations":
         raise ConfigError(f"{str(folder)!r} is an evaluation; its record is {str(folder.parent.parent)!r}")
     if not (folder / "spec.json").is_file():
@@ -51,7 +51,7 @@ def _open_record_folder(folder: Path) -> Record:
 
 
 def _matches_fingerprint(record: Record, short_fingerprint: str, prefix: str) -> bool:
-    """Return whether the fingerprint starts with `prefix`; reads `spec.json` only for a long prefix."""
+    """Return whether a record's fingerprint starts with `prefix`; over 8 digits are read from `spec.json`."""
     if len(prefix) <= SHOWN_DIGITS:
         return short_fingerprint.startswith(prefix)
     fingerprint = (read_json(record.folder / "spec.json") or {}).get("fingerprint", "")
@@ -59,7 +59,7 @@ def _matches_fingerprint(record: Record, short_fingerprint: str, prefix: str) ->
 
 
 def _make_unknown_record_error(name: str, outputs: Path, fingerprints: Sequence[str]) -> ConfigError:
-    """Return the error for a name that matches no record, with the nearest fingerprint."""
+    """Return (not raise) the ConfigError for a name that matches no record, with the nearest fingerprint."""
     if not fingerprints:
         return ConfigError(f"no record {name!r}: {str(outputs)!r} has no records yet")
     close = difflib.get_close_matches(name, fingerprints, n=1, cutoff=0.5)
@@ -71,6 +71,6 @@ def _make_unknown_record_error(name: str, outputs: Path, fingerprints: Sequence[
 
 
 def _format_names(names: Sequence[str]) -> str:
-    """Join the first names by commas, with the number of those left out."""
+    """Return the first 5 names joined by commas, then `and N more` if some are left out."""
     omitted = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {omitted} more" if omitted > 0 else "")

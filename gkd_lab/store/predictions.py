@@ -16,7 +16,7 @@ class DamagedPredictions(DamagedRecord):
 
 
 def read_predictions(evaluation_record: EvaluationRecord) -> list[PredictionRow]:
-    """Return all rows of a finished evaluation. Raises DamagedPredictions with file and line."""
+    """Return all rows of a finished evaluation's predictions.jsonl. DamagedPredictions: missing, damaged."""
     path = evaluation_record.folder / "predictions.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
@@ -31,7 +31,7 @@ def read_predictions(evaluation_record: EvaluationRecord) -> list[PredictionRow]
 
 
 def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-    """Return the positions of each prompt's texts: several where several texts were sampled."""
+    """Return a list of row positions per prompt; a row with sample 0, or without, begins a new prompt."""
     groups: list[list[int]] = []
     for position, row in enumerate(rows):
         if row.get("sample", 0) == 0:
@@ -41,7 +41,7 @@ def group_by_prompt(rows: Iterable[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def _parse_prediction_row(path: Path, number: int, line: bytes) -> PredictionRow:
-    """Return the row in a line. Raises DamagedPredictions with file, line number and field."""
+    """Return a line's row as a checked dictionary. DamagedPredictions with file, line number and reason."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
-    """Return the facts of this process and of this moment, with `extra_facts` added."""
+    """Return time, code, packages, machine and redacted command of this process, plus `extra_facts`."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "gkd_lab": gkd_lab.__version__,
@@ -40,7 +40,7 @@ def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
 
 
 def describe_sources(training: Training, scale: str, store: Store) -> dict[str, Any]:
-    """Return data, models and seeds of a training: revisions, and SHA-256 of both models' weights.
+    """Return a training's data and model revisions, seeds, and stored SHA-256 of both models' weights.
 
     With cached teacher scores, also the SHA-256 of their files.
     """
@@ -68,19 +68,19 @@ def describe_sources(training: Training, scale: str, store: Store) -> dict[str, 
 
 
 def _describe_data(data: DataSpec) -> dict[str, Any]:
-    """Return kind, name, configuration and revision of a data set."""
+    """Return kind, name, configuration and revision of a data set as a dictionary, None left out."""
     return data.model_dump(include={"kind", "name", "config", "revision"}, exclude_none=True)
 
 
 def _describe_model(model: SftModel) -> dict[str, Any]:
-    """Return fingerprint and seeds of a model, and for a loaded one its name and revision."""
+    """Return fingerprint and seeds of a model as a dictionary; of a loaded one also name and revision."""
     seeds = {"init": model.model.init_seed, **({} if model.sft is None else {"sft": model.sft.seed})}
     loaded = model.model.model_dump(include={"pretrained", "revision"}, exclude_none=True)
     return {"fingerprint": model.full_fingerprint, **loaded, "seeds": seeds}
 
 
 def _list_weight_hashes(store: Store, scale: str, role: str, model: SftModel) -> dict[str, str]:
-    """Return the SHA-256 of each weights file in an artifact's checkpoint."""
+    """Return file -> stored SHA-256 of the safetensors files in an artifact's record; {} if it has none."""
     hashes = read_file_hashes(store.get_artifact(scale, role, model).folder) or {}
     return {name: sha256 for name, sha256 in hashes.items() if name.endswith(".safetensors")}
 
@@ -93,7 +93,7 @@ _REDACTED = "[hidden]"
 
 
 def redact_secrets(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with the secrets replaced by `[hidden]`.
+    """Return the words of a command line with all secrets replaced by `[hidden]`.
 
     A secret follows an option with a secret's name, has the form of a key, or is in an environment variable.
     """
@@ -116,13 +116,13 @@ def redact_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _is_secret_name(option: str) -> bool:
-    """Return whether an option's name is that of a secret."""
+    """Return whether an option's name contains that of a secret, such as token, password or api_key."""
     # Options of gkd-lab contain such words: `max_output_tokens`, `tokenizer.kind`.
     return _SECRET_NAME.search(re.sub(r"tokens|tokenizer", "", option)) is not None
 
 
 def _describe_hardware() -> dict[str, Any]:
-    """Return processor, memory and, if torch is already imported, its GPUs."""
+    """Return CPUs, memory, processor and, only if torch is already imported, GPUs as a dictionary."""
     hardware: dict[str, Any] = {}
     if hasattr(os, "sched_getaffinity"):
         hardware["usable_cpus"] = len(os.sched_getaffinity(0))
@@ -140,7 +140,7 @@ def _describe_hardware() -> dict[str, Any]:
 
 @cache
 def _collect_package_versions() -> dict[str, str]:
-    """Return the version of each installed package in `PACKAGES`."""
+    """Return name -> version of those packages in `PACKAGES` that are installed; cached."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -152,13 +152,13 @@ def _collect_package_versions() -> dict[str, str]:
 
 @cache
 def _describe_code() -> dict[str, Any]:
-    """Return the commit and changes of the source checkout; nothing for an installed package."""
+    """Return commit and changes of the source checkout, cached; {} for an installed package."""
     root = Path(gkd_lab.__file__).parent.parent
     return describe_checkout(root) if (root / ".git").exists() else {}
 
 
 def describe_checkout(root: Path) -> dict[str, Any]:
-    """Return `commit`, whether it was `changed`, and `diff`: SHA-256 of the changes and new modules.
+    """Return `commit`, whether files were `changed`, and `diff`: SHA-256 of changes and new modules.
 
     The changes themselves are not stored, because they may contain secrets.
     """
@@ -177,7 +177,7 @@ def describe_checkout(root: Path) -> dict[str, Any]:
 
 
 def _run_git(root: Path, *arguments: str) -> str | None:
-    """Return what a git command prints; None where it fails."""
+    """Return the stripped output of a git command in `root`; None if it fails or takes over 10 seconds."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments],

@@ -45,7 +45,7 @@ class DamagedRecord(RuntimeError):
 
 
 def _has_valid_fingerprint(stored_spec: Mapping[str, Any], spec_type: type[Frozen]) -> bool:
-    """Return whether a `spec.json` has the fingerprint of its specification; other formats are trusted."""
+    """Return whether a stored spec hashes to its stored fingerprint; other format versions are trusted."""
     if stored_spec.get("format") != FORMAT_VERSION:
         return True
     try:
@@ -63,16 +63,16 @@ class RecordPart:
 
     @property
     def status_file(self) -> Path:
-        """Path of `status.json`, the last file that is written."""
+        """Path of `status.json`, which is written last."""
         return self.folder / "status.json"
 
     def read_status(self) -> dict[str, Any]:
-        """Return `{"state": "done" | "failed", ...}`, or `{}` while the part is unfinished."""
+        """Return `{"state": "done" | "failed", ...}`; {} while the part is unfinished."""
         status = read_json(self.status_file) or {}
         return status if status.get("state") in ("done", "failed") else {}
 
     def write_spec(self, spec: Frozen, **header_fields: Any) -> None:
-        """Write `spec.json`, or check that the existing one has this fingerprint.
+        """Write `spec.json`, or check the existing one's fingerprint; also delete leftover `.part` files.
 
         A damaged `spec.json` is quarantined. Raises DamagedRecord where the folder belongs to another run.
         """
@@ -92,15 +92,15 @@ class RecordPart:
             )
 
     def mark_done(self, **facts: Any) -> None:
-        """Write the status `done`, after all other files."""
+        """Write the status `done` with `facts`; call it after all other files are written."""
         write_json(self.status_file, {"state": "done", **facts})
 
     def mark_failed(self, error: str, traceback: str = "") -> None:
-        """Write the status `failed` with its error; `--retry-failed` clears it."""
+        """Write the status `failed` with error and traceback; `--retry-failed` clears it."""
         write_json(self.status_file, {"state": "failed", "error": error, "traceback": traceback})
 
     def clear_failure(self) -> None:
-        """Remove the status of a failed part, so that it is run again; a finished part stays."""
+        """Delete the status of a failed part, so that it is run again; a finished part stays."""
         if self.read_status().get("state") == "failed":
             self.status_file.unlink(missing_ok=True)
 
@@ -110,11 +110,11 @@ class EvaluationRecord(RecordPart):
     """Predictions and scores of one evaluation of a model."""
 
     def read_state(self) -> State:
-        """Return the stored state: done, failed or missing."""
+        """Return the stored state, done, failed or missing; never running."""
         return self.read_status().get("state", "missing")
 
     def lacks_metrics(self, evaluation: AnyEvaluation) -> bool:
-        """Return whether the evaluation is done but has no score for one of the requested metrics."""
+        """Return whether the evaluation is done but has no score for one of its requested metrics."""
         state = self.read_status().get("state")
         return state == "done" and not require_metrics(state, evaluation.metrics, self.read_scores())
 
@@ -125,18 +125,18 @@ class EvaluationRecord(RecordPart):
         scores: Mapping[str, Any],
         **facts: Any,
     ) -> None:
-        """Write all files of an evaluation, its status last."""
+        """Write spec, predictions and scores of an evaluation, then the status `done` with `facts`."""
         self.write_spec(evaluation)
         write_json_lines(self.folder / "predictions.jsonl", predictions)
         write_json(self.folder / "scores.json", dict(scores))
         self.mark_done(**facts)
 
     def read_scores(self) -> dict[str, dict[str, Any]]:
-        """Return metric -> `{"value", "signature", ...}`; empty where there are no scores."""
+        """Return metric -> `{"value", "signature", ...}`; {} if there are no scores."""
         return read_json(self.folder / "scores.json") or {}
 
     def read_prediction_rows(self) -> list[dict[str, Any]]:
-        """Return one row per text: prompt, prediction, references and a value per metric."""
+        """Return one row per text (prompt, prediction, references, scores), up to the first damaged line."""
         return read_json_lines(self.folder / "predictions.jsonl")
 
 
@@ -160,73 +160,73 @@ class Record(RecordPart):
         return self.folder / "metrics.jsonl"
 
     def lock(self) -> lock.FolderLock:
-        """Return the lock of this record, not yet acquired; it is free again when its process dies."""
+        """Create the record's folder and return its lock, not yet acquired."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return lock.FolderLock(self.folder)
 
     def is_locked(self) -> bool:
-        """Return whether a process holds the lock of this record."""
+        """Return whether a live process, this one included, holds the lock of this record."""
         return lock.is_locked(self.folder)
 
     def read_state(self) -> State:
-        """Return the state of the training or artifact alone, without its evaluations."""
+        """Return the state of the training or artifact alone: done, failed, running or missing."""
         return compute_cell_state(self.read_status().get("state"), [], self.is_locked).training
 
     def get_evaluation(self, evaluation: AnyEvaluation) -> EvaluationRecord:
-        """Return the record of one evaluation of this model, whether or not it exists yet."""
+        """Return the record of one evaluation of this model, whether or not its files exist."""
         return EvaluationRecord(self.folder / "evaluations" / evaluation.folder)
 
     def list_harness_evaluations(self) -> list[LmEvalEvaluation]:
-        """Return the lm-eval evaluations that were started, requested by an experiment or not."""
+        """Return the lm-eval evaluations that have a spec here, requested by an experiment or not."""
         paths = sorted(self.folder.glob("evaluations/lm_eval-*/spec.json"))
         stored_specs = [stored_spec for path in paths if (stored_spec := read_json(path)) is not None]
         return [LmEvalEvaluation.model_validate(stored_spec["spec"]) for stored_spec in stored_specs]
 
     def log_row(self, row: Mapping[str, Any]) -> None:
-        """Append a row, which has a `step`, to the training's history."""
+        """Append a row, which has a `step`, to `metrics.jsonl`, and the present time to `times.jsonl`."""
         append_json_line(self.metrics_file, row)
         timing.log_step_time(self.folder, row["step"])
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Return the rows of `metrics.jsonl`."""
+        """Return the rows of `metrics.jsonl`, up to the first damaged line; [] without the file."""
         return read_json_lines(self.metrics_file)
 
     def read_step_times(self) -> list[dict[str, Any]]:
-        """Return when each row of the history was written, for `gkd_lab.store.timing`."""
+        """Return `{"step", "time"}` for each row of the history, as `gkd_lab.store.timing` takes them."""
         return timing.read_step_times(self.folder)
 
     def rewind_history(self, step: int) -> None:
-        """Drop the history after `step`, from which this process resumes."""
+        """Drop history and times after `step`, and log that this process starts or resumes there."""
         drop_lines_beyond_step(self.metrics_file, step)
         timing.log_process_start(self.folder, step)
 
     def read_provenance(self) -> dict[str, Any]:
-        """Return the contents of `provenance.json`; empty while the training is unfinished."""
+        """Return the contents of `provenance.json`; {} if it is missing."""
         return read_json(self.folder / "provenance.json") or {}
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
-        """Write `provenance.json`."""
+        """Write `facts` to `provenance.json`, replacing it."""
         write_json(self.folder / "provenance.json", dict(facts))
 
     def finish(self, **facts: Any) -> None:
-        """Hash the files, mark the record done with its seconds of work, delete the resume checkpoints."""
+        """Hash the files, mark the record done with its work seconds, delete the checkpoints in `steps`."""
         write_file_hashes(self.folder)
         times = self.read_step_times()
         self.mark_done(**({"seconds": round(timing.sum_work_seconds(times), 3)} if times else {}) | facts)
         shutil.rmtree(self.steps_folder, ignore_errors=True)
 
     def read_unpackable_reason(self) -> str | None:
-        """Return why copies of this SFT student could not be packed last time; None: no known reason."""
+        """Return the stored reason why copies of this SFT student cannot be packed; None if none is known."""
         reason = (read_json(self.folder / _UNPACKABLE_FILE) or {}).get("reason")
         return reason if isinstance(reason, str) else None
 
     def write_unpackable_reason(self, reason: str) -> None:
-        """Store why copies of this SFT student cannot be packed, which `gkd-lab plan` shows."""
+        """Store the reason why copies of this SFT student cannot be packed, which `gkd-lab plan` shows."""
         if self.read_unpackable_reason() != reason:
             write_json(self.folder / _UNPACKABLE_FILE, {"reason": reason})
 
     def delete_unpackable_reason(self) -> None:
-        """Delete the stored reason after a pack of this SFT student was built."""
+        """Delete the stored reason, if any, after a pack of this SFT student was built."""
         (self.folder / _UNPACKABLE_FILE).unlink(missing_ok=True)
 
 
@@ -237,21 +237,21 @@ class Store:
     root: Path
 
     def get_record(self, cell: Cell) -> Record:
-        """Return the record of a cell, whether or not it exists yet."""
+        """Return the record of a cell, whether or not its files exist."""
         return Record(self.root / cell.folder)
 
     def get_artifact(self, scale: str, role: str, model: SftModel) -> Record:
-        """Return the record of a teacher (role `teacher`) or of an SFT student (role `start`)."""
+        """Return the record of a teacher (role `teacher`) or SFT student (role `start`), existing or not."""
         return Record(self.root / get_artifact_folder(scale, role, model))
 
     def get_sft_student(self, cell: Cell) -> Record:
-        """Return the record of the SFT student that a cell's training starts from."""
+        """Return the record of the SFT student that a cell's training starts from, existing or not."""
         return self.get_artifact(cell.scale, "start", cell.training.start)
 
     def get_teacher_text(self, scale: str, text: TeacherTextSpec) -> Record:
-        """Return the record of a teacher's completions for the prompts of a training split."""
+        """Return the record of a teacher's completions for a training split, existing or not."""
         return Record(self.root / get_text_folder(scale, text))
 
     def get_teacher_scores(self, scale: str, scores: TeacherScoresSpec) -> Record:
-        """Return the record of a teacher's scores for every token of a training split."""
+        """Return the record of a teacher's scores for a training split's tokens, existing or not."""
         return Record(self.root / get_scores_folder(scale, scores))

@@ -25,7 +25,7 @@ class RescoredEvaluation:
 def rescore_evaluation(
     evaluation_record: EvaluationRecord, metrics: Sequence[str], scorer: Scorer | None = None
 ) -> RescoredEvaluation:
-    """Compute `metrics` from the stored predictions of a finished evaluation and store the scores.
+    """Recompute `metrics` from stored predictions, write the scores, and return them before and after.
 
     Other scores stay, and a file whose content would not change is not written. The caller holds the
     record's lock. Raises DamagedPredictions, and ValueError for a metric that these predictions do not have.

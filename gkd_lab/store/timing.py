@@ -25,7 +25,7 @@ class UsageMeter:
         self.start_seconds, self.start_cpu_seconds = time.monotonic(), time.process_time()
 
     def read_usage(self) -> dict[str, float]:
-        """Return `seconds` by the clock and `cpu_seconds` of this process."""
+        """Return the `seconds` by the clock and `cpu_seconds` of this process since the meter was created."""
         return {
             "seconds": round(time.monotonic() - self.start_seconds, 3),
             "cpu_seconds": round(time.process_time() - self.start_cpu_seconds, 3),
@@ -33,35 +33,35 @@ class UsageMeter:
 
 
 def log_process_start(folder: Path, step: int) -> None:
-    """Log that a process starts or resumes after `step`; drop the times of later steps."""
+    """Append a row `began` at `step` to `times.jsonl`, after dropping the rows of later steps."""
     drop_lines_beyond_step(folder / TIMES_FILE, step)
     append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3), "began": True})
 
 
 def log_step_time(folder: Path, step: int) -> None:
-    """Log that a row of the history was written after `step`."""
+    """Append a row to `times.jsonl`: `step` and the present time."""
     append_json_line(folder / TIMES_FILE, {"step": step, "time": round(time.time(), 3)})
 
 
 def read_step_times(folder: Path) -> list[dict[str, Any]]:
-    """Return `{"step", "time"}` rows in order, seconds since 1970; `began` marks the start of a process."""
+    """Return `{"step", "time"}` rows in order, in seconds since 1970; `began` marks a process's start."""
     return read_json_lines(folder / TIMES_FILE)
 
 
 def sum_work_seconds(rows: TimeRows) -> float:
-    """Return the seconds that processes worked; the time between two processes does not count."""
+    """Return the total seconds that processes worked; the time between two processes does not count."""
     return sum(seconds for seconds, _ in _iterate_spans(rows))
 
 
 def estimate_seconds_per_step(rows: TimeRows) -> float | None:
-    """Return the present pace; None before the running process has written a second row."""
+    """Return the latest process's mean seconds per step over its last rows; None before a second row."""
     recent_rows = _select_last_process(rows)[-_RECENT_ROWS - 1 :]
     steps = recent_rows[-1]["step"] - recent_rows[0]["step"] if recent_rows else 0
     return sum_work_seconds(recent_rows) / steps if steps > 0 else None
 
 
 def count_completion_tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
-    """Return the completion tokens trained on: mean length times batch size, over the steps of each row."""
+    """Return the total completion tokens trained on: per row mean length times batch size times steps."""
     tokens, previous_step = 0.0, 0
     for row in history:
         tokens += row.get("completion_length", 0.0) * batch_size * (row["step"] - previous_step)
@@ -77,6 +77,6 @@ def _iterate_spans(rows: TimeRows) -> Iterator[tuple[float, int]]:
 
 
 def _select_last_process(rows: TimeRows) -> list[Mapping[str, Any]]:
-    """Return the rows since the last start of a process."""
+    """Return the rows since the last start of a process; all rows if no start was logged."""
     starts = [n for n, row in enumerate(rows) if row.get("began")]
     return list(rows[starts[-1] if starts else 0 :])

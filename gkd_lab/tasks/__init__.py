@@ -43,7 +43,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`; ValueError with the nearest names otherwise."""
+    """Return the task called `name`; ConfigError with the nearest names if there is none."""
     if name not in TASKS:
         raise build_unknown_name_error("task", name, TASKS)
     return TASKS[name]

@@ -28,20 +28,23 @@ _SCIENTIFIC_NUMBER = re.compile(r"-?[0-9.]+e\+[0-9]+")  # SVAMP writes 5 of its 
 
 
 def is_correct(solution: str, reference: str) -> bool:
-    """Return True if the first `#### number` of both is equal without commas (OpenAI's GSM8K rule)."""
+    """Return whether the first `#### number` of both texts is equal without commas; False if one has none.
+
+    This is OpenAI's rule for GSM8K.
+    """
     answer = extract_answer(solution)
     return answer is not None and answer == extract_answer(reference)
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a GSM8K or SVAMP row; ValueError if a field is missing or the answer has no number."""
+    """Return a raw GSM8K or SVAMP row as a Row, marks removed; ValueError: missing field, no number."""
     row = parse_row_with_marks(raw)
     solution = _CALCULATOR_MARK.sub("", row.target)
     return Row(row.prompt, solution, (solution,))
 
 
 def parse_row_with_marks(raw: Mapping[str, Any]) -> Row:
-    """Parse a row and keep its `<<48/2=24>>` marks, which a calculator reads."""
+    """Return a raw row as a Row that keeps its `<<48/2=24>>` marks; ValueError as for `parse_row`."""
     question = read_text_field(raw, "question")
     answer = raw.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -57,7 +60,7 @@ def parse_row_with_marks(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_chain_sum(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw a sum of 6 to 10 numbers from 1 to 9 with its solution."""
+    """Return a random (prompt, step-by-step solution): a sum of 6 to 10 numbers from 1 to 9."""
     digits = random_numbers.choices(range(1, 10), k=random_numbers.randint(MIN_NUMBERS, MAX_NUMBERS))
     steps = [f"{digit} {total}" for digit, total in zip(digits, accumulate(digits), strict=True)]
     return " + ".join(map(str, digits)) + " =", f"{' '.join(steps[1:])} #### {sum(digits)}"

@@ -21,7 +21,7 @@ LABELS = ("negative", "mixed", "positive")
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row with `text` and `label`, one of LABELS; ValueError otherwise."""
+    """Return a raw row with `text` and `label`, one of LABELS, as a Row; ValueError otherwise."""
     text, label = read_text_field(raw, "text"), read_text_field(raw, "label")
     if label not in LABELS:
         raise ValueError(f"field 'label': {label!r} is not a label; {suggest_choices(label, LABELS)}")
@@ -29,7 +29,7 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_labelled_review(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw a review with its label."""
+    """Return a random (review text, label); the label is the sign of the review's score."""
     review = reviews.draw_review(random_numbers)
     return review.text, LABELS[1 + (review.score > 0) - (review.score < 0)]
 

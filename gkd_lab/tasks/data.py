@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def count_held_out_rows(train_rows: int) -> int:
-    """Return how many of the last train rows become validation where the data has no validation split."""
+    """Return how many last train rows become validation: a tenth, at least 1, at most 500; 0 of 1 row."""
     return min(MAX_HELD_OUT_ROWS, max(1, train_rows // HELD_OUT_DIVISOR)) if train_rows > 1 else 0
 
 
@@ -90,7 +90,7 @@ def get_source_revision(
     config: str | None = None,
     cache: Path | None = None,
 ) -> str:
-    """Return the version of a source's content: equal revisions give equal rows, wherever they are stored.
+    """Return a data source's content version: equal revisions give equal rows, wherever they are stored.
 
     made: the generator's version; folder: SHA-256 of its data files; hub: the commit given.
     """
@@ -104,7 +104,7 @@ def get_source_revision(
 
 
 def _check_request(split: str, kind: str, count: int | None) -> None:
-    """Raise ValueError for an unknown split or kind, or a count below 1."""
+    """Raise ValueError for an unknown split, an unknown kind of data, or a count below 1."""
     for value, valid, noun in ((split, SPLITS, "split"), (kind, get_args(SourceKind), "kind of data")):
         if value not in valid:
             raise build_unknown_name_error(noun, value, valid)
@@ -113,7 +113,7 @@ def _check_request(split: str, kind: str, count: int | None) -> None:
 
 
 def _get_generator(task: Task, name: str) -> RowGenerator:
-    """Return the task's generator; ValueError with the nearest names."""
+    """Return the task's row generator of this name; ValueError with the nearest names if there is none."""
     if name not in task.generators:
         raise ValueError(f"{task.name} has no made source {name!r}; {suggest_choices(name, task.generators)}")
     return task.generators[name]
@@ -122,7 +122,7 @@ def _get_generator(task: Task, name: str) -> RowGenerator:
 def _generate_rows(
     generator: RowGenerator, split: Split, count: int | None, seed: int, cache: Path | None
 ) -> Iterator[Row]:
-    """Generate the rows of a split; ValueError for endless rows without a count."""
+    """Return the generator's rows of a split; ValueError: endless without `count`, or missing package."""
     if count is None and generator.is_endless:
         raise ValueError("this made source is endless: say how many rows (count)")
     generator.check_dependencies()
@@ -130,7 +130,7 @@ def _generate_rows(
 
 
 def _open_folder(path: str | Path | None, config: str | None) -> DataFolder:
-    """Open the data folder or its subfolder `config`."""
+    """Return the DataFolder at `path`, or at its subfolder `config`; ValueError without a path."""
     if path is None:
         raise ValueError("data in a folder needs a path")
     return DataFolder(Path(path) / config if config else Path(path))
@@ -140,7 +140,7 @@ RowParser = Callable[[Mapping[str, Any]], Row]
 
 
 def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) -> Iterator[Row]:
-    """Yield the parsed rows of a split; errors name the file and line."""
+    """Yield the parsed rows of a split of a data folder; a ValueError names file and line."""
     stored_split, start, stop = _locate_split(folder.row_counts, split, str(folder.path))
     for location, raw in islice(folder.read_rows(stored_split), start, stop):
         try:
@@ -152,7 +152,7 @@ def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) ->
 def _locate_split(
     row_counts: Mapping[Split, int], split: Split, source_name: str
 ) -> tuple[Split, int, int | None]:
-    """Return where the rows of `split` are stored: the stored split, its first row and its end."""
+    """Return (stored split, first row, end row or None) of `split`; validation may be the end of train."""
     held_out = count_held_out_rows(row_counts.get("train", 0)) if "validation" not in row_counts else 0
     if split in row_counts and not (split == "train" and held_out):
         return split, 0, None
@@ -173,7 +173,7 @@ def _read_hub_rows(
     split: Split,
     dropped_counts: Counter[str],
 ) -> Iterator[Row]:
-    """Yield the parsed rows of a hub data set; rows with an empty field are counted in `dropped_counts`."""
+    """Yield a hub data set's parsed rows; rows with an empty field are left out and counted."""
     import datasets  # takes seconds to load
 
     try:
@@ -194,7 +194,7 @@ def _read_hub_rows(
 
 
 def _has_empty_field(raw: Mapping[str, Any]) -> bool:
-    """Return True if a text field of a raw row (or of its `translation`) is blank."""
+    """Return whether a text field of a raw row (or of its `translation`) is blank."""
     pair = raw.get("translation")
     texts = (pair if isinstance(pair, Mapping) else raw).values()
     return any(isinstance(text, str) and not text.strip() for text in texts)

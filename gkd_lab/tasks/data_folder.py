@@ -28,16 +28,16 @@ class DataFolder:
 
     @cached_property
     def row_counts(self) -> dict[Split, int]:
-        """Number of rows per split."""
+        """Split -> number of its rows, for the splits that the folder has."""
         return {split: sum(map(_count_rows, files)) for split, files in self.files.items()}
 
     def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the raw rows of a split in file order, each with its `FILE:LINE`."""
+        """Yield (`FILE:LINE`, raw row) for each row of a split, in file order."""
         for file in self.files[split]:
             yield from (_read_jsonl_rows(file) if file.suffix == ".jsonl" else _read_parquet_rows(file))
 
     def compute_digest(self, cache: Path | None = None) -> str:
-        """Return the SHA-256 of the sorted relative names and the bytes of all data files.
+        """Return the SHA-256 over the sorted relative names and the bytes of all data files.
 
         The folder `cache` stores the digest of each file by path, size and modification time.
         """
@@ -55,7 +55,7 @@ class DataFolder:
 
 
 def _require_folder(path: Path) -> Path:
-    """Return `path` if it is a folder; ValueError with the nearest name otherwise."""
+    """Return `path` unchanged if it is a folder; ValueError with the nearest name otherwise."""
     if path.is_dir():
         return path
     if path.exists():
@@ -67,7 +67,7 @@ def _require_folder(path: Path) -> Path:
 
 
 def _list_split_files(path: Path) -> dict[Split, list[Path]]:
-    """Return the sorted data files of each split that the folder has."""
+    """Return split -> its sorted data files, for the splits that the folder has; ValueError for none."""
     names = sorted((*path.glob("*"), *path.glob("data/*")))
     matches = [(file, match) for file in names if (match := _DATA_FILE.fullmatch(file.name))]
     files: dict[Split, list[Path]] = {}
@@ -85,7 +85,7 @@ def _list_split_files(path: Path) -> dict[Split, list[Path]]:
 
 
 def _check_shards(split_files: list[tuple[Path, re.Match[str]]]) -> None:
-    """Raise ValueError unless a split is one file or one complete set of shards."""
+    """Raise ValueError unless a split's files are one file or one complete set of shards."""
     names = [str(file) for file, _ in split_files]
     layouts = {(file.parent, match[3], match[4]) for file, match in split_files}
     if len(layouts) > 1:
@@ -109,7 +109,7 @@ def _count_rows(file: Path) -> int:
 
 
 def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (`FILE:LINE`, row) of a JSON lines file, blank lines skipped."""
+    """Yield (`FILE:LINE`, row) of a JSON lines file, blank lines skipped; ValueError at a damaged line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -132,7 +132,7 @@ def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (`FILE:ROW`, row) of a parquet file."""
+    """Yield (`FILE:ROW`, row) of a parquet file, rows numbered from 1."""
     number = 0
     for batch in _open_parquet(file).iter_batches():
         for raw in batch.to_pylist():
@@ -141,7 +141,7 @@ def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _open_parquet(file: Path) -> Any:
-    """Open a parquet file; ValueError if it is none."""
+    """Return the opened parquet file; ValueError if it is none."""
     import pyarrow
     import pyarrow.parquet
 
@@ -152,19 +152,19 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_digest_cache(cache: Path | None) -> dict[str, str]:
-    """Return the stored digests: path|size|time -> SHA-256."""
+    """Return the cached digests, path|size|time -> SHA-256; {} without a cache folder or file."""
     path = cache / "digests.json" if cache else None
     return dict(json.loads(path.read_text())) if path and path.exists() else {}
 
 
 def _write_digest_cache(cache: Path | None, digests: dict[str, str]) -> None:
-    """Write the digests to the cache folder, by rename."""
+    """Write the digests to the cache folder, by rename; do nothing without a cache folder."""
     if cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)

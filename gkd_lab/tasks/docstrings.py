@@ -57,14 +57,14 @@ _MARKUP = (
 
 
 def _remove_markup(text: str) -> str:
-    """Remove reStructuredText and Markdown markup and join the lines."""
+    """Return the text on one line, without reStructuredText and Markdown markup."""
     for markup, replacement in _MARKUP:
         text = markup.sub(replacement, text)
     return " ".join(text.split())
 
 
 def _is_prose(text: str) -> bool:
-    """Return True for text that is a sentence of words, with few symbols and no code."""
+    """Return whether text is an English sentence of words, with few symbols and no code."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return (
         text.isascii()
@@ -95,7 +95,7 @@ def _parse_pair(docstring: str) -> DocstringPair | None:
 
 
 def _list_source_files(package: str) -> list[Path]:
-    """Return the sorted Python files of an installed package, tests and vendored code aside."""
+    """Return the sorted Python files of an installed package, tests and vendored code left out."""
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or spec.origin is None:
         raise ValueError(f"the docstrings source reads the package {package!r}: install it")
@@ -106,7 +106,7 @@ def _list_source_files(package: str) -> list[Path]:
 
 
 def _iterate_statements(module: ast.Module) -> Iterator[ast.AST]:
-    """Yield a module and its statements as `ast.walk` does, without the time that expressions take."""
+    """Yield a module's node and the nodes of all its statements, nested ones too, but no expressions."""
     nodes: deque[ast.AST] = deque([module])
     while nodes:
         node = nodes.popleft()
@@ -117,7 +117,7 @@ def _iterate_statements(module: ast.Module) -> Iterator[ast.AST]:
 
 
 def _read_docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a file's module, classes and functions."""
+    """Yield the non-empty docstrings of a source file's module, classes and functions, uncleaned."""
     source = path.read_bytes()
     if b'"""' not in source:
         return
@@ -129,7 +129,7 @@ def _read_docstrings(path: Path) -> Iterator[str]:
 
 
 def extract_pairs() -> list[DocstringPair]:
-    """Return all valid pairs of the installed packages, each body and each first line once.
+    """Return (body, first line) of all docstrings of `PACKAGES` that are prose, each text once.
 
     They are sorted by a hash of the body, which mixes the packages. Takes about half a minute; `load_pairs`
     caches.
@@ -146,14 +146,14 @@ def extract_pairs() -> list[DocstringPair]:
 
 
 def _format_versions() -> str:
-    """Return the versions of the extraction and of the packages as one text."""
+    """Return the versions of the extraction and of the packages as one text joined by `+`."""
     names = (f"{package}-{package_version(package)}" for package in PACKAGES)
     return "+".join((EXTRACTION_VERSION, *names))
 
 
 @functools.cache
 def load_pairs(cache: Path | None = None) -> tuple[DocstringPair, ...]:
-    """Return the pairs of the installed packages, cached in memory and in the folder `cache` if given."""
+    """Return the pairs of `extract_pairs`, cached in memory and, if given, in the folder `cache`."""
     if cache is None:
         return tuple(extract_pairs())
     key = hashlib.sha256(_format_versions().encode()).hexdigest()[:16]
@@ -167,6 +167,6 @@ def load_pairs(cache: Path | None = None) -> tuple[DocstringPair, ...]:
 
 
 def compute_version(cache: Path | None = None) -> str:
-    """Return the packages' versions and the SHA-256 of the pairs as one text."""
+    """Return the packages' versions and the SHA-256 of all pairs as one text."""
     digest = hashlib.sha256(json.dumps(load_pairs(cache)).encode()).hexdigest()
     return f"{_format_versions()}/{digest}"

@@ -160,7 +160,7 @@ COUNTS = range(2, 41)
 
 
 def draw_facts(random_numbers: random.Random) -> dict[str, str]:
-    """Draw the facts of one report, slot -> text; the asides' (`other_...`) differ from the event's."""
+    """Return random facts of one report, slot -> text; the asides' (`other_...`) differ from the event's."""
     choice, sample = random_numbers.choice, random_numbers.sample
     role, place = choice(ROLES), choice(PLACES)
     name, other_name = sample(NAMES, 2)

@@ -48,7 +48,7 @@ HELD_OUT: QuestionKinds = {
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row of FLAN, MMLU or BBH; ValueError if a field is missing or the answer is not a choice."""
+    """Return a raw FLAN, MMLU or BBH row as a Row; ValueError: no field, or the answer is not a choice."""
     if "inputs" in raw or "targets" in raw:
         prompt, target = read_text_field(raw, "inputs"), read_text_field(raw, "targets")
     else:
@@ -59,7 +59,7 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _append_choices(question: str, answer: str, choices: Any) -> str:
-    """Return the question in the format of Hendrycks et al. (2021): one lettered choice per line."""
+    """Return the question with one lettered choice per line and `Answer:` (Hendrycks et al. 2021)."""
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"field 'choices' must be a list of texts, got {choices!r:.60}")
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
@@ -84,7 +84,7 @@ def check_reasoning_gym() -> None:
 
 @cache
 def _create_generator(kind: str, split: Split) -> Any:
-    """Create reasoning-gym's endless data set of one kind of question."""
+    """Return reasoning-gym's endless data set of one kind of question; cached."""
     from reasoning_gym import create_dataset  # loads sympy and more
 
     settings = (HELD_OUT if split == "test" else HELD_IN)[kind]
@@ -92,11 +92,11 @@ def _create_generator(kind: str, split: Split) -> Any:
 
 
 def generate_rows(seed: int, split: Split) -> Iterator[Row]:
-    """Yield questions of the split's kinds without end, all kinds with equal probability."""
+    """Yield rows of the split's kinds of questions without end, each kind with equal probability."""
     kinds = tuple(HELD_OUT if split == "test" else HELD_IN)
 
     def draw_pair(random_numbers: random.Random) -> tuple[str, str]:
-        """Draw a question and its answer."""
+        """Return a random (question, answer)."""
         generator = _create_generator(random_numbers.choice(kinds), split)
         # An item depends on its number alone, which may exceed the size that a data set states.
         item = generator[random_numbers.getrandbits(48)]

@@ -17,13 +17,13 @@ PairSampler = Callable[[random.Random], tuple[str, str]]
 
 
 def assign_split(prompt: str) -> Split:
-    """Return the split that `prompt` belongs to: 80 % train, 10 % validation, 10 % test."""
+    """Return the split that a prompt's hash assigns it to: 80 % train, 10 % validation, 10 % test."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _SPLIT_BY_TENTH.get(int.from_bytes(digest, "big") % 10, "train")
 
 
 def build_generator(draw_pair: PairSampler, version: str) -> RowGenerator:
-    """Build an endless generator of distinct rows."""
+    """Return an endless RowGenerator of distinct rows that `draw_pair` draws, with this version."""
     return RowGenerator(lambda seed, split, _: draw_rows(draw_pair, version, seed, split), lambda _: version)
 
 

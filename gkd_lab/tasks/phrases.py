@@ -67,45 +67,45 @@ PERSONS = tuple(
 
 
 def _replace_narrow_spaces(text: str) -> str:
-    """Replace no-break spaces by plain ones."""
+    """Return the text with no-break spaces (U+00A0, U+202F) replaced by plain ones."""
     return text.replace("\u00a0", " ").replace("\u202f", " ")
 
 
 @cache
 def translate_number(value: int) -> Translation:
-    """Return a cardinal number: 21 is ("twenty-one", "einundzwanzig")."""
+    """Return a cardinal number in English and German words: 21 is ("twenty-one", "einundzwanzig")."""
     return num2words(value, lang="en"), num2words(value, lang="de")
 
 
 @cache
 def translate_ordinal(value: int) -> Translation:
-    """Return an ordinal number, in German in the weak nominative: 3 is ("third", "dritte")."""
+    """Return an ordinal in English and German (weak nominative) words: 3 is ("third", "dritte")."""
     return num2words(value, lang="en", to="ordinal"), num2words(value, lang="de", to="ordinal")
 
 
 @cache
 def translate_date(month: int, day: int) -> Translation:
-    """Return a date without its year: ("March 7", "7. März")."""
+    """Return a date without its year, English and German: ("March 7", "7. März")."""
     value = date(2024, month, day)
     return format_date(value, "MMMM d", "en"), format_date(value, "d. MMMM", "de")
 
 
 @cache
 def translate_weekday(index: int) -> Translation:
-    """Return a day of the week, 0 is Monday: ("Monday", "Montag")."""
+    """Return a weekday, 0 is Monday, in English and German: ("Monday", "Montag")."""
     value = date(2024, 1, 1 + index)  # 1 January 2024 was a Monday
     return format_date(value, "EEEE", "en"), format_date(value, "EEEE", "de")
 
 
 @cache
 def translate_quantity(value: float, unit: str) -> Translation:
-    """Return a decimal with its unit: ("2.5 kilometers", "2,5 Kilometer")."""
+    """Return a decimal with its unit, English and German: ("2.5 kilometers", "2,5 Kilometer")."""
     return format_unit(value, unit, "long", locale="en"), format_unit(value, unit, locale="de")
 
 
 @cache
 def translate_period(value: int, unit: str) -> Translation:
-    """Return a time of at least 2 units, in German in the dative: ("two days", "zwei Tagen")."""
+    """Return at least 2 units of time, English and German (dative): ("two days", "zwei Tagen")."""
     english, german = translate_quantity(value, unit)
     german_unit = german.split()[1]
     dative = german_unit if german_unit.endswith("n") else german_unit + "n"
@@ -114,7 +114,7 @@ def translate_period(value: int, unit: str) -> Translation:
 
 @cache
 def translate_money(value: int, currency: str, cents: int = 0) -> Translation:
-    """Return an amount of at least 2: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
+    """Return an amount of 2 or more: ("two euros and ten cents", "zwei Euro und zehn Cent")."""
     english, german = (
         f"{translate_number(value)[place]} {get_currency_name(currency, count=value, locale=locale)}"
         for place, locale in enumerate(("en", "de"))
@@ -129,7 +129,7 @@ def translate_money(value: int, currency: str, cents: int = 0) -> Translation:
 
 @cache
 def translate_percent(value: int) -> Translation:
-    """Return a percentage: ("25%", "25 %")."""
+    """Return a percentage, English and German: ("25%", "25 %")."""
     return format_percent(value / 100, locale="en"), _replace_narrow_spaces(
         format_percent(value / 100, locale="de")
     )
@@ -152,32 +152,32 @@ def translate_clock_time(hour: int, minute: int) -> Translation:
 
 @cache
 def translate_country(code: str) -> Translation:
-    """Return the names of a country: FR is ("France", "Frankreich")."""
+    """Return a country's English and German names: FR is ("France", "Frankreich")."""
     return Locale("en").territories[code], Locale("de").territories[code]
 
 
 @cache
 def translate_language(code: str) -> Translation:
-    """Return the names of a language: fr is ("French", "Französisch")."""
+    """Return a language's English and German names: fr is ("French", "Französisch")."""
     return Locale("en").languages[code], Locale("de").languages[code]
 
 
 def _draw_money(random_numbers: random.Random) -> Translation:
-    """Draw an amount of money, with cents now and then."""
+    """Return a random amount of money in words, (English, German); of euros mostly with cents."""
     currency = random_numbers.choice(CURRENCIES)
     cents = random_numbers.choice((0, 10, 20, 25, 30, 35)) if currency == "EUR" else 0
     return translate_money(random_numbers.randint(2, LARGEST_NUMBER), currency, cents)
 
 
 def _draw_measure(random_numbers: random.Random) -> Translation:
-    """Draw an amount of a good: ("2.5 kilograms of flour", "2,5 Kilogramm Mehl")."""
+    """Return a random amount of a good: ("2.5 kilograms of flour", "2,5 Kilogramm Mehl")."""
     unit, (english_good, german_good) = random_numbers.choice(MEASURED_GOODS)
     english, german = translate_quantity(random_numbers.randint(1, 9) + 0.5, unit)
     return f"{english} of {english_good}", f"{german} {german_good}"
 
 
 def draw_slots(random_numbers: random.Random) -> tuple[dict[str, str], dict[str, str]]:
-    """Draw a phrase for each slot of the templates: (English, German), slot -> phrase."""
+    """Return random phrases for the templates as (English, German), each slot -> phrase."""
     choice, randint = random_numbers.choice, random_numbers.randint
     english, german = (dict(forms) for forms in choice(PERSONS))
     translations = {

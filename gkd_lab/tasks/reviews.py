@@ -44,7 +44,7 @@ class Review:
 
 
 def draw_review(random_numbers: random.Random) -> Review:
-    """Draw a review of 2 to 4 clauses, one of them possibly after `but`, some followed by an aside."""
+    """Return a random Review of 2 to 4 clauses, one possibly after `but`, some followed by an aside."""
     words, tags, score = list[str](), list[str](), 0
     count = random_numbers.randint(2, 4)
     but_position = random_numbers.randint(1, 2 * count)  # no `but` where there is no such clause
@@ -62,7 +62,7 @@ def draw_review(random_numbers: random.Random) -> Review:
 
 
 def _draw_clause(random_numbers: random.Random) -> tuple[list[str], list[str], int]:
-    """Draw the words, tags and value of one clause."""
+    """Return (words, tags, value) of one random clause."""
     thing, opinion = random_numbers.choice(THINGS), random_numbers.choice(list(OPINION_VALUES))
     factor = random_numbers.choice(list(FACTORS))
     value = FACTORS[factor] * OPINION_VALUES[opinion]

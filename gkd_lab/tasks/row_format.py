@@ -8,7 +8,7 @@ from gkd_lab.tasks.task import Row, Task
 
 
 def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks: bool = False) -> None:
-    """Raise ValueError, with what is possible, if rows of `task` cannot have this format."""
+    """Raise ValueError if a task lacks so many worked examples, or the calculator marks asked for."""
     count = len(task.exemplars)
     if shots not in range(count + 1):
         choices = f"{count}: choose 0 to {count}" if count else "none: leave `shots` out"
@@ -21,11 +21,11 @@ def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks:
 
 
 def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
-    """Build the function raw row -> Row, with or without calculator marks; a column `teacher` is kept."""
+    """Return the function raw row -> Row, calculator marks kept or not; a column `teacher` is kept."""
     parse_task_row = (task.parse_row_with_marks if calculator_marks else None) or task.parse_row
 
     def parse_row(raw: Mapping[str, Any]) -> Row:
-        """Parse a raw row with the task's parser."""
+        """Return a raw row as a Row, with the name in its column `teacher` if it has one."""
         row, teacher = parse_task_row(raw), raw.get("teacher")
         return row if teacher is None else replace(row, teacher=str(teacher))
 
@@ -35,7 +35,7 @@ def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[st
 def prepend_shots(
     task: Task, rows: Iterable[Row], *, shots: int = 0, calculator_marks: bool = False
 ) -> Iterator[Row]:
-    """Yield the rows with the task's first `shots` worked examples (Q and A in turn) before the prompt."""
+    """Yield the rows with `shots` worked examples (Q and A in turn) before the prompt; unchanged for 0."""
     parse_row = build_row_parser(task, calculator_marks)
     examples = [parse_row(raw) for raw in task.exemplars[:shots]]
     prefix = "".join(f"Q: {example.prompt}\nA: {example.target}\n\n" for example in examples)

@@ -66,12 +66,12 @@ COMMON_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def define_pretrained_model(name: str, **sft: Any) -> dict[str, Any]:
-    """Define a pretrained model, fine-tuned on the task first if `sft` settings are given."""
+    """Return settings of a pretrained model, fine-tuned on the task first if `sft` settings are given."""
     return {"pretrained": name, **({"sft": sft} if sft else {})}
 
 
 def define_smol_models(steps: int) -> dict[str, Any]:
-    """Define SmolLM2-135M-Instruct (30 layers) as the teacher and students that keep some of its layers.
+    """Return size -> settings: SmolLM2-135M-Instruct (30 layers) as `xl`, students with fewer layers.
 
     All are fine-tuned on the task for `steps`: without most of its layers a student generates no meaningful
     text before that (§3.1).
@@ -88,12 +88,12 @@ def define_smol_models(steps: int) -> dict[str, Any]:
 
 
 def define_scratch_model(layers: int, width: int, heads: int, **sft: Any) -> dict[str, Any]:
-    """Define a randomly initialized model, fine-tuned on the task first if `sft` settings are given."""
+    """Return settings of a randomly initialized model, fine-tuned first if `sft` settings are given."""
     return {"layers": layers, "width": width, "heads": heads, **({"sft": sft} if sft else {})}
 
 
 def define_classifier_scale(**changes: Any) -> dict[str, Any]:
-    """Define the nano scale of a task whose models are classifiers; `changes` replace settings."""
+    """Return the nano settings of a task whose models are classifiers; `changes` replace settings."""
     return {
         "data": {"source": "made", "train": 4_000, "validation": 500, "test": 1_000},
         "tokenizer": {"kind": "word", "vocab_size": 128},

@@ -20,7 +20,7 @@ GENERATOR_VERSION = "scoring-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row with `text` and `label`, a finite number; ValueError otherwise."""
+    """Return a raw row with `text` and `label`, a finite number, as a Row; ValueError otherwise."""
     value = raw.get("label")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"field 'label' must be a number, got {value!r:.60}")
@@ -28,7 +28,7 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_scored_review(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw a review with its score."""
+    """Return a random (review text, a quarter of its score as text)."""
     review = reviews.draw_review(random_numbers)
     return review.text, repr(review.score / 4)
 

@@ -22,7 +22,7 @@ GENERATOR_VERSION = "summarization-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row with `document`, `summary` and optionally `references`, which metrics then compare with."""
+    """Return a raw row with `document`, `summary`, optional `references` as a Row; ValueError otherwise."""
     document, summary = read_text_field(raw, "document"), read_text_field(raw, "summary")
     references = raw.get("references") or [summary]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
@@ -31,7 +31,7 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_report(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw an event report with its summary."""
+    """Return a random (event report, one-sentence summary), with 1 to 3 asides in the report."""
     facts = events.draw_facts(random_numbers)
     kind = random_numbers.choice(events.EVENT_KINDS)
     sentences = [random_numbers.choice(kind.leads), random_numbers.choice(kind.details)]
@@ -42,7 +42,7 @@ def _draw_report(random_numbers: random.Random) -> tuple[str, str]:
 
 
 def read_docstring_rows(split: Split, cache: Path | None = None) -> Iterator[Row]:
-    """Yield the docstring pairs of `split`, in a fixed order that mixes the packages."""
+    """Yield the docstring rows (body -> first line) of `split`, in a fixed order that mixes the packages."""
     from gkd_lab.tasks import docstrings  # loads ast, inspect and more
 
     for body, first_line in docstrings.load_pairs(cache):
@@ -51,7 +51,7 @@ def read_docstring_rows(split: Split, cache: Path | None = None) -> Iterator[Row
 
 
 def get_docstrings_version(cache: Path | None = None) -> str:
-    """Return the packages' versions and the SHA-256 of the pairs as one text."""
+    """Return the packages' versions and the SHA-256 of all pairs as one text."""
     from gkd_lab.tasks import docstrings
 
     return docstrings.compute_version(cache)

@@ -19,7 +19,7 @@ GENERATOR_VERSION = "tagging-made-1"
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row with `tokens`, words without spaces, and their `tags`; ValueError otherwise."""
+    """Return a raw row with `tokens`, single words, and their `tags` as a Row; ValueError otherwise."""
     tokens, tags = raw.get("tokens"), raw.get("tags")
     if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
         raise ValueError("fields 'tokens' and 'tags' must be lists of the same length, one entry at least")
@@ -32,7 +32,7 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _draw_tagged_review(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw a review with its tags."""
+    """Return a random (review text, its tags joined by spaces), one tag per word."""
     review = reviews.draw_review(random_numbers)
     return review.text, " ".join(review.tags)
 

@@ -56,7 +56,7 @@ class Task:
     rows are not the made ones."""
 
     def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
-        """Return all settings at `scale` for rows from `source` (None: the scale's default source)."""
+        """Return settings at `scale` for rows of `source` (None: the scale's). ValueError: no such scale."""
         if scale not in self.scales:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         settings = dict(self.scales[scale])
@@ -66,7 +66,7 @@ class Task:
 
 
 def read_text_field(raw: Mapping[str, Any], name: str) -> str:
-    """Return the stripped text of field `name`; ValueError if it is missing, not text or empty."""
+    """Return the stripped text of a raw row's field; ValueError if it is missing, not text or blank."""
     if name not in raw:
         raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, raw))}")
     value = raw[name]

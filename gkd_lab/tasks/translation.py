@@ -70,7 +70,7 @@ SENTENCE_TEMPLATES = (
 
 
 def parse_row(raw: Mapping[str, Any]) -> Row:
-    """Parse a row with `en` and `de`, at the top or under `translation`; ValueError otherwise."""
+    """Return a raw row with `en` and `de` (perhaps under `translation`) as a Row; ValueError otherwise."""
     pair = raw.get("translation", raw)
     if not isinstance(pair, Mapping):
         raise ValueError(f"field 'translation' must hold 'en' and 'de', got {pair!r:.60}")
@@ -79,12 +79,12 @@ def parse_row(raw: Mapping[str, Any]) -> Row:
 
 
 def _capitalize_first_letter(text: str) -> str:
-    """Capitalize the first letter and keep the others, unlike `str.capitalize`."""
+    """Return the text with its first letter capitalized and the others unchanged."""
     return text[0].upper() + text[1:]
 
 
 def _draw_sentence_pair(random_numbers: random.Random) -> tuple[str, str]:
-    """Draw an English sentence with its German translation."""
+    """Return a random (English sentence, German translation) from a template."""
     from gkd_lab.tasks.phrases import draw_slots  # loads babel and num2words
 
     english, german = random_numbers.choice(SENTENCE_TEMPLATES)
@@ -96,7 +96,7 @@ def _draw_sentence_pair(random_numbers: random.Random) -> tuple[str, str]:
 
 
 def get_generator_version() -> str:
-    """Return the generator's version and those of the libraries that write its words as one text."""
+    """Return the versions of the generator, babel and num2words, which write its words, as one text."""
     from importlib.metadata import version
 
     return f"{GENERATOR_VERSION}+babel-{version('babel')}+num2words-{version('num2words')}"
