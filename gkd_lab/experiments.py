@@ -119,9 +119,9 @@ def outline_experiment(
 
 
 def check_generators_and_rewards(grid: Grid) -> None:
-    """Raise ConfigError if a row generator's package is missing, or a reward cannot be imported.
+    """Import the grid's own rewards; ConfigError if one fails, or a row generator's package is missing.
 
-    This imports the modules of the rewards that the experiment names.
+    This runs the modules of the rewards that the experiment names.
     """
     made = {(cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"}
     for task, generator in sorted(made, key=str):
@@ -136,7 +136,7 @@ def check_generators_and_rewards(grid: Grid) -> None:
 
 
 def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> Grid:
-    """Return an experiment's grid with the content revisions of data and models; refuse unknown metrics."""
+    """Return an experiment's grid with content revisions of data and models. ConfigError: unknown metric."""
     commits_file = outputs / "revisions.json"
     revisions = RevisionLookup(
         resolve_data=cache(lambda task, settings: _resolve_data(task, settings, commits_file)),

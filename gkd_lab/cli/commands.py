@@ -30,7 +30,7 @@ from gkd_lab.store.files import write_bytes
 
 
 def list_experiments() -> None:
-    """List the experiments with number of cells, figures and question."""
+    """List all experiments by name with number of cells, figures and question."""
     from gkd_lab.status.render import Listing, print_listing
 
     rows, broken = [], []
@@ -58,7 +58,7 @@ def show_plan(
     outputs: OutputsOption = Path("outputs"),
     pack: PackOption = "auto",
 ) -> None:
-    """Show the status and estimated cost of every cell; run nothing."""
+    """Show the status and estimated cost of every cell, and the total; run nothing."""
     from gkd_lab.status.overview import build_overview
     from gkd_lab.status.render import list_cells, print_listing, render_summary
 
@@ -76,7 +76,7 @@ def show_status(
     outputs: OutputsOption = Path("outputs"),
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until all is done or Ctrl-C.")] = False,
 ) -> None:
-    """Show the progress, worker, speed and failure of every cell."""
+    """Show the progress, worker, speed and failure of every cell; exit with 1 if something failed."""
     from gkd_lab.status.overview import build_overview
     from gkd_lab.status.render import list_cells, print_listing, render_failures, render_running_artifacts
 
@@ -96,7 +96,7 @@ def show_status(
 
 
 def print_sweep_file(name: ExperimentArgument, scale: ScaleOption = None, sets: SetOption = None) -> None:
-    """Print a sweep file for wandb agents that run the same cells."""
+    """Print a sweep file for wandb agents, which then run the experiment's cells."""
     from gkd_lab.config.sweep import format_sweep_file
 
     fields = parse_overrides(sets)
@@ -112,7 +112,7 @@ def write_table(
     format: Annotated[TableFormat, typer.Option(help="Format of the table.")] = "md",
     output: Annotated[Path | None, typer.Option("-o", help="File to write; default: stdout.")] = None,
 ) -> None:
-    """Write a table of the scores of cells and reference models."""
+    """Print, or write to a file, a table of the scores of cells and reference models."""
     from gkd_lab.tables.table import collect_table_provenance, encode_table, table
 
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
@@ -191,7 +191,7 @@ def compare_cells(
     outputs: OutputsOption = Path("outputs"),
     format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
-    """Compare two cells: settings, scores, paired difference, examples."""
+    """Print how two cells differ: settings, scores, paired difference (B - A), examples."""
     from gkd_lab.report.comparison import compare_records
     from gkd_lab.report.comparison_text import format_comparison_json, print_comparison
     from gkd_lab.store.lookup import find_record
@@ -214,7 +214,7 @@ def rescore_experiment(
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
 ) -> None:
-    """Recompute metrics from stored predictions; load no model."""
+    """Recompute metrics from stored predictions and store the scores; load no model."""
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.tables.rescoring import (
         collect_rescore_jobs,

@@ -57,7 +57,7 @@ def run_experiment(
     term_gradients: TermGradientsOption = False,
     worker: WorkerOption = None,
 ) -> None:
-    """Train and evaluate every cell; finished work is not repeated."""
+    """Train and evaluate every cell of an experiment; finished work is not repeated."""
     check_executor_options(executor, workers, no_wait)
     limit = parse_pack_limit(pack)
     tracker_name = choose_tracker(tracker)
@@ -100,7 +100,7 @@ def run_cell(
         typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
     ] = "wait",
 ) -> None:
-    """Run one cell from its fields, as a sweep agent does.
+    """Train and evaluate one cell given by its fields, as a sweep agent does; print its folder.
 
     Example: gkd-lab cell --task arithmetic --lmbda 0.5 --beta 0.1 --seed 0
     """
@@ -136,7 +136,7 @@ def evaluate_cell(
         bool, typer.Option("--trust-remote-code", help="Let task files run their Python code.")
     ] = False,
 ) -> None:
-    """Run tasks of lm-eval on a finished cell; `table` shows the scores."""
+    """Run tasks of lm-eval on a finished cell and print the scores, which `table` shows too."""
     from gkd_lab.config.lm_eval_task import resolve_lm_eval_task
     from gkd_lab.store.lookup import find_record
 

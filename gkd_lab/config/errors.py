@@ -151,7 +151,7 @@ def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _walk_annotation(annotation: Any) -> Iterator[Any]:
-    """Yield a type and all types inside its unions, tuples and `Annotated`; dicts and models stay closed."""
+    """Yield a type and all types inside its unions, tuples and `Annotated`, but not in dicts or models."""
     yield annotation
     if get_origin(annotation) is Annotated:
         yield from _walk_annotation(get_args(annotation)[0])

@@ -127,7 +127,10 @@ class Experiment(TaskSettings):
 
 
 def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
-    """Return the non-null settings that a file states, as nested dictionaries; null counts in sections."""
+    """Return the settings that a file states as nested dictionaries; nulls at the top are left out.
+
+    Inside a section null is a value.
+    """
     fields = layer.model_dump(include=set(Settings.model_fields), exclude_unset=True)
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -184,7 +187,7 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
 
 
 def _parse_override(key: str, text: str) -> list[Any]:
-    """Return the YAML values of `V1,V2` as a list; `[V1,V2]` is the list of an axis of scalars.
+    """Return the YAML values of `V1,V2` as a list; for an axis of scalars `[V1,V2]` gives the same list.
 
     Raises ConfigError.
     """
@@ -200,7 +203,10 @@ def _parse_override(key: str, text: str) -> list[Any]:
 
 
 def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a field of nested dictionaries, in place, by its dotted name; create sections. ConfigError."""
+    """Set a field of nested dictionaries, in place, by dotted name. ConfigError if a section is a value.
+
+    Missing sections are created.
+    """
     *sections, field = key.split(".")
     for section in sections:
         if document.get(section) is None:

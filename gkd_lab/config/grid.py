@@ -34,7 +34,7 @@ def expand_grid(
     revisions: RevisionLookup,
     scale: Scale | None = None,
 ) -> Grid:
-    """Return the grid of cells, one per combination of axis values; the first axis varies slowest.
+    """Return the grid of distinct cells, one per combination of axis values; the first varies slowest.
 
     Points with equal trainings become one cell. scale: Overrides the experiment's. Raises ConfigError.
     """

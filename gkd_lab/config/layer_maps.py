@@ -20,7 +20,7 @@ _LAST_RULE = re.compile(r"last_([1-9][0-9]*)")
 
 
 def parse_layer_map(value: Any) -> LayerMap:
-    """Return a layer map as a rule (text) or a tuple of distinct pairs. Raises ConfigError."""
+    """Return a layer map: a rule's text unchanged, or a tuple of distinct pairs. ConfigError if invalid."""
     if isinstance(value, str):
         if value != UNIFORM and not _LAST_RULE.fullmatch(value):
             raise ConfigError(f"{value!r} is not a rule; {_suggest_layer_map(value)}")
@@ -43,7 +43,7 @@ def _suggest_layer_map(rule: str) -> str:
 
 
 def _parse_layer_pair(number: int, value: Any) -> LayerPair:
-    """Return (student layer, teacher layer) from item `number` of a list. Raises ConfigError."""
+    """Return (student layer, teacher layer) from item `number`; ConfigError unless it is two ints from 0."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if not is_pair or any(type(layer) is not int or layer < 0 for layer in value):
         raise ConfigError(

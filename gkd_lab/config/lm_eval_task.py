@@ -119,7 +119,7 @@ _TaskFileLoader.add_constructor("!function", _construct_function_tag)
 
 
 def load_task_yaml(path: Path) -> dict[str, Any]:
-    """Return one task file's fields as a dictionary, its includes not read. Raises ConfigError."""
+    """Return the fields of one task file, its includes not read. ConfigError: unreadable, no mapping."""
     with convert_yaml_errors(path):
         loader = _TaskFileLoader(path.read_text(encoding="utf-8"))
         loader.folder = path.resolve().parent
@@ -159,7 +159,7 @@ def _refuse_foreign_code(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
-    """Make the data paths of a configuration absolute, in place, from the task file. ConfigError."""
+    """Make a configuration's data paths absolute, in place. ConfigError: wrong type, or no such file."""
     folder = path.resolve().parent
     dataset_path = config.get("dataset_path")
     if isinstance(dataset_path, str) and (folder / dataset_path).is_dir():
@@ -177,7 +177,7 @@ def _resolve_data_paths(path: Path, config: dict[str, Any]) -> None:
 
 
 def _resolve_data_files(path: Path, folder: Path, value: Any) -> Any:
-    """Return `data_files`, same nesting, with absolute paths; URLs and patterns stay. ConfigError."""
+    """Return `data_files`, nested alike, with absolute paths; URLs and patterns stay. Raises ConfigError."""
     if isinstance(value, dict):
         return {key: _resolve_data_files(path, folder, item) for key, item in value.items()}
     if isinstance(value, list):
