@@ -20,6 +20,6 @@ LOSSES = {
 
 
 def load_loss_class(term_type: str) -> Any:
-    """Import the module of a registered term type, and torch with it, and return its loss class."""
+    """Return the loss class of a registered term type; imports its module, and torch with it."""
     module, _, name = LOSSES[term_type].partition(":")
     return getattr(importlib.import_module(module), name)

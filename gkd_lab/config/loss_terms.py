@@ -379,7 +379,7 @@ def get_term_type(term_class: type[WeightedTerm]) -> str:
 
 
 def find_added_term(term_type: object) -> type[LossTerm] | None:
-    """Return the class that describes an added term, or None if no loss is registered under this type."""
+    """Return the config class of a loss type in `LOSSES`, imported (with torch); None for another type."""
     if not isinstance(term_type, str) or term_type not in LOSSES:
         return None
     term_class: type[LossTerm] = load_loss_class(term_type).config_class

@@ -165,7 +165,7 @@ class CellResolver:
         return self.shared_parts[key]
 
     def _build_shared_parts(self, axis_values: Mapping[str, Any]) -> _SharedParts:
-        """Return the parts resolved from task defaults, experiment and axes, later wins. ConfigError."""
+        """Return the parts resolved from task defaults, experiment and axes, later wins."""
         task = self.tasks[axis_values["task"]]
         stated = self._merge_stated_settings(task.name, axis_values)
         try:
@@ -192,7 +192,7 @@ class CellResolver:
         )
 
     def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the experiment's settings with axis values over them; refuse shorthand beside long form."""
+        """Return the experiment's settings, axis values over them. ConfigError: shorthand and long form."""
         stated = self.experiment.merge_task_settings(task_name)
         for axis, value in axis_values.items():
             if axis != "task":

@@ -55,7 +55,7 @@ def encode_axis_value(value: Any) -> Any:
 
 
 def _reads_back(text: str, value: Any) -> bool:
-    """Return whether YAML reads the text as this one value, as `gkd-lab cell` does."""
+    """Return whether YAML parses `text` as exactly the one value `value`, as `gkd-lab cell` would."""
     try:
         return bool(yaml.safe_load(f"[{text}]") == [value])
     except yaml.YAMLError:
