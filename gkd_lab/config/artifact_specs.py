@@ -222,7 +222,7 @@ def get_scores_folder(scale: str, scores: TeacherScoresSpec) -> str:
 
 
 def get_artifact_folder(scale: str, role: str, model: SftModel) -> str:
-    """Return `<scale>/<task>/<role>-<size or name>-<fingerprint>`, relative to the outputs folder.
+    """Return `<scale>/<task>/<role>-<2x64 or model name>-<fingerprint>`, relative to the outputs folder.
 
     role: "teacher" or "start" (the SFT student).
     """

@@ -24,7 +24,7 @@ class _CachedBLEU(BLEU):
     """BLEU that counts the n-grams of each pair of texts once."""
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Return the n-gram counts of each hypothesis, from the cache where it has them."""
+        """Return the cached n-gram counts of each hypothesis; also set `num_refs` of the signature."""
         return _extract_statistics("bleu", self, hypotheses, references)
 
 
@@ -32,7 +32,7 @@ class _CachedCHRF(CHRF):
     """chrF that counts the n-grams of each pair of texts once."""
 
     def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        """Return the n-gram counts of each hypothesis, from the cache where it has them."""
+        """Return the cached n-gram counts of each hypothesis; also set `num_refs` of the signature."""
         return _extract_statistics("chrf", self, hypotheses, references)
 
     def _compute_score_from_stats(self, stats: Any) -> Any:

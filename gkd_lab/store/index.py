@@ -58,7 +58,7 @@ class RecordIndex:
         return facts
 
     def save(self) -> None:
-        """Write the index file if the store is large and over a fiftieth of its entries is new."""
+        """Write the index file if the store has 500 records and over 2 % are new entries; ignore OSError."""
         if len(self._entries) < _MIN_RECORDS or self._new_entries * 50 < len(self._entries):
             return
         # A store that is read-only or full is listed without an index.

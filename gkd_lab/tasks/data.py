@@ -152,7 +152,10 @@ def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) ->
 def _locate_split(
     row_counts: Mapping[Split, int], split: Split, source_name: str
 ) -> tuple[Split, int, int | None]:
-    """Return (stored split, first row, end row or None) of `split`; validation may be the end of train."""
+    """Return (stored split, first row, end row or None) of `split`; ValueError if there is none.
+
+    Without a stored validation split, the last rows of train are validation and train ends before them.
+    """
     held_out = count_held_out_rows(row_counts.get("train", 0)) if "validation" not in row_counts else 0
     if split in row_counts and not (split == "train" and held_out):
         return split, 0, None

@@ -64,7 +64,7 @@ def _remove_markup(text: str) -> str:
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether text is an English sentence of words, with few symbols and no code."""
+    """Return whether text looks like prose: ASCII, capital first, final . ! or ?, mostly letters, no code."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return (
         text.isascii()
@@ -95,7 +95,10 @@ def _parse_pair(docstring: str) -> DocstringPair | None:
 
 
 def _list_source_files(package: str) -> list[Path]:
-    """Return the sorted Python files of an installed package, tests and vendored code left out."""
+    """Return the sorted Python files of an installed package, tests and vendored code left out.
+
+    The package is not imported. Raises ValueError if it is not installed.
+    """
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
     if spec is None or spec.origin is None:
         raise ValueError(f"the docstrings source reads the package {package!r}: install it")

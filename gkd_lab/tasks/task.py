@@ -56,7 +56,10 @@ class Task:
     rows are not the made ones."""
 
     def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
-        """Return settings at `scale` for rows of `source` (None: the scale's). ValueError: no such scale."""
+        """Return the merged settings at `scale`; every `source` but `made` adds the scale's `real` changes.
+
+        source: None: the scale's default source. Raises ValueError for a scale that the task lacks.
+        """
         if scale not in self.scales:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         settings = dict(self.scales[scale])
