@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ranks.py")
 CELLS = ("off", "on", "mixed sequences", "accumulated", "rewarded")
 

@@ -60,6 +60,7 @@ def largest_difference(one: Run, other: Run, mine: int, its: int) -> float:
 # ---- packed == alone ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("optimizer", ("adamw_torch_fused", "adafactor"))
 def test_packed_cells_equal_cells_trained_alone(family: Family, optimizer: str, tmp_path: Path) -> None:
