@@ -104,7 +104,7 @@ class AttentionLoss(AuxiliaryLoss):
 
 
 def enable_attention_maps(model: PreTrainedModel) -> None:
-    """Switch an unwrapped model to eager attention in place, so that it can return attention maps.
+    """Make an unwrapped model return attention maps, by eager attention; ValueError for a float64 decoder.
 
     Raises:
         ValueError: if it cannot, and for a decoder in float64.

@@ -200,9 +200,9 @@ class AuxiliaryModules:
 
 
 def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: bool) -> Tensor:
-    """Return a term's value, (), before its weight; run the backward pass of a separate parameter loss.
+    """Return a term's value, (), unweighted; if `learning`, first backpropagate its separate loss, if any.
 
-    If `learning` and gradients are enabled. The value gives a module with such a loss no gradient.
+    Nothing is backpropagated where gradients are off. The value gives a module with such a loss no gradient.
     """
     if not term_module.has_parameter_loss:
         return term_module.module(inputs)
@@ -221,13 +221,13 @@ def _compute_term(term_module: _TermModule, inputs: LossInputs, *, learning: boo
 def _select_block(outputs: UnprojectedOutput, blocks: int, n: int, config: PretrainedConfig) -> ModelOutputs:
     """Return block `n` of a model's output rows, of `blocks` equal ones, with cell `n`'s head of a pack."""
 
-    def block(tensor: Tensor) -> Tensor:
+    def select_rows(tensor: Tensor) -> Tensor:
         """Return the rows of block `n` of one tensor."""
         rows = len(tensor) // blocks
         return tensor[n * rows : (n + 1) * rows]
 
-    extra = {name: tuple(map(block, tensors)) for name, tensors in outputs.extra_outputs.items()}
-    return ModelOutputs(block(outputs.hidden), extra, config, outputs.projection.select_cell(n))
+    extra = {name: tuple(map(select_rows, tensors)) for name, tensors in outputs.extra_outputs.items()}
+    return ModelOutputs(select_rows(outputs.hidden), extra, config, outputs.projection.select_cell(n))
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -70,9 +70,9 @@ class LossArguments:
         )
 
     def logit_terms(self, cell: int) -> list[tuple[int, WeightedLoss]]:
-        """Return (number, term) of the cell's token losses: the first, and further ones of nonzero weight.
+        """Return (number, term) of token losses: the first and others of nonzero weight, or one zero term.
 
-        At least one, for the entropy: a term of weight 0 if there is none.
+        At least one, as the student's entropy is computed with the first.
         """
         terms = [(number, term) for number, term in enumerate(self.terms[cell]) if term.is_token_loss]
         # The first one is computed even if it has no weight.

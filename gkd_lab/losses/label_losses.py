@@ -61,7 +61,7 @@ class RewardLoss(LabelLoss):
 
     @property
     def function_key(self) -> tuple[str, str | None, str | None]:
-        """(Reward's name, model or folder, revision): rewards with equal keys share a loaded function."""
+        """(Reward's name, model or folder, revision): equal keys share one loaded reward function."""
         config = self.config
         # A folder has no revision: its content is what is loaded.
         return config.name, config.path or config.model, config.revision if config.model else None

@@ -35,7 +35,7 @@ class ProcessGroup:
 
 
 def compute_advantages(rewards: Tensor, baseline: str, normalize: bool, processes: ProcessGroup) -> Tensor:
-    """Return this rank's advantages, (n,): each row's reward less the baseline over all ranks' rows.
+    """Return this rank's advantages, (n,): rewards less the mean of all ranks' other rows, or unchanged.
 
     rewards: (n,), float64.
     `leave_one_out`: r_i less the mean of the step's N - 1 other rows, which is N / (N - 1) (r_i - mean) and

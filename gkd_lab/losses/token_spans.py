@@ -35,7 +35,7 @@ def non_text_ids(tokenizer: Any) -> frozenset[int]:
 def decode_completion(
     tokenizer: Any, ids: Sequence[int], end_ids: Collection[int], non_text: Collection[int]
 ) -> DecodedText:
-    """Return a completion's text up to its end of sequence, and the character where each token ends.
+    """Return a completion's text up to its end of sequence, and each token's end in characters, or None.
 
     tokenizer: a fast one. end_ids: the first of them ends the text. non_text: its `non_text_ids`.
     """
@@ -94,7 +94,7 @@ def encode_completion(
 
 
 def align_spans(first: TokenEnds, second: TokenEnds) -> list[Span]:
-    """Return the shortest spans of text that both sides cover with whole tokens: pairs of position lists.
+    """Return (first, second) token positions of each shortest span that both cover with whole tokens.
 
     Text behind the last common end, such as a word that one side did not finish, is in no span.
     """

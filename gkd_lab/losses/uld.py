@@ -213,7 +213,7 @@ def _group_spans(
 
 
 def _build_side(spans: Sequence[tuple[int, Span]], side: int, ids: Tensor) -> _SideTokens:
-    """Return all tokens of the student (side 0) or of the teacher (side 1) in these (row, span) pairs.
+    """Return flat positions, ids and span numbers of one side's tokens in these spans (1: the teacher's).
 
     ids: (B, C) or (B, D).
     """

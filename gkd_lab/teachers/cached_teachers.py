@@ -170,7 +170,7 @@ class ServerTeacher(ModelFreeTeacher):
 
 
 def build_top_k_scores(tokens: Sequence[TokenLogProbs], top_k: int) -> TopKScores:
-    """Convert a server's answer for C tokens, `top_k` pairs (id, log-probability) each, to scores (C, k)."""
+    """Convert C lists of `top_k` (id, log-probability) pairs to scores, (C, k); the tail is 1 - their sum."""
     log_probs = torch.tensor([[log_prob for _, log_prob in token] for token in tokens], dtype=torch.float64)
     log_probs = log_probs.view(-1, top_k)
     ids = torch.tensor([[id_ for id_, _ in token] for token in tokens], dtype=torch.int32).view(-1, top_k)

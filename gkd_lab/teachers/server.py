@@ -95,7 +95,7 @@ class TeacherServer:
         address = self.server.rstrip("/") + "/completions"
 
         def send_request() -> httpx.Response:
-            """Post once; return any answer but a temporary error, which raises."""
+            """Post once and return the response, even an error's; raise for a temporary error alone."""
             response = client.post(address, json=body)
             if response.status_code >= 500 or response.status_code in RETRIED_STATUS_CODES:
                 response.raise_for_status()

@@ -152,7 +152,7 @@ class TopKTeacherLogits:
 def compute_top_k_scores(
     logits: TeacherLogits, top_k: int | None, dtype: torch.dtype, chunk_bytes: int
 ) -> TopKScores:
-    """Return the scores, (N, k), of teacher logits of a single block, computed in chunks; on the CPU."""
+    """Return the top-k scores, (N, k), of a single block of teacher logits, read in chunks; on the CPU."""
     vocabulary, tokens = logits.vocabulary, logits.shape[1]
     wide = torch.promote_types(logits.dtype, torch.float32)
     chunk_rows = max(1, min(tokens, chunk_bytes // (vocabulary * wide.itemsize)))
