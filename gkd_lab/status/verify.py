@@ -307,7 +307,7 @@ def _describe_score_changes(
 
 
 def list_revisions(spec: Spec) -> Iterator[tuple[SourceKey, str]]:
-    """Yield (source key, revision) of all local or made data and models; those on the hub are skipped."""
+    """Yield (source key, revision) of all local or made data and of local models, but not of the hub's."""
     if isinstance(spec, Training):
         yield from list_revisions(spec.teacher)
         yield from list_revisions(spec.start)
