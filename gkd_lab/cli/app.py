@@ -26,22 +26,28 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=_DESCRIPTION,
 )
-app.command("list")(commands.list_experiments)
-app.command("plan")(commands.show_plan)
-app.command("status")(commands.show_status)
-app.command("run")(run_commands.run_experiment)
-app.command("cell", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    run_commands.run_cell
+app.command("list", short_help="Name the experiments and their questions.")(commands.list_experiments)
+app.command("plan", short_help="Show each cell with its status and cost; run nothing.")(commands.show_plan)
+app.command("status", short_help="Show how far each cell is, and why it failed.")(commands.show_status)
+app.command("run", short_help="Train and evaluate the cells of an experiment.")(run_commands.run_experiment)
+app.command(
+    "cell",
+    short_help="Train and evaluate one cell, as a sweep agent asks.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(run_commands.run_cell)
+app.command("sweep", short_help="Print the sweep file for wandb agents.")(commands.print_sweep_file)
+app.command("table", short_help="Write the table of scores: csv, json, md, parquet.")(commands.write_table)
+app.command("evaluate", short_help="Run lm-eval's tasks on a finished cell.")(run_commands.evaluate_cell)
+app.command("claims", short_help="Judge the paper's claims on a run.")(commands.judge_claims)
+app.command("report", short_help="Write one HTML page with figures and scores.")(commands.write_report_page)
+app.command("compare", short_help="Show how two cells differ, with an interval.")(commands.compare_cells)
+app.command("rescore", short_help="Compute metrics again from stored predictions.")(
+    commands.rescore_experiment
 )
-app.command("sweep")(commands.print_sweep_file)
-app.command("table")(commands.write_table)
-app.command("evaluate")(run_commands.evaluate_cell)
-app.command("claims")(commands.judge_claims)
-app.command("report")(commands.write_report_page)
-app.command("compare")(commands.compare_cells)
-app.command("rescore")(commands.rescore_experiment)
-app.command("verify")(commands.verify_experiment)
-app.command("selfcheck")(run_commands.check_model_pair)
+app.command("verify", short_help="Check each record against its hashes.")(commands.verify_experiment)
+app.command("selfcheck", short_help="Check the trainer's invariances on two models.")(
+    run_commands.check_model_pair
+)
 
 
 @app.callback(invoke_without_command=True, help=_DESCRIPTION)
