@@ -129,7 +129,7 @@ class SftModel(Frozen):
 
 
 class TeacherText(Frozen):
-    """How the teacher writes text once for every training prompt, used instead of the data's targets."""
+    """Decoding of the text that a teacher writes once per training prompt, instead of the targets."""
 
     decoding: Decoding = "sample"
     temperature: PositiveFloat | None = Field(default=None, description="sampling", validate_default=True)

@@ -1,4 +1,4 @@
-"""What a reward is called: one of our own by name, or a user's function by its import path. No torch.
+"""Names of rewards: a built-in one, or a user's function by its import path. No torch.
 
 A function is imported when a run begins, and only the one that the user names; its module's content is part
 of a cell's identity, and is read without importing anything.

@@ -29,7 +29,7 @@ SCORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 
 @dataclass(frozen=True)
 class ScoreLayout:
-    """How the scores of a dataset's rows are spread over files.
+    """Layout of stored scores: the files that the rows of a dataset are spread over.
 
     top_k: tokens named of each distribution; None: all `vocabulary` of them. dtype: a name in SCORE_DTYPES.
     """

@@ -1,4 +1,4 @@
-"""How students are updated and saved: a single model by transformers' Trainer, a pack cell by cell.
+"""Update and save students: a single model by transformers' Trainer, a pack cell by cell.
 
 A pack's optimizer sees each cell's weights as parameters of their own, views with the shapes of a plain
 model, so that an optimizer whose step depends on a tensor's shape (Adafactor) does what it would do alone.
