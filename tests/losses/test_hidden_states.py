@@ -233,9 +233,9 @@ def test_sizes_are_read_from_the_configurations_of_both_families() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": [[9, 1]]}, r"layer 9 of the student, in the pair \[9, 1\]: .* 0 to 2"),
-        ({"layers": "last_9"}, "last_9: .* student is 2; the nearest rule is last_2"),
-        ({"stack": "encoder"}, "stack 'encoder': LlamaConfig has one stack; .* is 'decoder'"),
+        ({"layers": [[9, 1]]}, "layer 9.*student.*0 to 2"),
+        ({"layers": "last_9"}, "last_9: .*last_2"),
+        ({"stack": "encoder"}, "stack 'encoder': LlamaConfig.*'decoder'"),
     ],
 )
 def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
@@ -250,11 +250,11 @@ def test_what_the_models_do_not_have_is_refused_when_a_module_is_made(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layers": "uniformly"}, "'uniformly' is not a rule; did you mean 'uniform'"),
-        ({"layers": [[1]]}, r"pair 1 is \[1\]: give two layers"),
-        ({"loss": "cos"}, "loss: 'cos' is not valid: did you mean 'cosine'"),
-        ({"stack": "decodr"}, "stack: 'decodr' is not valid: did you mean 'decoder'"),
-        ({"layer": 1}, r"unknown field 'objectives\[0\].layer'; did you mean 'layers'\? valid: .*loss"),
+        ({"layers": "uniformly"}, "'uniformly' .*'uniform'"),
+        ({"layers": [[1]]}, r"pair 1 is \[1\]"),
+        ({"loss": "cos"}, "loss: 'cos' .*'cosine'"),
+        ({"stack": "decodr"}, "stack: 'decodr' .*'decoder'"),
+        ({"layer": 1}, r"'objectives\[0\].layer'; .*'layers'.*loss"),
     ],
 )
 def test_what_is_not_understood_is_refused_when_it_is_written(fields: dict[str, Any], message: str) -> None:

@@ -93,7 +93,7 @@ def test_a_script_trains_with_the_term(test_module: ModuleType, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"epsilon": 1}, "epsilon: 1 is not valid"), ({"share": 0.1}, "unknown field .*share")],
+    [({"epsilon": 1}, "epsilon: 1"), ({"share": 0.1}, "unknown field .*share")],
 )
 def test_experiment_and_trainer_refuse_the_same_setting(
     fields: dict[str, Any], message: str, test_module: ModuleType, tmp_path: Path

@@ -336,13 +336,13 @@ def test_rows_without_a_completion_cannot_be_compared_with(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "terms", "message"),
     [
-        ({"lmbda": 0.0}, (SOFT, rewarded()), "with lmbda 0 it writes nothing: set lmbda to 1"),
+        ({"lmbda": 0.0}, (SOFT, rewarded()), "lmbda 0 .*to 1"),
         (
             {"temperature": 0.7},
             (SOFT, rewarded()),
-            r"samples at temperature 1 \(Eq. 5\), got temperature 0.7",
+            "got temperature 0.7",
         ),
-        ({"lmbda": 0.5}, (rewarded(),), "lmbda 0.5 takes the other steps from the data"),
+        ({"lmbda": 0.5}, (rewarded(),), "lmbda 0.5 takes"),
     ],
 )
 def test_a_reward_needs_on_policy_text(
@@ -371,12 +371,12 @@ def test_a_configuration_names_its_reward(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({}, "name is missing"),
-        ({"name": "rouge3"}, "unknown reward 'rouge3'; did you mean 'rouge"),
-        ({"name": "entailment"}, "asks a sequence-classification model: give `model`"),
-        ({"name": "rouge2", "model": "x"}, "reward 'rouge2' reads no model, got 'x'"),
-        ({"name": "rouge2", "baseline": "mean"}, "baseline: 'mean' is not valid: .*leave_one_out"),
-        ({"name": "rouge2", "baseline": "none", "normalize": True}, "which baseline 'none' leaves in"),
-        ({"name": "rouge2", "alpha": 1}, "unknown field .*alpha'; .*name, model"),
+        ({"name": "rouge3"}, "'rouge3'; .*'rouge"),
+        ({"name": "entailment"}, "give `model`"),
+        ({"name": "rouge2", "model": "x"}, "'rouge2' .*got 'x'"),
+        ({"name": "rouge2", "baseline": "mean"}, "baseline: 'mean' .*leave_one_out"),
+        ({"name": "rouge2", "baseline": "none", "normalize": True}, "baseline 'none' leaves"),
+        ({"name": "rouge2", "alpha": 1}, "alpha'; .*name, model"),
     ],
 )
 def test_a_reward_that_is_not_understood_is_refused(fields: dict[str, Any], message: str) -> None:

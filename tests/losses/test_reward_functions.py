@@ -194,13 +194,13 @@ def test_a_function_is_found_by_its_import_path(package: str) -> None:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("none:brevity", r"there is no module 'mine_\w+.none' among the installed ones and in /"),
-        ("rewards:brevty", "has no 'brevty'; did you mean 'brevity'"),
-        ("rewards:Scale.tripple", "has no 'tripple'; did you mean|has no 'tripple'; valid: double"),
-        ("rewards:offset", "is a int, not a function"),
+        ("none:brevity", r"module 'mine_\w+.none' .*in /"),
+        ("rewards:brevty", "'brevty'; .*'brevity'"),
+        ("rewards:Scale.tripple", "'tripple'; .*double"),
+        ("rewards:offset", "is a int"),
         (
             "broken:f",
-            "importing mine_.*broken raised ModuleNotFoundError: No module named 'no_such_thing_at_all'",
+            "broken raised .*'no_such_thing_at_all'",
         ),
     ],
 )
@@ -218,15 +218,15 @@ def test_what_is_no_import_path_imports_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1.0], "gave 1 values for 2 texts"),
-        ([1.0, 2.0, 3.0], "gave 3 values for 2 texts"),
-        (None, "gave None, not a list of 2 numbers"),
-        (1.5, r"gave 1\.5, not a list of 2 numbers"),
-        ("ab", "gave 'ab', not a list of 2 numbers"),
-        ([1.0, float("nan")], r"gave nan for row 1 of 2, which is no finite number \(text 'second'\)"),
-        ([float("inf"), 1.0], "gave inf for row 0 of 2"),
-        ([1.0, "high"], "gave 'high' for row 1 of 2"),
-        ([None, 1.0], "gave None for row 0 of 2"),
+        ([1.0], "gave 1 .*2 texts"),
+        ([1.0, 2.0, 3.0], "gave 3 .*2 texts"),
+        (None, "gave None, .*2 numbers"),
+        (1.5, r"gave 1\.5, .*2 numbers"),
+        ("ab", "gave 'ab', .*2 numbers"),
+        ([1.0, float("nan")], "gave nan .*row 1.*'second'"),
+        ([float("inf"), 1.0], "gave inf .*row 0"),
+        ([1.0, "high"], "gave 'high' .*row 1"),
+        ([None, 1.0], "gave None .*row 0"),
     ],
 )
 def test_values_that_are_no_rewards_are_told(given: Any, message: str) -> None:

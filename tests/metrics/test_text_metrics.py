@@ -166,12 +166,12 @@ def test_a_perfect_prediction_scores_a_hundred(metric: str) -> None:
 @pytest.mark.parametrize(
     ("metric", "predictions", "references", "message"),
     [
-        ("rouge3", ["a"], [["a"]], "unknown metric 'rouge3'; did you mean"),
-        ("blue", ["a"], [["a"]], "did you mean 'bleu'? valid: bleu"),
-        ("bleu", [], [], "nothing to score: there are 0 predictions"),
-        ("bleu", ["a", "b"], [["a"]], "2 predictions, 1 lists of references"),
+        ("rouge3", ["a"], [["a"]], "metric 'rouge3'"),
+        ("blue", ["a"], [["a"]], "mean 'bleu'?"),
+        ("bleu", [], [], "0 predictions"),
+        ("bleu", ["a", "b"], [["a"]], "2 predictions, 1 lists"),
         ("bleu", ["a"], [[]], "references[0] is empty"),
-        ("bleu", ["a"], ["a"], "references[0] must be a list of texts, got 'a'"),
+        ("bleu", ["a"], ["a"], "got 'a'"),
     ],
 )
 def test_invalid_input_is_refused_with_the_reason(

@@ -55,13 +55,13 @@ def copy_as_class(name: str, kind: type[PreTrainedModel], seed: int = 0) -> PreT
         (
             "llama",
             Averaging,
-            r"the logits of the packed Averaging differ from those of its members by \de-",
+            r"logits .*Averaging .*\de-",
         ),
-        ("llama", Forgetful, r"the generated logits of the packed Forgetful differ"),
+        ("llama", Forgetful, "generated logits .*Forgetful"),
         (
             "gpt2",
             OwnPositions,
-            r"OwnPositions does not work with a pack \(ValueError: ids of shape \(1",
+            r"OwnPositions .*ValueError: .*\(1",
         ),
     ),
 )

@@ -92,11 +92,11 @@ def test_a_number_of_layers_is_spread_evenly(count: int, expected: tuple[int, ..
 @pytest.mark.parametrize(
     ("family", "layers", "message"),
     [
-        ("llama", 5, "keep_layers 5: the model has 4 layers"),
-        ("llama", (0, 4), r"keep_layers \[0, 4\].*0 to 3"),
+        ("llama", 5, "keep_layers 5: .*4 layers"),
+        ("llama", (0, 4), r"\[0, 4\].*0 to 3"),
         ("llama", (2, 1), "ascending order"),
         ("llama", (), "ascending order"),
-        ("t5", (1, 2), "the first layer, 0, holds T5's bias"),
+        ("t5", (1, 2), "0, holds T5's"),
     ],
 )
 def test_invalid_layers_are_refused(family: str, layers: object, message: str) -> None:

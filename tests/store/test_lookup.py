@@ -57,7 +57,7 @@ def test_ambiguous_prefix_lists_the_records(outputs: Path, cells: tuple[Cell, ..
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("zz", "no record 'zz' below '.*'"),
+        ("zz", "no record 'zz' below"),
         ("", "ambiguous: .* 7 records"),
         ("nowhere/there", "no record 'nowhere/there' below"),
     ],

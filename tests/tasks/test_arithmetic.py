@@ -85,12 +85,12 @@ def test_a_bare_number_becomes_a_solution(answer: object, target: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"question": "Q"}, "no field 'answer'; the fields there are: question"),
-        ({"answer": "5"}, "no field 'question'; the fields there are: answer"),
-        ({"question": "Q", "answer": "about five"}, "must be a number or end in '#### number'"),
+        ({"question": "Q"}, "no field 'answer'"),
+        ({"answer": "5"}, "no field 'question'"),
+        ({"question": "Q", "answer": "about five"}, "'#### number'"),
         ({"question": "Q", "answer": " "}, "field 'answer' is empty"),
-        ({"question": "Q", "answer": None}, "field 'answer' must be text, got NoneType"),
-        ({"question": "Q", "answer": True}, "field 'answer' must be text, got bool"),
+        ({"question": "Q", "answer": None}, "got NoneType"),
+        ({"question": "Q", "answer": True}, "got bool"),
     ],
 )
 def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:

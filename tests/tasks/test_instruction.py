@@ -88,10 +88,10 @@ def test_choices_follow_the_question_as_in_mmlu() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"inputs": "Q"}, "no field 'targets'; the fields there are: inputs"),
-        ({"prompt": "Q"}, "no field 'question'; the fields there are: prompt"),
-        ({"question": "Q", "answer": "E", "choices": ["a", "b"]}, "must be one of A, B, got 'E'"),
-        ({"question": "Q", "answer": "A", "choices": "a"}, "field 'choices' must be a list of texts"),
+        ({"inputs": "Q"}, "no field 'targets'"),
+        ({"prompt": "Q"}, "no field 'question'"),
+        ({"question": "Q", "answer": "E", "choices": ["a", "b"]}, "A, B, got 'E'"),
+        ({"question": "Q", "answer": "A", "choices": "a"}, "field 'choices' must"),
     ],
 )
 def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:

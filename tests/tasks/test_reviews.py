@@ -92,10 +92,10 @@ def test_real_rows_are_parsed(name: str, raw: dict[str, Any], target: str) -> No
     [
         ("classification", {"text": "fine", "label": "positiv"}, "did you mean 'positive'"),
         ("classification", {"text": "fine"}, "no field 'label'"),
-        ("tagging", {"tokens": ["a"], "tags": []}, "lists of the same length"),
+        ("tagging", {"tokens": ["a"], "tags": []}, "'tags' .*same length"),
         ("tagging", {"tokens": ["a b"], "tags": ["O"]}, "must be one word"),
-        ("tagging", {"tokens": ["a"], "tags": ["X"]}, "'X' is not a tag; valid: O, THING"),
-        ("scoring", {"text": "fine", "label": "2"}, "must be a number, got '2'"),
+        ("tagging", {"tokens": ["a"], "tags": ["X"]}, "'X' .*O, THING"),
+        ("scoring", {"text": "fine", "label": "2"}, "number, got '2'"),
         ("scoring", {"text": "fine", "label": float("nan")}, "must be a number"),
     ],
 )

@@ -132,10 +132,10 @@ def test_both_formats_of_a_real_row_give_the_same_row() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"en": "a", "fr": "b"}, "no field 'de'; the fields there are: en, fr"),
+        ({"en": "a", "fr": "b"}, "no field 'de'"),
         ({"en": "a", "de": "  "}, "field 'de' is empty"),
-        ({"translation": "a ||| b"}, "field 'translation' must hold 'en' and 'de'"),
-        ({"en": "a", "de": 3}, "field 'de' must be text, got int 3"),
+        ({"translation": "a ||| b"}, "field 'translation' must"),
+        ({"en": "a", "de": 3}, "got int 3"),
     ],
 )
 def test_an_invalid_row_is_refused_with_the_reason(raw: dict[str, object], message: str) -> None:

@@ -115,8 +115,8 @@ def test_a_server_that_takes_too_long_is_unavailable(served: Served, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": 21}, r"status 400\): .*greater than max allowed: 20.*`--max-logprobs`"),
-        ({"model": "lrage"}, r"refuses to score with lrage \(status 404\).*the model's name"),
+        ({"top_k": 21}, r"status 400\): .*20.*`--max-logprobs`"),
+        ({"model": "lrage"}, r"lrage \(status 404\)"),
     ],
 )
 def test_what_another_try_would_not_change_is_told_at_once(
@@ -132,13 +132,13 @@ def test_what_another_try_would_not_change_is_told_at_once(
         ("<html>", "answers no JSON: <html>"),
         ([], "as vLLM does"),
         ({"choices": [{"index": 0, "text": "x"}]}, "there is no 'prompt_logprobs'"),
-        ({"choices": []}, "0 choices for 1 texts"),
-        ({"choices": [{"index": 0, "prompt_logprobs": None}]}, "no prompt_logprobs for 2 tokens"),
-        ({"choices": [{"index": 0, "prompt_logprobs": [None]}]}, "1 prompt_logprobs for 2 tokens"),
-        ({"choices": [{"index": 0, "prompt_logprobs": [None, {"a": 1}]}]}, "a token's entry is {'a': 1}"),
+        ({"choices": []}, "0 choices for 1"),
+        ({"choices": [{"index": 0, "prompt_logprobs": None}]}, "no prompt_logprobs for 2"),
+        ({"choices": [{"index": 0, "prompt_logprobs": [None]}]}, "1 prompt_logprobs for 2"),
+        ({"choices": [{"index": 0, "prompt_logprobs": [None, {"a": 1}]}]}, "entry is {'a': 1}"),
         (
             {"choices": [{"index": 0, "prompt_logprobs": [None, {"3": {"logprob": -1.0}}]}]},
-            "1 tokens of each distribution where 4 are asked for",
+            "1 tokens .*where 4",
         ),
     ],
 )

@@ -131,15 +131,15 @@ def test_a_scale_weighs_the_tokens_of_one_term() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"teachers": [0, 0]}, r"teachers \[0, 0\] names a teacher twice"),
-        ({"teachers": [-1]}, "teacher -1: teachers have numbers"),
-        ({"teachers": ["second"]}, "teacher 'second': teachers have numbers"),
+        ({"teachers": [0, 0]}, r"\[0, 0\] .*twice"),
+        ({"teachers": [-1]}, "teacher -1:"),
+        ({"teachers": ["second"]}, "teacher 'second':"),
         ({"teachers": []}, "name at least one"),
-        ({"teachers": [0, 1], "weights": [1.0]}, "1 weights for 2 teachers: give one of each"),
+        ({"teachers": [0, 1], "weights": [1.0]}, "1 weights .*2 teachers"),
         ({"teachers": [0, 1], "weights": [0.5, 0.6]}, "must sum to 1"),
         (
             {"teachers": [0, 1], "temperatures": [0.0, 1.0]},
-            r"temperatures\[0\]: 0.0 is not valid: must be more",
+            r"temperatures\[0\]: 0.0",
         ),
     ],
 )

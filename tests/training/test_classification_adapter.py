@@ -239,14 +239,14 @@ def test_a_label_can_be_a_class_name(tmp_path: Path) -> None:
     [
         (
             {"text": "a", "label": 3},
-            r"label 3 is out of range: the model has 3 labels, 0 to 2 \(no, maybe, yes\)",
+            "label 3 .*maybe, yes",
         ),
-        ({"text": "a", "label": -1}, "label -1 is out of range"),
-        ({"text": "a", "label": 0.5}, "label 0.5 is out of range"),
-        ({"text": "a", "label": "yse"}, "label 'yse' is none of the model's; did you mean 'yes'"),
-        ({"text": "a"}, "the row has no `label`, which the loss reads; its columns are text"),
+        ({"text": "a", "label": -1}, "label -1"),
+        ({"text": "a", "label": 0.5}, "label 0.5"),
+        ({"text": "a", "label": "yse"}, "label 'yse' .*'yes'"),
+        ({"text": "a"}, "no `label`.*text"),
         ({"sentence": "a", "label": 1}, "'sentence'"),
-        ({"text": "", "label": 1}, "the row's text is empty"),
+        ({"text": "", "label": 1}, "text is empty"),
     ],
 )
 def test_invalid_rows_are_refused_with_the_reason(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -257,10 +257,10 @@ def test_invalid_rows_are_refused_with_the_reason(tmp_path: Path, row: dict[str,
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a", "b"], "labels": [1]}, "`labels` has 1 entries for 2 tokens: give one for each"),
-        ({"tokens": ["a", "b"], "labels": [1, 7]}, "label 7 is out of range"),
-        ({"text": "a b", "labels": [1, 1]}, "needs the row as `tokens` or `input_ids`"),
-        ({"tokens": ["a"], "label": 1}, "`label` has 1 entries for 1 tokens|`label` has 1 entries"),
+        ({"tokens": ["a", "b"], "labels": [1]}, "`labels` .*1 .*2 tokens"),
+        ({"tokens": ["a", "b"], "labels": [1, 7]}, "label 7"),
+        ({"text": "a b", "labels": [1, 1]}, "`tokens` or `input_ids`"),
+        ({"tokens": ["a"], "label": 1}, "`label` has 1"),
     ],
 )
 def test_invalid_rows_of_tokens_are_refused_with_the_reason(
