@@ -1,6 +1,5 @@
 """The page on new loss terms is true: its loss passes its test and trains from YAML and from Python."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 
 from ..models.tiny import tiny_examples, tiny_model, tiny_tokenizer
+from ..page_code import load_page_module
 from ..runner.tiny_experiments import options, tiny_grid
 from ..training.driving import arguments
 
@@ -29,25 +29,14 @@ NAME = "gkd_lab.losses.label_smoothing"
 GREEDY = [{"decoding": "greedy"}]
 
 
-def load_module(name: str, text: str, folder: Path) -> ModuleType:
-    path = folder / f"{name.rpartition('.')[2]}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def test_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The page's test; its loss is registered as its line says."""
-    load_module(NAME, LOSS, tmp_path)
+    load_page_module(NAME, LOSS, tmp_path)
     for name, path in eval(f"{{{LINE}}}").items():
         monkeypatch.setitem(LOSSES, name, path)
     try:
-        yield load_module("test_label_smoothing", TEST, tmp_path)
+        yield load_page_module("test_label_smoothing", TEST, tmp_path)
     finally:
         for name in (NAME, "test_label_smoothing"):
             sys.modules.pop(name, None)

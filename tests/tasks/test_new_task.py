@@ -1,6 +1,5 @@
 """The page on new tasks is true: its file is a task, its test passes, and a grid takes it."""
 
-import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -14,26 +13,17 @@ from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.tasks import TASKS, load_rows
 
+from ..page_code import load_page_module
+
 PAGE = Path(__file__).parents[2] / "docs" / "new_task.md"
 NAME = "gkd_lab.tasks.reversal"
-
-
-def loaded(name: str, text: str, folder: Path) -> ModuleType:
-    path = folder / f"{name.rpartition('.')[2]}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
     task, test = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     try:
-        yield loaded(NAME, task, tmp_path), loaded("test_reversal", test, tmp_path)
+        yield load_page_module(NAME, task, tmp_path), load_page_module("test_reversal", test, tmp_path)
     finally:
         for name in (NAME, "test_reversal"):
             sys.modules.pop(name, None)
