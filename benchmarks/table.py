@@ -20,7 +20,7 @@ from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.rows import build_table_rows
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 from gkd_lab.tasks import TASKS
 
 
@@ -85,9 +85,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         grid, store = build_grid(count), Store(Path(folder))
         write_records(grid, store)
-        assert table(grid, store)["status"].value_counts()["done"] == len(grid.cells)
+        assert build_wide_table(grid, store)["status"].value_counts()["done"] == len(grid.cells)
         plain = time_fastest(3, partial(read_files, grid, store))
-        for name, work in (("rows", build_table_rows), ("table", table)):
+        for name, work in (("rows", build_table_rows), ("wide table", build_wide_table)):
             seconds = time_fastest(3, partial(work, grid, store))
             print(
                 f"{name}: {seconds:.2f} s for {len(grid.cells)} records, "

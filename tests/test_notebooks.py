@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from gkd_lab import experiments
 from gkd_lab.experiments import load
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode_table, table
+from gkd_lab.tables.table import build_wide_table, encode_table
 from gkd_lab.tasks import TASKS
 
 from .tables.synthetic_store import fill_store
@@ -34,7 +34,7 @@ def read_code_cells(path: Path) -> list[str]:
 
 def build_synthetic_table(name: str, outputs: Path) -> pd.DataFrame:
     """Build the finished table of an experiment: scores rise with lmbda and differ between seeds."""
-    frame = table(load(name, outputs=outputs), Store(outputs))
+    frame = build_wide_table(load(name, outputs=outputs), Store(outputs))
     reference_scores = frame["role"].map({"start": 40.0, "teacher": 95.0})
     score = reference_scores.fillna(
         60 + 9 * frame["lmbda"] - frame["beta"].fillna(0.3) + 0.4 * frame["seed"].astype(float)

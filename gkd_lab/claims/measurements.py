@@ -16,7 +16,7 @@ from gkd_lab.config.settings import METHODS
 from gkd_lab.metrics import METRICS
 from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells
 from gkd_lab.tables.rows import encode_axis_value
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _TableReader:
         self, frame: pd.DataFrame, cells: Mapping[str, Cell], step_seconds: Mapping[str, float]
     ) -> None:
         self.cells, self.step_seconds = cells, step_seconds
-        self.axes = list_axes(frame)
+        self.axes = list_wide_axes(frame)
         self.score_columns = {task: list(_find_score_columns(frame, task)) for task in frame["task"].unique()}
         references = frame[frame["role"] != "cell"].to_dict("records")
         self.references = {(row["role"], row["cell"]): row for row in references}

@@ -11,8 +11,8 @@ from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.statistics.bootstrap import Array, bootstrap_scores, load_example_statistics
 from gkd_lab.statistics.effects import SCORE_TOLERANCE
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.rows import name_evaluations
-from gkd_lab.tables.table import table
+from gkd_lab.tables.results import measure_step_seconds, name_evaluations
+from gkd_lab.tables.table import build_wide_table
 
 
 def judge_run(
@@ -20,24 +20,9 @@ def judge_run(
 ) -> list[ClaimVerdict]:
     """Judge claims (default: all) on a run's finished cells; one verdict per claim, in order."""
     cells = {cell.fingerprint: cell for cell in grid.cells}
-    measurements = extract_measurements(table(grid, store), cells, measure_step_seconds(grid, store))
+    frame = build_wide_table(grid, store)
+    measurements = extract_measurements(frame, cells, measure_step_seconds(grid, store))
     return judge(claims, measurements, build_resample_lookup(grid, store))
-
-
-def measure_step_seconds(grid: Grid, store: Store) -> dict[str, float]:
-    """Map fingerprint to recorded seconds per step, of done cells that ran alone and unbroken.
-
-    The time of a pack is that of all of its members, so it does not tell the time of one.
-    """
-    step_seconds = {}
-    for cell in grid.cells:
-        record = store.get_record(cell)
-        provenance = record.read_provenance()
-        seconds = provenance.get("spent", {}).get("seconds")
-        ran_alone = len(provenance.get("pack", ())) == 1 and not provenance.get("resumed_at_step")
-        if seconds is not None and ran_alone and record.read_state() == "done":
-            step_seconds[cell.fingerprint] = float(seconds) / cell.training.steps
-    return step_seconds
 
 
 def build_resample_lookup(grid: Grid, store: Store) -> ResampleLookup:

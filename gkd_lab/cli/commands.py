@@ -113,10 +113,10 @@ def write_table(
     output: Annotated[Path | None, typer.Option("-o", help="File to write; default: stdout.")] = None,
 ) -> None:
     """Print, or write to a file, a table of the scores of cells and reference models."""
-    from gkd_lab.tables.table import collect_table_provenance, encode_table, table
+    from gkd_lab.tables.table import build_wide_table, collect_table_provenance, encode_table
 
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     if format == "parquet":
         frame.attrs.update(collect_table_provenance(grid, store))
     content = encode_table(frame, format)

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from gkd_lab.claims.run_claims import measure_step_seconds
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.panels import create_axes, shorten_metric
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.store import Record, Store
 from gkd_lab.tables.loss_labels import divergence_label
+from gkd_lab.tables.results import measure_step_seconds
 
 COST_LABELS = {
     "generated": "tokens that the student wrote",

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from gkd_lab.figures.style import MUTED
 from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells, summary
 from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 MAX_COLUMNS = 3
 TITLE_CHARACTERS = 46
@@ -51,7 +51,7 @@ def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Pan
     measured = [name for name, group in frame.groupby("task") if group[metric].notna().any()]
     tasks = [task] if task is not None else measured or list(cells["task"].unique())
     cells = cells[cells["task"].isin(tasks)]
-    varying = [axis for axis in list_axes(frame) if cells[axis].nunique(dropna=False) > 1]
+    varying = [axis for axis in list_wide_axes(frame) if cells[axis].nunique(dropna=False) > 1]
     return [
         Panel(
             _format_title(dict(zip(["task", *varying], values, strict=True))),
@@ -74,7 +74,7 @@ def build_summary_panels(
     cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
     if cells.empty:
         raise ValueError(f"no cell has a score in {metric!r} yet")
-    axes = [axis for axis in list_axes(frame) if axis not in excluded_axes]
+    axes = [axis for axis in list_wide_axes(frame) if axis not in excluded_axes]
     varying = [axis for axis in axes if cells[axis].nunique(dropna=False) > 1]
     panels = []
     for (task, *values), group in cells.groupby(["task", *varying], sort=False, dropna=False):

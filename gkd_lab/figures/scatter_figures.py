@@ -15,7 +15,7 @@ from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create
 from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.statistics.summaries import summary
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 _METRIC_LABELS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}
 
@@ -72,7 +72,7 @@ def _add_temperature_columns(
 def _select_table_rows(frame: pd.DataFrame, cells: pd.DataFrame, beta: float) -> pd.DataFrame:
     """Return the table's rows of one beta with the task and axis values of a panel's cells."""
     rows = frame[(frame["role"] == "cell") & (frame["task"] == cells["task"].iloc[0])]
-    for axis in list_axes(frame):
+    for axis in list_wide_axes(frame):
         rows = rows[rows[axis].isin(cells[axis])]
     return rows[rows["beta"] == beta]
 

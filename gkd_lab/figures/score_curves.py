@@ -14,7 +14,7 @@ from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_co
 from gkd_lab.statistics.summaries import NO_BETA, summary
 from gkd_lab.store import Store
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 
 def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
@@ -28,7 +28,7 @@ def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
         figure, axes = create_axes(len(panels), 6.4 if len(panels) == 1 else 4.4, 3.3)
         summaries = summary(frame, metric)
         for panel, panel_axes in zip(panels, axes, strict=True):
-            _draw_curves(panel_axes, panel, summaries, list_axes(frame))
+            _draw_curves(panel_axes, panel, summaries, list_wide_axes(frame))
             panel_axes.set_ylabel(shorten_metric(metric))
         add_divergence_legend(figure, axes)
         return figure

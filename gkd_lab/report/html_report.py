@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from gkd_lab.claims.definitions import CLAIMS
 from gkd_lab.claims.judge import judge_paper
 from gkd_lab.claims.measurements import Measurement, extract_measurements
-from gkd_lab.claims.run_claims import judge_run, measure_step_seconds
+from gkd_lab.claims.run_claims import judge_run
 from gkd_lab.claims.verdicts import UNJUDGED_PREFIX, format_effect, format_verdict
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_omitted_costs
@@ -31,8 +31,9 @@ from gkd_lab.statistics.summaries import expand_table, summary
 from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
 from gkd_lab.tables.loss_labels import divergence_label, format_axis_value
+from gkd_lab.tables.results import measure_step_seconds
 from gkd_lab.tables.rows import find_headline_column
-from gkd_lab.tables.table import list_axes, table
+from gkd_lab.tables.table import build_wide_table, list_wide_axes
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -45,7 +46,7 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
 
     A grid with nothing done has a report too.
     """
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
         autoescape=True,
@@ -109,7 +110,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
         "cost": _build_cost_section(grid, store, frame, metric, task, f"cost{number}"),
         "scores": _build_score_rows(frame, metric, task, differences),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
-        "axes": list_axes(frame),
+        "axes": list_wide_axes(frame),
         "best": None if best is None else _describe_cell(best),
         "samples": [] if best is None else select_samples(store, best),
     }
@@ -134,7 +135,7 @@ def _draw_figures(
     figures: dict[str, tuple[Figure, str]] = {}
     rows = frame[frame["task"] == task]
     has_scores = bool(rows.loc[rows["role"] == "cell", metric].notna().any())
-    if "objectives" not in list_axes(frame):
+    if "objectives" not in list_wide_axes(frame):
         label = f"Heat map of {metric} on {task} over lambda and divergence"
         figures["map"] = (heat_map(frame, metric, task), label)
         if has_scores:
@@ -201,7 +202,7 @@ def _build_score_rows(
     """
     rows = frame[frame["task"] == task]
     points = expand_table(rows)
-    keys = ["role", "lmbda", "beta", *list_axes(frame)]
+    keys = ["role", "lmbda", "beta", *list_wide_axes(frame)]
     score_rows = []
     for row in summary(rows, metric).to_dict("records"):
         models = points

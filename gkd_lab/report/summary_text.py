@@ -8,7 +8,7 @@ import pandas as pd
 from gkd_lab.statistics.differences import CONFIDENCE_LEVEL, StartDifference
 from gkd_lab.statistics.summaries import Effect, StatisticsLookup, estimate_lmbda_effect, summary
 from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 
 def describe_results(
@@ -29,9 +29,9 @@ def describe_results(
         return ["No cell of this task has a score yet, so the effects of λ and β are unknown."]
     effect = estimate_lmbda_effect(rows, metric, load_statistics)
     return [
-        _describe_best(cells, summaries, list_axes(frame)),
+        _describe_best(cells, summaries, list_wide_axes(frame)),
         _describe_start_comparison(start_differences),
-        _describe_beta_effect(cells, list_axes(frame)),
+        _describe_beta_effect(cells, list_wide_axes(frame)),
         _describe_lmbda_effect(rows, effect),
     ]
 

@@ -12,7 +12,7 @@ from gkd_lab.config import Cell, Grid
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.store import Record, Store
 from gkd_lab.store.cell_state import compute_cell_state, get_error_line
-from gkd_lab.tables.rows import name_evaluations
+from gkd_lab.tables.results import name_evaluations
 
 TrackerName = Literal["none", "wandb", "trackio"]
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from gkd_lab.statistics.effects import Effect, estimate_one_seed_effect, estimate_seed_effect
 from gkd_lab.statistics.summaries import StatisticsLookup, expand_collapsed_cells
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 CONFIDENCE_LEVEL = 0.95
 
@@ -62,7 +62,7 @@ def _iterate_effects(
 ) -> Iterator[tuple[dict[str, Any], Effect]]:
     """Yield (axis values, effect: score minus the SFT student's) for each grid point with both."""
     starts = frame[frame["role"] == "start"].set_index("cell")[metric]
-    keys = ["lmbda", "beta", *list_axes(frame)]
+    keys = ["lmbda", "beta", *list_wide_axes(frame)]
     cells = expand_collapsed_cells(frame)
     scored = cells[cells[metric].notna() & cells["start_cell"].map(starts).notna()]
     for values, group in scored.groupby(keys, dropna=False, sort=False):

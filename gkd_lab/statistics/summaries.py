@@ -15,7 +15,7 @@ from gkd_lab.statistics.effects import (
     estimate_seed_effect,
 )
 from gkd_lab.tables.rows import encode_axis_value
-from gkd_lab.tables.table import list_axes
+from gkd_lab.tables.table import list_wide_axes
 
 SEED_INTERVAL = "t, seeds"
 EXAMPLE_INTERVAL = "bootstrap, examples"
@@ -64,7 +64,7 @@ def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     seeds. From two seeds on, the interval is Student's t over seeds; for one it is the stored bootstrap over
     its examples; `interval` names the kind, or is `none`. `beta` is `NO_BETA` where a cell has none.
     """
-    keys = ["role", "task", "lmbda", "beta", *list_axes(frame)]
+    keys = ["role", "task", "lmbda", "beta", *list_wide_axes(frame)]
     rows = expand_table(frame)
     # Two teachers are not two seeds of one.
     model = rows["cell"].where(rows["role"] != "cell", "") if "cell" in rows else rows["role"]
@@ -115,7 +115,7 @@ def _pair_lmbda_ends(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     ends = cells["lmbda"].min(), cells["lmbda"].max()
     done = cells[cells[metric].notna()]
-    keys = ["task", "beta", "seed", *list_axes(cells)]
+    keys = ["task", "beta", "seed", *list_wide_axes(cells)]
     low, high = (done[done["lmbda"] == end][[*keys, "cell", metric]] for end in ends)
     pairs = low.merge(high, on=keys, suffixes=("_low", "_high"))
     pairs["difference"] = pairs[f"{metric}_high"] - pairs[f"{metric}_low"]

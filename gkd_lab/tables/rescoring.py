@@ -17,7 +17,7 @@ from gkd_lab.config.cell import LmEvalEvaluation, list_references
 from gkd_lab.metrics import Scorer
 from gkd_lab.store import DamagedRecord, EvaluationRecord, Record, Store
 from gkd_lab.store.rescore import MetricScores, rescore_evaluation
-from gkd_lab.tables.rows import name_evaluations
+from gkd_lab.tables.results import name_evaluations
 
 _MIN_RECORDS_FOR_PROCESSES = 100
 """With fewer records one process is as fast: each further one imports for a second or two."""

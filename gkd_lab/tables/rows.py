@@ -4,13 +4,13 @@ Rows are plain dictionaries, so that nothing heavy is imported.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gkd_lab.config import Cell, Grid, SftModel
-from gkd_lab.config.cell import AnyEvaluation, list_references
-from gkd_lab.store import EvaluationRecord, Record, Store
-from gkd_lab.store.cell_state import compute_cell_state, get_error_line, require_metrics
+from gkd_lab.config import Cell, Grid
+from gkd_lab.config.cell import AnyEvaluation
+from gkd_lab.store import Store
+from gkd_lab.tables.results import ModelResults, TableModel, list_models, name_evaluations, read_results
 
 TableRow = dict[str, Any]
 
@@ -22,9 +22,14 @@ _LM_EVAL_DETAILS = ("lm_eval", "task_hash")
 def build_table_rows(grid: Grid, store: Store) -> list[TableRow]:
     """Build a dict (column -> value) per SFT student, then per teacher, then per cell."""
     axes = list_extra_axes(grid)
-    references = sorted(list_references(grid.cells), key=lambda reference: reference.role != "start")
-    reference_rows = [_build_reference_row(grid, store, axes, *reference) for reference in references]
-    return [*reference_rows, *(_build_cell_row(grid, store, axes, cell) for cell in grid.cells)]
+    return [
+        {
+            **_build_settings(model, axes),
+            **_flatten_results(read_results(model.record, model.evaluations)),
+            **(_build_cell_links(grid, model.cells[0]) if model.role == "cell" else {}),
+        }
+        for model in list_models(grid, store)
+    ]
 
 
 def list_extra_axes(grid: Grid) -> tuple[str, ...]:
@@ -41,12 +46,7 @@ def find_headline_column(grid: Grid, task: str) -> str:
 
 def get_primary_metric(cell: Cell) -> tuple[AnyEvaluation, str]:
     """Return (the cell's first evaluation, name of the first metric of that evaluation)."""
-    return cell.evaluations[0], _get_first_metric(cell.evaluations[0])
-
-
-def _get_first_metric(evaluation: AnyEvaluation) -> str:
-    """Return the name of an evaluation's first metric; `acc` for an lm-eval task without any."""
-    return next(iter(evaluation.metrics), "acc")
+    return cell.evaluations[0], list_requested_metrics(cell.evaluations[0], is_first=True)[0]
 
 
 def list_metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]:
@@ -56,11 +56,15 @@ def list_metric_columns(evaluations: tuple[AnyEvaluation, ...]) -> Iterator[str]
     """
     names = name_evaluations(evaluations)
     for evaluation in evaluations:
-        first = (_get_first_metric(evaluation),) if evaluation is evaluations[0] else ()
-        for metric in dict.fromkeys((*first, *evaluation.metrics)):
+        for metric in list_requested_metrics(evaluation, is_first=evaluation is evaluations[0]):
             yield from _list_bound_columns(f"{names[evaluation.folder]}/{metric}")
             if len(evaluations) == 1:
                 yield from _list_bound_columns(metric)
+
+
+def list_requested_metrics(evaluation: AnyEvaluation, is_first: bool) -> tuple[str, ...]:
+    """Return the metrics that an evaluation must have; `acc` for a cell's first one that names none."""
+    return tuple(dict.fromkeys(evaluation.metrics)) or (("acc",) if is_first else ())
 
 
 def _list_bound_columns(name: str) -> tuple[str, str, str]:
@@ -68,90 +72,51 @@ def _list_bound_columns(name: str) -> tuple[str, str, str]:
     return name, f"{name}.low", f"{name}.high"
 
 
-def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
-    """Map each evaluation's folder to its name in columns: `name-fingerprint` if not unique."""
-    names = [evaluation.name for evaluation in evaluations]
-    return {
-        evaluation.folder: name if names.count(name) == 1 else f"{name}-{evaluation.fingerprint}"
-        for evaluation, name in zip(evaluations, names, strict=True)
-    }
-
-
-def _build_reference_row(
-    grid: Grid, store: Store, axes: tuple[str, ...], role: str, model: SftModel, cells: list[Cell]
-) -> TableRow:
-    """Build a reference model's row; an axis has a value if all cells of the model agree on it."""
-    values = {axis: {encode_axis_value(cell.labels[axis]) for cell in cells} for axis in axes}
-    shared = {axis: options.pop() if len(options) == 1 else None for axis, options in values.items()}
+def _build_settings(model: TableModel, axes: tuple[str, ...]) -> TableRow:
+    """Return a row's columns up to its axes; lmbda, beta and seed are None for a reference model."""
+    settings: tuple[float | None, float | None, int | None] = (None, None, None)
+    if model.role == "cell":
+        settings = (model.cells[0].lmbda, model.cells[0].beta, model.cells[0].seed)
     return {
         "cell": model.fingerprint,
-        "role": role,
-        "task": model.task,
-        **dict.fromkeys(("lmbda", "beta", "seed")),
-        **shared,
-        **_read_results(store.get_artifact(grid.scale, role, model), cells[0].evaluations),
+        "role": model.role,
+        "task": model.cells[0].task,
+        **dict(zip(("lmbda", "beta", "seed"), settings, strict=True)),
+        **{axis: find_shared_label(model, axis) for axis in axes},
     }
 
 
-def _build_cell_row(grid: Grid, store: Store, axes: tuple[str, ...], cell: Cell) -> TableRow:
-    """Build a trained cell's row: settings, status, scores, start, teacher and `stands_for`."""
+def find_shared_label(model: TableModel, axis: str) -> Any:
+    """Return the encoded axis value that all cells of a model share; None if they differ."""
+    if len(model.cells) == 1:
+        return encode_axis_value(model.cells[0].labels[axis])
+    values = {encode_axis_value(cell.labels[axis]) for cell in model.cells}
+    return values.pop() if len(values) == 1 else None
+
+
+def _build_cell_links(grid: Grid, cell: Cell) -> TableRow:
+    """Return columns that tell a cell's reference models, and the grid points that it stands for."""
     points = grid.stands_for.get(cell.full_fingerprint)
     return {
-        "cell": cell.fingerprint,
-        "role": "cell",
-        "task": cell.task,
-        "lmbda": cell.lmbda,
-        "beta": cell.beta,
-        "seed": cell.seed,
-        **{axis: encode_axis_value(cell.labels[axis]) for axis in axes},
-        **_read_results(store.get_record(cell), cell.evaluations),
         "start_cell": cell.training.start.fingerprint,
         "teacher_cell": cell.training.teacher.fingerprint,
         "stands_for": None if points is None else [dict(point) for point in points],
     }
 
 
-def _read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> TableRow:
-    """Read status, state per evaluation, score columns and first error of a record.
-
-    Reads one file, and two for each evaluation. Added lm-eval tasks have columns and do not affect `status`.
-    """
-    status = record.read_status()
-    stored_states, errors, scores = [], [get_error_line(status)], {}
-    names = name_evaluations(evaluations)
-    for evaluation in evaluations:
-        part = record.get_evaluation(evaluation)
-        part_status = part.read_status()
-        errors.append(get_error_line(part_status))
-        stored_state = part_status.get("state")
-        stored = part.read_scores() if stored_state == "done" else {}
-        name = names[evaluation.folder]
-        scores.update(_flatten_scores(stored, name, include_short_names=len(evaluations) == 1))
-        stored_states.append(require_metrics(stored_state, evaluation.metrics, stored))
-    state = compute_cell_state(status.get("state"), stored_states, record.is_locked)
-    states = dict(zip(names.values(), state.evaluations, strict=True))
-    for name, part in _find_added_evaluations(record, evaluations, names.values()):
-        states[name] = part.read_state()
-        stored = part.read_scores() if states[name] == "done" else {}
-        scores.update(_flatten_scores(stored, name, include_short_names=False))
+def _flatten_results(results: ModelResults) -> TableRow:
+    """Return status, state per evaluation, score columns and first error of a model."""
+    has_short_names = sum(not evaluation.is_added for evaluation in results.evaluations) == 1
+    scores: TableRow = {}
+    for evaluation in results.evaluations:
+        include_short_names = has_short_names and not evaluation.is_added
+        scores.update(_flatten_scores(evaluation.scores, evaluation.name, include_short_names))
     return {
-        "status": state.whole,
-        "evaluations": states,
+        "status": results.status,
+        "evaluations": {evaluation.name: evaluation.state for evaluation in results.evaluations},
         **scores,
-        "error": next(filter(None, errors), None),
+        "error": results.error,
     }
-
-
-def _find_added_evaluations(
-    record: Record, evaluations: Sequence[AnyEvaluation], used_names: Iterable[str]
-) -> Iterator[tuple[str, EvaluationRecord]]:
-    """Yield (unique name, record) of lm-eval tasks that `gkd-lab evaluate` added afterwards."""
-    folders, taken = {evaluation.folder for evaluation in evaluations}, set(used_names)
-    added = [e for e in record.list_harness_evaluations() if e.folder not in folders]
-    for evaluation in added:
-        name = name_evaluations(added)[evaluation.folder]
-        unique = f"{name}-{evaluation.fingerprint}" if name in taken else name
-        yield unique, record.get_evaluation(evaluation)
 
 
 def _flatten_scores(

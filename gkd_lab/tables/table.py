@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pandas as pd
@@ -18,8 +19,8 @@ _LEADING_COLUMNS = ("cell", "role", "task", "lmbda", "beta", "seed")
 _TRAILING_COLUMNS = ("start_cell", "teacher_cell", "stands_for", "error")
 
 
-def table(grid: Grid, store: Store) -> pd.DataFrame:
-    """Build the results table as a data frame: a row per reference model, then a row per cell.
+def build_wide_table(grid: Grid, store: Store) -> pd.DataFrame:
+    """Build the wide results table: a row per reference model, then a row per cell.
 
     Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes, `status`,
     `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one evaluation) with
@@ -33,9 +34,14 @@ def table(grid: Grid, store: Store) -> pd.DataFrame:
     frame = pd.DataFrame(table_rows, columns=columns)
     frame[["lmbda", "beta"]] = frame[["lmbda", "beta"]].astype("float64")
     for column in ("seed", *axes):
-        if all(_is_integer_or_missing(row[column]) for row in table_rows):
-            frame[column] = frame[column].astype("Int64")
+        frame[column] = convert_integers([row[column] for row in table_rows])
     return frame
+
+
+def convert_integers(values: Sequence[Any]) -> Any:
+    """Return integers, None allowed, as an Int64 array, where pandas would make floats; else `values`."""
+    is_integer = all(value is None or type(value) is int for value in values)
+    return pd.array(values, dtype="Int64") if is_integer else values
 
 
 def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
@@ -51,8 +57,8 @@ def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
     return list(columns)
 
 
-def list_axes(frame: pd.DataFrame) -> list[str]:
-    """Return the frame's axis columns, those between `seed` and `status`, without `divergence`.
+def list_wide_axes(frame: pd.DataFrame) -> list[str]:
+    """Return a wide frame's axis columns, those between `seed` and `status`, without `divergence`.
 
     A null `beta` tells the divergence. task, lmbda, beta and seed are always there and not among them.
     """
@@ -106,11 +112,6 @@ def list_table_rows(frame: pd.DataFrame) -> list[TableRow]:
     ]
     names = list(frame.columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _is_integer_or_missing(value: Any) -> bool:
-    """Return whether a value is None or an int; bools and floats are not."""
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_missing(value: Any) -> bool:

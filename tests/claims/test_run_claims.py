@@ -17,7 +17,7 @@ from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.experiment import parse_experiment
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode_table, table
+from gkd_lab.tables.table import build_wide_table, encode_table
 
 from ..tables.synthetic_store import FakeTask, build_grid, fill_store, write_finished_record
 
@@ -89,7 +89,7 @@ def test_one_seed_is_judged_over_its_examples(store: Store) -> None:
 def test_one_seed_is_undecided_without_stored_predictions(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1]})
     fill_store(grid, store, score=lambda cell: 80.0 if cell.lmbda else 40.0)
-    (verdict,) = judge([CLAIMS["C1"]], extract_measurements(table(grid, store)))
+    (verdict,) = judge([CLAIMS["C1"]], extract_measurements(build_wide_table(grid, store)))
     assert (verdict.verdict, verdict.effect, verdict.low) == ("undecided", 40.0, None)
 
 
@@ -147,7 +147,7 @@ def test_baselines_in_a_parquet_file_are_recognised_by_their_method(store: Store
     """A committed parquet file has no store beside it."""
     grid = fill_method_grid(store)
     file = store.root / "table.parquet"
-    file.write_bytes(encode_table(table(grid, store), "parquet"))
+    file.write_bytes(encode_table(build_wide_table(grid, store), "parquet"))
     (verdict,) = judge([CLAIMS["C14"]], extract_measurements(pd.read_parquet(file)))
     assert (verdict.verdict, len(verdict.columns)) == ("holds", 1)
     assert len(verdict.columns[0].contrasts) == 3
@@ -271,7 +271,7 @@ def test_text_shows_judged_and_named_claims_first_and_others_in_one_line(store: 
 def test_a_table_without_cells_tells_the_loss_by_its_divergence(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [1], "divergence": ["jsd", "tv"], "beta": [0.5]})
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     trained = [m.figure_cell for m in extract_measurements(frame) if m.figure_cell["role"] == "cell"]
     assert {(cell["loss"], cell["beta"]) for cell in trained} == {("jsd", 0.5), ("tv", None)}
     frame["divergence"] = frame["divergence"].replace("tv", "hellinger")

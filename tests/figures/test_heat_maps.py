@@ -9,7 +9,7 @@ from gkd_lab.figures import curves, heat_map, loss_curves
 from gkd_lab.figures.style import choose_text_color, get_divergence_color, render_inline_svg
 from gkd_lab.store import Store
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -39,7 +39,7 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
 ) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    figure = heat_map(table(grid, store), "accuracy")
+    figure = heat_map(build_wide_table(grid, store), "accuracy")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "Forward KL",
@@ -61,13 +61,13 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
 def test_negative_gains_have_a_true_minus_sign(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store, start_score=60.0)
-    assert read_squares(heat_map(table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
+    assert read_squares(heat_map(build_wide_table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
 
 
 def test_small_gains_have_two_decimals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
     assert read_squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
     frame["accuracy"] = (10 * frame["accuracy"]).round() / 10
@@ -78,7 +78,7 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[2:])
     store.get_record(grid.cells[1]).mark_failed("ValueError: broken")
-    figure = heat_map(table(grid, store), "accuracy")
+    figure = heat_map(build_wide_table(grid, store), "accuracy")
     squares = read_squares(figure)
     assert (squares[0, 0], squares[1, 0]) == ("missing", "failed")
     (mesh,) = figure.axes[0].collections
@@ -89,7 +89,7 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
 def test_the_heat_map_shows_scores_where_the_sft_student_is_missing(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     figure = heat_map(frame[frame["role"] == "cell"], "accuracy")
     assert read_squares(figure)[0, 0] == "40.0"
     assert "SFT student is missing" in join_texts(figure)
@@ -98,7 +98,7 @@ def test_the_heat_map_shows_scores_where_the_sft_student_is_missing(store: Store
 def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:5])
-    squares = read_squares(heat_map(table(grid, store), "accuracy"))
+    squares = read_squares(heat_map(build_wide_table(grid, store), "accuracy"))
     assert squares[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
     assert squares[0, 1] == "+38.5\n2 of 3 seeds"
 
@@ -106,13 +106,13 @@ def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
 def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> None:
     students = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
     fill_store(students, store)
-    figure = heat_map(table(students, store), "accuracy")
+    figure = heat_map(build_wide_table(students, store), "accuracy")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["arithmetic, student small", "arithmetic, student base"]
 
     tasks = build_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
     fill_store(tasks, store)
-    frame = table(tasks, store)
+    frame = build_wide_table(tasks, store)
     assert [a.get_title(loc="left") for a in heat_map(frame, "bleu").axes] == ["translation"]
     assert [a.get_title(loc="left") for a in curves(frame, "accuracy").axes] == ["arithmetic"]
 
@@ -120,14 +120,14 @@ def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> N
 def test_a_collapsed_cell_is_drawn_at_each_combination(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     fill_store(grid, store)
-    figure = heat_map(table(grid, store), "accuracy")
+    figure = heat_map(build_wide_table(grid, store), "accuracy")
     assert [read_squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
 
 
 def test_total_variation_is_a_column_after_reverse_kl(store: Store) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     figure = heat_map(frame, "accuracy")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
     columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
@@ -143,13 +143,13 @@ def test_total_variation_is_a_column_after_reverse_kl(store: Store) -> None:
 
 def test_an_unknown_metric_is_refused_with_the_score_columns(store: Store) -> None:
     with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
-        heat_map(table(build_grid(), store), "rouge")
+        heat_map(build_wide_table(build_grid(), store), "rouge")
 
 
 def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    axes = curves(table(grid, store), "accuracy").axes[0]
+    axes = curves(build_wide_table(grid, store), "accuracy").axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert {"Forward KL", "JSD(0.1)", "Reverse KL"} <= set(lines)
     assert list(lines["Forward KL"].get_ydata()) == [40.0, 55.0, 70.0]
@@ -179,7 +179,7 @@ def test_a_nan_loss_does_not_spoil_the_scale(store: Store) -> None:
 
 def test_a_grid_with_nothing_done_can_be_drawn(store: Store) -> None:
     grid = build_grid()
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     assert set(read_squares(heat_map(frame, "accuracy")).values()) == {"missing"}
     assert not curves(frame, "accuracy").legends
     assert not loss_curves(grid, store).legends
@@ -208,7 +208,7 @@ def test_svgs_of_one_page_share_no_id_and_make_no_request(store: Store) -> None:
 
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[1:])
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     first, second = (render_inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0] and not ids[0] & ids[1]

@@ -18,7 +18,7 @@ from gkd_lab.report.notebooks import (
     read_table,
 )
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode_table, table
+from gkd_lab.tables.table import build_wide_table, encode_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -29,7 +29,7 @@ def build_run_table(folder: Path, **document: object) -> pd.DataFrame:
     """Build the table of a finished synthetic grid."""
     grid = build_grid(**document)
     fill_store(grid, Store(folder))
-    return table(grid, Store(folder))
+    return build_wide_table(grid, Store(folder))
 
 
 def list_texts(axes: Axes) -> list[str]:
@@ -140,7 +140,7 @@ def test_the_tradeoff_is_drawn_from_the_highest_to_the_lowest_temperature() -> N
 )
 def test_a_table_without_scores_is_refused(draw: object, tmp_path: Path) -> None:
     grid = build_grid(grid=METHODS)
-    empty = table(grid, Store(tmp_path))
+    empty = build_wide_table(grid, Store(tmp_path))
     with pytest.raises(ValueError, match="accuracy"):
         draw(empty)
 
@@ -153,7 +153,7 @@ def test_a_table_without_sampled_scores_has_no_tradeoff(tmp_path: Path) -> None:
 def test_verdicts_of_the_experiments_claims_stand_beside_the_papers(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1]}, paper={"claims": ["C1", "C12"]})
     fill_store(grid, Store(tmp_path))
-    text = "\n".join(format_verdicts(table(grid, Store(tmp_path)), grid))
+    text = "\n".join(format_verdicts(build_wide_table(grid, Store(tmp_path)), grid))
     assert text.startswith("C1   holds")
     assert "fails; 54 of 55" in text
     assert "\nC12 " in text

@@ -13,7 +13,7 @@ from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import paired_heat_maps
 from gkd_lab.figures.paper_maps import MapPair, describe_agreement, measure_agreement, pair_maps
 from gkd_lab.store import Store
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -26,7 +26,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def read_measurements(grid: Grid, store: Store) -> list[Measurement]:
-    return extract_measurements(table(grid, store), {cell.fingerprint: cell for cell in grid.cells})
+    return extract_measurements(
+        build_wide_table(grid, store), {cell.fingerprint: cell for cell in grid.cells}
+    )
 
 
 def get_paper_gain(cell: Cell) -> float:

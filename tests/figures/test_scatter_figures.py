@@ -10,7 +10,7 @@ from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import reward_gains
 from gkd_lab.store import Store
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -30,7 +30,7 @@ def score_cell(cell: Cell) -> float:
 def rewarded_run(tmp_path: Path) -> tuple[Grid, pd.DataFrame]:
     grid = build_grid(**RUN)
     fill_store(grid, Store(tmp_path), score=score_cell)
-    return grid, table(grid, Store(tmp_path))
+    return grid, build_wide_table(grid, Store(tmp_path))
 
 
 def read_points(axes: Axes) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,7 @@ from gkd_lab import experiments
 from gkd_lab.report.html_report import write_report
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 
 TINY = "{layers: 1, width: 16, heads: 2, sft: {steps: 2, batch_size: 4, learning_rate: 1.0e-3}}"
 SMALL_GRID = {
@@ -29,7 +29,7 @@ def test_nano_grid_runs_three_tasks_to_a_table_and_a_report(tmp_path: Path) -> N
     options = RunOptions(tmp_path)
     outcome = run_grid(grid, options)
     assert (outcome.failures, outcome.busy_cell_count) == ([], 0)
-    frame = table(grid, options.store)
+    frame = build_wide_table(grid, options.store)
     cells = frame[frame.role == "cell"]
     assert set(frame.status) == {"done"}
     assert cells.groupby("task").size().to_dict() == dict.fromkeys(grid.axes["task"], 6)

@@ -15,7 +15,7 @@ from gkd_lab.config import Grid
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Store
-from gkd_lab.tables.table import encode_table, table
+from gkd_lab.tables.table import build_wide_table, encode_table
 
 TIMED = ("status.json", "provenance.json", "digests.json", "times.jsonl", "files.json")
 """Files with times and machines, which differ between two equal runs."""
@@ -88,5 +88,5 @@ def times(outputs: Path) -> dict[str, int]:
 
 def table_of(grid: Grid, outputs: Path) -> list[dict[str, Any]]:
     """Return the rows of `gkd-lab table --format json`."""
-    rows: list[dict[str, Any]] = json.loads(encode_table(table(grid, Store(outputs)), "json"))
+    rows: list[dict[str, Any]] = json.loads(encode_table(build_wide_table(grid, Store(outputs)), "json"))
     return rows

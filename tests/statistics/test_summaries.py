@@ -9,7 +9,7 @@ import pytest
 from gkd_lab.statistics.effects import compute_t_interval, estimate_bootstrap_effect, estimate_seed_effect
 from gkd_lab.statistics.summaries import NO_BETA, estimate_lmbda_effect, expand_collapsed_cells, summary
 from gkd_lab.store import Store
-from gkd_lab.tables.table import table
+from gkd_lab.tables.table import build_wide_table
 
 from ..tables.prediction_records import build_mean_statistics
 from ..tables.synthetic_store import build_grid, fill_store
@@ -26,7 +26,7 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
     store = Store(tmp_path)
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:4])
-    summaries = summary(table(grid, store), "accuracy").set_index(["role", "lmbda"])
+    summaries = summary(build_wide_table(grid, store), "accuracy").set_index(["role", "lmbda"])
     three, single = summaries.loc[("cell", 0.0)], summaries.loc[("cell", 1.0)]
     assert (three["n"], three["interval"]) == (3, "t, seeds")
     assert three["mean"] == pytest.approx(39.0)
@@ -36,7 +36,7 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
 
 
 def test_unfinished_cells_have_no_mean_and_no_interval(tmp_path: Path) -> None:
-    summaries = summary(table(build_grid(), Store(tmp_path)), "accuracy")
+    summaries = summary(build_wide_table(build_grid(), Store(tmp_path)), "accuracy")
     assert (summaries["n"] == 0).all()
     assert (summaries["interval"] == "none").all()
     assert summaries["mean"].isna().all()
@@ -44,7 +44,7 @@ def test_unfinished_cells_have_no_mean_and_no_interval(tmp_path: Path) -> None:
 
 def test_a_collapsed_cell_has_a_row_at_each_of_its_grid_points(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
+    placed = expand_collapsed_cells(build_wide_table(grid, Store(tmp_path)))
     assert list(zip(placed["lmbda"], placed["temperature"], strict=True)) == [
         (0, 0.5),
         (0, 1.0),
@@ -58,7 +58,7 @@ def test_total_variation_has_one_row_after_the_betas(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
     store = Store(tmp_path)
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     assert list(expand_collapsed_cells(frame)["beta"]) == [NO_BETA, 0, 1] * 2
     summaries = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
     assert summaries.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
@@ -72,7 +72,7 @@ def test_a_collapsed_cell_expands_over_axes_of_nested_settings(tmp_path: Path) -
     sizes = [{"layers": 1, "width": width, "heads": 1} for width in (8, 16)]
     grid = build_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
     assert [len(points) for points in grid.stands_for.values()] == [2, 2]
-    placed = expand_collapsed_cells(table(grid, Store(tmp_path)))
+    placed = expand_collapsed_cells(build_wide_table(grid, Store(tmp_path)))
     assert placed.groupby(["temperature", "student"]).size().tolist() == [1] * 4
 
 
@@ -158,7 +158,7 @@ def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     grid = build_grid()
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     teacher = frame[frame["role"] == "teacher"]
     with_two_teachers = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])
     described = summary(with_two_teachers, "accuracy")

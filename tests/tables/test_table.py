@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from gkd_lab.store import Store
-from gkd_lab.tables.table import TABLE_FORMATS, encode_table, list_axes, table
+from gkd_lab.tables.table import TABLE_FORMATS, build_wide_table, encode_table, list_wide_axes
 
 from .synthetic_store import build_grid, fill_store, linear_score, write_evaluation, write_finished_record
 
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Store:
 def test_a_row_for_every_reference_model_and_cell_in_grid_order(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     assert list(frame["role"]) == ["start", "teacher"] + ["cell"] * 9
     assert list(frame["cell"][2:]) == [cell.fingerprint for cell in grid.cells]
     assert frame["cell"][0] == grid.cells[0].training.start.fingerprint
@@ -39,7 +39,7 @@ def test_total_variation_has_no_beta_and_other_axes_have_columns(store: Store) -
     axes = {"divergence": ["jsd", "tv"], "beta": [0, 0.5], "rescale_divergence": [False, True]}
     grid = build_grid(grid=axes)
     fill_store(grid, store)
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     rows = [row for row in json.loads(encode_table(frame, "json")) if row["role"] == "cell"]
     names = ("divergence", "beta", "rescale_divergence")
     assert [tuple(row[name] for name in names) for row in rows] == [
@@ -49,7 +49,7 @@ def test_total_variation_has_no_beta_and_other_axes_have_columns(store: Store) -
         ("tv", None, False),
     ]
     assert len(rows[3]["stands_for"]) == 4
-    assert list_axes(frame) == ["rescale_divergence"]
+    assert list_wide_axes(frame) == ["rescale_divergence"]
     for format in TABLE_FORMATS:
         assert encode_table(frame, format)
 
@@ -57,7 +57,7 @@ def test_total_variation_has_no_beta_and_other_axes_have_columns(store: Store) -
 def test_scores_have_a_short_name_where_a_cell_has_one_evaluation(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    row = table(grid, store).iloc[2]
+    row = build_wide_table(grid, store).iloc[2]
     assert row["greedy/accuracy"] == row["accuracy"] == 40.0
     assert row["greedy/accuracy.low"] == row["accuracy.low"] == 37.0
     assert row["greedy/accuracy.high"] == row["accuracy.high"] == 43.0
@@ -67,7 +67,7 @@ def test_scores_have_a_short_name_where_a_cell_has_one_evaluation(store: Store) 
         evaluations=[{"decoding": "greedy"}, {"decoding": "sample", "temperature": 0.5}]
     )
     fill_store(two_evaluations, store)
-    frame = table(two_evaluations, store)
+    frame = build_wide_table(two_evaluations, store)
     assert frame["sample0.5/accuracy"].notna().all()
     assert "accuracy" not in frame.columns
     assert frame["evaluations"][2] == {"greedy": "done", "sample0.5": "done"}
@@ -78,7 +78,7 @@ def test_two_evaluations_of_one_name_have_separate_columns(store: Store) -> None
         evaluations=[{"decoding": "greedy", "examples": 10}, {"decoding": "greedy", "examples": 20}]
     )
     fill_store(grid, store)
-    names = list(table(grid, store)["evaluations"][2])
+    names = list(build_wide_table(grid, store)["evaluations"][2])
     assert names == [f"greedy-{e.fingerprint}" for e in grid.cells[0].evaluations]
 
 
@@ -92,7 +92,7 @@ def test_missing_failed_and_running_cells_are_rows(store: Store) -> None:
     write_finished_record(store.get_record(judged_badly), judged_badly, 50.0)
     store.get_record(judged_badly).get_evaluation(half.evaluations[0]).mark_failed("ValueError: no answer")
     with store.get_record(running).lock():
-        cells = table(grid, store).iloc[2:7].reset_index(drop=True)
+        cells = build_wide_table(grid, store).iloc[2:7].reset_index(drop=True)
     assert list(cells["status"]) == ["failed", "running", "missing", "failed", "missing"]
     assert cells["error"][0] == "out of memory"
     assert cells["error"][3] == "ValueError: no answer"
@@ -103,15 +103,15 @@ def test_missing_failed_and_running_cells_are_rows(store: Store) -> None:
 
 
 def test_an_empty_store_gives_the_same_columns_and_missing_rows(store: Store) -> None:
-    frame = table(build_grid(), store)
+    frame = build_wide_table(build_grid(), store)
     assert set(frame["status"]) == {"missing"}
     assert {"greedy/accuracy", "greedy/accuracy.low", "accuracy", "error"} <= set(frame.columns)
 
 
 def test_reference_rows_hold_the_axis_values_that_all_their_cells_share(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"], "steps": [5, 10]})
-    frame = table(grid, store)
-    assert list_axes(frame) == ["student", "steps"]
+    frame = build_wide_table(grid, store)
+    assert list_wide_axes(frame) == ["student", "steps"]
     references = frame[frame["role"] != "cell"]
     assert list(references["role"]) == ["start", "start", "teacher"]
     assert list(references["student"])[:2] == ["small", "base"]
@@ -125,7 +125,7 @@ def test_reference_rows_hold_the_axis_values_that_all_their_cells_share(store: S
 
 def test_a_collapsed_cell_is_one_row_that_lists_its_grid_points(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    cells = table(grid, store).query("role == 'cell'")
+    cells = build_wide_table(grid, store).query("role == 'cell'")
     assert list(cells["lmbda"]) == [0, 1, 1]
     assert [point["temperature"] for point in cells["stands_for"].iloc[0]] == [0.5, 1.0]
     assert cells["stands_for"].iloc[1:].isna().all()
@@ -134,7 +134,7 @@ def test_a_collapsed_cell_is_one_row_that_lists_its_grid_points(store: Store) ->
 def test_json_has_nulls_whole_seeds_and_nested_objects(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     fill_store(grid, store, cells=grid.cells[:1])
-    rows = json.loads(encode_table(table(grid, store), "json"), parse_constant=pytest.fail)
+    rows = json.loads(encode_table(build_wide_table(grid, store), "json"), parse_constant=pytest.fail)
     start, _teacher, first, second, _third = rows
     assert start["role"] == "start"
     assert start["lmbda"] is start["beta"] is start["seed"] is start["stands_for"] is None
@@ -148,7 +148,7 @@ def test_json_has_nulls_whole_seeds_and_nested_objects(store: Store) -> None:
 def test_csv_and_parquet_read_back_as_the_same_table(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[:4])
-    frame = table(grid, store)
+    frame = build_wide_table(grid, store)
     csv = pd.read_csv(io.BytesIO(encode_table(frame, "csv")))
     parquet = pd.read_parquet(io.BytesIO(encode_table(frame, "parquet")))
     for back in (csv, parquet):
@@ -162,14 +162,14 @@ def test_markdown_has_a_line_for_each_row_and_no_empty_column(store: Store) -> N
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[:8])
     store.get_record(grid.cells[8]).mark_failed("ValueError: a | b")
-    lines = encode_table(table(grid, store), "md").decode().splitlines()
+    lines = encode_table(build_wide_table(grid, store), "md").decode().splitlines()
     assert len(lines) == 2 + 2 + 9
     assert "stands_for" not in lines[0]
     assert lines[-1].endswith("| ValueError: a \\| b |")
 
 
 def test_every_format_encodes_an_empty_store(store: Store) -> None:
-    frame = table(build_grid(), store)
+    frame = build_wide_table(build_grid(), store)
     for format in TABLE_FORMATS:
         assert encode_table(frame, format)
 
@@ -182,7 +182,7 @@ def test_a_metric_that_an_older_record_lacks_is_null(store: Store) -> None:
     cell = grid.cells[0]
     write_finished_record(store.get_record(cell), cell, 50.0)
     write_evaluation(store.get_record(cell), older, 50.0)
-    row = table(grid, store).iloc[2]
+    row = build_wide_table(grid, store).iloc[2]
     assert row["accuracy"] == 50.0 and pd.isna(row["exact_match"])
 
 
