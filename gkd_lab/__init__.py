@@ -4,28 +4,31 @@ A *cell* describes one run, a *grid* is cells, running a cell writes a *record*,
 tables make *figures*. Importing this package loads no torch: the trainer is loaded when it is asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__"]
+__all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__", "table", "wide"]
 
 if TYPE_CHECKING:
+    from gkd_lab.tables.load_table import load_table as table
+    from gkd_lab.tables.wide_table import wide
     from gkd_lab.teachers.teacher import Teacher
     from gkd_lab.training.arguments import GKDConfig
     from gkd_lab.training.trainer import GKDTrainer
 
+_PUBLIC_NAMES = {
+    "GKDTrainer": ("gkd_lab.training.trainer", "GKDTrainer"),
+    "GKDConfig": ("gkd_lab.training.arguments", "GKDConfig"),
+    "Teacher": ("gkd_lab.teachers.teacher", "Teacher"),
+    "table": ("gkd_lab.tables.load_table", "load_table"),
+    "wide": ("gkd_lab.tables.wide_table", "wide"),
+}
+"""Public name -> module and name in it; a module is imported when one of its names is asked for."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "GKDTrainer":
-        from gkd_lab.training.trainer import GKDTrainer
-
-        return GKDTrainer
-    if name == "GKDConfig":
-        from gkd_lab.training.arguments import GKDConfig
-
-        return GKDConfig
-    if name == "Teacher":
-        from gkd_lab.teachers.teacher import Teacher
-
-        return Teacher
-    raise AttributeError(f"module 'gkd_lab' has no attribute {name!r}")
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module 'gkd_lab' has no attribute {name!r}")
+    module, attribute = _PUBLIC_NAMES[name]
+    return getattr(import_module(module), attribute)

@@ -23,7 +23,7 @@ from gkd_lab.cli.options import (
     parse_metric_names,
     parse_overrides,
 )
-from gkd_lab.config import ConfigError
+from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import parse_pack_limit
 from gkd_lab.store import Store
 from gkd_lab.store.files import write_bytes
@@ -111,21 +111,38 @@ def write_table(
     outputs: OutputsOption = Path("outputs"),
     format: Annotated[TableFormat, typer.Option(help="Format of the table.")] = "md",
     output: Annotated[Path | None, typer.Option("-o", help="File to write; default: stdout.")] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="A row per score, not per model: csv, json or parquet.")
+    ] = False,
 ) -> None:
-    """Print, or write to a file, a table of the scores of cells and reference models."""
-    from gkd_lab.tables.table import build_wide_table, collect_table_provenance, encode_table
+    """Print, or write to a file, a table of the scores of cells and reference models.
 
+    A row is a model, or with --long a score (model, evaluation and metric); parquet files are always long.
+    """
+    if long and format == "md":
+        raise ConfigError("--long has no Markdown form: add --format csv, json or parquet")
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
-    frame = build_wide_table(grid, store)
-    if format == "parquet":
-        frame.attrs.update(collect_table_provenance(grid, store))
-    content = encode_table(frame, format)
+    content = _encode_results(grid, store, format, long or format == "parquet")
     if output is None:
         sys.stdout.buffer.write(content)
     elif output.is_dir():
         raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it")
     else:
         write_bytes(output, content)
+
+
+def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -> bytes:
+    """Return a grid's table in the long or wide form; a parquet file holds its provenance."""
+    from gkd_lab.tables.table import build_wide_table, collect_table_provenance, encode_table
+
+    if not long:
+        return encode_table(build_wide_table(grid, store), format)
+    from gkd_lab.tables.long_table import build_long_table
+
+    frame = build_long_table(grid, store)
+    if format == "parquet":
+        frame.attrs.update(collect_table_provenance(grid, store))
+    return encode_table(frame, format)
 
 
 def judge_claims(

@@ -3,7 +3,7 @@
 A missing score is a row with NaN. Training times are metrics of rows without an evaluation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,9 @@ COLUMN_TYPES = {name: column_type for column_type, names in _TYPES.items() for n
 """Type of each column that has one whatever its values are."""
 _EVALUATION_SETTINGS = ("decoding", "temperature", "split")
 _NO_SCORE: dict[str, Any] = {}
+_CELL_COLUMNS = (
+    "seed", "lmbda", "divergence", "beta", *FACT_COLUMNS, "start_cell", "teacher_cell", "stands_for",
+)  # fmt: skip
 _FIXED_AXES = ("student", "teacher", "divergence")
 """Axes that have a column of their own whether or not they are declared."""
 AXIS_COLUMNS = {"temperature": "sampling_temperature"}
@@ -78,12 +81,16 @@ def build_long_table(grid: Grid, store: Store) -> pd.DataFrame:
     """
     models = list_models(grid, store)
     results = [read_results(model.record, model.evaluations) for model in models]
-    scores = _build_score_rows(models, results)
-    models_of_scores = _build_model_rows(grid, models, results).take(scores["model"].to_numpy())
-    frame = pd.concat([models_of_scores.reset_index(drop=True), scores], axis="columns")
-    frame = frame[_list_columns(grid)].astype(_list_types(grid))
-    frame.attrs["axes"] = [AXIS_COLUMNS.get(axis, axis) for axis in list_extra_axes(grid)]
-    return frame
+    model_rows = [
+        {**describe_model(grid, model), "status": result.status, "error": result.error}
+        for model, result in zip(models, results, strict=True)
+    ]
+    blocks = [
+        block
+        for number, (model, result) in enumerate(zip(models, results, strict=True))
+        for block in _list_blocks(number, model, result)
+    ]
+    return join_rows(model_rows, blocks, list_extra_axes(grid))
 
 
 def list_axes(long: pd.DataFrame) -> list[str]:
@@ -101,51 +108,91 @@ def list_axes(long: pd.DataFrame) -> list[str]:
     return [*models, *columns[columns.index("beta") + 1 : columns.index("evaluation")]]
 
 
-def _list_columns(grid: Grid) -> list[str]:
-    """Return the columns of a grid's long table, in order."""
-    axes = _list_other_axes(grid)
-    facts = [name for name in FACT_COLUMNS if name not in axes]
-    axis_columns = [AXIS_COLUMNS.get(axis, axis) for axis in axes]
-    return [*LEADING_COLUMNS, *axis_columns, *SCORE_COLUMNS, *facts, *TRAILING_COLUMNS]
+# ---- frame ----
 
 
-def _list_types(grid: Grid) -> dict[str, str]:
-    """Return the types of a grid's columns; an axis beside the fixed ones has that of its values."""
-    axes = _list_other_axes(grid)
-    return {name: COLUMN_TYPES[name] for name in _list_columns(grid) if name in COLUMN_TYPES.keys() - axes}
+class ScoreBlock(NamedTuple):
+    """Rows of one evaluation of a model, or of its training times."""
+
+    model: int
+    """Number of the model."""
+    evaluation: str | None
+    """Name in columns; None for training times."""
+    settings: Mapping[str, Any]
+    """`decoding`, `temperature` and `split`; empty for lm-eval tasks and training times."""
+    state: State | None
+    metrics: Sequence[str | None]
+    """A single None for an evaluation without a requested or stored score."""
+    origins: Sequence[str | None]
+    scores: Scores
 
 
-def _list_other_axes(grid: Grid) -> list[str]:
-    """Return the declared axes that have no fixed column."""
-    return [axis for axis in list_extra_axes(grid) if axis not in _FIXED_AXES]
-
-
-# ---- columns of models ----
-
-
-def _build_model_rows(
-    grid: Grid, models: Sequence[TableModel], results: Sequence[ModelResults]
+def join_rows(
+    model_rows: Sequence[Mapping[str, Any]], blocks: Sequence[ScoreBlock], axes: Sequence[str]
 ) -> pd.DataFrame:
-    """Return a frame with a row per model: settings, axes, facts, links, status and error."""
-    return pd.DataFrame(
-        {
-            "cell": [model.fingerprint for model in models],
-            "role": [model.role for model in models],
-            "scale": grid.scale,
-            "task": [model.cells[0].task for model in models],
-            "student": [_get_model_name(grid, model, "student") for model in models],
-            "teacher": [_get_model_name(grid, model, "teacher") for model in models],
-            **_build_cell_columns(grid, models),
-            **{
-                AXIS_COLUMNS.get(axis, axis): convert_integers(
-                    [find_shared_label(model, axis) for model in models]
-                )
-                for axis in _list_other_axes(grid)
-            },
-            "status": [result.status for result in results],
-            "error": [result.error for result in results],
-        }
-    )
+    """Return the long table of models and the blocks of their scores; `axes` are those of the wide form."""
+    other_axes = [AXIS_COLUMNS.get(axis, axis) for axis in axes if axis not in _FIXED_AXES]
+    facts = [name for name in FACT_COLUMNS if name not in other_axes]
+    columns = [*LEADING_COLUMNS, *other_axes, *SCORE_COLUMNS, *facts, *TRAILING_COLUMNS]
+    scores = _build_score_frame(blocks)
+    model_columns = {
+        name: [row[name] for row in model_rows] for name in columns if name not in scores.columns
+    }
+    model_columns |= {name: convert_integers(model_columns[name]) for name in other_axes}
+    models = pd.DataFrame(model_columns).take(scores["model"].to_numpy()).reset_index(drop=True)
+    frame = pd.concat([models, scores], axis="columns")[columns]
+    frame = frame.astype({name: COLUMN_TYPES[name] for name in columns if name in COLUMN_TYPES.keys() - axes})
+    frame.attrs["axes"] = [AXIS_COLUMNS.get(axis, axis) for axis in axes]
+    return frame
+
+
+def _build_score_frame(blocks: Sequence[ScoreBlock]) -> pd.DataFrame:
+    """Return a frame with a row per score; its column `model` is the number of the model."""
+    per_block: dict[str, Any] = {
+        "model": [block.model for block in blocks],
+        "evaluation": [block.evaluation for block in blocks],
+        **{name: [block.settings.get(name) for block in blocks] for name in _EVALUATION_SETTINGS},
+        "evaluation_status": [block.state for block in blocks],
+    }
+    counts = [len(block.metrics) for block in blocks]
+    scores = [block.scores.get(metric or "", _NO_SCORE) for block in blocks for metric in block.metrics]
+    numbers = {
+        name: np.array([score.get(name) for score in scores], dtype="float64")
+        for name in ("value", "low", "high", "n")
+    }
+    per_score: dict[str, Any] = {
+        "metric": [metric for block in blocks for metric in block.metrics],
+        "origin": [origin for block in blocks for origin in block.origins],
+        "n_examples": pd.array(numbers.pop("n"), dtype="Int64"),
+        **{name: [score.get(name) for score in scores] for name in ("lm_eval", "task_hash")},
+    }
+    rows = pd.DataFrame(per_block).take(np.repeat(np.arange(len(blocks)), counts)).reset_index(drop=True)
+    return rows.assign(**numbers, **per_score)
+
+
+# ---- models and their scores ----
+
+
+def describe_model(grid: Grid, model: TableModel) -> dict[str, Any]:
+    """Return a model's settings, facts, axis values, links to its reference models and grid points.
+
+    Null for a reference model: what only cells have, and the axes that its cells do not share.
+    """
+    is_cell, cell = model.role == "cell", model.cells[0]
+    return {
+        "cell": model.fingerprint,
+        "role": model.role,
+        "scale": grid.scale,
+        "task": cell.task,
+        "student": _get_model_name(grid, model, "student"),
+        "teacher": _get_model_name(grid, model, "teacher"),
+        **(_describe_cell(grid, cell) if is_cell else dict.fromkeys(_CELL_COLUMNS)),
+        **{
+            AXIS_COLUMNS.get(axis, axis): find_shared_label(model, axis)
+            for axis in list_extra_axes(grid)
+            if axis not in _FIXED_AXES or (axis == "divergence" and not is_cell)
+        },
+    }
 
 
 def _get_model_name(grid: Grid, model: TableModel, role: str) -> Any:
@@ -163,24 +210,8 @@ def _get_model_name(grid: Grid, model: TableModel, role: str) -> Any:
     return names.pop() if len(names) == 1 else None
 
 
-def _build_cell_columns(grid: Grid, models: Sequence[TableModel]) -> dict[str, list[Any]]:
-    """Return columns that only cells have, with None for reference models."""
-    names = ("seed", "lmbda", "divergence", "beta", *FACT_COLUMNS, "start_cell", "teacher_cell", "stands_for")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for model in models:
-        values = dict.fromkeys(names)
-        if model.role == "cell":
-            values = _read_cell_values(grid, model.cells[0])
-        elif "divergence" in grid.axes:
-            values["divergence"] = find_shared_label(model, "divergence")
-        for name in names:
-            columns[name].append(values[name])
-    return columns
-
-
-def _read_cell_values(grid: Grid, cell: Cell) -> dict[str, Any]:
-    """Return a cell's settings, facts, links to its reference models and grid points."""
-    points = grid.stands_for.get(cell.full_fingerprint)
+def _describe_cell(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """Return a value per column of `_CELL_COLUMNS`."""
     return {
         "seed": cell.seed,
         "lmbda": cell.lmbda,
@@ -189,78 +220,43 @@ def _read_cell_values(grid: Grid, cell: Cell) -> dict[str, Any]:
         **read_cell_facts(cell),
         "start_cell": cell.training.start.fingerprint,
         "teacher_cell": cell.training.teacher.fingerprint,
-        "stands_for": None
-        if points is None
-        else [{AXIS_COLUMNS.get(axis, axis): value for axis, value in point.items()} for point in points],
+        "stands_for": rename_axes(grid.stands_for.get(cell.full_fingerprint)),
     }
 
 
-# ---- rows of scores ----
+def rename_axes(points: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return the grid points of a collapsed cell with the names of columns instead of those of axes."""
+    if points is None:
+        return None
+    return [{AXIS_COLUMNS.get(axis, axis): value for axis, value in point.items()} for point in points]
 
 
-class _ScoreBlock(NamedTuple):
-    """Rows of one evaluation of a model, or of its training times."""
-
-    model: int
-    evaluation: str | None
-    """Name in columns; None for training times."""
-    settings: AnyEvaluation | None
-    state: State | None
-    metrics: Sequence[str | None]
-    """A single None for an evaluation without a requested or stored score."""
-    origins: Sequence[str | None]
-    scores: Scores
-
-
-def _build_score_rows(models: Sequence[TableModel], results: Sequence[ModelResults]) -> pd.DataFrame:
-    """Return a frame with a row per score; its column `model` is the number of the model."""
-    blocks = [
-        block
-        for number, (model, result) in enumerate(zip(models, results, strict=True))
-        for block in _list_blocks(number, model, result)
-    ]
-    settings = [_describe_evaluation(block.settings) for block in blocks]
-    per_block = pd.DataFrame(
-        {
-            "model": [block.model for block in blocks],
-            "evaluation": [block.evaluation for block in blocks],
-            **{name: [values[name] for values in settings] for name in _EVALUATION_SETTINGS},
-            "evaluation_status": [block.state for block in blocks],
-        }
-    )
-    counts = [len(block.metrics) for block in blocks]
-    scores = [block.scores.get(metric or "", _NO_SCORE) for block in blocks for metric in block.metrics]
-    numbers = ("value", "low", "high", "n")
-    columns = {name: np.array([score.get(name) for score in scores], dtype="float64") for name in numbers}
-    rows = per_block.take(np.repeat(np.arange(len(blocks)), counts)).reset_index(drop=True)
-    other_columns: dict[str, Any] = {
-        "metric": [metric for block in blocks for metric in block.metrics],
-        "origin": [origin for block in blocks for origin in block.origins],
-        "n_examples": pd.array(columns.pop("n"), dtype="Int64"),
-        **{name: [score.get(name) for score in scores] for name in ("lm_eval", "task_hash")},
-    }
-    return rows.assign(**columns, **other_columns)
-
-
-def _describe_evaluation(evaluation: AnyEvaluation | None) -> dict[str, Any]:
-    """Return decoding, temperature and split; None each for an lm-eval task and for training times."""
+def read_evaluation_settings(evaluation: AnyEvaluation) -> dict[str, Any]:
+    """Return decoding, temperature and split; nothing for an lm-eval task."""
     is_decoding = isinstance(evaluation, Evaluation)
-    return {name: getattr(evaluation, name) if is_decoding else None for name in _EVALUATION_SETTINGS}
+    return {name: getattr(evaluation, name) for name in _EVALUATION_SETTINGS} if is_decoding else {}
 
 
-def _list_blocks(number: int, model: TableModel, result: ModelResults) -> Iterator[_ScoreBlock]:
+def _list_blocks(number: int, model: TableModel, result: ModelResults) -> Iterator[ScoreBlock]:
     """Yield a block per evaluation, then that of a cell's training times if any was recorded."""
     for part in result.evaluations:
         is_first = part is result.evaluations[0]
         requested = () if part.is_added else list_requested_metrics(part.evaluation, is_first)
-        others = [metric for metric in part.scores if metric not in requested]
-        origins = ["requested"] * len(requested) + ["added" if part.is_added else "stored"] * len(others)
-        metrics: Sequence[str | None] = [*requested, *others]
-        if not metrics:
-            metrics, origins = [None], ["added" if part.is_added else "requested"]
-        yield _ScoreBlock(number, part.name, part.evaluation, part.state, metrics, origins, part.scores)
+        settings = read_evaluation_settings(part.evaluation)
+        metrics, origins = list_origins(requested, part.scores, part.is_added)
+        yield ScoreBlock(number, part.name, settings, part.state, metrics, origins, part.scores)
     if model.role == "cell" and result.training == "done":
         step_seconds = read_step_seconds(model.record, model.cells[0].training.steps)
         seconds = {"train_seconds": result.train_seconds, "step_seconds": step_seconds}
         times = {name: {"value": value} for name, value in seconds.items() if value is not None}
-        yield _ScoreBlock(number, None, None, None, list(times), [None] * len(times), times)
+        yield ScoreBlock(number, None, {}, None, list(times), [None] * len(times), times)
+
+
+def list_origins(
+    requested: Sequence[str], stored: Iterable[str], is_added: bool
+) -> tuple[Sequence[str | None], Sequence[str]]:
+    """Return (metrics, origin of each): requested ones, then other stored ones; [None] if there is none."""
+    others = [metric for metric in stored if metric not in requested]
+    origins = ["requested"] * len(requested) + ["added" if is_added else "stored"] * len(others)
+    metrics = [*requested, *others]
+    return (metrics, origins) if metrics else ([None], ["added" if is_added else "requested"])

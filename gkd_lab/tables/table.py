@@ -92,8 +92,8 @@ def collect_table_provenance(grid: Grid, store: Store) -> dict[str, Any]:
 def encode_table(frame: pd.DataFrame, format: TableFormat) -> bytes:
     """Encode the table as csv, json, parquet or md and return bytes; text is UTF-8.
 
-    In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown is for reading: numbers are
-    rounded and empty columns left out.
+    In csv and parquet, `evaluations` and `stands_for` are JSON text. Markdown, of the wide form only, is for
+    reading: numbers are rounded and empty columns left out.
     """
     encoders = {
         "csv": _encode_csv,
@@ -140,7 +140,7 @@ def _encode_parquet(frame: pd.DataFrame) -> bytes:
 def _encode_nested_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a copy whose `evaluations` and `stands_for` are JSON text, or None if missing."""
     flat = frame.copy()
-    for column in ("evaluations", "stands_for"):
+    for column in [name for name in ("evaluations", "stands_for") if name in frame]:
         flat[column] = [
             None if _is_missing(value) else json.dumps(value, ensure_ascii=False) for value in frame[column]
         ]

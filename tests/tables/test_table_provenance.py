@@ -41,4 +41,5 @@ def test_a_parquet_file_holds_its_provenance(tmp_path: Path) -> None:
         str(file),
     ]
     assert CliRunner().invoke(app, words).exit_code == 0
-    assert pd.read_parquet(file).attrs == {"experiment": "quickstart", "scale": "nano", "origins": []}
+    attributes = {"experiment": "quickstart", "scale": "nano", "origins": [], "axes": []}
+    assert pd.read_parquet(file).attrs == attributes
