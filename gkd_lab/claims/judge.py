@@ -26,8 +26,9 @@ from gkd_lab.claims.verdicts import (
     format_unjudged,
     list_gaps,
 )
-from gkd_lab.statistics.bootstrap import Array, compute_percentile_interval
+from gkd_lab.statistics.bootstrap import compute_percentile_interval
 from gkd_lab.statistics.effects import estimate_seed_effect
+from gkd_lab.tables.example_statistics import Array
 
 ResampleLookup = Callable[[Measurement], Array | None]
 """Measurement -> (R,) scores of its model on resampled examples, equal ones for all; None: not stored."""

@@ -8,9 +8,9 @@ from gkd_lab.claims.measurements import Measurement, extract_measurements
 from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import AnyEvaluation
-from gkd_lab.statistics.bootstrap import Array, bootstrap_scores, load_example_statistics
-from gkd_lab.statistics.effects import SCORE_TOLERANCE
+from gkd_lab.statistics.bootstrap import bootstrap_scores
 from gkd_lab.store import Record, Store
+from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, Array, load_example_statistics
 from gkd_lab.tables.results import measure_step_seconds, name_evaluations
 from gkd_lab.tables.table import build_wide_table
 

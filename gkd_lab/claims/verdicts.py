@@ -18,7 +18,7 @@ from gkd_lab.claims.figure_cells import (
     meets_conditions,
 )
 from gkd_lab.claims.measurements import Measurement
-from gkd_lab.statistics.bootstrap import Array
+from gkd_lab.tables.example_statistics import Array
 
 Verdict = Literal["holds", "fails", "undecided"]
 ContrastOutcome = Literal["holds", "fails", "undecided", "tie"]

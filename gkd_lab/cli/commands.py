@@ -114,6 +114,9 @@ def write_table(
     long: Annotated[
         bool, typer.Option("--long", help="A row per score, not per model: csv, json or parquet.")
     ] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Write NAME.examples.parquet beside -o NAME.parquet, too.")
+    ] = False,
 ) -> None:
     """Print, or write to a file, a table of the scores of cells and reference models.
 
@@ -121,6 +124,8 @@ def write_table(
     """
     if long and format == "md":
         raise ConfigError("--long has no Markdown form: add --format csv, json or parquet")
+    if examples and (format != "parquet" or output is None):
+        raise ConfigError("--examples needs a parquet file: add --format parquet -o NAME.parquet")
     grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
     content = _encode_results(grid, store, format, long or format == "parquet")
     if output is None:
@@ -129,6 +134,10 @@ def write_table(
         raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it")
     else:
         write_bytes(output, content)
+    if examples and output is not None:
+        from gkd_lab.tables.examples import build_examples, get_examples_path, write_examples
+
+        write_examples(build_examples(grid, store), get_examples_path(output))
 
 
 def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -> bytes:

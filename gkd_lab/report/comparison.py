@@ -11,17 +11,13 @@ import numpy as np
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.metrics import METRICS, score_many
-from gkd_lab.statistics.bootstrap import (
-    ExampleStatistics,
-    bootstrap_scores,
-    build_example_statistics,
-    compute_percentile_interval,
-)
-from gkd_lab.statistics.effects import SCORE_TOLERANCE, Effect, estimate_bootstrap_effect
+from gkd_lab.statistics.bootstrap import bootstrap_scores, compute_percentile_interval
+from gkd_lab.statistics.effects import Effect, estimate_bootstrap_effect
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json
 from gkd_lab.store.predictions import PredictionRow, group_by_prompt, read_predictions
 from gkd_lab.tables.evaluations import FinishedEvaluation, list_finished_evaluations, match_evaluations
+from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, ExampleStatistics, build_example_statistics
 
 RESAMPLES = 10_000
 MIN_SHARED_PROMPTS = 0.5

@@ -25,11 +25,11 @@ from gkd_lab.figures.score_curves import curves, loss_curves
 from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results
-from gkd_lab.statistics.bootstrap import ExampleStatistics, load_example_statistics
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
 from gkd_lab.statistics.summaries import expand_table, summary
 from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
+from gkd_lab.tables.example_statistics import ExampleStatistics, load_example_statistics
 from gkd_lab.tables.loss_labels import divergence_label, format_axis_value
 from gkd_lab.tables.results import measure_step_seconds
 from gkd_lab.tables.rows import find_headline_column

@@ -1,81 +1,15 @@
 """Bootstrap over examples, from sufficient statistics of each example.
 
-An example is a prompt. A mean needs its value; BLEU and chrF need its n-gram counts, from which sacreBLEU
-computes the corpus score of a resample. Models that share their resamples are paired: difficult examples
-are difficult for both and cancel in the difference.
+Models that share their resamples are paired: difficult examples are difficult for both and cancel in the
+difference.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gkd_lab.config.cell import AnyEvaluation
-from gkd_lab.metrics import METRICS, MetricInput
 from gkd_lab.metrics.intervals import draw_resample_counts
-from gkd_lab.store import Record
-from gkd_lab.store.predictions import group_by_prompt
-
-Array = NDArray[np.float64]
-CorpusScore = Callable[[Sequence[float]], float]
-
-
-@dataclass(frozen=True)
-class ExampleStatistics:
-    """Statistics of one model's examples under one metric, (N, K); K is 1 for a mean."""
-
-    statistics: Array
-    corpus_score: CorpusScore | None = None
-    """Score of summed statistics; None: the mean."""
-
-    def __len__(self) -> int:
-        return len(self.statistics)
-
-    @property
-    def score(self) -> float:
-        """Score of all examples, each counted once, from 0 to 100."""
-        return float(self.score_resamples(np.ones((1, len(self))))[0])
-
-    def score_resamples(self, counts: Array) -> Array:
-        """Return (R,) scores for counts (R, N): resample r has example n counts[r, n] times."""
-        summed = counts @ self.statistics
-        if self.corpus_score is None:
-            scores: Array = summed[:, 0] / len(self)
-            return scores
-        return np.array([self.corpus_score(row) for row in summed.tolist()])
-
-    def select_examples(self, examples: Sequence[int]) -> "ExampleStatistics":
-        """Return the statistics of the examples at these indices, in the given order."""
-        return ExampleStatistics(self.statistics[list(examples)], self.corpus_score)
-
-
-def build_example_statistics(
-    metric: str, rows: Sequence[Mapping[str, Any]], values: Sequence[float]
-) -> ExampleStatistics:
-    """Build statistics with one example per prompt, from rows and the score of each row.
-
-    Several texts of one prompt are one example, because they are not independent: scores are averaged, and
-    the sufficient statistics of corpus metrics such as BLEU are summed.
-    """
-    groups = group_by_prompt(rows)
-    definition = METRICS.get(metric)  # None: a metric of lm-eval, a mean over documents
-    if definition is None or definition.compute_statistics is None:
-        return ExampleStatistics(np.array([[np.mean([values[n] for n in group])] for group in groups]))
-    inputs = MetricInput([row["prediction"] for row in rows], [row["references"] for row in rows])
-    corpus = definition.compute_statistics(inputs)
-    summed = np.array([corpus.per_example[group].sum(axis=0) for group in groups])
-    return ExampleStatistics(summed, corpus.compute_score)
-
-
-def load_example_statistics(
-    record: Record, evaluation: AnyEvaluation, metric: str
-) -> ExampleStatistics | None:
-    """Load a stored evaluation's statistics for a metric; None if a row lacks its score, or no rows."""
-    rows = record.get_evaluation(evaluation).read_prediction_rows()
-    values = [row.get("scores", {}).get(metric) for row in rows]
-    return build_example_statistics(metric, rows, values) if rows and None not in values else None
+from gkd_lab.tables.example_statistics import Array, ExampleStatistics
 
 
 def bootstrap_scores(models: Sequence[ExampleStatistics], *, resamples: int = 1000, seed: int = 0) -> Array:

@@ -5,18 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_lab.statistics.bootstrap import (
-    Array,
-    ExampleStatistics,
-    bootstrap_scores,
-    compute_percentile_interval,
-)
+from gkd_lab.statistics.bootstrap import bootstrap_scores, compute_percentile_interval
+from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, Array, ExampleStatistics
 
 Interval = tuple[float, float]
-
-SCORE_TOLERANCE = 1e-6
-"""Largest difference in points between a stored score and that of the stored texts; beyond it the metric
-has changed."""
 
 
 @dataclass(frozen=True)

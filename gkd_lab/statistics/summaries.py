@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gkd_lab.statistics.bootstrap import ExampleStatistics
 from gkd_lab.statistics.effects import (
     Effect,
     compute_t_interval,
     estimate_one_seed_effect,
     estimate_seed_effect,
 )
+from gkd_lab.tables.example_statistics import ExampleStatistics
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.table import list_wide_axes
 

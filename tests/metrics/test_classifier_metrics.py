@@ -9,7 +9,8 @@ from gkd_lab.metrics import METRICS, MetricInput, score, score_many
 from gkd_lab.metrics.classifier_metrics import correlate, score_labels
 from gkd_lab.metrics.intervals import compute_interval
 from gkd_lab.metrics.score import CLASSIFICATION_METRICS, CORRELATION_METRICS, LABEL_METRICS
-from gkd_lab.statistics.bootstrap import bootstrap_scores, build_example_statistics
+from gkd_lab.statistics.bootstrap import bootstrap_scores
+from gkd_lab.tables.example_statistics import build_example_statistics
 
 # Hits 3 of 5. Label a: 1 hit, predicted 2, there 2. b: 1 hit, predicted 2, there 1. c: 1, 1, 2.
 PREDICTED, TRUE = list("aabbc"), list("acbac")

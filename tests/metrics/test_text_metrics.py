@@ -13,7 +13,7 @@ from gkd_lab.metrics import METRICS, Metric, MetricInput, Score, extract_answer,
 from gkd_lab.metrics import rouge as rouge_module
 from gkd_lab.metrics.score import CLASSIFICATION_METRICS, CorpusStatistics
 from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
-from gkd_lab.statistics.bootstrap import build_example_statistics
+from gkd_lab.tables.example_statistics import build_example_statistics
 
 PREDICTIONS = [
     "The cat sat on the mat.",

@@ -8,12 +8,8 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from gkd_lab.metrics import score
-from gkd_lab.statistics.bootstrap import (
-    ExampleStatistics,
-    bootstrap_scores,
-    build_example_statistics,
-    compute_percentile_interval,
-)
+from gkd_lab.statistics.bootstrap import bootstrap_scores, compute_percentile_interval
+from gkd_lab.tables.example_statistics import ExampleStatistics, build_example_statistics
 
 from ..tables.prediction_records import build_mean_statistics
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.config import Grid
-from gkd_lab.statistics.bootstrap import ExampleStatistics, load_example_statistics
 from gkd_lab.statistics.differences import adjust_holm, compute_start_differences
 from gkd_lab.store import Store
+from gkd_lab.tables.example_statistics import ExampleStatistics, load_example_statistics
 from gkd_lab.tables.table import build_wide_table
 
 from ..tables.prediction_records import build_mean_statistics, write_cell_record, write_reference_record

@@ -7,8 +7,8 @@ import numpy as np
 
 from gkd_lab.config import Cell, Evaluation
 from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
-from gkd_lab.statistics.bootstrap import ExampleStatistics
 from gkd_lab.store import Record, Store
+from gkd_lab.tables.example_statistics import ExampleStatistics
 
 PredictionRows = Sequence[tuple[str, str, str]]
 """(prompt, prediction, reference), in order."""
