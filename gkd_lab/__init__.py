@@ -8,9 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GKDConfig", "GKDTrainer", "Teacher", "__version__", "table", "wide"]
+__all__ = [
+    "GKDConfig", "GKDTrainer", "Teacher", "__version__", "curves", "heat_map", "summary", "table", "wide",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from gkd_lab.figures.heat_maps import heat_map
+    from gkd_lab.figures.score_curves import curves
+    from gkd_lab.statistics.summaries import summary
     from gkd_lab.tables.load_table import load_table as table
     from gkd_lab.tables.wide_table import wide
     from gkd_lab.teachers.teacher import Teacher
@@ -23,6 +28,9 @@ _PUBLIC_NAMES = {
     "Teacher": ("gkd_lab.teachers.teacher", "Teacher"),
     "table": ("gkd_lab.tables.load_table", "load_table"),
     "wide": ("gkd_lab.tables.wide_table", "wide"),
+    "summary": ("gkd_lab.statistics.summaries", "summary"),
+    "heat_map": ("gkd_lab.figures.heat_maps", "heat_map"),
+    "curves": ("gkd_lab.figures.score_curves", "curves"),
 }
 """Public name -> module and name in it; a module is imported when one of its names is asked for."""
 

@@ -12,8 +12,8 @@ from nbclient import NotebookClient
 from gkd_lab import experiments
 from gkd_lab.experiments import load
 from gkd_lab.store import Store
-from gkd_lab.tables.table import build_wide_table, encode_table
-from gkd_lab.tasks import TASKS
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.table import encode_table
 
 from .tables.synthetic_store import fill_store
 
@@ -34,19 +34,12 @@ def read_code_cells(path: Path) -> list[str]:
 
 def build_synthetic_table(name: str, outputs: Path) -> pd.DataFrame:
     """Build the finished table of an experiment: scores rise with lmbda and differ between seeds."""
-    frame = build_wide_table(load(name, outputs=outputs), Store(outputs))
-    reference_scores = frame["role"].map({"start": 40.0, "teacher": 95.0})
+    table = build_long_table(load(name, outputs=outputs), Store(outputs))
+    reference_scores = table["role"].map({"start": 40.0, "teacher": 95.0})
     score = reference_scores.fillna(
-        60 + 9 * frame["lmbda"] - frame["beta"].fillna(0.3) + 0.4 * frame["seed"].astype(float)
+        60 + 9 * table["lmbda"] - table["beta"].fillna(0.3) + 0.4 * table["seed"].astype(float)
     )
-    extra_metrics = ("self_bleu", "rouge2") if name == "rl_tradeoff" else ("self_bleu",)
-    metrics = frame["task"].map(lambda task: (*TASKS[task].metrics, *extra_metrics))
-    empty = [name for name in frame if frame[name].isna().all() and name not in ("stands_for", "error")]
-    for column in empty:
-        metric, _, bound = column.rsplit("/", 1)[-1].partition(".")
-        measured = metrics.map(lambda names, metric=metric: metric in names)
-        frame[column] = (score + {"": 0, "low": -2, "high": 2}[bound]).where(measured)
-    return frame.assign(status="done")
+    return table.assign(value=score, low=score - 2, high=score + 2, status="done", evaluation_status="done")
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:

@@ -14,7 +14,7 @@ from gkd_lab.config import Cell
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA, ResolvedDivergence, ResolvedReward
 from gkd_lab.config.settings import METHODS
 from gkd_lab.metrics import METRICS
-from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells
+from gkd_lab.statistics.summaries import expand_collapsed_cells
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.table import list_wide_axes
 
@@ -257,7 +257,7 @@ def _classify_loss(cell: Cell | None, row: Mapping[Any, Any]) -> str:
         return cell.divergence + (" on the teacher's text" if has_teacher_text else "")
     divergence = row.get("divergence")
     if not isinstance(divergence, str):
-        divergence = "jsd" if row["beta"] != NO_BETA else " or ".join(NAMES_WITHOUT_BETA)
+        divergence = "jsd" if not pd.isna(row["beta"]) else " or ".join(NAMES_WITHOUT_BETA)
     return _classify_method_loss(row.get("method"), divergence) or divergence
 
 

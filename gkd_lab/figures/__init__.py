@@ -10,7 +10,7 @@
     reward_gains      gain in quality against gain in a reward (Fig. 5)
     cost_scatter      scores against tokens or seconds of training
 
-Each takes the frame of `gkd_lab.tables.table.build_wide_table` and returns a matplotlib Figure.
+Each takes the long table (`gkd_lab.table`), or chosen scores of it, and returns a matplotlib Figure.
 """
 
 from gkd_lab.figures.cost_figures import cost_scatter

@@ -14,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.panels import create_axes, shorten_metric
+from gkd_lab.figures.panels import create_axes, format_metric
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.loss_labels import divergence_label
+from gkd_lab.tables.divergences import get_divergence, list_divergences
 from gkd_lab.tables.results import measure_step_seconds
 
 COST_LABELS = {
@@ -108,37 +108,33 @@ def _explain_omission(name: str, values: Sequence[float]) -> str:
     return f"{COST_LABELS[name]}, as the histories hold no lengths"
 
 
-def cost_scatter(
-    frame: pd.DataFrame, metric: str, task: str, costs: Mapping[str, TrainingCost]
-) -> Figure | None:
+def cost_scatter(scores: pd.DataFrame, costs: Mapping[str, TrainingCost]) -> Figure | None:
     """Draw scores against each varying cost, a panel per cost, a point per cell; None if no cost varies.
 
-    The colour is the divergence, the shape lmbda.
+    Takes the rows of `select_scores` of one task. The colour is the divergence, the shape lmbda.
     """
-    cells = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
-    cells = cells[cells["cell"].isin(list(costs))]
+    cells = scores[(scores["role"] == "cell") & scores["value"].notna() & scores["cell"].isin(list(costs))]
     names = list_varying_costs({cell: costs[cell] for cell in cells["cell"]})
     if not names:
         return None
     with apply_style():
         figure, axes = create_axes(len(names), 3.5, 3.0, sharey=True)
         for name, panel_axes in zip(names, axes, strict=True):
-            values = {cell: getattr(cost, name) for cell, cost in costs.items()}
-            _draw_points(panel_axes, cells, metric, values)
+            _draw_points(panel_axes, cells, {cell: getattr(cost, name) for cell, cost in costs.items()})
             panel_axes.set_xlabel(COST_LABELS[name])
-        axes[0].set_ylabel(shorten_metric(metric))
+        axes[0].set_ylabel(format_metric(scores))
         _add_legend(figure, cells)
         return figure
 
 
-def _draw_points(axes: Axes, cells: pd.DataFrame, metric: str, costs: Mapping[str, float | None]) -> None:
+def _draw_points(axes: Axes, cells: pd.DataFrame, costs: Mapping[str, float | None]) -> None:
     """Draw a point per cell that has a cost; the colour is its divergence, the shape its lmbda."""
     for row in cells.to_dict("records"):
         cost = costs.get(row["cell"])
         if cost is not None:
-            beta = None if pd.isna(row["beta"]) else row["beta"]
+            color = get_divergence_color(get_divergence(row))
             marker = _choose_marker(row["lmbda"], cells)
-            axes.plot(cost, row[metric], marker, ms=6, color=get_divergence_color(beta), alpha=0.85, mew=0)
+            axes.plot(cost, row["value"], marker, ms=6, color=color, alpha=0.85, mew=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.margins(0.08)
@@ -151,10 +147,9 @@ def _choose_marker(lmbda: float, cells: pd.DataFrame) -> str:
 
 def _add_legend(figure: Figure, cells: pd.DataFrame) -> None:
     """Add a legend beside the panels: a colour per divergence, a shape per lmbda."""
-    betas = [None if pd.isna(beta) else float(beta) for beta in cells["beta"].drop_duplicates().sort_values()]
     handles = [
-        Line2D([], [], marker="o", ls="", color=get_divergence_color(beta), label=divergence_label(beta))
-        for beta in betas
+        Line2D([], [], marker="o", ls="", color=get_divergence_color(divergence), label=divergence.label)
+        for divergence in list_divergences(cells)
     ]
     handles += [
         Line2D([], [], marker=_choose_marker(lmbda, cells), ls="", color=MUTED, label=f"λ = {lmbda:g}")

@@ -1,6 +1,6 @@
 """Heat maps over lmbda and divergence: of a run (Figs 6, 7), and of a run beside the paper."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,10 +12,10 @@ from gkd_lab.figures.panels import (
     Panel,
     build_panels,
     create_axes,
+    format_metric,
     format_signed,
     group_cells_by_point,
     set_panel_title,
-    shorten_metric,
 )
 from gkd_lab.figures.paper_maps import GridPoint, MapPair
 from gkd_lab.figures.style import (
@@ -29,22 +29,31 @@ from gkd_lab.figures.style import (
     choose_text_color,
 )
 from gkd_lab.store import combine_states
-from gkd_lab.tables.loss_labels import divergence_label
+from gkd_lab.tables.divergences import CellDivergence, list_divergences
+from gkd_lab.tables.scores import select_scores
+
+MapPoint = tuple[float, CellDivergence]
+"""(lmbda, divergence)"""
 
 
-def heat_map(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
+def heat_map(
+    table: pd.DataFrame, metric: str, task: str | None = None, evaluation: str | None = None
+) -> Figure:
     """Draw the mean gain over the SFT student at each (lmbda, divergence), a panel per task and axis setting.
 
-    lmbda 1 is on top. Without a score of the SFT student the scores themselves. One panel for each task that
-    has the metric and each combination of varying axes. The best is bold; what is not done is hatched.
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. lmbda 1 is on top. Without a
+    score of the SFT student the scores themselves. One panel for each task that has the metric and each
+    combination of varying axes. The best is bold; what is not done is hatched. Raises ConfigError for a
+    score that the table has not.
     """
+    scores = select_scores(table, metric, evaluation, task)
     with apply_style():
-        panels = build_panels(frame, metric, task)
-        width = _get_map_width(max(panel.cells["beta"].nunique() for panel in panels))
+        panels = build_panels(scores)
+        width = _get_map_width(max(len(list_divergences(panel.cells)) for panel in panels))
         height = 1.45 + 0.5 * max(panel.cells["lmbda"].nunique() for panel in panels)
         figure, axes = create_axes(len(panels), width, height)
         for panel, panel_axes in zip(panels, axes, strict=True):
-            _draw_panel(panel_axes, panel, metric)
+            _draw_panel(panel_axes, panel, format_metric(scores))
         return figure
 
 
@@ -54,10 +63,11 @@ def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
         width = _get_map_width(max(len({beta for _, beta in pair.paper_values}) for pair in pairs))
         figure, axes = create_axes(2 * len(pairs), width, 3.0, columns=2)
         for pair, run_axes, paper_axes in zip(pairs, axes[::2], axes[1::2], strict=True):
-            points = pair.run_values.keys() | pair.paper_values.keys()
-            scale = [*pair.run_values.values(), *pair.paper_values.values()]
+            run_values, paper_values = _add_divergences(pair.run_values), _add_divergences(pair.paper_values)
+            points = run_values.keys() | paper_values.keys()
+            scale = [*run_values.values(), *paper_values.values()]
             quantity = "improvement over the start" if pair.is_gain else "difference from the mean"
-            for map_axes, values in ((run_axes, pair.run_values), (paper_axes, pair.paper_values)):
+            for map_axes, values in ((run_axes, run_values), (paper_axes, paper_values)):
                 labels = {point: format_signed(value, 2) for point, value in values.items()}
                 _draw_heat_map(map_axes, points, values, labels, scale)
             set_panel_title(run_axes, f"this run: {pair.title}", f"{quantity}, in points")
@@ -67,6 +77,11 @@ def paired_heat_maps(pairs: Sequence[MapPair]) -> Figure:
         return figure
 
 
+def _add_divergences(values: Mapping[GridPoint, float]) -> dict[MapPoint, float]:
+    """Return the values of a pair, which are all of JSD(beta), by (lmbda, divergence)."""
+    return {(lmbda, CellDivergence("jsd", beta)): value for (lmbda, beta), value in values.items()}
+
+
 def _get_map_width(columns: int) -> float:
     """Return the width in inches of a map with so many columns, at least 4.2."""
     return max(4.2, 1.05 + 0.86 * columns)
@@ -74,16 +89,16 @@ def _get_map_width(columns: int) -> float:
 
 def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
     """Draw one panel of `heat_map`: mean gains as labels, or the cells' state where none has a score."""
-    groups = {(lmbda, beta): cells for lmbda, beta, cells in group_cells_by_point(panel.cells)}
+    groups = {(lmbda, divergence): cells for lmbda, divergence, cells in group_cells_by_point(panel.cells)}
     values = {
-        point: float(cells[metric].mean()) - (panel.start_score or 0.0)
+        point: float(cells["value"].mean()) - (panel.start_score or 0.0)
         for point, cells in groups.items()
-        if cells[metric].notna().any()
+        if cells["value"].notna().any()
     }
     decimals = _choose_decimals(values.values())
-    labels: dict[GridPoint, str] = {}
+    labels: dict[MapPoint, str] = {}
     for point, cells in groups.items():
-        done = int(cells[metric].notna().sum())
+        done = int(cells["value"].notna().sum())
         if point not in values:
             labels[point] = combine_states(list(cells["status"]))
             continue
@@ -91,30 +106,31 @@ def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
         label = f"{value:.{decimals}f}" if panel.start_score is None else format_signed(value, decimals)
         labels[point] = label if done == len(cells) else f"{label}\n{done} of {len(cells)} seeds"
     _draw_heat_map(axes, groups, values, labels, list(values.values()))
-    set_panel_title(axes, panel.title, f"{shorten_metric(metric)}, {panel.subtitle}")
+    set_panel_title(axes, panel.title, f"{metric}, {panel.subtitle}")
 
 
 def _draw_heat_map(
     axes: Axes,
-    points: Iterable[GridPoint],
-    values: Mapping[GridPoint, float],
-    labels: Mapping[GridPoint, str],
+    points: Collection[MapPoint],
+    values: Mapping[MapPoint, float],
+    labels: Mapping[MapPoint, str],
     scale: Sequence[float],
 ) -> None:
-    """Draw a square per (lmbda, beta): coloured by value, the largest bold, hatched without a value.
+    """Draw a square per (lmbda, divergence): coloured by value, the largest bold, hatched without a value.
 
     Colours span the values of `scale`. `pcolormesh`, not `imshow`: it stays a vector drawing in SVG,
     so that a report's page holds no embedded image.
     """
-    lmbdas, betas = (sorted(set(coordinates)) for coordinates in zip(*points, strict=True))
-    matrix = np.array([[values.get((lmbda, beta), np.nan) for beta in betas] for lmbda in lmbdas])
+    lmbdas = sorted({lmbda for lmbda, _ in points})
+    divergences = sorted({divergence for _, divergence in points})
+    matrix = np.array([[values.get((lmbda, column), np.nan) for column in divergences] for lmbda in lmbdas])
     colormap, norm = _choose_colors(scale)
-    column_edges, row_edges = np.arange(len(betas) + 1) - 0.5, np.arange(len(lmbdas) + 1) - 0.5
+    column_edges, row_edges = np.arange(len(divergences) + 1) - 0.5, np.arange(len(lmbdas) + 1) - 0.5
     axes.pcolormesh(column_edges, row_edges, np.ma.masked_invalid(matrix), cmap=colormap, norm=norm)
     axes.patch.set(facecolor=MISSING, edgecolor=FAINT, hatch="////", linewidth=0)
     for row, lmbda in enumerate(lmbdas):
-        for column, beta in enumerate(betas):
-            value, label = values.get((lmbda, beta)), labels.get((lmbda, beta), "")
+        for column, divergence in enumerate(divergences):
+            value, label = values.get((lmbda, divergence)), labels.get((lmbda, divergence), "")
             axes.text(
                 column,
                 row,
@@ -126,7 +142,7 @@ def _draw_heat_map(
                 fontstyle="italic" if value is None else "normal",
                 fontweight="bold" if value is not None and value == max(values.values()) else "normal",
             )
-    axes.set_xticks(range(len(betas)), [divergence_label(beta) for beta in betas])
+    axes.set_xticks(range(len(divergences)), [divergence.label for divergence in divergences])
     axes.set_yticks(range(len(lmbdas)), [f"{lmbda:g}" for lmbda in lmbdas])
     axes.set_xticks(column_edges, minor=True)
     axes.set_yticks(row_edges, minor=True)

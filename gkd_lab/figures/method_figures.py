@@ -7,9 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes, shorten_metric
+from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes, format_metric
 from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
-from gkd_lab.tables.loss_labels import divergence_label, loss_label
+from gkd_lab.tables.divergences import get_divergence, map_divergences
+from gkd_lab.tables.loss_labels import loss_label
+from gkd_lab.tables.scores import select_scores
 
 METHOD_NAMES = {
     "sft": "SFT, as many steps",
@@ -21,27 +23,34 @@ METHOD_NAMES = {
     "gkd": "On-policy GKD",
 }
 """The paper's names, in the order of Figure 9."""
-_AXIS_LABELS = {"train_rows": "training rows", "beta": "divergence"}
+_GKD_METHODS = ("gkd_supervised", "gkd")
+"""Methods that take any divergence."""
+DIVERGENCE_AXIS = "divergence"
+_AXIS_LABELS = {"train_rows": "training rows"}
 _BASELINE_COLOR = "#b4bac4"
 _LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
 
 
-def bars(frame: pd.DataFrame, metric: str, bar_axis: str = "method") -> Figure:
+def bars(table: pd.DataFrame, metric: str, bar_axis: str = "method", evaluation: str | None = None) -> Figure:
     """Draw mean scores as bars, one per method in the order of Figure 9, with 95 % intervals.
 
-    A panel for each task and combination of other varying axes. GKD has a bar for each of its divergences,
-    in the divergence's colour, a light one where it is supervised. Panels have the same rows, empty where a
-    panel has no such method. With another `bar_axis`, such as `objectives`, there is a bar for each of its
-    values in table order, in the divergence's colour.
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. A panel for each task and
+    combination of other varying axes. GKD has a bar for each of its divergences, in the divergence's colour,
+    a light one where it is supervised. Panels have the same rows, empty where a panel has no such method.
+    With another `bar_axis`, such as `objectives`, there is a bar for each of its values in table order, in
+    the divergence's colour; the axis `beta` stands for the divergence. Raises ValueError where no cell has
+    the score.
     """
+    bar_axis = DIVERGENCE_AXIS if bar_axis == "beta" else bar_axis
+    scores = select_scores(table, metric, evaluation)
     with apply_style():
-        panels = build_summary_panels(frame, metric, excluded_axes=(bar_axis,))
+        panels = build_summary_panels(scores, excluded_axes=(bar_axis,))
         bar_names = _list_bar_names(pd.concat([cells for _, cells in panels]), bar_axis)
         width = max(4.2, 2.6 + 0.075 * max(map(len, bar_names)))
         figure, axes = create_axes(len(panels), width, 0.8 + 0.27 * len(bar_names), sharey=True)
         for (title, cells), panel_axes in zip(panels, axes, strict=True):
             _draw_bars(panel_axes, cells, bar_names, bar_axis)
-            panel_axes.set_xlabel(shorten_metric(metric))
+            panel_axes.set_xlabel(format_metric(scores))
             panel_axes.set_title(title, fontweight="bold", pad=8)
         axes[0].invert_yaxis()
         return figure
@@ -49,17 +58,20 @@ def bars(frame: pd.DataFrame, metric: str, bar_axis: str = "method") -> Figure:
 
 def _list_bar_names(cells: pd.DataFrame, bar_axis: str) -> list[str]:
     """Return distinct bar names: methods in Figure 9's order, other values in table order."""
+    rows = cells.to_dict("records")
     if bar_axis == "method":
-        order = {method: number for number, method in enumerate(METHOD_NAMES)}
-        cells = cells.assign(order=cells["method"].map(order)).sort_values(["order", "beta"])
-    return list(dict.fromkeys(_name_bar(row, bar_axis) for row in cells.to_dict("records")))
+        order = list(METHOD_NAMES)
+        rows = sorted(rows, key=lambda row: (order.index(row["method"]), get_divergence(row)))
+    return list(dict.fromkeys(_name_bar(row, bar_axis) for row in rows))
 
 
 def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
     """Return a row's bar name: its formatted value, for GKD methods with the divergence."""
+    if bar_axis == DIVERGENCE_AXIS:
+        return get_divergence(row).label
     name = _format_axis_value(bar_axis, row[bar_axis])
-    if bar_axis == "method" and row["method"].startswith("gkd"):
-        return f"{name}, {divergence_label(row['beta'])}"
+    if bar_axis == "method" and row["method"] in _GKD_METHODS:
+        return f"{name}, {get_divergence(row).label}"
     return name
 
 
@@ -69,7 +81,7 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
     for row in cells.to_dict("records"):
         method = row["method"] if bar_axis == "method" else "gkd"
         y = bar_names.index(_name_bar(row, bar_axis))
-        color = get_divergence_color(row["beta"]) if method.startswith("gkd") else _BASELINE_COLOR
+        color = get_divergence_color(get_divergence(row)) if method in _GKD_METHODS else _BASELINE_COLOR
         axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
             axes.hlines(y, row["low"], row["high"], color=INK, lw=1.1)
@@ -84,20 +96,29 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
     axes.grid(False, axis="y")
 
 
-def lines(frame: pd.DataFrame, metric: str, x_axis: str, line_axis: str) -> Figure:
+def lines(
+    table: pd.DataFrame, metric: str, x_axis: str, line_axis: str, evaluation: str | None = None
+) -> Figure:
     """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, 95 % intervals.
 
-    A panel for each task and combination of other varying axes. Raises ValueError where two settings meet
-    at one point.
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. The axis `divergence` (or
+    `beta`) has a place for each kind and beta. A panel for each task and combination of other varying axes.
+    Raises ValueError where no cell has the score, and where two settings meet at one point.
     """
+    x_axis, line_axis = (DIVERGENCE_AXIS if axis == "beta" else axis for axis in (x_axis, line_axis))
+    scores = select_scores(table, metric, evaluation)
     with apply_style():
-        panels = build_summary_panels(frame, metric, excluded_axes=(x_axis, line_axis))
+        panels = [
+            (title, cells.assign(divergence=map_divergences(cells)))
+            for title, cells in build_summary_panels(scores, excluded_axes=(x_axis, line_axis))
+        ]
         longest = max(cells[x_axis].nunique() for _, cells in panels)
         figure, axes = create_axes(len(panels), max(4.2, 1.05 * longest), 3.2)
-        line_values = list_axis_values(frame[frame["role"] == "cell"], line_axis)
+        cells = scores[scores["role"] == "cell"]
+        line_values = list_axis_values(cells.assign(divergence=map_divergences(cells)), line_axis)
         for (title, cells), panel_axes in zip(panels, axes, strict=True):
             _draw_lines(panel_axes, cells, x_axis, line_axis, line_values)
-            panel_axes.set_ylabel(shorten_metric(metric))
+            panel_axes.set_ylabel(format_metric(scores))
             panel_axes.set_title(title, fontweight="bold", pad=8)
         add_side_legend(figure, axes)
         return figure
@@ -112,7 +133,6 @@ def _draw_lines(
         line = cells[cells[line_axis] == value]
         if line[x_axis].duplicated().any():
             raise ValueError(f"several settings at one value of {x_axis!r}: choose the rows, or another axis")
-        line = line[line["mean"].notna()]
         if line.empty:
             continue
         offset = 0.05 * (number - (len(line_values) - 1) / 2)
@@ -135,22 +155,22 @@ def list_axis_values(cells: pd.DataFrame, axis: str) -> list[Any]:
 
 
 def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
-    """Return colour, marker and label of a line as plot arguments; betas have their own colour."""
-    color = get_divergence_color(value) if axis == "beta" else _LINE_COLORS[number % len(_LINE_COLORS)]
+    """Return colour, marker and label of a line as plot arguments; divergences have their own colour."""
+    is_divergence = axis == DIVERGENCE_AXIS
     return {
-        "color": color,
+        "color": get_divergence_color(value) if is_divergence else _LINE_COLORS[number % len(_LINE_COLORS)],
         "marker": MARKERS[number % len(MARKERS)],
         "label": _format_axis_value(axis, value, with_axis_name=True),
     }
 
 
 def _format_axis_value(axis: str, value: Any, with_axis_name: bool = False) -> str:
-    """Format a label: method and beta by name, losses by terms, numbers with thousands separators."""
+    """Format a label: method and divergence by name, losses by terms, numbers with thousands separators."""
     if axis == "method":
         return METHOD_NAMES[value]
-    if axis == "beta":
-        return divergence_label(value)
+    if axis == DIVERGENCE_AXIS:
+        return str(value.label)
     if axis == "objectives":
         return loss_label(value)
-    text = value if isinstance(value, str) else f"{value:,}" if value >= 100 else f"{value:g}"
+    text = value if isinstance(value, str) else f"{value:,.10g}"
     return f"{axis.replace('_', ' ')} {text}" if with_axis_name else text

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gkd_lab.figures.style import MUTED
-from gkd_lab.statistics.summaries import NO_BETA, expand_collapsed_cells, summary
-from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
-from gkd_lab.tables.table import list_wide_axes
+from gkd_lab.statistics.summaries import SUMMARY_KEYS, expand_collapsed_cells, summarize_scores
+from gkd_lab.tables.divergences import CellDivergence, list_divergences, select_divergence
+from gkd_lab.tables.long_table import list_axes
+from gkd_lab.tables.loss_labels import format_axis_setting
 
 MAX_COLUMNS = 3
 TITLE_CHARACTERS = 46
@@ -39,47 +40,51 @@ class Panel:
         return f"improvement over the SFT student ({self.start_score:.1f})\nteacher {teacher}"
 
 
-def build_panels(frame: pd.DataFrame, metric: str, task: str | None) -> list[Panel]:
-    """Return a panel per task and combination of varying axes. `task` None: all with the metric.
+def build_panels(scores: pd.DataFrame) -> list[Panel]:
+    """Return a panel per task and combination of varying axes, of the rows of `select_scores`.
 
-    Panels are in the table's order. Raises ValueError for a metric that is no column.
+    Tasks without any value are left out, if another has one. Panels are in the table's order.
     """
-    if metric not in frame.columns:
-        scores = [name for name in frame.columns if "/" in name and not name.endswith((".low", ".high"))]
-        raise ValueError(f"no column {metric!r} in the table; scores are: {', '.join(scores)}")
-    cells = expand_collapsed_cells(frame)
-    measured = [name for name, group in frame.groupby("task") if group[metric].notna().any()]
-    tasks = [task] if task is not None else measured or list(cells["task"].unique())
-    cells = cells[cells["task"].isin(tasks)]
-    varying = [axis for axis in list_wide_axes(frame) if cells[axis].nunique(dropna=False) > 1]
+    measured = scores.loc[scores["value"].notna(), "task"].unique()
+    scores = scores[scores["task"].isin(measured)] if len(measured) else scores
+    cells = expand_collapsed_cells(scores)
+    varying = [axis for axis in list_axes(scores) if cells[axis].nunique(dropna=False) > 1]
     return [
         Panel(
             _format_title(dict(zip(["task", *varying], values, strict=True))),
             group,
-            _find_reference_score(frame, metric, "start", group),
-            _find_reference_score(frame, metric, "teacher", group),
+            _find_reference_score(scores, "start", group),
+            _find_reference_score(scores, "teacher", group),
         )
         for values, group in cells.groupby(["task", *varying], dropna=False, sort=False)
     ]
 
 
 def build_summary_panels(
-    frame: pd.DataFrame, metric: str, excluded_axes: Sequence[str]
+    scores: pd.DataFrame, excluded_axes: Sequence[str] = ()
 ) -> list[tuple[str, pd.DataFrame]]:
     """Return (title, cells' summary rows) per task and combination of varying axes not excluded.
 
-    A collapsed cell stands once, under the first of its names. Raises ValueError where nothing has a score.
+    Takes the rows of `select_scores`. A collapsed cell stands once, under the first of its names. Raises
+    ValueError where nothing has a score.
     """
-    summaries = summary(frame.assign(stands_for=None), metric)
+    panel_axes = [axis for axis in list_axes(scores) if axis not in excluded_axes]
+    other_axes = [axis for axis in excluded_axes if axis not in SUMMARY_KEYS]
+    summaries = summarize_scores(scores.assign(stands_for=None), [*panel_axes, *other_axes])
     cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
     if cells.empty:
-        raise ValueError(f"no cell has a score in {metric!r} yet")
-    axes = [axis for axis in list_wide_axes(frame) if axis not in excluded_axes]
+        raise ValueError(f"no cell has a score in {scores['metric'].iloc[0]!r} yet")
+    return split_panels(cells, panel_axes)
+
+
+def split_panels(cells: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Return (title, rows) per task and combination of those axes that vary; nulls are not in titles."""
     varying = [axis for axis in axes if cells[axis].nunique(dropna=False) > 1]
     panels = []
     for (task, *values), group in cells.groupby(["task", *varying], sort=False, dropna=False):
-        settings = [f"{axis} {value}" for axis, value in zip(varying, values, strict=True)]
-        panels.append((", ".join([str(task), *settings]), group))
+        settings: dict[str, Any] = dict(zip(varying, values, strict=True))
+        named = [f"{axis} {value}" for axis, value in settings.items() if pd.notna(value)]
+        panels.append((", ".join([str(task), *named]), group))
     return panels
 
 
@@ -110,11 +115,13 @@ def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
     ).set_in_layout(False)  # fmt: skip
 
 
-def add_divergence_legend(figure: Figure, axes: list[Axes]) -> None:
-    """Add one legend for all panels, forward KL first; none where nothing is drawn."""
+def add_divergence_legend(
+    figure: Figure, axes: Sequence[Axes], divergences: Sequence[CellDivergence]
+) -> None:
+    """Add one legend for all panels, in the order of `divergences`; none where nothing is drawn."""
     handles = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
-    if handles:
-        labels = sorted(map(str, handles), key=_get_legend_order)
+    labels = [divergence.label for divergence in divergences if divergence.label in handles]
+    if labels:
         figure.legend([handles[label] for label in labels], labels, loc="outside right center")
 
 
@@ -127,36 +134,34 @@ def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequenc
     figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
 
 
-def _get_legend_order(label: str) -> float:
-    """Return the beta of a `divergence_label` as sort key; `NO_BETA`, the last, for other labels."""
-    betas = {divergence_label(beta): beta for beta in (0.0, 1.0)}
-    is_jsd = label.startswith("JSD(")
-    return float(label[4:-1]) if is_jsd else betas.get(label, NO_BETA)
-
-
-def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, float, pd.DataFrame]]:
-    """Yield (lmbda, beta, the cells there: one per seed), sorted by lmbda, then beta."""
-    for _, group in cells.groupby(["lmbda", "beta"], sort=True):
-        yield float(group["lmbda"].iloc[0]), float(group["beta"].iloc[0]), group
+def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, CellDivergence, pd.DataFrame]]:
+    """Yield (lmbda, divergence, the cells there: one per seed), sorted by lmbda, then divergence."""
+    divergences = list_divergences(cells)
+    for lmbda in sorted(cells["lmbda"].unique()):
+        rows = cells[cells["lmbda"] == lmbda]
+        for divergence in divergences:
+            group = select_divergence(rows, divergence)
+            if len(group):
+                yield float(lmbda), divergence, group
 
 
 def _format_title(values: dict[str, Any]) -> str:
-    """Format task and axis values, wrapped to a panel's width; pops `task` from `values`."""
+    """Format task and axis values but nulls, wrapped to a panel's width; pops `task` from `values`."""
     task = str(values.pop("task"))
-    title = ", ".join([task, *(format_axis_setting(axis, value) for axis, value in values.items())])
-    return textwrap.fill(title, TITLE_CHARACTERS)
+    settings = [format_axis_setting(axis, value) for axis, value in values.items() if pd.notna(value)]
+    return textwrap.fill(", ".join([task, *settings]), TITLE_CHARACTERS)
 
 
-def _find_reference_score(frame: pd.DataFrame, metric: str, role: str, cells: pd.DataFrame) -> float | None:
+def _find_reference_score(scores: pd.DataFrame, role: str, cells: pd.DataFrame) -> float | None:
     """Return the score of these cells' start or teacher; None unless exactly one is scored."""
-    references = frame[(frame["role"] == role) & frame["cell"].isin(cells[f"{role}_cell"].unique())]
-    scores = references[metric].dropna()
-    return float(scores.iloc[0]) if len(scores) == 1 else None
+    references = scores[(scores["role"] == role) & scores["cell"].isin(cells[f"{role}_cell"].unique())]
+    values = references["value"].dropna()
+    return float(values.iloc[0]) if len(values) == 1 else None
 
 
-def shorten_metric(column: str) -> str:
-    """Return the metric of a score column for an axis label: `greedy/exact_match` -> `exact match`."""
-    return column.rsplit("/", 1)[-1].replace("_", " ")
+def format_metric(scores: pd.DataFrame) -> str:
+    """Return the metric of `select_scores` for an axis label: `exact_match` -> `exact match`."""
+    return str(scores["metric"].iloc[0]).replace("_", " ")
 
 
 def format_signed(value: float, decimals: int = 1) -> str:

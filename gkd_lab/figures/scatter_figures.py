@@ -1,6 +1,6 @@
 """Two scores against each other: quality and diversity (Fig. 4), reward and quality (Fig. 5)."""
 
-import re
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,30 +11,41 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gkd_lab.claims import paper
-from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.figures.panels import add_side_legend, create_axes, split_panels
 from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
-from gkd_lab.statistics.summaries import summary
-from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import list_wide_axes
+from gkd_lab.statistics.summaries import summarize_scores
+from gkd_lab.tables.divergences import (
+    CellDivergence,
+    get_divergence,
+    list_divergences,
+    select_divergence,
+)
+from gkd_lab.tables.long_table import list_axes
+from gkd_lab.tables.scores import list_score_names, select_scores
 
 _METRIC_LABELS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}
 
 
-def tradeoff(frame: pd.DataFrame, quality: str, diversity: str) -> Figure:
+def tradeoff(table: pd.DataFrame, quality: str, diversity: str) -> Figure:
     """Draw quality against diversity of sampled text: a line per divergence, a mark per temperature.
 
-    The table has columns `sample<temperature>[x<samples>]/<metric>`; means over seeds. A panel for each
-    task and combination of varying axes.
+    Takes the long table; both are metrics of evaluations that sample, with any number of samples. Means over
+    seeds. A panel for each task and combination of varying axes. Raises ConfigError where no evaluation that
+    samples has a metric, and ValueError where no cell has a score.
     """
+    scores = _select_sampled_scores(table, (quality, diversity))
+    cells = scores[(scores["role"] == "cell") & scores["value"].notna()]
+    if cells.empty:
+        raise ValueError(f"no cell has a score in {quality!r} of sampled text yet")
+    temperatures = sorted(scores["temperature"].unique(), reverse=True)
+    panels = split_panels(cells, list_axes(scores))
     with apply_style():
-        temperatures = _list_temperatures(frame, quality)
-        sampled = _add_temperature_columns(frame, temperatures, (quality, diversity))
-        panels = build_summary_panels(sampled, f"{quality} at {temperatures[0]:g}", excluded_axes=())
         figure, axes = create_axes(len(panels), 4.4, 3.6)
-        for (title, cells), panel_axes in zip(panels, axes, strict=True):
-            for beta in sorted(cells["beta"].dropna().unique()):
-                rows = _select_table_rows(sampled, cells, beta)
-                _draw_tradeoff_line(panel_axes, rows, temperatures, quality, diversity, beta)
+        for (title, rows), panel_axes in zip(panels, axes, strict=True):
+            for divergence in list_divergences(rows):
+                means = _average_by_temperature(select_divergence(rows, divergence), temperatures)
+                _draw_tradeoff_line(panel_axes, means[diversity], means[quality], divergence)
             panel_axes.set_xlabel(f"{_METRIC_LABELS.get(diversity, diversity)}, 100: always the same")
             panel_axes.set_ylabel(_METRIC_LABELS.get(quality, quality))
             panel_axes.set_title(title, fontweight="bold", pad=8)
@@ -42,49 +53,34 @@ def tradeoff(frame: pd.DataFrame, quality: str, diversity: str) -> Figure:
         return figure
 
 
-def _list_temperatures(frame: pd.DataFrame, quality: str) -> list[float]:
-    """Return the temperatures sampled at, the warmest first. Raises ValueError without any."""
-    temperatures = {_parse_temperature(name, quality) for name in frame.columns} - {None}
-    if not temperatures:
-        raise ValueError(f"no column sample<temperature>/{quality} in the table")
-    return sorted((value for value in temperatures if value is not None), reverse=True)
-
-
-def _parse_temperature(column: str, metric: str) -> float | None:
-    """Return the temperature of `sample<temperature>[x<samples>]/<metric>`; None for another column."""
-    match = re.fullmatch(rf"sample([0-9.]+)(?:x\d+)?/{re.escape(metric)}", column)
-    return float(match[1]) if match else None
-
-
-def _add_temperature_columns(
-    frame: pd.DataFrame, temperatures: Sequence[float], metrics: Sequence[str]
-) -> pd.DataFrame:
-    """Return a copy with columns `<metric> at <temperature>`, for any number of samples."""
-    scores = {}
+def _select_sampled_scores(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return the scores of each model in each metric at each temperature. Raises ConfigError without any."""
+    sampled = table[table["decoding"] == "sample"]
     for metric in metrics:
-        for temperature in temperatures:
-            columns = [name for name in frame.columns if _parse_temperature(name, metric) == temperature]
-            first_score = frame[columns].astype(float).bfill(axis="columns").iloc[:, 0]
-            scores[f"{metric} at {temperature:g}"] = first_score
-    return frame.assign(**scores)
+        if metric not in set(sampled["metric"]):
+            raise ConfigError(
+                f"no evaluation that samples has the metric {metric!r}; the table has: "
+                f"{', '.join(list_score_names(table))}"
+            )
+    return pd.concat(
+        select_scores(rows, metric)
+        for _, rows in sampled.groupby("temperature", sort=False)
+        for metric in metrics
+    )
 
 
-def _select_table_rows(frame: pd.DataFrame, cells: pd.DataFrame, beta: float) -> pd.DataFrame:
-    """Return the table's rows of one beta with the task and axis values of a panel's cells."""
-    rows = frame[(frame["role"] == "cell") & (frame["task"] == cells["task"].iloc[0])]
-    for axis in list_wide_axes(frame):
-        rows = rows[rows[axis].isin(cells[axis])]
-    return rows[rows["beta"] == beta]
+def _average_by_temperature(scores: pd.DataFrame, temperatures: Sequence[float]) -> pd.DataFrame:
+    """Return a row per temperature with the mean over seeds of each metric, NaN where there is none."""
+    means = scores.groupby(["temperature", "metric"])["value"].mean().unstack("metric")
+    return means.reindex(index=list(temperatures))
 
 
 def _draw_tradeoff_line(
-    axes: Axes, rows: pd.DataFrame, temperatures: Sequence[float], quality: str, diversity: str, beta: float
+    axes: Axes, xs: "pd.Series[float]", ys: "pd.Series[float]", divergence: CellDivergence
 ) -> None:
     """Draw one divergence's line through its mean scores, with a marker for each temperature."""
-    xs = [rows[f"{diversity} at {temperature:g}"].mean() for temperature in temperatures]
-    ys = [rows[f"{quality} at {temperature:g}"].mean() for temperature in temperatures]
-    color = get_divergence_color(beta)
-    axes.plot(xs, ys, color=color, lw=1.2, alpha=0.7, label=divergence_label(beta))
+    color = get_divergence_color(divergence)
+    axes.plot(xs, ys, color=color, lw=1.2, alpha=0.7, label=divergence.label)
     for number, (x, y) in enumerate(zip(xs, ys, strict=True)):
         axes.plot(x, y, color=color, marker=MARKERS[number % len(MARKERS)], ms=6.5, ls="")
 
@@ -110,39 +106,49 @@ class ModelGain:
 
     label: str
     role: str
-    beta: float | None
+    divergence: CellDivergence
     reward_gain: MeanWithInterval
     score_gain: MeanWithInterval
 
 
-def reward_gains(frame: pd.DataFrame, score: str, reward: str) -> Figure:
+def reward_gains(table: pd.DataFrame, score: str, reward: str, evaluation: str | None = None) -> Figure:
     """Draw gain in `score` against gain in `reward`, a point per model: this run, beside the paper.
 
-    Both are columns of the table; gains are over the student before distillation. There is a point for
-    each alpha, for RLEF*, which is regularized towards that student, and for the teacher. Means over seeds
-    with 95 % intervals. Raises ValueError where the table has no finished start.
+    Takes the long table; both are metrics, and `evaluation` is as in `select_scores`. Gains are over the
+    student before distillation. There is a point for each alpha, for RLEF*, which is regularized towards
+    that student, and for the teacher. Means over seeds with 95 % intervals. Raises ValueError where the
+    table has no finished start.
     """
-    run_gains, paper_gains = list(_compute_run_gains(frame, score, reward)), list(_load_paper_gains())
+    run_scores = [select_scores(table, metric, evaluation) for metric in (score, reward)]
+    run_gains, paper_gains = list(_compute_run_gains(*run_scores)), list(_load_paper_gains())
     with apply_style():
         figure, axes = create_axes(2, 4.6, 3.8)
-        _draw_gains(axes[0], run_gains, "this run", score, reward)
+        _draw_gains(axes[0], run_gains, "this run", *(_name_score(scores) for scores in run_scores))
         _draw_gains(axes[1], paper_gains, "the paper: XSum, T5-base", "ROUGE-2", "entailment, %")
         return figure
 
 
-def _compute_run_gains(frame: pd.DataFrame, score: str, reward: str) -> Iterator[ModelGain]:
+def _name_score(scores: pd.DataFrame) -> str:
+    """Return `<evaluation>/<metric>` of `select_scores`."""
+    return list_score_names(scores)[0]
+
+
+def _compute_run_gains(scores: pd.DataFrame, rewards: pd.DataFrame) -> Iterator[ModelGain]:
     """Yield the gains of each model with both scores. Raises ValueError without start scores."""
-    runs = frame.assign(stands_for=None)  # RLEF* has one alpha, whatever it is crossed with
-    summaries = [summary(runs, column).to_dict("records") for column in (score, reward)]
-    starts = [next(row["mean"] for row in rows if row["role"] == "start") for rows in summaries]
+    # RLEF* has one alpha, whatever it is crossed with.
+    summaries = [
+        summarize_scores(rows.assign(stands_for=None)).to_dict("records") for rows in (scores, rewards)
+    ]
+    starts = [next((row["mean"] for row in rows if row["role"] == "start"), math.nan) for rows in summaries]
     if any(pd.isna(start) for start in starts):
-        raise ValueError(f"the table has no {score} or {reward} of the student as it starts")
+        names = " or ".join(_name_score(rows) for rows in (scores, rewards))
+        raise ValueError(f"the table has no {names} of the student as it starts")
     for score_row, reward_row in zip(*summaries, strict=True):
         if score_row["role"] != "start" and score_row["n"] and reward_row["n"]:
             yield ModelGain(
                 label=_format_label(score_row),
                 role=str(score_row["role"]),
-                beta=float(score_row["beta"]) if score_row["role"] == "cell" else None,
+                divergence=get_divergence(score_row),
                 reward_gain=_compute_gain(reward_row, starts[1]),
                 score_gain=_compute_gain(score_row, starts[0]),
             )
@@ -171,7 +177,7 @@ def _load_paper_gains() -> Iterator[ModelGain]:
         yield ModelGain(
             label=_format_label(row),
             role=str(row["role"]),
-            beta=None if pd.isna(row["beta"]) else float(row["beta"]),
+            divergence=get_divergence(row),
             reward_gain=(float(gains["entailment"]), None, None),
             score_gain=(float(gains["rouge2"]), None, None),
         )
@@ -181,7 +187,7 @@ def _draw_gains(axes: Axes, gains: list[ModelGain], title: str, score: str, rewa
     """Draw one panel: a point per model with its intervals and its label."""
     for gain in gains:
         marker = {"teacher": "D"}.get(gain.role, "s" if gain.label == RLEF_LABEL else "o")
-        color = MUTED if gain.label in (RLEF_LABEL, "teacher") else get_divergence_color(gain.beta)
+        color = MUTED if gain.label in (RLEF_LABEL, "teacher") else get_divergence_color(gain.divergence)
         (x, left, right), (y, bottom, top) = gain.reward_gain, gain.score_gain
         if left is not None and right is not None:
             axes.hlines(y, left, right, color=color, lw=1, alpha=0.6)

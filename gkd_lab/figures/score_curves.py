@@ -9,46 +9,55 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.panels import Panel, add_divergence_legend, build_panels, create_axes, shorten_metric
+from gkd_lab.figures.panels import (
+    Panel,
+    add_divergence_legend,
+    build_panels,
+    create_axes,
+    format_metric,
+    group_cells_by_point,
+)
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
-from gkd_lab.statistics.summaries import NO_BETA, summary
+from gkd_lab.statistics.summaries import summarize_seeds
 from gkd_lab.store import Store
-from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import list_wide_axes
+from gkd_lab.tables.divergences import CellDivergence, list_divergences
+from gkd_lab.tables.scores import select_scores
 
 
-def curves(frame: pd.DataFrame, metric: str, task: str | None = None) -> Figure:
+def curves(
+    table: pd.DataFrame, metric: str, task: str | None = None, evaluation: str | None = None
+) -> Figure:
     """Draw mean scores against lmbda, a line per divergence, 95 % intervals; start and teacher dashed.
 
-    A panel for each task and combination of varying axes. Points of one lmbda stand side by side so that
-    their intervals can be read.
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. A panel for each task and
+    combination of varying axes. Points of one lmbda stand side by side so that their intervals can be read.
+    Raises ConfigError for a score that the table has not.
     """
+    scores = select_scores(table, metric, evaluation, task)
     with apply_style():
-        panels = build_panels(frame, metric, task)
+        panels = build_panels(scores)
         figure, axes = create_axes(len(panels), 6.4 if len(panels) == 1 else 4.4, 3.3)
-        summaries = summary(frame, metric)
         for panel, panel_axes in zip(panels, axes, strict=True):
-            _draw_curves(panel_axes, panel, summaries, list_wide_axes(frame))
-            panel_axes.set_ylabel(shorten_metric(metric))
-        add_divergence_legend(figure, axes)
+            _draw_curves(panel_axes, panel)
+            panel_axes.set_ylabel(format_metric(scores))
+        add_divergence_legend(figure, axes, list_divergences(pd.concat([panel.cells for panel in panels])))
         return figure
 
 
-def _draw_curves(axes: Axes, panel: Panel, summaries: pd.DataFrame, other_axes: list[str]) -> None:
-    """Draw one panel: a line per divergence from the cells' summaries, start and teacher dashed."""
-    first = panel.cells.iloc[0]
-    cells = summaries[(summaries["role"] == "cell") & (summaries["task"] == first["task"])]
-    for axis in other_axes:
-        if summaries[axis].nunique(dropna=False) > 1 and not panel.cells[axis].nunique() > 1:
-            cells = cells[cells[axis].isna() if pd.isna(first[axis]) else cells[axis] == first[axis]]
+def _draw_curves(axes: Axes, panel: Panel) -> None:
+    """Draw one panel: a line per divergence, start and teacher dashed."""
+    points = [
+        {"lmbda": lmbda, "divergence": divergence, **summarize_seeds(cells)}
+        for lmbda, divergence, cells in group_cells_by_point(panel.cells)
+    ]
     lmbdas = sorted(panel.cells["lmbda"].unique())
-    betas = sorted(panel.cells["beta"].unique())
+    divergences = list_divergences(panel.cells)
     step = 0.012 * (max(lmbdas) - min(lmbdas) or 1.0)
-    for index, beta in enumerate(betas):
-        line = cells[(cells["beta"] == beta) & cells["mean"].notna()].sort_values("lmbda")
-        if not line.empty:
-            offset = (index - (len(betas) - 1) / 2) * step
-            _draw_curve(axes, line, offset, beta, MARKERS[index % len(MARKERS)])
+    for index, divergence in enumerate(divergences):
+        line = [point for point in points if point["divergence"] == divergence and point["n"]]
+        if line:
+            offset = (index - (len(divergences) - 1) / 2) * step
+            _draw_curve(axes, pd.DataFrame(line), offset, divergence, MARKERS[index % len(MARKERS)])
     _draw_references(axes, panel)
     axes.set_xticks(lmbdas, [f"{lmbda:g}" for lmbda in lmbdas])
     axes.set_xlabel("λ, share of student-written batches")
@@ -57,11 +66,12 @@ def _draw_curves(axes: Axes, panel: Panel, summaries: pd.DataFrame, other_axes: 
     axes.set_title(panel.title, fontweight="bold", pad=10)
 
 
-def _draw_curve(axes: Axes, line: pd.DataFrame, offset: float, beta: float, marker: str) -> None:
+def _draw_curve(
+    axes: Axes, line: pd.DataFrame, offset: float, divergence: CellDivergence, marker: str
+) -> None:
     """Draw one divergence's means and intervals against lmbda, shifted sideways by `offset`."""
-    x, y = line["lmbda"] + offset, line["mean"].astype(float)
-    color = get_divergence_color(beta)
-    axes.plot(x, y, color=color, marker=marker, ms=5, lw=1.6, label=divergence_label(beta))
+    x, color = line["lmbda"] + offset, get_divergence_color(divergence)
+    axes.plot(x, line["mean"], color=color, marker=marker, ms=5, lw=1.6, label=divergence.label)
     low, high = line["low"].astype(float), line["high"].astype(float)
     axes.vlines(x, low, high, color=color, lw=1.2, alpha=0.6)
 
@@ -94,14 +104,19 @@ def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str
             panel_axes.set_xlabel("step")
         if axes:
             axes[0].set_ylabel(quantity.replace("_", " "))
-        add_divergence_legend(figure, axes)
+        add_divergence_legend(figure, axes, sorted(set(map(_get_divergence, cells))))
         return figure
+
+
+def _get_divergence(cell: Cell) -> CellDivergence:
+    """Return the divergence of a cell's first loss term."""
+    return CellDivergence(cell.divergence, cell.beta)
 
 
 def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity: str) -> None:
     """Draw each cell's history; the quantity `loss` on a log scale if all values are above 0."""
     lowest, highest = np.inf, 0.0
-    for cell in sorted(cells, key=lambda cell: NO_BETA if cell.beta is None else cell.beta):
+    for cell in sorted(cells, key=_get_divergence):
         logged = [row for row in store.get_record(cell).read_history() if row.get(quantity) is not None]
         if logged:
             values = [float(row[quantity]) for row in logged]
@@ -109,7 +124,7 @@ def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity:
             lowest, highest = min([lowest, *finite]), max([highest, *finite])
             axes.plot(
                 [row["step"] for row in logged], values, lw=1.3, alpha=0.9,
-                color=get_divergence_color(cell.beta), label=divergence_label(cell.beta, cell.divergence),
+                color=get_divergence_color(_get_divergence(cell)), label=_get_divergence(cell).label,
             )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if quantity == "loss" and 0 < lowest < highest:

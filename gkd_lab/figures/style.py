@@ -1,6 +1,5 @@
 """Style of the figures: quiet ink, colours that the colour-blind tell apart, inline SVG."""
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ import matplotlib as mpl
 from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba
 from matplotlib.figure import Figure
 
+from gkd_lab.tables.divergences import CellDivergence
+
 INK, MUTED, FAINT, PAPER = "#1f2430", "#697080", "#d8dce3", "#fefefe"
 MISSING = "#eceef2"
 _THEME_NAMES = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", MISSING: "void"}
@@ -20,7 +21,17 @@ _DIVERGENCE_COLORS = LinearSegmentedColormap.from_list(
     "divergences",
     [(0, "#0072b2"), (0.1, "#56b4e9"), (0.5, "#8c8c8c"), (0.9, "#e69f00"), (1, "#c8500a")],
 )
-_TOTAL_VARIATION_COLOR = "#009e73"  # Okabe and Ito's green
+_COLORS_WITHOUT_BETA = {
+    "tv": "#009e73",  # Okabe and Ito's green
+    "cross_entropy": "#cc79a7",  # and reddish purple
+    "squared_error": "#7a6a00",
+    "hidden_states": "#5e3c99",
+    "attentions": "#117a8b",
+    "adversarial": "#7f4f24",
+    "reward": "#4d4d4d",
+    "uld": "#b2182b",
+}
+_OTHER_COLOR = "#4d7a00"
 MARKERS = "osD^vP*X"
 GAIN_COLORS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
 SIGNED_COLORS = LinearSegmentedColormap.from_list(
@@ -62,11 +73,11 @@ def apply_style() -> Iterator[None]:
         yield
 
 
-def get_divergence_color(beta: float | None) -> tuple[float, float, float, float]:
-    """Return the RGBA colour of a beta, equal in all figures; None, inf and NaN: total variation."""
-    if beta is None or not math.isfinite(beta):
-        return to_rgba(_TOTAL_VARIATION_COLOR)
-    return _DIVERGENCE_COLORS(float(beta))
+def get_divergence_color(divergence: CellDivergence) -> tuple[float, float, float, float]:
+    """Return the RGBA colour of a divergence, or of a loss term that is none, equal in all figures."""
+    if divergence.beta is None:
+        return to_rgba(_COLORS_WITHOUT_BETA.get(divergence.kind or "", _OTHER_COLOR))
+    return _DIVERGENCE_COLORS(float(divergence.beta))
 
 
 def choose_text_color(color: tuple[float, float, float, float] | str) -> str:

@@ -26,14 +26,17 @@ from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
-from gkd_lab.statistics.summaries import expand_table, summary
+from gkd_lab.statistics.summaries import expand_table, summarize_scores
 from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
+from gkd_lab.tables.divergences import get_divergence
 from gkd_lab.tables.example_statistics import ExampleStatistics, load_example_statistics
-from gkd_lab.tables.loss_labels import divergence_label, format_axis_value
-from gkd_lab.tables.results import measure_step_seconds
-from gkd_lab.tables.rows import find_headline_column
-from gkd_lab.tables.table import build_wide_table, list_wide_axes
+from gkd_lab.tables.long_table import build_long_table, list_axes
+from gkd_lab.tables.loss_labels import format_axis_value
+from gkd_lab.tables.results import measure_step_seconds, name_evaluations
+from gkd_lab.tables.rows import get_primary_metric
+from gkd_lab.tables.scores import list_score_names, select_scores
+from gkd_lab.tables.wide_table import wide
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -46,7 +49,7 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
 
     A grid with nothing done has a report too.
     """
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
         autoescape=True,
@@ -70,8 +73,9 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
 
 def _count_states(frame: pd.DataFrame) -> list[tuple[str, int, int]]:
     """Return (state, number of cells, number of reference models) for each state, done first."""
-    is_cell = frame["role"] == "cell"
-    cells, references = Counter(frame.loc[is_cell, "status"]), Counter(frame.loc[~is_cell, "status"])
+    models = frame.drop_duplicates(["role", "cell"])
+    is_cell = models["role"] == "cell"
+    cells, references = Counter(models.loc[is_cell, "status"]), Counter(models.loc[~is_cell, "status"])
     return [(state, cells[state], references[state]) for state in STATES]
 
 
@@ -83,9 +87,10 @@ def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
 
 def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
     """Build the template's dict on one task: results, figures, costs, scores, samples."""
-    metric = find_headline_column(grid, task)
     cells = [cell for cell in grid.cells if cell.task == task]
-    evaluation = cells[0].evaluations[0]
+    evaluation, metric = get_primary_metric(cells[0])
+    name = name_evaluations(cells[0].evaluations)[evaluation.folder]
+    scores = select_scores(frame, metric, name, task)
     records = {cell.fingerprint: store.get_record(cell) for cell in cells}
     for start in {cell.training.start.fingerprint: cell.training.start for cell in cells}.values():
         records[start.fingerprint] = store.get_artifact(grid.scale, "start", start)
@@ -93,24 +98,24 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
     @cache
     def load_statistics(fingerprint: str) -> ExampleStatistics | None:
         """Load the example statistics of a cell or start, cached; None where it has none."""
-        return load_example_statistics(records[fingerprint], evaluation, metric.split("/", 1)[1])
+        return load_example_statistics(records[fingerprint], evaluation, metric)
 
-    differences = compute_start_differences(frame, metric, task, load_statistics)
-    best = find_best_cell(grid, frame, metric, task)
+    differences = compute_start_differences(scores, load_statistics)
+    best = find_best_cell(grid, scores)
     number = list(frame["task"].unique()).index(task)
     return {
         "name": task,
-        "metric": metric,
-        "results": describe_results(frame, metric, task, load_statistics, differences),
+        "metric": list_score_names(scores)[0],
+        "results": describe_results(scores, load_statistics, differences),
         "figures": {
-            name: _render_svg(figure, f"{name}{number}", label)
-            for name, (figure, label) in _draw_figures(grid, store, frame, task, metric).items()
+            figure_name: _render_svg(figure, f"{figure_name}{number}", label)
+            for figure_name, (figure, label) in _draw_figures(grid, store, scores).items()
         },
         "paper": _build_paper_comparison(_collect_measurements(grid, store, frame), task, f"paper{number}"),
-        "cost": _build_cost_section(grid, store, frame, metric, task, f"cost{number}"),
-        "scores": _build_score_rows(frame, metric, task, differences),
+        "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
+        "scores": _build_score_rows(scores, differences),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
-        "axes": list_wide_axes(frame),
+        "axes": list_axes(scores),
         "best": None if best is None else _describe_cell(best),
         "samples": [] if best is None else select_samples(store, best),
     }
@@ -119,7 +124,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
 def _describe_cell(cell: Cell) -> str:
     """Format a cell's lmbda, divergence, other axes and seed: `λ = 1, JSD(0.1), seed 0`."""
     axes = [axis for axis in cell.labels if axis not in ("task", "lmbda", "beta", "divergence", "seed")]
-    row = {**cell.labels, "lmbda": cell.lmbda, "beta": cell.beta}
+    row = {**cell.labels, "lmbda": cell.lmbda, "divergence": cell.divergence, "beta": cell.beta}
     return f"{describe_point(row, axes)}, seed {cell.seed}"
 
 
@@ -128,29 +133,28 @@ def _render_svg(figure: Figure, name: str, label: str) -> Markup:
     return Markup(render_inline_svg(figure, name, label))
 
 
-def _draw_figures(
-    grid: Grid, store: Store, frame: pd.DataFrame, task: str, metric: str
-) -> dict[str, tuple[Figure, str]]:
+def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     """Draw a task's figures, those it has data for: name -> (figure, label for screen readers)."""
     figures: dict[str, tuple[Figure, str]] = {}
-    rows = frame[frame["task"] == task]
-    has_scores = bool(rows.loc[rows["role"] == "cell", metric].notna().any())
-    if "objectives" not in list_wide_axes(frame):
-        label = f"Heat map of {metric} on {task} over lambda and divergence"
-        figures["map"] = (heat_map(frame, metric, task), label)
+    task, metric = str(scores["task"].iloc[0]), str(scores["metric"].iloc[0])
+    (score_name,) = list_score_names(scores)
+    cells = scores[scores["role"] == "cell"]
+    has_scores = bool(cells["value"].notna().any())
+    if "objectives" not in list_axes(scores):
+        label = f"Heat map of {score_name} on {task} over lambda and divergence"
+        figures["map"] = (heat_map(scores, metric), label)
         if has_scores:
-            label = f"{metric} on {task} against lambda, one line for each divergence"
-            figures["curves"] = (curves(frame, metric, task), label)
+            label = f"{score_name} on {task} against lambda, one line for each divergence"
+            figures["curves"] = (curves(scores, metric), label)
     elif has_scores:
-        has_several_lmbdas = rows["lmbda"].nunique() > 1
         figures["terms"] = (
-            lines(rows, metric, x_axis="lmbda", line_axis="objectives")
-            if has_several_lmbdas
-            else bars(rows, metric, bar_axis="objectives"),
-            f"{metric} on {task} by the terms of the loss",
+            lines(scores, metric, x_axis="lmbda", line_axis="objectives")
+            if cells["lmbda"].nunique() > 1
+            else bars(scores, metric, bar_axis="objectives"),
+            f"{score_name} on {task} by the terms of the loss",
         )
-    cells = [cell for cell in grid.cells if cell.task == task]
-    logged = [cell for cell in cells if store.get_record(cell).metrics_file.exists()]
+    task_cells = [cell for cell in grid.cells if cell.task == task]
+    logged = [cell for cell in task_cells if store.get_record(cell).metrics_file.exists()]
     if 0 < len(logged) <= MAX_LOSS_CURVES:
         label = f"Training loss on {task} against the step, for each lambda"
         figures["losses"] = (loss_curves(grid, store, task), label)
@@ -160,7 +164,7 @@ def _draw_figures(
 def _collect_measurements(grid: Grid, store: Store, frame: pd.DataFrame) -> list[Measurement]:
     """Return the table's scores and step times as measurements, which claims are judged on."""
     cells = {cell.fingerprint: cell for cell in grid.cells}
-    return extract_measurements(frame, cells, measure_step_seconds(grid, store))
+    return extract_measurements(wide(frame), cells, measure_step_seconds(grid, store))
 
 
 def _build_paper_comparison(measurements: list[Measurement], task: str, name: str) -> dict[str, Any] | None:
@@ -175,36 +179,32 @@ def _build_paper_comparison(measurements: list[Measurement], task: str, name: st
     }
 
 
-def _build_cost_section(
-    grid: Grid, store: Store, frame: pd.DataFrame, metric: str, task: str, name: str
-) -> dict[str, Any] | None:
+def _build_cost_section(grid: Grid, store: Store, scores: pd.DataFrame, name: str) -> dict[str, Any] | None:
     """Build the figure of scores against costs and a sentence on omitted ones, each maybe None.
 
     Returns None if no cell is done.
     """
+    task = str(scores["task"].iloc[0])
     costs = compute_costs(grid, store, task)
     if not costs:
         return None
-    figure = cost_scatter(frame, metric, task, costs)
-    label = f"{metric} on {task} against the cost of training"
+    figure = cost_scatter(scores, costs)
+    label = f"{list_score_names(scores)[0]} on {task} against the cost of training"
     return {
         "figure": None if figure is None else _render_svg(figure, name, label),
         "omitted": describe_omitted_costs(costs),
     }
 
 
-def _build_score_rows(
-    frame: pd.DataFrame, metric: str, task: str, differences: Sequence[StartDifference]
-) -> list[dict[str, Any]]:
+def _build_score_rows(scores: pd.DataFrame, differences: Sequence[StartDifference]) -> list[dict[str, Any]]:
     """Build a dict per row of the score table: reference models, then grid points, over seeds.
 
     Cells have their difference from the start.
     """
-    rows = frame[frame["task"] == task]
-    points = expand_table(rows)
-    keys = ["role", "lmbda", "beta", *list_wide_axes(frame)]
+    points = expand_table(scores)
+    keys = ["role", "lmbda", "divergence", "beta", *list_axes(scores)]
     score_rows = []
-    for row in summary(rows, metric).to_dict("records"):
+    for row in summarize_scores(scores).to_dict("records"):
         models = points
         for key in keys:
             models = models[models[key].isna() if pd.isna(row[key]) else models[key] == row[key]]
@@ -214,7 +214,7 @@ def _build_score_rows(
         if isinstance(score_row.get("objectives"), str | tuple | list):
             score_row["objectives"] = format_axis_value("objectives", score_row["objectives"])
         score_row |= {
-            "divergence": None if pd.isna(row["beta"]) else divergence_label(row["beta"]),
+            "divergence": get_divergence(row).label if row["role"] == "cell" else None,
             "difference": _find_difference(differences, row) if row["role"] == "cell" else None,
             "worst": combine_states(list(counts)),
             "states": ", ".join(states),

@@ -3,12 +3,10 @@
 A notebook reads a table that `gkd-lab table` wrote, so that it needs no run.
 """
 
-import json
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -18,12 +16,12 @@ from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.claims.paper import load_values
 from gkd_lab.claims.verdicts import format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
-from gkd_lab.config.errors import ConfigError
+from gkd_lab.tables.cell_facts import FACT_COLUMNS
+from gkd_lab.tables.load_table import read_table_file
+from gkd_lab.tables.long_table import COLUMN_TYPES, LEADING_COLUMNS, SCORE_COLUMNS, TRAILING_COLUMNS
+from gkd_lab.tables.scores import SOURCE_AXIS, select_scores
+from gkd_lab.tables.wide_table import wide
 
-SOURCE_AXIS = "of"
-"""Axis that tells a run from the paper in a table with rows of both."""
-
-_JSON_COLUMNS = ("evaluations", "stands_for")
 _CELL_COLUMNS = [
     "figure",
     "task",
@@ -35,43 +33,40 @@ _CELL_COLUMNS = [
     "divergence",
     "beta",
 ]
+"""Columns of the paper's numbers that tell its cells apart."""
+_REFERENCE_COLUMNS = (
+    "scale", "task", "student", "teacher", "evaluation", "decoding", "temperature", "split", "metric",
+    "evaluation_status", "origin",
+)  # fmt: skip
 
 
 def read_table(name: str) -> pd.DataFrame:
-    """Read an experiment's table: `NAME.parquet` in the folder `$GKD_LAB_TABLES`, else in `tables`.
+    """Read an experiment's long table: `NAME.parquet` in the folder `$GKD_LAB_TABLES`, else in `tables`.
 
     `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet` writes it. Raises ConfigError.
     """
-    path = Path(os.environ.get("GKD_LAB_TABLES", "tables")) / f"{name}.parquet"
-    if not path.is_file():
-        raise ConfigError(f"no table {path}: gkd-lab table {name} --format parquet -o {path}")
-    frame = pd.read_parquet(path)
-    for column in _JSON_COLUMNS:
-        frame[column] = [None if pd.isna(text) else json.loads(text) for text in frame[column]]
-    return frame
+    return read_table_file(Path(os.environ.get("GKD_LAB_TABLES", "tables")) / f"{name}.parquet")
 
 
-def add_gain(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return a copy with `gain in <metric>` and its bounds: a score minus its SFT student's.
+def add_gain(table: pd.DataFrame, metric: str, evaluation: str | None = None) -> pd.DataFrame:
+    """Return the long table with rows of one more metric, `gain in <metric>`: minus the SFT student's score.
 
-    Null in the teachers' rows, and where the SFT student has no score. The bounds are shifted as if that
-    score were exact: it is one model, shared by all seeds.
+    `metric` and `evaluation` are as in `select_scores`. NaN in the teachers' rows, and where the SFT student
+    has no score. The bounds are shifted as if that score were exact: it is one model, shared by all seeds.
+    Raises ConfigError for a score that the table has not.
     """
-    starts = frame[frame["role"] == "start"].set_index("cell")[metric]
-    start_cells = frame["cell"].where(frame["role"] == "start", frame["start_cell"])
-    name = metric.rsplit("/", 1)[-1]
-    gains = {
-        f"gain in {name}{bound}": frame[f"{metric}{bound}"] - start_cells.map(starts)
-        for bound in ("", ".low", ".high")
-        if f"{metric}{bound}" in frame
-    }
-    return frame.assign(**gains)
+    scores = select_scores(table, metric, evaluation)
+    starts = scores[scores["role"] == "start"].set_index("cell")["value"]
+    start_scores = scores["cell"].where(scores["role"] == "start", scores["start_cell"]).map(starts)
+    gains = {name: scores[name] - start_scores for name in ("value", "low", "high")}
+    gain_rows = scores.assign(metric=f"gain in {scores['metric'].iloc[0]}", **gains)
+    return pd.concat([table, gain_rows], ignore_index=True)
 
 
 def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
     """Yield lines per claim that the experiment names: its verdict on the table and on the paper."""
     claims = [CLAIMS[name] for name in grid.experiment.paper.claims]
-    measurements = extract_measurements(frame, {cell.fingerprint: cell for cell in grid.cells})
+    measurements = extract_measurements(wide(frame), {cell.fingerprint: cell for cell in grid.cells})
     verdicts, paper_verdicts = judge(claims, measurements), judge_paper(claims)
     for verdict, paper_verdict in zip(verdicts, paper_verdicts, strict=True):
         yield from format_verdict_lines([verdict], [verdict.claim.id])
@@ -81,96 +76,94 @@ def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
 
 
 def combine_with_paper(run: pd.DataFrame, *papers: pd.DataFrame) -> pd.DataFrame:
-    """Return one table of the run's rows, then the paper's, told apart by the axis `of`."""
-    run = run.copy()
-    run.insert(list(run.columns).index("status"), SOURCE_AXIS, "this run")
-    frames = [frame.dropna(axis="columns", how="all") for frame in (run, *papers)]
-    columns = dict.fromkeys(name for frame in (run, *papers) for name in frame.columns)
-    return pd.concat(frames, ignore_index=True).reindex(columns=list(columns))
+    """Return one long table of the run's rows, then the paper's, told apart by the axis `of`.
+
+    It has the axes of all.
+    """
+    frames = [run.assign(**{SOURCE_AXIS: "this run"}), *papers]
+    axes = dict.fromkeys(axis for frame in (run, *papers) for axis in _list_axis_columns(frame))
+    return _arrange_columns(pd.concat(frames, ignore_index=True), list(axes))
+
+
+def _list_axis_columns(table: pd.DataFrame) -> list[str]:
+    """Return the columns of a long table's declared axes that have no fixed column."""
+    columns = list(table.columns)
+    return columns[columns.index(LEADING_COLUMNS[-1]) + 1 : columns.index(SCORE_COLUMNS[0])]
+
+
+def _arrange_columns(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """Return a long table with all of its columns, in order and of their types; missing ones are null."""
+    facts = [name for name in FACT_COLUMNS if name not in axes]
+    columns = [*LEADING_COLUMNS, *axes, *SCORE_COLUMNS, *facts, *TRAILING_COLUMNS]
+    types = {name: COLUMN_TYPES[name] for name in columns if name in COLUMN_TYPES and name not in axes}
+    return table.reindex(columns=columns).astype({**types, "stands_for": "object"})
 
 
 def load_paper_table(*figures: str, axes: Sequence[str] = (), students: Sequence[str] = ()) -> pd.DataFrame:
-    """Load the paper's numbers of some figures as a table with the columns of a run's table.
+    """Load the paper's numbers of some figures as a long table, with the axis `of`.
 
-    `axes` are further columns: `method`, `student`, `teacher_temperature` or `train_rows`; `students` the
-    sizes to load, by default all. A score is in the column `<decoding>/<metric>`, and in `<metric>` where
-    its figure has one decoding for the task. On-policy KD is called `gkd`, which it is at forward KL.
-    XSum has 200,000 rows here, the paper's own round number (1,000 are 0.5 per cent).
+    `axes` are further axes: `method`, `teacher_temperature` or `train_rows`; `students` the sizes to load,
+    by default all. A stated gain is added to its SFT student's score. On-policy KD is called `gkd`, which it
+    is at forward KL. XSum has 200,000 rows here, the paper's own round number (1,000 are 0.5 per cent).
     """
     values = load_values()
     values = values[values["figure"].isin(figures) & (values["role"] == "cell")]
     values = values[values["student"].isin(students)] if students else values
-    rows = [
-        *_build_reference_rows(values, "start"),
-        *_build_reference_rows(values, "teacher"),
-        *_build_cell_rows(values),
-    ]
-    columns = ["cell", "role", "task", "lmbda", "beta", "seed", *axes, SOURCE_AXIS, "status"]
-    scores = dict.fromkeys(name for row in rows for name in row["scores"])
-    for row in rows:
-        row[SOURCE_AXIS] = "the paper" if "student" in axes else f"the paper ({row['student']})"
-        row.update(row["scores"])
-    columns += [*scores, "start_cell", "teacher_cell", "stands_for"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"lmbda": "float64", "beta": "float64"})
-    return frame.astype({"train_rows": "Int64"}) if "train_rows" in axes else frame
+    scores = values["value"].where(values["form"] == "score", values["start"] + values["value"])
+    rows = _describe_paper_rows(values.assign(value=scores))
+    if "train_rows" not in axes:
+        rows = rows.assign(train_rows=rows["train_rows"].where(rows["train_share"] < 1))  # null: all
+    references = [_select_references(rows, role) for role in ("start", "teacher")]
+    return _arrange_columns(pd.concat([*references, rows], ignore_index=True), [*axes, SOURCE_AXIS])
 
 
-def _build_cell_rows(paper_values: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a dict per cell of the paper's figures, its scores as a dict in `scores`."""
-    grouped = paper_values.groupby(_CELL_COLUMNS, dropna=False, sort=False)
-    return [
-        {
-            **dict(zip(_CELL_COLUMNS, settings, strict=True)),
-            "cell": f"paper {number}",
-            "role": "cell",
-            "seed": 0,
-            "status": "done",
-            "method": str(group["method"].iloc[0]).replace("on_policy_kd", "gkd"),
-            "train_rows": round(200_000 * group["train_share"].iloc[0]),
-            "start_cell": _format_reference_name(group.iloc[0], "start"),
-            "teacher_cell": _format_reference_name(group.iloc[0], "teacher"),
-            "scores": _name_scores(group, _compute_scores(group), paper_values),
-        }
-        for number, (settings, group) in enumerate(grouped)
-    ]
+def _describe_paper_rows(values: pd.DataFrame) -> pd.DataFrame:
+    """Return the long rows of the paper's cells; `start` and `teacher_score` hold the references' scores."""
+    is_self = values["figure"] == "A.10"  # self-distillation
+    reference = values["figure"] + " " + values["task"] + " " + values["student"]
+    return values.assign(
+        cell="paper " + values.groupby(_CELL_COLUMNS, dropna=False, sort=False).ngroup().astype(str),
+        scale="paper",
+        teacher_score=values["teacher"],
+        student=values["student"].mask(is_self, "large"),
+        teacher=is_self.map({True: "large", False: "xl"}),
+        seed=0,
+        method=values["method"].replace("on_policy_kd", "gkd"),
+        evaluation=_name_evaluations(values),
+        split="test",
+        text=values["method"].map({"seqkd": "teacher"}).fillna("data"),
+        reward=values["alpha"].notna() | (values["method"] == "rlef"),
+        distillation_share=values["alpha"],
+        anchor=values["method"].map({"rlef": "start"}),
+        self_distillation=is_self,
+        train_rows=(200_000 * values["train_share"]).round().astype("Int64"),
+        start_cell="paper start " + reference,
+        teacher_cell="paper teacher " + reference,
+        stands_for=None,
+        status="done",
+        error=None,
+        evaluation_status="done",
+        origin="requested",
+        **{SOURCE_AXIS: "the paper"},
+    )
 
 
-def _build_reference_rows(paper_values: pd.DataFrame, role: str) -> list[dict[str, Any]]:
-    """Return a dict per figure, task and student; `scores` are NaN where the paper states none."""
-    return [
-        {
-            "cell": _format_reference_name(group.iloc[0], role),
-            "role": role,
-            "task": task,
-            "student": student,
-            "status": "done" if group[role].notna().any() else "missing",
-            "scores": _name_scores(group, group[role], paper_values),
-        }
-        for (_, task, student), group in paper_values.groupby(["figure", "task", "student"], sort=False)
-    ]
+def _name_evaluations(values: pd.DataFrame) -> "pd.Series[str]":
+    """Return the name that a run's evaluation of the same settings has; null where the paper tells none."""
+    sampled = "sample" + values["temperature"].map("{:g}".format)
+    name = values["decoding"].replace("beam", "beam4")
+    return name.where(values["decoding"] != "sample", sampled)
 
 
-def _compute_scores(group: pd.DataFrame) -> "pd.Series[float]":
-    """Return a score per number of the paper; a stated gain is added to its SFT student's score."""
-    return group["value"].where(group["form"] == "score", group["start"] + group["value"])
-
-
-def _name_scores(
-    group: pd.DataFrame, scores: "pd.Series[float]", paper_values: pd.DataFrame
-) -> dict[str, float]:
-    """Map `<decoding>/<metric>` to its score, and `<metric>` too if the figure has one decoding."""
-    named_scores: dict[str, float] = {}
-    first = group.iloc[0]
-    same_figure = (paper_values["figure"] == first["figure"]) & (paper_values["task"] == first["task"])
-    has_one_decoding = len(paper_values[same_figure][["decoding", "temperature"]].drop_duplicates()) == 1
-    for (_, row), score in zip(group.iterrows(), scores, strict=True):
-        detail = {"sample": f"{row['temperature']:g}", "beam": "4"}.get(row["decoding"], "")
-        named_scores[f"{row['decoding']}{detail}/{row['metric']}"] = score
-        if has_one_decoding:
-            named_scores[row["metric"]] = score
-    return named_scores
-
-
-def _format_reference_name(row: "pd.Series[Any]", role: str) -> str:
-    """Return `paper <role> <figure> <task> <student>`, used in place of a fingerprint."""
-    return f"paper {role} {row['figure']} {row['task']} {row['student']}"
+def _select_references(rows: pd.DataFrame, role: str) -> pd.DataFrame:
+    """Return the rows of the starts or teachers of the paper's cells; NaN where it states no score."""
+    cell = f"{role}_cell"
+    references = rows.drop_duplicates([cell, "evaluation", "metric"], keep="last")
+    values = references["start" if role == "start" else "teacher_score"]
+    is_known = values.notna().groupby(references[cell]).transform("any")
+    return references[[*_REFERENCE_COLUMNS, SOURCE_AXIS]].assign(
+        cell=references[cell],
+        role=role,
+        value=values,
+        status=is_known.map({True: "done", False: "missing"}),
+    )

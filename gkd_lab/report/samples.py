@@ -29,12 +29,12 @@ def get_evaluations_by_role(
     return {role: record.get_evaluation(evaluation) for role, record in records.items()}
 
 
-def find_best_cell(grid: Grid, frame: pd.DataFrame, metric: str, task: str) -> Cell | None:
-    """Return the one cell (seeds apart) with a task's highest score, the first if tied, or None."""
-    scored = frame[(frame["role"] == "cell") & (frame["task"] == task) & frame[metric].notna()]
+def find_best_cell(grid: Grid, scores: pd.DataFrame) -> Cell | None:
+    """Return the one cell (seeds apart) with the highest of one task's scores, the first if tied, or None."""
+    scored = scores[(scores["role"] == "cell") & scores["value"].notna()]
     if scored.empty:
         return None
-    fingerprint = scored["cell"].iloc[int(scored[metric].argmax())]
+    fingerprint = scored["cell"].iloc[int(scored["value"].argmax())]
     return next(cell for cell in grid.cells if cell.fingerprint == fingerprint)
 
 

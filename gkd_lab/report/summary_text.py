@@ -6,33 +6,35 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.statistics.differences import CONFIDENCE_LEVEL, StartDifference
-from gkd_lab.statistics.summaries import Effect, StatisticsLookup, estimate_lmbda_effect, summary
-from gkd_lab.tables.loss_labels import divergence_label, format_axis_setting
-from gkd_lab.tables.table import list_wide_axes
+from gkd_lab.statistics.summaries import (
+    Effect,
+    StatisticsLookup,
+    estimate_lmbda_effect,
+    summarize_scores,
+)
+from gkd_lab.tables.divergences import get_divergence, list_divergences, select_divergence
+from gkd_lab.tables.long_table import list_axes
+from gkd_lab.tables.loss_labels import format_axis_setting
 
 
 def describe_results(
-    frame: pd.DataFrame,
-    metric: str,
-    task: str,
-    load_statistics: StatisticsLookup,
-    start_differences: Sequence[StartDifference],
+    scores: pd.DataFrame, load_statistics: StatisticsLookup, start_differences: Sequence[StartDifference]
 ) -> list[str]:
     """Return four sentences: best cell, students against starts, effect of beta, effect of lmbda.
 
-    One sentence where no cell of the task has a score.
+    Takes the rows of `select_scores` of one task. One sentence where no cell has a score.
     """
-    rows = frame[frame["task"] == task]
-    summaries = summary(rows, metric)
+    summaries = summarize_scores(scores)
     cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
     if cells.empty:
         return ["No cell of this task has a score yet, so the effects of λ and β are unknown."]
-    effect = estimate_lmbda_effect(rows, metric, load_statistics)
+    effect = estimate_lmbda_effect(scores, load_statistics)
+    axes = list_axes(scores)
     return [
-        _describe_best(cells, summaries, list_wide_axes(frame)),
+        _describe_best(cells, summaries, axes),
         _describe_start_comparison(start_differences),
-        _describe_beta_effect(cells, list_wide_axes(frame)),
-        _describe_lmbda_effect(rows, effect),
+        _describe_beta_effect(cells, axes),
+        _describe_lmbda_effect(scores, effect),
     ]
 
 
@@ -41,7 +43,7 @@ def describe_point(row: Any, axes: Sequence[str]) -> str:
     settings = [format_axis_setting(axis, row[axis]) for axis in axes]
     if "objectives" in axes:  # which include the divergence
         return ", ".join([f"λ = {row['lmbda']:g}", *settings])
-    return ", ".join([f"λ = {row['lmbda']:g}", divergence_label(row["beta"]), *settings])
+    return ", ".join([f"λ = {row['lmbda']:g}", get_divergence(row).label, *settings])
 
 
 def format_score(row: Any) -> str:
@@ -84,32 +86,31 @@ def _describe_start_comparison(start_differences: Sequence[StartDifference]) -> 
 def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
     """Return a sentence on the span of scores over divergences at the largest lmbda."""
     lmbda = cells["lmbda"].max()
-    means = cells[cells["lmbda"] == lmbda].groupby("beta")["mean"].mean()
-    if len(means) < 2:
+    rows = cells[cells["lmbda"] == lmbda]
+    groups = {divergence: select_divergence(rows, divergence) for divergence in list_divergences(rows)}
+    scores = {divergence: float(group["mean"].mean()) for divergence, group in groups.items()}
+    if len(scores) < 2:
         return f"At λ = {lmbda:g} only one divergence has a score, so the effect of β is unknown."
-    best_beta, worst_beta = means.idxmax(), means.idxmin()
+    best, worst = max(scores, key=lambda name: scores[name]), min(scores, key=lambda name: scores[name])
     averaged = f", averaged over {', '.join(axes)}" if axes else ""
-    overlap = "" if axes else _describe_overlap(cells[cells["lmbda"] == lmbda], best_beta, worst_beta)
+    overlap = "" if axes else _describe_overlap(groups[best].iloc[0], groups[worst].iloc[0])
     return (
-        f"At λ = {lmbda:g} the {len(means)} divergences span "
-        f"{means[best_beta] - means[worst_beta]:.1f}{averaged}: from {means[worst_beta]:.1f} "
-        f"({divergence_label(worst_beta)}) to {means[best_beta]:.1f} "
-        f"({divergence_label(best_beta)}){overlap}."
+        f"At λ = {lmbda:g} the {len(scores)} divergences span {scores[best] - scores[worst]:.1f}{averaged}: "
+        f"from {scores[worst]:.1f} ({worst.label}) to {scores[best]:.1f} ({best.label}){overlap}."
     )
 
 
-def _describe_overlap(cells: pd.DataFrame, best_beta: float, worst_beta: float) -> str:
+def _describe_overlap(best: "pd.Series[Any]", worst: "pd.Series[Any]") -> str:
     """Return `; their intervals overlap` or `do not overlap`; empty where one has no interval."""
-    best, worst = (cells[cells["beta"] == beta].iloc[0] for beta in (best_beta, worst_beta))
     if pd.isna(best["low"]) or pd.isna(worst["high"]):
         return ""
     is_apart = best["low"] > worst["high"]
     return "; their intervals do not overlap" if is_apart else "; their intervals overlap"
 
 
-def _describe_lmbda_effect(frame: pd.DataFrame, effect: Effect | None) -> str:
+def _describe_lmbda_effect(scores: pd.DataFrame, effect: Effect | None) -> str:
     """Return a sentence on the score at the largest minus that at the smallest lmbda."""
-    lmbdas = frame["lmbda"].dropna()
+    lmbdas = scores["lmbda"].dropna()
     low, high = lmbdas.min(), lmbdas.max()
     if low == high:
         return f"All cells have λ = {low:g}, so the effect of λ is unknown."

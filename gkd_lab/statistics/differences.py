@@ -9,7 +9,7 @@ import pandas as pd
 
 from gkd_lab.statistics.effects import Effect, estimate_one_seed_effect, estimate_seed_effect
 from gkd_lab.statistics.summaries import StatisticsLookup, expand_collapsed_cells
-from gkd_lab.tables.table import list_wide_axes
+from gkd_lab.tables.long_table import list_axes
 
 CONFIDENCE_LEVEL = 0.95
 
@@ -19,7 +19,7 @@ class StartDifference:
     """The score at one grid point minus that of its SFT student."""
 
     axis_values: dict[str, Any]
-    """`lmbda`, `beta` (`NO_BETA` for total variation) and the other axes."""
+    """`lmbda`, `divergence`, `beta` (NaN for a kind that has none) and the other axes."""
     effect: Effect
     adjusted_p_value: float | None
     """Holm's, over all differences of the list."""
@@ -33,14 +33,15 @@ class StartDifference:
 
 
 def compute_start_differences(
-    frame: pd.DataFrame, metric: str, task: str, load_statistics: StatisticsLookup
+    scores: pd.DataFrame, load_statistics: StatisticsLookup
 ) -> list[StartDifference]:
     """Return score minus the SFT student's, one per grid point (all axes but seed) with a score.
 
-    From two seeds on it is taken over seeds, else paired over the examples of the one seed. Intervals are
-    for one comparison; p-values and verdicts are adjusted for the number of differences with an interval.
+    Takes the rows of `select_scores` of one task. From two seeds on a difference is taken over seeds, else
+    paired over the examples of the one seed. Intervals are for one comparison; p-values and verdicts are
+    adjusted for the number of differences with an interval.
     """
-    estimates = list(_iterate_effects(frame[frame["task"] == task], metric, load_statistics))
+    estimates = list(_iterate_effects(scores, load_statistics))
     adjusted = iter(adjust_holm([effect.p for _, effect in estimates if effect.p is not None]))
     return [
         StartDifference(axis_values, effect, None if effect.p is None else next(adjusted))
@@ -58,15 +59,15 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _iterate_effects(
-    frame: pd.DataFrame, metric: str, load_statistics: StatisticsLookup
+    scores: pd.DataFrame, load_statistics: StatisticsLookup
 ) -> Iterator[tuple[dict[str, Any], Effect]]:
     """Yield (axis values, effect: score minus the SFT student's) for each grid point with both."""
-    starts = frame[frame["role"] == "start"].set_index("cell")[metric]
-    keys = ["lmbda", "beta", *list_wide_axes(frame)]
-    cells = expand_collapsed_cells(frame)
-    scored = cells[cells[metric].notna() & cells["start_cell"].map(starts).notna()]
-    for values, group in scored.groupby(keys, dropna=False, sort=False):
-        differences = (group[metric] - group["start_cell"].map(starts)).tolist()
+    starts = scores[scores["role"] == "start"].set_index("cell")["value"]
+    keys = ["lmbda", "divergence", "beta", *list_axes(scores)]
+    cells = expand_collapsed_cells(scores)
+    cells = cells.assign(difference=cells["value"] - cells["start_cell"].map(starts))
+    for values, group in cells[cells["difference"].notna()].groupby(keys, dropna=False, sort=False):
+        differences = group["difference"].tolist()
         if len(differences) >= 2:
             effect = estimate_seed_effect(differences, len(differences))
         else:

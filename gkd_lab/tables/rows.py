@@ -37,13 +37,6 @@ def list_extra_axes(grid: Grid) -> tuple[str, ...]:
     return tuple(axis for axis in grid.axes if axis not in _FIXED_AXES)
 
 
-def find_headline_column(grid: Grid, task: str) -> str:
-    """Return `<evaluation>/<metric>` of a task's main score: first evaluation, its first metric."""
-    cell = next(cell for cell in grid.cells if cell.task == task)
-    evaluation, metric = get_primary_metric(cell)
-    return f"{name_evaluations(cell.evaluations)[evaluation.folder]}/{metric}"
-
-
 def get_primary_metric(cell: Cell) -> tuple[AnyEvaluation, str]:
     """Return (the cell's first evaluation, name of the first metric of that evaluation)."""
     return cell.evaluations[0], list_requested_metrics(cell.evaluations[0], is_first=True)[0]

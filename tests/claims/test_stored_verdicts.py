@@ -13,6 +13,7 @@ from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.claims.verdicts import ClaimVerdict, encode_verdicts
 from gkd_lab.experiments import load
 from gkd_lab.report.notebooks import read_table
+from gkd_lab.tables.wide_table import wide
 
 STORED = Path(__file__).parent / "fixtures"
 TABLES = Path(__file__).parents[2] / "analysis" / "tables"
@@ -34,7 +35,7 @@ def test_verdicts_on_a_committed_table_are_the_stored_ones(
     monkeypatch.setenv("GKD_LAB_TABLES", str(TABLES))
     scale = pd.read_parquet(TABLES / f"{name}.parquet").attrs["scale"]
     cells = {cell.fingerprint: cell for cell in load(name, scale=scale, outputs=tmp_path).cells}
-    measurements = extract_measurements(read_table(name), cells)
+    measurements = extract_measurements(wide(read_table(name)), cells)
     assert_stored(judge(CLAIMS.values(), measurements), name)
 
 

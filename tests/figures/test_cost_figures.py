@@ -11,7 +11,8 @@ from gkd_lab.figures.cost_figures import (
     list_varying_costs,
 )
 from gkd_lab.store import Store
-from gkd_lab.tables.table import build_wide_table
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.scores import select_scores
 
 from ..tables.synthetic_store import build_grid, fill_store, write_finished_record
 
@@ -38,7 +39,7 @@ def test_costs_are_summed_over_the_history(store: Store) -> None:
     omitted = describe_omitted_costs(costs) or ""
     assert "120 in each cell" in omitted
     assert "alone" in omitted
-    figure = cost_scatter(build_wide_table(grid, store), "greedy/accuracy", "arithmetic", costs)
+    figure = cost_scatter(select_scores(build_long_table(grid, store), "accuracy"), costs)
     assert figure is not None and len(figure.axes) == 1
 
 
@@ -46,5 +47,5 @@ def test_costs_that_are_not_recorded_are_omitted(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1]})
     fill_store(grid, store)
     costs = compute_costs(grid, store, "arithmetic")
-    assert cost_scatter(build_wide_table(grid, store), "greedy/accuracy", "arithmetic", costs) is None
+    assert cost_scatter(select_scores(build_long_table(grid, store), "accuracy"), costs) is None
     assert "no lengths" in (describe_omitted_costs(costs) or "")

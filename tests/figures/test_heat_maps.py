@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from gkd_lab.config import ConfigError
+from gkd_lab.config.loss_registry import LOSSES
+from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 from gkd_lab.figures import curves, heat_map, loss_curves
 from gkd_lab.figures.style import choose_text_color, get_divergence_color, render_inline_svg
 from gkd_lab.store import Store
+from gkd_lab.tables.divergences import CellDivergence
+from gkd_lab.tables.long_table import build_long_table
 from gkd_lab.tables.loss_labels import divergence_label
-from gkd_lab.tables.table import build_wide_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -39,7 +43,7 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
 ) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    figure = heat_map(build_wide_table(grid, store), "accuracy")
+    figure = heat_map(build_long_table(grid, store), "accuracy")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "Forward KL",
@@ -61,16 +65,16 @@ def test_the_heat_map_shows_improvements_with_lmbda_upwards_and_forward_kl_first
 def test_negative_gains_have_a_true_minus_sign(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store, start_score=60.0)
-    assert read_squares(heat_map(build_wide_table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
+    assert read_squares(heat_map(build_long_table(grid, store), "accuracy"))[0, 0] == "\N{MINUS SIGN}20.0"
 
 
 def test_small_gains_have_two_decimals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    frame = build_wide_table(grid, store)
-    frame["accuracy"] = 30 + (frame["accuracy"] - 30) / 37
+    frame = build_long_table(grid, store)
+    frame["value"] = 30 + (frame["value"] - 30) / 37
     assert read_squares(heat_map(frame, "accuracy"))[0, 0] == "+0.27"
-    frame["accuracy"] = (10 * frame["accuracy"]).round() / 10
+    frame["value"] = (10 * frame["value"]).round() / 10
     assert read_squares(heat_map(frame, "accuracy"))[0, 0] == "+0.3"
 
 
@@ -78,7 +82,7 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[2:])
     store.get_record(grid.cells[1]).mark_failed("ValueError: broken")
-    figure = heat_map(build_wide_table(grid, store), "accuracy")
+    figure = heat_map(build_long_table(grid, store), "accuracy")
     squares = read_squares(figure)
     assert (squares[0, 0], squares[1, 0]) == ("missing", "failed")
     (mesh,) = figure.axes[0].collections
@@ -89,7 +93,7 @@ def test_missing_and_failed_cells_are_named_in_their_squares(store: Store) -> No
 def test_the_heat_map_shows_scores_where_the_sft_student_is_missing(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     figure = heat_map(frame[frame["role"] == "cell"], "accuracy")
     assert read_squares(figure)[0, 0] == "40.0"
     assert "SFT student is missing" in join_texts(figure)
@@ -98,7 +102,7 @@ def test_the_heat_map_shows_scores_where_the_sft_student_is_missing(store: Store
 def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:5])
-    squares = read_squares(heat_map(build_wide_table(grid, store), "accuracy"))
+    squares = read_squares(heat_map(build_long_table(grid, store), "accuracy"))
     assert squares[0, 0] == "+9.0"  # 38 + (0 + 1 + 2) / 3 - 30
     assert squares[0, 1] == "+38.5\n2 of 3 seeds"
 
@@ -106,13 +110,13 @@ def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
 def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> None:
     students = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
     fill_store(students, store)
-    figure = heat_map(build_wide_table(students, store), "accuracy")
+    figure = heat_map(build_long_table(students, store), "accuracy")
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["arithmetic, student small", "arithmetic, student base"]
 
     tasks = build_grid(grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1]})
     fill_store(tasks, store)
-    frame = build_wide_table(tasks, store)
+    frame = build_long_table(tasks, store)
     assert [a.get_title(loc="left") for a in heat_map(frame, "bleu").axes] == ["translation"]
     assert [a.get_title(loc="left") for a in curves(frame, "accuracy").axes] == ["arithmetic"]
 
@@ -120,14 +124,14 @@ def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> N
 def test_a_collapsed_cell_is_drawn_at_each_combination(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     fill_store(grid, store)
-    figure = heat_map(build_wide_table(grid, store), "accuracy")
+    figure = heat_map(build_long_table(grid, store), "accuracy")
     assert [read_squares(figure, panel)[0, 0] for panel in (0, 1)] == ["+8.0", "+8.0"]
 
 
 def test_total_variation_is_a_column_after_reverse_kl(store: Store) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0, 1], "beta": [0, 1]})
     fill_store(grid, store)
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     figure = heat_map(frame, "accuracy")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["arithmetic"]
     columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
@@ -141,15 +145,27 @@ def test_total_variation_is_a_column_after_reverse_kl(store: Store) -> None:
     assert [text.get_text() for text in histories.get_texts()] == columns
 
 
-def test_an_unknown_metric_is_refused_with_the_score_columns(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"no column 'rouge'.*greedy/accuracy"):
-        heat_map(build_wide_table(build_grid(), store), "rouge")
+def test_two_kinds_without_beta_have_columns_lines_and_colours_of_their_own(store: Store) -> None:
+    grid = build_grid(grid={"method": ["seqkd", "f_distill", "supervised_kd"]})
+    fill_store(grid, store)
+    frame = build_long_table(grid, store).drop(columns="method")
+    columns = ["Forward KL", "Total variation", "Cross entropy"]
+    figure = heat_map(frame, "accuracy")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == columns
+    lines = [line for line in curves(frame, "accuracy").axes[0].get_lines() if line.get_label() in columns]
+    assert [line.get_label() for line in lines] == columns
+    assert len({line.get_color() for line in lines}) == 3
+
+
+def test_an_unknown_metric_is_refused_with_the_scores(store: Store) -> None:
+    with pytest.raises(ConfigError, match=r"unknown metric 'rouge'.*greedy/accuracy"):
+        heat_map(build_long_table(build_grid(), store), "rouge")
 
 
 def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
-    axes = curves(build_wide_table(grid, store), "accuracy").axes[0]
+    axes = curves(build_long_table(grid, store), "accuracy").axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert {"Forward KL", "JSD(0.1)", "Reverse KL"} <= set(lines)
     assert list(lines["Forward KL"].get_ydata()) == [40.0, 55.0, 70.0]
@@ -179,7 +195,7 @@ def test_a_nan_loss_does_not_spoil_the_scale(store: Store) -> None:
 
 def test_a_grid_with_nothing_done_can_be_drawn(store: Store) -> None:
     grid = build_grid()
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     assert set(read_squares(heat_map(frame, "accuracy")).values()) == {"missing"}
     assert not curves(frame, "accuracy").legends
     assert not loss_curves(grid, store).legends
@@ -189,10 +205,11 @@ def test_labels_are_the_papers_and_colours_differ() -> None:
     betas = [0, 0.1, 0.5, 0.9, 1.0]
     labels = ["Forward KL", "JSD(0.1)", "JSD(0.5)", "JSD(0.9)", "Reverse KL"]
     assert [divergence_label(beta) for beta in betas] == labels
-    assert len({get_divergence_color(beta) for beta in betas}) == 5
+    divergences = [CellDivergence("jsd", beta) for beta in betas]
+    divergences += [CellDivergence(kind, None) for kind in (*NAMES_WITHOUT_BETA, *LOSSES)]
+    assert len({get_divergence_color(divergence) for divergence in divergences}) == len(divergences)
     for no_beta in (None, float("inf"), float("nan")):
         assert divergence_label(no_beta) == "Total variation"
-        assert get_divergence_color(no_beta) not in [get_divergence_color(beta) for beta in betas]
     assert divergence_label(None, "tv") == "Total variation"
     assert divergence_label(0.5, "jsd") == "JSD(0.5)"
     assert divergence_label(None, "squared_error") == "Squared error"
@@ -208,7 +225,7 @@ def test_svgs_of_one_page_share_no_id_and_make_no_request(store: Store) -> None:
 
     grid = build_grid()
     fill_store(grid, store, cells=grid.cells[1:])
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     first, second = (render_inline_svg(heat_map(frame, "accuracy"), name, "a < b") for name in "ab")
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0] and not ids[0] & ids[1]

@@ -10,7 +10,8 @@ from gkd_lab.claims.measurements import extract_measurements
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import reward_gains
 from gkd_lab.store import Store
-from gkd_lab.tables.table import build_wide_table
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.wide_table import wide
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -30,7 +31,7 @@ def score_cell(cell: Cell) -> float:
 def rewarded_run(tmp_path: Path) -> tuple[Grid, pd.DataFrame]:
     grid = build_grid(**RUN)
     fill_store(grid, Store(tmp_path), score=score_cell)
-    return grid, build_wide_table(grid, Store(tmp_path))
+    return grid, build_long_table(grid, Store(tmp_path))
 
 
 def read_points(axes: Axes) -> dict[str, tuple[float, float]]:
@@ -41,7 +42,7 @@ def read_points(axes: Axes) -> dict[str, tuple[float, float]]:
 def test_each_alpha_has_a_point_at_its_mean_gain(rewarded_run: tuple[Grid, pd.DataFrame]) -> None:
     _, frame = rewarded_run
     run_axes, _ = reward_gains(frame, "accuracy", "accuracy").axes
-    start = float(frame.loc[frame["role"] == "start", "accuracy"].iloc[0])
+    start = float(frame.loc[frame["role"] == "start", "value"].iloc[0])
     drawn_points = read_points(run_axes)
     assert set(drawn_points) == {"teacher", "α = 0.05", "α = 0.5", "α = 1", "RLEF*"}
     assert drawn_points["α = 0.5"] == pytest.approx((55.5 - start, 55.5 - start))
@@ -62,7 +63,7 @@ def test_the_papers_points_are_those_of_figure_5(rewarded_run: tuple[Grid, pd.Da
 
 def test_a_table_without_a_start_is_refused(rewarded_run: tuple[Grid, pd.DataFrame]) -> None:
     frame = rewarded_run[1].copy()
-    frame.loc[frame["role"] == "start", "accuracy"] = float("nan")
+    frame.loc[frame["role"] == "start", "value"] = float("nan")
     with pytest.raises(ValueError, match="accuracy"):
         reward_gains(frame, "accuracy", "accuracy")
 
@@ -74,7 +75,7 @@ def test_measurements_of_rewarded_cells_carry_alpha_and_anchor(
     grid, frame = rewarded_run
     figure_cells = [
         measurement.figure_cell
-        for measurement in extract_measurements(frame, {cell.fingerprint: cell for cell in grid.cells})
+        for measurement in extract_measurements(wide(frame), {cell.fingerprint: cell for cell in grid.cells})
     ]
     losses = {(p["loss"], p.get("alpha"), p.get("anchor")) for p in figure_cells if p["role"] == "cell"}
     assert losses == {

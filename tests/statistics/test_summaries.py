@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from gkd_lab.statistics.effects import compute_t_interval, estimate_bootstrap_effect, estimate_seed_effect
-from gkd_lab.statistics.summaries import NO_BETA, estimate_lmbda_effect, expand_collapsed_cells, summary
+from gkd_lab.statistics.summaries import estimate_lmbda_effect, expand_collapsed_cells, summary
 from gkd_lab.store import Store
-from gkd_lab.tables.table import build_wide_table
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.scores import select_scores
 
 from ..tables.prediction_records import build_mean_statistics
 from ..tables.synthetic_store import build_grid, fill_store
@@ -26,7 +27,7 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
     store = Store(tmp_path)
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1, 2]})
     fill_store(grid, store, cells=grid.cells[:4])
-    summaries = summary(build_wide_table(grid, store), "accuracy").set_index(["role", "lmbda"])
+    summaries = summary(build_long_table(grid, store), "accuracy").set_index(["role", "lmbda"])
     three, single = summaries.loc[("cell", 0.0)], summaries.loc[("cell", 1.0)]
     assert (three["n"], three["interval"]) == (3, "t, seeds")
     assert three["mean"] == pytest.approx(39.0)
@@ -36,7 +37,7 @@ def test_one_seed_keeps_its_bootstrap_interval_and_several_get_t(tmp_path: Path)
 
 
 def test_unfinished_cells_have_no_mean_and_no_interval(tmp_path: Path) -> None:
-    summaries = summary(build_wide_table(build_grid(), Store(tmp_path)), "accuracy")
+    summaries = summary(build_long_table(build_grid(), Store(tmp_path)), "accuracy")
     assert (summaries["n"] == 0).all()
     assert (summaries["interval"] == "none").all()
     assert summaries["mean"].isna().all()
@@ -44,8 +45,8 @@ def test_unfinished_cells_have_no_mean_and_no_interval(tmp_path: Path) -> None:
 
 def test_a_collapsed_cell_has_a_row_at_each_of_its_grid_points(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
-    placed = expand_collapsed_cells(build_wide_table(grid, Store(tmp_path)))
-    assert list(zip(placed["lmbda"], placed["temperature"], strict=True)) == [
+    placed = expand_collapsed_cells(select_scores(build_long_table(grid, Store(tmp_path)), "accuracy"))
+    assert list(zip(placed["lmbda"], placed["sampling_temperature"], strict=True)) == [
         (0, 0.5),
         (0, 1.0),
         (1, 0.5),
@@ -58,12 +59,16 @@ def test_total_variation_has_one_row_after_the_betas(tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "divergence": ["tv", "jsd"], "beta": [0, 1]})
     store = Store(tmp_path)
     fill_store(grid, store)
-    frame = build_wide_table(grid, store)
-    assert list(expand_collapsed_cells(frame)["beta"]) == [NO_BETA, 0, 1] * 2
-    summaries = summary(frame, "accuracy").set_index(["role", "lmbda", "beta"])
-    assert summaries.loc[("cell", 1.0, NO_BETA)]["mean"] == pytest.approx(69.0)  # 40 + 30 - 4 / 4
+    frame = build_long_table(grid, store)
+    scores = select_scores(frame, "accuracy")
+    placed = expand_collapsed_cells(scores)
+    assert list(placed["divergence"]) == ["tv", "jsd", "jsd"] * 2
+    assert list(placed["beta"].fillna(-1)) == [-1, 0, 1] * 2
+    summaries = summary(frame, "accuracy")
+    last_tv = summaries[summaries["divergence"] == "tv"].iloc[-1]
+    assert (last_tv["lmbda"], last_tv["mean"]) == (1.0, pytest.approx(69.0))  # 40 + 30 - 4 / 4
     assert list(summaries["n"]) == [1] * 8
-    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: None)
+    effect = estimate_lmbda_effect(scores, lambda cell: None)
     assert effect is not None
     assert (effect.mean, effect.pairs) == (30.0, 3)
 
@@ -72,24 +77,40 @@ def test_a_collapsed_cell_expands_over_axes_of_nested_settings(tmp_path: Path) -
     sizes = [{"layers": 1, "width": width, "heads": 1} for width in (8, 16)]
     grid = build_grid(grid={"lmbda": [0], "temperature": [0.5, 1.0], "student": sizes})
     assert [len(points) for points in grid.stands_for.values()] == [2, 2]
-    placed = expand_collapsed_cells(build_wide_table(grid, Store(tmp_path)))
-    assert placed.groupby(["temperature", "student"]).size().tolist() == [1] * 4
+    placed = expand_collapsed_cells(select_scores(build_long_table(grid, Store(tmp_path)), "accuracy"))
+    assert placed.groupby(["sampling_temperature", "student"]).size().tolist() == [1] * 4
 
 
-def _build_table(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:
-    """Build a table with accuracy by (lmbda, beta, seed); the fingerprint is `lmbda/beta/seed`."""
+def test_two_kinds_without_beta_are_not_seeds_of_one(tmp_path: Path) -> None:
+    """SeqKD trains with cross-entropy and f-distill with total variation: neither has a beta."""
+    grid = build_grid(grid={"method": ["seqkd", "f_distill"], "seed": [0, 1]})
+    store = Store(tmp_path)
+    fill_store(grid, store, score=lambda cell: 10.0 * cell.seed + (5 if cell.divergence == "tv" else 0))
+    frame = build_long_table(grid, store).drop(columns="method")
+    cells = summary(frame, "accuracy").query("role == 'cell'")
+    assert list(zip(cells["divergence"], cells["mean"], cells["n"], strict=True)) == [
+        ("cross_entropy", 5.0, 2),
+        ("tv", 10.0, 2),
+    ]
+
+
+def _build_scores(scores: dict[tuple[float, float, int], float | None]) -> pd.DataFrame:
+    """Build scores of cells by (lmbda, beta, seed); the fingerprint is `lmbda/beta/seed`."""
     return pd.DataFrame(
         [
             {
                 "cell": f"{lmbda:g}/{beta:g}/{seed}",
                 "role": "cell",
                 "task": "arithmetic",
-                "lmbda": lmbda,
-                "beta": beta,
+                "student": "small",
+                "teacher": "xl",
                 "seed": seed,
-                "status": "done",
+                "lmbda": lmbda,
+                "divergence": "jsd",
+                "beta": beta,
+                "evaluation": "greedy",
+                "value": value,
                 "stands_for": None,
-                "accuracy": value,
             }
             for (lmbda, beta, seed), value in scores.items()
         ]
@@ -97,11 +118,11 @@ def _build_table(scores: dict[tuple[float, float, int], float | None]) -> pd.Dat
 
 
 def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> None:
-    frame = _build_table(
+    scores = _build_scores(
         {(0, 0, 0): 10.0, (1, 0, 0): 20.0, (0, 1, 0): 10.0, (1, 1, 0): 22.0}
         | {(0, 0, 1): 30.0, (1, 0, 1): 42.0, (0, 1, 1): 30.0, (1, 1, 1): 44.0}
     )
-    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: None)
+    effect = estimate_lmbda_effect(scores, lambda cell: None)
     assert effect is not None
     assert effect.mean == 12.0  # seeds: 11 and 13; t(0.975, 1) = 12.7062, standard error 1
     assert effect.low == pytest.approx(12 - 12.7062, abs=1e-3)
@@ -109,9 +130,9 @@ def test_with_seeds_the_effect_of_lmbda_is_paired_and_averaged_per_seed() -> Non
 
 
 def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
-    frame = _build_table({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
+    scores = _build_scores({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
     per_example = {"0/0/0": [0.0, 0.0, 0.0, 100.0] * 25, "1/0/0": [100.0, 0.0, 100.0, 100.0] * 25}
-    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: build_mean_statistics(per_example[cell]))
+    effect = estimate_lmbda_effect(scores, lambda cell: build_mean_statistics(per_example[cell]))
     assert effect is not None and effect.low is not None and effect.high is not None
     assert effect.mean == 50.0
     assert 38 < effect.low < 42 and 58 < effect.high < 62  # 50 +- 1.96 * 50 / sqrt(100)
@@ -119,8 +140,8 @@ def test_with_one_seed_the_effect_is_paired_over_examples() -> None:
 
 
 def test_an_outdated_stored_score_gets_no_interval() -> None:
-    frame = _build_table({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
-    effect = estimate_lmbda_effect(frame, "accuracy", lambda cell: build_mean_statistics([1.0, 2.0]))
+    scores = _build_scores({(0, 0, 0): 25.0, (1, 0, 0): 75.0})
+    effect = estimate_lmbda_effect(scores, lambda cell: build_mean_statistics([1.0, 2.0]))
     assert effect is not None
     assert (effect.low, effect.verdict) == (None, "undecided")
 
@@ -147,20 +168,18 @@ def test_a_single_example_decides_nothing() -> None:
 
 
 def test_without_a_finished_pair_there_is_no_effect() -> None:
-    assert (
-        estimate_lmbda_effect(_build_table({(0, 0, 0): 1.0, (1, 0, 0): None}), "accuracy", lambda c: None)
-        is None
-    )
-    assert estimate_lmbda_effect(_build_table({(1, 0, 0): 1.0}), "accuracy", lambda c: None) is None
+    unfinished, alone = _build_scores({(0, 0, 0): 1.0, (1, 0, 0): None}), _build_scores({(1, 0, 0): 1.0})
+    assert estimate_lmbda_effect(unfinished, lambda cell: None) is None
+    assert estimate_lmbda_effect(alone, lambda cell: None) is None
 
 
 def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     grid = build_grid()
     fill_store(grid, store)
-    frame = build_wide_table(grid, store)
+    frame = build_long_table(grid, store)
     teacher = frame[frame["role"] == "teacher"]
-    with_two_teachers = pd.concat([frame, teacher.assign(cell="another", accuracy=10.0)])
+    with_two_teachers = pd.concat([frame, teacher.assign(cell="another", value=10.0)])
     described = summary(with_two_teachers, "accuracy")
     assert sorted(described[described["role"] == "teacher"]["mean"]) == [10.0, 95.0]
     assert list(described["n"]).count(2) == list(summary(frame, "accuracy")["n"]).count(2)
