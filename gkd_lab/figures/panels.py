@@ -43,8 +43,11 @@ class Panel:
 def build_panels(scores: pd.DataFrame) -> list[Panel]:
     """Return a panel per task and combination of varying axes, of the rows of `select_scores`.
 
-    Tasks without any value are left out, if another has one. Panels are in the table's order.
+    Tasks without any value are left out, if another has one. Panels are in the table's order. Raises
+    ValueError where no row is a cell's.
     """
+    if not (scores["role"] == "cell").any():
+        raise ValueError("the table has no cell: every row is of a teacher or an SFT student")
     measured = scores.loc[scores["value"].notna(), "task"].unique()
     scores = scores[scores["task"].isin(measured)] if len(measured) else scores
     cells = expand_collapsed_cells(scores)

@@ -1,7 +1,6 @@
 """Readable labels of losses: a divergence by its beta, a list of loss terms in one line."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,11 @@ def divergence_label(beta: float | None, kind: str | None = None) -> str:
     """Format `JSD(0.1)`, at its ends `Forward KL`, `Reverse KL`; a kind without beta by its name.
 
     `kind` is one of `DIVERGENCE_KINDS`, or the type of a term that is no divergence. Where it is not known
-    (None), a beta means `jsd`, and no beta (None, infinite or NaN) names the kinds that have none.
+    (None), a beta means `jsd`.
     """
-    if kind is None:
-        is_jsd = beta is not None and math.isfinite(beta)
-        kind = "jsd" if is_jsd else " or ".join(NAMES_WITHOUT_BETA.values())
-    if kind == "jsd" and beta is not None:
+    if beta is not None and kind in ("jsd", None):
         return {0.0: "Forward KL", 1.0: "Reverse KL"}.get(float(beta), f"JSD({beta:g})")
+    kind = kind or "unknown divergence"
     return NAMES_WITHOUT_BETA.get(kind, kind.replace("_", " ")).capitalize()
 
 

@@ -19,7 +19,8 @@ def select_scores(
     `evaluation` is a name of the column `evaluation`; None means each task's first one that has the metric.
     `metric` may also be `<evaluation>/<metric>`. Tasks without the metric are left out, and a model without
     the score has NaN. Raises ConfigError for a frame that is no long table, for an unknown task, evaluation
-    or metric, naming the valid ones, and where a model has several rows of the score.
+    or metric, naming the valid ones, where a model has several rows of the score, and where a task has rows
+    of several scales that the axis `of` does not tell apart.
     """
     _check_columns(table)
     if task is not None and task not in set(table["task"]):
@@ -28,6 +29,8 @@ def select_scores(
     evaluation, metric = _resolve_names(rows, metric, evaluation)
     keys = ["task", *([SOURCE_AXIS] if SOURCE_AXIS in rows else [])]
     groups = [group for _, group in rows.groupby(keys, sort=False, dropna=False)]
+    for group in groups:
+        _check_one_scale(group)
     parts = [_select_task_scores(group, metric, evaluation) for group in groups]
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
@@ -83,6 +86,16 @@ def _select_task_scores(rows: pd.DataFrame, metric: str, evaluation: str | None)
     values = {name: scores[name].iloc[0] for name in _EVALUATION_COLUMNS} | dict.fromkeys(_SCORE_COLUMNS)
     blank = models.assign(**values).astype(scores.dtypes)
     return pd.concat([scores, blank]).drop_duplicates(_MODEL_COLUMNS).sort_index()
+
+
+def _check_one_scale(rows: pd.DataFrame) -> None:
+    """Check that the rows of a task are of one scale: two models of two are no seeds. Raises ConfigError."""
+    scales = list(rows["scale"].dropna().unique()) if "scale" in rows else []
+    if len(scales) > 1:
+        raise ConfigError(
+            f"{rows['task'].iloc[0]} has rows of the scales {', '.join(scales)}: choose one, or tell them "
+            f"apart by a column {SOURCE_AXIS!r} before `evaluation`"
+        )
 
 
 def _check_one_row_per_model(scores: pd.DataFrame, metric: str) -> None:

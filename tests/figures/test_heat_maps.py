@@ -162,6 +162,12 @@ def test_an_unknown_metric_is_refused_with_the_scores(store: Store) -> None:
         heat_map(build_long_table(build_grid(), store), "rouge")
 
 
+def test_a_table_without_cells_is_refused(store: Store) -> None:
+    frame = build_long_table(build_grid(), store)
+    with pytest.raises(ValueError, match="no cell"):
+        heat_map(frame[frame["role"] == "start"], "accuracy")
+
+
 def test_curves_have_a_line_for_each_divergence_and_intervals(store: Store) -> None:
     grid = build_grid()
     fill_store(grid, store)
@@ -208,8 +214,7 @@ def test_labels_are_the_papers_and_colours_differ() -> None:
     divergences = [CellDivergence("jsd", beta) for beta in betas]
     divergences += [CellDivergence(kind, None) for kind in (*NAMES_WITHOUT_BETA, *LOSSES)]
     assert len({get_divergence_color(divergence) for divergence in divergences}) == len(divergences)
-    for no_beta in (None, float("inf"), float("nan")):
-        assert divergence_label(no_beta) == "Total variation"
+    assert divergence_label(None) == "Unknown divergence"
     assert divergence_label(None, "tv") == "Total variation"
     assert divergence_label(0.5, "jsd") == "JSD(0.5)"
     assert divergence_label(None, "squared_error") == "Squared error"

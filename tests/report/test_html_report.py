@@ -173,6 +173,15 @@ def test_the_page_names_total_variation(store: Store, tmp_path: Path) -> None:
     assert "arithmetic, λ = 0, total variation, seed 0" in page.text
 
 
+def test_losses_without_beta_have_rows_of_their_own(store: Store, tmp_path: Path) -> None:
+    """SeqKD and SFT train with cross-entropy, f-distill with total variation."""
+    grid = build_grid(grid={"method": ["seqkd", "f_distill"]})
+    fill_store(grid, store)
+    _, page = render_page(grid, store, tmp_path)
+    assert "student 0 Cross entropy seqkd 39.0" in page.text  # 40 - 4 / 4
+    assert "student 0.5 Total variation f_distill 54.0" in page.text
+
+
 @pytest.mark.parametrize("lmbdas", ([0], [0, 1]))
 def test_losses_are_named_by_their_terms(lmbdas: list[int], store: Store, tmp_path: Path) -> None:
     objectives = [[{"beta": 0}], [{"beta": 0}, {"type": "adversarial", "gradient_penalty": 2, "weight": 0.5}]]

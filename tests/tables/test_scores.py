@@ -118,8 +118,10 @@ def test_unknown_names_are_refused_with_the_valid_ones(
         select_scores(table, **arguments)
 
 
-def test_duplicated_rows_and_other_tables_are_refused(store: Store) -> None:
+def test_two_scales_duplicated_rows_and_other_tables_are_refused(store: Store) -> None:
     grid, table = build_two_evaluations(store)
+    with pytest.raises(ConfigError, match="arithmetic has rows of the scales nano, smol: choose one"):
+        select_scores(pd.concat([table, table.assign(scale="smol", cell="other")]), "accuracy")
     with pytest.raises(ConfigError, match=f"{grid.cells[0].fingerprint} has several rows of 'accuracy'"):
         select_scores(pd.concat([table, table[table["cell"] == grid.cells[0].fingerprint]]), "accuracy")
     with pytest.raises(ConfigError, match=r"no long table: it has no column evaluation, .*gkd_lab\.table"):
