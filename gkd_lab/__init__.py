@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "GKDConfig", "GKDTrainer", "Teacher", "__version__", "curves", "heat_map", "summary", "table", "wide",
+    "GKDConfig", "GKDTrainer", "Teacher", "__version__", "curves", "heat_map", "judge", "summary",
+    "table", "wide",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from gkd_lab.claims.judge import judge
     from gkd_lab.figures.heat_maps import heat_map
     from gkd_lab.figures.score_curves import curves
     from gkd_lab.statistics.summaries import summary
@@ -26,6 +28,7 @@ _PUBLIC_NAMES = {
     "GKDTrainer": ("gkd_lab.training.trainer", "GKDTrainer"),
     "GKDConfig": ("gkd_lab.training.arguments", "GKDConfig"),
     "Teacher": ("gkd_lab.teachers.teacher", "Teacher"),
+    "judge": ("gkd_lab.claims.judge", "judge"),
     "table": ("gkd_lab.tables.load_table", "load_table"),
     "wide": ("gkd_lab.tables.wide_table", "wide"),
     "summary": ("gkd_lab.statistics.summaries", "summary"),

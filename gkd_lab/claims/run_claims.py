@@ -1,70 +1,50 @@
-"""Judge claims on a run: its table, its stored predictions and its training times."""
+"""Judge claims on a run: its table and the scores of its stored predictions."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 
-from gkd_lab.claims.definitions import CLAIMS, Claim
-from gkd_lab.claims.judge import ResampleLookup, judge
-from gkd_lab.claims.measurements import Measurement, extract_measurements
+import numpy as np
+
+from gkd_lab.claims.judge import judge_table
+from gkd_lab.claims.model_scores import ExampleLookup, ExampleScores, ScoreKey
 from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import AnyEvaluation
-from gkd_lab.statistics.bootstrap import bootstrap_scores
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, Array, load_example_statistics
-from gkd_lab.tables.results import measure_step_seconds, name_evaluations
-from gkd_lab.tables.table import build_wide_table
+from gkd_lab.tables.example_statistics import load_example_statistics
+from gkd_lab.tables.examples import compute_pseudo_values
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.results import name_evaluations
 
 
-def judge_run(
-    grid: Grid, store: Store, claims: Iterable[Claim] = tuple(CLAIMS.values())
-) -> list[ClaimVerdict]:
-    """Judge claims (default: all) on a run's finished cells; one verdict per claim, in order."""
-    cells = {cell.fingerprint: cell for cell in grid.cells}
-    frame = build_wide_table(grid, store)
-    measurements = extract_measurements(frame, cells, measure_step_seconds(grid, store))
-    return judge(claims, measurements, build_resample_lookup(grid, store))
+def judge_run(grid: Grid, store: Store, claims: Iterable[str] | None = None) -> list[ClaimVerdict]:
+    """Judge claims (ids; None: all) on a run's finished cells; one verdict per claim, in order."""
+    return judge_table(build_long_table(grid, store), claims, build_example_lookup(grid, store))
 
 
-def build_resample_lookup(grid: Grid, store: Store) -> ResampleLookup:
-    """Return a cached function: measurement -> (R,) scores on resampled predictions, or None.
-
-    Models with equal numbers of examples get the same resamples, which pairs them. None: the predictions
-    are not stored or do not give the table's score.
-    """
+def build_example_lookup(grid: Grid, store: Store) -> ExampleLookup:
+    """Return a cached lookup of examples' scores in the stored predictions; None where there are none."""
     evaluations = _index_evaluations(grid, store)
-    cache: dict[tuple[str | None, str | None], Array | None] = {}
 
-    def resample(measurement: Measurement) -> Array | None:
-        """Return a measurement's (R,) resampled scores, computed once per model and column."""
-        key = (measurement.fingerprint, measurement.score_column)
-        if key not in cache:
-            cache[key] = _resample_scores(measurement, evaluations)
-        return cache[key]
+    @cache
+    def find_examples(key: ScoreKey) -> ExampleScores | None:
+        """Load the scores of one model's examples under one evaluation and metric."""
+        cell, evaluation, metric = key
+        if (cell, evaluation) not in evaluations:
+            return None
+        statistics = load_example_statistics(*evaluations[cell, evaluation], metric)
+        if statistics is None:
+            return None
+        return ExampleScores(np.arange(len(statistics)), compute_pseudo_values(statistics))
 
-    return resample
-
-
-def _resample_scores(
-    measurement: Measurement, evaluations: Mapping[tuple[str, str], tuple[Record, AnyEvaluation]]
-) -> Array | None:
-    """Return (R,) bootstrap scores; None if predictions are missing or give another score."""
-    if measurement.fingerprint is None or measurement.score_column is None or measurement.value is None:
-        return None
-    evaluation, metric = measurement.score_column.split("/", 1)
-    if (measurement.fingerprint, evaluation) not in evaluations:
-        return None
-    statistics = load_example_statistics(*evaluations[measurement.fingerprint, evaluation], metric)
-    if statistics is None or len(statistics) < 2:
-        return None
-    if abs(statistics.score - measurement.value) > SCORE_TOLERANCE:
-        return None
-    scores: Array = bootstrap_scores([statistics])[0]
-    return scores
+    return find_examples
 
 
-def _index_evaluations(grid: Grid, store: Store) -> dict[tuple[str, str], tuple[Record, AnyEvaluation]]:
-    """Map (fingerprint, evaluation's column name) to (record, evaluation); starts, teachers too."""
-    index = {}
+def _index_evaluations(
+    grid: Grid, store: Store
+) -> Mapping[tuple[str | None, str | None], tuple[Record, AnyEvaluation]]:
+    """Map (fingerprint, evaluation's name) to (record, evaluation); starts and teachers too."""
+    index: dict[tuple[str | None, str | None], tuple[Record, AnyEvaluation]] = {}
     for cell in grid.cells:
         names = name_evaluations(cell.evaluations)
         start, teacher = cell.training.start, cell.training.teacher

@@ -1,67 +1,80 @@
-"""Verdicts on claims: judged columns, and their form as text and as JSON."""
+"""Verdicts: judge a claim's contrasts by intervals, or on the paper's numbers by sign.
 
-import json
-import shutil
-import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+A claim says that every contrast is above minus its margin, so it holds if every low end is
+(intersection-union test, unadjusted). One contrast below makes it fail; among several, that one is
+Holm-adjusted. One seed decides nothing.
+"""
 
-from gkd_lab.claims.claim_checks import Check
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from gkd_lab.claims.contrasts import ColumnContrasts, Contrast, Contrasts
 from gkd_lab.claims.definitions import Claim
-from gkd_lab.claims.figure_cells import (
-    MODEL_FIELDS,
-    FigureCell,
-    find_distinguishing_fields,
-    format_field,
-    format_fields,
-    meets_conditions,
-)
-from gkd_lab.claims.measurements import Measurement
-from gkd_lab.tables.example_statistics import Array
+from gkd_lab.claims.model_scores import NO_EXAMPLES, ComparedModel, ModelScores
+from gkd_lab.claims.model_settings import Settings
+from gkd_lab.statistics.noise import Array, EffectEstimate, ScoreSample, estimate_extreme, evaluate_extreme
+from gkd_lab.statistics.power import estimate_required_seeds
 
-Verdict = Literal["holds", "fails", "undecided"]
-ContrastOutcome = Literal["holds", "fails", "undecided", "tie"]
-
-_OUTCOMES_WORST_FIRST: tuple[ContrastOutcome, ...] = ("fails", "undecided", "tie", "holds")
+Outcome = Literal["holds", "fails", "undecided", "tie"]
+LEVEL = 0.025
+"""Share of errors on either side; intervals are two-sided at 95 %."""
+_OUTCOMES_WORST_FIRST: tuple[Outcome, ...] = ("fails", "undecided", "tie", "holds")
 
 
 @dataclass(frozen=True)
 class JudgedContrast:
-    """A contrast's effect with its interval and outcome."""
+    """A contrast with its estimate and outcome."""
 
     label: str
-    outcome: ContrastOutcome
-    effect: float
-    """Mean over seeds."""
-    low: float | None
-    high: float | None
-    seed_effects: dict[int, float]
-    resampled_effects: Array | None
-    """(R,) effects on resampled examples, of a single seed."""
-    ratio: float | None
+    outcome: Outcome
+    estimate: EffectEstimate
+    margin: float
+    """Points by which it may be below 0; 0 for the paper's numbers."""
+    adjusted_level: float = LEVEL
+    """Level of the upper end that decides `fails`: Bonferroni's or Holm's share of `LEVEL`."""
+    ratio: float | None = None
+
+    @property
+    def effect(self) -> float:
+        """Mean over seeds and examples, in points; a measured ratio."""
+        return self.estimate.effect
+
+    @property
+    def low(self) -> float | None:
+        """Low end of the 95 % interval."""
+        return self.estimate.low(LEVEL)
+
+    @property
+    def high(self) -> float | None:
+        """High end of the 95 % interval, not adjusted."""
+        return self.estimate.high(LEVEL)
+
+    @property
+    def required_seeds(self) -> int | None:
+        """Seeds that would probably decide it; None where it is decided or more seeds would not."""
+        is_open = self.outcome == "undecided"
+        return estimate_required_seeds(self.estimate, self.margin) if is_open else None
 
 
 @dataclass(frozen=True)
-class Column:
-    """All contrasts of one column; the weakest stands for the column."""
+class JudgedColumn:
+    """All contrasts of one column."""
 
-    shared_fields: FigureCell
+    shared: Settings
     contrasts: list[JudgedContrast]
-    missing_models: list[str]
-    """Models that the check names and the table lacks."""
-    unfinished_cells: list[FigureCell]
-    """Figure cells of the contrasts that have no score yet."""
 
     @property
-    def outcome(self) -> ContrastOutcome:
+    def outcome(self) -> Outcome:
         """Worst outcome of the contrasts; worst first: fails, undecided, tie, holds."""
-        return min((contrast.outcome for contrast in self.contrasts), key=_OUTCOMES_WORST_FIRST.index)
+        return min((c.outcome for c in self.contrasts), key=_OUTCOMES_WORST_FIRST.index)
 
     @property
     def weakest(self) -> JudgedContrast:
-        """Contrast with the smallest effect; it need not be the one that decides the outcome."""
-        return min(self.contrasts, key=lambda contrast: contrast.effect)
+        """The contrast that decides the column, as `find_weakest` finds it."""
+        return find_weakest(self.contrasts)
 
 
 @dataclass(frozen=True)
@@ -69,207 +82,209 @@ class ClaimVerdict:
     """A claim's verdict over all of its columns."""
 
     claim: Claim
-    verdict: Verdict
-    detail: str
-    effect: float | None = None
-    """Mean over columns of the weakest contrast, in points; a ratio for C26."""
-    low: float | None = None
-    high: float | None = None
-    columns: list[Column] = field(default_factory=list)
+    verdict: Literal["holds", "fails", "undecided"]
+    columns: list[JudgedColumn] = field(default_factory=list)
     """Columns that were judged; none if nothing could be judged."""
+    besides: dict[str, list[JudgedColumn]] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    """Why rules of the claim compare nothing."""
+    missing: list[str] = field(default_factory=list)
+    """Names of models that the claim names and the table lacks."""
+    unfinished: list[ComparedModel] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
+    """What of the table was left out."""
 
     @property
-    def is_judged(self) -> bool:
-        """Whether there was a column to judge the claim on."""
-        return bool(self.columns)
+    def contrasts(self) -> list[JudgedContrast]:
+        """All contrasts of all columns."""
+        return [contrast for column in self.columns for contrast in column.contrasts]
+
+    @property
+    def weakest(self) -> JudgedContrast:
+        """The contrast that decides the claim."""
+        return find_weakest(self.contrasts)
+
+    @property
+    def effect(self) -> float | None:
+        """Effect of the weakest contrast; of a measurement, the mean over columns."""
+        if not self.columns:
+            return None
+        if self.claim.is_measurement:
+            return self.mean_effect
+        high = self.high
+        return self.weakest.effect if high is None else min(self.weakest.effect, high)
+
+    @property
+    def mean_effect(self) -> float | None:
+        """Mean of all contrasts' effects."""
+        return float(np.mean([c.effect for c in self.contrasts])) if self.columns else None
+
+    @property
+    def low(self) -> float | None:
+        """Low end of the 95 % interval of the least effect: the least of all low ends."""
+        if not self.columns or (self.claim.is_measurement and len(self.contrasts) > 1):
+            return None
+        return self.weakest.low
+
+    @property
+    def high(self) -> float | None:
+        """High end of the interval of the least effect: the least of all high ends, Bonferroni-adjusted.
+
+        Where margins differ, relative to that of the weakest contrast.
+        """
+        if self.low is None:
+            return None
+        level = LEVEL / len(self.contrasts)
+        ends = [(c.estimate.high(level), c.margin) for c in self.contrasts]
+        relative = [high + margin for high, margin in ends if high is not None]
+        return min(relative) - self.weakest.margin if relative else None
 
 
-# ---- text and JSON ----
+def find_weakest(contrasts: Sequence[JudgedContrast]) -> JudgedContrast:
+    """Return the contrast of the worst outcome that is the least above its margin, by its low end."""
 
-UNJUDGED_PREFIX = "0 of 0; "
-"""Start of an unjudged claim's detail: scripts read `k of n` in every detail."""
+    def rank(contrast: JudgedContrast) -> tuple[int, bool, float]:
+        low = contrast.low
+        end = contrast.effect if low is None else low
+        is_failure = contrast.outcome == "fails"
+        return (0 if is_failure else 1), low is not None, end + contrast.margin
+
+    return min(contrasts, key=rank)
 
 
-def encode_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
-    """Return JSON text, a row per claim: `id`, `verdict`, `effect`, `low`, `high`, `n`, `detail`.
+# ---- judging ----
 
-    `n` counts the columns judged.
+
+def judge_claim(claim: Claim, scores: ModelScores, *, by_sign: bool = False) -> ClaimVerdict:
+    """Judge one claim; `by_sign` for the paper's numbers, which have no intervals and take no margins."""
+    compared = claim.rule(scores)
+    columns = _judge_columns(compared, scores, by_sign)
+    reasons = list(dict.fromkeys(compared.reasons))
+    if not columns and not reasons:
+        reasons = [] if any(column.unfinished for column in compared.columns) else ["no seed in common"]
+    besides = {
+        label: judged
+        for label, rule in claim.besides.items()
+        if (judged := _judge_columns(rule(scores), scores, by_sign))
+    }
+    judged_columns = [column for column in compared.columns if column.contrasts]
+    missing = dict.fromkeys(name for column in judged_columns for name in column.missing)
+    return ClaimVerdict(
+        claim, _combine_outcomes(claim, columns), columns, besides if columns else {}, reasons, list(missing),
+        [model for column in compared.columns for model in column.unfinished], scores.problems,
+    )  # fmt: skip
+
+
+def _combine_outcomes(
+    claim: Claim, columns: Sequence[JudgedColumn]
+) -> Literal["holds", "fails", "undecided"]:
+    """Return `fails` if a column fails, else `undecided` if one is, else `holds`; ties hold.
+
+    A measurement is `undecided`, and so is a claim without columns.
     """
-    rows = [
-        {
-            "id": verdict.claim.id,
-            "verdict": verdict.verdict,
-            "effect": _round_number(verdict.effect),
-            "low": _round_number(verdict.low),
-            "high": _round_number(verdict.high),
-            "n": len(verdict.columns),
-            "detail": verdict.detail,
-        }
-        for verdict in verdicts
+    outcomes = {column.outcome for column in columns}
+    if claim.is_measurement or not outcomes:
+        return "undecided"
+    if "fails" in outcomes:
+        return "fails"
+    return "undecided" if "undecided" in outcomes else "holds"
+
+
+def _judge_columns(compared: Contrasts, scores: ModelScores, by_sign: bool) -> list[JudgedColumn]:
+    """Judge all contrasts, adjust failures for their number, and return the columns that have any."""
+    judged = [
+        (column, [_judge_contrast(contrast, scores, by_sign) for contrast in column.contrasts])
+        for column in compared.columns
     ]
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
-    return "[\n" + ",\n".join(lines) + "\n]"
+    columns = [_drop_unpaired(column, contrasts) for column, contrasts in judged]
+    columns = [column for column in columns if column.contrasts]
+    return columns if by_sign else _adjust_failures(columns)
 
 
-def _round_number(value: float | None) -> float | None:
-    """Round to 9 digits, which drops the noise of binary fractions; None stays None."""
-    return None if value is None else round(value, 9)
+def _drop_unpaired(column: ColumnContrasts, contrasts: Sequence[JudgedContrast | None]) -> JudgedColumn:
+    """Return a column without the contrasts whose models have no seed in common."""
+    return JudgedColumn(column.shared, [contrast for contrast in contrasts if contrast is not None])
 
 
-def format_verdict(verdict: ClaimVerdict) -> str:
-    """Return `holds`, `fails`, `undecided`, `measured` (a claim to measure only) or `not judged`."""
-    if not verdict.is_judged:
-        return "not judged"
-    return "measured" if verdict.claim.is_measurement else verdict.verdict
+def _judge_contrast(contrast: Contrast, scores: ModelScores, by_sign: bool) -> JudgedContrast | None:
+    """Judge one contrast, before any adjustment; None without a seed that all models have."""
+    sample, reason = scores.collect_sample(contrast.models)
+    if sample is None:
+        return None
+    ratio = _compute_ratio(contrast, sample)
+    if by_sign:
+        effect = float(evaluate_extreme(contrast.parts, sample.seed_scores.mean(axis=1)))
+        effect = ratio if contrast.measures_ratio and ratio is not None else effect
+        estimate = EffectEstimate(effect, effect, effect, None, 1.0, sample.seeds, None, "sign")
+        outcome = _classify_sign(effect, _compute_reading_error(contrast))
+        return JudgedContrast(contrast.label, outcome, estimate, 0.0, ratio=ratio)
+    estimate = _estimate(contrast, sample)
+    if reason is not None and reason != NO_EXAMPLES and estimate.seeds > 1:
+        estimate = replace(estimate, method=f"{estimate.method} ({reason})")
+    outcome = _classify_interval(estimate, contrast.margin)
+    return JudgedContrast(contrast.label, outcome, estimate, contrast.margin, ratio=ratio)
 
 
-def format_effect(verdict: ClaimVerdict) -> str:
-    """Format `+1.20 [+0.40, +2.00]`, `+1.20` without interval, a ratio as `1.98 times`; empty if none."""
-    if verdict.effect is None:
-        return ""
-    if verdict.claim.is_measurement and any(column.weakest.ratio is not None for column in verdict.columns):
-        return f"{verdict.effect:.2f} times"
-    interval = "" if verdict.low is None else f" [{verdict.low:+.2f}, {verdict.high:+.2f}]"
-    return f"{verdict.effect:+.2f}{interval}"
+def _estimate(contrast: Contrast, sample: ScoreSample) -> EffectEstimate:
+    """Estimate a contrast's effect, or the mean over seeds of the ratio that it measures."""
+    if contrast.measures_ratio and contrast.ratio is not None:
+        upper, lower = (weights @ sample.seed_scores for weights in contrast.ratio)
+        sample = ScoreSample((upper / lower)[None])
+        return estimate_extreme(sample, [type(contrast.parts[0])(1, np.ones((1, 1)))])
+    return estimate_extreme(sample, contrast.parts)
 
 
-def format_verdict_lines(verdicts: Sequence[ClaimVerdict], named_claims: Sequence[str] = ()) -> Iterator[str]:
-    """Yield a block per judged or named claim, then a line per other claim with its reason."""
-    width = min(110, shutil.get_terminal_size((110, 24)).columns)
-    shown = [verdict for verdict in verdicts if verdict.is_judged or verdict.claim.id in named_claims]
-    for verdict in shown:
-        head = f"{verdict.claim.id:<4} {format_verdict(verdict):<10} "
-        yield from _wrap_text(head, f"{verdict.claim.statement} ({verdict.claim.source})", width)
-        parts = [format_effect(verdict), verdict.detail.removeprefix(UNJUDGED_PREFIX)]
-        yield from _wrap_text(" " * len(head), "; ".join(filter(None, parts)), width)
-    unjudged = [verdict for verdict in verdicts if verdict not in shown]
-    if unjudged:
-        yield ""
-        yield "not judged:"
-        for verdict in unjudged:
-            reason = verdict.detail.removeprefix(UNJUDGED_PREFIX + "cannot be judged: ")
-            yield from _wrap_text(f"{verdict.claim.id:<4} ", reason, width)
+def _classify_interval(estimate: EffectEstimate, margin: float) -> Outcome:
+    """Return `holds` if the interval lies above minus the margin, else `undecided`; never for one seed."""
+    low = estimate.low(LEVEL)
+    return "holds" if low is not None and low > -margin and estimate.seeds > 1 else "undecided"
 
 
-def _wrap_text(head: str, text: str, width: int) -> list[str]:
-    """Wrap a text into lines of `width` behind `head`; later lines are indented by its length."""
-    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
+def _adjust_failures(columns: Sequence[JudgedColumn]) -> list[JudgedColumn]:
+    """Mark the contrasts that fail, by Holm's step-down procedure over all of a claim."""
+    failed: set[int] = set()
+    contrasts = [contrast for column in columns for contrast in column.contrasts]
+    while True:
+        level = LEVEL / max(1, len(contrasts) - len(failed))
+        rejected = {n for n, c in enumerate(contrasts) if n not in failed and _lies_below(c, level)}
+        if not rejected:
+            break
+        failed |= rejected
+    judged = iter(
+        replace(c, outcome="fails" if n in failed else c.outcome, adjusted_level=level)
+        for n, c in enumerate(contrasts)
+    )
+    return [JudgedColumn(column.shared, [next(judged) for _ in column.contrasts]) for column in columns]
 
 
-# ---- detail: columns ----
+def _lies_below(contrast: JudgedContrast, level: float) -> bool:
+    """Return whether a contrast of two seeds or more lies below minus its margin at a level."""
+    high = contrast.estimate.high(level)
+    return high is not None and high < -contrast.margin and contrast.estimate.seeds > 1
 
 
-def format_columns(columns: Sequence[Column], is_measurement: bool) -> str:
-    """Format a claim's detail: `format_counts`, or for a measurement the effect of each column."""
-    if not is_measurement:
-        return format_counts(columns)
-    fields = find_distinguishing_fields([column.shared_fields for column in columns])
-    sign = "" if columns[0].weakest.ratio is not None else "+"
-    parts = [
-        f"{format_fields(column.shared_fields, fields)} {column.weakest.effect:{sign}.2f}".strip()
-        for column in columns
-    ]
-    return f"{len(columns)} of {len(columns)} measured, no verdict: {', '.join(parts)}"
+def _classify_sign(effect: float, reading_error: float) -> Outcome:
+    """Return `tie` if |effect| is below the reading error, else `holds` above 0 and `fails` below.
+
+    Rounding cannot turn the order of two printed numbers: a difference as large as the error is no tie.
+    """
+    if abs(effect) < max(reading_error - 1e-9, 1e-9):
+        return "tie"
+    return "holds" if effect > 0 else "fails"
 
 
-def format_counts(columns: Sequence[Column]) -> str:
-    """Format `54 of 55` columns that hold; then those that fail, tie or are undecided, and ratios."""
-    fields = find_distinguishing_fields([column.shared_fields for column in columns])
-    held = sum(column.outcome == "holds" for column in columns)
-    parts = [f"{held} of {len(columns)}"]
-    for outcome, word in (("fails", "fails"), ("tie", "ties"), ("undecided", "undecided")):
-        names = [_format_exception(column, fields) for column in columns if column.outcome == outcome]
-        parts += [f"{word}: {' | '.join(names)}"] if names else []
-    ratios = [_format_ratio(column, fields) for column in columns if column.weakest.ratio is not None]
-    parts += [f"ratios: {', '.join(ratios)}"] if ratios else []
-    return "; ".join(parts)
+def _compute_ratio(contrast: Contrast, sample: ScoreSample) -> float | None:
+    """Return the mean over seeds of a contrast's ratio; None without one, NaN for a denominator of 0."""
+    if contrast.ratio is None:
+        return None
+    upper, lower = (weights @ sample.seed_scores for weights in contrast.ratio)
+    safe = np.where(lower == 0, np.nan, lower)
+    return float(np.mean(upper / safe))
 
 
-def _format_exception(column: Column, fields: Sequence[str]) -> str:
-    """Format a column that does not hold: its fields, and the effects of contrasts of its outcome."""
-    deciding = [contrast for contrast in column.contrasts if contrast.outcome == column.outcome]
-    effects = ", ".join(f"{contrast.label} {contrast.effect:+.2f}" for contrast in deciding)
-    name = format_fields(column.shared_fields, fields)
-    if not name:
-        return effects
-    return f"{name} ({effects if len(column.contrasts) > 1 else f'{deciding[0].effect:+.2f}'})"
-
-
-def _format_ratio(column: Column, fields: Sequence[str]) -> str:
-    """Format fields of a column with the ratio and the label of its weakest contrast."""
-    name = format_fields(column.shared_fields, fields)
-    return f"{name} {column.weakest.ratio:.2f} ({column.weakest.label})".strip()
-
-
-# ---- detail: what is missing ----
-
-MAX_LISTED_CELLS = 8
-"""Unfinished cells that are listed by name."""
-
-_MEASURE_DESCRIPTIONS = {
-    "quality": "score",
-    "self_bleu": "Self-BLEU (an evaluation with samples and the metric self_bleu)",
-    "entailment": "entailment (a reward here, not a score)",
-    "step_time": "times of cells that were trained alone (`run --pack off`)",
-}
-
-
-def format_unjudged(reasons: Sequence[str], unfinished_cells: Sequence[FigureCell] = ()) -> str:
-    """Format the detail of a claim without verdict: `0 of 0; cannot be judged: <reasons>`."""
-    parts = [*reasons, *_list_unfinished(unfinished_cells)]
-    return f"{UNJUDGED_PREFIX}cannot be judged: {'; '.join(parts)}"
-
-
-def list_gaps(
-    missing_models: Sequence[str], reasons: Sequence[str], unfinished_cells: Sequence[FigureCell]
-) -> list[str]:
-    """List texts on what a verdict lacked: missing models, the reasons given, unfinished cells."""
-    missing = [f"not in the table: {', '.join(missing_models)}"] if missing_models else []
-    return [*missing, *reasons, *_list_unfinished(unfinished_cells)]
-
-
-def _list_unfinished(figure_cells: Sequence[FigureCell]) -> list[str]:
-    """Return one text in a list, `not done: a | b and 3 more`; an empty list without cells."""
-    fields = {*find_distinguishing_fields(figure_cells), *MODEL_FIELDS}
-    names = list(dict.fromkeys(format_fields(figure_cell, fields) for figure_cell in figure_cells))
-    others = f" and {len(names) - MAX_LISTED_CELLS} more" if len(names) > MAX_LISTED_CELLS else ""
-    return [f"not done: {' | '.join(names[:MAX_LISTED_CELLS])}{others}"] if names else []
-
-
-def explain_missing_data(check: Check, measurements: Sequence[Measurement]) -> str:
-    """Return a text on the first condition of a check, task first, that leaves no trained cell."""
-    if not measurements:
-        return "no cells"
-    conditions = {"measure": "quality", **check.conditions}
-    remaining = [measurement.figure_cell for measurement in measurements]
-    remaining = [figure_cell for figure_cell in remaining if figure_cell["role"] == "cell"]
-    for name in sorted(conditions, key=lambda name: name != "task"):
-        condition = conditions[name]
-        remaining = [cell for cell in remaining if meets_conditions(cell, {name: condition})]
-        if not remaining:
-            return f"no {_format_condition(name, condition)}"
-    wanted = (_format_condition(name, condition) for name, condition in check.conditions.items())
-    return f"no cells in which all of this is so: {', '.join(wanted)}"
-
-
-def _format_condition(name: str, condition: Any) -> str:
-    """Format cells, evaluation or axis that meets a condition, such as `cells of task arithmetic`."""
-    if name == "measure":
-        return _MEASURE_DESCRIPTIONS[condition]
-    if name == "task":
-        return f"cells of task {condition}"
-    if name == "pair":
-        student = (
-            "student as large as its teacher" if condition == "self" else "student smaller than its teacher"
-        )
-        return f"cells with a {student}"
-    if name == "decoding":
-        return "evaluation by sampling" if condition == "sample" else f"evaluation by {condition} decoding"
-    if name == "train_share":
-        return "axis train_rows"
-    if name == "alpha":
-        return "cells with a reward (settings reward and alpha)"
-    if callable(condition):
-        return f"cells with the asked for {name}"
-    options = condition if isinstance(condition, tuple) else (condition,)
-    return "cells with " + " or ".join(format_field(name, option) or str(option) for option in options)
+def _compute_reading_error(contrast: Contrast) -> float:
+    """Return the largest shift of a contrast by the errors of the numbers that were read off."""
+    errors: Array = np.array(
+        [max((score.reading_error for score in m.scores.values()), default=0.0) for m in contrast.models]
+    )
+    return sum(float((np.abs(part.matrix) @ errors).max()) for part in contrast.parts)

@@ -164,25 +164,21 @@ def judge_claims(
     format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
     """Print a verdict on each of the paper's claims, by an experiment or by the paper's numbers."""
-    from gkd_lab.claims.definitions import CLAIMS
     from gkd_lab.claims.judge import judge_paper
     from gkd_lab.claims.run_claims import judge_run
-    from gkd_lab.claims.verdicts import encode_verdicts, format_verdict_lines
+    from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
 
     claim_ids: Sequence[str] = ()
     if name == "paper":
         if scale is not None or sets:
             raise ConfigError("the numbers of the paper take neither --scale nor --set")
-        verdicts = judge_paper(CLAIMS.values())
+        verdicts = judge_paper()
     else:
         grid = load_grid(name, scale, sets, outputs)
         claim_ids = grid.experiment.paper.claims
         verdicts = judge_run(grid, Store(outputs))
-    print(
-        encode_verdicts(verdicts)
-        if format == "json"
-        else "\n".join(format_verdict_lines(verdicts, claim_ids))
-    )
+    lines = format_verdict_lines(verdicts, claim_ids)
+    print(encode_verdicts(verdicts) if format == "json" else "\n".join(lines))
 
 
 def write_report_page(

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.figure_cells import find_distinguishing_fields, format_fields
-from gkd_lab.claims.measurements import Measurement
+from gkd_lab.claims.model_scores import ComparedModel, ModelScores
+from gkd_lab.claims.model_settings import Settings, find_distinguishing_settings, format_settings
 
 GridPoint = tuple[float, float]
 """(lmbda, beta)"""
@@ -22,8 +22,8 @@ Array = np.ndarray[Any, Any]
 MIN_COMMON_CELLS = 4
 """Cells in common below which two maps are not worth comparing."""
 RESAMPLES = 2000
-_MAP_FIELDS = ("lmbda", "beta", "loss", "role", "alpha", "anchor")
-"""Fields that vary within a map, not between maps."""
+_MAP_SETTINGS = ("lmbda", "beta", "loss", "role", "alpha", "anchor")
+"""Settings that vary within a map, not between maps."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +64,24 @@ class Agreement:
     """95 %, by a bootstrap over the cells."""
 
 
-def pair_maps(measurements: Sequence[Measurement], task: str) -> list[MapPair]:
+def pair_maps(scores: ModelScores, task: str) -> list[MapPair]:
     """Return a pair per panel of a task whose paper map shares at least four points with it."""
-    panels: dict[str, list[Measurement]] = {}
-    for measurement in measurements:
-        cell = measurement.figure_cell
-        if cell["task"] == task and cell["measure"] == "quality":
-            context = str([item for item in cell.items() if item[0] not in _MAP_FIELDS])
-            panels.setdefault(context, []).append(measurement)
-    figure_cells = [panel[0].figure_cell for panel in panels.values()]
-    fields = [name for name in find_distinguishing_fields(figure_cells) if name not in _MAP_FIELDS]
-    pairs = [
-        _build_pair(panel, format_fields(panel[0].figure_cell, ["task", *fields]))
-        for panel in panels.values()
-    ]
+    panels: dict[str, list[ComparedModel]] = {}
+    for model in scores.where(task=task).models:
+        context = str([item for item in model.settings.items() if item[0] not in _MAP_SETTINGS])
+        panels.setdefault(context, []).append(model)
+    distinct = find_distinguishing_settings([panel[0].settings for panel in panels.values()])
+    names = ["task", *(name for name in distinct if name not in _MAP_SETTINGS)]
+    pairs = [_build_pair(panel, format_settings(panel[0].settings, names)) for panel in panels.values()]
     return [pair for pair in pairs if pair is not None and len(pair.common_points) >= MIN_COMMON_CELLS]
 
 
-def _build_pair(panel: Sequence[Measurement], title: str) -> MapPair | None:
+def _build_pair(panel: Sequence[ComparedModel], title: str) -> MapPair | None:
     """Pair one panel with the paper's map; None where the paper has none.
 
     Values are gains over the start where both state one, else differences from the mean.
     """
-    rows, students = _select_paper_rows(panel[0].figure_cell)
+    rows, students = _select_paper_rows(panel[0].settings)
     if rows.empty:
         return None
     is_stated_gain = bool(rows["gain"].notna().all())
@@ -120,38 +115,37 @@ def _center_values(
     return {point: value - mean for point, value in values.items()}
 
 
-def _average_cells(panel: Sequence[Measurement]) -> dict[GridPoint, float]:
+def _average_cells(panel: Sequence[ComparedModel]) -> dict[GridPoint, float]:
     """Return (lmbda, beta) -> mean score over seeds; only JSD cells count, unfinished ones do not."""
-    scores: dict[GridPoint, list[float]] = {}
-    for measurement in panel:
-        cell = measurement.figure_cell
-        if cell["role"] == "cell" and cell["loss"] == "jsd" and measurement.value is not None:
-            scores.setdefault((cell["lmbda"], cell["beta"]), []).append(measurement.value)
-    return {point: float(np.mean(values)) for point, values in scores.items()}
+    return {
+        (model["lmbda"], model["beta"]): float(np.mean([score.value for score in model.scores.values()]))
+        for model in panel
+        if model["role"] == "cell" and model["loss"] == "jsd" and model.scores
+    }
 
 
-def _average_start(panel: Sequence[Measurement]) -> float | None:
+def _average_start(panel: Sequence[ComparedModel]) -> float | None:
     """Return the mean of the SFT students' distinct scores; None without one."""
-    starts = [measurement for measurement in panel if measurement.figure_cell["role"] == "start"]
-    scores = {start.value for start in starts if start.value is not None}
-    return float(np.mean(list(scores))) if scores else None
+    starts = [model for model in panel if model["role"] == "start"]
+    values = {score.value for start in starts for score in start.scores.values()}
+    return float(np.mean(list(values))) if values else None
 
 
-def _select_paper_rows(figure_cell: Mapping[str, Any]) -> tuple[pd.DataFrame, str]:
+def _select_paper_rows(settings: Settings) -> tuple[pd.DataFrame, str]:
     """Return (paper rows of a task and decoding, their sizes): of the same student, else of all."""
     rows = paper.load_values()
-    rows = rows[rows["figure"].isin(_list_paper_figures(figure_cell)) & (rows["role"] == "cell")]
+    rows = rows[rows["figure"].isin(_list_paper_figures(settings)) & (rows["role"] == "cell")]
     sizes = [str(size) for size in rows["student"].unique()]
-    selected = [size for size in sizes if size == figure_cell.get("student")] or sizes
+    selected = [size for size in sizes if size == settings.get("student")] or sizes
     students = selected[0] if len(selected) == 1 else f"mean of {', '.join(selected)}"
     return rows[rows["student"].isin(selected)], students
 
 
-def _list_paper_figures(figure_cell: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_paper_figures(settings: Settings) -> tuple[str, ...]:
     """Return the paper's heat-map figures of a task and decoding; none where it has no such map."""
-    task = figure_cell["task"]
-    if task == "summarization" and figure_cell.get("decoding") == "sample":
-        return ("A.12",) if figure_cell.get("temperature") == 1.0 else ()
+    task = settings["task"]
+    if task == "summarization" and settings.get("decoding") == "sample":
+        return ("A.12",) if settings.get("temperature") == 1.0 else ()
     figures = {"summarization": ("A.13",), "translation": ("6",), "arithmetic": ("7", "A.14")}
     return figures.get(task, ())
 

@@ -11,11 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gkd_lab.claims.definitions import CLAIMS
 from gkd_lab.claims.judge import judge_paper
-from gkd_lab.claims.measurements import Measurement, extract_measurements
+from gkd_lab.claims.model_scores import ModelScores, load_table_scores
 from gkd_lab.claims.run_claims import judge_run
-from gkd_lab.claims.verdicts import UNJUDGED_PREFIX, format_effect, format_verdict
+from gkd_lab.claims.verdict_text import (
+    format_detail,
+    format_effect,
+    format_summary,
+    format_verdict,
+    list_contrast_rows,
+)
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_omitted_costs
 from gkd_lab.figures.heat_maps import heat_map, paired_heat_maps
@@ -33,10 +38,9 @@ from gkd_lab.tables.divergences import get_divergence
 from gkd_lab.tables.example_statistics import ExampleStatistics, load_example_statistics
 from gkd_lab.tables.long_table import build_long_table, list_axes
 from gkd_lab.tables.loss_labels import format_axis_value
-from gkd_lab.tables.results import measure_step_seconds, name_evaluations
+from gkd_lab.tables.results import name_evaluations
 from gkd_lab.tables.rows import get_primary_metric
 from gkd_lab.tables.scores import list_score_names, select_scores
-from gkd_lab.tables.wide_table import wide
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -111,7 +115,7 @@ def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str
             figure_name: _render_svg(figure, f"{figure_name}{number}", label)
             for figure_name, (figure, label) in _draw_figures(grid, store, scores).items()
         },
-        "paper": _build_paper_comparison(_collect_measurements(grid, store, frame), task, f"paper{number}"),
+        "paper": _build_paper_comparison(load_table_scores(frame), task, f"paper{number}"),
         "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
         "scores": _build_score_rows(scores, differences),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
@@ -161,15 +165,9 @@ def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, t
     return figures
 
 
-def _collect_measurements(grid: Grid, store: Store, frame: pd.DataFrame) -> list[Measurement]:
-    """Return the table's scores and step times as measurements, which claims are judged on."""
-    cells = {cell.fingerprint: cell for cell in grid.cells}
-    return extract_measurements(wide(frame), cells, measure_step_seconds(grid, store))
-
-
-def _build_paper_comparison(measurements: list[Measurement], task: str, name: str) -> dict[str, Any] | None:
+def _build_paper_comparison(scores: ModelScores, task: str, name: str) -> dict[str, Any] | None:
     """Build figure and sentences on a task's maps beside the paper's; None without a pair."""
-    pairs = pair_maps(measurements, task)
+    pairs = pair_maps(scores, task)
     if not pairs:
         return None
     label = f"Heat maps of {task}: this run beside the paper"
@@ -240,9 +238,9 @@ def _build_claim_rows(grid: Grid, store: Store) -> list[dict[str, Any]]:
     """Build a dict per claim that was judged or that the experiment names, beside the paper's."""
     named_claims = grid.experiment.paper.claims
     verdicts = [
-        verdict for verdict in judge_run(grid, store) if verdict.is_judged or verdict.claim.id in named_claims
+        verdict for verdict in judge_run(grid, store) if verdict.columns or verdict.claim.id in named_claims
     ]
-    paper_verdicts = judge_paper(CLAIMS[verdict.claim.id] for verdict in verdicts)
+    paper_verdicts = judge_paper([verdict.claim.id for verdict in verdicts])
     return [
         {
             "id": verdict.claim.id,
@@ -250,9 +248,10 @@ def _build_claim_rows(grid: Grid, store: Store) -> list[dict[str, Any]]:
             "source": verdict.claim.source,
             "verdict": format_verdict(verdict),
             "effect": format_effect(verdict),
-            "detail": verdict.detail.removeprefix(UNJUDGED_PREFIX),
+            "summary": format_summary(verdict),
+            "comparisons": list_contrast_rows(verdict),
             "paper": format_verdict(paper_verdict),
-            "paper_detail": paper_verdict.detail.split(";")[0] if paper_verdict.is_judged else "",
+            "paper_detail": format_detail(paper_verdict).split(";")[0] if paper_verdict.columns else "",
         }
         for verdict, paper_verdict in zip(verdicts, paper_verdicts, strict=True)
     ]

@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.judge import judge, judge_paper
-from gkd_lab.claims.measurements import extract_measurements
+from gkd_lab.claims.judge import judge_paper, judge_table
 from gkd_lab.claims.paper import load_values
-from gkd_lab.claims.verdicts import format_verdict, format_verdict_lines
+from gkd_lab.claims.verdict_text import format_detail, format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
 from gkd_lab.tables.cell_facts import FACT_COLUMNS
 from gkd_lab.tables.load_table import read_table_file
 from gkd_lab.tables.long_table import COLUMN_TYPES, LEADING_COLUMNS, SCORE_COLUMNS, TRAILING_COLUMNS
 from gkd_lab.tables.scores import SOURCE_AXIS, select_scores
-from gkd_lab.tables.wide_table import wide
 
 _CELL_COLUMNS = [
     "figure",
@@ -65,12 +62,10 @@ def add_gain(table: pd.DataFrame, metric: str, evaluation: str | None = None) ->
 
 def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
     """Yield lines per claim that the experiment names: its verdict on the table and on the paper."""
-    claims = [CLAIMS[name] for name in grid.experiment.paper.claims]
-    measurements = extract_measurements(wide(frame), {cell.fingerprint: cell for cell in grid.cells})
-    verdicts, paper_verdicts = judge(claims, measurements), judge_paper(claims)
-    for verdict, paper_verdict in zip(verdicts, paper_verdicts, strict=True):
-        yield from format_verdict_lines([verdict], [verdict.claim.id])
-        text = f"The paper's own numbers: {format_verdict(paper_verdict)}; {paper_verdict.detail}"
+    names = grid.experiment.paper.claims
+    for verdict, paper_verdict in zip(judge_table(frame, names), judge_paper(names), strict=True):
+        yield from format_verdict_lines([verdict], names)
+        text = f"The paper's own numbers: {format_verdict(paper_verdict)}; {format_detail(paper_verdict)}"
         yield from textwrap.wrap(text, 110, initial_indent=" " * 16, subsequent_indent=" " * 16)
         yield ""
 

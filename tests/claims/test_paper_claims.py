@@ -7,13 +7,13 @@ import pytest
 
 from gkd_lab.claims import paper
 from gkd_lab.claims.definitions import CLAIMS
-from gkd_lab.claims.figure_cells import FIGURE_CELL_FIELDS
 from gkd_lab.claims.judge import judge_paper
-from gkd_lab.claims.measurements import load_paper_measurements
+from gkd_lab.claims.model_scores import load_paper_scores
+from gkd_lab.claims.verdict_text import format_detail
 from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config.experiment import ClaimId, FigureName
 
-VERDICTS = {verdict.claim.id: verdict for verdict in judge_paper(CLAIMS.values())}
+VERDICTS = {verdict.claim.id: verdict for verdict in judge_paper()}
 
 EXPECTED = {
     "C1": ("fails", "54 of 55"),
@@ -47,13 +47,13 @@ EXPECTED = {
 
 
 def get_detail(name: str) -> str:
-    return VERDICTS[name].detail
+    return format_detail(VERDICTS[name])
 
 
 @pytest.mark.parametrize(("name", "expected"), EXPECTED.items())
 def test_the_verdict_is_that_of_the_papers_numbers(name: str, expected: tuple[str, str]) -> None:
     verdict: ClaimVerdict = VERDICTS[name]
-    assert (verdict.verdict, verdict.detail.split(";")[0]) == expected
+    assert (verdict.verdict, format_detail(verdict).split(";")[0]) == expected
     assert len(verdict.columns) == int(expected[1].split()[-1])
 
 
@@ -67,7 +67,7 @@ def test_every_claim_is_named_and_may_be_named_in_an_experiment() -> None:
 
 
 def test_every_detail_says_k_of_n() -> None:
-    assert all(re.match(r"\d+ of \d+\b", verdict.detail) for verdict in VERDICTS.values())
+    assert all(re.match(r"\d+ of \d+\b", format_detail(verdict)) for verdict in VERDICTS.values())
 
 
 def test_details_list_the_cells_that_fail_or_tie() -> None:
@@ -75,8 +75,8 @@ def test_details_list_the_cells_that_fail_or_tie() -> None:
     assert "arithmetic, large, greedy, reverse KL (-0.20)" in get_detail("C2")
     assert "ties: summarization, small, sampling, forward KL (+0.00)" in get_detail("C2")
     assert get_detail("C3").count(" | ") == 5  # six ties, one after the other
-    assert "fails: small (" in get_detail("C5")
-    assert "fails: small (against JSD(0.5) -0.30)" in get_detail("C6b")
+    assert "fails: small (-0.50)" in get_detail("C5")
+    assert "fails: small (-0.30)" in get_detail("C6b")
     assert re.search(r"γ = 0.3 \(.*reverse KL -0.06", get_detail("C7"))
     assert "ties: large (against reverse KL +0.00)" in get_detail("C12")
     assert "fails: large (against forward KL -0.50)" in get_detail("C13")
@@ -111,25 +111,17 @@ def test_measurements_have_numbers_and_no_verdict() -> None:
 def test_the_figures_of_a_claim_have_each_figure_cell_once() -> None:
     """Two figures that show the same cell would make its column ambiguous."""
     for claim in CLAIMS.values():
-        measurements = [
-            measurement
-            for measurement in load_paper_measurements(claim.figures)
-            if measurement.figure_cell["role"] == "cell"
-        ]
-        figure_cells = [
-            tuple(measurement.figure_cell.get(name) for name in FIGURE_CELL_FIELDS)
-            for measurement in measurements
-        ]
-        assert len(figure_cells) == len(set(figure_cells)), claim.id
+        trained = [model for model in load_paper_scores(claim.figures).models if model["role"] == "cell"]
         rows = paper.load_values()
         shown = rows["figure"].isin(claim.figures) & (rows["role"] == "cell")
-        assert len(measurements) == shown.sum(), claim.id
+        assert len(trained) == shown.sum(), claim.id
+        assert all(len(model.scores) == 1 for model in trained)
 
 
 def test_only_differences_within_the_rounding_error_are_ties() -> None:
     """13.2 against 13.1 is printed apart (C1 holds there); 13.1 against 13.1 is not."""
     key = ("small", "sample", 0.0)
     fields = ("student", "decoding", "beta")
-    (small,) = (c for c in VERDICTS["C1"].columns if tuple(c.shared_fields[name] for name in fields) == key)
+    (small,) = (c for c in VERDICTS["C1"].columns if tuple(c.shared[name] for name in fields) == key)
     assert small.outcome == "holds"
     assert small.weakest.effect == pytest.approx(0.1)

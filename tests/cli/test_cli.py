@@ -372,7 +372,8 @@ def test_claims_judge_the_numbers_of_the_paper(run_command: RunCommand) -> None:
     status, out, err = run_command("claims", "paper", "--format", "json")
     assert (status, err) == (0, "")
     first = json.loads(out)[0]
-    assert (first["id"], first["verdict"], first["n"]) == ("C1", "fails", 55)
+    assert (first["id"], first["verdict"], first["n"]) == ("C1", "fails", 1)
+    assert first["detail"].startswith("54 of 55")
     assert first["detail"].startswith("54 of 55")
     assert "C27" in run_command("claims", "paper")[1].split("not judged:")[1]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.measurements import Measurement, extract_measurements
+from gkd_lab.claims.model_scores import ModelScores, load_table_scores
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import paired_heat_maps
 from gkd_lab.figures.paper_maps import MapPair, describe_agreement, measure_agreement, pair_maps
 from gkd_lab.store import Store
-from gkd_lab.tables.table import build_wide_table
+from gkd_lab.tables.long_table import build_long_table
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -25,10 +25,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def read_measurements(grid: Grid, store: Store) -> list[Measurement]:
-    return extract_measurements(
-        build_wide_table(grid, store), {cell.fingerprint: cell for cell in grid.cells}
-    )
+def read_scores(grid: Grid, store: Store) -> ModelScores:
+    return load_table_scores(build_long_table(grid, store))
 
 
 def get_paper_gain(cell: Cell) -> float:
@@ -40,15 +38,15 @@ def get_paper_gain(cell: Cell) -> float:
     return float(rows[(cell.lmbda, cell.beta)])
 
 
-def fill_heat_map_grid(store: Store, value: Callable[[Cell], float]) -> tuple[Grid, list[Measurement]]:
+def fill_heat_map_grid(store: Store, value: Callable[[Cell], float]) -> tuple[Grid, ModelScores]:
     grid = build_grid(grid=HEAT_MAP_AXES)
     fill_store(grid, store, score=value)
-    return grid, read_measurements(grid, store)
+    return grid, read_scores(grid, store)
 
 
 def test_the_papers_numbers_agree_fully_with_themselves(store: Store) -> None:
-    _, measurements = fill_heat_map_grid(store, lambda cell: 30.0 + get_paper_gain(cell))
-    (pair,) = pair_maps(measurements, "arithmetic")
+    _, scores = fill_heat_map_grid(store, lambda cell: 30.0 + get_paper_gain(cell))
+    (pair,) = pair_maps(scores, "arithmetic")
     assert (pair.paper_figure, pair.students, pair.is_gain) == ("A.14", "small", True)
     assert pair.run_values == pytest.approx(pair.paper_values)
     agreement = measure_agreement(pair)
@@ -58,22 +56,22 @@ def test_the_papers_numbers_agree_fully_with_themselves(store: Store) -> None:
 
 
 def test_opposite_gains_have_a_correlation_of_minus_one(store: Store) -> None:
-    _, measurements = fill_heat_map_grid(store, lambda cell: 30.0 - get_paper_gain(cell))
-    agreement = measure_agreement(pair_maps(measurements, "arithmetic")[0])
+    _, scores = fill_heat_map_grid(store, lambda cell: 30.0 - get_paper_gain(cell))
+    agreement = measure_agreement(pair_maps(scores, "arithmetic")[0])
     assert (agreement.same_sign, agreement.same_order) == (0, 0)
     assert agreement.correlation == pytest.approx(-1.0)
 
 
 def test_random_scores_have_an_interval_around_zero(store: Store) -> None:
     noise = random.Random(3)
-    _, measurements = fill_heat_map_grid(store, lambda cell: 30.0 + noise.random())
-    agreement = measure_agreement(pair_maps(measurements, "arithmetic")[0])
+    _, scores = fill_heat_map_grid(store, lambda cell: 30.0 + noise.random())
+    agreement = measure_agreement(pair_maps(scores, "arithmetic")[0])
     assert agreement.low < 0 < agreement.high
 
 
 def test_equal_cells_have_no_correlation(store: Store) -> None:
-    _, measurements = fill_heat_map_grid(store, lambda cell: 40.0)
-    (pair,) = pair_maps(measurements, "arithmetic")
+    _, scores = fill_heat_map_grid(store, lambda cell: 40.0)
+    (pair,) = pair_maps(scores, "arithmetic")
     assert math.isnan(measure_agreement(pair).correlation)
     assert "no rank correlation" in list(describe_agreement(pair))[-1]
 
@@ -88,7 +86,7 @@ def test_differences_within_the_papers_rounding_are_not_ordered() -> None:
 def test_an_unnamed_size_is_compared_with_the_mean_of_the_papers_sizes(store: Store) -> None:
     grid = build_grid(grid=HEAT_MAP_AXES, student={"layers": 1, "width": 24, "heads": 1, "sft": {"steps": 1}})
     fill_store(grid, store)
-    (pair,) = pair_maps(read_measurements(grid, store), "arithmetic")
+    (pair,) = pair_maps(read_scores(grid, store), "arithmetic")
     assert sorted(pair.students.removeprefix("mean of ").split(", ")) == ["base", "large", "small"]
     assert pair.paper_values[(1.0, 0.0)] == pytest.approx((6.6 + 8.8 + 8.7) / 3)
 
@@ -96,12 +94,12 @@ def test_an_unnamed_size_is_compared_with_the_mean_of_the_papers_sizes(store: St
 def test_fewer_than_four_common_cells_are_not_compared(store: Store) -> None:
     grid = build_grid(grid={"lmbda": [0, 0.5, 1]})
     fill_store(grid, store)
-    assert pair_maps(read_measurements(grid, store), "arithmetic") == []
+    assert pair_maps(read_scores(grid, store), "arithmetic") == []
 
 
 def test_both_maps_have_the_same_rows_columns_and_printed_values(store: Store) -> None:
-    _, measurements = fill_heat_map_grid(store, lambda cell: 30.0 + get_paper_gain(cell) + 0.25)
-    run_axes, paper_axes = paired_heat_maps(pair_maps(measurements, "arithmetic")).axes
+    _, scores = fill_heat_map_grid(store, lambda cell: 30.0 + get_paper_gain(cell) + 0.25)
+    run_axes, paper_axes = paired_heat_maps(pair_maps(scores, "arithmetic")).axes
     for axes in (run_axes, paper_axes):
         assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "0.5", "1"]
         assert next(text.get_text() for text in axes.get_xticklabels()) == "Forward KL"

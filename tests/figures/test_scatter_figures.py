@@ -6,12 +6,11 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from gkd_lab.claims.measurements import extract_measurements
+from gkd_lab.claims.model_scores import load_table_scores
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import reward_gains
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import build_long_table
-from gkd_lab.tables.wide_table import wide
 
 from ..tables.synthetic_store import build_grid, fill_store
 
@@ -72,12 +71,9 @@ def test_measurements_of_rewarded_cells_carry_alpha_and_anchor(
     rewarded_run: tuple[Grid, pd.DataFrame],
 ) -> None:
     """Their loss is another one than the divergence alone."""
-    grid, frame = rewarded_run
-    figure_cells = [
-        measurement.figure_cell
-        for measurement in extract_measurements(wide(frame), {cell.fingerprint: cell for cell in grid.cells})
-    ]
-    losses = {(p["loss"], p.get("alpha"), p.get("anchor")) for p in figure_cells if p["role"] == "cell"}
+    _, frame = rewarded_run
+    models = load_table_scores(frame).models
+    losses = {(model["loss"], model["alpha"], model["anchor"]) for model in models if model["role"] == "cell"}
     assert losses == {
         ("jsd with a reward", 0.05, None),
         ("jsd with a reward", 0.5, None),

@@ -1,0 +1,318 @@
+"""One model of noise for comparisons of models: seeds and test examples are crossed sources.
+
+Shapes: M models, S seeds, N examples. All seeds are evaluated on the same examples, so the examples' share
+of the noise does not shrink with more seeds: the variance of a mean difference over both is
+V_seeds / S + V_examples / N + V_residual / (S N), estimated from the mean squares of a two-way table
+without replication (Searle, Casella and McCulloch 1992), with Satterthwaite's degrees of freedom. The
+pigeonhole bootstrap (Owen and Eckles 2012) estimates the same quantity by resampling.
+
+Largest and smallest scores ("best of", spans) are biased upwards and downwards by the choice. Each end of
+their interval uses the estimate whose remaining bias widens it: cross-fitting on half of the seeds and
+examples (the choice from one half, its score from the other) on one side, a bootstrap that subtracts the
+bias on the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+MIN_SEEDS_EXTREME = 3
+"""Seeds below which a largest or smallest score gets no interval: a half of two seeds has no noise."""
+FULL_SCORE = 100.0
+"""Points of one example's largest score; the unit of a mean over N examples is FULL_SCORE / N."""
+_DRAWS = 400
+_SPLITS = 64
+_GRID_TOLERANCE = 1e-6
+_RELATIVE_ZERO = 1e-12
+"""Variances below this share of the squared scores are rounding."""
+
+
+@dataclass(frozen=True)
+class ScoreSample:
+    """Scores of M models that share their seeds and examples."""
+
+    seed_scores: Array
+    """(M, S) points."""
+    example_scores: Array | None = None
+    """(M, S, N) points whose mean over N is `seed_scores`; None: not known."""
+    example_count: int | None = None
+    """Examples behind each score; known even where their own scores are not."""
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return int(self.seed_scores.shape[1])
+
+
+@dataclass(frozen=True)
+class EffectEstimate:
+    """An effect with what its interval needs: centres of both ends, standard error, degrees of freedom."""
+
+    effect: float
+    low_center: float
+    high_center: float
+    standard_error: float | None
+    """None: no interval."""
+    degrees: float
+    seeds: int
+    examples: int | None
+    """Examples that the interval covers, crossed with the seeds; None: it covers seeds only."""
+    method: str
+    seed_variance: float = 0.0
+    """Squared points; this part of the variance is `seed_variance` / S."""
+    example_variance: float = 0.0
+    """Squared points; the part that more seeds do not reduce."""
+
+    def low(self, level: float = 0.025) -> float | None:
+        """Return the low end of the interval that leaves out `level` below; None without interval."""
+        if self.standard_error is None:
+            return None
+        return self.low_center - compute_t_quantile(level, self.degrees) * self.standard_error
+
+    def high(self, level: float = 0.025) -> float | None:
+        """Return the high end of the interval that leaves out `level` above; None without interval."""
+        if self.standard_error is None:
+            return None
+        return self.high_center + compute_t_quantile(level, self.degrees) * self.standard_error
+
+
+def compute_t_quantile(level: float, degrees: float) -> float:
+    """Return Student's t above which a share `level` lies."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 1 - level))
+
+
+# ---- linear contrasts ----
+
+
+def estimate_contrast(sample: ScoreSample, weights: Array) -> EffectEstimate:
+    """Estimate the mean over seeds and examples of `weights` (M,) times the models' scores."""
+    differences = weights @ sample.seed_scores
+    effect = float(differences.mean())
+    if sample.example_scores is not None:
+        return _estimate_crossed(np.tensordot(weights, sample.example_scores, axes=1))
+    error, method = _estimate_seed_error(differences, sample.example_count)
+    return EffectEstimate(
+        effect, effect, effect, error, sample.seeds - 1.0, sample.seeds, None, method,
+        seed_variance=0.0 if error is None else error**2 * sample.seeds,
+    )  # fmt: skip
+
+
+def _estimate_seed_error(differences: Array, example_count: int | None) -> tuple[float | None, str]:
+    """Return (standard error of the mean of (S,) differences or None, name of the method).
+
+    Scores of N examples agree by chance, so where they are equal or multiples of 1 / N a mean difference of
+    k examples counts as noisy as k examples that fall to either side at random (McNemar 1947): a variance of
+    at least k per seed.
+    """
+    seeds = len(differences)
+    if seeds < 2:
+        return None, "one seed, no interval"
+    scale = float(np.abs(differences).max()) or 1.0
+    variance = float(differences.var(ddof=1))
+    if variance <= _RELATIVE_ZERO * scale**2:
+        variance = 0.0
+    step = None if example_count is None else FULL_SCORE / example_count
+    if step is not None and (variance == 0.0 or _is_on_grid(differences, step)):
+        count = max(1.0, abs(float(differences.mean())) / step)
+        variance = max(variance, count * step**2)
+    if variance == 0.0:
+        return None, f"{seeds} seeds with equal differences, so their noise is not known"
+    return float(np.sqrt(variance / seeds)), f"t over {seeds} seeds; noise of the examples not known"
+
+
+def _is_on_grid(values: Array, step: float) -> bool:
+    """Return whether all values are multiples of `step`."""
+    return bool(np.all(np.abs(values / step - np.round(values / step)) < _GRID_TOLERANCE * 100))
+
+
+def _estimate_crossed(differences: Array) -> EffectEstimate:
+    """Estimate the mean of an (S, N) table of differences; both ways are random and crossed."""
+    seeds, examples = differences.shape
+    effect = float(differences.mean())
+    if seeds == 1:
+        error = float(np.sqrt(differences.var(ddof=1) / examples))
+        error = max(error, _compute_smallest_error(differences))
+        method = f"one seed: {examples} examples only"
+        return EffectEstimate(
+            effect, effect, effect, error, examples - 1.0, 1, examples, method, example_variance=error**2
+        )
+    by_seed, by_example, residual = _compute_mean_squares(differences)
+    by_seed = max(by_seed, residual / (seeds - 1))  # seeds that agree by chance
+    if by_example <= residual:
+        by_example = residual = 0.0
+    size = seeds * examples
+    error = float(np.sqrt((by_seed + by_example - residual) / size))
+    return EffectEstimate(
+        effect, effect, effect, max(error, _compute_smallest_error(differences)),
+        _compute_degrees(by_seed, by_example, residual, seeds, examples),
+        seeds, examples, f"{seeds} seeds x {examples} examples, crossed",
+        seed_variance=by_seed / examples, example_variance=(by_example - residual) / size,
+    )  # fmt: skip
+
+
+def _compute_mean_squares(differences: Array) -> tuple[float, float, float]:
+    """Return the mean squares of seeds, examples and residual of an (S, N) table."""
+    seeds, examples = differences.shape
+    mean, seed_means, example_means = (
+        differences.mean(), differences.mean(axis=1), differences.mean(axis=0),
+    )  # fmt: skip
+    by_seed = examples * float(seed_means.var(ddof=1))
+    by_example = seeds * float(example_means.var(ddof=1))
+    squares = float(((differences - mean) ** 2).sum())
+    rest = squares - (seeds - 1) * by_seed - (examples - 1) * by_example
+    return by_seed, by_example, max(rest, 0.0) / ((seeds - 1) * (examples - 1))
+
+
+def _compute_degrees(by_seed: float, by_example: float, residual: float, seeds: int, examples: int) -> float:
+    """Return Satterthwaite's degrees of freedom of by_seed + by_example - residual; at least 1."""
+    total = by_seed + by_example - residual
+    parts = by_seed**2 / (seeds - 1) + by_example**2 / (examples - 1)
+    parts += residual**2 / ((seeds - 1) * (examples - 1))
+    return max(1.0, total**2 / parts) if parts > 0 else float(seeds - 1)
+
+
+def _compute_smallest_error(differences: Array) -> float:
+    """Return the least standard error: that of one example that differs, where no example does; else 0."""
+    return FULL_SCORE / differences.shape[1] if not differences.any() else 0.0
+
+
+# ---- extremes ----
+
+
+@dataclass(frozen=True)
+class ExtremePart:
+    """`sign` times the largest of some contrasts: `max(matrix @ scores)`.
+
+    The smallest of some scores is minus the largest of their negatives; one row is a plain contrast.
+    """
+
+    sign: int
+    matrix: Array
+    """(K, M) weights."""
+
+
+def evaluate_extreme(parts: Sequence[ExtremePart], scores: Array) -> Array:
+    """Return the sum of the parts for (..., M) scores, uncorrected."""
+    total: Array = np.sum([part.sign * (scores @ part.matrix.T).max(axis=-1) for part in parts], axis=0)
+    return total
+
+
+def estimate_extreme(sample: ScoreSample, parts: Sequence[ExtremePart]) -> EffectEstimate:
+    """Estimate a sum of largest contrasts over seeds and examples, without the bias of choosing them.
+
+    A part that adds is too large as it is. The low end takes its cross-fitted value, and subtracts from
+    the other parts the bootstrap's bias; the high end does the opposite.
+    """
+    means = sample.seed_scores.mean(axis=1)
+    chosen = estimate_contrast(sample, _select_contrast(parts, means))
+    if all(len(part.matrix) == 1 for part in parts):
+        return chosen
+    if sample.seeds < MIN_SEEDS_EXTREME or chosen.standard_error is None:
+        reason = f"{sample.seeds} seeds; the largest of several needs {MIN_SEEDS_EXTREME}"
+        method = reason if sample.seeds < MIN_SEEDS_EXTREME else chosen.method
+        effect = float(evaluate_extreme(parts, means))
+        return EffectEstimate(effect, effect, effect, None, 1.0, sample.seeds, chosen.examples, method)
+    draws = means + _draw_errors(sample)
+    too_large = [part.sign * _subtract_bias(part, means, draws) for part in parts]
+    unbiased = [part.sign * _cross_fit(part, sample) for part in parts]
+    pairs = list(zip(parts, too_large, unbiased, strict=True))
+    low_center = sum(fitted if part.sign > 0 else shifted for part, shifted, fitted in pairs)
+    high_center = sum(shifted if part.sign > 0 else fitted for part, shifted, fitted in pairs)
+    return replace(
+        chosen,
+        effect=(low_center + high_center) / 2,
+        low_center=min(low_center, high_center),
+        high_center=max(low_center, high_center),
+        standard_error=max(chosen.standard_error, float(evaluate_extreme(parts, draws).std())),
+        method=f"{chosen.method}; bias of choosing removed",
+    )
+
+
+def _select_contrast(parts: Sequence[ExtremePart], means: Array) -> Array:
+    """Return the (M,) contrast that the parts choose at these means."""
+    chosen: Array = np.sum(
+        [part.sign * part.matrix[(part.matrix @ means).argmax()] for part in parts], axis=0
+    )
+    return chosen
+
+
+def _subtract_bias(part: ExtremePart, means: Array, draws: Array) -> float:
+    """Return the largest contrast minus what the choice among (R, M) draws adds to it on average."""
+    largest = float((part.matrix @ means).max())
+    return 2 * largest - float((draws @ part.matrix.T).max(axis=1).mean())
+
+
+def _draw_errors(sample: ScoreSample) -> Array:
+    """Return (R, M) draws of the errors of the models' means, by a Gaussian multiplier bootstrap.
+
+    The models keep their correlations over seeds and over examples.
+    """
+    seeds = sample.seeds
+    centered = sample.seed_scores - sample.seed_scores.mean(axis=1, keepdims=True)
+    errors: Array = _draw_normals(seeds, 0) @ centered.T / np.sqrt(seeds * (seeds - 1))
+    if sample.example_scores is not None:
+        by_example = sample.example_scores.mean(axis=1)
+        by_example = by_example - by_example.mean(axis=1, keepdims=True)
+        examples = by_example.shape[1]
+        share = _compute_example_share(sample.example_scores)
+        errors = errors + np.sqrt(share / (examples * (examples - 1))) * (
+            _draw_normals(examples, 1) @ by_example.T
+        )
+    return errors
+
+
+def _compute_example_share(example_scores: Array) -> float:
+    """Return the share of the examples' variance of the models' means that is not residual noise."""
+    squares = np.array([_compute_mean_squares(scores)[1:] for scores in example_scores]).sum(axis=0)
+    return float(max(squares[0] - squares[1], 0.0) / squares[0]) if squares[0] > 0 else 0.0
+
+
+def _cross_fit(part: ExtremePart, sample: ScoreSample) -> float:
+    """Return the score on one half of the contrast chosen on the other, averaged over halves both ways."""
+    if len(part.matrix) == 1:
+        return float(part.matrix[0] @ sample.seed_scores.mean(axis=1))
+    first, second = (means @ part.matrix.T for means in _average_halves(sample))
+    rows = np.arange(len(first))
+    forth = second[rows, first.argmax(axis=1)]
+    back = first[rows, second.argmax(axis=1)]
+    return float((forth + back).mean() / 2)
+
+
+def _average_halves(sample: ScoreSample) -> tuple[Array, Array]:
+    """Return two (R, M) arrays of the models' means over random halves of the seeds and of the examples."""
+    seed_halves = _draw_halves(sample.seeds, 2)
+    if sample.example_scores is None:
+        first, second = (half @ sample.seed_scores.T for half in seed_halves)
+        return first, second
+    models, seeds, examples = sample.example_scores.shape
+    flat = sample.example_scores.transpose(1, 0, 2).reshape(seeds, models * examples)
+    example_halves = _draw_halves(examples, 3)
+    first, second = (
+        np.einsum("rmn,rn->rm", (half @ flat).reshape(-1, models, examples), chosen)
+        for half, chosen in zip(seed_halves, example_halves, strict=True)
+    )
+    return first, second
+
+
+@cache
+def _draw_normals(count: int, stream: int) -> Array:
+    """Return (R, count) standard normal draws, equal in every call; each with its negative."""
+    normals = np.random.default_rng((count, stream)).standard_normal((_DRAWS // 2, count))
+    return np.concatenate([normals, -normals])
+
+
+@cache
+def _draw_halves(count: int, stream: int) -> tuple[Array, Array]:
+    """Return (R, count) weights of means over a random half and over the other; equal in every call."""
+    order = np.random.default_rng((count, stream)).random((_SPLITS, count)).argsort(axis=1)
+    is_first = order < count // 2
+    halves = np.stack([is_first, ~is_first]).astype(float)
+    first, second = halves / halves.sum(axis=2, keepdims=True)
+    return first, second
