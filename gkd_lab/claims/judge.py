@@ -1,6 +1,7 @@
 """Judge claims on a long table, on a run, or on the paper's numbers."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pandas as pd
 
@@ -15,6 +16,8 @@ from gkd_lab.claims.model_scores import (
 from gkd_lab.claims.verdict_text import VERDICT_COLUMNS, summarize_verdict
 from gkd_lab.claims.verdicts import ClaimVerdict, judge_claim
 from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.tables.examples import get_examples_path, read_examples
+from gkd_lab.tables.load_table import read_table_file
 
 
 def judge(
@@ -42,6 +45,21 @@ def judge_table(
     scores = load_table_scores(table, find_examples)
     scores = ModelScores(scores.models, find_examples, (*scores.problems, *problems))
     return [judge_claim(claim, scores) for claim in select_claims(claims)]
+
+
+def judge_table_file(path: str | Path, claims: Iterable[str] | None = None) -> list[ClaimVerdict]:
+    """Return a verdict on each claim by a table's parquet file, and the examples' scores beside it if any.
+
+    Raises ConfigError for a file that holds no table.
+    """
+    lookup = load_example_lookup(Path(path))
+    return judge_table(read_table_file(Path(path)), claims, *lookup)
+
+
+def load_example_lookup(table: Path) -> tuple[ExampleLookup, tuple[str, ...]]:
+    """Return `index_examples` of the examples beside a table's file; an empty lookup if there are none."""
+    path = get_examples_path(table)
+    return index_examples(read_examples(path) if path.is_file() else None)
 
 
 def judge_paper(claims: Iterable[str] | None = None) -> list[ClaimVerdict]:

@@ -36,8 +36,6 @@ ScoreKey = tuple[str | None, str | None, str]
 ExampleLookup = Callable[[ScoreKey], "ExampleScores | None"]
 """Score -> scores of its examples; None: not stored."""
 
-NO_EXAMPLES = "no examples' scores"
-"""Reason why examples are not used: none is stored."""
 SCORE_TOLERANCE = 1e-3
 """Points by which examples' mean may differ from their score; beyond it the metric has changed."""
 
@@ -62,6 +60,8 @@ class SeedScore:
     """Largest error of a number that was read off a figure of the paper."""
     key: ScoreKey | None = None
     """In a table."""
+    start: str | None = None
+    """Fingerprint of the SFT student that its cell started from."""
     example_count: int | None = None
 
 
@@ -124,20 +124,24 @@ class ModelScores:
                 groups.setdefault(tuple(model[name] for name in shared), []).append(model)
         return [Column(dict(zip(shared, key, strict=True)), models) for key, models in groups.items()]
 
-    def collect_sample(self, models: Sequence[ComparedModel]) -> tuple[ScoreSample | None, str | None]:
-        """Return (scores over the seeds that all models have, reason why examples are not used).
+    def collect_sample(self, models: Sequence[ComparedModel]) -> tuple[ScoreSample | None, list[str]]:
+        """Return (scores over the seeds that all models have, notes on what these do not cover).
 
-        No sample: the models have no seed in common. The reason is None where examples are used.
+        No sample: the models have no seed in common. Examples are used where all scores have them.
         """
         seeds = sorted(set.intersection(*(set(model.scores) for model in models)))
         if not seeds:
-            return None, None
+            return None, []
         table = [[model.scores[seed] for seed in seeds] for model in models]
         values = np.array([[score.value for score in row] for row in table])
-        examples, reason = self._stack_examples(table)
+        examples, note = self._stack_examples(table)
         counts = {score.example_count for row in table for score in row}
-        count = counts.pop() if len(counts) == 1 else None
-        return ScoreSample(values if examples is None else examples.mean(axis=2), examples, count), reason
+        sample = ScoreSample(
+            values if examples is None else examples.mean(axis=2),
+            examples,
+            counts.pop() if len(counts) == 1 else None,
+        )
+        return sample, [*([note] if note else []), *_describe_coverage(models, seeds)]
 
     def _stack_examples(self, table: Sequence[Sequence[SeedScore]]) -> tuple[Array | None, str | None]:
         """Return ((M, S, N) scores of examples, None), or (None, why they are not used)."""
@@ -145,16 +149,25 @@ class ModelScores:
         lists = [None if key is None else self.find_examples(key) for key in keys]
         known = [examples for examples in lists if examples is not None]
         if len(known) < len(lists):
-            return None, "some models without examples' scores" if known else NO_EXAMPLES
+            return None, "some models without examples' scores" if known else None
         if any(not np.array_equal(examples.ids, known[0].ids) for examples in known[1:]):
             return None, "models scored on different examples"
         if len(known[0].ids) < 2:
             return None, "one example"
         stacked = np.array([examples.values for examples in known]).reshape(len(table), len(table[0]), -1)
         values = np.array([[score.value for score in row] for row in table])
-        if float(np.abs(stacked.mean(axis=2) - values).max()) > SCORE_TOLERANCE:
-            return None, "examples whose mean is not the stored score"
-        return stacked, None
+        for scale in (1.0, 100.0):  # shares of 1 are points / 100
+            if float(np.abs(scale * stacked.mean(axis=2) - values).max()) <= SCORE_TOLERANCE:
+                return scale * stacked, None
+        return None, "examples whose mean is not the stored score"
+
+
+def _describe_coverage(models: Sequence[ComparedModel], seeds: Sequence[int]) -> list[str]:
+    """Return notes on seeds that some model lacks, and on an SFT student that all seeds share."""
+    unpaired = sorted(set().union(*(model.scores for model in models)) - set(seeds))
+    starts = {model.scores[seed].start for model in models for seed in seeds}
+    notes = [f"not all models have seed {', '.join(map(str, unpaired))}"] if unpaired else []
+    return [*notes, "one SFT student"] if len(seeds) > 1 and len(starts) == 1 and starts != {None} else notes
 
 
 def _meets(model: ComparedModel, name: str, condition: Any) -> bool:
@@ -191,11 +204,12 @@ class _ModelCollector:
         model = self.models.setdefault(key, ComparedModel(settings, {}))
         if seed is None or score is None:
             return
-        stored = model.scores.get(seed)
-        if stored is None:
-            model.scores[seed] = score
-        elif settings["role"] == "cell" and (stored.key, stored.value) != (score.key, score.value):
-            self.conflicts.add((*key, seed))
+        stored = model.scores.setdefault(seed, score)
+        if settings["role"] == "cell" and stored is not score:
+            if (stored.key, stored.value) == (score.key, score.value):
+                self.problems["repeated rows"] += 1
+            else:
+                self.conflicts.add((*key, seed))
 
     def finish(self) -> list[ComparedModel]:
         """Return the models without the scores that contradict each other."""
@@ -293,7 +307,7 @@ class _TableReader:
 
     def __init__(self, table: pd.DataFrame) -> None:
         self.collector = _ModelCollector()
-        self.axes = list_axes(table)
+        self.axes = _list_declared_axes(table)
         columns = [[None if _is_missing(value) else value for value in table[name]] for name in table.columns]
         names = list(table.columns)
         self.rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -343,11 +357,14 @@ class _TableReader:
         return other or ("quality" if is_quality else None)
 
     def _list_points(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the axis values of each grid point that a collapsed cell stands for."""
+        """Return the distinct axis values of the grid points that a collapsed cell stands for."""
         points = row.get("stands_for")
         points = json.loads(points) if isinstance(points, str) else points
         names = {"lmbda", "seed", *self.axes}
-        return [{k: v for k, v in point.items() if k in names} for point in points] if points else [{}]
+        if not points:
+            return [{}]
+        selected = [{name: value for name, value in point.items() if name in names} for point in points]
+        return list({str(sorted(point.items())): point for point in selected}.values())
 
     def _add_row(self, row: dict[str, Any], measure: str) -> None:
         """Add the score of a cell, and those of its start and teacher under the same metric."""
@@ -355,15 +372,20 @@ class _TableReader:
         seed = None if row["seed"] is None else int(row["seed"])
         if seed is None:
             self.collector.problems["rows without a seed"] += 1
-        self.collector.add(settings, seed, self._read_score(row))
+        self.collector.add(settings, seed, self._read_score(row, row.get("start_cell")))
         for role in ("start", "teacher") if measure != "step_time" else ():
             key = (role, row.get(f"{role}_cell"), row.get("evaluation"), row["metric"])
             if key in self.references:
                 reference = _build_reference_settings(settings, role)
-                self.collector.add(reference, seed, self._read_score(self.references[key]))
+                self.collector.add(
+                    reference, seed, self._read_score(self.references[key], row.get("start_cell"))
+                )
 
-    def _read_score(self, row: Mapping[str, Any]) -> SeedScore | None:
-        """Return a row's score in points; None where it is missing or outside of its metric's range."""
+    def _read_score(self, row: Mapping[str, Any], start: str | None) -> SeedScore | None:
+        """Return a row's score in points; None where it is missing or outside of its metric's range.
+
+        start: SFT student of the cell that the score belongs to, or is compared with.
+        """
         if row["value"] is None:
             return None
         value = float(row["value"]) * self.scale.get((row["task"], row.get("evaluation"), row["metric"]), 1.0)
@@ -372,7 +394,7 @@ class _TableReader:
             return None
         count = row.get("n_examples")
         key = (row["cell"], row.get("evaluation"), row["metric"])
-        return SeedScore(value, key=key, example_count=None if count is None else int(count))
+        return SeedScore(value, 0.0, key, start, None if count is None else int(count))
 
     def _build_settings(self, row: Mapping[str, Any], measure: str) -> Settings:
         """Return the settings of a cell under one evaluation and metric."""
@@ -415,6 +437,12 @@ class _TableReader:
         if self.max_train_rows is None or row["train_rows"] is None:
             return 1.0
         return round(float(row["train_rows"]) / self.max_train_rows, 4)
+
+
+def _list_declared_axes(table: pd.DataFrame) -> list[str]:
+    """Return the axes of a long table; none where columns that mark their place are missing."""
+    needed = {"student", "teacher", "beta", "evaluation"}
+    return list_axes(table) if needed <= set(table.columns) else []
 
 
 def _classify_loss(row: Mapping[str, Any]) -> str:

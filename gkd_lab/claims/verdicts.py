@@ -13,7 +13,7 @@ import numpy as np
 
 from gkd_lab.claims.contrasts import ColumnContrasts, Contrast, Contrasts
 from gkd_lab.claims.definitions import Claim
-from gkd_lab.claims.model_scores import NO_EXAMPLES, ComparedModel, ModelScores
+from gkd_lab.claims.model_scores import ComparedModel, ModelScores
 from gkd_lab.claims.model_settings import Settings
 from gkd_lab.statistics.noise import Array, EffectEstimate, ScoreSample, estimate_extreme, evaluate_extreme
 from gkd_lab.statistics.power import estimate_required_seeds
@@ -208,7 +208,7 @@ def _drop_unpaired(column: ColumnContrasts, contrasts: Sequence[JudgedContrast |
 
 def _judge_contrast(contrast: Contrast, scores: ModelScores, by_sign: bool) -> JudgedContrast | None:
     """Judge one contrast, before any adjustment; None without a seed that all models have."""
-    sample, reason = scores.collect_sample(contrast.models)
+    sample, notes = scores.collect_sample(contrast.models)
     if sample is None:
         return None
     ratio = _compute_ratio(contrast, sample)
@@ -219,8 +219,7 @@ def _judge_contrast(contrast: Contrast, scores: ModelScores, by_sign: bool) -> J
         outcome = _classify_sign(effect, _compute_reading_error(contrast))
         return JudgedContrast(contrast.label, outcome, estimate, 0.0, ratio=ratio)
     estimate = _estimate(contrast, sample)
-    if reason is not None and reason != NO_EXAMPLES and estimate.seeds > 1:
-        estimate = replace(estimate, method=f"{estimate.method} ({reason})")
+    estimate = replace(estimate, method="; ".join([estimate.method, *notes]))
     outcome = _classify_interval(estimate, contrast.margin)
     return JudgedContrast(contrast.label, outcome, estimate, contrast.margin, ratio=ratio)
 

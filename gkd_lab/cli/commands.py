@@ -156,15 +156,19 @@ def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -
 
 def judge_claims(
     name: Annotated[
-        str, typer.Argument(metavar="EXP|paper", help="An experiment, or `paper`: the numbers of the paper.")
+        str,
+        typer.Argument(
+            metavar="EXP|paper|TABLE.parquet",
+            help="An experiment; `paper`: the numbers of the paper; or a table that `gkd-lab table` wrote.",
+        ),
     ],
     scale: ScaleOption = None,
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
-    """Print a verdict on each of the paper's claims, by an experiment or by the paper's numbers."""
-    from gkd_lab.claims.judge import judge_paper
+    """Print a verdict on each of the paper's claims: by an experiment, a table or the paper itself."""
+    from gkd_lab.claims.judge import judge_paper, judge_table_file
     from gkd_lab.claims.run_claims import judge_run
     from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
 
@@ -173,6 +177,10 @@ def judge_claims(
         if scale is not None or sets:
             raise ConfigError("the numbers of the paper take neither --scale nor --set")
         verdicts = judge_paper()
+    elif name.endswith(".parquet"):
+        if scale is not None or sets:
+            raise ConfigError("a table's file takes neither --scale nor --set")
+        verdicts = judge_table_file(name)
     else:
         grid = load_grid(name, scale, sets, outputs)
         claim_ids = grid.experiment.paper.claims

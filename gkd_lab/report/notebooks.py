@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from gkd_lab.claims.judge import judge_paper, judge_table
+from gkd_lab.claims.judge import judge_paper, judge_table, load_example_lookup
 from gkd_lab.claims.paper import load_values
 from gkd_lab.claims.verdict_text import format_detail, format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
@@ -42,7 +42,12 @@ def read_table(name: str) -> pd.DataFrame:
 
     `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet` writes it. Raises ConfigError.
     """
-    return read_table_file(Path(os.environ.get("GKD_LAB_TABLES", "tables")) / f"{name}.parquet")
+    return read_table_file(_get_table_path(name))
+
+
+def _get_table_path(name: str) -> Path:
+    """Return the path of an experiment's table."""
+    return Path(os.environ.get("GKD_LAB_TABLES", "tables")) / f"{name}.parquet"
 
 
 def add_gain(table: pd.DataFrame, metric: str, evaluation: str | None = None) -> pd.DataFrame:
@@ -61,9 +66,13 @@ def add_gain(table: pd.DataFrame, metric: str, evaluation: str | None = None) ->
 
 
 def format_verdicts(frame: pd.DataFrame, grid: Grid) -> Iterator[str]:
-    """Yield lines per claim that the experiment names: its verdict on the table and on the paper."""
+    """Yield lines per claim that the experiment names: its verdict on the table and on the paper.
+
+    Examples' scores are read from `NAME.examples.parquet` beside the experiment's table, if there are any.
+    """
     names = grid.experiment.paper.claims
-    for verdict, paper_verdict in zip(judge_table(frame, names), judge_paper(names), strict=True):
+    verdicts = judge_table(frame, names, *load_example_lookup(_get_table_path(grid.name)))
+    for verdict, paper_verdict in zip(verdicts, judge_paper(names), strict=True):
         yield from format_verdict_lines([verdict], names)
         text = f"The paper's own numbers: {format_verdict(paper_verdict)}; {format_detail(paper_verdict)}"
         yield from textwrap.wrap(text, 110, initial_indent=" " * 16, subsequent_indent=" " * 16)

@@ -57,16 +57,6 @@ def _list_score_columns(grid: Grid, table_rows: list[TableRow]) -> list[str]:
     return list(columns)
 
 
-def list_wide_axes(frame: pd.DataFrame) -> list[str]:
-    """Return a wide frame's axis columns, those between `seed` and `status`, without `divergence`.
-
-    A null `beta` tells the divergence. task, lmbda, beta and seed are always there and not among them.
-    """
-    columns = list(frame.columns)
-    axes = columns[columns.index("seed") + 1 : columns.index("status")]
-    return [axis for axis in axes if axis != "divergence"]
-
-
 _PROVENANCE_FIELDS = ("gkd_lab", "commit", "changed", "python", "packages", "machine", "device", "threads")
 
 

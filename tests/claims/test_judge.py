@@ -154,7 +154,22 @@ def test_missing_scores_are_named_and_the_rest_is_judged() -> None:
     row = judge_one(table, "C1")
     assert (row["verdict"], row["n"]) == ("holds", 3)
     table.loc[table["cell"] == "m1s0", "value"] = np.nan
-    assert judge_one(table, "C1")["n"] == 2
+    row = judge_one(table, "C1")
+    assert row["n"] == 2 and "not all models have seed 0" in row["method"]
+
+
+def test_an_sft_student_that_all_seeds_share_is_named() -> None:
+    table = build_table([[40.3, 41.1, 39.8], [45.2, 45.1, 46.0]], **TWO)
+    assert "one SFT student" in judge_one(table.assign(start_cell="a"), "C1")["method"]
+    own = table.assign(start_cell=[f"start {seed}" for seed in table["seed"]])
+    assert "SFT student" not in judge_one(own, "C1")["method"]
+
+
+def test_examples_of_shares_are_taken_in_points() -> None:
+    table = build_table([[40.5, 41.0, 39.5], [45.0, 45.5, 46.0]], **TWO)
+    examples = build_examples(table, 20.0)
+    expected = judge_one(table, "C1", examples)
+    assert judge_one(table, "C1", examples.assign(value=examples["value"] / 100)) == pytest.approx(expected)
 
 
 def test_seeds_that_do_not_pair_are_named() -> None:
@@ -167,7 +182,9 @@ def test_seeds_that_do_not_pair_are_named() -> None:
 
 def test_repeated_rows_count_once_and_contradicting_ones_are_left_out() -> None:
     table = build_table([[40.3, 41.1, 39.8], [45.2, 45.1, 46.0]], **TWO)
-    assert judge_one(pd.concat([table, table]), "C1") == judge_one(table, "C1")
+    repeated, once = judge_one(pd.concat([table, table]), "C1"), judge_one(table, "C1")
+    assert "left out: 6 repeated rows" in repeated.pop("detail")
+    assert repeated == {name: value for name, value in once.items() if name != "detail"}
     other = table[table["cell"] == "m0s0"].assign(cell="other", value=70.0)
     row = judge_one(pd.concat([table, other]), "C1")
     assert row["n"] == 2 and "1 scores that differ" in row["detail"]

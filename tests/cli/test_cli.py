@@ -495,3 +495,13 @@ def test_a_broken_row_is_reported_with_file_and_line_and_exit_status_1() -> None
     statuses = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
     assert {item["state"] for item in statuses} == {"failed"}
     assert all("Traceback" in item["traceback"] for item in statuses)
+
+
+def test_claims_judge_a_table_file(run_command: RunCommand) -> None:
+    table = Path(__file__).parents[2] / "analysis" / "tables" / "lambda_beta_arithmetic.parquet"
+    status, out, _ = run_command("claims", str(table), "--format", "json")
+    rows = {row["id"]: row for row in json.loads(out)}
+    assert (status, rows["C1"]["verdict"], rows["C1"]["n"]) == (0, "fails", 5)
+    assert len(rows["C1"]["comparisons"]) == 5
+    status, _, err = run_command("claims", "missing.parquet")
+    assert status == 2 and "missing.parquet" in err
