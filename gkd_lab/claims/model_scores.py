@@ -6,7 +6,6 @@ reads the paper's figures and our own tables.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -308,7 +307,7 @@ class _TableReader:
     def __init__(self, table: pd.DataFrame) -> None:
         self.collector = _ModelCollector()
         self.axes = _list_declared_axes(table)
-        columns = [[None if _is_missing(value) else value for value in table[name]] for name in table.columns]
+        columns = [_list_values(table[name]) for name in table.columns]
         names = list(table.columns)
         self.rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         self.quality_metrics = self._find_quality_metrics()
@@ -454,9 +453,10 @@ def _classify_loss(row: Mapping[str, Any]) -> str:
     return f"{kind} on the teacher's text" if has_teacher_text else str(kind)
 
 
-def _is_missing(value: Any) -> bool:
-    """Return whether a value is None, NA or NaN."""
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+def _list_values(column: "pd.Series[Any]") -> list[Any]:
+    """Return the values of a column, with None for missing ones."""
+    values, missing = column.tolist(), column.isna().to_numpy()
+    return [None if gap else value for value, gap in zip(values, missing, strict=True)]
 
 
 def _parse_float(value: Any) -> float | None:
@@ -484,7 +484,7 @@ def index_examples(examples: pd.DataFrame | None) -> tuple[ExampleLookup, tuple[
     groups = examples.groupby(["cell", "evaluation", "metric"], sort=False, dropna=False, observed=True)
     all_ids, all_values = examples["example"].to_numpy(), examples["value"].to_numpy(np.float64)
     for group, numbers in groups.indices.items():
-        cell, evaluation, metric = [None if _is_missing(part) else part for part in list(group)]  # type: ignore[call-overload]
+        cell, evaluation, metric = [None if pd.isna(part) else part for part in list(group)]  # type: ignore[call-overload]
         ids, values = all_ids[numbers], all_values[numbers]
         if (ids[1:] < ids[:-1]).any():
             order = ids.argsort(kind="stable")
