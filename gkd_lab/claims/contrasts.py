@@ -58,6 +58,11 @@ class Contrast:
     measures_ratio: bool = False
     """Whether the quotient is itself what is measured."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is one weighted sum, without a choice of the largest score."""
+        return all(len(part.matrix) == 1 for part in self.parts)
+
 
 @dataclass(frozen=True)
 class ColumnContrasts:

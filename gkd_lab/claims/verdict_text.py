@@ -9,11 +9,13 @@ from typing import Any
 from gkd_lab.claims.model_scores import ComparedModel
 from gkd_lab.claims.model_settings import MODEL_SETTINGS, find_distinguishing_settings, format_settings
 from gkd_lab.claims.verdicts import ClaimVerdict, JudgedColumn, JudgedContrast
+from gkd_lab.statistics.power import MAX_SEEDS, needs_more_examples
 
 UNJUDGED_PREFIX = "0 of 0; "
 """Start of an unjudged claim's detail: scripts read `k of n` in every detail."""
 MAX_LISTED_MODELS = 8
 """Unfinished models that are listed by name."""
+_COUNT_WORDS = {2: "two", 3: "three"}
 
 
 # ---- detail ----
@@ -142,6 +144,7 @@ def encode_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
         row = {name: _round_number(value) for name, value in summarize_verdict(verdict).items()}
         row["detail"] = row.pop("detail")
         row["mean_effect"] = _round_number(verdict.mean_effect)
+        row["required_seeds"] = verdict.required_seeds
         row["comparisons"] = list_contrast_rows(verdict)
         rows.append(row)
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
@@ -188,13 +191,18 @@ def format_decision(verdict: ClaimVerdict) -> str:
     undecided = [c for c in verdict.contrasts if c.outcome == "undecided"]
     if verdict.verdict != "undecided" or verdict.claim.is_measurement or not undecided:
         return ""
-    if any(contrast.low is None or contrast.estimate.seeds < 2 for contrast in undecided):
-        return "two seeds or more are needed for a verdict" if verdict.weakest.estimate.seeds < 2 else ""
-    needed = [contrast.required_seeds for contrast in undecided]
-    known = [count for count in needed if count is not None]
-    if len(known) < len(needed):
-        return "more seeds alone would probably not decide it: the effect is too near to its margin"
-    return f"about {max(known)} seeds would probably decide it (80 % power, if the effects are as measured)"
+    least = max((c.min_seeds for c in undecided if c.estimate.seeds < c.min_seeds), default=None)
+    if least is not None:
+        return f"{_COUNT_WORDS[least]} seeds or more are needed for a verdict"
+    seeds = verdict.required_seeds
+    if seeds is not None:
+        return f"about {seeds} seeds would probably decide it (80 % power, if the effects are as measured)"
+    if any(contrast.low is None for contrast in undecided):
+        return ""  # the method says why its noise is not known
+    if any(needs_more_examples(contrast.estimate, contrast.margin) for contrast in undecided):
+        return "more seeds alone would probably not decide it: the test examples are too few"
+    target = "its margin" if any(contrast.margin for contrast in undecided) else "0"
+    return f"more than {MAX_SEEDS} seeds would be needed: the effect is too near to {target}"
 
 
 def format_verdict_lines(verdicts: Sequence[ClaimVerdict], named_claims: Sequence[str] = ()) -> Iterator[str]:

@@ -15,7 +15,14 @@ from gkd_lab.claims.contrasts import ColumnContrasts, Contrast, Contrasts
 from gkd_lab.claims.definitions import Claim
 from gkd_lab.claims.model_scores import ComparedModel, ModelScores
 from gkd_lab.claims.model_settings import Settings
-from gkd_lab.statistics.noise import Array, EffectEstimate, ScoreSample, estimate_extreme, evaluate_extreme
+from gkd_lab.statistics.noise import (
+    MIN_SEEDS_EXTREME,
+    Array,
+    EffectEstimate,
+    ScoreSample,
+    estimate_extreme,
+    evaluate_extreme,
+)
 from gkd_lab.statistics.power import estimate_required_seeds
 
 Outcome = Literal["holds", "fails", "undecided", "tie"]
@@ -36,6 +43,8 @@ class JudgedContrast:
     adjusted_level: float = LEVEL
     """Level of the upper end that decides `fails`: Bonferroni's or Holm's share of `LEVEL`."""
     ratio: float | None = None
+    min_seeds: int = 2
+    """Seeds below which it has no verdict."""
 
     @property
     def effect(self) -> float:
@@ -55,8 +64,9 @@ class JudgedContrast:
     @property
     def required_seeds(self) -> int | None:
         """Seeds that would probably decide it; None where it is decided or more seeds would not."""
-        is_open = self.outcome == "undecided"
-        return estimate_required_seeds(self.estimate, self.margin) if is_open else None
+        if self.outcome != "undecided":
+            return None
+        return estimate_required_seeds([self.estimate], [self.margin], self.adjusted_level)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,18 @@ class ClaimVerdict:
         ends = [(c.estimate.high(level), c.margin) for c in self.contrasts]
         relative = [high + margin for high, margin in ends if high is not None]
         return min(relative) - self.weakest.margin if relative else None
+
+    @property
+    def required_seeds(self) -> int | None:
+        """Seeds that would probably decide an undecided claim; None where more seeds would not."""
+        if self.verdict != "undecided" or self.claim.is_measurement or not self.columns:
+            return None
+        contrasts = self.contrasts
+        return estimate_required_seeds(
+            [contrast.estimate for contrast in contrasts],
+            [contrast.margin for contrast in contrasts],
+            LEVEL / len(contrasts),
+        )
 
 
 def find_weakest(contrasts: Sequence[JudgedContrast]) -> JudgedContrast:
@@ -221,7 +243,10 @@ def _judge_contrast(contrast: Contrast, scores: ModelScores, by_sign: bool) -> J
     estimate = _estimate(contrast, sample)
     estimate = replace(estimate, method="; ".join([estimate.method, *notes]))
     outcome = _classify_interval(estimate, contrast.margin)
-    return JudgedContrast(contrast.label, outcome, estimate, contrast.margin, ratio=ratio)
+    min_seeds = 2 if contrast.is_linear else MIN_SEEDS_EXTREME
+    return JudgedContrast(
+        contrast.label, outcome, estimate, contrast.margin, ratio=ratio, min_seeds=min_seeds
+    )
 
 
 def _estimate(contrast: Contrast, sample: ScoreSample) -> EffectEstimate:

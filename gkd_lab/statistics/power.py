@@ -1,10 +1,12 @@
-"""Power: which difference a number of seeds and examples shows, and how many seeds decide an open one.
+"""Power: which difference a number of seeds and examples shows, and how many seeds decide an open claim.
 
 Two-sided tests at 5 % with 80 % power (Card et al. 2020), for paired differences whose noise is that of
-`statistics.noise`: one part shrinks with the seeds, the other with the examples only.
+`statistics.noise`: one part shrinks with the seeds, the other with the examples only. Powers are those of
+the noncentral t, exact also for two seeds.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gkd_lab.statistics.noise import EffectEstimate, compute_t_quantile
@@ -13,6 +15,7 @@ LEVEL = 0.025
 POWER = 0.8
 MAX_SEEDS = 200
 """Seeds beyond which more of them are no answer."""
+_MAX_DEGREES = 1e6
 
 
 @dataclass(frozen=True)
@@ -29,34 +32,94 @@ class Noise:
         return math.sqrt(self.seed_variance / seeds + self.example_variance)
 
     def compute_degrees(self, seeds: int) -> float:
-        """Return Satterthwaite's degrees of freedom at so many seeds; the examples are many."""
+        """Return Satterthwaite's degrees of freedom at so many seeds, at most 1e6; the examples are many."""
         part = self.seed_variance / seeds
-        return (seeds - 1) * ((part + self.example_variance) / part) ** 2 if part > 0 else math.inf
+        ratio = (part + self.example_variance) / part if part > 0 else math.inf
+        return min((seeds - 1) * ratio**2, _MAX_DEGREES)
 
 
-def compute_detectable_difference(noise: Noise, seeds: int, comparisons: int = 1) -> float:
+def compute_detectable_difference(noise: Noise, seeds: int, level: float = LEVEL) -> float:
     """Return the least true difference in points that so many seeds show with a power of 80 %.
 
-    comparisons: number among which a test is Bonferroni-adjusted. Infinite for a single seed.
+    level: share of errors on the side of the difference. Infinite for a single seed.
     """
+    from scipy.special import nctdtrinc
+
     if seeds < 2:
         return math.inf
-    degrees = min(noise.compute_degrees(seeds), 1e6)
-    quantiles = compute_t_quantile(LEVEL / comparisons, degrees) + compute_t_quantile(1 - POWER, degrees)
-    return quantiles * noise.compute_error(seeds)
+    degrees = noise.compute_degrees(seeds)
+    return float(nctdtrinc(degrees, 1 - POWER, compute_t_quantile(level, degrees))) * noise.compute_error(
+        seeds
+    )
 
 
-def estimate_required_seeds(estimate: EffectEstimate, margin: float = 0.0) -> int | None:
-    """Return the number of seeds that would probably decide a comparison, were its effect the true one.
+def compute_power(noise: Noise, seeds: int, difference: float, level: float = LEVEL) -> float:
+    """Return the probability that so many seeds show a true difference in points; 0 for a single seed."""
+    from scipy.special import nctdtr
 
-    None: more seeds would not, as the effect is too small for the examples' noise or for 200 seeds, or the
-    noise is not known.
-    """
-    if estimate.standard_error is None or estimate.seeds < 2:
+    if seeds < 2:
+        return 0.0
+    degrees, shift = noise.compute_degrees(seeds), difference / noise.compute_error(seeds)
+    quantile = compute_t_quantile(level, degrees)
+    power = 1 - float(nctdtr(degrees, shift, quantile))
+    return power if math.isfinite(power) else float(shift > quantile)  # scipy: NaN at some shifts far off
+
+
+def find_least_seeds(has_power: Callable[[int], bool], first: int = 2) -> int | None:
+    """Return the least number of seeds from `first` to 200 that has power, which more seeds have as well."""
+    if first > MAX_SEEDS or not has_power(MAX_SEEDS):
         return None
-    noise = Noise(estimate.seed_variance, estimate.example_variance)
-    distance = abs(estimate.effect + margin)
-    for seeds in range(estimate.seeds + 1, MAX_SEEDS + 1):
-        if compute_detectable_difference(noise, seeds) <= distance:
-            return seeds
-    return None
+    low, high = first - 1, MAX_SEEDS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if has_power(middle) else (middle, high)
+    return high
+
+
+# ---- open claims ----
+
+
+def estimate_required_seeds(
+    estimates: Sequence[EffectEstimate], margins: Sequence[float], level: float = LEVEL
+) -> int | None:
+    """Return the number of seeds that would probably decide a claim, were its effects the true ones.
+
+    The claim holds if all estimates are shown above minus their margins, and fails if one is shown below, at
+    `level`. None: more than 200 seeds, or the noise is not known.
+    """
+    if any(estimate.standard_error is None or estimate.seeds < 2 for estimate in estimates):
+        return None
+    pairs = list(zip(estimates, margins, strict=True))
+
+    def decides(seeds: int) -> bool:
+        """Return whether so many seeds give a verdict in 80 %."""
+        holds = math.prod(_compute_projected_power(e, margin, seeds, 1, LEVEL) for e, margin in pairs)
+        fails = max(_compute_projected_power(e, margin, seeds, -1, level) for e, margin in pairs)
+        return max(holds, fails) >= POWER
+
+    return find_least_seeds(decides, min(estimate.seeds for estimate in estimates) + 1)
+
+
+def _compute_projected_power(
+    estimate: EffectEstimate, margin: float, seeds: int, sign: int, level: float
+) -> float:
+    """Return the power to show at so many seeds that the effect is above minus the margin (1) or below (-1).
+
+    The bias that is left in an end of an extreme's interval shrinks as its error does.
+    """
+    assert estimate.standard_error is not None
+    now = Noise(estimate.seed_variance, estimate.example_variance)
+    scale = estimate.standard_error / now.compute_error(estimate.seeds)
+    noise = Noise(scale**2 * now.seed_variance, scale**2 * now.example_variance)
+    shrinkage = noise.compute_error(seeds) / estimate.standard_error
+    center = estimate.low_center if sign > 0 else estimate.high_center
+    end = estimate.effect + (center - estimate.effect) * shrinkage
+    return compute_power(noise, seeds, sign * (end + margin), level)
+
+
+def needs_more_examples(estimate: EffectEstimate, margin: float = 0.0) -> bool:
+    """Return whether more seeds leave an effect open that they would show on a test set without end."""
+    if estimate.standard_error is None:
+        return False
+    noise, distance = Noise(estimate.seed_variance), abs(estimate.effect + margin)
+    return estimate.example_variance > 0 and compute_power(noise, MAX_SEEDS, distance) >= POWER

@@ -286,7 +286,28 @@ def test_json_has_the_documented_fields(store: Store) -> None:
     (comparison,) = rows[0]["comparisons"]
     assert (comparison["n"], comparison["outcome"], comparison["effect"]) == (3, "holds", 5.0)
     assert {row["verdict"] for row in rows} <= {"holds", "fails", "undecided"}
-    assert rows[0]["verdict"] == "holds"
+    assert (rows[0]["verdict"], rows[0]["required_seeds"]) == ("holds", None)
+
+
+def test_an_undecided_claim_says_how_many_seeds_would_decide_it(store: Store) -> None:
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(
+        grid, store, score=lambda cell: 40.0 + cell.lmbda * (2 * NOISE[cell.seed] - (2 if cell.beta else 0))
+    )
+    (verdict,) = judge_table(build_long_table(grid, store), ["C1"])
+    assert [contrast.effect for contrast in verdict.contrasts] == [0.0, -2.0]
+    row = json.loads(encode_verdicts([verdict]))[0]
+    below = row["comparisons"][1]["required_seeds"]
+    assert row["required_seeds"] == below == 13  # power 0.79 at 12, by the noncentral t at 0.0125
+    assert row["comparisons"][0]["required_seeds"] is None
+    assert format_decision(verdict).startswith("about 13 seeds would probably decide it")
+
+
+def test_a_span_of_two_seeds_needs_a_third(store: Store) -> None:
+    grid = build_grid(lmbda=1, grid={"student": ["small", "base"], "beta": [0, 1], "seed": [0, 1]})
+    fill_store(grid, store, score=lambda cell: 40.0 + draw_noise(cell, 1.0))
+    (verdict,) = judge_table(build_long_table(grid, store), ["C25"])
+    assert format_decision(verdict) == "three seeds or more are needed for a verdict"
 
 
 def test_text_shows_judged_and_named_claims_first_and_others_in_one_line(store: Store) -> None:
