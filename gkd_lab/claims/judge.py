@@ -6,18 +6,21 @@ from pathlib import Path
 import pandas as pd
 
 from gkd_lab.claims.definitions import CLAIMS, Claim
-from gkd_lab.claims.model_scores import (
-    ExampleLookup,
-    ModelScores,
-    index_examples,
-    load_paper_scores,
-    load_table_scores,
-)
+from gkd_lab.claims.model_scores import ModelScores, load_paper_scores, load_table_scores
 from gkd_lab.claims.verdict_text import VERDICT_COLUMNS, summarize_verdict
 from gkd_lab.claims.verdicts import ClaimVerdict, judge_claim
+from gkd_lab.config import Grid
 from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.statistics.example_scores import (
+    ExampleLookup,
+    build_example_lookup,
+    find_no_examples,
+    index_examples,
+)
+from gkd_lab.store import Store
 from gkd_lab.tables.examples import get_examples_path, read_examples
 from gkd_lab.tables.load_table import read_table_file
+from gkd_lab.tables.long_table import build_long_table
 
 
 def judge(
@@ -35,10 +38,15 @@ def judge(
     return pd.DataFrame([summarize_verdict(v) for v in verdicts], columns=list(VERDICT_COLUMNS))
 
 
+def judge_run(grid: Grid, store: Store, claims: Iterable[str] | None = None) -> list[ClaimVerdict]:
+    """Judge claims (ids; None: all) on a run's finished cells; one verdict per claim, in order."""
+    return judge_table(build_long_table(grid, store), claims, build_example_lookup(grid, store))
+
+
 def judge_table(
     table: pd.DataFrame,
     claims: Iterable[str] | None = None,
-    find_examples: ExampleLookup = lambda key: None,
+    find_examples: ExampleLookup = find_no_examples,
     problems: tuple[str, ...] = (),
 ) -> list[ClaimVerdict]:
     """Return a verdict on each claim (ids; None: all) by a long table; `problems` are added to its own."""

@@ -7,13 +7,11 @@ reads the paper's figures and our own tables.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from gkd_lab.claims import paper
 from gkd_lab.claims.model_settings import (
@@ -27,41 +25,9 @@ from gkd_lab.claims.model_settings import (
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.settings import METHODS
 from gkd_lab.metrics import METRICS
-from gkd_lab.statistics.noise import Array, ScoreSample
+from gkd_lab.statistics.example_scores import ExampleLookup, SeedScore, build_sample, find_no_examples
+from gkd_lab.statistics.noise import ScoreSample
 from gkd_lab.tables.long_table import list_axes
-
-ScoreKey = tuple[str | None, str | None, str]
-"""(cell, evaluation, metric) of one score."""
-ExampleLookup = Callable[[ScoreKey], "ExampleScores | None"]
-"""Score -> scores of its examples; None: not stored."""
-
-SCORE_TOLERANCE = 1e-3
-"""Points by which examples' mean may differ from their score; beyond it the metric has changed."""
-
-
-@dataclass(frozen=True)
-class ExampleScores:
-    """Scores of N examples under one metric, sorted by id."""
-
-    ids: NDArray[Any]
-    """(N,) examples; models with equal ids are paired."""
-    values: Array
-    """(N,) points, whose mean is the score."""
-
-
-@dataclass(frozen=True)
-class SeedScore:
-    """The score of one model under one seed."""
-
-    value: float
-    """Points."""
-    reading_error: float = 0.0
-    """Largest error of a number that was read off a figure of the paper."""
-    key: ScoreKey | None = None
-    """In a table."""
-    start: str | None = None
-    """Fingerprint of the SFT student that its cell started from."""
-    example_count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +55,7 @@ class ModelScores:
     """Models that claims compare, with what is known of their examples."""
 
     models: list[ComparedModel]
-    find_examples: ExampleLookup = lambda key: None
+    find_examples: ExampleLookup = find_no_examples
     problems: tuple[str, ...] = ()
     """What of the table was left out, and why."""
     empty_reason: str | None = None
@@ -132,33 +98,8 @@ class ModelScores:
         if not seeds:
             return None, []
         table = [[model.scores[seed] for seed in seeds] for model in models]
-        values = np.array([[score.value for score in row] for row in table])
-        examples, note = self._stack_examples(table)
-        counts = {score.example_count for row in table for score in row}
-        sample = ScoreSample(
-            values if examples is None else examples.mean(axis=2),
-            examples,
-            counts.pop() if len(counts) == 1 else None,
-        )
+        sample, note = build_sample(table, self.find_examples)
         return sample, [*([note] if note else []), *_describe_coverage(models, seeds)]
-
-    def _stack_examples(self, table: Sequence[Sequence[SeedScore]]) -> tuple[Array | None, str | None]:
-        """Return ((M, S, N) scores of examples, None), or (None, why they are not used)."""
-        keys = [score.key for row in table for score in row]
-        lists = [None if key is None else self.find_examples(key) for key in keys]
-        known = [examples for examples in lists if examples is not None]
-        if len(known) < len(lists):
-            return None, "some models without examples' scores" if known else None
-        if any(not np.array_equal(examples.ids, known[0].ids) for examples in known[1:]):
-            return None, "models scored on different examples"
-        if len(known[0].ids) < 2:
-            return None, "one example"
-        stacked = np.array([examples.values for examples in known]).reshape(len(table), len(table[0]), -1)
-        values = np.array([[score.value for score in row] for row in table])
-        for scale in (1.0, 100.0):  # shares of 1 are points / 100
-            if float(np.abs(scale * stacked.mean(axis=2) - values).max()) <= SCORE_TOLERANCE:
-                return scale * stacked, None
-        return None, "examples whose mean is not the stored score"
 
 
 def _describe_coverage(models: Sequence[ComparedModel], seeds: Sequence[int]) -> list[str]:
@@ -285,7 +226,7 @@ _METHOD_AXES = ("method", "divergence", "source", "alpha", "anchor", "student")
 """Axes that are read from the resolved losses, data and models instead."""
 
 
-def load_table_scores(table: pd.DataFrame, find_examples: ExampleLookup = lambda key: None) -> ModelScores:
+def load_table_scores(table: pd.DataFrame, find_examples: ExampleLookup = find_no_examples) -> ModelScores:
     """Read the long table: the first metric of each evaluation that has scores, Self-BLEU and step times.
 
     Scores outside of their metric's range, rows without a seed, and scores that contradict each other are
@@ -462,37 +403,3 @@ def _list_values(column: "pd.Series[Any]") -> list[Any]:
 def _parse_float(value: Any) -> float | None:
     """Return a number as a float; None stays None."""
     return None if value is None else float(value)
-
-
-# ---- examples ----
-
-
-def index_examples(examples: pd.DataFrame | None) -> tuple[ExampleLookup, tuple[str, ...]]:
-    """Return (lookup into a frame of examples' scores, problems that keep examples from being used).
-
-    examples: columns `cell, evaluation, metric, example, value`; None: an empty lookup. A score's examples
-    are sorted, so that models are paired by example. Raises ConfigError for missing columns.
-    """
-    if examples is None or not len(examples):
-        return (lambda key: None), ()
-    names = ("cell", "evaluation", "metric", "example", "value")
-    missing = [name for name in names if name not in examples.columns]
-    if missing:
-        raise ConfigError(f"the examples have no column {', '.join(missing)}; they need {', '.join(names)}")
-    lists: dict[ScoreKey, ExampleScores] = {}
-    problems: Counter[str] = Counter()
-    groups = examples.groupby(["cell", "evaluation", "metric"], sort=False, dropna=False, observed=True)
-    all_ids, all_values = examples["example"].to_numpy(), examples["value"].to_numpy(np.float64)
-    for group, numbers in groups.indices.items():
-        cell, evaluation, metric = [None if pd.isna(part) else part for part in list(group)]  # type: ignore[call-overload]
-        ids, values = all_ids[numbers], all_values[numbers]
-        if (ids[1:] < ids[:-1]).any():
-            order = ids.argsort(kind="stable")
-            ids, values = ids[order], values[order]
-        if (ids[1:] == ids[:-1]).any():
-            problems["scores with repeated examples"] += 1
-        elif np.isnan(values).any():
-            problems["scores with examples that have none"] += 1
-        else:
-            lists[cell, evaluation, str(metric)] = ExampleScores(ids, values)
-    return lists.get, tuple(f"examples not used: {count} {text}" for text, count in problems.items())

@@ -168,8 +168,7 @@ def judge_claims(
     format: Annotated[OutputFormat, typer.Option(help="Format of the output.")] = "text",
 ) -> None:
     """Print a verdict on each of the paper's claims: by an experiment, a table or the paper itself."""
-    from gkd_lab.claims.judge import judge_paper, judge_table_file
-    from gkd_lab.claims.run_claims import judge_run
+    from gkd_lab.claims.judge import judge_paper, judge_run, judge_table_file
     from gkd_lab.claims.verdict_text import encode_verdicts, format_verdict_lines
 
     claim_ids: Sequence[str] = ()

@@ -11,15 +11,17 @@ import numpy as np
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.metrics import METRICS, score_many
-from gkd_lab.statistics.bootstrap import bootstrap_scores, compute_percentile_interval
-from gkd_lab.statistics.effects import Effect, estimate_bootstrap_effect
+from gkd_lab.metrics.intervals import bootstrap_corpus_interval, bootstrap_mean_interval
+from gkd_lab.metrics.score import CorpusStatistics
+from gkd_lab.statistics.noise import ScoreSample, estimate_contrast, estimate_unpaired
+from gkd_lab.statistics.summaries import DIFFERENCE
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json
 from gkd_lab.store.predictions import PredictionRow, group_by_prompt, read_predictions
 from gkd_lab.tables.evaluations import FinishedEvaluation, list_finished_evaluations, match_evaluations
 from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, ExampleStatistics, build_example_statistics
+from gkd_lab.tables.examples import compute_pseudo_values
 
-RESAMPLES = 10_000
 MIN_SHARED_PROMPTS = 0.5
 """Share of the smaller set of prompts that both must have to be paired: made data of other seeds repeat
 a prompt now and then."""
@@ -35,8 +37,30 @@ class SpecDifference:
 
 
 @dataclass(frozen=True)
+class ScoreDifference:
+    """B minus A with its 95 % interval over examples; other seeds of either are not covered."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+    """Pairs of models that it is the mean of: 1."""
+    over: str
+    """What the interval is taken over."""
+    p: float | None
+    """Two-sided p-value of no difference."""
+
+    @property
+    def verdict(self) -> str:
+        """`higher` or `lower` if the interval excludes 0; `undecided` if not, or without interval."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "undecided"
+        return "higher" if self.low > 0 else "lower"
+
+
+@dataclass(frozen=True)
 class ComparedRecord:
-    """One of the two records with its score."""
+    """One of the two records with its score and the score's 95 % interval over examples."""
 
     record: str
     fingerprint: str
@@ -75,7 +99,7 @@ class Comparison:
     other_evaluations: tuple[str, ...]
     metric: str
     signature: str
-    effect: Effect
+    effect: ScoreDifference
     paired: bool
     n: int
     """Prompts that both have, if paired; those of A and B together, if not."""
@@ -137,11 +161,7 @@ def compare_records(
         other_evaluations=other_evaluations,
         metric=metric,
         signature=scores_a.signature,
-        effect=(
-            _compute_paired_effect(scores_a, scores_b, shared)
-            if is_paired
-            else _compute_unpaired_effect(scores_a, scores_b)
-        ),
+        effect=_compute_difference(scores_a.sample, scores_b.sample, shared if is_paired else None),
         paired=is_paired,
         n=len(shared) if is_paired else len(scores_a.prompt_groups) + len(scores_b.prompt_groups),
         examples=tuple(ranked[:examples]),
@@ -181,8 +201,15 @@ def _score_evaluation(evaluation: FinishedEvaluation, metric: str) -> _PromptSco
         sample=sample,
         mean_scores=[float(np.mean([score.per_example[n] for n in indices])) for indices in prompt_groups],
         signature=score.signature,
-        interval=compute_percentile_interval(bootstrap_scores([sample], resamples=RESAMPLES)[0]),
+        interval=_bootstrap_interval(sample),
     )
+
+
+def _bootstrap_interval(sample: ExampleStatistics) -> tuple[float, float]:
+    """Return a score's 95 % bootstrap interval over prompts, as the table has it."""
+    if sample.corpus_score is None:
+        return bootstrap_mean_interval(sample.statistics[:, 0].tolist())
+    return bootstrap_corpus_interval(CorpusStatistics(sample.statistics, sample.corpus_score))
 
 
 def _match_prompts(a: _PromptScores, b: _PromptScores) -> list[tuple[int, int]]:
@@ -191,33 +218,25 @@ def _match_prompts(a: _PromptScores, b: _PromptScores) -> list[tuple[int, int]]:
     return [(numbers_a[key], n) for n, key in enumerate(b.build_prompt_keys()) if key in numbers_a]
 
 
-def _compute_paired_effect(a: _PromptScores, b: _PromptScores, shared: Sequence[tuple[int, int]]) -> Effect:
-    """Return B minus A over the shared prompts, bootstrapped with equal resamples for both."""
-    sample_a = a.sample.select_examples([number for number, _ in shared])
-    sample_b = b.sample.select_examples([number for _, number in shared])
-    resampled_a, resampled_b = bootstrap_scores([sample_a, sample_b], resamples=RESAMPLES)
-    return estimate_bootstrap_effect(
-        sample_b.score - sample_a.score,
-        resampled_b - resampled_a,
-        len(shared),
-        1,
-        "paired bootstrap over examples",
-    )
-
-
-def _compute_unpaired_effect(a: _PromptScores, b: _PromptScores) -> Effect:
-    """Return B minus A over all prompts of each, bootstrapped independently."""
-    resampled_a, resampled_b = (
-        bootstrap_scores([scores.sample], resamples=RESAMPLES, seed=seed)[0]
-        for seed, scores in enumerate((a, b))
-    )
-    return estimate_bootstrap_effect(
-        b.sample.score - a.sample.score,
-        resampled_b - resampled_a,
-        min(len(a.prompt_groups), len(b.prompt_groups)),
-        1,
-        "bootstrap over the examples of each, not paired",
-    )
+def _compute_difference(
+    a: ExampleStatistics, b: ExampleStatistics, shared: Sequence[tuple[int, int]] | None
+) -> ScoreDifference:
+    """Return B minus A, paired over the shared prompts, or over all prompts of each where it is None."""
+    if shared is not None:
+        numbers_a, numbers_b = zip(*shared, strict=True)
+        a, b = a.select_examples(numbers_a), b.select_examples(numbers_b)
+    effect = b.score - a.score
+    if min(len(a), len(b)) < 2:
+        return ScoreDifference(effect, None, None, 1, "one example, no interval", None)
+    values_a, values_b = compute_pseudo_values(a), compute_pseudo_values(b)
+    if shared is None:
+        estimate = estimate_unpaired(values_a, values_b)
+        method = "the examples of each, not paired; other seeds not covered"
+    else:
+        values = np.array([[values_b], [values_a]])
+        estimate = estimate_contrast(ScoreSample(values.mean(axis=2), values), DIFFERENCE)
+        method = f"{len(a)} examples, paired; other seeds not covered"
+    return ScoreDifference(effect, estimate.low(), estimate.high(), 1, method, estimate.p_value)
 
 
 def _rank_examples(

@@ -9,8 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from gkd_lab.report.comparison import ComparedExample, Comparison
-from gkd_lab.statistics.effects import Effect
+from gkd_lab.report.comparison import ComparedExample, Comparison, ScoreDifference
 
 MAX_CHARACTERS = 400
 """Characters of a text that are printed."""
@@ -66,7 +65,7 @@ def _render_differences(comparison: Comparison) -> RenderableType:
 
 def _render_scores(comparison: Comparison) -> Table:
     """Return a table of A's score, B's score and B - A, each with interval and number of examples."""
-    table = _create_table("", "score", "95 % interval", "examples")
+    table = _create_table("", "score", "95 % interval over examples", "examples")
     for name, record in (("A", comparison.a), ("B", comparison.b)):
         interval = f"{record.low:.2f} to {record.high:.2f}"
         table.add_row(name, f"{record.score:.2f}", interval, str(record.n))
@@ -76,11 +75,11 @@ def _render_scores(comparison: Comparison) -> Table:
     return table
 
 
-def _format_verdict(effect: Effect) -> str:
-    """Format `B is higher (<method of the interval>)`, `B is lower` or `undecided`."""
+def _format_verdict(effect: ScoreDifference) -> str:
+    """Format `B is higher (over <what the interval covers>)`, `B is lower` or `undecided`."""
     undecided = "undecided" if effect.low is None else "undecided, the interval holds 0"
     verdicts = {"higher": "B is higher", "lower": "B is lower", "undecided": undecided}
-    return f"{verdicts[effect.verdict]} ({effect.over})"
+    return f"{verdicts[effect.verdict]} (over {effect.over})"
 
 
 def _render_example(example: ComparedExample) -> Table:

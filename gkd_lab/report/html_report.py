@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gkd_lab.claims.judge import judge_paper
+from gkd_lab.claims.judge import judge_paper, judge_table
 from gkd_lab.claims.model_scores import ModelScores, load_table_scores
-from gkd_lab.claims.run_claims import judge_run
 from gkd_lab.claims.verdict_text import (
     format_detail,
     format_effect,
@@ -29,13 +27,13 @@ from gkd_lab.figures.paper_maps import describe_agreement, pair_maps
 from gkd_lab.figures.score_curves import curves, loss_curves
 from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
-from gkd_lab.report.summary_text import describe_point, describe_results
+from gkd_lab.report.summary_text import describe_point, describe_results, format_estimate
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
+from gkd_lab.statistics.example_scores import ExampleLookup, build_example_lookup
 from gkd_lab.statistics.summaries import expand_table, summarize_scores
 from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
 from gkd_lab.tables.divergences import get_divergence
-from gkd_lab.tables.example_statistics import ExampleStatistics, load_example_statistics
 from gkd_lab.tables.long_table import build_long_table, list_axes
 from gkd_lab.tables.loss_labels import format_axis_value
 from gkd_lab.tables.results import name_evaluations
@@ -53,7 +51,7 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
 
     A grid with nothing done has a report too.
     """
-    frame = build_long_table(grid, store)
+    frame, find_examples = build_long_table(grid, store), build_example_lookup(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
         autoescape=True,
@@ -66,10 +64,13 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
         experiment=grid.experiment,
         counts=_count_states(frame),
         axes=[(axis, _format_axis_values(axis, values)) for axis, values in grid.axes.items()],
-        tasks=[_build_task_section(grid, store, frame, task) for task in frame["task"].unique()],
-        claims=_build_claim_rows(grid, store),
+        tasks=[
+            _build_task_section(grid, store, frame, task, find_examples) for task in frame["task"].unique()
+        ],
+        claims=_build_claim_rows(grid, frame, find_examples),
         failures=list_failures(grid, store),
         provenance=summarize_provenance(grid, store),
+        format_estimate=format_estimate,
     )
     write_text(path, page)
     return path
@@ -89,35 +90,28 @@ def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
     return separator.join(format_axis_value(axis, value) for value in values)
 
 
-def _build_task_section(grid: Grid, store: Store, frame: pd.DataFrame, task: str) -> dict[str, Any]:
+def _build_task_section(
+    grid: Grid, store: Store, frame: pd.DataFrame, task: str, find_examples: ExampleLookup
+) -> dict[str, Any]:
     """Build the template's dict on one task: results, figures, costs, scores, samples."""
     cells = [cell for cell in grid.cells if cell.task == task]
     evaluation, metric = get_primary_metric(cells[0])
     name = name_evaluations(cells[0].evaluations)[evaluation.folder]
     scores = select_scores(frame, metric, name, task)
-    records = {cell.fingerprint: store.get_record(cell) for cell in cells}
-    for start in {cell.training.start.fingerprint: cell.training.start for cell in cells}.values():
-        records[start.fingerprint] = store.get_artifact(grid.scale, "start", start)
-
-    @cache
-    def load_statistics(fingerprint: str) -> ExampleStatistics | None:
-        """Load the example statistics of a cell or start, cached; None where it has none."""
-        return load_example_statistics(records[fingerprint], evaluation, metric)
-
-    differences = compute_start_differences(scores, load_statistics)
+    differences = compute_start_differences(scores, find_examples)
     best = find_best_cell(grid, scores)
     number = list(frame["task"].unique()).index(task)
     return {
         "name": task,
         "metric": list_score_names(scores)[0],
-        "results": describe_results(scores, load_statistics, differences),
+        "results": describe_results(scores, find_examples, differences),
         "figures": {
             figure_name: _render_svg(figure, f"{figure_name}{number}", label)
             for figure_name, (figure, label) in _draw_figures(grid, store, scores).items()
         },
         "paper": _build_paper_comparison(load_table_scores(frame), task, f"paper{number}"),
         "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
-        "scores": _build_score_rows(scores, differences),
+        "scores": _build_score_rows(scores, differences, find_examples),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
         "axes": list_axes(scores),
         "best": None if best is None else _describe_cell(best),
@@ -194,7 +188,9 @@ def _build_cost_section(grid: Grid, store: Store, scores: pd.DataFrame, name: st
     }
 
 
-def _build_score_rows(scores: pd.DataFrame, differences: Sequence[StartDifference]) -> list[dict[str, Any]]:
+def _build_score_rows(
+    scores: pd.DataFrame, differences: Sequence[StartDifference], find_examples: ExampleLookup
+) -> list[dict[str, Any]]:
     """Build a dict per row of the score table: reference models, then grid points, over seeds.
 
     Cells have their difference from the start.
@@ -202,7 +198,7 @@ def _build_score_rows(scores: pd.DataFrame, differences: Sequence[StartDifferenc
     points = expand_table(scores)
     keys = ["role", "lmbda", "divergence", "beta", *list_axes(scores)]
     score_rows = []
-    for row in summarize_scores(scores).to_dict("records"):
+    for row in summarize_scores(scores, find_examples=find_examples).to_dict("records"):
         models = points
         for key in keys:
             models = models[models[key].isna() if pd.isna(row[key]) else models[key] == row[key]]
@@ -234,11 +230,13 @@ def _is_equal(a: Any, b: Any) -> bool:
     return bool(pd.isna(a) and pd.isna(b)) or bool(a == b)
 
 
-def _build_claim_rows(grid: Grid, store: Store) -> list[dict[str, Any]]:
+def _build_claim_rows(grid: Grid, frame: pd.DataFrame, find_examples: ExampleLookup) -> list[dict[str, Any]]:
     """Build a dict per claim that was judged or that the experiment names, beside the paper's."""
     named_claims = grid.experiment.paper.claims
     verdicts = [
-        verdict for verdict in judge_run(grid, store) if verdict.columns or verdict.claim.id in named_claims
+        verdict
+        for verdict in judge_table(frame, None, find_examples)
+        if verdict.columns or verdict.claim.id in named_claims
     ]
     paper_verdicts = judge_paper([verdict.claim.id for verdict in verdicts])
     return [

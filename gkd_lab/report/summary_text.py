@@ -6,10 +6,14 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.statistics.differences import CONFIDENCE_LEVEL, StartDifference
+from gkd_lab.statistics.example_scores import ExampleLookup
+from gkd_lab.statistics.noise import MIN_SEEDS_EXTREME, EffectEstimate
 from gkd_lab.statistics.summaries import (
-    Effect,
-    StatisticsLookup,
+    NO_INTERVAL,
+    estimate_best,
     estimate_lmbda_effect,
+    estimate_span,
+    expand_collapsed_cells,
     summarize_scores,
 )
 from gkd_lab.tables.divergences import get_divergence, list_divergences, select_divergence
@@ -18,23 +22,23 @@ from gkd_lab.tables.loss_labels import format_axis_setting
 
 
 def describe_results(
-    scores: pd.DataFrame, load_statistics: StatisticsLookup, start_differences: Sequence[StartDifference]
+    scores: pd.DataFrame, find_examples: ExampleLookup, start_differences: Sequence[StartDifference]
 ) -> list[str]:
     """Return four sentences: best cell, students against starts, effect of beta, effect of lmbda.
 
     Takes the rows of `select_scores` of one task. One sentence where no cell has a score.
     """
-    summaries = summarize_scores(scores)
-    cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
-    if cells.empty:
+    summaries = summarize_scores(scores, find_examples=find_examples)
+    if summaries.loc[summaries["role"] == "cell", "mean"].isna().all():
         return ["No cell of this task has a score yet, so the effects of λ and β are unknown."]
-    effect = estimate_lmbda_effect(scores, load_statistics)
     axes = list_axes(scores)
+    cells = expand_collapsed_cells(scores)
+    cells = cells[cells["value"].notna()]
     return [
-        _describe_best(cells, summaries, axes),
+        f"{_describe_best(summaries, axes)}{_describe_best_bias(cells, axes, find_examples)}.",
         _describe_start_comparison(start_differences),
-        _describe_beta_effect(cells, axes),
-        _describe_lmbda_effect(scores, effect),
+        _describe_beta_effect(cells, axes, find_examples),
+        _describe_lmbda_effect(scores, find_examples),
     ]
 
 
@@ -47,13 +51,22 @@ def describe_point(row: Any, axes: Sequence[str]) -> str:
 
 
 def format_score(row: Any) -> str:
-    """Format `93.2 [90.8, 95.1]`, without brackets where there is no interval."""
-    interval = "" if row["interval"] == "none" else f" [{row['low']:.1f}, {row['high']:.1f}]"
-    return f"{row['mean']:.1f}{interval}"
+    """Format `93.2 [90.8, 95.1] over <what the interval covers>`, `93.2` where there is no interval."""
+    if row["interval"] == NO_INTERVAL:
+        return f"{row['mean']:.1f}"
+    return f"{row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}] over {row['interval']}"
 
 
-def _describe_best(cells: pd.DataFrame, summaries: pd.DataFrame, axes: list[str]) -> str:
-    """Return a sentence on the cell with the highest mean and its distance from start and teacher."""
+def format_estimate(estimate: EffectEstimate) -> str:
+    """Format `+1.2 [+0.4, +2.0]`, `+1.2` without interval."""
+    low, high = estimate.low(), estimate.high()
+    interval = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{estimate.effect:+.1f}{interval}"
+
+
+def _describe_best(summaries: pd.DataFrame, axes: list[str]) -> str:
+    """Return a text on the cell with the highest mean and its distance from start and teacher."""
+    cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
     best = cells.iloc[int(cells["mean"].argmax())]
     comparisons = []
     for role, name in (("start", "the SFT student"), ("teacher", "the teacher")):
@@ -65,13 +78,28 @@ def _describe_best(cells: pd.DataFrame, summaries: pd.DataFrame, axes: list[str]
             word = "above" if best["mean"] >= reference else "below"
             comparisons.append(f"{abs(best['mean'] - reference):.1f} {word} {name} ({reference:.1f})")
     suffix = f", {' and '.join(comparisons)}" if comparisons else ""
-    return f"Best of {len(cells)}: {describe_point(best, axes)} with {format_score(best)}{suffix}."
+    return f"Best of {len(cells)}: {describe_point(best, axes)} with {format_score(best)}{suffix}"
+
+
+def _describe_best_bias(cells: pd.DataFrame, axes: list[str], find_examples: ExampleLookup) -> str:
+    """Return `; 79.4 [...] without the bias of choosing ...`; empty for one cell or too few seeds."""
+    keys = ["lmbda", "divergence", "beta", *axes]
+    groups = [group for _, group in cells.groupby(keys, dropna=False, sort=False)]
+    estimate = estimate_best(groups, find_examples) if len(groups) > 1 else None
+    low, high = (None, None) if estimate is None else (estimate.low(), estimate.high())
+    if estimate is None or low is None or high is None:
+        return ""
+    return f"; {estimate.effect:.1f} [{low:.1f}, {high:.1f}] without the bias of choosing the best"
 
 
 def _describe_start_comparison(start_differences: Sequence[StartDifference]) -> str:
     """Return a sentence that counts students higher and lower than their SFT student."""
     if not start_differences:
         return "No student can be compared with the SFT student that it started from."
+    if all(difference.estimate.seeds < 2 for difference in start_differences):
+        return (
+            "One seed does not decide whether a student is higher than the SFT student that it started from."
+        )
     verdicts = [difference.verdict for difference in start_differences]
     count = {word: verdicts.count(word) for word in ("higher", "lower", "undecided")}
     if len(verdicts) == 1:
@@ -83,42 +111,42 @@ def _describe_start_comparison(start_differences: Sequence[StartDifference]) -> 
     )
 
 
-def _describe_beta_effect(cells: pd.DataFrame, axes: list[str]) -> str:
+def _describe_beta_effect(cells: pd.DataFrame, axes: list[str], find_examples: ExampleLookup) -> str:
     """Return a sentence on the span of scores over divergences at the largest lmbda."""
     lmbda = cells["lmbda"].max()
     rows = cells[cells["lmbda"] == lmbda]
     groups = {divergence: select_divergence(rows, divergence) for divergence in list_divergences(rows)}
-    scores = {divergence: float(group["mean"].mean()) for divergence, group in groups.items()}
-    if len(scores) < 2:
+    if len(groups) < 2:
         return f"At λ = {lmbda:g} only one divergence has a score, so the effect of β is unknown."
-    best, worst = max(scores, key=lambda name: scores[name]), min(scores, key=lambda name: scores[name])
+    means = {divergence: float(group["value"].mean()) for divergence, group in groups.items()}
+    best, worst = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
     averaged = f", averaged over {', '.join(axes)}" if axes else ""
-    overlap = "" if axes else _describe_overlap(groups[best].iloc[0], groups[worst].iloc[0])
     return (
-        f"At λ = {lmbda:g} the {len(scores)} divergences span {scores[best] - scores[worst]:.1f}{averaged}: "
-        f"from {scores[worst]:.1f} ({worst.label}) to {scores[best]:.1f} ({best.label}){overlap}."
+        f"At λ = {lmbda:g} the {len(means)} divergences span {means[best] - means[worst]:.1f}{averaged}: "
+        f"from {means[worst]:.1f} ({worst.label}) to {means[best]:.1f} ({best.label}); "
+        f"{_describe_span_bias(estimate_span(list(groups.values()), find_examples))}."
     )
 
 
-def _describe_overlap(best: "pd.Series[Any]", worst: "pd.Series[Any]") -> str:
-    """Return `; their intervals overlap` or `do not overlap`; empty where one has no interval."""
-    if pd.isna(best["low"]) or pd.isna(worst["high"]):
-        return ""
-    is_apart = best["low"] > worst["high"]
-    return "; their intervals do not overlap" if is_apart else "; their intervals overlap"
+def _describe_span_bias(span: EffectEstimate | None) -> str:
+    """Return the span without the bias of choosing its ends, or that there are too few seeds."""
+    if span is None or span.standard_error is None:
+        return f"fewer than {MIN_SEEDS_EXTREME} seeds do not tell how much of it is chance"
+    return f"{format_estimate(span)} if chance is removed ({span.method})"
 
 
-def _describe_lmbda_effect(scores: pd.DataFrame, effect: Effect | None) -> str:
+def _describe_lmbda_effect(scores: pd.DataFrame, find_examples: ExampleLookup) -> str:
     """Return a sentence on the score at the largest minus that at the smallest lmbda."""
     lmbdas = scores["lmbda"].dropna()
     low, high = lmbdas.min(), lmbdas.max()
     if low == high:
         return f"All cells have λ = {low:g}, so the effect of λ is unknown."
+    effect = estimate_lmbda_effect(scores, find_examples)
     if effect is None:
         return f"No pair of cells at λ = {low:g} and {high:g} is done, so the effect of λ is unknown."
-    interval = "" if effect.low is None else f" [{effect.low:+.1f}, {effect.high:+.1f}]"
-    pairs = "1 pair" if effect.pairs == 1 else f"{effect.pairs} pairs"
+    estimate, count = effect
     return (
-        f"λ = {high:g} against λ = {low:g}: {effect.mean:+.1f}{interval} on average over {pairs} "
-        f"of cells that differ in λ only: {effect.verdict} ({effect.over})."
+        f"λ = {high:g} against λ = {low:g}: {format_estimate(estimate)} on average over {count} "
+        f"{'pair' if count == 1 else 'pairs'} of cells that differ in λ only: {estimate.verdict} "
+        f"({estimate.method})."
     )

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gkd_lab.statistics.effects import Effect, estimate_one_seed_effect, estimate_seed_effect
-from gkd_lab.statistics.summaries import StatisticsLookup, expand_collapsed_cells
+from gkd_lab.statistics.example_scores import ExampleLookup, average_groups
+from gkd_lab.statistics.noise import EffectEstimate, estimate_contrast
+from gkd_lab.statistics.summaries import DIFFERENCE, expand_collapsed_cells
 from gkd_lab.tables.long_table import list_axes
 
 CONFIDENCE_LEVEL = 0.95
@@ -20,32 +21,31 @@ class StartDifference:
 
     axis_values: dict[str, Any]
     """`lmbda`, `divergence`, `beta` (NaN for a kind that has none) and the other axes."""
-    effect: Effect
+    estimate: EffectEstimate
     adjusted_p_value: float | None
-    """Holm's, over all differences of the list."""
+    """Holm's, over the differences of two seeds or more of the list; None: one seed, or no interval."""
 
     @property
     def verdict(self) -> str:
         """`higher` or `lower` by sign if the adjusted p-value is at most 0.05, else `undecided`."""
         if self.adjusted_p_value is None or self.adjusted_p_value > 1 - CONFIDENCE_LEVEL:
             return "undecided"
-        return "higher" if self.effect.mean > 0 else "lower"
+        return "higher" if self.estimate.effect > 0 else "lower"
 
 
-def compute_start_differences(
-    scores: pd.DataFrame, load_statistics: StatisticsLookup
-) -> list[StartDifference]:
+def compute_start_differences(scores: pd.DataFrame, find_examples: ExampleLookup) -> list[StartDifference]:
     """Return score minus the SFT student's, one per grid point (all axes but seed) with a score.
 
-    Takes the rows of `select_scores` of one task. From two seeds on a difference is taken over seeds, else
-    paired over the examples of the one seed. Intervals are for one comparison; p-values and verdicts are
-    adjusted for the number of differences with an interval.
+    Takes the rows of `select_scores` of one task. Differences are paired by seed and by example, and
+    intervals are for one comparison; p-values and verdicts are adjusted for the number of differences with
+    two seeds or more. One seed decides nothing.
     """
-    estimates = list(_iterate_effects(scores, load_statistics))
-    adjusted = iter(adjust_holm([effect.p for _, effect in estimates if effect.p is not None]))
+    estimates = list(_iterate_estimates(scores, find_examples))
+    p_values = [estimate.p_value if estimate.seeds > 1 else None for _, estimate in estimates]
+    adjusted = iter(adjust_holm([p for p in p_values if p is not None]))
     return [
-        StartDifference(axis_values, effect, None if effect.p is None else next(adjusted))
-        for axis_values, effect in estimates
+        StartDifference(axis_values, estimate, None if p is None else next(adjusted))
+        for (axis_values, estimate), p in zip(estimates, p_values, strict=True)
     ]
 
 
@@ -58,19 +58,17 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _iterate_effects(
-    scores: pd.DataFrame, load_statistics: StatisticsLookup
-) -> Iterator[tuple[dict[str, Any], Effect]]:
-    """Yield (axis values, effect: score minus the SFT student's) for each grid point with both."""
-    starts = scores[scores["role"] == "start"].set_index("cell")["value"]
+def _iterate_estimates(
+    scores: pd.DataFrame, find_examples: ExampleLookup
+) -> Iterator[tuple[dict[str, Any], EffectEstimate]]:
+    """Yield (axis values, estimate of score minus the SFT student's) for each grid point with both."""
+    starts = scores[(scores["role"] == "start") & scores["value"].notna()]
     keys = ["lmbda", "divergence", "beta", *list_axes(scores)]
     cells = expand_collapsed_cells(scores)
-    cells = cells.assign(difference=cells["value"] - cells["start_cell"].map(starts))
-    for values, group in cells[cells["difference"].notna()].groupby(keys, dropna=False, sort=False):
-        differences = group["difference"].tolist()
-        if len(differences) >= 2:
-            effect = estimate_seed_effect(differences, len(differences))
-        else:
-            before, after = ([load_statistics(group[name].iloc[0])] for name in ("start_cell", "cell"))
-            effect = estimate_one_seed_effect(differences[0], before, after)
-        yield dict(zip(keys, values, strict=True)), effect
+    cells = cells[cells["value"].notna() & cells["start_cell"].isin(starts["cell"])]
+    for values, group in cells.groupby(keys, dropna=False, sort=False):
+        own_starts = starts.set_index("cell").loc[group["start_cell"]].reset_index()
+        own_starts = own_starts.assign(seed=group["seed"].to_numpy())
+        sample = average_groups([group, own_starts], find_examples)
+        if sample is not None:
+            yield dict(zip(keys, values, strict=True)), estimate_contrast(sample, DIFFERENCE)

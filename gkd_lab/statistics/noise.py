@@ -80,6 +80,25 @@ class EffectEstimate:
             return None
         return self.high_center + compute_t_quantile(level, self.degrees) * self.standard_error
 
+    @property
+    def verdict(self) -> str:
+        """`higher` or `lower` if the interval lies on one side of 0; `undecided` if not, or for one seed."""
+        low, high = self.low(), self.high()
+        if self.seeds < 2 or low is None or high is None or low <= 0 <= high:
+            return "undecided"
+        return "higher" if low > 0 else "lower"
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided p-value of a contrast of 0, from the interval's own error; None without interval."""
+        from scipy.special import stdtr
+
+        if self.standard_error is None:
+            return None
+        if self.standard_error == 0:
+            return float(self.effect == 0)
+        return float(2 * stdtr(self.degrees, -abs(self.effect) / self.standard_error))
+
 
 def compute_t_quantile(level: float, degrees: float) -> float:
     """Return Student's t above which a share `level` lies."""
@@ -155,6 +174,22 @@ def _estimate_crossed(differences: Array) -> EffectEstimate:
         seeds, examples, f"{seeds} seeds x {examples} examples, crossed",
         seed_variance=by_seed / examples, example_variance=(by_example - residual) / size,
     )  # fmt: skip
+
+
+def estimate_unpaired(before: Array, after: Array) -> EffectEstimate:
+    """Estimate mean `after` (N2,) minus mean `before` (N1,): one model each, on examples of its own.
+
+    Welch's t; models whose examples all score the same differ by one example at least.
+    """
+    counts = np.array([len(before), len(after)])
+    effect, errors = float(after.mean() - before.mean()), np.array([before.var(ddof=1), after.var(ddof=1)])
+    errors = errors / counts
+    if errors.sum() == 0:
+        errors = (FULL_SCORE / counts) ** 2
+    degrees = float(errors.sum() ** 2 / (errors**2 / (counts - 1)).sum())
+    error, total = float(np.sqrt(errors.sum())), int(counts.sum())
+    method = f"one seed: {total} examples only, not paired"
+    return EffectEstimate(effect, effect, effect, error, degrees, 1, total, method, example_variance=error**2)
 
 
 def _compute_mean_squares(differences: Array) -> tuple[float, float, float]:

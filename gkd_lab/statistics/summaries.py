@@ -1,34 +1,38 @@
-"""Summaries of a table: means with intervals over seeds, and the effect of lmbda."""
+"""Summaries of a table: means with intervals, the effect of lmbda, the span over divergences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from gkd_lab.statistics.effects import (
-    Effect,
-    compute_t_interval,
-    estimate_one_seed_effect,
-    estimate_seed_effect,
+from gkd_lab.statistics.example_scores import (
+    ExampleLookup,
+    average_groups,
+    build_sample,
+    find_no_examples,
+    index_examples,
+    list_seed_scores,
 )
-from gkd_lab.tables.example_statistics import ExampleStatistics
+from gkd_lab.statistics.noise import EffectEstimate, ExtremePart, estimate_contrast, estimate_extreme
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.scores import select_scores
 
-SEED_INTERVAL = "t, seeds"
-EXAMPLE_INTERVAL = "bootstrap, examples"
+SEED_INTERVAL = "seeds"
+EXAMPLE_INTERVAL = "examples"
+CROSSED_INTERVAL = "seeds x examples"
 NO_INTERVAL = "none"
+
+DIFFERENCE = np.array([1.0, -1.0])
+"""Weights of the first of two models minus the second."""
 
 SUMMARY_KEYS = ("role", "task", "lmbda", "divergence", "beta")
 """Columns that every summary has; the axes come after them."""
 
 _OWN_COLUMNS = {"divergence", "beta"}
 """Columns that hold what a cell trained with, whatever an axis of that name says."""
-
-StatisticsLookup = Callable[[str], ExampleStatistics | None]
-"""Fingerprint -> statistics of what its model wrote; None where it was not stored."""
 
 
 def expand_collapsed_cells(scores: pd.DataFrame) -> pd.DataFrame:
@@ -66,18 +70,27 @@ def expand_table(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([scores[scores["role"] != "cell"], expand_collapsed_cells(scores)])
 
 
-def summary(table: pd.DataFrame, metric: str, evaluation: str | None = None) -> pd.DataFrame:
+def summary(
+    table: pd.DataFrame, metric: str, evaluation: str | None = None, examples: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return a frame with `mean`, `low`, `high`, `n`, `interval` of a metric per grid point, over seeds.
 
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. A row per role, task, lmbda,
-    divergence, beta and other axis; two teachers are two rows. `n` counts the finished seeds. From two seeds
-    on, the interval is Student's t over seeds; for one it is the stored bootstrap over its examples;
-    `interval` names the kind, or is `none`. Raises ConfigError for a score that the table has not.
+    divergence, beta and other axis; two teachers are two rows. `n` counts the finished seeds. `low` and
+    `high` are a 95 % interval, and `interval` says over what: `seeds` (Student's t) from two seeds on, `seeds
+    x examples` (crossed) where `examples` (as `gkd_lab.tables.examples.read_examples` returns them) are
+    given, `examples` (the stored bootstrap) for a single model, or `none`. Raises ConfigError for a score
+    that the table has not.
     """
-    return summarize_scores(select_scores(table, metric, evaluation))
+    find_examples, _ = index_examples(examples)
+    return summarize_scores(select_scores(table, metric, evaluation), find_examples=find_examples)
 
 
-def summarize_scores(scores: pd.DataFrame, axes: Sequence[str] | None = None) -> pd.DataFrame:
+def summarize_scores(
+    scores: pd.DataFrame,
+    axes: Sequence[str] | None = None,
+    find_examples: ExampleLookup = find_no_examples,
+) -> pd.DataFrame:
     """Return the frame of `summary` of the rows of `select_scores`; `axes` None: `list_axes`."""
     axes = list_axes(scores) if axes is None else axes
     keys = [*SUMMARY_KEYS, *axes]
@@ -86,49 +99,61 @@ def summarize_scores(scores: pd.DataFrame, axes: Sequence[str] | None = None) ->
     model = rows["cell"].where(rows["role"] != "cell", "")
     groups = rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
     summaries = [
-        {**dict(zip(keys, values[:-1], strict=True)), **summarize_seeds(group)} for values, group in groups
+        {**dict(zip(keys, values[:-1], strict=True)), **summarize_seeds(group, find_examples)}
+        for values, group in groups
     ]
     return pd.DataFrame(summaries, columns=[*keys, "mean", "low", "high", "n", "interval"])
 
 
-def summarize_seeds(scores: pd.DataFrame) -> dict[str, Any]:
+def summarize_seeds(scores: pd.DataFrame, find_examples: ExampleLookup = find_no_examples) -> dict[str, Any]:
     """Return mean, low, high, n and interval kind of the scored rows of one grid point."""
     done = scores[scores["value"].notna()]
-    values = [float(value) for value in done["value"]]
-    low, high, kind = None, None, NO_INTERVAL
-    if len(values) >= 2:
-        (low, high), kind = compute_t_interval(values), SEED_INTERVAL
-    elif values and done["low"].notna().all():
+    mean, low, high, kind = float(done["value"].mean()) if len(done) else None, None, None, NO_INTERVAL
+    if len(done) >= 2:
+        sample, _ = build_sample([list_seed_scores(done)], find_examples)
+        # A mean of few distinct scores is no difference that falls to either side by chance.
+        estimate = estimate_contrast(replace(sample, example_count=None), np.ones(1))
+        low, high = estimate.low(), estimate.high()
+        if low is not None:
+            kind = SEED_INTERVAL if estimate.examples is None else CROSSED_INTERVAL
+    elif len(done) and done["low"].notna().all():
         low, high, kind = float(done["low"].iloc[0]), float(done["high"].iloc[0]), EXAMPLE_INTERVAL
-    mean = float(np.mean(values)) if values else None
-    return {"mean": mean, "low": low, "high": high, "n": len(values), "interval": kind}
+    return {"mean": mean, "low": low, "high": high, "n": len(done), "interval": kind}
 
 
-def estimate_lmbda_effect(scores: pd.DataFrame, load_statistics: StatisticsLookup) -> Effect | None:
-    """Return the mean difference of matched cells, largest minus smallest lmbda; None without a pair.
+def estimate_lmbda_effect(
+    scores: pd.DataFrame, find_examples: ExampleLookup
+) -> tuple[EffectEstimate, int] | None:
+    """Return (mean difference of matched cells, largest minus smallest lmbda; number of pairs), or None.
 
-    Takes the rows of `select_scores`. Cells are paired on every other axis, and the differences averaged.
-    The interval is Student's t over the seeds' means, or with one seed a bootstrap over its examples.
+    Takes the rows of `select_scores`. Cells are paired on every other axis, and the differences averaged
+    within each seed. None without a pair.
     """
-    pairs = _pair_lmbda_ends(expand_collapsed_cells(scores))
-    if pairs.empty:
-        return None
-    by_seed = pairs.groupby("seed")["difference"].mean().tolist()
-    if len(by_seed) >= 2:
-        return estimate_seed_effect(by_seed, len(pairs))
-    before, after = ([load_statistics(cell) for cell in pairs[f"cell_{end}"]] for end in ("low", "high"))
-    return estimate_one_seed_effect(float(np.mean(by_seed)), before, after)
+    low, high = _pair_lmbda_ends(expand_collapsed_cells(scores))
+    sample = average_groups([high, low], find_examples) if len(low) else None
+    return None if sample is None else (estimate_contrast(sample, DIFFERENCE), len(low))
 
 
-def _pair_lmbda_ends(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per pair of scored cells that differ only in lmbda, its smallest and largest.
+def _pair_lmbda_ends(cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return (scored cells of the smallest lmbda, those of the largest), each with a partner of the other.
 
-    Columns `cell_low`, `cell_high` and `difference`; no row where all cells have one lmbda.
+    No rows where all cells have one lmbda.
     """
     ends = cells["lmbda"].min(), cells["lmbda"].max()
-    done = cells[cells["value"].notna()]
+    done = cells[cells["value"].notna() & (ends[0] < ends[1])]
     keys = ["task", "divergence", "beta", "seed", *list_axes(cells)]
-    low, high = (done[done["lmbda"] == end][[*keys, "cell", "value"]] for end in ends)
-    pairs = low.merge(high, on=keys, suffixes=("_low", "_high"))
-    pairs["difference"] = pairs["value_high"] - pairs["value_low"]
-    return pairs if ends[0] < ends[1] else pairs.iloc[:0]
+    low, high = (done[done["lmbda"] == end] for end in ends)
+    return low.merge(high[keys], on=keys), high.merge(low[keys], on=keys)
+
+
+def estimate_best(groups: Sequence[pd.DataFrame], find_examples: ExampleLookup) -> EffectEstimate | None:
+    """Estimate the largest mean of groups of scored models, without the bias of choosing it."""
+    sample = average_groups(groups, find_examples)
+    return None if sample is None else estimate_extreme(sample, [ExtremePart(1, np.eye(len(groups)))])
+
+
+def estimate_span(groups: Sequence[pd.DataFrame], find_examples: ExampleLookup) -> EffectEstimate | None:
+    """Estimate the largest minus the smallest mean of groups, without the bias of choosing them."""
+    sample, rows = average_groups(groups, find_examples), np.eye(len(groups))
+    parts = ExtremePart(1, rows), ExtremePart(1, -rows)
+    return None if sample is None else estimate_extreme(sample, parts)

@@ -38,15 +38,9 @@ class ExampleStatistics:
     @property
     def score(self) -> float:
         """Score of all examples, each counted once, from 0 to 100."""
-        return float(self.score_resamples(np.ones((1, len(self))))[0])
-
-    def score_resamples(self, counts: Array) -> Array:
-        """Return (R,) scores for counts (R, N): resample r has example n counts[r, n] times."""
-        summed = counts @ self.statistics
         if self.corpus_score is None:
-            scores: Array = summed[:, 0] / len(self)
-            return scores
-        return np.array([self.corpus_score(row) for row in summed.tolist()])
+            return float(self.statistics[:, 0].mean())
+        return float(self.corpus_score(self.statistics.sum(axis=0).tolist()))
 
     def select_examples(self, examples: Sequence[int]) -> "ExampleStatistics":
         """Return the statistics of the examples at these indices, in the given order."""

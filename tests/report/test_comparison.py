@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from gkd_lab.config import Cell, ConfigError, Grid
 from gkd_lab.report.comparison import Comparison, compare_records
@@ -68,18 +69,21 @@ def test_cells_that_share_prompts_are_paired(store: Store) -> None:
     )
     assert (comparison.a.score, comparison.b.score, comparison.effect.mean) == (25.0, 75.0, 50.0)
     assert comparison.effect.low is not None and comparison.effect.high is not None
-    # 50 +- 1.96 * 50 / sqrt(40), and no wider than that: the pairing
-    assert 50 - 17.5 < comparison.effect.low < 40 and 60 < comparison.effect.high < 67.5
+    # 20 of 40 examples differ by 100: standard deviation 50.637, t(0.975, 39) = 2.02269
+    assert (comparison.effect.low, comparison.effect.high) == pytest.approx((33.805, 66.195), abs=1e-3)
+    assert comparison.effect.p == pytest.approx(2 * stats.t.sf(39**0.5, 39))
     assert comparison.effect.verdict == "higher"
     assert [field.name for field in comparison.differs] == ["source.lmbda", "source.temperature"]
     assert comparison.notes == ()
-    assert "B is higher (paired" in render_text(comparison)
+    assert "B is higher (over 40 examples, paired; other seeds not covered)" in render_text(comparison)
 
 
 def test_a_negative_difference_is_lower_and_none_is_undecided(store: Store) -> None:
     assert compare_predictions(store, build_rows(30), build_rows(10)).effect.verdict == "lower"
     unchanged = compare_predictions(store, build_rows(10), build_rows(10))
-    assert (unchanged.effect.mean, unchanged.effect.low, unchanged.effect.verdict) == (0.0, 0.0, "undecided")
+    assert (unchanged.effect.mean, unchanged.effect.verdict) == (0.0, "undecided")
+    # one of 40 examples may differ: 2.5 * t(0.975, 39)
+    assert unchanged.effect.high == pytest.approx(5.0567, abs=1e-3)
     assert unchanged.examples == ()
     assert "undecided" in render_text(unchanged)
     assert "no example of 40" in render_text(unchanged)
@@ -195,11 +199,19 @@ def test_an_outdated_stored_score_is_noted(store: Store) -> None:
     assert len(comparison.notes) == 1 and "B is 99.00" in comparison.notes[0]
 
 
+def test_scores_have_the_intervals_of_the_table(store: Store) -> None:
+    comparison = compare_predictions(store, build_rows(10), build_rows(30))
+    cell = build_metric_grid().cells[0]
+    stored = store.get_record(cell).get_evaluation(cell.evaluations[0]).read_scores()["exact_match"]
+    assert (comparison.a.low, comparison.a.high) == (stored["low"], stored["high"])
+
+
 def test_json_has_every_field(store: Store) -> None:
     fields = json.loads(
         format_comparison_json(compare_predictions(store, build_rows(10), build_rows(30))),
         parse_constant=pytest.fail,
     )
+    assert list(fields["effect"]) == ["mean", "low", "high", "pairs", "over", "p", "verdict"]
     assert fields["effect"]["verdict"] == "higher"
     assert fields["effect"]["mean"] == fields["b"]["score"] - fields["a"]["score"]
     assert len(fields["examples"]) == 10 and fields["differing"] == 20

@@ -73,27 +73,41 @@ def test_the_page_describes_the_effects_of_lmbda_and_beta(store: Store, tmp_path
     assert "A question." in page.text
     assert "figures 7, A.14 · claims C1" in page.text
     assert "All 9 cells are done" in page.text
-    assert "λ = 1, Forward KL with 70.0 [67.0, 73.0], 40.0 above" in page.text
+    assert "λ = 1, Forward KL with 70.0 [67.0, 73.0] over examples, 40.0 above" in page.text
     assert "SFT student (30.0)" in page.text and "25.0 below the teacher (95.0)" in page.text
     assert "span 4.0: from 66.0 (Reverse KL) to 70.0 (Forward KL)" in page.text
-    assert re.search(
-        r"\+30\.0 \[\+\d+\.\d, \+\d+\.\d\] on average over 3 pairs .*: higher \(one seed", page.text
-    )
+    assert "fewer than 3 seeds do not tell how much of it is chance" in page.text
+    assert "+30.0 on average over 3 pairs of cells that differ in λ only: undecided" in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 4
-    assert re.search(r"55\.0 52\.0 to 58\.0 bootstrap, examples 1 \+25\.0 undecided done", page.text)
-    assert re.search(r"70\.0 67\.0 to 73\.0 .* 1 \+40\.0 \[\+2\d\.0, \+5\d\.0\] higher done", page.text)
-    assert re.search(
-        r"\d of 9 students are higher, 0 lower, \d undecided \(9 comparisons, Holm-adjusted",
-        page.text,
-    )
+    assert re.search(r"55\.0 52\.0 to 58\.0 examples 1 \+25\.0 undecided done", page.text)
+    assert re.search(r"70\.0 67\.0 to 73\.0 .* 1 \+40\.0 \[\+2\d\.\d, \+5\d\.\d\] undecided done", page.text)
+    assert "One seed does not decide" in page.text
     assert "torch 2.13.0" in page.text
 
 
 def test_an_interval_around_zero_is_undecided(store: Store, tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "seed": [0, 1]})
-    fill_store(grid, store, score=lambda cell: 40.0 + (1 - 2 * cell.seed) * cell.lmbda)
+    fill_store(grid, store, score=lambda cell: 40.0 + 2 * (1 - 2 * cell.seed) * cell.lmbda)
     _, page = render_page(grid, store, tmp_path)
-    assert "λ only: undecided (2 seeds, Student's t)" in page.text
+    assert "λ only: undecided (2 seeds x 50 examples, crossed)" in page.text
+
+
+def test_three_seeds_decide_and_the_span_is_corrected(store: Store, tmp_path: Path) -> None:
+    grid = build_grid(grid={"lmbda": [0, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=lambda cell: 40.0 + 40 * cell.lmbda - 8 * (cell.beta or 0) + 2 * cell.seed)
+    _, page = render_page(grid, store, tmp_path)
+    assert "3 of 4 students are higher, 0 lower, 1 undecided (4 comparisons, Holm-adjusted" in page.text
+    assert re.search(r"λ only: higher \(3 seeds x 50 examples, crossed\)", page.text)
+    assert re.search(
+        r"span 8\.0: .* to 82\.0 \(Forward KL\); \+\d\.\d \[.*\] if chance is removed "
+        r"\(3 seeds x 50 examples, crossed; bias of choosing removed\)",
+        page.text,
+    )
+    assert re.search(
+        r"with 82\.0 \[.*\] over seeds x examples, .*; 8\d\.\d \[.*\] without the bias of choosing",
+        page.text,
+    )
+    assert "seeds x examples 3 +" in page.text
 
 
 def test_ten_samples_have_completions_of_sft_student_best_cell_and_teacher(

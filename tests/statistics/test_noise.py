@@ -12,6 +12,7 @@ from gkd_lab.statistics.noise import (
     ScoreSample,
     estimate_contrast,
     estimate_extreme,
+    estimate_unpaired,
     evaluate_extreme,
 )
 
@@ -92,7 +93,29 @@ def test_intervals_cover_crossed_noise(seeds: int, noise: tuple[float, float, fl
     rng = np.random.default_rng((seeds, *(int(10 * value) for value in noise)))
     estimates = [estimate_contrast(draw_sample(rng, seeds, 50, *noise), DIFFERENCE) for _ in range(1000)]
     covered = sum(estimate.low() <= 0 <= estimate.high() for estimate in estimates)  # type: ignore[operator]
+    assert sum(estimate.p_value >= 0.05 for estimate in estimates) == covered  # type: ignore[operator]
     assert covered > 930 - 3 * math.sqrt(1000 * 0.93 * 0.07)
+
+
+def test_the_p_value_is_student_s() -> None:
+    """Differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641 with 2 degrees of freedom."""
+    scores = np.array([[51.0, 52.0, 53.0], [50.0, 50.0, 50.0]])
+    assert estimate_contrast(ScoreSample(scores), DIFFERENCE).p_value == pytest.approx(0.0742, abs=1e-4)
+    differences = [0.3, -1.2, 2.5, 0.9]
+    estimate = estimate_contrast(ScoreSample(np.array([differences])), np.ones(1))
+    assert estimate.p_value == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue)
+    assert estimate_contrast(ScoreSample(scores[:, :1]), DIFFERENCE).p_value is None
+
+
+def test_models_on_different_examples_are_compared_by_welch_s_t() -> None:
+    rng = np.random.default_rng(5)
+    before, after = rng.normal(50, 30, 40), rng.normal(60, 10, 25)
+    expected = stats.ttest_ind(after, before, equal_var=False)
+    estimate = estimate_unpaired(before, after)
+    assert estimate.p_value == pytest.approx(expected.pvalue)
+    assert (estimate.low(), estimate.high()) == pytest.approx(tuple(expected.confidence_interval()))
+    same = estimate_unpaired(np.full(50, 100.0), np.full(25, 100.0))
+    assert (same.effect, same.standard_error) == (0.0, pytest.approx(math.hypot(2, 4)))
 
 
 def draw_scores(rng: np.random.Generator, means: Array, noise: Array, seeds: int) -> ScoreSample:

@@ -3,20 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from gkd_lab.config import Cell, Evaluation
 from gkd_lab.metrics.scored_predictions import Prediction, score_predictions
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.example_statistics import ExampleStatistics
 
 PredictionRows = Sequence[tuple[str, str, str]]
 """(prompt, prediction, reference), in order."""
-
-
-def build_mean_statistics(values: Sequence[float]) -> ExampleStatistics:
-    """Build the statistics of a metric that is the mean of these values."""
-    return ExampleStatistics(np.array(values, dtype=float).reshape(-1, 1))
 
 
 def write_predictions(
