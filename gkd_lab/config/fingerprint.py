@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -45,10 +45,10 @@ class Frozen(BaseModel):
     def canonical_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, integral floats as integers, unhashed fields left out."""
         items = []
-        for name, marks in _list_marked_fields(type(self)):
+        for name, key, old_values in _list_hashed_fields(type(self)):
             value = getattr(self, name)
-            if not any(_is_excluded(mark, value) for mark in marks):
-                items.append(f'"{name}":{canonical_json(value)}')
+            if not old_values or value not in old_values:
+                items.append(key + canonical_json(value))
         return "{" + ",".join(items) + "}"
 
     @cached_property
@@ -89,20 +89,11 @@ def canonical_json(value: Any) -> str:
     raise ConfigError(f"{value!r} ({type(value).__name__}) has no canonical JSON, so it has no fingerprint")
 
 
-_MARKED_FIELDS: dict[type, list[tuple[str, tuple[Any, ...]]]] = {}
-
-
-def _list_marked_fields(model: type[BaseModel]) -> list[tuple[str, tuple[Any, ...]]]:
-    """Return (name, its NotHashed and DefaultFrom marks) of each field, sorted; cached per class."""
-    if model not in _MARKED_FIELDS:
-        fields = model.model_fields
-        _MARKED_FIELDS[model] = [
-            (name, tuple(mark for mark in fields[name].metadata if isinstance(mark, NotHashed | DefaultFrom)))
-            for name in sorted(fields)
-        ]
-    return _MARKED_FIELDS[model]
-
-
-def _is_excluded(mark: Any, value: Any) -> bool:
-    """Return whether a mark keeps a field unhashed: NotHashed, or DefaultFrom at its old value."""
-    return isinstance(mark, NotHashed) or (isinstance(mark, DefaultFrom) and bool(value == mark.old_value))
+@cache
+def _list_hashed_fields(model: type[BaseModel]) -> list[tuple[str, str, list[Any]]]:
+    """Return (name, its JSON key, old values of `DefaultFrom` marks) of each hashed field, sorted."""
+    return [
+        (name, f'"{name}":', [mark.old_value for mark in field.metadata if isinstance(mark, DefaultFrom)])
+        for name, field in sorted(model.model_fields.items())
+        if not any(isinstance(mark, NotHashed) for mark in field.metadata)
+    ]
