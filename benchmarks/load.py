@@ -4,8 +4,9 @@
 
 Part 1: 8 processes share 500 cells by the loop, locks and records of a run. Training and evaluation are stubs
 that write a tiny record; each logs its cell, so that a cell that runs twice is detected. Part 2: the commands
-`status` and `table` over 10,000 finished records. Cold: no index, and the files are dropped from the page
-cache (their names and inodes stay); warm: again. `plain_s` reads the same files in a loop.
+`status`, `table --format json` and the same with `--long` over 10,000 finished records. Cold: no index, and
+the files are dropped from the page cache (their names and inodes stay); warm: again. `plain_s` reads the same
+files in a loop.
 `--small`: 50 cells and 1,000 records; `--smoke`: 25 and 100.
 """
 
@@ -34,6 +35,11 @@ from gkd_lab.store import Record, Store
 
 PROCESSES = 8
 TARGETS = {"run_s": 60.0, "status_warm": 2.0, "table_warm": 2.0}
+COMMANDS = {
+    "status": ["status"],
+    "table": ["table", "--format", "json"],
+    "long_table": ["table", "--format", "json", "--long"],
+}
 """Seconds for 500 cells and for 10,000 records on 2 cores."""
 LISTED_FILES = ("status.json", "scores.json", "metrics.jsonl")
 SCORES = {"accuracy": {"value": 71.2, "low": 67.0, "high": 75.4, "n": 500, "signature": "made"}}
@@ -138,7 +144,7 @@ def measure_processes(folder: Path, cells: int) -> dict[str, Any]:
 
 
 def measure_store(folder: Path, records: int) -> dict[str, Any]:
-    """Measure `status` and `table` over one record and copies of its files for all other cells."""
+    """Measure the commands over one record and copies of its files for all other cells."""
     path, grid = build_grid(folder, records)
     outputs = folder / "outputs"
     store = Store(outputs)
@@ -151,11 +157,11 @@ def measure_store(folder: Path, records: int) -> dict[str, Any]:
     time.sleep(2.5)  # the index caches no file that was written just now
     plain_seconds = min(measure_plain_loop(grid, store) for _ in range(3))
     figures: dict[str, Any] = {"records": records, "plain_s": round(plain_seconds, 2)}
-    for command in ("status", "table"):
+    for command, words in COMMANDS.items():
         shutil.rmtree(outputs / ".cache", ignore_errors=True)
         drop_page_cache(grid, store)
-        figures[f"{command}_cold"] = measure_command(command, path, outputs)
-        warm_times = [measure_command(command, path, outputs) for _ in range(3)]
+        figures[f"{command}_cold"] = measure_command(words, path, outputs)
+        warm_times = [measure_command(words, path, outputs) for _ in range(3)]
         figures[f"{command}_warm"] = min(warm_times, key=lambda seconds: seconds["wall_s"])
     return figures
 
@@ -192,9 +198,9 @@ def drop_page_cache(grid: Grid, store: Store) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_command(command: str, path: Path, outputs: Path) -> dict[str, float]:
+def measure_command(command: Sequence[str], path: Path, outputs: Path) -> dict[str, float]:
     """Return the times of a whole command, imports included; `cpu_s` is comparable on a busy machine too."""
-    words = [sys.executable, "-m", "gkd_lab", command, str(path), "--outputs", str(outputs)]
+    words = [sys.executable, "-m", "gkd_lab", *command, str(path), "--outputs", str(outputs)]
     usage_before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
     wall_seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

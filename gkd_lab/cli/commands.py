@@ -22,6 +22,7 @@ from gkd_lab.cli.options import (
     load_grid_without_cache,
     parse_metric_names,
     parse_overrides,
+    pause_garbage_collection,
 )
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import parse_pack_limit
@@ -63,8 +64,9 @@ def show_plan(
     from gkd_lab.status.render import list_cells, print_listing, render_summary
 
     limit = parse_pack_limit(pack)
-    grid = load_grid(name, scale, sets, outputs)
-    overview = build_overview(grid, Store(outputs), limit)
+    with pause_garbage_collection():
+        grid = load_grid(name, scale, sets, outputs)
+        overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
     print("\n".join(render_summary(overview)))
 
@@ -80,13 +82,15 @@ def show_status(
     from gkd_lab.status.overview import build_overview
     from gkd_lab.status.render import list_cells, print_listing, render_failures, render_running_artifacts
 
-    grid = load_grid(name, scale, sets, outputs)
     if watch:
         from gkd_lab.status.terminal import watch_grid
 
+        grid = load_grid(name, scale, sets, outputs)
         overview = watch_grid(grid, Store(outputs))
     else:
-        overview = build_overview(grid, Store(outputs), "auto")
+        with pause_garbage_collection():
+            grid = load_grid(name, scale, sets, outputs)
+            overview = build_overview(grid, Store(outputs), "auto")
     print_listing(list_cells(grid, overview, show_progress=True))
     failures = list(render_failures(overview))
     for line in (*render_running_artifacts(overview), *failures):
@@ -126,8 +130,9 @@ def write_table(
         raise ConfigError("--long has no Markdown form: add --format csv, json or parquet")
     if examples and (format != "parquet" or output is None):
         raise ConfigError("--examples needs a parquet file: add --format parquet -o NAME.parquet")
-    grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
-    content = _encode_results(grid, store, format, long or format == "parquet")
+    with pause_garbage_collection():
+        grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
+        content = _encode_results(grid, store, format, long or format == "parquet")
     if output is None:
         sys.stdout.buffer.write(content)
     elif output.is_dir():
@@ -142,13 +147,16 @@ def write_table(
 
 def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -> bytes:
     """Return a grid's table in the long or wide form; a parquet file holds its provenance."""
+    if not long and format in ("json", "md"):  # needs no pandas, which takes long to load
+        from gkd_lab.tables.formats import encode_json, encode_markdown
+        from gkd_lab.tables.rows import build_wide_rows
+
+        rows = build_wide_rows(grid, store)
+        return encode_json(rows) if format == "json" else encode_markdown(rows)
+    from gkd_lab.tables.long_table import build_long_table
     from gkd_lab.tables.table import build_wide_table, collect_table_provenance, encode_table
 
-    if not long:
-        return encode_table(build_wide_table(grid, store), format)
-    from gkd_lab.tables.long_table import build_long_table
-
-    frame = build_long_table(grid, store)
+    frame = build_long_table(grid, store) if long else build_wide_table(grid, store)
     if format == "parquet":
         frame.attrs.update(collect_table_provenance(grid, store))
     return encode_table(frame, format)

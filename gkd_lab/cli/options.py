@@ -1,8 +1,10 @@
 """Options of the command line: types, choices and help texts, and functions that parse and check them."""
 
+import gc
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -53,6 +55,18 @@ TermGradientsOption = Annotated[
 WorkerOption = Annotated[
     str | None, typer.Option(hidden=True, metavar="K/N", help="Number K of this worker process of N.")
 ]
+
+
+@contextmanager
+def pause_garbage_collection() -> Iterator[None]:
+    """Collect no garbage inside the block: a large grid is millions of objects, and all of them are used."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def parse_metric_names(names: str | None) -> tuple[str, ...] | None:

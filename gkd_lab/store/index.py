@@ -1,4 +1,4 @@
-"""Cache of facts read from finished records, in one file below the outputs; used by `gkd-lab status`.
+"""Caches of facts read from finished records, in files below the outputs: for `gkd-lab status` and `table`.
 
 `status.json` stays the source of truth: an entry is used only while the time, size and inode of the record's
 files are unchanged, and the index can be deleted at any moment. Small stores have none.
@@ -28,10 +28,13 @@ FileStamp = list[int] | None
 
 
 class RecordIndex:
-    """Index of one outputs folder; call `save` after the last record."""
+    """Index of one outputs folder; call `save` after the last record.
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.path = str(root), root / ".cache" / "records.json"
+    `name` is that of its file in `.cache`; facts of different kinds need different names.
+    """
+
+    def __init__(self, root: Path, name: str = "records") -> None:
+        self.root, self.path = str(root), root / ".cache" / f"{name}.json"
         stored = read_json(self.path) or {}
         is_current = stored.get("version") == _INDEX_VERSION
         self._layouts: list[list[str]] = stored["layouts"] if is_current else []
@@ -43,7 +46,10 @@ class RecordIndex:
     def get_facts(
         self, folder: str, files: Sequence[str], read_facts: Callable[[], RecordFacts]
     ) -> RecordFacts:
-        """Return a record's cached facts; if one of `files` changed, call `read_facts` instead, and cache."""
+        """Return a record's cached facts; if one of `files` changed, call `read_facts` instead, and cache.
+
+        A folder among `files` changes when an entry is added or removed.
+        """
         record_path, names = f"{self.root}/{folder}", list(files)
         stamps = [_read_file_stamp(f"{record_path}/{name}") for name in names]
         entry = self._entries.get(folder)

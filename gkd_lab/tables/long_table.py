@@ -80,7 +80,7 @@ def build_long_table(grid: Grid, store: Store) -> pd.DataFrame:
     without an evaluation. `attrs["axes"]` names the declared axes of the wide form.
     """
     models = list_models(grid, store)
-    results = [read_results(model.record, model.evaluations) for model in models]
+    results = read_results(models, store)
     model_rows = [
         {**describe_model(grid, model), "status": result.status, "error": result.error}
         for model, result in zip(models, results, strict=True)

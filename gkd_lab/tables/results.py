@@ -1,17 +1,23 @@
 """Results of the models of a grid, read from their records: states, scores, errors and training times."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gkd_lab.config import Cell, Grid, SftModel
+from gkd_lab.config.artifact_specs import get_artifact_folder
 from gkd_lab.config.cell import AnyEvaluation, list_references
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.cell_state import State, compute_cell_state, get_error_line, require_metrics
+from gkd_lab.store.index import RecordFacts, RecordIndex
 
 ModelRole = Literal["cell", "start", "teacher"]
 Scores = Mapping[str, Mapping[str, Any]]
 """Metric -> `{"value", "low", "high", "n", ...}`, as `scores.json` stores them."""
+
+_EVALUATION_FILES = ("status.json", "scores.json")
+_SCORE_FIELDS = ("value", "low", "high", "n", "lm_eval", "task_hash")
+"""Fields of a score that a table needs."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,18 @@ class TableModel:
 
     role: ModelRole
     fingerprint: str
-    record: Record
+    store: Store
+    folder: str
+    """Folder of its record, relative to the outputs."""
     cells: Sequence[Cell]
     """The cell itself, or the cells that need the reference model."""
     spec: SftModel | None = None
     """Specification of a reference model."""
+
+    @property
+    def record(self) -> Record:
+        """Record of the model, whether or not its files exist."""
+        return Record(self.store.root / self.folder)
 
     @property
     def evaluations(self) -> tuple[AnyEvaluation, ...]:
@@ -65,10 +78,12 @@ def list_models(grid: Grid, store: Store) -> list[TableModel]:
     references = sorted(list_references(grid.cells), key=lambda reference: reference.role != "start")
     return [
         *(
-            TableModel(role, model.fingerprint, store.get_artifact(grid.scale, role, model), cells, model)
+            TableModel(
+                role, model.fingerprint, store, get_artifact_folder(grid.scale, role, model), cells, model
+            )
             for role, model, cells in references
         ),
-        *(TableModel("cell", cell.fingerprint, store.get_record(cell), [cell]) for cell in grid.cells),
+        *(TableModel("cell", cell.fingerprint, store, cell.folder, [cell]) for cell in grid.cells),
     ]
 
 
@@ -81,48 +96,98 @@ def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:
     }
 
 
-def read_results(record: Record, evaluations: tuple[AnyEvaluation, ...]) -> ModelResults:
-    """Read states, scores and first error of a record: one file, and two for each evaluation.
+def read_results(models: Sequence[TableModel], store: Store) -> list[ModelResults]:
+    """Read states, scores and first error of each model: one file, and two for each evaluation.
 
-    lm-eval tasks that were added afterwards stand last and do not affect `status`.
+    What the records of a large store say is cached. lm-eval tasks that were added afterwards stand last and
+    do not affect `status`.
     """
-    status = record.read_status()
-    names = name_evaluations(evaluations)
-    parts = [record.get_evaluation(evaluation) for evaluation in evaluations]
-    part_statuses = [part.read_status() for part in parts]
-    scores = [
-        part.read_scores() if part_status.get("state") == "done" else {}
-        for part, part_status in zip(parts, part_statuses, strict=True)
-    ]
+    index, results = RecordIndex(store.root, "scores"), []
+    plans: dict[int, _ReadingPlan] = {}
+    for model in models:
+        plan = plans.get(id(model.evaluations))
+        if plan is None:
+            plan = plans[id(model.evaluations)] = _ReadingPlan(model.evaluations)
+        results.append(_read_model(model, plan, index))
+    index.save()
+    return results
+
+
+class _ReadingPlan:
+    """Names and files of a tuple of evaluations, which most models of a grid share."""
+
+    def __init__(self, evaluations: tuple[AnyEvaluation, ...]) -> None:
+        names = name_evaluations(evaluations)
+        self.folders = list(names)
+        self.evaluations = [(names[e.folder], e, frozenset(e.metrics)) for e in evaluations]
+        parts = [f"evaluations/{folder}/{name}" for folder in self.folders for name in _EVALUATION_FILES]
+        self.files = ["status.json", "evaluations", *parts]
+
+
+def _read_model(model: TableModel, plan: _ReadingPlan, index: RecordIndex) -> ModelResults:
+    """Return the results of one model, from the index where its files did not change."""
+    facts = index.get_facts(model.folder, plan.files, lambda: _collect_facts(model.record, plan))
+    parts = list(zip(plan.evaluations, facts["evaluations"], strict=True))
     stored_states = [
-        require_metrics(part_status.get("state"), evaluation.metrics, part_scores)
-        for part_status, evaluation, part_scores in zip(part_statuses, evaluations, scores, strict=True)
+        require_metrics(part["state"], metrics, part["scores"]) for (_, _, metrics), part in parts
     ]
-    state = compute_cell_state(status.get("state"), stored_states, record.is_locked)
-    requested = [
-        EvaluationResults(names[evaluation.folder], evaluation, part_state, part_scores, is_added=False)
-        for evaluation, part_state, part_scores in zip(evaluations, state.evaluations, scores, strict=True)
+    state = compute_cell_state(facts["state"], stored_states, lambda: model.record.is_locked())
+    evaluations = [
+        EvaluationResults(name, evaluation, part_state, part["scores"], is_added=False)
+        for ((name, evaluation, _), part), part_state in zip(parts, state.evaluations, strict=True)
     ]
-    errors = map(get_error_line, [status, *part_statuses])
+    if facts["has_added"]:
+        evaluations += _read_added_evaluations(model.record, model.evaluations)
+    errors = [facts["error"], *(part["error"] for _, part in parts)]
     return ModelResults(
         status=state.whole,
-        evaluations=[*requested, *_read_added_evaluations(record, evaluations, names.values())],
+        evaluations=evaluations,
         error=next(filter(None, errors), None),
         training=state.training,
-        train_seconds=status.get("seconds") if status.get("state") == "done" else None,
+        train_seconds=facts["seconds"],
     )
 
 
+def _collect_facts(record: Record, plan: _ReadingPlan) -> RecordFacts:
+    """Read what the index stores: state, seconds and error, the same and scores of each evaluation."""
+    status = record.read_status()
+    state = status.get("state")
+    folder = record.folder / "evaluations"
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {
+        "state": state,
+        "error": get_error_line(status),
+        "seconds": status.get("seconds") if state == "done" else None,
+        "evaluations": [_collect_evaluation_facts(EvaluationRecord(folder / name)) for name in plan.folders],
+        "has_added": any(name.startswith("lm_eval-") for name in names.difference(plan.folders)),
+    }
+
+
+def _collect_evaluation_facts(part: EvaluationRecord) -> RecordFacts:
+    """Read state and error of an evaluation, and what a table needs of its scores."""
+    status = part.read_status()
+    scores = part.read_scores() if status.get("state") == "done" else {}
+    return {"state": status.get("state"), "error": get_error_line(status), "scores": _shorten_scores(scores)}
+
+
+def _shorten_scores(scores: Scores) -> dict[str, dict[str, Any]]:
+    """Return scores with the fields that a table needs."""
+    return {
+        metric: {name: score[name] for name in _SCORE_FIELDS if name in score}
+        for metric, score in scores.items()
+    }
+
+
 def _read_added_evaluations(
-    record: Record, evaluations: Sequence[AnyEvaluation], used_names: Iterable[str]
+    record: Record, evaluations: Sequence[AnyEvaluation]
 ) -> Iterator[EvaluationResults]:
     """Yield the results of lm-eval tasks that `gkd-lab evaluate` added afterwards, under unique names."""
-    folders, taken = {evaluation.folder for evaluation in evaluations}, set(used_names)
-    added = [e for e in record.list_harness_evaluations() if e.folder not in folders]
+    names = name_evaluations(evaluations)
+    added = [e for e in record.list_harness_evaluations() if e.folder not in names]
     for evaluation in added:
         name = name_evaluations(added)[evaluation.folder]
-        unique = f"{name}-{evaluation.fingerprint}" if name in taken else name
-        part: EvaluationRecord = record.get_evaluation(evaluation)
+        unique = f"{name}-{evaluation.fingerprint}" if name in names.values() else name
+        part = record.get_evaluation(evaluation)
         state = part.read_state()
         scores = part.read_scores() if state == "done" else {}
         yield EvaluationResults(unique, evaluation, state, scores, is_added=True)

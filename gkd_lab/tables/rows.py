@@ -4,7 +4,7 @@ Rows are plain dictionaries, so that nothing heavy is imported.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gkd_lab.config import Cell, Grid
@@ -14,6 +14,8 @@ from gkd_lab.tables.results import ModelResults, TableModel, list_models, name_e
 
 TableRow = dict[str, Any]
 
+_LEADING_COLUMNS = ("cell", "role", "task", "lmbda", "beta", "seed")
+_TRAILING_COLUMNS = ("start_cell", "teacher_cell", "stands_for", "error")
 _FIXED_AXES = ("task", "lmbda", "beta", "seed")
 _LM_EVAL_DETAILS = ("lm_eval", "task_hash")
 """Version and task hash of an lm-eval score: one column per evaluation."""
@@ -21,15 +23,58 @@ _LM_EVAL_DETAILS = ("lm_eval", "task_hash")
 
 def build_table_rows(grid: Grid, store: Store) -> list[TableRow]:
     """Build a dict (column -> value) per SFT student, then per teacher, then per cell."""
-    axes = list_extra_axes(grid)
+    axes, models = list_extra_axes(grid), list_models(grid, store)
     return [
         {
             **_build_settings(model, axes),
-            **_flatten_results(read_results(model.record, model.evaluations)),
+            **_flatten_results(results),
             **(_build_cell_links(grid, model.cells[0]) if model.role == "cell" else {}),
         }
-        for model in list_models(grid, store)
+        for model, results in zip(models, read_results(models, store), strict=True)
     ]
+
+
+def build_wide_rows(grid: Grid, store: Store) -> list[TableRow]:
+    """Build the rows of the wide table, all with the same columns: reference models, then cells.
+
+    Columns: `cell` (fingerprint), `role`, `task`, `lmbda`, `beta`, `seed`, the other axes, `status`,
+    `evaluations`, scores as `<evaluation>/<metric>` (and `<metric>` where a cell has one evaluation) with
+    `.low` and `.high`, `start_cell` and `teacher_cell` (rows to compare with), `stands_for`, `error`. Total
+    variation has no `beta`: it is None in its cells. Numbers of one column are of one type.
+    """
+    rows = build_table_rows(grid, store)
+    axes = list_extra_axes(grid)
+    scores = _list_score_columns(grid, rows)
+    columns = [*_LEADING_COLUMNS, *axes, "status", "evaluations", *scores, *_TRAILING_COLUMNS]
+    values = [_unify_numbers([row.get(name) for row in rows], name, axes) for name in columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _unify_numbers(values: list[Any], column: str, axes: Sequence[str]) -> list[Any]:
+    """Return a column's values, NaN as None, integers as floats if the column has floats.
+
+    `lmbda` and `beta` are floats; beside None, only seeds and axes stay integers.
+    """
+    types = set(map(type, values))
+    if types <= {int, float, type(None)}:
+        is_float = float in types or column in ("lmbda", "beta")
+        is_float |= type(None) in types and column not in ("seed", *axes)
+        if is_float:
+            return [None if value is None or value != value else float(value) for value in values]
+    return values
+
+
+def _list_score_columns(grid: Grid, rows: list[TableRow]) -> list[str]:
+    """Return the score columns: the requested ones, then others that some row has, each once."""
+    columns: dict[str, None] = {}
+    for evaluations in dict.fromkeys(cell.evaluations for cell in grid.cells):
+        columns.update(dict.fromkeys(list_metric_columns(evaluations)))
+    other_columns = {
+        *_LEADING_COLUMNS, *list_extra_axes(grid), "status", "evaluations", *_TRAILING_COLUMNS,
+    }  # fmt: skip
+    for row in rows:
+        columns.update(dict.fromkeys(name for name in row if name not in other_columns))
+    return list(columns)
 
 
 def list_extra_axes(grid: Grid) -> tuple[str, ...]:

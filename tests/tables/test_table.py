@@ -189,7 +189,7 @@ def test_tables_load_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "for name in ('torch', 'transformers', 'datasets', 'evaluate', 'trl'):\n"
         "    sys.modules[name] = None\n"
-        "import gkd_lab.tables.rows\n"
+        "import gkd_lab.tables.formats\n"
         "assert 'pandas' not in sys.modules\n"
         "import gkd_lab.report.html_report, gkd_lab.figures.heat_maps, gkd_lab.tables.table\n"
         "import gkd_lab.metrics.intervals\n"
