@@ -19,7 +19,10 @@ from .tables.synthetic_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
 PAPER_NOTEBOOKS = [path for path in NOTEBOOKS if path.stem != "quickstart"]
-FIGURE = re.compile(r"^(bars|curves|heat_map|lines|loss_curves|reward_gains|tradeoff)\(", re.MULTILINE)
+FIGURE = re.compile(
+    r"^(bars|curves|heat_map|interquartile_means|lines|loss_curves|profiles|reward_gains|tradeoff)\(",
+    re.MULTILINE,
+)
 
 
 def read_code_cells(path: Path) -> list[str]:

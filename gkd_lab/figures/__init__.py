@@ -8,6 +8,7 @@
     lines             scores along an axis such as the student's size or the training rows (Figs 1, 3)
     tradeoff          quality against diversity of sampled text (Fig. 4)
     reward_gains      gain in quality against gain in a reward (Fig. 5)
+    interquartile_means, profiles  methods over all tasks (Agarwal et al. 2021)
     cost_scatter      scores against tokens or seconds of training
 
 Each takes the long table (`gkd_lab.table`), or chosen scores of it, and returns a matplotlib Figure.
@@ -16,6 +17,7 @@ Each takes the long table (`gkd_lab.table`), or chosen scores of it, and returns
 from gkd_lab.figures.cost_figures import cost_scatter
 from gkd_lab.figures.heat_maps import heat_map, paired_heat_maps
 from gkd_lab.figures.method_figures import bars, lines
+from gkd_lab.figures.profiles import interquartile_means, profiles
 from gkd_lab.figures.scatter_figures import reward_gains, tradeoff
 from gkd_lab.figures.score_curves import curves, loss_curves
 
@@ -24,9 +26,11 @@ __all__ = [
     "cost_scatter",
     "curves",
     "heat_map",
+    "interquartile_means",
     "lines",
     "loss_curves",
     "paired_heat_maps",
+    "profiles",
     "reward_gains",
     "tradeoff",
 ]

@@ -8,27 +8,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes, format_metric
-from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
+from gkd_lab.figures.style import (
+    INK,
+    LINE_COLORS,
+    MARKERS,
+    MUTED,
+    apply_style,
+    get_divergence_color,
+)
 from gkd_lab.tables.divergences import get_divergence, map_divergences
-from gkd_lab.tables.loss_labels import loss_label
+from gkd_lab.tables.loss_labels import GKD_METHODS, METHOD_NAMES, format_method, loss_label
 from gkd_lab.tables.scores import select_scores
 
-METHOD_NAMES = {
-    "sft": "SFT, as many steps",
-    "seqkd": "SeqKD",
-    "supervised_kd": "Supervised KD",
-    "f_distill": "f-distill",
-    "gkd_supervised": "Supervised GKD",
-    "imitkd": "ImitKD",
-    "gkd": "On-policy GKD",
-}
-"""The paper's names, in the order of Figure 9."""
-_GKD_METHODS = ("gkd_supervised", "gkd")
-"""Methods that take any divergence."""
 DIVERGENCE_AXIS = "divergence"
 _AXIS_LABELS = {"train_rows": "training rows"}
 _BASELINE_COLOR = "#b4bac4"
-_LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
 
 
 def bars(table: pd.DataFrame, metric: str, bar_axis: str = "method", evaluation: str | None = None) -> Figure:
@@ -69,10 +63,9 @@ def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
     """Return a row's bar name: its formatted value, for GKD methods with the divergence."""
     if bar_axis == DIVERGENCE_AXIS:
         return get_divergence(row).label
-    name = _format_axis_value(bar_axis, row[bar_axis])
-    if bar_axis == "method" and row["method"] in _GKD_METHODS:
-        return f"{name}, {get_divergence(row).label}"
-    return name
+    if bar_axis == "method":
+        return format_method(row["method"], get_divergence(row).label)
+    return _format_axis_value(bar_axis, row[bar_axis])
 
 
 def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: str) -> None:
@@ -81,7 +74,7 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
     for row in cells.to_dict("records"):
         method = row["method"] if bar_axis == "method" else "gkd"
         y = bar_names.index(_name_bar(row, bar_axis))
-        color = get_divergence_color(get_divergence(row)) if method in _GKD_METHODS else _BASELINE_COLOR
+        color = get_divergence_color(get_divergence(row)) if method in GKD_METHODS else _BASELINE_COLOR
         axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
             axes.hlines(y, row["low"], row["high"], color=INK, lw=1.1)
@@ -158,7 +151,7 @@ def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
     """Return colour, marker and label of a line as plot arguments; divergences have their own colour."""
     is_divergence = axis == DIVERGENCE_AXIS
     return {
-        "color": get_divergence_color(value) if is_divergence else _LINE_COLORS[number % len(_LINE_COLORS)],
+        "color": get_divergence_color(value) if is_divergence else LINE_COLORS[number % len(LINE_COLORS)],
         "marker": MARKERS[number % len(MARKERS)],
         "label": _format_axis_value(axis, value, with_axis_name=True),
     }

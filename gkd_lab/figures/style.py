@@ -33,6 +33,8 @@ _COLORS_WITHOUT_BETA = {
 }
 _OTHER_COLOR = "#4d7a00"
 MARKERS = "osD^vP*X"
+LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
+"""Colours of lines that are no divergences."""
 GAIN_COLORS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
 SIGNED_COLORS = LinearSegmentedColormap.from_list(
     "losses_and_gains", ["#a63c06", "#f0a868", "#f6f6f4", "#7fb2d9", "#08457e"]

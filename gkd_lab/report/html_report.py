@@ -24,10 +24,12 @@ from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_o
 from gkd_lab.figures.heat_maps import heat_map, paired_heat_maps
 from gkd_lab.figures.method_figures import bars, lines
 from gkd_lab.figures.paper_maps import describe_agreement, pair_maps
+from gkd_lab.figures.profiles import draw_interquartile_means, draw_profiles
 from gkd_lab.figures.score_curves import curves, loss_curves
 from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results, format_estimate
+from gkd_lab.statistics.aggregates import aggregate_scores
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
 from gkd_lab.statistics.example_scores import ExampleLookup, build_example_lookup
 from gkd_lab.statistics.summaries import expand_table, summarize_scores
@@ -38,7 +40,7 @@ from gkd_lab.tables.long_table import build_long_table, list_axes
 from gkd_lab.tables.loss_labels import format_axis_value
 from gkd_lab.tables.results import name_evaluations
 from gkd_lab.tables.rows import get_primary_metric
-from gkd_lab.tables.scores import list_score_names, select_scores
+from gkd_lab.tables.scores import list_score_names, select_primary_scores, select_scores
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -67,6 +69,7 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
         tasks=[
             _build_task_section(grid, store, frame, task, find_examples) for task in frame["task"].unique()
         ],
+        aggregate=_build_aggregate_section(frame),
         claims=_build_claim_rows(grid, frame, find_examples),
         failures=list_failures(grid, store),
         provenance=summarize_provenance(grid, store),
@@ -228,6 +231,23 @@ def _find_difference(differences: Sequence[StartDifference], row: Any) -> StartD
 def _is_equal(a: Any, b: Any) -> bool:
     """Return whether two values are equal or both missing (None, NaN)."""
     return bool(pd.isna(a) and pd.isna(b)) or bool(a == b)
+
+
+def _build_aggregate_section(frame: pd.DataFrame) -> dict[str, Any] | None:
+    """Build figures over all tasks, or all settings of one; None below two with scores."""
+    aggregated = aggregate_scores(select_primary_scores(frame))
+    if len(aggregated.tasks) < 2 or not aggregated.methods:
+        return None
+    task_count = len({name.split(",")[0] for name in aggregated.tasks})
+    label = "normalised scores over all tasks, by method"
+    return {
+        "title": "Over all tasks" if task_count > 1 else "Over all settings",
+        "tasks": aggregated.tasks,
+        "method": aggregated.methods[0].estimate_interquartile_mean().method,
+        "means": _render_svg(draw_interquartile_means(aggregated), "iqm", f"Interquartile means of {label}"),
+        "profiles": _render_svg(draw_profiles(aggregated), "profiles", f"Performance profiles: {label}"),
+        "omitted": aggregated.omitted,
+    }
 
 
 def _build_claim_rows(grid: Grid, frame: pd.DataFrame, find_examples: ExampleLookup) -> list[dict[str, Any]]:

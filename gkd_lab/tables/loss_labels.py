@@ -1,10 +1,29 @@
-"""Readable labels of losses: a divergence by its beta, a list of loss terms in one line."""
+"""Readable labels of losses and methods: a divergence by its beta, a list of loss terms in one line."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
+
+METHOD_NAMES = {
+    "sft": "SFT, as many steps",
+    "seqkd": "SeqKD",
+    "supervised_kd": "Supervised KD",
+    "f_distill": "f-distill",
+    "gkd_supervised": "Supervised GKD",
+    "imitkd": "ImitKD",
+    "gkd": "On-policy GKD",
+}
+"""The paper's names, in the order of Figure 9."""
+GKD_METHODS = ("gkd_supervised", "gkd")
+"""Methods that take any divergence."""
+
+
+def format_method(method: str, divergence: str) -> str:
+    """Format a method by the paper's name, those that take any divergence with theirs."""
+    name = METHOD_NAMES.get(method, method)
+    return f"{name}, {divergence}" if method in GKD_METHODS else name
 
 
 def divergence_label(beta: float | None, kind: str | None = None) -> str:

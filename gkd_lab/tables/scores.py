@@ -35,6 +35,20 @@ def select_scores(
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
+def select_primary_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `select_scores` of every task by the first metric of its first evaluation.
+
+    Raises ConfigError for a frame that is no long table or has no evaluation.
+    """
+    _check_columns(table)
+    rows = table[table["evaluation"].notna()]
+    if rows.empty:
+        raise ConfigError("the table has no evaluation")
+    first = rows.drop_duplicates("task")[["task", "evaluation", "metric"]].itertuples(index=False)
+    parts = [select_scores(table, metric, evaluation, task) for task, evaluation, metric in first]
+    return pd.concat(parts, ignore_index=True)
+
+
 def list_score_names(table: pd.DataFrame) -> list[str]:
     """Return the names `<evaluation>/<metric>` of a table's scores; a metric of no evaluation by itself."""
     return list(_join_names(table[["evaluation", "metric"]].drop_duplicates()).dropna())

@@ -166,6 +166,19 @@ def test_each_task_has_a_section_with_its_own_metric(store: Store, tmp_path: Pat
     assert "No pair of cells at λ = 0 and 1" in page.text
 
 
+def test_methods_are_compared_over_all_tasks(store: Store, tmp_path: Path) -> None:
+    grid = build_grid(
+        task=None, grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1], "seed": [0, 1]}
+    )
+    fill_store(grid, store)
+    _, page = render_page(grid, store, tmp_path)
+    assert "Over all tasks arithmetic; translation. Scores are normalised" in page.text
+    assert "(2 tasks x 2 seeds, stratified bootstrap)" in page.text
+    assert "share of runs above" in page.text
+    fill_store(alone := build_grid(), store)
+    assert "Over all" not in render_page(alone, store, tmp_path)[1].text
+
+
 def test_a_collapsed_cell_is_reported_at_each_combination(store: Store, tmp_path: Path) -> None:
     grid = build_grid(grid={"lmbda": [0, 1], "temperature": [0.5, 1.0]})
     fill_store(grid, store)
