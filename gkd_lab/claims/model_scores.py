@@ -300,7 +300,7 @@ class _TableReader:
         """Return the distinct axis values of the grid points that a collapsed cell stands for."""
         points = row.get("stands_for")
         points = json.loads(points) if isinstance(points, str) else points
-        names = {"lmbda", "seed", *self.axes}
+        names = {"lmbda", "seed", *self.axes} - set(_METHOD_AXES)
         if not points:
             return [{}]
         selected = [{name: value for name, value in point.items() if name in names} for point in points]

@@ -190,6 +190,14 @@ def test_repeated_rows_count_once_and_contradicting_ones_are_left_out() -> None:
     assert row["n"] == 2 and "1 scores that differ" in row["detail"]
 
 
+def test_a_cell_with_two_method_names_is_no_repeated_row() -> None:
+    table = build_table([[40.3, 41.1, 39.8], [45.2, 45.1, 46.0]], **TWO)
+    points = [[{"method": name, "beta": 0.5, "seed": seed} for name in ("a", "b")] for seed in [0, 1, 2] * 2]
+    table.insert(list(table.columns).index("beta") + 1, "method", "a")
+    row = judge_one(table.assign(stands_for=points), "C1")
+    assert (row["detail"], row["n"]) == ("1 of 1", 3)
+
+
 def test_scores_outside_of_their_range_are_left_out_and_named() -> None:
     table = build_table([[40.3, 41.1, 39.8], [45.2, 145.1, 46.0]], **TWO)
     row = judge_one(table, "C1")
