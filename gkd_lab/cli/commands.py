@@ -9,10 +9,14 @@ import typer
 
 from gkd_lab import experiments
 from gkd_lab.cli.options import (
+    ExampleNoiseOption,
     ExperimentArgument,
+    NoiseFromOption,
+    NoiseOption,
     OutputFormat,
     OutputsOption,
     PackOption,
+    PowerOption,
     ScaleOption,
     SetOption,
     TableFormat,
@@ -58,8 +62,20 @@ def show_plan(
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     pack: PackOption = "auto",
+    power: PowerOption = False,
+    noise_from: NoiseFromOption = None,
+    noise: NoiseOption = None,
+    example_noise: ExampleNoiseOption = None,
 ) -> None:
-    """Show the status and estimated cost of every cell, and the total; run nothing."""
+    """Show the status and estimated cost of every cell, and the total, or with --power what it could show.
+
+    Runs nothing.
+    """
+    if power:
+        _show_power(load_grid(name, scale, sets, outputs), outputs, noise_from, noise, example_noise)
+        return
+    if (noise_from, noise, example_noise) != (None, None, None):
+        raise ConfigError("--noise-from, --noise and --example-noise are about power: add --power")
     from gkd_lab.status.overview import build_overview
     from gkd_lab.status.render import list_cells, print_listing, render_summary
 
@@ -69,6 +85,24 @@ def show_plan(
         overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
     print("\n".join(render_summary(overview)))
+
+
+def _show_power(
+    grid: Grid, outputs: Path, noise_from: str | None, noise: float | None, example_noise: float | None
+) -> None:
+    """Print which true differences each claim would show on a grid."""
+    from gkd_lab.claims.grid_power import plan_power
+    from gkd_lab.claims.noise_sources import choose_noise
+    from gkd_lab.status.power_listing import list_claim_powers, list_noise, render_power_notes
+    from gkd_lab.status.render import print_listing
+
+    source = choose_noise(grid, outputs, noise_from, noise, example_noise)
+    planned = plan_power(grid, source)
+    print(f"noise: from {source.text}; standard deviations in points")
+    print_listing(list_noise(planned))
+    print()
+    print_listing(list_claim_powers(planned))
+    print("\n".join(render_power_notes(planned)))
 
 
 def show_status(

@@ -34,6 +34,32 @@ OutputsOption = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Fol
 PackOption = Annotated[
     str, typer.Option(help="auto, off, or the largest number of cells in one packed model.")
 ]
+PowerOption = Annotated[
+    bool, typer.Option("--power", help="Show which differences its claims could show, in place of cells.")
+]
+NoiseFromOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TABLE|EXP",
+        help="With --power: noise of a parquet file, or of an experiment's cells or table. Default: of EXP.",
+    ),
+]
+NoiseOption = Annotated[
+    float | None,
+    typer.Option(
+        "--noise",
+        metavar="SD",
+        help="With --power: standard deviation in points of a score between seeds.",
+    ),
+]
+ExampleNoiseOption = Annotated[
+    float | None,
+    typer.Option(
+        "--example-noise",
+        metavar="SD",
+        help="With --power: that over examples, of the difference of two models at one example.",
+    ),
+]
 RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
 TrackerOption = Annotated[
     TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")

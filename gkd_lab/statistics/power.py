@@ -107,14 +107,24 @@ def _compute_projected_power(
 
     The bias that is left in an end of an extreme's interval shrinks as its error does.
     """
-    assert estimate.standard_error is not None
-    now = Noise(estimate.seed_variance, estimate.example_variance)
-    scale = estimate.standard_error / now.compute_error(estimate.seeds)
-    noise = Noise(scale**2 * now.seed_variance, scale**2 * now.example_variance)
-    shrinkage = noise.compute_error(seeds) / estimate.standard_error
+    noise = _scale_noise(estimate)
+    now = noise.compute_error(estimate.seeds)
+    if now == 0:
+        return float(sign * (estimate.effect + margin) > 0)
     center = estimate.low_center if sign > 0 else estimate.high_center
-    end = estimate.effect + (center - estimate.effect) * shrinkage
+    end = estimate.effect + (center - estimate.effect) * noise.compute_error(seeds) / now
     return compute_power(noise, seeds, sign * (end + margin), level)
+
+
+def _scale_noise(estimate: EffectEstimate) -> Noise:
+    """Return an estimate's variances, scaled to give its standard error: a floor or an extreme has more."""
+    assert estimate.standard_error is not None
+    known = Noise(estimate.seed_variance, estimate.example_variance)
+    error = known.compute_error(estimate.seeds)
+    if error == 0:  # no example differs: one may
+        return Noise(0.0, estimate.standard_error**2)
+    scale = (estimate.standard_error / error) ** 2
+    return Noise(scale * known.seed_variance, scale * known.example_variance)
 
 
 def needs_more_examples(estimate: EffectEstimate, margin: float = 0.0) -> bool:

@@ -16,7 +16,9 @@ from gkd_lab.tables.loss_labels import loss_label
 
 _STATES: tuple[State, ...] = get_args(State)
 _STATE_STYLES = {"done": "green", "failed": "red", "running": "yellow"}
-TEXT_COLUMNS = {"cell", "task", "status", "owner", "experiment", "figures", "question", "from"}
+TEXT_COLUMNS = {
+    "cell", "task", "status", "owner", "experiment", "figures", "question", "from", "scores", "claim",
+}  # fmt: skip
 """Columns that are aligned to the left; all others hold numbers."""
 
 

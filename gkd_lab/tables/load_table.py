@@ -63,6 +63,16 @@ def read_table_file(path: Path, outputs: str | Path = "outputs") -> pd.DataFrame
     return convert_wide_table(frame, _load_grid_of_table(frame, outputs))
 
 
+def list_committed_tables() -> dict[str, Path]:
+    """Return name -> file of the tables in `analysis/tables`, first of this folder, then of the checkout."""
+    files: dict[str, Path] = {}
+    for root in (Path(), Path(__file__).parents[2]):
+        for path in sorted((root / "analysis" / "tables").glob("*.parquet")):
+            if not path.stem.endswith(".examples"):
+                files.setdefault(path.stem, path)
+    return files
+
+
 def _refuse_scale(scale: Scale | None, owner: str) -> None:
     """Raise ConfigError for a scale where grid or file has its own."""
     if scale is not None:

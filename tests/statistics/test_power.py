@@ -119,6 +119,22 @@ def test_no_number_of_seeds_decides_an_effect_of_nearly_nothing() -> None:
     assert estimate_required_seeds([estimate_contrast(ScoreSample(scores), DIFFERENCE)], [0.0]) is None
 
 
+def test_models_that_agree_on_every_example_stay_open_whatever_the_seeds() -> None:
+    same = np.full((2, 3, 50), 100.0)
+    estimate = estimate_contrast(ScoreSample(same.mean(axis=2), same, 50), DIFFERENCE)
+    assert estimate_required_seeds([estimate], [0.0]) is None
+    assert estimate_required_seeds([estimate], [6.0]) == 4  # a difference of one example, 2 points
+
+
+def test_a_contrast_without_any_noise_keeps_no_other_from_a_number() -> None:
+    scores = np.stack([np.full((3, 50), 60.0), np.full((3, 50), 50.0)])
+    certain = estimate_contrast(ScoreSample(scores.mean(axis=2), scores, 50), DIFFERENCE)
+    assert certain.standard_error == 0.0
+    pair = [estimate_required_seeds(estimates, [0.0] * len(estimates)) for estimates in
+            ([build_estimate(2.0)], [build_estimate(2.0), certain])]  # fmt: skip
+    assert pair[0] is not None and pair[0] == pair[1]
+
+
 def test_unknown_noise_needs_an_unknown_number_of_seeds() -> None:
     same = estimate_contrast(ScoreSample(np.array([[50.2, 50.2], [50.0, 50.0]])), DIFFERENCE)
     assert estimate_required_seeds([same, build_estimate(1.0)], [0.0, 0.0]) is None
