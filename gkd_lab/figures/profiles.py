@@ -45,7 +45,7 @@ def draw_interquartile_means(aggregated: AggregatedScores) -> Figure:
     """Draw `interquartile_means` of these scores. Raises ValueError without any."""
     methods = _list_methods(aggregated)
     with apply_style():
-        figure, (axes,) = create_axes(1, 7.2, 1.0 + 0.27 * len(methods))
+        figure, (axes,) = create_axes(1, 5.8, 1.0 + 0.27 * len(methods))
         estimates = [method.estimate_interquartile_mean() for method in methods]
         right = max(high for e in estimates for high in (e.high(), e.effect) if high is not None)
         for y, (method, estimate) in enumerate(zip(methods, estimates, strict=True)):
@@ -66,7 +66,7 @@ def draw_interquartile_means(aggregated: AggregatedScores) -> Figure:
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
-        axes.set_xlabel(f"interquartile mean of the {SCORE_LABEL}")
+        axes.set_xlabel(f"interquartile mean\n{SCORE_LABEL}", fontsize=8.5)
         return figure
 
 

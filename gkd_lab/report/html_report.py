@@ -18,6 +18,7 @@ from gkd_lab.claims.verdict_text import (
     format_summary,
     format_verdict,
     list_contrast_rows,
+    summarize_verdict,
 )
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_omitted_costs
@@ -37,7 +38,7 @@ from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
 from gkd_lab.tables.divergences import get_divergence
 from gkd_lab.tables.long_table import build_long_table, list_axes
-from gkd_lab.tables.loss_labels import format_axis_value
+from gkd_lab.tables.loss_labels import METHOD_NAMES, format_axis_value
 from gkd_lab.tables.results import name_evaluations
 from gkd_lab.tables.rows import get_primary_metric
 from gkd_lab.tables.scores import list_score_names, select_primary_scores, select_scores
@@ -116,7 +117,9 @@ def _build_task_section(
         "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
         "scores": _build_score_rows(scores, differences, find_examples),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
+        "difference_methods": list(dict.fromkeys(difference.estimate.method for difference in differences)),
         "axes": list_axes(scores),
+        "bar_axis": {"method": "method"}.get(_find_bar_axis(scores) or "", "the terms of the loss"),
         "best": None if best is None else _describe_cell(best),
         "samples": [] if best is None else select_samples(store, best),
     }
@@ -141,18 +144,19 @@ def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, t
     (score_name,) = list_score_names(scores)
     cells = scores[scores["role"] == "cell"]
     has_scores = bool(cells["value"].notna().any())
-    if "objectives" not in list_axes(scores):
+    bar_axis = _find_bar_axis(scores)
+    if bar_axis is None:
         label = f"Heat map of {score_name} on {task} over lambda and divergence"
         figures["map"] = (heat_map(scores, metric), label)
         if has_scores:
             label = f"{score_name} on {task} against lambda, one line for each divergence"
             figures["curves"] = (curves(scores, metric), label)
     elif has_scores:
-        figures["terms"] = (
-            lines(scores, metric, x_axis="lmbda", line_axis="objectives")
-            if cells["lmbda"].nunique() > 1
-            else bars(scores, metric, bar_axis="objectives"),
-            f"{score_name} on {task} by the terms of the loss",
+        figures["bars"] = (
+            lines(scores, metric, x_axis="lmbda", line_axis=bar_axis)
+            if cells["lmbda"].nunique() > 1 and bar_axis == "objectives"
+            else bars(scores, metric, bar_axis=bar_axis),
+            f"{score_name} on {task} by {bar_axis}",
         )
     task_cells = [cell for cell in grid.cells if cell.task == task]
     logged = [cell for cell in task_cells if store.get_record(cell).metrics_file.exists()]
@@ -160,6 +164,13 @@ def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, t
         label = f"Training loss on {task} against the step, for each lambda"
         figures["losses"] = (loss_curves(grid, store, task), label)
     return figures
+
+
+def _find_bar_axis(scores: pd.DataFrame) -> str | None:
+    """Return the axis that tells methods apart instead of lmbda and divergence; None without one."""
+    if "method" in list_axes(scores) and set(scores["method"].dropna()) <= set(METHOD_NAMES):
+        return "method"
+    return "objectives" if "objectives" in list_axes(scores) else None
 
 
 def _build_paper_comparison(scores: ModelScores, task: str, name: str) -> dict[str, Any] | None:
@@ -261,11 +272,11 @@ def _build_claim_rows(grid: Grid, frame: pd.DataFrame, find_examples: ExampleLoo
     paper_verdicts = judge_paper([verdict.claim.id for verdict in verdicts])
     return [
         {
-            "id": verdict.claim.id,
+            **summarize_verdict(verdict),
             "statement": verdict.claim.statement,
             "source": verdict.claim.source,
             "verdict": format_verdict(verdict),
-            "effect": format_effect(verdict),
+            "effect": format_effect(verdict).split(" [")[0],
             "summary": format_summary(verdict),
             "comparisons": list_contrast_rows(verdict),
             "paper": format_verdict(paper_verdict),

@@ -99,6 +99,7 @@ def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:
     for _, record, _ in _list_records(grid, store):
         provenance = read_json(record.folder / "provenance.json") or {}
         times += [provenance.pop("time")] if "time" in provenance else []
+        provenance.pop("spent", None)  # of each cell another one; the table has it
         for name, value in provenance.items():
             values.setdefault(name, {})[_format_fact(value)] = None
     recorded = [("recorded", f"{min(times)} to {max(times)}")] if times else []
@@ -122,9 +123,13 @@ def _list_records(grid: Grid, store: Store) -> Iterator[tuple[str, Record, tuple
 
 
 def _format_fact(value: Any) -> str:
-    """Format a provenance value in one line: a dict as `key value, ...`, a list by spaces."""
+    """Format a provenance value in one line: a dict as `key value, ...`, one within it in brackets."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items())
+        texts = {name: _format_fact(item) for name, item in value.items()}
+        return ", ".join(
+            f"{name} ({texts[name]})" if isinstance(item, dict) else f"{name} {texts[name]}"
+            for name, item in value.items()
+        )
     if isinstance(value, list):
         return " ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -143,7 +143,10 @@ def _describe_lmbda_effect(scores: pd.DataFrame, find_examples: ExampleLookup) -
         return f"All cells have λ = {low:g}, so the effect of λ is unknown."
     effect = estimate_lmbda_effect(scores, find_examples)
     if effect is None:
-        return f"No pair of cells at λ = {low:g} and {high:g} is done, so the effect of λ is unknown."
+        return (
+            f"No pair of cells at λ = {low:g} and {high:g} that differ in nothing else is done, so the "
+            "effect of λ is unknown."
+        )
     estimate, count = effect
     return (
         f"λ = {high:g} against λ = {low:g}: {format_estimate(estimate)} on average over {count} "

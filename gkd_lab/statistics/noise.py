@@ -166,13 +166,13 @@ def _estimate_crossed(differences: Array) -> EffectEstimate:
     by_seed = max(by_seed, residual / (seeds - 1))  # seeds that agree by chance
     if by_example <= residual:
         by_example = residual = 0.0
-    size = seeds * examples
+    size, smallest = seeds * examples, _compute_smallest_error(differences)
     error = float(np.sqrt((by_seed + by_example - residual) / size))
     return EffectEstimate(
-        effect, effect, effect, max(error, _compute_smallest_error(differences)),
+        effect, effect, effect, max(error, smallest),
         _compute_degrees(by_seed, by_example, residual, seeds, examples),
         seeds, examples, f"{seeds} seeds x {examples} examples, crossed",
-        seed_variance=by_seed / examples, example_variance=(by_example - residual) / size,
+        seed_variance=by_seed / examples, example_variance=(by_example - residual) / size + smallest**2,
     )  # fmt: skip
 
 

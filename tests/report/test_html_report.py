@@ -166,6 +166,31 @@ def test_each_task_has_a_section_with_its_own_metric(store: Store, tmp_path: Pat
     assert "No pair of cells at λ = 0 and 1" in page.text
 
 
+def test_every_number_that_a_verdict_rests_on_stands_beside_it(store: Store, tmp_path: Path) -> None:
+    grid = build_grid(grid={"lmbda": [0, 0.5, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    fill_store(grid, store, score=lambda cell: 40.0 + 40 * cell.lmbda + 2 * cell.seed)
+    _, page = render_page(grid, store, tmp_path)
+    basis = "rests on 3 seeds x 50 examples, crossed; one SFT student 2 comparisons"
+    # the claim: effect, interval, margin, seeds, examples; the paper's
+    assert re.search(
+        rf"C1 On-policy .* holds \+40\.00 \+\d+\.\d\d to .* 0 3 50 fails 54 of 55 2 of 2 hold; {basis}",
+        page.text,
+    )
+    assert re.search(r"C3 Only student-written .* \+20\.00 .* 1\.3 3 50 fails 48 of 55", page.text)
+    header = "column comparison outcome effect 95 % interval seeds examples "
+    assert re.search(
+        header + r"forward KL against fixed data \(λ = 0\) holds \+40\.00 \+\d.* 3 50", page.text
+    )
+
+
+def test_a_grid_of_methods_has_bars_instead_of_maps(store: Store, tmp_path: Path) -> None:
+    grid = build_grid(grid={"method": ["imitkd", "gkd"], "beta": [0.1, 1], "seed": [0, 1]})
+    fill_store(grid, store)
+    _, page = render_page(grid, store, tmp_path)
+    assert "greedy/accuracy by method: means with 95 % intervals over seeds" in page.text
+    assert "On-policy GKD, JSD(0.1)" in page.text and "Each square is" not in page.text
+
+
 def test_methods_are_compared_over_all_tasks(store: Store, tmp_path: Path) -> None:
     grid = build_grid(
         task=None, grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1], "seed": [0, 1]}

@@ -84,6 +84,7 @@ def test_models_that_agree_on_every_example_may_differ_on_the_next() -> None:
     same = np.full((2, 3, 50), 100.0)
     estimate = estimate_contrast(ScoreSample(same.mean(axis=2), same, 50), DIFFERENCE)
     assert (estimate.effect, estimate.standard_error) == (0.0, 2.0)
+    assert (estimate.seed_variance, estimate.example_variance) == (0.0, 4.0)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
