@@ -57,9 +57,10 @@ def compute_power(noise: Noise, seeds: int, difference: float, level: float = LE
     """Return the probability that so many seeds show a true difference in points; 0 for a single seed."""
     from scipy.special import nctdtr
 
-    if seeds < 2:
-        return 0.0
-    degrees, shift = noise.compute_degrees(seeds), difference / noise.compute_error(seeds)
+    error = noise.compute_error(seeds)
+    if seeds < 2 or error == 0:
+        return float(seeds >= 2 and difference > 0)
+    degrees, shift = noise.compute_degrees(seeds), difference / error
     quantile = compute_t_quantile(level, degrees)
     power = 1 - float(nctdtr(degrees, shift, quantile))
     return power if math.isfinite(power) else float(shift > quantile)  # scipy: NaN at some shifts far off

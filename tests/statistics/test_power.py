@@ -183,3 +183,11 @@ def test_the_required_seeds_decide_most_open_claims(
             later = [estimate_extreme(ScoreSample(scores[:, :seeds]), parts) for parts in contrasts]
             decided.append(judge(later) != "undecided")
     assert 60 <= sum(decided) <= 90
+
+
+def test_models_that_agree_on_every_example_are_not_decided_by_more_seeds() -> None:
+    same = np.full((2, 3, 50), 100.0)
+    estimate = estimate_contrast(ScoreSample(same.mean(axis=2), same, 50), DIFFERENCE)
+    assert estimate_required_seeds([estimate], [0.0]) is None
+    assert not needs_more_examples(estimate)
+    assert compute_power(Noise(0.0), 3, 0.0) == 0.0 < compute_power(Noise(0.0), 3, 0.1)
