@@ -40,7 +40,7 @@ app.command("table", short_help="Write the table of scores: csv, json, md, parqu
 app.command("evaluate", short_help="Run lm-eval's tasks on a finished cell.")(run_commands.evaluate_cell)
 app.command("claims", short_help="Judge the paper's claims on a run.")(commands.judge_claims)
 app.command("report", short_help="Write one HTML page with figures and scores.")(commands.write_report_page)
-app.command("compare", short_help="Show how two cells differ, with an interval.")(commands.compare_cells)
+app.command("compare", short_help="Compare two cells, over the same examples.")(commands.compare_cells)
 app.command("rescore", short_help="Compute metrics again from stored predictions.")(
     commands.rescore_experiment
 )

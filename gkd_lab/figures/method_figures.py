@@ -26,11 +26,12 @@ _BASELINE_COLOR = "#b4bac4"
 
 
 def bars(table: pd.DataFrame, metric: str, bar_axis: str = "method", evaluation: str | None = None) -> Figure:
-    """Draw mean scores as bars, one per method in the order of Figure 9, with 95 % intervals.
+    """Draw mean scores as bars, one per method in the order of Figure 9, with intervals.
 
-    Takes the long table; `metric` and `evaluation` are as in `select_scores`. A panel for each task and
-    combination of other varying axes. GKD has a bar for each of its divergences, in the divergence's colour,
-    a light one where it is supervised. Panels have the same rows, empty where a panel has no such method.
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
+    seeds, of a single seed over its examples. A panel for each task and combination of other varying axes.
+    GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is supervised.
+    Panels have the same rows, empty where a panel has no such method.
     With another `bar_axis`, such as `objectives`, there is a bar for each of its values in table order, in
     the divergence's colour; the axis `beta` stands for the divergence. Raises ValueError where no cell has
     the score.
@@ -92,9 +93,10 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
 def lines(
     table: pd.DataFrame, metric: str, x_axis: str, line_axis: str, evaluation: str | None = None
 ) -> Figure:
-    """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, 95 % intervals.
+    """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, with intervals.
 
-    Takes the long table; `metric` and `evaluation` are as in `select_scores`. The axis `divergence` (or
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
+    seeds, of a single seed over its examples. The axis `divergence` (or
     `beta`) has a place for each kind and beta. A panel for each task and combination of other varying axes.
     Raises ValueError where no cell has the score, and where two settings meet at one point.
     """

@@ -116,7 +116,7 @@ def reward_gains(table: pd.DataFrame, score: str, reward: str, evaluation: str |
 
     Takes the long table; both are metrics, and `evaluation` is as in `select_scores`. Gains are over the
     student before distillation. There is a point for each alpha, for RLEF*, which is regularized towards
-    that student, and for the teacher. Means over seeds with 95 % intervals. Raises ValueError where the
+    that student, and for the teacher. Means and 95 % intervals over seeds. Raises ValueError where the
     table has no finished start.
     """
     run_scores = [select_scores(table, metric, evaluation) for metric in (score, reward)]

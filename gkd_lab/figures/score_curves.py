@@ -27,9 +27,10 @@ from gkd_lab.tables.scores import select_scores
 def curves(
     table: pd.DataFrame, metric: str, task: str | None = None, evaluation: str | None = None
 ) -> Figure:
-    """Draw mean scores against lmbda, a line per divergence, 95 % intervals; start and teacher dashed.
+    """Draw mean scores against lmbda, a line per divergence, with intervals; start and teacher dashed.
 
-    Takes the long table; `metric` and `evaluation` are as in `select_scores`. A panel for each task and
+    Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
+    seeds, of a single seed over its examples. A panel for each task and
     combination of varying axes. Points of one lmbda stand side by side so that their intervals can be read.
     Raises ConfigError for a score that the table has not.
     """

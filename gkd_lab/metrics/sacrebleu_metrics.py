@@ -102,7 +102,7 @@ def compute_corpus_statistics(name: str, inputs: MetricInput) -> CorpusStatistic
 def bootstrap_sacrebleu_interval(
     name: str, inputs: MetricInput, *, resamples: int = 1000
 ) -> tuple[float, float]:
-    """Return (low, high), sacreBLEU's own 95 % bootstrap interval of `bleu` or `chrf`, 0 to 100.
+    """Return (low, high), sacreBLEU's own 95 % bootstrap interval of `bleu` or `chrf` over examples.
 
     It resamples the sentences' statistics (seed 12345, or SACREBLEU_SEED) and publishes half the width of the
     middle 95 %: the interval is the score plus and minus that. Settings are the defaults (13a; 6 characters).

@@ -55,9 +55,9 @@ def parse_prediction(row: Mapping[str, Any]) -> Prediction:
 def score_predictions(
     metrics: Sequence[str], predictions: Sequence[Prediction], scorer: Scorer | None = None
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return (metric -> value, 95 % interval, n, signature; one row of predictions.jsonl per prediction).
+    """Return (metric -> value, interval, n, signature; one row of predictions.jsonl per prediction).
 
-    Beside the metrics: `mean_length` in tokens, `eos_rate`, the share with an end of sequence, and
+    Intervals are at 95 % over examples. Beside the metrics: `mean_length` in tokens, `eos_rate`, the share with an end of sequence, and
     `truncated`, the share without. One `scorer` for many cells processes shared texts once. With several
     samples per prompt each sample is an example; intervals of means draw prompts, and corpus scores have no
     interval, as sacreBLEU's bootstrap would take the samples of one prompt as independent.

@@ -42,7 +42,7 @@ class Metric:
     compute_statistics: Callable[[MetricInput], CorpusStatistics] | None = None
     """Statistics of a corpus score; None: the score is the mean of the per-example scores."""
     compute_interval: Callable[[MetricInput], tuple[float, float]] | None = None
-    """A library's own 95 % interval of a corpus score; None: our bootstrap of its statistics."""
+    """A library's own 95 % interval over examples of a corpus score; None: our bootstrap."""
 
 
 def _define_sacrebleu_metric(name: str) -> Metric:
