@@ -57,10 +57,11 @@ def score_predictions(
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Return (metric -> value, interval, n, signature; one row of predictions.jsonl per prediction).
 
-    Intervals are at 95 % over examples. Beside the metrics: `mean_length` in tokens, `eos_rate`, the share with an end of sequence, and
-    `truncated`, the share without. One `scorer` for many cells processes shared texts once. With several
-    samples per prompt each sample is an example; intervals of means draw prompts, and corpus scores have no
-    interval, as sacreBLEU's bootstrap would take the samples of one prompt as independent.
+    Intervals are at 95 % over examples. Beside the metrics: `mean_length` in tokens, `eos_rate`, the share
+    with an end of sequence, and `truncated`, the share without. One `scorer` for many cells processes shared
+    texts once. With several samples per prompt each sample is an example; intervals of means draw prompts,
+    and corpus scores have no interval, as sacreBLEU's bootstrap would take the samples of one prompt as
+    independent.
     """
     texts = [prediction.text for prediction in predictions]
     references = [prediction.references for prediction in predictions]
