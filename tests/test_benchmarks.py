@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(
-    path.name for path in BENCHMARKS.glob("*.py") if path.name not in ("step_timing.py", "trl_tests.py")
-)
+MODULES = ("step_timing.py", "calibration_cases.py", "calibration_simulation.py")
+NOT_SMOKED = (*MODULES, "trl_tests.py", "calibration_old.py")
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in NOT_SMOKED)
 TRL_TEST = """
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
