@@ -13,14 +13,17 @@ from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.metrics import METRICS, score_many
 from gkd_lab.metrics.intervals import bootstrap_corpus_interval, bootstrap_mean_interval
 from gkd_lab.metrics.score import CorpusStatistics
-from gkd_lab.statistics.noise import ScoreSample, estimate_contrast, estimate_unpaired
-from gkd_lab.statistics.summaries import DIFFERENCE
+from gkd_lab.statistics.noise import DIFFERENCE, ScoreSample, estimate_contrast, estimate_unpaired
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json
 from gkd_lab.store.predictions import PredictionRow, group_by_prompt, read_predictions
 from gkd_lab.tables.evaluations import FinishedEvaluation, list_finished_evaluations, match_evaluations
-from gkd_lab.tables.example_statistics import SCORE_TOLERANCE, ExampleStatistics, build_example_statistics
-from gkd_lab.tables.examples import compute_pseudo_values
+from gkd_lab.tables.example_statistics import (
+    SCORE_TOLERANCE,
+    ExampleStatistics,
+    build_example_statistics,
+    compute_pseudo_values,
+)
 
 MIN_SHARED_PROMPTS = 0.5
 """Share of the smaller set of prompts that both must have to be paired: made data of other seeds repeat

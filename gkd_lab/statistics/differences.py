@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from gkd_lab.statistics.example_scores import ExampleLookup, average_groups
-from gkd_lab.statistics.noise import EffectEstimate, estimate_contrast
-from gkd_lab.statistics.summaries import DIFFERENCE, expand_collapsed_cells
+from gkd_lab.statistics.noise import DIFFERENCE, EffectEstimate, estimate_contrast
+from gkd_lab.statistics.summaries import expand_collapsed_cells
 from gkd_lab.tables.long_table import list_axes
 
 CONFIDENCE_LEVEL = 0.95

@@ -15,8 +15,8 @@ from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.statistics.noise import Array, ScoreSample
 from gkd_lab.store import Record, Store
-from gkd_lab.tables.example_statistics import load_example_statistics
-from gkd_lab.tables.examples import EXAMPLE_COLUMNS, compute_pseudo_values
+from gkd_lab.tables.example_statistics import compute_pseudo_values, load_example_statistics
+from gkd_lab.tables.examples import EXAMPLE_COLUMNS
 from gkd_lab.tables.results import name_evaluations
 
 ScoreKey = tuple[str | None, str | None, str]

@@ -25,6 +25,8 @@ MIN_SEEDS_EXTREME = 3
 """Seeds below which a largest or smallest score gets no interval: a half of two seeds has no noise."""
 FULL_SCORE = 100.0
 """Points of one example's largest score; the unit of a mean over N examples is FULL_SCORE / N."""
+DIFFERENCE: Array = np.array([1.0, -1.0])
+"""Weights of the first of two models minus the second."""
 _DRAWS = 400
 _SPLITS = 64
 _GRID_TOLERANCE = 1e-6

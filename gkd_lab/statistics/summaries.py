@@ -15,7 +15,13 @@ from gkd_lab.statistics.example_scores import (
     index_examples,
     list_seed_scores,
 )
-from gkd_lab.statistics.noise import EffectEstimate, ExtremePart, estimate_contrast, estimate_extreme
+from gkd_lab.statistics.noise import (
+    DIFFERENCE,
+    EffectEstimate,
+    ExtremePart,
+    estimate_contrast,
+    estimate_extreme,
+)
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.scores import select_scores
@@ -24,9 +30,6 @@ SEED_INTERVAL = "seeds"
 EXAMPLE_INTERVAL = "examples"
 CROSSED_INTERVAL = "seeds x examples"
 NO_INTERVAL = "none"
-
-DIFFERENCE = np.array([1.0, -1.0])
-"""Weights of the first of two models minus the second."""
 
 SUMMARY_KEYS = ("role", "task", "lmbda", "divergence", "beta")
 """Columns that every summary has; the axes come after them."""

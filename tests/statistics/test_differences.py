@@ -9,8 +9,7 @@ import pytest
 from gkd_lab.config import Cell, Grid
 from gkd_lab.statistics.differences import adjust_holm, compute_start_differences
 from gkd_lab.statistics.example_scores import build_example_lookup, find_no_examples
-from gkd_lab.statistics.noise import ScoreSample, estimate_contrast
-from gkd_lab.statistics.summaries import DIFFERENCE
+from gkd_lab.statistics.noise import DIFFERENCE, ScoreSample, estimate_contrast
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import build_long_table
 from gkd_lab.tables.scores import select_scores

@@ -14,8 +14,12 @@ from gkd_lab.config import Cell, ConfigError, Grid
 from gkd_lab.metrics import METRICS, MetricInput, score
 from gkd_lab.metrics.intervals import draw_resample_counts
 from gkd_lab.store import Store
-from gkd_lab.tables.example_statistics import ExampleStatistics, build_example_statistics
-from gkd_lab.tables.examples import build_examples, compute_pseudo_values, read_examples, write_examples
+from gkd_lab.tables.example_statistics import (
+    ExampleStatistics,
+    build_example_statistics,
+    compute_pseudo_values,
+)
+from gkd_lab.tables.examples import build_examples, read_examples, write_examples
 from gkd_lab.tables.long_table import build_long_table
 
 from .prediction_records import (
