@@ -190,7 +190,9 @@ def shrinking_span(scores: ModelScores, axis: str, over: str, *, is_descending: 
             for before, after in pairwise(order)
             if _list_values(models, groups[before], over) == _list_values(models, groups[after], over)
         ]
-        return contrasts, [] if contrasts else [f"two values of {axis} over the same {over}s"]
+        values = f"students of known size ({', '.join(STUDENT_SIZES)})"
+        values = values if axis == "student" else f"values of {axis}"
+        return contrasts, [] if contrasts else [f"two {values} over the same {over}s"]
 
     return _compare_columns(scores, _list_varying(axis, over), build)
 
@@ -207,6 +209,9 @@ def span_below_effect(scores: ModelScores, better: Selector, worse: Selector, ov
         effects = np.array([_weigh(models, lowers[v]) - _weigh(models, uppers[v]) for v in values])
         everything = [index for indices in uppers.values() for index in indices]
         parts = ExtremePart(-1, effects), *_span(models, everything, -1)
+        missing += [
+            f"{worse.name} at {format_setting(over, value)}" for value in uppers if value not in lowers
+        ]
         return [Contrast("least effect minus span", tuple(models), parts)], missing
 
     return _compare_columns(scores, _list_varying(better, worse, over), build)
@@ -229,7 +234,7 @@ def gain_ratio(
     selectors = (better, start, *baselines)
 
     def build(models: Models, shared: Settings) -> Plan:
-        groups = [_group(models, average_over, selector) for selector in selectors]
+        groups = [_group(models, average_over, selector, is_ordered=False) for selector in selectors]
         values = [value for value in groups[0] if all(value in group for group in groups)]
         if not values:
             return [], _list_missing(zip(selectors, groups, strict=True)) or [f"a common {average_over}"]
@@ -243,7 +248,8 @@ def gain_ratio(
         parts = (ExtremePart(1, gain[None]), ExtremePart(-1, factor * rivals))
         means = np.array([np.mean([s.value for s in m.scores.values()] or [np.nan]) for m in models])
         best = rivals[int(np.argmax(rivals @ np.nan_to_num(means)))]
-        return [Contrast(_name_factor(factor, baselines), tuple(models), parts, ratio=(gain, best))], []
+        ratio = Contrast(_name_factor(factor, baselines), tuple(models), parts, ratio=(gain, best))
+        return [ratio, _compare_linear(models, "its own gain", gain)], []
 
     return _compare_columns(scores, _list_varying(*selectors, average_over), build)
 
@@ -324,20 +330,26 @@ def _find(models: Models, selector: Selector) -> list[int]:
     return [index for index, model in enumerate(models) if selector.matches(model)]
 
 
-def _group(models: Models, axis: str, selector: Selector = ALL_CELLS) -> dict[Any, list[int]]:
-    """Map each value of an axis, sorted, to the indices of the selected models that have it."""
+def _group(
+    models: Models, axis: str, selector: Selector = ALL_CELLS, *, is_ordered: bool = True
+) -> dict[Any, list[int]]:
+    """Map each value of an axis to the indices of the selected models that have it.
+
+    Values are sorted; students of unknown size are left out where their order matters.
+    """
     groups: dict[Any, list[int]] = {}
     for index in _find(models, selector):
         if models[index][axis] is not None:
             groups.setdefault(models[index][axis], []).append(index)
-    return {value: groups[value] for value in _sort_values(axis, groups)}
+    return {value: groups[value] for value in _sort_values(axis, groups, is_ordered)}
 
 
-def _sort_values(axis: str, values: Collection[Any]) -> list[Any]:
-    """Sort values; students small to large, where an unknown size is dropped unless it is alone."""
+def _sort_values(axis: str, values: Collection[Any], is_ordered: bool) -> list[Any]:
+    """Sort values; students small to large, those of unknown size last, or not at all among several."""
     if axis != "student":
         return sorted(values)
-    return [size for size in STUDENT_SIZES if size in values] if len(values) > 1 else list(values)
+    sizes = [size for size in STUDENT_SIZES if size in values]
+    return sizes if is_ordered and len(values) > 1 else [*sizes, *(v for v in values if v not in sizes)]
 
 
 def _list_values(models: Models, indices: Iterable[int], name: str) -> set[Any]:

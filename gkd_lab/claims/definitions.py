@@ -26,7 +26,7 @@ from gkd_lab.claims.contrasts import (
     span_below_effect,
 )
 from gkd_lab.claims.model_scores import ModelScores
-from gkd_lab.claims.model_settings import format_setting, require_minimum, require_other
+from gkd_lab.claims.model_settings import format_setting, require_minimum, require_prefix
 
 Rule = Callable[[ModelScores], Contrasts]
 """Contrasts that decide a claim, built from scores."""
@@ -375,7 +375,7 @@ def reverse_kl_is_best_for_instructions(scores: ModelScores) -> Contrasts:
     "Figure A.11", "A.11",
 )  # fmt: skip
 def forward_kl_is_no_better_than_start(scores: ModelScores) -> Contrasts:
-    mmlu = scores.where(FLAN, metric=require_other("bbh"))
+    mmlu = scores.where(FLAN, metric=require_prefix("mmlu"))
     return paired_difference(mmlu, SFT_STUDENT, [select_gkd(0.0)], MARGINS)
 
 

@@ -11,8 +11,9 @@ import pandas as pd
 from gkd_lab.claims.contrasts import Contrast
 from gkd_lab.claims.definitions import Claim
 from gkd_lab.claims.judge import judge_paper, select_claims
-from gkd_lab.claims.model_scores import ComparedModel, ModelScores, load_table_scores
+from gkd_lab.claims.model_scores import ComparedModel, ModelScores
 from gkd_lab.claims.table_noise import NoiseKey, NoiseSource, ScoreNoise, get_evaluation_key
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import ConfigError, Evaluation, Grid
 from gkd_lab.statistics.noise import Array, ExtremePart
 from gkd_lab.statistics.planned_power import (

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from gkd_lab.claims.definitions import CLAIMS, Claim
-from gkd_lab.claims.model_scores import ModelScores, load_paper_scores, load_table_scores
+from gkd_lab.claims.model_scores import ModelScores, load_paper_scores
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.claims.verdict_text import VERDICT_COLUMNS, summarize_verdict
 from gkd_lab.claims.verdicts import ClaimVerdict, judge_claim
 from gkd_lab.config import Grid
@@ -51,6 +52,7 @@ def judge_table(
 ) -> list[ClaimVerdict]:
     """Return a verdict on each claim (ids; None: all) by a long table; `problems` are added to its own."""
     scores = load_table_scores(table, find_examples)
+    problems = (*problems, *_describe_unused_examples(scores))
     scores = ModelScores(scores.models, find_examples, (*scores.problems, *problems))
     return [judge_claim(claim, scores) for claim in select_claims(claims)]
 
@@ -68,6 +70,15 @@ def load_example_lookup(table: Path) -> tuple[ExampleLookup, tuple[str, ...]]:
     """Return `index_examples` of the examples beside a table's file; an empty lookup if there are none."""
     path = get_examples_path(table)
     return index_examples(read_examples(path) if path.is_file() else None)
+
+
+def _describe_unused_examples(scores: ModelScores) -> list[str]:
+    """Return a note if examples are given, and none of them belongs to a score of the table."""
+    if scores.find_examples is find_no_examples:
+        return []
+    keys = (score.key for model in scores.models for score in model.scores.values())
+    is_used = any(key is not None and scores.find_examples(key) is not None for key in keys)
+    return [] if is_used or not scores.models else ["no examples of any score of the table are given"]
 
 
 def judge_paper(claims: Iterable[str] | None = None) -> list[ClaimVerdict]:

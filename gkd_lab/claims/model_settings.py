@@ -40,9 +40,9 @@ def require_minimum(bound: float) -> Callable[[float], bool]:
     return lambda value: value >= bound
 
 
-def require_other(name: str) -> Callable[[str], bool]:
-    """Return a predicate to use as a condition: the value is not `name`."""
-    return lambda value: value != name
+def require_prefix(prefix: str) -> Callable[[str], bool]:
+    """Return a predicate to use as a condition: the value begins so, as `mmlu_5shot` with `mmlu`."""
+    return lambda value: value.startswith(prefix)
 
 
 # ---- text ----

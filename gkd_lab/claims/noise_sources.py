@@ -7,8 +7,8 @@ from typing import cast
 
 from gkd_lab import experiments
 from gkd_lab.claims.judge import load_example_lookup
-from gkd_lab.claims.model_scores import load_table_scores
 from gkd_lab.claims.table_noise import NoiseSource, ScoreNoise, measure_noise
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.experiment import Scale
 from gkd_lab.statistics.example_scores import build_example_lookup

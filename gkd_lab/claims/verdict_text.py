@@ -60,7 +60,7 @@ def _format_counts(columns: Sequence[JudgedColumn]) -> str:
     for outcome, word in (("fails", "fails"), ("tie", "ties"), ("undecided", "undecided")):
         exceptions = [_format_exception(column, names) for column in columns if column.outcome == outcome]
         parts += [f"{word}: {' | '.join(exceptions)}"] if exceptions else []
-    ratios = [_format_ratio(column, names) for column in columns if column.weakest.ratio is not None]
+    ratios = [text for column in columns if (text := _format_ratio(column, names))]
     return "; ".join([*parts, f"ratios: {', '.join(ratios)}"] if ratios else parts)
 
 
@@ -75,9 +75,11 @@ def _format_exception(column: JudgedColumn, names: Sequence[str]) -> str:
 
 
 def _format_ratio(column: JudgedColumn, names: Sequence[str]) -> str:
-    """Format settings of a column with the ratio and the label of its weakest contrast."""
-    name = format_settings(column.shared, names)
-    return f"{name} {column.weakest.ratio:.2f} ({column.weakest.label})".strip()
+    """Format settings of a column with the ratio and the label of the contrast that has one; else nothing."""
+    contrast = column.measured_ratio
+    if contrast is None:
+        return ""
+    return f"{format_settings(column.shared, names)} {contrast.ratio:.2f} ({contrast.label})".strip()
 
 
 def _list_unfinished(models: Sequence[ComparedModel]) -> list[str]:

@@ -62,6 +62,11 @@ class JudgedContrast:
         return self.estimate.high(LEVEL)
 
     @property
+    def can_fail(self) -> bool:
+        """Whether it has an interval over two seeds or more."""
+        return self.estimate.seeds > 1 and self.estimate.standard_error is not None
+
+    @property
     def required_seeds(self) -> int | None:
         """Seeds that would probably decide it; None where it is decided or more seeds would not."""
         if self.outcome != "undecided":
@@ -85,6 +90,11 @@ class JudgedColumn:
     def weakest(self) -> JudgedContrast:
         """The contrast that decides the column, as `find_weakest` finds it."""
         return find_weakest(self.contrasts)
+
+    @property
+    def measured_ratio(self) -> JudgedContrast | None:
+        """The contrast that reports a ratio; None without one."""
+        return next((contrast for contrast in self.contrasts if contrast.ratio is not None), None)
 
 
 @dataclass(frozen=True)
@@ -116,13 +126,10 @@ class ClaimVerdict:
 
     @property
     def effect(self) -> float | None:
-        """Effect of the weakest contrast; of a measurement, the mean over columns."""
-        if not self.columns:
-            return None
-        if self.claim.is_measurement:
+        """The least effect, relative to the margins; of a measurement, the mean over columns."""
+        if not self.columns or self.claim.is_measurement:
             return self.mean_effect
-        high = self.high
-        return self.weakest.effect if high is None else min(self.weakest.effect, high)
+        return min(c.effect + c.margin for c in self.contrasts) - self.weakest.margin
 
     @property
     def mean_effect(self) -> float | None:
@@ -131,23 +138,28 @@ class ClaimVerdict:
 
     @property
     def low(self) -> float | None:
-        """Low end of the 95 % interval of the least effect: the least of all low ends."""
-        if not self.columns or (self.claim.is_measurement and len(self.contrasts) > 1):
+        """Low end of the 95 % interval of the least effect: the least of all low ends.
+
+        Where margins differ, relative to that of the weakest contrast; so is the high end.
+        """
+        ends = [(contrast.low, contrast.margin) for contrast in self.contrasts]
+        known = [low + margin for low, margin in ends if low is not None]
+        if not known or len(known) < len(ends) or (self.claim.is_measurement and len(ends) > 1):
             return None
-        return self.weakest.low
+        return min(known) - self.weakest.margin
 
     @property
     def high(self) -> float | None:
-        """High end of the interval of the least effect: the least of all high ends, Bonferroni-adjusted.
+        """High end of the interval of the least effect: the least high end of those that can fail.
 
-        Where margins differ, relative to that of the weakest contrast.
+        It is Bonferroni-adjusted for their number.
         """
-        if self.low is None:
+        if not self.contrasts or (self.claim.is_measurement and len(self.contrasts) > 1):
             return None
-        level = LEVEL / len(self.contrasts)
-        ends = [(c.estimate.high(level), c.margin) for c in self.contrasts]
-        relative = [high + margin for high, margin in ends if high is not None]
-        return min(relative) - self.weakest.margin if relative else None
+        contrasts = [contrast for contrast in self.contrasts if contrast.can_fail] or self.contrasts
+        ends = [(c.estimate.high(LEVEL / len(contrasts)), c.margin) for c in contrasts]
+        known = [high + margin for high, margin in ends if high is not None]
+        return min(known) - self.weakest.margin if known else None
 
     @property
     def required_seeds(self) -> int | None:
@@ -163,13 +175,12 @@ class ClaimVerdict:
 
 
 def find_weakest(contrasts: Sequence[JudgedContrast]) -> JudgedContrast:
-    """Return the contrast of the worst outcome that is the least above its margin, by its low end."""
+    """Return the contrast that decides: of the worst outcome, one seed before more, the least low end."""
 
-    def rank(contrast: JudgedContrast) -> tuple[int, bool, float]:
-        low = contrast.low
-        end = contrast.effect if low is None else low
-        is_failure = contrast.outcome == "fails"
-        return (0 if is_failure else 1), low is not None, end + contrast.margin
+    def rank(contrast: JudgedContrast) -> tuple[int, bool, bool, float]:
+        end = contrast.effect if contrast.low is None else contrast.low
+        outcome = _OUTCOMES_WORST_FIRST.index(contrast.outcome)
+        return outcome, contrast.estimate.seeds > 1, contrast.low is not None, end + contrast.margin
 
     return min(contrasts, key=rank)
 
@@ -268,8 +279,9 @@ def _adjust_failures(columns: Sequence[JudgedColumn]) -> list[JudgedColumn]:
     """Mark the contrasts that fail, by Holm's step-down procedure over all of a claim."""
     failed: set[int] = set()
     contrasts = [contrast for column in columns for contrast in column.contrasts]
+    testable = sum(contrast.can_fail for contrast in contrasts)
     while True:
-        level = LEVEL / max(1, len(contrasts) - len(failed))
+        level = LEVEL / max(1, testable - len(failed))
         rejected = {n for n, c in enumerate(contrasts) if n not in failed and _lies_below(c, level)}
         if not rejected:
             break
@@ -284,7 +296,7 @@ def _adjust_failures(columns: Sequence[JudgedColumn]) -> list[JudgedColumn]:
 def _lies_below(contrast: JudgedContrast, level: float) -> bool:
     """Return whether a contrast of two seeds or more lies below minus its margin at a level."""
     high = contrast.estimate.high(level)
-    return high is not None and high < -contrast.margin and contrast.estimate.seeds > 1
+    return contrast.can_fail and high is not None and high < -contrast.margin
 
 
 def _classify_sign(effect: float, reading_error: float) -> Outcome:

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from gkd_lab.claims.judge import judge_paper, judge_table
-from gkd_lab.claims.model_scores import ModelScores, load_table_scores
+from gkd_lab.claims.model_scores import ModelScores
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.claims.verdict_text import (
     format_detail,
     format_effect,

@@ -24,7 +24,7 @@ ScoreKey = tuple[str | None, str | None, str]
 ExampleLookup = Callable[[ScoreKey], "ExampleScores | None"]
 """Score -> scores of its examples; None: not stored."""
 
-SCORE_TOLERANCE = 1e-3
+SCORE_TOLERANCE = 0.01
 """Points by which examples' mean may differ from their score; beyond it the metric has changed."""
 
 
@@ -175,6 +175,13 @@ def _index_evaluations(
     return index
 
 
+def _list_ids(column: "pd.Series[Any]") -> NDArray[Any]:
+    """Return examples' ids that can be sorted: numbers, or else text."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy()
+    return column.astype("object").map(lambda value: None if pd.isna(value) else str(value)).to_numpy()
+
+
 def index_examples(examples: pd.DataFrame | None) -> tuple[ExampleLookup, tuple[str, ...]]:
     """Return (lookup into a frame of examples' scores, problems that keep examples from being used).
 
@@ -190,10 +197,13 @@ def index_examples(examples: pd.DataFrame | None) -> tuple[ExampleLookup, tuple[
     lists: dict[ScoreKey, ExampleScores] = {}
     problems: Counter[str] = Counter()
     groups = examples.groupby(list(names[:3]), sort=False, dropna=False, observed=True)
-    all_ids, all_values = examples["example"].to_numpy(), examples["value"].to_numpy(np.float64)
+    all_ids, all_values = _list_ids(examples["example"]), examples["value"].to_numpy(np.float64)
     for group, numbers in groups.indices.items():
         cell, evaluation, metric = [None if pd.isna(part) else part for part in list(group)]  # type: ignore[call-overload]
         ids, values = all_ids[numbers], all_values[numbers]
+        if pd.isna(ids).any():
+            problems["scores with examples without an id"] += 1
+            continue
         if (ids[1:] < ids[:-1]).any():
             order = ids.argsort(kind="stable")
             ids, values = ids[order], values[order]

@@ -3,8 +3,9 @@
 Shapes: M models, S seeds, N examples. All seeds are evaluated on the same examples, so the examples' share
 of the noise does not shrink with more seeds: the variance of a mean difference over both is
 V_seeds / S + V_examples / N + V_residual / (S N), estimated from the mean squares of a two-way table
-without replication (Searle, Casella and McCulloch 1992), with Satterthwaite's degrees of freedom. The
-pigeonhole bootstrap (Owen and Eckles 2012) estimates the same quantity by resampling.
+without replication (Searle, Casella and McCulloch 1992). Each source has Student's t of its own degrees of
+freedom (Cochran 1964): Satterthwaite's are too many for two or three seeds. The pigeonhole bootstrap (Owen
+and Eckles 2012) estimates the same variance by resampling.
 
 Largest and smallest scores ("best of", spans) are biased upwards and downwards by the choice. Each end of
 their interval uses the estimate whose remaining bias widens it: cross-fitting on half of the seeds and
@@ -27,9 +28,14 @@ FULL_SCORE = 100.0
 """Points of one example's largest score; the unit of a mean over N examples is FULL_SCORE / N."""
 DIFFERENCE: Array = np.array([1.0, -1.0])
 """Weights of the first of two models minus the second."""
+_BISECTIONS = 60
 _DRAWS = 400
 _SPLITS = 64
 _GRID_TOLERANCE = 1e-6
+_RESIDUAL_SHARE = 0.05
+"""Share of the residual mean square that the seeds' mean square is at least."""
+_ROUNDING = 1e-9
+"""Differences below this share of the scores are rounding."""
 _RELATIVE_ZERO = 1e-12
 """Variances below this share of the squared scores are rounding."""
 
@@ -72,15 +78,26 @@ class EffectEstimate:
 
     def low(self, level: float = 0.025) -> float | None:
         """Return the low end of the interval that leaves out `level` below; None without interval."""
-        if self.standard_error is None:
-            return None
-        return self.low_center - compute_t_quantile(level, self.degrees) * self.standard_error
+        return None if self.standard_error is None else self.low_center - self.compute_half_width(level)
 
     def high(self, level: float = 0.025) -> float | None:
         """Return the high end of the interval that leaves out `level` above; None without interval."""
-        if self.standard_error is None:
-            return None
-        return self.high_center + compute_t_quantile(level, self.degrees) * self.standard_error
+        return None if self.standard_error is None else self.high_center + self.compute_half_width(level)
+
+    def compute_half_width(self, level: float) -> float:
+        """Return the distance of either end from its centre, in points.
+
+        With two sources of noise each has Student's t of its own degrees of freedom (Cochran 1964).
+        """
+        assert self.standard_error is not None, "an estimate with an interval"
+        seed_part, example_part = self.seed_variance / self.seeds, self.example_variance
+        total = seed_part + example_part
+        if self.examples is None or self.seeds < 2 or total == 0:
+            return compute_t_quantile(level, self.degrees) * self.standard_error
+        seed_quantile = compute_t_quantile(level, self.seeds - 1)
+        example_quantile = compute_t_quantile(level, self.examples - 1)
+        square = (seed_quantile**2 * seed_part + example_quantile**2 * example_part) / total
+        return float(np.sqrt(square)) * self.standard_error
 
     @property
     def verdict(self) -> str:
@@ -92,14 +109,17 @@ class EffectEstimate:
 
     @property
     def p_value(self) -> float | None:
-        """Two-sided p-value of a contrast of 0, from the interval's own error; None without interval."""
-        from scipy.special import stdtr
-
+        """Two-sided p-value of a contrast of 0: twice the level of the interval that ends at 0."""
         if self.standard_error is None:
             return None
         if self.standard_error == 0:
             return float(self.effect == 0)
-        return float(2 * stdtr(self.degrees, -abs(self.effect) / self.standard_error))
+        low, high = 0.0, 0.5
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_inside = middle > 0 and self.compute_half_width(middle) >= abs(self.effect)
+            low, high = (middle, high) if is_inside else (low, middle)
+        return 2 * high
 
 
 def compute_t_quantile(level: float, degrees: float) -> float:
@@ -117,7 +137,8 @@ def estimate_contrast(sample: ScoreSample, weights: Array) -> EffectEstimate:
     differences = weights @ sample.seed_scores
     effect = float(differences.mean())
     if sample.example_scores is not None:
-        return _estimate_crossed(np.tensordot(weights, sample.example_scores, axes=1))
+        scale = float(np.abs(sample.example_scores).max())
+        return _estimate_crossed(np.tensordot(weights, sample.example_scores, axes=1), scale)
     error, method = _estimate_seed_error(differences, sample.example_count)
     return EffectEstimate(
         effect, effect, effect, error, sample.seeds - 1.0, sample.seeds, None, method,
@@ -153,29 +174,42 @@ def _is_on_grid(values: Array, step: float) -> bool:
     return bool(np.all(np.abs(values / step - np.round(values / step)) < _GRID_TOLERANCE * 100))
 
 
-def _estimate_crossed(differences: Array) -> EffectEstimate:
-    """Estimate the mean of an (S, N) table of differences; both ways are random and crossed."""
+def _estimate_crossed(differences: Array, scale: float) -> EffectEstimate:
+    """Estimate the mean of an (S, N) table of differences; both ways are random and crossed.
+
+    scale: Largest of the scores, of which differences below a billionth are rounding.
+    """
     seeds, examples = differences.shape
     effect = float(differences.mean())
+    floor = _compute_floor(differences, scale)
     if seeds == 1:
-        error = float(np.sqrt(differences.var(ddof=1) / examples))
-        error = max(error, _compute_smallest_error(differences))
+        variance = max(float(differences.var(ddof=1)) / examples, floor)
         method = f"one seed: {examples} examples only"
         return EffectEstimate(
-            effect, effect, effect, error, examples - 1.0, 1, examples, method, example_variance=error**2
-        )
+            effect, effect, effect, float(np.sqrt(variance)), examples - 1.0, 1, examples, method,
+            example_variance=variance,
+        )  # fmt: skip
     by_seed, by_example, residual = _compute_mean_squares(differences)
-    by_seed = max(by_seed, residual / (seeds - 1))  # seeds that agree by chance
-    if by_example <= residual:
-        by_example = residual = 0.0
-    size, smallest = seeds * examples, _compute_smallest_error(differences)
-    error = float(np.sqrt((by_seed + by_example - residual) / size))
+    by_seed = max(by_seed, _RESIDUAL_SHARE * residual)  # seeds that agree by chance
+    seed_variance = by_seed / examples
+    example_variance = max(by_example - residual, 0.0) / differences.size + floor
     return EffectEstimate(
-        effect, effect, effect, max(error, smallest),
-        _compute_degrees(by_seed, by_example, residual, seeds, examples),
+        effect, effect, effect, float(np.sqrt(seed_variance / seeds + example_variance)), seeds - 1.0,
         seeds, examples, f"{seeds} seeds x {examples} examples, crossed",
-        seed_variance=by_seed / examples, example_variance=(by_example - residual) / size + smallest**2,
+        seed_variance=seed_variance, example_variance=example_variance,
     )  # fmt: skip
+
+
+def _compute_floor(differences: Array, scale: float) -> float:
+    """Return the least variance of the mean of an (S, N) table: 0 unless all of its differences are equal.
+
+    Equal differences tell no noise. Then, as for seeds that agree by chance, a mean difference of k examples
+    counts as noisy as k examples that fall to either side at random; at least one differs.
+    """
+    step = FULL_SCORE / differences.shape[1]
+    if np.ptp(differences) > _ROUNDING * scale:
+        return 0.0
+    return float(max(1.0, abs(differences.mean()) / step) * step**2)
 
 
 def estimate_unpaired(before: Array, after: Array) -> EffectEstimate:
@@ -205,19 +239,6 @@ def _compute_mean_squares(differences: Array) -> tuple[float, float, float]:
     squares = float(((differences - mean) ** 2).sum())
     rest = squares - (seeds - 1) * by_seed - (examples - 1) * by_example
     return by_seed, by_example, max(rest, 0.0) / ((seeds - 1) * (examples - 1))
-
-
-def _compute_degrees(by_seed: float, by_example: float, residual: float, seeds: int, examples: int) -> float:
-    """Return Satterthwaite's degrees of freedom of by_seed + by_example - residual; at least 1."""
-    total = by_seed + by_example - residual
-    parts = by_seed**2 / (seeds - 1) + by_example**2 / (examples - 1)
-    parts += residual**2 / ((seeds - 1) * (examples - 1))
-    return max(1.0, total**2 / parts) if parts > 0 else float(seeds - 1)
-
-
-def _compute_smallest_error(differences: Array) -> float:
-    """Return the least standard error: that of one example that differs, where no example does; else 0."""
-    return FULL_SCORE / differences.shape[1] if not differences.any() else 0.0
 
 
 # ---- extremes ----

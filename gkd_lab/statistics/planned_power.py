@@ -19,7 +19,13 @@ from gkd_lab.statistics.noise import (
     estimate_extreme,
     evaluate_extreme,
 )
-from gkd_lab.statistics.power import LEVEL, POWER, Noise, compute_detectable_difference
+from gkd_lab.statistics.power import (
+    LEVEL,
+    MANY_DEGREES,
+    POWER,
+    Noise,
+    compute_detectable_difference,
+)
 
 _VALUES = 600_000
 """Simulated differences of linear comparisons: draws x seeds x comparisons."""
@@ -147,9 +153,8 @@ def _simulate_shown_differences(contrasts: Sequence[PlannedContrast], noise: Mod
     differences = by_seed @ weights.T
     by_example = (rng.normal(size=(draws, weights.shape[1])) * noise.example) @ weights.T
     part = differences.var(axis=1, ddof=1) / seeds
-    variance = part + example_variance
-    degrees = (seeds - 1) * (variance / part) ** 2
-    widths = stdtrit(degrees, 1 - LEVEL) * np.sqrt(variance)
+    quantiles = stdtrit([seeds - 1, MANY_DEGREES], 1 - LEVEL)  # as `compute_half_width`
+    widths = np.sqrt(quantiles[0] ** 2 * part + quantiles[1] ** 2 * example_variance)
     margins = np.array([contrast.margin for contrast in contrasts])
     shown: Array = (widths - differences.mean(axis=1) - by_example - margins).max(axis=1)
     return shown

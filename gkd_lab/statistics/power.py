@@ -9,13 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from gkd_lab.statistics.noise import EffectEstimate, compute_t_quantile
 
 LEVEL = 0.025
 POWER = 0.8
 MAX_SEEDS = 200
 """Seeds beyond which more of them are no answer."""
-_MAX_DEGREES = 1e6
+MANY_DEGREES = 1e6
+_NODES = 400
+"""Quantiles of the estimated variance over which a power is averaged."""
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,6 @@ class Noise:
         """Return the standard error of a mean over so many seeds, in points."""
         return math.sqrt(self.seed_variance / seeds + self.example_variance)
 
-    def compute_degrees(self, seeds: int) -> float:
-        """Return Satterthwaite's degrees of freedom at so many seeds, at most 1e6; the examples are many."""
-        part = self.seed_variance / seeds
-        ratio = (part + self.example_variance) / part if part > 0 else math.inf
-        return min((seeds - 1) * ratio**2, _MAX_DEGREES)
-
 
 def compute_detectable_difference(noise: Noise, seeds: int, level: float = LEVEL) -> float:
     """Return the least true difference in points that so many seeds show with a power of 80 %.
@@ -45,25 +44,40 @@ def compute_detectable_difference(noise: Noise, seeds: int, level: float = LEVEL
     """
     from scipy.special import nctdtrinc
 
+    error = noise.compute_error(seeds)
     if seeds < 2:
         return math.inf
-    degrees = noise.compute_degrees(seeds)
-    return float(nctdtrinc(degrees, 1 - POWER, compute_t_quantile(level, degrees))) * noise.compute_error(
-        seeds
-    )
+    if noise.example_variance == 0:
+        return float(nctdtrinc(seeds - 1, 1 - POWER, compute_t_quantile(level, seeds - 1))) * error
+    low, high = 0.0, error
+    while compute_power(noise, seeds, high, level) < POWER:
+        high *= 2
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        has_power = compute_power(noise, seeds, middle, level) >= POWER
+        low, high = (low, middle) if has_power else (middle, high)
+    return high
 
 
 def compute_power(noise: Noise, seeds: int, difference: float, level: float = LEVEL) -> float:
-    """Return the probability that so many seeds show a true difference in points; 0 for a single seed."""
-    from scipy.special import nctdtr
+    """Return the probability that so many seeds show a true difference in points; 0 for a single seed.
+
+    With noise of examples: the interval of `statistics.noise`, averaged over the seeds' estimated variance;
+    the examples are many.
+    """
+    from scipy.special import chdtri, nctdtr, ndtr
 
     error = noise.compute_error(seeds)
     if seeds < 2 or error == 0:
         return float(seeds >= 2 and difference > 0)
-    degrees, shift = noise.compute_degrees(seeds), difference / error
-    quantile = compute_t_quantile(level, degrees)
-    power = 1 - float(nctdtr(degrees, shift, quantile))
-    return power if math.isfinite(power) else float(shift > quantile)  # scipy: NaN at some shifts far off
+    quantile, shift = compute_t_quantile(level, seeds - 1), difference / error
+    if noise.example_variance == 0:
+        power = 1 - float(nctdtr(seeds - 1, shift, quantile))
+        return power if math.isfinite(power) else float(shift > quantile)  # scipy: NaN at some shifts far off
+    ratios = chdtri(seeds - 1, (np.arange(_NODES) + 0.5) / _NODES) / (seeds - 1)
+    example_part = compute_t_quantile(level, MANY_DEGREES) ** 2 * noise.example_variance
+    widths = np.sqrt(quantile**2 * noise.seed_variance / seeds * ratios + example_part)
+    return float(ndtr(shift - widths / error).mean())
 
 
 def find_least_seeds(has_power: Callable[[int], bool], first: int = 2) -> int | None:

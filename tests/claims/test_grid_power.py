@@ -10,9 +10,9 @@ import pytest
 
 import gkd_lab
 from gkd_lab.claims.grid_power import ClaimPower, plan_power
-from gkd_lab.claims.model_scores import load_table_scores
 from gkd_lab.claims.noise_sources import find_grid_noise, load_noise, state_noise
 from gkd_lab.claims.table_noise import NoiseSource, ScoreNoise, measure_noise
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.statistics.example_scores import index_examples
 from gkd_lab.statistics.power import Noise, compute_detectable_difference

@@ -64,7 +64,7 @@ def test_without_examples_the_interval_is_over_seeds_and_says_so() -> None:
 
 def test_examples_widen_the_interval() -> None:
     table = build_table([[40.3, 41.1, 39.8], [45.2, 45.1, 46.0]], **TWO)
-    seeds, both = judge_one(table, "C1"), judge_one(table, "C1", build_examples(table, 30.0))
+    seeds, both = judge_one(table, "C1"), judge_one(table, "C1", build_examples(table, 60.0))
     assert both["n_examples"] == 200
     assert both["low"] < seeds["low"] and both["effect"] == pytest.approx(seeds["effect"])
 

@@ -13,7 +13,7 @@ import pytest
 
 from gkd_lab.claims.definitions import CLAIMS
 from gkd_lab.claims.judge import judge_run, judge_table
-from gkd_lab.claims.model_scores import load_table_scores
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.claims.verdict_text import encode_verdicts, format_decision, format_detail, format_verdict_lines
 from gkd_lab.claims.verdicts import ClaimVerdict
 from gkd_lab.config import Cell, Grid, RevisionLookup, expand_grid

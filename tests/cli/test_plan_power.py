@@ -64,5 +64,5 @@ def test_noise_differences_and_the_papers_effect_are_printed(
     rows = {line[0]: [text.strip() for text in line[1:] if text] for line in lines if line[0].startswith("C")}
     assert rows["C1"] == ["5", "10", "500", "+5.4", "-5.5", "+2.5 (+0.9 to +4.2)", "38"]
     assert rows["C3"][3:6] == ["1.3", "+4.1", "-6.8"]
-    assert "C25: cannot be judged by this grid: no two values of student over the same betas" in out
+    assert "C25: cannot be judged by this grid: no two students of known size" in out
     assert "the noise of the examples is not known" in out

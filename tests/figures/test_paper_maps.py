@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gkd_lab.claims import paper
-from gkd_lab.claims.model_scores import ModelScores, load_table_scores
+from gkd_lab.claims.model_scores import ModelScores
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import paired_heat_maps
 from gkd_lab.figures.paper_maps import MapPair, describe_agreement, measure_agreement, pair_maps

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from gkd_lab.claims.model_scores import load_table_scores
+from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import reward_gains
 from gkd_lab.store import Store

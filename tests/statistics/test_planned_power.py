@@ -49,7 +49,7 @@ def test_one_comparison_needs_the_exact_difference(seeds: int) -> None:
 
 @pytest.mark.parametrize("seeds", [3, 5, 20])
 def test_noise_of_examples_is_part_of_a_difference(seeds: int) -> None:
-    """Degrees of freedom are estimated on each draw, in place of the expected ones: within 5 %."""
+    """By draws, against the average over the seeds' estimated variance: within 5 %."""
     noise, contrast = build_noise(2, seed=1.5, example=1.5), build_difference(2, 0, 1)
     expected = compute_detectable_difference(Noise(2 * 1.5**2, 2 * 1.5**2), seeds)
     assert find_holding_difference([contrast], noise, seeds) == pytest.approx(expected, rel=0.05)

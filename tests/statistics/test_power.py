@@ -126,13 +126,13 @@ def test_models_that_agree_on_every_example_stay_open_whatever_the_seeds() -> No
     assert estimate_required_seeds([estimate], [6.0]) == 4  # a difference of one example, 2 points
 
 
-def test_a_contrast_without_any_noise_keeps_no_other_from_a_number() -> None:
+def test_differences_that_are_all_equal_are_as_noisy_as_examples_that_fall_to_either_side() -> None:
+    """10 points are 5 of 50 examples, whose difference has a variance of 5 examples: 20 squared points."""
     scores = np.stack([np.full((3, 50), 60.0), np.full((3, 50), 50.0)])
     certain = estimate_contrast(ScoreSample(scores.mean(axis=2), scores, 50), DIFFERENCE)
-    assert certain.standard_error == 0.0
-    pair = [estimate_required_seeds(estimates, [0.0] * len(estimates)) for estimates in
-            ([build_estimate(2.0)], [build_estimate(2.0), certain])]  # fmt: skip
-    assert pair[0] is not None and pair[0] == pair[1]
+    assert certain.example_variance == pytest.approx(20.0)
+    assert estimate_required_seeds([certain], [0.0]) is None
+    assert estimate_required_seeds([certain], [10.0]) == 4
 
 
 def test_unknown_noise_needs_an_unknown_number_of_seeds() -> None:
