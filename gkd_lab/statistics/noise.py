@@ -277,7 +277,8 @@ def estimate_extreme(sample: ScoreSample, parts: Sequence[ExtremePart]) -> Effec
         method = reason if sample.seeds < MIN_SEEDS_EXTREME else chosen.method
         effect = float(evaluate_extreme(parts, means))
         return EffectEstimate(effect, effect, effect, None, 1.0, sample.seeds, chosen.examples, method)
-    draws = means + _draw_errors(sample)
+    errors = _draw_errors(sample)
+    draws = means + errors
     too_large = [part.sign * _subtract_bias(part, means, draws) for part in parts]
     unbiased = [part.sign * _cross_fit(part, sample) for part in parts]
     pairs = list(zip(parts, too_large, unbiased, strict=True))
@@ -288,9 +289,27 @@ def estimate_extreme(sample: ScoreSample, parts: Sequence[ExtremePart]) -> Effec
         effect=(low_center + high_center) / 2,
         low_center=min(low_center, high_center),
         high_center=max(low_center, high_center),
-        standard_error=max(chosen.standard_error, float(evaluate_extreme(parts, draws).std())),
+        standard_error=max(
+            _average_error(parts, means, errors, chosen.standard_error),
+            float(evaluate_extreme(parts, draws).std()),
+        ),
         method=f"{chosen.method}; bias of choosing removed",
     )
+
+
+def _average_error(parts: Sequence[ExtremePart], means: Array, errors: Array, chosen_error: float) -> float:
+    """Return the root mean square of the standard errors of the contrasts that (R, M) draws choose.
+
+    Scaled by what a floor adds to that of the contrast chosen at the means.
+    """
+    covariance = errors.T @ errors / len(errors)
+    rows = [part.matrix[((means + errors) @ part.matrix.T).argmax(axis=1)] for part in parts]
+    contrasts = np.sum([part.sign * row for part, row in zip(parts, rows, strict=True)], axis=0)
+    variance = float(((contrasts @ covariance) * contrasts).sum(axis=1).mean())
+    own = _select_contrast(parts, means)
+    own_variance = float(own @ covariance @ own)
+    scale = max(1.0, chosen_error / np.sqrt(own_variance)) if own_variance > 0 else 1.0
+    return float(np.sqrt(variance) * scale) or chosen_error
 
 
 def _select_contrast(parts: Sequence[ExtremePart], means: Array) -> Array:
