@@ -1,7 +1,8 @@
 """Try the rules of `gkd_lab.judge` on simulated tables of known truth: false verdicts, coverage, power.
 
     python benchmarks/calibration.py [--tables N] [--case TEXT ...] [--workers N] [--json FILE] [--smoke]
-    python benchmarks/calibration.py --old CHECKOUT      beside them the rules of commit 72e5606
+    python benchmarks/calibration.py --old PATH   beside them the rules of commit 72e5606, by a checkout of it
+                                                  or by the JSON of an earlier run
 
 Each case of `calibration_cases.py` is judged on N tables (4,000; 1,000 by the old rules), equal in every run.
 The output is a Markdown table. Limits: `holds` of a claim that is false, `fails` of one that is not, at most
@@ -215,6 +216,16 @@ def print_table(cases: Sequence[Case], shares: dict[str, Shares], old: dict[str,
         print(format_row(case, shares[case.name], old.get(case.name)))
 
 
+def read_old_shares(path: Path, cases: Sequence[Case]) -> dict[str, Shares]:
+    """Read the counts of the old rules from the JSON of an earlier run."""
+    rows = {row["case"]: row["before"] for row in json.loads(path.read_text())["cases"]}
+    counts: dict[str, list[Any]] = {
+        name: [math.nan if shares[field] is None else shares[field] for field in Shares._fields]
+        for name, shares in rows.items()
+    }
+    return {case.name: Shares(*counts[case.name]) for case in cases}
+
+
 def run_old_rules(checkout: Path, cases: Sequence[Case], tables: int, workers: int) -> dict[str, Shares]:
     """Judge the same scores by the rules of an older checkout, in a process that imports it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +259,7 @@ def main() -> int:
     parser.add_argument("--tables", type=int, default=4000)
     parser.add_argument("--case", nargs="+", default=[""], help="only cases whose names contain one of these")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--old", type=Path, help="a checkout of commit 72e5606")
+    parser.add_argument("--old", type=Path, help="a checkout of commit 72e5606, or a JSON file")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true", help="10 tables")
     options = parser.parse_args()
@@ -260,7 +271,11 @@ def main() -> int:
         )
     judged = judge_cases(cases, judge_scores, tables, options.workers)
     shares = {case.name: count_verdicts(case, judged[case.name]) for case in cases}
-    old = run_old_rules(options.old, cases, min(tables, 1000), options.workers) if options.old else {}
+    old: dict[str, Shares] = {}
+    if options.old is not None and options.old.is_file():
+        old = read_old_shares(options.old, cases)
+    elif options.old is not None:
+        old = run_old_rules(options.old, cases, min(tables, 1000), options.workers)
     print_table(cases, shares, old)
     if options.json:
         write_json(options.json, cases, shares, old)
