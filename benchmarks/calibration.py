@@ -242,15 +242,22 @@ def run_old_rules(checkout: Path, cases: Sequence[Case], tables: int, workers: i
 
 def write_json(path: Path, cases: Sequence[Case], shares: dict[str, Shares], old: dict[str, Shares]) -> None:
     """Write counts, limits and versions."""
-    rows = []
+    lines = []
     for case in cases:
-        checks = [{**check._asdict(), "mark": check.mark} for check in list_checks(case, shares[case.name])]
-        before = old[case.name]._asdict() if old else None
-        facts = {"case": case.name, "claim": case.claim, "effect": case.effect, "margin": case.margin}
-        rows.append({**facts, "now": shares[case.name]._asdict(), "before": before, "checks": checks})
+        row: dict[str, Any] = {"case": case.name, "claim": case.claim, "effect": case.effect}
+        row |= {"margin": case.margin, "now": _round_shares(shares[case.name])}
+        row["before"] = _round_shares(old[case.name]) if old else None
+        checks = list_checks(case, shares[case.name])
+        row["limits"] = [[c.name, "<=" if c.is_upper else ">=", c.limit, c.mark] for c in checks]
+        lines.append(json.dumps(row, ensure_ascii=False).replace("NaN", "null"))
     versions = {package: version(package) for package in ("numpy", "pandas", "scipy")}
     machine = {"device": platform.machine(), "cpus": os.cpu_count(), "versions": versions}
-    path.write_text(json.dumps({**machine, "cases": rows}, indent=1).replace("NaN", "null") + "\n")
+    path.write_text(f'{json.dumps(machine)[:-1]}, "cases": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _round_shares(shares: Shares) -> dict[str, float]:
+    """Return the counts by name, means with four decimals."""
+    return {name: round(value, 4) for name, value in shares._asdict().items()}
 
 
 def main() -> int:

@@ -255,11 +255,21 @@ def list_best_of_cases() -> list[Case]:
     equal = Case("C6b all equal", "C6b", compare_betas(EQUAL), 5, SEEDS)
     tied = replace(equal, name="C6b best of each tied", models=compare_betas((2.0, 0.0, 0.0, 0.0, 2.0)))
     two = replace(equal, name="C6b two tied with one", models=compare_betas((0.0, 0.0, 2.0, 2.0, 2.0)))
+    unequal = tuple(
+        replace(model, noise_scale=scale)
+        for model, scale in zip(
+            compare_betas((0.0, 0.0, 1.0, 0.0, 1.0)), (0.1, 0.7, 0.5, 0.5, 3.3), strict=True
+        )
+    )
+    searched = replace(
+        equal, name="stress: C6b best of each tied, one much noisier", models=unequal, is_stress=True
+    )
     return [
         *over_seeds(equal, 3, 5, 20),
         *over_seeds(tied, 10),
         *over_seeds(two, 5),
         *over_seeds(with_noises(equal, SPARSE), 5),
+        *over_seeds(searched, 10),
     ]
 
 
