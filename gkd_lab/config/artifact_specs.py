@@ -87,6 +87,9 @@ class SftSpec(Frozen):
     steps: PositiveInt
     batch_size: PositiveInt
     seed: int
+    rows: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
+        default=None, description="number of training rows, from the first; None: all"
+    )
     optimizer: OptimizerSpec
 
 

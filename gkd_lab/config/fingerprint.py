@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -60,6 +60,15 @@ class Frozen(BaseModel):
     def fingerprint(self) -> str:
         """The first 8 hexadecimal digits of the full fingerprint."""
         return self.full_fingerprint[:SHOWN_DIGITS]
+
+
+Spec = TypeVar("Spec", bound=Frozen)
+
+
+def replace_fields(spec: Spec, **changes: Any) -> Spec:
+    """Return a spec with some fields changed; unlike `model_copy` without the cached fingerprint."""
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    return type(spec)(**fields | changes)
 
 
 def compute_fingerprint(canonical: str) -> str:

@@ -6,11 +6,13 @@ run gets the same packs.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
+from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Cell, Training
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.fingerprint import canonical_json
+from gkd_lab.config.fingerprint import canonical_json, replace_fields
 
 PackLimit = int | Literal["auto", "off"]
 AUTO_PACK_SIZE = 16
@@ -79,9 +81,18 @@ def _get_pack_size(cell: Cell, limit: PackLimit) -> int:
     return AUTO_PACK_SIZE if limit == "auto" else limit
 
 
+@lru_cache(maxsize=1024)
+def drop_model_seeds(model: SftModel) -> SftModel:
+    """Return a model without the seeds of its weights and SFT: members may have starts of their own."""
+    sft = None if model.sft is None else replace_fields(model.sft, seed=0)
+    return replace_fields(model, model=replace_fields(model.model, init_seed=0), sft=sft)
+
+
 def _serialize_shared_fields(training: Training) -> str:
     """Return canonical JSON of all that a pack's cells must share; equal text means one group."""
     fields = {name: getattr(training, name) for name in _SHARED_FIELDS}
+    if training.start not in training.teachers:  # a teacher serves the whole pack
+        fields["start"] = drop_model_seeds(training.start)
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
     # The cells of a pack train on the same rows, so the teacher's text must be the same.
     return canonical_json({**fields, "optimizer": optimizer, "text": training.source.text})

@@ -43,24 +43,27 @@ def resolve_sft_model(
     models: Mapping[str, ModelSettings],
     data: DataSpec,
     find_model: FindModel,
+    cell_seed: int | None = None,
 ) -> SftModel:
     """Return the spec of the model that settings ask for in a role, "teacher" or "student", with its SFT.
 
     scale_settings: Defaults of the scale. They set dropout and SFT, so that an experiment's changes of the
         distillation leave its reference models unchanged.
     models: Models of the scale, by name.
+    cell_seed: Seed that stands for `cell`; None: the model may not ask for it.
 
     Raises:
         ConfigError: for an unknown model, or fields that do not fit together.
     """
     name, model = _look_up_model(role, getattr(settings, role), models)
+    model = _insert_cell_seed(role, model, cell_seed)
     return SftModel(
         task=task,
         family=family,
         data=data,
         tokenizer=_resolve_tokenizer(role, settings),
         model=_resolve_model_spec(role, name, model, find_model),
-        sft=_resolve_sft_spec(model, scale_settings),
+        sft=_resolve_sft_spec(model, scale_settings, data.train),
         dropout=scale_settings.dropout,  # type: ignore[arg-type]
         max_input_tokens=settings.max_input_tokens,  # type: ignore[arg-type]
         max_output_tokens=settings.max_output_tokens,  # type: ignore[arg-type]
@@ -120,8 +123,8 @@ def _look_up_model(
     if stated_model.size not in models:
         raise build_unknown_name_error(f"{role}.size", stated_model.size, models)
     merged = merge_settings(models[stated_model.size].model_dump(exclude_none=True), fields)
-    is_unchanged = fields.keys() <= _PLACEMENT_FIELDS
-    return stated_model.size if is_unchanged else "custom", ModelSettings(**merged)
+    has_same_size = fields.keys() <= _PLACEMENT_FIELDS | {"sft", "init_seed"}
+    return stated_model.size if has_same_size else "custom", ModelSettings(**merged)
 
 
 def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:
@@ -159,11 +162,29 @@ def _resolve_model_spec(role: str, name: str, model: ModelSettings, find_model: 
         raise ConfigError(
             f"model {name!r}: width {architecture.width} is not a multiple of heads {architecture.heads}"
         )
-    return ModelSpec(name=name, architecture=architecture, init_seed=model.init_seed or 0)
+    return ModelSpec(name=name, architecture=architecture, init_seed=int(model.init_seed or 0))
 
 
-def _resolve_sft_spec(model: ModelSettings, scale_settings: Settings) -> SftSpec | None:
-    """Return a model's fine-tuning, unstated values from the scale's distillation; None without any."""
+def _insert_cell_seed(role: str, model: ModelSettings, cell_seed: int | None) -> ModelSettings:
+    """Return a model's settings with its cell's seed for `cell`. ConfigError for a teacher."""
+    sft = model.sft
+    if "cell" not in (model.init_seed, None if sft is None else sft.seed):
+        return model
+    if cell_seed is None:
+        raise ConfigError(f"{role}: the seed `cell` is for students: cells of all seeds share a {role}")
+    if sft is not None and sft.seed == "cell":
+        sft = sft.model_copy(update={"seed": cell_seed})
+    init_seed = cell_seed if model.init_seed == "cell" else model.init_seed
+    return model.model_copy(update={"init_seed": init_seed, "sft": sft})
+
+
+def _resolve_sft_spec(
+    model: ModelSettings, scale_settings: Settings, available_rows: int | None
+) -> SftSpec | None:
+    """Return a model's fine-tuning, unstated values from the scale's distillation; None without any.
+
+    Rows that are all of the available ones are None.
+    """
     sft = model.sft
     if sft is None or not sft.steps:
         return None
@@ -179,7 +200,8 @@ def _resolve_sft_spec(model: ModelSettings, scale_settings: Settings) -> SftSpec
     return SftSpec(
         steps=sft.steps,
         batch_size=sft.batch_size or scale_settings.batch_size,  # type: ignore[arg-type]
-        seed=sft.seed or 0,
+        seed=int(sft.seed or 0),
+        rows=None if available_rows is not None and (sft.rows or 0) >= available_rows else sft.rows,
         optimizer=optimizer,
     )
 

@@ -117,6 +117,8 @@ class _SharedParts:
     source: Source | None
     reward: ResolvedReward | None
     reverse_kl_optimizer: OptimizerSpec
+    resolve_start: Callable[[int], SftModel] | None
+    """Cell's seed -> its SFT student; None where the seed does not matter to it."""
 
 
 class CellResolver:
@@ -151,6 +153,10 @@ class CellResolver:
             fields["optimizer"] = shared.reverse_kl_optimizer
         if values["anchor"] == START_TEACHER:
             fields["teachers"] = (fields["start"],)
+        if shared.resolve_start is not None:
+            start = shared.resolve_start(values["seed"])
+            fields["teachers"] = tuple(start if t == fields["start"] else t for t in fields["teachers"])
+            fields["start"] = start
         source = shared.source or _build_source(values)
         training = Training(**fields, objectives=terms, source=source, seed=values["seed"])
         check_cell(training, shared.evaluations)
@@ -189,6 +195,7 @@ class CellResolver:
             source=source,
             reward=self._resolve_single_reward(settings, method),
             reverse_kl_optimizer=build_optimizer_spec(settings.model_copy(update=reverse_kl_settings)),
+            resolve_start=self._build_start_resolver(task, settings, defaults),
         )
 
     def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,17 +232,30 @@ class CellResolver:
             **resolve_teacher_placements((settings.teacher, *extra_teachers.values())),
             "start": sft_student,
             "optimizer": build_optimizer_spec(settings),
-            "train_rows": _limit_train_rows(settings),
+            "train_rows": _limit_train_rows(settings, sft_student),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),
             **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
         }
 
+    def _build_start_resolver(
+        self, task: TaskDefaults, settings: Settings, defaults: Mapping[str, Any]
+    ) -> Callable[[int], SftModel] | None:
+        """Return a function from a cell's seed to its SFT student; None if all seeds have the same one."""
+
+        def resolve_start(seed: int) -> SftModel:
+            return self._resolve_model(task, "student", settings, defaults, seed)
+
+        return None if resolve_start(0) == resolve_start(1) else resolve_start
+
     def _resolve_model(
-        self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any]
+        self, task: TaskDefaults, role: str, settings: Settings, defaults: Mapping[str, Any], seed: int = 0
     ) -> SftModel:
-        """Return the SftModel of a role, "teacher" or "student"; equal inputs give the same object."""
+        """Return the SftModel of a role, "teacher" or "student"; equal inputs give the same object.
+
+        seed: That of the cell, which a student's weights and SFT may take.
+        """
         inputs = (getattr(settings, name) for name in (role, *REFERENCE_SETTINGS))
-        key = (task.name, role, *inputs)
+        key = (task.name, role, *inputs, seed)
         if key not in self.models:
             data_settings = settings.data or DataSettings()
             data = self.revisions.resolve_data(task.name, data_settings)
@@ -248,6 +268,7 @@ class CellResolver:
                 models={name: ModelSettings.model_validate(m) for name, m in defaults["models"].items()},
                 data=_apply_data_format(data, data_settings),
                 find_model=self.revisions.resolve_model,
+                cell_seed=seed if role == "student" else None,
             )
         return self.models[key]
 
@@ -331,9 +352,11 @@ def _scale_schedule(
     return {**merged, **schedule}
 
 
-def _limit_train_rows(settings: Settings) -> int | None:
-    """Return `train_rows`, or None if it is unset or covers all rows."""
-    rows = settings.train_rows
+def _limit_train_rows(settings: Settings, sft_student: SftModel) -> int | None:
+    """Return the rows to distil on: `train_rows`, or else those of the student's SFT; None for all."""
+    rows = None if settings.train_rows == "all" else settings.train_rows
+    if settings.train_rows is None and sft_student.sft is not None:
+        rows = sft_student.sft.rows
     available = None if settings.data is None else settings.data.train
     return None if rows is None or (available is not None and rows >= available) else rows
 

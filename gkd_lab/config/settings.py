@@ -90,7 +90,14 @@ class SftSettings(Section):
     optimizer: OptimizerName | None = None
     weight_decay: NonNegativeFloat | None = None
     max_grad_norm: NonNegativeFloat | None = None
-    seed: int | None = None
+    rows: PositiveInt | None = Field(
+        default=None,
+        description="train on the first rows only; a student is then distilled on the same rows, unless "
+        "train_rows says otherwise. The tokenizer reads all rows",
+    )
+    seed: int | Literal["cell"] | None = Field(
+        default=None, description="order of the rows; `cell`, of a student: the seed of its cell; default 0"
+    )
 
 
 class ModelSettings(Section):
@@ -107,7 +114,9 @@ class ModelSettings(Section):
     keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = Field(
         default=None, description="loaded model: layers to keep, or how many, evenly spaced"
     )
-    init_seed: int | None = None
+    init_seed: int | Literal["cell"] | None = Field(
+        default=None, description="weights; `cell`, of a student: the seed of its cell; default 0"
+    )
     sft: SftSettings | None = None
     size: str | None = Field(
         default=None, description="name of a model of the scale, of which the other fields change a part"
@@ -209,8 +218,9 @@ class Settings(Section):
     teacher_tokenizer: TokenizerSettings | None = Field(
         default=None, description="tokenizer of a teacher made from scratch, if it is not the student's"
     )
-    train_rows: PositiveInt | None = Field(
-        default=None, description="distil on the first rows only; teacher and SFT student train on all"
+    train_rows: PositiveInt | Literal["all"] | None = Field(
+        default=None,
+        description="distil on the first rows only, or on `all`; default: the rows of the student's SFT",
     )
     steps: PositiveInt | None = Field(default=None, description="optimizer steps of distillation")
     batch_size: PositiveInt | None = Field(default=None, description="sequences per optimizer step")

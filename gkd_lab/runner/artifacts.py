@@ -122,6 +122,8 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
     rows = load_split(model.task, model.data, "train", options.cache_folder)
     loaded = _create_initial_model(model, rows)
     examples, report = encode_examples(model, loaded.tokenizer, rows)
+    if model.sft is not None:
+        examples = examples[: model.sft.rows]
     write_split_report(record.folder, "train", report)
     if report.prompts or report.completions:
         options.reporter.say(

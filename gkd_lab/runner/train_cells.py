@@ -87,9 +87,10 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
     """
     training, meter = cells[0].training, UsageMeter()
     records = [options.store.get_record(cell) for cell in cells]
-    student = load_sft_student(cells[0], options)
+    students = {cell.training.start: load_sft_student(cell, options) for cell in _list_start_cells(cells)}
+    student = students[training.start]
     examples = load_examples(cells[0], student.tokenizer, records, options)
-    pack = _build_pack([student.model] * len(cells))
+    pack = _build_pack([students[cell.training.start].model for cell in cells])
     if len(cells) > 1:
         options.store.get_sft_student(cells[0]).delete_unpackable_reason()
     start_step = _resume_pack(pack, records, options)
@@ -114,6 +115,11 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
                 shared_by=len(cells),
                 device=select_device(),
             )
+
+
+def _list_start_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the first cell of each SFT student: cells of other seeds may have starts of their own."""
+    return list({cell.training.start: cell for cell in reversed(cells)}.values())
 
 
 def _resume_pack(pack: Pack, records: Sequence[Record], options: RunOptions) -> int:

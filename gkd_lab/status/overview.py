@@ -13,7 +13,7 @@ from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
-from gkd_lab.config.packs import PackLimit, explain_unpackable, group_cells_into_packs
+from gkd_lab.config.packs import PackLimit, drop_model_seeds, explain_unpackable, group_cells_into_packs
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
 from gkd_lab.store import State, Store
@@ -266,7 +266,13 @@ def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
 def _find_varying_fields(cells: list[Cell]) -> list[str]:
     """Return the names of the training fields in which these cells differ."""
     names = type(cells[0].training).model_fields
-    return [name for name in names if _has_several_values([getattr(cell.training, name) for cell in cells])]
+    return [name for name in names if _has_several_values([_get_field(cell, name) for cell in cells])]
+
+
+def _get_field(cell: Cell, name: str) -> Any:
+    """Return a field of a cell's training; the SFT student without its seeds, which the axis `seed` sets."""
+    value = getattr(cell.training, name)
+    return drop_model_seeds(value) if name == "start" else value
 
 
 def _has_several_values(values: list[Any]) -> bool:
