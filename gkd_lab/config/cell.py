@@ -39,6 +39,14 @@ class Source(Frozen):
     )
 
 
+class Selection(Frozen):
+    """Choice of a checkpoint by a score on validation rows, decoded greedily during training."""
+
+    every: PositiveInt = Field(description="optimizer steps between two scores; the last step has one too")
+    rows: PositiveInt | None = Field(default=None, description="validation rows, from the first; None: all")
+    metric: str = Field(description="the largest is the best")
+
+
 class Training(Frozen):
     """Everything that determines a distilled student."""
 
@@ -64,6 +72,9 @@ class Training(Frozen):
     batch_size: PositiveInt = Field(description="sequences per optimizer step")
     train_rows: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="number of rows, from the first, to distil on; None: all"
+    )
+    selection: Annotated[Selection | None, DefaultFrom(None)] = Field(
+        default=None, description="the checkpoint `best` beside the last; None: the last alone"
     )
     optimizer: OptimizerSpec
     dropout: Share
@@ -141,15 +152,19 @@ class Evaluation(Frozen):
     calculator: Annotated[bool, DefaultFrom(False)] = Field(
         default=False, description="compute the results of `<<48/2=24>>` marks"
     )
+    checkpoint: Annotated[Literal["last", "best"], DefaultFrom("last")] = Field(
+        default="last", description="weights of a trained cell: the last, or the best on validation rows"
+    )
     metrics: Annotated[tuple[str, ...], NotHashed()] = Field(min_length=1)
 
     @property
     def name(self) -> str:
-        """Short name: `greedy`, `sample0.5x8`, `beam4`, `greedy+calculator`; with `@split` if not test."""
+        """Short name: `greedy`, `sample0.5x8`, `beam4`, `greedy+best`; with `@split` if not test."""
         detail = {"greedy": "", "sample": f"{self.temperature:g}" if self.temperature else ""}
         label = self.decoding + detail.get(self.decoding, str(self.num_beams))
         label += f"x{self.samples}" if self.samples else ""
         label += "+calculator" if self.calculator else ""
+        label += "+best" if self.checkpoint == "best" else ""
         return label if self.split == "test" else f"{label}@{self.split}"
 
     @property

@@ -37,10 +37,22 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
     _check_tokenizers(training)
     _check_not_zero_at_start(training)
     _check_served_teacher(training)
+    _check_selection(training, evaluations)
     if training.start.family in CLASSIFIER_FAMILIES:
         _check_classifier_cell(training, evaluations)
     else:
         _check_no_label_regression(training.objectives)
+
+
+def _check_selection(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:
+    """Raise ConfigError if an evaluation asks for a best checkpoint that no selection keeps."""
+    wants_best = any(getattr(evaluation, "checkpoint", "last") == "best" for evaluation in evaluations)
+    if wants_best and training.selection is None:
+        raise ConfigError(
+            "evaluations: checkpoint: best needs a score during training: set `eval_every`, such as 50"
+        )
+    if training.selection is not None and training.start.family in CLASSIFIER_FAMILIES:
+        raise ConfigError("eval_every: classifiers generate no text to score during training; leave it out")
 
 
 # ---- teachers ----

@@ -1,7 +1,7 @@
 """The `evaluations` of an experiment file, and how they resolve to the evaluations of a cell."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
@@ -28,6 +28,9 @@ class EvaluationSettings(Section):
     )
     calculator: bool = Field(
         default=False, description="compute the results of `<<48/2=24>>` marks; not for beam search"
+    )
+    checkpoint: Literal["last", "best"] = Field(
+        default="last", description="`best`: the weights that `eval_every` selected on validation rows"
     )
     metrics: tuple[str, ...] | None = Field(default=None, description="default: the task's metrics")
 
@@ -117,6 +120,7 @@ def _resolve_decoding_evaluation(
         seed=settings.seed if samples else None,
         samples=settings.samples if (settings.samples or 1) > 1 else None,
         calculator=settings.calculator,
+        checkpoint=settings.checkpoint,
         metrics=settings.metrics or metrics,
     )
 

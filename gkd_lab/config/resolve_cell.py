@@ -4,12 +4,12 @@ Settings come from the task's defaults at a scale, the experiment file and the p
 Shorthand (`lmbda`, `beta`, `method`, `reward`, ...) becomes loss terms and a source.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gkd_lab.config.artifact_specs import DataSpec, Family, FindModel, OptimizerSpec, SftModel, TeacherText
-from gkd_lab.config.cell import AnyEvaluation, Cell, Source, Training
+from gkd_lab.config.cell import AnyEvaluation, Cell, Selection, Source, Training
 from gkd_lab.config.cell_checks import check_cell
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import parse_evaluation_settings, resolve_evaluations
@@ -233,6 +233,7 @@ class CellResolver:
             "start": sft_student,
             "optimizer": build_optimizer_spec(settings),
             "train_rows": _limit_train_rows(settings, sft_student),
+            "selection": _build_selection(settings, task.metrics),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),
             **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
         }
@@ -359,6 +360,15 @@ def _limit_train_rows(settings: Settings, sft_student: SftModel) -> int | None:
         rows = sft_student.sft.rows
     available = None if settings.data is None else settings.data.train
     return None if rows is None or (available is not None and rows >= available) else rows
+
+
+def _build_selection(settings: Settings, metrics: Sequence[str]) -> Selection | None:
+    """Return the selection of a checkpoint by the task's first metric; None without `eval_every`."""
+    if settings.eval_every is None:
+        if settings.eval_rows is not None:
+            raise ConfigError("eval_rows: sets the rows of `eval_every`: give both, or leave it out")
+        return None
+    return Selection(every=settings.eval_every, rows=settings.eval_rows, metric=metrics[0])
 
 
 def _apply_data_format(data: DataSpec, settings: DataSettings) -> DataSpec:

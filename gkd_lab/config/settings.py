@@ -223,6 +223,14 @@ class Settings(Section):
         description="distil on the first rows only, or on `all`; default: the rows of the student's SFT",
     )
     steps: PositiveInt | None = Field(default=None, description="optimizer steps of distillation")
+    eval_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between two scores on validation rows; the best checkpoint is kept beside the "
+        "last one, for evaluations with `checkpoint: best`",
+    )
+    eval_rows: PositiveInt | None = Field(
+        default=None, description="validation rows that eval_every scores; default all"
+    )
     batch_size: PositiveInt | None = Field(default=None, description="sequences per optimizer step")
     optimizer: OptimizerName | None = Field(
         default=None, description="for distillation, and for SFT unless the model's `sft` sets it"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,16 +146,16 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
                 save_every=options.checkpoint_every,
                 log_every=options.log_every,
             )
-    export_checkpoint(loaded.model, loaded.tokenizer, record)
+    export_checkpoint(loaded.model, loaded.tokenizer, record.checkpoint)
     record.write_provenance(
         collect_provenance(parameters=parameters, threads=torch.get_num_threads(), device=select_device())
     )
     record.finish(parameters=parameters)
 
 
-def export_checkpoint(model: PreTrainedModel, tokenizer: Any, record: Record) -> None:
-    """Save model and tokenizer as the record's `checkpoint/` folder, by rename; the status is not written."""
-    with create_folder_atomically(record.checkpoint) as folder, hide_progress_bars():
+def export_checkpoint(model: PreTrainedModel, tokenizer: Any, target: Path) -> None:
+    """Save model and tokenizer as the folder `target`, by rename; no status is written."""
+    with create_folder_atomically(target) as folder, hide_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

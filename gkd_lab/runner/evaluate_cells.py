@@ -175,7 +175,7 @@ def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation,
 
     limit_reason: not used; `run_packs` passes it.
     """
-    pack, tokenizer = load_trained_pack(cells, options)
+    pack, tokenizer = load_trained_pack(cells, options, is_best=evaluation.checkpoint == "best")
     records = [options.store.get_record(cell) for cell in cells]
     _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
 

@@ -47,7 +47,7 @@ def find_damaged_file(record: Record) -> Path | None:
     """Return the first model, text or score file that is missing or differs from its stored hash, or None."""
     for name, sha256 in (read_file_hashes(record.folder) or {}).items():
         path = record.folder / name
-        if name.startswith(("checkpoint/", "scores/", "texts")) and _compute_current_sha256(path) != sha256:
+        if name.startswith(("checkpoint", "scores/", "texts")) and _compute_current_sha256(path) != sha256:
             return path
     return None
 

@@ -32,6 +32,7 @@ from gkd_lab.runner.memory import (
 )
 from gkd_lab.runner.repair import quarantine_damaged_result, repair_unfinished_training
 from gkd_lab.runner.run_options import RunOptions, select_device
+from gkd_lab.runner.selection import SelectionCallback, load_best_weights
 from gkd_lab.runner.sft import HistoryCallback
 from gkd_lab.runner.training_inputs import load_examples, load_sft_student, load_teacher
 from gkd_lab.store import Record
@@ -103,7 +104,10 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
         facts["rows_at_once"] = training.batch_size // micro_batches
     for n, (cell, record) in enumerate(zip(cells, records, strict=True)):
         if not record.read_status():
-            export_checkpoint(pack.unpack_cell(n), student.tokenizer, record)
+            export_checkpoint(pack.unpack_cell(n), student.tokenizer, record.checkpoint)
+            if training.selection is not None:
+                pack.load_cell(n, load_best_weights(record, training.selection.metric))
+                export_checkpoint(pack.unpack_cell(n), student.tokenizer, record.best_checkpoint)
             sources = describe_sources(cell.training, cell.scale, options.store)
             usage = meter.read_usage()
             record.write_provenance(
@@ -159,6 +163,8 @@ def _run_trainer(
     with options.reporter.phase(f"{training.task}: {name}", training.steps, start_step) as update_progress:
         trainer = build_trainer(pack, teacher, examples, cells, options, student.tokenizer, micro_batches)
         trainer.add_callback(HistoryCallback(update_progress))
+        if training.selection is not None:
+            trainer.add_callback(SelectionCallback(pack, student.tokenizer, cells, options))
         trainer.add_callback(CheckpointCallback(steps_folders, trainer.metrics))
         checkpoint = str(build_checkpoint_path(str(steps_folders[0]), start_step)) if start_step else None
         with delay_signals(), suppress(AllCellsFailed):
@@ -234,10 +240,16 @@ def _build_pack(members: Sequence[Any]) -> Pack:
         return Pack.build_single(members[0])
 
 
-def load_trained_pack(cells: Sequence[Cell], options: RunOptions) -> tuple[Pack, Any]:
-    """Return (pack of the cells' trained models in order, the first cell's tokenizer). Raises CannotPack."""
+def load_trained_pack(
+    cells: Sequence[Cell], options: RunOptions, *, is_best: bool = False
+) -> tuple[Pack, Any]:
+    """Return (pack of the cells' trained models in order, the first cell's tokenizer). Raises CannotPack.
+
+    is_best: the models that scored best on validation rows, instead of the last.
+    """
     training = cells[0].training
     precision = "fp64" if training.precision == "fp64" else "fp32"
-    folders = [options.store.get_record(cell).checkpoint for cell in cells]
+    records = [options.store.get_record(cell) for cell in cells]
+    folders = [record.best_checkpoint if is_best else record.checkpoint for record in records]
     members = [load_model(folder, training.start.family, precision) for folder in folders]
     return _build_pack(members), load_tokenizer(folders[0])

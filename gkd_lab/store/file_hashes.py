@@ -7,7 +7,7 @@ from pathlib import Path
 from gkd_lab.store.files import read_json, write_json
 
 HASHES_FILE = "files.json"
-_SEALED_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "texts.jsonl")
+_SEALED_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "texts.jsonl", "selection.jsonl")
 """Files that do not change after the training; nor does any file below `checkpoint/` and `scores/`."""
 
 
@@ -50,5 +50,5 @@ def compute_sha256(path: Path) -> str:
 def _iterate_sealed_files(folder: Path) -> Iterator[Path]:
     """Yield the existing files that must not change once a record is finished, checkpoint included."""
     yield from (folder / name for name in _SEALED_FILES if (folder / name).is_file())
-    for subfolder in ("checkpoint", "scores"):
+    for subfolder in ("checkpoint", "checkpoint-best", "scores"):
         yield from sorted(path for path in folder.glob(f"{subfolder}/**/*") if path.is_file())

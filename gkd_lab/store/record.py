@@ -1,6 +1,7 @@
 """Records: the files of one training, artifact or evaluation, and the store of all of them.
 
     spec.json  provenance.json  metrics.jsonl  checkpoint/  status.json (written last, by rename)
+    selection.jsonl  checkpoint-best/ (scores on validation rows during training, where it is asked for)
     times.jsonl (when each row of metrics.jsonl was written)  files.json (SHA-256 of each file of a training)
     evaluations/<decoding>-<fp>/  spec.json  predictions.jsonl  scores.json  status.json
     evaluations/lm_eval-<fp>/     the same files for a task of lm-eval
@@ -150,6 +151,11 @@ class Record(RecordPart):
         return self.folder / "checkpoint"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """Folder of the model that scored best on validation rows, beside the last one."""
+        return self.folder / "checkpoint-best"
+
+    @property
     def steps_folder(self) -> Path:
         """Folder of the checkpoints to resume from, removed when the training is done."""
         return self.folder / "steps"
@@ -195,9 +201,18 @@ class Record(RecordPart):
         """Return `{"step", "time"}` for each row of the history, as `gkd_lab.store.timing` takes them."""
         return timing.read_step_times(self.folder)
 
+    def log_selection(self, row: Mapping[str, Any]) -> None:
+        """Append a row, a `step` and its score on validation rows, to `selection.jsonl`."""
+        append_json_line(self.folder / "selection.jsonl", row)
+
+    def read_selection(self) -> list[dict[str, Any]]:
+        """Return the rows of `selection.jsonl`; [] without the file."""
+        return read_json_lines(self.folder / "selection.jsonl")
+
     def rewind_history(self, step: int) -> None:
-        """Drop history and times after `step`, and log that this process starts or resumes there."""
+        """Drop history, selection and times after `step`; log that this process starts or resumes there."""
         drop_lines_beyond_step(self.metrics_file, step)
+        drop_lines_beyond_step(self.folder / "selection.jsonl", step)
         timing.log_process_start(self.folder, step)
 
     def read_provenance(self) -> dict[str, Any]:
