@@ -15,6 +15,7 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
@@ -139,6 +140,9 @@ class TeacherText(Frozen):
     num_beams: PositiveInt | None = Field(default=None, validate_default=True)
     length_penalty: float | None = Field(default=None, validate_default=True)
     seed: int = 0
+    samples: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
+        default=None, description="texts per prompt, a new one in each epoch; sampling only; None: one"
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -157,6 +161,13 @@ class TeacherText(Frozen):
     def _resolve_length_penalty(cls, value: float | None, info: ValidationInfo) -> float | None:
         """Return the length penalty for beam search, by default 0.6; None for other decodings."""
         return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> "TeacherText":
+        """Refuse several texts of a decoding that always gives the same one."""
+        if self.samples is not None and self.decoding != "sample":
+            raise ValueError(f"samples: {self.decoding} decoding gives the same text {self.samples} times")
+        return self
 
 
 class TeacherScores(Frozen):
@@ -182,6 +193,9 @@ class TeacherTextSpec(Frozen):
     task: str
     teacher: SftModel
     data: DataSpec
+    rows: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
+        default=None, description="number of prompts, from the first; None: all"
+    )
     text: TeacherText
     max_input_tokens: PositiveInt
     max_output_tokens: PositiveInt

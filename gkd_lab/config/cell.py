@@ -111,6 +111,7 @@ class Training(Frozen):
             task=self.task,
             teacher=self.teacher,
             data=self.data,
+            rows=self.train_rows if self.source.text.samples else None,
             text=self.source.text,
             max_input_tokens=self.max_input_tokens,
             max_output_tokens=self.max_output_tokens,

@@ -131,7 +131,8 @@ class KeyedBatchSampler(Sampler[list[int]]):
     """Yield batches of row indices: `batch_size` rows for each seed, in that seed's random order.
 
     An epoch is one pass over the data; `drop_last` drops an incomplete last batch. Without `shuffled` the
-    rows come in the dataset's order for every seed.
+    rows come in the dataset's order for every seed. With `copies` the dataset holds its `num_rows` rows so
+    many times, one copy after the other with other completions, and an epoch takes the next copy.
     """
 
     def __init__(
@@ -142,7 +143,9 @@ class KeyedBatchSampler(Sampler[list[int]]):
         *,
         drop_last: bool = True,
         shuffled: bool = True,
+        copies: int = 1,
     ) -> None:
+        self.copies = copies
         self.num_rows, self.rows_per_seed, self.seeds = num_rows, batch_size, tuple(seeds)
         self.batch_size, self.drop_last, self.shuffled = batch_size * len(self.seeds), drop_last, shuffled
         self.epoch = 0
@@ -165,4 +168,6 @@ class KeyedBatchSampler(Sampler[list[int]]):
 
     def _order_rows(self, seed: int) -> Sequence[int]:
         """Return all row indices in this epoch's random order for one seed; in order unless `shuffled`."""
-        return draw_permutation(seed, self.epoch, self.num_rows) if self.shuffled else range(self.num_rows)
+        order = draw_permutation(seed, self.epoch, self.num_rows) if self.shuffled else range(self.num_rows)
+        offset = self.epoch % self.copies * self.num_rows
+        return [row + offset for row in order] if offset else order

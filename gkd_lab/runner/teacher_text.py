@@ -31,11 +31,15 @@ def ensure_teacher_text(text: TeacherTextSpec, scale: str, options: RunOptions) 
     return artifacts.ensure_teacher_output(record, "teacher's text", build, options)
 
 
-def apply_teacher_text(examples: Sequence[Example], record: Record) -> list[Example]:
+def apply_teacher_text(
+    examples: Sequence[Example], record: Record, samples: int | None = None
+) -> list[Example]:
     """Return the examples with the teacher's stored token ids as completions. ValueError if the text failed.
 
-    The same error where there is not one text per example.
+    With several samples the examples follow each other once for each. The same error where there is not one
+    text per example and sample.
     """
+    examples = [*examples] * (samples or 1)
     status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(f"the teacher's text failed: {status.get('error')} (see {record.status_file})")
@@ -58,6 +62,7 @@ def _write_teacher_text(record: Record, text: TeacherTextSpec, scale: str, optio
     teacher.model.to(select_device())
     rows = load_split(text.task, text.data, "train", options.cache_folder)
     examples, _ = encode_examples(text.teacher, teacher.tokenizer, rows)
+    examples = examples[: text.rows] * (text.text.samples or 1)
     phase = f"{text.task}: teacher's text for {len(examples)} prompts"
     with options.reporter.phase(phase, len(examples)) as update_progress:
         completion_ids = _generate_in_batches(text, teacher, examples, update_progress)

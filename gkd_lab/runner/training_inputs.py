@@ -88,8 +88,12 @@ def load_examples(
     if training.text_spec is not None:
         teacher_text = ensure_teacher_text(training.text_spec, cell.scale, options)
         teacher = options.store.get_artifact(cell.scale, "teacher", training.teacher)
-        examples = apply_teacher_text(examples, teacher_text)
+        samples = training.text_spec.text.samples
+        if samples is not None:
+            examples = examples[: training.train_rows]
+        examples = apply_teacher_text(examples, teacher_text, samples)
         examples = retokenize_completions(examples, teacher_text, training, teacher, tokenizer)
     if training.scores_spec is not None:
         examples = number_examples(examples)
-    return examples[: training.train_rows]
+    has_copies = training.text_spec is not None and training.text_spec.text.samples is not None
+    return examples if has_copies else examples[: training.train_rows]
