@@ -33,12 +33,12 @@ SCORE_COLUMNS = (
 )  # fmt: skip
 TRAILING_COLUMNS = (
     "start_cell", "teacher_cell", "stands_for", "status", "error",
-    "evaluation_status", "origin", "lm_eval", "task_hash",
+    "evaluation_status", "origin", "checkpoint", "lm_eval", "task_hash",
 )  # fmt: skip
 _TYPES = {
     "str": (
         "cell", "role", "scale", "task", "student", "teacher", "divergence", "evaluation", "decoding",
-        "split", "metric", "text", "anchor", "start_cell", "teacher_cell", "status", "error",
+        "checkpoint", "split", "metric", "text", "anchor", "start_cell", "teacher_cell", "status", "error",
         "evaluation_status", "origin", "lm_eval", "task_hash",
     ),
     "float64": (
@@ -50,10 +50,10 @@ _TYPES = {
 }  # fmt: skip
 COLUMN_TYPES = {name: column_type for column_type, names in _TYPES.items() for name in names}
 """Type of each column that has one whatever its values are."""
-_EVALUATION_SETTINGS = ("decoding", "temperature", "split")
+_EVALUATION_SETTINGS = ("decoding", "temperature", "checkpoint", "split")
 _NO_SCORE: dict[str, Any] = {}
 _CELL_COLUMNS = (
-    "seed", "lmbda", "divergence", "beta", *FACT_COLUMNS, "start_cell", "teacher_cell", "stands_for",
+    "lmbda", "divergence", "beta", *FACT_COLUMNS, "start_cell", "teacher_cell", "stands_for",
 )  # fmt: skip
 _FIXED_AXES = ("student", "teacher", "divergence")
 """Axes that have a column of their own whether or not they are declared."""
@@ -74,7 +74,8 @@ def build_long_table(grid: Grid, store: Store) -> pd.DataFrame:
     * the facts of `read_cell_facts`, `start_cell` and `teacher_cell` (rows to compare with), `stands_for`
       (the grid points of a collapsed cell), `status` (the worst of the model's parts), `error`;
     * `evaluation_status`; `origin` of a score: `requested`, `stored` beside the requested ones, or `added` by
-      `gkd-lab evaluate`; version and task hash of an lm-eval score.
+      `gkd-lab evaluate`; `checkpoint`, the weights that were decoded (`last`, or `best` on validation rows);
+      version and task hash of an lm-eval score.
 
     `train_seconds` and `step_seconds` (of cells that trained alone and unbroken) are metrics of rows
     without an evaluation. `attrs["axes"]` names the declared axes of the wide form.
@@ -187,6 +188,7 @@ def describe_model(grid: Grid, model: TableModel) -> dict[str, Any]:
         "student": _get_model_name(grid, model, "student"),
         "teacher": _get_model_name(grid, model, "teacher"),
         **(_describe_cell(grid, cell) if is_cell else dict.fromkeys(_CELL_COLUMNS)),
+        "seed": model.seed,
         **{
             AXIS_COLUMNS.get(axis, axis): find_shared_label(model, axis)
             for axis in list_extra_axes(grid)
@@ -213,7 +215,6 @@ def _get_model_name(grid: Grid, model: TableModel, role: str) -> Any:
 def _describe_cell(grid: Grid, cell: Cell) -> dict[str, Any]:
     """Return a value per column of `_CELL_COLUMNS`."""
     return {
-        "seed": cell.seed,
         "lmbda": cell.lmbda,
         "divergence": cell.divergence,
         "beta": cell.beta,
@@ -232,7 +233,7 @@ def rename_axes(points: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
 
 
 def read_evaluation_settings(evaluation: AnyEvaluation) -> dict[str, Any]:
-    """Return decoding, temperature and split; nothing for an lm-eval task."""
+    """Return decoding, temperature, checkpoint and split; nothing for an lm-eval task."""
     is_decoding = isinstance(evaluation, Evaluation)
     return {name: getattr(evaluation, name) for name in _EVALUATION_SETTINGS} if is_decoding else {}
 

@@ -1,5 +1,6 @@
 """Results of the models of a grid, read from their records: states, scores, errors and training times."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from gkd_lab.config import Cell, Grid, SftModel
 from gkd_lab.config.artifact_specs import get_artifact_folder
 from gkd_lab.config.cell import AnyEvaluation, list_references
+from gkd_lab.config.packs import drop_model_seeds
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.cell_state import State, compute_cell_state, get_error_line, require_metrics
 from gkd_lab.store.index import RecordFacts, RecordIndex
@@ -33,6 +35,8 @@ class TableModel:
     """The cell itself, or the cells that need the reference model."""
     spec: SftModel | None = None
     """Specification of a reference model."""
+    seed: int | None = None
+    """Of a cell, and of an SFT student that each seed has one of."""
 
     @property
     def record(self) -> Record:
@@ -76,15 +80,16 @@ class ModelResults:
 def list_models(grid: Grid, store: Store) -> list[TableModel]:
     """List the models in the order of a table: SFT students, then teachers, then cells."""
     references = sorted(list_references(grid.cells), key=lambda reference: reference.role != "start")
-    return [
-        *(
-            TableModel(
-                role, model.fingerprint, store, get_artifact_folder(grid.scale, role, model), cells, model
-            )
-            for role, model, cells in references
-        ),
-        *(TableModel("cell", cell.fingerprint, store, cell.folder, [cell]) for cell in grid.cells),
-    ]
+    counts = Counter(drop_model_seeds(model) for role, model, _ in references if role == "start")
+    models = []
+    for role, model, cells in references:
+        folder, seeds = get_artifact_folder(grid.scale, role, model), {cell.seed for cell in cells}
+        has_own_seed = role == "start" and len(seeds) == 1 and counts[drop_model_seeds(model)] > 1
+        seed = seeds.pop() if has_own_seed else None
+        models.append(TableModel(role, model.fingerprint, store, folder, cells, model, seed))
+    for cell in grid.cells:
+        models.append(TableModel("cell", cell.fingerprint, store, cell.folder, [cell], seed=cell.seed))
+    return models
 
 
 def name_evaluations(evaluations: Sequence[AnyEvaluation]) -> dict[str, str]:

@@ -111,15 +111,16 @@ def _list_bound_columns(name: str) -> tuple[str, str, str]:
 
 
 def _build_settings(model: TableModel, axes: tuple[str, ...]) -> TableRow:
-    """Return a row's columns up to its axes; lmbda, beta and seed are None for a reference model."""
-    settings: tuple[float | None, float | None, int | None] = (None, None, None)
+    """Return a row's columns up to its axes; lmbda and beta are None for a reference model."""
+    settings: tuple[float | None, float | None] = (None, None)
     if model.role == "cell":
-        settings = (model.cells[0].lmbda, model.cells[0].beta, model.cells[0].seed)
+        settings = (model.cells[0].lmbda, model.cells[0].beta)
     return {
         "cell": model.fingerprint,
         "role": model.role,
         "task": model.cells[0].task,
-        **dict(zip(("lmbda", "beta", "seed"), settings, strict=True)),
+        **dict(zip(("lmbda", "beta"), settings, strict=True)),
+        "seed": model.seed,
         **{axis: find_shared_label(model, axis) for axis in axes},
     }
 
