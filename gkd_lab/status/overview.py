@@ -123,6 +123,7 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
             *_describe_unpacked(unpacked_reasons),
             *_describe_unused_beta(grid),
             *_describe_undeclared_fields(grid),
+            *_describe_epochs(grid),
         ),
     )
 
@@ -231,6 +232,8 @@ _FIELDS_SET_BY_AXIS = {
     "cooldown_steps": {"optimizer"},
 }
 _MODEL_FIELDS = {"teacher", "start"}
+MAX_LISTED_EPOCHS = 4
+"""Numbers of passes over the data that are listed for a task."""
 _AXES_OF_BOTH_MODELS = {
     *("data", "tokenizer", "teacher_tokenizer"),
     *("precision", "max_input_tokens", "max_output_tokens"),
@@ -253,6 +256,27 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
     if task_dependent:
         notes.append(f"what depends on the task: {', '.join(sorted(task_dependent))}")
     return notes
+
+
+def _describe_epochs(grid: Grid) -> list[str]:
+    """Return a note for each task whose number of rows is known: how often training passes over them."""
+    notes = []
+    for cells in _group_cells_by_task(grid):
+        passes = {_count_epochs(cell): None for cell in cells}
+        known = [item for item in passes if item is not None]
+        texts = [f"{epochs:.3g} times over {rows:,} rows" for epochs, rows in known[:MAX_LISTED_EPOCHS]]
+        others = len(known) - len(texts)
+        if texts:
+            more = f" and {others} more" if others else ""
+            notes.append(f"{cells[0].task}: distillation passes {', '.join(texts)}{more}")
+    return notes
+
+
+def _count_epochs(cell: Cell) -> tuple[float, int] | None:
+    """Return (passes of the distillation over its rows, their number); None if the number is not known."""
+    training = cell.training
+    rows = training.train_rows or training.data.train
+    return None if rows is None else (training.steps * training.batch_size / rows, rows)
 
 
 def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:

@@ -62,3 +62,9 @@ def test_a_cell_without_beta_is_listed_with_a_dash(tmp_path: Path) -> None:
     assert header.split()[2:6] == ["lmbda", "beta", "seed", "divergence"]
     assert tv.split()[2:6] == ["0.5", "-", "0", "tv"]
     assert jsd.split()[2:6] == ["0.5", "0.5", "0", "jsd"]
+
+
+def test_passes_over_the_rows_are_noted_where_their_number_is_known(tmp_path: Path) -> None:
+    """10 steps of 2 rows."""
+    notes = build_grid_overview(tmp_path, grid={"train_rows": [5, 40]}).notes
+    assert "arithmetic: distillation passes 4 times over 5 rows, 0.5 times over 40 rows" in notes
