@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args
 
 import yaml
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from gkd_lab.config.errors import ConfigError, convert_yaml_errors, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.fingerprint import canonical_json
-from gkd_lab.config.settings import Section, Settings, merge_settings
+from gkd_lab.config.settings import Section, Settings, SftSettings, merge_settings
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
@@ -24,7 +31,7 @@ FigureName = Literal[
 
 
 def _define_axes() -> dict[str, Any]:
-    """Return axis name -> pydantic field definition: task, all settings, and `data.train` and the like."""
+    """Return axis name -> pydantic field definition: task, all settings, `data.train` and other fields."""
     axes: dict[str, Any] = {"task": _define_axis(str, "tasks that are crossed with the other axes")}
     for name, field in Settings.model_fields.items():
         types = tuple(item for item in get_args(field.annotation) if item is not type(None))
@@ -34,6 +41,8 @@ def _define_axes() -> dict[str, Any]:
         for name, field in model.model_fields.items():
             alias = f"{section}.{name}"
             axes[f"{section}__{name}"] = _define_axis(field.annotation, field.description, alias=alias)
+    rows = SftSettings.model_fields["rows"]
+    axes["student__sft__rows"] = _define_axis(PositiveInt, rows.description, alias="student.sft.rows")
     return axes
 
 

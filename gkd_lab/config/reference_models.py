@@ -29,6 +29,8 @@ MIN_BPE_VOCAB_SIZE = 300
 """All bytes, the special tokens and a few merges."""
 _PLACEMENT_FIELDS = {"dtype", "parked"}
 """Fields of a teacher that say how its weights are held while it teaches, not what it is."""
+_SHARED_SIZE_FIELDS = {"sft", "init_seed"}
+"""Fields in which models of one size may differ."""
 _SERVER_FIELDS = ("model", "top_k", "tokenizer", "patience")
 """Fields of a model that need `server`."""
 _OPTIMIZER_FIELDS = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "cooldown_steps")
@@ -55,7 +57,8 @@ def resolve_sft_model(
     Raises:
         ConfigError: for an unknown model, or fields that do not fit together.
     """
-    name, model = _look_up_model(role, getattr(settings, role), models)
+    default_size = getattr(scale_settings, role)
+    name, model = _look_up_model(role, getattr(settings, role), models, default_size)
     model = _insert_cell_seed(role, model, cell_seed)
     return SftModel(
         task=task,
@@ -102,9 +105,15 @@ def check_vocab_sizes(settings: Settings) -> None:
 
 
 def _look_up_model(
-    role: str, stated_model: str | ModelSettings, models: Mapping[str, ModelSettings]
+    role: str,
+    stated_model: str | ModelSettings,
+    models: Mapping[str, ModelSettings],
+    default_size: str | ModelSettings | None,
 ) -> tuple[str, ModelSettings]:
-    """Return (display name, all fields) of a model stated by name, path or fields. Raises ConfigError."""
+    """Return (display name, all fields) of a model stated by name, path or fields. Raises ConfigError.
+
+    default_size: The model of the scale that fields of its SFT or seed alone change.
+    """
     if isinstance(stated_model, str):
         if stated_model in models:
             return stated_model, models[stated_model]
@@ -118,13 +127,16 @@ def _look_up_model(
             f"{role}.{min(misplaced)}: sets how a teacher's weights are held; leave it out, or set it for a "
             "teacher"
         )
-    if stated_model.size is None:
+    size = stated_model.size
+    if size is None and fields and fields.keys() <= _SHARED_SIZE_FIELDS and isinstance(default_size, str):
+        size = default_size
+    if size is None:
         return "custom", stated_model
-    if stated_model.size not in models:
-        raise build_unknown_name_error(f"{role}.size", stated_model.size, models)
-    merged = merge_settings(models[stated_model.size].model_dump(exclude_none=True), fields)
-    has_same_size = fields.keys() <= _PLACEMENT_FIELDS | {"sft", "init_seed"}
-    return stated_model.size if has_same_size else "custom", ModelSettings(**merged)
+    if size not in models:
+        raise build_unknown_name_error(f"{role}.size", size, models)
+    merged = merge_settings(models[size].model_dump(exclude_none=True), fields)
+    has_same_size = fields.keys() <= _PLACEMENT_FIELDS | _SHARED_SIZE_FIELDS
+    return size if has_same_size else "custom", ModelSettings(**merged)
 
 
 def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:

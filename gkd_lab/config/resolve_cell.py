@@ -203,8 +203,9 @@ class CellResolver:
         stated = self.experiment.merge_task_settings(task_name)
         for axis, value in axis_values.items():
             if axis != "task":
-                section, _, field = axis.partition(".")
-                stated = merge_settings(stated, {section: {field: value} if field else value})
+                for field in reversed(axis.split(".")):
+                    value = {field: value}
+                stated = merge_settings(stated, value)
         for long_form, shorthands in _SHORTHANDS.items():
             conflicts = [name for name in shorthands if name in stated or name in self.axis_names]
             if conflicts and not isinstance(stated.get(long_form), str | None):

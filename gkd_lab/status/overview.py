@@ -225,6 +225,7 @@ _FIELDS_SET_BY_AXIS = {
     "teacher_temperature": {"objectives"},
     "student_temperature": {"objectives"},
     "student": {"start"},
+    "student.sft.rows": {"start", "train_rows"},
     "learning_rate": {"optimizer"},
     "weight_decay": {"optimizer"},
     "max_grad_norm": {"optimizer"},
