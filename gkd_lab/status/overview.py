@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config import Cell, Grid
+from gkd_lab.config import Cell, Grid, SftModel
 from gkd_lab.config.cell import list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
@@ -161,12 +161,21 @@ def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) ->
         record = store.get_artifact(grid.scale, role, model)
         yield ArtifactView(
             role=role,
-            name=f"{model.task}/{model.model.name}",
+            name=_name_artifact(model),
             state=record.read_state(),
             estimated_seconds=estimator.estimate_artifact(role, model).seconds,
             error=get_error_line(record.read_status()),
             error_file=record.status_file,
         )
+
+
+def _name_artifact(model: SftModel) -> str:
+    """Return `arithmetic/small`, or with rows and seed if stated: `arithmetic/small, 250 rows, seed 1`."""
+    rows = None if model.sft is None else model.sft.rows
+    seed = model.model.init_seed or (0 if model.sft is None else model.sft.seed)
+    details = [f"{rows:,} rows"] if rows else []
+    details += [f"seed {seed}"] if seed else []
+    return ", ".join((f"{model.task}/{model.model.name}", *details))
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:

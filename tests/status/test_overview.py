@@ -68,3 +68,10 @@ def test_passes_over_the_rows_are_noted_where_their_number_is_known(tmp_path: Pa
     """10 steps of 2 rows."""
     notes = build_grid_overview(tmp_path, grid={"train_rows": [5, 40]}).notes
     assert "arithmetic: distillation passes 4 times over 5 rows, 0.5 times over 40 rows" in notes
+
+
+def test_starts_of_other_rows_and_seeds_have_names_of_their_own(tmp_path: Path) -> None:
+    student = {"layers": 1, "width": 8, "heads": 2, "init_seed": "cell", "sft": {"steps": 4}}
+    overview = build_grid_overview(tmp_path, student=student, grid={"student.sft.rows": [5], "seed": [0, 1]})
+    names = [artifact.name for artifact in overview.artifacts if artifact.role == "start"]
+    assert names == ["arithmetic/custom, 5 rows", "arithmetic/custom, 5 rows, seed 1"]
