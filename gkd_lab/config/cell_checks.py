@@ -32,6 +32,7 @@ Stack = Literal["decoder", "encoder"]
 def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:
     """Raise ConfigError if a cell's values, valid one by one, cannot be trained or evaluated together."""
     check_terms_learn(training.objectives, training.source)
+    _check_rows_fill_a_batch(training)
     _check_teacher_scores(training)
     _check_layer_terms(training)
     _check_tokenizers(training)
@@ -42,6 +43,16 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
         _check_classifier_cell(training, evaluations)
     else:
         _check_no_label_regression(training.objectives)
+
+
+def _check_rows_fill_a_batch(training: Training) -> None:
+    """Raise ConfigError if a cell is known to have fewer rows than one of its batches."""
+    rows = training.train_rows or training.data.train
+    if rows is not None and rows < training.batch_size:
+        raise ConfigError(
+            f"batch_size: {training.batch_size} rows, of which there are {rows} to distil on; "
+            f"give at most {rows}, or more rows"
+        )
 
 
 def _check_selection(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:

@@ -174,17 +174,17 @@ def test_set_makes_an_axis_of_several_values_and_a_field_of_one() -> None:
 
 def test_set_takes_fields_of_sections_and_whole_sections() -> None:
     assert make_cell({"data.train": "33"}).training.data.train == 33
-    assert make_grid({"data.train": "3,4"}).axes["data.train"] == (3, 4)
+    assert make_grid({"data.train": "30,40"}).axes["data.train"] == (30, 40)
     made = make_cell({"student": "{layers: 1, width: 6, heads: 3}"}).training.start.model
     assert made.architecture is not None
     assert (made.architecture.width, made.architecture.feed_forward) == (6, 24)
 
 
 def test_set_wins_over_per_task_settings() -> None:
-    document = {"per_task": {"sums": {"steps": 7, "data": {"train": 3, "test": 4}}}}
+    document = {"per_task": {"sums": {"steps": 7, "data": {"train": 30, "test": 4}}}}
     assert make_cell({"steps": "2"}, **document).training.steps == 2
-    data = make_cell({"data.train": "2"}, **document).training.data
-    assert (data.train, data.test) == (2, 4)
+    data = make_cell({"data.train": "20"}, **document).training.data
+    assert (data.train, data.test) == (20, 4)
 
 
 def test_an_evaluation_drops_fields_that_its_decoding_ignores() -> None:

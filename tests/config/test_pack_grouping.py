@@ -59,7 +59,7 @@ def test_cells_that_differ_in_several_per_cell_settings_share_a_pack() -> None:
         ("max_grad_norm", [0, 1]),
         ("warmup_steps", [0, 1]),
         ("loss_normalization", ["token", "sequence"]),
-        ("data.train", [1, 2]),
+        ("data.train", [10, 20]),
         ("task", ["sums", "words"]),
         ("precision", ["fp32", "fp64"]),
         ("precision", ["fp32", "bf16"]),

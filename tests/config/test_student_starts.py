@@ -63,6 +63,9 @@ def test_a_loss_against_the_start_takes_the_start_of_the_seed() -> None:
         ({"student": {"sft": {"rows": 0}}}, "student.sft.rows"),
         ({"grid": {"student.sft.row": [10]}}, "student.sft.rows"),
         ({"student": {"init_seed": "cells"}}, "init_seed"),
+        ({"student": {"sft": {"rows": 3}}}, "batch_size"),
+        ({"train_rows": 3}, "batch_size"),
+        ({"batch_size": 101}, "at most 100"),
     ],
 )
 def test_seeds_and_rows_that_have_no_meaning_are_refused(document: dict[str, Any], named: str) -> None:
