@@ -22,20 +22,11 @@ from gkd_lab.training.trainer import GKDTrainer
 
 
 class MicroBatchTrainer(GKDTrainer):
-    """GKDTrainer whose epochs end with whole batches, and take the next of several texts of each prompt."""
-
-    text_copies = 1
-    """Number of texts of each prompt in the training examples."""
+    """GKDTrainer whose epochs end with whole batches, however many micro-batches a batch has."""
 
     def build_batch_sampler(self) -> KeyedBatchSampler:
         """Return the sampler, cut to a multiple of `gradient_accumulation_steps` micro-batches an epoch."""
-        sampler = KeyedBatchSampler(
-            len(self.train_dataset) // self.text_copies,
-            self._train_batch_size,
-            self.seeds,
-            drop_last=self.args.dataloader_drop_last,
-            copies=self.text_copies,
-        )
+        sampler = super().build_batch_sampler()
         sampler.length -= sampler.length % self.args.gradient_accumulation_steps
         return sampler
 

@@ -80,6 +80,7 @@ def load_examples(
     the counts of truncated and omitted rows.
     """
     training = cell.training
+    samples = None if training.source.text is None else training.source.text.samples
     rows = load_split(training.task, training.data, "train", options.cache_folder)
     examples, report = encode_examples(training.start, tokenizer, rows)
     examples = assign_teachers(examples, rows, training.objectives)
@@ -88,12 +89,10 @@ def load_examples(
     if training.text_spec is not None:
         teacher_text = ensure_teacher_text(training.text_spec, cell.scale, options)
         teacher = options.store.get_artifact(cell.scale, "teacher", training.teacher)
-        samples = training.text_spec.text.samples
-        if samples is not None:
+        if samples is not None:  # the teacher wrote for these rows alone
             examples = examples[: training.train_rows]
         examples = apply_teacher_text(examples, teacher_text, samples)
         examples = retokenize_completions(examples, teacher_text, training, teacher, tokenizer)
     if training.scores_spec is not None:
         examples = number_examples(examples)
-    has_copies = training.text_spec is not None and training.text_spec.text.samples is not None
-    return examples if has_copies else examples[: training.train_rows]
+    return examples[: training.train_rows] if samples is None else examples

@@ -61,6 +61,8 @@ class PackTrainer(Trainer):
     """
 
     optimizer: Any
+    text_copies = 1
+    """Number of completions of each row in the training examples; every epoch takes the next ones."""
 
     def __init__(
         self,
@@ -147,11 +149,12 @@ class PackTrainer(Trainer):
     def build_batch_sampler(self) -> KeyedBatchSampler:
         """Build the sampler of batches of row numbers, S blocks of B, ordered by seed and epoch alone."""
         return KeyedBatchSampler(
-            len(self.train_dataset),
+            len(self.train_dataset) // self.text_copies,
             self._train_batch_size,
             self.seeds,
             drop_last=self.args.dataloader_drop_last,
             shuffled=self.args.train_sampling_strategy == "random",
+            copies=self.text_copies,
         )
 
     # ---- precision ----
