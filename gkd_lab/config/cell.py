@@ -103,6 +103,11 @@ class Training(Frozen):
         return self.start.data
 
     @property
+    def num_rows(self) -> int | None:
+        """Number of rows to distil on; None where the size of the data is not known before it is read."""
+        return self.train_rows or self.data.train
+
+    @property
     def text_spec(self) -> TeacherTextSpec | None:
         """Spec of the teacher text that must exist before training; None: training uses no teacher text."""
         if self.source.text is None:

@@ -47,7 +47,7 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
 
 def _check_rows_fill_a_batch(training: Training) -> None:
     """Raise ConfigError if a cell is known to have fewer rows than one of its batches."""
-    rows = training.train_rows or training.data.train
+    rows = training.num_rows
     if rows is not None and rows < training.batch_size:
         raise ConfigError(
             f"batch_size: {training.batch_size} rows, of which there are {rows} to distil on; "

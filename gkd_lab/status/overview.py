@@ -272,10 +272,9 @@ def _describe_epochs(grid: Grid) -> list[str]:
     """Return a note for each task whose number of rows is known: how often training passes over them."""
     notes = []
     for cells in _group_cells_by_task(grid):
-        passes = {_count_epochs(cell): None for cell in cells}
-        known = [item for item in passes if item is not None]
-        texts = [f"{epochs:.3g} times over {rows:,} rows" for epochs, rows in known[:MAX_LISTED_EPOCHS]]
-        others = len(known) - len(texts)
+        passes = [item for item in dict.fromkeys(map(_count_epochs, cells)) if item is not None]
+        texts = [f"{epochs:.3g} times over {rows:,} rows" for epochs, rows in passes[:MAX_LISTED_EPOCHS]]
+        others = len(passes) - len(texts)
         if texts:
             more = f" and {others} more" if others else ""
             notes.append(f"{cells[0].task}: distillation passes {', '.join(texts)}{more}")
@@ -285,7 +284,7 @@ def _describe_epochs(grid: Grid) -> list[str]:
 def _count_epochs(cell: Cell) -> tuple[float, int] | None:
     """Return (passes of the distillation over its rows, their number); None if the number is not known."""
     training = cell.training
-    rows = training.train_rows or training.data.train
+    rows = training.num_rows
     return None if rows is None else (training.steps * training.batch_size / rows, rows)
 
 
