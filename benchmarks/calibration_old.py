@@ -86,8 +86,8 @@ def build_figure_cell(case: Case, model: Model) -> dict[str, Any]:
 def _compute_train_share(case: Case, model: Model) -> float | None:
     """Return a model's training rows / the largest number of the case; None without the axis."""
     rows = [other.settings.get("train_rows") for other in case.models]
-    known = [count for count in rows if count is not None]
-    return model.settings["train_rows"] / max(known) if known else None
+    counts = [count for count in rows if count is not None]
+    return model.settings["train_rows"] / max(counts) if counts else None
 
 
 def main() -> None:

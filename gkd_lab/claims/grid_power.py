@@ -44,7 +44,7 @@ class PaperEffect:
 
 @dataclass(frozen=True)
 class ClaimPower:
-    """What a planned grid could show of one claim, with a power of 80 %."""
+    """Power analysis of one claim: the least true differences that a planned grid detects in 80 % of runs."""
 
     claim: Claim
     comparisons: int = 0
@@ -93,10 +93,10 @@ def plan_power(grid: Grid, source: NoiseSource) -> GridPower:
         reason = reason or "it names no claim of the paper, and its cells can judge none"
         raise ConfigError(f"--power needs comparisons with a verdict, and {grid.name} has none: {reason}")
     if not power.noises:
-        known = ", ".join(sorted({f"{task} {metric}" for task, metric in source.by_metric}))
+        measured = ", ".join(sorted({f"{task} {metric}" for task, metric in source.by_metric}))
         needs = "; ".join(describe_notes([planned for planned in power.claims if planned.comparisons]))
         raise ConfigError(
-            f"the noise from {source.text} is of {known}, not of what {grid.name} compares: {needs}"
+            f"the noise from {source.text} is of {measured}, not of what {grid.name} compares: {needs}"
         )
     return power
 
@@ -208,17 +208,16 @@ def _build_model_noise(
     models: Sequence[ComparedModel], source: NoiseSource, examples: int | None
 ) -> ModelNoise:
     """Return the noise of each model; one that all seeds share has none between seeds."""
-    noises = [source.find(model.settings) for model in models]
-    known = [noise for noise in noises if noise is not None]
+    noises = [noise for model in models if (noise := source.find(model.settings)) is not None]
     is_trained = np.array([_has_own_seeds(model) for model in models], dtype=float)
 
     def take_roots(variances: Sequence[float]) -> Array:
         return np.sqrt(np.array(variances))
 
     return ModelNoise(
-        seed=is_trained * take_roots([noise.compute_seed_variance(examples) for noise in known]),
-        shared=is_trained * take_roots([noise.shared_variance for noise in known]),
-        example=take_roots([noise.compute_example_variance(examples) for noise in known]),
+        seed=is_trained * take_roots([noise.compute_seed_variance(examples) for noise in noises]),
+        shared=is_trained * take_roots([noise.shared_variance for noise in noises]),
+        example=take_roots([noise.compute_example_variance(examples) for noise in noises]),
     )
 
 

@@ -227,13 +227,13 @@ def _list_rows(table: pd.DataFrame, axes: Sequence[str]) -> list[Row]:
         raise ConfigError(f"the table has two columns {repeated[0]!r}; rename one")
     columns = {}
     for name in table.columns:
-        values, missing = table[name].tolist(), table[name].isna().to_numpy()
-        known = [None if gap else value for value, gap in zip(values, missing, strict=True)]
+        is_missing = table[name].isna().to_numpy()
+        values = [None if gap else value for value, gap in zip(table[name].tolist(), is_missing, strict=True)]
         if name in _NUMBERS:
-            known = [None if value is None else _parse_number(name, value) for value in known]
+            values = [None if value is None else _parse_number(name, value) for value in values]
         elif name in axes:
-            known = [value if isinstance(value, int | float) else encode_axis_value(value) for value in known]
-        columns[name] = known
+            values = [v if isinstance(v, int | float) else encode_axis_value(v) for v in values]
+        columns[name] = values
     names = list(columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -349,12 +349,11 @@ def _choose_quality_metrics(rows: Iterable[Row]) -> set[ScoreName]:
         candidates[row["task"], evaluation][metric] = (stored[0] or has_value, stored[1] or is_requested)
     chosen = set()
     for (task, evaluation), metrics in candidates.items():
-        known = [metric for metric in metrics if _rank_metric(task, metric) is not None] or list(metrics)
-        if len(known) > 1 and not any(_rank_metric(task, metric) is not None for metric in known):
-            known = []  # several metrics that nothing is known of
-        if known:
+        ranked = [metric for metric in metrics if _rank_metric(task, metric) is not None]
+        options = ranked or (list(metrics) if len(metrics) == 1 else [])  # of several unranked ones none
+        if options:
             best = min(
-                known,
+                options,
                 key=lambda m: (not metrics[m][0], not metrics[m][1], _rank_metric(task, m) or 0, str(m)),
             )
             chosen.add((task, evaluation, best))
@@ -363,7 +362,7 @@ def _choose_quality_metrics(rows: Iterable[Row]) -> set[ScoreName]:
 
 def _rank_metric(task: Any, metric: Any) -> int | None:
     """Return the place of a metric: the task's own first, then ours, then lm-eval's; None for others."""
-    own = TASKS[task].metrics if task in TASKS else ()
-    order = list(dict.fromkeys((*own, *METRICS, *_BENCHMARK_METRICS)))
+    task_metrics = TASKS[task].metrics if task in TASKS else ()
+    order = list(dict.fromkeys((*task_metrics, *METRICS, *_BENCHMARK_METRICS)))
     name = str(metric).split(",")[0]  # lm-eval adds its filter: `exact_match,strict-match`
     return order.index(name) if name in order else None

@@ -143,10 +143,10 @@ class ClaimVerdict:
         Where margins differ, relative to that of the weakest contrast; so is the high end.
         """
         ends = [(contrast.low, contrast.margin) for contrast in self.contrasts]
-        known = [low + margin for low, margin in ends if low is not None]
-        if not known or len(known) < len(ends) or (self.claim.is_measurement and len(ends) > 1):
+        lows = [low + margin for low, margin in ends if low is not None]
+        if not lows or len(lows) < len(ends) or (self.claim.is_measurement and len(ends) > 1):
             return None
-        return min(known) - self.weakest.margin
+        return min(lows) - self.weakest.margin
 
     @property
     def high(self) -> float | None:
@@ -158,8 +158,8 @@ class ClaimVerdict:
             return None
         contrasts = [contrast for contrast in self.contrasts if contrast.can_fail] or self.contrasts
         ends = [(c.estimate.high(LEVEL / len(contrasts)), c.margin) for c in contrasts]
-        known = [high + margin for high, margin in ends if high is not None]
-        return min(known) - self.weakest.margin if known else None
+        highs = [high + margin for high, margin in ends if high is not None]
+        return min(highs) - self.weakest.margin if highs else None
 
     @property
     def required_seeds(self) -> int | None:

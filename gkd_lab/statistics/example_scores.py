@@ -78,14 +78,14 @@ def _stack_examples(
     """Return ((M, S, N) scores of examples, None), or (None, why they are not used; None: not known)."""
     keys = [score.key for row in table for score in row]
     lists = [None if key is None else find_examples(key) for key in keys]
-    known = [examples for examples in lists if examples is not None]
-    if len(known) < len(lists):
-        return None, "some models without examples' scores" if known else None
-    if any(not np.array_equal(examples.ids, known[0].ids) for examples in known[1:]):
+    samples = [examples for examples in lists if examples is not None]
+    if len(samples) < len(lists):
+        return None, "some models without examples' scores" if samples else None
+    if any(not np.array_equal(examples.ids, samples[0].ids) for examples in samples[1:]):
         return None, "models scored on different examples"
-    if len(known[0].ids) < 2:
+    if len(samples[0].ids) < 2:
         return None, "one example"
-    stacked = np.array([examples.values for examples in known]).reshape(*values.shape, -1)
+    stacked = np.array([examples.values for examples in samples]).reshape(*values.shape, -1)
     for scale in (1.0, 100.0):  # shares of 1 are points / 100
         if float(np.abs(scale * stacked.mean(axis=2) - values).max()) <= SCORE_TOLERANCE:
             return scale * stacked, None

@@ -306,9 +306,9 @@ def _average_error(parts: Sequence[ExtremePart], means: Array, errors: Array, ch
     rows = [part.matrix[((means + errors) @ part.matrix.T).argmax(axis=1)] for part in parts]
     contrasts = np.sum([part.sign * row for part, row in zip(parts, rows, strict=True)], axis=0)
     variance = float(((contrasts @ covariance) * contrasts).sum(axis=1).mean())
-    own = _select_contrast(parts, means)
-    own_variance = float(own @ covariance @ own)
-    scale = max(1.0, chosen_error / np.sqrt(own_variance)) if own_variance > 0 else 1.0
+    chosen = _select_contrast(parts, means)
+    chosen_variance = float(chosen @ covariance @ chosen)
+    scale = max(1.0, chosen_error / np.sqrt(chosen_variance)) if chosen_variance > 0 else 1.0
     return float(np.sqrt(variance) * scale) or chosen_error
 
 

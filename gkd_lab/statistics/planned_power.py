@@ -73,9 +73,9 @@ class PlannedContrast:
 
     def compute_noise(self, noise: ModelNoise) -> Noise:
         """Return the variances of the weighted sum."""
-        own = float(((self.weights * noise.seed) ** 2).sum())
+        separate = float(((self.weights * noise.seed) ** 2).sum())
         shared = float(self.weights @ noise.shared) ** 2
-        return Noise(own + shared, float(((self.weights * noise.example) ** 2).sum()))
+        return Noise(separate + shared, float(((self.weights * noise.example) ** 2).sum()))
 
 
 def find_min_seeds(contrasts: Sequence[PlannedContrast]) -> int:

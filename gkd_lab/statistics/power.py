@@ -134,12 +134,12 @@ def _compute_projected_power(
 def _scale_noise(estimate: EffectEstimate) -> Noise:
     """Return an estimate's variances, scaled to give its standard error: a floor or an extreme has more."""
     assert estimate.standard_error is not None
-    known = Noise(estimate.seed_variance, estimate.example_variance)
-    error = known.compute_error(estimate.seeds)
+    estimated = Noise(estimate.seed_variance, estimate.example_variance)
+    error = estimated.compute_error(estimate.seeds)
     if error == 0:  # no example differs: one may
         return Noise(0.0, estimate.standard_error**2)
     scale = (estimate.standard_error / error) ** 2
-    return Noise(scale * known.seed_variance, scale * known.example_variance)
+    return Noise(scale * estimated.seed_variance, scale * estimated.example_variance)
 
 
 def needs_more_examples(estimate: EffectEstimate, margin: float = 0.0) -> bool:

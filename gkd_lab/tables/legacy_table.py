@@ -35,7 +35,7 @@ _EVALUATION_NAME = re.compile(r"(greedy|sample|beam)([\d.]+)?.*?(?:@(\w+))?")
 _FIRST_AXIS, _AFTER_AXES = "seed", "status"
 """Columns of the wide form between which its axes stand."""
 
-KnownModels = Mapping[tuple[ModelRole, str], TableModel]
+ModelsByKey = Mapping[tuple[ModelRole, str], TableModel]
 """(role, fingerprint) -> model of the grid."""
 
 
@@ -48,15 +48,15 @@ def convert_wide_table(frame: pd.DataFrame, grid: Grid | None = None) -> pd.Data
     columns = list(frame.columns)
     axes = columns[columns.index(_FIRST_AXIS) + 1 : columns.index(_AFTER_AXES)]
     models = [] if grid is None else list_models(grid, Store(Path()))
-    known = {(model.role, model.fingerprint): model for model in models}
+    models_by_key = {(model.role, model.fingerprint): model for model in models}
     rows = list_table_rows(frame)
-    model_rows = [_describe_row(row, axes, frame.attrs.get("scale"), known, grid) for row in rows]
+    model_rows = [_describe_row(row, axes, frame.attrs.get("scale"), models_by_key, grid) for row in rows]
     metrics = _list_metrics(frame)
     scored = _find_scored_metrics(rows, metrics)
     blocks = [
         block
         for number, row in enumerate(rows)
-        for block in _list_blocks(number, row, metrics, scored, known.get((row["role"], row["cell"])))
+        for block in _list_blocks(number, row, metrics, scored, models_by_key.get((row["role"], row["cell"])))
     ]
     long = join_rows(model_rows, blocks, axes)
     long.attrs = {**frame.attrs, **long.attrs}
@@ -67,16 +67,27 @@ def convert_wide_table(frame: pd.DataFrame, grid: Grid | None = None) -> pd.Data
 
 
 def _describe_row(
-    row: TableRow, axes: Sequence[str], scale: str | None, known: KnownModels, grid: Grid | None
+    row: TableRow, axes: Sequence[str], scale: str | None, models: ModelsByKey, grid: Grid | None
 ) -> dict[str, Any]:
     """Return a model's columns of the long form: those of its grid, replaced by those that the table has."""
-    model = known.get((row["role"], row["cell"]))
+    model = models.get((row["role"], row["cell"]))
     settings = _guess_settings(row) if grid is None or model is None else describe_model(grid, model)
-    own = ("cell", "role", "task", "seed", "lmbda", "beta", "start_cell", "teacher_cell", "status", "error")
+    columns = (
+        "cell",
+        "role",
+        "task",
+        "seed",
+        "lmbda",
+        "beta",
+        "start_cell",
+        "teacher_cell",
+        "status",
+        "error",
+    )
     return {
         **settings,
         **{AXIS_COLUMNS.get(axis, axis): row[axis] for axis in axes if axis != "divergence"},
-        **{name: row.get(name) for name in own},
+        **{name: row.get(name) for name in columns},
         "scale": scale,
         "stands_for": rename_axes(row["stands_for"]),
     }

@@ -89,8 +89,8 @@ def _spread_details(evaluation: str, rows: pd.DataFrame, count: int) -> dict[str
     """Return `<evaluation>.lm_eval` and `<evaluation>.task_hash`; nothing for our own evaluations."""
     columns: dict[str, Any] = {}
     for detail in _LM_EVAL_DETAILS:
-        known = rows[rows[detail].notna()]
-        if not known.empty:
-            values = dict(zip(known["model"], known[detail], strict=True))
+        detailed = rows[rows[detail].notna()]
+        if not detailed.empty:
+            values = dict(zip(detailed["model"], detailed[detail], strict=True))
             columns[f"{evaluation}.{detail}"] = [values.get(model) for model in range(count)]
     return columns
