@@ -10,10 +10,7 @@ from gkd_lab import experiments
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.experiment import Scale
 from gkd_lab.store import Store
-from gkd_lab.tables.legacy_table import convert_wide_table
 from gkd_lab.tables.long_table import LEADING_COLUMNS, SCORE_COLUMNS, build_long_table
-
-_NESTED_COLUMNS = ("evaluations", "stands_for")
 
 
 def load_table(
@@ -23,7 +20,7 @@ def load_table(
 
     Args:
         experiment_or_path: An experiment's name, its YAML file or its grid, whose records are read; or a
-            parquet file that `gkd-lab table` wrote, also one in the wide form of older versions.
+            parquet file that `gkd-lab table` wrote.
         scale: Scale of the experiment; default: that of its file.
         outputs: Folder of the records.
 
@@ -36,31 +33,24 @@ def load_table(
         return build_long_table(experiment_or_path, Store(Path(outputs)))
     if str(experiment_or_path).endswith(".parquet"):
         _refuse_scale(scale, str(experiment_or_path))
-        return read_table_file(Path(experiment_or_path), outputs)
+        return read_table_file(Path(experiment_or_path))
     grid = experiments.load(str(experiment_or_path), scale=scale, outputs=outputs)
     return build_long_table(grid, Store(Path(outputs)))
 
 
-def read_table_file(path: Path, outputs: str | Path = "outputs") -> pd.DataFrame:
-    """Return the long table of a parquet file; a wide one is converted. Raises ConfigError.
-
-    `outputs` holds the commits of hub models and data that the experiment of a wide table names.
-    """
+def read_table_file(path: Path) -> pd.DataFrame:
+    """Return the long table of a parquet file. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"no table {path}: gkd-lab table {path.stem} --format parquet -o {path}")
     try:
         frame = pd.read_parquet(path)
     except ValueError as error:  # pyarrow's errors are ValueErrors
         raise ConfigError(f"{path} is not a parquet file: {error}") from error
-    for name in _NESTED_COLUMNS:
-        if name in frame:
-            frame[name] = pd.Series(map(_parse_json, frame[name]), dtype="object")
-    if {*LEADING_COLUMNS, *SCORE_COLUMNS} <= {*frame.columns}:
-        return frame
-    if not {"cell", "role", "task", "status", "evaluations"} <= {*frame.columns}:
+    if not {*LEADING_COLUMNS, *SCORE_COLUMNS} <= {*frame.columns}:
         columns = ", ".join(map(str, frame.columns[:5]))
-        raise ConfigError(f"{path} is not a table of gkd-lab: its first columns are {columns}")
-    return convert_wide_table(frame, _load_grid_of_table(frame, outputs))
+        raise ConfigError(f"{path} is not a long table of gkd-lab: its first columns are {columns}")
+    frame["stands_for"] = pd.Series(map(_parse_json, frame["stands_for"]), dtype="object")
+    return frame
 
 
 def list_committed_tables() -> dict[str, Path]:
@@ -82,11 +72,3 @@ def _refuse_scale(scale: Scale | None, owner: str) -> None:
 def _parse_json(text: Any) -> Any:
     """Return the value of a JSON text; None for a missing one."""
     return json.loads(text) if isinstance(text, str) else None
-
-
-def _load_grid_of_table(frame: pd.DataFrame, outputs: str | Path) -> Grid | None:
-    """Return the grid of the experiment that a wide table names; None if there is no such experiment now."""
-    try:
-        return experiments.load(frame.attrs["experiment"], scale=frame.attrs["scale"], outputs=outputs)
-    except (KeyError, ConfigError):
-        return None

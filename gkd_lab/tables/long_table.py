@@ -83,7 +83,7 @@ def build_long_table(grid: Grid, store: Store) -> pd.DataFrame:
     models = list_models(grid, store)
     results = read_results(models, store)
     model_rows = [
-        {**describe_model(grid, model), "status": result.status, "error": result.error}
+        {**_describe_model(grid, model), "status": result.status, "error": result.error}
         for model, result in zip(models, results, strict=True)
     ]
     blocks = [
@@ -91,7 +91,7 @@ def build_long_table(grid: Grid, store: Store) -> pd.DataFrame:
         for number, (model, result) in enumerate(zip(models, results, strict=True))
         for block in _list_blocks(number, model, result)
     ]
-    return join_rows(model_rows, blocks, list_extra_axes(grid))
+    return _join_rows(model_rows, blocks, list_extra_axes(grid))
 
 
 def list_axes(long: pd.DataFrame) -> list[str]:
@@ -112,7 +112,7 @@ def list_axes(long: pd.DataFrame) -> list[str]:
 # ---- frame ----
 
 
-class ScoreBlock(NamedTuple):
+class _ScoreBlock(NamedTuple):
     """Rows of one evaluation of a model, or of its training times."""
 
     model: int
@@ -128,8 +128,8 @@ class ScoreBlock(NamedTuple):
     scores: Scores
 
 
-def join_rows(
-    model_rows: Sequence[Mapping[str, Any]], blocks: Sequence[ScoreBlock], axes: Sequence[str]
+def _join_rows(
+    model_rows: Sequence[Mapping[str, Any]], blocks: Sequence[_ScoreBlock], axes: Sequence[str]
 ) -> pd.DataFrame:
     """Return the long table of models and the blocks of their scores; `axes` are those of the wide form."""
     other_axes = [AXIS_COLUMNS.get(axis, axis) for axis in axes if axis not in _FIXED_AXES]
@@ -147,7 +147,7 @@ def join_rows(
     return frame
 
 
-def _build_score_frame(blocks: Sequence[ScoreBlock]) -> pd.DataFrame:
+def _build_score_frame(blocks: Sequence[_ScoreBlock]) -> pd.DataFrame:
     """Return a frame with a row per score; its column `model` is the number of the model."""
     per_block: dict[str, Any] = {
         "model": [block.model for block in blocks],
@@ -174,7 +174,7 @@ def _build_score_frame(blocks: Sequence[ScoreBlock]) -> pd.DataFrame:
 # ---- models and their scores ----
 
 
-def describe_model(grid: Grid, model: TableModel) -> dict[str, Any]:
+def _describe_model(grid: Grid, model: TableModel) -> dict[str, Any]:
     """Return a model's settings, facts, axis values, links to its reference models and grid points.
 
     Null for a reference model: what only cells have, and the axes that its cells do not share.
@@ -221,39 +221,39 @@ def _describe_cell(grid: Grid, cell: Cell) -> dict[str, Any]:
         **read_cell_facts(cell),
         "start_cell": cell.training.start.fingerprint,
         "teacher_cell": cell.training.teacher.fingerprint,
-        "stands_for": rename_axes(grid.stands_for.get(cell.full_fingerprint)),
+        "stands_for": _rename_axes(grid.stands_for.get(cell.full_fingerprint)),
     }
 
 
-def rename_axes(points: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+def _rename_axes(points: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Return the grid points of a collapsed cell with the names of columns instead of those of axes."""
     if points is None:
         return None
     return [{AXIS_COLUMNS.get(axis, axis): value for axis, value in point.items()} for point in points]
 
 
-def read_evaluation_settings(evaluation: AnyEvaluation) -> dict[str, Any]:
+def _read_evaluation_settings(evaluation: AnyEvaluation) -> dict[str, Any]:
     """Return decoding, temperature, checkpoint and split; nothing for an lm-eval task."""
     is_decoding = isinstance(evaluation, Evaluation)
     return {name: getattr(evaluation, name) for name in _EVALUATION_SETTINGS} if is_decoding else {}
 
 
-def _list_blocks(number: int, model: TableModel, result: ModelResults) -> Iterator[ScoreBlock]:
+def _list_blocks(number: int, model: TableModel, result: ModelResults) -> Iterator[_ScoreBlock]:
     """Yield a block per evaluation, then that of a cell's training times if any was recorded."""
     for part in result.evaluations:
         is_first = part is result.evaluations[0]
         requested = () if part.is_added else list_requested_metrics(part.evaluation, is_first)
-        settings = read_evaluation_settings(part.evaluation)
-        metrics, origins = list_origins(requested, part.scores, part.is_added)
-        yield ScoreBlock(number, part.name, settings, part.state, metrics, origins, part.scores)
+        settings = _read_evaluation_settings(part.evaluation)
+        metrics, origins = _list_origins(requested, part.scores, part.is_added)
+        yield _ScoreBlock(number, part.name, settings, part.state, metrics, origins, part.scores)
     if model.role == "cell" and result.training == "done":
         step_seconds = read_step_seconds(model.record, model.cells[0].training.steps)
         seconds = {"train_seconds": result.train_seconds, "step_seconds": step_seconds}
         times = {name: {"value": value} for name, value in seconds.items() if value is not None}
-        yield ScoreBlock(number, None, {}, None, list(times), [None] * len(times), times)
+        yield _ScoreBlock(number, None, {}, None, list(times), [None] * len(times), times)
 
 
-def list_origins(
+def _list_origins(
     requested: Sequence[str], stored: Iterable[str], is_added: bool
 ) -> tuple[Sequence[str | None], Sequence[str]]:
     """Return (metrics, origin of each): requested ones, then other stored ones; [None] if there is none."""

@@ -1,10 +1,9 @@
-"""Long tables of experiments and of files, and the conversion of wide ones."""
+"""Long tables of experiments and of files."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,21 +14,12 @@ from gkd_lab import experiments
 from gkd_lab.cli import app
 from gkd_lab.config import ConfigError
 from gkd_lab.store import Store
-from gkd_lab.tables.legacy_table import convert_wide_table
 from gkd_lab.tables.long_table import build_long_table
-from gkd_lab.tables.table import build_wide_table, encode_table, list_table_rows
+from gkd_lab.tables.table import build_wide_table, encode_table
 
-from .synthetic_store import build_grid, fill_store, write_finished_record
+from .synthetic_store import build_grid, write_finished_record
 
 TABLES = sorted((Path(__file__).parents[2] / "analysis" / "tables").glob("*.parquet"))
-
-
-def read_wide_table(path: Path) -> pd.DataFrame:
-    """Return a committed wide table with its nested columns decoded."""
-    frame = pd.read_parquet(path)
-    for name in ("evaluations", "stands_for"):
-        frame[name] = [None if pd.isna(text) else json.loads(text) for text in frame[name]]
-    return frame
 
 
 def write_experiment(folder: Path) -> Path:
@@ -92,7 +82,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     for source, expected in (
         (tmp_path / "missing.parquet", "no table"),
         (tmp_path / "text.parquet", "is not a parquet file"),
-        (tmp_path / "other.parquet", "is not a table of gkd-lab: its first columns are a"),
+        (tmp_path / "other.parquet", "is not a long table of gkd-lab: its first columns are a"),
         ("quickstat", "did you mean 'quickstart'"),
     ):
         with pytest.raises(ConfigError, match=expected):
@@ -102,62 +92,11 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_a_committed_wide_table_keeps_every_score_and_setting(path: Path, tmp_path: Path) -> None:
-    expected, long = read_wide_table(path), gkd_lab.table(path, outputs=tmp_path)
-    scores = {
-        (role, cell, evaluation, metric): (value, low, high)
-        for role, cell, evaluation, metric, value, low, high in long[
-            ["role", "cell", "evaluation", "metric", "value", "low", "high"]
-        ].to_numpy()
-    }
-    assert len(scores) == len(long)
-    for row in list_table_rows(expected):
-        for evaluation in row["evaluations"]:
-            columns = [name for name in row if name.startswith(f"{evaluation}/")]
-            for name in (name for name in columns if not name.endswith((".low", ".high"))):
-                stored = scores.get((row["role"], row["cell"], evaluation, name.split("/")[1]))
-                if row[name] is not None:
-                    assert stored is not None and stored[0] == row[name]
-                    assert row.get(f"{name}.low") in (stored[1], None)
-    assert encode_table(gkd_lab.wide(long), "json") == encode_table(expected, "json")
-
-
-def test_settings_of_a_converted_table_come_from_its_experiment(tmp_path: Path) -> None:
-    (path,) = (path for path in TABLES if path.stem == "baselines")
-    long = gkd_lab.table(path, outputs=tmp_path)
-    fresh = gkd_lab.table("baselines", outputs=tmp_path)
-    columns = [
-        "cell", "role", "scale", "task", "student", "teacher", "seed", "lmbda", "divergence", "beta",
-        "method", "text", "reward", "self_distillation", "learning_rate", "start_cell", "teacher_cell",
-        "stands_for",
-    ]  # fmt: skip
-    models = [frame.drop_duplicates("cell")[columns].reset_index(drop=True) for frame in (long, fresh)]
-    pd.testing.assert_frame_equal(*models)
-    assert set(long[long["task"] == "translation"]["decoding"]) == {"beam"}
-    assert set(long[long["metric"] == "accuracy"]["n_examples"]) == {500}
-
-
-def test_a_wide_table_without_its_experiment_is_converted_from_its_columns(tmp_path: Path) -> None:
-    document: dict[str, Any] = {
-        "grid": {"method": ["sft", "seqkd", "f_distill", "gkd"]},
-        "evaluations": [
-            {"decoding": "sample", "temperature": 0.5, "samples": 2, "split": "validation"},
-            {"decoding": "greedy"},
-        ],
-    }
-    grid, store = build_grid(**document), Store(tmp_path)
-    fill_store(grid, store)
-    expected, long = build_long_table(grid, store), convert_wide_table(build_wide_table(grid, store))
-    columns = [
-        "cell", "role", "task", "seed", "lmbda", "beta", "method", "evaluation", "decoding", "temperature",
-        "split", "metric", "value", "low", "high", "text", "reward", "start_cell", "status",
-        "evaluation_status", "origin",
-    ]  # fmt: skip
-    expected = expected[expected["evaluation"].notna()].reset_index(drop=True)
-    pd.testing.assert_frame_equal(long[columns], expected[columns], check_index_type=False)
-    cells = long[long["role"] == "cell"].drop_duplicates("cell")
-    assert list(cells["divergence"]) == ["cross_entropy", "cross_entropy", "tv", "jsd"]
-    assert long["student"].isna().all() and long["n_examples"].isna().all()
+def test_a_committed_table_has_every_score_that_it_asked_for(path: Path) -> None:
+    table = gkd_lab.table(path)
+    requested = table[table["origin"] == "requested"]
+    assert len(requested) and requested["value"].notna().all()
+    assert table.attrs["experiment"] == path.stem
 
 
 def test_public_names_are_loaded_when_they_are_asked_for() -> None:
