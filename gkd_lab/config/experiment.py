@@ -109,6 +109,7 @@ class Experiment(TaskSettings):
     grid: GridAxes = Field(  # type: ignore[valid-type]
         default=GridAxes(), description="axes that are crossed; the first one varies slowest"
     )
+    per_scale: dict[Scale, TaskSettings] = Field(default={}, description="settings at one scale only")
     per_task: dict[str, TaskSettings] = Field(default={}, description="settings for one task only")
 
     def list_axes(self) -> dict[str, tuple[Any, ...]]:
@@ -119,20 +120,22 @@ class Experiment(TaskSettings):
             for axis, values in grid.list_ordered_values().items()
         }
 
-    def merge_task_settings(self, task: str) -> dict[str, Any]:
-        """Return the file's stated settings for a task as nested dictionaries; those of `per_task` win."""
-        return merge_settings(*(_dump_stated_fields(layer) for layer in self._list_settings_layers(task)))
+    def merge_task_settings(self, task: str, scale: str) -> dict[str, Any]:
+        """Return the file's stated settings for a task at a scale as nested dictionaries; `per_task` wins."""
+        layers = self._list_settings_layers(task, scale)
+        return merge_settings(*map(_dump_stated_fields, layers))
 
-    def get_task_evaluations(self, task: str) -> tuple[AnyEvaluationSettings, ...] | None:
-        """Return the file's evaluations for a task, `per_task` first; None if it states none."""
-        for layer in reversed(self._list_settings_layers(task)):
+    def get_task_evaluations(self, task: str, scale: str) -> tuple[AnyEvaluationSettings, ...] | None:
+        """Return the file's evaluations for a task at a scale, `per_task` first; None if it states none."""
+        for layer in reversed(self._list_settings_layers(task, scale)):
             if layer.evaluations:
                 return layer.evaluations
         return None
 
-    def _list_settings_layers(self, task: str) -> list[TaskSettings]:
-        """Return [settings for all tasks, settings of `per_task` for this task if any], later ones win."""
-        return [self, *([self.per_task[task]] if task in self.per_task else [])]
+    def _list_settings_layers(self, task: str, scale: str) -> list[TaskSettings]:
+        """Return the settings for all tasks, those of this scale, those of this task; later ones win."""
+        layers = self.per_scale.get(scale), self.per_task.get(task)  # type: ignore[call-overload]
+        return [self, *filter(None, layers)]
 
 
 def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
     """Set each `key=v1,v2` in `document`, in place, and return it. Raises ConfigError.
 
     Several values, or a key that is an axis already, make an axis; one value sets a field, and removes it
-    from every section of `per_task`.
+    from every section of `per_task` and `per_scale`.
     """
     for key, text in overrides.items():
         values = _parse_override(key, text)
@@ -190,8 +193,9 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
             grid[key] = values
             continue
         _set_field(document, key, values[0])
-        for section in (document.get("per_task") or {}).values():
-            _remove_field(section, key)
+        for sections in (document.get("per_task"), document.get("per_scale")):
+            for section in (sections or {}).values():
+                _remove_field(section, key)
     return document
 
 

@@ -73,7 +73,7 @@ _SHORTHANDS = {
 }
 """Long form -> the settings that are short for a part of it."""
 
-_NON_SETTING_KEYS = ("models", "evaluations", "family", "per_student")
+_NON_SETTING_KEYS = ("models", "students", "evaluations", "family", "per_student")
 """Keys of a task's defaults that are not fields of `Settings`."""
 
 
@@ -200,7 +200,7 @@ class CellResolver:
 
     def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the experiment's settings, axis values over them. ConfigError: shorthand and long form."""
-        stated = self.experiment.merge_task_settings(task_name)
+        stated = self.experiment.merge_task_settings(task_name, self.scale)
         for axis, value in axis_values.items():
             if axis != "task":
                 for field in reversed(axis.split(".")):
@@ -267,7 +267,7 @@ class CellResolver:
                 role,
                 settings,
                 scale_settings=Settings.model_validate(_select_settings(defaults)),
-                models={name: ModelSettings.model_validate(m) for name, m in defaults["models"].items()},
+                models=_list_models(role, defaults),
                 data=_apply_data_format(data, data_settings),
                 find_model=self.revisions.resolve_model,
                 cell_seed=seed if role == "student" else None,
@@ -277,11 +277,17 @@ class CellResolver:
     def _resolve_evaluations(
         self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
     ) -> tuple[AnyEvaluation, ...]:
-        """Return the experiment's distinct evaluations for a task, or else the task's defaults; cached."""
-        key = (task.name, settings.data, settings.max_output_tokens)
+        """Return the experiment's distinct evaluations for a task, or else the task's defaults; cached.
+
+        With `eval_every` the defaults are also those of the checkpoint that it selects.
+        """
+        key = (task.name, settings.data, settings.max_output_tokens, settings.eval_every is None)
         if key not in self.evaluations:
-            stated = self.experiment.get_task_evaluations(task.name) or tuple(
-                parse_evaluation_settings(values) for values in defaults["evaluations"]
+            checkpoints = ("last",) if settings.eval_every is None else ("last", "best")
+            stated = self.experiment.get_task_evaluations(task.name, self.scale) or tuple(
+                parse_evaluation_settings(values if "lm_eval" in values else {**values, "checkpoint": name})
+                for values in defaults["evaluations"]
+                for name in checkpoints
             )
             max_output_tokens = settings.max_output_tokens
             assert max_output_tokens is not None, "every scale states max_output_tokens"
@@ -330,6 +336,15 @@ class CellResolver:
 def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task's defaults without the keys that are no `Settings` fields, such as `models`."""
     return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
+
+
+def _list_models(role: str, defaults: Mapping[str, Any]) -> dict[str, ModelSettings]:
+    """Return size -> model of the scale; for students with the scale's changes of `students`."""
+    changes = defaults.get("students", {}) if role == "student" else {}
+    return {
+        name: ModelSettings.model_validate(merge_settings(model, changes))
+        for name, model in defaults["models"].items()
+    }
 
 
 def _get_student_defaults(

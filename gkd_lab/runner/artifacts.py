@@ -1,6 +1,6 @@
 """Teachers and SFT students: built once under a lock, found by fingerprint, shared by all cells."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from gkd_lab.models.build import (
     make_model,
     train_tokenizer,
 )
+from gkd_lab.models.packing import Pack
 from gkd_lab.models.pretrained import load_pretrained
 from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split, write_split_report
 from gkd_lab.runner.failures import RecordedFailure, record_failures
+from gkd_lab.runner.greedy_scores import score_greedily
 from gkd_lab.runner.repair import find_damaged_file, quarantine_damaged_result, repair_unfinished_training
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.sft import fine_tune
@@ -31,6 +33,9 @@ from gkd_lab.store import Record
 from gkd_lab.store.provenance import collect_provenance
 from gkd_lab.tasks import RowList, get_task
 from gkd_lab.training.checkpoints import create_folder_atomically, list_complete_steps
+
+MAX_TRAIN_SCORE_ROWS = 200
+"""Training rows on which a fine-tuned model is scored, to tell whether it has learned them."""
 
 
 class ArtifactFailed(RuntimeError):
@@ -150,7 +155,21 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
     record.write_provenance(
         collect_provenance(parameters=parameters, threads=torch.get_num_threads(), device=select_device())
     )
-    record.finish(parameters=parameters)
+    train_score = {} if model.sft is None else _measure_train_score(model, loaded, rows, examples)
+    record.finish(parameters=parameters, **train_score)
+
+
+def _measure_train_score(
+    model: SftModel, loaded: LoadedModel, rows: RowList, examples: Sequence[Any]
+) -> dict[str, Any]:
+    """Return `train_score`, the task's first metric on the first rows that the model was fine-tuned on."""
+    count = min(MAX_TRAIN_SCORE_ROWS, len(examples))
+    metric = get_task(model.task).metrics[0]
+    pack = Pack.build_single(loaded.model.to(select_device()))
+    (value,) = score_greedily(
+        pack, loaded.tokenizer, rows[:count], examples[:count], model.max_output_tokens, metric
+    )
+    return {"train_score": {"metric": metric, "value": round(value, 3), "rows": count}}
 
 
 def export_checkpoint(model: PreTrainedModel, tokenizer: Any, target: Path) -> None:

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from gkd_lab.config.cell import Cell, Evaluation
-from gkd_lab.evaluation.decoding import generate_predictions
-from gkd_lab.metrics.text_metrics import Scorer
+from gkd_lab.config.cell import Cell
 from gkd_lab.models.packing import Pack
 from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows
+from gkd_lab.runner.greedy_scores import score_greedily
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Record
 
@@ -34,12 +33,7 @@ class SelectionCallback(TrainerCallback):
         rows = load_split(training.task, training.data, "validation", options.cache_folder)
         self.rows = take_first_rows(rows, training.selection.rows)
         self.examples, _ = encode_examples(training.start, tokenizer, self.rows)
-        self.evaluation = Evaluation(
-            decoding="greedy",
-            split="validation",
-            max_output_tokens=training.max_output_tokens,
-            metrics=(training.selection.metric,),
-        )
+        self.max_output_tokens = training.max_output_tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score the pack at every multiple of `every` and at the last step."""
@@ -48,20 +42,13 @@ class SelectionCallback(TrainerCallback):
 
     def _score_cells(self, step: int) -> None:
         """Append each cell's score to its record, and save its weights if it is the cell's best so far."""
-        was_training = self.pack.model.training
-        self.pack.model.eval()
-        with torch.no_grad():
-            predictions = generate_predictions(
-                self.pack, self.tokenizer, self.rows, self.examples, self.evaluation
-            )
-        self.pack.model.train(was_training)
-        metric, scorer = self.selection.metric, Scorer()
-        for n, (record, texts) in enumerate(zip(self.records, predictions, strict=True)):
+        metric = self.selection.metric
+        scores = score_greedily(
+            self.pack, self.tokenizer, self.rows, self.examples, self.max_output_tokens, metric
+        )
+        for n, (record, score) in enumerate(zip(self.records, scores, strict=True)):
             if record.read_status():
                 continue  # it has failed
-            score = scorer.score_many(
-                [metric], [text.text for text in texts], [text.references for text in texts]
-            )[metric].value
             best = max((row[metric] for row in record.read_selection()), default=None)
             record.log_selection({"step": step, metric: score})
             if best is None or score > best:

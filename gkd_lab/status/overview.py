@@ -207,7 +207,7 @@ def _describe_unused_beta(grid: Grid) -> list[str]:
     """Return one note in a list if beta is set for cells whose loss has none, else an empty list."""
     cells = [cell for cell in grid.cells if cell.beta is None]
     tasks = {cell.task for cell in cells}
-    tasks_with_beta = {task for task in tasks if "beta" in grid.experiment.merge_task_settings(task)}
+    tasks_with_beta = {task for task in tasks if "beta" in grid.experiment.merge_task_settings(task, grid.scale)}
     count = sum("beta" in grid.axes or cell.task in tasks_with_beta for cell in cells)
     divergences = sorted({_format_divergence(cell.divergence) for cell in cells}, reverse=True)
     note = f"{' and '.join(divergences)} reads no beta: {count} of {len(grid.cells)} cells"

@@ -16,6 +16,7 @@ from typing import Any
 import gkd_lab
 from gkd_lab.config.artifact_specs import DataSpec, SftModel
 from gkd_lab.config.cell import Training
+from gkd_lab.store.code_hash import compute_code_hash
 from gkd_lab.store.file_hashes import read_file_hashes
 from gkd_lab.store.record import Store
 
@@ -30,6 +31,7 @@ def collect_provenance(**extra_facts: Any) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "gkd_lab": gkd_lab.__version__,
+        "code": compute_code_hash(),
         **_describe_code(),
         "python": platform.python_version(),
         "packages": _collect_package_versions(),

@@ -31,7 +31,9 @@ def convert_integers(values: Sequence[Any]) -> Any:
     return pd.array(values, dtype="Int64") if is_integer else values
 
 
-_PROVENANCE_FIELDS = ("gkd_lab", "commit", "changed", "python", "packages", "machine", "device", "threads")
+_PROVENANCE_FIELDS = (
+    *("gkd_lab", "code", "commit", "changed", "python", "packages", "machine", "device", "threads"),
+)
 
 
 def collect_table_provenance(grid: Grid, store: Store) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def define_scratch_model(layers: int, width: int, heads: int, **sft: Any) -> dic
     return {"layers": layers, "width": width, "heads": heads, **({"sft": sft} if sft else {})}
 
 
+def define_students(rows: int | None, **sft: Any) -> dict[str, Any]:
+    """Return what a student of any size has instead of a teacher's SFT: its rows (None: all) and its seed.
+
+    Weights and order of the rows are those of the cell's seed, so that intervals over seeds cover the start.
+    """
+    return {"init_seed": "cell", "sft": {"rows": rows, "seed": "cell", **sft}}
+
+
 def define_classifier_scale(**changes: Any) -> dict[str, Any]:
     """Return the nano settings of a task whose models are classifiers; `changes` replace settings."""
     return {
