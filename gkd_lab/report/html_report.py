@@ -43,6 +43,7 @@ from gkd_lab.tables.loss_labels import METHOD_NAMES, format_axis_value
 from gkd_lab.tables.results import name_evaluations
 from gkd_lab.tables.rows import get_primary_metric
 from gkd_lab.tables.scores import list_score_names, select_primary_scores, select_scores
+from gkd_lab.tables.training_facts import describe_epochs, describe_references, list_start_warnings
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
@@ -73,6 +74,9 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
         ],
         aggregate=_build_aggregate_section(frame),
         claims=_build_claim_rows(grid, frame, find_examples),
+        references=describe_references(grid, store),
+        epochs=describe_epochs(grid),
+        warnings=list_start_warnings(grid, store),
         failures=list_failures(grid, store),
         provenance=summarize_provenance(grid, store),
         format_estimate=format_estimate,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config import Cell, Grid, SftModel
+from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
@@ -19,6 +19,14 @@ from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_e
 from gkd_lab.store import State, Store
 from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.store.index import RecordIndex
+from gkd_lab.tables.training_facts import (
+    ReferenceScores,
+    describe_epochs,
+    group_cells_by_task,
+    list_start_warnings,
+    name_reference,
+    read_reference_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class ArtifactView:
     name: str
     state: State
     estimated_seconds: float | None
+    scores: ReferenceScores
     error: str | None
     """Last line of its error."""
     error_file: Path
@@ -123,7 +132,8 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
             *_describe_unpacked(unpacked_reasons),
             *_describe_unused_beta(grid),
             *_describe_undeclared_fields(grid),
-            *_describe_epochs(grid),
+            *describe_epochs(grid),
+            *list_start_warnings(grid, store),
         ),
     )
 
@@ -157,25 +167,18 @@ def _build_cell_views(
 
 def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) -> Iterator[ArtifactView]:
     """Yield each teacher and SFT student once, with its state and its time estimate."""
-    for role, model, _ in list_references(grid.cells):
+    for reference in list_references(grid.cells):
+        role, model = reference.role, reference.model
         record = store.get_artifact(grid.scale, role, model)
         yield ArtifactView(
             role=role,
-            name=_name_artifact(model),
+            name=name_reference(model),
             state=record.read_state(),
             estimated_seconds=estimator.estimate_artifact(role, model).seconds,
+            scores=read_reference_scores(grid, store, reference),
             error=get_error_line(record.read_status()),
             error_file=record.status_file,
         )
-
-
-def _name_artifact(model: SftModel) -> str:
-    """Return `arithmetic/small`, or with rows and seed if stated: `arithmetic/small, 250 rows, seed 1`."""
-    rows = None if model.sft is None else model.sft.rows
-    seed = model.model.init_seed or (0 if model.sft is None else model.sft.seed)
-    details = [f"{rows:,} rows"] if rows else []
-    details += [f"seed {seed}"] if seed else []
-    return ", ".join((f"{model.task}/{model.model.name}", *details))
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:
@@ -207,7 +210,9 @@ def _describe_unused_beta(grid: Grid) -> list[str]:
     """Return one note in a list if beta is set for cells whose loss has none, else an empty list."""
     cells = [cell for cell in grid.cells if cell.beta is None]
     tasks = {cell.task for cell in cells}
-    tasks_with_beta = {task for task in tasks if "beta" in grid.experiment.merge_task_settings(task, grid.scale)}
+    tasks_with_beta = {
+        task for task in tasks if "beta" in grid.experiment.merge_task_settings(task, grid.scale)
+    }
     count = sum("beta" in grid.axes or cell.task in tasks_with_beta for cell in cells)
     divergences = sorted({_format_divergence(cell.divergence) for cell in cells}, reverse=True)
     note = f"{' and '.join(divergences)} reads no beta: {count} of {len(grid.cells)} cells"
@@ -242,8 +247,6 @@ _FIELDS_SET_BY_AXIS = {
     "cooldown_steps": {"optimizer"},
 }
 _MODEL_FIELDS = {"teacher", "start"}
-MAX_LISTED_EPOCHS = 4
-"""Numbers of passes over the data that are listed for a task."""
 _AXES_OF_BOTH_MODELS = {
     *("data", "tokenizer", "teacher_tokenizer"),
     *("precision", "max_input_tokens", "max_output_tokens"),
@@ -258,7 +261,7 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
         if axis.split(".")[0] in _AXES_OF_BOTH_MODELS:
             declared |= _MODEL_FIELDS
     notes = []
-    varying = {name for cells in _group_cells_by_task(grid) for name in _find_varying_fields(cells)}
+    varying = {name for cells in group_cells_by_task(grid) for name in _find_varying_fields(cells)}
     undeclared = varying - declared
     if undeclared:
         notes.append(f"cells differ outside the declared axes in: {', '.join(sorted(undeclared))}")
@@ -266,34 +269,6 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
     if task_dependent:
         notes.append(f"what depends on the task: {', '.join(sorted(task_dependent))}")
     return notes
-
-
-def _describe_epochs(grid: Grid) -> list[str]:
-    """Return a note for each task whose number of rows is known: how often training passes over them."""
-    notes = []
-    for cells in _group_cells_by_task(grid):
-        passes = [item for item in dict.fromkeys(map(_count_epochs, cells)) if item is not None]
-        texts = [f"{epochs:.3g} times over {rows:,} rows" for epochs, rows in passes[:MAX_LISTED_EPOCHS]]
-        others = len(passes) - len(texts)
-        if texts:
-            more = f" and {others} more" if others else ""
-            notes.append(f"{cells[0].task}: distillation passes {', '.join(texts)}{more}")
-    return notes
-
-
-def _count_epochs(cell: Cell) -> tuple[float, int] | None:
-    """Return (passes of the distillation over its rows, their number); None if the number is not known."""
-    training = cell.training
-    rows = training.num_rows
-    return None if rows is None else (training.steps * training.batch_size / rows, rows)
-
-
-def _group_cells_by_task(grid: Grid) -> list[list[Cell]]:
-    """Return a list of cells for each task, in the grid's order."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in grid.cells:
-        groups.setdefault(cell.task, []).append(cell)
-    return list(groups.values())
 
 
 def _find_varying_fields(cells: list[Cell]) -> list[str]:

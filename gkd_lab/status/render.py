@@ -131,8 +131,11 @@ def render_state_counts(overview: Overview) -> str:
 def render_summary(overview: Overview) -> Iterator[str]:
     """Yield lines on reference models, packs, work left, estimates, collapsed cells and notes."""
     for artifact in overview.artifacts:
-        duration = _format_duration(artifact.estimated_seconds)
-        yield f"{artifact.role} {artifact.name}: {artifact.state}, about {duration}"
+        scores = str(artifact.scores)
+        detail = (
+            scores if artifact.state == "done" else f"about {_format_duration(artifact.estimated_seconds)}"
+        )
+        yield f"{artifact.role} {artifact.name}: {', '.join(filter(None, (artifact.state, detail)))}"
     done = sum(view.state == "done" for view in overview.cells)
     sizes = Counter(overview.pack_sizes).items()
     packs = ", ".join(f"{_format_count(count, 'pack')} of {size}" for size, count in sizes)

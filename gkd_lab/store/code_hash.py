@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import gkd_lab
-
 _ROOMS = ("tasks", "metrics", "encoding", "models", "losses", "teachers", "training", "evaluation")
 _RUNNER_MODULES = (
     *("artifacts", "build_trainer", "cross_tokenizer", "dataset", "evaluate_cells", "greedy_scores"),
@@ -23,7 +21,7 @@ _SHOWN_DIGITS = 16
 @cache
 def compute_code_hash() -> str:
     """Return the first 16 hexadecimal digits of a SHA-256 over the code that results depend on; cached."""
-    root = Path(gkd_lab.__file__).parent
+    root = Path(__file__).parents[1]
     total = hashlib.sha256()
     for path in _iterate_files(root):
         name = path.relative_to(root).as_posix()
