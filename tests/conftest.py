@@ -29,3 +29,16 @@ def exclude_loaded_objects_from_garbage_collection() -> None:
     """Let `gc.collect`, which every training and evaluation calls, skip the objects of imported libraries."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """After a run of all tests, say which committed tables are not what today's code would make."""
+    if terminalreporter.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    from gkd_lab.tables.staleness import list_stale_tables
+
+    stale_tables = list_stale_tables()
+    if stale_tables:
+        terminalreporter.section("tables in analysis/tables that are stale")
+        for name, reasons in stale_tables.items():
+            terminalreporter.line(f"{name}: {'; '.join(reasons)}")
