@@ -27,6 +27,14 @@ Split = Literal["train", "validation", "test"]
 Role = Literal["teacher", "start"]
 
 
+class CorruptedText(Frozen):
+    """The data's targets with random tokens in place of some, other ones in each epoch."""
+
+    share: Share = Field(description="chance of a token to be replaced")
+    samples: PositiveInt = Field(description="texts per target, a new one in each epoch")
+    seed: int = 0
+
+
 class Source(Frozen):
     """Source of the completions trained on: one coin per optimizer step (Algorithm 1)."""
 
@@ -37,6 +45,15 @@ class Source(Frozen):
     text: Annotated[TeacherText | None, DefaultFrom(None)] = Field(
         default=None, description="teacher-written text that replaces the data's targets"
     )
+    corrupted: Annotated[CorruptedText | None, DefaultFrom(None)] = Field(
+        default=None, description="the data's targets with some random tokens; for divergences alone"
+    )
+
+    @property
+    def copies(self) -> int:
+        """Number of texts of each prompt that the student does not write; every epoch takes the next."""
+        text = self.corrupted or self.text
+        return (None if text is None else text.samples) or 1
 
 
 class Selection(Frozen):
@@ -261,6 +278,7 @@ class Cell:
         """Path of the cell's record below the outputs folder: scale, task, readable name and fingerprint."""
         divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
         divergence += "_teacher-text" if self.training.source.text else ""
+        divergence += "_corrupted-text" if self.training.source.corrupted else ""
         scores = self.training.teacher_scores
         divergence += f"_scores-{scores.name}" if scores else ""
         name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"

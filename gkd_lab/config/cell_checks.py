@@ -39,6 +39,7 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
     _check_not_zero_at_start(training)
     _check_served_teacher(training)
     _check_selection(training, evaluations)
+    _check_corrupted_text(training)
     if training.start.family in CLASSIFIER_FAMILIES:
         _check_classifier_cell(training, evaluations)
     else:
@@ -53,6 +54,21 @@ def _check_rows_fill_a_batch(training: Training) -> None:
             f"batch_size: {training.batch_size} rows, of which there are {rows} to distil on; "
             f"give at most {rows}, or more rows"
         )
+
+
+def _check_corrupted_text(training: Training) -> None:
+    """Raise ConfigError for corrupted text with labels to learn, cached scores or the teacher's text."""
+    if training.source.corrupted is None:
+        return
+    if training.source.text is not None:
+        raise ConfigError("source: text and corrupted both replace the data's targets; leave one out")
+    if training.teacher_scores is not None:
+        raise ConfigError("source.corrupted: teacher_scores hold the data's own targets; leave one out")
+    for term in training.objectives:
+        if not isinstance(term, ResolvedDivergence):
+            raise ConfigError(
+                f"source.corrupted: {term.type} would learn the random tokens; use divergences alone"
+            )
 
 
 def _check_selection(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:

@@ -94,5 +94,7 @@ def _serialize_shared_fields(training: Training) -> str:
     if training.start not in training.teachers:  # a teacher serves the whole pack
         fields["start"] = drop_model_seeds(training.start)
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})
-    # The cells of a pack train on the same rows, so the teacher's text must be the same.
-    return canonical_json({**fields, "optimizer": optimizer, "text": training.source.text})
+    # The cells of a pack train on the same rows, so these texts must be the same.
+    source = training.source
+    fields |= {"optimizer": optimizer, "text": source.text, "corrupted": source.corrupted}
+    return canonical_json(fields)

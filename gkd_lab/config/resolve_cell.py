@@ -411,6 +411,7 @@ def _build_source(values: Mapping[str, Any]) -> Source:
         lmbda=lmbda,
         temperature=values["temperature"] if lmbda > 0 else None,
         text=values.get("text") if lmbda < 1 else None,
+        corrupted=values.get("corrupted") if lmbda < 1 else None,
     )
 
 

@@ -69,8 +69,7 @@ def build_trainer(
         log_cell=log_row,
         on_failure=fail_cell,
     )
-    text = cells[0].training.source.text
-    trainer.text_copies = (text and text.samples) or 1
+    trainer.text_copies = cells[0].training.source.copies
     trainer.remove_callback(PrinterCallback)
     return trainer
 

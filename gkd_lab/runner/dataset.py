@@ -6,13 +6,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gkd_lab.config.artifact_specs import DataSpec, SftModel
-from gkd_lab.config.cell import Split
+from gkd_lab.config.cell import CorruptedText, Split
 from gkd_lab.config.errors import suggest_choices
 from gkd_lab.config.loss_terms import ResolvedDivergence, ResolvedTerm
 from gkd_lab.encoding.batches import Example, TruncationCounts, encode_rows
 from gkd_lab.encoding.labelled_rows import LabelledExample, encode_labelled_rows
 from gkd_lab.models.classifiers import parse_classifier_kind
+from gkd_lab.models.rng import derive_seed
 from gkd_lab.store.files import write_json
 from gkd_lab.tasks import Row, RowList, get_task, load_rows
 
@@ -121,3 +124,24 @@ def _find_teacher_index(row: Row, row_index: int, teacher_indices: dict[str, int
             f"has a route; {suggest_choices(row.teacher, teacher_indices)}"
         )
     return teacher_indices[row.teacher]
+
+
+def corrupt_completions(examples: Sequence[Example], text: CorruptedText, tokenizer: Any) -> list[Example]:
+    """Return the examples, `samples` times one after the other, each time with other tokens replaced.
+
+    A control for on-policy text: new in every epoch, with mistakes, but not the student's own.
+    A token is replaced with chance `share`, by any that is not special; the end of sequence stays. The
+    result depends on the examples and the text's seed alone.
+    """
+    special = set(tokenizer.all_special_ids)
+    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    copies = []
+    for copy in range(text.samples):
+        generator = torch.Generator().manual_seed(derive_seed(text.seed, copy, "corrupted text"))
+        for example in examples:
+            ids = torch.tensor(example.completion_ids)
+            others = words[torch.randint(len(words), ids.shape, generator=generator)]
+            is_replaced = torch.rand(ids.shape, generator=generator) < text.share
+            is_replaced &= ~torch.isin(ids, torch.tensor(sorted(special)))
+            copies.append(replace(example, completion_ids=torch.where(is_replaced, others, ids).tolist()))
+    return copies

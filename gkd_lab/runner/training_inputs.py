@@ -8,7 +8,13 @@ from gkd_lab.encoding.batches import Example
 from gkd_lab.models.build import PRECISION_DTYPES, load_tokenizer
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.cross_tokenizer import retokenize_completions
-from gkd_lab.runner.dataset import assign_teachers, encode_examples, load_split, write_split_report
+from gkd_lab.runner.dataset import (
+    assign_teachers,
+    corrupt_completions,
+    encode_examples,
+    load_split,
+    write_split_report,
+)
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.teacher_scores import ensure_teacher_scores, load_cached_teacher
 from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
@@ -76,8 +82,8 @@ def load_examples(
 ) -> list[Example]:
     """Return the cell's examples in the student's tokens, the first `train_rows` of the training split.
 
-    Completions are the teacher's where the spec asks for its text. records: those of the pack; each stores
-    the counts of truncated and omitted rows.
+    Completions are the teacher's, or corrupted, where the spec asks for that. records: those of the pack;
+    each stores the counts of truncated and omitted rows.
     """
     training = cell.training
     samples = None if training.source.text is None else training.source.text.samples
@@ -95,4 +101,6 @@ def load_examples(
         examples = retokenize_completions(examples, teacher_text, training, teacher, tokenizer)
     if training.scores_spec is not None:
         examples = number_examples(examples)
-    return examples[: training.train_rows] if samples is None else examples
+    examples = examples[: training.train_rows] if samples is None else examples
+    corrupted = training.source.corrupted
+    return examples if corrupted is None else corrupt_completions(examples, corrupted, tokenizer)

@@ -23,15 +23,15 @@ FACT_COLUMNS = (
 def read_cell_facts(cell: Cell) -> dict[str, Any]:
     """Return a value per column of `FACT_COLUMNS`.
 
-    text: who wrote the fixed sequences, `data` or `teacher`. reward: whether a loss term is a reward.
-    distillation_share: see `_compute_distillation_share`. anchor: `start` where a divergence compares with
-    the SFT student (RLEF*), else None. self_distillation: whether student and teacher have one architecture.
-    teacher_temperature: of the first term that has one. train_rows: None for all rows.
+    text: source of the fixed sequences: `data`, `teacher`, or `corrupted` data. reward: whether a loss term
+    is a reward. distillation_share: see `_compute_distillation_share`. anchor: `start` where a divergence
+    compares with the SFT student (RLEF*), else None. self_distillation: whether student and teacher have one
+    architecture. teacher_temperature: of the first term that has one. train_rows: None for all rows.
     """
     training = cell.training
     teacher, start = (_describe_architecture(model) for model in (training.teacher, training.start))
     return {
-        "text": "data" if training.source.text is None else "teacher",
+        "text": _name_text(training),
         "reward": any(isinstance(term, ResolvedReward) for term in training.objectives),
         "distillation_share": _compute_distillation_share(training),
         "anchor": "start" if _is_anchored_to_start(training) else None,
@@ -40,6 +40,13 @@ def read_cell_facts(cell: Cell) -> dict[str, Any]:
         "learning_rate": training.optimizer.learning_rate,
         "train_rows": training.train_rows,
     }
+
+
+def _name_text(training: Training) -> str:
+    """Return where the sequences that the student does not write come from."""
+    if training.source.corrupted is not None:
+        return "corrupted"
+    return "data" if training.source.text is None else "teacher"
 
 
 def _compute_distillation_share(training: Training) -> float | None:

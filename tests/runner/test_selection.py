@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.runner.run import run_grid
+from gkd_lab.runner.training_inputs import load_examples, load_sft_student
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import build_long_table
 
@@ -135,3 +136,45 @@ def test_distillation_uses_the_rows_of_the_sft_unless_told_otherwise(tmp_path: P
         for changes in ({}, {"train_rows": "all"}, {"train_rows": 20})
     ]
     assert rows == [12, None, 20]
+
+
+def test_corrupted_text_is_new_in_every_epoch_and_keeps_its_ends(tmp_path: Path) -> None:
+    source = {"lmbda": 0, "corrupted": {"share": 0.3, "samples": 3}}
+    changes = {**OWN_STARTS, "grid": {"seed": [3]}, "source": source, "batch_size": 12}
+    grid = tiny_grid(tmp_path, "arithmetic", **changes)
+    store = Store(tmp_path / "outputs")
+    run_grid(grid, options(store.root))
+    (cell,) = grid.cells
+    assert store.get_record(cell).read_status()["state"] == "done" and "corrupted-text" in cell.folder
+    assert set(build_long_table(grid, store).query("role == 'cell'")["text"]) == {"corrupted"}
+    student = load_sft_student(cell, options(store.root))
+    examples = load_examples(cell, student.tokenizer, [], options(store.root))
+    plain = tiny_grid(tmp_path / "plain", "arithmetic", **{**changes, "source": {"lmbda": 0}}).cells[0]
+    targets = [e.completion_ids for e in load_examples(plain, student.tokenizer, [], options(store.root))]
+    assert len(examples) == 36 and len(targets) == 12
+    end = student.tokenizer.eos_token_id
+    replaced = []
+    for example, target in zip(examples, targets * 3, strict=True):
+        assert [token == end for token in example.completion_ids] == [token == end for token in target]
+        pairs = zip(example.completion_ids, target, strict=True)
+        replaced += [token != original for token, original in pairs if original != end]
+    assert 0.2 < sum(replaced) / len(replaced) < 0.4
+    assert examples[0].completion_ids != examples[12].completion_ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"method": "sft"}, "set the same twice"),
+        ({"objectives": [{"type": "cross_entropy"}]}, "cross_entropy would learn the random tokens"),
+        ({"teacher_scores": "full"}, "teacher_scores hold the data's own targets"),
+    ],
+)
+def test_corrupted_text_is_refused_where_it_would_be_learned(
+    changes: dict[str, Any], value: str, tmp_path: Path
+) -> None:
+    source = {"lmbda": 0, "corrupted": {"share": 0.3, "samples": 3}}
+    with pytest.raises(ConfigError, match=value):
+        tiny_grid(
+            tmp_path, "arithmetic", **{**OWN_STARTS, "grid": {"seed": [3]}, "source": source, **changes}
+        )
