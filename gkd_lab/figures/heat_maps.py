@@ -90,11 +90,11 @@ def _get_map_width(columns: int) -> float:
 def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
     """Draw one panel of `heat_map`: mean gains as labels, or the cells' state where none has a score."""
     groups = {(lmbda, divergence): cells for lmbda, divergence, cells in group_cells_by_point(panel.cells)}
-    values = {
-        point: float(cells["value"].mean()) - (panel.start_score or 0.0)
+    gains = {
+        point: cells["value"] if panel.start_score is None else cells["value"] - cells["start_value"]
         for point, cells in groups.items()
-        if cells["value"].notna().any()
     }
+    values = {point: float(gain.mean()) for point, gain in gains.items() if gain.notna().any()}
     decimals = _choose_decimals(values.values())
     labels: dict[MapPoint, str] = {}
     for point, cells in groups.items():

@@ -16,12 +16,13 @@ from gkd_lab.figures.style import (
     apply_style,
     get_divergence_color,
 )
+from gkd_lab.statistics.summaries import summarize_scores
 from gkd_lab.tables.divergences import get_divergence, map_divergences
 from gkd_lab.tables.loss_labels import GKD_METHODS, METHOD_NAMES, format_method, loss_label
 from gkd_lab.tables.scores import select_scores
 
 DIVERGENCE_AXIS = "divergence"
-_AXIS_LABELS = {"train_rows": "training rows"}
+_AXIS_LABELS = {"train_rows": "training rows", "student.sft.rows": "rows of SFT and distillation"}
 _BASELINE_COLOR = "#b4bac4"
 
 
@@ -98,7 +99,8 @@ def lines(
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
     seeds, of a single seed over its examples. The axis `divergence` (or
     `beta`) has a place for each kind and beta. A panel for each task and combination of other varying axes.
-    Raises ValueError where no cell has the score, and where two settings meet at one point.
+    SFT students that differ along `x_axis` are a dashed line, where there is one panel. Raises ValueError
+    where no cell has the score, and where two settings meet at one point.
     """
     x_axis, line_axis = (DIVERGENCE_AXIS if axis == "beta" else axis for axis in (x_axis, line_axis))
     scores = select_scores(table, metric, evaluation)
@@ -112,11 +114,27 @@ def lines(
         cells = scores[scores["role"] == "cell"]
         line_values = list_axis_values(cells.assign(divergence=map_divergences(cells)), line_axis)
         for (title, cells), panel_axes in zip(panels, axes, strict=True):
+            if len(panels) == 1:
+                _draw_starts(panel_axes, scores, x_axis)
             _draw_lines(panel_axes, cells, x_axis, line_axis, line_values)
             panel_axes.set_ylabel(format_metric(scores))
             panel_axes.set_title(title, fontweight="bold", pad=8)
         add_side_legend(figure, axes)
         return figure
+
+
+def _draw_starts(axes: Axes, scores: pd.DataFrame, x_axis: str) -> None:
+    """Draw the SFT students as a dashed line, if each value of `x_axis` has its own."""
+    starts = scores[scores["role"] == "start"]
+    if x_axis not in starts or starts[x_axis].isna().any() or starts[x_axis].nunique() < 2:
+        return
+    line = summarize_scores(starts, [x_axis])
+    if line[x_axis].duplicated().any():
+        return
+    ticks = list_axis_values(line, x_axis)
+    line = line.assign(x=line[x_axis].map(ticks.index)).sort_values("x")
+    axes.plot(line["x"], line["mean"].astype(float), color=MUTED, lw=1.4, ls=(0, (4, 3)), label="SFT student")
+    axes.vlines(line["x"], line["low"].astype(float), line["high"].astype(float), color=MUTED, lw=1.1)
 
 
 def _draw_lines(
@@ -168,4 +186,5 @@ def _format_axis_value(axis: str, value: Any, with_axis_name: bool = False) -> s
     if axis == "objectives":
         return loss_label(value)
     text = value if isinstance(value, str) else f"{value:,.10g}"
-    return f"{axis.replace('_', ' ')} {text}" if with_axis_name else text
+    name = "λ =" if axis == "lmbda" else axis.replace("_", " ")
+    return f"{name} {text}" if with_axis_name else text

@@ -28,7 +28,9 @@ class Panel:
 
     title: str
     cells: pd.DataFrame
+    """With the column `start_value`, the score of each cell's own SFT student."""
     start_score: float | None
+    """Mean over the SFT students of these cells: one, or one for each seed."""
     teacher_score: float | None
 
     @property
@@ -51,13 +53,15 @@ def build_panels(scores: pd.DataFrame) -> list[Panel]:
     measured = scores.loc[scores["value"].notna(), "task"].unique()
     scores = scores[scores["task"].isin(measured)] if len(measured) else scores
     cells = expand_collapsed_cells(scores)
+    starts = scores[scores["role"] == "start"].drop_duplicates("cell").set_index("cell")["value"]
+    cells = cells.assign(start_value=cells["start_cell"].map(starts).astype("float64"))
     varying = [axis for axis in list_axes(scores) if cells[axis].nunique(dropna=False) > 1]
     return [
         Panel(
             _format_title(dict(zip(["task", *varying], values, strict=True))),
             group,
-            _find_reference_score(scores, "start", group),
-            _find_reference_score(scores, "teacher", group),
+            _average_references(scores, "start", group),
+            _average_references(scores, "teacher", group),
         )
         for values, group in cells.groupby(["task", *varying], dropna=False, sort=False)
     ]
@@ -155,11 +159,11 @@ def _format_title(values: dict[str, Any]) -> str:
     return textwrap.fill(", ".join([task, *settings]), TITLE_CHARACTERS)
 
 
-def _find_reference_score(scores: pd.DataFrame, role: str, cells: pd.DataFrame) -> float | None:
-    """Return the score of these cells' start or teacher; None unless exactly one is scored."""
+def _average_references(scores: pd.DataFrame, role: str, cells: pd.DataFrame) -> float | None:
+    """Return the mean score of these cells' starts or teachers; None where none is scored."""
     references = scores[(scores["role"] == role) & scores["cell"].isin(cells[f"{role}_cell"].unique())]
-    values = references["value"].dropna()
-    return float(values.iloc[0]) if len(values) == 1 else None
+    values = references.drop_duplicates("cell")["value"].dropna()
+    return float(values.mean()) if len(values) else None
 
 
 def format_metric(scores: pd.DataFrame) -> str:

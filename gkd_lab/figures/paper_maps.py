@@ -125,10 +125,10 @@ def _average_cells(panel: Sequence[ComparedModel]) -> dict[GridPoint, float]:
 
 
 def _average_start(panel: Sequence[ComparedModel]) -> float | None:
-    """Return the mean of the SFT students' distinct scores; None without one."""
+    """Return the mean of the SFT students' scores over seeds; None without one."""
     starts = [model for model in panel if model["role"] == "start"]
-    values = {score.value for start in starts for score in start.scores.values()}
-    return float(np.mean(list(values))) if values else None
+    values = [score.value for start in starts for score in start.scores.values()]
+    return float(np.mean(values)) if values else None
 
 
 def _select_paper_rows(settings: Settings) -> tuple[pd.DataFrame, str]:

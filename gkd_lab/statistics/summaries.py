@@ -98,8 +98,9 @@ def summarize_scores(
     axes = list_axes(scores) if axes is None else axes
     keys = [*SUMMARY_KEYS, *axes]
     rows = expand_table(scores)
-    # Two teachers are not two seeds of one.
-    model = rows["cell"].where(rows["role"] != "cell", "")
+    # Two teachers are not two seeds of one; SFT students of one seed each are.
+    has_seed = (rows["role"] == "cell") | ((rows["role"] == "start") & rows["seed"].notna())
+    model = rows["cell"].mask(has_seed, "")
     groups = rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
     summaries = [
         {**dict(zip(keys, values[:-1], strict=True)), **summarize_seeds(group, find_examples)}

@@ -107,6 +107,19 @@ def test_a_square_shows_the_mean_and_number_of_its_seeds(store: Store) -> None:
     assert squares[0, 1] == "+38.5\n2 of 3 seeds"
 
 
+def test_a_gain_is_over_the_start_of_the_cells_own_seed(store: Store) -> None:
+    """Scores 68 and 69, starts 30 and 40: +38 and +29. A start without its cell does not count."""
+    student = {"layers": 1, "width": 8, "heads": 2, "init_seed": "cell", "sft": {"steps": 4}}
+    grid = build_grid(student=student, grid={"lmbda": [0, 1], "seed": [0, 1]})
+    fill_store(grid, store, cells=[grid.cells[0], *grid.cells[2:]])
+    frame = build_long_table(grid, store)
+    frame.loc[(frame["role"] == "start") & (frame["seed"] == 1), "value"] = 40.0
+    figure = heat_map(frame, "accuracy")
+    squares = read_squares(figure)
+    assert squares[0, 1] == "+33.5" and squares[0, 0] == "+8.0\n1 of 2 seeds"
+    assert "SFT student (35.0)" in join_texts(figure)
+
+
 def test_each_task_and_each_value_of_another_axis_has_a_panel(store: Store) -> None:
     students = build_grid(grid={"lmbda": [0, 1], "student": ["small", "base"]})
     fill_store(students, store)

@@ -161,3 +161,19 @@ def test_verdicts_of_the_experiments_claims_stand_beside_the_papers(tmp_path: Pa
     assert text.startswith("C1   holds")
     assert "fails; 54 of 55" in text
     assert "\nC12 " in text
+
+
+def test_sft_students_that_differ_along_the_axis_are_a_dashed_line(tmp_path: Path) -> None:
+    """One start for each number of rows and seed: 30 for seed 0, 34 for seed 1."""
+    student = {"layers": 1, "width": 8, "heads": 2, "init_seed": "cell", "sft": {"steps": 4}}
+    axes = {"student.sft.rows": [20, 5, 10], "lmbda": [0, 1], "seed": [0, 1]}
+    table = build_run_table(tmp_path, student=student, grid=axes)
+    table.loc[(table["role"] == "start") & (table["seed"] == 1), "value"] = 34.0
+    figure = lines(table, "accuracy", x_axis="student.sft.rows", line_axis="lmbda")
+    drawn = {str(line.get_label()): line for line in list_panels(figure)[0].get_lines()}
+    assert list(drawn["SFT student"].get_ydata()) == [32.0, 32.0, 32.0]
+    assert {"λ = 0", "λ = 1"} < set(drawn)
+    assert [label.get_text() for label in list_panels(figure)[0].get_xticklabels()] == ["5", "10", "20"]
+    one_start = build_run_table(tmp_path / "one", grid={"train_rows": [5, 10], "lmbda": [0, 1]})
+    figure = lines(one_start, "accuracy", x_axis="train_rows", line_axis="lmbda")
+    assert "SFT student" not in {str(line.get_label()) for line in list_panels(figure)[0].get_lines()}

@@ -41,6 +41,18 @@ def test_one_seed_keeps_its_interval_over_examples_and_several_get_t(tmp_path: P
     assert (single["low"], single["mean"], single["high"]) == pytest.approx((65.0, 68.0, 71.0))
 
 
+def test_sft_students_of_one_seed_each_are_summarized_together(tmp_path: Path) -> None:
+    """Scores 30 and 32; the two numbers of rows stay apart."""
+    student = {"layers": 1, "width": 8, "heads": 2, "init_seed": "cell", "sft": {"steps": 4}}
+    grid = build_grid(student=student, grid={"student.sft.rows": [5, 10], "lmbda": [0, 1], "seed": [0, 1]})
+    fill_store(grid, Store(tmp_path))
+    table = build_long_table(grid, Store(tmp_path))
+    table.loc[(table["role"] == "start") & (table["seed"] == 1), "value"] = 32.0
+    starts = summary(table, "accuracy").query("role == 'start'")
+    assert list(starts["student.sft.rows"]) == [5, 10]
+    assert set(starts["mean"]) == {31.0} and set(starts["n"]) == {2} and set(starts["interval"]) == {"seeds"}
+
+
 def test_with_examples_the_interval_of_a_mean_covers_them(tmp_path: Path) -> None:
     """Both seeds share 50 examples, so their choice is noise of the mean that seeds do not show."""
     store, grid = Store(tmp_path), build_grid(grid={"lmbda": [0], "seed": [0, 1]})
