@@ -14,6 +14,7 @@ from gkd_lab.claims.judge import judge_paper, judge_table, load_example_lookup
 from gkd_lab.claims.paper import load_values
 from gkd_lab.claims.verdict_text import format_detail, format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
+from gkd_lab.statistics.example_scores import ExampleLookup
 from gkd_lab.tables.cell_facts import FACT_COLUMNS
 from gkd_lab.tables.load_table import read_table_file
 from gkd_lab.tables.long_table import COLUMN_TYPES, LEADING_COLUMNS, SCORE_COLUMNS, TRAILING_COLUMNS
@@ -43,6 +44,11 @@ def read_table(name: str) -> pd.DataFrame:
     `gkd-lab table NAME --format parquet -o analysis/tables/NAME.parquet` writes it. Raises ConfigError.
     """
     return read_table_file(_get_table_path(name))
+
+
+def read_example_lookup(name: str) -> ExampleLookup:
+    """Return the lookup of the examples beside an experiment's table; an empty one if there are none."""
+    return load_example_lookup(_get_table_path(name))[0]
 
 
 def _get_table_path(name: str) -> Path:
