@@ -35,7 +35,8 @@ schema: setup  ## write the JSON Schema of the experiment file anew
 sweeps: setup  ## write the sweep files of all experiments anew
 	for file in experiments/*.yaml; do name=$$(basename $$file .yaml); $(BIN)/gkd-lab sweep $$name > sweeps/$$name.yaml; done
 
-notebooks: setup  ## execute the notebooks whose tables are in analysis/tables
+notebooks: setup  ## execute the notebooks whose tables are in analysis/tables, and store the scores of their starts
+	$(BIN)/python analysis/starts.py
 	$(BIN)/python analysis/execute.py
 
 clean:  ## caches and builds; environments and outputs stay
