@@ -321,12 +321,14 @@ def _is_self_distillation(row: Row) -> bool:
 
 
 def _classify_loss(row: Row) -> str:
-    """Return the loss's kind: `jsd`, `tv`, `seqkd`, `sft`, ...; on the teacher's text that is added."""
+    """Return the loss's kind: `jsd`, `tv`, `seqkd`, `sft`, ...; text that is not the data's is added."""
     kind = row.get("divergence") or ("jsd" if row.get("beta") is not None else "unknown loss")
     kind = str(classify_method_loss(row.get("method"), kind))
     has_teacher_text = row.get("text") == "teacher" or row.get("source") == "teacher"
     if kind in ("cross_entropy", "nll"):
         return "seqkd" if has_teacher_text else "sft"
+    if row.get("text") == "corrupted":
+        return f"{kind} on corrupted text"
     return f"{kind} on the teacher's text" if has_teacher_text and kind not in ("seqkd", "sft") else kind
 
 

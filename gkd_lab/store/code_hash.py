@@ -15,6 +15,8 @@ _RUNNER_MODULES = (
     *("selection", "sft", "teacher_scores", "teacher_text", "train_cells", "training_inputs"),
 )
 """Modules of the runner that decide about results; the others schedule, lock, report and track."""
+_DEFAULTS = "SCALES"
+"""Constant of a task that is left out: cells hold its values in their fingerprints."""
 _SHOWN_DIGITS = 16
 
 
@@ -37,9 +39,16 @@ def _iterate_files(root: Path) -> Iterator[Path]:
 
 
 def _dump_code(source: str) -> str:
-    """Return the syntax tree of a module as text, without docstrings and positions."""
+    """Return the syntax tree of a module as text, without docstrings, positions and default settings."""
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not _is_default_settings(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
     return ast.dump(tree)
+
+
+def _is_default_settings(node: ast.stmt) -> bool:
+    """Return whether a statement of a module sets the default settings of a task."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(isinstance(target, ast.Name) and target.id == _DEFAULTS for target in targets)

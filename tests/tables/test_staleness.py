@@ -51,3 +51,7 @@ def test_comments_and_docstrings_do_not_change_the_hash_and_code_does() -> None:
     source = 'def add(a, b):\n    """Add."""\n    return a + b  # a sum\n'
     assert _dump_code(source) == _dump_code("def add(a, b):\n    return (a + b)\n")
     assert _dump_code(source) != _dump_code(source.replace("+", "-"))
+
+
+def test_default_settings_do_not_change_the_hash_because_fingerprints_hold_them() -> None:
+    assert _dump_code("SCALES = {1: 2}\nX = 1") == _dump_code("SCALES = {}\nX = 1") == _dump_code("X = 1")
