@@ -47,6 +47,8 @@ from gkd_lab.tables.training_facts import describe_epochs, describe_references, 
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
+ROWS_AXIS = "student.sft.rows"
+"""Axis of the rows of a student's SFT, on which it is then distilled."""
 MAX_LOSS_CURVES = 200
 """Cells of a task whose training histories are still drawn in one figure."""
 
@@ -144,31 +146,47 @@ def _render_svg(figure: Figure, name: str, label: str) -> Markup:
 
 def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     """Draw a task's figures, those it has data for: name -> (figure, label for screen readers)."""
-    figures: dict[str, tuple[Figure, str]] = {}
-    task, metric = str(scores["task"].iloc[0]), str(scores["metric"].iloc[0])
-    (score_name,) = list_score_names(scores)
-    cells = scores[scores["role"] == "cell"]
-    has_scores = bool(cells["value"].notna().any())
-    bar_axis = _find_bar_axis(scores)
-    if bar_axis is None:
-        label = f"Heat map of {score_name} on {task} over lambda and divergence"
-        figures["map"] = (heat_map(scores, metric), label)
-        if has_scores:
-            label = f"{score_name} on {task} against lambda, one line for each divergence"
-            figures["curves"] = (curves(scores, metric), label)
-    elif has_scores:
-        figures["bars"] = (
-            lines(scores, metric, x_axis="lmbda", line_axis=bar_axis)
-            if cells["lmbda"].nunique() > 1 and bar_axis == "objectives"
-            else bars(scores, metric, bar_axis=bar_axis),
-            f"{score_name} on {task} by {bar_axis}",
-        )
+    task = str(scores["task"].iloc[0])
+    figures = _draw_score_figures(scores, task)
     task_cells = [cell for cell in grid.cells if cell.task == task]
     logged = [cell for cell in task_cells if store.get_record(cell).metrics_file.exists()]
     if 0 < len(logged) <= MAX_LOSS_CURVES:
         label = f"Training loss on {task} against the step, for each lambda"
         figures["losses"] = (loss_curves(grid, store, task), label)
     return figures
+
+
+def _draw_score_figures(scores: pd.DataFrame, task: str) -> dict[str, tuple[Figure, str]]:
+    """Draw the figures of a task's scores: lines over rows, bars of methods, or a map and its curves."""
+    metric, (score_name,) = str(scores["metric"].iloc[0]), list_score_names(scores)
+    cells = scores[scores["role"] == "cell"]
+    has_scores = bool(cells["value"].notna().any())
+    bar_axis = _find_bar_axis(scores)
+    if _is_grid_of_rows(cells) and has_scores:
+        label = f"{score_name} on {task} against the rows of SFT and distillation, one line for each lambda"
+        return {"rows": (lines(scores, metric, x_axis=ROWS_AXIS, line_axis="lmbda"), label)}
+    if bar_axis is None:
+        label = f"Heat map of {score_name} on {task} over lambda and divergence"
+        figures = {"map": (heat_map(scores, metric), label)}
+        if has_scores:
+            label = f"{score_name} on {task} against lambda, one line for each divergence"
+            figures["curves"] = (curves(scores, metric), label)
+        return figures
+    if not has_scores:
+        return {}
+    is_over_lmbda = cells["lmbda"].nunique() > 1 and bar_axis == "objectives"
+    figure = (
+        lines(scores, metric, x_axis="lmbda", line_axis=bar_axis)
+        if is_over_lmbda
+        else bars(scores, metric, bar_axis=bar_axis)
+    )
+    return {"bars": (figure, f"{score_name} on {task} by {bar_axis}")}
+
+
+def _is_grid_of_rows(cells: pd.DataFrame) -> bool:
+    """Return whether cells differ in rows, lmbda and seed alone, so that lines over the rows show them."""
+    is_one_divergence = len(cells[["divergence", "beta"]].drop_duplicates()) == 1
+    return list_axes(cells) == [ROWS_AXIS] and is_one_divergence and cells[ROWS_AXIS].nunique() > 1
 
 
 def _find_bar_axis(scores: pd.DataFrame) -> str | None:

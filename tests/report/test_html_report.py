@@ -191,6 +191,17 @@ def test_a_grid_of_methods_has_bars_instead_of_maps(store: Store, tmp_path: Path
     assert "On-policy GKD, JSD(0.1)" in page.text and "Each square is" not in page.text
 
 
+def test_a_grid_of_rows_has_lines_with_the_starts(store: Store, tmp_path: Path) -> None:
+    student = {"layers": 1, "width": 8, "heads": 2, "init_seed": "cell", "sft": {"steps": 4}}
+    axes = {"student.sft.rows": [5, 10, 20], "lmbda": [0, 1], "seed": [0, 1]}
+    grid = build_grid(student=student, grid=axes)
+    fill_store(grid, store)
+    page = write_report(grid, store, tmp_path / "r.html").read_text()
+    assert "against the rows of SFT and distillation" in page and "Heat map of" not in page
+    assert "What the students start from and train on" in page
+    assert page.count("start arithmetic/custom, ") == 6  # 3 numbers of rows, 2 seeds
+
+
 def test_methods_are_compared_over_all_tasks(store: Store, tmp_path: Path) -> None:
     grid = build_grid(
         task=None, grid={"task": ["arithmetic", "translation"], "lmbda": [0, 1], "seed": [0, 1]}
