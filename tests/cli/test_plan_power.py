@@ -48,11 +48,11 @@ def test_noise_differences_and_the_papers_effect_are_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        main(["plan", "lambda_beta_arithmetic", "--power", "--set", "seed=0,1,2,3,4,5,6,7,8,9"])
+        main(["plan", "unconverged_start", "--power", "--set", "seed=0,1,2,3,4,5,6,7,8,9"])
     out, err = capsys.readouterr()
     assert (caught.value.code, err) == (0, "")
     lines = [line.split("  ") for line in out.splitlines()]
-    assert "analysis/tables/lambda_beta_arithmetic.parquet; standard deviations in points" in out
+    assert "analysis/tables/unconverged_start.parquet; standard deviations in points" in out
     (noise,) = (line for line in lines if line[0] == "arithmetic, accuracy, greedy")
     assert [text.strip() for text in noise[1:] if text] == [
         "3.05",

@@ -52,6 +52,7 @@ def tiny(folder: Path, task: str, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "grid": {"lmbda": [0]},
         "student": student,
+        "learning_rate": 1e-3,
         "data": {"train": 200, "validation": 8, "test": 16},
         "max_input_tokens": 40,
         "max_output_tokens": 20,
