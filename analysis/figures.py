@@ -26,8 +26,7 @@ PAPER_MAPS = {
     "lambda_beta_translation": ("bleu", ("6",)),
     "lambda_beta_summarization": ("rouge2", ("A.13",)),
 }
-WINDOW = 5
-"""Logged steps whose losses are averaged in the figure."""
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def collect_losses(outputs: Path) -> None:
@@ -49,13 +48,15 @@ def draw_losses() -> Figure:
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.subplots()
         for color, (lmbda, name) in zip(LINE_COLORS, names.items(), strict=False):
-            line = losses[lmbda].rolling(WINDOW, min_periods=1).mean()
+            line = losses[lmbda]
             axes.plot(line.index, line, color=color, label=name)
             axes.annotate(
-                f"{line.iloc[-1]:.3g}", (line.index[-1], line.iloc[-1]), (5, 0),
+                f"{line.iloc[-1]:.2g}", (line.index[-1], line.iloc[-1]), (5, 0),
                 textcoords="offset points", va="center", color=color, annotation_clip=False,
             )  # fmt: skip
         axes.set(xlabel="step", ylabel="forward KL to the teacher, nats per token", yscale="log")
+        axes.minorticks_off()
+        axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axes.legend()
         return figure
 
