@@ -19,7 +19,7 @@ NoiseKey = tuple[object, ...]
 """Values of `EVALUATION_KEY_SETTINGS`, or of the first two."""
 EVALUATION_KEY_SETTINGS = ("task", "metric", "decoding", "temperature")
 _SHARED_SETTINGS = ("task", "metric", "measure", "student", "pair", "decoding", "temperature", "evaluation")
-"""Settings of models whose scores vary alike; training settings may differ."""
+"""Settings of models whose scores vary alike, the evaluation last; training settings may differ."""
 _RELATIVE_ZERO = 1e-12
 
 
@@ -116,7 +116,9 @@ def measure_noise(scores: ModelScores, text: str) -> NoiseSource:
             groups[tuple(model[name] for name in _SHARED_SETTINGS)].append(model)
     by_evaluation: dict[NoiseKey, _Squares] = defaultdict(_Squares)
     by_metric: dict[NoiseKey, _Squares] = defaultdict(_Squares)
-    for models in groups.values():
+    # Two evaluations that differ in nothing else, such as of the last and the best checkpoint, vary together.
+    first_groups = {key[:-1]: models for key, models in reversed(groups.items())}
+    for models in reversed(first_groups.values()):
         key = get_evaluation_key(models[0].settings)
         for squares in (by_evaluation[key], by_metric[key[:2]]):
             _add_seeds(squares, models)

@@ -501,7 +501,7 @@ def test_claims_judge_a_table_file(run_command: RunCommand) -> None:
     table = Path(__file__).parents[2] / "analysis" / "tables" / "lambda_beta_arithmetic.parquet"
     status, out, _ = run_command("claims", str(table), "--format", "json")
     rows = {row["id"]: row for row in json.loads(out)}
-    assert (status, rows["C1"]["verdict"], rows["C1"]["n"]) == (0, "fails", 5)
-    assert len(rows["C1"]["comparisons"]) == 5
+    assert (status, rows["C1"]["verdict"], rows["C1"]["n"]) == (0, "holds", 5)
+    assert len(rows["C1"]["comparisons"]) == 10  # five divergences, last and best checkpoint
     status, _, err = run_command("claims", "missing.parquet")
     assert status == 2 and "missing.parquet" in err
