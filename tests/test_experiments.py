@@ -21,7 +21,6 @@ COUNTS = {
     "hidden_states": 30,
     "instruction": 15,
     "lambda_beta_arithmetic": 75,
-    "lambda_beta_capacity": 45,
     "lambda_beta_sampling": 45,
     "lambda_beta_summarization": 75,
     "lambda_beta_translation": 75,
