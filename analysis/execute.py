@@ -1,11 +1,16 @@
-"""Run each notebook that has a table in `analysis/tables`, and store its outputs."""
+"""Run each notebook that has a table in `analysis/tables`, and store its outputs.
 
+That of the quickstart reads records instead, and is run where there are some.
+"""
+
+import os
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+OUTPUTS = HERE / os.environ.get("GKD_LAB_OUTPUTS", "../outputs")
 
 
 def execute(path: Path) -> None:
@@ -18,10 +23,10 @@ def execute(path: Path) -> None:
 
 
 def main() -> None:
-    """Run all notebooks that have a table."""
+    """Run all notebooks that have a table, and the quickstart's if it was run here."""
     for table in sorted((HERE / "tables").glob("*.parquet")):
         path = HERE / f"{table.stem}.ipynb"
-        if path.is_file():
+        if path.is_file() and (table.stem != "quickstart" or OUTPUTS.is_dir()):
             execute(path)
             print(path.name)
 
