@@ -71,9 +71,8 @@ class Divergence(TeacherLoss):
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Return the value of each token, (N,), by the formulas above and autograd: the reference."""
-        log_q = log_probabilities(student_logits_NV, self.student_temperature)
-        log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
-        return self.factor * FORMULAS[self.kind].value(log_q, log_p, self.beta)
+        log_q, log_p, log_ratio = self._compute_logs(student_logits_NV, teacher_logits_NV)
+        return self.factor * FORMULAS[self.kind].value(log_q, log_p, log_ratio, self.beta)
 
     @torch.no_grad()
     def value_and_gradient(
@@ -84,15 +83,19 @@ class Divergence(TeacherLoss):
         The values are those of `__call__`; the gradient is by the student's logits as passed in; the entropy
         is the student's at its temperature, in nats.
         """
-        log_q = log_probabilities(student_logits_NV, self.student_temperature)
-        log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
+        log_q, log_p, log_ratio = self._compute_logs(student_logits_NV, teacher_logits_NV)
         q, p = log_q.exp(), log_p.exp()
         entropy = -_row_dot(q, log_q)
-        value, gradient = FORMULAS[self.kind].value_and_gradient(log_q, q, log_p, p, self.beta)
+        value, gradient = FORMULAS[self.kind].value_and_gradient(log_q, q, p, log_ratio, self.beta)
         factor = self.factor
         if factor / self.student_temperature != 1:
             gradient *= factor / self.student_temperature
-        return value.clamp_min_(0).mul_(factor), gradient, entropy
+        return value.mul_(factor), gradient, entropy
+
+    def _compute_logs(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, ...]:
+        """Return log q, log p and log p / q at the two temperatures, (N, V) each."""
+        temperatures = self.student_temperature, self.teacher_temperature
+        return compute_logs(student_logits_NV, teacher_logits_NV, *temperatures)
 
 
 def generalized_jsd(
@@ -108,9 +111,8 @@ def generalized_jsd(
     Computed in float32 (float64 for float64 logits) whatever the logits' dtype. Logits may be -inf: a
     token that only one side excludes costs a finite amount under JSD and a very large one under a KL.
     """
-    log_q = log_probabilities(student_logits_NV, student_temperature)
-    log_p = log_probabilities(teacher_logits_NV, teacher_temperature)
-    return _jsd(log_q, log_p, beta)
+    logs = compute_logs(student_logits_NV, teacher_logits_NV, student_temperature, teacher_temperature)
+    return _jsd(*logs, beta)
 
 
 def total_variation(
@@ -124,22 +126,34 @@ def total_variation(
 
     Computed in float32 (float64 for float64 logits); logits may be -inf.
     """
+    logs = compute_logs(student_logits_NV, teacher_logits_NV, student_temperature, teacher_temperature)
+    return _total_variation(*logs)
+
+
+def compute_logs(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log q, log p and log p / q, each (N, V), in float32 (float64 stays).
+
+    Log-probabilities of 10 are rounded to 1e-6, so near P = Q little is left of their difference. That of the
+    logits is exact there, up to a constant of the row, which is measured on all entries together.
+    """
     log_q = log_probabilities(student_logits_NV, student_temperature)
     log_p = log_probabilities(teacher_logits_NV, teacher_temperature)
-    return _total_variation(log_q, log_p)
-
-
-def pointwise_jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Return JSD(beta) of each entry before the sum over the vocabulary, (..., V); entries may be negative.
-
-    log_q, log_p: (..., V), the student's and the teacher's `log_probabilities`.
-    """
-    if beta == 0:
-        return _pointwise_kl(log_p, log_q)
-    if beta == 1:
-        return _pointwise_kl(log_q, log_p)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _pointwise_kl(log_p, log_m) + (1 - beta) * _pointwise_kl(log_q, log_m)
+    log_ratio = log_p - log_q
+    with torch.no_grad():
+        difference = teacher_logits_NV.to(log_p.dtype) / teacher_temperature
+        difference = difference - student_logits_NV.to(log_q.dtype) / student_temperature
+        correction = difference.sub_(log_ratio)
+        is_finite = correction.isfinite()
+        correction.masked_fill_(~is_finite, 0)
+        q = log_q.exp() * is_finite
+        mean = _row_dot(q, correction) / q.sum(-1).clamp_min_(torch.finfo(q.dtype).tiny)
+        correction.sub_(mean[..., None]).mul_(is_finite)
+    return log_q, log_p, log_ratio + correction
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -149,19 +163,73 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return scaled.log_softmax(-1).clamp_min(_finite_log_zero(wide))
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Return each token's JSD(beta) from log-probabilities (N, V), (N,), at least 0."""
-    return pointwise_jsd(log_q, log_p, beta).sum(-1).clamp_min(0)
+def _jsd(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
+    """Return each token's JSD(beta), (N,), from log q, log p and log p / q, (N, V)."""
+    return pointwise_jsd(log_q, log_p, log_ratio, beta).sum(-1)
 
 
-def _total_variation(log_q: Tensor, log_p: Tensor, _: float = 0.0) -> Tensor:
-    """Return each token's total variation, (N,); the third argument, beta in other formulas, is ignored."""
+def pointwise_jsd(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
+    """Return JSD(beta) of each entry, (..., V), whose sum over the vocabulary is the value; at least 0.
+
+    An entry of a KL is p log(p / q) - p + q, with what sums to 0, so that none is negative and small ones do
+    not cancel. log_q, log_p, log_ratio: those of `compute_logs`.
+    """
+    q, p = log_q.exp(), log_p.exp()
+    if beta > 0.5:  # JSD(beta)(P || Q) = JSD(1 - beta)(Q || P)
+        return _compute_mixture_terms(p, q, -log_ratio, 1 - beta)[0]
+    return _compute_mixture_terms(q, p, log_ratio, beta)[0]
+
+
+_NEAR = 0.05
+"""Largest log ratio for which a series is more exact than the formula."""
+
+
+def _compute_mixture_terms(
+    base: Tensor, other: Tensor, log_ratio: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the entries of JSD, log(base / m) and log(other / m), where m = base + weight (other - base).
+
+    The weight is that of `other`, at most 1/2; 0 is the KL from `other`. log_ratio: x = log(other / base).
+    With y = weight (e^x - 1) an entry is base (weight h(x) - g(y)), where h(x) = x e^x - e^x + 1 and
+    g(y) = (1 + y) log(1 + y) - y are of second order.
+    """
+    near = log_ratio.abs() < _NEAR
+    x = torch.where(near, log_ratio, 0.0)
+    if weight == 0:
+        entries = torch.where(near, base * _expand_h(x), other * log_ratio - other + base)
+        return entries, torch.zeros_like(base), log_ratio
+    # log m / base, or log m / other where that is much larger, so that nothing overflows.
+    is_larger = log_ratio > 1
+    share = weight + (1 - 2 * weight) * is_larger.to(base.dtype)
+    log_m = torch.log1p(share * torch.expm1(torch.where(is_larger, -log_ratio, log_ratio)))
+    to_base = -log_m - torch.where(is_larger, log_ratio, 0.0)
+    to_other = torch.where(is_larger, 0.0, log_ratio) - log_m
+    far = weight * other * to_other + (1 - weight) * base * to_base
+    series = base * (weight * _expand_h(x) - _expand_g(weight * torch.expm1(x)))
+    return torch.where(near, series, far), to_base, to_other
+
+
+def _expand_h(x: Tensor) -> Tensor:
+    """Return x e^x - e^x + 1 of small x by its series, sum (k - 1) / k! x^k from k = 2."""
+    return _evaluate_series(x, [(k - 1) / math.factorial(k) for k in range(2, 10)])
+
+
+def _expand_g(y: Tensor) -> Tensor:
+    """Return (1 + y) log(1 + y) - y of small y by its series, sum (-1)^k / (k (k - 1)) y^k from k = 2."""
+    return _evaluate_series(y, [(-1) ** k / (k * (k - 1)) for k in range(2, 10)])
+
+
+def _evaluate_series(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Return the sum of c_k x^k, k = 2, 3, ..., by Horner's rule."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * x + coefficient
+    return total * x * x
+
+
+def _total_variation(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, beta: float = 0.0) -> Tensor:
+    """Return each token's total variation, (N,); the log ratio and beta are not read."""
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-
-
-def _pointwise_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p log(p / q) of each entry: KL(p || q) before its sum over the vocabulary."""
-    return log_p.exp() * (log_p - log_q)
 
 
 def _finite_log_zero(reference: Tensor) -> float:
@@ -183,53 +251,34 @@ def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
     return gradient.sub_(row_sum[:, None]).mul_(q)
 
 
-def _jsd_family_value_and_gradient(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+def _jsd_value_and_gradient(
+    log_q: Tensor, q: Tensor, p: Tensor, log_ratio: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Return values, (N,), and gradients, (N, V), of forward KL (beta 0), reverse KL (1) or JSD(beta)."""
+    if beta > 0.5:
+        entries, _, to_student = _compute_mixture_terms(p, q, -log_ratio, 1 - beta)
+    else:
+        entries, to_student, _ = _compute_mixture_terms(q, p, log_ratio, beta)
     if beta == 0:
-        return _forward_kl_value_and_gradient(log_q, q, log_p, p)
-    if beta == 1:
-        return _reverse_kl_value_and_gradient(log_q, q, log_p)
-    return _jsd_value_and_gradient(log_q, q, log_p, p, beta)
+        return entries.sum(-1), _compute_forward_kl_gradient(log_q, q, p)
+    gradient = _softmax_gradient(to_student, q, _row_dot(q, to_student))
+    return entries.sum(-1), gradient if beta == 1 else gradient.mul_(1 - beta)
 
 
-def _forward_kl_value_and_gradient(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return KL(p || q), (N,), and its gradient by the logits, (N, V), 0 at -inf; overwrites its inputs."""
-    value, zero = _row_dot(p, log_p.sub_(log_q)), _finite_log_zero(log_q)
+def _compute_forward_kl_gradient(log_q: Tensor, q: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of KL(p || q) by the logits, (N, V), 0 at -inf; overwrites q and p."""
+    zero = _finite_log_zero(log_q)
     if log_q.min() > zero:
-        return value, q.sub_(p)
+        return q.sub_(p)
     # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either.
     p.masked_fill_(log_q <= zero, 0)
-    return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
-
-
-def _reverse_kl_value_and_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(q || p), (N,), and its gradient by the student's logits, (N, V); overwrites its inputs."""
-    ratio = log_q.sub_(log_p)
-    value = _row_dot(q, ratio)
-    return value, _softmax_gradient(ratio, q, value)
-
-
-def _jsd_value_and_gradient(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
-    """Return JSD(beta), 0 < beta < 1, (N,), and its gradient by the logits, (N, V); overwrites its inputs."""
-    log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
-    teacher_kl = _row_dot(p, log_p.sub_(log_m))
-    ratio = log_q.sub_(log_m)
-    student_kl = _row_dot(q, ratio)
-    value = beta * teacher_kl + (1 - beta) * student_kl
-    return value, _softmax_gradient(ratio, q, student_kl).mul_(1 - beta)
+    return q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
 def _total_variation_value_and_gradient(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+    log_q: Tensor, q: Tensor, p: Tensor, log_ratio: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return total variation, (N,), and its gradient by the student's logits, (N, V); beta is ignored."""
+    """Return total variation, (N,), and its gradient by the student's logits, (N, V)."""
     difference = q - p
     value = difference.abs().sum(-1) / 2
     sign = difference.sign_().div_(2)
@@ -239,15 +288,15 @@ def _total_variation_value_and_gradient(
 class Formula(NamedTuple):
     """The two forms of a divergence.
 
-    value: (log_q, log_p, beta) -> (N,), differentiable.
-    value_and_gradient: (log_q, q, log_p, p, beta), all of which it may overwrite -> (N,), (N, V).
+    value: (log_q, log_p, log_ratio, beta) -> (N,), differentiable; log_ratio is log p / q.
+    value_and_gradient: (log_q, q, p, log_ratio, beta), all of which it may overwrite -> (N,), (N, V).
     """
 
-    value: Callable[[Tensor, Tensor, float], Tensor]
+    value: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     value_and_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 FORMULAS: Mapping[DivergenceKind, Formula] = {
-    "jsd": Formula(_jsd, _jsd_family_value_and_gradient),
+    "jsd": Formula(_jsd, _jsd_value_and_gradient),
     "tv": Formula(_total_variation, _total_variation_value_and_gradient),
 }

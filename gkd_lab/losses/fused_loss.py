@@ -403,7 +403,9 @@ def _compute_by_trl(student: Tensor, head: Projection, arguments: LossArguments)
         teacher_head.softcap,
     )
     weights = arguments.weights[0, trained].to(values.dtype)
-    value = divergence.factor * values.clamp_min(0) @ weights
+    # Rounding makes small values of the kernel negative; the clamp must not stop their gradients.
+    values = values + values.detach().clamp_max(0).neg()
+    value = divergence.factor * values @ weights
     entropy = entropies.detach() @ (weights > 0).to(values.dtype)
     loss = term.weight * value
     return CellLosses(loss[None], entropy[None], loss.detach()[None, None])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_lab.losses.divergence import log_probabilities, pointwise_jsd
+from gkd_lab.losses.divergence import compute_logs, pointwise_jsd
 from gkd_lab.models.forward import eval_mode, make_completion_mask
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
@@ -30,11 +30,12 @@ def generalized_jsd_loss(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is not one of {REDUCTIONS}")
-    log_q = log_probabilities(student_logits, temperature)
-    log_p = log_probabilities(teacher_logits, temperature)
     if labels is not None:
-        log_q, log_p = log_q[labels != -100], log_p[labels != -100]
-    values = pointwise_jsd(log_q, log_p, beta)
+        student_logits, teacher_logits = student_logits[labels != -100], teacher_logits[labels != -100]
+    log_q, log_p, log_ratio = compute_logs(student_logits, teacher_logits, temperature, temperature)
+    if reduction == "none" and beta in (0, 1) and num_items_in_batch is None:  # TRL's entries, of either sign
+        return log_p.exp() * log_ratio if beta == 0 else -log_q.exp() * log_ratio
+    values = pointwise_jsd(log_q, log_p, log_ratio, beta)
     if num_items_in_batch is not None:
         return values.sum() / torch.as_tensor(num_items_in_batch, device=values.device)
     if reduction == "batchmean":

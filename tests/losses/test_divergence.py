@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gkd_lab import GKDTrainer
 from gkd_lab.losses.divergence import Divergence, generalized_jsd, total_variation
 
 with warnings.catch_warnings():
@@ -193,6 +194,33 @@ def test_it_equals_that_of_trl(beta: float, temperature: float) -> None:
         teacher_temperature=temperature,
     )
     torch.testing.assert_close(ours, theirs.sum(-1).flatten(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", (0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0))
+@pytest.mark.parametrize("noise", (1e-4, 1e-3, 1e-2, 0.1, 1.0))
+@pytest.mark.parametrize("size", (20, 2000))
+def test_small_differences_have_the_value_of_float64(beta: float, noise: float, size: int) -> None:
+    """Relative to float64, whose own rounding is 1e-9 of the value or less."""
+    student = logits(0, 64, size)
+    teacher = (student + noise * logits(1, 64, size, scale=1)).float()
+    student = student.float()
+    exact = Divergence(beta=beta)(student.double(), teacher.double())
+    for values in (
+        Divergence(beta=beta)(student, teacher),
+        Divergence(beta=beta).value_and_gradient(student, teacher)[0],
+    ):
+        assert ((values.double() - exact).abs() <= 1e-3 * exact).all()
+    total = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+    assert total.item() == pytest.approx(exact.sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_small_differences_have_a_gradient(beta: float) -> None:
+    """A value that is clamped at 0 has none."""
+    student = logits(0, 400, 50, scale=1).float().requires_grad_()
+    teacher = student.detach() + 1e-5 * logits(1, 400, 50).float()
+    Divergence(beta=beta)(student, teacher).sum().backward()
+    assert student.grad is not None and (student.grad.abs().sum(-1) > 0).all()
 
 
 def test_total_variation_is_half_the_sum_of_the_differences() -> None:
