@@ -48,6 +48,12 @@ class WeightedTerm(Frozen):
         default=None, description="to which the weight moves linearly; null: it stays"
     )
 
+    @field_validator("final_weight")
+    @classmethod
+    def _normalize_final_weight(cls, final_weight: float | None, info: ValidationInfo) -> float | None:
+        """Return `final_weight`, but None where the weight stays what it is."""
+        return None if final_weight == info.data.get("weight") else final_weight
+
 
 class LossTerm(WeightedTerm):
     """Base class of all terms that are no divergence; a subclass adds its `type` and its settings."""
@@ -129,6 +135,21 @@ class ResolvedDivergence(DivergenceFields):
     routes: Annotated[tuple[str, ...] | None, DefaultFrom(None)] = Field(
         default=None, description="names of these teachers in the data, where each row has one of them"
     )
+
+    @field_validator("mixture")
+    @classmethod
+    def _normalize_mixture(cls, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        """Return the weights, but None where all are alike."""
+        is_even = weights is not None and max(weights) - min(weights) <= 1e-6 / len(weights)
+        return None if is_even else weights
+
+    @field_validator("mixture_temperatures")
+    @classmethod
+    def _normalize_mixture_temperatures(
+        cls, temperatures: tuple[float, ...] | None
+    ) -> tuple[float, ...] | None:
+        """Return the temperatures, but None where all are 1."""
+        return None if temperatures is not None and set(temperatures) == {1.0} else temperatures
 
 
 class DivergenceConfig(DivergenceFields):

@@ -7,6 +7,7 @@ import pytest
 
 from gkd_lab.config import ConfigError, Evaluation, SftModel, Training
 from gkd_lab.config.fingerprint import FORMAT_VERSION, DefaultFrom, Frozen, NotHashed, canonical_json
+from gkd_lab.config.loss_terms import ResolvedDivergence
 
 from .stub import make_cell, make_grid
 
@@ -210,3 +211,30 @@ def test_the_folder_is_readable_and_ends_in_the_fingerprint() -> None:
     assert varied.folder == f"nano/sums/lmbda=0.5_tv_seed=0-{varied.fingerprint}"
     assert cell.full_fingerprint.startswith(cell.fingerprint)
     assert len(cell.full_fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"teachers": (0, 1)}, {"teachers": (0, 1), "mixture": (0.5, 0.5)}),
+        ({"teachers": (0, 1, 2)}, {"teachers": (0, 1, 2), "mixture": (1 / 3, 1 / 3, 1 / 3)}),
+        ({"teachers": (0, 1)}, {"teachers": (0, 1), "mixture_temperatures": (1, 1)}),
+        ({"weight": 2.0}, {"weight": 2.0, "final_weight": 2.0}),
+        ({"beta": 0}, {"beta": -0.0}),
+        ({"beta": 0}, {"beta": 0, "rescale": True}),
+        ({"divergence": "tv", "beta": 0.3}, {"divergence": "tv"}),
+    ],
+)
+def test_terms_that_compute_the_same_are_one(one: dict[str, Any], other: dict[str, Any]) -> None:
+    defaults = {"beta": 0.5, "teacher_temperature": 1, "student_temperature": 1}
+    first, second = (ResolvedDivergence(**{**defaults, **fields}) for fields in (one, other))
+    assert first == second and first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mixture": (0.4, 0.6)}, {"mixture_temperatures": (1, 2)}, {"final_weight": 0.0}]
+)
+def test_terms_that_differ_are_two(fields: dict[str, Any]) -> None:
+    defaults = {"beta": 0.5, "teacher_temperature": 1, "student_temperature": 1, "teachers": (0, 1)}
+    first, second = (ResolvedDivergence(**{**defaults, **extra}) for extra in ({}, fields))
+    assert first.fingerprint != second.fingerprint
