@@ -55,7 +55,7 @@ def encode_rows(
     kind = {"is_encoder_decoder": is_encoder_decoder}
     prompts = tokenize_prompts(tokenizer, [p for p, _ in rows], **kind)
     targets = [
-        ensure_end_id(target, [tokenizer.eos_token_id])
+        ensure_end_id(tokenizer, target, [tokenizer.eos_token_id])
         for target in tokenize_targets(tokenizer, [t for _, t in rows], **kind)
     ]
     examples = [

@@ -90,7 +90,7 @@ class LabelledRowEncoder:
 
     A label is a class number or a class name. In a row with `tokens` the first piece of a word gets the
     word's label and its other pieces get none. The columns `label` and `labels` mean the same. The column may
-    be missing unless `labels_required`: soft targets read no labels.
+    be missing unless `labels_required`: soft targets read no labels. reads_teacher: as for `RowEncoder`.
     """
 
     def __init__(
@@ -102,11 +102,12 @@ class LabelledRowEncoder:
         max_length: int | None,
         labels_required: bool,
         formatting_func: Callable[[Row], Row] | None = None,
+        reads_teacher: bool = False,
     ) -> None:
         self.tokenizer, self.kind, self.names = tokenizer, kind, tuple(names)
         limits = [limit for limit in (max_length, tokenizer.model_max_length) if limit is not None]
         self.max_length, self.labels_required = min(limits), labels_required
-        self.formatting_func = formatting_func
+        self.formatting_func, self.reads_teacher = formatting_func, reads_teacher
 
     def __call__(self, row: Row | LabelledExample) -> LabelledExample:
         """Encode a row. Raises ValueError for a row of another form and for a label that the model lacks."""
@@ -119,7 +120,8 @@ class LabelledRowEncoder:
         if not ids:
             raise ValueError("the row's text is empty: there is nothing to classify")
         types = None if types is None else types[: self.max_length]
-        return LabelledExample(ids, self._encode_labels(row, label_indices), types, read_teacher_index(row))
+        teacher_index = read_teacher_index(row) if self.reads_teacher else -1
+        return LabelledExample(ids, self._encode_labels(row, label_indices), types, teacher_index)
 
     def _tokenize_row(self, row: Row) -> tuple[list[int], list[int] | None, list[int | None]]:
         """Return (token ids, token type ids or None, index of each token's label in the row or None)."""

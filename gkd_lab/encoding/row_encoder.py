@@ -13,7 +13,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from gkd_lab.encoding.batches import Example
-from gkd_lab.encoding.tokenization import ensure_end_id, tokenize_prompts, tokenize_targets, truncate_prompt
+from gkd_lab.encoding.tokenization import (
+    check_is_text,
+    ensure_end_id,
+    tokenize_prompts,
+    tokenize_targets,
+    truncate_prompt,
+)
 from gkd_lab.encoding.trl_batch import NOT_TRAINED
 
 RowMapping = Mapping[str, Any]
@@ -39,6 +45,7 @@ class RowEncoder:
     formatting_func: maps a row to a row before it is encoded.
     end_ids: further end-of-sequence ids. A text completion that has none, nor the tokenizer's, gets the
         tokenizer's; ready-made ids are not changed.
+    reads_teacher: whether the column `teacher` holds the number of the teacher that a row is routed to.
 
     `rows_read`, `prompts_cut` and `completions_cut` count encoded and truncated rows. An `Example` is
     returned as it is and not counted.
@@ -53,6 +60,7 @@ class RowEncoder:
         max_new_tokens: int,
         end_ids: Sequence[int] = (),
         formatting_func: Callable[[RowMapping], RowMapping] | None = None,
+        reads_teacher: bool = False,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length={max_length}: a prompt and a completion need at least 2 tokens")
@@ -61,7 +69,7 @@ class RowEncoder:
         self.tokenizer, self.is_encoder_decoder = tokenizer, is_encoder_decoder
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.end_ids = [*(i for i in [tokenizer.eos_token_id] if i is not None), *end_ids]
-        self.formatting_func = formatting_func
+        self.formatting_func, self.reads_teacher = formatting_func, reads_teacher
         self.rows_read = self.prompts_cut = self.completions_cut = 0
 
     def __call__(self, row: RowMapping | Example) -> Example:
@@ -69,17 +77,19 @@ class RowEncoder:
         if isinstance(row, Example):
             return row
         row = self._apply_formatting(row)
-        return replace(self._truncate_example(self._encode_row(row)), teacher_index=read_teacher_index(row))
+        example = self._truncate_example(self._encode_row(row))
+        return replace(example, teacher_index=read_teacher_index(row)) if self.reads_teacher else example
 
     def _apply_formatting(self, row: RowMapping) -> RowMapping:
-        """Return the row, mapped by `formatting_func` if set, without the columns that are None."""
+        """Return the row, mapped by `formatting_func` if set, as its author wrote it (`_drop_fillers`)."""
         formatted: Any = row if self.formatting_func is None else self.formatting_func(row)
         if not isinstance(formatted, Mapping):
             raise ValueError(
                 f"formatting_func returned {type(formatted).__name__}, which does not say where the prompt "
                 "ends: return a row, such as {'prompt': ..., 'completion': ...} or {'messages': [...]}"
             )
-        return {column: value for column, value in formatted.items() if value is not None}
+        row_without_fillers = {column: _drop_fillers(value) for column, value in formatted.items()}
+        return {column: value for column, value in row_without_fillers.items() if value is not None}
 
     def _encode_row(self, row: RowMapping) -> Example:
         """Encode a formatted row, untruncated, by its `input_ids`, `prompt_ids`, `messages` or `prompt`."""
@@ -160,12 +170,13 @@ class RowEncoder:
                 "the row holds messages and the tokenizer has no chat template: set "
                 "`tokenizer.chat_template`, or give the rows as texts in `prompt` and `completion`"
             )
+        messages = [_join_text_parts(message) for message in messages]
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options |= row.get("chat_template_kwargs", {})
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools or None, tokenize=False, **options
+                messages, tools=tools or None, tokenize=False, **options
             )
         except (TemplateError, TypeError) as error:
             roles = [message["role"] for message in messages]
@@ -197,6 +208,8 @@ class RowEncoder:
     def _encode_texts(self, prompt: str, completion: str | None) -> Example:
         """Tokenize texts without a chat template into an `Example`; None as completion: an empty one."""
         kind = {"is_encoder_decoder": self.is_encoder_decoder}
+        for text in (prompt, completion or ""):
+            check_is_text(text)
         (prompt_ids,) = tokenize_prompts(self.tokenizer, [prompt], **kind)
         if completion is None:
             return Example(prompt_ids, [])
@@ -209,14 +222,15 @@ class RowEncoder:
 
     def _tokenize(self, text: str, special: bool = False) -> list[int]:
         """Return the ids of one text, untruncated, with special tokens only if `special`."""
+        check_is_text(text)
         # verbose=False: no warning about long texts, which are truncated later.
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def _append_end_id(self, ids: list[int]) -> list[int]:
-        """Return completion ids, ended by an end-of-sequence id if they have none; ValueError without EOS."""
+        """Return completion ids, ended by an end-of-sequence id; ValueError without one in the tokenizer."""
         if not self.end_ids:
             raise ValueError("the tokenizer has no end of sequence: set `tokenizer.eos_token`")
-        return ensure_end_id(ids, self.end_ids)
+        return ensure_end_id(self.tokenizer, ids, self.end_ids)
 
     # Ready-made ids
 
@@ -293,6 +307,30 @@ class RowEncoder:
         return prompt, completion[: limit - len(prompt)]
 
 
+def _drop_fillers(value: Any) -> Any:
+    """Return a value without the nulls that `datasets` fills mappings with, at any depth.
+
+    It gives every mapping the keys of all. A message keeps its `content`, which templates ask for.
+    """
+    if isinstance(value, Mapping):
+        kept = {key: _drop_fillers(item) for key, item in value.items() if item is not None}
+        return {**kept, "content": None} if "role" in kept and "content" not in kept else kept
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
+        return [_drop_fillers(item) for item in value]
+    return value
+
+
+def _join_text_parts(message: RowMapping) -> RowMapping:
+    """Return a message whose content is one text: its parts, joined. ValueError for a part without text.
+
+    Templates of text models print a list of parts as Python writes it, or leave it out.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    return {**message, "content": "".join(_list_message_texts(message))}
+
+
 def _refuse_images(row: RowMapping) -> None:
     """Raise ValueError for a row with an image column or a message part that is not text."""
     columns = [name for name in IMAGE_COLUMNS if name in row and not _is_empty_list(row[name])]
@@ -336,7 +374,10 @@ def read_teacher_index(row: RowMapping) -> int:
     """Return the integer in the row's column `teacher`, or -1 without one; ValueError for another type."""
     index = row.get("teacher", -1)
     if isinstance(index, bool) or not isinstance(index, int):
-        raise ValueError(f"the column `teacher` holds {index!r}: the number of a teacher, 0 for the first")
+        raise ValueError(
+            f"the column `teacher` holds {index!r}: a routed divergence reads the number of a teacher there, "
+            "0 for the first; rename a column that holds something else"
+        )
     return index
 
 
@@ -353,11 +394,29 @@ def _read_single_answer(row: RowMapping) -> RowMapping:
 
 
 def _list_message_texts(message: RowMapping) -> list[str]:
-    """List a message's texts: its content as one text, or the text of each of its content parts."""
+    """List a message's texts: its content as one text, or the text of each of its content parts.
+
+    Raises ValueError for a content of another kind, and for a part without text.
+    """
     content = message.get("content") or ""
     if isinstance(content, str):
         return [content]
-    return [part if isinstance(part, str) else part["text"] for part in content]
+    if not isinstance(content, list | tuple):
+        raise ValueError(
+            f"the content of a message of {message['role']!r} is {content!r:.60}: expected a text, or a list "
+            "of parts such as {'type': 'text', 'text': ...}"
+        )
+    return [_read_part_text(part, message["role"]) for part in content]
+
+
+def _read_part_text(part: Any, role: str) -> str:
+    """Return the text of a content part: a text, or a mapping with one. ValueError for anything else."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a part of a message of {role!r} is {part!r:.60}: expected {{'type': 'text', 'text': ...}}"
+        )
+    return text
 
 
 def _explain_prompt_mismatch(prompt: str, text: str, *, has_prompt_column: bool) -> str:

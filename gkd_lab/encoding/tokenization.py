@@ -32,12 +32,31 @@ def tokenize_targets(tokenizer: Any, texts: Sequence[str], *, is_encoder_decoder
     return ids
 
 
-def ensure_end_id(ids: TokenIds, end_ids: Sequence[int]) -> TokenIds:
-    """Return the ids, with the first of `end_ids` appended if they contain none of them.
+def check_is_text(text: str) -> None:
+    """Raise ValueError for a text with half of a character, which no tokenizer reads, and show its place.
 
-    Tokens that a chat template puts after the end, such as a newline, are trained on, as in TRL.
+    JSON that was cut within an escaped emoji has one: a lone surrogate.
     """
-    return ids if any(i in end_ids for i in ids) else [*ids, end_ids[0]]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 30) : error.start + 10]
+        raise ValueError(
+            f"a row's text holds half of a character, such as a cut emoji, in {near!r}: remove or replace it"
+        ) from error
+
+
+def ensure_end_id(tokenizer: Any, ids: TokenIds, end_ids: Sequence[int]) -> TokenIds:
+    """Return the ids, with the first of `end_ids` appended unless they end with one of them.
+
+    White space that a chat template puts after the end, such as a newline, is trained on, as in TRL. An end
+    within the text, as in a text about tokens, does not end it.
+    """
+    last_end = max((place for place, token in enumerate(ids) if token in end_ids), default=None)
+    is_ended = (
+        last_end is not None and not tokenizer.decode(ids[last_end + 1 :], skip_special_tokens=True).strip()
+    )
+    return ids if is_ended else [*ids, end_ids[0]]
 
 
 def truncate_prompt(tokenizer: Any, ids: TokenIds, limit: int, *, is_encoder_decoder: bool) -> TokenIds:

@@ -57,6 +57,11 @@ class WeightedLoss:
 WeightedLosses = tuple[WeightedLoss, ...]
 
 
+def are_rows_routed(all_terms: Iterable[WeightedLosses]) -> bool:
+    """Return whether a divergence is routed, so that a row's column `teacher` says whose it is."""
+    return any(term.target.routed for terms in all_terms for term in terms)
+
+
 def list_terms(terms: Loss | Sequence[WeightedLoss]) -> WeightedLosses:
     """Return the terms as a tuple; a loss without a weight becomes the only term, of weight 1."""
     return (WeightedLoss(terms),) if isinstance(terms, Loss) else tuple(terms)

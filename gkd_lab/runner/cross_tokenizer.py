@@ -6,7 +6,7 @@ from typing import Any
 
 from gkd_lab.config.cell import Cell, Training
 from gkd_lab.encoding.batches import Example
-from gkd_lab.encoding.tokenization import ensure_end_id, tokenize_targets
+from gkd_lab.encoding.tokenization import tokenize_targets
 from gkd_lab.losses.build_terms import build_term
 from gkd_lab.losses.terms import needs_text_reader, required_teachers
 from gkd_lab.models.build import load_tokenizer
@@ -85,5 +85,5 @@ def retokenize_completions(
 def _truncate_completion(ids: list[int], end_id: int, *, is_ended: bool, max_tokens: int) -> list[int]:
     """Add a missing end id if `is_ended`, else remove a last one; then return the first `max_tokens` ids."""
     if is_ended:
-        return ensure_end_id(ids, [end_id])[:max_tokens]
+        return (ids if ids[-1:] == [end_id] else [*ids, end_id])[:max_tokens]
     return (ids[:-1] if ids[-1:] == [end_id] else ids)[:max_tokens]

@@ -1,5 +1,6 @@
 """Task, its rows and its row generators. A task is data and a few functions, never a class of its own."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,9 @@ from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.cell import Split
 from gkd_lab.config.settings import merge_settings
 from gkd_lab.tasks.scale_defaults import COMMON_SETTINGS
+
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""A lone surrogate, as in JSON that was cut within an escaped emoji."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -77,4 +81,6 @@ def read_text_field(raw: Mapping[str, Any], name: str) -> str:
         raise ValueError(f"field {name!r} must be text, got {type(value).__name__} {value!r:.60}")
     if not value.strip():
         raise ValueError(f"field {name!r} is empty")
+    if _HALF_CHARACTER.search(value):
+        raise ValueError(f"field {name!r} holds half of a character, such as a cut emoji: {value!r:.60}")
     return value.strip()

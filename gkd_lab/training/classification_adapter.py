@@ -24,7 +24,7 @@ from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.label_losses import CrossEntropy
 from gkd_lab.losses.squared_error import LabelSquaredError, SquaredError
-from gkd_lab.losses.terms import WeightedLoss
+from gkd_lab.losses.terms import WeightedLoss, are_rows_routed
 from gkd_lab.metrics.classifier_metrics import correlate, score_labels
 from gkd_lab.models.classifiers import (
     ClassifierKind,
@@ -78,6 +78,7 @@ class ClassificationAdapter:
             max_length=args.max_length,
             labels_required=any(term.reads_labels for cell in self.cells for term in cell.list_terms()),
             formatting_func=formatting_func,
+            reads_teacher=are_rows_routed(cell.list_terms() for cell in self.cells),
         )
         self.collate = ClassificationCollator(self.encode_row, tokenizer.pad_token_id, kind)
 

@@ -13,7 +13,7 @@ from gkd_lab.encoding.batches import Collator
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.encoding.trl_batch import build_trl_batch, parse_collated_batch
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.losses.terms import needs_text_reader, required_teachers
+from gkd_lab.losses.terms import are_rows_routed, needs_text_reader, required_teachers
 from gkd_lab.models.forward import Sequences, compute_completion_logits, compute_position_ids
 from gkd_lab.teachers.load_teachers import TeacherSet
 from gkd_lab.teachers.teacher import TeacherInterface
@@ -58,6 +58,7 @@ class LanguageModelingAdapter:
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
             formatting_func=formatting_func,
+            reads_teacher=are_rows_routed(cell.list_terms() for cell in cells),
         )
         self._tokenizers = tokenizer, teachers.tokenizer
         self._text_encoder: TwoTokenizerEncoder | None = None
