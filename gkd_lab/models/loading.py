@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from gkd_lab.models.classifiers import get_classifier_auto_class, get_classifier_kind
 from gkd_lab.models.forward import unwrap_model
@@ -58,6 +59,8 @@ def load_teacher(
     if isinstance(source, str):
         kwargs = _merge_dtype(init_kwargs, dtype)
         teacher = load_auto_model(source, kwargs, trust_remote_code=trust_remote_code)
+        if hasattr(teacher, "merge_and_unload"):  # an adapter, which the teacher has no need to keep apart
+            teacher = teacher.merge_and_unload()
     elif init_kwargs:
         raise ValueError(
             f"teacher_model_init_kwargs {init_kwargs!r} can only be used when the teacher is loaded by name, "
@@ -65,6 +68,7 @@ def load_teacher(
         )
     else:
         teacher = _copy_student(student) if source is None or source is student else source
+        _check_own_weights(student, teacher)
         teacher = teacher if dtype is None or is_quantized(teacher) else teacher.to(TEACHER_DTYPES[dtype])
     _check_same_family(student, teacher)
     return teacher.eval().requires_grad_(False)
@@ -90,12 +94,15 @@ def load_student(
 def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bool) -> PreTrainedModel:
     """Load a model by name as decoder-only model, encoder-decoder or classifier, as its config says.
 
-    `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None.
+    `dtype` in `init_kwargs` may be a torch.dtype, its name, "auto" or None. An adapter's name gives its base
+    with the adapter, trainable (a `PeftModel`).
     """
     kwargs = {"trust_remote_code": trust_remote_code, **_parse_init_kwargs(init_kwargs)}
     if "dtype" in kwargs:
         kwargs["dtype"] = _parse_dtype(kwargs["dtype"])
     files = {key: kwargs[key] for key in FILE_ARGUMENTS if key in kwargs}
+    if is_peft_available() and find_adapter_config_file(name, **_select_adapter_files(files)) is not None:
+        return _load_adapter(name, kwargs, files)
     config = kwargs.get("config")
     if config is None:
         config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"], **files)
@@ -105,6 +112,28 @@ def load_auto_model(name: str, init_kwargs: InitKwargs, *, trust_remote_code: bo
         model = auto_class.from_pretrained(name, **kwargs)
     mark_untied_head(model)
     return model
+
+
+def _select_adapter_files(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that `find_adapter_config_file` takes."""
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+    return {name: files[name] for name in names if name in files}
+
+
+def _load_adapter(name: str, kwargs: Mapping[str, Any], files: Mapping[str, Any]) -> Any:
+    """Return the base of a saved adapter with the adapter, trainable. ValueError if it names no base."""
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(name, **files).base_model_name_or_path
+    if not base_name:
+        raise ValueError(
+            f"{name} holds an adapter and does not say of which model: load the model, give it to "
+            "PeftModel.from_pretrained(model, ..., is_trainable=True), and pass that"
+        )
+    base_kwargs = {key: value for key, value in kwargs.items() if key not in FILE_ARGUMENTS}
+    trust_remote_code = base_kwargs.pop("trust_remote_code")
+    base = load_auto_model(base_name, base_kwargs, trust_remote_code=trust_remote_code)
+    return PeftModel.from_pretrained(base, name, is_trainable=True, **files)
 
 
 def _misreports_tied_head(name: str, config: PretrainedConfig, files: Mapping[str, Any]) -> bool:
@@ -198,6 +227,20 @@ def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
         stacklevel=3,
     )
     return copy.deepcopy(student)
+
+
+def _check_own_weights(student: nn.Module, teacher: Any) -> None:
+    """Raise ValueError if the teacher shares weights with the student: freezing it would freeze both."""
+    if not isinstance(teacher, nn.Module):
+        return
+    students_weights = {id(parameter) for parameter in student.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in students_weights]
+    if shared:
+        raise ValueError(
+            f"the teacher shares {len(shared)} weights with the student ({shared[0]}, ...), and a teacher is "
+            "frozen: load it a second time, or pass copy.deepcopy of it; of a PEFT student's base, "
+            "copy.deepcopy(student).unload()"
+        )
 
 
 def _check_same_family(student: PreTrainedModel, teacher: Any) -> None:

@@ -104,7 +104,9 @@ def prepare_training(
         is_stream=not hasattr(dataset, "__len__"),
     )
     if pack is None:
-        pack = Pack.build_single(prepare_student(student, student_inputs.peft_config, args))
+        prepared = prepare_student(student, student_inputs.peft_config, args)
+        _check_is_trainable(prepared)
+        pack = Pack.build_single(prepared)
     if args.disable_dropout:
         disable_dropout(pack.model)
     return TrainingSetup(args, tokenizer, pack, teachers, adapter)
@@ -234,6 +236,18 @@ def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -
         # Frozen embeddings give checkpointed layers no input that asks for a gradient.
         model.enable_input_require_grads()
     return model
+
+
+def _check_is_trainable(model: nn.Module) -> None:
+    """Raise ValueError if no weight of the student asks for a gradient, so that it could not learn."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    way_out = (
+        "load its adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+        if hasattr(model, "peft_config")
+        else "call requires_grad_(True) on what is to learn, or give a `peft_config`"
+    )
+    raise ValueError(f"all weights of the student are frozen, so it cannot learn: {way_out}")
 
 
 def _set_router_loss_weight(model: PreTrainedModel, weight: float) -> None:
