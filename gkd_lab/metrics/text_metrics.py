@@ -23,7 +23,7 @@ from gkd_lab.metrics.score import (
 from gkd_lab.metrics.self_bleu import score_self_bleu
 
 if TYPE_CHECKING:
-    from gkd_lab.metrics.rouge import RougeScorer
+    from gkd_lab.metrics.rouge import RougeScorer, WordKind
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class RougeVariant:
 
     name: str  # of rouge_score, such as rougeL
     use_stemmer: bool = False
+    words: "WordKind" = "ascii"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ METRICS: dict[str, Metric] = {
     "accuracy_flexible": Metric(score_flexible_accuracy),
     **{name: Metric(RougeVariant(name)) for name in _ROUGE_VARIANTS},
     **{f"{name}_stem": Metric(RougeVariant(name, use_stemmer=True)) for name in _ROUGE_VARIANTS},
+    **{f"{name}_unicode": Metric(RougeVariant(name, words="unicode")) for name in _ROUGE_VARIANTS},
     "bleu": _define_sacrebleu_metric("bleu"),
     "chrf": _define_sacrebleu_metric("chrf"),
     "self_bleu": Metric(score_self_bleu),
@@ -134,7 +136,7 @@ class Scorer:
     """
 
     def __init__(self) -> None:
-        self._rouge_scorers: dict[tuple[tuple[str, ...], bool], RougeScorer] = {}
+        self._rouge_scorers: dict[tuple[tuple[str, ...], bool, WordKind], RougeScorer] = {}
 
     def score_many(
         self,
@@ -149,7 +151,8 @@ class Scorer:
 
         With several references the accuracies and exact match accept any, ROUGE takes the best, BLEU and
         chrF count n-grams of all. `rouge1_stem` and the like stem words; `use_stemmer` makes `rouge1` do so
-        too (rouge_score's default is no; the paper does not say). `prompts` numbers the prompt of each
+        too (rouge_score's default is no; the paper does not say); `rouge1_unicode` reads words of any script,
+        where the others read a-z and 0-9 alone and warn of other texts. `prompts` numbers the prompt of each
         prediction, those of one prompt in a row, for `self_bleu`. Raises ValueError for an unknown metric,
         no examples or an example without references.
         """
@@ -168,26 +171,30 @@ class Scorer:
         self, metrics: Sequence[str], inputs: MetricInput, use_stemmer: bool
     ) -> dict[str, Score]:
         """Return metric -> Score of the ROUGE variants among the metrics; other metrics are left out."""
-        names_by_stemming: dict[bool, dict[str, str]] = {}
+        names_by_words: dict[tuple[bool, WordKind], dict[str, str]] = {}
         for metric in metrics:
             variant = METRICS[metric].compute_score
             if isinstance(variant, RougeVariant):
-                names_by_stemming.setdefault(use_stemmer or variant.use_stemmer, {})[metric] = variant.name
+                is_stemmed = variant.words == "ascii" and (use_stemmer or variant.use_stemmer)
+                names_by_words.setdefault((is_stemmed, variant.words), {})[metric] = variant.name
         scores: dict[str, Score] = {}
-        for stemming, names in names_by_stemming.items():
-            scorer = self._get_rouge_scorer(tuple(dict.fromkeys(names.values())), stemming)
+        for (is_stemmed, words), names in names_by_words.items():
+            scorer = self._get_rouge_scorer(tuple(dict.fromkeys(names.values())), is_stemmed, words)
             values = scorer(inputs.predictions, inputs.references)
             for metric, name in names.items():
                 scores[metric] = Score(fmean(values[name]), values[name], scorer.format_signature(name))
         return scores
 
-    def _get_rouge_scorer(self, variants: tuple[str, ...], use_stemmer: bool) -> "RougeScorer":
-        """Return the RougeScorer of these variants and this stemming; created once, then reused."""
+    def _get_rouge_scorer(
+        self, variants: tuple[str, ...], use_stemmer: bool, words: "WordKind"
+    ) -> "RougeScorer":
+        """Return the RougeScorer of these variants and words; created once, then reused."""
         from gkd_lab.metrics.rouge import RougeScorer
 
-        if (variants, use_stemmer) not in self._rouge_scorers:
-            self._rouge_scorers[variants, use_stemmer] = RougeScorer(variants, use_stemmer=use_stemmer)
-        return self._rouge_scorers[variants, use_stemmer]
+        key = variants, use_stemmer, words
+        if key not in self._rouge_scorers:
+            self._rouge_scorers[key] = RougeScorer(variants, use_stemmer=use_stemmer, words=words)
+        return self._rouge_scorers[key]
 
 
 def score_many(

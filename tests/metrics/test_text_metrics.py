@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from statistics import fmean
 
 import numpy as np
@@ -202,3 +203,31 @@ def test_a_registered_corpus_metric_is_scored_and_resampled(monkeypatch: pytest.
     sample = build_example_statistics("length", rows, [0.0] * 4)
     assert sample.statistics.tolist() == [[1, 10], [5, 10], [9, 10], [20, 10]]
     assert sample.score == pytest.approx(87.5)
+
+
+# ---- texts of other scripts ----
+
+
+@pytest.mark.parametrize("text", ["今天天气很好", "สวัสดี", "Привет, мир", "नमस्ते दुनिया", "Füße"])
+def test_equal_texts_of_any_script_have_rouge_100_with_unicode_words(text: str) -> None:
+    names = [f"{name}_unicode" for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
+    scores = score_many(names, [f"{text} {text}"], [[f"{text} {text}"]])
+    assert {score.value for score in scores.values()} == {100.0}
+    assert all("|words:unicode" in score.signature for score in scores.values())
+
+
+def test_unicode_words_tell_umlauts_apart_and_equal_those_of_english() -> None:
+    assert score("rouge1_unicode", ["Füße"], [["Fäße"]]).value == 0
+    english = ["The 3 cats sat, on a mat."], [["A cat sat on the mats: 3 cats."]]
+    assert score("rougeL_unicode", *english).value == score("rougeL", *english).value
+    composed = score("rouge1_unicode", ["u\u0308ber"], [["\u00fcber"]])
+    assert composed.value == 100
+
+
+def test_rouge_warns_where_most_of_a_text_is_not_read() -> None:
+    with pytest.warns(UserWarning, match="use rougeL_unicode"):
+        assert score("rougeL", ["今天天气很好"], [["今天天气很好"]]).value == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score("rougeL", ["Die Füße"], [["Die Füße sind müde"]])
+        score("rougeL", ["", "3 + 4"], [["."], ["7"]])
