@@ -32,14 +32,8 @@ from gkd_lab.models.packing import Pack
 from gkd_lab.teachers.load_teachers import TeacherInputs, TeacherSet
 from gkd_lab.training.adapters import TaskAdapter, build_adapter
 from gkd_lab.training.arguments import GKDConfig
+from gkd_lab.training.options import check_options
 from gkd_lab.training.rollout import GenerateSampler, GenerationLimits, StudentSampler
-
-UNSUPPORTED_FIELDS = {
-    "packing": "rows are not packed: each prompt is answered by the student in its own row",
-    "padding_free": "rows are padded: the student samples from a batch of prompts",
-}
-"""Fields of TRL's SFTConfig that TRL's own GKDTrainer cannot honour either."""
-SAMPLING_STRATEGIES = ("random", "sequential")
 
 
 @dataclass(frozen=True)
@@ -128,14 +122,7 @@ def resolve_arguments(args: GKDConfig | None, model: Any) -> GKDConfig:
         raise TypeError(
             f"args is a {type(args).__name__}; give a gkd_lab.GKDConfig, which takes TRL's fields"
         )
-    for name, reason in UNSUPPORTED_FIELDS.items():
-        if getattr(args, name):
-            raise ValueError(f"{name}=True does not fit GKD: {reason}; leave it False")
-    if args.train_sampling_strategy not in SAMPLING_STRATEGIES:
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} does not fit GKD: the length of a row "
-            f"is unknown before it is sampled; choose one of {SAMPLING_STRATEGIES}"
-        )
+    check_options(args)
     if args.activation_offloading:
         warnings.warn(
             "activation_offloading is not used: activations stay on the device; activation_checkpointing "

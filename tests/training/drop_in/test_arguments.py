@@ -3,13 +3,16 @@
 import copy
 import pickle
 import warnings
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from trl.experimental.gkd import GKDConfig as TrlConfig
 
 from gkd_lab import GKDConfig, GKDTrainer
+from gkd_lab.training.options import DOCUMENT, REFUSED, WITHOUT_EFFECT, insert_options, list_readers
 
 from ...training.scripts import (
     CHATML,
@@ -198,3 +201,79 @@ def test_two_trainers_of_one_configuration_do_the_same(tmp_path: Path) -> None:
     assert_same(*results)
     # As TRL's: its collators read columns that a model does not name.
     assert arguments.to_dict() == {**before, "remove_unused_columns": False}
+
+
+# ---- every option ----
+
+OTHER_VALUES: dict[str, Any] = {
+    "assistant_only_loss": True,
+    "completion_only_loss": False,
+    "eval_packing": True,
+    "label_smoothing_factor": 0.3,
+    "loss_type": "dft",
+    "packing": True,
+    "pad_to_multiple_of": 8,
+    "padding_free": True,
+    "torch_compile": True,
+    "train_sampling_strategy": "group_by_length",
+    "truncation_mode": "keep_end",
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_an_option_that_does_not_fit_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.* does not fit GKD: .*; leave it"):
+        trainer(tmp_path, arguments={**OFF, name: OTHER_VALUES[name]})
+
+
+def test_every_field_is_read_refused_or_without_effect() -> None:
+    names = {field.name for field in fields(GKDConfig)}
+    assert set(REFUSED) | set(WITHOUT_EFFECT) | set(list_readers()) == names
+    assert not set(REFUSED) & set(WITHOUT_EFFECT)
+    # A field of TRL's configuration that a new version adds has to be looked at first.
+    assert {name for name, reader in list_readers().items() if reader == "as TRL"} == {
+        "beta", "chat_template_path", "disable_dropout", "eos_token", "lmbda", "max_length", "max_new_tokens",
+        "model_init_kwargs", "pad_token", "router_aux_loss_coef", "seq_kd", "teacher_model_init_kwargs",
+        "teacher_model_name_or_path", "temperature", "trust_remote_code",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset_kwargs", {"skip_prepare_dataset": True}),
+        ("dataset_num_proc", 2),
+        ("dataset_text_field", "q"),
+        ("length_column_name", "q"),
+        ("packing_strategy", "wrapped"),
+        ("shuffle_dataset", True),
+        ("use_cache", True),
+    ],
+)
+def test_an_option_without_effect_has_none(name: str, value: Any, tmp_path: Path) -> None:
+    plain, changed = (trainer(tmp_path, arguments={**OFF, **extra}) for extra in ({}, {name: value}))
+    for made in (plain, changed):
+        made.train()
+    assert losses(plain) == losses(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("neftune_noise_alpha", 5.0),
+        ("weight_decay", 0.5),
+        ("max_grad_norm", 0.01),
+        ("data_seed", 3),
+        ("optim", "sgd"),
+    ],
+)
+def test_an_option_of_transformers_has_an_effect(name: str, value: Any, tmp_path: Path) -> None:
+    plain, changed = (trainer(tmp_path, arguments={**OFF, **extra}) for extra in ({}, {name: value}))
+    for made in (plain, changed):
+        made.train()
+    assert losses(plain) != losses(changed)
+
+
+def test_the_table_of_options_in_the_docs_is_current() -> None:
+    document = DOCUMENT.read_text()
+    assert document == insert_options(document), "run `python -m gkd_lab.training.options`"
