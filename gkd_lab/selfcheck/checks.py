@@ -310,8 +310,8 @@ def check_prompt_gradient(bench: PairBench) -> InvarianceResult:
             output[0].retain_grad()
             outputs.append(output[0])
 
-    body = bench.student.get_decoder() if bench.is_encoder_decoder else bench.student.base_model
-    hook = body.register_forward_hook(retain_gradient)
+    # Some models call a part of their base, as OPT does, so that the base's own hook sees nothing.
+    hook = bench.student.get_decoder().register_forward_hook(retain_gradient)
     try:
         bench.accumulate_gradients(bench.build_micro_batches([bench.rows], 0.0))
     finally:
