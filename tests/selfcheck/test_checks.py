@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LogitsProcessorList,
+    OPTConfig,
+    OPTForCausalLM,
     TemperatureLogitsWarper,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -438,3 +440,15 @@ def test_a_finding_at_its_limit_passes_and_one_above_does_not() -> None:
     assert InvarianceResult(0.0, 0.0, "").passed
     assert not InvarianceResult(1, 0, "").passed
     assert not checks.create_failed_result("reason").passed
+
+
+def test_a_model_that_calls_a_part_of_its_base_is_seen(pair: ModelPair, tmp_path: Path) -> None:
+    """OPT's head reads `model.decoder`, so a hook on `model` sees nothing: not seen is not zero."""
+    torch.manual_seed(0)
+    vocabulary = pair.student.config.vocab_size
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+    config = OPTConfig(vocab_size=vocabulary, pad_token_id=0, eos_token_id=1, **sizes)
+    models = [OPTForCausalLM(config).eval() for _ in range(2)]
+    opt = replace(pair, student=models[0], teacher=models[1])
+    assert finding("prompt", PairBench(opt, tmp_path)).passed
