@@ -38,9 +38,15 @@ def build_single_cell_property(name: str) -> property:
         return getattr(trainer._get_single_cell(name), name)
 
     def set_value(trainer: "PackTrainer", value: float) -> None:
-        """Replace `trainer.cells` by a copy of the only cell with the new value; ValueError in a pack."""
+        """Replace `trainer.cells` by a copy of the only cell with the new value.
+
+        ValueError in a pack, and for the beta of a loss whose `objectives` state theirs.
+        """
+        cell = trainer._get_single_cell(name)
+        if name == "beta" and cell.objectives:
+            raise ValueError("beta: each divergence of `objectives` has its own; set `objectives` instead")
         changes: dict[str, Any] = {name: value}
-        trainer.cells = (replace(trainer._get_single_cell(name), **changes),)
+        trainer.cells = (replace(cell, **changes),)
 
     return property(read_value, set_value)
 

@@ -215,6 +215,8 @@ def _load_student(model: Any, args: GKDConfig) -> PreTrainedModel:
 def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:
     """Seed all generators, set the router loss's weight, return the model with its new adapter, if any."""
     set_seed(args.seed)
+    for adapter in getattr(model, "peft_config", {}).values():
+        _refuse_prompt_learning(adapter)
     if args.router_aux_loss_coef is not None:
         _set_router_loss_weight(model, args.router_aux_loss_coef)
     if peft_config is not None:
@@ -259,7 +261,20 @@ def _add_peft_adapter(model: PreTrainedModel, peft_config: Any) -> PreTrainedMod
         raise TypeError(f"peft_config is a {type(peft_config).__name__}, not a peft.PeftConfig")
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already: merge and unload it, or leave peft_config out")
+    _refuse_prompt_learning(peft_config)
     return get_peft_model(model, peft_config)
+
+
+def _refuse_prompt_learning(peft_config: Any) -> None:
+    """Raise ValueError for adapters of virtual tokens, such as prompt and prefix tuning.
+
+    They stand before the padding of a batch, so that a row's loss would depend on its neighbours' lengths.
+    """
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} puts virtual tokens before a batch's padding, so a row's loss "
+            "depends on the other rows: use LoRA or another adapter of the weights"
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -256,8 +256,12 @@ class GKDTrainer(PackTrainer):
         """Return one MicroBatch of all cells: completions sampled on policy, `rows` unchanged off policy."""
         completions = self.sample_completions(rows, on_policy, position)
         batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
-        progress = position.step / max(1, self.state.max_steps - 1)
-        return replace(batch, progress=progress, step=position.step)
+        return replace(batch, progress=self._compute_progress(position.step), step=position.step)
+
+    def _compute_progress(self, step: int) -> float:
+        """Return the share (0 to 1) of the steps before this one, by which the weights of terms move."""
+        last_step = (self.state.max_steps or self.args.max_steps) - 1
+        return min(1.0, step / last_step) if last_step > 0 else 0.0
 
     def sample_completions(
         self,
@@ -330,6 +334,7 @@ class GKDTrainer(PackTrainer):
         """Return (micro-batch in which every cell has the same (B) rows, its item counts (K,))."""
         copies = concatenate_blocks([rows] * len(self.seeds), self.generation_limits.pad_id)
         batch = build_micro_batch(self.seeds, self.cells, copies, {}, self.generation_limits.pad_id)
+        batch = replace(batch, progress=self._compute_progress(self.state.global_step))
         return batch, self._count_items(batch)
 
     def compute_cell_sums(
@@ -464,6 +469,7 @@ class GKDTrainer(PackTrainer):
         )
         completions = self.sample_completions(copies, range(len(self.cells)), position, purpose)
         batch = build_micro_batch(self.seeds, self.cells, copies, completions, limits.pad_id)
+        batch = replace(batch, progress=self._compute_progress(self.state.global_step))
         batch = self.reward_scaler.zero_reward_scales(batch)
         sums, _ = self.compute_cell_sums(model, batch, self._count_items(batch))
         self._on_policy_metrics.add_micro_batch(sums.losses, sums.entropies, batch, limits.end_ids)

@@ -71,3 +71,18 @@ def test_a_teacher_that_shares_weights_with_the_student_is_refused(share: str, t
     assert any(parameter.requires_grad for parameter in student.parameters())
     made = trainer(tmp_path, model=student, teacher=copy.deepcopy(student).unload())
     torch.testing.assert_close(logits(made.teacher_model), logits(llama(0)))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_adapters_of_virtual_tokens_are_refused(adapter: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="puts virtual tokens before a batch's padding"):
+        trainer(tmp_path, peft_config=adapter)
+    with pytest.raises(ValueError, match="puts virtual tokens before a batch's padding"):
+        trainer(tmp_path, model=peft.get_peft_model(llama(0), adapter))

@@ -161,3 +161,27 @@ def test_metrics_may_be_gathered_batch_by_batch(tmp_path: Path, model: Make) -> 
     )
     expected = sum(len(made.encode_row(row).completion_ids) for row in conversations(4))
     assert made.evaluate()["eval_tokens"] == expected
+
+
+def test_the_losses_weights_move_in_evaluations_too(tmp_path: Path) -> None:
+    """A term whose weight ends at 0 is whole before the first step, and gone after the last."""
+    moving = [{"type": "cross_entropy"}, {"beta": 0, "weight": 1.0, "final_weight": 0.0}]
+    arguments = {"lmbda": 0.0, "learning_rate": 0.0, "objectives": moving}
+    made = trainer(tmp_path, arguments=arguments, eval_dataset=conversations(4))
+    first = made.evaluate()["eval_loss"]
+    made.train()
+    last = made.evaluate()["eval_loss"]
+    expected = []
+    for terms in ([{"type": "cross_entropy"}, {"beta": 0}], [{"type": "cross_entropy"}]):
+        fixed = trainer(tmp_path, arguments={**arguments, "objectives": terms}, eval_dataset=conversations(4))
+        expected.append(fixed.evaluate()["eval_loss"])
+    assert [first, last] == pytest.approx(expected)
+
+
+def test_a_beta_that_objectives_state_cannot_be_set_beside_them(tmp_path: Path) -> None:
+    made = trainer(tmp_path, arguments={"objectives": [{"beta": 0.1}]})
+    with pytest.raises(ValueError, match="set `objectives` instead"):
+        made.beta = 0.5
+    plain = trainer(tmp_path)
+    plain.beta = 0.25
+    assert plain.cells[0].beta == 0.25
