@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from gkd_lab.models.forward import Sequences, eval_mode, make_completion_mask, unwrap_model
 from gkd_lab.models.packed_layers import count_cells
@@ -267,8 +268,16 @@ class DecodeLoop:
 
 
 def _can_drop_rows(state: dict[str, Any]) -> bool:
-    """Whether the KV cache can lose rows; recurrent states and a missing cache cannot."""
-    return hasattr(state.get("past_key_values"), "batch_select_indices")
+    """Whether the cache can lose rows: each of its layers, of which those with recurrent states cannot."""
+    cache = state.get("past_key_values")
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    caches = [part for part in parts if part is not None] or [cache]
+    layers = [layer for part in caches for layer in getattr(part, "layers", ())]
+    return all(hasattr(item, "batch_select_indices") for item in (cache, *layers)) and not any(
+        # A layer that is both selects the rows of its attention alone.
+        isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in layers
+    )
 
 
 def _select_state_rows(state: dict[str, Any], rows: Tensor) -> None:

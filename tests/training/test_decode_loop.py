@@ -1,9 +1,17 @@
 """Rows that have ended leave the batch, and what is written stays what `generate` alone writes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.losses.step_loss import split_blocks
@@ -132,3 +140,38 @@ def test_writing_stops_when_the_last_row_has_ended() -> None:
     )
     assert answers.completion_ids.shape == (2, 1)
     assert len(read) == 1
+
+
+def make_hybrid(name: str) -> PreTrainedModel:
+    """A tiny model with recurrent layers, whose cache cannot lose rows."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        **{"vocab_size": LAST_WORD + 1, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": PAD},
+    }
+    if name == "qwen3_next":
+        linear = {f"linear_{part}": 8 for part in ("key_head_dim", "value_head_dim")}
+        heads = {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+        experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+        config: Any = Qwen3NextConfig(
+            **sizes, **linear, **heads, **experts, shared_expert_intermediate_size=8
+        )
+        return Qwen3NextForCausalLM(config).eval()
+    return FalconH1ForCausalLM(
+        FalconH1Config(**sizes, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8)
+    ).eval()
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_models_with_recurrent_layers_keep_all_rows_and_write_what_they_write_alone(name: str) -> None:
+    model = make_hybrid(name)
+    rows = prompts(model)
+    noise = draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
+    together = written(model, rows, noise)
+    lengths = together.completion_mask.sum(1)
+    assert len(set(lengths.tolist())) > 2
+    for n in range(ROWS):
+        answer = written(model, rows.map_tensors(lambda t, n=n: t[n : n + 1]), noise[n : n + 1])  # type: ignore[misc]
+        length = int(answer.completion_mask.sum())
+        assert together.completion_mask[n].sum() == length
+        assert torch.equal(together.completion_ids[n, :length], answer.completion_ids[0, :length])
