@@ -1,15 +1,18 @@
 """Exact match, and accuracy of the final answer of a step-by-step solution.
 
-OpenAI's grade-school-math rule and lm-eval's more tolerant one are two metrics with names of their own.
+OpenAI's grade-school-math rule, lm-eval's more tolerant one and equality as numbers are three metrics with
+names of their own.
 """
 
 import re
+from decimal import Decimal
 from statistics import fmean
 
 from gkd_lab.metrics.score import MetricInput, Score
 
 ANSWER_PATTERN = re.compile(r"#### (\-?[0-9\.\,]+)")
 LAST_NUMBER_PATTERN = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+NUMBER_PATTERN = re.compile(r"-?\s?[$€£]?\s?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 _FINAL_PERIOD = re.compile(r"\.$")
 
 
@@ -64,6 +67,25 @@ def score_flexible_accuracy(inputs: MetricInput) -> Score:
     signature = (
         f"accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:{LAST_NUMBER_PATTERN.pattern}"
     )
+    return Score(fmean(hits), hits, signature, rates)
+
+
+def extract_number(text: str) -> Decimal | None:
+    """Return the last number after the first `####`, or of a text without that mark; None if there is none.
+
+    Currency signs and thousands separators are no part of it: `#### $1,029.00` is 1029.
+    """
+    numbers = NUMBER_PATTERN.findall(text.partition("####")[2] or text)
+    return Decimal(re.sub(r"[,\s$€£]", "", numbers[-1])) if numbers else None
+
+
+def score_numeric_accuracy(inputs: MetricInput) -> Score:
+    """Return a Score: the percentage of solutions whose answer is the number of a reference's answer."""
+    answers = [extract_number(text) for text in inputs.predictions]
+    accepted = [{extract_number(text) for text in texts} - {None} for texts in inputs.references]
+    hits = [100.0 * (answer in valid) for answer, valid in zip(answers, accepted, strict=True)]
+    rates = {"numeric_extraction_failure_rate": fmean(answer is None for answer in answers)}
+    signature = f"accuracy_numeric|rule:equal-numbers|answer:{NUMBER_PATTERN.pattern}"
     return Score(fmean(hits), hits, signature, rates)
 
 

@@ -12,7 +12,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from gkd_lab.config.errors import build_unknown_name_error
-from gkd_lab.metrics.answers import score_accuracy, score_exact_match, score_flexible_accuracy
+from gkd_lab.metrics.answers import (
+    score_accuracy,
+    score_exact_match,
+    score_flexible_accuracy,
+    score_numeric_accuracy,
+)
 from gkd_lab.metrics.score import (
     CLASSIFICATION_METRICS,
     CorpusStatistics,
@@ -93,6 +98,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(score_accuracy),
     "exact_match": Metric(score_exact_match),
     "accuracy_flexible": Metric(score_flexible_accuracy),
+    "accuracy_numeric": Metric(score_numeric_accuracy),
     **{name: Metric(RougeVariant(name)) for name in _ROUGE_VARIANTS},
     **{f"{name}_stem": Metric(RougeVariant(name, use_stemmer=True)) for name in _ROUGE_VARIANTS},
     **{f"{name}_unicode": Metric(RougeVariant(name, words="unicode")) for name in _ROUGE_VARIANTS},

@@ -69,3 +69,21 @@ def test_signatures_contain_the_rule_and_its_pattern() -> None:
     assert strict.signature == r"accuracy|rule:gsm8k|answer:#### (\-?[0-9\.\,]+)"
     assert loose.signature.startswith("accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:")
     assert (strict.value, loose.value) == (0, 100)
+
+
+@pytest.mark.parametrize(
+    ("solution", "reference", "is_equal"),
+    [
+        ("#### $29.00", "#### 29", True),
+        ("so it is $1,029.", "#### 1029", True),
+        ("#### -3", "#### 3", False),
+        ("#### 0.50", "#### .5", True),
+        ("#### 30", "#### 29", False),
+        ("28 apples #### 29 apples", "#### 29", True),
+        ("no number", "#### 29", False),
+        ("...", "#### 29", False),
+    ],
+)
+def test_numbers_are_equal_however_they_are_written(solution: str, reference: str, is_equal: bool) -> None:
+    found = score("accuracy_numeric", [solution], [[reference]])
+    assert found.value == 100 * is_equal and found.signature.startswith("accuracy_numeric|rule:equal-numbers")
