@@ -32,7 +32,7 @@ from gkd_lab.models.packing import Pack
 from gkd_lab.teachers.load_teachers import TeacherInputs, TeacherSet
 from gkd_lab.training.adapters import TaskAdapter, build_adapter
 from gkd_lab.training.arguments import GKDConfig
-from gkd_lab.training.options import check_options
+from gkd_lab.training.config_fields import check_options
 from gkd_lab.training.rollout import GenerateSampler, GenerationLimits, StudentSampler
 
 

@@ -262,7 +262,6 @@ PAIRS: dict[str, tuple[PairFault, set[str]]] = {
     "no gradient below the head": (student(of_class(Deaf)), {"prompt"}),
     "no gradient at one position": (student(of_class(HardOfHearing)), {"prompt"}),
     "gradient is NaN": (student(gives_no_number_back), {"accumulation", "on policy"}),
-    "a weight of both": (shares_a_weight, {"teacher"}),
     "precision is needed": (student(rounds_away), {"bfloat16"}),
 }
 
@@ -452,3 +451,8 @@ def test_a_model_that_calls_a_part_of_its_base_is_seen(pair: ModelPair, tmp_path
     models = [OPTForCausalLM(config).eval() for _ in range(2)]
     opt = replace(pair, student=models[0], teacher=models[1])
     assert finding("prompt", PairBench(opt, tmp_path)).passed
+
+
+def test_a_pair_that_shares_a_weight_is_refused(pair: ModelPair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the teacher shares 1 weights with the student"):
+        PairBench(shares_a_weight(pair) or pair, tmp_path)

@@ -365,10 +365,11 @@ def test_pitfall_18_encoder_decoders_are_taken_as_objects_and_by_name(tmp_path: 
 
 
 def test_pitfall_19_padded_vocabularies_are_accepted_once_the_tokenizers_are_equal(tmp_path: Path) -> None:
-    wide = llama(1, vocabulary=40)
+    wide_models = [llama(1, vocabulary=40) for _ in range(2)]
     with torch.no_grad():
-        wide.lm_head.weight[28:] = 100  # rows of padding must neither be compared nor written
-    for student, teacher in ((llama(0), wide), (wide, llama(0))):
+        for wide in wide_models:
+            wide.lm_head.weight[28:] = 100  # rows of padding must neither be compared nor written
+    for student, teacher in ((llama(0), wide_models[0]), (wide_models[1], llama(0))):
         made = trainer(
             tmp_path,
             model=student,

@@ -12,7 +12,7 @@ import torch
 from trl.experimental.gkd import GKDConfig as TrlConfig
 
 from gkd_lab import GKDConfig, GKDTrainer
-from gkd_lab.training.options import DOCUMENT, REFUSED, WITHOUT_EFFECT, insert_options, list_readers
+from gkd_lab.training.config_fields import DOCUMENT, REFUSED, WITHOUT_EFFECT, insert_options, list_readers
 
 from ...training.scripts import (
     CHATML,
@@ -276,4 +276,4 @@ def test_an_option_of_transformers_has_an_effect(name: str, value: Any, tmp_path
 
 def test_the_table_of_options_in_the_docs_is_current() -> None:
     document = DOCUMENT.read_text()
-    assert document == insert_options(document), "run `python -m gkd_lab.training.options`"
+    assert document == insert_options(document), "run `python -m gkd_lab.training.config_fields`"

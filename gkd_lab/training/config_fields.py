@@ -1,6 +1,6 @@
 """What becomes of each field of `GKDConfig`: read by whom, without effect, or refused, and why.
 
-    python -m gkd_lab.training.options     # writes the table into docs/trl.md
+    python -m gkd_lab.training.config_fields     # writes the table into docs/trl.md
 
 A field that is neither honoured nor refused would change a user's result in silence.
 """
