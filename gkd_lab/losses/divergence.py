@@ -80,17 +80,18 @@ class Divergence(TeacherLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return each token's value, (N,), gradient by its logits, (N, V), and entropy, (N,); no autograd.
 
-        The values are those of `__call__`; the gradient is by the student's logits as passed in; the entropy
-        is the student's at its temperature, in nats.
+        The values are those of `__call__`, but near P = Q rounded to 1e-6 in float32; the gradient is by the
+        student's logits as passed in; the entropy is the student's at its temperature, in nats.
         """
-        log_q, log_p, log_ratio = self._compute_logs(student_logits_NV, teacher_logits_NV)
+        log_q = log_probabilities(student_logits_NV, self.student_temperature)
+        log_p = log_probabilities(teacher_logits_NV, self.teacher_temperature)
         q, p = log_q.exp(), log_p.exp()
         entropy = -_row_dot(q, log_q)
-        value, gradient = FORMULAS[self.kind].value_and_gradient(log_q, q, p, log_ratio, self.beta)
+        value, gradient = FORMULAS[self.kind].value_and_gradient(log_q, q, log_p, p, self.beta)
         factor = self.factor
         if factor / self.student_temperature != 1:
             gradient *= factor / self.student_temperature
-        return value.mul_(factor), gradient, entropy
+        return value.clamp_min_(0).mul_(factor), gradient, entropy
 
     def _compute_logs(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, ...]:
         """Return log q, log p and log p / q at the two temperatures, (N, V) each."""
@@ -176,18 +177,16 @@ def pointwise_jsd(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, beta: float) 
     """
     q, p = log_q.exp(), log_p.exp()
     if beta > 0.5:  # JSD(beta)(P || Q) = JSD(1 - beta)(Q || P)
-        return _compute_mixture_terms(p, q, -log_ratio, 1 - beta)[0]
-    return _compute_mixture_terms(q, p, log_ratio, beta)[0]
+        return _compute_entries(p, q, -log_ratio, 1 - beta)
+    return _compute_entries(q, p, log_ratio, beta)
 
 
 _NEAR = 0.05
 """Largest log ratio for which a series is more exact than the formula."""
 
 
-def _compute_mixture_terms(
-    base: Tensor, other: Tensor, log_ratio: Tensor, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the entries of JSD, log(base / m) and log(other / m), where m = base + weight (other - base).
+def _compute_entries(base: Tensor, other: Tensor, log_ratio: Tensor, weight: float) -> Tensor:
+    """Return the entries of JSD between two distributions, exact near their equality too.
 
     The weight is that of `other`, at most 1/2; 0 is the KL from `other`. log_ratio: x = log(other / base).
     With y = weight (e^x - 1) an entry is base (weight h(x) - g(y)), where h(x) = x e^x - e^x + 1 and
@@ -196,9 +195,8 @@ def _compute_mixture_terms(
     near = log_ratio.abs() < _NEAR
     x = torch.where(near, log_ratio, 0.0)
     if weight == 0:
-        entries = torch.where(near, base * _expand_h(x), other * log_ratio - other + base)
-        return entries, torch.zeros_like(base), log_ratio
-    # log m / base, or log m / other where that is much larger, so that nothing overflows.
+        return torch.where(near, base * _expand_h(x), other * log_ratio - other + base)
+    # Of m = base + weight (other - base): log m / base, or log m / other where that is much larger.
     is_larger = log_ratio > 1
     share = weight + (1 - 2 * weight) * is_larger.to(base.dtype)
     log_m = torch.log1p(share * torch.expm1(torch.where(is_larger, -log_ratio, log_ratio)))
@@ -206,7 +204,7 @@ def _compute_mixture_terms(
     to_other = torch.where(is_larger, 0.0, log_ratio) - log_m
     far = weight * other * to_other + (1 - weight) * base * to_base
     series = base * (weight * _expand_h(x) - _expand_g(weight * torch.expm1(x)))
-    return torch.where(near, series, far), to_base, to_other
+    return torch.where(near, series, far)
 
 
 def _expand_h(x: Tensor) -> Tensor:
@@ -251,34 +249,53 @@ def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
     return gradient.sub_(row_sum[:, None]).mul_(q)
 
 
-def _jsd_value_and_gradient(
-    log_q: Tensor, q: Tensor, p: Tensor, log_ratio: Tensor, beta: float
+def _jsd_family_value_and_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Return values, (N,), and gradients, (N, V), of forward KL (beta 0), reverse KL (1) or JSD(beta)."""
-    if beta > 0.5:
-        entries, _, to_student = _compute_mixture_terms(p, q, -log_ratio, 1 - beta)
-    else:
-        entries, to_student, _ = _compute_mixture_terms(q, p, log_ratio, beta)
     if beta == 0:
-        return entries.sum(-1), _compute_forward_kl_gradient(log_q, q, p)
-    gradient = _softmax_gradient(to_student, q, _row_dot(q, to_student))
-    return entries.sum(-1), gradient if beta == 1 else gradient.mul_(1 - beta)
+        return _forward_kl_value_and_gradient(log_q, q, log_p, p)
+    if beta == 1:
+        return _reverse_kl_value_and_gradient(log_q, q, log_p)
+    return _jsd_value_and_gradient(log_q, q, log_p, p, beta)
 
 
-def _compute_forward_kl_gradient(log_q: Tensor, q: Tensor, p: Tensor) -> Tensor:
-    """Return the gradient of KL(p || q) by the logits, (N, V), 0 at -inf; overwrites q and p."""
-    zero = _finite_log_zero(log_q)
+def _forward_kl_value_and_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q), (N,), and its gradient by the logits, (N, V), 0 at -inf; overwrites its inputs."""
+    value, zero = _row_dot(p, log_p.sub_(log_q)), _finite_log_zero(log_q)
     if log_q.min() > zero:
-        return q.sub_(p)
+        return value, q.sub_(p)
     # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either.
     p.masked_fill_(log_q <= zero, 0)
-    return q.mul_(p.sum(-1, keepdim=True)).sub_(p)
+    return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
+
+
+def _reverse_kl_value_and_gradient(log_q: Tensor, q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(q || p), (N,), and its gradient by the student's logits, (N, V); overwrites its inputs."""
+    ratio = log_q.sub_(log_p)
+    value = _row_dot(q, ratio)
+    return value, _softmax_gradient(ratio, q, value)
+
+
+def _jsd_value_and_gradient(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
+    """Return JSD(beta), 0 < beta < 1, (N,), and its gradient by the logits, (N, V); overwrites its inputs."""
+    log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
+    teacher_kl = _row_dot(p, log_p.sub_(log_m))
+    ratio = log_q.sub_(log_m)
+    student_kl = _row_dot(q, ratio)
+    value = beta * teacher_kl + (1 - beta) * student_kl
+    return value, _softmax_gradient(ratio, q, student_kl).mul_(1 - beta)
 
 
 def _total_variation_value_and_gradient(
-    log_q: Tensor, q: Tensor, p: Tensor, log_ratio: Tensor, beta: float
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return total variation, (N,), and its gradient by the student's logits, (N, V)."""
+    """Return total variation, (N,), and its gradient by the student's logits, (N, V); beta is ignored."""
     difference = q - p
     value = difference.abs().sum(-1) / 2
     sign = difference.sign_().div_(2)
@@ -289,7 +306,7 @@ class Formula(NamedTuple):
     """The two forms of a divergence.
 
     value: (log_q, log_p, log_ratio, beta) -> (N,), differentiable; log_ratio is log p / q.
-    value_and_gradient: (log_q, q, p, log_ratio, beta), all of which it may overwrite -> (N,), (N, V).
+    value_and_gradient: (log_q, q, log_p, p, beta), all of which it may overwrite -> (N,), (N, V).
     """
 
     value: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -297,6 +314,6 @@ class Formula(NamedTuple):
 
 
 FORMULAS: Mapping[DivergenceKind, Formula] = {
-    "jsd": Formula(_jsd, _jsd_value_and_gradient),
+    "jsd": Formula(_jsd, _jsd_family_value_and_gradient),
     "tv": Formula(_total_variation, _total_variation_value_and_gradient),
 }

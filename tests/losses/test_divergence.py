@@ -205,11 +205,8 @@ def test_small_differences_have_the_value_of_float64(beta: float, noise: float, 
     teacher = (student + noise * logits(1, 64, size, scale=1)).float()
     student = student.float()
     exact = Divergence(beta=beta)(student.double(), teacher.double())
-    for values in (
-        Divergence(beta=beta)(student, teacher),
-        Divergence(beta=beta).value_and_gradient(student, teacher)[0],
-    ):
-        assert ((values.double() - exact).abs() <= 1e-3 * exact).all()
+    values = Divergence(beta=beta)(student, teacher)
+    assert ((values.double() - exact).abs() <= 1e-3 * exact).all()
     total = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
     assert total.item() == pytest.approx(exact.sum().item(), rel=1e-3)
 
