@@ -24,6 +24,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from gkd_lab.models.classifiers import get_classifier_auto_class, get_classifier_kind
 from gkd_lab.models.forward import unwrap_model
 from gkd_lab.models.heads import mark_untied_head
+from gkd_lab.models.peft_base import is_base_of
 from gkd_lab.models.sharding import is_quantized
 
 InitKwargs = Mapping[str, Any] | str | None
@@ -43,7 +44,8 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Return the frozen teacher in eval mode: the given model itself, one loaded by name, or a student copy.
 
-    Its weights are cast to `dtype` unless that is None.
+    Its weights are cast to `dtype` unless that is None. The base of a PEFT student is returned unchanged: it
+    teaches `without_adapters`.
 
     Args:
         teacher_model: A model, which is frozen and cast in place, or a name. None stands for `name_or_path`,
@@ -52,8 +54,8 @@ def load_teacher(
             teacher (`quantization_config`) keeps its weights' dtypes.
 
     Raises:
-        ValueError: for `init_kwargs` without a name, two dtypes, and a teacher that is no transformers model
-            or of another family (encoder-decoder or decoder-only) than the student.
+        ValueError: for `init_kwargs` without a name, two dtypes, a teacher that shares weights with the
+            student or is no transformers model, and one of another family (encoder-decoder or decoder-only).
     """
     source = name_or_path if teacher_model is None else teacher_model
     if isinstance(source, str):
@@ -66,6 +68,9 @@ def load_teacher(
             f"teacher_model_init_kwargs {init_kwargs!r} can only be used when the teacher is loaded by name, "
             f"but it is {'a copy of the student' if source is None else 'already a model'}: drop them"
         )
+    elif is_base_of(student, source):
+        _refuse_base_dtype(dtype)
+        return unwrap_model(student)
     else:
         teacher = _copy_student(student) if source is None or source is student else source
         _check_own_weights(student, teacher)
@@ -229,6 +234,15 @@ def _copy_student(student: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(student)
 
 
+def _refuse_base_dtype(dtype: str | None) -> None:
+    """Raise ValueError if a dtype is given for a teacher whose weights are the student's."""
+    if dtype is not None:
+        raise ValueError(
+            f"teacher_dtype={dtype!r} would cast the student too, whose base the teacher is: leave it out, "
+            "or pass a teacher with weights of its own"
+        )
+
+
 def _check_own_weights(student: nn.Module, teacher: Any) -> None:
     """Raise ValueError if the teacher shares weights with the student: freezing it would freeze both."""
     if not isinstance(teacher, nn.Module):
@@ -238,8 +252,8 @@ def _check_own_weights(student: nn.Module, teacher: Any) -> None:
     if shared:
         raise ValueError(
             f"the teacher shares {len(shared)} weights with the student ({shared[0]}, ...), and a teacher is "
-            "frozen: load it a second time, or pass copy.deepcopy of it; of a PEFT student's base, "
-            "copy.deepcopy(student).unload()"
+            "frozen: load it a second time, or pass copy.deepcopy of it; for a PEFT student without its "
+            "adapter pass student.get_base_model(), which needs no copy"
         )
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.loading import InitKwargs, load_teacher
+from gkd_lab.models.peft_base import check_base_can_teach, is_base_of, without_adapters
 from gkd_lab.models.vocabulary import get_compared_vocabulary_size, load_model_tokenizer
 from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
 from gkd_lab.teachers.teacher import LiveTeacher, Teacher, TeacherInterface
@@ -63,7 +66,7 @@ class TeacherSet:
     ) -> "TeacherSet":
         """Return all teachers loaded and frozen; ValueError if one does not fit the student or the cells.
 
-        is_copy: the first one is a copy of the student, and shares its tokenizer.
+        is_copy: the first one is a copy of the student, or its base, and shares its tokenizer.
         """
         if isinstance(inputs.model, ModelFreeTeacher):
             inputs.model.check_compatibility(
@@ -113,18 +116,43 @@ class TeacherSet:
             for number, (model, teacher_tokenizer) in enumerate(self.list_models_and_tokenizers())
         )
 
-    def place_teachers(self, accelerator: Accelerator, *, parked: bool) -> list[TeacherInterface]:
+    def place_teachers(
+        self, student: PreTrainedModel, accelerator: Accelerator, *, parked: bool
+    ) -> list[TeacherInterface]:
         """Return all teachers ready to run, by number: models are moved to the device, sharded, or parked.
 
-        parked: the default of teachers that do not state it.
+        student: with its adapter, if it has one; its base is a teacher where it stands. parked: the default
+        of teachers that do not state it. Raises ValueError for such a base that is to be parked or sharded.
         """
         first = self.first
         if not isinstance(first, ModelFreeTeacher):
-            first = LiveTeacher(first, accelerator, parked=parked)
+            first = _place_teacher_model(first, student, accelerator, parked=parked)
         return [
             first,
             *(
-                LiveTeacher(model, accelerator, parked=parked if teacher.parked is None else teacher.parked)
+                _place_teacher_model(
+                    model,
+                    student,
+                    accelerator,
+                    parked=parked if teacher.parked is None else teacher.parked,
+                )
                 for teacher, model in zip(self.other_teachers, self.other_models, strict=True)
             ),
         ]
+
+
+def _place_teacher_model(
+    model: PreTrainedModel, student: PreTrainedModel, accelerator: Accelerator, *, parked: bool
+) -> LiveTeacher:
+    """Return a LiveTeacher; the base of the student's adapter runs without it. ValueError: see above."""
+    if not is_base_of(student, model):
+        return LiveTeacher(model, accelerator, parked=parked)
+    check_base_can_teach(student)
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if parked or is_sharded:
+        cause = "park_teacher=True" if parked else str(accelerator.distributed_type.value)
+        raise ValueError(
+            f"{cause} would move weights of the student, whose base the teacher is: turn it off, or pass a "
+            "teacher with weights of its own"
+        )
+    return LiveTeacher(model, accelerator, parked=False, use_alone=partial(without_adapters, student))

@@ -87,11 +87,23 @@ class Teacher:
 
 
 class LiveTeacher:
-    """A frozen model, copied to the device, sharded, or parked on the CPU between uses."""
+    """A frozen model, copied to the device, sharded, or parked on the CPU between uses.
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, *, parked: bool) -> None:
-        self.head = OutputHead(model)
-        self.prefix_reader = SharedPrefixReader(self.head)
+    use_alone: Returns the context of each run of the model, for one that shares its weights with a student.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+        *,
+        parked: bool,
+        use_alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.use_alone = use_alone
+        with use_alone():
+            self.head = OutputHead(model)
+            self.prefix_reader = SharedPrefixReader(self.head)
         self.model = place_teacher(model, accelerator, parked=parked)
         self.config: PretrainedConfig | None = model.config
         self.parked, self.accelerator = parked, accelerator
@@ -109,7 +121,7 @@ class LiveTeacher:
 
     def compute_output(self, batch: MicroBatch, output_names: Sequence[str] = ()) -> TeacherOutput:
         """Run the model on the teacher rows without gradient; return lazy logits and the forward output."""
-        with torch.no_grad(), self.accelerator.autocast():
+        with self.use_alone(), torch.no_grad(), self.accelerator.autocast():
             output: UnprojectedOutput = run_inside_forward(
                 self.model, self.head.model, self._run_forward_pass, (batch, output_names)
             )

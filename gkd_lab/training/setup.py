@@ -29,6 +29,7 @@ from gkd_lab.models.forward import unwrap_model
 from gkd_lab.models.heads import OutputHead
 from gkd_lab.models.loading import load_student
 from gkd_lab.models.packing import Pack
+from gkd_lab.models.peft_base import is_base_of
 from gkd_lab.teachers.load_teachers import TeacherInputs, TeacherSet
 from gkd_lab.training.adapters import TaskAdapter, build_adapter
 from gkd_lab.training.arguments import GKDConfig
@@ -86,6 +87,7 @@ def prepare_training(
         args.lmbda = 0.0  # A classifier writes nothing.
     cells = student_inputs.cells or [CellArguments.build(args)]
     is_copy = teacher_inputs.model in (None, model) and not args.teacher_model_name_or_path
+    is_copy |= is_base_of(student, teacher_inputs.model)
     teachers = TeacherSet.load(teacher_inputs, student, tokenizer, cells, args, is_copy=is_copy)
     adapter = build_adapter(
         student,

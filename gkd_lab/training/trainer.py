@@ -7,6 +7,7 @@ Shapes: K cells, S distinct seeds, B rows of a micro-batch, C completion tokens.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ class GKDTrainer(PackTrainer):
     Args:
         model: The student, or its name; or leave it out and give `pack`.
         teacher_model: The teacher, or its name; frozen here. Or a `ModelFreeTeacher`, such as cached scores.
+            The base of a PEFT student, `student.get_base_model()`, teaches with the adapter off, uncopied.
             None: `args.teacher_model_name_or_path`, and without that a frozen copy of the initial student.
         args: Common to all cells.
         data_collator: Makes TRL's batches (`input_ids`, `labels`, `prompts`, ...) out of rows; None: ours.
@@ -148,11 +150,14 @@ class GKDTrainer(PackTrainer):
         ValueError if a loss term names a teacher number that does not exist.
         """
         self.student_head = OutputHead(self.pack.model)
-        self.teachers = teachers.place_teachers(self.accelerator, parked=self.args.park_teacher)
+        self.teachers = teachers.place_teachers(
+            self.pack.model, self.accelerator, parked=self.args.park_teacher
+        )
         self.model = place_student(self.pack.model, self.accelerator)
         live = self.teachers[0] if isinstance(self.teachers[0], LiveTeacher) else None
         self.teacher_model: Any = live and live.model
         self.teacher_head: Any = live and live.head
+        self._use_teacher_alone = nullcontext if live is None else live.use_alone
         self.adapter.reorder_teacher_labels(self.teachers)
         check_teacher_numbers(self.teachers, required_teachers(cell.list_terms() for cell in self.cells))
 
@@ -240,7 +245,7 @@ class GKDTrainer(PackTrainer):
     def _get_off_policy_rows(self, rows: Sequences) -> Sequences:
         """Return the rows; seq_kd: with the teacher's completions; else ValueError if one is without any."""
         if self.args.seq_kd:
-            with self.teachers[0].activate():
+            with self.teachers[0].activate(), self._use_teacher_alone():
                 return self.teacher_completions.replace_completions(rows)
         empty = int((rows.completion_mask.sum(-1) == 0).sum())
         if empty:
