@@ -29,6 +29,8 @@ CLASSIFIER_FAMILIES: tuple[Family, ...] = ("sequence-classification", "token-cla
 Precision = Literal["fp32", "bf16", "fp64"]
 OptimizerName = Literal["adamw", "adafactor"]
 Decoding = Literal["greedy", "sample", "beam"]
+LengthPenaltyForm = Literal["transformers", "wu"]
+"""Divisor of a text's log-probability: length^p, or ((5 + length) / 6)^p (Wu et al. 2016, as in T5X)."""
 ScoreType = Literal["float16", "bfloat16", "float32"]
 FindModel = Callable[[str], tuple[str | None, str | None, str | None]]
 """Maps a model's name or folder to (hub name or None, folder or None, revision or None)."""
@@ -139,6 +141,7 @@ class TeacherText(Frozen):
     temperature: PositiveFloat | None = Field(default=None, description="sampling", validate_default=True)
     num_beams: PositiveInt | None = Field(default=None, validate_default=True)
     length_penalty: float | None = Field(default=None, validate_default=True)
+    length_penalty_form: Annotated[LengthPenaltyForm, DefaultFrom("transformers")] = "transformers"
     seed: int = 0
     samples: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="texts per prompt, a new one in each epoch; sampling only; None: one"
@@ -161,6 +164,12 @@ class TeacherText(Frozen):
     def _resolve_length_penalty(cls, value: float | None, info: ValidationInfo) -> float | None:
         """Return the length penalty for beam search, by default 0.6; None for other decodings."""
         return (0.6 if value is None else value) if info.data.get("decoding") == "beam" else None
+
+    @field_validator("length_penalty_form")
+    @classmethod
+    def _resolve_penalty_form(cls, value: LengthPenaltyForm, info: ValidationInfo) -> LengthPenaltyForm:
+        """Return the form for beam search; the default for other decodings, which ignore it."""
+        return value if info.data.get("decoding") == "beam" else "transformers"
 
     @model_validator(mode="after")
     def _check_samples(self) -> "TeacherText":

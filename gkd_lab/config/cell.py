@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from gkd_lab.config.artifact_specs import (
     DataSpec,
     Decoding,
+    LengthPenaltyForm,
     OptimizerSpec,
     Precision,
     ScoreType,
@@ -163,6 +164,7 @@ class Evaluation(Frozen):
     temperature: PositiveFloat | None = None
     num_beams: PositiveInt | None = None
     length_penalty: float | None = None
+    length_penalty_form: Annotated[LengthPenaltyForm, DefaultFrom("transformers")] = "transformers"
     split: Split
     examples: PositiveInt | None = Field(
         default=None, description="number of rows, from the first; None: all"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
-from gkd_lab.config.artifact_specs import Decoding
+from gkd_lab.config.artifact_specs import Decoding, LengthPenaltyForm
 from gkd_lab.config.cell import AnyEvaluation, Evaluation, LmEvalEvaluation, Split
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.lm_eval_task import get_lm_eval_version, resolve_lm_eval_task
@@ -19,6 +19,10 @@ class EvaluationSettings(Section):
     temperature: PositiveFloat | None = Field(default=None, description="sampling only; default 1")
     num_beams: PositiveInt | None = Field(default=None, description="beam search only; default 4")
     length_penalty: float | None = Field(default=None, description="beam search only; default 0.6")
+    length_penalty_form: LengthPenaltyForm = Field(
+        default="transformers",
+        description="beam search only; divisor of scores: length^p, or with `wu` ((5 + length) / 6)^p as T5X",
+    )
     split: Split = "test"
     examples: PositiveInt | None = Field(default=None, description="number of first rows; default all")
     max_output_tokens: PositiveInt | None = None
@@ -114,6 +118,7 @@ def _resolve_decoding_evaluation(
         temperature=(settings.temperature or 1.0) if samples else None,
         num_beams=(settings.num_beams or 4) if beams else None,
         length_penalty=length_penalty if beams else None,
+        length_penalty_form=settings.length_penalty_form if beams else "transformers",
         split=settings.split,
         examples=min(limits, default=None),
         max_output_tokens=settings.max_output_tokens or max_output_tokens,

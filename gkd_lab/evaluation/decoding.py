@@ -56,6 +56,7 @@ def generate_predictions(
             temperature=evaluation.temperature or 1.0,
             num_beams=beams,
             length_penalty=evaluation.length_penalty or 0.0,
+            length_penalty_form=evaluation.length_penalty_form,
             wrap_chooser=wrap_chooser,
         )
         for cell, block in enumerate(split_blocks(completions, pack.size)):

@@ -159,17 +159,24 @@ def write_record_tasks(record: Record, options: RunOptions) -> list[Path]:
     if not evaluations:
         raise ConfigError(
             f"{record.folder}: no greedy or beam search without a calculator was stored, so there is no "
-            f"{RECORD_TASK!r} task; sampling cannot be repeated by lm-eval"
+            f"{RECORD_TASK!r} task; lm-eval cannot repeat sampling, nor beam search with "
+            "`length_penalty_form: wu`"
         )
     return [_write_record_task(record, model, evaluation, options) for evaluation in evaluations]
 
 
 def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
-    """Yield the specs of the record's stored evaluations by greedy or beam search without a calculator."""
+    """Yield the specs of the record's stored evaluations that lm-eval can repeat: greedy or beam search.
+
+    Without a calculator, and with the length penalty of transformers.
+    """
     for path in sorted(record.folder.glob("evaluations/*/spec.json")):
         spec = (read_json(path) or {}).get("spec") or {}
-        if spec.get("decoding") in ("greedy", "beam") and not spec.get("calculator"):
-            yield Evaluation.model_validate(spec)
+        if spec.get("decoding") not in ("greedy", "beam"):
+            continue
+        evaluation = Evaluation.model_validate(spec)
+        if not evaluation.calculator and evaluation.length_penalty_form == "transformers":
+            yield evaluation
 
 
 def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, options: RunOptions) -> Path:

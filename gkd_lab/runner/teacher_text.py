@@ -109,6 +109,7 @@ def _generate_in_batches(
             temperature=decoding.temperature or 1.0,
             num_beams=decoding.num_beams or 1,
             length_penalty=decoding.length_penalty or 0.0,
+            length_penalty_form=decoding.length_penalty_form,
         )
         for n, ids, mask in zip(indices, batch.completion_ids, batch.completion_mask.bool(), strict=True):
             completions[n] = ids[mask].tolist()

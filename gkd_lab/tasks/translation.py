@@ -160,8 +160,8 @@ SCALES = {
         "dropout": 0.0,  # Table A.3
         "max_input_tokens": 80,  # Table A.3
         "max_output_tokens": 80,  # Table A.3
-        # Table A.3: validation, beam search as Raffel et al. 2020 (beam 4, length penalty 0.6)
-        "evaluations": [{**_BEAM[0], "split": "validation"}],
+        # Table A.3: validation, beam search as Raffel et al. 2020 (beam 4, length penalty 0.6 as Wu et al.)
+        "evaluations": [{**_BEAM[0], "length_penalty_form": "wu", "split": "validation"}],
     },
 }
 

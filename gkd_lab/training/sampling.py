@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from gkd_lab.config.artifact_specs import LengthPenaltyForm
 from gkd_lab.models.forward import Sequences, eval_mode, make_completion_mask, unwrap_model
 from gkd_lab.models.packed_layers import count_cells
 
@@ -40,13 +41,15 @@ def generate_completions(
     temperature: float | Tensor = 1.0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    length_penalty_form: LengthPenaltyForm = "transformers",
     vocabulary_size: int | None = None,
     wrap_chooser: Callable[[TokenChooser], TokenChooser] | None = None,
 ) -> Sequences:
     """Return the prompts with new completions: sampled by `uniforms` if given, else greedy or beam search.
 
     `uniforms` are (N, C). At most `max_new_tokens` are sampled at `temperature`, from the first
-    `vocabulary_size` entries if given; without `uniforms` the search is greedy or with `num_beams`.
+    `vocabulary_size` entries if given; without `uniforms` the search is greedy or with `num_beams`, whose
+    scores are log-probabilities over length^`length_penalty` (`transformers`) or `WuLengthPenalty` (`wu`).
     `wrap_chooser` may replace single tokens, as a calculator does; ValueError if combined with beams.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
@@ -56,7 +59,7 @@ def generate_completions(
         pad_id,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        length_penalty=length_penalty,
+        **_build_length_penalty(length_penalty, length_penalty_form),
     )
     if wrap_chooser is not None and num_beams > 1:
         raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
@@ -107,6 +110,29 @@ def build_generation_config(
             **overrides,
         }
     )
+
+
+class WuLengthPenalty(float):
+    """Exponent p of a beam search for which `length ** p` is ((5 + length) / 6)^p.
+
+    Wu et al. 2016 (arXiv 1609.08144, Eq. 14). transformers' beam search divides a text's log-probability by
+    `length ** length_penalty`, the length in generated tokens with the end of sequence.
+    """
+
+    def __rpow__(self, length: float, modulus: None = None) -> float:
+        """Return ((5 + length) / 6)^p."""
+        return ((5 + length) / 6) ** float(self)
+
+
+def _build_length_penalty(exponent: float, form: LengthPenaltyForm) -> dict[str, Any]:
+    """Return the fields of a GenerationConfig for a length penalty and the rule that ends its search.
+
+    `wu` is the beam search of T5X, which Raffel et al. 2020 use: it ends once no unfinished text could still
+    win at the longest length. transformers' default rule assumes that texts grow no longer.
+    """
+    if form == "transformers":
+        return {"length_penalty": exponent}
+    return {"length_penalty": WuLengthPenalty(exponent), "early_stopping": "never"}
 
 
 def _get_forced_first_token(model: PreTrainedModel) -> int | None:

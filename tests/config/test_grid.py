@@ -203,6 +203,20 @@ def test_an_evaluation_drops_fields_that_its_decoding_ignores() -> None:
     assert {evaluation.max_output_tokens for evaluation in (greedy, sample, beam)} == {12}
 
 
+def test_the_form_of_the_length_penalty_is_hashed_and_its_default_is_left_out() -> None:
+    ways = [
+        {"decoding": "beam"},
+        {"decoding": "beam", "length_penalty_form": "transformers"},
+        {"decoding": "beam", "length_penalty_form": "wu"},
+        {"decoding": "greedy", "length_penalty_form": "wu"},
+    ]
+    unsaid, default, wu, greedy = (make_cell(evaluations=[way]).evaluations[0] for way in ways)
+    assert unsaid == default
+    assert "length_penalty_form" not in default.canonical_json
+    assert wu.fingerprint != default.fingerprint
+    assert greedy == make_cell().evaluations[0]
+
+
 def test_a_model_is_a_name_or_fields_or_a_checkpoint() -> None:
     assert make_cell(student="large").training.start.model == make_cell().training.teacher.model
     hub = make_cell(student="owner/tiny").training.start.model

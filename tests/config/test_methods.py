@@ -54,6 +54,8 @@ def test_teacher_text_drops_fields_that_its_decoding_ignores() -> None:
     assert TeacherText(decoding="greedy", temperature=3, num_beams=2) == TeacherText(decoding="greedy")
     assert TeacherText(decoding="beam").num_beams == 4
     assert TeacherText(decoding="beam", num_beams=2) != TeacherText(decoding="beam")
+    assert TeacherText(decoding="greedy", length_penalty_form="wu") == TeacherText(decoding="greedy")
+    assert TeacherText(decoding="beam", length_penalty_form="wu") != TeacherText(decoding="beam")
 
 
 def test_listed_terms_have_weights_and_default_temperatures() -> None:

@@ -5,6 +5,7 @@ import torch
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.cell import Evaluation
+from gkd_lab.config.fingerprint import replace_fields
 from gkd_lab.encoding.batches import encode_rows
 from gkd_lab.evaluation import decoding
 from gkd_lab.evaluation.decoding import generate_predictions
@@ -34,6 +35,7 @@ WAYS = {
         metrics=("accuracy",),
     ),
 }
+WAYS["beam of T5X"] = replace_fields(WAYS["beam"], length_penalty=1, length_penalty_form="wu")
 
 
 def rows(count: int = 12) -> list[Row]:
@@ -75,6 +77,15 @@ def test_rows_keep_their_order_and_do_not_depend_on_their_batch(
     assert predict(model, "decoder-only", way, dataset_rows)[0] == together
     monkeypatch.setattr(decoding, "MAX_BATCH_SEQUENCES", 1)
     assert predict(model, "decoder-only", way, dataset_rows)[0] == together
+
+
+def test_the_form_of_the_length_penalty_reaches_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = Pack.build_single(tiny_model("decoder-only", 2))
+    by_wu = predict(pack, "decoder-only", "beam of T5X", rows())[0]
+    by_power = replace_fields(WAYS["beam of T5X"], length_penalty_form="transformers")
+    monkeypatch.setitem(WAYS, "by power", by_power)
+    longer = predict(pack, "decoder-only", "by power", rows())[0]
+    assert sum(p.tokens for p in longer) > sum(p.tokens for p in by_wu)
 
 
 def test_sampling_noise_is_keyed_by_row() -> None:

@@ -19,6 +19,7 @@ from gkd_lab.cli import main
 from gkd_lab.config.artifact_specs import TokenizerSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
+from gkd_lab.config.fingerprint import replace_fields
 from gkd_lab.evaluation import lm_scores
 from gkd_lab.evaluation.lm_harness import build_task, open_checkpoint
 from gkd_lab.metrics import score_many
@@ -222,9 +223,16 @@ def test_only_code_of_a_trusted_file_is_run(outputs: Path, tmp_path: Path) -> No
     assert len(judged.record.read_prediction_rows()) == 2
 
 
-def test_a_record_without_greedy_or_beam_search_has_no_lm_eval_task(outputs: Path, tmp_path: Path) -> None:
+def test_a_record_without_a_search_that_lm_eval_can_repeat_has_no_lm_eval_task(
+    outputs: Path, tmp_path: Path
+) -> None:
     shutil.copy(load_record(outputs, "arithmetic").folder / "spec.json", tmp_path)
     with pytest.raises(ConfigError, match="greedy or beam search"):
+        write_record_tasks(Record(tmp_path), options(outputs))
+    (beam,) = [e for e in tiny(outputs.parent, "arithmetic").cells[0].evaluations if e.name == "beam3"]
+    record = Record(tmp_path).get_evaluation(replace_fields(beam, length_penalty_form="wu"))
+    record.write_spec(replace_fields(beam, length_penalty_form="wu"))
+    with pytest.raises(ConfigError, match="length_penalty_form: wu"):
         write_record_tasks(Record(tmp_path), options(outputs))
 
 

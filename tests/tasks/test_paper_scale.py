@@ -89,6 +89,7 @@ def test_each_task_is_decoded_as_in_the_paper() -> None:
     assert isinstance(wmt, Evaluation) and isinstance(gsm8k, Evaluation)
     assert xsum.name == "greedy@validation"
     assert (wmt.name, wmt.length_penalty) == ("beam4@validation", 0.6)
+    assert wmt.length_penalty_form == "wu"  # Raffel et al. 2020: beam search of T5X
     assert gsm8k.name == "greedy+calculator"
     data = expand_cell("arithmetic").training.data
     assert (data.shots, data.calculator_marks) == (4, True)
