@@ -6,6 +6,8 @@ and cells of one seed share prompts, coins and noise, so that statistics can pai
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,3 +39,18 @@ def draw_permutation(seed: int, epoch: int, size: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch, "order"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order
+
+
+@contextmanager
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random streams of torch, on CPU and `device`, and of Python as they are before the block.
+
+    So that what is only measured draws the dropout of the training step, and takes none from it.
+    """
+    state = random.getstate()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(state)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
 from gkd_lab.models.rng import draw_uniforms
+from gkd_lab.selfcheck.rotary import describe_fixed_lengths, explain_length_dependence
 from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.sampling import generate_completions
 from gkd_lab.training.trainer import GKDTrainer
@@ -44,7 +45,8 @@ class PairBench:
     """A trainer of the pair, and rows that its own encoder and collator made.
 
     `chat_template_error` says why the tokenizer's chat template cannot be used; the rows are then plain
-    texts.
+    texts. `length_dependence` says, for each model whose outputs depend on the length of these batches, why;
+    `length_note` warns of such a dependence in longer batches.
     """
 
     def __init__(self, pair: ModelPair, folder: Path) -> None:
@@ -65,6 +67,11 @@ class PairBench:
         self.vocabulary_size = self.trainer.generation_limits.vocabulary_size
         self.chat_template_error: str | None = None
         self.rows = self._build_rows()
+        prompt_length, answer_length = self.rows.prompt_ids.shape[1], self.rows.completion_ids.shape[1]
+        longest = prompt_length + max(answer_length, MAX_NEW_TOKENS)
+        models = {"student": pair.student, "teacher": pair.teacher}
+        self.length_dependence = explain_length_dependence(models, longest)
+        self.length_note = describe_fixed_lengths(models, longest)
 
     def _build_rows(self) -> Sequences:
         """Return the batch of the four texts, as chats; as plain texts without a working chat template.

@@ -147,18 +147,15 @@ def run_checks(pair: ModelPair, reporter: Reporter, *, bf16: bool = False) -> Ch
     if not tokenizer_result.passed:
         return results
     checks = (*CHECKS, BFLOAT16_CHECK) if bf16 else CHECKS
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _silence_warnings(),
-        reporter.phase("checks", len(checks)) as advance,
-    ):
+    with tempfile.TemporaryDirectory() as folder, _silence_warnings():
         try:
             bench = PairBench(pair, Path(folder))
         except PAIR_ERRORS as error:
             return [*results, ("trainer", "takes the pair", create_error_result(error))]
-        for check in checks:
-            results.append((check.name, check.meaning, check(bench)))
-            advance(len(results) - 1)
+        with reporter.phase("checks", len(results) + len(checks), done=len(results)) as advance:
+            for check in checks:
+                results.append((check.name, check.meaning, check(bench)))
+                advance(len(results))
     return results
 
 

@@ -319,11 +319,12 @@ class GKDTrainer(PackTrainer):
         is_training_sample = "batch" in inputs
         if not is_training_sample and num_items_in_batch is not None:
             items = items * 0 + num_items_in_batch
+        if is_training_sample and self._is_term_gradient_step():
+            # Before the step's own forward, so that the terms begin with its random state and its dropout.
+            self._term_norms = self._compute_term_norms(model, batch, items)
         sums, router_loss = self.compute_cell_sums(model, batch, items)
         if is_training_sample:
             self._record_losses(sums, batch)
-            if self.args.log_term_gradients and (self.state.global_step + 1) % self.state.logging_steps == 0:
-                self._term_norms = self._compute_term_norms(model, batch, items)
         total = torch.where(self.mask_running_cells(sums.losses.device), sums.losses, 0).sum()
         if router_loss is not None:
             total = total + router_loss / inputs.get("parts", 1)
@@ -393,6 +394,11 @@ class GKDTrainer(PackTrainer):
         `inputs` as for `compute_loss`; nothing is updated or logged.
         """
         return self._compute_term_norms(self.model, *self._get_batch_and_items(inputs))
+
+    def _is_term_gradient_step(self) -> bool:
+        """Return whether this optimizer step logs the norms of its terms' gradients."""
+        is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        return self.args.log_term_gradients and is_logged
 
     def _compute_term_norms(
         self, model: nn.Module, batch: MicroBatch, items: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
     OPTConfig,
@@ -304,6 +305,74 @@ def test_a_nan_weight_is_reported_as_the_reason(side: str, pair: ModelPair, tmp_
     assert "NaN" in finding("loss", bench).reason
     for name in (f"{side} padding", "prompt", "accumulation", "on policy", "bfloat16"):
         assert not finding(name, bench).passed
+
+
+# ---- rotary frequencies that depend on the batch ----
+
+
+def with_rotary(pair: ModelPair, side: str, tokens: int) -> ModelPair:
+    """A Llama in place of one model, whose frequencies change beyond so many tokens."""
+    config = LlamaConfig(
+        vocab_size=len(pair.tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokens,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        pad_token_id=pair.tokenizer.pad_token_id,
+        bos_token_id=pair.tokenizer.bos_token_id,
+        eos_token_id=pair.tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(10)
+    return replace(pair, student=model) if side == "student" else replace(pair, teacher=model)
+
+
+def test_a_student_with_dynamic_rotary_frequencies_fails_for_them_and_for_no_random_numbers(
+    pair: ModelPair, tmp_path: Path
+) -> None:
+    results = findings(PairBench(with_rotary(pair, "student", 16), tmp_path))
+    failures = {name: result.reason for name, result in results.items() if not result.passed}
+    assert {"neighbours", "cache", "resume"} <= set(failures)
+    assert all("rope_type dynamic" in reason and "16 tokens" in reason for reason in failures.values())
+    assert all("student's" in reason for reason in failures.values())
+
+
+def test_within_their_length_dynamic_rotary_frequencies_pass_with_a_note(
+    pair: ModelPair, tmp_path: Path
+) -> None:
+    results = findings(PairBench(with_rotary(pair, "student", 64), tmp_path))
+    assert [name for name, result in results.items() if not result.passed] == []
+    assert "64 tokens" in results["rows"].note
+
+
+def test_a_fault_of_the_other_model_keeps_its_own_reason(pair: ModelPair, tmp_path: Path) -> None:
+    reads_padding(pair.student)
+    bench = PairBench(with_rotary(pair, "teacher", 16), tmp_path)
+    assert "reads padding" in finding("student padding", bench).reason
+    assert "rope_type" not in finding("resume", bench).reason
+
+
+def test_a_student_that_keeps_something_of_the_batch_before_is_not_said_to_draw_random_numbers(
+    pair: ModelPair, tmp_path: Path
+) -> None:
+    lengths = [1]
+
+    def remember(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Scale by the rows of the batch before; single tokens, which `generate` feeds, change nothing."""
+        if output.shape[1] == 1:
+            return output
+        lengths.append(output.shape[0])
+        return output * lengths[-2]
+
+    pair.student.base_model.norm.register_forward_hook(remember)
+    result = finding("resume", PairBench(pair, tmp_path))
+    assert not result.passed
+    assert "batch before" in result.reason
 
 
 # ---- faults of the trainer ----

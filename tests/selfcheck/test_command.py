@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from gkd_lab.cli import main
 from gkd_lab.config.artifact_specs import Family
+from gkd_lab.runner.progress import Reporter
 from gkd_lab.selfcheck.bench import ModelPair
 from gkd_lab.selfcheck.checks import BFLOAT16_CHECK, CHECKS
-from gkd_lab.selfcheck.command import MADE_FAMILIES, make_pair
+from gkd_lab.selfcheck.command import MADE_FAMILIES, make_pair, run_checks
 
 Say = Callable[..., tuple[int, str, str]]
 COLUMNS = 80
@@ -123,6 +125,30 @@ def test_a_student_with_a_wider_head_and_a_teacher_without_tokenizer_get_notes(
     )
     assert status == 0
     assert re.search(r"^note tokenizers: .*400 and 393 entries", out, re.MULTILINE)
+
+
+class CountingReporter(Reporter):
+    """Keeps what a phase is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.totals: list[int] = []
+        self.counts: list[int] = []
+
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        self.totals.append(total)
+        self.counts.append(done)
+        yield self.counts.append
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_progress_ends_at_the_number_of_checks_in_the_table(llamas: ModelPair, bf16: bool) -> None:
+    reporter = CountingReporter()
+    results = run_checks(llamas, reporter, bf16=bf16)
+    assert len(results) == 1 + len(CHECKS) + bf16
+    assert reporter.totals == [len(results)]
+    assert reporter.counts == list(range(1, len(results) + 1))
 
 
 # ---- what fails: status 1 and a line for each reason ----
