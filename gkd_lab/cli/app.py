@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gkd_lab import __version__
-from gkd_lab.cli import commands, run_commands
+from gkd_lab.cli import commands, run_commands, user_commands
 from gkd_lab.cli.options import exit_with_message
 from gkd_lab.cli.run_commands import SIGNAL_EXIT_BASE
 from gkd_lab.config import ConfigError
@@ -48,6 +48,13 @@ app.command("verify", short_help="Check each record against its hashes.")(comman
 app.command("selfcheck", short_help="Check the trainer's invariances on two models.")(
     run_commands.check_model_pair
 )
+app.command(
+    "train",
+    short_help="Distil one student of yours, with TRL's options.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(user_commands.train_student)
+app.command("push", short_help="Push a cell's student and its card to the hub.")(user_commands.push_cell)
 
 
 @app.callback(invoke_without_command=True, help=_DESCRIPTION)

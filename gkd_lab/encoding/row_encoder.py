@@ -161,7 +161,7 @@ class RowEncoder:
         """Return the texts of the messages without their roles, one per line; ValueError for `tools`."""
         if row.get("tools"):
             raise ValueError("`tools` need a chat template, and this tokenizer has none: remove the column")
-        return "\n".join(text for message in messages for text in _list_message_texts(message))
+        return "\n".join(text for message in messages for text in list_message_texts(message))
 
     def _apply_chat_template(self, row: RowMapping, messages: Messages, **options: Any) -> str:
         """Return the messages rendered as text by the chat template, with the row's tools and arguments."""
@@ -328,7 +328,7 @@ def _join_text_parts(message: RowMapping) -> RowMapping:
     content = message.get("content")
     if content is None or isinstance(content, str):
         return message
-    return {**message, "content": "".join(_list_message_texts(message))}
+    return {**message, "content": "".join(list_message_texts(message))}
 
 
 def _refuse_images(row: RowMapping) -> None:
@@ -393,7 +393,7 @@ def _read_single_answer(row: RowMapping) -> RowMapping:
     return completion[0]
 
 
-def _list_message_texts(message: RowMapping) -> list[str]:
+def list_message_texts(message: RowMapping) -> list[str]:
     """List a message's texts: its content as one text, or the text of each of its content parts.
 
     Raises ValueError for a content of another kind, and for a part without text.

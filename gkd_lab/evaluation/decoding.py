@@ -26,20 +26,26 @@ def generate_predictions(
     examples: Sequence[Example],
     evaluation: Evaluation,
     progress: Callable[[int], None] = lambda rows: None,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    max_sequences: int | None = None,
 ) -> list[list[Prediction]]:
     """Generate `samples` texts per row by every cell; return one list of predictions per cell, by row.
 
     A row's samples follow each other. Sampling noise is keyed by row, so it does not depend on batching, and
     all cells share it. `progress` is called after each batch with its number of rows.
+
+    shard: (k, n) takes rows k, k + n, ... alone, as one of n processes. max_sequences: most cells x prompts x
+    beams in one batch; None: `MAX_BATCH_SEQUENCES`.
     """
     beams, samples = evaluation.num_beams or 1, evaluation.samples or 1
-    size = max(1, MAX_BATCH_SEQUENCES // (pack.size * beams * samples))
+    size = max(1, (max_sequences or MAX_BATCH_SEQUENCES) // (pack.size * beams * samples))
     wrap_chooser = Calculator(tokenizer).assist_choice if evaluation.calculator else None
-    order = sorted(range(len(rows)), key=lambda n: len(examples[n].prompt_ids))
+    order = sorted(range(shard[0], len(rows), shard[1]), key=lambda n: len(examples[n].prompt_ids))
     noise = _draw_noise(evaluation, len(rows) * samples)
     end_ids = collect_end_ids(pack.model, tokenizer)
     predictions: list[dict[int, Prediction]] = [{} for _ in range(pack.size)]
-    for start in range(0, len(rows), size):
+    for start in range(0, len(order), size):
         indices = [n * samples + k for n in order[start : start + size] for k in range(samples)]
         prompts = collate_examples(
             [examples[n // samples] for n in indices],

@@ -34,7 +34,7 @@ class DataFolder:
     def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield (`FILE:LINE`, raw row) for each row of a split, in file order."""
         for file in self.files[split]:
-            yield from (_read_jsonl_rows(file) if file.suffix == ".jsonl" else _read_parquet_rows(file))
+            yield from read_file_rows(file)
 
     def compute_digest(self, cache: Path | None = None) -> str:
         """Return the SHA-256 over the sorted relative names and the bytes of all data files.
@@ -106,6 +106,11 @@ def _count_rows(file: Path) -> int:
     if not rows:
         raise ValueError(f"{file}: the file is empty, expected at least one row")
     return rows
+
+
+def read_file_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (`FILE:LINE`, raw row) of a .jsonl or .parquet file; ValueError where it is damaged."""
+    yield from (_read_jsonl_rows(file) if file.suffix == ".jsonl" else _read_parquet_rows(file))
 
 
 def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,0 +1,141 @@
+"""Card of a run of `gkd-lab train`: its facts, from the request, the rows and the models' files.
+
+Facts are collected before training, because its folder may hold what they are read from.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.scripts.model_card import (
+    INTERVAL_NOTE,
+    CardFacts,
+    ScoreLine,
+    build_card,
+    describe_loss,
+    describe_normalization,
+    describe_source,
+    describe_text_source,
+    describe_versions,
+    hide_places,
+)
+from gkd_lab.scripts.train_options import TrainRequest
+from gkd_lab.scripts.user_data import RunData
+from gkd_lab.store.file_hashes import compute_sha256
+from gkd_lab.store.provenance import collect_provenance
+
+
+def write_card(facts: CardFacts, folder: Path, scores: Sequence[ScoreLine]) -> None:
+    """Write README.md into the run's folder, with the scores that are known by then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = facts.score_note if scores else ""
+    build_card(replace(facts, scores=scores, score_note=note)).save(folder / "README.md")
+
+
+def describe_run(request: TrainRequest, data: RunData, student: Any, teacher: Any) -> CardFacts:
+    """Return the facts of the run's card, without scores; student and teacher are the loaded models."""
+    script, training, model = request.script, request.training, request.model
+    student_source = describe_source(str(model.model_name_or_path), _get_commit(student))
+    teacher_source = describe_source(str(training.teacher_model_name_or_path), _get_commit(teacher))
+    names = [config.path for config in request.mixture.datasets] or [str(script.dataset_name)]
+    sources = [describe_source(name, kind="datasets") for name in names]
+    other_text = (
+        "text that the teacher wrote for the prompts" if training.seq_kd else "the completions of the data"
+    )
+    model_id = training.hub_model_id or Path(training.output_dir).absolute().name
+    return CardFacts(
+        name=model_id.split("/")[-1],
+        student=student_source,
+        teacher=teacher_source,
+        objective=[
+            describe_text_source(
+                training.lmbda, training.temperature if training.lmbda else None, other_text
+            ),
+            describe_loss(_list_terms(training)),
+            describe_normalization(training.loss_normalization),
+        ],
+        data=_describe_data(request, data, [source.format_link() for source in sources]),
+        dataset=sources[0],
+        dataset_config=script.dataset_config,
+        score_note=_describe_scores(script.metrics, training, data),
+        settings=hide_places(request.settings),
+        settings_title="Settings, as `gkd-lab train` takes them (others are TRL's defaults)",
+        versions=describe_versions(
+            collect_provenance(),
+            seed=training.seed,
+            processes=training.world_size,
+            rows={use: f"sha256:{digest}" for use, digest in data.hash_rows().items()},
+            weights={
+                "student": _describe_weights(str(model.model_name_or_path), student),
+                "teacher": _describe_weights(str(training.teacher_model_name_or_path), teacher),
+            },
+        ),
+        is_encoder_decoder=bool(student.config.is_encoder_decoder),
+        is_adapter=model.use_peft,
+    )
+
+
+def _get_commit(model: Any) -> str | None:
+    """Return the commit of a model that came from the hub, else None."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def _describe_weights(name: str, model: Any) -> str:
+    """Return what identifies a model's weights: the hash of a folder's weight files, or the hub's commit."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return f"commit {_get_commit(model) or 'unknown'}"
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        total.update(f"{file.name}\0{compute_sha256(file)}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _list_terms(training: Any) -> list[dict[str, Any]]:
+    """Return the terms of the loss, with the fields that they take from the arguments."""
+    defaults = {
+        "divergence": training.divergence,
+        "beta": training.beta,
+        "rescale": training.rescale_divergence,
+        "teacher_temperature": training.teacher_temperature,
+        "student_temperature": training.student_temperature,
+    }
+    objectives = training.objectives
+    terms = json.loads(objectives) if isinstance(objectives, str) else objectives
+    if not terms:
+        return [defaults]
+    return [
+        {**defaults, **term} if term.get("type", "divergence") == "divergence" else dict(term)
+        for term in terms
+    ]
+
+
+def _describe_data(request: TrainRequest, data: RunData, links: Sequence[str]) -> list[str]:
+    """Return sentences on the data: its name, its splits and their numbers of rows."""
+    config = f", configuration `{request.script.dataset_config}`" if request.script.dataset_config else ""
+    counts = []
+    for use, words in (
+        ("train", "trained on"),
+        ("evaluation", "evaluated during training"),
+        ("test", "scored"),
+    ):
+        rows = getattr(data, use)
+        if rows is not None:
+            count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
+            counts.append(f"{words}: {count} of `{data.names[use]}`")
+    return [f"{' and '.join(links)}{config}; {'; '.join(counts)}."]
+
+
+def _describe_scores(metrics: Sequence[str], training: Any, data: RunData) -> str:
+    """Return the note on the scores: what their intervals cover, and whether the rows chose a model too."""
+    if not metrics:
+        return ""
+    chosen = training.load_best_model_at_end and data.names.get("evaluation") == data.names.get("test")
+    warning = (
+        " The same split chose the checkpoint, so these scores are too high by that choice; "
+        "`dataset_eval_split` gives it rows of its own."
+    )
+    return INTERVAL_NOTE + (warning if chosen else "")

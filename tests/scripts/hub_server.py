@@ -1,0 +1,172 @@
+"""Stand-in for the hub on loopback: answers what huggingface_hub asks when a model is created and uploaded.
+
+    with run_hub() as hub:
+        environment = hub.environment(folder)
+
+`hub.models[name]` holds the files that arrived, by path; `hub.unknown` lists requests without an answer.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+TOKEN = "hf_" + "local0123456789abcdefghij"
+USER = "someone"
+
+
+@dataclass
+class HubModel:
+    """A model as the client has sent it."""
+
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+
+class HubServer(ThreadingHTTPServer):
+    """HTTP server with models and large files in memory."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.models: dict[str, HubModel] = {}
+        self.large_files: dict[str, bytes] = {}
+        self.unknown: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+        """Variables for a client of this hub alone; without a token it is not logged in."""
+        variables = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        return variables | ({} if token is None else {"HF_TOKEN": token})
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers one request; those that write need the token."""
+
+    server: HubServer
+
+    def log_message(self, *args: Any) -> None:
+        """Print nothing."""
+
+    def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2":
+            if self.is_authorized():
+                self.answer({"name": USER, "type": "user", "orgs": []})
+            return
+        # A card, a configuration or a file that is not here yet.
+        self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif not self.is_authorized():
+            return
+        elif self.path == "/api/repos/create":
+            self.create_model(json.loads(body))
+        elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
+            files = json.loads(body)["files"]
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".bin")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in files
+            ]
+            self.answer({"files": modes})
+        elif re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", self.path):
+            objects = json.loads(body)["objects"]
+            self.answer({"transfer": "basic", "objects": [self.describe_upload(item) for item in objects]})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+            self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.server.unknown.append(self.path)
+            self.answer({"error": "unknown"}, 404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = self.path.rpartition("/")[2]
+        assert hashlib.sha256(content).hexdigest() == digest
+        self.server.large_files[digest] = content
+        self.answer({})
+
+    def is_authorized(self) -> bool:
+        """Return whether the request has the token; without it the answer is 401."""
+        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+            return True
+        self.answer({"error": "Invalid username or password."}, 401)
+        return False
+
+    def create_model(self, request: dict[str, Any]) -> None:
+        owner = request.get("organization") or USER
+        if owner != USER:
+            self.answer({"error": f"You don't have the rights to create a model under {owner}"}, 403)
+            return
+        name = f"{owner}/{request['name']}"
+        # Older clients send `private`, newer ones `visibility`.
+        is_private = bool(request.get("private")) or request.get("visibility") == "private"
+        is_new = name not in self.server.models
+        self.server.models.setdefault(name, HubModel(is_private))
+        self.answer({"url": f"{self.server.url}/{name}", "name": name}, 200 if is_new else 409)
+
+    def describe_upload(self, item: dict[str, Any]) -> dict[str, Any]:
+        href = f"{self.server.url}/upload/{item['oid']}"
+        return {"oid": item["oid"], "size": item["size"], "actions": {"upload": {"href": href, "header": {}}}}
+
+    def commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+        model = self.server.models[name]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                model.messages.append(value["summary"])
+            elif line["key"] == "file":
+                model.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                model.files[value["path"]] = self.server.large_files[value["oid"]]
+        commit = f"{len(model.messages):040x}"
+        self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
+
+    def answer(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@contextmanager
+def run_hub() -> Iterator[HubServer]:
+    """Serve an empty hub for the time of the block."""
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
