@@ -19,6 +19,7 @@ COUNTS = {
     "data_fraction": 48,
     "fresh_text": 120,
     "hidden_states": 30,
+    "implementation": 36,
     "instruction": 15,
     "lambda_beta_arithmetic": 75,
     "lambda_beta_sampling": 45,
@@ -48,6 +49,8 @@ METHODS_COLLAPSE = {"baselines", "instruction", "rl_tradeoff", "self_distillatio
 COUNTED_BY_ROWS = {"data_fraction"}
 NANO_ONLY = {"classification"}
 """Classifiers are made from scratch."""
+NOT_AT_PAPER_SCALE = {"implementation"}
+"""TRL's trainer takes no encoder-decoder."""
 LARGER = {"self_distillation": {"teacher": "large", "student": "google/flan-t5-large"}}
 """What an experiment's description says to set there."""
 ROW = '{"question": "1 + 1 =", "answer": "1 1 #### 2"}\n'
@@ -212,8 +215,21 @@ def test_a_checkpoint_folder_is_identified_by_content(tmp_path: Path) -> None:
         revision(tmp_path / "three")
 
 
-@pytest.mark.parametrize("scale", ["smol", "paper"])
-@pytest.mark.parametrize("name", [name for name in COUNTS if name not in COUNTED_BY_ROWS | NANO_ONLY])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        (name, scale)
+        for scale, without in (("smol", set()), ("paper", NOT_AT_PAPER_SCALE))
+        for name in COUNTS
+        if name not in COUNTED_BY_ROWS | NANO_ONLY | without
+    ],
+)
 def test_every_experiment_has_as_many_cells_at_the_larger_scales(name: str, scale: Scale) -> None:
     changes = LARGER.get(name, {})
     assert experiments.outline_experiment(name, scale=scale, overrides=changes)[1] == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", NOT_AT_PAPER_SCALE)
+def test_trl_is_refused_for_the_papers_encoder_decoders(name: str) -> None:
+    with pytest.raises(ConfigError, match="implementation trl: task arithmetic has encoder-decoder"):
+        experiments.outline_experiment(name, scale="paper")

@@ -26,6 +26,7 @@ from gkd_lab.config.loss_terms import ResolvedTerm, Share
 LossNormalization = Literal["sequence", "token"]
 Split = Literal["train", "validation", "test"]
 Role = Literal["teacher", "start"]
+Implementation = Literal["gkd_lab", "trl"]
 
 
 class CorruptedText(Frozen):
@@ -86,6 +87,12 @@ class Training(Frozen):
         default=None, description="cached teacher scores; None: the teacher reads every step's rows"
     )
     loss_normalization: LossNormalization
+    implementation: Annotated[Implementation, DefaultFrom("gkd_lab")] = Field(
+        default="gkd_lab", description="trainer of the cell; `trl`: TRL's GKDTrainer, a control arm"
+    )
+    trl_version: Annotated[str | None, DefaultFrom(None)] = Field(
+        default=None, description="version of TRL, which defines what `trl` computes; None: not used"
+    )
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="sequences per optimizer step")
     train_rows: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
@@ -283,6 +290,7 @@ class Cell:
         divergence += "_corrupted-text" if self.training.source.corrupted else ""
         scores = self.training.teacher_scores
         divergence += f"_scores-{scores.name}" if scores else ""
+        divergence += "" if self.training.implementation == "gkd_lab" else "_trl"
         name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"
         return f"{self.scale}/{self.task}/{name}"
 

@@ -25,12 +25,14 @@ from gkd_lab.config.loss_terms import (
     ULDConfig,
 )
 from gkd_lab.config.reward_objectives import check_terms_learn
+from gkd_lab.config.trl_cells import check_trl_cell
 
 Stack = Literal["decoder", "encoder"]
 
 
 def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None:
     """Raise ConfigError if a cell's values, valid one by one, cannot be trained or evaluated together."""
+    check_trl_cell(training)
     check_terms_learn(training.objectives, training.source)
     _check_rows_fill_a_batch(training)
     _check_teacher_scores(training)

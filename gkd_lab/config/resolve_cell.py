@@ -41,6 +41,7 @@ from gkd_lab.config.teacher_settings import (
     resolve_extra_teachers,
     resolve_teacher_placements,
 )
+from gkd_lab.config.trl_cells import resolve_implementation
 
 _PER_CELL_FIELDS = (
     "lmbda",
@@ -188,7 +189,10 @@ class CellResolver:
             name: value for name, value in reverse_kl_defaults.items() if name not in stated
         }
         return _SharedParts(
-            training_fields=self._build_training_fields(task, settings, defaults),
+            training_fields={
+                **self._build_training_fields(task, settings, defaults),
+                **resolve_implementation(settings, stated),
+            },
             evaluations=self._resolve_evaluations(task, defaults, settings),
             settings=settings,
             method=method,

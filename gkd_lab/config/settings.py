@@ -25,7 +25,7 @@ from gkd_lab.config.artifact_specs import (
     TeacherScores,
     TeacherText,
 )
-from gkd_lab.config.cell import LossNormalization, Source
+from gkd_lab.config.cell import Implementation, LossNormalization, Source
 from gkd_lab.config.loss_terms import DivergenceKind, RewardFields, Share, TermConfig
 
 Method = Literal[
@@ -203,6 +203,10 @@ class Settings(Section):
     )
     loss_normalization: LossNormalization | None = Field(
         default=None, description="`sequence`: mean over tokens, then sequences (Eq. 2); `token`: as TRL"
+    )
+    implementation: Implementation | None = Field(
+        default=None,
+        description="trainer: `gkd_lab`, the default; `trl`: TRL's GKDTrainer on the same rows",
     )
     teacher: str | ModelSettings | None = Field(
         default=None, description="name of a model of the scale, a folder, a hub name, or fields"

@@ -91,23 +91,33 @@ def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
     )
 
 
+def build_distillation_arguments(
+    cell: Cell, record: Record, options: RunOptions, micro_batches: int
+) -> dict[str, Any]:
+    """Return the arguments of a distillation that our GKDConfig and TRL's share, by name."""
+    training = cell.training
+    return {
+        **build_trainer_arguments(
+            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
+        ),
+        **build_optimizer_arguments(training.optimizer),
+        "per_device_train_batch_size": training.batch_size // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "dataloader_drop_last": True,
+        "max_new_tokens": training.max_output_tokens,
+        "disable_dropout": training.dropout == 0,
+        "seed": training.seed,
+        "bf16": training.precision == "bf16",
+    }
+
+
 def _build_trainer_config(cell: Cell, record: Record, options: RunOptions, micro_batches: int) -> GKDConfig:
     """Return the GKDConfig that all cells of a pack share, from the first cell's spec and the options."""
     training = cell.training
     teacher_dtype, park_teacher = training.get_teacher_placement(0)
     return GKDConfig(
-        **build_trainer_arguments(
-            record.steps_folder, training.steps, options.checkpoint_every, options.log_every
-        ),
-        **build_optimizer_arguments(training.optimizer),
-        per_device_train_batch_size=training.batch_size // micro_batches,
-        gradient_accumulation_steps=micro_batches,
-        dataloader_drop_last=True,
-        max_new_tokens=training.max_output_tokens,
+        **build_distillation_arguments(cell, record, options, micro_batches),
         loss_normalization=training.loss_normalization,
-        disable_dropout=training.dropout == 0,
-        seed=training.seed,
-        bf16=training.precision == "bf16",
         teacher_dtype=teacher_dtype,
         park_teacher=park_teacher,
         log_term_gradients=options.term_gradients,

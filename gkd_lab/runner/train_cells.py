@@ -35,11 +35,13 @@ from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.selection import SelectionCallback, load_best_weights
 from gkd_lab.runner.sft import HistoryCallback
 from gkd_lab.runner.training_inputs import load_examples, load_sft_student, load_teacher
+from gkd_lab.runner.trl_trainer import TrlCellTrainer, build_trl_trainer, load_uncut_examples
 from gkd_lab.store import Record
 from gkd_lab.store.provenance import collect_provenance, describe_sources
 from gkd_lab.store.timing import UsageMeter, count_completion_tokens
 from gkd_lab.training.checkpoints import build_checkpoint_path, list_complete_steps, load_checkpoint_weights
 from gkd_lab.training.pack_trainer import AllCellsFailed
+from gkd_lab.training.trainer import GKDTrainer
 
 
 def train_cells(cells: Sequence[Cell], options: RunOptions) -> None:
@@ -75,7 +77,9 @@ def _train_in_micro_batches(cells: list[Cell], limit_reason: str, options: RunOp
         try:
             return _train_pack(cells, limit_reason, options, micro_batches)
         except (MemoryError, RuntimeError) as error:
-            if len(cells) > 1 or not is_out_of_memory_error(error):
+            # TRL tosses a coin for each micro-batch: with more of them the cell would be another one.
+            is_trl = cells[0].training.implementation == "trl"
+            if len(cells) > 1 or is_trl or not is_out_of_memory_error(error):
                 raise
             micro_batches = increase_micro_batches(cells[0], micro_batches, error, options)
         release_memory()
@@ -90,8 +94,12 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
     records = [options.store.get_record(cell) for cell in cells]
     students = {cell.training.start: load_sft_student(cell, options) for cell in _list_start_cells(cells)}
     student = students[training.start]
-    examples = load_examples(cells[0], student.tokenizer, records, options)
-    pack = _build_pack([students[cell.training.start].model for cell in cells])
+    if training.implementation == "trl":
+        examples = load_uncut_examples(cells[0], student.tokenizer, records[0], options)
+        pack = Pack.build_single(student.model)
+    else:
+        examples = load_examples(cells[0], student.tokenizer, records, options)
+        pack = _build_pack([students[cell.training.start].model for cell in cells])
     if len(cells) > 1:
         options.store.get_sft_student(cells[0]).delete_unpackable_reason()
     start_step = _resume_pack(pack, records, options)
@@ -161,7 +169,11 @@ def _run_trainer(
         else f"{len(cells)} cells as one model, distillation"
     )
     with options.reporter.phase(f"{training.task}: {name}", training.steps, start_step) as update_progress:
-        trainer = build_trainer(pack, teacher, examples, cells, options, student.tokenizer, micro_batches)
+        trainer: GKDTrainer | TrlCellTrainer
+        if training.implementation == "trl":
+            trainer = build_trl_trainer(pack.model, teacher, examples, cells[0], options, student.tokenizer)
+        else:
+            trainer = build_trainer(pack, teacher, examples, cells, options, student.tokenizer, micro_batches)
         trainer.add_callback(HistoryCallback(update_progress))
         if training.selection is not None:
             trainer.add_callback(SelectionCallback(pack, student.tokenizer, cells, options))

@@ -238,6 +238,7 @@ _FIELDS_SET_BY_AXIS = {
     "rescale_divergence": {"objectives"},
     "teacher_temperature": {"objectives"},
     "student_temperature": {"objectives"},
+    "implementation": {"implementation", "trl_version", "loss_normalization"},
     "student": {"start"},
     "student.sft.rows": {"start", "train_rows"},
     "learning_rate": {"optimizer"},

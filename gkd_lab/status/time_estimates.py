@@ -145,7 +145,7 @@ class TimeEstimator:
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
             *(str(training.max_input_tokens), str(training.max_output_tokens), training.precision),
-            *(training.optimizer.name, str(is_packed)),
+            *(training.optimizer.name, str(is_packed), training.implementation),
         )
         if parts not in self._kind_keys:
             models = [_list_speed_fields(model) for model in (training.start, training.teacher)]

@@ -48,14 +48,20 @@ class MetricAccumulator:
         is_truncated = ~torch.isin(last_ids, end_ids.to(last_ids.device)).view(self.n_cells, -1)
         rows_per_cell = is_truncated.shape[1]
         on_policy = torch.tensor(batch.on_policy, dtype=torch.float64)
+        self.add_sums(
+            loss=losses.double().cpu(),
+            entropy=entropies.double().cpu(),
+            on_policy=on_policy * rows_per_cell,
+            truncated=on_policy * is_truncated.sum(-1).cpu(),
+            rows=rows_per_cell,
+            tokens=lengths.view(self.n_cells, -1).sum(-1).cpu(),
+        )
+
+    def add_sums(self, **values: Tensor | float) -> None:
+        """Count a micro-batch and add its values, numbers or (K,), to the sums of these names."""
         self.n_batches += 1
-        self.sums["batches"] += 1
-        self.sums["loss"] += losses.double().cpu()
-        self.sums["entropy"] += entropies.double().cpu()
-        self.sums["on_policy"] += on_policy * rows_per_cell
-        self.sums["truncated"] += on_policy * is_truncated.sum(-1).cpu()
-        self.sums["rows"] += rows_per_cell
-        self.sums["tokens"] += lengths.view(self.n_cells, -1).sum(-1).cpu()
+        for name, value in {"batches": 1, **values}.items():
+            self.sums[name] += value
 
     def add_term_losses(self, term_losses: Tensor) -> None:
         """Add a micro-batch's loss of each term of each cell, (K, most terms of a cell), to the term sums."""

@@ -30,6 +30,21 @@ class AllCellsFailed(FloatingPointError):
     """No cell is left to train; `GKDTrainer.failures` has the reason of each."""
 
 
+def build_keyed_dataloader(trainer: Trainer, sampler: KeyedBatchSampler) -> DataLoader:
+    """Return the trainer's loader of its training rows, in the sampler's batches, prepared by accelerate."""
+    args = trainer.args
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_sampler=sampler,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return trainer.accelerator.prepare(loader)
+
+
 def build_single_cell_property(name: str) -> property:
     """Build a trainer property that reads and sets field `name` of the only cell; ValueError in a pack."""
 
@@ -139,18 +154,8 @@ class PackTrainer(Trainer):
         """Return the loader of S*B rows a batch, B in each seed's own order; a stream keeps its order."""
         if not hasattr(self.train_dataset, "__len__"):
             return super().get_train_dataloader()
-        args, sampler = self.args, self.build_batch_sampler()
-        self.epoch_callback.batch_sampler = sampler
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        self.epoch_callback.batch_sampler = sampler = self.build_batch_sampler()
+        return build_keyed_dataloader(self, sampler)
 
     def build_batch_sampler(self) -> KeyedBatchSampler:
         """Build the sampler of batches of row numbers, S blocks of B, ordered by seed and epoch alone."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from transformers import Trainer
 
 from gkd_lab import GKDTrainer, experiments
 from gkd_lab.config import Grid
@@ -54,17 +55,19 @@ def options(outputs: Path, reporter: Reporter | None = None, **changes: Any) -> 
 
 
 @contextmanager
-def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interrupted_at(
+    step: int, monkeypatch: pytest.MonkeyPatch, trainer_class: type[Trainer] = GKDTrainer
+) -> Iterator[None]:
     """Interrupt a training inside this block by Ctrl-C before a step."""
-    training_step = GKDTrainer.training_step
+    training_step = trainer_class.training_step
 
-    def interrupt_or_step(trainer: GKDTrainer, *args: Any, **keywords: Any) -> Any:
+    def interrupt_or_step(trainer: Trainer, *args: Any, **keywords: Any) -> Any:
         if trainer.state.global_step == step:
             raise KeyboardInterrupt
         return training_step(trainer, *args, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GKDTrainer, "training_step", interrupt_or_step)
+        patch.setattr(trainer_class, "training_step", interrupt_or_step)
         yield
 
 

@@ -22,6 +22,7 @@ def build_grid_overview(tmp_path: Path, **document: Any) -> Overview:
         ("precision", ["fp32", "bf16", "fp64"], (1, 1, 1)),
         ("dropout", [0, 0.1], (1, 1)),
         ("loss_normalization", ["sequence", "token"], (1, 1)),
+        ("implementation", ["gkd_lab", "trl"], (1, 1)),
         ("optimizer", ["adamw", "adafactor"], (1, 1)),
         ("divergence", ["jsd", "tv"], (2,)),
         ("rescale_divergence", [False, True], (2,)),
@@ -38,6 +39,16 @@ def test_each_value_of_an_axis_is_a_cell_and_no_other_field_differs(
     assert overview.pack_sizes == packs
     assert overview.collapsed_notes == ()
     assert [note for note in overview.notes if "differ" in note] == []
+
+
+def test_cells_of_trl_run_alone_with_a_note(tmp_path: Path) -> None:
+    grid = {"implementation": ["gkd_lab", "trl"], "lmbda": [0, 1], "beta": [0, 0.5]}
+    overview = build_grid_overview(tmp_path, grid=grid)
+    assert overview.pack_sizes == (4, 1, 1, 1, 1)
+    alone = {view.cell.training.implementation for view in overview.cells if view.unpacked_reason}
+    assert alone == {"trl"}
+    (note,) = overview.notes
+    assert note.startswith("4 cells run alone: TRL")
 
 
 def test_total_variation_collapses_over_beta_with_a_note(tmp_path: Path) -> None:
