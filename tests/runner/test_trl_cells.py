@@ -103,6 +103,41 @@ def test_without_sampling_trl_trains_as_our_mean_over_tokens(tmp_path: Path) -> 
         torch.testing.assert_close(trl, token, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adafactor"},
+        {"precision": "fp64"},
+        {"precision": "bf16"},
+        {"weight_decay": 0.5, "max_grad_norm": 0.1},
+        {"train_rows": 12},
+    ],
+)
+def test_settings_of_the_training_act_on_trl_as_on_ours(settings: dict[str, Any], tmp_path: Path) -> None:
+    changes = {**TRL, "grid": {"beta": [1], "seed": [3]}, "lmbda": 0, "steps": 8, **settings}
+    trl = tiny_grid(tmp_path, "arithmetic", name="trl", **changes)
+    ours = {"implementation": "gkd_lab", "loss_normalization": "token"}
+    token = tiny_grid(tmp_path, "arithmetic", name="token", **{**changes, **ours})
+    store = Store(tmp_path / "outputs")
+    for grid in (trl, token):
+        assert run_grid(grid, options(store.root)).failures == []
+    losses, expected = (read_losses(grid.cells[0], store) for grid in (trl, token))
+    # bf16: TRL rounds the divergence too, ours is fp32.
+    tolerance = 0.02 if settings.get("precision") == "bf16" else 1e-5
+    assert losses == pytest.approx(expected, rel=tolerance)
+
+
+def test_evaluations_during_training_change_neither_coins_nor_samples(tmp_path: Path) -> None:
+    changes = {**TRL, "grid": {"lmbda": [0.5], "seed": [3]}, "steps": 8}
+    without = {**changes, "eval_every": None, "eval_rows": None, "evaluations": [{"decoding": "greedy"}]}
+    store, histories = Store(tmp_path / "outputs"), []
+    for name, document in (("with", changes), ("without", without)):
+        grid = tiny_grid(tmp_path, "arithmetic", name=name, **document)
+        assert run_grid(grid, options(store.root)).failures == []
+        histories.append(store.get_record(grid.cells[0]).read_history())
+    assert histories[0] == histories[1]
+
+
 # ---- whose step it is ----
 
 
@@ -215,6 +250,18 @@ def test_an_error_of_trls_is_a_failed_record_with_its_traceback(tmp_path: Path) 
     assert status["state"] == "failed"
     assert status["error"].startswith("ValueError: An example has no prompt tokens left")
     assert "trl/experimental/utils.py" in status["traceback"]
+
+
+def test_a_teacher_with_another_number_of_logits_is_refused_by_trl(tmp_path: Path) -> None:
+    """The spec of a hub model does not say how many rows its head is padded to."""
+    (cell,) = tiny_grid(tmp_path, "arithmetic", **{**TRL, "grid": {"seed": [3]}}).cells
+    run_options = options(tmp_path / "outputs")
+    student, teacher = load_sft_student(cell, run_options), load_teacher(cell, run_options)
+    teacher.model.resize_token_embeddings(64, mean_resizing=False)
+    record = run_options.store.get_record(cell)
+    examples = load_uncut_examples(cell, student.tokenizer, record, run_options)
+    with pytest.raises(ValueError, match="teacher model has vocab_size 64"):
+        build_trl_trainer(student.model, teacher, examples, cell, run_options, student.tokenizer)
 
 
 def test_a_loss_that_is_not_finite_fails_the_cell(tmp_path: Path) -> None:
