@@ -267,8 +267,10 @@ def measured_difference(
         upper, lower = (_weigh(models, indices) for _, indices in groups)
         contrast = _compare_linear(models, "ratio" if as_ratio else "difference", upper - lower)
         if as_ratio:
+            used = (upper != 0) | (lower != 0)
+            ratio = (upper[used], lower[used])
             contrast = Contrast(
-                contrast.label, contrast.models, contrast.parts, ratio=(upper, lower), measures_ratio=True
+                contrast.label, contrast.models, contrast.parts, ratio=ratio, measures_ratio=True
             )
         return [contrast], []
 

@@ -261,11 +261,11 @@ def test_self_distillation_is_recognised_by_equal_models(store: Store) -> None:
 
 
 def test_step_times_are_measured_on_cells_that_ran_alone(store: Store) -> None:
-    grid = build_grid(grid={"lmbda": [0, 1]})
+    grid = build_grid(grid={"lmbda": [0, 0.5, 1]})
     for cell in grid.cells:
         record = store.get_record(cell)
         write_finished_record(record, cell, 40.0)
-        seconds = 30.0 if cell.lmbda else 15.0
+        seconds = 15.0 + 15.0 * cell.lmbda
         record.write_provenance(
             {"spent": {"seconds": seconds}, "pack": [cell.fingerprint], "resumed_at_step": 0}
         )
