@@ -5,7 +5,6 @@ field marked `DefaultFrom` while it has its old value, so that records older tha
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,8 +81,10 @@ def canonical_json(value: Any) -> str:
         return value.canonical_json
     if isinstance(value, str):
         return encode_basestring(value)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):

@@ -7,7 +7,8 @@ run gets the same packs.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Cell, Training
@@ -21,6 +22,7 @@ AUTO_PACK_SIZE = 16
 _PER_CELL_FIELDS = ("objectives", "source", "seed")
 """Fields in which the cells of a pack may differ, besides the learning rate."""
 _SHARED_FIELDS = tuple(name for name in Training.model_fields if name not in _PER_CELL_FIELDS)
+_get_shared_fields = attrgetter(*_SHARED_FIELDS)
 
 
 def parse_pack_limit(text: str) -> PackLimit:
@@ -40,8 +42,13 @@ def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list
     Cells without beta (total variation) come last.
     """
     groups: dict[str, list[Cell]] = {}
+    texts: dict[tuple[int, ...], str] = {}
+    """Ids of what a cell shares -> its canonical JSON: most cells of a large grid share the same objects."""
     for cell in cells:
-        groups.setdefault(_serialize_shared_fields(cell.training), []).append(cell)
+        key = tuple(map(id, _list_shared_values(cell.training)))
+        if key not in texts:
+            texts[key] = _serialize_shared_fields(cell.training)
+        groups.setdefault(texts[key], []).append(cell)
     packs = []
     for group in groups.values():
         size = _get_pack_size(group[0], limit)
@@ -90,9 +97,14 @@ def drop_model_seeds(model: SftModel) -> SftModel:
     return replace_fields(model, model=replace_fields(model.model, init_seed=0), sft=sft)
 
 
+def _list_shared_values(training: Training) -> list[Any]:
+    """Return the values that `_serialize_shared_fields` reads."""
+    return [*_get_shared_fields(training), training.source.text, training.source.corrupted]
+
+
 def _serialize_shared_fields(training: Training) -> str:
     """Return canonical JSON of all that a pack's cells must share; equal text means one group."""
-    fields = {name: getattr(training, name) for name in _SHARED_FIELDS}
+    fields = dict(zip(_SHARED_FIELDS, _get_shared_fields(training), strict=True))
     if training.start not in training.teachers:  # a teacher serves the whole pack
         fields["start"] = drop_model_seeds(training.start)
     optimizer = training.optimizer.model_dump(exclude={"learning_rate"})

@@ -1,20 +1,22 @@
 """Progress of one cell: its state, owner, last logged row, pace and error, read from its record."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell
-from gkd_lab.store import EvaluationRecord, Record, State
+from gkd_lab.store import EvaluationRecord, Record, RecordPart, State
 from gkd_lab.store.cell_state import StoredState, compute_cell_state, get_error_line, require_metrics
-from gkd_lab.store.files import read_last_json_line
 from gkd_lab.store.index import RecordFacts, RecordIndex
 from gkd_lab.store.lock import read_owner
-from gkd_lab.store.timing import count_completion_tokens, estimate_seconds_per_step
+from gkd_lab.store.timing import count_completion_tokens
 
 _STATUS_KEYS = ("state", "steps", "seconds", "tokens", "shared_by", "device")
 _ROW_KEYS = ("step", "loss", "on_policy")
 _EVALUATION_FILES = ("status.json", "scores.json")
+_RECENT_ROWS = 1000
+"""Rows of a running cell over which the tokens of a step are averaged: all rows of most trainings."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
     """Read what the index stores: status, last logged row, errors, states, scored metrics."""
     status, evaluations = record.read_status(), _list_evaluations(record, cell)
     evaluation_statuses = [evaluation.read_status() for evaluation in evaluations]
-    row = read_last_json_line(record.metrics_file) if status else {}
+    row = next(iter(record.read_recent_history(1)), {}) if status else {}
     return {
         "status": {name: status[name] for name in _STATUS_KEYS if name in status},
         "row": {name: row[name] for name in _ROW_KEYS if name in row},
@@ -79,10 +81,11 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
 
 def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
     """Return (last line of the first error, file with its traceback), or (None, None)."""
-    for error, part in zip(facts["errors"], [record, *_list_evaluations(record, cell)], strict=True):
-        if error is not None:
-            return error, part.status_file
-    return None, None
+    if not any(facts["errors"]):
+        return None, None
+    parts: list[RecordPart] = [record, *_list_evaluations(record, cell)]
+    errors = zip(facts["errors"], parts, strict=True)
+    return next((error, part.status_file) for error, part in errors if error is not None)
 
 
 def _list_evaluations(record: Record, cell: Cell) -> list[EvaluationRecord]:
@@ -114,11 +117,12 @@ def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str
 
     Speed and time left are None where no process works on it.
     """
-    history = record.read_history() if is_running or record.steps_folder.exists() else []
+    is_started = is_running or record.steps_folder.exists()
+    history = record.read_recent_history(_RECENT_ROWS + 1) if is_started else []
     last_row = history[-1] if history else {}
     step = int(last_row.get("step", 0))
-    step_seconds = estimate_seconds_per_step(record.read_step_times()) if is_running else None
-    step_tokens = count_completion_tokens(history, cell.training.batch_size) / step if step else 0.0
+    step_seconds = record.read_seconds_per_step() if is_running else None
+    step_tokens = _average_step_tokens(history, cell.training.batch_size)
     return {
         "step": step,
         "loss": last_row.get("loss"),
@@ -126,3 +130,14 @@ def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str
         "tokens_per_second": step_tokens / step_seconds if step_seconds else None,
         "seconds_left": None if step_seconds is None else step_seconds * (cell.training.steps - step),
     }
+
+
+def _average_step_tokens(history: Sequence[Mapping[str, Any]], batch_size: int) -> float:
+    """Return the mean completion tokens of a step over the last rows; 0 without a row.
+
+    Of more rows than are averaged the first one only tells the step that the others follow.
+    """
+    first_step = int(history[0]["step"]) if len(history) > _RECENT_ROWS else 0
+    rows = history[-_RECENT_ROWS:]
+    steps = int(rows[-1].get("step", 0)) - first_step if rows else 0
+    return count_completion_tokens(rows, batch_size, first_step) / steps if steps else 0.0

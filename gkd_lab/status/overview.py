@@ -4,8 +4,9 @@ Plain data; neither torch nor pandas, so that the answer comes at once.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +263,13 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
         if axis.split(".")[0] in _AXES_OF_BOTH_MODELS:
             declared |= _MODEL_FIELDS
     notes = []
-    varying = {name for cells in group_cells_by_task(grid) for name in _find_varying_fields(cells)}
+    groups = group_cells_by_task(grid)
+    varying = {name for cells in groups for name in _find_varying_fields(cells)}
     undeclared = varying - declared
     if undeclared:
         notes.append(f"cells differ outside the declared axes in: {', '.join(sorted(undeclared))}")
-    task_dependent = set(_find_varying_fields(list(grid.cells))) - declared - undeclared
+    varying_with_task = varying if len(groups) == 1 else set(_find_varying_fields(list(grid.cells)))
+    task_dependent = varying_with_task - declared - undeclared
     if task_dependent:
         notes.append(f"what depends on the task: {', '.join(sorted(task_dependent))}")
     return notes
@@ -275,17 +278,15 @@ def _describe_undeclared_fields(grid: Grid) -> list[str]:
 def _find_varying_fields(cells: list[Cell]) -> list[str]:
     """Return the names of the training fields in which these cells differ."""
     names = type(cells[0].training).model_fields
-    return [name for name in names if _has_several_values([_get_field(cell, name) for cell in cells])]
+    trainings = [cell.training for cell in cells]
+    return [name for name in names if _has_several_values(name, map(attrgetter(name), trainings))]
 
 
-def _get_field(cell: Cell, name: str) -> Any:
-    """Return a field of a cell's training; the SFT student without its seeds, which the axis `seed` sets."""
-    value = getattr(cell.training, name)
-    return drop_model_seeds(value) if name == "start" else value
-
-
-def _has_several_values(values: list[Any]) -> bool:
-    """Return whether values differ in canonical JSON; most cells of a large grid share one object."""
-    distinct_objects = {id(value): value for value in values}.values()
-    first = canonical_json(values[0])
-    return any(canonical_json(value) != first for value in distinct_objects)
+def _has_several_values(name: str, values: Iterable[Any]) -> bool:
+    """Return whether the values of a field differ; SFT students without their seeds, which `seed` sets."""
+    distinct_objects = {id(value): value for value in values}.values()  # most cells share one object
+    if name == "start":
+        distinct_objects = {id(value): drop_model_seeds(value) for value in distinct_objects}.values()
+    texts = map(canonical_json, distinct_objects)
+    first = next(texts)
+    return any(text != first for text in texts)

@@ -2,11 +2,9 @@
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
-
-from tabulate import tabulate
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND
@@ -43,9 +41,25 @@ def print_listing(listing: Listing) -> None:
 
 def format_listing(listing: Listing) -> str:
     """Return a table as plain text, columns two spaces apart, names left and numbers right."""
+    rows = [listing.columns, *listing.rows]
+    text = "".join(map("".join, rows))
+    if text.isascii() and text.isprintable():
+        return _align_columns(rows)
+    from tabulate import tabulate  # which knows wide characters, and is slow with 10,000 rows
+
     alignment = ["left" if name in TEXT_COLUMNS else "right" for name in listing.columns]
-    rows = [listing.columns, *listing.rows]  # tabulate would widen a header by two spaces
     return str(tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True))
+
+
+def _align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of printable ASCII, the first of which holds the columns' names, as tabulate would."""
+    columns = []
+    for name, *texts in zip(*rows, strict=True):
+        stripped = [name.strip(), *map(str.strip, texts)]
+        width = max(map(len, stripped))
+        pad = str.ljust if name in TEXT_COLUMNS else str.rjust
+        columns.append([pad(text, width) for text in stripped])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def list_cells(

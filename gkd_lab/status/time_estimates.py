@@ -60,7 +60,7 @@ class TimeEstimator:
     _added_fingerprints: set[str] = field(default_factory=set)
     _searched_tasks: set[str] = field(default_factory=set)
     _parameter_counts: dict[str, int | None] = field(default_factory=dict)
-    _kind_keys: dict[tuple[str, ...], str] = field(default_factory=dict)
+    _kind_keys: dict[tuple[Any, ...], str] = field(default_factory=dict)
     _flops_cache: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
     def add_finished_cell(self, training: Training, status: Mapping[str, Any]) -> None:
@@ -144,8 +144,8 @@ class TimeEstimator:
         parts = (
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
-            *(str(training.max_input_tokens), str(training.max_output_tokens), training.precision),
-            *(training.optimizer.name, str(is_packed), training.implementation),
+            *(training.max_input_tokens, training.max_output_tokens, training.precision),
+            *(training.optimizer.name, is_packed, training.implementation),
         )
         if parts not in self._kind_keys:
             models = [_list_speed_fields(model) for model in (training.start, training.teacher)]

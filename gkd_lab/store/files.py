@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_TAIL_BYTES = 4096
-"""Bytes read from the end of a file to find its last row; a row of a history is shorter."""
+_BLOCK_BYTES = 1 << 16
+"""Bytes that are read at once from the end of a file; a few hundred rows of a history."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -82,16 +82,43 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_last_json_line(path: Path) -> dict[str, Any]:
-    """Return the last whole row, reading only the end of the file; {} if there is none."""
+def read_last_json_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the last `count` rows that `read_json_lines` would, reading only the end of the file.
+
+    Only a damaged line before the part that is read goes unnoticed. [] without a file.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in _iterate_lines_backwards(path):
+        row = _parse_json_object(line)
+        if row is None:
+            rows.clear()  # what follows a damaged line does not count
+            continue
+        rows.append(row)
+        if len(rows) == count:
+            break
+    return rows[::-1]
+
+
+def _iterate_lines_backwards(path: Path) -> Iterator[bytes]:
+    """Yield a file's lines but empty ones from the last to the first, read in blocks; none without a file."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            *lines, _ = file.read().split(b"\n")
+        file = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return next((row for line in reversed(lines) if (row := _parse_json_object(line)) is not None), {})
+        return
+    with file:
+        position = file.seek(0, os.SEEK_END)
+        pieces: list[bytes] = []
+        """Pieces of the line whose beginning is not read yet, from its end."""
+        while position > 0:
+            start = max(0, position - _BLOCK_BYTES)
+            file.seek(start)
+            first, *lines = file.read(position - start).split(b"\n")
+            if lines:
+                yield from filter(None, (b"".join((lines[-1], *reversed(pieces))), *lines[-2::-1]))
+                pieces.clear()
+            pieces.append(first)
+            position = start
+        yield from filter(None, [b"".join(reversed(pieces))])
 
 
 def drop_lines_beyond_step(path: Path, step: int) -> None:

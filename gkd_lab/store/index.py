@@ -4,17 +4,18 @@
 files are unchanged, and the index can be deleted at any moment. Small stores have none.
 """
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.store.files import read_json, write_text
+from gkd_lab.store.files import write_bytes
 
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 """Raised when the cached facts change."""
 _MIN_RECORDS = 500
 """Records below which reading them is as fast."""
@@ -35,12 +36,9 @@ class RecordIndex:
 
     def __init__(self, root: Path, name: str = "records") -> None:
         self.root, self.path = str(root), root / ".cache" / f"{name}.json"
-        stored = read_json(self.path) or {}
-        is_current = stored.get("version") == _INDEX_VERSION
-        self._layouts: list[list[str]] = stored["layouts"] if is_current else []
-        self._entries: dict[str, tuple[int, list[FileStamp], RecordFacts]] = (
-            stored["records"] if is_current else {}
-        )
+        self._layouts: list[list[str]]
+        self._entries: dict[str, tuple[int, list[FileStamp], RecordFacts]]
+        self._layouts, self._entries = _read_index_file(self.path) or ([], {})
         self._new_entries = 0
 
     def get_facts(
@@ -69,9 +67,34 @@ class RecordIndex:
             return
         # A store that is read-only or full is listed without an index.
         with suppress(OSError):
-            content = {"version": _INDEX_VERSION, "layouts": self._layouts, "records": self._entries}
-            write_text(self.path, json.dumps(content) + "\n")
+            write_bytes(self.path, _encode_index(self._layouts, self._entries))
             self._new_entries = 0
+
+
+def _encode_index(layouts: Sequence[Any], entries: Mapping[str, Any]) -> bytes:
+    """Return the content of an index file: JSON that begins with its version and a hash of what follows."""
+    facts = json.dumps({"layouts": layouts, "records": entries}).encode()[1:] + b"\n"
+    return _build_header(facts) + facts
+
+
+def _read_index_file(path: Path) -> tuple[Any, Any] | None:
+    """Return (layouts, entries) of an index file; None if it is missing, unreadable, older or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if not content.startswith(_build_header(content[_HEADER_BYTES:])):
+        return None
+    stored = json.loads(content)
+    return stored["layouts"], stored["records"]
+
+
+def _build_header(facts: bytes) -> bytes:
+    """Return the first `_HEADER_BYTES` of an index file with these facts."""
+    return b'{"version": %d, "sha256": "%s", ' % (_INDEX_VERSION, hashlib.sha256(facts).hexdigest().encode())
+
+
+_HEADER_BYTES = len(_build_header(b""))
 
 
 def _read_file_stamp(path: str) -> FileStamp:

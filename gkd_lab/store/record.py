@@ -34,6 +34,7 @@ from gkd_lab.store.files import (
     quarantine_path,
     read_json,
     read_json_lines,
+    read_last_json_lines,
     write_json,
     write_json_lines,
 )
@@ -197,9 +198,17 @@ class Record(RecordPart):
         """Return the rows of `metrics.jsonl`, up to the first damaged line; [] without the file."""
         return read_json_lines(self.metrics_file)
 
+    def read_recent_history(self, count: int) -> list[dict[str, Any]]:
+        """Return the last `count` rows of the history, reading only the end of its file."""
+        return read_last_json_lines(self.metrics_file, count)
+
     def read_step_times(self) -> list[dict[str, Any]]:
         """Return `{"step", "time"}` for each row of the history, as `gkd_lab.store.timing` takes them."""
         return timing.read_step_times(self.folder)
+
+    def read_seconds_per_step(self) -> float | None:
+        """Return the present pace in seconds per step, read from the end of `times.jsonl`; None: unknown."""
+        return timing.read_seconds_per_step(self.folder)
 
     def log_selection(self, row: Mapping[str, Any]) -> None:
         """Append a row, a `step` and its score on validation rows, to `selection.jsonl`."""

@@ -9,7 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.store.files import append_json_line, drop_lines_beyond_step, read_json_lines
+from gkd_lab.store.files import (
+    append_json_line,
+    drop_lines_beyond_step,
+    read_json_lines,
+    read_last_json_lines,
+)
 
 TIMES_FILE = "times.jsonl"
 _RECENT_ROWS = 5
@@ -60,9 +65,19 @@ def estimate_seconds_per_step(rows: TimeRows) -> float | None:
     return sum_work_seconds(recent_rows) / steps if steps > 0 else None
 
 
-def count_completion_tokens(history: Iterable[Mapping[str, Any]], batch_size: int) -> float:
-    """Return the total completion tokens trained on: per row mean length times batch size times steps."""
-    tokens, previous_step = 0.0, 0
+def read_seconds_per_step(folder: Path) -> float | None:
+    """Return `estimate_seconds_per_step` of a folder's times, reading only the end of `times.jsonl`."""
+    return estimate_seconds_per_step(read_last_json_lines(folder / TIMES_FILE, _RECENT_ROWS + 1))
+
+
+def count_completion_tokens(
+    history: Iterable[Mapping[str, Any]], batch_size: int, previous_step: int = 0
+) -> float:
+    """Return the total completion tokens trained on: per row mean length times batch size times steps.
+
+    previous_step: step of the row before the first one.
+    """
+    tokens = 0.0
     for row in history:
         tokens += row.get("completion_length", 0.0) * batch_size * (row["step"] - previous_step)
         previous_step = row["step"]

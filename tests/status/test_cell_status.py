@@ -8,6 +8,7 @@ import pytest
 from gkd_lab.config import Cell
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.store import Record, Store
+from gkd_lab.store.files import write_json_lines
 from gkd_lab.store.index import RecordIndex
 
 from ..tables.synthetic_store import build_grid, write_finished_record
@@ -52,6 +53,38 @@ def test_a_running_cell_has_an_owner_a_pace_and_a_time_left(cell: Cell, tmp_path
     assert (progress.step, progress.loss, progress.on_policy) == (40, 1 / 40, 0.5)
     assert progress.seconds_left == pytest.approx(0.5 * 60)
     assert progress.tokens_per_second == pytest.approx(8 * 2 / 0.5)
+
+
+def test_a_long_running_cell_is_read_from_its_end(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are those of its last 1,000 rows, and its pace that of its last five."""
+    record = Store(tmp_path).get_record(cell)
+    record.folder.mkdir(parents=True)
+    rows = [{"step": 2 * n, "loss": 1.0, "completion_length": 8.0 if n > 2000 else 99.0} for n in range(3001)]
+    write_json_lines(record.metrics_file, rows)
+    times = [{"step": 2 * n, "time": 5.0 * n} for n in range(3001)]
+    write_json_lines(record.folder / "times.jsonl", times)
+    whole_files: list[Path] = []
+    monkeypatch.setattr("gkd_lab.store.record.read_json_lines", whole_files.append)
+    monkeypatch.setattr("gkd_lab.store.timing.read_json_lines", whole_files.append)
+    with record.lock():
+        progress = read_cell_progress(cell, tmp_path)
+    assert (progress.step, progress.loss, whole_files) == (6000, 1.0, [])
+    assert progress.tokens_per_second == pytest.approx(8 * cell.training.batch_size / 2.5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 999, 1000, 1001, 1002])
+def test_tokens_of_equal_rows_do_not_depend_on_their_number(rows: int, cell: Cell, tmp_path: Path) -> None:
+    record = Store(tmp_path).get_record(cell)
+    record.folder.mkdir(parents=True)
+    numbers = range(1, rows + 1)
+    history = [{"step": n, "loss": 1.0, "completion_length": 8.0} for n in numbers]
+    write_json_lines(record.metrics_file, history)
+    write_json_lines(record.folder / "times.jsonl", [{"step": n, "time": float(n)} for n in (0, *numbers)])
+    with record.lock():
+        progress = read_cell_progress(cell, tmp_path)
+    assert progress.tokens_per_second == pytest.approx(8 * cell.training.batch_size)
 
 
 def test_an_interrupted_cell_has_its_step_and_no_pace(cell: Cell, tmp_path: Path) -> None:

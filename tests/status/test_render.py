@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 from rich.text import Text
+from tabulate import tabulate
 
-from gkd_lab.status.render import Listing, print_listing
+from gkd_lab.status.render import Listing, format_listing, print_listing
 from gkd_lab.status.terminal import print_table
 
 LISTING = Listing(
@@ -32,6 +33,22 @@ def test_a_pipe_gets_a_line_for_each_row_without_colours(capsys: pytest.CaptureF
     assert first.split(maxsplit=9) == LISTING.rows[0]
     assert second.split() == [text for text in LISTING.rows[1] if text]
     assert "\x1b" not in header + first + second
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["e208257d", " summarization ", "0.5", "", "1e-05", "True"],
+        ["", "-", "1,000", "  ", "7", "x" * 40],
+        ["größer", "模型", "0.5", "-", "\ttab", "\x1b[1mbold\x1b[0m"],
+    ],
+)
+def test_a_listing_is_aligned_as_by_tabulate(texts: list[str]) -> None:
+    listing = Listing(["cell", "task", "lmbda", "owner", "loss", "status"], [texts, [*"abcdef"], [""] * 6])
+    alignment = [*("left", "left", "right", "left", "right", "left")]
+    rows = [listing.columns, *listing.rows]
+    expected = tabulate(rows, tablefmt="plain", colalign=alignment, disable_numparse=True)
+    assert format_listing(listing) == expected
 
 
 def test_a_narrow_terminal_gets_folded_columns_and_whole_fingerprints() -> None:

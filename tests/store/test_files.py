@@ -112,9 +112,48 @@ def test_history_is_truncated_to_a_step_and_continued(tmp_path: Path) -> None:
     assert not (tmp_path / "none.jsonl").exists()
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 3, "lo', "[]\n"])
-def test_last_json_line_is_the_last_whole_line(end: str, tmp_path: Path) -> None:
+END_ROW = {"step": 10**6, "text": UNICODE_TEXT}
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 7, 64, 1 << 16])
+@pytest.mark.parametrize("count", [1, 3, 40, 1000])
+@pytest.mark.parametrize(
+    "end", [b"", b'{"step": 3, "lo', b'{"text": "\xc3', b"[]\n", b"\n\n", b'{"step": 3}', b"\0\0\n"]
+)
+def test_last_json_lines_are_those_of_the_whole_file(
+    block_bytes: int, count: int, end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block_bytes)
     path = tmp_path / "metrics.jsonl"
-    assert files.read_last_json_line(path) == {}
-    path.write_text("".join(f'{{"step": {n}, "loss": {n}.5}}\n' for n in range(1000)) + end)
-    assert files.read_last_json_line(path) == {"step": 999, "loss": 999.5}
+    files.write_json_lines(path, [{"step": n, "text": UNICODE_TEXT * (n % 3)} for n in range(40)])
+    with path.open("ab") as file:
+        file.write(end)
+    assert files.read_last_json_lines(path, count) == files.read_json_lines(path)[-count:]
+    files.drop_lines_beyond_step(path, 20)
+    files.append_json_line(path, END_ROW)
+    rows = files.read_last_json_lines(path, count)
+    assert rows == files.read_json_lines(path)[-count:]
+    assert rows[-1] == END_ROW
+
+
+def test_rows_after_a_damaged_line_do_not_count_from_the_end_either(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st\n{"step": 4}\n')
+    assert files.read_last_json_lines(path, 3) == files.read_json_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_row_longer_than_a_block_is_read_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1}, {"step": 2, "text": "ü" * 200_000}]
+    files.write_json_lines(path, rows)
+    assert files.read_last_json_lines(path, 2) == rows
+    assert files.read_last_json_lines(path, 1) == rows[1:]
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    files.write_json_lines(path, ({"step": n} for n in range(100_000)))
+    parsed: list[bytes] = []
+    monkeypatch.setattr(files, "_parse_json_object", lambda line: parsed.append(line) or json.loads(line))
+    assert files.read_last_json_lines(path, 3) == [{"step": n} for n in (99_997, 99_998, 99_999)]
+    assert len(parsed) == 3
