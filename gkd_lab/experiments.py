@@ -17,6 +17,7 @@ from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.cell import Evaluation
 from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.config.experiment import Scale, apply_overrides, parse_experiment
+from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
@@ -116,6 +117,12 @@ def outline_experiment(
         resolve_model=lambda model_name: (model_name, None, "not read"),
     )
     return experiment, len(expand_grid(path.stem, experiment, TASKS, revisions, scale).cells)
+
+
+def check_peft(grid: Grid) -> None:
+    """Raise ConfigError if a student of the grid has an adapter, and the package peft is not installed."""
+    if any(cell.training.lora is not None for cell in grid.cells):
+        check_peft_is_installed()
 
 
 def check_generators_and_rewards(grid: Grid) -> None:

@@ -38,6 +38,9 @@ app.command(
 app.command("sweep", short_help="Print the sweep file for wandb agents.")(commands.print_sweep_file)
 app.command("table", short_help="Write the table of scores: csv, json, md, parquet.")(commands.write_table)
 app.command("evaluate", short_help="Run lm-eval's tasks on a finished cell.")(run_commands.evaluate_cell)
+app.command("export", short_help="Write a cell's student, or its adapter, to a folder.")(
+    run_commands.export_cell
+)
 app.command("claims", short_help="Judge the paper's claims on a run.")(commands.judge_claims)
 app.command("report", short_help="Write one HTML page with figures and scores.")(commands.write_report_page)
 app.command("compare", short_help="Compare two cells, over the same examples.")(commands.compare_cells)

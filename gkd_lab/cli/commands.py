@@ -82,6 +82,7 @@ def show_plan(
     limit = parse_pack_limit(pack)
     with pause_garbage_collection():
         grid = load_grid(name, scale, sets, outputs)
+        experiments.check_peft(grid)
         overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
     print("\n".join(render_summary(overview)))

@@ -25,6 +25,9 @@ BusyCellAction = Literal["wait", "pass"]
 ExperimentArgument = Annotated[
     str, typer.Argument(metavar="EXP", help="Name in experiments/, or a YAML file.")
 ]
+CellArgument = Annotated[
+    str, typer.Argument(metavar="CELL", help="Folder of a record, or the first digits of its fingerprint.")
+]
 ScaleOption = Annotated[Scale | None, typer.Option(help="Default: the scale of the experiment.")]
 SetOption = Annotated[
     list[str] | None,

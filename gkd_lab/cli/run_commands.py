@@ -1,4 +1,4 @@
-"""Commands that load models: `run`, `cell`, `evaluate` and `selfcheck`. torch is loaded once work begins."""
+"""Commands that load models: run, cell, evaluate, export, selfcheck. torch is loaded once work begins."""
 
 import gc
 import os
@@ -13,6 +13,7 @@ import typer
 from gkd_lab import experiments
 from gkd_lab.cli.options import (
     BusyCellAction,
+    CellArgument,
     ExecutorOption,
     ExperimentArgument,
     NoWaitOption,
@@ -97,6 +98,7 @@ def run_cell(
     tracker: TrackerOption = None,
     held: Annotated[
         BusyCellAction,
+        CellArgument,
         typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
     ] = "wait",
 ) -> None:
@@ -120,10 +122,7 @@ def run_cell(
 
 
 def evaluate_cell(
-    cell: Annotated[
-        str,
-        typer.Argument(metavar="CELL", help="Folder of a record, or the first digits of its fingerprint."),
-    ],
+    cell: CellArgument,
     tasks: Annotated[
         str,
         typer.Option(metavar="NAME,FILE.yaml", help="Tasks of lm-eval; `own`: the task of the cell."),
@@ -182,6 +181,33 @@ def _format_score(score: dict[str, Any]) -> str:
     return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
 
 
+def export_cell(
+    cell: CellArgument,
+    output: Annotated[Path, typer.Option("-o", help="New folder to write.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge a LoRA adapter into the weights: a plain model.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint that scored best on validation rows.")
+    ] = False,
+    outputs: OutputsOption = Path("outputs"),
+) -> None:
+    """Write a finished cell's student and tokenizer into a folder for transformers or peft.
+
+    A student with LoRA is written as an adapter that names its base, or with --merged as a plain model.
+    """
+    from gkd_lab.store.lookup import find_record
+
+    check_outputs_folder(outputs)
+    record = find_record(cell, outputs)
+    from gkd_lab.runner.progress import silence_libraries
+    from gkd_lab.runner.student_files import export_record
+
+    silence_libraries()
+    content = export_record(record, output, merged=merged, is_best=best)
+    print(f"{output}: {content}")
+
+
 def check_model_pair(
     teacher: Annotated[
         str | None, typer.Option(help="Folder or hub name. Default: a small random model.")
@@ -225,6 +251,7 @@ def run_in_process(
             _replay_to_sweep_agent(grid, store)
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
+    experiments.check_peft(grid)
     experiments.check_generators_and_rewards(grid)
     from gkd_lab.runner.progress import Reporter, silence_libraries
     from gkd_lab.runner.run import run_grid
@@ -274,6 +301,7 @@ def run_in_workers(
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
+        experiments.check_peft(grid)
         experiments.check_generators_and_rewards(grid)
         pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
         status = pool.wait()

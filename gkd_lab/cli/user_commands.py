@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gkd_lab.cli.options import OutputsOption, check_outputs_folder, exit_with_message
+from gkd_lab.cli.options import CellArgument, OutputsOption, check_outputs_folder, exit_with_message
 from gkd_lab.config import ConfigError
 
 HELP_OPTIONS = ("--help", "-h")
@@ -54,10 +54,7 @@ def _train(words: list[str], *, is_main: bool) -> None:
 
 
 def push_cell(
-    cell: Annotated[
-        str,
-        typer.Argument(metavar="CELL", help="Folder of a record, or the first digits of its fingerprint."),
-    ],
+    cell: CellArgument,
     repo: Annotated[
         str | None,
         typer.Option(

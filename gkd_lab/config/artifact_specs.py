@@ -133,6 +133,11 @@ class SftModel(Frozen):
     max_output_tokens: PositiveInt
     precision: Precision
 
+    @property
+    def is_hub_checkpoint(self) -> bool:
+        """Whether the model is a checkpoint of the hub as it is: all of its layers, and no fine-tuning."""
+        return self.model.pretrained is not None and self.model.keep_layers is None and self.sft is None
+
 
 class TeacherText(Frozen):
     """Decoding of the text that a teacher writes once per training prompt, instead of the targets."""

@@ -21,6 +21,7 @@ from gkd_lab.config.artifact_specs import (
     TeacherTextSpec,
 )
 from gkd_lab.config.fingerprint import DefaultFrom, Frozen, NotHashed
+from gkd_lab.config.lora import LoraSpec
 from gkd_lab.config.loss_terms import ResolvedTerm, Share
 
 LossNormalization = Literal["sequence", "token"]
@@ -101,12 +102,15 @@ class Training(Frozen):
     selection: Annotated[Selection | None, DefaultFrom(None)] = Field(
         default=None, description="the checkpoint `best` beside the last; None: the last alone"
     )
+    lora: Annotated[LoraSpec | None, DefaultFrom(None)] = Field(
+        default=None, description="the adapter that is trained on the frozen SFT student; None: all weights"
+    )
     optimizer: OptimizerSpec
     dropout: Share
     max_input_tokens: PositiveInt
     max_output_tokens: PositiveInt
     precision: Precision
-    seed: int = Field(description="seeds data order, coin and sampling, nothing else")
+    seed: int = Field(description="seeds data order, coin, sampling and a LoRA adapter, nothing else")
 
     @property
     def reference_models(self) -> "tuple[tuple[Role, SftModel], ...]":
@@ -288,7 +292,8 @@ class Cell:
         divergence = self.divergence if self.beta is None else f"beta={self.beta:g}"
         divergence += "_teacher-text" if self.training.source.text else ""
         divergence += "_corrupted-text" if self.training.source.corrupted else ""
-        scores = self.training.teacher_scores
+        lora, scores = self.training.lora, self.training.teacher_scores
+        divergence += f"_lora{lora.r}" if lora else ""
         divergence += f"_scores-{scores.name}" if scores else ""
         divergence += "" if self.training.implementation == "gkd_lab" else "_trl"
         name = f"lmbda={self.lmbda:g}_{divergence}_seed={self.seed}-{self.fingerprint}"

@@ -14,6 +14,7 @@ from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel, Tokeniz
 from gkd_lab.config.cell import AnyEvaluation, LmEvalEvaluation, Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.layer_maps import UNIFORM, resolve_layer_pairs
+from gkd_lab.config.lora import check_lora
 from gkd_lab.config.loss_terms import (
     AttentionsConfig,
     CrossEntropyConfig,
@@ -42,6 +43,8 @@ def check_cell(training: Training, evaluations: Iterable[AnyEvaluation]) -> None
     _check_served_teacher(training)
     _check_selection(training, evaluations)
     _check_corrupted_text(training)
+    if training.lora is not None:
+        check_lora(training.lora, training.start)
     if training.start.family in CLASSIFIER_FAMILIES:
         _check_classifier_cell(training, evaluations)
     else:

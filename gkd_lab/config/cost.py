@@ -42,7 +42,8 @@ def estimate_training_flops(
 ) -> float | None:
     """Return the total FLOPs of training one cell alone; None if a model's size is unknown.
 
-    Student forward and backward, sampling, and teacher forward unless its scores are cached.
+    Student forward and backward, sampling, and teacher forward unless its scores are cached. With LoRA the
+    backward pass computes no gradients of the frozen weights, which are half of it.
     """
     if student_parameters is None:
         student_parameters = count_model_parameters(training.start)
@@ -53,5 +54,6 @@ def estimate_training_flops(
     tokens = training.max_input_tokens + training.max_output_tokens
     teacher_flops = 0 if training.teacher_scores else 2 * teacher_parameters
     sampling_flops = 2 * student_parameters * training.source.lmbda
-    flops_per_token = 6 * student_parameters + teacher_flops + sampling_flops
+    passes = 6 if training.lora is None else 4
+    flops_per_token = passes * student_parameters + teacher_flops + sampling_flops
     return float(flops_per_token * tokens * training.batch_size * training.steps)

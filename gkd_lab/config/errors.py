@@ -84,7 +84,11 @@ def explain_validation_error(error: ValidationError, origin: str, model: type[Ba
     if kind == "missing":
         return ConfigError(f"{origin}: {field} is missing")
     reason = _explain_violation(kind, value, annotation) or deepest["msg"]
-    if isinstance(value, list) and kind not in ("too_short", "layer_map") and not field.startswith("grid"):
+    if (
+        isinstance(value, list)
+        and kind not in ("too_short", "layer_map", "lora_targets")
+        and not field.startswith("grid")
+    ):
         reason += "; several values make an axis: write them under `grid`"
     place = f"{origin}: {field}" if field else origin
     return ConfigError(f"{place}: {_shorten_repr(value)} is not valid: {reason}")

@@ -17,7 +17,7 @@ from pydantic import (
 from gkd_lab.config.errors import ConfigError, convert_yaml_errors, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.fingerprint import canonical_json
-from gkd_lab.config.settings import Section, Settings, SftSettings, merge_settings
+from gkd_lab.config.settings import LoraSettings, Section, Settings, SftSettings, merge_settings
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
@@ -34,8 +34,7 @@ def _define_axes() -> dict[str, Any]:
     """Return axis name -> pydantic field definition: task, all settings, `data.train` and other fields."""
     axes: dict[str, Any] = {"task": _define_axis(str, "tasks that are crossed with the other axes")}
     for name, field in Settings.model_fields.items():
-        types = tuple(item for item in get_args(field.annotation) if item is not type(None))
-        axes[name] = _define_axis(Union[types], field.description)  # noqa: UP007  # of a list of types
+        axes[name] = _define_axis(_drop_none(field.annotation), field.description)
     for section in ("data", "tokenizer", "teacher_tokenizer"):
         model = get_args(Settings.model_fields[section].annotation)[0]
         for name, field in model.model_fields.items():
@@ -43,7 +42,17 @@ def _define_axes() -> dict[str, Any]:
             axes[f"{section}__{name}"] = _define_axis(field.annotation, field.description, alias=alias)
     rows = SftSettings.model_fields["rows"]
     axes["student__sft__rows"] = _define_axis(PositiveInt, rows.description, alias="student.sft.rows")
+    for name, field in LoraSettings.model_fields.items():
+        alias = f"student.lora.{name}"
+        value_type = _drop_none(field.annotation)
+        axes[f"student__lora__{name}"] = _define_axis(value_type, field.description, alias=alias)
     return axes
+
+
+def _drop_none(annotation: Any) -> Any:
+    """Return a union type without None."""
+    types = tuple(item for item in get_args(annotation) if item is not type(None))
+    return Union[types]  # noqa: UP007  # of a list of types
 
 
 def _define_axis(value_type: Any, description: str | None, **options: Any) -> tuple[Any, Any]:
@@ -78,7 +87,7 @@ GridAxes = create_model(
     **_define_axes(),
 )
 AXIS_NAMES = tuple(field.alias or name for name, field in GridAxes.model_fields.items())
-_SCALAR_AXES = set(AXIS_NAMES) - {"objectives"}
+_SCALAR_AXES = set(AXIS_NAMES) - {"objectives", "student.lora.targets"}
 """Axes whose values are not lists themselves."""
 
 

@@ -58,7 +58,7 @@ def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list
 
 
 def explain_unpackable(cell: Cell) -> str | None:
-    """Return the reason why a cell must train alone (dropout, TRL), or None if its spec allows packing.
+    """Return the reason why a cell must train alone (TRL, dropout, LoRA), or None if its spec allows packing.
 
     Only the student's architecture can forbid it later: both optimizers act on each member separately.
     """
@@ -66,6 +66,8 @@ def explain_unpackable(cell: Cell) -> str | None:
         return "TRL's trainer trains one student"
     if cell.training.dropout > 0:
         return "dropout draws from one stream"
+    if cell.training.lora is not None:
+        return "a LoRA adapter has no packed form"
     return None
 
 

@@ -14,6 +14,7 @@ from gkd_lab.config.artifact_specs import (
     TokenizerSpec,
 )
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error
+from gkd_lab.config.lora import LoraSpec
 from gkd_lab.config.settings import ModelSettings, Settings, TokenizerSettings, merge_settings
 
 REFERENCE_SETTINGS = (
@@ -29,7 +30,7 @@ MIN_BPE_VOCAB_SIZE = 300
 """All bytes, the special tokens and a few merges."""
 _PLACEMENT_FIELDS = {"dtype", "parked"}
 """Fields of a teacher that say how its weights are held while it teaches, not what it is."""
-_SHARED_SIZE_FIELDS = {"sft", "init_seed"}
+_SHARED_SIZE_FIELDS = {"sft", "init_seed", "lora"}
 """Fields in which models of one size may differ."""
 _SERVER_FIELDS = ("model", "top_k", "tokenizer", "patience")
 """Fields of a model that need `server`."""
@@ -72,6 +73,22 @@ def resolve_sft_model(
         max_output_tokens=settings.max_output_tokens,  # type: ignore[arg-type]
         precision="fp32" if settings.precision == "bf16" else settings.precision,  # type: ignore[arg-type]
     )
+
+
+def resolve_lora(
+    settings: Settings, scale_settings: Settings, models: Mapping[str, ModelSettings]
+) -> LoraSpec | None:
+    """Return the adapter of the student, unstated values at their defaults; None: all weights are trained.
+
+    The arguments are those of `resolve_sft_model`.
+    """
+    _, model = _look_up_model("student", settings.student, models, scale_settings.student)  # type: ignore[arg-type]
+    if model.lora is None:
+        return None
+    stated = model.lora.model_dump(exclude_none=True)
+    if isinstance(stated.get("targets"), tuple):
+        stated["targets"] = tuple(sorted(set(stated["targets"])))  # their order means nothing
+    return LoraSpec(**stated)
 
 
 def build_optimizer_spec(settings: Settings) -> OptimizerSpec:
@@ -127,6 +144,8 @@ def _look_up_model(
             f"{role}.{min(misplaced)}: sets how a teacher's weights are held; leave it out, or set it for a "
             "teacher"
         )
+    if role != "student" and "lora" in fields:
+        raise ConfigError(f"{role}.lora: an adapter is trained on a student; leave it out of a {role}")
     size = stated_model.size
     if size is None and fields and fields.keys() <= _SHARED_SIZE_FIELDS and isinstance(default_size, str):
         size = default_size

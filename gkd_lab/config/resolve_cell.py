@@ -29,6 +29,7 @@ from gkd_lab.config.reference_models import (
     build_optimizer_spec,
     check_schedule,
     check_vocab_sizes,
+    resolve_lora,
     resolve_sft_model,
 )
 from gkd_lab.config.reward_objectives import build_reward_terms, resolve_reward
@@ -205,11 +206,13 @@ class CellResolver:
     def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the experiment's settings, axis values over them. ConfigError: shorthand and long form."""
         stated = self.experiment.merge_task_settings(task_name, self.scale)
-        for axis, value in axis_values.items():
+        # A field of the student, an axis with dots, is set after the student itself.
+        for axis in sorted(axis_values, key=lambda axis: axis.count(".")):
             if axis != "task":
+                value = axis_values[axis]
                 for field in reversed(axis.split(".")):
                     value = {field: value}
-                stated = merge_settings(stated, value)
+                stated = merge_settings(_expand_student_name(stated, axis), value)
         for long_form, shorthands in _SHORTHANDS.items():
             conflicts = [name for name in shorthands if name in stated or name in self.axis_names]
             if conflicts and not isinstance(stated.get(long_form), str | None):
@@ -236,6 +239,11 @@ class CellResolver:
             "teachers": tuple(teachers),
             **resolve_teacher_placements((settings.teacher, *extra_teachers.values())),
             "start": sft_student,
+            "lora": resolve_lora(
+                settings,
+                Settings.model_validate(_select_settings(defaults)),
+                _list_models("student", defaults),
+            ),
             "optimizer": build_optimizer_spec(settings),
             "train_rows": _limit_train_rows(settings, sft_student),
             "selection": _build_selection(settings, task.metrics),
@@ -340,6 +348,15 @@ class CellResolver:
 def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task's defaults without the keys that are no `Settings` fields, such as `models`."""
     return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
+
+
+def _expand_student_name(stated: dict[str, Any], axis: str) -> dict[str, Any]:
+    """Return stated settings with a student's name as a section, if an axis sets a field of the student."""
+    student = stated.get("student")
+    if not axis.startswith("student.") or not isinstance(student, str):
+        return stated
+    is_place = "/" in student or student.startswith((".", "~", "pypi:"))
+    return {**stated, "student": {"pretrained" if is_place else "size": student}}
 
 
 def _list_models(role: str, defaults: Mapping[str, Any]) -> dict[str, ModelSettings]:

@@ -26,6 +26,7 @@ from gkd_lab.config.artifact_specs import (
     TeacherText,
 )
 from gkd_lab.config.cell import Implementation, LossNormalization, Source
+from gkd_lab.config.lora import LoraDropout, LoraTargets
 from gkd_lab.config.loss_terms import DivergenceKind, RewardFields, Share, TermConfig
 
 Method = Literal[
@@ -100,6 +101,20 @@ class SftSettings(Section):
     )
 
 
+class LoraSettings(Section):
+    """A LoRA adapter that is trained instead of the student's own weights, with peft's terms."""
+
+    r: PositiveInt | None = Field(default=None, description="rank; default 8")
+    alpha: PositiveFloat | None = Field(
+        default=None, description="the adapter is scaled by alpha / r; default 16"
+    )
+    targets: LoraTargets | None = Field(
+        default=None,
+        description="names of linear layers, such as [q_proj, v_proj]; default all-linear: all but the head",
+    )
+    dropout: LoraDropout | None = Field(default=None, description="of the adapter's input; default 0")
+
+
 class ModelSettings(Section):
     """A model: an architecture to make, a checkpoint to load, or a server; a name may replace it."""
 
@@ -118,6 +133,9 @@ class ModelSettings(Section):
         default=None, description="weights; `cell`, of a student: the seed of its cell; default 0"
     )
     sft: SftSettings | None = None
+    lora: LoraSettings | None = Field(
+        default=None, description="student: train a LoRA adapter on the SFT student, whose own weights stay"
+    )
     size: str | None = Field(
         default=None, description="name of a model of the scale, of which the other fields change a part"
     )

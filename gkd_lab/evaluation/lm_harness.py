@@ -28,7 +28,7 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import _import_func_in_yml
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import LmEvalEvaluation
@@ -81,17 +81,30 @@ def build_task(evaluation: LmEvalEvaluation, *, trusted: bool = False) -> BuiltT
         return BuiltTask(evaluation, task_objects, compute_task_hash(task_objects), trusted)
 
 
-def open_checkpoint(folder: Path, model: SftModel, device: str, batch_size: int = BATCH_SIZE) -> HFLM:
-    """Load an exported checkpoint folder on `device` as lm-eval's `hf` model, causal or seq2seq.
+def open_checkpoint(
+    checkpoint: Path | PreTrainedModel,
+    model: SftModel,
+    device: str,
+    batch_size: int = BATCH_SIZE,
+    tokenizer: Any = None,
+) -> HFLM:
+    """Open a checkpoint folder, or a loaded model and tokenizer, as lm-eval's causal or seq2seq `hf` model.
 
     T5 has relative positions, so sources up to the training length are not truncated to the 512 positions of
     its configuration.
     """
     is_encoder_decoder = model.family == "encoder-decoder"
-    max_length = resolve_max_length(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    if isinstance(checkpoint, PreTrainedModel):
+        pretrained: Any = checkpoint.to(device)
+        config = checkpoint.config
+    else:
+        pretrained = str(checkpoint)
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+    max_length = resolve_max_length(config)
     with _silence_and_sandbox(trusted=False):
         return HFLM(
-            pretrained=str(folder),
+            pretrained=pretrained,
+            tokenizer=tokenizer,
             backend="seq2seq" if is_encoder_decoder else "causal",
             device=device,
             batch_size=batch_size,

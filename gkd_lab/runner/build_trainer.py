@@ -105,7 +105,8 @@ def build_distillation_arguments(
         "gradient_accumulation_steps": micro_batches,
         "dataloader_drop_last": True,
         "max_new_tokens": training.max_output_tokens,
-        "disable_dropout": training.dropout == 0,
+        # With an adapter that of the base is turned off when the adapter is added, whose own may be on.
+        "disable_dropout": training.dropout == 0 and training.lora is None,
         "seed": training.seed,
         "bf16": training.precision == "bf16",
     }

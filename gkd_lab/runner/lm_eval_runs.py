@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Evaluation, LmEvalEvaluation
@@ -19,11 +20,13 @@ from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.evaluation_settings import LmEvalSettings, resolve_lm_eval_evaluations
 from gkd_lab.config.lm_eval_task import SHIPPED_TASKS_FOLDER, FunctionTag, load_task_yaml
 from gkd_lab.evaluation.lm_harness import BATCH_SIZE, BuiltTask, build_task, open_checkpoint, run_task
-from gkd_lab.models.build import load_model, load_tokenizer
+from gkd_lab.models.build import load_tokenizer
+from gkd_lab.models.lora_students import holds_adapter
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split, take_first_rows
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.run_options import RunOptions, select_device
+from gkd_lab.runner.student_files import choose_precision, load_student, read_training
 from gkd_lab.store import EvaluationRecord, Record
 from gkd_lab.store.files import read_json, write_json_lines, write_text
 from gkd_lab.training.sampling import collect_end_ids
@@ -115,10 +118,19 @@ def run_tasks(
     """
     evaluation_records = [record.get_evaluation(task.evaluation) for task in built_tasks]
     with suppress(RecordedFailure), record_failures(evaluation_records, options.outputs):
-        lm = open_checkpoint(record.checkpoint, model, select_device(), batch_size)
+        checkpoint, tokenizer = _load_if_adapter(record, model)
+        lm = open_checkpoint(checkpoint, model, select_device(), batch_size, tokenizer)
         for task, evaluation_record in zip(built_tasks, evaluation_records, strict=True):
             with suppress(RecordedFailure), record_failures([evaluation_record], options.outputs):
                 _run_and_store_task(lm, task, evaluation_record, options)
+
+
+def _load_if_adapter(record: Record, model: SftModel) -> tuple[Path | PreTrainedModel, Any]:
+    """Return what lm-eval opens: the checkpoint's folder and None, or a LoRA student and its tokenizer."""
+    if not holds_adapter(record.checkpoint):
+        return record.checkpoint, None
+    precision = choose_precision(read_training(record))
+    return load_student(record, model, precision), load_tokenizer(record.checkpoint)
 
 
 def _run_and_store_task(
@@ -213,7 +225,7 @@ def _build_generation_arguments(
     record: Record, model: SftModel, evaluation: Evaluation, tokenizer: Any
 ) -> dict[str, Any]:
     """Return lm-eval's `generation_kwargs`, all keys set, so that the checkpoint's own have no effect."""
-    end_ids = collect_end_ids(load_model(record.checkpoint, model.family), tokenizer)
+    end_ids = collect_end_ids(load_student(record, model, "fp32"), tokenizer)
     arguments: dict[str, Any] = {
         "until": [],
         "do_sample": False,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import Cell, Reference, list_references
 from gkd_lab.config.packs import AUTO_PACK_SIZE, group_cells_into_packs
+from gkd_lab.models.lora_students import check_loaded_targets
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.cell_locks import PackLock
 from gkd_lab.runner.evaluate_cells import evaluate_cells, evaluate_reference
@@ -33,7 +34,9 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
     """Build the reference models, train and evaluate every cell; return failure lines and busy cell count.
 
     Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
+    Raises ConfigError for an adapter's target that a loaded student lacks.
     """
+    check_loaded_targets(cell.training for cell in grid.cells)
     outcome = RunOutcome()
     failed_references = _prepare_references(grid, options, outcome)
     tried_cells: list[Cell] = []

@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from gkd_lab.config.cell import Cell
+from gkd_lab.config.cell import Cell, Training
 from gkd_lab.config.packs import explain_unpackable
 from gkd_lab.encoding.batches import Example, collate_examples
-from gkd_lab.models.build import load_model, load_tokenizer
+from gkd_lab.models.build import load_tokenizer
+from gkd_lab.models.lora_students import add_lora_adapter, holds_adapter, load_adapter_weights
 from gkd_lab.models.packing import CannotPack, Pack
-from gkd_lab.runner.artifacts import LoadedModel, export_checkpoint
+from gkd_lab.runner.artifacts import LoadedModel
 from gkd_lab.runner.build_trainer import build_trainer
 from gkd_lab.runner.checkpoint_callback import CheckpointCallback
 from gkd_lab.runner.cross_tokenizer import check_shared_tokenizer
@@ -34,6 +36,7 @@ from gkd_lab.runner.repair import quarantine_damaged_result, repair_unfinished_t
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.selection import SelectionCallback, load_best_weights
 from gkd_lab.runner.sft import HistoryCallback
+from gkd_lab.runner.student_files import choose_precision, load_student, save_student
 from gkd_lab.runner.training_inputs import load_examples, load_sft_student, load_teacher
 from gkd_lab.runner.trl_trainer import TrlCellTrainer, build_trl_trainer, load_uncut_examples
 from gkd_lab.store import Record
@@ -41,6 +44,7 @@ from gkd_lab.store.provenance import collect_provenance, describe_sources
 from gkd_lab.store.timing import UsageMeter, count_completion_tokens
 from gkd_lab.training.checkpoints import build_checkpoint_path, list_complete_steps, load_checkpoint_weights
 from gkd_lab.training.pack_trainer import AllCellsFailed
+from gkd_lab.training.setup import disable_dropout
 from gkd_lab.training.trainer import GKDTrainer
 
 
@@ -96,10 +100,9 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
     student = students[training.start]
     if training.implementation == "trl":
         examples = load_uncut_examples(cells[0], student.tokenizer, records[0], options)
-        pack = Pack.build_single(student.model)
     else:
         examples = load_examples(cells[0], student.tokenizer, records, options)
-        pack = _build_pack([students[cell.training.start].model for cell in cells])
+    pack = _build_student_pack(cells, [students[cell.training.start].model for cell in cells])
     if len(cells) > 1:
         options.store.get_sft_student(cells[0]).delete_unpackable_reason()
     start_step = _resume_pack(pack, records, options)
@@ -112,10 +115,10 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
         facts["rows_at_once"] = training.batch_size // micro_batches
     for n, (cell, record) in enumerate(zip(cells, records, strict=True)):
         if not record.read_status():
-            export_checkpoint(pack.unpack_cell(n), student.tokenizer, record.checkpoint)
+            save_student(pack.unpack_cell(n), student.tokenizer, cell, record.checkpoint)
             if training.selection is not None:
                 pack.load_cell(n, load_best_weights(record, training.selection.metric))
-                export_checkpoint(pack.unpack_cell(n), student.tokenizer, record.best_checkpoint)
+                save_student(pack.unpack_cell(n), student.tokenizer, cell, record.best_checkpoint)
             sources = describe_sources(cell.training, cell.scale, options.store)
             usage = meter.read_usage()
             record.write_provenance(
@@ -127,6 +130,23 @@ def _train_pack(cells: list[Cell], limit_reason: str, options: RunOptions, micro
                 shared_by=len(cells),
                 device=select_device(),
             )
+
+
+def _build_student_pack(cells: Sequence[Cell], models: Sequence[PreTrainedModel]) -> Pack:
+    """Return the cells' SFT students as one pack; a student of TRL's trainer or of LoRA is alone in it."""
+    training = cells[0].training
+    model = models[0] if training.lora is None else _add_adapter(models[0], training)
+    if training.implementation == "trl" or training.lora is not None:
+        return Pack.build_single(model)
+    return _build_pack(models)
+
+
+def _add_adapter(model: PreTrainedModel, training: Training) -> Any:
+    """Return the SFT student with the cell's new adapter; its own dropout is on only if the cell's is."""
+    assert training.lora is not None, "a training of an adapter"
+    if training.dropout == 0:
+        disable_dropout(model)
+    return add_lora_adapter(model, training.lora, training.seed, training.start.model.name)
 
 
 def _list_start_cells(cells: Sequence[Cell]) -> list[Cell]:
@@ -145,8 +165,11 @@ def _resume_pack(pack: Pack, records: Sequence[Record], options: RunOptions) -> 
     step = max(common_steps, default=0)
     for n, record in enumerate(records):
         record.rewind_history(step)
-        if step:
-            pack.load_cell(n, load_checkpoint_weights(build_checkpoint_path(str(record.steps_folder), step)))
+        checkpoint = build_checkpoint_path(str(record.steps_folder), step)
+        if step and holds_adapter(checkpoint):
+            load_adapter_weights(pack.model, checkpoint)
+        elif step:
+            pack.load_cell(n, load_checkpoint_weights(checkpoint))
     return step
 
 
@@ -260,8 +283,11 @@ def load_trained_pack(
     is_best: the models that scored best on validation rows, instead of the last.
     """
     training = cells[0].training
-    precision = "fp64" if training.precision == "fp64" else "fp32"
     records = [options.store.get_record(cell) for cell in cells]
-    folders = [record.best_checkpoint if is_best else record.checkpoint for record in records]
-    members = [load_model(folder, training.start.family, precision) for folder in folders]
-    return _build_pack(members), load_tokenizer(folders[0])
+    members = [
+        load_student(record, training.start, choose_precision(training), is_best=is_best)
+        for record in records
+    ]
+    tokenizer = load_tokenizer(records[0].best_checkpoint if is_best else records[0].checkpoint)
+    pack = _build_pack(members) if training.lora is None else Pack.build_single(members[0])
+    return pack, tokenizer

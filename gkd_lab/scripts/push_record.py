@@ -39,12 +39,13 @@ def push_record(record: Record, repo: str | None, *, private: bool) -> str:
     name = repo or f"{owner}/gkd-{training.task}-{training.fingerprint}"
     card = build_card(describe_record(record, training, name.split("/")[-1]))
     api = HfApi()
-    with explain_hub_errors(f"the push to {name!r}"):
-        model_id = api.create_repo(name, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            readme = Path(folder) / "README.md"
-            card.save(readme)
-            files = [*sorted(_list_checkpoint_files(record)), (readme.name, readme)]
+    with tempfile.TemporaryDirectory() as folder:
+        student = _prepare_student(record, training, Path(folder) / "student")
+        readme = Path(folder) / "README.md"
+        card.save(readme)
+        files = [*sorted(_list_student_files(student)), (readme.name, readme)]
+        with explain_hub_errors(f"the push to {name!r}"):
+            model_id = api.create_repo(name, private=private, exist_ok=True).repo_id
             info = api.create_commit(
                 model_id,
                 [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files],
@@ -53,10 +54,25 @@ def push_record(record: Record, repo: str | None, *, private: bool) -> str:
     return str(info.repo_url)
 
 
-def _list_checkpoint_files(record: Record) -> Iterator[tuple[str, Path]]:
-    """Yield (path in the model, file) of the exported student and tokenizer; a card of theirs is left out."""
-    for file in record.checkpoint.rglob("*"):
-        path = file.relative_to(record.checkpoint).as_posix()
+def _prepare_student(record: Record, training: Training, folder: Path) -> Path:
+    """Return the folder to upload: the checkpoint, or with LoRA what is written into `folder` now.
+
+    An adapter whose base is a checkpoint of the hub names it; on any other base it is merged.
+    """
+    if training.lora is None:
+        return record.checkpoint
+    from gkd_lab.runner.progress import silence_libraries
+    from gkd_lab.runner.student_files import export_record  # loads torch
+
+    silence_libraries()
+    export_record(record, folder, merged=not training.start.is_hub_checkpoint)
+    return folder
+
+
+def _list_student_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (path in the model, file) of an exported student and tokenizer; a card of theirs is left out."""
+    for file in folder.rglob("*"):
+        path = file.relative_to(folder).as_posix()
         if file.is_file() and not path.startswith(".") and path != "README.md":
             yield path, file
 
@@ -68,7 +84,8 @@ def load_finished_training(record: Record) -> Training:
     if role != "cell":
         raise ConfigError(f"{record.folder} is a {role}, not a cell: only distilled students are pushed")
     state = record.read_state()
-    if state != "done" or not (record.checkpoint / "config.json").is_file():
+    files = (record.checkpoint / name for name in ("config.json", "adapter_config.json"))
+    if state != "done" or not any(file.is_file() for file in files):
         reason = f"its training is {state}" if state != "done" else "it has no checkpoint"
         raise ConfigError(
             f"{record.folder}: {reason}; `gkd-lab run` its experiment (with --retry-failed after a failure), "
@@ -110,7 +127,7 @@ def describe_record(record: Record, training: Training, name: str) -> CardFacts:
             provenance, cell=training.fingerprint, seed=training.seed, data_seed=training.data.seed
         ),
         is_encoder_decoder=start.family == "encoder-decoder",
-        is_adapter=(record.checkpoint / "adapter_config.json").is_file(),
+        is_adapter=training.lora is not None and start.is_hub_checkpoint,
         auto_class=_choose_auto_class(start),
     )
 

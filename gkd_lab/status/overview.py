@@ -15,6 +15,7 @@ from gkd_lab.config.cell import list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 from gkd_lab.config.packs import PackLimit, drop_model_seeds, explain_unpackable, group_cells_into_packs
+from gkd_lab.config.settings import LoraSettings
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
 from gkd_lab.store import State, Store
@@ -240,8 +241,9 @@ _FIELDS_SET_BY_AXIS = {
     "teacher_temperature": {"objectives"},
     "student_temperature": {"objectives"},
     "implementation": {"implementation", "trl_version", "loss_normalization"},
-    "student": {"start"},
+    "student": {"start", "lora"},
     "student.sft.rows": {"start", "train_rows"},
+    **{f"student.lora.{name}": {"lora"} for name in LoraSettings.model_fields},
     "learning_rate": {"optimizer"},
     "weight_decay": {"optimizer"},
     "max_grad_norm": {"optimizer"},

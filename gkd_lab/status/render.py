@@ -87,11 +87,13 @@ def _format_identity(view: CellView, axes: list[str]) -> list[str]:
 
 
 def _format_axis_value(axis: str, label: Any) -> str:
-    """Format an axis value: objectives by terms, dicts as `key=value,...`, floats by `:g`."""
+    """Format an axis value: objectives by terms, dicts as `key=value,...`, lists as `a+b`, floats by `:g`."""
     if axis == "objectives":
         return loss_label(label)
     if isinstance(label, dict):
         return ",".join(f"{key}={_format_axis_value(key, value)}" for key, value in label.items())
+    if isinstance(label, tuple):
+        return "+".join(_format_axis_value(axis, item) for item in label)
     return f"{label:g}" if isinstance(label, float) else str(label)
 
 

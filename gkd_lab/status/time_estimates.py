@@ -131,7 +131,7 @@ class TimeEstimator:
         key = (
             *(training.start.full_fingerprint, training.teacher.full_fingerprint),
             *(training.max_input_tokens, training.max_output_tokens),
-            *(training.steps, training.batch_size, training.source.lmbda),
+            *(training.steps, training.batch_size, training.source.lmbda, training.lora is None),
         )
         if key not in self._flops_cache:
             student = self._get_parameter_count("start", training.start)
@@ -145,7 +145,7 @@ class TimeEstimator:
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
             *(training.max_input_tokens, training.max_output_tokens, training.precision),
-            *(training.optimizer.name, is_packed, training.implementation),
+            *(training.optimizer.name, is_packed, training.implementation, training.lora),
         )
         if parts not in self._kind_keys:
             models = [_list_speed_fields(model) for model in (training.start, training.teacher)]

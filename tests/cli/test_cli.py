@@ -505,3 +505,43 @@ def test_claims_judge_a_table_file(run_command: RunCommand) -> None:
     assert len(rows["C1"]["comparisons"]) == 10  # five divergences, last and best checkpoint
     status, _, err = run_command("claims", "missing.parquet")
     assert status == 2 and "missing.parquet" in err
+
+
+LORA_EXPERIMENT = """\
+description: adapters
+task: arithmetic
+student: {size: small, lora: {r: 2}}
+grid: {student.lora.r: [2, 4], lmbda: [1]}
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_missing_peft_is_named_before_anything_is_trained(
+    command: str, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write_experiment(LORA_EXPERIMENT)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, out, err = run_command(command, name)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "gkd-lab[peft]" in err
+    assert not list(Path("outputs").rglob("spec.json"))
+
+
+def test_the_plan_says_why_cells_with_an_adapter_run_alone(run_command: RunCommand) -> None:
+    status, out, _ = run_command("plan", write_experiment(LORA_EXPERIMENT))
+    assert status == 0
+    assert [line.split()[5] for line in out.splitlines()[1:3]] == ["2", "4"]
+    assert "2 cells run alone: a LoRA adapter" in out
+
+
+def test_export_refuses_what_is_no_finished_record(run_command: RunCommand) -> None:
+    status, out, err = run_command("export", "1a2b3c4d", "-o", "new")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "1a2b3c4d" in err
+    folder = Path("outputs/nano/arithmetic/lmbda=1-1a2b3c4d")
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text("{}")
+    status, _, err = run_command("export", "1a2b3c4d", "-o", "new")
+    assert status == 2 and "missing" in err
+    status, _, err = run_command("export", "1a2b3c4d")
+    assert status == 2 and "-o" in err
+    assert not Path("new").exists()

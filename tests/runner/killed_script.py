@@ -1,6 +1,8 @@
 """Run a tiny experiment in children that kill themselves at given moments, and then to its end.
 
-    python killed_script.py TINY_EXPERIMENTS_FILE TASK FOLDER
+    python killed_script.py TINY_EXPERIMENTS_FILE TASK FOLDER CHANGES
+
+CHANGES is JSON: fields of the experiment to replace.
 
 Children are forked from this clean process, so that the libraries are loaded once. A moment is a rename, by
 which each file of a record appears, or a step of a phase. Writes FOLDER/moments.json: moment -> folder.
@@ -102,7 +104,8 @@ def main() -> None:
     module_spec.loader.exec_module(tiny_experiments)
     silence_libraries()
     gc.freeze()
-    grid = tiny_experiments.tiny_grid(root, task)
+    grid = tiny_experiments.tiny_grid(root, task, **json.loads(sys.argv[4]))
+    evaluated = "1 cell" if grid.cells[0].training.lora else f"{len(grid.cells)} cells"
 
     def run_whole(outputs: Path, **changes: Any) -> None:
         outcome = run_grid(grid, tiny_experiments.options(outputs, **changes))
@@ -117,7 +120,7 @@ def main() -> None:
     moments: dict[str, Callable[[Path], None]] = {
         "teacher": lambda outputs: run_whole(outputs, reporter=DeadlyReporter(": teacher ", 3)),
         "distillation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter("distillation", 3)),
-        "evaluation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter("6 cells, sample", 1)),
+        "evaluation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter(f"{evaluated}, sample", 1)),
     }
     for eighth in (1, 3, 5, 7):
         number = renames * eighth // 8

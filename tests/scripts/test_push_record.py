@@ -4,13 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from gkd_lab.config.artifact_specs import ModelSpec
 from gkd_lab.config.cell import Cell
+from gkd_lab.config.fingerprint import replace_fields
 from gkd_lab.config.grid import Grid
+from gkd_lab.config.lora import LoraSpec
+from gkd_lab.models.lora_students import add_lora_adapter
+from gkd_lab.runner.student_files import save_student
 from gkd_lab.store import Record, Store
 
 from ..training.scripts import chat_tokenizer, llama, saved
@@ -37,11 +43,11 @@ def hub() -> HubServer:
         yield server
 
 
-def make_grid() -> Grid:
+def make_grid(outputs: Path = Path("outputs")) -> Grid:
     from gkd_lab import experiments
 
     fields = {"task": "arithmetic", "lmbda": "0.5", "beta": "0.1", "seed": "0"}
-    return experiments.load_single_cell(fields, scale="nano", outputs=Path("outputs"))
+    return experiments.load_single_cell(fields, scale="nano", outputs=outputs)
 
 
 def write_finished_cell(*, finished: bool = True) -> tuple[Cell, Record]:
@@ -89,6 +95,43 @@ def test_a_pushed_cell_arrives_with_its_weights_tokenizer_and_card(
     assert "agarwal2024onpolicy" in text and "torch: 2.13.0" in text
     for private in ("/home", "secret", "a-host-of-mine", str(tmp_path), TOKEN):
         assert private not in text
+
+
+@pytest.mark.parametrize("start_is_on_hub", [False, True])
+def test_an_adapter_is_pushed_with_a_base_that_the_hub_has_or_merged(
+    start_is_on_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    (plain,) = make_grid(outputs=tmp_path).cells
+    start = plain.training.start
+    if start_is_on_hub:
+        place = ModelSpec(name="base", pretrained="someone/base", revision="abc")
+        start = replace_fields(start, model=place, sft=None)
+    training = replace_fields(plain.training, start=start, lora=LoraSpec(r=2))
+    cell = replace(plain, training=training)
+    store = Store(tmp_path)
+    record, base = store.get_record(cell), store.get_sft_student(cell)
+    saved(llama(0), base.checkpoint, chat_tokenizer())
+    base.write_spec(start, role="start")
+    base.finish()
+    adapted = add_lora_adapter(llama(0), LoraSpec(r=2), 0, "tiny")
+    record.write_spec(training, scale=cell.scale, labels=cell.labels)
+    save_student(adapted, chat_tokenizer(), cell, record.checkpoint)
+    record.write_provenance(PROVENANCE)
+    record.finish()
+    with run_hub() as hub:
+        done = push(str(record.folder), environment=hub.environment(tmp_path / "home"))
+    assert (done.returncode, done.stderr) == (0, "")
+    (model,) = hub.models.values()
+    card = ModelCard(model.files["README.md"].decode())
+    assert card.data.library_name == ("peft" if start_is_on_hub else "transformers")
+    assert ("adapter_model.safetensors" in model.files) is start_is_on_hub
+    assert ("model.safetensors" in model.files) is not start_is_on_hub
+    if start_is_on_hub:
+        config = json.loads(model.files["adapter_config.json"])
+        assert (config["base_model_name_or_path"], config["revision"]) == ("someone/base", "abc")
+        assert card.data.base_model == "someone/base"
+    assert not any(str(tmp_path).encode() in content for content in model.files.values())
 
 
 def test_the_folder_of_a_record_and_a_name_can_be_given(
