@@ -76,7 +76,7 @@ class CardFacts:
     """Everything that a card says.
 
     Args:
-        name: Name of the model.
+        name: Name that loads the model, OWNER/NAME on the hub.
         student, teacher: What it was made of.
         objective: Sentences about the loss and the text that it is computed on.
         data: Sentences about the rows.
@@ -103,6 +103,11 @@ class CardFacts:
     is_adapter: bool = False
     auto_class: str | None = None
 
+    @property
+    def title(self) -> str:
+        """Name without owner."""
+        return self.name.split("/")[-1]
+
 
 def build_card(facts: CardFacts) -> ModelCard:
     """Return the card: metadata by huggingface_hub's own classes, then the text."""
@@ -112,7 +117,7 @@ def build_card(facts: CardFacts) -> ModelCard:
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag=None if facts.is_encoder_decoder or facts.auto_class else "text-generation",
         tags=["gkd", "knowledge-distillation", "on-policy-distillation", "gkd-lab"],
-        model_name=facts.name,
+        model_name=facts.title,
         eval_results=[_build_eval_result(facts, score) for score in facts.scores] or None,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_format_text(facts)}\n")
@@ -142,9 +147,9 @@ def _build_eval_result(facts: CardFacts, score: ScoreLine) -> EvalResult:
 def _format_text(facts: CardFacts) -> str:
     """Return the card's text in Markdown."""
     sections = [
-        f"# {facts.name}",
-        f"{facts.student.format_link()}, distilled from {facts.teacher.format_link()} by generalized "
-        "knowledge distillation (GKD).",
+        f"# {facts.title}",
+        f"Distilled by generalized knowledge distillation (GKD). Student: {facts.student.format_link()}. "
+        f"Teacher: {facts.teacher.format_link()}.",
         _format_section("Objective", facts.objective),
         _format_section("Data", facts.data),
         _format_scores(facts),

@@ -27,6 +27,9 @@ from gkd_lab.scripts.model_card import (
 from gkd_lab.store import Record
 from gkd_lab.store.files import read_json
 
+_SOURCES = ("data", "teacher", "start")
+"""Parts of a record's provenance that a card repeats: revisions, seeds and hashes of weights."""
+
 
 def push_record(record: Record, repo: str | None, *, private: bool) -> str:
     """Upload a finished cell's student, tokenizer and card to the hub; return the model's address.
@@ -37,7 +40,7 @@ def push_record(record: Record, repo: str | None, *, private: bool) -> str:
     training = load_finished_training(record)
     owner = check_login()
     name = repo or f"{owner}/gkd-{training.task}-{training.fingerprint}"
-    card = build_card(describe_record(record, training, name.split("/")[-1]))
+    card = build_card(describe_record(record, training, name))
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         student = _prepare_student(record, training, Path(folder) / "student")
@@ -105,6 +108,7 @@ def load_finished_training(record: Record) -> Training:
 def describe_record(record: Record, training: Training, name: str) -> CardFacts:
     """Return the facts of a cell's card: its specification, its stored scores and its provenance."""
     start, provenance = training.start, record.read_provenance()
+    sources = hide_places({name: provenance[name] for name in _SOURCES if name in provenance})
     scores = sorted(_read_scores(record), key=lambda score: (score.evaluation, score.metric))
     return CardFacts(
         name=name,
@@ -124,7 +128,7 @@ def describe_record(record: Record, training: Training, name: str) -> CardFacts:
         score_note=INTERVAL_NOTE if any(score.low is not None for score in scores) else "",
         settings=hide_places(_list_settings(training)),
         versions=describe_versions(
-            provenance, cell=training.fingerprint, seed=training.seed, data_seed=training.data.seed
+            provenance, cell=training.fingerprint, seed=training.seed, data_seed=training.data.seed, **sources
         ),
         is_encoder_decoder=start.family == "encoder-decoder",
         is_adapter=training.lora is not None and start.is_hub_checkpoint,

@@ -55,14 +55,13 @@ def run_training(request: TrainRequest) -> Path:
     if training.push_to_hub and is_main:
         check_login()
     data = load_run_data(request)
-    student_config, _ = _load_configs(request)
-    is_encoder_decoder = bool(student_config.is_encoder_decoder)
+    is_encoder_decoder = _check_models(request)
     tokenizer = _load_tokenizer(request, data, is_encoder_decoder=is_encoder_decoder)
     if training.push_to_hub and is_main:
         _create_hub_model(training)
     trainer = _create_trainer(request, data, tokenizer, is_encoder_decoder=is_encoder_decoder)
     if is_main:
-        facts = describe_run(request, data, trainer.pack.model, trainer.teacher_model)
+        facts = describe_run(request, data, is_encoder_decoder=is_encoder_decoder)
         trainer.write_card = lambda: write_card(facts, folder, ())
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -102,8 +101,11 @@ def _report_failure(error: Exception, folder: Path, *, is_main: bool) -> Trainin
 # ---- before any weights are loaded ----
 
 
-def _load_configs(request: TrainRequest) -> tuple[Any, Any]:
-    """Return the configurations of student and teacher. ConfigError: no such model, two kinds of models."""
+def _check_models(request: TrainRequest) -> bool:
+    """Return whether student and teacher are encoder-decoders, by their configurations alone.
+
+    Raises ConfigError where there is no such model, and for a classifier or two kinds of models.
+    """
     training, model = request.training, request.model
     sources = (
         ("model_name_or_path", model.model_name_or_path, model.model_revision),
@@ -128,7 +130,7 @@ def _load_configs(request: TrainRequest) -> tuple[Any, Any]:
             f"the student is {names[student.is_encoder_decoder]} and the teacher "
             f"{names[teacher.is_encoder_decoder]}: choose a teacher of the student's kind"
         )
-    return student, teacher
+    return bool(student.is_encoder_decoder)
 
 
 def _load_config(option: str, name: str, revision: str | None, trust_remote_code: bool) -> Any:

@@ -5,14 +5,18 @@ Facts are collected before training, because its folder may hold what they are r
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from trl.scripts.utils import DatasetConfig
 
 from gkd_lab.scripts.model_card import (
     INTERVAL_NOTE,
     CardFacts,
+    CardSource,
     ScoreLine,
     build_card,
     describe_loss,
@@ -21,6 +25,7 @@ from gkd_lab.scripts.model_card import (
     describe_text_source,
     describe_versions,
     hide_places,
+    shorten_path,
 )
 from gkd_lab.scripts.train_options import TrainRequest
 from gkd_lab.scripts.user_data import RunData
@@ -35,21 +40,24 @@ def write_card(facts: CardFacts, folder: Path, scores: Sequence[ScoreLine]) -> N
     build_card(replace(facts, scores=scores, score_note=note)).save(folder / "README.md")
 
 
-def describe_run(request: TrainRequest, data: RunData, student: Any, teacher: Any) -> CardFacts:
-    """Return the facts of the run's card, without scores; student and teacher are the loaded models."""
+def describe_run(request: TrainRequest, data: RunData, *, is_encoder_decoder: bool) -> CardFacts:
+    """Return the facts of the run's card, without scores. Its models have been loaded before."""
     script, training, model = request.script, request.training, request.model
-    student_source = describe_source(str(model.model_name_or_path), _get_commit(student))
-    teacher_source = describe_source(str(training.teacher_model_name_or_path), _get_commit(teacher))
-    names = [config.path for config in request.mixture.datasets] or [str(script.dataset_name)]
-    sources = [describe_source(name, kind="datasets") for name in names]
+    student, teacher = str(model.model_name_or_path), str(training.teacher_model_name_or_path)
+    student_commit = _find_commit(student, model.model_revision)
+    teacher_commit = _find_commit(teacher, script.teacher_model_revision)
+    mixture = request.mixture.datasets
+    sources = [_describe_part(part) for part in mixture] or [
+        describe_source(str(script.dataset_name), kind="datasets")
+    ]
     other_text = (
         "text that the teacher wrote for the prompts" if training.seq_kd else "the completions of the data"
     )
     model_id = training.hub_model_id or Path(training.output_dir).absolute().name
     return CardFacts(
-        name=model_id.split("/")[-1],
-        student=student_source,
-        teacher=teacher_source,
+        name=model_id,
+        student=describe_source(student, student_commit),
+        teacher=describe_source(teacher, teacher_commit),
         objective=[
             describe_text_source(
                 training.lmbda, training.temperature if training.lmbda else None, other_text
@@ -61,7 +69,7 @@ def describe_run(request: TrainRequest, data: RunData, student: Any, teacher: An
         dataset=sources[0],
         dataset_config=script.dataset_config,
         score_note=_describe_scores(script.metrics, training, data),
-        settings=hide_places(request.settings),
+        settings=hide_places(_list_settings(request)),
         settings_title="Settings, as `gkd-lab train` takes them (others are TRL's defaults)",
         versions=describe_versions(
             collect_provenance(),
@@ -69,27 +77,53 @@ def describe_run(request: TrainRequest, data: RunData, student: Any, teacher: An
             processes=training.world_size,
             rows={use: f"sha256:{digest}" for use, digest in data.hash_rows().items()},
             weights={
-                "student": _describe_weights(str(model.model_name_or_path), student),
-                "teacher": _describe_weights(str(training.teacher_model_name_or_path), teacher),
+                "student": _describe_weights(student, student_commit),
+                "teacher": _describe_weights(teacher, teacher_commit),
             },
         ),
-        is_encoder_decoder=bool(student.config.is_encoder_decoder),
+        is_encoder_decoder=is_encoder_decoder,
         is_adapter=model.use_peft,
     )
 
 
-def _get_commit(model: Any) -> str | None:
-    """Return the commit of a model that came from the hub, else None."""
-    return getattr(model.config, "_commit_hash", None)
+def _describe_part(part: DatasetConfig) -> CardSource:
+    """Return a part of a mixture: a name of the hub, or the files that a reader of `datasets` reads."""
+    if not part.data_files:
+        return describe_source(part.path, kind="datasets")
+    return CardSource(", ".join(shorten_path(name) for name in _flatten(part.data_files)))
 
 
-def _describe_weights(name: str, model: Any) -> str:
-    """Return what identifies a model's weights: the hash of a folder's weight files, or the hub's commit."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return f"commit {_get_commit(model) or 'unknown'}"
+def _flatten(files: Any) -> list[str]:
+    """Return the names in `data_files`: one, a list, or those of each split."""
+    if isinstance(files, Mapping):
+        return [name for part in files.values() for name in _flatten(part)]
+    return [str(files)] if isinstance(files, str) else [str(name) for name in files]
+
+
+def _list_settings(request: TrainRequest) -> dict[str, Any]:
+    """Return the user's settings, the parts of a mixture as a file has them."""
+    parts = [
+        {name: value for name, value in asdict(part).items() if value is not None}
+        for part in request.mixture.datasets
+    ]
+    return {**request.settings, **({"datasets": parts} if parts else {})}
+
+
+def _find_commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model of the hub in the local cache; None for a folder."""
+    for file in ("config.json", "adapter_config.json"):
+        path = None if Path(name).is_dir() else try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
+
+
+def _describe_weights(name: str, commit: str | None) -> str:
+    """Return what identifies a model's weights: the hub's commit, or the hash of a folder's weight files."""
+    if commit is not None:
+        return f"commit {commit}"
     total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(Path(name).expanduser().glob("*.safetensors")):
         total.update(f"{file.name}\0{compute_sha256(file)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 

@@ -4,6 +4,7 @@ TRL's parser takes values of a file as they are. Here each is checked first, so 
 that names it, and not an error of the library that meets it.
 """
 
+import os
 import re
 import sys
 from argparse import Action, ArgumentTypeError
@@ -131,6 +132,9 @@ class TrainParser(TrlParser):
         if not torch.accelerator.is_available():
             # TRL's default, bfloat16 on a GPU, is refused on a machine without one.
             self.set_defaults(use_cpu=True, bf16=False)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                self.set_defaults(ddp_backend="gloo")
+        self.set_defaults(log_level_replica="error")
         # The Trainer shows no bar while the libraries are silenced, and a file needs the log's lines alone.
         self.set_defaults(disable_tqdm=not sys.stderr.isatty())
 

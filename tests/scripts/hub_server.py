@@ -1,9 +1,10 @@
-"""Stand-in for the hub on loopback: answers what huggingface_hub asks when a model is created and uploaded.
+"""Stand-in for the hub on loopback: answers what clients ask to create, upload and load models and data sets.
 
     with run_hub() as hub:
         environment = hub.environment(folder)
 
-`hub.models[name]` holds the files that arrived, by path; `hub.unknown` lists requests without an answer.
+`hub.models[name]` holds the files that arrived, by path. `hub.served[name]`, a folder, can be loaded as a
+model, or as a data set if the name begins with `datasets/`. `hub.unknown` lists requests without an answer.
 """
 
 import base64
@@ -17,9 +18,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 TOKEN = "hf_" + "local0123456789abcdefghij"
 USER = "someone"
+COMMIT = "5" * 40
+"""Commit of all that is served."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.models: dict[str, HubModel] = {}
         self.large_files: dict[str, bytes] = {}
+        self.served: dict[str, Path] = {}
         self.unknown: list[str] = []
 
     @property
@@ -52,6 +57,7 @@ class HubServer(ThreadingHTTPServer):
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
             "TRANSFORMERS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -72,6 +78,18 @@ class HubHandler(BaseHTTPRequestHandler):
             if self.is_authorized():
                 self.answer({"name": USER, "type": "user", "orgs": []})
             return
+        path = urlsplit(self.path).path
+        for name, folder in self.server.served.items():
+            kind = "" if name.startswith("datasets/") else "models/"
+            if match := re.fullmatch(rf"/{name}/resolve/[^/]+/(.+)", path):
+                return self.send_file(folder / match[1])
+            if re.fullmatch(rf"/api/{kind}{name}(/revision/[^/]+)?", path):
+                files = [{"rfilename": file["path"]} for file in list_files(folder)]
+                return self.answer({"id": name.removeprefix("datasets/"), "sha": COMMIT, "siblings": files})
+            if match := re.fullmatch(rf"/api/{kind}{name}/tree/[^/]+/?(.*)", path):
+                inside = [file for file in list_files(folder) if file["path"].startswith(match[1])]
+                if inside:
+                    return self.answer(inside)
         # A card, a configuration or a file that is not here yet.
         self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
 
@@ -119,6 +137,14 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer({"error": "Invalid username or password."}, 401)
         return False
 
+    def send_file(self, path: Path) -> None:
+        """Answer with a file of what is served, its hash as the ETag."""
+        if not path.is_file():
+            return self.answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        content = path.read_bytes()
+        etag = hashlib.sha256(content).hexdigest()
+        self.answer(content, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+
     def create_model(self, request: dict[str, Any]) -> None:
         owner = request.get("organization") or USER
         if owner != USER:
@@ -149,7 +175,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
     def answer(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
@@ -157,6 +183,20 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def list_files(folder: Path) -> list[dict[str, Any]]:
+    """Return the files below a folder as the hub lists them."""
+    return [
+        {
+            "type": "file",
+            "path": path.relative_to(folder).as_posix(),
+            "size": path.stat().st_size,
+            "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from gkd_lab.store import Record, Store
 
 from ..training.scripts import chat_tokenizer, llama, saved
 from .hub_server import TOKEN, HubServer, run_hub
+from .user_pair import read_yaml_block
 
 ROOT = Path(__file__).parents[2]
 SCORES = {
@@ -32,6 +33,9 @@ PROVENANCE = {
     "gkd_lab": "0.1.0",
     "python": "3.11.7",
     "packages": {"torch": "2.13.0"},
+    "code": "0123456789abcdef",
+    "data": {"kind": "made", "revision": "arithmetic-made-1"},
+    "teacher": {"seeds": {"sft": 3}, "files": {"checkpoint/model.safetensors": 64 * "9"}},
     "command": ["gkd-lab", "run", "/home/someone/secret/mine.yaml"],
     "machine": {"system": "a-host-of-mine"},
 }
@@ -92,7 +96,11 @@ def test_a_pushed_cell_arrives_with_its_weights_tokenizer_and_card(
     assert score.metric_args == {"low": 35.5, "high": 47.0, "interval": "95 %", "examples": 80}
     assert "| greedy | test | accuracy | 41.25 | [35.50, 47.00] | 80 |" in text
     assert "JSD(beta) of teacher and student with beta = 0.1" in text and "lmbda = 0.5" in text
-    assert "agarwal2024onpolicy" in text and "torch: 2.13.0" in text
+    assert "agarwal2024onpolicy" in text and f'from_pretrained("{name}")' in text
+    provenance = read_yaml_block(text, "Provenance")
+    kept = ("time", "code", "python", "packages", "data", "teacher")
+    assert {key: provenance[key] for key in kept} == {key: PROVENANCE[key] for key in kept}
+    assert (provenance["cell"], provenance["seed"]) == (cell.fingerprint, 0)
     for private in ("/home", "secret", "a-host-of-mine", str(tmp_path), TOKEN):
         assert private not in text
 

@@ -16,7 +16,15 @@ from gkd_lab.metrics.text_metrics import Scorer
 from gkd_lab.scripts.train_help import HELP_FILE, format_help
 
 from ..training.scripts import config, t5, trainer, weights
-from .user_pair import RUN, run_command, write_own_answers, write_rows, write_run_file, write_user_folder
+from .user_pair import (
+    RUN,
+    read_yaml_block,
+    run_command,
+    write_own_answers,
+    write_rows,
+    write_run_file,
+    write_user_folder,
+)
 
 EVALUATED = {
     "metrics": ["rouge1", "exact_match", "bleu"],
@@ -87,6 +95,19 @@ def test_an_encoder_decoder_pair_is_distilled_on_a_parquet_file(
     status, output, _ = run_command(capsys, "train", "--config", "run.yaml")
     assert status == 0 and re.search(r"test rouge1: \d+\.\d\d \[.*\], 2 examples", output)
     assert AutoModelForSeq2SeqLM.from_pretrained("out").config.is_encoder_decoder
+
+
+def test_a_mixture_of_files_is_trained_on_and_named_in_the_card(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [{"path": "json", "data_files": str(folder / f"data/{name}.jsonl")} for name in ("train", "test")]
+    write_run_file(dataset_name=None, datasets=parts, test_split_size=4, metrics=["rouge1"])
+    assert run_command(capsys, "train", "--config", "run.yaml")[0] == 0
+    text = Path("out/README.md").read_text()
+    assert "trained on: 13 rows of `train`; scored: 4 rows of `test`" in text
+    settings = read_yaml_block(text, "Settings, as `gkd-lab train` takes them")
+    names = [part["data_files"] for part in settings["datasets"]]
+    assert names == ["train.jsonl", "test.jsonl"] and str(folder) not in text
 
 
 def test_a_lora_student_is_saved_as_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,13 +247,6 @@ def test_the_hash_of_the_rows_in_the_card_changes_with_the_rows_alone(
         text = Path(f"out{len(hashes)}/README.md").read_text()
         hashes.append(read_yaml_block(text, "Provenance")["rows"]["train"])
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-def read_yaml_block(text: str, title: str) -> dict[str, Any]:
-    """Return the YAML below a heading of a card."""
-    import yaml
-
-    return yaml.safe_load(text.partition(f"## {title}")[2].partition("```yaml\n")[2].partition("```")[0])
 
 
 # ---- requests that are refused ----

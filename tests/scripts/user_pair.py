@@ -84,3 +84,8 @@ def write_own_answers(path: Path | None, model: str, wrong: int = 0) -> tuple[li
     if path is not None:
         write_rows(path, rows)
     return answers, [[row["messages"][-1]["content"]] for row in rows]
+
+
+def read_yaml_block(text: str, title: str) -> dict[str, Any]:
+    """Return the YAML below a heading of a card."""
+    return yaml.safe_load(text.partition(f"## {title}")[2].partition("```yaml\n")[2].partition("```")[0])
