@@ -204,7 +204,7 @@ def test_lm_eval_reads_a_student_with_its_adapter(finished: tuple[Grid, Store]) 
     assert [row["prediction"].split() for row in rows] == [row["prediction"].split() for row in stored]
 
 
-@pytest.mark.parametrize("task", sorted(TARGETS))
+@pytest.mark.parametrize("task", ["arithmetic", pytest.param("translation", marks=pytest.mark.slow)])
 def test_an_interrupted_run_equals_an_undisturbed_one(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +221,7 @@ def test_an_interrupted_run_equals_an_undisturbed_one(
     assert contents(resumed.root) == contents(whole.root)
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_before_its_export_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_target_that_a_loaded_student_lacks_is_refused_before_anything_is_trai
     assert not list((tmp_path / "outputs").glob("nano/*/*/spec.json"))
 
 
+@pytest.mark.slow
 def test_double_precision_and_every_layer_train_too(tmp_path: Path) -> None:
     student = {**SIZES, "lora": {"r": 2}}
     grid = tiny_grid(tmp_path, "arithmetic", student=student, grid={"lmbda": [1]}, precision="fp64")
@@ -260,6 +262,7 @@ def test_double_precision_and_every_layer_train_too(tmp_path: Path) -> None:
     assert len(weights) == 2 * 7
 
 
+@pytest.mark.slow
 def test_dropout_of_the_adapter_is_on_while_it_trains(tmp_path: Path) -> None:
     adapters = [{"r": 2, "dropout": dropout} for dropout in (0, 0.5)]
     students = [{**SIZES, "lora": adapter} for adapter in adapters]
@@ -271,6 +274,7 @@ def test_dropout_of_the_adapter_is_on_while_it_trains(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_with_trl_too(tmp_path: Path) -> None:
     student = {**SIZES, "lora": {"r": 2, "targets": TARGETS["arithmetic"]}}
     changes = {"teacher_temperature": 1, "student_temperature": 1, "implementation": "trl"}
