@@ -36,6 +36,8 @@ EVALUATED = {
     "max_steps": 4,
 }
 
+CHOSEN_BY_THE_TEST = "The same split chose the checkpoint"
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -173,6 +175,7 @@ def test_the_saved_student_is_the_checkpoint_with_the_best_score(
     best = Path(state["best_model_checkpoint"]).name
     assert state["best_metric"] == max(scores) and best != "checkpoint-4"
     assert_equal_weights(load_weights("out"), load_weights(f"out/{best}"))
+    assert CHOSEN_BY_THE_TEST not in Path("out/README.md").read_text()
 
 
 def test_training_stops_early_when_the_score_no_longer_grows(
@@ -191,6 +194,8 @@ def test_training_stops_early_when_the_score_no_longer_grows(
         "checkpoint-2",
         "checkpoint-3",
     ]
+    # No other rows were named to choose the checkpoint by, and the card says so beside the scores.
+    assert CHOSEN_BY_THE_TEST in Path("out/README.md").read_text()
 
 
 # ---- the card ----

@@ -25,8 +25,10 @@ RUN: dict[str, Any] = {
     "learning_rate": 1e-3,
     "save_strategy": "no",
     "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
 }
-"""Two steps of two rows; everything else as TRL has it."""
+"""Two steps of two rows on the CPU in float32; everything else as TRL has it."""
 RunCommand = Callable[..., tuple[int, str, str]]
 
 
