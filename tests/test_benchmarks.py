@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("step_timing.py", "calibration_cases.py", "calibration_simulation.py")
-NOT_SMOKED = (*MODULES, "trl_tests.py", "calibration_old.py")
+NOT_SMOKED = (*MODULES, "trl_tests.py", "trl_examples.py", "calibration_old.py")
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in NOT_SMOKED)
 TRL_TEST = """
 from transformers import AutoModelForCausalLM
@@ -37,6 +37,15 @@ def run_benchmark(*arguments: str) -> str:
 def test_a_benchmark_prints_figures_in_its_smoke_form(script: str) -> None:
     output = run_benchmark(str(BENCHMARKS / script), "--smoke")
     assert any(character.isdigit() for character in output)
+
+
+@pytest.mark.slow
+def test_scripts_of_trl_s_own_repository_train_with_the_import_changed() -> None:
+    rows = [
+        line.split()[:3]
+        for line in run_benchmark(str(BENCHMARKS / "trl_examples.py"), "--smoke").splitlines()
+    ]
+    assert rows[2:] == [[script, "gkd_lab", "trains"] for script in ("sft.py", "distillation.py")]
 
 
 @pytest.mark.slow

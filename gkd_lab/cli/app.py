@@ -3,6 +3,7 @@
 Status 0: all is done; 1: something failed, and the message names it and its log; 2: the request is wrong.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from gkd_lab import __version__
 from gkd_lab.cli import commands, run_commands, user_commands
 from gkd_lab.cli.options import exit_with_message
 from gkd_lab.cli.run_commands import SIGNAL_EXIT_BASE
+from gkd_lab.cli.text_streams import accept_any_text, restart_in_utf8_mode
 from gkd_lab.config import ConfigError
 from gkd_lab.store import DamagedRecord
 
@@ -81,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments: None: those of the process. A traceback means a bug in this package.
     """
+    if arguments is None:
+        restart_in_utf8_mode()
+    accept_any_text()
+    # A home folder that cannot be written costs matplotlib its cache, and a user two lines per command.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

@@ -151,8 +151,10 @@ def compute_logs(
         correction = difference.sub_(log_ratio)
         is_finite = correction.isfinite()
         correction.masked_fill_(~is_finite, 0)
-        q = log_q.exp() * is_finite
-        mean = _row_dot(q, correction) / q.sum(-1).clamp_min_(torch.finfo(q.dtype).tiny)
+        weights = (
+            log_q.exp() + log_p.exp()
+        ) * is_finite  # of both, so that swapped arguments negate the result
+        mean = _row_dot(weights, correction) / weights.sum(-1).clamp_min_(torch.finfo(weights.dtype).tiny)
         correction.sub_(mean[..., None]).mul_(is_finite)
     return log_q, log_p, log_ratio + correction
 
@@ -173,9 +175,14 @@ def pointwise_jsd(log_q: Tensor, log_p: Tensor, log_ratio: Tensor, beta: float) 
     """Return JSD(beta) of each entry, (..., V), whose sum over the vocabulary is the value; at least 0.
 
     An entry of a KL is p log(p / q) - p + q, with what sums to 0, so that none is negative and small ones do
-    not cancel. log_q, log_p, log_ratio: those of `compute_logs`.
+    not cancel. log_q, log_p, log_ratio: those of `compute_logs`. With beta 0.5 no bit changes if P and Q are
+    swapped.
     """
     q, p = log_q.exp(), log_p.exp()
+    if beta == 0.5:
+        swapped = log_ratio > 0
+        base, other = torch.where(swapped, p, q), torch.where(swapped, q, p)
+        return _compute_entries(base, other, torch.where(swapped, -log_ratio, log_ratio), 0.5)
     if beta > 0.5:  # JSD(beta)(P || Q) = JSD(1 - beta)(Q || P)
         return _compute_entries(p, q, -log_ratio, 1 - beta)
     return _compute_entries(q, p, log_ratio, beta)

@@ -80,15 +80,23 @@ def load_teacher(
 
 
 def load_student(
-    model: PreTrainedModel | str, *, init_kwargs: InitKwargs, trust_remote_code: bool
+    model: PreTrainedModel | str,
+    *,
+    init_kwargs: InitKwargs,
+    trust_remote_code: bool,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Return the student: a model as it is, or one loaded by name, in float32 unless a dtype is given.
 
-    As in TRL. Warns if `init_kwargs` are ignored because the student is already a model.
+    As in TRL. `quantization_config` is one more of the `init_kwargs`; ValueError if they have another. Warns
+    if either is ignored because the student is already a model.
     """
     if isinstance(model, str):
         kwargs = {"dtype": "float32", **_parse_init_kwargs(init_kwargs)}
+        _add_argument(kwargs, "quantization_config", quantization_config, "model_init_kwargs")
         return load_auto_model(model, kwargs, trust_remote_code=trust_remote_code)
+    if quantization_config is not None:
+        warnings.warn("quantization_config is ignored: the student is already a model", stacklevel=2)
     if init_kwargs:
         warnings.warn(
             f"model_init_kwargs {init_kwargs!r} are ignored: the student is already a model", stacklevel=2
@@ -196,6 +204,21 @@ def _parse_init_kwargs(init_kwargs: InitKwargs) -> dict[str, Any]:
         warnings.warn("torch_dtype is deprecated: use dtype", FutureWarning, stacklevel=3)
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     return kwargs
+
+
+def merge_revision(init_kwargs: InitKwargs, revision: str | None) -> InitKwargs:
+    """Return a teacher's arguments with `revision`, unless it is None; ValueError if they have another."""
+    if revision is None:
+        return init_kwargs
+    kwargs = _parse_init_kwargs(init_kwargs)
+    _add_argument(kwargs, "revision", revision, "teacher_model_init_kwargs")
+    return kwargs
+
+
+def _add_argument(kwargs: dict[str, Any], name: str, value: Any, source: str) -> None:
+    """Set `kwargs[name]` unless the value is None; ValueError if `kwargs`, of `source`, have another."""
+    if value is not None and kwargs.setdefault(name, value) != value:
+        raise ValueError(f"{name}={value!r}, but {source} have {name}={kwargs[name]!r}: give one of them")
 
 
 def _merge_dtype(init_kwargs: InitKwargs, dtype: str | None) -> dict[str, Any]:

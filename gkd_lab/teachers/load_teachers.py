@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.models.loading import InitKwargs, load_teacher
+from gkd_lab.models.loading import InitKwargs, load_teacher, merge_revision
 from gkd_lab.models.peft_base import check_base_can_teach, is_base_of, without_adapters
 from gkd_lab.models.vocabulary import get_compared_vocabulary_size, load_model_tokenizer
 from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
@@ -37,6 +37,7 @@ class TeacherArguments(Protocol):
     trust_remote_code: bool
     teacher_dtype: str | None
     teacher_model_name_or_path: str | None
+    teacher_model_revision: str | None
 
     @property
     def teacher_model_init_kwargs(self) -> InitKwargs:
@@ -78,7 +79,7 @@ class TeacherSet:
             first = load_teacher(
                 inputs.model,
                 name_or_path=args.teacher_model_name_or_path,
-                init_kwargs=args.teacher_model_init_kwargs,
+                init_kwargs=merge_revision(args.teacher_model_init_kwargs, args.teacher_model_revision),
                 student=student,
                 dtype=args.teacher_dtype,
                 trust_remote_code=args.trust_remote_code,

@@ -33,6 +33,8 @@ class GKDConfig(TrlGKDConfig):
             None: that one divergence. Each term is logged by itself.
         log_term_gradients: Log the norm of each term's gradient on a step's last micro-batch,
             `grad_norm/NAME`; it costs a forward and a backward pass a term, on the steps that are logged.
+        teacher_model_revision: Branch, tag or commit of a teacher that is loaded by name, as in TRL's
+            `DistillationConfig`.
         teacher_dtype: Dtype of the teacher's weights; None leaves them as they are.
         park_teacher: Keep the teacher on the CPU while the student trains and samples.
         eval_on_policy: `evaluate` also lets the student write, and reports the loss on that.
@@ -59,6 +61,9 @@ class GKDConfig(TrlGKDConfig):
     )
     log_term_gradients: bool = field(
         default=False, metadata={"help": "Log the norm of each term's gradient."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the hub."}
     )
     teacher_dtype: str | None = field(
         default=None, metadata={"help": "Dtype of the teacher's weights, such as `bfloat16`."}

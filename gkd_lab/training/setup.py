@@ -48,6 +48,7 @@ class StudentInputs:
     formatting_func: Callable[[Any], Any] | None = None
     pack: Pack | None = None
     cells: Sequence[CellArguments] | None = None
+    quantization_config: Any = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def prepare_training(
     has_default_args = args is None
     model, pack = student_inputs.model, student_inputs.pack
     args = resolve_arguments(args, model)
-    student = pack.model if pack is not None else _load_student(model, args)
+    student = pack.model if pack is not None else _load_student(student_inputs, args)
     tokenizer = resolve_tokenizer(student_inputs.processing_class, student_inputs.tokenizer, student, args)
     if has_default_args and get_classifier_kind(unwrap_model(student)) is not None:
         args.lmbda = 0.0  # A classifier writes nothing.
@@ -207,11 +208,16 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, args: GKDConfig) -> 
 # ---- student ----
 
 
-def _load_student(model: Any, args: GKDConfig) -> PreTrainedModel:
-    """Return `model`, loaded first if it is a name (float32 by default); ValueError if it is None."""
-    if model is None:
+def _load_student(inputs: StudentInputs, args: GKDConfig) -> PreTrainedModel:
+    """Return the model, loaded first if it is a name (float32 by default); ValueError if it is None."""
+    if inputs.model is None:
         raise ValueError("give the student as `model`, or several of them as `pack`")
-    return load_student(model, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
+    return load_student(
+        inputs.model,
+        init_kwargs=args.model_init_kwargs,
+        trust_remote_code=args.trust_remote_code,
+        quantization_config=inputs.quantization_config,
+    )
 
 
 def prepare_student(model: PreTrainedModel, peft_config: Any, args: GKDConfig) -> PreTrainedModel:

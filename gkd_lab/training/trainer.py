@@ -89,6 +89,7 @@ class GKDTrainer(PackTrainer):
         log_cell: Called with (cell, row) whenever the Trainer logs.
         on_failure: Called with (cell, reason) at once when a cell's loss or gradient is not finite.
         tokenizer: Deprecated name of `processing_class`.
+        quantization_config: Of a student that is loaded by name, as TRL's SFTTrainer takes it.
 
     Attributes:
         adapter: The task, language modelling or classification.
@@ -129,8 +130,11 @@ class GKDTrainer(PackTrainer):
         log_cell: CellLogger | None = None,
         on_failure: Callable[[int, str], None] | None = None,
         tokenizer: Any = None,
+        quantization_config: Any = None,
     ) -> None:
-        student = StudentInputs(model, processing_class, tokenizer, peft_config, formatting_func, pack, cells)
+        student = StudentInputs(
+            model, processing_class, tokenizer, peft_config, formatting_func, pack, cells, quantization_config
+        )
         teacher = TeacherInputs(teacher_model, teacher_processing_class, more_teachers, teacher_prompts)
         setup = prepare_training(args, student, teacher, train_dataset)
         self.adapter, self.generation_limits = setup.adapter, setup.adapter.limits

@@ -237,6 +237,16 @@ def test_total_variation_takes_each_temperature_to_its_own_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("scale", (1e-4, 0.1, 1.0, 10.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_jsd_of_one_half_is_bit_for_bit_symmetric(scale: float, dtype: torch.dtype) -> None:
+    one, other = logits(1, 50, 40, scale=scale).to(dtype), logits(2, 50, 40, scale=scale).to(dtype)
+    other[:, 3] = -torch.inf
+    assert torch.equal(generalized_jsd(one, other, 0.5), generalized_jsd(other, one, 0.5))
+    loss = GKDTrainer.generalized_jsd_loss
+    assert loss(one[None], other[None], beta=0.5) == loss(other[None], one[None], beta=0.5)
+
+
 @pytest.mark.parametrize("scale", (0.1, 1, 20))
 def test_total_variation_is_symmetric_and_within_the_bounds_of_pinsker_and_bretagnolle_huber(
     scale: float,

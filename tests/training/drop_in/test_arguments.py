@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 from trl.experimental.gkd import GKDConfig as TrlConfig
 
 from gkd_lab import GKDConfig, GKDTrainer
@@ -91,6 +92,41 @@ def test_models_may_be_named(tmp_path: Path, model: Make) -> None:
     for made_trainer in (made, changed):
         made_trainer.train()
         assert losses(made_trainer)[0] > 0
+
+
+def test_a_quantization_is_passed_on_to_transformers(tmp_path: Path) -> None:
+    """Which refuses it here: bitsandbytes is missing."""
+    name = saved(llama(), tmp_path / "model", chat_tokenizer())
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ImportError, match="bitsandbytes"):
+        trainer(tmp_path, model=name, quantization_config=quantization)
+    with pytest.raises(ValueError, match="but model_init_kwargs have quantization_config"):
+        trainer(
+            tmp_path,
+            model=name,
+            arguments={"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}},
+            quantization_config=quantization,
+        )
+    with pytest.warns(UserWarning, match="quantization_config is ignored"):
+        trainer(tmp_path, quantization_config=quantization)
+
+
+def test_a_teacher_of_a_revision_is_loaded_by_name(tmp_path: Path) -> None:
+    """From a cache in the form of the hub's, with two revisions of one name."""
+    folder = tmp_path / "cache" / "models--owner--teacher"
+    for seed, revision in enumerate(("main", "v2")):
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(f"{seed}" * 40)
+        saved(llama(seed), folder / "snapshots" / (f"{seed}" * 40), chat_tokenizer())
+    files = {"cache_dir": str(tmp_path / "cache")}
+    for revision, seed in ((None, 0), ("main", 0), ("v2", 1)):
+        arguments = {"teacher_model_init_kwargs": files, "teacher_model_revision": revision}
+        made = trainer(tmp_path, teacher="owner/teacher", arguments=arguments)
+        expected = llama(seed).get_input_embeddings().weight
+        assert torch.equal(made.teacher_model.get_input_embeddings().weight, expected)
+    arguments = {"teacher_model_init_kwargs": {**files, "revision": "main"}, "teacher_model_revision": "v2"}
+    with pytest.raises(ValueError, match="teacher_model_init_kwargs have revision='main'"):
+        trainer(tmp_path, teacher="owner/teacher", arguments=arguments)
 
 
 def test_tokens_and_template_may_be_set_in_the_arguments(tmp_path: Path) -> None:
