@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOTSTRAP = ROOT / "bootstrap.py"
@@ -19,16 +21,29 @@ EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
 PINNED_EXTRAS = sorted(set(EXTRAS) - {"vllm"})
+TESTED_EXTRAS = ("dev", "notebook", "peft", "gguf", "trackio")
+"""Extras that the tests of the oldest versions install."""
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
 
 
-def constraint_lines() -> list[str]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").open())
+def constraint_lines(name: str = "constraints.txt") -> list[str]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).open())
     return [line for line in lines if line]
 
 
 def pins() -> dict[str, Requirement]:
     requirements = [Requirement(line) for line in constraint_lines()]
     return {canonicalize_name(each.name): each for each in requirements}
+
+
+def list_versions(requirements: list[Requirement], operator: str) -> dict[str, Version]:
+    """Name -> the version that stands behind the operator."""
+    return {
+        canonicalize_name(each.name): Version(specifier.version)
+        for each in requirements
+        for specifier in each.specifier
+        if specifier.operator == operator
+    }
 
 
 def unmet(requirements: list[Requirement]) -> list[str]:
@@ -70,6 +85,29 @@ def test_the_pins_satisfy_the_core() -> None:
 @pytest.mark.parametrize("extra", PINNED_EXTRAS)
 def test_the_pins_satisfy_the_extra(extra: str) -> None:
     assert unmet(EXTRAS[extra]) == []
+
+
+def test_the_lower_bounds_are_the_versions_that_the_oldest_tests_install() -> None:
+    requirements = [Requirement(line) for line in PROJECT["dependencies"]]
+    for extra in TESTED_EXTRAS:
+        requirements += [each for each in EXTRAS[extra] if each.name != PROJECT["name"]]
+    oldest = [Requirement(line) for line in constraint_lines("constraints-oldest.txt")]
+    assert {specifier.operator for each in oldest for specifier in each.specifier} == {"=="}
+    assert list_versions(oldest, "==") == list_versions(requirements, ">=")
+    assert len(list_versions(requirements, ">=")) == len(requirements), "each has a lower bound"
+
+
+def test_the_workflow_tests_the_pins_the_oldest_and_the_newest_versions() -> None:
+    jobs = WORKFLOW["jobs"]
+    assert {"run": ".ci/run"} in jobs["pinned"]["steps"]
+    matrix = {
+        each["versions"]: each["constraints"] for each in jobs["range"]["strategy"]["matrix"]["include"]
+    }
+    assert matrix == {"oldest": "-c constraints-oldest.txt", "newest": ""}
+    commands = [step["run"] for step in jobs["range"]["steps"] if "run" in step]
+    paths = [word for word in commands[-1].split() if word.startswith("tests/")]
+    assert "tests/training/drop_in" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_torch_is_pinned_and_brings_no_cuda_package() -> None:

@@ -5,14 +5,18 @@ names of their own.
 """
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 from statistics import fmean
 
 from gkd_lab.metrics.score import MetricInput, Score
 
 ANSWER_PATTERN = re.compile(r"#### (\-?[0-9\.\,]+)")
 LAST_NUMBER_PATTERN = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-NUMBER_PATTERN = re.compile(r"-?\s?[$€£]?\s?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+NUMBER_PATTERN = re.compile(
+    r"(?:(?<![0-9])(?<![0-9]\s)[-−]\s?)?[$€£]?\s?"  # a sign, unless it stands behind a number: 20-29
+    r"(?:[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+(?![0-9])|[0-9][0-9,]*|(?=\.[0-9]))"
+    r"(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2}(?![0-9])|/[0-9]+)?"
+)
 _FINAL_PERIOD = re.compile(r"\.$")
 
 
@@ -70,13 +74,18 @@ def score_flexible_accuracy(inputs: MetricInput) -> Score:
     return Score(fmean(hits), hits, signature, rates)
 
 
-def extract_number(text: str) -> Decimal | None:
+def extract_number(text: str) -> Fraction | None:
     """Return the last number after the first `####`, or of a text without that mark; None if there is none.
 
-    Currency signs and thousands separators are no part of it: `#### $1,029.00` is 1029.
+    Currency, per cent, thousands separators (comma or space) and a final period are no part of it:
+    `#### $1,029.00` is 1029 and `29 %` is 29. `1e3` is 1000 and `3/4` is 0.75; digits are those of ASCII.
     """
     numbers = NUMBER_PATTERN.findall(text.partition("####")[2] or text)
-    return Decimal(re.sub(r"[,\s$€£]", "", numbers[-1])) if numbers else None
+    if not numbers:
+        return None
+    numerator, _, denominator = re.sub(r"[,\s$€£]", "", numbers[-1].replace("−", "-")).partition("/")
+    divisor = Fraction(denominator or 1)
+    return Fraction(numerator) / divisor if divisor else None
 
 
 def score_numeric_accuracy(inputs: MetricInput) -> Score:

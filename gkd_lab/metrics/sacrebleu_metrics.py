@@ -15,6 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from gkd_lab.metrics.score import CorpusStatistics, MetricInput, References, Score
+from gkd_lab.metrics.scripts import warn_of_missing_spaces
 
 MAX_CACHED_PAIRS = 2**16
 """About 40 MB with sentences of 20 words."""
@@ -77,7 +78,12 @@ def _count_ngrams(name: str, prediction: str, references: tuple[str, ...]) -> tu
 
 
 def score_corpus(name: str, inputs: MetricInput) -> Score:
-    """Return the corpus BLEU or chrF, 0 to 100, as a Score; `per_example` holds sentence scores."""
+    """Return the corpus BLEU or chrF, 0 to 100, as a Score; `per_example` holds sentence scores.
+
+    Warns of BLEU of texts without spaces between words.
+    """
+    if name == "bleu":
+        warn_of_missing_spaces(name, (text for texts in inputs.references for text in texts))
     corpus, sentence = build_sacrebleu_metric(name), build_sacrebleu_metric(name, sentence_level=True)
     value = corpus.corpus_score(list(inputs.predictions), transpose_references(inputs.references)).score
     per_example = [

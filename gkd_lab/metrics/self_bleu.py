@@ -11,6 +11,7 @@ from itertools import groupby
 from statistics import fmean
 
 from gkd_lab.metrics.score import MetricInput, Score
+from gkd_lab.metrics.scripts import warn_of_missing_spaces
 
 MAX_NGRAM_ORDER = 4
 
@@ -29,6 +30,7 @@ def score_self_bleu(inputs: MetricInput) -> Score:
             "self_bleu compares several texts of one prompt, as many of each: there are from "
             f"{sizes[0]} to {sizes[-1]}; set `samples: 8`, say, in an evaluation that samples"
         )
+    warn_of_missing_spaces("self_bleu", inputs.predictions)
     values = [value for group in groups for value in compute_self_bleu(group)]
     settings = f"order:{MAX_NGRAM_ORDER}|samples:{sizes[0]}|smooth:method1|tok:nltk"
     return Score(fmean(values), values, f"self_bleu|{settings}|version:{version('nltk')}")

@@ -1,8 +1,11 @@
 """The GSM8K rule on solutions whose verdict is known, and where the looser rule differs."""
 
+from fractions import Fraction
+
 import pytest
 
 from gkd_lab.metrics import extract_answer, score
+from gkd_lab.metrics.answers import extract_number
 from gkd_lab.tasks.arithmetic import is_correct
 
 # (solution, reference, right by the GSM8K rule, right by lm-eval's flexible-extract); the first column of
@@ -69,6 +72,37 @@ def test_signatures_contain_the_rule_and_its_pattern() -> None:
     assert strict.signature == r"accuracy|rule:gsm8k|answer:#### (\-?[0-9\.\,]+)"
     assert loose.signature.startswith("accuracy_flexible|rule:lm-eval-gsm8k-3-flexible-extract|answer:")
     assert (strict.value, loose.value) == (0, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("29.", 29),
+        ("#### 29", 29),
+        ("29.0000", 29),
+        ("1,234.50", 1234.5),
+        ("-0", 0),
+        ("29 %", 29),
+        ("$ -3", -3),
+        ("-$3", -3),
+        ("−3", -3),
+        ("x=-4", -4),
+        ("20-29", 29),
+        ("5 - 2", 2),
+        ("1e3", 1000),
+        ("7.5e-2", 0.075),
+        ("3/4", 0.75),
+        ("7/0", None),
+        ("1 000", 1000),
+        ("1\u202f000", 1000),
+        ("1 000 000.5", 1000000.5),
+        ("½", None),
+        ("٣", None),
+        ("####", None),
+    ],
+)
+def test_a_number_is_read_as_it_is_written(text: str, number: float | None) -> None:
+    assert extract_number(text) == (None if number is None else Fraction(str(number)))
 
 
 @pytest.mark.parametrize(

@@ -231,3 +231,30 @@ def test_rouge_warns_where_most_of_a_text_is_not_read() -> None:
         warnings.simplefilter("error")
         score("rougeL", ["Die Füße"], [["Die Füße sind müde"]])
         score("rougeL", ["", "3 + 4"], [["."], ["7"]])
+
+
+@pytest.mark.parametrize("text", ["今天天气很好。", "สวัสดีชาวโลก", "これはペンです"])
+def test_bleu_warns_of_scripts_without_spaces_between_words(text: str) -> None:
+    with pytest.warns(UserWarning, match="bleu splits words at spaces.*use chrf"):
+        assert score("bleu", [text], [[text]]).value == 0
+    with pytest.warns(UserWarning, match="self_bleu splits words at spaces"):
+        score_many(["self_bleu"], [text] * 2, [[text]] * 2, prompts=[0, 0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Die Füße sind müde.",
+        "Привет, мир",
+        "안녕하세요 세계",
+        "مرحبا بالعالم",
+        "今天 天气 很 好 。",
+        "😀 👍🏽",
+        "",
+    ],
+)
+def test_bleu_warns_of_no_other_script(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_many(["bleu", "chrf"], [text], [[text]])
+        score_many(["self_bleu"], [text] * 2, [[text]] * 2, prompts=[0, 0])
