@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gkd_lab.training.sampling import TokenChooser
+from gkd_lab.training.next_token import TokenChooser
 
 MAX_CHARACTERS = 100
 """Longest expression, in characters; GSM8K's longest has 30."""

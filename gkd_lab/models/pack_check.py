@@ -46,7 +46,7 @@ def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreT
 
     May modify the members, which are perturbed copies. The model's code may also fail: CannotPack too.
     """
-    batch = _make_random_batch(packed, len(members))
+    batch = make_random_batch(packed, len(members))
     functions: dict[str, LogitFunction] = {"logits": compute_completion_logits}
     if get_classifier_kind(packed) is None:
         functions["generated logits"] = _generate_logits
@@ -61,7 +61,7 @@ def check_forward_and_generation(packed: PreTrainedModel, members: Sequence[PreT
 
 def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedModel]) -> None:
     """Raise CannotPack unless the pack's logits on random rows equal each member's own, up to rounding."""
-    rows = _select_cell_rows(_make_random_batch(packed, 1), 0)
+    rows = _select_cell_rows(make_random_batch(packed, 1), 0)
     with _plain_inference(packed, members):
         # Members that are one object are computed once.
         logits = {id(member): compute_completion_logits(member, rows) for member in members}
@@ -69,7 +69,7 @@ def check_member_logits(packed: PreTrainedModel, members: Sequence[PreTrainedMod
     _check_close("logits", packed, actual, torch.cat([logits[id(m)] for m in members]), packed.dtype)
 
 
-def _make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
+def make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
     """Make a batch of two random rows per cell, 4 prompt and 3 completion ids; one row of two has padding."""
     shape = (ROWS_PER_MEMBER * cell_count, 7)
     generator = torch.Generator().manual_seed(0)

@@ -116,7 +116,7 @@ class PackedEmbedding(PackedModule):
                 f"ids of shape {tuple(ids.shape)} cannot be divided among the {cells} packed models: pass "
                 "ids, such as `position_ids`, for every row of the batch"
             )
-        offsets = torch.arange(cells, device=ids.device)[:, None] * entries
+        offsets = torch.arange(0, cells * entries, entries, device=ids.device)[:, None]
         embedded = self._look_up((ids.reshape(cells, -1) + offsets).view(ids.shape), weight.flatten(0, 1))
         if self.padding_idx is None or not embedded.requires_grad:
             return embedded

@@ -151,8 +151,9 @@ def measure_step_bytes(trainer: Any, inputs: dict[str, Tensor]) -> int:
 
     They are those of weights, gradients, two moments and activations. Activations are the peak of allocations
     on a GPU, and on a CPU, which does not count them, the tensors that the forward pass saves for the
-    backward pass. Adafactor's moments are smaller, so it has room to spare; so has sampling, whose cache
-    stores only the keys and values of each token.
+    backward pass. Adafactor's moments are smaller, so it has room to spare; so has sampling: its
+    cache stores only the keys and values of each token, and its copy of the weights is freed before there are
+    gradients.
     """
     model = trainer.model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

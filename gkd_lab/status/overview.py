@@ -88,6 +88,8 @@ class Overview:
     artifacts: tuple[ArtifactView, ...]
     collapsed_notes: tuple[str, ...]
     """A note for each cell that several combinations of the axes share."""
+    decode_notes: tuple[str, ...]
+    """A note for each way in which cells sample, and search greedily in evaluations."""
     notes: tuple[str, ...]
     estimate_source: str | None
     """Description of the finished cells that estimates rest on."""
@@ -130,6 +132,7 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
             f"({'; '.join(_format_point(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),
+        decode_notes=tuple(_describe_decoding(grid)),
         notes=(
             *_describe_unpacked(unpacked_reasons),
             *_describe_unused_beta(grid),
@@ -206,6 +209,25 @@ def _describe_unpacked(unpacked_reasons: Mapping[str, str]) -> list[str]:
     """Return a note for each reason, with the number of cells that run alone for it."""
     counts = Counter(unpacked_reasons.values())
     return [f"{count} cells run alone: {reason}" for reason, count in counts.items()]
+
+
+def _describe_decoding(grid: Grid) -> Iterator[str]:
+    """Yield a note for each way in which students choose tokens one by one, with its number of cells.
+
+    Beams and calculators always use transformers' `generate`; a loaded model is known only when it runs.
+    """
+    students = [cell.training.start for cell in grid.cells]
+    counts = Counter((student.family, student.model.architecture is not None) for student in students)
+    for (family, is_made), count in counts.items():
+        if family == "encoder-decoder":
+            yield f"decoding of {count} cells: transformers' `generate`, as the model has an encoder"
+        elif family == "decoder-only" and is_made:
+            yield f"decoding of {count} cells: fused steps, once their logits equal the model's own"
+        elif family == "decoder-only":
+            yield (
+                f"decoding of {count} cells: fused steps if the model is built as Llama and their logits "
+                "equal its own, else transformers' `generate`; the log says which and why"
+            )
 
 
 def _describe_unused_beta(grid: Grid) -> list[str]:

@@ -158,6 +158,7 @@ def render_summary(overview: Overview) -> Iterator[str]:
     yield f"{_format_count(len(overview.cells), 'cell')}, {done} done; {packs}"
     yield f"left to do, without decoding: about {_format_duration(overview.seconds_left)}"
     yield from _render_estimate_bases(overview)
+    yield from overview.decode_notes
     yield from overview.collapsed_notes
     yield from overview.notes
 

@@ -108,7 +108,7 @@ class GenerateSampler:
             )
             for seed in {cells[n].seed for n in on_policy_cells}
         }
-        temperature = torch.tensor([cells[n].temperature for n in on_policy_cells])
+        temperatures = [cells[n].temperature for n in on_policy_cells]
         # Autocast begins outside of the model, so that a weight cast for one token serves all others.
         with self.precision(), self.pack.select_cells(on_policy_cells, self.cast_dtype) as model:
             completions = generate_completions(
@@ -118,10 +118,17 @@ class GenerateSampler:
                 end_ids=limits.end_ids,
                 pad_id=limits.pad_id,
                 uniforms=torch.cat([noise_of_seed[cells[n].seed] for n in on_policy_cells]),
-                temperature=temperature.repeat_interleave(num_rows)[:, None],
+                temperature=_spread_temperatures(temperatures, num_rows),
                 vocabulary_size=limits.vocabulary_size,
             )
         return dict(zip(on_policy_cells, split_blocks(completions, len(on_policy_cells)), strict=True))
+
+
+def _spread_temperatures(temperatures: Sequence[float], rows_per_cell: int) -> float | Tensor:
+    """Return the temperature of all cells, or (N, 1) of each row where cells differ."""
+    if len(set(temperatures)) == 1:
+        return temperatures[0]
+    return torch.tensor(temperatures).repeat_interleave(rows_per_cell)[:, None]
 
 
 class TeacherCompletions:

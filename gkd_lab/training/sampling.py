@@ -1,8 +1,8 @@
-"""Token generation with transformers' `generate`: sampling with given noise, greedy search and beam search.
+"""Generate completions: sampling with given noise, greedy search and beam search.
 
-Sampling inverts the cumulative distribution at one uniform number per row and token, so that rows may be
-batched, padded and packed in any way and still get the same tokens. `generate` prepares prompts, masks and
-its KV cache; its configuration is complete, so nothing leaks in from the model's own.
+Models of Llama's structure sample and search greedily with a `FusedDecoder`. All others, beams and
+calculators use transformers' `generate`, which prepares prompts, masks and its KV cache; its configuration is
+complete, so nothing leaks in from the model's own.
 Shapes: K cells of a pack, N rows (N/K a cell), T prompt tokens, C new tokens, V vocabulary.
 """
 
@@ -18,13 +18,15 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from gkd_lab.config.artifact_specs import LengthPenaltyForm
 from gkd_lab.models.forward import Sequences, eval_mode, make_completion_mask, unwrap_model
+from gkd_lab.models.fused_check import build_fused_decoder
 from gkd_lab.models.packed_layers import count_cells
-
-TokenChooser = Callable[[Tensor, Tensor, int], Tensor]
-"""(scores (n, V), row numbers (n,) in the first batch, position of the new token) -> tokens (n,)."""
-
-SHRINK_THRESHOLD = 0.75
-"""Finished rows leave the batch once at most this share is unfinished: each time copies the cache once."""
+from gkd_lab.training.fused_sampling import decode_completions
+from gkd_lab.training.next_token import (
+    InverseCdfSampler,
+    TokenChooser,
+    choose_most_likely,
+    select_unfinished_rows,
+)
 
 _PER_ROW_INPUTS = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids")
 
@@ -53,6 +55,23 @@ def generate_completions(
     `wrap_chooser` may replace single tokens, as a calculator does; ValueError if combined with beams.
     The completion's mask ends with the end of sequence; a row without one was cut at the limit.
     """
+    if wrap_chooser is not None and num_beams > 1:
+        raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
+    decoder = None
+    if wrap_chooser is None and num_beams == 1:
+        n_positions = prompts.prompt_ids.shape[1] + max_new_tokens
+        decoder = build_fused_decoder(model, n_positions, None if uniforms is None else vocabulary_size)
+    if decoder is not None:
+        ids = decode_completions(
+            decoder,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end_ids=end_ids,
+            pad_id=pad_id,
+            uniforms=uniforms,
+            temperature=temperature,
+        )
+        return _mask_completions(prompts, ids, end_ids, pad_id)
     config = build_generation_config(
         model,
         end_ids,
@@ -61,8 +80,6 @@ def generate_completions(
         num_beams=num_beams,
         **_build_length_penalty(length_penalty, length_penalty_form),
     )
-    if wrap_chooser is not None and num_beams > 1:
-        raise ValueError(f"tokens of {num_beams} beams cannot be chosen for them: search greedily or sample")
     choose_tokens: TokenChooser = choose_most_likely
     if uniforms is not None:
         choose_tokens = InverseCdfSampler(uniforms, temperature, vocabulary_size)
@@ -81,7 +98,11 @@ def generate_completions(
             **router_off,
         )
     skip = 1 if model.config.is_encoder_decoder else prompts.prompt_ids.shape[1]
-    ids = generated_ids[:, skip:]
+    return _mask_completions(prompts, generated_ids[:, skip:], end_ids, pad_id)
+
+
+def _mask_completions(prompts: Sequences, ids: Tensor, end_ids: Tensor, pad_id: int) -> Sequences:
+    """Return the prompts with completions (N, C) masked and padded after the first end of sequence."""
     mask = make_completion_mask(ids, end_ids.to(ids.device))
     return prompts.replace_completions(ids.masked_fill(~mask, pad_id), mask.long())
 
@@ -185,39 +206,6 @@ def override_generation_config(model: PreTrainedModel, config: GenerationConfig)
         model.generation_config, inner.generation_config = originals
 
 
-# ---- the next token ----
-
-
-def choose_most_likely(scores: Tensor, rows: Tensor, position: int) -> Tensor:
-    """Return the id of each row's highest score, (n,): greedy search; `rows` and `position` are not used."""
-    return scores.argmax(-1)
-
-
-@dataclass(frozen=True)
-class InverseCdfSampler:
-    """Samples the token at which the cumulative distribution passes the row's uniform number.
-
-    Attributes:
-        uniforms: (N, C), one number per row and new token.
-        temperature: Of all rows, or (N, 1).
-        vocabulary: Only the first entries may be sampled; None: all.
-    """
-
-    uniforms: Tensor
-    temperature: float | Tensor
-    vocabulary: int | None = None
-
-    def __call__(self, scores: Tensor, rows: Tensor, position: int) -> Tensor:
-        allowed = scores[:, : self.vocabulary]
-        wide = allowed if allowed.dtype == torch.float64 else allowed.float()
-        temperature = torch.as_tensor(self.temperature).to(wide)
-        if temperature.dim():
-            temperature = temperature[rows]
-        cumulative = (wide / temperature).softmax(-1).double().cumsum(-1)
-        u = self.uniforms.to(scores.device)[rows, position, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_max(allowed.shape[-1] - 1)
-
-
 # ---- the loop over tokens ----
 
 
@@ -272,25 +260,16 @@ class DecodeLoop:
             output_ids[rows, length] = tokens
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             is_finished = is_finished | torch.isin(tokens, end_ids)
+            has_finished = is_finished.tolist()
             # Sharded models compute together until the last rank's last row has ended.
-            if not model._has_unfinished_sequences(bool(is_finished.all()), synced_gpus, device=ids.device):
+            if not model._has_unfinished_sequences(all(has_finished), synced_gpus, device=ids.device):
                 return output_ids[:, : length + 1]
-            remaining = None if synced_gpus else self._select_unfinished_rows(is_finished)
-            if remaining is not None and _can_drop_rows(state):
+            indices = None if synced_gpus else select_unfinished_rows(has_finished, self.n_cells)
+            if indices is not None and _can_drop_rows(state):
+                remaining = torch.tensor(indices, device=ids.device)
                 rows, ids, is_finished = rows[remaining], ids[remaining], is_finished[remaining]
                 _select_state_rows(state, remaining)
         return output_ids
-
-    def _select_unfinished_rows(self, is_finished: Tensor) -> Tensor | None:
-        """Return indices of rows to go on with, equally many a cell; None (keep all) if too few finished."""
-        by_cell = is_finished.view(self.n_cells, -1)
-        rows_per_cell, needed = by_cell.shape[1], int((~by_cell).sum(1).max())
-        if needed > SHRINK_THRESHOLD * rows_per_cell:
-            return None
-        # In their order, unfinished rows before finished ones.
-        order = by_cell.int().argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
-        offsets = torch.arange(self.n_cells, device=is_finished.device)[:, None] * rows_per_cell
-        return (order + offsets).flatten()
 
 
 def _can_drop_rows(state: dict[str, Any]) -> bool:

@@ -17,7 +17,8 @@ from gkd_lab.evaluation.decoding import generate_predictions
 from gkd_lab.models.build import make_model, train_tokenizer
 from gkd_lab.models.packing import Pack
 from gkd_lab.tasks import Row
-from gkd_lab.training.sampling import TokenChooser, collect_end_ids, generate_completions
+from gkd_lab.training.next_token import TokenChooser
+from gkd_lab.training.sampling import collect_end_ids, generate_completions
 
 from ..models.tiny import FAMILIES, tiny_examples, tiny_tokenizer
 

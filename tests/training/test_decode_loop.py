@@ -18,7 +18,8 @@ from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import draw_uniforms
-from gkd_lab.training.sampling import SHRINK_THRESHOLD, generate_completions
+from gkd_lab.training.next_token import SHRINK_THRESHOLD
+from gkd_lab.training.sampling import generate_completions
 
 from ..models.families import make
 from ..models.tiny import FIRST_WORD, LAST_WORD, PAD, tiny_examples

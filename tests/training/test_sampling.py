@@ -10,7 +10,8 @@ from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import collate_examples
 from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode, make_completion_mask
 from gkd_lab.models.rng import draw_uniforms
-from gkd_lab.training.sampling import InverseCdfSampler, collect_end_ids, generate_completions
+from gkd_lab.training.next_token import InverseCdfSampler
+from gkd_lab.training.sampling import collect_end_ids, generate_completions
 
 from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
 

@@ -1,0 +1,165 @@
+"""Build a model's fused decoder if its logits equal those of the model's own forward pass.
+
+The comparison runs once for each model, on a few random tokens, always in float32 or float64: rounding in
+half precision would hide a difference in structure. A model that differs samples with transformers'
+`generate`.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gkd_lab.models.decoder_parts import CannotFuse, find_decoder_parts
+from gkd_lab.models.forward import Sequences, compute_completion_logits, compute_position_ids, eval_mode
+from gkd_lab.models.fused_decoder import FusedDecoder
+from gkd_lab.models.heads import compute_relative_error
+from gkd_lab.models.pack_check import make_random_batch
+from gkd_lab.models.packed_layers import PackedModule, count_cells
+
+logger = logging.getLogger(__name__)
+
+NORM_OFFSETS = (0, 1)
+"""Norms scale by their weight, or by 1 + weight as Gemma's do."""
+TOLERANCE = 1e-5
+"""Largest difference of logits, as a share of the largest: norms use float32 even in a float64 model."""
+CUDA_TOLERANCE = 2.0**-7
+"""CUDA may multiply float32 with the 10 bits of TF32."""
+
+
+@dataclass(frozen=True)
+class FusedVerdict:
+    """Result of comparing a model with its fused decoder: the norms' offset, or why it cannot be used."""
+
+    norm_offset: int = 0
+    reason: str | None = None
+
+
+_verdicts: WeakKeyDictionary[PreTrainedModel, FusedVerdict] = WeakKeyDictionary()
+
+
+def build_fused_decoder(
+    model: PreTrainedModel, n_positions: int, vocabulary: int | None = None
+) -> FusedDecoder | None:
+    """Return a decoder with the model's present weights; None if it must sample with `generate`.
+
+    Compares the model with its decoder at the first call, and logs a difference once as a warning.
+    """
+    try:
+        parts = find_decoder_parts(model, n_positions)
+    except CannotFuse as error:
+        logger.info("%s samples with transformers' `generate`: %s", type(model).__name__, error)
+        return None
+    verdict = _verdicts.get(model)
+    if verdict is None:
+        verdict = _verdicts[model] = check_fused_decoder(model)
+        if verdict.reason is not None:
+            logger.warning(
+                "%s samples with transformers' `generate`: %s", type(model).__name__, verdict.reason
+            )
+    if verdict.reason is not None or not _has_room(model):
+        return None
+    return FusedDecoder(
+        parts,
+        _get_product_dtype(model),
+        norm_offset=verdict.norm_offset,
+        n_positions=n_positions,
+        vocabulary=vocabulary,
+    )
+
+
+def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
+    """Compare a model's logits and likeliest tokens on random tokens with those of its fused decoder."""
+    device = model.device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False), eval_mode(model):
+            reference = _get_wide_model(model)
+            batch = make_random_batch(reference, count_cells(reference))
+            expected = compute_completion_logits(reference, batch)
+            errors = {offset: _compare_logits(reference, batch, expected, offset) for offset in NORM_OFFSETS}
+    except torch.OutOfMemoryError:
+        return FusedVerdict(reason="too little memory to compare its fused decode step")
+    except (CannotFuse, RuntimeError, TypeError, ValueError) as error:
+        return FusedVerdict(reason=f"its fused decode step does not run ({type(error).__name__}: {error})")
+    offset = min(errors, key=lambda key: errors[key])
+    tolerance = CUDA_TOLERANCE if device == "cuda" else TOLERANCE
+    if not errors[offset] <= tolerance:
+        return FusedVerdict(
+            reason=f"logits of a fused decode step differ from its own by {errors[offset]:.0e} of the largest"
+        )
+    return FusedVerdict(offset)
+
+
+def _compare_logits(model: PreTrainedModel, batch: Sequences, expected: Tensor, norm_offset: int) -> float:
+    """Return the relative error of the fused decoder's logits; inf if it prefers another token."""
+    n_positions = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
+    parts = find_decoder_parts(model, n_positions)
+    decoder = FusedDecoder(parts, expected.dtype, norm_offset=norm_offset, n_positions=n_positions)
+    logits = compute_forced_logits(decoder, batch)
+    if expected.isfinite().all() and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
+        return float("inf")
+    return compute_relative_error(logits, expected)
+
+
+def compute_forced_logits(decoder: FusedDecoder, batch: Sequences) -> Tensor:
+    """Return the logits of each completion token given those before it, (N, C, V), one step a token."""
+    width, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
+    logits, cache = decoder.read_prompts(
+        batch.prompt_ids, batch.prompt_mask, compute_position_ids(batch.prompt_mask), width + tokens
+    )
+    lengths = batch.prompt_mask.sum(1, keepdim=True)
+    steps = [logits]
+    for n in range(tokens - 1):
+        ids = batch.completion_ids[:, n : n + 1]
+        steps.append(decoder.forward(ids, lengths + n, cache, width + n + 1))
+    return torch.stack(steps, dim=1)
+
+
+def _has_room(model: PreTrainedModel) -> bool:
+    """Check whether a GPU has room for a copy of the weights and as much again; True on other devices."""
+    if model.device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    needed = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    if free < needed:
+        gib = 2**30
+        logger.warning(
+            "%s samples with transformers' `generate`: a copy of its weights needs %.1f GiB, free are %.1f",
+            type(model).__name__,
+            needed / gib,
+            free / gib,
+        )
+    return free >= needed
+
+
+def _get_wide_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model, or a copy of it in float32 if its products are in half precision, with all cells."""
+    if model.dtype in (torch.float32, torch.float64) and not _has_cast_weights(model):
+        return model
+    wide = copy.deepcopy(model).float().eval()
+    for module in wide.modules():
+        if isinstance(module, PackedModule):
+            module.select_all_cells()
+    return wide
+
+
+def _has_cast_weights(model: PreTrainedModel) -> bool:
+    """Check whether selected cells of a pack have weights in another dtype than the trained ones."""
+    return any(
+        module.get_active_weight().dtype != module.weight.dtype
+        for module in model.modules()
+        if isinstance(module, PackedModule)
+    )
+
+
+def _get_product_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of the model's products: autocast's, if it is on and casts these weights."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device) and model.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return model.dtype
