@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.config.cell import list_references
+from gkd_lab.config.cell import Training, list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 from gkd_lab.config.packs import PackLimit, drop_model_seeds, explain_unpackable, group_cells_into_packs
@@ -212,22 +212,31 @@ def _describe_unpacked(unpacked_reasons: Mapping[str, str]) -> list[str]:
 
 
 def _describe_decoding(grid: Grid) -> Iterator[str]:
-    """Yield a note for each way in which students choose tokens one by one, with its number of cells.
+    """Yield a note for each way in which cells sample and search greedily, with its number of cells.
 
     Beams and calculators always use transformers' `generate`; a loaded model is known only when it runs.
     """
-    students = [cell.training.start for cell in grid.cells]
-    counts = Counter((student.family, student.model.architecture is not None) for student in students)
-    for (family, is_made), count in counts.items():
-        if family == "encoder-decoder":
-            yield f"decoding of {count} cells: transformers' `generate`, as the model has an encoder"
-        elif family == "decoder-only" and is_made:
-            yield f"decoding of {count} cells: fused steps, once their logits equal the model's own"
-        elif family == "decoder-only":
-            yield (
-                f"decoding of {count} cells: fused steps if the model is built as Llama and their logits "
-                "equal its own, else transformers' `generate`; the log says which and why"
-            )
+    counts = Counter(filter(None, (_name_decoding(cell.training) for cell in grid.cells)))
+    for way, count in counts.items():
+        yield f"decoding of {count} cells: {way}"
+
+
+def _name_decoding(training: Training) -> str | None:
+    """Return what decodes for a training, and why it must; None for a classifier."""
+    if training.start.family == "encoder-decoder":
+        return "transformers' `generate`, as the model has an encoder"
+    if training.start.family != "decoder-only":
+        return None
+    if training.implementation == "trl":
+        return "transformers' `generate` for TRL's samples"
+    if training.lora is not None:
+        return "transformers' `generate`, as the model has an adapter"
+    if training.start.model.architecture is not None:
+        return "fused steps, once their logits equal the model's own"
+    return (
+        "fused steps if the model is built like Llama and their logits equal its own, else transformers' "
+        "`generate`"
+    )
 
 
 def _describe_unused_beta(grid: Grid) -> list[str]:

@@ -28,14 +28,14 @@ class DecodeState:
     rows: (n,), their numbers in the first batch.
     positions: (C, n, 1), of each new token in its row.
     uniforms: (C, n, 1); None: greedy search.
-    temperature: of all rows, or (n, 1).
+    temperature: (n, 1); None: 1.
     """
 
     rows: Tensor
     cache: StaticCache
     positions: Tensor
     uniforms: Tensor | None
-    temperature: float | Tensor
+    temperature: Tensor | None
 
     def select_rows(self, indices: Tensor) -> "DecodeState":
         """Return the state of the rows with these indices, in a copy."""
@@ -45,14 +45,15 @@ class DecodeState:
             self.cache.select_rows(indices),
             self.positions.index_select(1, indices),
             None if uniforms is None else uniforms.index_select(1, indices),
-            temperature[indices] if isinstance(temperature, Tensor) else temperature,
+            None if temperature is None else temperature[indices],
         )
 
     def choose_tokens(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
         """Return the tokens (n,) that logits (n, V) and a step's uniforms (n, 1) give."""
         if uniforms is None:
             return logits.argmax(-1)
-        return invert_cumulative(logits, self.temperature, uniforms)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return invert_cumulative(logits, temperature, uniforms)
 
 
 @torch.no_grad()
@@ -121,8 +122,15 @@ def _read_prompts(
         cache,
         steps[:, None, None] + mask.sum(1)[:, None],
         None if uniforms is None else uniforms.to(device).T.contiguous()[..., None],
-        temperature.to(device) if isinstance(temperature, Tensor) else temperature,
+        _spread_temperature(temperature, len(mask), device),
     )
+
+
+def _spread_temperature(temperature: float | Tensor, n_rows: int, device: torch.device) -> Tensor | None:
+    """Return each row's temperature on the device, (N, 1); None if it is 1 for all."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return None
+    return torch.as_tensor(temperature).to(device).expand(n_rows, 1)
 
 
 class RowEnds:
