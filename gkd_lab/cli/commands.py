@@ -243,9 +243,11 @@ def write_report_page(
     """Write one HTML page with figures, table and samples, and print its path."""
     from gkd_lab.report.html_report import write_report
 
-    grid = load_grid(name, scale, sets, outputs)
-    file = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
-    print(f"report: {write_report(grid, Store(outputs), file).resolve()}")
+    with pause_garbage_collection():
+        grid = load_grid(name, scale, sets, outputs)
+        file = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
+        path = write_report(grid, Store(outputs), file)
+    print(f"report: {path.resolve()}")
 
 
 def compare_cells(

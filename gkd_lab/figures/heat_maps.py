@@ -28,6 +28,7 @@ from gkd_lab.figures.style import (
     apply_style,
     choose_text_color,
 )
+from gkd_lab.statistics.noise import Array
 from gkd_lab.store import combine_states
 from gkd_lab.tables.divergences import CellDivergence, list_divergences
 from gkd_lab.tables.scores import select_scores
@@ -89,24 +90,31 @@ def _get_map_width(columns: int) -> float:
 
 def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
     """Draw one panel of `heat_map`: mean gains as labels, or the cells' state where none has a score."""
-    groups = {(lmbda, divergence): cells for lmbda, divergence, cells in group_cells_by_point(panel.cells)}
-    gains = {
-        point: cells["value"] if panel.start_score is None else cells["value"] - cells["start_value"]
-        for point, cells in groups.items()
+    groups = {
+        (lmbda, divergence): positions for lmbda, divergence, positions in group_cells_by_point(panel.cells)
     }
-    values = {point: float(gain.mean()) for point, gain in gains.items() if gain.notna().any()}
+    scores, states = panel.cells["value"].to_numpy("float64"), panel.cells["status"].tolist()
+    gains = scores if panel.start_score is None else scores - panel.cells["start_value"].to_numpy("float64")
+    means = {point: _average_known(gains[positions]) for point, positions in groups.items()}
+    values = {point: mean for point, mean in means.items() if mean is not None}
     decimals = _choose_decimals(values.values())
     labels: dict[MapPoint, str] = {}
     for point, cells in groups.items():
-        done = int(cells["value"].notna().sum())
+        done = len(cells) - int(np.isnan(scores[cells]).sum())
         if point not in values:
-            labels[point] = combine_states(list(cells["status"]))
+            labels[point] = combine_states([states[position] for position in cells])
             continue
         value = values[point]
         label = f"{value:.{decimals}f}" if panel.start_score is None else format_signed(value, decimals)
         labels[point] = label if done == len(cells) else f"{label}\n{done} of {len(cells)} seeds"
     _draw_heat_map(axes, groups, values, labels, list(values.values()))
     set_panel_title(axes, panel.title, f"{metric}, {panel.subtitle}")
+
+
+def _average_known(values: Array) -> float | None:
+    """Return the mean of the values that are not NaN; None without one."""
+    count = len(values) - int(np.isnan(values).sum())
+    return float(np.nansum(values) / count) if count else None
 
 
 def _draw_heat_map(
@@ -125,7 +133,12 @@ def _draw_heat_map(
     divergences = sorted({divergence for _, divergence in points})
     matrix = np.array([[values.get((lmbda, column), np.nan) for column in divergences] for lmbda in lmbdas])
     colormap, norm = _choose_colors(scale)
+    largest = max(values.values(), default=None)
     column_edges, row_edges = np.arange(len(divergences) + 1) - 0.5, np.arange(len(lmbdas) + 1) - 0.5
+    axes.tick_params(which="both", length=0)  # before there are many ticks to change
+    axes.set_axisbelow(False)  # the lines of the paper's colour separate the squares
+    axes.grid(False, which="major")
+    axes.grid(True, which="minor", color=PAPER, linewidth=2)
     axes.pcolormesh(column_edges, row_edges, np.ma.masked_invalid(matrix), cmap=colormap, norm=norm)
     axes.patch.set(facecolor=MISSING, edgecolor=FAINT, hatch="////", linewidth=0)
     for row, lmbda in enumerate(lmbdas):
@@ -140,17 +153,13 @@ def _draw_heat_map(
                 color=INK if value is None else choose_text_color(colormap(norm(value))),
                 fontsize=8.5 if value is None else 8 if "\n" in label else 10.5,
                 fontstyle="italic" if value is None else "normal",
-                fontweight="bold" if value is not None and value == max(values.values()) else "normal",
-            )
+                fontweight="bold" if value is not None and value == largest else "normal",
+            ).set_in_layout(False)  # it lies within its square, so that nothing needs to measure it
     axes.set_xticks(range(len(divergences)), [divergence.label for divergence in divergences])
     axes.set_yticks(range(len(lmbdas)), [f"{lmbda:g}" for lmbda in lmbdas])
     axes.set_xticks(column_edges, minor=True)
     axes.set_yticks(row_edges, minor=True)
     axes.set_ylabel("λ", rotation=0, labelpad=10, va="center", fontsize=11)
-    axes.tick_params(which="both", length=0)
-    axes.set_axisbelow(False)  # the lines of the paper's colour separate the squares
-    axes.grid(False, which="major")
-    axes.grid(True, which="minor", color=PAPER, linewidth=2)
     axes.spines[:].set_visible(False)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from gkd_lab.figures.style import MUTED
 from gkd_lab.statistics.summaries import SUMMARY_KEYS, expand_collapsed_cells, summarize_scores
-from gkd_lab.tables.divergences import CellDivergence, list_divergences, select_divergence
+from gkd_lab.tables.divergences import CellDivergence, map_divergences
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.loss_labels import format_axis_setting
 
@@ -56,12 +57,13 @@ def build_panels(scores: pd.DataFrame) -> list[Panel]:
     starts = scores[scores["role"] == "start"].drop_duplicates("cell").set_index("cell")["value"]
     cells = cells.assign(start_value=cells["start_cell"].map(starts).astype("float64"))
     varying = [axis for axis in list_axes(scores) if cells[axis].nunique(dropna=False) > 1]
+    references = _References(scores)
     return [
         Panel(
             _format_title(dict(zip(["task", *varying], values, strict=True))),
             group,
-            _average_references(scores, "start", group),
-            _average_references(scores, "teacher", group),
+            references.average("start", group),
+            references.average("teacher", group),
         )
         for values, group in cells.groupby(["task", *varying], dropna=False, sort=False)
     ]
@@ -114,8 +116,11 @@ def create_axes(
 
 
 def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
-    """Write a bold title and a muted two-line subtitle above a panel; it may be wider than the panel."""
-    axes.set_title(title, pad=34, fontweight="bold")
+    """Write a bold title and a muted two-line subtitle above a panel; it may be wider than the panel.
+
+    For panels without ticks above them: a fixed `y` saves the search for them, a fifth of the time.
+    """
+    axes.set_title(title, pad=34, fontweight="bold", y=1.0)
     axes.annotate(
         subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
         color=MUTED, fontsize=9, va="bottom", linespacing=1.3, annotation_clip=False,
@@ -141,15 +146,14 @@ def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequenc
     figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
 
 
-def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, CellDivergence, pd.DataFrame]]:
-    """Yield (lmbda, divergence, the cells there: one per seed), sorted by lmbda, then divergence."""
-    divergences = list_divergences(cells)
-    for lmbda in sorted(cells["lmbda"].unique()):
-        rows = cells[cells["lmbda"] == lmbda]
-        for divergence in divergences:
-            group = select_divergence(rows, divergence)
-            if len(group):
-                yield float(lmbda), divergence, group
+def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, CellDivergence, list[int]]]:
+    """Yield (lmbda, divergence, positions of the cells there), sorted by lmbda, then divergence."""
+    groups: dict[tuple[float, CellDivergence], list[int]] = {}
+    points = zip(cells["lmbda"].tolist(), map_divergences(cells), strict=True)
+    for position, point in enumerate(points):
+        groups.setdefault(point, []).append(position)
+    for lmbda, divergence in sorted(groups):
+        yield float(lmbda), divergence, groups[lmbda, divergence]
 
 
 def _format_title(values: dict[str, Any]) -> str:
@@ -159,11 +163,19 @@ def _format_title(values: dict[str, Any]) -> str:
     return textwrap.fill(", ".join([task, *settings]), TITLE_CHARACTERS)
 
 
-def _average_references(scores: pd.DataFrame, role: str, cells: pd.DataFrame) -> float | None:
-    """Return the mean score of these cells' starts or teachers; None where none is scored."""
-    references = scores[(scores["role"] == role) & scores["cell"].isin(cells[f"{role}_cell"].unique())]
-    values = references.drop_duplicates("cell")["value"].dropna()
-    return float(values.mean()) if len(values) else None
+class _References:
+    """Scores of a table's reference models, read once for all of its panels."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        references = scores[scores["role"] != "cell"].drop_duplicates(["role", "cell"])
+        names = references["role"], references["cell"], references["value"]
+        self._values = [item for item in zip(*names, strict=True) if pd.notna(item[2])]
+
+    def average(self, role: str, cells: pd.DataFrame) -> float | None:
+        """Return the mean score of these cells' starts or teachers; None where none is scored."""
+        fingerprints = set(cells[f"{role}_cell"])
+        values = [value for name, cell, value in self._values if name == role and cell in fingerprints]
+        return float(np.mean(values)) if values else None
 
 
 def format_metric(scores: pd.DataFrame) -> str:

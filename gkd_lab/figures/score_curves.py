@@ -18,7 +18,7 @@ from gkd_lab.figures.panels import (
     group_cells_by_point,
 )
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
-from gkd_lab.statistics.summaries import summarize_seeds
+from gkd_lab.statistics.summaries import list_scored_models, summarize_models
 from gkd_lab.store import Store
 from gkd_lab.tables.divergences import CellDivergence, list_divergences
 from gkd_lab.tables.scores import select_scores
@@ -47,9 +47,14 @@ def curves(
 
 def _draw_curves(axes: Axes, panel: Panel) -> None:
     """Draw one panel: a line per divergence, start and teacher dashed."""
+    models = list_scored_models(panel.cells)
     points = [
-        {"lmbda": lmbda, "divergence": divergence, **summarize_seeds(cells)}
-        for lmbda, divergence, cells in group_cells_by_point(panel.cells)
+        {
+            "lmbda": lmbda,
+            "divergence": divergence,
+            **summarize_models([models[position] for position in positions]),
+        }
+        for lmbda, divergence, positions in group_cells_by_point(panel.cells)
     ]
     lmbdas = sorted(panel.cells["lmbda"].unique())
     divergences = list_divergences(panel.cells)

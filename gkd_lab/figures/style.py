@@ -7,8 +7,10 @@ from io import StringIO
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from gkd_lab.tables.divergences import CellDivergence
 
@@ -99,7 +101,7 @@ def render_inline_svg(figure: Figure, name: str, label: str) -> str:
     The page defines --ink, --muted, --faint, --paper and --void.
     """
     buffer = StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _draw_only_once(figure):
         figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -111,6 +113,28 @@ def render_inline_svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r'\b(fill|stroke)="(#[0-9a-f]{6})"', r'style="\1: \2"', svg)
     svg = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _replace_theme_color, svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{_escape_attribute(label)}"', 1)
+
+
+@contextmanager
+def _draw_only_once(figure: Figure) -> Iterator[None]:
+    """Lay a figure out without drawing it while `savefig` still has a layout to make; then it draws it.
+
+    `savefig` draws twice, first for the layout alone, which measures what it needs by itself.
+    """
+    draw = figure.draw
+
+    def lay_out_or_draw(renderer: RendererBase) -> None:
+        engine = figure.get_layout_engine()
+        if isinstance(engine, ConstrainedLayoutEngine):
+            engine.execute(figure)
+        else:
+            draw(renderer)
+
+    figure.draw = lay_out_or_draw  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del figure.draw  # the class has one
 
 
 def _replace_theme_color(match: re.Match[str]) -> str:

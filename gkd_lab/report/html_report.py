@@ -1,7 +1,7 @@
 """HTML report of a grid: one page that stands alone, figures inline, every text escaped."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from gkd_lab.statistics.summaries import expand_table, summarize_scores
 from gkd_lab.store import State, Store, combine_states
 from gkd_lab.store.files import write_text
 from gkd_lab.tables.divergences import get_divergence
+from gkd_lab.tables.grouping import iterate_groups
 from gkd_lab.tables.long_table import build_long_table, list_axes
 from gkd_lab.tables.loss_labels import METHOD_NAMES, format_axis_value
 from gkd_lab.tables.results import name_evaluations
@@ -47,6 +48,8 @@ from gkd_lab.tables.training_facts import describe_epochs, describe_references, 
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
+_POINT_COLUMNS = ("lmbda", "divergence", "beta")
+"""Columns that tell grid points apart, besides the axes."""
 ROWS_AXIS = "student.sft.rows"
 """Axis of the rows of a student's SFT, on which it is then distilled."""
 MAX_LOSS_CURVES = 200
@@ -232,21 +235,21 @@ def _build_score_rows(
 
     Cells have their difference from the start.
     """
-    points = expand_table(scores)
-    keys = ["role", "lmbda", "divergence", "beta", *list_axes(scores)]
+    axes = list_axes(scores)
+    states_by_point = _group_states(expand_table(scores), ["role", *_POINT_COLUMNS, *axes])
+    differences_by_point = _index_differences(differences, [*_POINT_COLUMNS, *axes])
     score_rows = []
     for row in summarize_scores(scores, find_examples=find_examples).to_dict("records"):
-        models = points
-        for key in keys:
-            models = models[models[key].isna() if pd.isna(row[key]) else models[key] == row[key]]
-        counts = Counter(sorted(models["status"], key=STATES.index))
+        point = _build_point_key(row[name] for name in (*_POINT_COLUMNS, *axes))
+        models = states_by_point.get((row["role"], *point), [])
+        counts = Counter(sorted(models, key=STATES.index))
         states = [state if len(models) == 1 else f"{count} {state}" for state, count in counts.items()]
         score_row = {str(key): None if pd.isna(value) else value for key, value in row.items()}
         if isinstance(score_row.get("objectives"), str | tuple | list):
             score_row["objectives"] = format_axis_value("objectives", score_row["objectives"])
         score_row |= {
             "divergence": get_divergence(row).label if row["role"] == "cell" else None,
-            "difference": _find_difference(differences, row) if row["role"] == "cell" else None,
+            "difference": differences_by_point.get(point) if row["role"] == "cell" else None,
             "worst": combine_states(list(counts)),
             "states": ", ".join(states),
         }
@@ -254,17 +257,28 @@ def _build_score_rows(
     return score_rows
 
 
-def _find_difference(differences: Sequence[StartDifference], row: Any) -> StartDifference | None:
-    """Return the start difference with this row's axis values; None if there is none."""
-    for difference in differences:
-        if all(_is_equal(row[name], value) for name, value in difference.axis_values.items()):
-            return difference
-    return None
+def _group_states(points: pd.DataFrame, names: list[str]) -> dict[tuple[Any, ...], list[State]]:
+    """Map the values of some columns, None for missing ones, to the states of the rows that have them."""
+    states = points["status"].tolist()
+    return {
+        _build_point_key(values): [states[position] for position in positions]
+        for values, positions in iterate_groups(points, names)
+    }
 
 
-def _is_equal(a: Any, b: Any) -> bool:
-    """Return whether two values are equal or both missing (None, NaN)."""
-    return bool(pd.isna(a) and pd.isna(b)) or bool(a == b)
+def _index_differences(
+    differences: Sequence[StartDifference], names: list[str]
+) -> dict[tuple[Any, ...], StartDifference]:
+    """Map the axis values of each start difference, None for missing ones, to it."""
+    return {
+        _build_point_key(difference.axis_values[name] for name in names): difference
+        for difference in differences
+    }
+
+
+def _build_point_key(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Return values as a key, None for missing ones, which are not equal to themselves."""
+    return tuple(None if pd.isna(value) else value for value in values)
 
 
 def _build_aggregate_section(frame: pd.DataFrame) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from gkd_lab.statistics.differences import CONFIDENCE_LEVEL, StartDifference
-from gkd_lab.statistics.example_scores import ExampleLookup
+from gkd_lab.statistics.example_scores import SCORE_COLUMNS, ExampleLookup
 from gkd_lab.statistics.noise import MIN_SEEDS_EXTREME, EffectEstimate
 from gkd_lab.statistics.summaries import (
     NO_INTERVAL,
@@ -17,6 +17,7 @@ from gkd_lab.statistics.summaries import (
     summarize_scores,
 )
 from gkd_lab.tables.divergences import get_divergence, list_divergences, select_divergence
+from gkd_lab.tables.grouping import iterate_groups
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.loss_labels import format_axis_setting
 
@@ -84,7 +85,8 @@ def _describe_best(summaries: pd.DataFrame, axes: list[str]) -> str:
 def _describe_best_bias(cells: pd.DataFrame, axes: list[str], find_examples: ExampleLookup) -> str:
     """Return `; 79.4 [...] without the bias of choosing ...`; empty for one cell or too few seeds."""
     keys = ["lmbda", "divergence", "beta", *axes]
-    groups = [group for _, group in cells.groupby(keys, dropna=False, sort=False)]
+    rows = cells[["seed", *SCORE_COLUMNS]]  # taking them from fewer columns is faster
+    groups = [rows.iloc[positions] for _, positions in iterate_groups(cells, keys)]
     estimate = estimate_best(groups, find_examples) if len(groups) > 1 else None
     low, high = (None, None) if estimate is None else (estimate.low(), estimate.high())
     if estimate is None or low is None or high is None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gkd_lab.statistics.example_scores import ExampleLookup, average_groups
+from gkd_lab.statistics.example_scores import ExampleLookup, average_seed_scores, list_seed_scores
 from gkd_lab.statistics.noise import DIFFERENCE, EffectEstimate, estimate_contrast
 from gkd_lab.statistics.summaries import expand_collapsed_cells
+from gkd_lab.tables.grouping import iterate_groups
 from gkd_lab.tables.long_table import list_axes
 
 CONFIDENCE_LEVEL = 0.95
@@ -66,9 +67,12 @@ def _iterate_estimates(
     keys = ["lmbda", "divergence", "beta", *list_axes(scores)]
     cells = expand_collapsed_cells(scores)
     cells = cells[cells["value"].notna() & cells["start_cell"].isin(starts["cell"])]
-    for values, group in cells.groupby(keys, dropna=False, sort=False):
-        own_starts = starts.set_index("cell").loc[group["start_cell"]].reset_index()
-        own_starts = own_starts.assign(seed=group["seed"].to_numpy())
-        sample = average_groups([group, own_starts], find_examples)
+    start_scores = dict(zip(starts["cell"], list_seed_scores(starts), strict=True))
+    own_starts = [start_scores[fingerprint] for fingerprint in cells["start_cell"]]
+    triples = list(zip(cells["seed"].tolist(), list_seed_scores(cells), own_starts, strict=True))
+    for values, positions in iterate_groups(cells, keys):
+        group = [triples[position] for position in positions]
+        pairs = [(seed, score) for seed, score, _ in group], [(seed, start) for seed, _, start in group]
+        sample = average_seed_scores(pairs, find_examples)
         if sample is not None:
             yield dict(zip(keys, values, strict=True)), estimate_contrast(sample, DIFFERENCE)

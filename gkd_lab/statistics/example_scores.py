@@ -24,6 +24,8 @@ ScoreKey = tuple[str | None, str | None, str]
 ExampleLookup = Callable[[ScoreKey], "ExampleScores | None"]
 """Score -> scores of its examples; None: not stored."""
 
+SCORE_COLUMNS = ("cell", "evaluation", "metric", "value", "n_examples")
+"""Columns of a score in a table."""
 SCORE_TOLERANCE = 0.01
 """Points by which examples' mean may differ from their score; beyond it the metric has changed."""
 
@@ -97,25 +99,45 @@ def average_groups(groups: Sequence[pd.DataFrame], find_examples: ExampleLookup)
 
     A group holds rows of `select_scores`, all with a value and a seed. None: no seed in common.
     """
-    seeds = sorted(set.intersection(*(set(group["seed"]) for group in groups)))
-    if not seeds:
+    pairs = [list(zip(group["seed"].tolist(), list_seed_scores(group), strict=True)) for group in groups]
+    return average_seed_scores(pairs, find_examples)
+
+
+def average_seed_scores(
+    groups: Sequence[Sequence[tuple[int, SeedScore]]], find_examples: ExampleLookup
+) -> ScoreSample | None:
+    """Return `average_groups` of groups that hold (seed, score) of each of their models."""
+    common = set.intersection(*({seed for seed, _ in group} for group in groups))
+    if not common:
         return None
-    groups = [group[group["seed"].isin(seeds)] for group in groups]
-    rows = pd.concat(groups, ignore_index=True)
-    sample, _ = build_sample([[score] for score in list_seed_scores(rows)], find_examples)
+    seeds = sorted(common)
+    groups = [[pair for pair in group if pair[0] in common] for group in groups]
+    sample, _ = build_sample([[score] for group in groups for _, score in group], find_examples)
+    values, examples = sample.seed_scores[:, 0], sample.example_scores
+    if all(len(group) == len(seeds) for group in groups):  # one model for each seed: nothing to average
+        order = _order_by_seed(groups)
+        return ScoreSample(
+            values[order], None if examples is None else examples[order, 0], sample.example_count
+        )
     weights = _compute_group_weights(groups, seeds)
-    examples = sample.example_scores
     return ScoreSample(
-        weights @ sample.seed_scores[:, 0],
+        weights @ values,
         None if examples is None else np.tensordot(weights, examples[:, 0], axes=1),
         sample.example_count,
     )
 
 
-def _compute_group_weights(groups: Sequence[pd.DataFrame], seeds: Sequence[int]) -> Array:
+def _order_by_seed(groups: Sequence[Sequence[tuple[int, SeedScore]]]) -> NDArray[np.intp]:
+    """Return (M, S) numbers of the rows of all groups, each group's sorted by seed."""
+    seeds = np.array([[seed for seed, _ in group] for group in groups])
+    first_rows = np.arange(len(groups)) * seeds.shape[1]
+    return np.asarray(seeds.argsort(axis=1, kind="stable") + first_rows[:, None])
+
+
+def _compute_group_weights(groups: Sequence[Sequence[tuple[int, SeedScore]]], seeds: Sequence[int]) -> Array:
     """Return (M, S, R) weights of the R rows of all groups: their means by group and seed."""
     group_of_row = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    seed_of_row = np.concatenate([group["seed"].to_numpy() for group in groups])
+    seed_of_row = np.array([seed for group in groups for seed, _ in group])
     is_member = group_of_row == np.arange(len(groups))[:, None, None]
     is_member = is_member & (seed_of_row == np.array(seeds)[:, None])
     weights: Array = is_member / is_member.sum(axis=2, keepdims=True)
@@ -124,7 +146,7 @@ def _compute_group_weights(groups: Sequence[pd.DataFrame], seeds: Sequence[int])
 
 def list_seed_scores(rows: pd.DataFrame) -> list[SeedScore]:
     """Return the score of each row of `select_scores`, with its key and its number of examples."""
-    columns = [rows[name] for name in ("cell", "evaluation", "metric", "value", "n_examples")]
+    columns = [rows[name].tolist() for name in SCORE_COLUMNS]
     return [
         SeedScore(float(value), key=(cell, evaluation, metric), example_count=_get_count(count))
         for cell, evaluation, metric, value, count in zip(*columns, strict=True)

@@ -1,14 +1,16 @@
 """Summaries of a table: means with intervals, the effect of lmbda, the span over divergences."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from gkd_lab.statistics.example_scores import (
     ExampleLookup,
+    SeedScore,
     average_groups,
     build_sample,
     find_no_examples,
@@ -22,6 +24,7 @@ from gkd_lab.statistics.noise import (
     estimate_contrast,
     estimate_extreme,
 )
+from gkd_lab.tables.grouping import iterate_groups
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.rows import encode_axis_value
 from gkd_lab.tables.scores import select_scores
@@ -101,27 +104,47 @@ def summarize_scores(
     # Two teachers are not two seeds of one; SFT students of one seed each are.
     has_seed = (rows["role"] == "cell") | ((rows["role"] == "start") & rows["seed"].notna())
     model = rows["cell"].mask(has_seed, "")
-    groups = rows.assign(model=model).groupby([*keys, "model"], dropna=False, sort=False)
+    models = list_scored_models(rows)
     summaries = [
-        {**dict(zip(keys, values[:-1], strict=True)), **summarize_seeds(group, find_examples)}
-        for values, group in groups
+        {
+            **dict(zip(keys, values[:-1], strict=True)),
+            **summarize_models([models[position] for position in positions], find_examples),
+        }
+        for values, positions in iterate_groups(rows.assign(model=model), [*keys, "model"])
     ]
     return pd.DataFrame(summaries, columns=[*keys, "mean", "low", "high", "n", "interval"])
 
 
-def summarize_seeds(scores: pd.DataFrame, find_examples: ExampleLookup = find_no_examples) -> dict[str, Any]:
-    """Return mean, low, high, n and interval kind of the scored rows of one grid point."""
-    done = scores[scores["value"].notna()]
-    mean, low, high, kind = float(done["value"].mean()) if len(done) else None, None, None, NO_INTERVAL
+class ScoredModel(NamedTuple):
+    """Score of one model with its stored interval over examples; NaN for what is missing."""
+
+    score: SeedScore
+    low: float
+    high: float
+
+
+def list_scored_models(scores: pd.DataFrame) -> list[ScoredModel]:
+    """Return the score of each row of `select_scores`, as `summarize_models` takes them."""
+    bounds = (scores[name].astype("float64").tolist() for name in ("low", "high"))
+    return list(map(ScoredModel, list_seed_scores(scores), *bounds))
+
+
+def summarize_models(
+    models: Sequence[ScoredModel], find_examples: ExampleLookup = find_no_examples
+) -> dict[str, Any]:
+    """Return mean, low, high, n and interval kind of the models of one grid point that have a score."""
+    done = [model for model in models if not math.isnan(model.score.value)]
+    values = [model.score.value for model in done]
+    mean, low, high, kind = float(np.mean(values)) if done else None, None, None, NO_INTERVAL
     if len(done) >= 2:
-        sample, _ = build_sample([list_seed_scores(done)], find_examples)
+        sample, _ = build_sample([[model.score for model in done]], find_examples)
         # A mean of few distinct scores is no difference that falls to either side by chance.
         estimate = estimate_contrast(replace(sample, example_count=None), np.ones(1))
         low, high = estimate.low(), estimate.high()
         if low is not None:
             kind = SEED_INTERVAL if estimate.examples is None else CROSSED_INTERVAL
-    elif len(done) and done["low"].notna().all():
-        low, high, kind = float(done["low"].iloc[0]), float(done["high"].iloc[0]), EXAMPLE_INTERVAL
+    elif done and not math.isnan(done[0].low):
+        low, high, kind = done[0].low, done[0].high, EXAMPLE_INTERVAL
     return {"mean": mean, "low": low, "high": high, "n": len(done), "interval": kind}
 
 

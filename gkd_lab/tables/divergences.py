@@ -49,7 +49,8 @@ def map_divergences(frame: pd.DataFrame) -> "pd.Series[Any]":
 
 def list_divergences(frame: pd.DataFrame) -> list[CellDivergence]:
     """Return the distinct divergences of the rows, forward KL first."""
-    return sorted(set(map_divergences(frame[["divergence", "beta"]].drop_duplicates())))
+    pairs = set(zip(frame["divergence"], frame["beta"], strict=True))
+    return sorted({get_divergence({"divergence": kind, "beta": beta}) for kind, beta in pairs})
 
 
 def select_divergence(frame: pd.DataFrame, divergence: CellDivergence) -> pd.DataFrame:

@@ -1,8 +1,11 @@
 """Heat maps, curves and SVGs, compared with the table by the texts and lines that they draw."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gkd_lab.config import ConfigError
@@ -16,6 +19,8 @@ from gkd_lab.tables.long_table import build_long_table
 from gkd_lab.tables.loss_labels import divergence_label
 
 from ..tables.synthetic_store import build_grid, fill_store
+
+draw_axes = Axes.draw
 
 
 @pytest.fixture
@@ -253,3 +258,29 @@ def test_svgs_of_one_page_share_no_id_and_make_no_request(store: Store) -> None:
     assert 'aria-label="a &lt; b"' in first
     assert "missing</text>" in first  # text stays text
     assert "var(--void)" in first and "#eceef2" not in first
+
+
+@pytest.mark.parametrize("draw", [heat_map, curves])
+def test_a_figure_drawn_once_is_the_one_that_savefig_draws_in_two_passes(
+    draw: Callable[..., Figure], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = build_grid(grid={"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 1], "student": ["small", "base"]})
+    fill_store(grid, store)
+    frame = build_long_table(grid, store)
+    draws: list[object] = []
+    monkeypatch.setattr(Axes, "draw", lambda axes, renderer: draws.append(axes) or draw_axes(axes, renderer))
+    once = render_inline_svg(draw(frame, "accuracy"), "map", "label")
+    assert len(draws) == 2
+    monkeypatch.setattr("gkd_lab.figures.style._draw_only_once", nullcontext)
+    assert render_inline_svg(draw(frame, "accuracy"), "map", "label") == once
+    assert len(draws) == 6
+
+
+def test_a_drawn_figure_can_be_saved_again(store: Store, tmp_path: Path) -> None:
+    grid = build_grid()
+    fill_store(grid, store)
+    figure = heat_map(build_long_table(grid, store), "accuracy")
+    first = render_inline_svg(figure, "map", "label")
+    assert render_inline_svg(figure, "map", "label") == first
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000

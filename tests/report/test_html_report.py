@@ -1,15 +1,24 @@
 """The HTML report: self-contained, escaped, with results, failures and samples."""
 
+import cProfile
+import pstats
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from gkd_lab.config import Grid
-from gkd_lab.report.html_report import write_report
+from gkd_lab.report.html_report import _build_point_key, _build_score_rows, write_report
 from gkd_lab.report.samples import MAX_CHARACTERS, select_samples, shorten_text
+from gkd_lab.report.summary_text import describe_results
+from gkd_lab.statistics.differences import compute_start_differences
+from gkd_lab.statistics.example_scores import find_no_examples
 from gkd_lab.store import Store
+from gkd_lab.tables.long_table import build_long_table
+from gkd_lab.tables.scores import select_scores
 
 from ..tables.synthetic_store import build_grid, fill_store, write_finished_record
 
@@ -277,3 +286,36 @@ def test_the_page_shows_paired_heat_maps_and_claims(store: Store, tmp_path: Path
     assert "<td>C1</td>" in claims and "54 of 55" in claims
     assert "task translation" in claims  # C9 is named by the experiment: the reason why it is not judged
     assert "<td>C20</td>" not in claims
+
+
+def count_calls(grid: Grid, outputs: Path) -> int:
+    """Return how many functions are called to compute a report's numbers, its figures apart."""
+    frame = build_long_table(grid, Store(outputs))
+    ranks = np.arange(len(frame), dtype="float64")
+    frame = frame.assign(value=ranks * 37 % 101, low=0.0, high=100.0)
+    scores = select_scores(frame, "accuracy")
+    profile = cProfile.Profile()
+    profile.enable()
+    differences = compute_start_differences(scores, find_no_examples)
+    rows = _build_score_rows(scores, differences, find_no_examples)
+    describe_results(scores, find_no_examples, differences)
+    profile.disable()
+    assert len(differences) == len(grid.cells) == len(rows) - 2
+    return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+
+def test_the_work_on_a_report_grows_with_its_grid_points(tmp_path: Path) -> None:
+    """A frame for each point, or a comparison of each with all others, takes ten times as many calls."""
+    rates = [1e-4 + n * 1e-6 for n in range(20)]
+    axes = {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 0.5, 0.9, 1]}
+    calls = [
+        count_calls(build_grid(grid={**axes, "learning_rate": rates[:count]}), tmp_path)
+        for count in (5, 5, 10, 20)
+    ]
+    first, second = (calls[2] - calls[1]) / 75, (calls[3] - calls[2]) / 150
+    assert second < 3000
+    assert second < 1.2 * first
+
+
+def test_a_point_is_found_by_its_values_where_some_are_missing() -> None:
+    assert _build_point_key([0.5, float("nan"), None, pd.NA, "tv", 1]) == (0.5, None, None, None, "tv", 1)

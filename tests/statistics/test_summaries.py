@@ -9,6 +9,8 @@ import pytest
 from gkd_lab.statistics.example_scores import (
     ExampleLookup,
     ExampleScores,
+    SeedScore,
+    average_seed_scores,
     find_no_examples,
 )
 from gkd_lab.statistics.noise import ScoreSample, estimate_contrast
@@ -258,3 +260,30 @@ def test_two_teachers_are_not_two_seeds_of_one(tmp_path: Path) -> None:
     described = summary(with_two_teachers, "accuracy")
     assert sorted(described[described["role"] == "teacher"]["mean"]) == [10.0, 95.0]
     assert list(described["n"]).count(2) == list(summary(frame, "accuracy")["n"]).count(2)
+
+
+@pytest.mark.parametrize("has_examples", [False, True])
+def test_one_model_for_each_seed_is_averaged_as_several_are(has_examples: bool) -> None:
+    """The short way, without weights, gives the bits of the general one."""
+    generator = np.random.default_rng(0)
+    tables = {f"{model}{seed}": generator.uniform(0, 100, 20) for model in "abc" for seed in (3, 1, 2)}
+    find_examples = make_lookup(**{name: list(values) for name, values in tables.items()})
+    groups = [
+        [
+            (int(name[1]), SeedScore(float(values.mean()), key=(name, "greedy", "accuracy")))
+            for name, values in tables.items()
+            if name[0] == model
+        ]
+        for model in "abc"
+    ]
+    lookup = find_examples if has_examples else find_no_examples
+    short = average_seed_scores(groups, lookup)
+    twice = average_seed_scores([group * 2 for group in groups], lookup)
+    assert short is not None and twice is not None
+    expected = [[tables[f"{model}{seed}"].mean() for seed in (1, 2, 3)] for model in "abc"]
+    assert short.seed_scores == pytest.approx(np.array(expected))
+    assert short.seed_scores == pytest.approx(twice.seed_scores, rel=1e-14)
+    assert (short.example_scores is not None) == (twice.example_scores is not None) == has_examples
+    if short.example_scores is not None and twice.example_scores is not None:
+        assert short.example_scores == pytest.approx(twice.example_scores, rel=1e-14)
+        assert short.example_scores[1, 2].tolist() == tables["b3"].tolist()
