@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py [--smoke] [--turns N] [--out FILE.json]
 
-Random Llama-like models alone and as packs, without an end of sequence; both take turns in one process, with
-the same noise, and must write the same tokens. Seconds are the processor's, as the clock's are noisy on a
-shared machine. Kernels and waits are counted as in `dispatch.py`, fused weights included.
+Random Llama-like models and T5s alone and as packs, without an end of sequence; both take turns in one
+process, with the same noise, and must write the same tokens. Seconds are the processor's, as the clock's are
+noisy on a shared machine. Kernels and waits are counted as in `dispatch.py`, fused weights included.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from step_timing import describe_machine
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
@@ -38,10 +38,16 @@ WIDE = Grid("6 layers of 576", Shape(6, 576, 1536, 9), Shape(1, 16, 32, 2), 8192
 
 @dataclass(frozen=True)
 class Case:
-    """A grid's student in a pack of so many cells."""
+    """A grid's student in a pack of so many cells, Llama-like or a T5 of the same shape."""
 
     grid: Grid
     cells: int
+    is_t5: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name of the row."""
+        return f"{self.grid.name}{' T5' * self.is_t5}, K = {self.cells}"
 
 
 CASES = (
@@ -51,14 +57,34 @@ CASES = (
     Case(QUICKSTART, 15),
     Case(WIDE, 1),
     Case(WIDE, 4),
+    Case(TINY, 15, is_t5=True),
+    Case(QUICKSTART, 1, is_t5=True),
+    Case(QUICKSTART, 15, is_t5=True),
 )
 SMOKE = Case(replace(TINY, student=Shape(1, 16, 32, 2), answer=4), 3)
 
 
 def build_student(case: Case) -> PreTrainedModel:
     """Build the student, or a pack of equal ones."""
-    student = build_model(case.grid.student, case.grid, 0)
+    student = (build_t5 if case.is_t5 else build_model)(case.grid.student, case.grid, 0)
     return student if case.cells == 1 else Pack.build([student] * case.cells).model
+
+
+def build_t5(shape: Shape, grid: Grid, seed: int) -> PreTrainedModel:
+    """Build a T5 v1.1 with random weights, as many layers in each stack."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=grid.vocabulary,
+        d_model=shape.width,
+        d_kv=shape.width // shape.heads,
+        d_ff=shape.feed_forward,
+        num_layers=shape.layers,
+        num_decoder_layers=shape.layers,
+        num_heads=shape.heads,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config).eval()
 
 
 def build_prompts(case: Case) -> Sequences:
@@ -66,7 +92,7 @@ def build_prompts(case: Case) -> Sequences:
     shape = (case.grid.rows, case.grid.prompt)
     ids = torch.randint(2, case.grid.vocabulary, shape, generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[::2, :3] = 0
+    mask[::2, slice(-3, None) if case.is_t5 else slice(3)] = 0
     return Sequences(ids, mask, ids[:, :1], mask[:, :1]).repeat_rows(case.cells)
 
 
@@ -149,8 +175,7 @@ def main() -> None:
     cases = (SMOKE,) if options.smoke else CASES
     figures = {}
     for case in cases:
-        label = f"{case.grid.name}, K = {case.cells}"
-        figures[label] = measure(case, 1 if options.smoke else options.turns)
+        figures[case.label] = measure(case, 1 if options.smoke else options.turns)
     print_figures(figures)
     if options.out is not None:
         options.out.write_text(json.dumps({**describe_machine(), "sampling": figures}, indent=1) + "\n")

@@ -5,7 +5,7 @@ changes a module's output from outside, and no rule that a short comparison of l
 sliding window, positions that depend on the length). `fused_check` then compares the numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ HEAD_NORMS = frozenset({"q_norm", "k_norm"})
 MLP_CHILDREN = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the batch."""
-CAPTURE_HOOKS = "transformers.utils.output_capturing"
-"""The module of transformers' own hooks, which return no output of their own."""
+HARMLESS_HOOKS = ("transformers.utils.output_capturing", "gkd_lab.models.packed_layers")
+"""Modules whose hooks change no output: transformers' own, and those of a packed T5."""
 
 
 LinearModule = nn.Linear | PackedLinear
@@ -73,9 +73,10 @@ def find_decoder_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts
 
     `n_positions`: tokens of the longest row, prompt and completion.
     """
-    _check_model(model)
+    check_model(model)
+    check_children("it", model, MODEL_CHILDREN)
     decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
-    _check_children("the decoder", decoder, DECODER_CHILDREN)
+    check_children("the decoder", decoder, DECODER_CHILDREN)
     _check_positions(config, n_positions)
     layers = tuple(_find_layer_parts(layer) for layer in decoder.layers)
     key_width = layers[0].key.out_features
@@ -85,13 +86,13 @@ def find_decoder_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts
         layers=layers,
         final_norm=decoder.norm,
         rotary=decoder.rotary_emb,
-        head=_check_linear("lm_head", model.get_output_embeddings()),
+        head=check_linear("lm_head", model.get_output_embeddings()),
         n_heads=config.num_attention_heads,
         n_kv_heads=key_width // head_width,
         head_width=head_width,
         norm_epsilon=config.rms_norm_eps,
     )
-    _check_parameters(model, parts)
+    check_parameters(model, _list_modules(parts))
     return parts
 
 
@@ -115,51 +116,48 @@ def read_bias(module: LinearModule) -> Tensor | None:
 
 def _find_layer_parts(layer: nn.Module) -> LayerParts:
     """Return the modules of one layer; CannotFuse if it has others."""
-    _check_children("a layer", layer, LAYER_CHILDREN)
+    check_children("a layer", layer, LAYER_CHILDREN)
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     norms = HEAD_NORMS if "q_norm" in dict(attention.named_children()) else frozenset()
-    _check_children("attention", attention, ATTENTION_CHILDREN | norms)
-    _check_children("an MLP", mlp, MLP_CHILDREN)
+    check_children("attention", attention, ATTENTION_CHILDREN | norms)
+    check_children("an MLP", mlp, MLP_CHILDREN)
     return LayerParts(
         input_norm=layer.input_layernorm,  # type: ignore[arg-type]
-        query=_check_linear("q_proj", attention.q_proj),
-        key=_check_linear("k_proj", attention.k_proj),
-        value=_check_linear("v_proj", attention.v_proj),
-        output=_check_linear("o_proj", attention.o_proj),
+        query=check_linear("q_proj", attention.q_proj),
+        key=check_linear("k_proj", attention.k_proj),
+        value=check_linear("v_proj", attention.v_proj),
+        output=check_linear("o_proj", attention.o_proj),
         query_norm=attention.q_norm if norms else None,
         key_norm=attention.k_norm if norms else None,
         mlp_norm=layer.post_attention_layernorm,  # type: ignore[arg-type]
-        gate=_check_linear("gate_proj", mlp.gate_proj),
-        up=_check_linear("up_proj", mlp.up_proj),
-        down=_check_linear("down_proj", mlp.down_proj),
+        gate=check_linear("gate_proj", mlp.gate_proj),
+        up=check_linear("up_proj", mlp.up_proj),
+        down=check_linear("down_proj", mlp.down_proj),
         activation=mlp.act_fn,
         scaling=attention.scaling,
     )
 
 
-def _check_model(model: Any) -> None:
-    """Raise CannotFuse for an encoder-decoder, a wrapped model, and modules that something else changes."""
-    if model.config.is_encoder_decoder:
-        raise CannotFuse("it has an encoder")
+def check_model(model: Any) -> None:
+    """Raise CannotFuse for a replaced `generate` and for modules that something else changes."""
     if "generate" in vars(model) or type(model).generate is not GenerationMixin.generate:
         raise CannotFuse("its `generate` is replaced")
-    _check_children("it", model, MODEL_CHILDREN)
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__module__", None) != CAPTURE_HOOKS for hook in hooks):
+        if any(getattr(hook, "__module__", None) not in HARMLESS_HOOKS for hook in hooks):
             raise CannotFuse(f"{name or 'it'} has a forward hook")
         if "forward" in vars(module):
             raise CannotFuse(f"the forward function of {name or 'it'} is replaced")
 
 
-def _check_children(owner: str, module: nn.Module, expected: frozenset[str]) -> None:
+def check_children(owner: str, module: nn.Module, expected: frozenset[str]) -> None:
     """Raise CannotFuse unless the module's children have exactly these names."""
     names = {name for name, _ in module.named_children()}
     difference = sorted(names ^ expected)
     if difference:
         raise CannotFuse(
-            f"{owner} is not Llama's: {difference[0]!r} is {_describe_side(difference[0], names)}"
+            f"{owner} is built differently: {difference[0]!r} is {_describe_side(difference[0], names)}"
         )
 
 
@@ -168,7 +166,7 @@ def _describe_side(name: str, names: set[str]) -> str:
     return "an additional module" if name in names else "missing"
 
 
-def _check_linear(name: str, module: Any) -> LinearModule:
+def check_linear(name: str, module: Any) -> LinearModule:
     """Return a linear layer with plain floating-point weights; CannotFuse for any other module."""
     if type(module) not in (nn.Linear, PackedLinear):
         raise CannotFuse(f"{name} is a {type(module).__name__}")
@@ -194,14 +192,14 @@ def _check_positions(config: Any, n_positions: int) -> None:
         raise CannotFuse(f"its rotary embedding is {rope_type}, whose frequencies may change with the length")
 
 
-def _check_parameters(model: PreTrainedModel, parts: DecoderParts) -> None:
-    """Raise CannotFuse if a parameter of the model is not read, or if they lie on several devices."""
-    read = {id(p) for module in _list_modules(parts) for p in module.parameters(recurse=False)}
+def check_parameters(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
+    """Raise CannotFuse if a parameter of the model is in none of `modules`, or on another device."""
+    read = {id(p) for module in modules for p in module.parameters(recurse=False)}
     devices = set[torch.device]()
     for name, parameter in model.named_parameters():
         devices.add(parameter.device)
         if id(parameter) not in read:
-            raise CannotFuse(f"its parameter {name!r} is not one of Llama's")
+            raise CannotFuse(f"its parameter {name!r} is not read by a fused decode step")
     if len(devices) > 1:
         raise CannotFuse("its weights are on several devices")
 

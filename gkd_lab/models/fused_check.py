@@ -8,15 +8,17 @@ half precision would hide a difference in structure. A model that differs sample
 import copy
 import logging
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gkd_lab.models.decoder_parts import CannotFuse, find_decoder_parts
-from gkd_lab.models.forward import Sequences, compute_completion_logits, compute_position_ids, eval_mode
-from gkd_lab.models.fused_decoder import FusedDecoder
+from gkd_lab.models.decoder_parts import CannotFuse, DecoderParts, find_decoder_parts
+from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
+from gkd_lab.models.fused_decoder import FusedDecoder, TokenDecoder
+from gkd_lab.models.fused_t5 import FusedT5Decoder, T5Parts, find_t5_parts
 from gkd_lab.models.heads import compute_relative_error
 from gkd_lab.models.pack_check import make_random_batch
 from gkd_lab.models.packed_layers import PackedModule, count_cells
@@ -44,13 +46,13 @@ _verdicts: WeakKeyDictionary[PreTrainedModel, FusedVerdict] = WeakKeyDictionary(
 
 def build_fused_decoder(
     model: PreTrainedModel, n_positions: int, vocabulary: int | None = None
-) -> FusedDecoder | None:
+) -> TokenDecoder | None:
     """Return a decoder with the model's present weights; None if it must sample with `generate`.
 
     Compares the model with its decoder at the first call, and logs a difference once as a warning.
     """
     try:
-        parts = find_decoder_parts(model, n_positions)
+        find_parts(model, n_positions)
     except CannotFuse as error:
         logger.info("%s samples with transformers' `generate`: %s", type(model).__name__, error)
         return None
@@ -63,13 +65,36 @@ def build_fused_decoder(
             )
     if verdict.reason is not None or not _has_room(model):
         return None
-    return FusedDecoder(
-        parts,
-        _get_product_dtype(model),
-        norm_offset=verdict.norm_offset,
-        n_positions=n_positions,
-        vocabulary=vocabulary,
+    return _create_decoder(
+        model, _get_product_dtype(model), verdict.norm_offset, n_positions, vocabulary=vocabulary
     )
+
+
+def find_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts | T5Parts:
+    """Return the modules of a Llama-like decoder or a T5; CannotFuse with the reason for any other model."""
+    if model.config.is_encoder_decoder:
+        return find_t5_parts(model)
+    return find_decoder_parts(model, n_positions)
+
+
+def _create_decoder(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    norm_offset: int,
+    n_positions: int,
+    *,
+    vocabulary: int | None = None,
+) -> TokenDecoder:
+    """Return a decoder with the model's present weights, of the class for its modules."""
+    parts = find_parts(model, n_positions)
+    options: dict[str, Any] = {
+        "norm_offset": norm_offset,
+        "n_positions": n_positions,
+        "vocabulary": vocabulary,
+    }
+    if isinstance(parts, T5Parts):
+        return FusedT5Decoder(parts, dtype, **options)
+    return FusedDecoder(parts, dtype, **options)
 
 
 def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
@@ -97,25 +122,21 @@ def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
 def _compare_logits(model: PreTrainedModel, batch: Sequences, expected: Tensor, norm_offset: int) -> float:
     """Return the relative error of the fused decoder's logits; inf if it prefers another token."""
     n_positions = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
-    parts = find_decoder_parts(model, n_positions)
-    decoder = FusedDecoder(parts, expected.dtype, norm_offset=norm_offset, n_positions=n_positions)
+    decoder = _create_decoder(model, expected.dtype, norm_offset, n_positions)
     logits = compute_forced_logits(decoder, batch)
     if expected.isfinite().all() and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
         return float("inf")
     return compute_relative_error(logits, expected)
 
 
-def compute_forced_logits(decoder: FusedDecoder, batch: Sequences) -> Tensor:
+def compute_forced_logits(decoder: TokenDecoder, batch: Sequences) -> Tensor:
     """Return the logits of each completion token given those before it, (N, C, V), one step a token."""
-    width, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
-    logits, cache = decoder.read_prompts(
-        batch.prompt_ids, batch.prompt_mask, compute_position_ids(batch.prompt_mask), width + tokens
-    )
-    lengths = batch.prompt_mask.sum(1, keepdim=True)
-    steps = [logits]
+    tokens = batch.completion_ids.shape[1]
+    start = decoder.read_prompts(batch.prompt_ids, batch.prompt_mask, tokens)
+    steps = [start.logits]
     for n in range(tokens - 1):
         ids = batch.completion_ids[:, n : n + 1]
-        steps.append(decoder.forward(ids, lengths + n, cache, width + n + 1))
+        steps.append(decoder.forward(ids, start.positions + n, start.cache, start.width + n + 1))
     return torch.stack(steps, dim=1)
 
 

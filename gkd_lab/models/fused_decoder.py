@@ -8,14 +8,19 @@ Shapes: K cells, N rows (N/K a cell), T new tokens, S slots of the cache, H widt
 share g keys, V vocabulary.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import NewGELUActivation
 
 from gkd_lab.models.decoder_parts import DecoderParts, LayerParts, LinearModule, read_bias, read_weight
+from gkd_lab.models.forward import compute_position_ids
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,12 @@ class StaticCache:
     """Keys and values of all layers, (layers, 2, N, g, S, d), and the mask that is added to attention scores.
 
     mask: (N, 1, 1, S); 0 where a slot holds or will hold a token, else -inf.
+    source: Those of an encoder's output; None without an encoder.
     """
 
     states: Tensor
     mask: Tensor
+    source: "StaticCache | None" = None
 
     def count_slots(self) -> int:
         """Return S."""
@@ -38,12 +45,53 @@ class StaticCache:
 
     def select_rows(self, rows: Tensor) -> "StaticCache":
         """Return a cache of the rows with these indices, in a copy."""
-        return StaticCache(self.states.index_select(2, rows), self.mask.index_select(0, rows))
+        source = None if self.source is None else self.source.select_rows(rows)
+        return StaticCache(self.states.index_select(2, rows), self.mask.index_select(0, rows), source)
 
     def extend(self, slots: int) -> "StaticCache":
         """Return a copy with `slots` more free slots."""
-        states, mask = self.states, self.mask
-        return StaticCache(functional.pad(states, (0, 0, 0, slots)), functional.pad(mask, (0, slots)))
+        states, mask = functional.pad(self.states, (0, 0, 0, slots)), functional.pad(self.mask, (0, slots))
+        return StaticCache(states, mask, self.source)
+
+
+@dataclass(frozen=True)
+class DecodeStart:
+    """Result of reading prompts.
+
+    logits: (N, V), of the first new token.
+    positions: (N, 1), of that token in its row.
+    width: Slots of the cache that are filled.
+    """
+
+    logits: Tensor
+    cache: StaticCache
+    positions: Tensor
+    width: int
+
+
+class TokenDecoder(Protocol):
+    """Decodes one token at a time with a copy of a model's weights, of K = `cells` models."""
+
+    cells: int
+    device: torch.device
+
+    def read_prompts(self, ids: Tensor, mask: Tensor, room: int) -> DecodeStart:
+        """Read prompts (N, T) with their mask; the cache has room for so many new tokens at first."""
+        ...
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, cache: StaticCache, length: int, slot: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits (N, V) of the token after ids (N, 1), which are written into the cache.
+
+        Args:
+            ids: Token ids.
+            positions: Of the tokens in their rows, (N, 1).
+            cache: Keys and values so far.
+            length: Only the first slots are attended to.
+            slot: (1,), where the token is written to; None: the last of the first `length` slots.
+        """
+        ...
 
 
 class UnitNorm:
@@ -79,7 +127,7 @@ class FusedLayer:
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
-    activation: nn.Module
+    activation: Callable[[Tensor], Tensor]
     scaling: float
 
 
@@ -143,7 +191,7 @@ class FusedDecoder:
             gate_up_bias=self._fuse_biases([layer.gate, layer.up], n_paired=0),
             down=read_weight(layer.down).to(self.dtype),
             down_bias=self._cast(read_bias(layer.down)),
-            activation=layer.activation,
+            activation=fuse_activation(layer.activation),
             scaling=layer.scaling,
         )
 
@@ -218,33 +266,20 @@ class FusedDecoder:
     # ---- forward pass ----
 
     @torch.no_grad()
-    def read_prompts(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, slots: int
-    ) -> tuple[Tensor, StaticCache]:
-        """Read prompts (N, T), padded on the left; return the next token's logits (N, V) and a cache.
-
-        The cache has room for `slots` tokens, those of the prompts included.
-        """
+    def read_prompts(self, ids: Tensor, mask: Tensor, room: int) -> DecodeStart:
+        """Read prompts (N, T), padded on the left; the cache has room for so many new tokens at first."""
         rows, tokens = ids.shape
         keys, width = self.parts.n_kv_heads, self.parts.head_width
-        shape = (len(self.layers), 2, rows, keys, slots, width)
-        # Recorded as a CUDA graph, a step multiplies free slots by 0, which must be finite.
-        allocate = torch.zeros if self.device.type == "cuda" else torch.empty
-        states = allocate(shape, dtype=self.cache_dtype, device=self.device)
+        shape = (len(self.layers), 2, rows, keys, tokens + room, width)
+        states = allocate_states(shape, self.cache_dtype, self.device)
         is_token = mask.bool()
         order = torch.arange(tokens, device=self.device)
         # Padding attends to itself, as a softmax over nothing would be NaN.
         may_attend = (is_token[:, None] & (order[:, None] >= order)) | (order[:, None] == order)
-        causal = self._build_mask(may_attend)[:, None]
-        padding = functional.pad(self._build_mask(is_token)[:, None, None], (0, slots - tokens))
-        cache = StaticCache(states, padding)
-        logits = self.forward(ids, positions, StaticCache(states, causal), tokens)
-        return logits, cache
-
-    def _build_mask(self, may_attend: Tensor) -> Tensor:
-        """Return a mask to add to attention scores: 0 where True, else -inf."""
-        zeros = torch.zeros(may_attend.shape, dtype=self.cache_dtype, device=self.device)
-        return zeros.masked_fill_(~may_attend, -torch.inf)
+        causal = StaticCache(states, build_mask(may_attend, self.cache_dtype)[:, None])
+        logits = self.forward(ids, compute_position_ids(mask), causal, tokens)
+        padding = functional.pad(build_mask(is_token, self.cache_dtype)[:, None, None], (0, room))
+        return DecodeStart(logits, StaticCache(states, padding), mask.sum(1, keepdim=True), tokens)
 
     @torch.no_grad()
     def forward(
@@ -299,6 +334,28 @@ class FusedDecoder:
             keys, values = (t.repeat_interleave(heads // n_keys, dim=1) for t in (keys, values))
         attended = functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling)
         return attended.view(rows, n_keys, -1, tokens, width).permute(0, 3, 2, 1, 4)
+
+
+def fuse_activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return an activation as one kernel: T5's `gelu_new` is eight of transformers'."""
+    return (
+        functools.partial(functional.gelu, approximate="tanh")
+        if type(module) is NewGELUActivation
+        else module
+    )
+
+
+def allocate_states(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a cache's keys and values, not yet written."""
+    # Recorded as a CUDA graph, a step multiplies free slots by 0, which must be finite.
+    allocate = torch.zeros if device.type == "cuda" else torch.empty
+    return allocate(shape, dtype=dtype, device=device)
+
+
+def build_mask(may_attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to attention scores: 0 where True, else -inf."""
+    zeros = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
+    return zeros.masked_fill_(~may_attend, -torch.inf)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

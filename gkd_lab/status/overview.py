@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell, Grid
+from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES
 from gkd_lab.config.cell import Training, list_references
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
@@ -223,9 +224,7 @@ def _describe_decoding(grid: Grid) -> Iterator[str]:
 
 def _name_decoding(training: Training) -> str | None:
     """Return what decodes for a training, and why it must; None for a classifier."""
-    if training.start.family == "encoder-decoder":
-        return "transformers' `generate`, as the model has an encoder"
-    if training.start.family != "decoder-only":
+    if training.start.family in CLASSIFIER_FAMILIES:
         return None
     if training.implementation == "trl":
         return "transformers' `generate` for TRL's samples"
@@ -234,8 +233,8 @@ def _name_decoding(training: Training) -> str | None:
     if training.start.model.architecture is not None:
         return "fused steps, once their logits equal the model's own"
     return (
-        "fused steps if the model is built like Llama and their logits equal its own, else transformers' "
-        "`generate`"
+        "fused steps if the model is built like Llama or T5 and their logits equal its own, else "
+        "transformers' `generate`"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sample and search greedily with a `FusedDecoder`: fixed shapes, and one wait for the device in 8 tokens.
+"""Sample and search greedily with a `TokenDecoder`: fixed shapes, and one wait for the device in 8 tokens.
 
 Noise, temperatures, positions and masks are on the device before the first token. A step takes tokens and
 returns tokens; nothing of it reaches the host until, every `CHECK_INTERVAL` tokens, the ends of sequence are
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gkd_lab.models.forward import Sequences, compute_position_ids
-from gkd_lab.models.fused_decoder import FusedDecoder, StaticCache
+from gkd_lab.models.forward import Sequences
+from gkd_lab.models.fused_decoder import DecodeStart, StaticCache, TokenDecoder
 from gkd_lab.training.next_token import invert_cumulative, select_unfinished_rows
 
 CHECK_INTERVAL = 8
@@ -58,7 +58,7 @@ class DecodeState:
 
 @torch.no_grad()
 def decode_completions(
-    decoder: FusedDecoder,
+    decoder: TokenDecoder,
     prompts: Sequences,
     *,
     max_new_tokens: int,
@@ -71,9 +71,9 @@ def decode_completions(
 
     Sampled by `uniforms` (N, C) at `temperature`, one or (N, 1); greedily without `uniforms`.
     """
-    width = prompts.prompt_ids.shape[1]
     with torch.autocast(decoder.device.type, enabled=False):
-        logits, state = _read_prompts(decoder, prompts, max_new_tokens, uniforms, temperature)
+        start, state = _read_prompts(decoder, prompts, max_new_tokens, uniforms, temperature)
+        width = start.width
         output = prompts.prompt_ids.new_full((max_new_tokens, prompts.num_rows), pad_id)
         ends = RowEnds(prompts.num_rows, decoder.cells, end_ids.to(decoder.device))
         step: DecodeStep | None = None
@@ -88,7 +88,7 @@ def decode_completions(
             for n in range(first, last):
                 noise = None if state.uniforms is None else state.uniforms[n]
                 if n == 0:
-                    tokens = state.choose_tokens(logits, noise)
+                    tokens = state.choose_tokens(start.logits, noise)
                 else:
                     tokens = step(tokens, state.positions[n - 1], noise, width + n)
                 block.append(tokens)
@@ -104,25 +104,22 @@ def decode_completions(
 
 
 def _read_prompts(
-    decoder: FusedDecoder,
+    decoder: TokenDecoder,
     prompts: Sequences,
     max_new_tokens: int,
     uniforms: Tensor | None,
     temperature: float | Tensor,
-) -> tuple[Tensor, DecodeState]:
-    """Return the logits (N, V) of the first new token, and the state of all rows on the decoder's device."""
-    device, mask = decoder.device, prompts.prompt_mask
+) -> tuple[DecodeStart, DecodeState]:
+    """Return the result of reading the prompts, and the state of all rows on the decoder's device."""
+    device = decoder.device
     room = min(max_new_tokens, FIRST_SLOTS)
-    logits, cache = decoder.read_prompts(
-        prompts.prompt_ids, mask, compute_position_ids(mask), mask.shape[1] + room
-    )
-    steps = torch.arange(max_new_tokens, device=device)
-    return logits, DecodeState(
-        torch.arange(len(mask), device=device),
-        cache,
-        steps[:, None, None] + mask.sum(1)[:, None],
+    start = decoder.read_prompts(prompts.prompt_ids, prompts.prompt_mask, room)
+    return start, DecodeState(
+        torch.arange(prompts.num_rows, device=device),
+        start.cache,
+        torch.arange(max_new_tokens, device=device)[:, None, None] + start.positions,
         None if uniforms is None else uniforms.to(device).T.contiguous()[..., None],
-        _spread_temperature(temperature, len(mask), device),
+        _spread_temperature(temperature, prompts.num_rows, device),
     )
 
 
@@ -181,7 +178,7 @@ class RowEnds:
 class DecodeStep:
     """One token of every row in the batch."""
 
-    def __init__(self, decoder: FusedDecoder, state: DecodeState) -> None:
+    def __init__(self, decoder: TokenDecoder, state: DecodeState) -> None:
         self.decoder, self.state = decoder, state
 
     def __call__(self, tokens: Tensor, positions: Tensor, uniforms: Tensor | None, length: int) -> Tensor:
@@ -206,7 +203,7 @@ class DecodeStep:
 class GraphedStep(DecodeStep):
     """The same step, recorded once as a CUDA graph: a few launches a token. Not yet tried on a GPU."""
 
-    def __init__(self, decoder: FusedDecoder, state: DecodeState) -> None:
+    def __init__(self, decoder: TokenDecoder, state: DecodeState) -> None:
         super().__init__(decoder, state)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.slots = torch.arange(state.cache.count_slots(), device=decoder.device)
@@ -244,6 +241,6 @@ class GraphedStep(DecodeStep):
         return self._run(tokens, positions, noise[0] if noise else None, cache.count_slots(), slot)
 
 
-def build_step(decoder: FusedDecoder, state: DecodeState) -> DecodeStep:
+def build_step(decoder: TokenDecoder, state: DecodeState) -> DecodeStep:
     """Return the step of these rows: a CUDA graph on a GPU, else PyTorch's operators one by one."""
     return (GraphedStep if decoder.device.type == "cuda" else DecodeStep)(decoder, state)

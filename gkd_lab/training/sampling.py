@@ -1,6 +1,6 @@
 """Generate completions: sampling with given noise, greedy search and beam search.
 
-Models of Llama's structure sample and search greedily with a `FusedDecoder`. All others, beams and
+Models built like Llama or T5 sample and search greedily by fused decode steps. All others, beams and
 calculators use transformers' `generate`, which prepares prompts, masks and its KV cache; its configuration is
 complete, so nothing leaks in from the model's own.
 Shapes: K cells of a pack, N rows (N/K a cell), T prompt tokens, C new tokens, V vocabulary.

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gkd_lab.models.decoder_parts import CannotFuse, find_decoder_parts
+from gkd_lab.models.decoder_parts import CannotFuse
 from gkd_lab.models.forward import Sequences, compute_completion_logits
-from gkd_lab.models.fused_check import build_fused_decoder, compute_forced_logits
+from gkd_lab.models.fused_check import build_fused_decoder, compute_forced_logits, find_parts
 from gkd_lab.models.packing import Pack
 
 from .families import SPREAD, decoder, make
-from .tiny import LAST_WORD
+from .tiny import LAST_WORD, tiny_model
 
 POSITIONS = 20
 
@@ -58,6 +58,11 @@ def granite(seed: int) -> PreTrainedModel:
     return randomize(GraniteForCausalLM(GraniteConfig(**decoder(16), **factors)), seed, 1.0)
 
 
+def t5_tied(seed: int) -> PreTrainedModel:
+    """Without gates, and with a scaled output."""
+    return tiny_model("encoder-decoder", seed, dtype=torch.float32).eval()
+
+
 def mistral(window: int) -> PreTrainedModel:
     return randomize(MistralForCausalLM(MistralConfig(**decoder(16), sliding_window=window)), 0, 1.0)
 
@@ -65,18 +70,18 @@ def mistral(window: int) -> PreTrainedModel:
 BUILDERS: dict[str, Any] = {
     **{
         name: lambda seed, name=name: make(name, seed, dtype=torch.float32)
-        for name in ("llama", "qwen2", "qwen3")
+        for name in ("llama", "qwen2", "qwen3", "t5")
     },
-    **{build.__name__: build for build in (gemma, llama_with_biases, llama_with_scaled_positions)},
+    **{build.__name__: build for build in (gemma, llama_with_biases, llama_with_scaled_positions, t5_tied)},
 }
 
 
-def make_rows(cells: int, rows: int = 3) -> Sequences:
-    """Random rows of 5 prompt tokens, padded on the left, and 6 completion tokens."""
+def make_rows(cells: int, rows: int = 3, *, is_encoder_decoder: bool = False) -> Sequences:
+    """Random rows of 5 prompt tokens, padded on the model's side, and 6 completion tokens."""
     ids = torch.randint(LAST_WORD, (rows * cells, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[1::3, :2] = 0
-    mask[2::3, :4] = 0
+    mask[1::3, slice(3, 5) if is_encoder_decoder else slice(2)] = 0
+    mask[2::3, slice(1, 5) if is_encoder_decoder else slice(4)] = 0
     return Sequences(ids[:, :5], mask[:, :5], ids[:, 5:], mask[:, 5:])
 
 
@@ -90,7 +95,8 @@ def force(model: PreTrainedModel, rows: Sequences) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_logits_token_by_token_are_those_of_the_model_s_forward(name: str, dtype: torch.dtype) -> None:
-    model, rows = BUILDERS[name](0).to(dtype), make_rows(1)
+    model = BUILDERS[name](0).to(dtype)
+    rows = make_rows(1, is_encoder_decoder=model.config.is_encoder_decoder)
     expected, logits = compute_completion_logits(model, rows), force(model, rows)
     assert logits.dtype == dtype
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -101,7 +107,8 @@ def test_logits_token_by_token_are_those_of_the_model_s_forward(name: str, dtype
 @torch.no_grad()
 def test_a_pack_s_rows_get_the_logits_of_their_members(name: str) -> None:
     members = [BUILDERS[name](seed) for seed in range(3)]
-    rows, pack = make_rows(1), Pack.build(members)
+    pack = Pack.build(members)
+    rows = make_rows(1, is_encoder_decoder=members[0].config.is_encoder_decoder)
     expected = torch.cat([compute_completion_logits(member, rows) for member in members])
     logits = force(pack.model, rows.repeat_rows(3))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -110,9 +117,11 @@ def test_a_pack_s_rows_get_the_logits_of_their_members(name: str) -> None:
     torch.testing.assert_close(some, logits[[6, 7, 8, 0, 1, 2]], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
 @torch.no_grad()
-def test_autocast_multiplies_in_its_dtype_as_accurately_as_the_model() -> None:
-    model, rows = make("llama", 0, width=32, dtype=torch.float32), make_rows(1)
+def test_autocast_multiplies_in_its_dtype_as_accurately_as_the_model(name: str) -> None:
+    model = make(name, 0, width=32, dtype=torch.float32)
+    rows = make_rows(1, is_encoder_decoder=name == "t5")
     exact = compute_completion_logits(model, rows)
     with torch.autocast("cpu", torch.bfloat16):
         own, fused = compute_completion_logits(model, rows), build_fused_decoder(model, POSITIONS)
@@ -192,9 +201,17 @@ def with_rope(rope_type: str) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**decoder(16, rope_parameters=rope)))
 
 
+def t5_with(**fields: Any) -> PreTrainedModel:
+    model = make("t5", 0)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    return model
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
-    "t5": (lambda: make("t5", 0), "encoder"),
-    "bart": (lambda: make("bart", 0), "encoder"),
+    "bart": (lambda: make("bart", 0), "it is built differently"),
+    "forced": (lambda: t5_with(forced_bos_token_id=4), "first token is forced"),
+    "start": (lambda: t5_with(decoder_start_token_id=None), "decoder_start_token_id"),
     "gpt2": (lambda: make("gpt2", 0), "'model' is missing"),
     "gemma2": (lambda: make("gemma2", 0), "sliding_attention"),
     "gemma3": (lambda: make("gemma3", 0), "sliding_attention"),
@@ -214,7 +231,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_other_structures_are_refused_with_the_reason(name: str) -> None:
     build, reason = REFUSED[name]
     with pytest.raises(CannotFuse, match=reason):
-        find_decoder_parts(build(), POSITIONS)
+        find_parts(build(), POSITIONS)
     assert build_fused_decoder(build(), POSITIONS) is None
 
 
@@ -237,7 +254,7 @@ def test_a_model_of_the_same_structure_with_other_arithmetic_is_found_once_by_it
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = granite(0)
-    find_decoder_parts(model, POSITIONS)
+    find_parts(model, POSITIONS)
     with caplog.at_level(logging.WARNING):
         assert build_fused_decoder(model, POSITIONS) is None
         assert build_fused_decoder(model, POSITIONS) is None

@@ -115,7 +115,7 @@ def test_the_plan_names_what_decodes(document: dict[str, Any], notes: list[str],
     ("experiment", "ways"),
     [
         ("quickstart", ["fused steps, once their logits equal the model's own"]),
-        ("lambda_beta_translation", ["transformers' `generate`, as the model has an encoder"]),
+        ("lambda_beta_translation", ["fused steps, once their logits equal the model's own"]),
         ("classification", []),
     ],
 )

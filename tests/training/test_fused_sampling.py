@@ -17,9 +17,10 @@ from gkd_lab.losses.step_loss import split_blocks
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.fused_check import build_fused_decoder
 from gkd_lab.models.fused_decoder import FusedDecoder
+from gkd_lab.models.fused_t5 import FusedT5Decoder
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import draw_uniforms
-from gkd_lab.training.fused_sampling import CHECK_INTERVAL, FIRST_SLOTS, RowEnds
+from gkd_lab.training.fused_sampling import CHECK_INTERVAL, FIRST_SLOTS, GraphedStep, RowEnds
 from gkd_lab.training.next_token import SHRINK_THRESHOLD, select_unfinished_rows
 from gkd_lab.training.sampling import generate_completions
 
@@ -27,7 +28,7 @@ from ..models.families import make
 from ..models.test_fused_decoder import gemma
 from ..models.tiny import FIRST_WORD, LAST_WORD, PAD, tiny_examples
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "t5")
 ENDS = torch.tensor([FIRST_WORD, LAST_WORD])
 ROWS, TOKENS = 12, 30
 NO_END = torch.tensor([], dtype=torch.long)
@@ -37,8 +38,8 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pre
     return gemma(seed).to(dtype) if family == "gemma" else make(family, seed, dtype=dtype)
 
 
-def prompts(count: int = ROWS) -> Sequences:
-    return collate_examples(tiny_examples(count), PAD, is_encoder_decoder=False)
+def prompts(count: int = ROWS, family: str = "llama") -> Sequences:
+    return collate_examples(tiny_examples(count), PAD, is_encoder_decoder=family == "t5")
 
 
 def write(model: PreTrainedModel, rows: Sequences, noise: Tensor | None, **more: Any) -> Sequences:
@@ -65,14 +66,15 @@ def spy_on_steps(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
     """
     assert build_fused_decoder(model, 1) is not None
     shapes: list[tuple[int, int]] = []
-    forward = FusedDecoder.forward
+    kind = FusedT5Decoder if model.config.is_encoder_decoder else FusedDecoder
+    forward = kind.forward
 
-    def record(decoder: FusedDecoder, ids: Tensor, *args: Any) -> Tensor:
+    def record(decoder: Any, ids: Tensor, *args: Any) -> Tensor:
         shapes.append((ids.shape[0], ids.shape[1]))
         return forward(decoder, ids, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FusedDecoder, "forward", record)
+        patch.setattr(kind, "forward", record)
         yield shapes
 
 
@@ -85,11 +87,11 @@ def assert_equal(actual: Sequences, expected: Sequences) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", ["greedy", "sample"])
 def test_the_tokens_are_those_of_generate(family: str, dtype: torch.dtype, way: str) -> None:
-    model, rows = build(family, dtype=dtype), prompts()
+    model, rows = build(family, dtype=dtype), prompts(family=family)
     noise = None if way == "greedy" else draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
     with spy_on_steps(model) as shapes:
         got = write(model, rows, noise, temperature=0.9)
-    assert shapes[0] == (ROWS, rows.prompt_ids.shape[1])
+    assert shapes[0] == (ROWS, 1 if family == "t5" else rows.prompt_ids.shape[1])
     assert {tokens for _, tokens in shapes[1:]} == {1}
     assert_equal(got, write_by_generate(model, rows, noise, temperature=0.9))
     assert way == "greedy" or got.completion_mask.sum(1).unique().numel() > 3
@@ -99,7 +101,7 @@ def test_the_tokens_are_those_of_generate(family: str, dtype: torch.dtype, way: 
 def test_fifteen_cells_in_one_pack_write_what_each_writes_alone(family: str) -> None:
     cells = 15
     members = [build(family, seed) for seed in range(cells)]
-    pack, rows = Pack.build(members), prompts(4)
+    pack, rows = Pack.build(members), prompts(4, family)
     noise = draw_uniforms(0, 0, "sampling", 4, TOKENS)
     temperatures = torch.linspace(0.5, 1.5, cells)
     together = write(
@@ -117,9 +119,10 @@ def test_fifteen_cells_in_one_pack_write_what_each_writes_alone(family: str) -> 
         assert block.completion_mask[:, width:].sum() == 0
 
 
-def test_some_cells_of_a_pack_write_alone() -> None:
-    members = [build("qwen3", seed) for seed in range(3)]
-    pack, rows = Pack.build(members), prompts()
+@pytest.mark.parametrize("family", ["qwen3", "t5"])
+def test_some_cells_of_a_pack_write_alone(family: str) -> None:
+    members = [build(family, seed) for seed in range(3)]
+    pack, rows = Pack.build(members), prompts(family=family)
     noise = draw_uniforms(0, 0, "sampling", ROWS, TOKENS)
     with pack.select_cells([2, 0]) as model, spy_on_steps(model) as shapes:
         got = write(model, rows.repeat_rows(2), noise.repeat(2, 1))
@@ -136,8 +139,9 @@ def test_only_the_first_vocabulary_entries_are_sampled(vocabulary: int) -> None:
     assert got.completion_ids.max() == vocabulary - 1
 
 
-def test_the_cache_grows_with_the_text() -> None:
-    model, rows, tokens = build("llama"), prompts(3), 2 * FIRST_SLOTS + 11
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_cache_grows_with_the_text(family: str) -> None:
+    model, rows, tokens = build(family), prompts(3, family), 2 * FIRST_SLOTS + 11
     noise = draw_uniforms(0, 0, "sampling", 3, tokens)
     got = write(model, rows, noise, max_new_tokens=tokens, end_ids=NO_END)
     assert got.completion_ids.shape == (3, tokens)
@@ -156,11 +160,15 @@ def test_lengths_around_a_block(tokens: int) -> None:
 # ---- rows that have ended ----
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("cells", [1, 3])
-def test_ended_rows_leave_after_each_block(cells: int) -> None:
-    members = [build("llama", seed) for seed in range(cells)]
+def test_ended_rows_leave_after_each_block(family: str, cells: int) -> None:
+    members = [build(family, seed) for seed in range(cells)]
     model = members[0] if cells == 1 else Pack.build(members).model
-    rows, noise = prompts().repeat_rows(cells), draw_uniforms(0, 0, "sampling", ROWS, TOKENS).repeat(cells, 1)
+    rows, noise = (
+        prompts(family=family).repeat_rows(cells),
+        draw_uniforms(0, 0, "sampling", ROWS, TOKENS).repeat(cells, 1),
+    )
     with spy_on_steps(model) as shapes:
         got = write(model, rows, noise)
     counts = [count for count, _ in shapes]
@@ -230,6 +238,37 @@ def test_the_device_is_waited_for_once_in_eight_tokens(cells: int, monkeypatch: 
     assert counter.counts["bmm"] + counter.counts["mm"] + counter.counts["baddbmm_"] + counter.counts[
         "addmm_"
     ] <= TOKENS * (4 * model.config.num_hidden_layers + 1)
+
+
+class ReplayedStep(GraphedStep):
+    """The step of fixed shapes, run anew instead of replayed, as a CPU has no graphs."""
+
+    def _record(self) -> Any:
+        return self
+
+    def replay(self) -> None:
+        self.output = self._run_on_all_slots()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "t5"])
+@pytest.mark.parametrize("cells", [1, 2])
+def test_a_step_of_fixed_shapes_masks_what_is_not_written(
+    family: str, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph records: the whole cache, written at a slot that is a tensor."""
+    members = [build(family, seed) for seed in range(cells)]
+    model, tokens = members[0] if cells == 1 else Pack.build(members).model, FIRST_SLOTS + 20
+    rows = prompts(family=family).repeat_rows(cells)
+    noise = draw_uniforms(0, 0, "sampling", ROWS, tokens).repeat(cells, 1)
+    for module in ("fused_decoder", "fused_t5"):
+        monkeypatch.setattr(
+            f"gkd_lab.models.{module}.allocate_states",
+            lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device),
+        )
+    monkeypatch.setattr("gkd_lab.training.fused_sampling.build_step", ReplayedStep)
+    for ends in (ENDS, torch.tensor([LAST_WORD])):
+        got = write(model, rows, noise, max_new_tokens=tokens, end_ids=ends)
+        assert_equal(got, write_by_generate(model, rows, noise, max_new_tokens=tokens, end_ids=ends))
 
 
 @pytest.mark.gpu
