@@ -7,6 +7,7 @@ half precision would hide a difference in structure. A model that differs sample
 
 import copy
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -72,9 +73,12 @@ def build_fused_decoder(
 
 def find_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts | T5Parts:
     """Return the modules of a Llama-like decoder or a T5; CannotFuse with the reason for any other model."""
-    if model.config.is_encoder_decoder:
-        return find_t5_parts(model)
-    return find_decoder_parts(model, n_positions)
+    try:
+        if model.config.is_encoder_decoder:
+            return find_t5_parts(model)
+        return find_decoder_parts(model, n_positions)
+    except AttributeError as error:  # of a module or configuration that another family names differently
+        raise CannotFuse(f"it is built differently: {error}") from error
 
 
 def _create_decoder(
@@ -108,14 +112,15 @@ def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
             errors = {offset: _compare_logits(reference, batch, expected, offset) for offset in NORM_OFFSETS}
     except torch.OutOfMemoryError:
         return FusedVerdict(reason="too little memory to compare its fused decode step")
-    except (CannotFuse, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, CannotFuse, RuntimeError, TypeError, ValueError) as error:
         return FusedVerdict(reason=f"its fused decode step does not run ({type(error).__name__}: {error})")
     offset = min(errors, key=lambda key: errors[key])
     tolerance = CUDA_TOLERANCE if device == "cuda" else TOLERANCE
     if not errors[offset] <= tolerance:
-        return FusedVerdict(
-            reason=f"logits of a fused decode step differ from its own by {errors[offset]:.0e} of the largest"
+        size = (
+            f"by {errors[offset]:.0e} of the largest" if math.isfinite(errors[offset]) else "in the largest"
         )
+        return FusedVerdict(reason=f"logits of a fused decode step differ from its own {size}")
     return FusedVerdict(offset)
 
 
@@ -125,7 +130,7 @@ def _compare_logits(model: PreTrainedModel, batch: Sequences, expected: Tensor, 
     decoder = _create_decoder(model, expected.dtype, norm_offset, n_positions)
     logits = compute_forced_logits(decoder, batch)
     if expected.isfinite().all() and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
-        return float("inf")
+        return math.inf
     return compute_relative_error(logits, expected)
 
 

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
 )
 
@@ -210,6 +212,7 @@ def t5_with(**fields: Any) -> PreTrainedModel:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "bart": (lambda: make("bart", 0), "it is built differently"),
+    "olmo": (lambda: OlmoForCausalLM(OlmoConfig(**decoder(16))), "rms_norm_eps"),
     "forced": (lambda: t5_with(forced_bos_token_id=4), "first token is forced"),
     "start": (lambda: t5_with(decoder_start_token_id=None), "decoder_start_token_id"),
     "gpt2": (lambda: make("gpt2", 0), "'model' is missing"),
@@ -260,7 +263,7 @@ def test_a_model_of_the_same_structure_with_other_arithmetic_is_found_once_by_it
         assert build_fused_decoder(model, POSITIONS) is None
     (message,) = caplog.messages
     assert "GraniteForCausalLM" in message
-    assert "differ from its own by" in message
+    assert "logits of a fused decode step differ from its own" in message
 
 
 def test_a_model_is_compared_once() -> None:
