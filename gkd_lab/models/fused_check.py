@@ -21,17 +21,13 @@ from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mo
 from gkd_lab.models.fused_decoder import FusedDecoder, TokenDecoder
 from gkd_lab.models.fused_t5 import FusedT5Decoder, T5Parts, find_t5_parts
 from gkd_lab.models.heads import compute_relative_error
-from gkd_lab.models.pack_check import make_random_batch
+from gkd_lab.models.pack_check import get_tolerance, make_random_batch
 from gkd_lab.models.packed_layers import PackedModule, count_cells
 
 logger = logging.getLogger(__name__)
 
 NORM_OFFSETS = (0, 1)
 """Norms scale by their weight, or by 1 + weight as Gemma's do."""
-TOLERANCE = 1e-5
-"""Largest difference of logits, as a share of the largest: norms use float32 even in a float64 model."""
-CUDA_TOLERANCE = 2.0**-7
-"""CUDA may multiply float32 with the 10 bits of TF32."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class FusedVerdict:
 
 
 _verdicts: WeakKeyDictionary[PreTrainedModel, FusedVerdict] = WeakKeyDictionary()
+_logged_reasons: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def build_fused_decoder(
@@ -50,20 +47,18 @@ def build_fused_decoder(
 ) -> TokenDecoder | None:
     """Return a decoder with the model's present weights; None if it must sample with `generate`.
 
-    Compares the model with its decoder at the first call, and logs a difference once as a warning.
+    Compares the model with its decoder at the first call. The reason for None is logged once.
     """
     try:
         find_parts(model, n_positions)
     except CannotFuse as error:
-        logger.info("%s samples with transformers' `generate`: %s", type(model).__name__, error)
+        _log_reason(model, logging.INFO, str(error))
         return None
     verdict = _verdicts.get(model)
     if verdict is None:
         verdict = _verdicts[model] = check_fused_decoder(model)
-        if verdict.reason is not None:
-            logger.warning(
-                "%s samples with transformers' `generate`: %s", type(model).__name__, verdict.reason
-            )
+    if verdict.reason is not None:
+        _log_reason(model, logging.WARNING, verdict.reason)
     if verdict.reason is not None or not _has_room(model):
         return None
     return _create_decoder(
@@ -115,8 +110,7 @@ def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
     except (AttributeError, CannotFuse, RuntimeError, TypeError, ValueError) as error:
         return FusedVerdict(reason=f"its fused decode step does not run ({type(error).__name__}: {error})")
     offset = min(errors, key=lambda key: errors[key])
-    tolerance = CUDA_TOLERANCE if device == "cuda" else TOLERANCE
-    if not errors[offset] <= tolerance:
+    if not errors[offset] <= get_tolerance(torch.float32, model.device):
         size = (
             f"by {errors[offset]:.0e} of the largest" if math.isfinite(errors[offset]) else "in the largest"
         )
@@ -145,6 +139,13 @@ def compute_forced_logits(decoder: TokenDecoder, batch: Sequences) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
+def _log_reason(model: PreTrainedModel, level: int, reason: str) -> None:
+    """Log the first reason why this model samples with `generate`, in one line."""
+    if model not in _logged_reasons:
+        _logged_reasons[model] = reason
+        logger.log(level, "%s samples with transformers' `generate`: %s", type(model).__name__, reason)
+
+
 def _has_room(model: PreTrainedModel) -> bool:
     """Check whether a GPU has room for a copy of the weights and as much again; True on other devices."""
     if model.device.type != "cuda":
@@ -154,12 +155,8 @@ def _has_room(model: PreTrainedModel) -> bool:
     needed = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
     if free < needed:
         gib = 2**30
-        logger.warning(
-            "%s samples with transformers' `generate`: a copy of its weights needs %.1f GiB, free are %.1f",
-            type(model).__name__,
-            needed / gib,
-            free / gib,
-        )
+        reason = f"a copy of its weights needs {needed / gib:.1f} GiB, free are {free / gib:.1f}"
+        _log_reason(model, logging.WARNING, reason)
     return free >= needed
 
 

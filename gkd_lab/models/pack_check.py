@@ -125,14 +125,14 @@ def _check_close(
 ) -> None:
     """Raise CannotPack if the relative error of the pack's numbers is NaN or above the tolerance."""
     error = compute_relative_error(actual, expected)
-    if not error <= _get_tolerance(precision, packed.device):
+    if not error <= get_tolerance(precision, packed.device):
         raise CannotPack(
             f"the {quantity} of the packed {type(packed).__name__} differ from those of its members by "
             f"{error:.0e} of the largest"
         )
 
 
-def _get_tolerance(precision: torch.dtype, device: torch.device) -> float:
+def get_tolerance(precision: torch.dtype, device: torch.device) -> float:
     """Return the relative error allowed for rounding: 1e-4 (2**-7 on CUDA), in half precision 16 epsilons.
 
     Norms use float32 even in a float64 model, and CUDA may multiply float32 with the 10 bits of TF32.

@@ -266,6 +266,23 @@ def test_a_model_of_the_same_structure_with_other_arithmetic_is_found_once_by_it
     assert "logits of a fused decode step differ from its own" in message
 
 
+def test_another_structure_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("gpt2", 0)
+    with caplog.at_level(logging.INFO, "gkd_lab"):
+        assert build_fused_decoder(model, POSITIONS) is None
+        assert build_fused_decoder(model, POSITIONS) is None
+    (message,) = caplog.messages
+    assert message.startswith(
+        "GPT2LMHeadModel samples with transformers' `generate`: it is built differently"
+    )
+
+
+def test_rounding_in_a_deep_model_is_no_difference() -> None:
+    config = decoder(64, num_hidden_layers=30, initializer_range=0.3)
+    torch.manual_seed(0)
+    assert build_fused_decoder(LlamaForCausalLM(LlamaConfig(**config)).eval(), POSITIONS) is not None
+
+
 def test_a_model_is_compared_once() -> None:
     """The comparison runs the model's own forward pass; later calls do not."""
     model, calls = make("llama", 0), []
