@@ -24,7 +24,15 @@ from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
 from gkd_lab.store.file_hashes import compute_sha256
 from gkd_lab.store.files import read_json, write_json
-from gkd_lab.tasks import SPLITS, TASKS, Task, check_row_format, get_source_revision
+from gkd_lab.tasks import (
+    SPLITS,
+    TASKS,
+    Task,
+    check_first_rows,
+    check_row_format,
+    get_source_revision,
+    resolve_columns,
+)
 
 _PACKAGE_FOLDER = Path(gkd_lab.__file__).parent
 _HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+")
@@ -171,6 +179,7 @@ def _resolve_data(task_name: str, settings: DataSettings, commits_file: Path) ->
         check_row_format(
             task, kind, shots=settings.shots or 0, calculator_marks=bool(settings.calculator_marks)
         )
+        columns = resolve_columns(task, kind, settings.columns)
         if kind == "made":
             seed = (settings.seed or 0) if task.generators[source].is_endless else 0
             revision = get_source_revision(task, kind, name=source, cache=cache_folder)
@@ -180,14 +189,23 @@ def _resolve_data(task_name: str, settings: DataSettings, commits_file: Path) ->
             revision = get_source_revision(
                 task, kind, path=folder, config=settings.config, cache=cache_folder
             )
+            check_first_rows(
+                task,
+                path=folder,
+                config=settings.config,
+                calculator_marks=bool(settings.calculator_marks),
+                columns=columns,
+            )
             path = str(folder.resolve())
-            return DataSpec(kind=kind, path=path, config=settings.config, revision=revision, **sizes)
+            return DataSpec(
+                kind=kind, path=path, config=settings.config, revision=revision, columns=columns, **sizes
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not _is_hub_name(source):
         raise ConfigError(_describe_missing_source(source, task))
     commit = _resolve_hub_commit("datasets", source, commits_file)
-    return DataSpec(kind=kind, name=source, config=settings.config, revision=commit, **sizes)
+    return DataSpec(kind=kind, name=source, config=settings.config, revision=commit, columns=columns, **sizes)
 
 
 def _classify_source(source: str, task: Task) -> Literal["made", "folder", "hub"]:

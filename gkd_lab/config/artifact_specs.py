@@ -36,6 +36,19 @@ FindModel = Callable[[str], tuple[str | None, str | None, str | None]]
 """Maps a model's name or folder to (hub name or None, folder or None, revision or None)."""
 
 
+class ColumnNames(Frozen):
+    """Names of the columns that a task reads; None: the task's own name. `a.b` is the field b of column a."""
+
+    prompt: str | None = Field(default=None, min_length=1, description="the input")
+    target: str | None = Field(default=None, min_length=1, description="the completion to learn")
+    references: str | None = Field(
+        default=None, min_length=1, description="list of texts to score against, beside the target"
+    )
+    teacher: str | None = Field(
+        default=None, min_length=1, description="name of the teacher that a row is routed to"
+    )
+
+
 class DataSpec(Frozen):
     """The rows of a task, for training and evaluation, identified by their content."""
 
@@ -54,6 +67,9 @@ class DataSpec(Frozen):
     )
     calculator_marks: Annotated[bool, DefaultFrom(False)] = Field(
         default=False, description="targets keep marks such as <<48/2=24>>"
+    )
+    columns: Annotated[ColumnNames | None, DefaultFrom(None)] = Field(
+        default=None, description="columns with other names than the task's; None: all have the task's names"
     )
 
 

@@ -106,6 +106,11 @@ class TaskSettings(Settings):
         min_length=1,
         description="ways of decoding and scoring; default: the task's evaluations",
     )
+    metrics: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="scores of evaluations that name none, the main one first; default: the task's metrics",
+    )
 
 
 class Experiment(TaskSettings):
@@ -140,6 +145,11 @@ class Experiment(TaskSettings):
             if layer.evaluations:
                 return layer.evaluations
         return None
+
+    def get_task_metrics(self, task: str, scale: str) -> tuple[str, ...] | None:
+        """Return the file's metrics for a task at a scale, `per_task` first; None if it states none."""
+        layers = self._list_settings_layers(task, scale)
+        return next((layer.metrics for layer in reversed(layers) if layer.metrics), None)
 
     def _list_settings_layers(self, task: str, scale: str) -> list[TaskSettings]:
         """Return the settings for all tasks, those of this scale, those of this task; later ones win."""

@@ -19,6 +19,7 @@ from gkd_lab.config.settings import ModelSettings, Settings, TokenizerSettings, 
 
 REFERENCE_SETTINGS = (
     "data",
+    "family",
     "tokenizer",
     "teacher_tokenizer",
     "max_input_tokens",

@@ -8,7 +8,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gkd_lab.config.artifact_specs import DataSpec, Family, FindModel, OptimizerSpec, SftModel, TeacherText
+from gkd_lab.config.artifact_specs import (
+    CLASSIFIER_FAMILIES,
+    DataSpec,
+    Family,
+    FindModel,
+    OptimizerSpec,
+    SftModel,
+    TeacherText,
+)
 from gkd_lab.config.cell import AnyEvaluation, Cell, Selection, Source, Training
 from gkd_lab.config.cell_checks import check_cell
 from gkd_lab.config.errors import ConfigError
@@ -75,7 +83,7 @@ _SHORTHANDS = {
 }
 """Long form -> the settings that are short for a part of it."""
 
-_NON_SETTING_KEYS = ("models", "students", "evaluations", "family", "per_student")
+_NON_SETTING_KEYS = ("models", "students", "evaluations", "per_student")
 """Keys of a task's defaults that are not fields of `Settings`."""
 
 
@@ -246,7 +254,7 @@ class CellResolver:
             ),
             "optimizer": build_optimizer_spec(settings),
             "train_rows": _limit_train_rows(settings, sft_student),
-            "selection": _build_selection(settings, task.metrics),
+            "selection": _build_selection(settings, self._get_metrics(task)),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),
             **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
         }
@@ -275,7 +283,7 @@ class CellResolver:
             data = self.revisions.resolve_data(task.name, data_settings)
             self.models[key] = resolve_sft_model(
                 task.name,
-                defaults.get("family", task.family),
+                _choose_family(task, settings),
                 role,
                 settings,
                 scale_settings=Settings.model_validate(_select_settings(defaults)),
@@ -308,11 +316,15 @@ class CellResolver:
                 evaluation
                 for evaluation_settings in stated
                 for evaluation in resolve_evaluations(
-                    evaluation_settings, task.metrics, max_output_tokens, data
+                    evaluation_settings, self._get_metrics(task), max_output_tokens, data
                 )
             )
             self.evaluations[key] = tuple(dict.fromkeys(evaluations))
         return self.evaluations[key]
+
+    def _get_metrics(self, task: TaskDefaults) -> tuple[str, ...]:
+        """Return the metrics that the experiment states for a task, or else the task's own."""
+        return self.experiment.get_task_metrics(task.name, self.scale) or task.metrics
 
     def _resolve_single_reward(self, settings: Settings, method: Mapping[str, Any]) -> ResolvedReward | None:
         """Return the reward of the shorthand `reward`, or None; ConfigError if the method needs one."""
@@ -348,6 +360,13 @@ class CellResolver:
 def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return a task's defaults without the keys that are no `Settings` fields, such as `models`."""
     return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
+
+
+def _choose_family(task: TaskDefaults, settings: Settings) -> Family:
+    """Return the family of a task's models; ConfigError if `family` is set for a task of classifiers."""
+    if settings.family is not None and task.family in CLASSIFIER_FAMILIES:
+        raise ConfigError(f"family: models of {task.name} are for {task.family}; leave it out")
+    return settings.family or task.family
 
 
 def _expand_student_name(stated: dict[str, Any], axis: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pydantic import (
 
 from gkd_lab.config.artifact_specs import (
     Architecture,
+    ColumnNames,
     OptimizerName,
     Precision,
     ScoreType,
@@ -70,6 +71,11 @@ class DataSettings(Section):
     )
     calculator_marks: bool | None = Field(
         default=None, description="keep GSM8K's marks such as <<48/2=24>> in the targets; default false"
+    )
+    columns: ColumnNames | None = Field(
+        default=None,
+        description="columns of a folder or hub data set, such as {prompt: question_text, target: solution}; "
+        "default: the names that the task reads",
     )
 
 
@@ -225,6 +231,9 @@ class Settings(Section):
     implementation: Implementation | None = Field(
         default=None,
         description="trainer: `gkd_lab`, the default; `trl`: TRL's GKDTrainer on the same rows",
+    )
+    family: Literal["decoder-only", "encoder-decoder"] | None = Field(
+        default=None, description="kind of teacher and student; default: the task's"
     )
     teacher: str | ModelSettings | None = Field(
         default=None, description="name of a model of the scale, a folder, a hub name, or fields"

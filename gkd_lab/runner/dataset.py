@@ -46,6 +46,7 @@ def load_split(task: str, data: DataSpec, split: Split, cache: Path) -> RowList:
         seed=data.seed,
         shots=data.shots,
         calculator_marks=data.calculator_marks,
+        columns=data.columns,
         cache=cache,
     )
 

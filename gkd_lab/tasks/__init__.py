@@ -8,9 +8,11 @@ from gkd_lab.tasks import (
     scoring,
     summarization,
     tagging,
+    text,
     translation,
 )
-from gkd_lab.tasks.data import RowList, get_source_revision, load_rows
+from gkd_lab.tasks.columns import resolve_columns
+from gkd_lab.tasks.data import RowList, check_first_rows, get_source_revision, load_rows
 from gkd_lab.tasks.row_format import check_row_format
 from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
@@ -22,10 +24,12 @@ __all__ = [
     "RowList",
     "Split",
     "Task",
+    "check_first_rows",
     "check_row_format",
     "get_source_revision",
     "get_task",
     "load_rows",
+    "resolve_columns",
 ]
 
 TASKS: dict[str, Task] = {
@@ -38,6 +42,7 @@ TASKS: dict[str, Task] = {
         classification,
         tagging,
         scoring,
+        text,
     )
 }
 

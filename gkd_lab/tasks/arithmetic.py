@@ -168,6 +168,7 @@ TASK = Task(
     metrics=("accuracy",),
     generators={"made": build_generator(_draw_chain_sum, GENERATOR_VERSION)},
     parse_row=parse_row,
+    columns={"prompt": "question", "target": "answer"},
     parse_row_with_marks=parse_row_with_marks,
     exemplars=EXEMPLARS,
     hub_name="openai/gsm8k",

@@ -40,6 +40,7 @@ TASK = Task(
     metrics=("label_accuracy", "f1_macro", "matthews"),
     generators={"made": build_generator(_draw_labelled_review, GENERATOR_VERSION)},
     parse_row=parse_row,
+    columns={"prompt": "text", "target": "label"},
     labels=LABELS,
     scales={"nano": define_classifier_scale()},
 )

@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from gkd_lab.config.artifact_specs import ColumnNames
 from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
+from gkd_lab.tasks.columns import build_column_reader, list_text_columns
 from gkd_lab.tasks.data_folder import DataFolder
 from gkd_lab.tasks.row_format import build_row_parser, check_row_format, prepend_shots
 from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
@@ -49,6 +51,7 @@ def load_rows(
     seed: int = 0,
     shots: int = 0,
     calculator_marks: bool = False,
+    columns: ColumnNames | None = None,
     cache: Path | None = None,
 ) -> RowList:
     """Return the first `count` rows of a split; all rows if there are fewer, or if `count` is None.
@@ -58,12 +61,13 @@ def load_rows(
     hub: `name`, `config` and `revision` of `datasets`, whose code is never trusted; rows with an empty
     field are dropped, counted and logged as a warning (XSum has some), while in a folder they are an error.
     `shots` worked examples precede each question; `calculator_marks` keeps GSM8K's `<<48/2=24>>`.
+    `columns` names the columns of real rows that have other names than the task's.
     `cache` is a folder where a slow source may store what it read.
     Raises ValueError, with what to do, for an invalid request or invalid data.
     """
     _check_request(split, kind, count)
     check_row_format(task, kind, shots=shots, calculator_marks=calculator_marks)
-    parse_row, dropped_counts = build_row_parser(task, calculator_marks), Counter[str]()
+    parse_row, dropped_counts = build_row_parser(task, calculator_marks, columns), Counter[str]()
     if kind == "made":
         rows = _generate_rows(_get_generator(task, name or "made"), split, count, seed, cache)
     elif kind == "folder":
@@ -72,7 +76,8 @@ def load_rows(
         if name is None:
             hint = f", such as {task.hub_name}" if task.hub_name else ""
             raise ValueError(f"data of the hub needs a name{hint}")
-        rows = _read_hub_rows(parse_row, name, config, revision, split, dropped_counts)
+        has_empty_field = _build_empty_field_check(task, columns)
+        rows = _read_hub_rows(parse_row, has_empty_field, name, config, revision, split, dropped_counts)
     prompted_rows = prepend_shots(task, rows, shots=shots, calculator_marks=calculator_marks)
     loaded = RowList(islice(prompted_rows, count), dropped_counts)
     for reason, number in dropped_counts.items():
@@ -101,6 +106,27 @@ def get_source_revision(
     if not revision:
         raise ValueError(f"data of the hub ({name}) needs a revision: a commit, not a branch")
     return revision
+
+
+def check_first_rows(
+    task: Task,
+    *,
+    path: str | Path,
+    config: str | None = None,
+    calculator_marks: bool = False,
+    columns: ColumnNames | None = None,
+) -> None:
+    """Raise ValueError for the first row of any split of a data folder that is not one of the task.
+
+    Reads one row of each file's split, and none of the others.
+    """
+    folder, parse_row = _open_folder(path, config), build_row_parser(task, calculator_marks, columns)
+    for split in folder.files:
+        for location, raw in islice(folder.read_rows(split), 1):
+            try:
+                parse_row(raw)
+            except ValueError as error:
+                raise ValueError(f"{location}: {error}") from error
 
 
 def _check_request(split: str, kind: str, count: int | None) -> None:
@@ -170,6 +196,7 @@ def _locate_split(
 
 def _read_hub_rows(
     parse_row: RowParser,
+    has_empty_field: Callable[[Mapping[str, Any]], bool],
     name: str,
     config: str | None,
     revision: str | None,
@@ -187,7 +214,7 @@ def _read_hub_rows(
     stored_split, start, stop = _locate_split(row_counts, split, name)
     for index in range(start, row_counts[stored_split] if stop is None else stop):
         raw = dataset[stored_split][index]
-        if _has_empty_field(raw):
+        if has_empty_field(raw):
             dropped_counts["an empty field"] += 1
             continue
         try:
@@ -196,8 +223,18 @@ def _read_hub_rows(
             raise ValueError(f"{name}, {stored_split} row {index}: {error}") from error
 
 
-def _has_empty_field(raw: Mapping[str, Any]) -> bool:
-    """Return whether a text field of a raw row (or of its `translation`) is blank."""
-    pair = raw.get("translation")
-    texts = (pair if isinstance(pair, Mapping) else raw).values()
-    return any(isinstance(text, str) and not text.strip() for text in texts)
+def _build_empty_field_check(task: Task, columns: ColumnNames | None) -> Callable[[Mapping[str, Any]], bool]:
+    """Return the function raw row -> whether a text of it is blank: of its prompt and target, or any."""
+    names, rename_columns = list_text_columns(task, columns), build_column_reader(task, columns)
+
+    def has_empty_field(raw: Mapping[str, Any]) -> bool:
+        """Return whether a text field of a raw row (or of its `translation`) is blank."""
+        if names is not None:
+            renamed = rename_columns(raw)
+            texts: Iterable[Any] = [renamed.get(name) for name in names]
+        else:
+            pair = raw.get("translation")
+            texts = (pair if isinstance(pair, Mapping) else raw).values()
+        return any(isinstance(text, str) and not text.strip() for text in texts)
+
+    return has_empty_field

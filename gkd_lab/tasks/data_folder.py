@@ -1,22 +1,43 @@
 """Data files of a local folder: their splits, their rows and the digest of their content.
 
 Files are `train`, `validation` or `test` with `.jsonl` or `.parquet`, one file or all shards
-(`train-00000-of-00002.parquet`), in the folder or in its `data/`. Other files are ignored.
+(`train-00000-of-00002.parquet`), in the folder or in its `data/`. Other words for a split are those of
+`datasets`. Other data files are left alone, with a warning that names them.
 """
 
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from gkd_lab.tasks.task import SPLITS, Split
 
-_DATA_FILE = re.compile(r"(train|validation|test)(?:-(\d+)-of-(\d+))?\.(jsonl|parquet)")
+_SPLIT_WORDS: Mapping[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+"""Word in a file's name -> split, as `datasets.load_dataset(folder)` reads them."""
+_DATA_FILE = re.compile(rf"({'|'.join(_SPLIT_WORDS)})(?:-(\d+)-of-(\d+)(?:-[0-9a-f]+)?)?\.(jsonl|parquet)")
+"""Name of a data file. The hub's shards end in hexadecimal digits, each shard in its own."""
+_TABLE_SUFFIXES = {".jsonl", ".parquet", ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst"}
+"""Endings of files that probably hold rows."""
+_ROWS_PER_READ = 1_000
+
+logger = logging.getLogger(__name__)
 
 
 class DataFolder:
@@ -25,11 +46,21 @@ class DataFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[Split, list[Path]] = _list_split_files(_require_folder(path))
+        _warn_of_unread_files(path.resolve(), tuple(self.list_unread_files()))
 
     @cached_property
     def row_counts(self) -> dict[Split, int]:
         """Split -> number of its rows, for the splits that the folder has."""
         return {split: sum(map(_count_rows, files)) for split, files in self.files.items()}
+
+    def list_unread_files(self) -> list[str]:
+        """Return the sorted relative names of files that probably hold rows and belong to no split."""
+        read = {file for files in self.files.values() for file in files}
+        return [
+            file.relative_to(self.path).as_posix()
+            for file in _list_files(self.path)
+            if file not in read and file.suffix in _TABLE_SUFFIXES
+        ]
 
     def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield (`FILE:LINE`, raw row) for each row of a split, in file order."""
@@ -66,20 +97,36 @@ def _require_folder(path: Path) -> Path:
     raise ValueError(f"no folder {path}.{hint}")
 
 
+def _list_files(path: Path) -> list[Path]:
+    """Return the sorted files in a folder and in its subfolder `data`."""
+    return sorted(file for file in (*path.glob("*"), *path.glob("data/*")) if file.is_file())
+
+
+@cache
+def _warn_of_unread_files(path: Path, names: tuple[str, ...]) -> None:
+    """Log a warning that names the data files of a folder that are left alone; once for each list."""
+    if names:
+        logger.warning(
+            "%s: left alone: %s; a split is %s, as .jsonl or .parquet",
+            path,
+            ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else ""),
+            ", ".join(_SPLIT_WORDS),
+        )
+
+
 def _list_split_files(path: Path) -> dict[Split, list[Path]]:
     """Return split -> its sorted data files, for the splits that the folder has; ValueError for none."""
-    names = sorted((*path.glob("*"), *path.glob("data/*")))
-    matches = [(file, match) for file in names if (match := _DATA_FILE.fullmatch(file.name))]
+    matches = [(file, match) for file in _list_files(path) if (match := _DATA_FILE.fullmatch(file.name))]
     files: dict[Split, list[Path]] = {}
     for split in SPLITS:
-        split_files = [(file, match) for file, match in matches if match[1] == split]
+        split_files = [(file, match) for file, match in matches if _SPLIT_WORDS[match[1]] == split]
         if split_files:
             _check_shards(split_files)
             files[split] = [file for file, _ in split_files]
     if not files:
         raise ValueError(
-            f"{path} holds no train, validation or test file in .jsonl or .parquet; it holds: "
-            + (", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing")
+            f"{path} holds no file of rows: a split is {', '.join(_SPLIT_WORDS)}, as .jsonl or .parquet; "
+            "it holds: " + (", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing")
         )
     return files
 
@@ -87,10 +134,11 @@ def _list_split_files(path: Path) -> dict[Split, list[Path]]:
 def _check_shards(split_files: list[tuple[Path, re.Match[str]]]) -> None:
     """Raise ValueError unless a split's files are one file or one complete set of shards."""
     names = [str(file) for file, _ in split_files]
-    layouts = {(file.parent, match[3], match[4]) for file, match in split_files}
-    if len(layouts) > 1:
+    layouts = {(file.parent, match[1], match[3], match[4]) for file, match in split_files}
+    numbers = [int(match[2]) for _, match in split_files if match[2]]
+    if len(layouts) > 1 or len(set(numbers)) < len(numbers):
         raise ValueError(f"more than one form of the same split, keep one: {', '.join(names)}")
-    (_, total, _), numbers = layouts.pop(), [int(match[2]) for _, match in split_files if match[2]]
+    total = layouts.pop()[2]
     if total and numbers != list(range(int(total))):
         missing = sorted(set(range(int(total))) - set(numbers))
         raise ValueError(f"{names[0]}: of {int(total)} shards these are missing: {missing}")
@@ -139,7 +187,7 @@ def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (`FILE:ROW`, row) of a parquet file, rows numbered from 1."""
     number = 0
-    for batch in _open_parquet(file).iter_batches():
+    for batch in _open_parquet(file).iter_batches(_ROWS_PER_READ):
         for raw in batch.to_pylist():
             number += 1
             yield f"{file}:{number}", raw

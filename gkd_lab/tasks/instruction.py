@@ -184,5 +184,6 @@ TASK = Task(
         )
     },
     parse_row=parse_row,
+    columns={"prompt": "inputs", "target": "targets"},
     hub_name="Muennighoff/flan",
 )

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from gkd_lab.config.artifact_specs import ColumnNames
+from gkd_lab.tasks.columns import TEACHER_COLUMN, build_column_reader, describe_columns
 from gkd_lab.tasks.task import Row, Task
 
 
@@ -20,13 +22,23 @@ def check_row_format(task: Task, kind: str, *, shots: int = 0, calculator_marks:
         )
 
 
-def build_row_parser(task: Task, calculator_marks: bool) -> Callable[[Mapping[str, Any]], Row]:
-    """Return the function raw row -> Row, calculator marks kept or not; a column `teacher` is kept."""
+def build_row_parser(
+    task: Task, calculator_marks: bool, columns: ColumnNames | None = None
+) -> Callable[[Mapping[str, Any]], Row]:
+    """Return the function raw row -> Row, calculator marks kept or not; a column `teacher` is kept.
+
+    columns: Names of the raw row's columns that are not the task's.
+    """
     parse_task_row = (task.parse_row_with_marks if calculator_marks else None) or task.parse_row
+    rename_columns = build_column_reader(task, columns)
 
     def parse_row(raw: Mapping[str, Any]) -> Row:
         """Return a raw row as a Row, with the name in its column `teacher` if it has one."""
-        row, teacher = parse_task_row(raw), raw.get("teacher")
+        renamed = rename_columns(raw)
+        try:
+            row, teacher = parse_task_row(renamed), renamed.get(TEACHER_COLUMN)
+        except ValueError as error:
+            raise ValueError(f"{error}{describe_columns(task, columns)}") from error
         return row if teacher is None else replace(row, teacher=str(teacher))
 
     return parse_row

@@ -39,5 +39,6 @@ TASK = Task(
     metrics=("pearson", "spearman"),
     generators={"made": build_generator(_draw_scored_review, GENERATOR_VERSION)},
     parse_row=parse_row,
+    columns={"prompt": "text", "target": "label"},
     scales={"nano": define_classifier_scale(objectives=[{"type": "squared_error"}])},
 )

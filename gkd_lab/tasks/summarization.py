@@ -21,7 +21,7 @@ from gkd_lab.tasks.scale_defaults import (
     define_smol_models,
     define_students,
 )
-from gkd_lab.tasks.task import Row, RowGenerator, Split, Task, read_text_field
+from gkd_lab.tasks.task import Row, RowGenerator, Split, Task, read_references, read_text_field
 
 GENERATOR_VERSION = "summarization-made-1"
 
@@ -29,10 +29,7 @@ GENERATOR_VERSION = "summarization-made-1"
 def parse_row(raw: Mapping[str, Any]) -> Row:
     """Return a raw row with `document`, `summary`, optional `references` as a Row; ValueError otherwise."""
     document, summary = read_text_field(raw, "document"), read_text_field(raw, "summary")
-    references = raw.get("references") or [summary]
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise ValueError(f"field 'references' must be a list of texts, got {references!r:.60}")
-    return Row(document, summary, tuple(references))
+    return Row(document, summary, read_references(raw, summary))
 
 
 def _draw_report(random_numbers: random.Random) -> tuple[str, str]:
@@ -138,5 +135,6 @@ TASK = Task(
         ),
     },
     parse_row=parse_row,
+    columns={"prompt": "document", "target": "summary", "references": "references"},
     hub_name="EdinburghNLP/xsum",
 )

@@ -43,6 +43,7 @@ TASK = Task(
     metrics=("tag_f1_macro", "tag_accuracy"),
     generators={"made": build_generator(_draw_tagged_review, GENERATOR_VERSION)},
     parse_row=parse_row,
+    columns={"prompt": "tokens", "target": "tags"},
     labels=reviews.TAGS,
     scales={"nano": define_classifier_scale()},
 )

@@ -50,6 +50,10 @@ class Task:
     metrics: tuple[str, ...]  # the headline metric first
     generators: Mapping[str, RowGenerator]
     parse_row: Callable[[Mapping[str, Any]], Row]  # raw row of real data -> Row, or ValueError
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """`prompt`, `target` and perhaps `references` -> column that `parse_row` reads; {}: no other names."""
+    reads_other_columns: bool = True
+    """False: rows may have blank texts in columns that are not in `columns`."""
     hub_name: str | None = None  # the data set of the paper
     parse_row_with_marks: Callable[[Mapping[str, Any]], Row] | None = None  # keeps calculator marks
     labels: tuple[str, ...] = ()  # a classifier's labels, in the order of its outputs
@@ -68,14 +72,22 @@ class Task:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         settings = dict(self.scales[scale])
         real = settings.pop("real", {})
-        source = source or settings["data"]["source"]
+        source = source or settings["data"].get("source")
+        if source is None:
+            raise ValueError(
+                f"data.source is missing: {self.name} has no rows of its own; give a folder of jsonl or "
+                "parquet, or a hub name (owner/name)"
+            )
         return merge_settings(dict(COMMON_SETTINGS[scale]), settings, real if source != "made" else {})
 
 
 def read_text_field(raw: Mapping[str, Any], name: str) -> str:
     """Return the stripped text of a raw row's field; ValueError if it is missing, not text or blank."""
     if name not in raw:
-        raise ValueError(f"no field {name!r}; the fields there are: {', '.join(map(str, raw))}")
+        raise ValueError(
+            f"no field {name!r}; the fields there are: {', '.join(map(str, raw)) or 'none'}; `data.columns` "
+            "names other ones"
+        )
     value = raw[name]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} must be text, got {type(value).__name__} {value!r:.60}")
@@ -84,3 +96,11 @@ def read_text_field(raw: Mapping[str, Any], name: str) -> str:
     if _HALF_CHARACTER.search(value):
         raise ValueError(f"field {name!r} holds half of a character, such as a cut emoji: {value!r:.60}")
     return value.strip()
+
+
+def read_references(raw: Mapping[str, Any], target: str) -> tuple[str, ...]:
+    """Return a raw row's list `references`, or or (target,); ValueError if it is no list of texts."""
+    references = raw.get("references") or [target]
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise ValueError(f"field 'references' must be a list of texts, got {references!r:.60}")
+    return tuple(references)

@@ -177,5 +177,6 @@ TASK = Task(
         )
     },
     parse_row=parse_row,
+    columns={"prompt": "en", "target": "de"},
     hub_name="wmt/wmt14",
 )
