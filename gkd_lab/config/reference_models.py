@@ -13,8 +13,9 @@ from gkd_lab.config.artifact_specs import (
     SftSpec,
     TokenizerSpec,
 )
-from gkd_lab.config.errors import ConfigError, build_unknown_name_error
+from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.lora import LoraSpec
+from gkd_lab.config.model_places import build_unknown_model_error, is_model_place
 from gkd_lab.config.settings import ModelSettings, Settings, TokenizerSettings, merge_settings
 
 REFERENCE_SETTINGS = (
@@ -135,8 +136,8 @@ def _look_up_model(
     if isinstance(stated_model, str):
         if stated_model in models:
             return stated_model, models[stated_model]
-        if not ("/" in stated_model or stated_model.startswith((".", "~", "pypi:"))):
-            raise build_unknown_name_error(role, stated_model, models)
+        if not is_model_place(stated_model):
+            raise build_unknown_model_error(role, stated_model, models)
         return stated_model.rstrip("/").rsplit("/", 1)[-1], ModelSettings(pretrained=stated_model)
     fields = stated_model.model_dump(exclude_none=True, exclude={"size"})
     misplaced = fields.keys() & _PLACEMENT_FIELDS
@@ -153,7 +154,7 @@ def _look_up_model(
     if size is None:
         return "custom", stated_model
     if size not in models:
-        raise build_unknown_name_error(f"{role}.size", size, models)
+        raise build_unknown_model_error(f"{role}.size", size, models)
     merged = merge_settings(models[size].model_dump(exclude_none=True), fields)
     has_same_size = fields.keys() <= _PLACEMENT_FIELDS | _SHARED_SIZE_FIELDS
     return size if has_same_size else "custom", ModelSettings(**merged)

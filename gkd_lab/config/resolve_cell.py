@@ -32,6 +32,7 @@ from gkd_lab.config.loss_terms import (
     RewardConfig,
     TermConfig,
 )
+from gkd_lab.config.model_places import is_model_place
 from gkd_lab.config.reference_models import (
     REFERENCE_SETTINGS,
     build_optimizer_spec,
@@ -374,8 +375,7 @@ def _expand_student_name(stated: dict[str, Any], axis: str) -> dict[str, Any]:
     student = stated.get("student")
     if not axis.startswith("student.") or not isinstance(student, str):
         return stated
-    is_place = "/" in student or student.startswith((".", "~", "pypi:"))
-    return {**stated, "student": {"pretrained" if is_place else "size": student}}
+    return {**stated, "student": {"pretrained" if is_model_place(student) else "size": student}}
 
 
 def _list_models(role: str, defaults: Mapping[str, Any]) -> dict[str, ModelSettings]:

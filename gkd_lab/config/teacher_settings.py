@@ -40,7 +40,8 @@ def resolve_extra_teachers(terms: Iterable[TermConfig], teachers: Mapping[str, A
     for name in names:
         if name not in valid_teachers:
             raise ConfigError(
-                f"objectives: unknown teacher {name!r}; {suggest_choices(name, valid_teachers)}"
+                f"objectives: unknown teacher {name!r}; {suggest_choices(name, valid_teachers)}; a folder or "
+                "hub name (owner/name) gets a name under `teachers`"
             )
     return {str(name): valid_teachers[name] for name in names if name != FIRST_TEACHER}
 
