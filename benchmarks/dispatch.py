@@ -43,8 +43,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from gkd_lab import GKDConfig, GKDTrainer
+from gkd_lab.losses import chunk_sums
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.packing import Pack
+from gkd_lab.teachers import shared_prefix
 
 TINY = Grid("tiny", Shape(4, 16, 32, 2), Shape(4, 16, 32, 2), 600, 4, 12, 48)
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -197,6 +199,10 @@ def measure(build: Callable[..., Any], grid: Grid, lmbda: float, steps: int) -> 
                 if callback is counter:
                     stack.enter_context(count_waiting_methods(operators))
                     stack.enter_context(operators)
+                # A CPU takes teacher and loss in slices that fit into its cache, a GPU at once.
+                stack.enter_context(mock.patch.object(shared_prefix, "CPU_STATE_BYTES", 2**40))
+                stack.enter_context(mock.patch.object(chunk_sums, "SLICE_BYTES", 2**40))
+                stack.enter_context(mock.patch.object(chunk_sums, "takes_all_blocks", lambda _: True))
                 # Lambda 0 and 1 toss no coin that could fall otherwise.
                 trainer.train()
     kernels, waits = counter.average()

@@ -58,6 +58,7 @@ class LossArguments:
     routes: Tensor | None
     scales: Mapping[tuple[int, int], Tensor]
     vocabulary: int | None
+    lengths: tuple[int, ...] | None = None
 
     def is_single_divergence(self, cell: int) -> bool:
         """Whether the cell's only term is a divergence from the first teacher, and no term has scales."""

@@ -48,6 +48,7 @@ class Divergence(TeacherLoss):
 
     config_class: ClassVar = ResolvedDivergence
     log_name: ClassVar = "divergence"
+    takes_cell_axis: ClassVar = True
 
     @classmethod
     def build(cls, config: ResolvedDivergence) -> "Divergence":
@@ -80,6 +81,7 @@ class Divergence(TeacherLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return each token's value, (N,), gradient by its logits, (N, V), and entropy, (N,); no autograd.
 
+        Cells may come before the tokens, (k, N, V), and share the teacher's logits, (1, N, V).
         The values are those of `__call__`, but near P = Q rounded to 1e-6 in float32; the gradient is by the
         student's logits as passed in; the entropy is the student's at its temperature, in nats.
         """
@@ -91,7 +93,8 @@ class Divergence(TeacherLoss):
         factor = self.factor
         if factor / self.student_temperature != 1:
             gradient *= factor / self.student_temperature
-        return value.clamp_min_(0).mul_(factor), gradient, entropy
+        value = value.clamp_min_(0)
+        return value if factor == 1 else value.mul_(factor), gradient, entropy
 
     def _compute_logs(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, ...]:
         """Return log q, log p and log p / q at the two temperatures, (N, V) each."""
@@ -243,7 +246,8 @@ def _finite_log_zero(reference: Tensor) -> float:
 
 
 # Below are values, (N,), and their gradients by the student's logits over its temperature, (N, V): with
-# g = dD / dlog q they are g - q sum(g). These are the innermost loops, so arguments are overwritten.
+# g = dD / dlog q they are g - q sum(g). These are the innermost loops, so arguments are overwritten. Axes
+# before the last may be more than one, and those of the teacher broadcast to the student's.
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:
@@ -251,9 +255,14 @@ def _row_dot(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-1)
 
 
+def _subtract(left: Tensor, right: Tensor) -> Tensor:
+    """Return left - right, in the memory of `left` unless it is broadcast."""
+    return left.sub_(right) if left.shape == right.shape else left - right
+
+
 def _softmax_gradient(gradient: Tensor, q: Tensor, row_sum: Tensor) -> Tensor:
     """Turn dD/dq, in place, into the gradient by the logits: q (dD/dq - row_sum), row_sum = sum q dD/dq."""
-    return gradient.sub_(row_sum[:, None]).mul_(q)
+    return gradient.sub_(row_sum[..., None]).mul_(q)
 
 
 def _jsd_family_value_and_gradient(
@@ -271,11 +280,10 @@ def _forward_kl_value_and_gradient(
     log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return KL(p || q), (N,), and its gradient by the logits, (N, V), 0 at -inf; overwrites its inputs."""
-    value, zero = _row_dot(p, log_p.sub_(log_q)), _finite_log_zero(log_q)
-    if log_q.min() > zero:
-        return value, q.sub_(p)
-    # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either.
-    p.masked_fill_(log_q <= zero, 0)
+    value = _row_dot(p, _subtract(log_p, log_q))
+    # A logit of -inf stays where it is, so the teacher's mass on it moves no other logit either. Where there
+    # is none the mass is 1: to look for one would make a GPU wait.
+    p = p.masked_fill(log_q <= _finite_log_zero(log_q), 0)
     return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
@@ -292,10 +300,10 @@ def _jsd_value_and_gradient(
     # Below the smallest normal number p and q add nothing, but log 0 would make 0 * inf of it.
     """Return JSD(beta), 0 < beta < 1, (N,), and its gradient by the logits, (N, V); overwrites its inputs."""
     log_m = torch.lerp(q, p, beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()
-    teacher_kl = _row_dot(p, log_p.sub_(log_m))
+    teacher_kl = _row_dot(p, _subtract(log_p, log_m))
     ratio = log_q.sub_(log_m)
     student_kl = _row_dot(q, ratio)
-    value = beta * teacher_kl + (1 - beta) * student_kl
+    value = torch.lerp(student_kl, teacher_kl, beta)
     return value, _softmax_gradient(ratio, q, student_kl).mul_(1 - beta)
 
 

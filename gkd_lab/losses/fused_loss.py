@@ -18,22 +18,12 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from gkd_lab.losses.cell_losses import CellLosses, LossArguments, check_shapes, shared_vocabulary
+from gkd_lab.losses.chunk_sums import ChunkSums, TeacherReaders
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.loss import LabelLoss, Loss, TeacherLoss
-from gkd_lab.losses.teacher_targets import (
-    HiddenTeacherLogits,
-    LogitReader,
-    TeacherLogits,
-    TeacherTarget,
-    project_hidden,
-)
+from gkd_lab.losses.loss import Loss
+from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits
 from gkd_lab.losses.terms import WeightedLoss, list_terms
 from gkd_lab.models.projection import MatmulPrecision, Projection
-
-CHUNK_BYTES = 128 * 2**20
-"""Memory of a chunk's logits, of a student and its teachers together."""
-SLICE_BYTES = 2**20
-"""Memory of the logits that a CPU turns into gradients at once, so that temporaries stay in its cache."""
 
 
 def compute_cell_losses(
@@ -50,6 +40,7 @@ def compute_cell_losses(
     routes: Tensor | None = None,
     scales: Mapping[tuple[int, int], Tensor] | None = None,
     vocabulary: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> CellLosses:
     """Return `CellLosses`: per cell sum(weight * loss) over tokens and terms, the entropy, each term's part.
 
@@ -63,6 +54,8 @@ def compute_cell_losses(
     routes: (M, N), the number of each token's teacher, for routed targets.
     scales: (cell, number of the term) -> (N,), a factor on the weights in this term.
     vocabulary: probabilities are normalised over so many first tokens; default: those of all heads.
+    lengths: for each block the number of its first tokens behind which all weights are 0; None: the weights
+        are read for it, which on a GPU waits for them.
 
     Logits are float32 (float64 if hidden states are), also under autocast and for heads in bfloat16. The
     losses can be propagated back once. Raises ValueError for shapes that do not fit together.
@@ -79,6 +72,7 @@ def compute_cell_losses(
         routes=routes,
         scales=scales or {},
         vocabulary=vocabulary,
+        lengths=None if lengths is None else tuple(lengths),
     )
     check_shapes(student, student_head, arguments)
     # On CUDA TRL's kernel is fused Triton and keeps no temporaries. On a CPU it is plain PyTorch and projects
@@ -161,200 +155,18 @@ def _sum_chunks(
         stack.enter_context(torch.no_grad())
         for any_head in (head, *teacher_heads):
             stack.enter_context(maybe_gather_lm_head_ctx(*_head_parameters(any_head)))
-        readers = _TeacherReaders(arguments, shared_vocabulary(student, head, arguments), wide)
+        vocabulary = shared_vocabulary(student, head, arguments)
+        sums = ChunkSums(student, head, arguments, needs_gradient, arithmetic, vocabulary)
+        readers = TeacherReaders(arguments, vocabulary, wide, sums.parts)
         stack.enter_context(torch.autocast(student.device.type, enabled=False))
-        sums = _ChunkSums(student, head, arguments, needs_gradient, arithmetic, readers)
-        for block in sorted(set(arguments.block_of_cell)):
-            sums.add_block(block)
-    return CellLosses(sums.losses, sums.entropies, sums.terms), sums.gradients
+        for part in sums.parts:
+            sums.add_part(part, readers)
+    return CellLosses(sums.terms.sum(1), sums.entropies, sums.terms), sums.gradients
 
 
 def _head_parameters(head: Projection) -> list[torch.nn.Parameter]:
     """Return those of the head's weight and bias that are an `nn.Parameter`."""
     return [tensor for tensor in (head.weight, head.bias) if isinstance(tensor, torch.nn.Parameter)]
-
-
-class _TeacherReaders:
-    """Reads the teachers' logits chunk by chunk, in the arithmetic of the context that creates it."""
-
-    def __init__(self, arguments: LossArguments, vocabulary: int, dtype: torch.dtype) -> None:
-        self.arguments, self.vocabulary = arguments, vocabulary
-        self.targets = [
-            [term.target for _, term in arguments.logit_terms(cell) if isinstance(term.loss, TeacherLoss)]
-            for cell in range(len(arguments.terms))
-        ]
-        bytes_of_token = (1 + max(1, len(arguments.teachers))) * vocabulary * dtype.itemsize
-        self.chunk_size = max(CHUNK_BYTES // bytes_of_token, 1)
-        longest = min(self.chunk_size, arguments.weights.shape[1])
-        self.readers: dict[int, LogitReader] = {
-            number: teacher.create_reader(vocabulary, dtype, longest)
-            for number, teacher in arguments.teachers.items()
-        }
-
-    def target_logits(self, block: int, rows: Tensor, cells: Sequence[int]) -> dict[TeacherTarget, Tensor]:
-        """Return target -> logits (n, V) at a block's `rows`, for these cells; each teacher is read once."""
-        logits: dict[int, Tensor] = {}
-
-        def read_teacher(number: int) -> Tensor:
-            """Return a teacher's logits (n, V) at these rows, computed at its first use."""
-            if number not in logits:
-                logits[number] = self.readers[number](block, rows)
-            return logits[number]
-
-        routes = None if self.arguments.routes is None else self.arguments.routes[block, rows]
-        targets = dict.fromkeys(target for cell in cells for target in self.targets[cell])
-        return {target: target.combine_logits(read_teacher, routes) for target in targets}
-
-
-class _ChunkSums:
-    """Sums over cells and chunks of tokens, and a buffer for a student's logits of a chunk."""
-
-    def __init__(
-        self,
-        student: Tensor,
-        head: Projection,
-        arguments: LossArguments,
-        needs_gradient: Sequence[bool],
-        arithmetic: MatmulPrecision,
-        readers: _TeacherReaders,
-    ) -> None:
-        self.student, self.arguments, self.readers = student, arguments, readers
-        self.vocabulary, self.chunk_size = readers.vocabulary, readers.chunk_size
-        self.head = head.add_cell_axis().truncate_vocabulary(self.vocabulary)
-        self.arithmetic = arithmetic
-        self.logit_terms = [arguments.logit_terms(cell) for cell in range(len(student))]
-        wide = self.arithmetic.result_dtype
-        self.weights = arguments.weights.to(wide)
-        self.losses, self.entropies = student.new_zeros(2, len(student), dtype=wide)
-        max_terms = max(len(terms) for terms in arguments.terms)
-        self.terms = student.new_zeros(len(student), max_terms, dtype=wide)
-        self.gradients = [
-            torch.zeros_like(tensor, dtype=wide) if needed and tensor is not None else None
-            for needed, tensor in zip(needs_gradient, (student, head.weight, head.bias), strict=True)
-        ]
-        longest = min(self.chunk_size, arguments.weights.shape[1])
-        self.logits_buffer = student.new_empty(longest * self.vocabulary, dtype=wide)
-
-    def add_block(self, block: int) -> None:
-        """Add the losses and gradients of the cells that train on teacher block `block`; it is read once.
-
-        Cells are projected one by one and only where they are trained: a batched product over all would let
-        the tokens of one cell change the rounding of another's.
-        """
-        cells = [cell for cell, number in enumerate(self.arguments.block_of_cell) if number == block]
-        trained = self.weights[cells].ne(0).any(0).nonzero()[:, 0]
-        for rows in trained.split(self.chunk_size) if len(trained) else ():
-            targets = self.readers.target_logits(block, rows, cells)
-            for cell in cells:
-                self._add_chunk(cell, rows, targets)
-
-    def _add_chunk(self, cell: int, rows: Tensor, targets: Mapping[TeacherTarget, Tensor]) -> None:
-        """Add the losses and gradients of a cell's tokens `rows` to the sums."""
-        hidden, head = self.student[cell, rows][None], _select_cell_head(self.head, cell)
-        raw = project_hidden(hidden, head, self.vocabulary, self.arithmetic, self.logits_buffer)
-        self._replace_logits_by_gradient(cell, raw[0], rows, targets)
-        self._add_parameter_gradients(cell, rows, hidden, raw)
-
-    def _replace_logits_by_gradient(
-        self, cell: int, raw: Tensor, rows: Tensor, targets: Mapping[TeacherTarget, Tensor]
-    ) -> None:
-        """Add the loss of a cell's tokens `rows`; overwrite `raw`, h W^T + b, (n, V), with its gradient.
-
-        Nothing is written if no gradient is needed.
-        """
-        is_trained = any(gradient is not None for gradient in self.gradients)
-        size = len(raw) if raw.is_cuda else max(SLICE_BYTES // (raw.shape[1] * raw.element_size()), 1)
-        for first in range(0, len(raw), size):
-            chunk_slice = slice(first, first + size)
-            part, weight = raw[chunk_slice], self.weights[cell, rows[chunk_slice]]
-            logits = self.head.scale_and_cap(part)
-            gradient = self._add_term_values(cell, logits, rows[chunk_slice], chunk_slice, targets, weight)
-            if is_trained:
-                torch.mul(self.head.compute_raw_gradient(gradient, logits), weight[:, None], out=part)
-
-    def _add_term_values(
-        self,
-        cell: int,
-        logits: Tensor,
-        rows: Tensor,
-        chunk_slice: slice,
-        targets: Mapping[TeacherTarget, Tensor],
-        weight: Tensor,
-    ) -> Tensor:
-        """Add all terms' values at the tokens `rows`; return their gradient by the logits, (n, V).
-
-        The gradient has the terms' weights and scales, not yet the tokens' weights. chunk_slice: the position
-        of `rows` in the chunk of the targets.
-        """
-        total: Tensor | None = None
-        for order, (number, term) in enumerate(self.logit_terms[cell]):
-            values, gradient, entropies = self._evaluate_term(cell, term, logits, rows, chunk_slice, targets)
-            if order == 0:
-                self.entropies[cell] += entropies @ (weight > 0).to(entropies.dtype)
-            scale = self.arguments.scales.get((cell, number))
-            if scale is not None:
-                factor = scale[rows].to(values.dtype)
-                values, gradient = values * factor, gradient.mul_(factor[:, None])
-            value = values @ weight
-            if term.weight != 1:
-                value, gradient = term.weight * value, gradient.mul_(term.weight)
-            self.terms[cell, number] += value
-            self.losses[cell] += value
-            total = gradient if total is None else total.add_(gradient)
-        assert total is not None, "a loss has a term"
-        return total
-
-    def _evaluate_term(
-        self,
-        cell: int,
-        term: WeightedLoss,
-        logits: Tensor,
-        rows: Tensor,
-        chunk_slice: slice,
-        targets: Mapping[TeacherTarget, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a term's values, (n,), gradient, (n, V), and entropies, (n,), all before weights."""
-        if isinstance(term.loss, TeacherLoss):
-            return term.loss.value_and_gradient(logits, targets[term.target][chunk_slice])
-        assert isinstance(term.loss, LabelLoss)
-        if self.arguments.labels is None:
-            # The term has weight 0 and gives the entropy alone: any labels will do.
-            return term.loss.value_and_gradient(logits, torch.zeros_like(rows))
-        return term.loss.value_and_gradient(logits, self.arguments.labels[cell, rows])
-
-    def _add_parameter_gradients(self, cell: int, rows: Tensor, hidden: Tensor, raw: Tensor) -> None:
-        """Add a chunk's gradients of hidden states, weight and bias, where needed, to the cell's sums.
-
-        raw: the gradient by h W^T + b, (1, n, V).
-        """
-        hidden_gradient, weight_gradient, bias_gradient = self.gradients
-        if bias_gradient is not None:
-            bias_rows = bias_gradient.view(-1, bias_gradient.shape[-1])
-            bias_rows[cell % len(bias_rows), : self.vocabulary] += raw[0].sum(0)
-        weight = _select_cell_head(self.head, cell).weight
-        if weight is None:
-            if hidden_gradient is not None:
-                hidden_gradient[cell, rows, : self.vocabulary] = raw[0]
-            return
-        total = raw.new_zeros(hidden.shape)
-        for span in self.arithmetic.split_rows(weight):
-            if hidden_gradient is not None:
-                self.arithmetic.multiply(raw[..., span], weight[:, span], total, accumulate=True)
-            if weight_gradient is not None:
-                part = weight_gradient.view(-1, *weight_gradient.shape[-2:])[
-                    cell : cell + 1, : self.vocabulary
-                ][:, span]
-                self.arithmetic.multiply(raw[..., span].mT, hidden, part, accumulate=True)
-        if hidden_gradient is not None:
-            hidden_gradient[cell, rows] = total[0]
-
-
-def _select_cell_head(head: Projection, cell: int) -> Projection:
-    """Return one cell's head with a cell axis of size 1; a bias common to all cells is kept."""
-    cells = slice(cell, cell + 1)
-    weight = None if head.weight is None else head.weight[cells]
-    bias = head.bias if head.bias is None or len(head.bias) == 1 else head.bias[cells]
-    return replace(head, weight=weight, bias=bias)
 
 
 def _is_trl_computable(student: Tensor, head: Projection, arguments: LossArguments) -> bool:

@@ -22,6 +22,7 @@ class CrossEntropy(LabelLoss):
 
     config_class = CrossEntropyConfig
     log_name = "cross_entropy"
+    takes_cell_axis = True
 
     @classmethod
     def build(cls, config: CrossEntropyConfig) -> "CrossEntropy":
@@ -39,10 +40,10 @@ class CrossEntropy(LabelLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return -log q of each label, (N,), its gradient, (N, V), and the entropy, (N,); no autograd."""
         logs = log_probabilities(student_logits_NV)
-        q, label = logs.exp(), labels_N[:, None]
-        value = -logs.gather(1, label)[:, 0]
+        q, label = logs.exp(), labels_N[..., None]
+        value = -logs.gather(-1, label)[..., 0]
         entropy = -(q * logs).sum(-1)
-        return value, q.scatter_add_(1, label, q.new_full(label.shape, -1.0)), entropy
+        return value, q.scatter_add_(-1, label, q.new_full(label.shape, -1.0)), entropy
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class RewardLoss(LabelLoss):
 
     config_class = ResolvedReward
     log_name = "reward"
+    takes_cell_axis = True
     on_policy = True
 
     @property

@@ -31,6 +31,9 @@ class Loss(ABC):
 class TokenLoss(Loss):
     """A loss of single tokens, computed from the student's logits."""
 
+    takes_cell_axis: ClassVar[bool] = False
+    """Whether `value_and_gradient` takes (k, N, V) too, with teacher's logits (1, N, V) or (k, N, V)."""
+
 
 class TeacherLoss(TokenLoss):
     """A token loss that compares with the logits of a teacher."""

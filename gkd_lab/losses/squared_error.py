@@ -20,6 +20,7 @@ class SquaredError(TeacherLoss):
 
     config_class = SquaredErrorConfig
     log_name = "squared_error"
+    takes_cell_axis = True
 
     @classmethod
     def build(cls, config: SquaredErrorConfig) -> Loss:
@@ -49,6 +50,7 @@ class LabelSquaredError(LabelLoss):
 
     config_class = SquaredErrorConfig
     log_name = "squared_error_labels"
+    takes_cell_axis = True
 
     def value_and_gradient(
         self, student_logits_NV: Tensor, labels_N: Tensor
@@ -59,5 +61,5 @@ class LabelSquaredError(LabelLoss):
                 "squared_error against labels compares numbers, and the model has "
                 f"{student_logits_NV.shape[-1]} outputs: choose cross_entropy"
             )
-        labels = labels_N[:, None].to(student_logits_NV.dtype)
+        labels = labels_N[..., None].to(student_logits_NV.dtype)
         return SquaredError().value_and_gradient(student_logits_NV, labels)

@@ -75,7 +75,8 @@ def concatenate_blocks(parts: Sequence[Sequences], pad_id: int) -> Sequences:
 
     def pad_right(tensor: Tensor, value: int) -> Tensor:
         """Pad a tensor of completions on the right to the longest."""
-        return functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+        missing = width - tensor.shape[1]
+        return functional.pad(tensor, (0, missing), value=value) if missing else tensor
 
     optional = set.intersection(*(set(part.named_tensors()) - SHARED_TENSORS for part in parts))
     optional_tensors = {name: torch.cat([part.named_tensors()[name] for part in parts]) for name in optional}
@@ -167,28 +168,34 @@ def compute_step_losses(
     count = len(cells)
     masks = block_masks(batch, count)
     weights = token_weights(masks, normalization).flatten(1)
-    trained = max(1, int((weights > 0).sum(-1).max()))
+    is_trained = weights > 0
+    lengths = is_trained.sum(-1).tolist()
     # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
-    positions = (weights > 0).int().argsort(dim=1, descending=True, stable=True)[:, :trained]
+    positions = is_trained.argsort(dim=1, descending=True, stable=True)[:, : max(1, *lengths)]
     block = torch.tensor(batch.block_of_cell, device=positions.device)
     divisors = items.to(weights.device).clamp_min(1)[:, None]
     routes = None
     if batch.teacher.teacher_indices is not None:
         routes = batch.teacher.teacher_indices.view(masks.shape[:2])[..., None].expand_as(masks).flatten(1)
+    terms = [batch.cell_terms(n, cell) for n, cell in enumerate(cells)]
+    labels = None
+    if any(term.reads_labels for cell_terms in terms for term in cell_terms):
+        labels = batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, positions)[block]
     return compute_cell_losses(
         gather_positions(student.hidden.reshape(count, -1, student.hidden.shape[-1]), positions[block]),
         student.projection,
         None,
         None,
         batch.block_of_cell,
-        [batch.cell_terms(n, cell) for n, cell in enumerate(cells)],
+        terms,
         weights.gather(1, positions)[block] / divisors,
         teachers={number: logits.select_positions(positions) for number, logits in teachers.items()},
-        labels=batch.teacher.completion_ids.reshape(len(masks), -1).gather(1, positions)[block],
+        labels=labels,
         routes=None if routes is None else routes.gather(1, positions),
         scales={
             (n, term): scale.to(positions.device).flatten().gather(0, positions[block[n]])
             for (n, term), scale in batch.scales.items()
         },
         vocabulary=vocabulary,
+        lengths=lengths,
     )

@@ -1,6 +1,6 @@
 """Teacher logits for the trained tokens, and the mixtures of teachers that divergences compare with.
 
-Shapes: M blocks of N tokens, n of them in a chunk, V vocabulary, H width.
+Shapes: M blocks of N tokens, m and n of them in a chunk, V vocabulary, H width.
 """
 
 import math
@@ -14,8 +14,11 @@ from torch import Tensor
 from gkd_lab.losses.divergence import log_probabilities
 from gkd_lab.models.projection import MatmulPrecision, Projection
 
-LogitReader = Callable[[int, Tensor], Tensor]
-"""(block, rows (n,)) -> logits (n, V), in a buffer that the next call overwrites."""
+LogitReader = Callable[[int | slice | Tensor, slice | Tensor], Tensor]
+"""(block, rows) -> logits (n, V), or of several blocks (m, n, V), in a buffer that the next call overwrites.
+
+Rows are a slice or their numbers, (n,); blocks a number, a slice or a tensor, (m,).
+"""
 
 
 class TeacherLogits(Protocol):
@@ -41,7 +44,7 @@ class TeacherLogits(Protocol):
         ...
 
     def create_reader(self, vocabulary: int, dtype: torch.dtype, max_rows: int) -> LogitReader:
-        """Return a reader: (block, rows) -> first `vocabulary` logits, of `max_rows` tokens at most."""
+        """Return a reader of the first `vocabulary` logits, of `max_rows` tokens of all blocks at most."""
         ...
 
 
@@ -76,14 +79,16 @@ class HiddenTeacherLogits:
 
         Each call overwrites the logits of the one before.
         """
-        head = self.head.add_cell_axis().truncate_vocabulary(vocabulary)
         arithmetic = MatmulPrecision.create(self.hidden, dtype)
+        head = arithmetic.convert_head(self.head.add_cell_axis().truncate_vocabulary(vocabulary))
         buffer = self.hidden.new_empty(max_rows * vocabulary, dtype=dtype)
 
-        def read(block: int, rows: Tensor) -> Tensor:
-            """Project a block's rows into the buffer and return their scaled and capped logits, (n, V)."""
-            hidden = self.hidden[block, rows][None]
-            return head.scale_and_cap(project_hidden(hidden, head, vocabulary, arithmetic, buffer))[0]
+        def read(block: int | slice | Tensor, rows: slice | Tensor) -> Tensor:
+            """Project the blocks' rows into the buffer and return their scaled and capped logits."""
+            hidden = select_block_rows(self.hidden, block, rows)
+            flat = hidden.reshape(1, -1, hidden.shape[-1])
+            logits = head.scale_and_cap(project_hidden(flat, head, vocabulary, arithmetic, buffer))
+            return logits.view(*hidden.shape[:-1], vocabulary)
 
         return read
 
@@ -103,10 +108,10 @@ class TeacherTarget:
     routed: bool = False
 
     def combine_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
-        """Return the target's logits, (n, V): one teacher's, a mixture's log, or each row's own teacher's.
+        """Return the target's logits, (m, n, V): one teacher's, a mixture's log, or those of each row's own.
 
-        teacher_logits: returns the logits of a teacher by number. routes: (n,), for each token the number of
-        its row's teacher.
+        teacher_logits: returns the logits of a teacher by number. routes: (m, n), for each token the number
+        of its row's teacher.
         """
         if self.routed:
             return self._route_logits(teacher_logits, routes)
@@ -122,7 +127,7 @@ class TeacherTarget:
         return mixed
 
     def _route_logits(self, teacher_logits: Callable[[int], Tensor], routes: Tensor | None) -> Tensor:
-        """Return for each token its row's teacher's logits over that teacher's temperature, (n, V).
+        """Return for each token its row's teacher's logits over that teacher's temperature, (m, n, V).
 
         Raises ValueError without routes.
         """
@@ -132,9 +137,14 @@ class TeacherTarget:
         routed: Tensor | None = None
         for teacher in self.teachers:
             logits = teacher_logits(teacher) / temperatures.get(teacher, 1.0)
-            routed = logits if routed is None else torch.where((routes == teacher)[:, None], logits, routed)
+            routed = logits if routed is None else torch.where((routes == teacher)[..., None], logits, routed)
         assert routed is not None, "a target has a teacher"
         return routed
+
+
+def select_block_rows(tensor: Tensor, block: int | slice | Tensor, rows: slice | Tensor) -> Tensor:
+    """Return (n, ...) of a single block of a tensor (M, N, ...), or (m, n, ...) of several."""
+    return tensor[block, rows] if isinstance(block, int) else tensor[block][:, rows]
 
 
 def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:

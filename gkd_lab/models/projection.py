@@ -49,6 +49,12 @@ class Projection:
         bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[cell % len(self.bias)]
         return replace(self, weight=weight, bias=bias)
 
+    def select_cells(self, cells: slice | Tensor) -> "Projection":
+        """Return the projection of some packed students, weight (k, V, H); a bias common to all is kept."""
+        weight = None if self.weight is None else self.weight[cells]
+        bias = self.bias if self.bias is None or len(self.bias) == 1 else self.bias[cells]
+        return replace(self, weight=weight, bias=bias)
+
     def add_cell_axis(self) -> "Projection":
         """Return the projection with weight (K, V, H) and bias (K, V); K = 1 if there was no cell axis."""
         weight = self.weight if self.weight is None or self.weight.dim() == 3 else self.weight[None]
@@ -93,8 +99,22 @@ class MatmulPrecision:
         else:
             out.baddbmm_(left.to(self.result_dtype), right.to(self.result_dtype), beta=int(accumulate))
 
+    def convert_head(self, head: Projection) -> Projection:
+        """Return a head with its weight in the operands' dtype, converted once instead of by each chunk.
+
+        Not on a CPU, where it is converted by rows, so that no copy of a large head is kept.
+        """
+        if head.weight is None or head.weight.device.type == "cpu":
+            return head
+        return replace(head, weight=head.weight.to(self.operand_dtype))
+
     def split_rows(self, weight: Tensor) -> Iterator[slice]:
-        """Yield slices over V of a head (K, V, H): 32,768 rows each, or one slice if nothing is converted."""
+        """Yield slices over V of a head (K, V, H): 32,768 rows in all, or one if nothing is converted."""
         vocabulary = weight.shape[1]
-        rows = vocabulary if weight.dtype == self.operand_dtype == self.result_dtype else CONVERTED_ROWS
+        multiplies_into_wide = weight.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS
+        is_operand = weight.dtype == self.operand_dtype
+        is_converted = not is_operand or (
+            self.operand_dtype != self.result_dtype and not multiplies_into_wide
+        )
+        rows = max(CONVERTED_ROWS // len(weight), 1) if is_converted else vocabulary
         return (slice(start, start + rows) for start in range(0, vocabulary, rows))

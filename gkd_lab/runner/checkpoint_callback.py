@@ -46,15 +46,15 @@ class CheckpointCallback(TrainerCallback):
 
 def _encode_metric_sums(averages: MetricAccumulator, cell: int) -> dict[str, Any]:
     """Return one cell's batch count, metric sums and loss term sums as a JSON dict, exact for float64."""
-    sums = {name: float(values[cell]) for name, values in averages.sums.items()}
-    return {"batches": averages.n_batches, "sums": sums, "terms": averages.term_sums[:, cell].tolist()}
+    values, names = averages.read_sums()[:, cell].tolist(), averages.sum_names
+    sums = dict(zip(names, values, strict=False))
+    return {"batches": averages.n_batches, "sums": sums, "terms": values[len(names) :]}
 
 
 def _restore_metric_sums(averages: MetricAccumulator, cell: int, stored_averages: dict[str, Any]) -> None:
-    """Overwrite one cell's sums in `averages`, and its batch count, with a dict of `_encode_metric_sums`."""
+    """Overwrite one cell's sums in `averages`, and its batch count, with a dict of `_encode_metric_sums`.
+
+    The pack that saved the checkpoint may have had cells with more terms than this one.
+    """
     averages.n_batches = stored_averages["batches"]
-    for name in averages.sums.keys() & stored_averages["sums"].keys():
-        averages.sums[name][cell] = stored_averages["sums"][name]
-    # The pack that saved the checkpoint may have had cells with more terms than this one.
-    terms = averages.term_sums.new_tensor(stored_averages["terms"])[: averages.max_terms]
-    averages.term_sums[: len(terms), cell] = terms
+    averages.set_cell_sums(cell, stored_averages["sums"], stored_averages["terms"])

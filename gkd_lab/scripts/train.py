@@ -112,7 +112,7 @@ def _check_models(request: TrainRequest) -> bool:
         (
             "teacher_model_name_or_path",
             training.teacher_model_name_or_path,
-            request.script.teacher_model_revision,
+            training.teacher_model_revision,
         ),
     )
     student, teacher = (
@@ -191,7 +191,7 @@ def _create_trainer(
     if quantization is not None:
         training.model_init_kwargs["quantization_config"] = quantization
     training.teacher_model_init_kwargs = _build_init_kwargs(
-        request, script.teacher_model_revision or "main", training.teacher_model_init_kwargs
+        request, training.teacher_model_revision or "main", training.teacher_model_init_kwargs
     )
     callbacks = []
     if script.early_stopping_patience is not None:

@@ -45,7 +45,7 @@ def describe_run(request: TrainRequest, data: RunData, *, is_encoder_decoder: bo
     script, training, model = request.script, request.training, request.model
     student, teacher = str(model.model_name_or_path), str(training.teacher_model_name_or_path)
     student_commit = _find_commit(student, model.model_revision)
-    teacher_commit = _find_commit(teacher, script.teacher_model_revision)
+    teacher_commit = _find_commit(teacher, training.teacher_model_revision)
     mixture = request.mixture.datasets
     sources = [_describe_part(part) for part in mixture] or [
         describe_source(str(script.dataset_name), kind="datasets")

@@ -47,7 +47,6 @@ class TrainScriptArguments(ScriptArguments):
     """TRL's `ScriptArguments`, and which rows are scored, how, and when to stop.
 
     Args:
-        teacher_model_revision: Branch, tag or commit of the teacher, as in `trl distillation`.
         dataset_eval_split: Split to evaluate on during training; None: the test split.
         max_train_samples, max_eval_samples, max_test_samples: First rows to use; None: all.
         metrics: Scores of the text that the student writes, such as `rouge2`; none: the loss alone.
@@ -57,9 +56,6 @@ class TrainScriptArguments(ScriptArguments):
         early_stopping_threshold: Smallest progress that counts.
     """
 
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
-    )
     dataset_eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on during training; default: the test split."}
     )

@@ -4,7 +4,7 @@ Cells of one seed answer the same prompts, so the teacher computes the keys and 
 encoder-decoder: the encoder's output) once for all their completions. Completions are read a few blocks at a
 time, so that the states between layers stay in a CPU's cache.
 
-Shapes: M blocks of B rows, P prompt tokens, C completion tokens, H hidden width.
+Shapes: M blocks of B rows, R rows of prompts, P prompt tokens, C completion tokens, H hidden width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from gkd_lab.models.forward import Sequences, compute_position_ids, shift_right
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
 
 CPU_STATE_BYTES = 2**20
-"""Size of one layer's hidden states that a CPU reads at once; a GPU reads all blocks of a seed."""
+"""Size of one layer's hidden states that a CPU reads at once; a GPU reads all blocks of all seeds."""
 
 
 class SharedPrefixReader:
@@ -40,22 +40,46 @@ class SharedPrefixReader:
         if not self.reuses_prompts or len(batch.prompts_of_block) == 1:
             return self.head.compute_unprojected(batch.teacher)
         blocks = split_blocks(batch.teacher, len(batch.prompts_of_block))
+        blocks_of_seed: dict[int, list[int]] = {}
+        for number, seed in enumerate(batch.prompts_of_block):
+            blocks_of_seed.setdefault(seed, []).append(number)
+        size = self._count_blocks_per_pass(blocks[0].completion_ids.numel())
+        if size >= len(blocks) == len(blocks_of_seed):  # No two blocks share their prompts.
+            return self.head.compute_unprojected(batch.teacher)
+        seeds_at_once = max(1, size // max(map(len, blocks_of_seed.values())))
         hidden: dict[int, Tensor] = {}
-        for prompts in dict.fromkeys(batch.prompts_of_block):
-            numbers = [n for n, number in enumerate(batch.prompts_of_block) if number == prompts]
-            hidden.update(zip(numbers, self._read_completions([blocks[n] for n in numbers]), strict=True))
+        groups = list(blocks_of_seed.values())
+        for first in range(0, len(groups), seeds_at_once):
+            group = groups[first : first + seeds_at_once]
+            hidden.update(self._read_blocks([[(n, blocks[n]) for n in numbers] for numbers in group], size))
         states = torch.cat([hidden[n] for n in range(len(blocks))])
         return UnprojectedOutput(states, self.head.read_projection(), None)
 
-    def _read_completions(self, blocks: Sequence[Sequences]) -> Iterator[Tensor]:
-        """Yield each block's hidden states, (B, C, H), in order; the blocks must have the same prompts."""
-        rows, length = blocks[0].completion_ids.shape
+    def _read_blocks(
+        self, blocks_of_seeds: Sequence[Sequence[tuple[int, Sequences]]], size: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number, hidden states (B, C, H)) of numbered blocks, whose prompts are the same in a seed.
+
+        The prompts of all seeds are read at once, then their completions, `size` blocks at a time.
+        """
+        firsts = [blocks[0][1] for blocks in blocks_of_seeds]
+        prompt_ids = torch.cat([block.prompt_ids for block in firsts])
+        prompt_mask = torch.cat([block.prompt_mask for block in firsts])
         is_encoder_decoder = self.is_encoder_decoder
-        prompt = self._encode_prompts(blocks[0]) if is_encoder_decoder else self._cache_prompts(blocks[0])
+        read_prompts = self._encode_prompts if is_encoder_decoder else self._cache_prompts
         read_blocks = self._decode_completions if is_encoder_decoder else self._read_from_cache
-        size = self._count_blocks_per_pass(rows * length)
-        for first in range(0, len(blocks), size):
-            yield from read_blocks(blocks[first : first + size], *prompt).split(rows)
+        prompts = read_prompts(prompt_ids, prompt_mask)
+        rows = len(firsts[0].prompt_ids)
+        row_numbers = torch.arange(len(prompt_ids), device=prompt_ids.device).split(rows)
+        numbered = [
+            (number, block, row_numbers[seed])
+            for seed, blocks in enumerate(blocks_of_seeds)
+            for number, block in blocks
+        ]
+        for first in range(0, len(numbered), size):
+            numbers, blocks, places = zip(*numbered[first : first + size], strict=True)
+            states = read_blocks(blocks, torch.cat(places), *prompts)
+            yield from zip(numbers, states.split(rows), strict=True)
 
     def _count_blocks_per_pass(self, tokens: int) -> int:
         """Return how many blocks of `tokens` tokens to read at once: what fits a CPU's cache; a GPU all."""
@@ -66,33 +90,32 @@ class SharedPrefixReader:
 
     # ---- decoder-only ----
 
-    def _cache_prompts(self, block: Sequences) -> tuple[DynamicCache, Tensor]:
-        """Read the prompts; return the cache of keys and values, and the last hidden state, (B, 1, H)."""
+    def _cache_prompts(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """Read prompts, (R, P); return the cache of keys and values, and the last hidden state, (R, 1, H)."""
         cache = DynamicCache(config=self.head.model.config.get_text_config(decoder=True))
         hidden = self.head.compute_hidden(
-            input_ids=block.prompt_ids,
-            attention_mask=block.prompt_mask,
+            input_ids=ids,
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **self._build_position_arguments(compute_position_ids(block.prompt_mask)),
+            **self._build_position_arguments(compute_position_ids(mask)),
         )
         return cache, hidden[:, -1:]
 
     def _read_from_cache(
-        self, blocks: Sequence[Sequences], prompt_cache: DynamicCache, first: Tensor
+        self, blocks: Sequence[Sequences], places: Tensor, prompt_cache: DynamicCache, last: Tensor
     ) -> Tensor:
         """Return hidden states of the blocks' completions, (blocks * B, C, H), after prompts in a cache.
 
-        first: the prompts' last state, which predicts the first completion token. The cache is copied, not
-        changed.
+        places: the row of the cache of each completion's prompt, (blocks * B). last: the prompts' last state,
+        which predicts the first completion token. The cache is copied, not changed.
         """
-        times, width = len(blocks), blocks[0].prompt_ids.shape[1]
+        width = blocks[0].prompt_ids.shape[1]
         if blocks[0].completion_ids.shape[1] == 1:
-            return first.repeat(times, 1, 1)
+            return last[places]
         cache = DynamicCache(config=self.head.model.config.get_text_config(decoder=True))
         for number, layer in enumerate(prompt_cache.layers):
-            keys, values = (states.repeat(times, 1, 1, 1) for states in (layer.keys, layer.values))
-            cache.update(keys, values, number)
+            cache.update(layer.keys[places], layer.values[places], number)
         masks = [torch.cat([block.prompt_mask, block.completion_mask], 1)[:, :-1] for block in blocks]
         mask = torch.cat(masks)
         hidden = self.head.compute_hidden(
@@ -102,7 +125,7 @@ class SharedPrefixReader:
             use_cache=True,
             **self._build_position_arguments(compute_position_ids(mask)[:, width:]),
         )
-        return torch.cat([first.repeat(times, 1, 1), hidden], dim=1)
+        return torch.cat([last[places], hidden], dim=1)
 
     def _build_position_arguments(self, positions: Tensor) -> dict[str, Tensor]:
         """Return `position_ids` as a keyword argument, or none if the model's forward does not take it."""
@@ -110,18 +133,22 @@ class SharedPrefixReader:
 
     # ---- encoder-decoder ----
 
-    def _encode_prompts(self, block: Sequences) -> tuple[Tensor, Tensor]:
-        """Return the encoder's output for the prompts, (B, P, H), and their mask, (B, P)."""
+    def _encode_prompts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoder's output for prompts, (R, P, H), and their mask, (R, P)."""
         encoder = self.head.model.get_encoder()
-        states = encoder(input_ids=block.prompt_ids, attention_mask=block.prompt_mask).last_hidden_state
-        return states, block.prompt_mask
+        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
-    def _decode_completions(self, blocks: Sequence[Sequences], states: Tensor, mask: Tensor) -> Tensor:
-        """Return decoder states of the blocks' completions, (blocks * B, C, H), for encoded prompts."""
+    def _decode_completions(
+        self, blocks: Sequence[Sequences], places: Tensor, states: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Return decoder states of the blocks' completions, (blocks * B, C, H), for encoded prompts.
+
+        places: the row of the encoded prompts of each completion, (blocks * B).
+        """
         ids = torch.cat([block.completion_ids for block in blocks])
         return self.head.compute_hidden(
-            encoder_outputs=(states.repeat(len(blocks), 1, 1),),
-            attention_mask=mask.repeat(len(blocks), 1),
+            encoder_outputs=(states[places],),
+            attention_mask=mask[places],
             decoder_input_ids=shift_right(self.head.model.config, ids),
             use_cache=False,
         )

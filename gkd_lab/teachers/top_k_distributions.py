@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gkd_lab.losses.divergence import log_probabilities
-from gkd_lab.losses.teacher_targets import LogitReader, TeacherLogits, gather_positions
+from gkd_lab.losses.teacher_targets import LogitReader, TeacherLogits, gather_positions, select_block_rows
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,16 @@ class TopKTeacherLogits:
         """
         log_probs, ids, unnamed = self.log_probs, self.ids, self.unnamed_log_prob
         if ids is None or unnamed is None:
-            return lambda block, rows: log_probs[block, rows, :vocabulary].to(dtype)
+            return lambda block, rows: select_block_rows(log_probs, block, rows)[..., :vocabulary].to(dtype)
         buffer = log_probs.new_empty((max_rows, self.vocabulary), dtype=dtype)
 
-        def read_logits(block: int, rows: Tensor) -> Tensor:
-            """Fill the buffer with a block's rows, tail included, and return its view, (n, vocabulary)."""
-            logits = buffer[: len(rows)]
-            logits.copy_(unnamed[block, rows, None].expand_as(logits))
-            logits.scatter_(1, ids[block, rows].long(), log_probs[block, rows].to(dtype))
-            return logits[:, :vocabulary]
+        def read_logits(block: int | slice | Tensor, rows: slice | Tensor) -> Tensor:
+            """Fill the buffer with the blocks' rows, tail included, and return its view."""
+            named, tails = select_block_rows(log_probs, block, rows), select_block_rows(unnamed, block, rows)
+            logits = buffer[: tails.numel()].view(*tails.shape, self.vocabulary)
+            logits.copy_(tails[..., None].expand_as(logits))
+            logits.scatter_(-1, select_block_rows(ids, block, rows).long(), named.to(dtype))
+            return logits[..., :vocabulary]
 
         return read_logits
 

@@ -3,6 +3,7 @@
 Shapes: K cells, S distinct seeds, B rows of a micro-batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -108,6 +109,11 @@ class PackTrainer(Trainer):
         self.strategy.prepare()
         # The losses are divided by the whole step's items, whatever the number of micro-batches.
         self.loss_is_scaled_for_ga = True
+        self._filters_losses = self.args.logging_nan_inf_filter
+        self._step_losses: Tensor | None = None
+        self._completed_rows: Tensor | None = None
+        self._off_policy_rows = 0
+        self._is_running = torch.ones(len(self.cells), dtype=torch.bool)
 
     def _get_single_cell(self, name: str) -> CellArguments:
         """Return the only cell's arguments; for several, ValueError that names the attribute `name`."""
@@ -119,16 +125,63 @@ class PackTrainer(Trainer):
 
     def mask_running_cells(self, device: torch.device) -> Tensor:
         """Return a bool tensor (K,): True for each cell that has not failed."""
-        return torch.tensor([n not in self.failures for n in range(len(self.cells))], device=device)
+        if self._is_running.device != device:
+            self._is_running = self._is_running.to(device)
+        return self._is_running
 
     def fail_cell(self, cell: int, reason: str) -> None:
         """Freeze a cell, keep its first reason, call on_failure; AllCellsFailed if no cell is left."""
         if cell not in self.failures:
             self.failures[cell] = f"{reason} at step {self.state.global_step + 1}"
+            self._is_running[cell] = False
             if self.on_failure is not None:
                 self.on_failure(cell, self.failures[cell])
         if len(self.failures) == len(self.cells):
             raise AllCellsFailed("; ".join(sorted(set(self.failures.values()))))
+
+    def note_losses(self, losses: Tensor) -> None:
+        """Keep the cells' losses, (K,), of a micro-batch until `check_step`: the first that is not finite."""
+        known = self._step_losses
+        self._step_losses = losses if known is None else torch.where(known.isfinite(), losses, known)
+
+    def note_completed_rows(self, rows: int, completed: Tensor) -> None:
+        """Keep the number, (), of a micro-batch's rows that have a completion until `check_step`."""
+        known = self._completed_rows
+        self._completed_rows = completed if known is None else known + completed
+        self._off_policy_rows += rows
+
+    def check_step(self, norms: Tensor | None) -> None:
+        """Fail the cells whose loss or gradient's norm, (K,) or None, is not finite; before the update.
+
+        The device is read once, when the whole step has been launched. A loss that is not finite in one
+        process fails the cell in all of them, which otherwise would wait for it. Raises ValueError for rows
+        without completion.
+        """
+        losses, completed, rows = self._step_losses, self._completed_rows, self._off_policy_rows
+        self._step_losses, self._completed_rows, self._off_policy_rows = None, None, 0
+        completed = None if completed is None else completed[None]
+        parts = {"losses": losses, "norms": norms, "completed": completed}
+        known = {name: part for name, part in parts.items() if part is not None}
+        if losses is not None and self.args.world_size > 1:
+            known["elsewhere"] = self.sum_over_ranks((~losses.isfinite()).double()).to(losses.device)
+        if not known:
+            return
+        values = iter(torch.cat(list(known.values())).tolist())  # in the widest of their dtypes
+        read = {name: [next(values) for _ in range(len(part))] for name, part in known.items()}
+        empty = rows - read["completed"][0] if "completed" in read else 0
+        if empty:
+            raise ValueError(
+                f"{empty:.0f} of {rows} rows of this step have no completion, which off-policy steps train "
+                "on; set lmbda=1 to train on the student's own text, or seq_kd=True to let the teacher write"
+            )
+        for n, loss in enumerate(read.get("losses", ())):
+            if not math.isfinite(loss):
+                self.fail_cell(n, f"the loss is {loss}")
+            elif any(read.get("elsewhere", ())[n : n + 1]):
+                self.fail_cell(n, f"the loss is {loss} in this process and not finite in another")
+        for n, norm in enumerate(read.get("norms", ())):
+            if not math.isfinite(norm):
+                self.fail_cell(n, f"the gradient's norm is {norm}")
 
     # ---- values over all ranks ----
 
@@ -167,6 +220,30 @@ class PackTrainer(Trainer):
             shuffled=self.args.train_sampling_strategy == "random",
             copies=self.text_copies,
         )
+
+    # ---- waits for the device ----
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Run and return the Trainer's training, without its filter of losses, which would read each one.
+
+        Losses that are not finite are left out of the sum before it.
+        """
+        with self._filter_losses(False):
+            return super().train(*args, **options)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Run and return the Trainer's evaluation, with the filter of losses that the arguments ask for."""
+        with self._filter_losses(self._filters_losses):
+            return super().evaluation_loop(*args, **options)
+
+    @contextmanager
+    def _filter_losses(self, value: bool) -> Iterator[None]:
+        """Set `args.logging_nan_inf_filter` for the duration of the block."""
+        before, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, value
+        try:
+            yield
+        finally:
+            self.args.logging_nan_inf_filter = before
 
     # ---- precision ----
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.packing import Pack
+from gkd_lab.models.projection import HALF_DTYPES
 from gkd_lab.training import checkpoints
 from gkd_lab.training.adapters import TaskAdapter
 from gkd_lab.training.callbacks import ParameterViewsCallback
@@ -57,11 +58,11 @@ class StudentStrategy:
         norm = compute()
         if isinstance(norm, DTensor):  # of shards
             norm = norm.full_tensor()
-        if norm is not None:
-            self.trainer.metrics.add_grad_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
-            # fp16 overflows now and then, and its scaler skips that step.
-            if not self.trainer.args.fp16 and not torch.as_tensor(norm).isfinite():
-                self.trainer.fail_cell(0, f"the gradient's norm is {float(norm)}")
+        norms = None if norm is None else torch.as_tensor(norm, dtype=torch.float64).reshape(1)
+        if norms is not None:
+            self.trainer.metrics.add_grad_norms(norms)
+        # fp16 overflows now and then, and its scaler skips that step.
+        self.trainer.check_step(None if self.trainer.args.fp16 else norms)
         return norm
 
     def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
@@ -136,15 +137,14 @@ class PackStrategy(StudentStrategy):
         A cell whose norm is not finite fails. `compute` is not called.
         """
         trainer = self.trainer
-        norms = clip_cell_gradients(
-            trainer.model,
-            self.cell_parameters,
-            trainer.args.max_grad_norm,
-            trainer.failures.keys(),
-            trainer.fail_cell,
-        )
+        norms = clip_cell_gradients(trainer.model, trainer.args.max_grad_norm)
         trainer.metrics.add_grad_norms(norms)
-        return norms[trainer.mask_running_cells(norms.device)].mean()
+        trainer.check_step(norms)
+        hand_over_gradients(trainer.model, self.cell_parameters, trainer.failures.keys())
+        if not trainer.failures:
+            return norms.mean()
+        is_running = trainer.mask_running_cells(norms.device)
+        return torch.where(is_running, norms, 0).sum() / (len(norms) - len(trainer.failures))
 
     def save_checkpoint(self, save: Callable[[], None], run_folder: str) -> None:
         """Write each running cell's checkpoint to its own folder, then delete every cell's other steps."""
@@ -215,39 +215,46 @@ def build_parameter_groups(
     decayed: Collection[str],
     weight_decay: float,
 ) -> list[dict[str, object]]:
-    """Build up to two optimizer groups per cell, at its learning rate: decayed weights and others without."""
-    groups: list[dict[str, object]] = []
-    for cell, named_parameters in zip(cells, cell_parameters, strict=True):
-        for is_decayed in (True, False):
-            parameters = [p for name, p in named_parameters.items() if (name in decayed) == is_decayed]
-            if parameters:
-                decay = weight_decay if is_decayed else 0.0
-                groups.append({"params": parameters, "lr": cell.learning_rate, "weight_decay": decay})
-    return groups
+    """Build up to two optimizer groups per learning rate: decayed weights, and others without decay.
 
-
-def clip_cell_gradients(
-    model: nn.Module,
-    cell_parameters: CellParameters,
-    max_norm: float | None,
-    failed: Collection[int],
-    on_failure: Callable[[int, str], None],
-) -> Tensor:
-    """Clip each cell's gradient to max_norm, hand it to its views; return the norms before clipping, (K,).
-
-    Calls on_failure(cell, reason) for a norm that is not finite; failed cells get the gradient None, so their
-    weights stay.
+    A group is updated at once, so that cells of one rate cost no more launches than a single one.
     """
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    squares = torch.stack([gradient.flatten(1).square().sum(1) for _, gradient in gradients])
-    norms = squares.sum(0).sqrt()
-    for n in (~norms.isfinite()).nonzero().flatten().tolist():
-        on_failure(n, f"the gradient's norm is {norms[n].item()}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for cell, named_parameters in zip(cells, cell_parameters, strict=True):
+        for name, parameter in named_parameters.items():
+            groups.setdefault((cell.learning_rate, name in decayed), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}
+        for (rate, is_decayed), parameters in groups.items()
+    ]
+
+
+def clip_cell_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip each cell's gradient to max_norm (None or 0: not at all); return the norms before, (K,).
+
+    A gradient that is not finite stays so.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    of_parameters = [torch.linalg.vector_norm(_widen(gradient.flatten(1)), dim=1) for gradient in gradients]
+    norms = torch.linalg.vector_norm(torch.stack(of_parameters), dim=0)
     if max_norm and max_norm > 0:
         scale = (max_norm / (norms + 1e-6)).clamp_max(1)
-        for _, gradient in gradients:
+        for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
-    for n, parameters in enumerate(cell_parameters):
-        for name, gradient in gradients:
-            parameters[name].grad = None if n in failed else gradient[n]
     return norms
+
+
+def _widen(values: Tensor) -> Tensor:
+    """Return half-precision values in float32, others unchanged."""
+    return values.float() if values.dtype in HALF_DTYPES else values
+
+
+def hand_over_gradients(model: nn.Module, cell_parameters: CellParameters, failed: Collection[int]) -> None:
+    """Give each cell's views their slice of the pack's gradient; those of failed cells get None.
+
+    Their weights stay then.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            for n, (parameters, gradient) in enumerate(zip(cell_parameters, parameter.grad, strict=True)):
+                parameters[name].grad = None if n in failed else gradient

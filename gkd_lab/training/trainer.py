@@ -247,16 +247,11 @@ class GKDTrainer(PackTrainer):
         return samples, self.strategy.convert_item_count(items)
 
     def _get_off_policy_rows(self, rows: Sequences) -> Sequences:
-        """Return the rows; seq_kd: with the teacher's completions; else ValueError if one is without any."""
+        """Return the rows; seq_kd: with the teacher's completions; else one without any fails the step."""
         if self.args.seq_kd:
             with self.teachers[0].activate(), self._use_teacher_alone():
                 return self.teacher_completions.replace_completions(rows)
-        empty = int((rows.completion_mask.sum(-1) == 0).sum())
-        if empty:
-            raise ValueError(
-                f"{empty} of {rows.num_rows} rows have no completion, which an off-policy step trains on; "
-                "set lmbda=1 to train on the student's own text, or seq_kd=True to let the teacher write"
-            )
+        self.note_completed_rows(rows.num_rows, rows.completion_mask.amax(-1).sum())
         return rows
 
     def _build_micro_batch(
@@ -329,7 +324,10 @@ class GKDTrainer(PackTrainer):
         sums, router_loss = self.compute_cell_sums(model, batch, items)
         if is_training_sample:
             self._record_losses(sums, batch)
-        total = torch.where(self.mask_running_cells(sums.losses.device), sums.losses, 0).sum()
+        finite_losses = sums.losses.nan_to_num(0.0, 0.0, 0.0)
+        if self.failures:
+            finite_losses = torch.where(self.mask_running_cells(finite_losses.device), finite_losses, 0)
+        total = finite_losses.sum()
         if router_loss is not None:
             total = total + router_loss / inputs.get("parts", 1)
         return (total, {"losses": sums.losses}) if return_outputs else total
@@ -381,14 +379,9 @@ class GKDTrainer(PackTrainer):
         return sums.losses, sums.entropies, sums.terms, student.aux_loss
 
     def _record_losses(self, sums: CellLosses, batch: MicroBatch) -> None:
-        """Add a micro-batch to the metrics; a cell whose loss is not finite on any rank fails on all."""
+        """Add a micro-batch to the metrics; `check_step` fails a cell whose loss is not finite."""
         losses = sums.losses.detach()
-        is_bad = ~losses.isfinite()
-        # A bad loss in one process fails the cell in all of them, which otherwise would wait for it.
-        is_bad_anywhere = is_bad if self.args.world_size == 1 else self.sum_over_ranks(is_bad.double()) > 0
-        for n in is_bad_anywhere.nonzero().flatten().tolist():
-            elsewhere = "" if is_bad[n] else " in this process and not finite in another"
-            self.fail_cell(n, f"the loss is {losses[n].item()}{elsewhere}")
+        self.note_losses(losses)
         self.metrics.add_micro_batch(losses, sums.entropies, batch, self.generation_limits.end_ids)
         self.metrics.add_term_losses(sums.terms)
 

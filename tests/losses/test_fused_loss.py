@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkd_lab.losses import fused_loss
+from gkd_lab.losses import chunk_sums, fused_loss
 from gkd_lab.losses.cell_losses import CellLosses, LossArguments
 from gkd_lab.losses.divergence import Divergence
 from gkd_lab.losses.fused_loss import compute_cell_losses
@@ -126,7 +126,7 @@ def assert_like_the_reference(case: Problem, tolerance: float = 1e-12) -> None:
 def set_chunk_tokens(tokens: int, case: Problem, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logits = (len(case.student) + len(case.teacher)) * VOCABULARY * 8
     with monkeypatch.context() as patch:
-        patch.setattr(fused_loss, "CHUNK_BYTES", tokens * logits)
+        patch.setattr(chunk_sums, "CHUNK_BYTES", tokens * logits)
         yield
 
 
@@ -152,7 +152,7 @@ def test_the_size_of_chunks_changes_nothing(tokens: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("tokens", (1, 4))
 def test_the_size_of_slices_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_loss, "SLICE_BYTES", tokens * VOCABULARY * 8)
+    monkeypatch.setattr(chunk_sums, "SLICE_BYTES", tokens * VOCABULARY * 8)
     assert_like_the_reference(problem(EVERY[:3], (0, 1, 0), bias=True))
 
 
@@ -486,7 +486,7 @@ def test_no_tensor_as_large_as_the_logits_is_ever_made(
         EVERY[1:2],
         torch.ones(1, tokens),
     )
-    monkeypatch.setattr(fused_loss, "CHUNK_BYTES", 2 * vocabulary * 4 * 20)
+    monkeypatch.setattr(chunk_sums, "CHUNK_BYTES", 2 * vocabulary * 4 * 20)
     assert largest(lambda: case.sums().losses) <= 20 * vocabulary
     assert largest(case.dense) >= tokens * vocabulary
 

@@ -73,12 +73,25 @@ def test_a_prompt_is_read_once(family: Any, monkeypatch: pytest.MonkeyPatch) -> 
     seen, batch = calls(model), step(left=family == "decoder-only")
     read(batch)
     continued = ROWS * (ANSWER - 1 if family == "decoder-only" else ANSWER)
-    prompts = [ROWS * PROMPT] if family == "decoder-only" else []
-    assert seen == [*prompts, 3 * continued, *prompts, 2 * continued]
-    monkeypatch.setattr(shared_prefix, "CPU_STATE_BYTES", 1)
+    is_decoder = family == "decoder-only"
+    assert seen == [*[SEEDS * ROWS * PROMPT] * is_decoder, 5 * continued]
+    prompts = [ROWS * PROMPT] * is_decoder
+    for blocks, by_seed in ((3, ([3], [2])), (1, ([1] * 3, [1] * 2))):
+        state_bytes = blocks * ROWS * ANSWER * model.config.get_text_config(decoder=True).hidden_size * 4
+        monkeypatch.setattr(shared_prefix, "CPU_STATE_BYTES", state_bytes)
+        seen.clear()
+        read(batch)
+        assert seen == [n for passes in by_seed for n in (*prompts, *(size * continued for size in passes))]
+
+
+def test_blocks_that_share_no_prompts_are_read_in_one_pass() -> None:
+    model = tiny_model("decoder-only", 0).eval()
+    seen, batch = calls(model), step(left=True, of=(1, 0), lengths=(4, 4))
+    expected = OutputHead(model).compute_unprojected(batch.teacher).hidden
+    read = SharedPrefixReader(OutputHead(model))
     seen.clear()
-    read(batch)
-    assert seen == [*prompts, *[continued] * 3, *prompts, *[continued] * 2]
+    torch.testing.assert_close(read(batch).hidden, expected)
+    assert seen == [2 * ROWS * (PROMPT + ANSWER)]
 
 
 @pytest.mark.parametrize("of", [(0,), (1,)])

@@ -13,6 +13,7 @@ from transformers.optimization import Adafactor
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.encoding.batches import Example, KeyedBatchSampler, collate_examples
+from gkd_lab.losses import chunk_sums
 from gkd_lab.losses.divergence import Divergence, generalized_jsd
 from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.models.forward import Sequences, compute_completion_logits
@@ -58,6 +59,19 @@ def largest_difference(one: Run, other: Run, mine: int, its: int) -> float:
 
 
 # ---- packed == alone ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_blocks_at_once_as_on_a_gpu_train_the_same_cells(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = mixed(tmp_path)
+    expected = distil(tmp_path, family, cells)
+    monkeypatch.setattr(chunk_sums, "takes_all_blocks", lambda device: True)
+    together = distil(tmp_path, family, cells)
+    for n in range(len(cells)):
+        assert largest_difference(together, expected, n, n) < 1e-9
+        assert_close(together.weights(n), expected.weights(n))
 
 
 @pytest.mark.slow
