@@ -1,14 +1,17 @@
 """Time a grid of 15 cells as one pack, against a loop over TRL's GKDTrainer and the arithmetic it must do.
 
-    python benchmarks/grid.py [--small | --smoke] [--steps N] [--turns N] [--curve FILE.png] [--out FILE.json]
+    python benchmarks/grid.py [--small | --smoke] [--steps N] [--turns N] [--precisions fp32 bf16]
+        [--curve FILE.png] [--only comparison|curve] [--out FILE.json]
 
 Same models (random weights, no end of sequence), rows, coin, steps and precision; TRL samples with its KV
 cache (gradient checkpointing off). All take turns in one process and each step is timed by itself; a
 trainer's set-up and first step are left out. The floor is the matrix products that the grid cannot do
-without, at the rate that this machine reaches on one large product. `--curve` measures the cost against K.
+without, at the rate that this machine reaches on one large product. `--curve` measures the cost against K,
+in the first of the precisions, up to the K that memory holds.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -90,7 +93,8 @@ class Grid:
 
 QUICKSTART = Grid("quickstart-like", Shape(4, 128, 344, 4), Shape(8, 256, 688, 8), 600, 16, 24, 48)
 SMALL = Grid("small", Shape(2, 64, 172, 4), Shape(4, 128, 344, 4), 600, 8, 12, 12)
-GPU = Grid("60 M from 400 M", Shape(12, 512, 2048, 8), Shape(24, 1024, 4096, 16), 32_768, 16, 64, 64)
+GPU = Grid("67 M from 437 M", Shape(12, 512, 2048, 8), Shape(24, 1024, 4096, 16), 16_384, 16, 64, 64)
+PRECISIONS = ("fp32", "bf16")
 
 
 # ---- models and data ----
@@ -194,9 +198,9 @@ def encode_chat(tokenizer: Any, row: dict[str, Any]) -> Example:
 # ---- the floor ----
 
 
-def measure_matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """Return the FLOP/s of one product of two square matrices, the best of ten."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure_matmul_rate(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of one product of two square matrices, the best of ten; a GPU needs larger ones."""
+    device, side = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(10):
@@ -237,13 +241,15 @@ def average_steps(turns: Sequence[Sequence[float]]) -> float:
     return statistics.fmean(merge_turns(turns))
 
 
-def compare_loops(grid: Grid, n_cells: int, steps: int, turns: int) -> dict[str, Any]:
-    """Return the seconds of a step of all cells: ours and TRL's, float32 and bfloat16."""
+def compare_loops(
+    grid: Grid, n_cells: int, steps: int, turns: int, precisions: Sequence[str]
+) -> dict[str, Any]:
+    """Return the seconds of a step of all cells, ours and TRL's, in each of the precisions."""
     cells = build_cells(n_cells, "")
     ours: dict[bool, list[StepClock]] = {False: [], True: []}
     trl: dict[bool, list[list[float]]] = {False: [], True: []}
     for turn in range(turns):
-        for bf16 in (False, True):
+        for bf16 in (precision == "bf16" for precision in precisions):
             for trainer_name in ("ours", "trl") if turn % 2 else ("trl", "ours"):
                 if trainer_name == "ours":
                     ours[bf16].append(time_pack(grid, len(cells), steps, bf16))
@@ -252,7 +258,8 @@ def compare_loops(grid: Grid, n_cells: int, steps: int, turns: int) -> dict[str,
                     trl[bf16].append([sum(step) for step in zip(*cell_seconds, strict=True)])
     figures: dict[str, Any] = {"grid": grid.name, "cells": len(cells), "steps": steps, "turns": turns}
     flops = count_step_flops(grid, cells, steps)
-    for bf16, name in ((False, "fp32"), (True, "bf16")):
+    for name in precisions:
+        bf16 = name == "bf16"
         rate = measure_matmul_rate(torch.bfloat16 if bf16 else torch.float32)
         step_seconds = average_steps([clock.step_seconds for clock in ours[bf16]])
         parts = {
@@ -273,20 +280,29 @@ def compare_loops(grid: Grid, n_cells: int, steps: int, turns: int) -> dict[str,
     return figures
 
 
-def measure_pack_sizes(grid: Grid, steps: int, turns: int) -> list[dict[str, float]]:
-    """Return the seconds of a float32 step, and peak memory where a GPU counts it, for each K."""
+def measure_pack_sizes(
+    grid: Grid, pack_sizes: Sequence[int], steps: int, turns: int, precision: str
+) -> list[dict[str, float]]:
+    """Return the seconds of a step, and peak memory where a GPU counts it, for each K that fits."""
     seconds: dict[int, list[list[float]]] = defaultdict(list)
     peak_mib: dict[int, float] = {}
     for _ in range(turns):
-        for count in PACK_SIZES:
+        for count in pack_sizes:
             if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            seconds[count].append(time_pack(grid, count, steps, bf16=False).step_seconds)
+            try:
+                clock = time_pack(grid, count, steps, bf16=precision == "bf16")
+            except torch.OutOfMemoryError:
+                print(f"out of memory at K = {count}")
+                break
+            seconds[count].append(clock.step_seconds)
             if torch.cuda.is_available():
                 peak_mib[count] = torch.cuda.max_memory_allocated() / 2**20
     single_cell = average_steps(seconds[1])
     points = []
-    for count in PACK_SIZES:
+    for count in seconds:
         step_s = average_steps(seconds[count])
         point = {"cells": count, "step_s": step_s, "per_cell_s": step_s / count}
         point["against_loop"] = step_s / count / single_cell
@@ -324,14 +340,15 @@ def print_comparison(console: Console, figures: dict[str, Any]) -> None:
     for name in ("", *PARTS):
         parts.add_column(name, justify="left" if not name else "right")
     scale = 1000 / figures["cells"]
-    for name in ("fp32", "bf16"):
+    for name in (name for name in PRECISIONS if name in figures):
         row = figures[name]
+        trl_fp32 = figures.get("fp32", {}).get("trl_s")
         table.add_row(
             name,
             f"{row['ours_s'] * scale:.0f}",
             f"{row['trl_s'] * scale:.0f}",
             f"{row['trl_s'] / row['ours_s']:.2f} x",
-            f"{figures['fp32']['trl_s'] / row['ours_s']:.2f} x",
+            f"{trl_fp32 / row['ours_s']:.2f} x" if trl_fp32 else "",
             f"{row['floor_s'] * scale:.0f} at {row['matmul_gflops']:.0f} GFLOP/s",
             f"{row['ours_s'] / row['floor_s']:.2f}",
         )
@@ -345,9 +362,9 @@ def print_comparison(console: Console, figures: dict[str, Any]) -> None:
     console.print(parts)
 
 
-def print_pack_sizes(console: Console, points: Sequence[dict[str, float]]) -> None:
+def print_pack_sizes(console: Console, points: Sequence[dict[str, float]], precision: str) -> None:
     """Print the cost of a step and of a cell for each K."""
-    table = Table(title="Cost against K, float32")
+    table = Table(title=f"Cost against K, {precision}")
     memory = ("peak MiB",) if "peak_mib" in points[0] else ()
     for name in ("K", "s a step", "ms a cell", "of K alone", *memory):
         table.add_column(name, justify="right")
@@ -369,7 +386,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smaller models, 3 cells, one step")
     parser.add_argument("--steps", type=int, help="steps timed in a turn")
     parser.add_argument("--turns", type=int, help="how often each is run")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--curve", type=Path, help="also measure the cost against K, and draw it there")
+    parser.add_argument("--only", choices=("comparison", "curve"), help="one of the two measurements")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -379,12 +398,16 @@ def main() -> None:
     steps = options.steps or (1 if options.smoke else 3 if options.small else 6)
     turns = options.turns or (2 if grid is large else 1)
     console = Console()
-    figures: dict[str, Any] = {"comparison": compare_loops(grid, n_cells, steps, turns)}
-    print_comparison(console, figures["comparison"])
-    if options.curve:
-        figures["curve"] = measure_pack_sizes(grid, steps, turns)
-        print_pack_sizes(console, figures["curve"])
-        plot_pack_sizes(figures["curve"], options.curve)
+    figures: dict[str, Any] = {}
+    if options.only != "curve":
+        figures["comparison"] = compare_loops(grid, n_cells, steps, turns, options.precisions)
+        print_comparison(console, figures["comparison"])
+    if options.only == "curve" or (options.curve and options.only is None):
+        precision, pack_sizes = options.precisions[0], PACK_SIZES[:2] if options.smoke else PACK_SIZES
+        figures["curve"] = measure_pack_sizes(grid, pack_sizes, steps, turns, precision)
+        print_pack_sizes(console, figures["curve"], precision)
+        if options.curve:
+            plot_pack_sizes(figures["curve"], options.curve)
     if options.out is not None:
         options.out.write_text(json.dumps({**describe_machine(), **figures}, indent=1) + "\n")
 

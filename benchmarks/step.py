@@ -1,6 +1,6 @@
 """Time an optimizer step at lmbda 0, 0.5 and 1: ours against TRL's GKDTrainer.
 
-    python benchmarks/step.py [--small | --smoke] [--out FILE.json]
+    python benchmarks/step.py [--small | --large | --smoke] [--steps N] [--turns N] [--out FILE.json]
 
 Both get the same models, rows, precision and coin, and sample with a KV cache (gradient checkpointing off:
 with it on TRL samples without). The two take turns, run by run, and each step is timed by itself; a ratio is
@@ -142,13 +142,17 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="nano alone, in half a minute")
+    parser.add_argument("--large", action="store_true", help="0.5 B alone; without a GPU 25 M alone")
     parser.add_argument("--smoke", action="store_true", help="nano alone, one turn of two steps")
+    parser.add_argument("--steps", type=int, help="steps timed in a turn")
+    parser.add_argument("--turns", type=int, help="how often each is run")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     large = HALF_B if torch.cuda.is_available() else SMALL_LM
-    sizes = [NANO] if options.small or options.smoke else [NANO, large]
+    sizes = [NANO] if options.small or options.smoke else [large] if options.large else [NANO, large]
     steps, turns = (2, 1) if options.smoke else (6, 2) if options.small else (12, 3)
+    steps, turns = options.steps or steps, options.turns or turns
     rows = [compare_trainers(size, lmbda, steps, turns) for size in sizes for lmbda in LMBDAS]
     Console().print(build_table(rows, steps, turns))
     if options.out is not None:
