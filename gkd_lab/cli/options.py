@@ -136,13 +136,17 @@ def load_grid(name: str, scale: Scale | None, sets: Sequence[str] | None, output
 
 
 def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
-    """Return key -> value text from the KEY=VALUE texts of --set; a later text of a key wins."""
+    """Return key -> value text from the KEY=VALUE texts of --set. ConfigError: no value, a key twice."""
     overrides: dict[str, str] = {}
     for text in sets or ():
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
-        overrides[key.strip()] = value
+        key = key.strip()
+        if key in overrides:
+            both = f"{overrides[key]!r} and {value!r}"
+            raise ConfigError(f"--set {key} is given twice, {both}; several values are written {key}=V1,V2")
+        overrides[key] = value
     return overrides
 
 

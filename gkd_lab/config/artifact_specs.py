@@ -163,7 +163,7 @@ class TeacherText(Frozen):
     num_beams: PositiveInt | None = Field(default=None, validate_default=True)
     length_penalty: float | None = Field(default=None, validate_default=True)
     length_penalty_form: Annotated[LengthPenaltyForm, DefaultFrom("transformers")] = "transformers"
-    seed: int = 0
+    seed: NonNegativeInt = 0
     samples: Annotated[PositiveInt | None, DefaultFrom(None)] = Field(
         default=None, description="texts per prompt, a new one in each epoch; sampling only; None: one"
     )

@@ -35,7 +35,7 @@ class CorruptedText(Frozen):
 
     share: Share = Field(description="chance of a token to be replaced")
     samples: PositiveInt = Field(description="texts per target, a new one in each epoch")
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class Source(Frozen):

@@ -2,13 +2,12 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 _BOUND_WORDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
@@ -26,14 +25,48 @@ _REQUIREMENTS = {
     "too_short": "the list is empty",
 }
 """Type of a pydantic error -> what the value must be."""
-_UNION_TAGS = {"str", "int", "float", "bool"}
+_UNION_TAGS = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "constrained-str"}
 """Names that pydantic adds to a location for the branch of a union; for a section it is the class."""
 _MAX_LISTED_CHOICES = 8
 _NEAREST_CHOICES = 5
 
 
+Location = tuple[str | int, ...]
+"""Keys and list indices that lead to a value, from the top of a file."""
+
+
 class ConfigError(ValueError):
     """An invalid request; the command line prints the message and exits with status 2."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Name of a file or request, with which a message begins, and the lines of its values where known."""
+
+    name: str
+    lines: Mapping[Location, int] = dataclass_field(default_factory=dict)
+    set_fields: tuple[str, ...] = ()
+    """Dotted names of the fields and axes that were set outside the file, by `--set`."""
+
+    def format_place(self, location: Sequence[str | int]) -> str:
+        """Return `NAME:LINE` of the deepest part of a location whose line is known, else the name.
+
+        Parts that the file has not, such as pydantic's names of a union's branches, are skipped.
+        """
+        for field in self.set_fields:
+            if location[:2] == ("grid", field) or _is_part(field.split("."), location):
+                return f"{self.name}, with the values set"
+        written: Location = ()
+        for part in location:
+            if (*written, part) in self.lines:
+                written = (*written, part)
+        return f"{self.name}:{self.lines[written]}" if written else self.name
+
+
+def _is_part(keys: Iterable[str], location: Iterable[str | int]) -> bool:
+    """Return whether the keys stand in a location in this order, other parts between them."""
+    parts = iter(location)
+    return all(key in parts for key in keys)
 
 
 def suggest_choices(value: object, choices: Iterable[object]) -> str:
@@ -52,52 +85,42 @@ def build_unknown_name_error(kind: str, value: object, choices: Iterable[object]
     return ConfigError(f"unknown {kind} {value!r}; {suggest_choices(value, choices)}")
 
 
-@contextmanager
-def convert_yaml_errors(path: Path) -> Iterator[None]:
-    """Re-raise errors of reading a YAML file inside the `with` block as a one-line ConfigError."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def explain_validation_error(error: ValidationError, origin: str, model: type[BaseModel]) -> ConfigError:
+def explain_validation_error(
+    error: ValidationError, origin: Origin | str, model: type[BaseModel]
+) -> ConfigError:
     """Return (not raise) pydantic's error as a one-line ConfigError: field, value, reason, choices.
 
-    origin: Names the file or request; the message begins with it.
+    origin: Names the file or request, if possible with the line; the message begins with it.
     """
     # Each branch of a union (`small` or a section) reports; the one that was meant reports deepest.
     deepest = max(error.errors(include_url=False), key=lambda report: len(report["loc"]))
     location, kind, value = deepest["loc"], deepest["type"], deepest["input"]
+    place = origin if isinstance(origin, str) else origin.format_place(location)
     if kind == "extra_forbidden":
-        section, annotation = _locate_field(model, location[:-1])
-        names = [name for owner in _list_model_classes(annotation) for name in _list_field_types(owner)]
-        field = ".".join(filter(None, (section, str(location[-1]))))
-        return ConfigError(f"{origin}: unknown field {field!r}; {suggest_choices(location[-1], names)}")
-    field, annotation = _locate_field(model, location)
+        section, annotation = locate_field(model, location[:-1])
+        names = [name for owner in list_model_classes(annotation) for name in list_field_types(owner)]
+        name = ".".join(filter(None, (section, str(location[-1]))))
+        return ConfigError(f"{place}: unknown field {name!r}; {suggest_choices(location[-1], names)}")
+    field, annotation = locate_field(model, location)
     if kind == "union_tag_invalid":
         field, value = f"{field}.type", value.get("type")
     if kind == "missing":
-        return ConfigError(f"{origin}: {field} is missing")
-    reason = _explain_violation(kind, value, annotation) or deepest["msg"]
+        return ConfigError(f"{place}: {field} is missing")
+    reason = explain_violation(kind, value, annotation) or deepest["msg"]
     if (
         isinstance(value, list)
         and kind not in ("too_short", "layer_map", "lora_targets")
         and not field.startswith("grid")
     ):
         reason += "; several values make an axis: write them under `grid`"
-    place = f"{origin}: {field}" if field else origin
+    place = f"{place}: {field}" if field else place
     return ConfigError(f"{place}: {_shorten_repr(value)} is not valid: {reason}")
 
 
-def _explain_violation(kind: str, value: Any, annotation: Any) -> str:
+def explain_violation(kind: str, value: Any, annotation: Any) -> str:
     """Return text on what a value must be, by the kind of pydantic error; "" if pydantic's text will do."""
-    classes = _list_model_classes(annotation)
-    names = [name for owner in classes for name in _list_field_types(owner)]
+    classes = list_model_classes(annotation)
+    names = [name for owner in classes for name in list_field_types(owner)]
     if kind == "union_tag_invalid":
         tags = [_list_literal_choices(owner.model_fields["type"].annotation) for owner in classes]
         return suggest_choices(value, itertools.chain(*tags))
@@ -123,7 +146,7 @@ def _describe_bounds(annotation: Any) -> str:
     return " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in bounds.items())
 
 
-def _locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple[str, Any]:
+def locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple[str, Any]:
     """Return (name as the user writes it, such as `grid.lmbda[1]`, type) of pydantic's error location."""
     path: str = ""
     annotation: Any = model
@@ -131,20 +154,20 @@ def _locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tupl
         if isinstance(part, int):
             path += f"[{part}]"
             continue
-        field_types = [_list_field_types(owner) for owner in _list_model_classes(annotation)]
+        field_types = [list_field_types(owner) for owner in list_model_classes(annotation)]
         candidates = [fields[part] for fields in field_types if part in fields]
-        candidates += [get_args(item)[1] for item in _walk_annotation(annotation) if get_origin(item) is dict]
+        candidates += [get_args(item)[1] for item in walk_annotation(annotation) if get_origin(item) is dict]
         if candidates:
             path += f".{part}" if path else part
             annotation = candidates[0]
         elif part not in _UNION_TAGS and not part.startswith("literal["):
-            tagged = [owner for owner in _list_model_classes(annotation) if owner.__name__ == part]
+            tagged = [owner for owner in list_model_classes(annotation) if owner.__name__ == part]
             path += "" if tagged else f".{part}" if path else part
             annotation = tagged[0] if tagged else Any
     return path, annotation
 
 
-def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
+def list_field_types(model: type[BaseModel]) -> dict[str, Any]:
     """Return field name (its alias if it has one) -> type with its constraints, of a pydantic class."""
     return {
         field.alias or name: Annotated[field.annotation, *field.metadata]
@@ -154,34 +177,32 @@ def _list_field_types(model: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _walk_annotation(annotation: Any) -> Iterator[Any]:
+def walk_annotation(annotation: Any) -> Iterator[Any]:
     """Yield a type and all types inside its unions, tuples and `Annotated`, but not in dicts or models."""
     yield annotation
     if get_origin(annotation) is Annotated:
-        yield from _walk_annotation(get_args(annotation)[0])
+        yield from walk_annotation(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType, tuple):
         for item in get_args(annotation):
-            yield from _walk_annotation(item)
+            yield from walk_annotation(item)
 
 
-def _list_model_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the pydantic classes inside a type, as `_walk_annotation` finds them."""
+def list_model_classes(annotation: Any) -> list[type[BaseModel]]:
+    """Return the pydantic classes inside a type, as `walk_annotation` finds them."""
     return [
-        item
-        for item in _walk_annotation(annotation)
-        if isinstance(item, type) and issubclass(item, BaseModel)
+        item for item in walk_annotation(annotation) if isinstance(item, type) and issubclass(item, BaseModel)
     ]
 
 
 def _list_literal_choices(annotation: Any) -> list[Any]:
-    """Return the values of all `Literal`s inside a type, as `_walk_annotation` finds them."""
-    literals = (item for item in _walk_annotation(annotation) if get_origin(item) is Literal)
+    """Return the values of all `Literal`s inside a type, as `walk_annotation` finds them."""
+    literals = (item for item in walk_annotation(annotation) if get_origin(item) is Literal)
     return [choice for literal in literals for choice in get_args(literal)]
 
 
 def _list_constraints(annotation: Any) -> Iterator[Any]:
     """Yield the constraint objects in a type's `Annotated` parts; those of a `Field(...)` one by one."""
-    for item in _walk_annotation(annotation):
+    for item in walk_annotation(annotation):
         if get_origin(item) is Annotated:
             for mark in get_args(item)[1:]:
                 yield from getattr(mark, "metadata", [mark])

@@ -26,7 +26,7 @@ class EvaluationSettings(Section):
     split: Split = "test"
     examples: PositiveInt | None = Field(default=None, description="number of first rows; default all")
     max_output_tokens: PositiveInt | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     samples: PositiveInt | None = Field(
         default=None, description="completions per prompt; sampling only; default 1"
     )

@@ -1,6 +1,7 @@
 """An experiment file: its settings, and the grid of axes whose values are crossed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args
 
@@ -14,10 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from gkd_lab.config.errors import ConfigError, convert_yaml_errors, explain_validation_error
+from gkd_lab.config.errors import ConfigError, Origin, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
+from gkd_lab.config.file_checks import check_fixed_axes, check_numbers, check_task_sections
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.settings import LoraSettings, Section, Settings, SftSettings, merge_settings
+from gkd_lab.config.yaml_files import parse_yaml, read_yaml_mapping
 
 Scale = Literal["nano", "smol", "paper"]
 SCALES: tuple[Scale, ...] = ("nano", "smol", "paper")
@@ -167,54 +170,63 @@ def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
 
 
 def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
-    """Return the validated experiment of a YAML file, after `--set` overrides. Raises ConfigError."""
-    with convert_yaml_errors(path):
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: expected `field: value` lines, got {type(document).__name__}")
-    _check_grid_lists(document, str(path))
-    origin = f"{path}, with the values set" if overrides else str(path)
-    return parse_experiment(apply_overrides(document, overrides or {}), origin)
+    """Return the validated experiment of a YAML file, after `--set` overrides. Raises ConfigError.
+
+    A `per_task` section must be of one of the file's own tasks; `--set task=` may choose another one.
+    """
+    document, origin = read_yaml_mapping(path, "task: arithmetic")
+    _check_grid_lists(document, origin)
+    check_task_sections(document, origin)
+    if overrides:
+        document = apply_overrides(document, overrides)
+        origin = replace(origin, set_fields=tuple(overrides))
+    return parse_experiment(document, origin)
 
 
-def parse_experiment(document: Mapping[str, Any], origin: str) -> Experiment:
+def parse_experiment(document: Mapping[str, Any], origin: Origin | str) -> Experiment:
     """Return plain data as a validated experiment; messages begin with `origin`. Raises ConfigError."""
+    if isinstance(origin, str):
+        origin = Origin(origin)
+    check_numbers(document, origin, Experiment)
     try:
-        return Experiment.model_validate(document)
+        experiment = Experiment.model_validate(document)
     except ValidationError as error:
         raise explain_validation_error(error, origin, Experiment) from error
+    check_fixed_axes(document, origin)
+    return experiment
 
 
-def _check_grid_lists(document: dict[str, Any], origin: str) -> None:
+def _check_grid_lists(document: dict[str, Any], origin: Origin) -> None:
     """Raise ConfigError unless each axis is a non-empty list; replace a null or missing grid by {}."""
     grid = document["grid"] = {} if document.get("grid") is None else document["grid"]
     if not isinstance(grid, dict):
-        raise ConfigError(f"{origin}: grid: expected `axis: [values]` lines, got {grid!r}")
+        place = origin.format_place(("grid",))
+        raise ConfigError(f"{place}: grid: expected `axis: [values]` lines, got {grid!r}")
     for axis, values in grid.items():
+        place = f"{origin.format_place(('grid', axis))}: grid.{axis}"
         if not isinstance(values, list):
-            raise ConfigError(
-                f"{origin}: grid.{axis}: must be a list of values, got {values!r}; did you mean [{values}]?"
-            )
+            raise ConfigError(f"{place}: must be a list of values, got {values!r}; did you mean [{values}]?")
         if not values:
-            raise ConfigError(f"{origin}: grid.{axis}: the list is empty, so there is no cell to run")
+            raise ConfigError(f"{place}: the list is empty, so there is no cell to run")
 
 
 def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     """Set each `key=v1,v2` in `document`, in place, and return it. Raises ConfigError.
 
-    Several values, or a key that is an axis already, make an axis; one value sets a field, and removes it
-    from every section of `per_task` and `per_scale`.
+    Several values, or a key that is an axis already, make an axis; one value sets a field. Either removes
+    what stood in that field, in every section of `per_task` and `per_scale` too.
     """
     for key, text in overrides.items():
         values = _parse_override(key, text)
         grid = document.setdefault("grid", {})
+        groups = [document.get("per_task"), document.get("per_scale")]
+        sections = [part for group in groups if isinstance(group, dict) for part in group.values()]
+        for section in (document, *sections):
+            _remove_field(section, key)
         if key in grid or len(values) > 1:
             grid[key] = values
-            continue
-        _set_field(document, key, values[0])
-        for sections in (document.get("per_task"), document.get("per_scale")):
-            for section in (sections or {}).values():
-                _remove_field(section, key)
+        else:
+            _set_field(document, key, values[0])
     return document
 
 
@@ -224,7 +236,7 @@ def _parse_override(key: str, text: str) -> list[Any]:
     Raises ConfigError.
     """
     try:
-        values = yaml.safe_load(f"[{text}]")
+        values = parse_yaml(f"[{text}]")
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or "not a YAML value"
         raise ConfigError(f"{key}={text}: {reason}; expected a value, or values as V1,V2") from error

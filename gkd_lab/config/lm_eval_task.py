@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from gkd_lab.config.errors import ConfigError, convert_yaml_errors
+from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.yaml_files import convert_yaml_errors
 
 TASK_FILE_SUFFIXES = (".yaml", ".yml")
 SHIPPED_TASKS_FOLDER = Path(__file__).parent.parent / "evaluation" / "lm_tasks"

@@ -62,7 +62,7 @@ class DataSettings(Section):
         description="`made`, another generator's name, a folder of jsonl or parquet, a hub name",
     )
     config: str | None = Field(default=None, description="configuration of a hub data set")
-    seed: int | None = Field(default=None, description="seed of made data")
+    seed: NonNegativeInt | None = Field(default=None, description="seed of made data")
     train: PositiveInt | None = Field(default=None, description="number of rows")
     validation: PositiveInt | None = Field(default=None, description="number of rows")
     test: PositiveInt | None = Field(default=None, description="number of rows")
@@ -102,7 +102,7 @@ class SftSettings(Section):
         description="train on the first rows only; a student is then distilled on the same rows, unless "
         "train_rows says otherwise. The tokenizer reads all rows",
     )
-    seed: int | Literal["cell"] | None = Field(
+    seed: NonNegativeInt | Literal["cell"] | None = Field(
         default=None, description="order of the rows; `cell`, of a student: the seed of its cell; default 0"
     )
 
@@ -135,7 +135,7 @@ class ModelSettings(Section):
     keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = Field(
         default=None, description="loaded model: layers to keep, or how many, evenly spaced"
     )
-    init_seed: int | Literal["cell"] | None = Field(
+    init_seed: NonNegativeInt | Literal["cell"] | None = Field(
         default=None, description="weights; `cell`, of a student: the seed of its cell; default 0"
     )
     sft: SftSettings | None = None
@@ -281,7 +281,9 @@ class Settings(Section):
         default=None, description="longer targets are cut; also the maximum that is sampled"
     )
     precision: Precision | None = Field(default=None, description="bf16: autocast over fp32 weights")
-    seed: int | None = Field(default=None, description="seeds data order, coin and sampling, nothing else")
+    seed: NonNegativeInt | None = Field(
+        default=None, description="seeds data order, coin and sampling, nothing else"
+    )
 
 
 def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:

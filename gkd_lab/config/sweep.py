@@ -9,6 +9,7 @@ import yaml
 
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.yaml_files import parse_yaml
 
 WANDB_PROJECT = "gkd-lab"
 
@@ -55,9 +56,9 @@ def encode_axis_value(value: Any) -> Any:
 
 
 def _reads_back(text: str, value: Any) -> bool:
-    """Return whether YAML parses `text` as exactly the one value `value`, as `gkd-lab cell` would."""
+    """Return whether YAML 1.2, as `gkd-lab cell` reads it, and YAML 1.1 parse `text` as the one `value`."""
     try:
-        return bool(yaml.safe_load(f"[{text}]") == [value])
+        return all(read(f"[{text}]") == [value] for read in (parse_yaml, yaml.safe_load))
     except yaml.YAMLError:
         return False
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gkd_lab.config.errors import ConfigError, convert_yaml_errors, suggest_choices
+from gkd_lab.config.errors import ConfigError, suggest_choices
+from gkd_lab.config.yaml_files import read_yaml_mapping
 
 
 def split_config_option(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -39,10 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
         siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {suggest_choices(path.name, siblings)}" if siblings else ""
         raise ConfigError(f"--config {str(path)!r}: there is no such file{hint}")
-    with convert_yaml_errors(path):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: must be `option: value` lines, such as `lmbda: 0.5`")
+    config, _ = read_yaml_mapping(path, "lmbda: 0.5")
     environment = config.pop("env", {})
     if not isinstance(environment, dict):
         raise ConfigError(f"{path}: env must be `VARIABLE: value` lines")

@@ -23,6 +23,7 @@ from gkd_lab.config.errors import (
     build_unknown_name_error,
     suggest_choices,
 )
+from gkd_lab.config.yaml_files import suggest_plain_number
 from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.metrics import METRICS
 from gkd_lab.metrics.score import CLASSIFICATION_METRICS
@@ -158,7 +159,7 @@ class TrainParser(TrlParser):
 def check_config(config: Mapping[str, Any], path: Path, parser: TrainParser) -> dict[str, Any]:
     """Return the file's values, each of a type that its option takes. Raises ConfigError.
 
-    A bare `no` is false in YAML, and stays the `no` that `eval_strategy` means.
+    `false` stands for the `no` of options such as `eval_strategy`.
     """
     annotations = {name: hint for owner in OPTION_CLASSES for name, hint in get_type_hints(owner).items()}
     checked = {}
@@ -210,7 +211,10 @@ def _list_choices(action: Action, convert: Any) -> list[str]:
 
 
 def _convert_text(text: str, convert: Callable[[str], Any]) -> None:
-    """Convert a text as argparse would; ValueError, in words, if that fails."""
+    """Convert a text as argparse would; ValueError, in words, if that fails, or for a number like `010`."""
+    plain = suggest_plain_number(text) if convert in (int, float) else None
+    if plain is not None:
+        raise ValueError(f"must have no leading zeros and no `_`; did you mean {plain}?")
     try:
         convert(text)
     except ValueError as error:

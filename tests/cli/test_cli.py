@@ -55,16 +55,18 @@ def write_data_folder(folder: str, last: str = ROW) -> str:
 
 INVALID_EXPERIMENTS = {
     "task: arithmatic": "unknown task 'arithmatic'; did you mean 'arithmetic'? valid: arithmetic,",
-    "task: arithmetic\nlmbd: 0": "mine.yaml: unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda,",
-    "task: arithmetic\nlmbda: 1.5": "mine.yaml: lmbda: 1.5 is not valid: must be from 0 to 1",
-    "task: arithmetic\nbeta: abc": "mine.yaml: beta: 'abc' is not valid: must be a number from 0 to 1",
-    "task: arithmetic\ngrid: {beta: []}": "mine.yaml: grid.beta: the list is empty, so there is no cell",
+    "task: arithmetic\nlmbd: 0": "mine.yaml:3: unknown field 'lmbd'; did you mean 'lmbda'? valid: lmbda,",
+    "task: arithmetic\nlmbda: 1.5": "mine.yaml:3: lmbda: 1.5 is not valid: must be from 0 to 1",
+    "task: arithmetic\nbeta: abc": "mine.yaml:3: beta: 'abc' is not valid: must be a number from 0 to 1",
+    "task: arithmetic\ngrid: {beta: []}": "mine.yaml:3: grid.beta: the list is empty, so there is no cell",
     "task: arithmetic\ngrid: {beta: 1}": "grid.beta: must be a list of values, got 1; did you mean [1]?",
     "task: arithmetic\npaper: {claims: [C99]}": "paper.claims[0]: 'C99' is not valid: did you mean 'C9'?",
     "task: arithmetic\npaper: {figures: [A14]}": "'A14' is not valid: did you mean 'A.14'?",
     "task: arithmetic\nscale: smoll": "scale: 'smoll' is not valid: did you mean 'smol'? valid: nano, smol",
     "lmbda: 0": "no task: set `task:` or an axis `grid.task`",
-    "task: [": "mine.yaml: not valid YAML",
+    "task: [": "mine.yaml:3: not valid YAML",
+    "lmbda: 1\ntask: arithmetic\ngrid: {lmbda: [0, 1]}": "mine.yaml:2: lmbda: the fixed value 1",
+    "task: arithmetic\nper_task: {translation: {steps: 9}}": "mine.yaml:3: per_task.translation: ",
 }
 
 
@@ -86,6 +88,10 @@ INVALID_REQUESTS = {
     "plan quikstart": "unknown experiment 'quikstart'; did you mean 'quickstart'?",
     "plan none.yaml": "no experiment file 'none.yaml'",
     "plan quickstart --set lmbda": "--set 'lmbda': expected KEY=VALUE or KEY=V1,V2",
+    "plan quickstart --set seed=1 --set seed=2": "--set seed is given twice, '1' and '2'",
+    "plan quickstart --set lmbda=no": "grid.lmbda[0]: 'no' is not valid: must be a number from 0 to 1",
+    "run quickstart --set seed=010": "seed: '010' is not valid: must be a whole number",
+    "cell --task arithmetic --seed true": "seed: true is not valid: must be a whole number",
     "plan quickstart --set =1": "--set '=1': expected KEY=VALUE or KEY=V1,V2",
     "plan quickstart --set lmbda={": "lmbda={: expected",
     "plan quickstart --set lmbda=0,1.5": "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1",
@@ -269,7 +275,7 @@ def test_evaluate_needs_a_finished_training_and_a_valid_task(run_command: RunCom
     Path("task.yaml").write_text("task: [")
     status, out, err = run_command("evaluate", str(record.folder), "--tasks", "task.yaml")
     assert (status, out) == (2, "")
-    assert err.startswith("gkd-lab: task.yaml: ")
+    assert err.startswith("gkd-lab: task.yaml:1: ")
 
 
 def test_table_creates_the_folder_of_its_file(run_command: RunCommand) -> None:
@@ -510,7 +516,7 @@ def test_claims_judge_a_table_file(run_command: RunCommand) -> None:
 LORA_EXPERIMENT = """\
 description: adapters
 task: arithmetic
-student: {size: small, lora: {r: 2}}
+student: {size: small}
 grid: {student.lora.r: [2, 4], lmbda: [1]}
 """
 

@@ -97,7 +97,7 @@ def refused(text: str | bytes, folder: Path) -> str:
         ("a: [1", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
         ("[1, 2]", "got list"),
-        ("", "got NoneType"),
+        ("", "the file is empty"),
         ("just words", "got str"),
         ("task: sums", "description is missing"),
         (b"description: \xff\xfe", "not UTF-8 text"),

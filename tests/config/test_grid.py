@@ -116,12 +116,10 @@ def test_a_repeated_axis_value_is_one_cell() -> None:
     assert grid.stands_for == {}
 
 
-def test_per_task_settings_win_over_common_ones_and_axes_over_both() -> None:
+def test_per_task_settings_win_over_common_ones() -> None:
     document = {"steps": 5, "batch_size": 2, "per_task": {"words": {"steps": 7, "batch_size": 3}}}
     sums, words = make_grid(grid={"task": ["sums", "words"]}, **document).cells
     assert (sums.training.steps, words.training.steps) == (5, 7)
-    sums, words = make_grid(grid={"task": ["sums", "words"], "steps": [9]}, **document).cells
-    assert (sums.training.steps, words.training.steps) == (9, 9)
     assert (sums.training.batch_size, words.training.batch_size) == (2, 3)
 
 

@@ -67,7 +67,7 @@ def test_an_include_is_merged_and_hashed(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "task: [": "not valid YAML: while parsing",
+    "task: [": "task.yaml:1: not valid YAML",
     "hello": "expected `field: value` lines, got str",
     "task: x": "`dataset_path`",
     "dataset_path: json": "`task`, the name of the task, is missing",

@@ -260,6 +260,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "an unknown flag": (("--learing_rate", "1"), {}, "did you mean '--learning_rate'?"),
     "an unknown line": ((), {"lambda": 0.5}, "run.yaml: unknown option 'lambda'; did you mean 'lmbda'?"),
     "a word": (("fast",), {}, "unexpected 'fast'"),
+    "a padded number": ((), {"seed": "010"}, "seed: '010' is not valid: must have no leading zeros"),
     "text for a number": (
         (),
         {"learning_rate": "fast"},

@@ -66,7 +66,8 @@ def test_a_start_unlike_the_committed_ones_is_warned_of(
 
 def test_starts_of_all_seeds_share_a_key_and_those_of_other_rows_do_not() -> None:
     axes = {"student.sft.rows": [5, 40], "seed": [0, 1]}
-    references = list_references(build_grid(student=STUDENT, grid=axes).cells)
+    student = {**STUDENT, "sft": {"steps": 4}}
+    references = list_references(build_grid(student=student, grid=axes).cells)
     starts = [item for item in references if item.role == "start"]
     assert len(starts) == 4 and len({get_start_key(item) for item in starts}) == 2
 
