@@ -39,6 +39,7 @@ COUNTS = {
     "rows": 75,
     "self_distillation": 15,
     "several_teachers": 12,
+    "size_limited": 90,
     "soft_and_hard": 18,
     "student_size": 81,
     "teacher_temperature": 30,
