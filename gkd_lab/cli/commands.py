@@ -20,6 +20,7 @@ from gkd_lab.cli.options import (
     ScaleOption,
     SetOption,
     TableFormat,
+    check_output_file,
     check_outputs_folder,
     exit_with_message,
     load_grid,
@@ -165,13 +166,12 @@ def write_table(
         raise ConfigError("--long has no Markdown form: add --format csv, json or parquet")
     if examples and (format != "parquet" or output is None):
         raise ConfigError("--examples needs a parquet file: add --format parquet -o NAME.parquet")
+    check_output_file(output, f"{Path(name).stem}.{format}")
     with pause_garbage_collection():
         grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
         content = _encode_results(grid, store, format, long or format == "parquet")
     if output is None:
         sys.stdout.buffer.write(content)
-    elif output.is_dir():
-        raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it")
     else:
         write_bytes(output, content)
     if examples and output is not None:
@@ -239,14 +239,24 @@ def write_report_page(
     output: Annotated[
         Path | None, typer.Option("-o", help="File to write; default: in the outputs folder.")
     ] = None,
+    with_paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Show the paper's maps and claims; default: if EXP has `paper:`."),
+    ] = False,
 ) -> None:
-    """Write one HTML page with figures, table and samples, and print its path."""
+    """Write one HTML page with figures, table and samples, and print its path.
+
+    Without -o it is outputs/reports/NAME-SCALE-FINGERPRINT.html, with a copy, NAME-SCALE-latest.html.
+    """
+    check_output_file(output, f"{Path(name).stem}.html")
     from gkd_lab.report.html_report import write_report
 
     with pause_garbage_collection():
         grid = load_grid(name, scale, sets, outputs)
-        file = output or outputs / "reports" / f"{grid.name}-{grid.scale}.html"
-        path = write_report(grid, Store(outputs), file)
+        file = output or outputs / "reports" / f"{grid.name}-{grid.scale}-{grid.fingerprint}.html"
+        path = write_report(grid, Store(outputs), file, with_paper=with_paper or None)
+    if output is None:
+        write_bytes(path.with_name(f"{grid.name}-{grid.scale}-latest.html"), path.read_bytes())
     print(f"report: {path.resolve()}")
 
 

@@ -1,6 +1,7 @@
 """Options of the command line: types, choices and help texts, and functions that parse and check them."""
 
 import gc
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -187,6 +188,21 @@ def check_outputs_folder(outputs: Path) -> None:
     """Raise ConfigError if the outputs folder is a file; a missing folder is fine."""
     if outputs.exists() and not outputs.is_dir():
         raise ConfigError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
+
+
+def check_output_file(output: Path | None, example: str) -> None:
+    """Raise ConfigError if the file of `-o` is a folder, or is to lie in a file; `example`: a file's name."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it, such as {output / example}")
+    nearest = next(parent for parent in output.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"-o {str(output)!r}: {str(nearest)!r} is a file; name a file in a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"-o {str(output)!r}: cannot write in the folder {str(nearest)!r}; choose another one"
+        )
 
 
 def create_outputs_folder(outputs: Path) -> Path:

@@ -129,6 +129,11 @@ class Experiment(TaskSettings):
     per_scale: dict[Scale, TaskSettings] = Field(default={}, description="settings at one scale only")
     per_task: dict[str, TaskSettings] = Field(default={}, description="settings for one task only")
 
+    @property
+    def names_paper(self) -> bool:
+        """Whether the file names figures or claims of the paper."""
+        return bool(self.paper.figures or self.paper.claims)
+
     def list_axes(self) -> dict[str, tuple[Any, ...]]:
         """Return axis name -> distinct values, in the order of the file; the first axis varies slowest."""
         grid: _OrderedAxes = self.grid

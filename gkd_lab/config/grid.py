@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gkd_lab.config.cell import Cell
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, explain_validation_error
 from gkd_lab.config.experiment import Experiment, Scale
+from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json, compute_fingerprint
 from gkd_lab.config.resolve_cell import CellResolver, RevisionLookup, TaskDefaults
 from gkd_lab.config.settings import Settings
 
@@ -25,6 +26,19 @@ class Grid:
     cells: tuple[Cell, ...]
     stands_for: dict[str, tuple[dict[str, Any], ...]]
     """Full fingerprint -> labels of all points that resolved to one cell, where there are several."""
+
+    @property
+    def fingerprint(self) -> str:
+        """First 8 hexadecimal digits of a hash of scale, axes, cells and their evaluations."""
+        cells = [
+            [
+                cell.full_fingerprint,
+                *((evaluation.full_fingerprint, evaluation.metrics) for evaluation in cell.evaluations),
+            ]
+            for cell in self.cells
+        ]
+        axes = [*self.axes.items()]
+        return compute_fingerprint(canonical_json([self.scale, axes, cells]))[:SHOWN_DIGITS]
 
 
 def expand_grid(

@@ -56,11 +56,14 @@ MAX_LOSS_CURVES = 200
 """Cells of a task whose training histories are still drawn in one figure."""
 
 
-def write_report(grid: Grid, store: Store, path: Path) -> Path:
+def write_report(grid: Grid, store: Store, path: Path, *, with_paper: bool | None = None) -> Path:
     """Write the HTML report of a grid to `path`, by rename, and return `path`.
 
-    A grid with nothing done has a report too.
+    A grid with nothing done has a report too. with_paper: Show the paper's maps and the verdicts on its
+    claims; None: if the experiment names figures or claims of the paper.
     """
+    if with_paper is None:
+        with_paper = grid.experiment.names_paper
     frame, find_examples = build_long_table(grid, store), build_example_lookup(grid, store)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
@@ -75,10 +78,11 @@ def write_report(grid: Grid, store: Store, path: Path) -> Path:
         counts=_count_states(frame),
         axes=[(axis, _format_axis_values(axis, values)) for axis, values in grid.axes.items()],
         tasks=[
-            _build_task_section(grid, store, frame, task, find_examples) for task in frame["task"].unique()
+            _build_task_section(grid, store, frame, task, find_examples, with_paper=with_paper)
+            for task in frame["task"].unique()
         ],
         aggregate=_build_aggregate_section(frame),
-        claims=_build_claim_rows(grid, frame, find_examples),
+        claims=_build_claim_rows(grid, frame, find_examples) if with_paper else [],
         references=describe_references(grid, store),
         epochs=describe_epochs(grid),
         warnings=list_start_warnings(grid, store),
@@ -105,7 +109,13 @@ def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
 
 
 def _build_task_section(
-    grid: Grid, store: Store, frame: pd.DataFrame, task: str, find_examples: ExampleLookup
+    grid: Grid,
+    store: Store,
+    frame: pd.DataFrame,
+    task: str,
+    find_examples: ExampleLookup,
+    *,
+    with_paper: bool,
 ) -> dict[str, Any]:
     """Build the template's dict on one task: results, figures, costs, scores, samples."""
     cells = [cell for cell in grid.cells if cell.task == task]
@@ -123,7 +133,9 @@ def _build_task_section(
             figure_name: _render_svg(figure, f"{figure_name}{number}", label)
             for figure_name, (figure, label) in _draw_figures(grid, store, scores).items()
         },
-        "paper": _build_paper_comparison(load_table_scores(frame), task, f"paper{number}"),
+        "paper": _build_paper_comparison(load_table_scores(frame), task, f"paper{number}")
+        if with_paper
+        else None,
         "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
         "scores": _build_score_rows(scores, differences, find_examples),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),

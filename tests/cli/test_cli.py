@@ -513,6 +513,34 @@ def test_claims_judge_a_table_file(run_command: RunCommand) -> None:
     assert status == 2 and "missing.parquet" in err
 
 
+def test_reports_of_different_grids_of_one_name_stand_beside_each_other(run_command: RunCommand) -> None:
+    name = write_experiment("description: d\ntask: arithmetic\ngrid: {lmbda: [0, 1]}\n")
+    status, first, _ = run_command("report", name)
+    assert status == 0
+    status, second, _ = run_command("report", name, "--set", "lmbda=0.5")
+    assert status == 0
+    paths = [Path(out.removeprefix("report: ").strip()) for out in (first, second)]
+    assert paths[0] != paths[1] and all(path.is_file() for path in paths)
+    latest = paths[0].with_name("mine-nano-latest.html")
+    assert sorted(paths[0].parent.iterdir()) == sorted([*paths, latest])
+    assert latest.read_bytes() == paths[1].read_bytes() != paths[0].read_bytes()
+    run_command("report", name, "--set", "lmbda=0.5", "--paper", "-o", "mine.html")
+    assert latest.read_bytes() == paths[1].read_bytes(), "-o writes its file alone"
+    assert Path("mine.html").is_file()
+
+
+@pytest.mark.parametrize("command", ["report quickstart -o", "table quickstart --format csv -o"])
+def test_an_output_that_is_no_file_is_refused_with_a_name(command: str, run_command: RunCommand) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    status, out, err = run_command(*command.split(), "folder")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "-o 'folder' is a folder; name a file in it, such as folder/quickstart." in err
+    status, out, err = run_command(*command.split(), "file/page")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "file' is a file; name a file in a folder" in err
+    assert not Path("outputs").exists()
+
+
 LORA_EXPERIMENT = """\
 description: adapters
 task: arithmetic

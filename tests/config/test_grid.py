@@ -109,6 +109,21 @@ def test_each_choice_of_the_loss_can_be_an_axis(axis: str, values: list[Any], pl
     assert [cell.training for cell in by_set] == [cell.training for cell in cells]
 
 
+def test_grids_of_one_name_are_told_apart_by_their_cells_axes_and_evaluations() -> None:
+    grids = [
+        make_grid(grid={"lmbda": [0, 1]}),
+        make_grid(grid={"lmbda": [1, 0]}),
+        make_grid(grid={"lmbda": [0, 1], "seed": [0]}),
+        make_grid(grid={"lmbda": [0, 0.5]}),
+        make_grid(grid={"lmbda": [0, 1]}, evaluations=[{"decoding": "beam"}]),
+        make_grid(grid={"lmbda": [0, 1]}, evaluations=[{"decoding": "greedy", "metrics": ["bleu"]}]),
+    ]
+    assert len({grid.fingerprint for grid in grids}) == len(grids)
+    again = make_grid(grid={"lmbda": ["0.0", 1]}, description="said otherwise")
+    assert again.fingerprint == grids[0].fingerprint
+    assert len(again.fingerprint) == 8
+
+
 def test_a_repeated_axis_value_is_one_cell() -> None:
     grid = make_grid(grid={"lmbda": [0.5, "0.5"]})
     assert len(grid.cells) == 1

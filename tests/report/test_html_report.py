@@ -176,7 +176,8 @@ def test_each_task_has_a_section_with_its_own_metric(store: Store, tmp_path: Pat
 
 
 def test_every_number_that_a_verdict_rests_on_stands_beside_it(store: Store, tmp_path: Path) -> None:
-    grid = build_grid(grid={"lmbda": [0, 0.5, 1], "beta": [0, 1], "seed": [0, 1, 2]})
+    axes = {"lmbda": [0, 0.5, 1], "beta": [0, 1], "seed": [0, 1, 2]}
+    grid = build_grid(grid=axes, paper={"claims": ["C1", "C3"]})
     fill_store(grid, store, score=lambda cell: 40.0 + 40 * cell.lmbda + 2 * cell.seed)
     _, page = render_page(grid, store, tmp_path)
     basis = "rests on 3 seeds x 50 examples, crossed; one SFT student 2 comparisons"
@@ -190,6 +191,22 @@ def test_every_number_that_a_verdict_rests_on_stands_beside_it(store: Store, tmp
     assert re.search(
         header + r"forward KL against fixed data \(λ = 0\) holds \+40\.00 \+\d.* 3 50", page.text
     )
+
+
+def test_the_paper_is_shown_where_the_experiment_names_it_or_on_request(store: Store, tmp_path: Path) -> None:
+    axes = {"lmbda": [0, 0.5, 1], "beta": [0, 0.1, 0.5, 0.9, 1]}
+    plain, named = build_grid(grid=axes), build_grid(grid=axes, paper={"figures": ["7"]})
+    fill_store(plain, store)
+    for grid, with_paper, is_shown in (
+        (plain, None, False),
+        (plain, True, True),
+        (named, None, True),
+        (named, False, False),
+    ):
+        page = write_report(grid, store, tmp_path / "r.html", with_paper=with_paper).read_text(
+            encoding="utf-8"
+        )
+        assert ("The paper's claims" in page, "Beside the paper" in page) == (is_shown, is_shown)
 
 
 def test_a_grid_of_methods_has_bars_instead_of_maps(store: Store, tmp_path: Path) -> None:
