@@ -39,6 +39,7 @@ from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
+from gkd_lab.store.bfloat16 import list_bfloat16_notes
 
 SIGNAL_EXIT_BASE = 128
 """Exit status of a process that a signal stopped: this plus the number of the signal."""
@@ -67,6 +68,8 @@ def run_experiment(
             "a sweep agent's run is one cell: let it call `gkd-lab cell`, or set --tracker none"
         )
     grid = load_grid(name, scale, sets, outputs)
+    if worker is None:  # a worker's parent has said it
+        _print_bfloat16_notes(grid)
     if workers == 1:
         run_in_process(
             grid,
@@ -117,8 +120,15 @@ def run_cell(
 
             report_refused_parameters(str(error))
         raise
+    _print_bfloat16_notes(grid)
     run_in_process(grid, outputs, "off", retry_failed, tracker_name, busy_cells=held)
     print(Store(outputs).get_record(grid.cells[0]).folder)
+
+
+def _print_bfloat16_notes(grid: Grid) -> None:
+    """Print to standard error what is to be said of cells in bf16 on this machine."""
+    for note in list_bfloat16_notes(grid.cells):
+        print(note, file=sys.stderr)
 
 
 def evaluate_cell(
@@ -303,6 +313,10 @@ def run_in_workers(
     if not _is_grid_done(grid, store):
         experiments.check_peft(grid)
         experiments.check_generators_and_rewards(grid)
+        if any(cell.training.tf32 for cell in grid.cells):
+            from gkd_lab.runner.tf32 import check_tf32
+
+            check_tf32(cell.training for cell in grid.cells)  # once, instead of in each worker
         pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
         status = pool.wait()
         for line in pool.failures:

@@ -110,6 +110,9 @@ class Training(Frozen):
     max_input_tokens: PositiveInt
     max_output_tokens: PositiveInt
     precision: Precision
+    tf32: Annotated[bool, DefaultFrom(False)] = Field(
+        default=False, description="whether CUDA multiplies float32 in TF32"
+    )
     seed: int = Field(description="seeds data order, coin, sampling and a LoRA adapter, nothing else")
 
     @property

@@ -257,6 +257,7 @@ class CellResolver:
             "train_rows": _limit_train_rows(settings, sft_student),
             "selection": _build_selection(settings, self._get_metrics(task)),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),
+            "tf32": bool(settings.tf32) and settings.precision != "fp64",  # float64 has no such products
             **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
         }
 

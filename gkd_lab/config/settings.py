@@ -281,6 +281,9 @@ class Settings(Section):
         default=None, description="longer targets are cut; also the maximum that is sampled"
     )
     precision: Precision | None = Field(default=None, description="bf16: autocast over fp32 weights")
+    tf32: bool | None = Field(
+        default=None, description="distillation: let a GPU multiply float32 in TF32, 10 bits; default false"
+    )
     seed: NonNegativeInt | None = Field(
         default=None, description="seeds data order, coin and sampling, nothing else"
     )

@@ -13,6 +13,7 @@ from gkd_lab.runner import artifacts
 from gkd_lab.runner.cell_locks import PackLock
 from gkd_lab.runner.evaluate_cells import evaluate_cells, evaluate_reference
 from gkd_lab.runner.run_options import RunOptions
+from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
 from gkd_lab.store import Record, RecordPart
 
@@ -34,9 +35,10 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
     """Build the reference models, train and evaluate every cell; return failure lines and busy cell count.
 
     Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
-    Raises ConfigError for an adapter's target that a loaded student lacks.
+    Raises ConfigError for an adapter's target that a loaded student lacks, and for TF32 where there is none.
     """
     check_loaded_targets(cell.training for cell in grid.cells)
+    check_tf32(cell.training for cell in grid.cells)
     outcome = RunOutcome()
     failed_references = _prepare_references(grid, options, outcome)
     tried_cells: list[Cell] = []

@@ -37,6 +37,7 @@ from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.selection import SelectionCallback, load_best_weights
 from gkd_lab.runner.sft import HistoryCallback
 from gkd_lab.runner.student_files import choose_precision, load_student, save_student
+from gkd_lab.runner.tf32 import use_tf32
 from gkd_lab.runner.training_inputs import load_examples, load_sft_student, load_teacher
 from gkd_lab.runner.trl_trainer import TrlCellTrainer, build_trl_trainer, load_uncut_examples
 from gkd_lab.store import Record
@@ -202,7 +203,7 @@ def _run_trainer(
             trainer.add_callback(SelectionCallback(pack, student.tokenizer, cells, options))
         trainer.add_callback(CheckpointCallback(steps_folders, trainer.metrics))
         checkpoint = str(build_checkpoint_path(str(steps_folders[0]), start_step)) if start_step else None
-        with delay_signals(), suppress(AllCellsFailed):
+        with delay_signals(), use_tf32(training.tf32), suppress(AllCellsFailed):
             trainer.train(resume_from_checkpoint=checkpoint)
 
 

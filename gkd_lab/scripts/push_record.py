@@ -200,7 +200,7 @@ def _list_settings(training: Training) -> Mapping[str, Any]:
         "loss_normalization": training.loss_normalization,
         "max_input_tokens": training.max_input_tokens,
         "max_output_tokens": training.max_output_tokens,
-        "precision": training.precision,
+        "precision": training.precision + (", TF32" if training.tf32 else ""),
     }
 
 

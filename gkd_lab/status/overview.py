@@ -20,6 +20,7 @@ from gkd_lab.config.settings import LoraSettings
 from gkd_lab.status.cell_status import CellProgress, read_progress
 from gkd_lab.status.time_estimates import EstimateBasis, TimeEstimator, create_estimator
 from gkd_lab.store import State, Store
+from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.store.index import RecordIndex
 from gkd_lab.tables.training_facts import (
@@ -136,6 +137,7 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
         decode_notes=tuple(_describe_decoding(grid)),
         notes=(
             *_describe_unpacked(unpacked_reasons),
+            *list_bfloat16_notes(grid.cells),
             *_describe_unused_beta(grid),
             *_describe_undeclared_fields(grid),
             *describe_epochs(grid),
@@ -272,6 +274,8 @@ _FIELDS_SET_BY_AXIS = {
     "student_temperature": {"objectives"},
     "implementation": {"implementation", "trl_version", "loss_normalization"},
     "student": {"start", "lora"},
+    "teacher": {"teacher", "teacher_dtypes", "parked"},
+    "teachers": {"teachers", "teacher_dtypes", "parked"},
     "student.sft.rows": {"start", "train_rows"},
     **{f"student.lora.{name}": {"lora"} for name in LoraSettings.model_fields},
     "learning_rate": {"optimizer"},

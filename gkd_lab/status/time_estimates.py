@@ -145,7 +145,7 @@ class TimeEstimator:
             training.start.full_fingerprint,
             training.teacher.full_fingerprint,
             *(training.max_input_tokens, training.max_output_tokens, training.precision),
-            *(training.optimizer.name, is_packed, training.implementation, training.lora),
+            *(training.tf32, training.optimizer.name, is_packed, training.implementation, training.lora),
         )
         if parts not in self._kind_keys:
             models = [_list_speed_fields(model) for model in (training.start, training.teacher)]

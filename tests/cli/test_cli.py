@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gkd_lab import experiments
 from gkd_lab.cli import main
-from gkd_lab.store import Store
+from gkd_lab.store import Store, bfloat16
 
 RunCommand = Callable[..., tuple[int, str, str]]
 BLOCKED = ("torch", "transformers", "datasets", "evaluate", "trl", "accelerate", "wandb", "lm_eval")
@@ -199,6 +200,22 @@ def test_plan_runs_nothing_and_writes_no_file(run_command: RunCommand, empty_fol
     assert "1 pack of 15" in out
     assert "arithmetic/xl: missing" in out
     assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may have TF32")
+def test_bf16_on_an_old_cpu_is_said_once_and_tf32_refused_once(
+    run_command: RunCommand, monkeypatch: pytest.MonkeyPatch, empty_folder: Path
+) -> None:
+    (empty_folder / "cpuinfo").write_text("flags : fpu avx2\n")
+    monkeypatch.setattr(bfloat16, "CPUINFO", empty_folder / "cpuinfo")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ("quickstart", "--set", "precision=bf16", "--set", "tf32=true")
+    said = "15 cells compute in bf16"
+    status, out, err = run_command("plan", *words)
+    assert (status, out.count(said), err) == (0, 1, "")
+    for more in ((), ("--workers", "2")):
+        status, _, err = run_command("run", *words, *more)
+        assert (status, err.count(said), err.count("tf32: true needs")) == (2, 1, 1)
 
 
 def test_plan_shows_collapsed_cells_and_cells_that_run_alone(run_command: RunCommand) -> None:

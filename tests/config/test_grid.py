@@ -58,6 +58,16 @@ def test_total_variation_is_one_cell_across_betas() -> None:
     }
 
 
+def test_tf32_is_part_of_a_cell_only_where_it_changes_products() -> None:
+    plain = make_cell().training
+    assert make_cell(tf32=False).training == plain
+    assert "tf32" not in plain.canonical_json
+    assert make_cell(tf32=True).training.fingerprint != plain.fingerprint
+    assert make_cell(tf32=True).training.start == plain.start
+    doubled = make_cell(precision="fp64").training
+    assert make_cell(precision="fp64", tf32=True).training == doubled
+
+
 def test_total_variation_ignores_beta() -> None:
     plain = make_cell(divergence="tv")
     assert plain.beta is None
@@ -85,6 +95,7 @@ def test_rescaling_changes_only_betas_between_the_kls() -> None:
     ("axis", "values", "place"),
     [
         ("precision", ["fp32", "bf16", "fp64"], "precision"),
+        ("tf32", [False, True], "tf32"),
         ("dropout", [0, 0.1], "dropout"),
         ("loss_normalization", ["sequence", "token"], "loss_normalization"),
         ("optimizer", ["adamw", "adafactor"], "optimizer.name"),

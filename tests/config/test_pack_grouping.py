@@ -63,6 +63,7 @@ def test_cells_that_differ_in_several_per_cell_settings_share_a_pack() -> None:
         ("task", ["sums", "words"]),
         ("precision", ["fp32", "fp64"]),
         ("precision", ["fp32", "bf16"]),
+        ("tf32", [False, True]),
         ("dropout", [0, 0.1]),
         ("optimizer", ["adamw", "adafactor"]),
     ],

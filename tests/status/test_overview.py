@@ -22,6 +22,8 @@ def build_grid_overview(tmp_path: Path, **document: Any) -> Overview:
     ("axis", "values", "packs"),
     [
         ("precision", ["fp32", "bf16", "fp64"], (1, 1, 1)),
+        ("tf32", [False, True], (1, 1)),
+        ("teacher", ["teacher", {"size": "teacher", "dtype": "bfloat16"}], (1, 1)),
         ("dropout", [0, 0.1], (1, 1)),
         ("loss_normalization", ["sequence", "token"], (1, 1)),
         ("implementation", ["gkd_lab", "trl"], (1, 1)),
