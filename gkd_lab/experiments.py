@@ -5,7 +5,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, Literal
 import gkd_lab
 from gkd_lab.config import ConfigError, Experiment, Grid, RevisionLookup, expand_grid, read_experiment
 from gkd_lab.config.artifact_specs import DataSpec
-from gkd_lab.config.cell import Evaluation
-from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
+from gkd_lab.config.cell import Evaluation, Split
+from gkd_lab.config.errors import MissingRevision, build_unknown_name_error, join_faults, suggest_choices
 from gkd_lab.config.experiment import Scale, apply_overrides, parse_experiment
 from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
+from gkd_lab.config.model_checks import list_model_faults
 from gkd_lab.config.model_places import suggest_folder
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
@@ -32,12 +34,14 @@ from gkd_lab.tasks import (
     check_first_rows,
     check_row_format,
     get_source_revision,
+    list_missing_splits,
     resolve_columns,
 )
 
 _PACKAGE_FOLDER = Path(gkd_lab.__file__).parent
 _HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT_PLACEHOLDER = "COMMIT"
+_UNKNOWN_REVISION = "unknown"
 
 # ---- experiments by name ----
 
@@ -78,14 +82,20 @@ def load(
     scale: Scale | None = None,
     overrides: Mapping[str, str] | None = None,
     outputs: str | Path = "outputs",
+    allow_missing_revisions: bool = False,
 ) -> Grid:
     """Return the grid of an experiment: its resolved cells. `overrides`: `--set` key -> text.
 
-    Hashes local data and models; commits that `outputs` does not store come from the hub. Raises ConfigError.
+    Hashes local data and models; commits that `outputs` does not store come from the hub. Raises ConfigError
+    with all faults of data and models at once. With `allow_missing_revisions` unknown commits are none: the
+    grid says which are missing.
     """
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
-    return _expand_experiment(path.stem, experiment, scale, Path(outputs))
+    grid = _expand_experiment(path.stem, experiment, scale, Path(outputs))
+    if grid.missing_revisions and not allow_missing_revisions:
+        raise ConfigError(grid.missing_revisions)
+    return grid
 
 
 def load_single_cell(
@@ -106,6 +116,8 @@ def load_single_cell(
     else:
         document = apply_overrides({"description": "one cell"}, fields)
         grid = _expand_experiment("cell", parse_experiment(document, "cell"), scale, Path(outputs))
+        if grid.missing_revisions:
+            raise ConfigError(grid.missing_revisions)
     if len(grid.cells) > 1:
         open_axes = [f"--{axis}" for axis, values in grid.axes.items() if len(values) > 1]
         count = math.prod(len(values) for values in grid.axes.values())
@@ -126,6 +138,34 @@ def outline_experiment(
         resolve_model=lambda model_name: (model_name, None, "not read"),
     )
     return experiment, len(expand_grid(path.stem, experiment, TASKS, revisions, scale).cells)
+
+
+def check_models_and_splits(grid: Grid) -> None:
+    """Raise ConfigError with all faults of the grid's local models and of the splits that it needs.
+
+    Of models: files, families, tokenizers and lengths.
+    """
+    faults = [*list_model_faults(grid.cells), *_list_split_faults(grid)]
+    if faults:
+        raise join_faults(faults)
+
+
+def _list_split_faults(grid: Grid) -> list[str]:
+    """Return a sentence for each split that the grid trains on or scores and its data folder lacks."""
+    splits: dict[tuple[str, str | None], dict[Split, None]] = {}
+    for cell in grid.cells:
+        data = cell.training.data
+        if data.kind == "folder":
+            needed = splits.setdefault((data.path or "", data.config), {"train": None})
+            decoded = (evaluation for evaluation in cell.evaluations if isinstance(evaluation, Evaluation))
+            needed.update({evaluation.split: None for evaluation in decoded})
+            if cell.training.selection is not None:
+                needed["validation"] = None
+    return [
+        fault
+        for (path, config), needed in splits.items()
+        for fault in list_missing_splits(path, config, needed)
+    ]
 
 
 def check_peft(grid: Grid) -> None:
@@ -152,19 +192,67 @@ def check_generators_and_rewards(grid: Grid) -> None:
 
 
 def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> Grid:
-    """Return an experiment's grid with content revisions of data and models. ConfigError: unknown metric."""
+    """Return an experiment's grid with content revisions of data and models. ConfigError: unknown metric.
+
+    Faults of data and models are collected and raised as one; unknown commits alone are noted in the grid.
+    """
     commits_file = outputs / "revisions.json"
-    revisions = RevisionLookup(
-        resolve_data=cache(lambda task, settings: _resolve_data(task, settings, commits_file)),
-        resolve_model=cache(lambda model_name: _resolve_model(model_name, commits_file)),
-    )
-    grid = expand_grid(name, experiment, TASKS, revisions, scale)
+    faults: dict[str, ConfigError] = {}
+
+    @cache
+    def resolve_data(task: str, settings: DataSettings) -> DataSpec:
+        """Return the DataSpec of settings; after a fault, which is kept, one that stands for it."""
+        try:
+            return _resolve_data(task, settings, commits_file)
+        except ConfigError as error:
+            faults[str(error)] = error
+            return DataSpec(
+                kind="hub", name=settings.source, revision=_UNKNOWN_REVISION, train=settings.train
+            )
+
+    @cache
+    def resolve_model(model_name: str) -> tuple[str | None, str | None, str | None]:
+        """Return name, path and revision of a model; after a fault, which is kept, ones that stand for it."""
+        try:
+            return _resolve_model(model_name, commits_file)
+        except ConfigError as error:
+            faults[str(error)] = error
+            return model_name, None, _UNKNOWN_REVISION
+
+    try:
+        grid = expand_grid(name, experiment, TASKS, RevisionLookup(resolve_data, resolve_model), scale)
+    except ConfigError as error:
+        faults[str(error)] = error
+        raise join_faults(_list_sentences(faults.values(), commits_file)) from error
+    if not all(isinstance(error, MissingRevision) for error in faults.values()):
+        sentences = _list_sentences(faults.values(), commits_file)
+        raise join_faults([*sentences, *list_model_faults(grid.cells)])
+    if faults:
+        (missing,) = _list_sentences(faults.values(), commits_file)
+        grid = replace(grid, missing_revisions=missing)
     evaluations = (evaluation for cell in grid.cells for evaluation in cell.evaluations)
     decoded = (evaluation for evaluation in evaluations if isinstance(evaluation, Evaluation))
     for metric in {metric for evaluation in decoded for metric in evaluation.metrics}:
         if metric not in METRICS:
             raise build_unknown_name_error("metric", metric, METRICS)
     return grid
+
+
+def _list_sentences(faults: Iterable[ConfigError], commits_file: Path) -> list[str]:
+    """Return a sentence for each fault, with one for all missing revisions together."""
+    missing = [fault for fault in faults if isinstance(fault, MissingRevision)]
+    sentences = [str(fault) for fault in faults if not isinstance(fault, MissingRevision)]
+    if len(missing) == 1:
+        sentences.append(str(missing[0]))
+    elif missing:
+        commits: dict[str, dict[str, str]] = {}
+        for fault in missing:
+            commits.setdefault(fault.kind, {})[fault.name] = _COMMIT_PLACEHOLDER
+        sentences.append(
+            f"the revisions of {len(missing)} hub names are unknown and the hub is offline; add them to "
+            f"{commits_file}: {json.dumps(commits)}"
+        )
+    return sentences
 
 
 # ---- revisions of data and models ----
@@ -239,8 +327,8 @@ def _resolve_model(name: str, commits_file: Path) -> tuple[str | None, str | Non
         )
     try:
         return name, None, _resolve_hub_commit("models", name, commits_file)
-    except ConfigError as error:
-        raise ConfigError(f"{error}{hint}") from error
+    except MissingRevision as error:
+        raise MissingRevision("models", name, f"{error}{hint}") from error
 
 
 def _is_hub_name(name: str) -> bool:
@@ -297,7 +385,8 @@ def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:
     if isinstance(stored_commit, str) and stored_commit:
         return stored_commit
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        raise ConfigError(f"the revision of {name!r} is unknown and the hub is offline; {remedy}")
+        message = f"the revision of {name!r} is unknown and the hub is offline; {remedy}"
+        raise MissingRevision(kind, name, message)
     from huggingface_hub import HfApi
 
     try:
@@ -306,7 +395,8 @@ def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:
     except Exception as error:
         # The client raises errors of several HTTP libraries; each means that there is no answer.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"cannot resolve {name!r} on the hub ({reason}); {remedy}") from error
+        message = f"cannot resolve {name!r} on the hub ({reason}); {remedy}"
+        raise MissingRevision(kind, name, message) from error
     assert commit is not None
     commits.setdefault(kind, {})[name] = commit
     write_json(commits_file, commits)

@@ -82,11 +82,14 @@ def show_plan(
 
     limit = parse_pack_limit(pack)
     with pause_garbage_collection():
-        grid = load_grid(name, scale, sets, outputs)
+        grid = load_grid(name, scale, sets, outputs, allow_missing_revisions=True)
+        experiments.check_models_and_splits(grid)
         experiments.check_peft(grid)
         overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
-    print("\n".join(render_summary(overview)))
+    print("\n".join(render_summary(overview)), flush=True)
+    if grid.missing_revisions:
+        raise ConfigError(grid.missing_revisions)
 
 
 def _show_power(

@@ -130,10 +130,23 @@ def parse_worker_count(text: str | None) -> int:
     return 1 if text is None else int(text.partition("/")[2])
 
 
-def load_grid(name: str, scale: Scale | None, sets: Sequence[str] | None, outputs: Path) -> Grid:
+def load_grid(
+    name: str,
+    scale: Scale | None,
+    sets: Sequence[str] | None,
+    outputs: Path,
+    *,
+    allow_missing_revisions: bool = False,
+) -> Grid:
     """Return the grid of an experiment, by name or file, with `--set` texts applied. Raises ConfigError."""
     check_outputs_folder(outputs)
-    return experiments.load(name, scale=scale, overrides=parse_overrides(sets), outputs=outputs)
+    return experiments.load(
+        name,
+        scale=scale,
+        overrides=parse_overrides(sets),
+        outputs=outputs,
+        allow_missing_revisions=allow_missing_revisions,
+    )
 
 
 def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:

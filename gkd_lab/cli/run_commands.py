@@ -261,6 +261,7 @@ def run_in_process(
             _replay_to_sweep_agent(grid, store)
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
+    experiments.check_models_and_splits(grid)
     experiments.check_peft(grid)
     experiments.check_generators_and_rewards(grid)
     from gkd_lab.runner.progress import Reporter, silence_libraries
@@ -311,6 +312,7 @@ def run_in_workers(
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
+        experiments.check_models_and_splits(grid)
         experiments.check_peft(grid)
         experiments.check_generators_and_rewards(grid)
         if any(cell.training.tf32 for cell in grid.cells):

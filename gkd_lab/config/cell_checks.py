@@ -185,7 +185,7 @@ def _check_tokenizers(training: Training) -> None:
     """Raise ConfigError if a term compares scratch-made models token by token across two tokenizers."""
     student = training.start
     for term in training.objectives:
-        for teacher in _list_compared_teachers(term, training):
+        for teacher in list_compared_teachers(term, training):
             is_made = teacher.model.architecture is not None and student.model.architecture is not None
             if is_made and teacher.tokenizer != student.tokenizer:
                 raise ConfigError(
@@ -195,7 +195,7 @@ def _check_tokenizers(training: Training) -> None:
                 )
 
 
-def _list_compared_teachers(term: ResolvedTerm, training: Training) -> list[SftModel]:
+def list_compared_teachers(term: ResolvedTerm, training: Training) -> list[SftModel]:
     """Return the teachers that a term compares with the student token by token; [] if it does not."""
     if isinstance(term, CrossEntropyConfig | ResolvedReward | ULDConfig):
         return []

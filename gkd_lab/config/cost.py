@@ -3,6 +3,8 @@
 Counts 2 FLOPs per parameter and token forward and 4 backward, with sequences of the maximum length.
 """
 
+from collections.abc import Mapping
+
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import Training
 
@@ -10,11 +12,28 @@ NOMINAL_FLOPS_PER_SECOND = 80e9
 """Two CPU cores on nano models, overhead included: measured with the quickstart."""
 
 
+_T5_SIZES = {"small": 60_506_624, "base": 222_903_552, "large": 737_668_096, "3b": 2_851_598_336}
+_T5_V1_1_SIZES = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184}
+KNOWN_SIZES: Mapping[str, int] = {
+    **{f"google-t5/t5-{size}": count for size, count in _T5_SIZES.items()},
+    **{
+        name.format(size): count
+        for size, count in _T5_V1_1_SIZES.items()
+        for name in ("google/t5-v1_1-{}", "google/t5-{}-lm-adapt", "google/flan-t5-{}")
+    },
+}
+"""Hub name -> number of parameters: the T5s of Raffel et al. (2020), version 1.1, LM-adapted, and FLAN-T5."""
+
+
 def count_model_parameters(model: SftModel) -> int | None:
-    """Return a scratch-made model's parameter count, tied embeddings once; None for a loaded model."""
+    """Return the parameter count of a model made from scratch, tied embeddings once, or of a standard T5.
+
+    None for any other loaded model.
+    """
     architecture = model.model.architecture
     if architecture is None:
-        return None
+        is_whole = model.model.keep_layers is None
+        return KNOWN_SIZES.get(model.model.pretrained or "") if is_whole else None
     width = architecture.width
     attention, mlp = 4 * width * width, 3 * width * architecture.feed_forward
     layer = attention + mlp

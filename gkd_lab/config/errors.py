@@ -69,6 +69,22 @@ def _is_part(keys: Iterable[str], location: Iterable[str | int]) -> bool:
     return all(key in parts for key in keys)
 
 
+class MissingRevision(ConfigError):
+    """The commit of a hub name is unknown and cannot be asked for now."""
+
+    def __init__(self, kind: str, name: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.name = name
+
+
+def join_faults(faults: Sequence[str]) -> ConfigError:
+    """Return (not raise) one ConfigError for several faults, a line each; for one fault that alone."""
+    if len(faults) == 1:
+        return ConfigError(faults[0])
+    return ConfigError("\n".join([f"{len(faults)} faults:", *(f"  {fault}" for fault in faults)]))
+
+
 def suggest_choices(value: object, choices: Iterable[object]) -> str:
     """Return the end of a message, `did you mean 'x'? valid: ...`; of over 8 choices the nearest 5."""
     names = [str(choice) for choice in choices]

@@ -26,6 +26,9 @@ class Grid:
     cells: tuple[Cell, ...]
     stands_for: dict[str, tuple[dict[str, Any], ...]]
     """Full fingerprint -> labels of all points that resolved to one cell, where there are several."""
+    missing_revisions: str | None = None
+    """Sentence on the hub names whose commit is unknown; None: all are known. Such cells have no fingerprint
+    to rely on: they can be planned, not run."""
 
     @property
     def fingerprint(self) -> str:

@@ -130,7 +130,8 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
         artifacts=tuple(_build_artifact_views(grid, store, estimator)),
         estimate_source=estimator.describe_source(),
         collapsed_notes=tuple(
-            f"{len(points)} combinations are one cell, {fingerprint[:SHOWN_DIGITS]}: they cannot differ "
+            f"{len(points)} combinations are one cell"
+            f"{'' if grid.missing_revisions else f', {fingerprint[:SHOWN_DIGITS]}'}: they cannot differ "
             f"({'; '.join(_format_point(point) for point in points)})"
             for fingerprint, points in grid.stands_for.items()
         ),

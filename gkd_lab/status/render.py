@@ -73,17 +73,26 @@ def list_cells(
     views = [view for view in overview.cells if view.state in states]
     return Listing(
         columns=["cell", "task", "lmbda", "beta", "seed", *axes, "status", *columns],
-        rows=[[*_format_identity(view, axes), view.state, *format_columns(view)] for view in views],
+        rows=[
+            [
+                # A fingerprint without the commits of all models and data is not the cell's.
+                "?" if grid.missing_revisions else view.cell.fingerprint,
+                *_format_identity(view, axes),
+                view.state,
+                *format_columns(view),
+            ]
+            for view in views
+        ],
         styles=[_STATE_STYLES.get(view.state, "") for view in views],
     )
 
 
 def _format_identity(view: CellView, axes: list[str]) -> list[str]:
-    """Return the texts of fingerprint, task, lmbda, beta (`-` without one), seed and other axes."""
+    """Return the texts of task, lmbda, beta (`-` without one), seed and other axes."""
     cell = view.cell
     beta = "-" if cell.beta is None else f"{cell.beta:g}"
     labels = [_format_axis_value(axis, cell.labels[axis]) for axis in axes]
-    return [cell.fingerprint, cell.task, f"{cell.lmbda:g}", beta, str(cell.seed), *labels]
+    return [cell.task, f"{cell.lmbda:g}", beta, str(cell.seed), *labels]
 
 
 def _format_axis_value(axis: str, label: Any) -> str:

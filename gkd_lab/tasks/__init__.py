@@ -12,7 +12,7 @@ from gkd_lab.tasks import (
     translation,
 )
 from gkd_lab.tasks.columns import resolve_columns
-from gkd_lab.tasks.data import RowList, check_first_rows, get_source_revision, load_rows
+from gkd_lab.tasks.data import RowList, check_first_rows, get_source_revision, list_missing_splits, load_rows
 from gkd_lab.tasks.row_format import check_row_format
 from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_row_format",
     "get_source_revision",
     "get_task",
+    "list_missing_splits",
     "load_rows",
     "resolve_columns",
 ]

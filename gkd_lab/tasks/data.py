@@ -19,6 +19,7 @@ from gkd_lab.tasks.row_format import build_row_parser, check_row_format, prepend
 from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
 SourceKind = Literal["made", "folder", "hub"]
+RowParser = Callable[[Mapping[str, Any]], Row]
 HELD_OUT_DIVISOR = 10
 MAX_HELD_OUT_ROWS = 500
 
@@ -116,17 +117,39 @@ def check_first_rows(
     calculator_marks: bool = False,
     columns: ColumnNames | None = None,
 ) -> None:
-    """Raise ValueError for the first row of any split of a data folder that is not one of the task.
+    """Raise ValueError with each split of a data folder whose first row is not one of the task.
 
-    Reads one row of each file's split, and none of the others.
+    Reads one row of each split, and none of the others.
     """
     folder, parse_row = _open_folder(path, config), build_row_parser(task, calculator_marks, columns)
-    for split in folder.files:
-        for location, raw in islice(folder.read_rows(split), 1):
-            try:
-                parse_row(raw)
-            except ValueError as error:
-                raise ValueError(f"{location}: {error}") from error
+    faults = [fault for split in folder.files if (fault := _find_first_row_fault(folder, split, parse_row))]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _find_first_row_fault(folder: DataFolder, split: Split, parse_row: RowParser) -> str | None:
+    """Return what is wrong with the first row of a split, with file and line; None if nothing is."""
+    try:
+        location, raw = next(folder.read_rows(split), ("", None))
+    except ValueError as error:
+        return str(error)
+    if raw is None:
+        return f"{folder.files[split][0]}: the file is empty, expected at least one row"
+    try:
+        parse_row(raw)
+    except ValueError as error:
+        return f"{location}: {error}"
+    return None
+
+
+def list_missing_splits(path: str | Path, config: str | None, splits: Iterable[Split]) -> list[str]:
+    """Return a sentence for each of these splits that a data folder neither has nor can hold out of train."""
+    folder = _open_folder(path, config)
+    return [
+        f"{folder.path} has no split {split!r}; it has: {', '.join(folder.files)}"
+        for split in splits
+        if split not in folder.files and not (split == "validation" and "train" in folder.files)
+    ]
 
 
 def _check_request(split: str, kind: str, count: int | None) -> None:
@@ -160,9 +183,6 @@ def _open_folder(path: str | Path | None, config: str | None) -> DataFolder:
     if path is None:
         raise ValueError("data in a folder needs a path")
     return DataFolder(Path(path) / config if config else Path(path))
-
-
-RowParser = Callable[[Mapping[str, Any]], Row]
 
 
 def _read_folder_rows(parse_row: RowParser, folder: DataFolder, split: Split) -> Iterator[Row]:

@@ -98,7 +98,7 @@ INVALID_REQUESTS = {
     "plan quickstart --set lmbda=0,1.5": "grid.lmbda[1]: 1.5 is not valid: must be from 0 to 1",
     "plan quickstart --set stps=1": "unknown field 'stps'; did you mean 'steps'?",
     "plan quickstart --set data.source=nowhere": "data.source: no folder 'nowhere'",
-    "plan quickstart --set data.source=owner/rows": "the hub is offline; add it to outputs/revisions",
+    "run quickstart --set data.source=owner/rows": "the hub is offline; add it to outputs/revisions",
     "plan quickstart --scale big": "'big' is not one of 'nano', 'smol', 'paper'; see `gkd-lab plan --h",
     "plan quickstart --pack x": "--pack 'x': expected auto, off or a number of cells from 1",
     "run quickstart --pack 0": "--pack '0': expected auto, off or a number of cells from 1",

@@ -1,0 +1,131 @@
+"""Facts and faults of a checkpoint folder, read in milliseconds: no weights are loaded, nor torch."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.config.artifact_specs import Family
+
+_ENCODER_DECODER_TYPES = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "led"}
+"""Types of models whose older configurations do not say that they are encoder-decoders."""
+_CLASSIFIER_ENDINGS = ("ForSequenceClassification", "ForTokenClassification")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHTS_INDEX = "pytorch_model.bin.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_RELATIVE_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "relative_attention_num_buckets")
+"""Fields of a configuration whose model has no last position."""
+_LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_target_positions")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Files of a checkpoint folder.
+
+    Of a .gguf file, and of an adapter, which has no configuration and weights of its own, nothing is known.
+    """
+
+    path: Path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration; {} without a valid one."""
+        try:
+            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def is_folder_of_model(self) -> bool:
+        """Whether the path is a folder that should hold a whole model."""
+        return self.path.is_dir() and not (self.path / "adapter_config.json").is_file()
+
+    @property
+    def family(self) -> Family | None:
+        """Family of the model by its configuration; None if it is unknown, or a classifier's."""
+        architectures = self.config.get("architectures") or [""]
+        model_type = self.config.get("model_type")
+        if model_type is None or str(architectures[0]).endswith(_CLASSIFIER_ENDINGS):
+            return None
+        if self.config.get("is_encoder_decoder") or model_type in _ENCODER_DECODER_TYPES:
+            return "encoder-decoder"
+        return "decoder-only"
+
+    @property
+    def max_positions(self) -> int | None:
+        """Largest number of tokens that the model has positions for; None if there is no bound."""
+        if any(self.config.get(name) is not None for name in _RELATIVE_POSITIONS):
+            return None
+        limits = [self.config.get(name) for name in _LENGTH_FIELDS]
+        return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+    def read_vocabulary(self) -> dict[int, str] | None:
+        """Return id -> token of `tokenizer.json`; None without a valid one."""
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            return {number: token for token, number in Tokenizer.from_file(str(path)).get_vocab().items()}
+        except Exception:
+            # The library raises a bare Exception. `list_faults` says that the file is damaged.
+            return None
+
+    def list_faults(self) -> Iterator[str]:
+        """Yield a sentence for each file that is missing or damaged."""
+        if not self.is_folder_of_model:
+            return
+        if not (self.path / "config.json").is_file():
+            yield f"{self.path / 'config.json'} is missing"
+        elif not self.config.get("model_type"):
+            yield f"{self.path / 'config.json'} is not the configuration of a model: it has no model_type"
+        yield from self._list_weight_faults()
+        if not any((self.path / name).is_file() for name in _TOKENIZERS):
+            yield f"{self.path} has no tokenizer: {' or '.join(_TOKENIZERS)} is missing"
+        elif (self.path / "tokenizer.json").is_file() and self.read_vocabulary() is None:
+            yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
+
+    def _list_weight_faults(self) -> Iterator[str]:
+        """Yield a sentence for each file of weights that is missing or cut short."""
+        if not any((self.path / name).is_file() for name in (*_WEIGHTS, _WEIGHTS_INDEX)):
+            yield f"{self.path} has no weights: {_WEIGHTS[0]}, its shards, or {_WEIGHTS[-1]} is missing"
+        shards = []
+        for index in (_WEIGHTS[1], _WEIGHTS_INDEX):
+            if (self.path / index).is_file() and not (self.path / _WEIGHTS[0]).is_file():
+                try:
+                    shards = sorted(set(json.loads((self.path / index).read_text())["weight_map"].values()))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    yield f"{self.path / index} is damaged; copy it again"
+        for name in shards:
+            if not (self.path / name).is_file():
+                yield f"{self.path / name} is missing"
+        for path in sorted(self.path.glob("*.safetensors")):
+            yield from _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> Iterator[str]:
+    """Yield a sentence if a file's header is damaged, or does not fit the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        reason = str(error).rpartition(": ")[2]
+        yield f"{path} is cut short or damaged ({reason}; {path.stat().st_size:,} bytes); copy it again"
+
+
+def find_vocabulary_difference(a: Mapping[int, str], b: Mapping[int, str]) -> str | None:
+    """Return how two vocabularies differ in the ids that both have, with an example; None if they do not.
+
+    Ids that only one has may be padding or tokens that were added, which is known when they are loaded.
+    """
+    differing = sorted(number for number in a.keys() & b.keys() if a[number] != b[number])
+    if not differing:
+        return None
+    first = differing[0]
+    return f"{len(differing)} ids differ: id {first} is {a[first]!r} and {b[first]!r}"
