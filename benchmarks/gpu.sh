@@ -8,12 +8,13 @@
 # other. As soon as a part ends, its figures are in DIR/gpu.json and its output in DIR/gpu.log; a table of all is
 # the last output. Exit status: 0 if all parts are done, 1 if one is not, 2 if none can start.
 #
-# --smoke runs every part in seconds, with tiny models and on the CPU.
+# --smoke runs every part in seconds, with tiny models, on the CPU, and under none but the common limit, since a
+# busy CPU may take long.
 #
 #   OUT=DIR               folder of the results, as --out; default outputs/gpu
 #   PYTHON=python3        interpreter that has torch with CUDA
 #   WHEELS=DIR            folder of wheels to install beside it first (benchmarks/README.md says how to fill it)
-#   SECONDS_IN_ALL=560    limit of all parts together
+#   SECONDS_IN_ALL=560    limit of all parts together; with --smoke 3600
 set -uo pipefail
 SECONDS=0
 
@@ -38,12 +39,13 @@ done
 parts="${parts:-$ALL_PARTS}"
 mkdir -p "$out" || stop "cannot create $out"
 out="$(cd "$out" && pwd)"
-wheels="${WHEELS:+$(cd "$WHEELS" && pwd)}"
+wheels="${WHEELS:+$(cd "$WHEELS" 2>/dev/null && pwd)}" || stop "WHEELS: no folder $WHEELS"
 cd "$(dirname "$0")/.." || stop "the folder of this script is gone"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 
 python="${PYTHON:-python3}"
+command -v "$python" >/dev/null || stop "PYTHON: no interpreter $python"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ -n "$wheels" ]; then
@@ -62,10 +64,14 @@ else
 fi
 rm -f "$out/gpu.json" "$out/gpu.log"
 
+all="${SECONDS_IN_ALL:-560}"
+[ -z "$smoke" ] || all="${SECONDS_IN_ALL:-3600}"
+
 # run PART LIMIT SCRIPT ARGUMENT ...
 run() {
-    local part="$1" limit="$2" script="$3" left=$((${SECONDS_IN_ALL:-560} - SECONDS))
+    local part="$1" limit="$2" script="$3" left=$((all - SECONDS))
     shift 3
+    [ -z "$smoke" ] || limit="$left"
     [[ " $parts " == *" $part "* ]] || return 0
     [ "$limit" -lt "$left" ] || limit="$left"
     local start=$SECONDS status=124

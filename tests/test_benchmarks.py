@@ -86,13 +86,18 @@ def test_parts_of_the_gpu_script_that_have_no_time_left_are_named(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["stepp"], "unknown part 'stepp'"), ([], "torch finds no GPU")],
+    ("arguments", "variables", "message"),
+    [
+        (["stepp"], {}, "unknown part 'stepp'"),
+        ([], {}, "torch finds no GPU"),
+        (["--smoke"], {"WHEELS": "nowhere"}, "no folder nowhere"),
+        (["--smoke"], {"PYTHON": "nowhere/python"}, "no interpreter nowhere/python"),
+    ],
 )
 def test_the_gpu_script_refuses_what_it_cannot_run(
-    arguments: list[str], message: str, tmp_path: Path
+    arguments: list[str], variables: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    finished = run_gpu_script(tmp_path, *arguments, CUDA_VISIBLE_DEVICES="")
+    finished = run_gpu_script(tmp_path, *arguments, CUDA_VISIBLE_DEVICES="", **variables)
     assert finished.returncode == 2
     assert message in finished.stderr
 
