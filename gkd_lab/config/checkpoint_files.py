@@ -14,7 +14,10 @@ _ENCODER_DECODER_TYPES = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegas
 _CLASSIFIER_ENDINGS = ("ForSequenceClassification", "ForTokenClassification")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _WEIGHTS_INDEX = "pytorch_model.bin.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.spm", "vocab*.json", "vocab.txt", "tekken.json")
+"""Forms of a tokenizer's files."""
+_BYTE_TOKENIZERS = {"ByT5Tokenizer", "PerceiverTokenizer", "CanineTokenizer"}
+"""Tokenizers that need no file, because their tokens are bytes or characters."""
 _RELATIVE_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "relative_attention_num_buckets")
 """Fields of a configuration whose model has no last position."""
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -32,11 +35,21 @@ class CheckpointFiles:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's configuration; {} without a valid one."""
+        return self._read_fields("config.json")
+
+    def _read_fields(self, name: str) -> dict[str, Any]:
+        """Return the fields of a JSON file; {} without a valid one."""
         try:
-            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            fields = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return config if isinstance(config, dict) else {}
+        return fields if isinstance(fields, dict) else {}
+
+    def _has_tokenizer(self) -> bool:
+        """Return whether the folder has a tokenizer's files, or names one that needs none."""
+        if any(any(self.path.glob(pattern)) for pattern in _TOKENIZERS):
+            return True
+        return self._read_fields("tokenizer_config.json").get("tokenizer_class") in _BYTE_TOKENIZERS
 
     @property
     def is_folder_of_model(self) -> bool:
@@ -84,8 +97,8 @@ class CheckpointFiles:
         elif not self.config.get("model_type"):
             yield f"{self.path / 'config.json'} is not the configuration of a model: it has no model_type"
         yield from self._list_weight_faults()
-        if not any((self.path / name).is_file() for name in _TOKENIZERS):
-            yield f"{self.path} has no tokenizer: {' or '.join(_TOKENIZERS)} is missing"
+        if not self._has_tokenizer():
+            yield f"{self.path} has no tokenizer: tokenizer.json, or another form of it, is missing"
         elif (self.path / "tokenizer.json").is_file() and self.read_vocabulary() is None:
             yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
 

@@ -89,6 +89,18 @@ def test_each_missing_or_damaged_file_is_named(pair: Path, message: str) -> None
     assert str(pair / "teacher") in fault
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "source.spm", "vocab.json", "sentencepiece.bpe.model"])
+def test_other_forms_of_a_tokenizer_are_no_fault(pair: Path, name: str) -> None:
+    (pair / "teacher" / "tokenizer.json").rename(pair / "teacher" / name)
+    assert list_faults() == []
+
+
+def test_a_tokenizer_of_bytes_needs_no_file(pair: Path) -> None:
+    (pair / "teacher" / "tokenizer.json").unlink()
+    (pair / "teacher" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert list_faults() == []
+
+
 def test_all_faults_are_listed_at_once_and_mended_ones_no_more(pair: Path) -> None:
     (pair / "teacher" / "config.json").rename(pair / "config.json")
     (pair / "student" / "tokenizer.json").unlink()
