@@ -42,6 +42,9 @@ def tiny_grid(folder: Path, task: str, name: str = "tiny", **changes: Any) -> Gr
             {"decoding": "sample", "temperature": 0.5, "examples": 5},
         ],
     }
+    for axis in changes.get("grid") or {}:  # crosses a field, which is then not fixed
+        section, _, field = axis.rpartition(".")
+        (document.get(section, {}) if section else document).pop(field, None)
     path = folder / f"{name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({**document, **changes}, sort_keys=False))
