@@ -61,10 +61,15 @@ def list_experiment_files() -> dict[str, Path]:
     return files
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether an experiment is given by its file instead of its name."""
+    return name.endswith((".yaml", ".yml")) or os.sep in name
+
+
 def find_experiment_file(name: str) -> Path:
     """Return the YAML file of an experiment, given by name or path. Raises ConfigError if there is none."""
     files = list_experiment_files()
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
+    if is_file_name(name):
         if not Path(name).is_file():
             suggestion = suggest_choices(Path(name).stem, files)
             raise ConfigError(

@@ -144,6 +144,8 @@ def print_sweep_file(name: ExperimentArgument, scale: ScaleOption = None, sets: 
 
     fields = parse_overrides(sets)
     experiment, _ = experiments.outline_experiment(name, scale=scale, overrides=fields)
+    if experiments.is_file_name(name):  # agents may start in another folder
+        name = str(Path(name).resolve())
     print(format_sweep_file(name, experiment, scale, fields), end="")
 
 

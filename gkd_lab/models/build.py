@@ -183,9 +183,23 @@ def load_model(
     return model
 
 
+def build_tokenizer_error(name: str) -> ConfigError:
+    """Return (not raise) the error for a folder or hub name without a tokenizer that can be read."""
+    return ConfigError(
+        f"{name!r} has no tokenizer that transformers can read: tokenizer.json, or another form of it, is "
+        "missing or damaged; save the model's tokenizer there"
+    )
+
+
 def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or hub name; if it has no pad token, its EOS token becomes that."""
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **arguments)
+    """Load a tokenizer from a folder or hub name; if it has no pad token, its EOS token becomes that.
+
+    ConfigError: the folder or hub name has none, or files that cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **arguments)
+    except (ValueError, KeyError) as error:
+        raise build_tokenizer_error(str(folder)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

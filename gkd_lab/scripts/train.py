@@ -19,6 +19,7 @@ from trl import get_peft_config, get_quantization_config
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.metrics.scored_predictions import score_predictions
+from gkd_lab.models.build import build_tokenizer_error
 from gkd_lab.models.classifiers import get_classifier_auto_class
 from gkd_lab.scripts.hub import check_login, explain_hub_errors
 from gkd_lab.scripts.local_paths import looks_like_path, suggest_path
@@ -154,13 +155,18 @@ def _load_tokenizer(request: TrainRequest, data: RunData, *, is_encoder_decoder:
     """Return the student's tokenizer, after encoding the first row of each split. Raises ConfigError."""
     training, name = request.training, str(request.model.model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=request.model.model_revision, trust_remote_code=training.trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=request.model.model_revision, trust_remote_code=training.trust_remote_code
+            )
+        except (ValueError, KeyError) as error:
+            raise build_tokenizer_error(name) from error
         tokenizer = resolve_tokenizer(tokenizer, None, None, training)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model_name_or_path: the tokenizer of {name!r}: {' '.join(str(error).split())}"
+            f"model_name_or_path: {' '.join(str(error).split())}"
+            if isinstance(error, ConfigError)
+            else f"model_name_or_path: the tokenizer of {name!r}: {' '.join(str(error).split())}"
         ) from error
     encode_row = RowEncoder(
         tokenizer,

@@ -513,7 +513,8 @@ def test_a_broken_row_is_reported_with_file_and_line_and_exit_status_1() -> None
     code = "from gkd_lab.cli import main; main()"
     done = python(code, *words)
     assert done.returncode == 1
-    assert "rows/train.jsonl:4: " in done.stderr
+    assert done.stderr.count("rows/train.jsonl:4: ") == 1, "teacher and start have one cause"
+    assert "; the start failed for the same reason (see outputs/nano/arithmetic/start-" in done.stderr
     assert "Traceback" not in done.stderr
     statuses = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
     assert {item["state"] for item in statuses} == {"failed"}
@@ -556,6 +557,14 @@ def test_an_output_that_is_no_file_is_refused_with_a_name(command: str, run_comm
     status, out, err = run_command(*command.split(), "file/page")
     assert (status, out, err.count("\n")) == (2, "", 1) and "file' is a file; name a file in a folder" in err
     assert not Path("outputs").exists()
+
+
+def test_a_sweep_names_its_experiment_file_by_an_absolute_path(run_command: RunCommand) -> None:
+    name = write_experiment("description: d\ntask: arithmetic\ngrid: {lmbda: [0, 1]}\n")
+    _, out, _ = run_command("sweep", name)
+    assert f"--experiment, {Path(name).resolve()}," in " ".join(out.split())
+    _, out, _ = run_command("sweep", "quickstart")
+    assert "--experiment, quickstart," in " ".join(out.split())
 
 
 LORA_EXPERIMENT = """\

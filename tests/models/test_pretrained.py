@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gkd_lab.config.artifact_specs import ModelSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.encoding.batches import collate_examples
+from gkd_lab.models.build import load_tokenizer
 from gkd_lab.models.forward import compute_completion_logits
 from gkd_lab.models.pretrained import keep_layers, load_pretrained
 
@@ -115,6 +116,19 @@ def test_a_folder_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
 
 
 # ---- GGUF ----
+
+
+@pytest.mark.parametrize("text", [None, '{"a": 1}'])
+def test_a_folder_without_a_readable_tokenizer_is_named_in_one_sentence(
+    text: str | None, tmp_path: Path
+) -> None:
+    tiny_model("decoder-only", 0).save_pretrained(tmp_path)
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"'{tmp_path}' has no tokenizer that transformers can read")
+    assert "\n" not in str(caught.value)
 
 
 def write_gguf(path: Path, model: PreTrainedModel, words: list[str]) -> None:
