@@ -29,7 +29,7 @@ from gkd_lab.training.trainer import GKDTrainer
 from ..models.tiny import FAMILIES
 from ..training.driving import Run, assert_close, assert_identical, cell, distil
 from .descriptions import adversarial_loss, parse
-from .test_fused_loss import normal
+from .loss_problems import normal
 
 READS = ("hidden_states", "sequences")
 LENGTHS = (4, 2, 3)

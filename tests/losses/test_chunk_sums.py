@@ -20,7 +20,7 @@ from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherTarget
 from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.projection import Projection
 
-from .test_fused_loss import normal
+from .loss_problems import normal
 
 LENGTHS = (13, 5, 9, 0)
 TOKENS, WIDTH, VOCABULARY = 13, 6, 17

@@ -1,9 +1,9 @@
 """The loss that never keeps full logits against plain formulas, autograd and TRL's kernel."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,107 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkd_lab.losses import chunk_sums, fused_loss
-from gkd_lab.losses.cell_losses import CellLosses, LossArguments
+from gkd_lab.losses import chunk_sums
 from gkd_lab.losses.divergence import Divergence
-from gkd_lab.losses.fused_loss import compute_cell_losses
-from gkd_lab.losses.teacher_targets import HiddenTeacherLogits
-from gkd_lab.losses.terms import list_terms
 from gkd_lab.models import projection
 from gkd_lab.models.projection import Projection
 
-TOKENS, WIDTH, TEACHER_WIDTH, VOCABULARY = 13, 6, 5, 17
-EVERY = (
-    Divergence(beta=0.0, teacher_temperature=0.5),
-    Divergence(beta=0.5, student_temperature=1.5, rescale=True),
-    Divergence("tv", student_temperature=0.8),
-    Divergence(beta=1.0),
-    Divergence(beta=0.1),
+from .loss_problems import (
+    EVERY,
+    HEADS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Problem,
+    derivatives,
+    normal,
+    problem,
 )
-HEADS = (
-    {},
-    {"bias": True},
-    {"scale": 0.7},
-    {"softcap": 2.0},
-    {"bias": True, "scale": 0.3, "softcap": 1.5},
-)
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-@dataclass
-class Problem:
-    """Arguments of `divergence_sums` by name."""
-
-    student: Tensor
-    student_head: Projection
-    teacher: Tensor
-    teacher_head: Projection
-    block_of_cell: Sequence[int]
-    terms: Sequence[Divergence]
-    weights: Tensor
-    vocabulary: int | None = None
-
-    def sums(self) -> CellLosses:
-        return compute_cell_losses(**vars(self))
-
-    def parameters(self) -> list[Tensor]:
-        tensors = (self.student, self.student_head.weight, self.student_head.bias)
-        return [tensor for tensor in tensors if tensor is not None]
-
-    def dense(self) -> Tensor:
-        """The losses by the reference, (K,), with all logits at once."""
-        rows = min(
-            self.student_head.get_vocabulary_size(self.student),
-            self.teacher_head.get_vocabulary_size(self.teacher),
-        )
-        rows = self.vocabulary or rows
-        student = self.student_head(self.student)[..., :rows]
-        teacher = self.teacher_head(self.teacher)[..., :rows]
-        return torch.stack(
-            [
-                (divergence(student[cell], teacher[block]) * self.weights[cell]).sum()
-                for cell, (block, divergence) in enumerate(zip(self.block_of_cell, self.terms, strict=True))
-            ]
-        )
-
-
-def problem(
-    terms: Sequence[Divergence] = EVERY[:1],
-    blocks: Sequence[int] = (0,),
-    *,
-    rows: tuple[int, int] = (VOCABULARY, VOCABULARY),
-    dtype: torch.dtype = torch.float64,
-    bias: bool = False,
-    **head: Any,
-) -> Problem:
-    cells, teachers = len(terms), max(blocks) + 1
-    packed = (cells,) if cells > 1 else ()
-    student_bias = normal(5, *packed, rows[0], dtype=dtype).requires_grad_() if bias else None
-    weights = normal(6, cells, TOKENS).abs().float().to(torch.float64)
-    weights[:, 2] = weights[0, 4] = weights[:, 7] = 0
-    return Problem(
-        normal(1, cells, TOKENS, WIDTH, dtype=dtype).requires_grad_(),
-        Projection(normal(2, *packed, rows[0], WIDTH, dtype=dtype).requires_grad_(), student_bias, **head),
-        normal(3, teachers, TOKENS, TEACHER_WIDTH, dtype=dtype),
-        Projection(
-            normal(4, rows[1], TEACHER_WIDTH, dtype=dtype),
-            normal(7, rows[1], dtype=dtype) if bias else None,
-            **head,
-        ),
-        blocks,
-        terms,
-        weights,
-    )
-
-
-def derivatives(losses: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a sum in which each cell has a factor of its own."""
-    factors = torch.linspace(0.5, 2, len(losses), dtype=losses.dtype)
-    return torch.autograd.grad((losses * factors).sum(), parameters)
 
 
 def assert_like_the_reference(case: Problem, tolerance: float = 1e-12) -> None:
@@ -376,79 +291,6 @@ def test_autocast_lowers_the_operands_as_in_the_model_and_nothing_else() -> None
     assert not torch.equal(under, case.sums().losses)
     actual = derivatives(under, case.parameters())
     assert {gradient.dtype for gradient in actual} == {torch.float32}
-
-
-@pytest.mark.parametrize("beta", (0.0, 0.1, 0.5, 1.0))
-@pytest.mark.parametrize("temperatures", ((1.0, 1.0), (0.9, 0.9), (1.0, 0.1), (1.5, 0.5)))
-@pytest.mark.parametrize("head", (HEADS[0], HEADS[1], HEADS[2]), ids=str)
-def test_the_path_through_trls_kernel_agrees_with_our_own(
-    beta: float, temperatures: tuple[float, float], head: dict[str, Any]
-) -> None:
-    divergence = Divergence("jsd", beta, *temperatures, rescale=beta == 0.1)
-    case = problem([divergence], rows=(17, 19), dtype=torch.float32, **head)
-    assert_paths_agree(replace(case, weights=case.weights.float()))
-
-
-@pytest.mark.parametrize("rows", ((17, 19), (19, 17)))
-@pytest.mark.parametrize("vocabulary", (None, 11))
-def test_both_paths_agree_with_soft_caps_and_on_a_part_of_the_vocabulary(
-    rows: tuple[int, int], vocabulary: int | None
-) -> None:
-    divergence = Divergence(beta=0.3, student_temperature=0.7, teacher_temperature=0.7)
-    case = problem([divergence], rows=rows, dtype=torch.float32, **HEADS[4])
-    assert_paths_agree(replace(case, vocabulary=vocabulary))
-
-
-def build_arguments(case: Problem) -> tuple[Tensor, Projection, Any]:
-    arguments = dict(vars(case))
-    student, head = arguments.pop("student"), arguments.pop("student_head")
-    objectives = tuple(list_terms(terms_of_cell) for terms_of_cell in arguments.pop("terms"))
-    teachers = {0: HiddenTeacherLogits(arguments.pop("teacher"), arguments.pop("teacher_head"))}
-    loss_arguments = LossArguments(
-        **arguments, teachers=teachers, terms=objectives, labels=None, routes=None, scales={}
-    )
-    return student, head, loss_arguments
-
-
-def assert_paths_agree(case: Problem) -> None:
-    student, head, loss_arguments = build_arguments(case)
-    assert fused_loss._is_trl_computable(student, head, loss_arguments)
-    ours, theirs = (
-        fused_loss._compute_in_chunks(student, head, loss_arguments),
-        fused_loss._compute_by_trl(student, head, loss_arguments),
-    )
-    torch.testing.assert_close(ours.losses, theirs.losses, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(ours.entropies, theirs.entropies, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(
-        derivatives(ours.losses, case.parameters()),
-        derivatives(theirs.losses, case.parameters()),
-        rtol=5e-5,
-        atol=5e-5,
-    )
-
-
-def unfit() -> dict[str, Problem]:
-    single = problem(EVERY[:1], dtype=torch.float32, bias=True)
-    head, teacher_head = single.student_head, single.teacher_head
-    assert head.bias is not None
-    excluded = head.bias.detach().clone()
-    excluded[3] = -torch.inf
-    return {
-        "float64": problem(EVERY[:1]),
-        "several cells": problem(EVERY[:2], (0, 0), dtype=torch.float32),
-        "total variation": problem([Divergence("tv")], dtype=torch.float32),
-        "an infinite bias": replace(single, student_head=replace(head, bias=excluded)),
-        "logits": replace(single, student=normal(1, 1, TOKENS, 17).float(), student_head=Projection(None)),
-        "a teacher that is capped at another temperature": replace(
-            single, teacher_head=replace(teacher_head, softcap=2.0)
-        ),
-    }
-
-
-@pytest.mark.parametrize("case", unfit())
-def test_cases_that_trls_kernel_lacks_use_our_own_code(case: str) -> None:
-    student, head, loss_arguments = build_arguments(unfit()[case])
-    assert not fused_loss._is_trl_computable(student, head, loss_arguments)
 
 
 class Largest(TorchDispatchMode):

@@ -22,8 +22,7 @@ from gkd_lab.training.arguments import GKDConfig
 from gkd_lab.training.pack_trainer import AllCellsFailed
 
 from ..models.tiny import FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
-from ..training.driving import Run, assert_close, assert_identical, cell, distil
-from ..training.test_trainer import Stopped, stop_at
+from ..training.driving import Run, Stopped, assert_close, assert_identical, cell, distil, stop_at
 from .descriptions import parse, reward_loss
 
 ALONE = ProcessGroup()

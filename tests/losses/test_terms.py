@@ -20,7 +20,7 @@ from gkd_lab.training.arguments import GKDConfig
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import cell, distil
 from .descriptions import parse
-from .test_fused_loss import normal
+from .loss_problems import normal
 
 CELLS, TOKENS, WIDTH, VOCABULARY = 3, 7, 5, 11
 HARD, SOFT = CrossEntropy(), Divergence(beta=0.1, teacher_temperature=0.5)

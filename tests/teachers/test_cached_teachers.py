@@ -29,10 +29,9 @@ from gkd_lab.teachers.top_k_distributions import (
     select_top_k,
 )
 
-from ..losses.test_fused_loss import normal
+from ..losses.loss_problems import normal
 from ..models.tiny import FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
-from ..training.driving import Run, assert_close, assert_identical, cell, distil
-from ..training.test_trainer import Stopped, stop_at
+from ..training.driving import Run, Stopped, assert_close, assert_identical, cell, distil, stop_at
 
 BLOCKS, TOKENS, WIDTH, VOCABULARY = 2, 7, 5, 11
 DIVERGENCES = (

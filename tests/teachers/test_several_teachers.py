@@ -17,7 +17,7 @@ from gkd_lab.losses.terms import WeightedLoss, WeightedLosses
 from gkd_lab.models.projection import Projection
 
 from ..losses.descriptions import parse
-from ..losses.test_fused_loss import normal
+from ..losses.loss_problems import normal
 from ..models.tiny import FAMILIES, tiny_model
 from ..training.driving import assert_close, assert_identical, cell, distil
 

@@ -140,3 +140,35 @@ def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     differing = [name for name, value in one.items() if not torch.equal(value, other[name])]
     assert not differing
+
+
+MIXED = (
+    {"lmbda": 0.0, "beta": 0.0},
+    {"lmbda": 0.5, "beta": 0.1, "teacher_temperature": 0.5},
+    {"lmbda": 1.0, "beta": 0.5, "learning_rate": 1e-4},
+    {"lmbda": 0.5, "beta": 0.9, "seed": 1, "temperature": 0.7},
+    {"lmbda": 1.0, "beta": 1.0, "seed": 1},
+)
+"""Cells of two seeds that differ in everything in which the cells of a pack may differ."""
+
+
+def mixed(folder: Path) -> list[Any]:
+    return [cell(folder, str(n), **kind) for n, kind in enumerate(MIXED)]  # type: ignore[arg-type]
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+def stop_at(step: int) -> Any:
+    def prepare(trainer: GKDTrainer) -> None:
+        save = trainer._save_checkpoint
+
+        def save_and_stop(*args: Any) -> None:
+            save(*args)
+            if trainer.state.global_step == step:
+                raise Stopped
+
+        trainer._save_checkpoint = save_and_stop  # type: ignore[method-assign]
+
+    return prepare

@@ -19,38 +19,13 @@ from gkd_lab.losses.terms import WeightedLoss
 from gkd_lab.models.forward import Sequences, compute_completion_logits
 from gkd_lab.models.packing import Pack
 from gkd_lab.models.rng import draw_permutation, draw_uniforms, is_on_policy
-from gkd_lab.training.pack_trainer import AllCellsFailed
 from gkd_lab.training.sampling import generate_completions
 from gkd_lab.training.trainer import GKDTrainer
 
 from ..models.tiny import END, FAMILIES, PAD, tiny_examples, tiny_model, tiny_tokenizer
-from .driving import Run, arguments, assert_close, assert_identical, cell, distil
+from .driving import MIXED, Run, arguments, assert_close, assert_identical, cell, distil, mixed
 
-MIXED = (
-    {"lmbda": 0.0, "beta": 0.0},
-    {"lmbda": 0.5, "beta": 0.1, "teacher_temperature": 0.5},
-    {"lmbda": 1.0, "beta": 0.5, "learning_rate": 1e-4},
-    {"lmbda": 0.5, "beta": 0.9, "seed": 1, "temperature": 0.7},
-    {"lmbda": 1.0, "beta": 1.0, "seed": 1},
-)
-"""Cells of two seeds that differ in everything in which the cells of a pack may differ."""
-
-
-@pytest.fixture(autouse=True)
-def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' norms cast to float32, which would turn a difference of 1e-16 into one of 1e-8."""
-    cast = torch.Tensor.to
-
-    def to(tensor: Tensor, *args: Any, **more: Any) -> Tensor:
-        hidden = tensor.dtype == torch.float64 and tensor.dim() == 3
-        narrows = hidden and args[:1] == (torch.float32,)
-        return tensor if narrows else cast(tensor, *args, **more)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-
-
-def mixed(folder: Path) -> list[Any]:
-    return [cell(folder, str(n), **kind) for n, kind in enumerate(MIXED)]  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("float64_norms")
 
 
 def largest_difference(one: Run, other: Run, mine: int, its: int) -> float:
@@ -177,88 +152,6 @@ def test_without_a_limit_nothing_is_clipped(tmp_path: Path) -> None:
     assert_close(free.weights(), loose.weights(), 1e-12)
     moved = sum((free.weights()[k] - tight.weights()[k]).abs().sum() for k in free.weights())
     assert moved > 1e-3
-
-
-# ---- resuming ----
-
-
-class Stopped(Exception):
-    """Stands for a killed process."""
-
-
-def stop_at(step: int) -> Any:
-    def prepare(trainer: GKDTrainer) -> None:
-        save = trainer._save_checkpoint
-
-        def save_and_stop(*args: Any) -> None:
-            save(*args)
-            if trainer.state.global_step == step:
-                raise Stopped
-
-        trainer._save_checkpoint = save_and_stop  # type: ignore[method-assign]
-
-    return prepare
-
-
-@pytest.mark.parametrize(
-    ("family", "optimizer"),
-    (("decoder-only", "adamw_torch_fused"), ("encoder-decoder", "adafactor")),
-)
-@pytest.mark.parametrize("stop", (2, 5, 6))
-def test_stopped_and_resumed_equals_straight_bit_for_bit(
-    family: Family, optimizer: str, stop: int, tmp_path: Path
-) -> None:
-    """Five steps are an epoch, so that 2, 5 and 6 lie before, on and behind its boundary."""
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "optim": optimizer,
-        "max_steps": 8,
-        "save_strategy": "steps",
-        "save_steps": stop,
-    }
-    straight = distil(tmp_path / "a", family, mixed(tmp_path / "a"), **options)
-    cells = mixed(tmp_path / "b")
-    with pytest.raises(Stopped):
-        distil(tmp_path / "b", family, cells, prepare=stop_at(stop), **options)
-    place = f"{cells[0].output_dir}/checkpoint-{stop}"
-    resumed = distil(tmp_path / "b", family, cells, resume=place, **options)
-    for n in range(len(cells)):
-        assert_identical(resumed.weights(n), straight.weights(n))
-        assert resumed.history[n] == straight.history[n][stop:]
-
-
-@pytest.mark.parametrize("packed", (True, False))
-def test_dropout_too_is_resumed_bit_for_bit(packed: bool, tmp_path: Path) -> None:
-    def run(folder: Path, **more: Any) -> Run:
-        return distil(
-            folder,
-            "decoder-only",
-            [cell(folder, lmbda=0.5)],
-            packed=packed,
-            students=[tiny_model("decoder-only", 7, dropout=0.3, dtype=torch.float32)],
-            teacher=tiny_model("decoder-only", 3, dtype=torch.float32),
-            disable_dropout=False,
-            max_steps=4,
-            save_strategy="steps",
-            save_steps=2,
-            **more,
-        )
-
-    straight = run(tmp_path / "a")
-    with pytest.raises(Stopped):
-        run(tmp_path / "b", prepare=stop_at(2))
-    place = tmp_path / "b" / ("0/checkpoint-2" if packed else "checkpoint-2")
-    resumed = run(tmp_path / "b", resume=str(place))
-    assert_identical(resumed.weights(), straight.weights())
-    without = distil(tmp_path, "decoder-only", [cell(tmp_path)], dtype=torch.float32, max_steps=4)
-    assert without.losses() != straight.losses(), "dropout must do something here"
-
-
-def test_only_the_last_checkpoint_of_each_cell_stays(tmp_path: Path) -> None:
-    cells = mixed(tmp_path)
-    distil(tmp_path, "decoder-only", cells, max_steps=4, save_strategy="steps", save_steps=2)
-    for cell_args in cells:
-        assert [path.name for path in Path(cell_args.output_dir).iterdir()] == ["checkpoint-4"]
 
 
 # ---- what must not matter ----
@@ -494,55 +387,6 @@ def test_weight_decay_acts_on_each_cell_and_spares_norms(tmp_path: Path) -> None
     assert_close(packed.weights(0), alone.weights(), 1e-12)
     moved = max((alone.weights()[k] - free.weights()[k]).abs().max() for k in free.weights())
     assert moved > 1e-3
-
-
-# ---- failures ----
-
-
-def poisoned(cells: int, broken: int, family: Family = "decoder-only") -> list[Any]:
-    models = [tiny_model(family, 7) for _ in range(cells)]
-    with torch.no_grad():
-        models[broken].get_input_embeddings().weight[5] = torch.nan
-    return models
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cell_without_a_number_is_frozen_and_its_neighbours_go_on(family: Family, tmp_path: Path) -> None:
-    cells = mixed(tmp_path)
-    healthy = distil(tmp_path, family, cells)
-    run = distil(tmp_path, family, cells, students=poisoned(len(cells), 1, family))
-    assert list(run.trainer.failures) == [1]
-    assert run.trainer.failures[1].startswith("the loss is nan")
-    for n in (0, 2, 3, 4):
-        assert run.history[n] == healthy.history[n]
-        assert_identical(run.weights(n), healthy.weights(n))
-    before = poisoned(1, 0, family)[0]
-    for name, value in before.named_parameters():
-        torch.testing.assert_close(run.weights(1)[name], value.detach(), equal_nan=True)
-
-
-@pytest.mark.parametrize("optimizer", ("adamw_torch_fused", "adafactor"))
-def test_a_cell_that_diverges_later_is_frozen_then(optimizer: str, tmp_path: Path) -> None:
-    calm, wild = cell(tmp_path, "0"), cell(tmp_path, "1", learning_rate=1e200)
-    options: dict[str, Any] = {"max_steps": 8, "optim": optimizer}
-    run = distil(tmp_path, "decoder-only", [calm, wild], **options)
-    healthy = distil(tmp_path, "decoder-only", [calm, replace(wild, learning_rate=1e-3)], **options)
-    assert list(run.trainer.failures) == [1]
-    assert 1 < int(run.trainer.failures[1].rsplit(" ", 1)[1]) <= 8
-    assert run.history[0] == healthy.history[0]
-    assert_identical(run.weights(0), healthy.weights(0))
-
-
-def test_training_stops_with_the_reasons_when_all_cells_fail(tmp_path: Path) -> None:
-    models = [poisoned(1, 0)[0], poisoned(1, 0)[0]]
-    cells = [cell(tmp_path, str(n), lmbda=lmbda) for n, lmbda in enumerate((0.0, 1.0))]
-    with pytest.raises(AllCellsFailed, match="nan at step"):
-        distil(tmp_path, "decoder-only", cells, students=models)
-
-
-def test_a_plain_model_that_fails_stops_too(tmp_path: Path) -> None:
-    with pytest.raises(AllCellsFailed, match="nan at step 1"):
-        distil(tmp_path, "decoder-only", [cell(tmp_path, lmbda=0)], packed=False, students=poisoned(1, 0))
 
 
 # ---- the trainer as a user meets it ----
