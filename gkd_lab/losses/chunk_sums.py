@@ -7,7 +7,7 @@ Shapes: K cells, k of them at once, M blocks of teacher rows, m of them at once,
 in a chunk, V vocabulary, H width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,13 @@ SLICE_BYTES = 2**20
 MIN_CHUNK_TOKENS = 128
 """Blocks, then cells, are taken one after another rather than all at once in chunks of fewer tokens."""
 
-Rows = slice | Tensor
-"""Numbers of tokens of a block: a slice (a view) or a tensor, (n,)."""
+Index = slice | Tensor
+"""Selects cells, blocks or tokens along their axis: a slice (a view) or their numbers."""
 CellTerms = tuple[tuple[int, WeightedLoss], ...]
 """(number, term) of the terms that are computed from logits."""
 
 
-def build_index(numbers: Sequence[int], device: torch.device) -> Rows:
+def build_index(numbers: Sequence[int], device: torch.device) -> Index:
     """Return what selects ascending or equal numbers of an axis: a slice, for a view, if it can, or a tensor.
 
     Equal numbers become a slice of length 1, which is broadcast.
@@ -48,7 +48,7 @@ def build_index(numbers: Sequence[int], device: torch.device) -> Rows:
     return torch.tensor(numbers, device=device)
 
 
-def write_rows(tensor: Tensor, cells: Rows, rows: Rows, values: Tensor) -> None:
+def write_rows(tensor: Tensor, cells: Index, rows: Index, values: Tensor) -> None:
     """Set tensor[cells, rows] to the values, (k, n, ...)."""
     if isinstance(cells, slice):
         tensor[cells][:, rows] = values
@@ -67,7 +67,7 @@ class Part:
     """
 
     cell_sets: tuple[tuple[int, ...], ...]
-    chunks: Sequence[Rows]
+    chunks: Sequence[Index]
 
 
 def takes_all_blocks(device: torch.device) -> bool:
@@ -139,10 +139,6 @@ class TeacherReaders:
         self, arguments: LossArguments, vocabulary: int, dtype: torch.dtype, parts: Sequence[Part]
     ) -> None:
         self.arguments, self.device = arguments, arguments.weights.device
-        self.targets = [
-            [term.target for _, term in arguments.logit_terms(cell) if isinstance(term.loss, TeacherLoss)]
-            for cell in range(len(arguments.terms))
-        ]
         max_rows = max((self._count_rows(part) for part in parts), default=1)
         self.readers: dict[int, LogitReader] = {
             number: teacher.create_reader(vocabulary, dtype, max_rows)
@@ -155,9 +151,9 @@ class TeacherReaders:
         return len(blocks) * max(count_rows(rows) for rows in part.chunks)
 
     def read_targets(
-        self, blocks: Sequence[int], rows: Rows, cells: Sequence[int]
+        self, blocks: Sequence[int], rows: Index, targets: Iterable[TeacherTarget]
     ) -> dict[TeacherTarget, Tensor]:
-        """Return target -> logits (m, n, V) of these blocks, for these cells; each teacher is read once."""
+        """Return target -> logits (m, n, V) of these blocks; each teacher is read once."""
         logits: dict[int, Tensor] = {}
         index = build_index(blocks, self.device)
 
@@ -169,11 +165,10 @@ class TeacherReaders:
 
         routes = self.arguments.routes
         routes = None if routes is None else routes[index][:, rows]
-        targets = dict.fromkeys(target for cell in cells for target in self.targets[cell])
         return {target: target.combine_logits(read_teacher, routes) for target in targets}
 
 
-def count_rows(rows: Rows) -> int:
+def count_rows(rows: Index) -> int:
     """Return how many tokens a chunk has."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
@@ -187,9 +182,9 @@ class CellGroup:
     """
 
     numbers: tuple[int, ...]
-    cells: Rows
-    positions: Rows
-    blocks: Rows
+    cells: Index
+    positions: Index
+    blocks: Index
     terms: CellTerms
 
 
@@ -234,8 +229,8 @@ class ChunkSums:
         ]
         self.is_differentiated = any(gradient is not None for gradient in self.gradients)
         self.parts = plan_parts(arguments, vocabulary, wide)
-        most = [len(part.cell_sets[0]) * max(map(count_rows, part.chunks)) for part in self.parts]
-        self.logits_buffer = student.new_empty(max(most, default=0) * vocabulary, dtype=wide)
+        rows_of_parts = [len(part.cell_sets[0]) * max(map(count_rows, part.chunks)) for part in self.parts]
+        self.logits_buffer = student.new_empty(max(rows_of_parts, default=0) * vocabulary, dtype=wide)
 
     @property
     def entropies(self) -> Tensor:
@@ -255,11 +250,13 @@ class ChunkSums:
             if not cells_of_chunk:
                 continue
             blocks = sorted({self.arguments.block_of_cell[cell] for cell in cells_of_chunk})
-            targets = readers.read_targets(blocks, rows, cells_of_chunk)
+            terms = [term for cell in cells_of_chunk for _, term in self.term_lists[cell]]
+            distinct = dict.fromkeys(term.target for term in terms if isinstance(term.loss, TeacherLoss))
+            targets = readers.read_targets(blocks, rows, distinct)
             for cells in filter(None, cell_sets):
                 self._add_chunk(cells, blocks, rows, targets)
 
-    def _select_active(self, cells: tuple[int, ...], rows: Rows) -> tuple[int, ...]:
+    def _select_active(self, cells: tuple[int, ...], rows: Index) -> tuple[int, ...]:
         """Return those of the cells that are trained on a token of the chunk or on a later one."""
         lengths = self.arguments.lengths
         if lengths is None or isinstance(rows, Tensor):
@@ -271,7 +268,7 @@ class ChunkSums:
         self,
         cells: tuple[int, ...],
         blocks: Sequence[int],
-        rows: Rows,
+        rows: Index,
         targets: Mapping[TeacherTarget, Tensor],
     ) -> None:
         """Add the losses and gradients of the cells' tokens `rows` to the sums."""
@@ -281,7 +278,7 @@ class ChunkSums:
         for group in self._list_groups(cells, blocks):
             part = raw[group.positions]
             self._replace_logits_by_gradient(group, part, rows, targets)
-            if isinstance(group.positions, Tensor):
+            if self.is_differentiated and isinstance(group.positions, Tensor):
                 raw[group.positions] = part
         if self.is_differentiated:
             self._add_parameter_gradients(index, rows, hidden, head, raw)
@@ -303,7 +300,7 @@ class ChunkSums:
             )
 
     def _replace_logits_by_gradient(
-        self, group: CellGroup, raw: Tensor, rows: Rows, targets: Mapping[TeacherTarget, Tensor]
+        self, group: CellGroup, raw: Tensor, rows: Index, targets: Mapping[TeacherTarget, Tensor]
     ) -> None:
         """Add the loss of a group's tokens `rows`; overwrite `raw`, h W^T + b, (k, n, V), with its gradient.
 
@@ -315,24 +312,25 @@ class ChunkSums:
         weights = self.weights[:, group.cells][:, :, rows]
         for first in range(0, count, size):
             places = slice(first, min(first + size, count))
-            part, some_rows = raw[:, places], _select_rows(rows, places)
+            part, slice_weights = raw[:, places], weights[:, :, places]
             logits = self.head.scale_and_cap(part)
-            some_targets = {
+            slice_targets = {
                 term.target: targets[term.target][group.blocks][:, places]
                 for _, term in group.terms
                 if isinstance(term.loss, TeacherLoss)
             }
-            some_weights = weights[:, :, places]
-            gradient = self._add_term_values(group, logits, some_rows, some_targets, some_weights)
+            gradient = self._add_term_values(
+                group, logits, _select_rows(rows, places), slice_targets, slice_weights
+            )
             if self.is_differentiated:
                 gradient = self.head.compute_raw_gradient(gradient, logits)
-                torch.mul(gradient, some_weights[1, ..., None], out=part)
+                torch.mul(gradient, slice_weights[1, ..., None], out=part)
 
     def _add_term_values(
         self,
         group: CellGroup,
         logits: Tensor,
-        rows: Rows,
+        rows: Index,
         targets: Mapping[TeacherTarget, Tensor],
         weights: Tensor,
     ) -> Tensor:
@@ -354,8 +352,8 @@ class ChunkSums:
             columns += [values] if columns else [entropies, values]
             total = gradient if total is None else total.add_(gradient)
         assert total is not None, "a loss has a term"
-        if len(columns) > len(weights):
-            weights = weights[[0, *[1] * len(group.terms)]]
+        if len(group.terms) > 1:
+            weights = torch.cat([weights[:1], weights[1:].expand(len(group.terms), -1, -1)])
         sums = torch.stack(columns).mul_(weights).sum(-1)
         numbers = build_index([0, *(1 + number for number, _ in group.terms)], self.device)
         if isinstance(numbers, slice) and isinstance(group.cells, slice):
@@ -364,7 +362,7 @@ class ChunkSums:
             write_rows(self.totals, numbers, group.cells, self.totals[numbers][:, group.cells] + sums)
         return total
 
-    def _read_scales(self, group: CellGroup, number: int, rows: Rows) -> Tensor | None:
+    def _read_scales(self, group: CellGroup, number: int, rows: Index) -> Tensor | None:
         """Return the factors on the weights of a term's tokens, (k, n), or None if it has none."""
         scales = [self.arguments.scales.get((cell, number)) for cell in group.numbers]
         present = [scale for scale in scales if scale is not None]
@@ -375,7 +373,7 @@ class ChunkSums:
         group: CellGroup,
         term: WeightedLoss,
         logits: Tensor,
-        rows: Rows,
+        rows: Index,
         targets: Mapping[TeacherTarget, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return a term's values, (k, n), gradient, (k, n, V), and entropies, (k, n), all before weights."""
@@ -396,7 +394,7 @@ class ChunkSums:
         return values.view(shape), gradient.view_as(logits), entropies.view(shape)
 
     def _add_parameter_gradients(
-        self, cells: Rows, rows: Rows, hidden: Tensor, head: Projection, raw: Tensor
+        self, cells: Index, rows: Index, hidden: Tensor, head: Projection, raw: Tensor
     ) -> None:
         """Add a chunk's gradients of hidden states, weight and bias, where needed, to the sums.
 
@@ -428,7 +426,7 @@ class ChunkSums:
             write_rows(hidden_gradient, cells, rows, total)
 
 
-def _add_cells(tensor: Tensor, cells: Rows, values: Tensor) -> None:
+def _add_cells(tensor: Tensor, cells: Index, values: Tensor) -> None:
     """Add the values, (k, ...), to the tensor, (K, ...), at these cells, in place."""
     if isinstance(cells, slice):
         tensor[cells].add_(values)
@@ -436,7 +434,7 @@ def _add_cells(tensor: Tensor, cells: Rows, values: Tensor) -> None:
         tensor.index_add_(0, cells, values)
 
 
-def _select_rows(rows: Rows, places: slice) -> Rows:
+def _select_rows(rows: Index, places: slice) -> Index:
     """Return the tokens at these places of a chunk."""
     if isinstance(rows, slice):
         return slice(rows.start + places.start, rows.start + places.stop)

@@ -64,7 +64,7 @@ class MetricAccumulator:
         """Add values, (n, K), to the device's sums from number `first` on; the sums move to their device."""
         if self._device_sums.device != values.device:
             self._device_sums = self._device_sums.to(values.device)
-        self._device_sums[first : first + len(values)] += values
+        self._device_sums[first : first + len(values)].add_(values)
 
     def add_micro_batch(self, losses: Tensor, entropies: Tensor, batch: MicroBatch, end_ids: Tensor) -> None:
         """Add a micro-batch: losses (K,) are shares of the step's loss, entropies (K,) sums over tokens.
@@ -95,7 +95,7 @@ class MetricAccumulator:
             if name in self._host_sums:
                 self._host_sums[name] += value
             else:
-                self._device_sums[DEVICE_NAMES.index(name)] += value
+                self._device_sums[DEVICE_NAMES.index(name)].add_(value)
 
     def add_term_losses(self, term_losses: Tensor) -> None:
         """Add a micro-batch's loss of each term of each cell, (K, most terms of a cell), to the term sums."""

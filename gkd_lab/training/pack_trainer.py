@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,13 @@ class PackTrainer(Trainer):
 
     def note_losses(self, losses: Tensor) -> None:
         """Keep the cells' losses, (K,), of a micro-batch until `check_step`: the first that is not finite."""
-        known = self._step_losses
-        self._step_losses = losses if known is None else torch.where(known.isfinite(), losses, known)
+        previous = self._step_losses
+        self._step_losses = losses if previous is None else torch.where(previous.isfinite(), losses, previous)
 
     def note_completed_rows(self, rows: int, completed: Tensor) -> None:
         """Keep the number, (), of a micro-batch's rows that have a completion until `check_step`."""
-        known = self._completed_rows
-        self._completed_rows = completed if known is None else known + completed
+        previous = self._completed_rows
+        self._completed_rows = completed if previous is None else previous + completed
         self._off_policy_rows += rows
 
     def check_step(self, norms: Tensor | None) -> None:
@@ -159,15 +160,15 @@ class PackTrainer(Trainer):
         """
         losses, completed, rows = self._step_losses, self._completed_rows, self._off_policy_rows
         self._step_losses, self._completed_rows, self._off_policy_rows = None, None, 0
-        completed = None if completed is None else completed[None]
         parts = {"losses": losses, "norms": norms, "completed": completed}
-        known = {name: part for name, part in parts.items() if part is not None}
+        tensors = {name: part.reshape(-1) for name, part in parts.items() if part is not None}
         if losses is not None and self.args.world_size > 1:
-            known["elsewhere"] = self.sum_over_ranks((~losses.isfinite()).double()).to(losses.device)
-        if not known:
+            bad_ranks = self.sum_over_ranks((~losses.isfinite()).double())
+            tensors["bad_ranks"] = bad_ranks.to(losses.device)
+        if not tensors:
             return
-        values = iter(torch.cat(list(known.values())).tolist())  # in the widest of their dtypes
-        read = {name: [next(values) for _ in range(len(part))] for name, part in known.items()}
+        values = iter(torch.cat(list(tensors.values())).tolist())  # in the widest of their dtypes
+        read = {name: list(islice(values, len(tensor))) for name, tensor in tensors.items()}
         empty = rows - read["completed"][0] if "completed" in read else 0
         if empty:
             raise ValueError(
@@ -177,7 +178,7 @@ class PackTrainer(Trainer):
         for n, loss in enumerate(read.get("losses", ())):
             if not math.isfinite(loss):
                 self.fail_cell(n, f"the loss is {loss}")
-            elif any(read.get("elsewhere", ())[n : n + 1]):
+            elif any(read.get("bad_ranks", ())[n : n + 1]):
                 self.fail_cell(n, f"the loss is {loss} in this process and not finite in another")
         for n, norm in enumerate(read.get("norms", ())):
             if not math.isfinite(norm):
