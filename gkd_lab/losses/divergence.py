@@ -72,7 +72,8 @@ class Divergence(TeacherLoss):
 
     def __call__(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
         """Return the value of each token, (N,), by the formulas above and autograd: the reference."""
-        log_q, log_p, log_ratio = self._compute_logs(student_logits_NV, teacher_logits_NV)
+        temperatures = self.student_temperature, self.teacher_temperature
+        log_q, log_p, log_ratio = compute_logs(student_logits_NV, teacher_logits_NV, *temperatures)
         return self.factor * FORMULAS[self.kind].value(log_q, log_p, log_ratio, self.beta)
 
     @torch.no_grad()
@@ -95,11 +96,6 @@ class Divergence(TeacherLoss):
             gradient *= factor / self.student_temperature
         value = value.clamp_min_(0)
         return value if factor == 1 else value.mul_(factor), gradient, entropy
-
-    def _compute_logs(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tuple[Tensor, ...]:
-        """Return log q, log p and log p / q at the two temperatures, (N, V) each."""
-        temperatures = self.student_temperature, self.teacher_temperature
-        return compute_logs(student_logits_NV, teacher_logits_NV, *temperatures)
 
 
 def generalized_jsd(
@@ -154,9 +150,8 @@ def compute_logs(
         correction = difference.sub_(log_ratio)
         is_finite = correction.isfinite()
         correction.masked_fill_(~is_finite, 0)
-        weights = (
-            log_q.exp() + log_p.exp()
-        ) * is_finite  # of both, so that swapped arguments negate the result
+        # Of both distributions, so that swapped arguments negate the result.
+        weights = (log_q.exp() + log_p.exp()) * is_finite
         mean = _row_dot(weights, correction) / weights.sum(-1).clamp_min_(torch.finfo(weights.dtype).tiny)
         correction.sub_(mean[..., None]).mul_(is_finite)
     return log_q, log_p, log_ratio + correction
