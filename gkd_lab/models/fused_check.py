@@ -50,7 +50,7 @@ def build_fused_decoder(
     Compares the model with its decoder at the first call. The reason for None is logged once.
     """
     try:
-        find_parts(model, n_positions)
+        parts = find_parts(model, n_positions)
     except CannotFuse as error:
         _log_reason(model, logging.INFO, str(error))
         return None
@@ -59,10 +59,11 @@ def build_fused_decoder(
         verdict = _verdicts[model] = check_fused_decoder(model)
     if verdict.reason is not None:
         _log_reason(model, logging.WARNING, verdict.reason)
-    if verdict.reason is not None or not _has_room(model):
+        return None
+    if not _has_room(model):
         return None
     return _create_decoder(
-        model, _get_product_dtype(model), verdict.norm_offset, n_positions, vocabulary=vocabulary
+        parts, _get_product_dtype(model), verdict.norm_offset, n_positions, vocabulary=vocabulary
     )
 
 
@@ -77,15 +78,14 @@ def find_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts | T5Par
 
 
 def _create_decoder(
-    model: PreTrainedModel,
+    parts: DecoderParts | T5Parts,
     dtype: torch.dtype,
     norm_offset: int,
     n_positions: int,
     *,
     vocabulary: int | None = None,
 ) -> TokenDecoder:
-    """Return a decoder with the model's present weights, of the class for its modules."""
-    parts = find_parts(model, n_positions)
+    """Return a decoder with the present weights of a model's modules, of the class for them."""
     options: dict[str, Any] = {
         "norm_offset": norm_offset,
         "n_positions": n_positions,
@@ -104,7 +104,14 @@ def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
             reference = _get_wide_model(model)
             batch = make_random_batch(reference, count_cells(reference))
             expected = compute_completion_logits(reference, batch)
-            errors = {offset: _compare_logits(reference, batch, expected, offset) for offset in NORM_OFFSETS}
+            n_positions = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
+            parts = find_parts(reference, n_positions)
+            errors = {
+                offset: _compare_logits(
+                    _create_decoder(parts, expected.dtype, offset, n_positions), batch, expected
+                )
+                for offset in NORM_OFFSETS
+            }
     except torch.OutOfMemoryError:
         return FusedVerdict(reason="too little memory to compare its fused decode step")
     except (AttributeError, CannotFuse, RuntimeError, TypeError, ValueError) as error:
@@ -118,10 +125,8 @@ def check_fused_decoder(model: PreTrainedModel) -> FusedVerdict:
     return FusedVerdict(offset)
 
 
-def _compare_logits(model: PreTrainedModel, batch: Sequences, expected: Tensor, norm_offset: int) -> float:
-    """Return the relative error of the fused decoder's logits; inf if it prefers another token."""
-    n_positions = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
-    decoder = _create_decoder(model, expected.dtype, norm_offset, n_positions)
+def _compare_logits(decoder: TokenDecoder, batch: Sequences, expected: Tensor) -> float:
+    """Return the relative error of a fused decoder's logits; inf if it prefers another token."""
     logits = compute_forced_logits(decoder, batch)
     if expected.isfinite().all() and not torch.equal(logits.argmax(-1), expected.argmax(-1)):
         return math.inf
