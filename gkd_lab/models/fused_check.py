@@ -23,6 +23,7 @@ from gkd_lab.models.fused_t5 import FusedT5Decoder, T5Parts, find_t5_parts
 from gkd_lab.models.heads import compute_relative_error
 from gkd_lab.models.pack_check import get_tolerance, make_random_batch
 from gkd_lab.models.packed_layers import PackedModule, count_cells
+from gkd_lab.models.projection import get_product_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,8 @@ def build_fused_decoder(
         return None
     if not _has_room(model):
         return None
-    return _create_decoder(
-        parts, _get_product_dtype(model), verdict.norm_offset, n_positions, vocabulary=vocabulary
-    )
+    dtype = get_product_dtype(model.device, model.dtype)
+    return _create_decoder(parts, dtype, verdict.norm_offset, n_positions, vocabulary=vocabulary)
 
 
 def find_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts | T5Parts:
@@ -183,11 +183,3 @@ def _has_cast_weights(model: PreTrainedModel) -> bool:
         for module in model.modules()
         if isinstance(module, PackedModule)
     )
-
-
-def _get_product_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype of the model's products: autocast's, if it is on and casts these weights."""
-    device = model.device.type
-    if torch.is_autocast_enabled(device) and model.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return model.dtype

@@ -26,7 +26,7 @@ from gkd_lab.models.forward import (
     unwrap_model,
 )
 from gkd_lab.models.packed_layers import PackedLinear
-from gkd_lab.models.projection import Projection
+from gkd_lab.models.projection import Projection, get_product_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,8 @@ class _HeadStandIn(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Record the head's input, cast as autocast would, and return one constant logit, (1, 1, 1)."""
-        self.captured_inputs.append(_cast_for_autocast(hidden))
+        # As autocast casts the input of a linear layer.
+        self.captured_inputs.append(hidden.to(get_product_dtype(hidden.device, hidden.dtype)))
         return self.captured_inputs[-1].new_full((1, 1, 1), self.logit)
 
     def __getattr__(self, name: str) -> Any:
@@ -329,14 +330,6 @@ def _replace_head(head: nn.Module, slots: Sequence[ModuleSlot], logit: float) ->
     finally:
         for parent, name in slots:
             setattr(parent, name, head)
-
-
-def _cast_for_autocast(hidden: Tensor) -> Tensor:
-    """Return hidden states cast as autocast casts a linear layer's; float64 or without autocast unchanged."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _read_scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:

@@ -16,6 +16,13 @@ HAS_WIDE_RESULTS = "dtype_out" in torch.ops.aten.baddbmm.overloads()
 """CUDA can multiply half precision into float32 (torch 2.8 and later)."""
 
 
+def get_product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of matrix products of tensors: autocast's, if it is on and casts them; else theirs."""
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 @dataclass(frozen=True)
 class Projection:
     """Map from last hidden states to logits: z = cap * tanh(scale * (h W^T + b) / cap).
@@ -87,17 +94,19 @@ class MatmulPrecision:
     @staticmethod
     def create(hidden: Tensor, result_dtype: torch.dtype) -> "MatmulPrecision":
         """Return a precision: operands in autocast's dtype if that applies, else in the dtype of `hidden`."""
-        device = hidden.device.type
-        autocasts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        return MatmulPrecision(torch.get_autocast_dtype(device) if autocasts else hidden.dtype, result_dtype)
+        return MatmulPrecision(get_product_dtype(hidden.device, hidden.dtype), result_dtype)
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         """Write the batched product left @ right into `out`, or add it to `out` if `accumulate`."""
         left, right = left.to(self.operand_dtype), right.to(self.operand_dtype)
-        if out.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS:
+        if self._multiplies_into_wide(out):
             torch.baddbmm(out, left, right, out_dtype=self.result_dtype, beta=int(accumulate), out=out)
         else:
             out.baddbmm_(left.to(self.result_dtype), right.to(self.result_dtype), beta=int(accumulate))
+
+    def _multiplies_into_wide(self, tensor: Tensor) -> bool:
+        """Check whether the tensor's device multiplies operands of this precision into a wider dtype."""
+        return tensor.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS
 
     def convert_head(self, head: Projection) -> Projection:
         """Return a head with its weight in the operands' dtype, converted once instead of by each chunk.
@@ -111,10 +120,9 @@ class MatmulPrecision:
     def split_rows(self, weight: Tensor) -> Iterator[slice]:
         """Yield slices over V of a head (K, V, H): 32,768 rows in all, or one if nothing is converted."""
         vocabulary = weight.shape[1]
-        multiplies_into_wide = weight.is_cuda and self.operand_dtype in HALF_DTYPES and HAS_WIDE_RESULTS
         is_operand = weight.dtype == self.operand_dtype
         is_converted = not is_operand or (
-            self.operand_dtype != self.result_dtype and not multiplies_into_wide
+            self.operand_dtype != self.result_dtype and not self._multiplies_into_wide(weight)
         )
         rows = max(CONVERTED_ROWS // len(weight), 1) if is_converted else vocabulary
         return (slice(start, start + rows) for start in range(0, vocabulary, rows))
