@@ -54,18 +54,24 @@ class LayerParts:
 
 
 @dataclass(frozen=True)
-class DecoderParts:
-    """The modules and sizes of a decoder: `n_heads` heads of `head_width` share `n_kv_heads` keys."""
+class CommonParts:
+    """The modules and sizes that every fused decoder has: `n_heads` heads of attention of `head_width`."""
 
     embedding: nn.Module
-    layers: tuple[LayerParts, ...]
     final_norm: nn.Module
-    rotary: nn.Module
     head: LinearModule
     n_heads: int
-    n_kv_heads: int
     head_width: int
     norm_epsilon: float
+
+
+@dataclass(frozen=True)
+class DecoderParts(CommonParts):
+    """The modules and sizes of a Llama-like decoder, whose heads share `n_kv_heads` keys."""
+
+    layers: tuple[LayerParts, ...]
+    rotary: nn.Module
+    n_kv_heads: int
 
 
 def find_decoder_parts(model: PreTrainedModel, n_positions: int) -> DecoderParts:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from gkd_lab.models.decoder_parts import CannotFuse, DecoderParts, find_decoder_parts
 from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
-from gkd_lab.models.fused_decoder import FusedDecoder, TokenDecoder
+from gkd_lab.models.fused_base import TokenDecoder
+from gkd_lab.models.fused_decoder import FusedDecoder
 from gkd_lab.models.fused_t5 import FusedT5Decoder, T5Parts, find_t5_parts
 from gkd_lab.models.heads import compute_relative_error
 from gkd_lab.models.pack_check import get_tolerance, make_random_batch

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gkd_lab.models.decoder_parts import (
     CannotFuse,
+    CommonParts,
     LinearModule,
     check_children,
     check_linear,
@@ -25,10 +26,10 @@ from gkd_lab.models.decoder_parts import (
     read_weight,
 )
 from gkd_lab.models.forward import eval_mode
-from gkd_lab.models.fused_decoder import (
+from gkd_lab.models.fused_base import (
     DecodeStart,
     StaticCache,
-    UnitNorm,
+    TokenDecoder,
     add_product_,
     allocate_states,
     build_mask,
@@ -58,17 +59,11 @@ class T5LayerParts:
 
 
 @dataclass(frozen=True)
-class T5Parts:
+class T5Parts(CommonParts):
     """The modules and sizes of a T5; `head_factor` scales the decoder's output."""
 
     encoder: PreTrainedModel
-    embedding: nn.Module
     layers: tuple[T5LayerParts, ...]
-    final_norm: nn.Module
-    head: LinearModule
-    n_heads: int
-    head_width: int
-    norm_epsilon: float
     head_factor: float
     start_id: int
 
@@ -105,25 +100,26 @@ def _find_layer_parts(number: int, block: Any) -> T5LayerParts:
     """Return the modules of decoder layer `number`; the first one has the table of position biases."""
     if len(block.layer) != 3:
         raise CannotFuse(f"a decoder layer has {len(block.layer)} parts")
-    own, cross, mlp = block.layer
-    check_children("attention", own, frozenset({"SelfAttention", "layer_norm", "dropout"}))
-    check_children("attention", cross, frozenset({"EncDecAttention", "layer_norm", "dropout"}))
-    check_children("an MLP", mlp, frozenset({"DenseReluDense", "layer_norm", "dropout"}))
+    self_part, cross_part, mlp_part = block.layer
+    check_children("attention", self_part, frozenset({"SelfAttention", "layer_norm", "dropout"}))
+    check_children("attention", cross_part, frozenset({"EncDecAttention", "layer_norm", "dropout"}))
+    check_children("an MLP", mlp_part, frozenset({"DenseReluDense", "layer_norm", "dropout"}))
+    attention, cross_attention = self_part.SelfAttention, cross_part.EncDecAttention
     table = frozenset() if number else frozenset({"relative_attention_bias"})
-    check_children("attention", own.SelfAttention, ATTENTION_CHILDREN | table)
-    check_children("attention", cross.EncDecAttention, ATTENTION_CHILDREN)
-    dense = mlp.DenseReluDense
+    check_children("attention", attention, ATTENTION_CHILDREN | table)
+    check_children("attention", cross_attention, ATTENTION_CHILDREN)
+    dense = mlp_part.DenseReluDense
     names = GATED if "wi_0" in dict(dense.named_children()) else PLAIN
     check_children("an MLP", dense, MLP_CHILDREN | set(names))
-    for attention in (own.SelfAttention, cross.EncDecAttention):
+    for module in (attention, cross_attention):
         for name in sorted(ATTENTION_CHILDREN):
-            check_linear(name, getattr(attention, name))
+            check_linear(name, getattr(module, name))
     return T5LayerParts(
-        attention=own.SelfAttention,
-        attention_norm=own.layer_norm,
-        cross_attention=cross.EncDecAttention,
-        cross_norm=cross.layer_norm,
-        mlp_norm=mlp.layer_norm,
+        attention=attention,
+        attention_norm=self_part.layer_norm,
+        cross_attention=cross_attention,
+        cross_norm=cross_part.layer_norm,
+        mlp_norm=mlp_part.layer_norm,
         inputs=tuple(check_linear(name, getattr(dense, name)) for name in names),
         down=check_linear("wo", dense.wo),
         activation=dense.act,
@@ -145,15 +141,10 @@ class FusedT5Layer:
     is_gated: bool
 
 
-class FusedT5Decoder:
-    """A `TokenDecoder` with copies of a T5's weights, and its encoder.
+class FusedT5Decoder(TokenDecoder):
+    """Decodes with copies of a T5's weights, and its encoder.
 
-    Args:
-        parts: The model's modules.
-        dtype: Dtype of the products, autocast's or that of the weights.
-        norm_offset: 1 if norms scale by 1 + weight; 0 for T5.
-        n_positions: Tokens of the longest completion, the start token included.
-        vocabulary: Return only the logits of the first entries; None: all.
+    n_positions: Tokens of the longest completion, the start token included.
     """
 
     @torch.no_grad()
@@ -166,31 +157,23 @@ class FusedT5Decoder:
         n_positions: int,
         vocabulary: int | None = None,
     ) -> None:
-        self.parts, self.dtype, self.norm_offset = parts, dtype, norm_offset
-        self.head = read_weight(parts.head)[:, :vocabulary].to(dtype)
-        self.cells, self.device = len(self.head), self.head.device
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.cache_dtype = self.wide if self.device.type == "cpu" else dtype
-        stream_dtype = read_weight(parts.embedding).dtype
-        self.norm = UnitNorm(self.head.shape[-1], parts.norm_epsilon, self.device, stream_dtype)
-        self.final_scale = self._read_scale(parts.final_norm)[:, None] * parts.head_factor
+        super().__init__(parts, dtype, norm_offset=norm_offset, vocabulary=vocabulary)
+        self.parts = parts
+        self.final_scale *= parts.head_factor
         self.layers = [self._fuse_layer(layer) for layer in parts.layers]
         self.distance_bias = self._build_distance_bias(n_positions)
         # The encoder computes as the model does, with the autocast of the caller.
         self.autocast = torch.is_autocast_enabled(self.device.type)
 
-    def _read_scale(self, module: nn.Module) -> Tensor:
-        """Return what a `UnitNorm`'s output is multiplied with, (K, H)."""
-        return (read_weight(module).to(self.wide) + self.norm_offset) * self.norm.factor
-
     def _fuse_layer(self, layer: T5LayerParts) -> FusedT5Layer:
         """Return a layer's fused weights; products without a norm before them are views of the model's."""
-        own, cross = layer.attention, layer.cross_attention
-        own_scale, cross_scale = self._read_scale(layer.attention_norm), self._read_scale(layer.cross_norm)
+        attention, cross = layer.attention, layer.cross_attention
         return FusedT5Layer(
-            qkv=self._fuse_weights([own.q, own.k, own.v], own_scale),
-            output=self._fuse_weights([own.o]),
-            cross_query=self._fuse_weights([cross.q], cross_scale),
+            qkv=self._fuse_weights(
+                [attention.q, attention.k, attention.v], self._read_scale(layer.attention_norm)
+            ),
+            output=self._fuse_weights([attention.o]),
+            cross_query=self._fuse_weights([cross.q], self._read_scale(layer.cross_norm)),
             source=self._fuse_weights([cross.k, cross.v]),
             cross_output=self._fuse_weights([cross.o]),
             inputs=self._fuse_weights(list(layer.inputs), self._read_scale(layer.mlp_norm)),

@@ -307,7 +307,6 @@ class _HeadStandIn(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Record the head's input, cast as autocast would, and return one constant logit, (1, 1, 1)."""
-        # As autocast casts the input of a linear layer.
         self.captured_inputs.append(hidden.to(get_product_dtype(hidden.device, hidden.dtype)))
         return self.captured_inputs[-1].new_full((1, 1, 1), self.logit)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gkd_lab.models.forward import Sequences
-from gkd_lab.models.fused_decoder import DecodeStart, StaticCache, TokenDecoder
+from gkd_lab.models.fused_base import DecodeStart, StaticCache, TokenDecoder
 from gkd_lab.training.next_token import invert_cumulative, select_unfinished_rows
 
 CHECK_INTERVAL = 8
