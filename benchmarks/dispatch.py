@@ -28,7 +28,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from grid import BETAS, LMBDAS, Grid, Shape, build_model, build_rows, encode_chat
+from grid import (
+    BETAS,
+    LMBDAS,
+    Grid,
+    Shape,
+    build_model,
+    build_pack_trainer,
+    build_rows,
+    get_settings,
+)
 from rich.console import Console
 from rich.table import Table
 from step_timing import (
@@ -45,7 +54,6 @@ from transformers import TrainerCallback
 from gkd_lab import GKDConfig, GKDTrainer
 from gkd_lab.losses import chunk_sums
 from gkd_lab.losses.cell_arguments import CellArguments
-from gkd_lab.models.packing import Pack
 from gkd_lab.teachers import shared_prefix
 
 TINY = Grid("tiny", Shape(4, 16, 32, 2), Shape(4, 16, 32, 2), 600, 4, 12, 48)
@@ -56,7 +64,7 @@ WAITING_METHODS = ("tolist", "cpu", "numpy")
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What one optimizer step costs the host."""
+    """Kernels, waits for the device and host milliseconds of one optimizer step."""
 
     kernels: float
     waits: float
@@ -143,19 +151,17 @@ def build_trl_trainer(grid: Grid, lmbda: float, steps: int, folder: str, callbac
     return TrlTrainer(
         model=build_model(grid.student, grid, 0),
         teacher_model=build_model(grid.teacher, grid, 1),
-        args=build_arguments(TrlConfig, folder, lmbda=lmbda, **_get_settings(grid, steps)),
+        args=build_arguments(TrlConfig, folder, lmbda=lmbda, **get_settings(grid, steps, bf16=False)),
         train_dataset=datasets.Dataset.from_list(build_rows(grid, steps)),
         processing_class=build_tokenizer(),
         callbacks=[callback],
     )
 
 
-def build_pack_trainer(
+def build_varied_trainer(
     grid: Grid, lmbda: float, steps: int, folder: str, callback: Any, *, n_cells: int, n_seeds: int
 ) -> GKDTrainer:
     """Build our trainer of `n_cells` cells that differ in divergence, rate and seed, all at one lmbda."""
-    tokenizer = build_tokenizer()
-    student = build_model(grid.student, grid, 0)
     cells = [
         CellArguments(
             lmbda=lmbda,
@@ -169,21 +175,8 @@ def build_pack_trainer(
         )
         for n in range(n_cells)
     ]
-    return GKDTrainer(
-        pack=Pack.build([student] * n_cells) if n_cells > 1 else Pack.build_single(student),
-        cells=cells,
-        teacher_model=build_model(grid.teacher, grid, 1),
-        args=build_arguments(GKDConfig, folder, **_get_settings(grid, steps)),
-        train_dataset=[encode_chat(tokenizer, row) for row in build_rows(grid, steps)],
-        processing_class=tokenizer,
-        teacher_processing_class=tokenizer,
-        callbacks=[callback],
-    )
-
-
-def _get_settings(grid: Grid, steps: int) -> dict[str, Any]:
-    """Return what both trainers' arguments are built with."""
-    return {"steps": steps, "rows": grid.rows, "answer_tokens": grid.answer, "bf16": False}
+    args = build_arguments(GKDConfig, folder, **get_settings(grid, steps, bf16=False))
+    return build_pack_trainer(grid, cells, steps, args, callback)
 
 
 def measure(build: Callable[..., Any], grid: Grid, lmbda: float, steps: int) -> tuple[StepCounts, Counter]:
@@ -229,7 +222,7 @@ def measure_cases(grid: Grid, steps: int, n_cells: int, *, detail: bool) -> dict
             count, n_seeds = (min(case[0], n_cells), case[1])
 
             def build(*args: Any, _count: int = count, _seeds: int = n_seeds) -> GKDTrainer:
-                return build_pack_trainer(*args, n_cells=_count, n_seeds=_seeds)
+                return build_varied_trainer(*args, n_cells=_count, n_seeds=_seeds)
 
         label = name.replace("15", str(n_cells))
         figures[label] = {}
@@ -237,8 +230,8 @@ def measure_cases(grid: Grid, steps: int, n_cells: int, *, detail: bool) -> dict
             counts, operators = measure(build, grid, lmbda, steps)
             figures[label][f"{lmbda:g}"] = asdict(counts)
             if detail:
-                most = ", ".join(f"{op} {count / (steps + 1):.0f}" for op, count in operators.most_common(40))
-                print(f"{label}, lmbda {lmbda:g}: {most}\n")
+                frequent = [f"{op} {count / (steps + 1):.0f}" for op, count in operators.most_common(40)]
+                print(f"{label}, lmbda {lmbda:g}: {', '.join(frequent)}\n")
     return figures
 
 

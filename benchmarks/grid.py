@@ -38,7 +38,7 @@ from step_timing import (
     read_clock,
     time_trl_steps,
 )
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from gkd_lab import GKDConfig, GKDTrainer
 from gkd_lab.encoding.batches import Example
@@ -160,22 +160,30 @@ def time_trl_cell(grid: Grid, cell: CellArguments, steps: int, bf16: bool) -> li
     )
 
 
+def build_pack_trainer(
+    grid: Grid, cells: Sequence[CellArguments], steps: int, args: GKDConfig, callback: TrainerCallback
+) -> GKDTrainer:
+    """Build our trainer of these cells as one pack."""
+    tokenizer, student = build_tokenizer(), build_model(grid.student, grid, 0)
+    return GKDTrainer(
+        pack=Pack.build([student] * len(cells)) if len(cells) > 1 else Pack.build_single(student),
+        cells=cells,
+        teacher_model=build_model(grid.teacher, grid, 1),
+        args=args,
+        train_dataset=[encode_chat(tokenizer, row) for row in build_rows(grid, steps)],
+        processing_class=tokenizer,
+        teacher_processing_class=tokenizer,
+        callbacks=[callback],
+    )
+
+
 def time_pack(grid: Grid, count: int, steps: int, bf16: bool) -> StepClock:
     """Train `count` cells as one pack; return the seconds of its steps and of their parts."""
-    clock, tokenizer = StepClock(), build_tokenizer()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        student = build_model(grid.student, grid, 0)
-        trainer = GKDTrainer(
-            pack=Pack.build([student] * count) if count > 1 else Pack.build_single(student),
-            cells=build_cells(count, folder),
-            teacher_model=build_model(grid.teacher, grid, 1),
-            args=build_arguments(GKDConfig, folder, **get_settings(grid, steps, bf16)),
-            train_dataset=[encode_chat(tokenizer, row) for row in build_rows(grid, steps)],
-            processing_class=tokenizer,
-            teacher_processing_class=tokenizer,
-            callbacks=[clock],
-        )
+        args = build_arguments(GKDConfig, folder, **get_settings(grid, steps, bf16))
+        trainer = build_pack_trainer(grid, build_cells(count, folder), steps, args, clock)
         trainer.remove_callback(transformers.PrinterCallback)
         clock.time_method(trainer, "sample_completions", "sampling")
         clock.time_method(trainer, "training_step", "training")

@@ -26,8 +26,8 @@ import transformers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from rich.console import Console
 from rich.table import Table
-from step import HALF_B, NANO, Size, build_model
-from step_timing import StepClock, build_arguments, build_chats, build_tokenizer, describe_machine
+from step import HALF_B, NANO, Size, build_model, build_rows, get_settings
+from step_timing import StepClock, build_arguments, build_tokenizer, describe_machine
 
 from gkd_lab import GKDConfig, GKDTrainer
 
@@ -64,21 +64,14 @@ def measure(size: Size, steps: int, *, parked: bool, sharded: bool) -> dict[str,
     teacher = build_model(size.teacher, size, 1)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        arguments: dict[str, Any] = {
-            "steps": steps,
-            "rows": size.rows,
-            "answer_tokens": size.answer,
-            "bf16": cuda,
-        }
-        args = build_arguments(GKDConfig, folder, lmbda=0.0, park_teacher=parked, **arguments)
+        settings = get_settings(size, steps, bf16=cuda)
+        args = build_arguments(GKDConfig, folder, lmbda=0.0, park_teacher=parked, **settings)
         args.logging_steps = 1
         trainer = trainer_class(
             model=build_model(size.student, size, 0),
             teacher_model=teacher.cpu() if parked else teacher,
             args=args,
-            train_dataset=build_chats(
-                size.rows * (steps + 1), prompt_words=size.prompt - 6, answer_words=size.answer - 1
-            ),
+            train_dataset=build_rows(size, steps),
             processing_class=build_tokenizer(),
             callbacks=[clock],
         )

@@ -74,12 +74,21 @@ def build_model(shape: tuple[int, int], size: Size, seed: int) -> LlamaForCausal
     return model.to(size.dtype)
 
 
+def build_rows(size: Size, steps: int) -> list[dict[str, Any]]:
+    """Build the chats of `steps` timed steps and one before them."""
+    return build_chats(size.rows * (steps + 1), prompt_words=size.prompt - 6, answer_words=size.answer - 1)
+
+
+def get_settings(size: Size, steps: int, *, bf16: bool) -> dict[str, Any]:
+    """Return the settings that both trainers get."""
+    return {"steps": steps, "rows": size.rows, "answer_tokens": size.answer, "bf16": bf16}
+
+
 def time_run(trainer_name: str, size: Size, lmbda: float, steps: int) -> list[float]:
     """Return the seconds of each step but the first, of `ours` or of `trl`."""
     student, teacher = build_model(size.student, size, 0), build_model(size.teacher, size, 1)
-    chats = build_chats(size.rows * (steps + 1), prompt_words=size.prompt - 6, answer_words=size.answer - 1)
-    bf16 = size.dtype == torch.bfloat16
-    settings: dict[str, Any] = {"steps": steps, "rows": size.rows, "answer_tokens": size.answer, "bf16": bf16}
+    chats = build_rows(size, steps)
+    settings = get_settings(size, steps, bf16=size.dtype == torch.bfloat16)
     if trainer_name == "trl":
         return time_trl_steps(student, teacher, chats, lmbda=lmbda, seed=SEED, **settings)
     clock = StepClock()

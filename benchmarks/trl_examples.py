@@ -60,7 +60,7 @@ UNKNOWN_TO_TRL = {"sft.py": "teacher_model_name_or_path", "distillation.py": "ma
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a script did."""
+    """Result of running one script."""
 
     passed: bool
     seconds: float

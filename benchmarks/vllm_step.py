@@ -12,14 +12,13 @@ import statistics
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from grid import GPU, SMALL, Grid, build_model
+from grid import GPU, SMALL, Grid, build_model, build_rows, get_settings
 from rich.console import Console
 from rich.table import Table
-from step_timing import StepClock, build_arguments, build_chats, build_tokenizer, describe_machine
+from step_timing import StepClock, build_arguments, build_tokenizer, describe_machine
 from transformers import AutoModelForCausalLM
 
 from gkd_lab import GKDConfig, GKDTrainer
@@ -36,15 +35,13 @@ def measure(grid: Grid, steps: int, student: Path, *, use_vllm: bool) -> dict[st
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings: dict[str, Any] = {"steps": steps, "rows": grid.rows, "answer_tokens": grid.answer}
+        settings = get_settings(grid, steps, bf16=torch.cuda.is_available())
         settings |= {"use_vllm": use_vllm, "vllm_max_model_length": 2 * (grid.prompt + grid.answer)}
         trainer = GKDTrainer(
             model=AutoModelForCausalLM.from_pretrained(student),
             teacher_model=build_model(grid.teacher, grid, 1),
-            args=build_arguments(GKDConfig, folder, lmbda=1.0, bf16=torch.cuda.is_available(), **settings),
-            train_dataset=build_chats(
-                grid.rows * (steps + 1), prompt_words=grid.prompt - 6, answer_words=grid.answer - 2
-            ),
+            args=build_arguments(GKDConfig, folder, lmbda=1.0, **settings),
+            train_dataset=build_rows(grid, steps),
             processing_class=build_tokenizer(),
             callbacks=[clock],
         )
