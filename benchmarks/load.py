@@ -160,8 +160,8 @@ def measure_store(folder: Path, records: int) -> dict[str, Any]:
     for command, words in COMMANDS.items():
         shutil.rmtree(outputs / ".cache", ignore_errors=True)
         drop_page_cache(grid, store)
-        figures[f"{command}_cold"] = measure_command(words, path, outputs)
-        warm_times = [measure_command(words, path, outputs) for _ in range(3)]
+        figures[f"{command}_cold"], _ = run_command([*words, str(path)], outputs)
+        warm_times = [run_command([*words, str(path)], outputs)[0] for _ in range(3)]
         figures[f"{command}_warm"] = min(warm_times, key=lambda seconds: seconds["wall_s"])
     return figures
 
@@ -198,14 +198,19 @@ def drop_page_cache(grid: Grid, store: Store) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_command(command: Sequence[str], path: Path, outputs: Path) -> dict[str, float]:
-    """Return the times of a whole command, imports included; `cpu_s` is comparable on a busy machine too."""
-    words = [sys.executable, "-m", "gkd_lab", *command, str(path), "--outputs", str(outputs)]
-    usage_before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
-    wall_seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = usage.ru_utime + usage.ru_stime - usage_before.ru_utime - usage_before.ru_stime
-    return {"wall_s": round(wall_seconds, 2), "cpu_s": round(cpu_seconds, 2)}
+def run_command(
+    words: Sequence[str], outputs: Path, *, stdout: int = subprocess.DEVNULL, **options: Any
+) -> tuple[dict[str, float], bytes]:
+    """Run a whole command; return its times, and what it printed if `stdout` is a pipe.
+
+    Imports and the writing of files are included; `cpu_s`, of all processes, is comparable on a busy machine.
+    """
+    command = [sys.executable, "-m", "gkd_lab", *words, "--outputs", str(outputs)]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    finished = subprocess.run(command, stdout=stdout, check=True, **options)
+    wall_seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": round(wall_seconds, 2), "cpu_s": round(cpu_seconds, 2)}, finished.stdout
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -103,32 +102,27 @@ def change_accuracy(folder: Path, cell: Cell, accuracy: float) -> None:
 
 
 def measure_commands(
-    words: Sequence[str], folder: Path, checkouts: Checkouts, runs: int, output: Path | None = None
+    words: Sequence[str], folder: Path, checkouts: Checkouts, count: int, output: Path | None = None
 ) -> dict[str, Any]:
     """Return the fastest times of one command by each checkout, and whether all print the same."""
     times: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     contents = set()
-    for _ in range(runs):
+    for _ in range(count):
         for name, checkout in checkouts.items():
-            seconds, printed = run_command(words, folder, checkout)
+            seconds, printed = run_checkout(words, folder, checkout)
             times[name].append(seconds)
             contents.add(printed if output is None else output.read_bytes())
     fastest = {
-        name: {key: min(one[key] for one in of_name) for key in ("wall_s", "cpu_s")}
-        for name, of_name in times.items()
+        name: {key: min(run[key] for run in runs) for key in ("wall_s", "cpu_s")}
+        for name, runs in times.items()
     }
     return {**fastest, **({"same": len(contents) == 1} if len(checkouts) > 1 else {})}
 
 
-def run_command(words: Sequence[str], folder: Path, checkout: Path) -> tuple[dict[str, float], bytes]:
+def run_checkout(words: Sequence[str], folder: Path, checkout: Path) -> tuple[dict[str, float], bytes]:
     """Run a command of a checkout; return its times and what it printed."""
-    command = [sys.executable, "-m", "gkd_lab", *words, "--outputs", str(folder / "outputs")]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    usage, start = os.times(), time.perf_counter()
-    finished = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
-    seconds, after = time.perf_counter() - start, os.times()
-    cpu_seconds = sum(after[2:4]) - sum(usage[2:4])
-    return {"wall_s": round(seconds, 2), "cpu_s": round(cpu_seconds, 2)}, finished.stdout
+    return load.run_command(words, folder / "outputs", stdout=subprocess.PIPE, cwd=folder, env=environment)
 
 
 def measure_report(folder: Path, is_smoke: bool, checkouts: Checkouts) -> dict[str, Any]:
@@ -163,7 +157,7 @@ def measure_listing(folder: Path, is_smoke: bool, checkouts: Checkouts) -> dict[
             measure_commands([*words, str(path)], folder, {key: checkout}, 1 if is_smoke else 3)
             for key, checkout in checkouts.items()
         ]
-        printed = {run_command([*words, str(path)], folder, checkout)[1] for checkout in checkouts.values()}
+        printed = {run_checkout([*words, str(path)], folder, checkout)[1] for checkout in checkouts.values()}
         figures[name] = {key: times for part in parts for key, times in part.items()}
         figures[name] |= {"same": len(printed) == 1} if len(checkouts) > 1 else {}
     return figures

@@ -12,16 +12,13 @@ import json
 import os
 import platform
 import random
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from load import run_command
 
 from gkd_lab import experiments
 from gkd_lab.config import Evaluation, Grid
@@ -91,16 +88,6 @@ def write_record(
     record.finish(steps=1)
 
 
-def time_rescore(path: Path, outputs: Path, metrics: tuple[str, ...]) -> dict[str, float]:
-    """Time the whole command, imports and writing included; `cpu_s` is that of all its processes."""
-    arguments = ["rescore", str(path), "--outputs", str(outputs), "--metrics", ",".join(metrics)]
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "gkd_lab", *arguments], stdout=subprocess.DEVNULL, check=True)
-    wall_seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(wall_seconds, 2), "cpu_s": round(cpu_seconds, 2)}
-
-
 def main() -> None:
     """Write the store, time both runs, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -117,7 +104,9 @@ def main() -> None:
         grid = experiments.load(str(path), outputs=folder / "outputs")
         write_store(grid, Store(folder / "outputs"))
         for run, metrics in RUNS.items():
-            seconds = times[run] = time_rescore(path, folder / "outputs", metrics)
+            words = ["rescore", str(path), "--metrics", ",".join(metrics)]
+            seconds, _ = run_command(words, folder / "outputs")
+            times[run] = seconds
             share = seconds["wall_s"] / target
             print(
                 f"{run}: {seconds['wall_s']} s, {seconds['cpu_s']} s of CPU; "
