@@ -52,7 +52,7 @@ def add_part(file: Path, name: str, exit_status: int, seconds: float, part: Path
 
 
 def summarize(figures: Mapping[str, Any]) -> list[str]:
-    """Return lines of figures of a part."""
+    """Return the figures of a part as lines of text."""
     lines = []
     for precision in ("fp32", "bf16"):
         row = figures.get("comparison", {}).get(precision)

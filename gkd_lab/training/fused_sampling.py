@@ -23,7 +23,7 @@ FIRST_SLOTS = 64
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What a decode step reads of the n rows in the batch, on the device.
+    """Inputs of a decode step for the n rows in the batch, on the device.
 
     rows: (n,), their numbers in the first batch.
     positions: (C, n, 1), of each new token in its row.
@@ -81,8 +81,9 @@ def decode_completions(
         for first in range(0, max_new_tokens, CHECK_INTERVAL):
             last = min(first + CHECK_INTERVAL, max_new_tokens)
             if width + last > state.cache.count_slots():
-                more = min(state.cache.count_slots(), width + max_new_tokens - state.cache.count_slots())
-                state, step = replace(state, cache=state.cache.extend(max(more, CHECK_INTERVAL))), None
+                slots = state.cache.count_slots()
+                added = max(min(slots, width + max_new_tokens - slots), CHECK_INTERVAL)
+                state, step = replace(state, cache=state.cache.extend(added)), None
             step = step or build_step(decoder, state)
             block = []
             for n in range(first, last):

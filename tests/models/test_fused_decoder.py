@@ -115,8 +115,8 @@ def test_a_pack_s_rows_get_the_logits_of_their_members(name: str) -> None:
     logits = force(pack.model, rows.repeat_rows(3))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     with pack.select_cells([2, 0]) as model:
-        some = force(model, rows.repeat_rows(2))
-    torch.testing.assert_close(some, logits[[6, 7, 8, 0, 1, 2]], rtol=1e-5, atol=1e-4)
+        selected_logits = force(model, rows.repeat_rows(2))
+    torch.testing.assert_close(selected_logits, logits[[6, 7, 8, 0, 1, 2]], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -126,11 +126,13 @@ def test_autocast_multiplies_in_its_dtype_as_accurately_as_the_model(name: str) 
     rows = make_rows(1, is_encoder_decoder=name == "t5")
     exact = compute_completion_logits(model, rows)
     with torch.autocast("cpu", torch.bfloat16):
-        own, fused = compute_completion_logits(model, rows), build_fused_decoder(model, POSITIONS)
+        model_logits, fused = compute_completion_logits(model, rows), build_fused_decoder(model, POSITIONS)
     assert fused is not None
     assert fused.dtype == torch.bfloat16
-    error, own_error = ((logits - exact).abs().mean() for logits in (compute_forced_logits(fused, rows), own))
-    assert 0 < error < 1.5 * own_error
+    error, model_error = (
+        (logits - exact).abs().mean() for logits in (compute_forced_logits(fused, rows), model_logits)
+    )
+    assert 0 < error < 1.5 * model_error
 
 
 @torch.no_grad()
@@ -140,8 +142,8 @@ def test_half_precision_weights_are_compared_in_float32_and_multiplied_in_their_
     fused = build_fused_decoder(model, POSITIONS)
     assert fused is not None
     assert fused.dtype == torch.bfloat16
-    own = compute_completion_logits(model, rows)
-    assert (compute_forced_logits(fused, rows) - exact).abs().mean() < 1.5 * (own - exact).abs().mean()
+    model_error = (compute_completion_logits(model, rows) - exact).abs().mean()
+    assert (compute_forced_logits(fused, rows) - exact).abs().mean() < 1.5 * model_error
 
 
 @torch.no_grad()

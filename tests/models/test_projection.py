@@ -32,8 +32,8 @@ def test_what_is_converted_by_rows_is_so_many_in_all_cells(
 
 def test_selected_cells_keep_a_bias_that_all_share() -> None:
     weight = torch.arange(12.0).view(3, 2, 2)
-    own = Projection(weight, torch.arange(6.0).view(3, 2)).select_cells(torch.tensor([2, 0]))
-    assert own.weight is not None and torch.equal(own.weight, weight[[2, 0]])
-    assert own.bias is not None and own.bias.tolist() == [[4, 5], [0, 1]]
+    separate = Projection(weight, torch.arange(6.0).view(3, 2)).select_cells(torch.tensor([2, 0]))
+    assert separate.weight is not None and torch.equal(separate.weight, weight[[2, 0]])
+    assert separate.bias is not None and separate.bias.tolist() == [[4, 5], [0, 1]]
     shared = Projection(weight, torch.ones(1, 2)).select_cells(slice(1, 3))
     assert shared.bias is not None and shared.bias.shape == (1, 2)

@@ -173,11 +173,11 @@ def test_ended_rows_leave_after_each_block(family: str, cells: int) -> None:
         got = write(model, rows, noise)
     counts = [count for count, _ in shapes]
     lengths = got.completion_mask.sum(1).view(cells, ROWS)
-    kept = ROWS
+    remaining = ROWS
     for first in range(0, len(counts), CHECK_INTERVAL):
         going_on = int((lengths > first).sum(1).max()) if first else ROWS
-        kept = going_on if going_on <= SHRINK_THRESHOLD * kept else kept
-        assert set(counts[first : first + CHECK_INTERVAL]) <= {kept * cells}
+        remaining = going_on if going_on <= SHRINK_THRESHOLD * remaining else remaining
+        assert set(counts[first : first + CHECK_INTERVAL]) <= {remaining * cells}
     assert counts[-1] < ROWS * cells / 2
 
 
