@@ -16,14 +16,15 @@ from typing import Any, Literal
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenizers
 
+from gkd_lab.metrics.scripts import SCRIPTS_WITHOUT_SPACES
+
 MAX_CACHED_PAIRS = 2**18
 """About 100 MB with sentences of 20 words."""
 MAX_CACHED_TEXTS = 2**14
 """Enough for the references of a cell to stay cached until the next cell."""
 MAX_CACHED_WORDS = 2**17
 WordKind = Literal["ascii", "unicode"]
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
+_UNSPACED = SCRIPTS_WITHOUT_SPACES + "\uf900-\ufaff"  # and Han of old encodings
 _UNICODE_WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 """A character of such a script, or letters and digits of another one."""
 _LOST_SHARE = 0.5
@@ -112,9 +113,9 @@ class RougeScorer:
 
 def _loses_most(texts: Iterable[str]) -> bool:
     """Return whether most letters and digits of the texts are not of a-z and 0-9 (in lower case)."""
-    lost = kept = 0
+    n_letters = n_lost = 0
     for text in texts:
         letters = [character for character in text.lower() if character.isalnum()]
-        outside = sum(not character.isascii() for character in letters)
-        lost, kept = lost + outside, kept + len(letters) - outside
-    return lost > _LOST_SHARE * (lost + kept)
+        n_letters += len(letters)
+        n_lost += sum(not character.isascii() for character in letters)
+    return n_lost > _LOST_SHARE * n_letters
