@@ -119,5 +119,7 @@ def test_a_number_is_read_as_it_is_written(text: str, number: float | None) -> N
     ],
 )
 def test_numbers_are_equal_however_they_are_written(solution: str, reference: str, is_equal: bool) -> None:
-    found = score("accuracy_numeric", [solution], [[reference]])
-    assert found.value == 100 * is_equal and found.signature.startswith("accuracy_numeric|rule:equal-numbers")
+    result = score("accuracy_numeric", [solution], [[reference]])
+    assert result.value == 100 * is_equal and result.signature.startswith(
+        "accuracy_numeric|rule:equal-numbers"
+    )

@@ -256,5 +256,6 @@ def test_bleu_warns_of_scripts_without_spaces_between_words(text: str) -> None:
 def test_bleu_warns_of_no_other_script(text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        score_many(["bleu", "chrf"], [text], [[text]])
+        scores = score_many(["bleu", "chrf"], [text], [[text]])
         score_many(["self_bleu"], [text] * 2, [[text]] * 2, prompts=[0, 0])
+    assert scores["chrf"].value == (100 if text else 0)
