@@ -88,8 +88,7 @@ class RowEncoder:
                 f"formatting_func returned {type(formatted).__name__}, which does not say where the prompt "
                 "ends: return a row, such as {'prompt': ..., 'completion': ...} or {'messages': [...]}"
             )
-        row_without_fillers = {column: _drop_fillers(value) for column, value in formatted.items()}
-        return {column: value for column, value in row_without_fillers.items() if value is not None}
+        return {column: _drop_fillers(value) for column, value in formatted.items() if value is not None}
 
     def _encode_row(self, row: RowMapping) -> Example:
         """Encode a formatted row, untruncated, by its `input_ids`, `prompt_ids`, `messages` or `prompt`."""
@@ -313,8 +312,8 @@ def _drop_fillers(value: Any) -> Any:
     It gives every mapping the keys of all. A message keeps its `content`, which templates ask for.
     """
     if isinstance(value, Mapping):
-        kept = {key: _drop_fillers(item) for key, item in value.items() if item is not None}
-        return {**kept, "content": None} if "role" in kept and "content" not in kept else kept
+        fields = {key: _drop_fillers(item) for key, item in value.items() if item is not None}
+        return {**fields, "content": None} if "role" in fields and "content" not in fields else fields
     if isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value):
         return [_drop_fillers(item) for item in value]
     return value

@@ -52,7 +52,7 @@ def ensure_end_id(tokenizer: Any, ids: TokenIds, end_ids: Sequence[int]) -> Toke
     White space that a chat template puts after the end, such as a newline, is trained on, as in TRL. An end
     within the text, as in a text about tokens, does not end it.
     """
-    last_end = max((place for place, token in enumerate(ids) if token in end_ids), default=None)
+    last_end = max((index for index, token in enumerate(ids) if token in end_ids), default=None)
     is_ended = (
         last_end is not None and not tokenizer.decode(ids[last_end + 1 :], skip_special_tokens=True).strip()
     )

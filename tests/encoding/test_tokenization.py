@@ -130,10 +130,10 @@ def test_a_truncated_prompt_of_a_decoder_keeps_its_bos_token_and_last_words(
 
 def test_any_end_token_of_the_student_is_an_end() -> None:
     tokenizer = tiny_tokenizer()
-    a, pad = tokenizer.convert_tokens_to_ids("d"), tokenizer.pad_token_id
+    word, pad = tokenizer.convert_tokens_to_ids("d"), tokenizer.pad_token_id
     assert ensure_end_id(tokenizer, [5, 7], [2, 7]) == [5, 7]
     assert ensure_end_id(tokenizer, [5, 7, pad], [2, 7]) == [5, 7, pad]  # no text follows
-    assert ensure_end_id(tokenizer, [5, 7, a], [2, 7]) == [5, 7, a, 2]
+    assert ensure_end_id(tokenizer, [5, 7, word], [2, 7]) == [5, 7, word, 2]
     assert ensure_end_id(tokenizer, [5], [2, 7]) == [5, 2]
     stop = tokenizer.convert_tokens_to_ids("e")
     ours = encoder(tokenizer, is_encoder_decoder=False, end_ids=[stop])
