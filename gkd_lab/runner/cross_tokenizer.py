@@ -84,6 +84,5 @@ def retokenize_completions(
 
 def _truncate_completion(ids: list[int], end_id: int, *, is_ended: bool, max_tokens: int) -> list[int]:
     """Add a missing end id if `is_ended`, else remove a last one; then return the first `max_tokens` ids."""
-    if is_ended:
-        return (ids if ids[-1:] == [end_id] else [*ids, end_id])[:max_tokens]
-    return (ids[:-1] if ids[-1:] == [end_id] else ids)[:max_tokens]
+    text_ids = ids[:-1] if ids[-1:] == [end_id] else ids
+    return [*text_ids, *([end_id] if is_ended else [])][:max_tokens]
