@@ -26,7 +26,7 @@ from gkd_lab.runner import artifacts
 from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split, take_first_rows
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.run_options import RunOptions, select_device
-from gkd_lab.runner.student_files import choose_precision, load_student, read_training
+from gkd_lab.runner.student_files import choose_precision, load_student, read_spec, read_training
 from gkd_lab.store import EvaluationRecord, Record
 from gkd_lab.store.files import read_json, write_json_lines, write_text
 from gkd_lab.training.sampling import collect_end_ids
@@ -46,9 +46,7 @@ class HarnessResult:
 
 def read_model_spec(record: Record) -> SftModel:
     """Return the model spec in a record's spec.json: an artifact's own, for a cell its SFT student's."""
-    spec = (read_json(record.folder / "spec.json") or {}).get("spec")
-    if spec is None:
-        raise ConfigError(f"{record.folder}: spec.json is missing or damaged")
+    spec = read_spec(record)["spec"]
     return SftModel.model_validate(spec.get("start", spec))
 
 

@@ -59,13 +59,15 @@ def choose_precision(training: Training) -> str:
 
 def read_training(record: Record) -> Training:
     """Return the training in a cell's spec.json. ConfigError: missing or damaged."""
-    return Training.model_validate(_read_spec(record)["spec"])
+    return Training.model_validate(read_spec(record)["spec"])
 
 
 def find_adapter_base(record: Record) -> Record:
     """Return the record of the SFT student that a LoRA cell's adapter belongs on. ConfigError: not there."""
-    scale, training = _read_spec(record)["scale"], read_training(record)
-    base = Store(record.folder.resolve().parents[2]).get_artifact(scale, "start", training.start)
+    stored = read_spec(record)
+    start = Training.model_validate(stored["spec"]).start
+    outputs = record.folder.resolve().parents[2]
+    base = Store(outputs).get_artifact(stored["scale"], "start", start)
     if base.read_state() != "done" or not base.checkpoint.is_dir():
         raise ConfigError(
             f"{record.folder}: its adapter belongs on the SFT student {base.folder}, which is not there; run "
@@ -86,20 +88,17 @@ def export_record(record: Record, target: Path, *, merged: bool = False, is_best
         raise ConfigError(f"{record.folder}: it was trained without LoRA, so it is whole: leave --merged out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"-o {str(target)!r} is there already; name a new folder")
-    if not holds_adapter(source):
-        with create_folder_atomically(target) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-        return "model"
-    training, base = read_training(record), find_adapter_base(record)
     if merged:
+        training = read_training(record)
         model = load_student(record, training.start, choose_precision(training), is_best=is_best, merged=True)
         export_checkpoint(model, load_tokenizer(source), target)
         return "model, its adapter merged"
-    place, revision = _describe_base(training.start, base)
+    base, revision = _name_base(record) if holds_adapter(source) else (None, None)
     with create_folder_atomically(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
-        set_adapter_base(folder, place, revision)
-    return f"adapter on {place}"
+        if base is not None:
+            set_adapter_base(folder, base, revision)
+    return "model" if base is None else f"adapter on {base}"
 
 
 def _check_is_exportable(record: Record, *, is_best: bool) -> None:
@@ -113,14 +112,15 @@ def _check_is_exportable(record: Record, *, is_best: bool) -> None:
         raise ConfigError(f"{record.folder}: it has no best checkpoint: eval_every was not set")
 
 
-def _describe_base(start: SftModel, base: Record) -> tuple[str, str | None]:
-    """Return the place and revision that an exported adapter names: of the hub, or the base's folder."""
+def _name_base(record: Record) -> tuple[str, str | None]:
+    """Return the base that an exported adapter names: (hub name, revision), or (the base's folder, None)."""
+    base, start = find_adapter_base(record), read_training(record).start
     if start.is_hub_checkpoint:
         return str(start.model.pretrained), start.model.revision
     return str(base.checkpoint.resolve()), None
 
 
-def _read_spec(record: Record) -> Mapping[str, Any]:
+def read_spec(record: Record) -> Mapping[str, Any]:
     """Return a record's spec.json. ConfigError: missing or damaged."""
     spec: Mapping[str, Any] | None = read_json(record.folder / "spec.json")
     if spec is None or "spec" not in spec:

@@ -16,6 +16,7 @@ from gkd_lab.runner.dataset import (
     write_split_report,
 )
 from gkd_lab.runner.run_options import RunOptions
+from gkd_lab.runner.student_files import choose_precision
 from gkd_lab.runner.teacher_scores import ensure_teacher_scores, load_cached_teacher
 from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
@@ -31,7 +32,7 @@ def load_sft_student(cell: Cell, options: RunOptions) -> artifacts.LoadedModel:
     loaded = artifacts.load_artifact(
         artifacts.ensure_artifact("start", student, cell.scale, options), student
     )
-    loaded.model.to(PRECISION_DTYPES["fp64" if cell.training.precision == "fp64" else "fp32"])
+    loaded.model.to(PRECISION_DTYPES[choose_precision(cell.training)])
     return loaded
 
 
