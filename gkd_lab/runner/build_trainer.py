@@ -18,6 +18,7 @@ from gkd_lab.runner.sft import build_optimizer_arguments, build_trainer_argument
 from gkd_lab.runner.training_inputs import load_extra_teachers
 from gkd_lab.store import Record
 from gkd_lab.training.arguments import GKDConfig
+from gkd_lab.training.pack_trainer import CellLogger
 from gkd_lab.training.trainer import GKDTrainer
 
 
@@ -46,11 +47,6 @@ def build_trainer(
     """
     records = [options.store.get_record(cell) for cell in cells]
 
-    def log_row(cell_index: int, row: dict[str, float]) -> None:
-        """Append a row to the history of the cell's record, and send it to the tracker."""
-        records[cell_index].log_row(row)
-        options.tracker.log_row(records[cell_index], row)
-
     def fail_cell(cell_index: int, reason: str) -> None:
         """Mark the cell's record failed by a FloatingPointError, and close its run at the tracker."""
         records[cell_index].mark_failed(f"FloatingPointError: {reason}")
@@ -66,12 +62,23 @@ def build_trainer(
         teacher_processing_class=teacher.tokenizer,
         teacher_prompts=map_teacher_prompts(teacher.tokenizer, examples, cells, options),
         more_teachers=load_extra_teachers(cells[0], options),
-        log_cell=log_row,
+        log_cell=build_row_logger(records, options),
         on_failure=fail_cell,
     )
     trainer.text_copies = cells[0].training.source.copies
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def build_row_logger(records: Sequence[Record], options: RunOptions) -> CellLogger:
+    """Return a function of (cell index, row): appends to the cell's history and sends to the tracker."""
+
+    def log_row(cell_index: int, row: dict[str, float]) -> None:
+        """Append a row to the history of the cell's record, and send it to the tracker."""
+        records[cell_index].log_row(row)
+        options.tracker.log_row(records[cell_index], row)
+
+    return log_row
 
 
 def _build_cell_arguments(cell: Cell, record: Record) -> CellArguments:
@@ -105,7 +112,7 @@ def build_distillation_arguments(
         "gradient_accumulation_steps": micro_batches,
         "dataloader_drop_last": True,
         "max_new_tokens": training.max_output_tokens,
-        # With an adapter that of the base is turned off when the adapter is added, whose own may be on.
+        # With LoRA, train_cells turns off the base's dropout; the adapter's own may be on.
         "disable_dropout": training.dropout == 0 and training.lora is None,
         "seed": training.seed,
         "bf16": training.precision == "bf16",

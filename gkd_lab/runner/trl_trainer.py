@@ -6,7 +6,7 @@ schedule, log rows and checkpoints are those of any cell; docs/trl.md lists what
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -20,18 +20,16 @@ from gkd_lab.config.fingerprint import replace_fields
 from gkd_lab.config.loss_terms import ResolvedDivergence
 from gkd_lab.encoding.batches import EpochCallback, Example, KeyedBatchSampler
 from gkd_lab.runner.artifacts import LoadedModel
-from gkd_lab.runner.build_trainer import build_distillation_arguments
+from gkd_lab.runner.build_trainer import build_distillation_arguments, build_row_logger
 from gkd_lab.runner.dataset import SplitReport, encode_examples, load_split, write_split_report
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Record
 from gkd_lab.training.arguments import TrlGKDConfig
 from gkd_lab.training.metric_accumulator import MetricAccumulator
-from gkd_lab.training.pack_trainer import build_keyed_dataloader
+from gkd_lab.training.pack_trainer import CellLogger, build_keyed_dataloader
 
 # After `arguments`, which silences the warning that TRL's experimental names may move.
 from trl.experimental.gkd import GKDTrainer as TrlGKDTrainer  # isort: skip
-
-RowLogger = Callable[[dict[str, float]], None]
 
 
 class TrlCellTrainer(TrlGKDTrainer):
@@ -40,8 +38,8 @@ class TrlCellTrainer(TrlGKDTrainer):
     A loss or gradient that is not finite raises FloatingPointError: the cell fails, as one of ours does.
     """
 
-    def __init__(self, log_row: RowLogger, **options: Any) -> None:
-        self.log_row, self.metrics = log_row, MetricAccumulator(1)
+    def __init__(self, log_cell: CellLogger, **options: Any) -> None:
+        self.log_cell, self.metrics = log_cell, MetricAccumulator(1)
         super().__init__(**options)
         self.epoch_callback = EpochCallback()
         self.add_callback(self.epoch_callback)
@@ -60,7 +58,7 @@ class TrlCellTrainer(TrlGKDTrainer):
         """Run TRL's step, record what it trained on, and return its loss; see the class for errors."""
         reference_ids = inputs["input_ids"]
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._check_is_finite("loss is", float(loss))
+        self._check_is_finite("loss", float(loss))
         # TRL puts the sampled completions into `inputs`.
         self._record_step(loss, inputs["labels"], is_on_policy=inputs["input_ids"] is not reference_ids)
         return loss
@@ -84,21 +82,21 @@ class TrlCellTrainer(TrlGKDTrainer):
         """Return the Trainer's gradient norm, before clipping, and record it."""
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None:
-            self._check_is_finite("gradient's norm is", float(norm))
+            self._check_is_finite("gradient's norm", float(norm))
             self.metrics.add_grad_norms(torch.as_tensor(norm, dtype=torch.float64).reshape(1))
         return norm
 
     def _check_is_finite(self, name: str, value: float) -> None:
-        """Raise FloatingPointError, which names value and step, unless the value is finite."""
+        """Raise FloatingPointError unless the value, a loss or norm called `name`, is finite."""
         if not math.isfinite(value):
-            raise FloatingPointError(f"the {name} {value} at step {self.state.global_step + 1}")
+            raise FloatingPointError(f"the {name} is {value} at step {self.state.global_step + 1}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write the Trainer's log; with a loss in it, write the means since the last row to the record."""
         if "loss" in logs and self.metrics.n_batches:
             (row,) = self.metrics.pop_means()
             del row["entropy"]  # TRL does not compute it
-            self.log_row({"step": self.state.global_step, **row, "learning_rate": logs["learning_rate"]})
+            self.log_cell(0, {"step": self.state.global_step, **row, "learning_rate": logs["learning_rate"]})
         super().log(logs, start_time)
 
 
@@ -114,12 +112,6 @@ def build_trl_trainer(
     training, record = cell.training, options.store.get_record(cell)
     (term,) = training.objectives
     assert isinstance(term, ResolvedDivergence) and term.beta is not None, "checked with the spec"
-
-    def log_row(row: dict[str, float]) -> None:
-        """Append a row to the history of the cell's record, and send it to the tracker."""
-        record.log_row(row)
-        options.tracker.log_row(record, row)
-
     max_length = training.max_input_tokens + training.max_output_tokens
     args = TrlGKDConfig(
         **build_distillation_arguments(cell, record, options, micro_batches=1),
@@ -131,7 +123,7 @@ def build_trl_trainer(
         gradient_checkpointing=False,
     )
     trainer = TrlCellTrainer(
-        log_row,
+        build_row_logger([record], options),
         model=student,
         teacher_model=teacher.model,
         args=args,
