@@ -4,13 +4,20 @@ transformers computes them from the largest position of a batch and keeps them o
 some length a row's output depends on the rows beside it, and with dynamic on earlier batches.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
 
 
-def find_fixed_length(config: Any) -> tuple[str, int] | None:
-    """Return (rope type, tokens up to which a model's rotary frequencies are fixed); None: at any length.
+class FixedLength(NamedTuple):
+    """Number of tokens of a batch up to which rotary frequencies of a type stay the same."""
+
+    rope_type: str
+    tokens: int
+
+
+def find_fixed_length(config: Any) -> FixedLength | None:
+    """Return the rope type and length up to which a model's rotary frequencies are fixed; None: any length.
 
     config: The model's. With parameters for each type of layer, the smallest length of all.
     """
@@ -18,15 +25,14 @@ def find_fixed_length(config: Any) -> tuple[str, int] | None:
     parameters = getattr(text_config, "rope_parameters", None) or {}
     by_layer = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     lengths = [
-        (_get_fixed_length(text_config, values), str(values["rope_type"]))
+        FixedLength(str(values["rope_type"]), _read_fixed_length(text_config, values))
         for values in by_layer
         if values.get("rope_type") in LENGTH_DEPENDENT_TYPES
     ]
-    length, kind = min(lengths, default=(0, ""))
-    return (kind, length) if lengths else None
+    return min(lengths, key=lambda length: (length.tokens, length.rope_type), default=None)
 
 
-def _get_fixed_length(config: Any, parameters: dict[str, Any]) -> int:
+def _read_fixed_length(config: Any, parameters: dict[str, Any]) -> int:
     """Return the number of positions that the frequencies were made for."""
     original = parameters.get("original_max_position_embeddings")
     if original is None or parameters["rope_type"] == "dynamic":
@@ -40,17 +46,24 @@ def explain_length_dependence(models: dict[str, Any], tokens: int) -> dict[str, 
     models: By "student" and "teacher", as is the result.
     """
     return {
-        side: f"the {side}'s rotary frequencies (rope_type {fixed[0]}) change beyond {fixed[1]:,} tokens, "
-        f"for all rows of a batch: a row's output depends on the rows beside it{_get_memory(fixed[0])}; keep "
-        "prompt and completion within that length together"
+        side: f"{_describe_change(side, fixed)}, for all rows of a batch: a row's output depends on the rows "
+        f"beside it{_describe_earlier_batches(fixed.rope_type)}; keep prompt and completion within that "
+        "length together"
         for side, model in models.items()
-        if (fixed := find_fixed_length(model.config)) and tokens > fixed[1]
+        if (fixed := find_fixed_length(model.config)) and tokens > fixed.tokens
     }
 
 
-def _get_memory(kind: str) -> str:
-    """Return what a rope type depends on besides the batch: only dynamic keeps its longest batch."""
-    return " and on earlier batches" if kind == "dynamic" else ""
+def _describe_change(side: str, fixed: FixedLength) -> str:
+    """Return beyond how many tokens the frequencies of a model, "student" or "teacher", change."""
+    return (
+        f"the {side}'s rotary frequencies (rope_type {fixed.rope_type}) change beyond {fixed.tokens:,} tokens"
+    )
+
+
+def _describe_earlier_batches(rope_type: str) -> str:
+    """Return a phrase for a type that depends on earlier batches too: only dynamic keeps its longest one."""
+    return " and on earlier batches" if rope_type == "dynamic" else ""
 
 
 def describe_fixed_lengths(models: dict[str, Any], tokens: int) -> str:
@@ -59,8 +72,8 @@ def describe_fixed_lengths(models: dict[str, Any], tokens: int) -> str:
     Empty if there is no such model.
     """
     return "; ".join(
-        f"the {side}'s rotary frequencies (rope_type {fixed[0]}) change beyond {fixed[1]:,} tokens: longer "
-        f"rows depend on their batch, which {tokens} tokens do not show"
+        f"{_describe_change(side, fixed)}: longer rows depend on their batch, which {tokens} tokens do not "
+        "show"
         for side, model in models.items()
-        if (fixed := find_fixed_length(model.config)) and tokens <= fixed[1]
+        if (fixed := find_fixed_length(model.config)) and tokens <= fixed.tokens
     )
