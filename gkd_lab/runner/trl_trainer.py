@@ -68,7 +68,8 @@ class TrlCellTrainer(TrlGKDTrainer):
 
         labels: (B, T), -100 where nothing is trained.
         """
-        end_ids = torch.as_tensor(self.generation_config.eos_token_id or [], device=labels.device)
+        end_id = self.generation_config.eos_token_id  # or several; 0 is one
+        end_ids = torch.as_tensor([] if end_id is None else end_id, device=labels.device)
         n_truncated = int((~torch.isin(labels, end_ids).any(-1)).sum())
         self.metrics.add_sums(
             loss=float(loss),

@@ -191,6 +191,15 @@ def test_the_loss_of_sampled_text_is_divided_by_the_tokens_of_the_references(tmp
     assert short["loss"] == pytest.approx(2 * long["loss"])
 
 
+def test_sampled_rows_that_end_with_the_id_0_are_not_truncated(tmp_path: Path) -> None:
+    (cell,) = tiny_grid(tmp_path, "arithmetic", **{**TRL, "grid": {"seed": [3]}}).cells
+    trainer = build_trainer_of(cell, tmp_path / "outputs")
+    trainer.generation_config.eos_token_id = 0
+    trainer._record_step(torch.tensor(1.0), torch.tensor([[-100, 5, 0], [-100, 5, 6]]), is_on_policy=True)
+    (row,) = trainer.metrics.pop_means()
+    assert row["truncated"] == 0.5
+
+
 @pytest.mark.parametrize("n_cut", [0, 1, 2])
 def test_rows_are_cut_as_trls_collator_cuts_texts(n_cut: int, tmp_path: Path) -> None:
     (cell,) = tiny_grid(tmp_path, "arithmetic", **{**TRL, "grid": {"seed": [3]}}).cells
