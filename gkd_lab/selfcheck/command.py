@@ -22,9 +22,8 @@ from gkd_lab.models.loading import load_auto_model
 from gkd_lab.models.vocabulary import get_head_size, get_shared_vocabulary_size, load_model_tokenizer
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.selfcheck.bench import PROMPTS_AND_ANSWERS, ModelPair, PairBench
-from gkd_lab.selfcheck.checks import (
-    BFLOAT16_CHECK,
-    CHECKS,
+from gkd_lab.selfcheck.checks import BFLOAT16_CHECK, CHECKS
+from gkd_lab.selfcheck.invariance import (
     PAIR_ERRORS,
     InvarianceResult,
     create_error_result,
