@@ -124,18 +124,19 @@ def _prepare_references(grid: Grid, options: RunOptions, outcome: RunOutcome) ->
     Failures of building and evaluating are also added to `outcome`.
     """
     errors: dict[str, str] = {}
-    lines_by_reason: dict[str, int] = {}
+    line_numbers: dict[str, int] = {}  # of failures in `outcome`, by reason
     for role, model, cells in _iterate_references_locked_last(grid, options):
         try:
             record = artifacts.ensure_artifact(role, model, grid.scale, options)
         except artifacts.ArtifactFailed as error:
             record = options.store.get_artifact(grid.scale, role, model)
             reason = str(record.read_status().get("error"))
-            if reason in lines_by_reason:
-                same = f"; the {role} failed for the same reason (see {record.status_file})"
-                outcome.failures[lines_by_reason[reason]] += same
+            if reason in line_numbers:
+                outcome.failures[line_numbers[reason]] += (
+                    f"; the {role} failed for the same reason (see {record.status_file})"
+                )
             else:
-                lines_by_reason[reason] = len(outcome.failures)
+                line_numbers[reason] = len(outcome.failures)
                 outcome.failures.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
             errors[model.full_fingerprint] = str(error)
             continue

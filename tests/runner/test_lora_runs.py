@@ -164,20 +164,20 @@ def test_exports_that_cannot_be_are_refused(finished: tuple[Grid, Store], tmp_pa
     whole, cell = map(store.get_record, grid.cells)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    unfinished = Record(shutil.copytree(cell.folder, tmp_path / "nano" / "task" / cell.folder.name))
-    (moved := unfinished).status_file.rename(tmp_path / "status.json")
+    copied = Record(shutil.copytree(cell.folder, tmp_path / "nano" / "task" / cell.folder.name))
+    copied.status_file.rename(tmp_path / "status.json")
     requests: list[tuple[str, Record, str, dict[str, bool]]] = [
         ("--merged", whole, "new", {"merged": True}),
         ("taken", cell, "taken", {}),
-        ("missing", unfinished, "new", {}),
+        ("missing", copied, "new", {}),
         ("best", store.get_sft_student(grid.cells[0]), "new", {"is_best": True}),
     ]
     for message, record, name, changes in requests:
         with pytest.raises(ConfigError, match=message):
             export_record(record, tmp_path / name, **changes)
-    (tmp_path / "status.json").rename(moved.status_file)
-    with pytest.raises(ConfigError, match="SFT student"):  # which was not moved with it
-        export_record(moved, tmp_path / "new")
+    (tmp_path / "status.json").rename(copied.status_file)
+    with pytest.raises(ConfigError, match="SFT student"):  # which was not copied with it
+        export_record(copied, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
