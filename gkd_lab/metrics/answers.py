@@ -17,6 +17,8 @@ NUMBER_PATTERN = re.compile(
     r"(?:[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+(?![0-9])|[0-9][0-9,]*|(?=\.[0-9]))"
     r"(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2}(?![0-9])|/[0-9]+)?"
 )
+MAX_NUMBER_CHARACTERS = 4300
+"""Of a number that is read, as Python converts no longer one: a model that repeats a digit has no answer."""
 _FINAL_PERIOD = re.compile(r"\.$")
 
 
@@ -84,6 +86,8 @@ def extract_number(text: str) -> Fraction | None:
     if not numbers:
         return None
     numerator, _, denominator = re.sub(r"[,\s$€£]", "", numbers[-1].replace("−", "-")).partition("/")
+    if max(len(numerator), len(denominator)) > MAX_NUMBER_CHARACTERS:
+        return None
     divisor = Fraction(denominator or 1)
     return Fraction(numerator) / divisor if divisor else None
 

@@ -99,6 +99,8 @@ def test_signatures_contain_the_rule_and_its_pattern() -> None:
         ("½", None),
         ("٣", None),
         ("####", None),
+        ("3" * 5000, None),
+        ("3/" + "7" * 5000, None),
     ],
 )
 def test_a_number_is_read_as_it_is_written(text: str, number: float | None) -> None:
