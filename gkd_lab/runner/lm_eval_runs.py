@@ -172,7 +172,12 @@ def write_record_tasks(record: Record, options: RunOptions) -> list[Path]:
             f"{RECORD_TASK!r} task; lm-eval cannot repeat sampling, nor beam search with "
             "`length_penalty_form: wu`"
         )
-    return [_write_record_task(record, model, evaluation, options) for evaluation in evaluations]
+    tokenizer = load_tokenizer(record.checkpoint)
+    end_ids = collect_end_ids(load_student(record, model, "fp32"), tokenizer).tolist()
+    return [
+        _write_record_task(record, model, evaluation, tokenizer, end_ids, options)
+        for evaluation in evaluations
+    ]
 
 
 def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
@@ -189,12 +194,18 @@ def _iterate_search_evaluations(record: Record) -> Iterator[Evaluation]:
             yield evaluation
 
 
-def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, options: RunOptions) -> Path:
+def _write_record_task(
+    record: Record,
+    model: SftModel,
+    evaluation: Evaluation,
+    tokenizer: Any,
+    end_ids: list[int],
+    options: RunOptions,
+) -> Path:
     """Write an evaluation as an lm-eval YAML, and its rows as JSON lines beside it; return the YAML path."""
     rows = take_first_rows(
         load_split(model.task, model.data, evaluation.split, options.cache_folder), evaluation.examples
     )
-    tokenizer = load_tokenizer(record.checkpoint)
     _, report = encode_examples(model, tokenizer, rows)
     if report.prompts:
         options.reporter.say(
@@ -213,17 +224,16 @@ def _write_record_task(record: Record, model: SftModel, evaluation: Evaluation, 
     )
     config["task"] = task_file.stem
     config["dataset_kwargs"] = {"data_files": {"test": str(rows_file)}}
-    config["generation_kwargs"] = _build_generation_arguments(record, model, evaluation, tokenizer)
+    config["generation_kwargs"] = _build_generation_arguments(model, evaluation, end_ids)
     write_text(task_file, yaml.dump(config, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True))
     options.reporter.say(f"wrote {task_file}, a task for the lm_eval command too")
     return task_file
 
 
 def _build_generation_arguments(
-    record: Record, model: SftModel, evaluation: Evaluation, tokenizer: Any
+    model: SftModel, evaluation: Evaluation, end_ids: list[int]
 ) -> dict[str, Any]:
     """Return lm-eval's `generation_kwargs`, all keys set, so that the checkpoint's own have no effect."""
-    end_ids = collect_end_ids(load_student(record, model, "fp32"), tokenizer)
     arguments: dict[str, Any] = {
         "until": [],
         "do_sample": False,
@@ -232,7 +242,7 @@ def _build_generation_arguments(
         "early_stopping": False,
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
-        "eos_token_id": end_ids.tolist(),
+        "eos_token_id": end_ids,
         "max_gen_toks": evaluation.max_output_tokens,
     }
     if model.family == "encoder-decoder":
