@@ -9,6 +9,7 @@ import typer
 
 from gkd_lab import experiments
 from gkd_lab.cli.options import (
+    CELL_HELP,
     ExampleNoiseOption,
     ExperimentArgument,
     NoiseFromOption,
@@ -266,10 +267,7 @@ def write_report_page(
 
 
 def compare_cells(
-    cell_a: Annotated[
-        str,
-        typer.Argument(metavar="CELL_A", help="Folder of a record, or the first digits of its fingerprint."),
-    ],
+    cell_a: Annotated[str, typer.Argument(metavar="CELL_A", help=CELL_HELP)],
     cell_b: Annotated[
         str, typer.Argument(metavar="CELL_B", help="The other record; the differences are B - A.")
     ],

@@ -26,9 +26,8 @@ BusyCellAction = Literal["wait", "pass"]
 ExperimentArgument = Annotated[
     str, typer.Argument(metavar="EXP", help="Name in experiments/, or a YAML file.")
 ]
-CellArgument = Annotated[
-    str, typer.Argument(metavar="CELL", help="Folder of a record, or the first digits of its fingerprint.")
-]
+CELL_HELP = "Folder of a record, or the first digits of its fingerprint."
+CellArgument = Annotated[str, typer.Argument(metavar="CELL", help=CELL_HELP)]
 ScaleOption = Annotated[Scale | None, typer.Option(help="Default: the scale of the experiment.")]
 SetOption = Annotated[
     list[str] | None,
@@ -158,8 +157,8 @@ def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE or KEY=V1,V2")
         key = key.strip()
         if key in overrides:
-            both = f"{overrides[key]!r} and {value!r}"
-            raise ConfigError(f"--set {key} is given twice, {both}; several values are written {key}=V1,V2")
+            values = f"{overrides[key]!r} and {value!r}"
+            raise ConfigError(f"--set {key} is given twice, {values}; several values are written {key}=V1,V2")
         overrides[key] = value
     return overrides
 
@@ -204,7 +203,10 @@ def check_outputs_folder(outputs: Path) -> None:
 
 
 def check_output_file(output: Path | None, example: str) -> None:
-    """Raise ConfigError if the file of `-o` is a folder, or is to lie in a file; `example`: a file's name."""
+    """Raise ConfigError unless `-o` names a file in a folder that is, or can be, written; None is fine.
+
+    example: Name of a file, for the message.
+    """
     if output is None:
         return
     if output.is_dir():

@@ -101,7 +101,6 @@ def run_cell(
     tracker: TrackerOption = None,
     held: Annotated[
         BusyCellAction,
-        CellArgument,
         typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
     ] = "wait",
 ) -> None:
@@ -126,7 +125,7 @@ def run_cell(
 
 
 def _print_bfloat16_notes(grid: Grid) -> None:
-    """Print to standard error what is to be said of cells in bf16 on this machine."""
+    """Print notes on cells whose bf16 this machine computes slowly, to standard error."""
     for note in list_bfloat16_notes(grid.cells):
         print(note, file=sys.stderr)
 
@@ -261,9 +260,7 @@ def run_in_process(
             _replay_to_sweep_agent(grid, store)
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
-    experiments.check_models_and_splits(grid)
-    experiments.check_peft(grid)
-    experiments.check_generators_and_rewards(grid)
+    _check_grid(grid)
     from gkd_lab.runner.progress import Reporter, silence_libraries
     from gkd_lab.runner.run import run_grid
     from gkd_lab.runner.run_options import RunOptions
@@ -312,9 +309,7 @@ def run_in_workers(
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
-        experiments.check_models_and_splits(grid)
-        experiments.check_peft(grid)
-        experiments.check_generators_and_rewards(grid)
+        _check_grid(grid)
         if any(cell.training.tf32 for cell in grid.cells):
             from gkd_lab.runner.tf32 import check_tf32
 
@@ -331,6 +326,13 @@ def run_in_workers(
         if status and not _is_grid_done(grid, store):
             raise typer.Exit(status)
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _check_grid(grid: Grid) -> None:
+    """Raise ConfigError for models, splits, packages or rewards that would make a grid's cells fail."""
+    experiments.check_models_and_splits(grid)
+    experiments.check_peft(grid)
+    experiments.check_generators_and_rewards(grid)
 
 
 def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 
-_ERRORS = "gkd_lab_readable"
+_ERROR_HANDLER = "gkd_lab_readable"
 
 
 def restart_in_utf8_mode() -> None:
@@ -26,10 +26,10 @@ def accept_any_text() -> None:
     Bytes of a file name that are no text are written as they are; other characters that the stream's encoding
     lacks, as half of an emoji, as `\\ud83d`.
     """
-    codecs.register_error(_ERRORS, _replace_unwritable)
+    codecs.register_error(_ERROR_HANDLER, _replace_unwritable)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            stream.reconfigure(errors=_ERROR_HANDLER)
 
 
 def _replace_unwritable(error: UnicodeError) -> tuple[str | bytes, int]:
