@@ -26,8 +26,8 @@ INTERVAL_NOTE = (
     "Intervals are at 95 %, by the bootstrap over test examples: they cover the choice of examples, not the "
     "noise of training, which other seeds would show."
 )
-_METRIC_IDS = {"rouge": "rouge", "bleu": "bleu", "chrf": "chrf", "accuracy": "accuracy"}
-"""Beginning of a metric's name -> its name on the hub; any other is named as here."""
+_HUB_METRICS = ("rouge", "bleu", "chrf", "accuracy")
+"""Metrics that the hub knows; a name that begins so is one of them there."""
 _KL_WORDS = {
     0.0: "forward KL divergence, KL(teacher ‖ student)",
     1.0: "reverse KL divergence, KL(student ‖ teacher)",
@@ -69,6 +69,13 @@ class ScoreLine:
     low: float | None = None
     high: float | None = None
     n_examples: int | None = None
+
+    @classmethod
+    def from_score(cls, evaluation: str, split: str, metric: str, score: Mapping[str, Any]) -> "ScoreLine":
+        """Return the line of a stored score: `value`, and `low`, `high`, `n` if it has them."""
+        return cls(
+            evaluation, split, metric, score["value"], score.get("low"), score.get("high"), score.get("n")
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,9 @@ def build_card(facts: CardFacts) -> ModelCard:
 
 def _build_eval_result(facts: CardFacts, score: ScoreLine) -> EvalResult:
     """Return a score in the hub's form; its interval is among the arguments of the metric."""
-    ends = {} if score.low is None else {"low": score.low, "high": score.high, "interval": "95 %"}
-    counted = {} if score.n_examples is None else {"examples": score.n_examples}
-    metric = next((hub for begin, hub in _METRIC_IDS.items() if score.metric.startswith(begin)), score.metric)
+    interval = {} if score.low is None else {"low": score.low, "high": score.high, "interval": "95 %"}
+    count = {} if score.n_examples is None else {"examples": score.n_examples}
+    metric = next((name for name in _HUB_METRICS if score.metric.startswith(name)), score.metric)
     return EvalResult(
         task_type="text-generation",
         dataset_type=facts.dataset.name if facts.dataset.is_on_hub else "local",
@@ -137,7 +144,7 @@ def _build_eval_result(facts: CardFacts, score: ScoreLine) -> EvalResult:
         metric_type=metric,
         metric_name=f"{score.metric} ({score.evaluation})",
         metric_value=score.value,
-        metric_args={**ends, **counted} or None,
+        metric_args={**interval, **count} or None,
     )
 
 
@@ -184,14 +191,13 @@ def _format_scores(facts: CardFacts) -> str:
         "|---|---|---|---|---|---|",
     ]
     for score in facts.scores:
-        ends = "–" if score.low is None else f"[{score.low:.2f}, {score.high:.2f}]"
+        interval = "–" if score.low is None else f"[{score.low:.2f}, {score.high:.2f}]"
         count = "–" if score.n_examples is None else score.n_examples
         lines.append(
-            f"| {score.evaluation} | {score.split} | {score.metric} | {score.value:.2f} | {ends} | {count} |"
+            f"| {score.evaluation} | {score.split} | {score.metric} | {score.value:.2f} | {interval} "
+            f"| {count} |"
         )
-    return _format_section(
-        "Scores", ["\n".join(lines), facts.score_note] if facts.score_note else ["\n".join(lines)]
-    )
+    return _format_section("Scores", filter(None, ["\n".join(lines), facts.score_note]))
 
 
 def _format_usage(facts: CardFacts) -> str:
@@ -254,10 +260,12 @@ def describe_text_source(lmbda: float, temperature: float | None, other_text: st
     if lmbda == 0:
         return f"Every step trains on {other_text} (lmbda = 0: off-policy)."
     sampled = f", sampled at temperature {temperature:g}" if temperature is not None else ""
-    own = f"text that the student has just written itself{sampled}"
+    student_text = f"text that the student has just written itself{sampled}"
     if lmbda == 1:
-        return f"Every step trains on {own} (lmbda = 1: on-policy)."
-    return f"A step trains on {own}, with probability lmbda = {lmbda:g}, and otherwise on {other_text}."
+        return f"Every step trains on {student_text} (lmbda = 1: on-policy)."
+    return (
+        f"A step trains on {student_text}, with probability lmbda = {lmbda:g}, and otherwise on {other_text}."
+    )
 
 
 def describe_normalization(normalization: str) -> str:
@@ -314,9 +322,9 @@ def describe_versions(provenance: Mapping[str, Any], **facts: Any) -> dict[str, 
 
     `code` is the hash of the code that results depend on.
     """
-    kept = {
+    versions = {
         name: provenance[name]
         for name in ("time", "gkd_lab", "code", "commit", "python")
         if provenance.get(name)
     }
-    return {**kept, **facts, "packages": dict(provenance.get("packages", {}))}
+    return {**versions, **facts, "packages": dict(provenance.get("packages", {}))}

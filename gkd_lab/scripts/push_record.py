@@ -155,7 +155,7 @@ def _describe_model(model: SftModel) -> CardSource:
     if spec.served is not None:
         return CardSource(f"{spec.served}, behind a server")
     if spec.path is not None or spec.pretrained is None:
-        return CardSource(Path(spec.path or spec.name).name + fine_tuned)
+        return CardSource(Path(spec.path or spec.name).name, note=fine_tuned)
     return CardSource(spec.pretrained, is_on_hub=True, revision=spec.revision, note=fine_tuned)
 
 
@@ -218,12 +218,4 @@ def _read_scores(record: Record) -> Iterator[ScoreLine]:
         split = evaluation.split if isinstance(evaluation, Evaluation) else "test"
         for metric, score in part.read_scores().items():
             if score.get("value") is not None and ("n" in score or isinstance(evaluation, LmEvalEvaluation)):
-                yield ScoreLine(
-                    evaluation.name,
-                    split,
-                    metric,
-                    score["value"],
-                    score.get("low"),
-                    score.get("high"),
-                    score.get("n"),
-                )
+                yield ScoreLine.from_score(evaluation.name, split, metric, score)

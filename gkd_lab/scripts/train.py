@@ -162,20 +162,19 @@ def _load_tokenizer(request: TrainRequest, data: RunData, *, is_encoder_decoder:
         except (ValueError, KeyError) as error:
             raise build_tokenizer_error(name) from error
         tokenizer = resolve_tokenizer(tokenizer, None, None, training)
+    except ConfigError as error:
+        raise ConfigError(f"model_name_or_path: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model_name_or_path: {' '.join(str(error).split())}"
-            if isinstance(error, ConfigError)
-            else f"model_name_or_path: the tokenizer of {name!r}: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model_name_or_path: the tokenizer of {name!r}: {reason}") from error
     encode_row = RowEncoder(
         tokenizer,
         is_encoder_decoder=is_encoder_decoder,
         max_length=training.max_length,
         max_new_tokens=training.max_new_tokens,
     )
-    for use, split in data.names.items():
-        row = next(iter(getattr(data, use)))
+    for _, split, rows in data.list_parts():
+        row = next(iter(rows))
         try:
             with warnings.catch_warnings(action="ignore"):
                 encode_row(row)
@@ -217,23 +216,23 @@ def _create_trainer(
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    for use in ("evaluation", "test"):
-        if getattr(data, use) is not None:
-            trainer.prepare_scored_rows(getattr(data, use), data.names[use])
+    for use, split, rows in data.list_parts():
+        if use != "train":
+            trainer.prepare_scored_rows(rows, split)
     if script.ignore_bias_buffers:
         buffers = [name for name, tensor in trainer.model.named_buffers() if tensor.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = buffers
     return trainer
 
 
-def _build_init_kwargs(request: TrainRequest, revision: str, given: Any) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` as TRL's scripts make them; those given win."""
-    kwargs: dict[str, Any] = {
+def _build_init_kwargs(request: TrainRequest, revision: str, overrides: Any) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` as TRL's scripts make them; `overrides` win."""
+    return {
         "revision": revision,
         "attn_implementation": request.model.attn_implementation,
         "dtype": request.model.dtype,
+        **(overrides or {}),
     }
-    return {**kwargs, **(given or {})}
 
 
 def _build_peft_config(request: TrainRequest, *, is_encoder_decoder: bool) -> Any:
@@ -274,15 +273,7 @@ def _score_test_rows(trainer: ScoredTrainer, request: TrainRequest, data: RunDat
     write_json(folder / SCORES_FILE, {**header, "scores": scores})
     write_json_lines(folder / PREDICTIONS_FILE, rows)
     return [
-        ScoreLine(
-            trainer.evaluation.name,
-            split,
-            name,
-            scores[name]["value"],
-            scores[name].get("low"),
-            scores[name].get("high"),
-            scores[name]["n"],
-        )
+        ScoreLine.from_score(trainer.evaluation.name, split, name, scores[name])
         for name in trainer.evaluation.metrics
     ]
 
@@ -291,5 +282,5 @@ def _print_results(folder: Path, scores: Sequence[ScoreLine]) -> None:
     """Print where the student is, and its test scores with their intervals."""
     print(f"student: {folder}")
     for score in scores:
-        ends = "" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]"
-        print(f"{score.split} {score.metric}: {score.value:.2f}{ends}, {score.n_examples} examples")
+        interval = "" if score.low is None else f" [{score.low:.2f}, {score.high:.2f}]"
+        print(f"{score.split} {score.metric}: {score.value:.2f}{interval}, {score.n_examples} examples")

@@ -150,16 +150,11 @@ def _list_terms(training: Any) -> list[dict[str, Any]]:
 def _describe_data(request: TrainRequest, data: RunData, links: Sequence[str]) -> list[str]:
     """Return sentences on the data: its name, its splits and their numbers of rows."""
     config = f", configuration `{request.script.dataset_config}`" if request.script.dataset_config else ""
+    words = {"train": "trained on", "evaluation": "evaluated during training", "test": "scored"}
     counts = []
-    for use, words in (
-        ("train", "trained on"),
-        ("evaluation", "evaluated during training"),
-        ("test", "scored"),
-    ):
-        rows = getattr(data, use)
-        if rows is not None:
-            count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
-            counts.append(f"{words}: {count} of `{data.names[use]}`")
+    for use, split, rows in data.list_parts():
+        count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
+        counts.append(f"{words[use]}: {count} of `{split}`")
     return [f"{' and '.join(links)}{config}; {'; '.join(counts)}."]
 
 
@@ -167,9 +162,11 @@ def _describe_scores(metrics: Sequence[str], training: Any, data: RunData) -> st
     """Return the note on the scores: what their intervals cover, and whether the rows chose a model too."""
     if not metrics:
         return ""
-    chosen = training.load_best_model_at_end and data.names.get("evaluation") == data.names.get("test")
+    is_choice_on_test = training.load_best_model_at_end and (
+        data.names.get("evaluation") == data.names.get("test")
+    )
     warning = (
         " The same split chose the checkpoint, so these scores are too high by that choice; "
         "`dataset_eval_split` gives it rows of its own."
     )
-    return INTERVAL_NOTE + (warning if chosen else "")
+    return INTERVAL_NOTE + (warning if is_choice_on_test else "")

@@ -34,8 +34,8 @@ from gkd_lab.training.config_fields import check_options
 TEXT_METRICS = tuple(name for name in METRICS if name not in (*CLASSIFICATION_METRICS, "self_bleu"))
 """Metrics of one written text for each prompt."""
 DECODINGS = ("greedy", "beam", "sample")
-_LOSS_NAMES = ("loss", "on_policy_loss", "on_policy_completion_length", "on_policy_truncated")
-"""Values that an evaluation reports besides the metrics, and that a checkpoint may be chosen by."""
+_ON_POLICY_VALUES = ("on_policy_loss", "on_policy_completion_length", "on_policy_truncated")
+"""What an evaluation with `eval_on_policy` reports besides the loss and the metrics."""
 _COUNTS = (
     *("max_train_samples", "max_eval_samples", "max_test_samples", "early_stopping_patience"),
     *("max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size"),
@@ -138,10 +138,10 @@ class TrainParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Raise argparse's error as a ConfigError, without the usage of 200 options."""
         message = re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
-        wrong = re.fullmatch(r"(--\w+: )invalid choice: '(.*)' \(choose from (.*)\)", message)
-        if wrong is not None:
-            choices = [choice.strip("'") for choice in wrong[3].split(", ")]
-            message = f"{wrong[1]}{wrong[2]!r} is not valid: {suggest_choices(wrong[2], choices)}"
+        match = re.fullmatch(r"(--\w+: )invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if match is not None:
+            choices = [choice.strip("'") for choice in match[3].split(", ")]
+            message = f"{match[1]}{match[2]!r} is not valid: {suggest_choices(match[2], choices)}"
         raise ConfigError(f"{message}; see `gkd-lab train --help`")
 
     def find_action(self, name: str) -> Action | None:
@@ -301,16 +301,13 @@ def _check_named(request: TrainRequest) -> None:
 def _check_selection(request: TrainRequest) -> None:
     """Raise ConfigError for a checkpoint chosen by a score that no evaluation reports."""
     script, training = request.script, request.training
-    chosen = training.metric_for_best_model
-    if chosen is not None and (request.evaluates or training.load_best_model_at_end):
-        names = [
-            f"eval_{name}" for name in (*script.metrics, *_LOSS_NAMES[: 4 if training.eval_on_policy else 1])
-        ]
-        if chosen.removeprefix("eval_") not in [name.removeprefix("eval_") for name in names]:
-            hint = " (name it in `metrics`)" if chosen.removeprefix("eval_") in TEXT_METRICS else ""
-            raise ConfigError(
-                f"metric_for_best_model: {chosen!r} is not reported{hint}; {suggest_choices(chosen, names)}"
-            )
+    metric = training.metric_for_best_model
+    if metric is not None and (request.evaluates or training.load_best_model_at_end):
+        reported = [*script.metrics, "loss", *(_ON_POLICY_VALUES if training.eval_on_policy else ())]
+        if metric.removeprefix("eval_") not in reported:
+            hint = " (name it in `metrics`)" if metric.removeprefix("eval_") in TEXT_METRICS else ""
+            choices = suggest_choices(metric, [f"eval_{name}" for name in reported])
+            raise ConfigError(f"metric_for_best_model: {metric!r} is not reported{hint}; {choices}")
     if script.early_stopping_patience is not None:
         if not request.evaluates:
             raise ConfigError("early_stopping_patience needs evaluations: set `eval_strategy: steps`")

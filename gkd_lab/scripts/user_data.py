@@ -3,9 +3,8 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,19 @@ class RunData:
     names: dict[str, str] = field(default_factory=dict)
     """Use -> name of the split."""
 
+    def list_parts(self) -> list[tuple[str, str, Rows]]:
+        """Return (use, name of its split, its rows) of each use, the training first."""
+        return [(use, name, getattr(self, use)) for use, name in self.names.items()]
+
     def hash_rows(self) -> dict[str, str]:
         """Return use -> SHA-256 of its rows, in order; a stream of rows, which has no end, is left out."""
-        used = {use: getattr(self, use) for use in self.names}
-        return {use: _hash_rows(rows) for use, rows in used.items() if hasattr(rows, "__len__")}
+        return {use: _hash_rows(rows) for use, _, rows in self.list_parts() if hasattr(rows, "__len__")}
 
 
 def _hash_rows(rows: Rows) -> str:
     """Return the SHA-256 over the rows as JSON with sorted keys, 64 hexadecimal digits."""
     total = hashlib.sha256()
-    for row in _iterate(rows):
+    for row in rows:
         total.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
     return total.hexdigest()
 
@@ -72,8 +74,8 @@ def load_run_data(request: TrainRequest) -> RunData:
         reason=f"lmbda: {training.lmbda:g} trains on completions too; set `lmbda: 1` to train on the "
         "student's own text alone, or `seq_kd: true` to let the teacher write",
     )
-    compared = ", ".join(script.metrics)
-    reason = f"metrics: {compared} compare with it; leave `metrics` out for the loss alone"
+    metrics = ", ".join(script.metrics)
+    reason = f"metrics: {metrics} compare with it; leave `metrics` out for the loss alone"
     for use in ("evaluation", "test"):
         if use in rows:
             rows[use] = collect_all_rows(rows[use])
@@ -153,7 +155,10 @@ def _read_file(path: Path, wanted: Sequence[str]) -> dict[str, Rows]:
     for name in wanted:
         if name != "train":
             _require_split(name, ["train"])
-    return {"train": _collect_rows(row for _, row in read_file_rows(path)) or _refuse_empty(path)}
+    rows = _collect_rows(row for _, row in read_file_rows(path))
+    if not rows:
+        raise ConfigError(f"dataset_name: {str(path)!r} is empty, expected at least one row")
+    return {"train": rows}
 
 
 def _read_folder(path: Path, wanted: Sequence[str]) -> dict[str, Rows]:
@@ -176,11 +181,6 @@ def _read_folder(path: Path, wanted: Sequence[str]) -> dict[str, Rows]:
 def _collect_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows as a list of dicts."""
     return [dict(row) for row in rows]
-
-
-def _refuse_empty(path: Path) -> list[dict[str, Any]]:
-    """Raise ConfigError for a file without rows; never returns."""
-    raise ConfigError(f"dataset_name: {str(path)!r} is empty, expected at least one row")
 
 
 def _load_from_hub(script: TrainScriptArguments) -> dict[str, Rows]:
@@ -217,12 +217,12 @@ def collect_all_rows(rows: Rows) -> Rows:
     return rows if hasattr(rows, "__len__") else _collect_rows(rows)
 
 
-def check_columns(rows: Rows, split: str, *, needs_completion: bool, reason: str = "") -> Mapping[str, Any]:
-    """Return the first row of a split. ConfigError without rows, for columns that hold no prompt, no target.
+def check_columns(rows: Rows, split: str, *, needs_completion: bool, reason: str) -> None:
+    """Raise ConfigError for a split without rows, or whose first row has no prompt or no needed completion.
 
     reason: why a completion is needed.
     """
-    first: Mapping[str, Any] | None = next(iter(islice(_iterate(rows), 1)), None)
+    first: Mapping[str, Any] | None = next(iter(rows), None)
     if first is None:
         raise ConfigError(f"the split {split!r} has no rows")
     columns = [name for name, value in first.items() if value is not None]
@@ -230,12 +230,6 @@ def check_columns(rows: Rows, split: str, *, needs_completion: bool, reason: str
         raise ConfigError(f"the split {split!r} {_describe_columns(columns)}; a row has one of:\n{ROW_FORMS}")
     if needs_completion and not has_target(first):
         raise ConfigError(f"the first row of the split {split!r} has no completion, but {reason}")
-    return first
-
-
-def _iterate(rows: Rows) -> Iterator[Mapping[str, Any]]:
-    """Return an iterator over rows."""
-    return iter(rows)
 
 
 def _describe_columns(columns: Sequence[str]) -> str:
@@ -275,7 +269,7 @@ def build_scored_rows(rows: Rows, split: str, decode: Any, encode: Any) -> tuple
     without a completion, or one that cannot be encoded.
     """
     texts, examples = [], []
-    for number, row in enumerate(_iterate(rows)):
+    for number, row in enumerate(rows):
         try:
             example = encode(row)
         except ValueError as error:
