@@ -12,14 +12,14 @@ import os
 import random
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .loopback_server import JsonHandler, LoopbackServer, serve
 
 KEY = "local-" + "0123456789abcdef" * 2 + "01234567"
 ENTITY = "someone"
@@ -57,13 +57,11 @@ class Sweep:
     state: str = "RUNNING"
 
 
-class Server(ThreadingHTTPServer):
+class Server(LoopbackServer):
     """HTTP server with runs, sweeps and agents in memory."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), RequestHandler)
+        super().__init__(RequestHandler)
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.agents: dict[str, str] = {}
@@ -73,10 +71,6 @@ class Server(ThreadingHTTPServer):
         self.keys: set[str] = set()
         """Values of the Authorization header."""
         self.lock = threading.RLock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore the broken connections of killed clients."""
@@ -101,22 +95,22 @@ class Server(ThreadingHTTPServer):
         return self.handed_out[run.id]
 
 
-class RequestHandler(BaseHTTPRequestHandler):
+class RequestHandler(JsonHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read_body())
         self.server.keys.add(self.headers.get("Authorization", ""))
         with self.server.lock:
             if self.path == "/graphql":
-                self._reply(self._operation(body["query"], body.get("variables") or {}))
+                self.answer(self._operation(body["query"], body.get("variables") or {}))
             else:
-                self._reply(_update_run(self.server, self.path.split("/")[4], body))
+                self.answer(_update_run(self.server, self.path.split("/")[4], body))
 
     def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._reply({})
+        self.read_body()
+        self.answer({})
 
     def _operation(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         match = re.search(r"(?:query|mutation)\s+(\w+)", query)
@@ -125,17 +119,6 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.server.unknown.append(name)
             return {"errors": [{"message": f"unknown operation {name}"}]}
         return {"data": _OPERATIONS[name](self.server, variables)}
-
-    def _reply(self, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def _update_run(server: Server, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -283,14 +266,6 @@ _OPERATIONS = {
 }
 
 
-@contextmanager
-def run_server() -> Iterator[Server]:
+def run_server() -> AbstractContextManager[Server]:
     """Run a server on a free loopback port until the block ends."""
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return serve(Server())

@@ -11,14 +11,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from ..loopback_server import JsonHandler, LoopbackServer, serve
 
 TOKEN = "hf_" + "local0123456789abcdefghij"
 USER = "someone"
@@ -35,21 +34,15 @@ class HubModel:
     messages: list[str] = field(default_factory=list)
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LoopbackServer):
     """HTTP server with models and large files in memory."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
+        super().__init__(HubHandler)
         self.models: dict[str, HubModel] = {}
         self.large_files: dict[str, bytes] = {}
         self.served: dict[str, Path] = {}
         self.unknown: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables for a client of this hub alone; without a token it is not logged in."""
@@ -65,13 +58,10 @@ class HubServer(ThreadingHTTPServer):
         return variables | ({} if token is None else {"HF_TOKEN": token})
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(JsonHandler):
     """Answers one request; those that write need the token."""
 
     server: HubServer
-
-    def log_message(self, *args: Any) -> None:
-        """Print nothing."""
 
     def do_GET(self) -> None:
         if self.path == "/api/whoami-v2":
@@ -96,7 +86,7 @@ class HubHandler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.read_body()
         if self.path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif not self.is_authorized():
@@ -124,7 +114,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.answer({"error": "unknown"}, 404)
 
     def do_PUT(self) -> None:
-        content = self.rfile.read(int(self.headers["Content-Length"]))
+        content = self.read_body()
         digest = self.path.rpartition("/")[2]
         assert hashlib.sha256(content).hexdigest() == digest
         self.server.large_files[digest] = content
@@ -174,16 +164,6 @@ class HubHandler(BaseHTTPRequestHandler):
         commit = f"{len(model.messages):040x}"
         self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
-    def answer(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
     """Return the files below a folder as the hub lists them."""
@@ -199,14 +179,6 @@ def list_files(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@contextmanager
-def run_hub() -> Iterator[HubServer]:
+def run_hub() -> AbstractContextManager[HubServer]:
     """Serve an empty hub for the time of the block."""
-    server = HubServer()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return serve(HubServer())
