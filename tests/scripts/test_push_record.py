@@ -1,9 +1,7 @@
 """`gkd-lab push`: what arrives at the hub, and what is refused before anything is sent."""
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +19,8 @@ from gkd_lab.store import Record, Store
 
 from ..training.scripts import chat_tokenizer, llama, saved
 from .hub_server import TOKEN, HubServer, run_hub
-from .user_pair import read_yaml_block
+from .user_pair import read_yaml_block, run_child
 
-ROOT = Path(__file__).parents[2]
 SCORES = {
     "accuracy": {"value": 41.25, "low": 35.5, "high": 47.0, "n": 80, "signature": "accuracy"},
     "mean_length": {"value": 12.0},
@@ -39,12 +36,6 @@ PROVENANCE = {
     "command": ["gkd-lab", "run", "/home/someone/secret/mine.yaml"],
     "machine": {"system": "a-host-of-mine"},
 }
-
-
-@pytest.fixture
-def hub() -> HubServer:
-    with run_hub() as server:
-        yield server
 
 
 def make_grid(outputs: Path = Path("outputs")) -> Grid:
@@ -69,10 +60,7 @@ def write_finished_cell(*, finished: bool = True) -> tuple[Cell, Record]:
 
 
 def push(*words: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gkd_lab", "push", *words]
-    plain = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HOME")}
-    variables = {**plain, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+    return run_child("push", *words, **environment)
 
 
 def test_a_pushed_cell_arrives_with_its_weights_tokenizer_and_card(

@@ -39,14 +39,6 @@ EVALUATED = {
 CHOSEN_BY_THE_TEST = "The same split chose the checkpoint"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with a pair and data, as the current one."""
-    write_user_folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read_log(checkpoint: str) -> list[dict[str, Any]]:
     """Return the log of a run from the Trainer's state in a checkpoint."""
     return json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]

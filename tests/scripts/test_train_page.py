@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .user_pair import run_command, write_user_folder
+from .user_pair import run_command
 
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 
@@ -18,10 +18,8 @@ def find_block(language: str) -> str:
 
 
 def test_the_pages_rows_and_file_make_the_run_that_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_user_folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
     for split in ("train", "validation", "test"):
         Path(f"data/{split}.jsonl").write_text(2 * find_block("json"))
     Path("run.yaml").write_text(find_block("yaml"))

@@ -1,10 +1,7 @@
 """`gkd-lab train` in processes of its own: from and to a hub, and several processes under accelerate."""
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +11,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from .hub_server import COMMIT, TOKEN, HubServer, run_hub
-from .user_pair import read_yaml_block, write_own_answers, write_run_file, write_user_folder
+from .user_pair import ROOT, read_yaml_block, run_child, write_own_answers, write_run_file
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with run_hub() as server:
-        yield server
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with a pair and data, as the current one."""
-    write_user_folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def train(*words: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python [-m LAUNCHER] -m gkd_lab train --config run.yaml WORDS` with environment variables."""
-    command = [sys.executable, *launcher, "-m", "gkd_lab", "train", "--config", "run.yaml", *words]
-    plain = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HOME")}
-    environment = plain | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return run_child("train", "--config", "run.yaml", *words, launcher=launcher, **variables)
 
 
 # ---- the hub ----

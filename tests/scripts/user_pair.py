@@ -1,6 +1,9 @@
 """A user's folder: a tiny student and teacher, their data as jsonl, and the file of a run."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from gkd_lab.cli import main
 
 from ..training.scripts import chat_tokenizer, conversations, llama, saved
 
+ROOT = Path(__file__).parents[2]
 RUN: dict[str, Any] = {
     "model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
@@ -61,6 +65,16 @@ def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, s
         main(list(words))
     output = capsys.readouterr()
     return int(stop.value.code or 0), output.out, output.err
+
+
+def run_child(
+    *words: str, launcher: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python [LAUNCHER] -m gkd_lab WORDS` with these environment variables, logged in by them alone."""
+    command = [sys.executable, *launcher, "-m", "gkd_lab", *words]
+    plain = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HOME")}
+    environment = plain | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def write_own_answers(path: Path | None, model: str, wrong: int = 0) -> tuple[list[str], list[list[str]]]:
