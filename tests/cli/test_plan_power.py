@@ -19,7 +19,7 @@ INVALID_REQUESTS = {
     "quickstart --power --noise 1 --noise-from a": "--noise and --noise-from both say what the noise is",
     "quickstart --power --noise-from quikstart": "--noise-from quikstart: unknown experiment 'quikstart'",
     "quickstart --power --noise-from none.parquet": "--noise-from none.parquet: no table none.parquet",
-    "quickstart --power --noise-from quality_diversity": "rouge2, summarization self_bleu, not of what",
+    "quickstart --power --noise-from lambda_beta_summarization": "is of summarization rouge2, not of what",
     "adversarial --power --noise 1": "adversarial has none: it names no claim of the paper",
     "learning_rate --power --noise 1": "learning_rate has none: C27: is measured, without a verdict",
     "quickstart --noise 1": "--noise-from, --noise and --example-noise are about power: add --power",
