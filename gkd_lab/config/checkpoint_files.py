@@ -75,8 +75,9 @@ class CheckpointFiles:
         limits = [self.config.get(name) for name in _LENGTH_FIELDS]
         return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
-    def read_vocabulary(self) -> dict[int, str] | None:
-        """Return id -> token of `tokenizer.json`; None without a valid one."""
+    @cached_property
+    def vocabulary(self) -> Mapping[int, str] | None:
+        """Id -> token of `tokenizer.json`; None without a valid one."""
         path = self.path / "tokenizer.json"
         if not path.is_file():
             return None
@@ -99,7 +100,7 @@ class CheckpointFiles:
         yield from self._list_weight_faults()
         if not self._has_tokenizer():
             yield f"{self.path} has no tokenizer: tokenizer.json, or another form of it, is missing"
-        elif (self.path / "tokenizer.json").is_file() and self.read_vocabulary() is None:
+        elif (self.path / "tokenizer.json").is_file() and self.vocabulary is None:
             yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
 
     def _list_weight_faults(self) -> Iterator[str]:
@@ -109,9 +110,10 @@ class CheckpointFiles:
         shards = []
         for index in (_WEIGHTS[1], _WEIGHTS_INDEX):
             if (self.path / index).is_file() and not (self.path / _WEIGHTS[0]).is_file():
-                try:
-                    shards = sorted(set(json.loads((self.path / index).read_text())["weight_map"].values()))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                weight_map = self._read_fields(index).get("weight_map")
+                if isinstance(weight_map, dict):
+                    shards = sorted(set(map(str, weight_map.values())))
+                else:
                     yield f"{self.path / index} is damaged; copy it again"
         for name in shards:
             if not (self.path / name).is_file():
