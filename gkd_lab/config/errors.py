@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -170,9 +171,7 @@ def locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple
         if isinstance(part, int):
             path += f"[{part}]"
             continue
-        field_types = [list_field_types(owner) for owner in list_model_classes(annotation)]
-        candidates = [fields[part] for fields in field_types if part in fields]
-        candidates += [get_args(item)[1] for item in walk_annotation(annotation) if get_origin(item) is dict]
+        candidates = list_key_types(annotation, part)
         if candidates:
             path += f".{part}" if path else part
             annotation = candidates[0]
@@ -183,7 +182,15 @@ def locate_field(model: type[BaseModel], location: Iterable[str | int]) -> tuple
     return path, annotation
 
 
-def list_field_types(model: type[BaseModel]) -> dict[str, Any]:
+def list_key_types(annotation: Any, key: str) -> list[Any]:
+    """Return the types that a key's value may have: of the classes inside a type, then of its dicts."""
+    field_types = [list_field_types(owner) for owner in list_model_classes(annotation)]
+    types = [fields[key] for fields in field_types if key in fields]
+    return types + [get_args(item)[1] for item in walk_annotation(annotation) if get_origin(item) is dict]
+
+
+@cache
+def list_field_types(model: type[BaseModel]) -> Mapping[str, Any]:
     """Return field name (its alias if it has one) -> type with its constraints, of a pydantic class."""
     return {
         field.alias or name: Annotated[field.annotation, *field.metadata]

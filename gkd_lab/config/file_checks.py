@@ -1,7 +1,7 @@
 """Refuse what a file leaves ambiguous: doubtful numbers, a value beside its axis, sections of no task."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -10,8 +10,7 @@ from gkd_lab.config.errors import (
     Location,
     Origin,
     explain_violation,
-    list_field_types,
-    list_model_classes,
+    list_key_types,
     locate_field,
     suggest_choices,
     walk_annotation,
@@ -43,13 +42,9 @@ def _walk_scalars(
 ) -> Iterator[tuple[Location, Any, Sequence[Any]]]:
     """Yield (location, value, possible types) of the booleans and texts inside plain data."""
     if isinstance(value, Mapping):
-        classes = [owner for annotation in annotations for owner in list_model_classes(annotation)]
-        fields = [list_field_types(owner) for owner in classes]
-        items = [item for annotation in annotations for item in walk_annotation(annotation)]
-        shared = [get_args(item)[1] for item in items if get_origin(item) is dict]
         for key, part in value.items():
-            found = [types[key] for types in fields if key in types] + shared
-            yield from _walk_scalars(part, (*location, key), found)
+            key_types = [item for annotation in annotations for item in list_key_types(annotation, key)]
+            yield from _walk_scalars(part, (*location, key), key_types)
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):
             yield from _walk_scalars(part, (*location, number), annotations)
