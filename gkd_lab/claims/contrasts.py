@@ -265,14 +265,12 @@ def measured_difference(
         if missing:
             return [], missing
         upper, lower = (_weigh(models, indices) for _, indices in groups)
-        contrast = _compare_linear(models, "ratio" if as_ratio else "difference", upper - lower)
-        if as_ratio:
-            used = (upper != 0) | (lower != 0)
-            ratio = (upper[used], lower[used])
-            contrast = Contrast(
-                contrast.label, contrast.models, contrast.parts, ratio=ratio, measures_ratio=True
-            )
-        return [contrast], []
+        if not as_ratio:
+            return [_compare_linear(models, "difference", upper - lower)], []
+        used = [index for index in range(len(models)) if upper[index] or lower[index]]
+        ratio, part = (upper[used], lower[used]), ExtremePart(1, (upper - lower)[None, used])
+        used_models = tuple(models[index] for index in used)
+        return [Contrast("ratio", used_models, (part,), ratio=ratio, measures_ratio=True)], []
 
     return _compare_columns(scores, _list_varying(first, second), build)
 
