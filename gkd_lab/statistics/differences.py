@@ -68,8 +68,8 @@ def _iterate_estimates(
     cells = expand_collapsed_cells(scores)
     cells = cells[cells["value"].notna() & cells["start_cell"].isin(starts["cell"])]
     start_scores = dict(zip(starts["cell"], list_seed_scores(starts), strict=True))
-    own_starts = [start_scores[fingerprint] for fingerprint in cells["start_cell"]]
-    triples = list(zip(cells["seed"].tolist(), list_seed_scores(cells), own_starts, strict=True))
+    starts_of_cells = [start_scores[fingerprint] for fingerprint in cells["start_cell"]]
+    triples = list(zip(cells["seed"].tolist(), list_seed_scores(cells), starts_of_cells, strict=True))
     for values, positions in iterate_groups(cells, keys):
         group = [triples[position] for position in positions]
         pairs = [(seed, score) for seed, score, _ in group], [(seed, start) for seed, _, start in group]

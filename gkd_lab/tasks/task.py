@@ -99,7 +99,7 @@ def read_text_field(raw: Mapping[str, Any], name: str) -> str:
 
 
 def read_references(raw: Mapping[str, Any], target: str) -> tuple[str, ...]:
-    """Return a raw row's list `references`, or or (target,); ValueError if it is no list of texts."""
+    """Return a raw row's list `references`, or (target,); ValueError if it is no list of texts."""
     references = raw.get("references") or [target]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise ValueError(f"field 'references' must be a list of texts, got {references!r:.60}")
