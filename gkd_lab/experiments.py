@@ -77,10 +77,9 @@ def load(
     """
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
-    grid = _expand_experiment(path.stem, experiment, scale, Path(outputs))
-    if grid.missing_revisions and not allow_missing_revisions:
-        raise ConfigError(grid.missing_revisions)
-    return grid
+    return _expand_experiment(
+        path.stem, experiment, scale, Path(outputs), allow_missing_revisions=allow_missing_revisions
+    )
 
 
 def load_single_cell(
@@ -101,8 +100,6 @@ def load_single_cell(
     else:
         document = apply_overrides({"description": "one cell"}, fields)
         grid = _expand_experiment("cell", parse_experiment(document, "cell"), scale, Path(outputs))
-        if grid.missing_revisions:
-            raise ConfigError(grid.missing_revisions)
     if len(grid.cells) > 1:
         open_axes = [f"--{axis}" for axis, values in grid.axes.items() if len(values) > 1]
         count = math.prod(len(values) for values in grid.axes.values())
@@ -176,17 +173,25 @@ def check_generators_and_rewards(grid: Grid) -> None:
         import_reward(name)
 
 
-def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, outputs: Path) -> Grid:
+def _expand_experiment(
+    name: str,
+    experiment: Experiment,
+    scale: Scale | None,
+    outputs: Path,
+    *,
+    allow_missing_revisions: bool = False,
+) -> Grid:
     """Return an experiment's grid with content revisions of data and models. ConfigError: unknown metric.
 
-    Faults of data and models are collected and raised as one; unknown commits alone are noted in the grid.
+    Faults of data and models are collected and raised as one. With `allow_missing_revisions`, unknown commits
+    alone are noted in the grid instead.
     """
     commits_file = outputs / "revisions.json"
     faults: dict[str, ConfigError] = {}
 
     @cache
     def resolve_data(task: str, settings: DataSettings) -> DataSpec:
-        """Return the DataSpec of settings; after a fault, which is kept, one that stands for it."""
+        """Return the DataSpec of settings; after a fault, which is noted, a placeholder."""
         try:
             return resolve_data_spec(task, settings, commits_file)
         except ConfigError as error:
@@ -197,7 +202,7 @@ def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, o
 
     @cache
     def resolve_model(model_name: str) -> tuple[str | None, str | None, str | None]:
-        """Return name, path and revision of a model; after a fault, which is kept, ones that stand for it."""
+        """Return name, path and revision of a model; after a fault, which is noted, placeholders."""
         try:
             return resolve_model_revision(model_name, commits_file)
         except ConfigError as error:
@@ -220,4 +225,6 @@ def _expand_experiment(name: str, experiment: Experiment, scale: Scale | None, o
     for metric in {metric for evaluation in decoded for metric in evaluation.metrics}:
         if metric not in METRICS:
             raise build_unknown_name_error("metric", metric, METRICS)
+    if grid.missing_revisions and not allow_missing_revisions:
+        raise ConfigError(grid.missing_revisions)
     return grid
