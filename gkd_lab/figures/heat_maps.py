@@ -90,28 +90,28 @@ def _get_map_width(columns: int) -> float:
 
 def _draw_panel(axes: Axes, panel: Panel, metric: str) -> None:
     """Draw one panel of `heat_map`: mean gains as labels, or the cells' state where none has a score."""
-    groups = {
+    positions_by_point = {
         (lmbda, divergence): positions for lmbda, divergence, positions in group_cells_by_point(panel.cells)
     }
     scores, states = panel.cells["value"].to_numpy("float64"), panel.cells["status"].tolist()
     gains = scores if panel.start_score is None else scores - panel.cells["start_value"].to_numpy("float64")
-    means = {point: _average_known(gains[positions]) for point, positions in groups.items()}
+    means = {point: _average_scored(gains[positions]) for point, positions in positions_by_point.items()}
     values = {point: mean for point, mean in means.items() if mean is not None}
     decimals = _choose_decimals(values.values())
     labels: dict[MapPoint, str] = {}
-    for point, cells in groups.items():
-        done = len(cells) - int(np.isnan(scores[cells]).sum())
+    for point, positions in positions_by_point.items():
+        done = len(positions) - int(np.isnan(scores[positions]).sum())
         if point not in values:
-            labels[point] = combine_states([states[position] for position in cells])
+            labels[point] = combine_states([states[position] for position in positions])
             continue
         value = values[point]
         label = f"{value:.{decimals}f}" if panel.start_score is None else format_signed(value, decimals)
-        labels[point] = label if done == len(cells) else f"{label}\n{done} of {len(cells)} seeds"
-    _draw_heat_map(axes, groups, values, labels, list(values.values()))
+        labels[point] = label if done == len(positions) else f"{label}\n{done} of {len(positions)} seeds"
+    _draw_heat_map(axes, positions_by_point, values, labels, list(values.values()))
     set_panel_title(axes, panel.title, f"{metric}, {panel.subtitle}")
 
 
-def _average_known(values: Array) -> float | None:
+def _average_scored(values: Array) -> float | None:
     """Return the mean of the values that are not NaN; None without one."""
     count = len(values) - int(np.isnan(values).sum())
     return float(np.nansum(values) / count) if count else None

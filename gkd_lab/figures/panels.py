@@ -168,13 +168,17 @@ class _References:
 
     def __init__(self, scores: pd.DataFrame) -> None:
         references = scores[scores["role"] != "cell"].drop_duplicates(["role", "cell"])
-        names = references["role"], references["cell"], references["value"]
-        self._values = [item for item in zip(*names, strict=True) if pd.notna(item[2])]
+        columns = references["role"], references["cell"], references["value"]
+        self._scores = [row for row in zip(*columns, strict=True) if pd.notna(row[2])]
 
     def average(self, role: str, cells: pd.DataFrame) -> float | None:
         """Return the mean score of these cells' starts or teachers; None where none is scored."""
         fingerprints = set(cells[f"{role}_cell"])
-        values = [value for name, cell, value in self._values if name == role and cell in fingerprints]
+        values = [
+            value
+            for reference_role, fingerprint, value in self._scores
+            if reference_role == role and fingerprint in fingerprints
+        ]
         return float(np.mean(values)) if values else None
 
 

@@ -107,11 +107,11 @@ def average_seed_scores(
     groups: Sequence[Sequence[tuple[int, SeedScore]]], find_examples: ExampleLookup
 ) -> ScoreSample | None:
     """Return `average_groups` of groups that hold (seed, score) of each of their models."""
-    common = set.intersection(*({seed for seed, _ in group} for group in groups))
-    if not common:
+    common_seeds = set.intersection(*({seed for seed, _ in group} for group in groups))
+    if not common_seeds:
         return None
-    seeds = sorted(common)
-    groups = [[pair for pair in group if pair[0] in common] for group in groups]
+    seeds = sorted(common_seeds)
+    groups = [[pair for pair in group if pair[0] in common_seeds] for group in groups]
     sample, _ = build_sample([[score] for group in groups for _, score in group], find_examples)
     values, examples = sample.seed_scores[:, 0], sample.example_scores
     if all(len(group) == len(seeds) for group in groups):  # one model for each seed: nothing to average

@@ -115,8 +115,8 @@ def find_failing_difference(
     worst = contrasts[int(np.argmax(limits))]
     if worst.is_linear:
         return -max(limits)
-    found = _search_difference([worst.reverse()], noise, seeds, level)
-    return None if found is None else -found
+    reversed_difference = _search_difference([worst.reverse()], noise, seeds, level)
+    return None if reversed_difference is None else -reversed_difference
 
 
 def shows_difference(
@@ -129,8 +129,8 @@ def shows_difference(
     if seeds < find_min_seeds(contrasts):
         return False
     if difference <= -max(contrast.margin for contrast in contrasts):
-        found = find_failing_difference(contrasts, noise, seeds)
-        return found is not None and difference <= found
+        failing_difference = find_failing_difference(contrasts, noise, seeds)
+        return failing_difference is not None and difference <= failing_difference
     if all(contrast.is_linear for contrast in contrasts):
         return float(np.mean(_simulate_shown_differences(contrasts, noise, seeds) <= difference)) >= POWER
     pattern = _build_joint_pattern(contrasts)
