@@ -84,8 +84,8 @@ def find_grid_noise(grid: Grid, outputs: Path) -> NoiseSource:
     tasks = {cell.task for cell in grid.cells}
     raise ConfigError(
         f"the noise of {grid.name} at scale {grid.scale} is not known: no model with two seeds is done below "
-        f"{str(outputs)!r}, and no table of it with two is committed; give --noise SD, the standard deviation "
-        "in points of a cell's score over seeds, or --noise-from TABLE.parquet or EXP, runs of "
+        f"{str(outputs)!r}, and no table of it with two is committed; give --noise SD, the standard "
+        "deviation in points of a cell's score over seeds, or --noise-from TABLE.parquet or EXP, runs of "
         f"{' and '.join(sorted(tasks))}{_suggest_tables(tasks, grid.scale)}"
     )
 
