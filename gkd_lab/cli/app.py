@@ -1,4 +1,4 @@
-"""Entry point of `gkd-lab`: the table of commands, and exit status 0, 1 or 2 without a traceback.
+"""Entry point of `gkd-lab`: exit status 0, 1 or 2 without a traceback. The commands are in `command_table`.
 
 Status 0: all is done; 1: something failed, and the message names it and its log; 2: the request is wrong.
 """
@@ -13,53 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from gkd_lab import __version__
-from gkd_lab.cli import commands, run_commands, user_commands
-from gkd_lab.cli.options import exit_with_message
-from gkd_lab.cli.run_commands import SIGNAL_EXIT_BASE
+from gkd_lab.cli.command_table import CommandGroup
+from gkd_lab.cli.completion import join_bash_words
+from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_for_error, exit_with_message
 from gkd_lab.cli.text_streams import accept_any_text, restart_in_utf8_mode
-from gkd_lab.config import ConfigError
-from gkd_lab.store import DamagedRecord
 
 _DESCRIPTION = "Grids of generalized knowledge distillation: from an experiment file to a figure."
 app = typer.Typer(
-    add_completion=False,
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help=_DESCRIPTION,
+    epilog="gkd-lab COMMAND --help has the options of a command, and examples.",
 )
-app.command("list", short_help="Name the experiments and their questions.")(commands.list_experiments)
-app.command("plan", short_help="Show each cell with its status and cost; run nothing.")(commands.show_plan)
-app.command("status", short_help="Show how far each cell is, and why it failed.")(commands.show_status)
-app.command("run", short_help="Train and evaluate the cells of an experiment.")(run_commands.run_experiment)
-app.command(
-    "cell",
-    short_help="Train and evaluate one cell, as a sweep agent asks.",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(run_commands.run_cell)
-app.command("sweep", short_help="Print the sweep file for wandb agents.")(commands.print_sweep_file)
-app.command("table", short_help="Write the table of scores: csv, json, md, parquet.")(commands.write_table)
-app.command("evaluate", short_help="Run lm-eval's tasks on a finished cell.")(run_commands.evaluate_cell)
-app.command("export", short_help="Write a cell's student, or its adapter, to a folder.")(
-    run_commands.export_cell
-)
-app.command("claims", short_help="Judge the paper's claims on a run.")(commands.judge_claims)
-app.command("report", short_help="Write one HTML page with figures and scores.")(commands.write_report_page)
-app.command("compare", short_help="Compare two cells, over the same examples.")(commands.compare_cells)
-app.command("rescore", short_help="Compute metrics again from stored predictions.")(
-    commands.rescore_experiment
-)
-app.command("verify", short_help="Check each record against its hashes.")(commands.verify_experiment)
-app.command("selfcheck", short_help="Check the trainer's invariances on two models.")(
-    run_commands.check_model_pair
-)
-app.command(
-    "train",
-    short_help="Distil one student of yours, with TRL's options.",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)(user_commands.train_student)
-app.command("push", short_help="Push a cell's student and its card to the hub.")(user_commands.push_cell)
 
 
 @app.callback(invoke_without_command=True, help=_DESCRIPTION)
@@ -86,18 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         restart_in_utf8_mode()
     accept_any_text()
+    join_bash_words(os.environ)
     # A home folder that cannot be written costs matplotlib its cache, and a user two lines per command.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         status = app(args=words, prog_name="gkd-lab", standalone_mode=False)
-    except ConfigError as error:
-        exit_with_message(str(error), 2)
     except _UsageError as error:
         exit_with_message(_format_usage_error(error), 2)
-    except (DamagedRecord, OSError) as error:
-        exit_with_message(str(error), 1)
+    except Exception as error:
+        exit_for_error(error)
     except KeyboardInterrupt:
         exit_with_message(_INTERRUPTED_MESSAGE, 130)
     except SystemExit as stop:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from gkd_lab import experiments
+from gkd_lab.cli.completion import complete_cells, complete_metrics, complete_score_sources
+from gkd_lab.cli.exit_status import exit_with_message
 from gkd_lab.cli.options import (
     CELL_HELP,
     ExampleNoiseOption,
@@ -23,7 +25,6 @@ from gkd_lab.cli.options import (
     TableFormat,
     check_output_file,
     check_outputs_folder,
-    exit_with_message,
     load_grid,
     load_grid_without_cache,
     parse_metric_names,
@@ -209,6 +210,7 @@ def judge_claims(
         typer.Argument(
             metavar="EXP|paper|TABLE.parquet",
             help="An experiment; `paper`: the numbers of the paper; or a table that `gkd-lab table` wrote.",
+            autocompletion=complete_score_sources,
         ),
     ],
     scale: ScaleOption = None,
@@ -267,9 +269,14 @@ def write_report_page(
 
 
 def compare_cells(
-    cell_a: Annotated[str, typer.Argument(metavar="CELL_A", help=CELL_HELP)],
+    cell_a: Annotated[str, typer.Argument(metavar="CELL_A", help=CELL_HELP, autocompletion=complete_cells)],
     cell_b: Annotated[
-        str, typer.Argument(metavar="CELL_B", help="The other record; the differences are B - A.")
+        str,
+        typer.Argument(
+            metavar="CELL_B",
+            help="The other record; the differences are B - A.",
+            autocompletion=complete_cells,
+        ),
     ],
     metric: Annotated[str | None, typer.Option(help="Default: the first metric that both have.")] = None,
     evaluation: Annotated[
@@ -295,7 +302,12 @@ def compare_cells(
 def rescore_experiment(
     name: ExperimentArgument,
     metrics: Annotated[
-        str | None, typer.Option(metavar="M1,M2", help="Default: the metrics of the evaluations.")
+        str | None,
+        typer.Option(
+            metavar="M1,M2",
+            help="Default: the metrics of the evaluations.",
+            autocompletion=complete_metrics,
+        ),
     ] = None,
     scale: ScaleOption = None,
     sets: SetOption = None,

@@ -2,16 +2,16 @@
 
 import gc
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
 from gkd_lab import experiments
+from gkd_lab.cli.completion import complete_cells, complete_experiments, complete_overrides
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.config.experiment import Scale
@@ -24,14 +24,22 @@ BusyCellAction = Literal["wait", "pass"]
 """Action for cells that another process works on."""
 
 ExperimentArgument = Annotated[
-    str, typer.Argument(metavar="EXP", help="Name in experiments/, or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="EXP", help="Name in experiments/, or a YAML file.", autocompletion=complete_experiments
+    ),
 ]
 CELL_HELP = "Folder of a record, or the first digits of its fingerprint."
-CellArgument = Annotated[str, typer.Argument(metavar="CELL", help=CELL_HELP)]
+CellArgument = Annotated[str, typer.Argument(metavar="CELL", help=CELL_HELP, autocompletion=complete_cells)]
 ScaleOption = Annotated[Scale | None, typer.Option(help="Default: the scale of the experiment.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=V1,V2", help="Replace an axis or a field; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=V1,V2",
+        help="Replace an axis or a field; repeatable.",
+        autocompletion=complete_overrides,
+    ),
 ]
 OutputsOption = Annotated[Path, typer.Option(envvar="GKD_LAB_OUTPUTS", help="Folder of the records.")]
 PackOption = Annotated[
@@ -232,9 +240,3 @@ def create_outputs_folder(outputs: Path) -> Path:
             "choose another folder with --outputs or GKD_LAB_OUTPUTS"
         ) from error
     return outputs
-
-
-def exit_with_message(message: str, status: int) -> NoReturn:
-    """Print `gkd-lab: message` to stderr and exit with this status; never returns."""
-    print(f"gkd-lab: {message}", file=sys.stderr)
-    sys.exit(status)

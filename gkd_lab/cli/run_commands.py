@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from gkd_lab import experiments
+from gkd_lab.cli.completion import complete_experiments
+from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
 from gkd_lab.cli.options import (
     BusyCellAction,
     CellArgument,
@@ -30,7 +32,6 @@ from gkd_lab.cli.options import (
     check_executor_options,
     check_outputs_folder,
     create_outputs_folder,
-    exit_with_message,
     load_grid,
     parse_cell_fields,
     parse_worker_count,
@@ -40,9 +41,6 @@ from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
-
-SIGNAL_EXIT_BASE = 128
-"""Exit status of a process that a signal stopped: this plus the number of the signal."""
 
 
 def run_experiment(
@@ -93,7 +91,12 @@ def run_experiment(
 def run_cell(
     context: typer.Context,
     experiment: Annotated[
-        str | None, typer.Option(metavar="EXP", help="Experiment that gives base, scale and evaluations.")
+        str | None,
+        typer.Option(
+            metavar="EXP",
+            help="Experiment that gives base, scale and evaluations.",
+            autocompletion=complete_experiments,
+        ),
     ] = None,
     scale: ScaleOption = None,
     outputs: OutputsOption = Path("outputs"),
@@ -104,10 +107,7 @@ def run_cell(
         typer.Option(help="If another process works on the cell: wait for it, or pass it over."),
     ] = "wait",
 ) -> None:
-    """Train and evaluate one cell given by its fields, as a sweep agent does; print its folder.
-
-    Example: gkd-lab cell --task arithmetic --lmbda 0.5 --beta 0.1 --seed 0
-    """
+    """Train and evaluate one cell given by its fields, as a sweep agent does; print its folder."""
     tracker_name = choose_tracker(tracker)
     try:
         check_outputs_folder(outputs)

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from gkd_lab.cli.options import CellArgument, OutputsOption, check_outputs_folder, exit_with_message
+from gkd_lab.cli.exit_status import exit_with_message
+from gkd_lab.cli.options import CellArgument, OutputsOption, check_outputs_folder
 from gkd_lab.config import ConfigError
 
 HELP_OPTIONS = ("--help", "-h")
