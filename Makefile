@@ -4,7 +4,7 @@ GKD_LAB_VENV ?= .venv
 BIN := $(GKD_LAB_VENV)/bin
 export GKD_LAB_VENV
 
-.PHONY: setup quickstart test check lint format types schema sweeps notebooks clean
+.PHONY: setup quickstart test check lint format types schema sweeps notebooks docs clean
 
 setup:  ## the environment, with the tools of a developer
 	$(PYTHON) bootstrap.py install dev
@@ -39,5 +39,8 @@ notebooks: setup  ## execute the notebooks whose tables are in analysis/tables, 
 	$(BIN)/python analysis/starts.py
 	$(BIN)/python analysis/execute.py
 
+docs: setup  ## build the site into site/; open site/index.html
+	$(BIN)/python -m mkdocs build --strict
+
 clean:  ## caches and builds; environments and outputs stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import trove_classifiers
 import yaml
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
@@ -21,7 +22,7 @@ EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
 }
 PINNED_EXTRAS = sorted(set(EXTRAS) - {"vllm"})
-TESTED_EXTRAS = ("dev", "notebook", "peft", "gguf", "trackio")
+TESTED_EXTRAS = ("dev", "docs", "notebook", "peft", "gguf", "trackio")
 """Extras that the tests of the oldest versions install."""
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
 
@@ -97,9 +98,10 @@ def test_the_lower_bounds_are_the_versions_that_the_oldest_tests_install() -> No
     assert len(list_versions(requirements, ">=")) == len(requirements), "each has a lower bound"
 
 
-def test_the_workflow_tests_the_pins_the_oldest_and_the_newest_versions() -> None:
+def test_the_workflow_runs_ci_builds_the_site_and_tests_the_oldest_and_the_newest_versions() -> None:
     jobs = WORKFLOW["jobs"]
     assert {"run": ".ci/run"} in jobs["pinned"]["steps"]
+    assert {"run": "make docs"} in jobs["site"]["steps"]
     matrix = {
         each["versions"]: each["constraints"] for each in jobs["range"]["strategy"]["matrix"]["include"]
     }
@@ -123,7 +125,7 @@ def test_vllm_is_an_extra_outside_the_constraints() -> None:
 
 def test_the_extras_have_the_names_that_the_documentation_uses() -> None:
     tools = {"peft", "gguf", "ray", "submitit", "trackio", "deepspeed", "vllm"}
-    assert set(EXTRAS) == tools | {"notebook", "dev", "reasoning"}
+    assert set(EXTRAS) == tools | {"notebook", "docs", "dev", "reasoning"}
     for tool in tools:
         assert [canonicalize_name(each.name) for each in EXTRAS[tool]] == [tool]
 
@@ -132,6 +134,29 @@ def test_the_version_is_the_package_s_own() -> None:
     import gkd_lab
 
     assert gkd_lab.__version__ == PROJECT["version"]
+
+
+def test_the_citation_names_this_version_its_license_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys(), "what the format asks for"
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    (paper,) = citation["references"]
+    assert paper["doi"].endswith("arXiv.2306.13649")
+    assert len(paper["authors"]) == 7
+    assert PROJECT["urls"] == {"Paper": paper["url"]}
+
+
+def test_every_classifier_is_one_of_pypi() -> None:
+    assert set(PROJECT["classifiers"]) <= trove_classifiers.classifiers
+
+
+def test_the_site_is_built_where_the_tests_run_and_adds_nothing_to_the_core() -> None:
+    assert "docs" in next(each for each in EXTRAS["dev"] if each.name == PROJECT["name"]).extras
+    core = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    site = {canonicalize_name(each.name) for each in EXTRAS["docs"]} - {PROJECT["name"]}
+    assert site and not core & site
 
 
 def test_a_wheel_holds_the_package_and_the_experiments_and_nothing_else(tmp_path: Path) -> None:

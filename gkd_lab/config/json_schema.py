@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.fingerprint import FORMAT_VERSION
 
 SCHEMA_PATH = Path("experiments/experiment.schema.json")
 """Place in a source checkout; the first line of each experiment names the file."""
 
 
 def build_json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of experiment files as a dictionary, without titles and null defaults."""
+    """Return the JSON Schema of experiment files as a dictionary, without titles and null defaults.
+
+    Its `$id` holds the format version: the same file under another version describes other runs.
+    """
     schema = _strip_titles_and_nulls(Experiment.model_json_schema(by_alias=True))
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:gkd-lab:experiment:{FORMAT_VERSION}",
+        **schema,
+    }
 
 
 def format_json_schema() -> str:

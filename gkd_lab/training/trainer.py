@@ -85,7 +85,8 @@ class GKDTrainer(PackTrainer):
         more_teachers: Teachers besides the first, from number 1 on: a divergence says with which it compares.
         teacher_prompts: Prompts of `Example`s in the ids of a teacher with another tokenizer, by the
             student's ids. Prompts of other rows are encoded for both.
-        pack, cells: K students in one model, and what differs between them.
+        pack: K students in one model.
+        cells: What differs between the students of the pack.
         log_cell: Called with (cell, row) whenever the Trainer logs.
         on_failure: Called with (cell, reason) at once when a cell's loss or gradient is not finite.
         tokenizer: Deprecated name of `processing_class`.

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gkd_lab.config.experiment import AXIS_NAMES
+from gkd_lab.config.fingerprint import FORMAT_VERSION
 from gkd_lab.config.json_schema import build_json_schema, format_json_schema
 from gkd_lab.config.settings import Settings
 
@@ -22,6 +23,14 @@ def test_the_committed_schema_is_current() -> None:
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_names_the_schema_on_its_first_line(path: Path) -> None:
     assert path.open().readline() == f"# yaml-language-server: $schema={SCHEMA.name}\n"
+
+
+def test_the_id_of_the_schema_holds_the_format_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build_json_schema()["$id"] == f"urn:gkd-lab:experiment:{FORMAT_VERSION}"
+    monkeypatch.setattr("gkd_lab.config.json_schema.FORMAT_VERSION", FORMAT_VERSION + 1)
+    assert build_json_schema()["$id"] == f"urn:gkd-lab:experiment:{FORMAT_VERSION + 1}"
+    page = (EXPERIMENTS.parent / "docs" / "usage.md").read_text()
+    assert f"`urn:gkd-lab:experiment:{FORMAT_VERSION}`" in page
 
 
 def test_the_schema_describes_every_axis_and_setting() -> None:
