@@ -87,6 +87,11 @@ COMMAND_GROUPS: Mapping[str, Mapping[str, CommandEntry]] = {
             "Write one HTML page with figures and scores.",
             ("gkd-lab report quickstart", "gkd-lab report quickstart -o page.html"),
         ),
+        "figures": CommandEntry(
+            "figure_command:write_figure_files",
+            "Write the report's figures as pdf, svg or png.",
+            ("gkd-lab figures quickstart -o figures --format pdf,png --width 3.25",),
+        ),
         "compare": CommandEntry(
             "commands:compare_cells",
             "Compare two cells, over the same examples.",

@@ -1,18 +1,15 @@
 """HTML report of a grid: one page that stands alone, figures inline, every text escaped."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from gkd_lab.claims.judge import judge_paper, judge_table
-from gkd_lab.claims.model_scores import ModelScores
-from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.claims.verdict_text import (
     format_detail,
     format_effect,
@@ -22,16 +19,19 @@ from gkd_lab.claims.verdict_text import (
     summarize_verdict,
 )
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.cost_figures import compute_costs, cost_scatter, describe_omitted_costs
-from gkd_lab.figures.heat_maps import heat_map, paired_heat_maps
-from gkd_lab.figures.method_figures import bars, lines
-from gkd_lab.figures.paper_maps import describe_agreement, pair_maps
-from gkd_lab.figures.profiles import draw_interquartile_means, draw_profiles
-from gkd_lab.figures.score_curves import curves, loss_curves
+from gkd_lab.figures.cost_figures import describe_omitted_costs
+from gkd_lab.figures.grid_figures import (
+    GridFigure,
+    TaskScores,
+    aggregate_tasks,
+    collect_task_scores,
+    draw_grid_figures,
+)
+from gkd_lab.figures.paper_maps import MapPair, describe_agreement
 from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results, format_estimate
-from gkd_lab.statistics.aggregates import aggregate_scores
+from gkd_lab.statistics.aggregates import AggregatedScores
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
 from gkd_lab.statistics.example_scores import ExampleLookup, build_example_lookup
 from gkd_lab.statistics.summaries import expand_table, summarize_scores
@@ -40,20 +40,13 @@ from gkd_lab.store.files import write_text
 from gkd_lab.tables.divergences import get_divergence
 from gkd_lab.tables.grouping import iterate_groups
 from gkd_lab.tables.long_table import build_long_table, list_axes
-from gkd_lab.tables.loss_labels import METHOD_NAMES, format_axis_value
-from gkd_lab.tables.results import name_evaluations
-from gkd_lab.tables.rows import get_primary_metric
-from gkd_lab.tables.scores import list_score_names, select_primary_scores, select_scores
+from gkd_lab.tables.loss_labels import format_axis_value
 from gkd_lab.tables.training_facts import describe_epochs, describe_references, list_start_warnings
 
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 
 _POINT_COLUMNS = ("lmbda", "divergence", "beta")
 """Columns that tell grid points apart, besides the axes."""
-ROWS_AXIS = "student.sft.rows"
-"""Axis of the rows of a student's SFT, on which it is then distilled."""
-MAX_LOSS_CURVES = 200
-"""Cells of a task whose training histories are still drawn in one figure."""
 
 
 def write_report(grid: Grid, store: Store, path: Path, *, with_paper: bool | None = None) -> Path:
@@ -65,6 +58,9 @@ def write_report(grid: Grid, store: Store, path: Path, *, with_paper: bool | Non
     if with_paper is None:
         with_paper = grid.experiment.names_paper
     frame, find_examples = build_long_table(grid, store), build_example_lookup(grid, store)
+    tasks = collect_task_scores(grid, store, frame, with_paper=with_paper)
+    aggregated = aggregate_tasks(frame)
+    figures = _render_figures(draw_grid_figures(grid, store, tasks, aggregated), tasks)
     environment = Environment(
         loader=PackageLoader("gkd_lab.report", "."),
         autoescape=True,
@@ -77,11 +73,8 @@ def write_report(grid: Grid, store: Store, path: Path, *, with_paper: bool | Non
         experiment=grid.experiment,
         counts=_count_states(frame),
         axes=[(axis, _format_axis_values(axis, values)) for axis, values in grid.axes.items()],
-        tasks=[
-            _build_task_section(grid, store, frame, task, find_examples, with_paper=with_paper)
-            for task in frame["task"].unique()
-        ],
-        aggregate=_build_aggregate_section(frame),
+        tasks=[_build_task_section(grid, store, task, find_examples, figures[task.task]) for task in tasks],
+        aggregate=None if aggregated is None else _build_aggregate_section(aggregated, figures[None]),
         claims=_build_claim_rows(grid, frame, find_examples) if with_paper else [],
         references=describe_references(grid, store),
         epochs=describe_epochs(grid),
@@ -108,40 +101,42 @@ def _format_axis_values(axis: str, values: Sequence[Any]) -> str:
     return separator.join(format_axis_value(axis, value) for value in values)
 
 
+def _render_figures(
+    figures: Iterable[GridFigure], tasks: Sequence[TaskScores]
+) -> dict[str | None, dict[str, Markup]]:
+    """Render figures as inline SVG that the template does not escape: task, or None -> kind -> SVG.
+
+    Ids in the SVG begin with the kind and the number of the task.
+    """
+    numbers: dict[str | None, int | str] = {None: ""} | {task.task: n for n, task in enumerate(tasks)}
+    rendered: dict[str | None, dict[str, Markup]] = {task: {} for task in numbers}
+    for item in figures:
+        name = f"{item.kind}{numbers[item.task]}"
+        rendered[item.task][item.kind] = Markup(render_inline_svg(item.figure, name, item.label))
+    return rendered
+
+
 def _build_task_section(
-    grid: Grid,
-    store: Store,
-    frame: pd.DataFrame,
-    task: str,
-    find_examples: ExampleLookup,
-    *,
-    with_paper: bool,
+    grid: Grid, store: Store, task: TaskScores, find_examples: ExampleLookup, figures: Mapping[str, Markup]
 ) -> dict[str, Any]:
     """Build the template's dict on one task: results, figures, costs, scores, samples."""
-    cells = [cell for cell in grid.cells if cell.task == task]
-    evaluation, metric = get_primary_metric(cells[0])
-    name = name_evaluations(cells[0].evaluations)[evaluation.folder]
-    scores = select_scores(frame, metric, name, task)
+    scores = task.scores
     differences = compute_start_differences(scores, find_examples)
     best = find_best_cell(grid, scores)
-    number = list(frame["task"].unique()).index(task)
     return {
-        "name": task,
-        "metric": list_score_names(scores)[0],
+        "name": task.task,
+        "metric": task.score_name,
         "results": describe_results(scores, find_examples, differences),
-        "figures": {
-            figure_name: _render_svg(figure, f"{figure_name}{number}", label)
-            for figure_name, (figure, label) in _draw_figures(grid, store, scores).items()
-        },
-        "paper": _build_paper_comparison(load_table_scores(frame), task, f"paper{number}")
-        if with_paper
+        "figures": figures,
+        "paper": _build_paper_comparison(task.pairs, figures) if task.pairs else None,
+        "cost": {"figure": figures.get("cost"), "omitted": describe_omitted_costs(task.costs)}
+        if task.costs
         else None,
-        "cost": _build_cost_section(grid, store, scores, f"cost{number}"),
         "scores": _build_score_rows(scores, differences, find_examples),
         "comparison_count": sum(difference.adjusted_p_value is not None for difference in differences),
         "difference_methods": list(dict.fromkeys(difference.estimate.method for difference in differences)),
         "axes": list_axes(scores),
-        "bar_axis": {"method": "method"}.get(_find_bar_axis(scores) or "", "the terms of the loss"),
+        "bar_axis": {"method": "method"}.get(task.bar_axis or "", "the terms of the loss"),
         "best": None if best is None else _describe_cell(best),
         "samples": [] if best is None else select_samples(store, best),
     }
@@ -154,90 +149,10 @@ def _describe_cell(cell: Cell) -> str:
     return f"{describe_point(row, axes)}, seed {cell.seed}"
 
 
-def _render_svg(figure: Figure, name: str, label: str) -> Markup:
-    """Render a figure as inline SVG that the template does not escape; `name` prefixes its ids."""
-    return Markup(render_inline_svg(figure, name, label))
-
-
-def _draw_figures(grid: Grid, store: Store, scores: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
-    """Draw a task's figures, those it has data for: name -> (figure, label for screen readers)."""
-    task = str(scores["task"].iloc[0])
-    figures = _draw_score_figures(scores, task)
-    task_cells = [cell for cell in grid.cells if cell.task == task]
-    logged = [cell for cell in task_cells if store.get_record(cell).metrics_file.exists()]
-    if 0 < len(logged) <= MAX_LOSS_CURVES:
-        label = f"Training loss on {task} against the step, for each lambda"
-        figures["losses"] = (loss_curves(grid, store, task), label)
-    return figures
-
-
-def _draw_score_figures(scores: pd.DataFrame, task: str) -> dict[str, tuple[Figure, str]]:
-    """Draw the figures of a task's scores: lines over rows, bars of methods, or a map and its curves."""
-    metric, (score_name,) = str(scores["metric"].iloc[0]), list_score_names(scores)
-    cells = scores[scores["role"] == "cell"]
-    has_scores = bool(cells["value"].notna().any())
-    bar_axis = _find_bar_axis(scores)
-    if _is_grid_of_rows(cells) and has_scores:
-        label = f"{score_name} on {task} against the rows of SFT and distillation, one line for each lambda"
-        return {"rows": (lines(scores, metric, x_axis=ROWS_AXIS, line_axis="lmbda"), label)}
-    if bar_axis is None:
-        label = f"Heat map of {score_name} on {task} over lambda and divergence"
-        figures = {"map": (heat_map(scores, metric), label)}
-        if has_scores:
-            label = f"{score_name} on {task} against lambda, one line for each divergence"
-            figures["curves"] = (curves(scores, metric), label)
-        return figures
-    if not has_scores:
-        return {}
-    is_over_lmbda = cells["lmbda"].nunique() > 1 and bar_axis == "objectives"
-    figure = (
-        lines(scores, metric, x_axis="lmbda", line_axis=bar_axis)
-        if is_over_lmbda
-        else bars(scores, metric, bar_axis=bar_axis)
-    )
-    return {"bars": (figure, f"{score_name} on {task} by {bar_axis}")}
-
-
-def _is_grid_of_rows(cells: pd.DataFrame) -> bool:
-    """Return whether cells differ in rows, lmbda and seed alone, so that lines over the rows show them."""
-    is_one_divergence = len(cells[["divergence", "beta"]].drop_duplicates()) == 1
-    return list_axes(cells) == [ROWS_AXIS] and is_one_divergence and cells[ROWS_AXIS].nunique() > 1
-
-
-def _find_bar_axis(scores: pd.DataFrame) -> str | None:
-    """Return the axis that tells methods apart instead of lmbda and divergence; None without one."""
-    if "method" in list_axes(scores) and set(scores["method"].dropna()) <= set(METHOD_NAMES):
-        return "method"
-    return "objectives" if "objectives" in list_axes(scores) else None
-
-
-def _build_paper_comparison(scores: ModelScores, task: str, name: str) -> dict[str, Any] | None:
-    """Build figure and sentences on a task's maps beside the paper's; None without a pair."""
-    pairs = pair_maps(scores, task)
-    if not pairs:
-        return None
-    label = f"Heat maps of {task}: this run beside the paper"
-    return {
-        "figure": _render_svg(paired_heat_maps(pairs), name, label),
-        "panels": [(pair.title, list(describe_agreement(pair))) for pair in pairs],
-    }
-
-
-def _build_cost_section(grid: Grid, store: Store, scores: pd.DataFrame, name: str) -> dict[str, Any] | None:
-    """Build the figure of scores against costs and a sentence on omitted ones, each maybe None.
-
-    Returns None if no cell is done.
-    """
-    task = str(scores["task"].iloc[0])
-    costs = compute_costs(grid, store, task)
-    if not costs:
-        return None
-    figure = cost_scatter(scores, costs)
-    label = f"{list_score_names(scores)[0]} on {task} against the cost of training"
-    return {
-        "figure": None if figure is None else _render_svg(figure, name, label),
-        "omitted": describe_omitted_costs(costs),
-    }
+def _build_paper_comparison(pairs: Sequence[MapPair], figures: Mapping[str, Markup]) -> dict[str, Any]:
+    """Build figure and sentences on a task's maps beside the paper's."""
+    panels = [(pair.title, list(describe_agreement(pair))) for pair in pairs]
+    return {"figure": figures["paper"], "panels": panels}
 
 
 def _build_score_rows(
@@ -293,19 +208,15 @@ def _build_point_key(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(None if pd.isna(value) else value for value in values)
 
 
-def _build_aggregate_section(frame: pd.DataFrame) -> dict[str, Any] | None:
-    """Build figures over all tasks, or all settings of one; None below two with scores."""
-    aggregated = aggregate_scores(select_primary_scores(frame))
-    if len(aggregated.tasks) < 2 or not aggregated.methods:
-        return None
+def _build_aggregate_section(aggregated: AggregatedScores, figures: Mapping[str, Markup]) -> dict[str, Any]:
+    """Build the template's dict on all tasks, or all settings of one."""
     task_count = len({name.split(",")[0] for name in aggregated.tasks})
-    label = "normalised scores over all tasks, by method"
     return {
         "title": "Over all tasks" if task_count > 1 else "Over all settings",
         "tasks": aggregated.tasks,
         "method": aggregated.methods[0].estimate_interquartile_mean().method,
-        "means": _render_svg(draw_interquartile_means(aggregated), "iqm", f"Interquartile means of {label}"),
-        "profiles": _render_svg(draw_profiles(aggregated), "profiles", f"Performance profiles: {label}"),
+        "means": figures["means"],
+        "profiles": figures["profiles"],
         "omitted": aggregated.omitted,
     }
 

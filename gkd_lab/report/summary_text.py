@@ -155,3 +155,29 @@ def _describe_lmbda_effect(scores: pd.DataFrame, find_examples: ExampleLookup) -
         f"{'pair' if count == 1 else 'pairs'} of cells that differ in λ only: {estimate.verdict} "
         f"({estimate.method})."
     )
+
+
+MAX_NAMED_CELLS = 5
+
+
+def describe_missing_cells(parts: Sequence[pd.DataFrame]) -> list[str]:
+    """Return a line per task whose cells lack a score: how many, the first five by name, with their states.
+
+    Takes the rows of `select_scores` of each task.
+    """
+    lines = []
+    for scores in parts:
+        cells = scores[scores["role"] == "cell"]
+        missing = cells[cells["value"].isna()]
+        if len(missing):
+            axes = list_axes(scores)
+            names = [
+                f"{describe_point(row, axes)}, seed {row['seed']} ({row['status']})"
+                for row in missing[:MAX_NAMED_CELLS].to_dict("records")
+            ]
+            rest = f"; and {len(missing) - len(names)} more" if len(missing) > len(names) else ""
+            task = scores["task"].iloc[0]
+            lines.append(
+                f"{task}: {len(missing)} of {len(cells)} cells have no score: {'; '.join(names)}{rest}"
+            )
+    return lines
