@@ -1,6 +1,7 @@
 """The site of docs/: it builds without a warning, shows what it must, and loads nothing from elsewhere."""
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -80,6 +81,16 @@ def test_every_notebook_is_a_page_with_its_pictures(site: Path) -> None:
         shown = [page.parent / str(attributes["src"]) for tag, attributes in Tags(page).tags if tag == "img"]
         pictures = [base64.b64decode(data["image/png"]) for data in drawn if "image/png" in data]
         assert [picture.read_bytes() for picture in shown] == pictures
+
+
+def test_a_figure_is_a_link_to_its_picture(site: Path) -> None:
+    tags = Tags(site / "index.html").tags
+    pictures = [
+        (link[1].get("href"), tag[1].get("src"))
+        for link, tag in itertools.pairwise(tags)
+        if tag[0] == "img" and link[0] == "a"
+    ]
+    assert ("img/quickstart.png", "img/quickstart.png") in pictures
 
 
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:

@@ -34,6 +34,8 @@ SOURCES = {site: path for path, site in PAGES.items()} | {
 """Path in the site -> path in the repository, where it is not the same below docs/."""
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[/#])([^)#\s]+)")
 """Target of a relative Markdown link or image, without its anchor."""
+FIGURE = re.compile(r'<p>(<img [^>]*?src="([^"]+)"[^>]*>)</p>')
+"""A paragraph with a picture and nothing else."""
 PICTURE = re.compile(r"output_(\d+)_(\d+)\.png")
 """Name that nbconvert gives a picture: numbers of its cell and output."""
 COMMANDS = """# Command line
@@ -78,6 +80,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(relocate, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Make each figure a link to its picture, to see a wide one whole on a narrow screen."""
+    return FIGURE.sub(r'<p><a href="\2">\1</a></p>', html)
+
+
 def locate_target(path: str) -> str | None:
     """Return where the site has a file of the repository; None: it has no such file."""
     if path in PAGES:
@@ -113,9 +120,8 @@ def convert_notebook(name: str) -> dict[str, str | bytes]:
     notebook = nbformat.read(ROOT / "analysis" / f"{name}.ipynb", as_version=4)
     notebook.metadata["language_info"] = {"name": "python"}  # colours
     markdown, resources = MarkdownExporter().from_notebook_node(notebook)
-    markdown = markdown.replace(
-        '<table border="1" class="dataframe">', "<table>"
-    )  # the site's own look of tables
+    # Without pandas' classes a table looks, and scrolls, like the others of the site.
+    markdown = markdown.replace('<table border="1" class="dataframe">', "<table>")
     pages: dict[str, str | bytes] = {}
     for picture, data in resources["outputs"].items():
         cell, output = map(int, PICTURE.fullmatch(picture).groups())

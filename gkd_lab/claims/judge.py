@@ -27,13 +27,20 @@ from gkd_lab.tables.long_table import build_long_table
 def judge(
     table: pd.DataFrame, claims: Iterable[str] | None = None, examples: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Judge claims (ids; None: all) on a long table, and return a row per claim.
+    """Judge claims on a long table, and return a row per claim.
 
-    examples: scores of examples, `cell, evaluation, metric, example, value` in points; without them
-    intervals are over seeds only, and `method` says so. Columns: `id`, `verdict` (holds, fails, undecided),
-    `effect` of the weakest contrast and the 95 % interval `low`, `high` of the least effect in points, `n`
-    (seeds), `n_examples` that the interval covers, `margin`, `method`, `detail` (`k of n` columns hold, the
-    exceptions, what is missing). Raises ConfigError for an unknown claim or a table that is not long.
+    Columns: `id`, `verdict` (holds, fails, undecided), `effect` of the weakest contrast and the 95 % interval
+    `low`, `high` of the least effect in points, `n` (seeds), `n_examples` that the interval covers, `margin`,
+    `method`, `detail` (`k of n` columns hold, the exceptions, what is missing).
+
+    Args:
+        table: The long table.
+        claims: Ids such as `["C1", "C5"]`; None: all.
+        examples: Scores of examples, `cell, evaluation, metric, example, value` in points; without them
+            intervals are over seeds only, and `method` says so.
+
+    Raises:
+        ConfigError: for an unknown claim or a table that is not long.
     """
     verdicts = judge_table(table, claims, *index_examples(examples))
     return pd.DataFrame([summarize_verdict(v) for v in verdicts], columns=list(VERDICT_COLUMNS))

@@ -60,10 +60,11 @@ class TeacherInterface(Protocol):
 class Teacher:
     """A teacher besides the first.
 
-    model: The model, which is frozen and cast in place, or its name.
-    dtype: Of its weights, such as "bfloat16"; None leaves them as they are.
-    parked: Keep it on the CPU between its uses; None: as `GKDConfig.park_teacher` says of the first.
-    processing_class: Its tokenizer, where it is not in its folder; it must be the student's.
+    Args:
+        model: The model, which is frozen and cast in place, or its name.
+        dtype: Of its weights, such as "bfloat16"; None leaves them as they are.
+        parked: Keep it on the CPU between its uses; None: as `GKDConfig.park_teacher` says of the first.
+        processing_class: Its tokenizer, where it is not in its folder; it must be the student's.
     """
 
     model: PreTrainedModel | str

@@ -95,8 +95,8 @@ class GKDTrainer(PackTrainer):
     Attributes:
         adapter: The task, language modelling or classification.
         teachers: By number.
-        student_head, teacher_head: Hidden states and output heads; `teacher_head` is None without a teacher
-            model.
+        student_head: Hidden states and output head of the student.
+        teacher_head: The same of the teacher; None without a teacher model.
         generation_limits: Pad id, end ids, most new tokens, and V, the entries that are compared.
         auxiliary_modules: Modules of loss terms that read more than logits.
     """
