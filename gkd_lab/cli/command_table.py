@@ -145,9 +145,19 @@ COMMANDS: Mapping[str, CommandEntry] = {
 }
 
 
+HIDDEN_COMMANDS: Mapping[str, CommandEntry] = {
+    "unit": CommandEntry(
+        "run_commands:run_unit",
+        "Run one unit of an experiment, as a job of a cluster does.",
+        ("gkd-lab unit quickstart --unit 0123456789ab",),
+    ),
+}
+"""Commands that programs call; the help and the completion leave them out."""
+
+
 def load_command(name: str) -> Any:
-    """Return the click command of an entry of COMMANDS, after importing its module."""
-    entry = COMMANDS[name]
+    """Return the click command of an entry of COMMANDS or HIDDEN_COMMANDS, after importing its module."""
+    entry = COMMANDS[name] if name in COMMANDS else HIDDEN_COMMANDS[name]
     module, _, function = entry.function.partition(":")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     lines = "\n".join(f"  {line}" for line in entry.examples)
@@ -165,6 +175,8 @@ class CommandGroup(TyperGroup):
         super().__init__(**attributes)
         for name, entry in COMMANDS.items():
             self.commands[name] = TyperCommand(name, short_help=entry.short_help)
+        for name, entry in HIDDEN_COMMANDS.items():
+            self.commands[name] = TyperCommand(name, short_help=entry.short_help, hidden=True)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return (name, command, remaining words) of a call."""

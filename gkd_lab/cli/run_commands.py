@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,9 @@ from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
+
+if TYPE_CHECKING:
+    from gkd_lab.runner.run_options import RunOptions
 
 
 def run_experiment(
@@ -86,6 +89,62 @@ def run_experiment(
     for text in sets or ():
         arguments += ["--set", text]
     run_in_workers(grid, outputs, workers, arguments, retry_failed)
+
+
+def run_unit(
+    name: ExperimentArgument,
+    unit_id: Annotated[str, typer.Option("--unit", metavar="ID", help="Id of a unit, as `plan` lists.")],
+    scale: ScaleOption = None,
+    sets: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    pack: PackOption = "auto",
+    tracker: TrackerOption = None,
+    term_gradients: TermGradientsOption = False,
+) -> None:
+    """Run one unit of an experiment, as a job of a cluster does: an artifact, or a pack of cells.
+
+    The status is 0 once what other units need of it exists. SIGTERM and SIGUSR1 save and stop: 143 and 138.
+    """
+    from gkd_lab.runner import run_unit as units
+
+    limit, tracker_name = parse_pack_limit(pack), tracker or "none"
+    with handle_signals(is_job=True):
+        grid = load_grid(name, scale, sets, outputs)
+        unit, units_by_id = units.find_unit(grid, limit, unit_id)
+        store = Store(create_outputs_folder(outputs))
+
+        def execute(part: units.Unit) -> None:
+            """Do the work of a unit, or of the cells of a pack that can be run."""
+            options = _create_unit_options(grid, outputs, limit, tracker_name, term_gradients)
+            units.execute_unit(part, options)
+
+        try:
+            status = units.run_unit(unit, units_by_id, grid, store, execute)
+        except OSError as error:
+            exit_with_message(f"{error}; what was finished is kept, run again to go on", 1)
+    if status:
+        raise typer.Exit(status)
+
+
+def _create_unit_options(
+    grid: Grid, outputs: Path, limit: PackLimit, tracker: TrackerChoice, term_gradients: bool
+) -> "RunOptions":
+    """Return the options of a unit, with the libraries loaded and silenced."""
+    from gkd_lab.runner.progress import Reporter, silence_libraries
+    from gkd_lab.runner.run_options import RunOptions
+    from gkd_lab.runner.trackers import create_tracker
+
+    silence_libraries()
+    gc.freeze()  # the collections between trainings skip the objects of the libraries
+    reporter = Reporter()
+    return RunOptions(
+        outputs,
+        pack=limit,
+        reporter=reporter,
+        tracker=create_tracker(tracker, grid.name, outputs, reporter),
+        busy_cells="wait",
+        term_gradients=term_gradients,
+    )
 
 
 def run_cell(

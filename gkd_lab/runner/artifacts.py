@@ -26,6 +26,7 @@ from gkd_lab.models.pretrained import load_pretrained
 from gkd_lab.runner.dataset import build_text_pairs, encode_examples, load_split, write_split_report
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.greedy_scores import score_greedily
+from gkd_lab.runner.outcome import format_artifact_failure
 from gkd_lab.runner.repair import find_damaged_file, quarantine_damaged_result, repair_unfinished_training
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.sft import fine_tune
@@ -63,14 +64,14 @@ def ensure_artifact(role: Role, model: SftModel, scale: str, options: RunOptions
         quarantine_damaged_result(record, options)
         state = record.read_status().get("state")
         if state == "failed" and not options.retry_failed:
-            raise ArtifactFailed(_format_failure(role, record))
+            raise ArtifactFailed(format_artifact_failure(role, record))
         if state != "done":
             record.clear_failure()
             try:
                 with record_failures([record], options.outputs):
                     _build_artifact(role, model, record, options)
             except RecordedFailure as error:
-                raise ArtifactFailed(_format_failure(role, record)) from error
+                raise ArtifactFailed(format_artifact_failure(role, record)) from error
     return record
 
 
@@ -106,12 +107,6 @@ def hold_record_lock(record: Record, description: str, options: RunOptions) -> I
         yield
     finally:
         lock.release()
-
-
-def _format_failure(role: str, record: Record) -> str:
-    """Return the message `the ROLE failed: ERROR (see STATUS FILE; --retry-failed tries again)`."""
-    error = record.read_status().get("error", "unknown")
-    return f"the {role} failed: {error} (see {record.status_file}; --retry-failed tries again)"
 
 
 def load_artifact(record: Record, model: SftModel) -> LoadedModel:

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import Cell, Reference, list_references
@@ -12,23 +13,18 @@ from gkd_lab.models.lora_students import check_loaded_targets
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.cell_locks import PackLock
 from gkd_lab.runner.evaluate_cells import evaluate_cells, evaluate_reference
+from gkd_lab.runner.outcome import (
+    RunOutcome,
+    format_artifact_failure,
+    list_failures,
+    list_runnable_cells,
+)
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
-from gkd_lab.store import Record, RecordPart
 
 POLL_SECONDS = 1.0
 """Seconds between two attempts to lock cells that other processes have locked."""
-
-
-@dataclass
-class RunOutcome:
-    """Failures of a run, and how many cells it left to other processes."""
-
-    failures: list[str] = field(default_factory=list)
-    """One line per failure, with its error and status file."""
-    busy_cell_count: int = 0
-    """Number of cells that other processes have locked."""
 
 
 def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
@@ -37,30 +33,43 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
     Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
     Raises ConfigError for an adapter's target that a loaded student lacks, and for TF32 where there is none.
     """
-    check_loaded_targets(cell.training for cell in grid.cells)
-    check_tf32(cell.training for cell in grid.cells)
-    outcome = RunOutcome()
-    failed_references = _prepare_references(grid, options, outcome)
-    tried_cells: list[Cell] = []
+    check_cells(grid.cells)
+    for reference in _iterate_references_locked_last(grid, options):
+        prepare_reference(reference, options)
     busy_packs: list[list[Cell]] = []
     for pack in split_packs(grid.cells, options):
-        fingerprints = (model.full_fingerprint for _, model in pack[0].training.reference_models)
-        error = next((failed_references[name] for name in fingerprints if name in failed_references), None)
-        if error is not None:
-            _report_skipped_cells(pack, "failed", error, options)
-            continue
-        tried_cells += pack
-        if busy_cells := _lock_and_run_pack(pack, options):
+        runnable_cells = list_runnable_cells(pack, options.store)
+        _report_cells_of_failed_models(pack, runnable_cells, options)
+        if runnable_cells and (busy_cells := _lock_and_run_pack(runnable_cells, options)):
             busy_packs.append(busy_cells)
+    busy_cell_count = 0
     if options.busy_cells == "wait":
         _wait_and_run_busy_cells(busy_packs, options)
     else:
-        outcome.busy_cell_count = sum(map(len, busy_packs))
+        busy_cell_count = sum(map(len, busy_packs))
         for pack in busy_packs:
             _report_skipped_cells(pack, "elsewhere", "another process works on it", options)
-    for cell in tried_cells:
-        outcome.failures += _list_failure_lines(options.store.get_record(cell), [cell], options)
-    return outcome
+    return RunOutcome(list_failures(grid, options.store), busy_cell_count)
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError for an adapter's target that a loaded student lacks, and TF32 where there is none."""
+    check_loaded_targets(cell.training for cell in cells)
+    check_tf32(cell.training for cell in cells)
+
+
+def prepare_reference(reference: Reference, options: RunOptions) -> None:
+    """Build a teacher or SFT student and run its cells' evaluations; failures are stored in its record."""
+    role, model, cells = reference
+    with suppress(artifacts.ArtifactFailed):
+        record = artifacts.ensure_artifact(role, model, cells[0].scale, options)
+        evaluate_reference(role, model, record, cells, options)
+
+
+def run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
+    """Train and evaluate the cells of a pack; those that other processes have locked are waited for."""
+    if busy_cells := _lock_and_run_pack(cells, options):
+        _wait_and_run_busy_cells([busy_cells], options)
 
 
 def split_packs(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
@@ -118,31 +127,23 @@ def _report_skipped_cells(cells: Sequence[Cell], status: str, reason: str, optio
                 options.tracker.report_skipped(cell, options.store.get_record(cell), status, reason)
 
 
-def _prepare_references(grid: Grid, options: RunOptions, outcome: RunOutcome) -> dict[str, str]:
-    """Build and evaluate teachers and SFT students; return {full fingerprint: error} of those not built.
-
-    Failures of building and evaluating are also added to `outcome`.
-    """
-    errors: dict[str, str] = {}
-    line_numbers: dict[str, int] = {}  # of failures in `outcome`, by reason
-    for role, model, cells in _iterate_references_locked_last(grid, options):
-        try:
-            record = artifacts.ensure_artifact(role, model, grid.scale, options)
-        except artifacts.ArtifactFailed as error:
-            record = options.store.get_artifact(grid.scale, role, model)
-            reason = str(record.read_status().get("error"))
-            if reason in line_numbers:
-                outcome.failures[line_numbers[reason]] += (
-                    f"; the {role} failed for the same reason (see {record.status_file})"
-                )
-            else:
-                line_numbers[reason] = len(outcome.failures)
-                outcome.failures.append(f"{model.task}: {error}; its {len(cells)} cells were not run")
-            errors[model.full_fingerprint] = str(error)
-            continue
-        evaluate_reference(role, model, record, cells, options)
-        outcome.failures += _list_failure_lines(record, cells, options)
-    return errors
+def _report_cells_of_failed_models(
+    pack: Sequence[Cell], runnable_cells: Sequence[Cell], options: RunOptions
+) -> None:
+    """Show the tracker the cells of a pack that are not run, with the failure of their reference model."""
+    runnable = {cell.full_fingerprint for cell in runnable_cells}
+    for cell in pack:
+        if cell.full_fingerprint not in runnable:
+            records = [
+                (role, options.store.get_artifact(cell.scale, role, model))
+                for role, model in cell.training.reference_models
+            ]
+            failures = [
+                format_artifact_failure(role, record)
+                for role, record in records
+                if record.read_status().get("state") == "failed"
+            ]
+            _report_skipped_cells([cell], "failed", failures[0], options)
 
 
 def _iterate_references_locked_last(grid: Grid, options: RunOptions) -> Iterator[Reference]:
@@ -154,16 +155,3 @@ def _iterate_references_locked_last(grid: Grid, options: RunOptions) -> Iterator
         else:
             yield reference
     yield from locked_references
-
-
-def _list_failure_lines(record: Record, cells: Sequence[Cell], options: RunOptions) -> list[str]:
-    """Return a line (folder, error, status file) per failure: of training and of evaluations of `cells`."""
-    evaluations = dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations)
-    parts: list[RecordPart] = [record, *map(record.get_evaluation, evaluations)]
-    statuses = [(part, part.read_status()) for part in parts]
-    return [
-        f"{part.folder.relative_to(options.outputs)}: {status.get('error')} "
-        f"(see {part.status_file}; --retry-failed tries again)"
-        for part, status in statuses
-        if status.get("state") == "failed"
-    ]
