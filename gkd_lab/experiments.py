@@ -1,18 +1,21 @@
 """Load the grid of an experiment by name: find its file, expand it, collect the faults of data and models."""
 
+import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import gkd_lab
 from gkd_lab.config import ConfigError, Experiment, Grid, RevisionLookup, expand_grid, read_experiment
 from gkd_lab.config.artifact_specs import DataSpec
-from gkd_lab.config.cell import Evaluation, Split
+from gkd_lab.config.cell import Cell, Evaluation, Split
 from gkd_lab.config.errors import MissingRevision, build_unknown_name_error, join_faults, suggest_choices
-from gkd_lab.config.experiment import Scale, apply_overrides, parse_experiment
+from gkd_lab.config.experiment import SCALES, Scale, apply_overrides, parse_experiment
 from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
 from gkd_lab.config.model_checks import list_model_faults
@@ -20,6 +23,7 @@ from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
 from gkd_lab.revisions import list_fault_sentences, resolve_data_spec, resolve_model_revision
+from gkd_lab.store.output_folders import check_outputs_folder
 from gkd_lab.tasks import TASKS, list_missing_splits
 
 _PACKAGE_FOLDER = Path(gkd_lab.__file__).parent
@@ -80,6 +84,106 @@ def load(
     return _expand_experiment(
         path.stem, experiment, scale, Path(outputs), allow_missing_revisions=allow_missing_revisions
     )
+
+
+@dataclass(frozen=True)
+class LoadedExperiment:
+    """An experiment's cells and the folder of their records: what `gkd_lab.load` returns."""
+
+    grid: Grid
+    """The resolved cells."""
+    outputs: Path
+    """Folder of the records, which may not exist yet."""
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment: its file without `.yaml`."""
+        return self.grid.name
+
+    @property
+    def scale(self) -> str:
+        """Scale of its models and data: nano, smol or paper."""
+        return self.grid.scale
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells in order; each has `lmbda`, `beta`, `divergence`, `seed`, `task`, `fingerprint`."""
+        return self.grid.cells
+
+    def __repr__(self) -> str:
+        """Return one line: name, scale, number of cells and folder."""
+        count = f"{len(self.cells)} cell{'s' * (len(self.cells) > 1)}"
+        return f"<experiment {self.name}: {count} at {self.scale} scale, records in {str(self.outputs)!r}>"
+
+
+def load_experiment(
+    name_or_path: str | Path,
+    scale: Scale | None = None,
+    outputs: str | Path = "outputs",
+    **overrides: Any,
+) -> LoadedExperiment:
+    """Load an experiment and resolve its cells, as `gkd-lab plan` does; run nothing, load no torch.
+
+    Args:
+        name_or_path: Name of an experiment (`gkd-lab list`), or a YAML file.
+        scale: `nano`, `smol` or `paper`; None: that of the file.
+        outputs: Folder of the records; created by the first run.
+        overrides: Fields and axes to replace, as `--set` does: `steps=100` sets a field, `beta=[0, 1]` the
+            values of an axis. Fields of sections have dots: `**{"data.source": "folder"}`. A list of lists
+            crosses values that are lists themselves, such as `objectives`.
+
+    Returns:
+        The cells (`.cells`, `.grid`) and the folder, for `gkd_lab.run` and `gkd_lab.table`.
+
+    Raises:
+        ConfigError: (a ValueError) for an unknown name, scale or field, a value out of range, and all faults
+            of data at once, each with the nearest valid choice.
+
+    Example:
+        experiment = gkd_lab.load("quickstart", beta=[0, 1], steps=100)
+    """
+    if scale is not None and scale not in SCALES:
+        raise build_unknown_name_error("scale", scale, SCALES)
+    folder = Path(outputs)
+    check_outputs_folder(folder)
+    texts = {key: format_override(key, value) for key, value in overrides.items()}
+    return LoadedExperiment(load(str(name_or_path), scale=scale, overrides=texts, outputs=folder), folder)
+
+
+def format_override(key: str, value: Any) -> str:
+    """Return a Python value as the text of `--set KEY=TEXT`: JSON, of a list of lists its items by commas.
+
+    NumPy's numbers and arrays, ranges and paths may stand for plain ones. Raises ConfigError for others.
+    """
+    try:
+        plain = json.loads(json.dumps(value, default=_convert_to_plain))
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: {value!r} is not valid: expected text, a number, true, false, a list or a dict"
+        ) from error
+    has_lists = isinstance(plain, list) and bool(plain) and all(isinstance(item, list) for item in plain)
+    items = plain if has_lists else [plain]
+    return ",".join(json.dumps(item, ensure_ascii=False) for item in items)
+
+
+def _convert_to_plain(value: Any) -> Any:
+    """Return a number, list or text for a value that JSON does not know. Raises TypeError."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Iterable) and not isinstance(value, Set | bytes):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no plain form")
+
+
+def check_before_run(grid: Grid) -> None:
+    """Raise ConfigError for models, splits, packages or rewards that would make a grid's cells fail."""
+    check_models_and_splits(grid)
+    check_peft(grid)
+    check_generators_and_rewards(grid)
 
 
 def load_single_cell(

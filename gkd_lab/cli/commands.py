@@ -24,7 +24,6 @@ from gkd_lab.cli.options import (
     SetOption,
     TableFormat,
     check_output_file,
-    check_outputs_folder,
     load_grid,
     load_grid_without_cache,
     parse_metric_names,
@@ -35,6 +34,7 @@ from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import parse_pack_limit
 from gkd_lab.store import Store
 from gkd_lab.store.files import write_bytes
+from gkd_lab.store.output_folders import check_outputs_folder
 
 
 def list_experiments() -> None:

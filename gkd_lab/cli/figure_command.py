@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ from gkd_lab.cli.options import (
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.store import Store
+from gkd_lab.store.output_folders import create_writable_folder
 
 if TYPE_CHECKING:
     from gkd_lab.figures.figure_files import FigureFormat
@@ -72,7 +72,7 @@ def write_figure_files(
         command = format_command("run", name, scale, sets, outputs)
         print(f"gkd-lab: no cell of {grid.name} has a score to draw; first: {command}", file=sys.stderr)
         raise typer.Exit(1)
-    create_output_folder(folder)
+    create_writable_folder(folder, "-o", "choose another folder")
     for path in write_grid_figures(grid.name, figures, folder, formats, width):
         print(path)
     for line in describe_missing_cells([task.scores for task in tasks]):
@@ -96,18 +96,6 @@ def check_output_folder(output: Path | None) -> None:
     nearest = next((path for path in paths if path.exists()), None)
     if nearest is not None and not nearest.is_dir():
         raise ConfigError(f"-o {str(output)!r}: {str(nearest)!r} is a file; expected a folder")
-
-
-def create_output_folder(folder: Path) -> None:
-    """Create a folder and test that it is writable. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b".")
-    except OSError as error:
-        raise ConfigError(
-            f"-o {str(folder)!r}: cannot write there: {error.strerror or error}; choose another folder"
-        ) from error
 
 
 def format_command(

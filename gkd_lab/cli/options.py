@@ -16,6 +16,7 @@ from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.config.experiment import Scale
 from gkd_lab.store.files import write_bytes
+from gkd_lab.store.output_folders import check_outputs_folder
 
 TableFormat = Literal["md", "csv", "json", "parquet"]
 OutputFormat = Literal["text", "json"]
@@ -204,12 +205,6 @@ def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
         raise ConfigError(f"--workers {workers} and --no-wait: the workers of a run wait for each other")
 
 
-def check_outputs_folder(outputs: Path) -> None:
-    """Raise ConfigError if the outputs folder is a file; a missing folder is fine."""
-    if outputs.exists() and not outputs.is_dir():
-        raise ConfigError(f"--outputs {str(outputs)!r} is a file; expected a folder, or none yet")
-
-
 def check_output_file(output: Path | None, example: str) -> None:
     """Raise ConfigError unless `-o` names a file in a folder that is, or can be, written; None is fine.
 
@@ -226,17 +221,3 @@ def check_output_file(output: Path | None, example: str) -> None:
         raise ConfigError(
             f"-o {str(output)!r}: cannot write in the folder {str(nearest)!r}; choose another one"
         )
-
-
-def create_outputs_folder(outputs: Path) -> Path:
-    """Create the outputs folder, test that it is writable, and return it. Raises ConfigError."""
-    try:
-        outputs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outputs) as file:
-            file.write(b".")
-    except OSError as error:
-        raise ConfigError(
-            f"--outputs {str(outputs)!r}: cannot write there: {error.strerror or error}; "
-            "choose another folder with --outputs or GKD_LAB_OUTPUTS"
-        ) from error
-    return outputs

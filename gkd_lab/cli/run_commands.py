@@ -30,8 +30,6 @@ from gkd_lab.cli.options import (
     WorkerOption,
     WorkersOption,
     check_executor_options,
-    check_outputs_folder,
-    create_outputs_folder,
     load_grid,
     parse_cell_fields,
     parse_worker_count,
@@ -41,6 +39,7 @@ from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
+from gkd_lab.store.output_folders import check_outputs_folder, create_outputs_folder
 
 if TYPE_CHECKING:
     from gkd_lab.runner.run_options import RunOptions

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from gkd_lab.cli.exit_status import exit_with_message
-from gkd_lab.cli.options import CellArgument, OutputsOption, check_outputs_folder
+from gkd_lab.cli.options import CellArgument, OutputsOption
 from gkd_lab.config import ConfigError
+from gkd_lab.store.output_folders import check_outputs_folder
 
 HELP_OPTIONS = ("--help", "-h")
 

@@ -6,36 +6,52 @@ from typing import Any
 
 import pandas as pd
 
-from gkd_lab import experiments
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.experiment import Scale
+from gkd_lab.experiments import LoadedExperiment, load_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import LEADING_COLUMNS, SCORE_COLUMNS, build_long_table
 
 
 def load_table(
-    experiment_or_path: str | Path | Grid, scale: Scale | None = None, outputs: str | Path = "outputs"
+    experiment_or_path: LoadedExperiment | Grid | str | Path,
+    scale: Scale | None = None,
+    outputs: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Return the long table of an experiment, as `build_long_table` describes it.
+    """Return the long table of an experiment: a row per model, evaluation and metric.
 
     Args:
-        experiment_or_path: An experiment's name, its YAML file or its grid, whose records are read; or a
-            parquet file that `gkd-lab table` wrote.
-        scale: Scale of the experiment; default: that of its file.
-        outputs: Folder of the records.
+        experiment_or_path: What `gkd_lab.load` returns, an experiment's name, its YAML file or its grid,
+            whose records are read; or a parquet file that `gkd-lab table` wrote.
+        scale: Scale of the experiment; None: that of its file.
+        outputs: Folder of the records; None: that of the loaded experiment, else `outputs`.
+
+    Returns:
+        The columns that `build_long_table` describes: `cell`, `role` (cell, start, teacher), `task`, `lmbda`,
+        `divergence`, `beta`, the other axes, `evaluation`, `metric`, `value` (in points; seconds of training
+        are a metric too) with its 95 % interval over examples `low`, `high`, `status`, ... A missing score is
+        a row with NaN.
 
     Raises:
-        ConfigError: for an unknown experiment, a file that is missing or holds no table, or a `scale` where
-            the grid or the file has its own.
+        ConfigError: (a ValueError) for an unknown experiment, a file that is missing or holds no table, or a
+            `scale` or `outputs` where the source has its own.
+
+    Example:
+        scores = gkd_lab.table(gkd_lab.load("quickstart"))
+        accuracy = scores[(scores["role"] == "cell") & (scores["metric"] == "accuracy")]
     """
-    if isinstance(experiment_or_path, Grid):
-        _refuse_scale(scale, "the grid")
-        return build_long_table(experiment_or_path, Store(Path(outputs)))
-    if str(experiment_or_path).endswith(".parquet"):
-        _refuse_scale(scale, str(experiment_or_path))
-        return read_table_file(Path(experiment_or_path))
-    grid = experiments.load(str(experiment_or_path), scale=scale, outputs=outputs)
-    return build_long_table(grid, Store(Path(outputs)))
+    source = experiment_or_path
+    if isinstance(source, LoadedExperiment):
+        _refuse_setting("scale", scale, "the experiment")
+        _refuse_setting("outputs", outputs, "the experiment")
+        return build_long_table(source.grid, Store(source.outputs))
+    if isinstance(source, Grid):
+        _refuse_setting("scale", scale, "the grid")
+        return build_long_table(source, Store(Path(outputs or "outputs")))
+    if str(source).endswith(".parquet"):
+        _refuse_setting("scale", scale, str(source))
+        return read_table_file(Path(source))
+    return load_table(load_experiment(source, scale, outputs or "outputs"))
 
 
 def read_table_file(path: Path) -> pd.DataFrame:
@@ -63,10 +79,10 @@ def list_committed_tables() -> dict[str, Path]:
     return files
 
 
-def _refuse_scale(scale: Scale | None, owner: str) -> None:
-    """Raise ConfigError for a scale where grid or file has its own."""
-    if scale is not None:
-        raise ConfigError(f"scale {scale!r}: {owner} has its own scale; leave `scale` out")
+def _refuse_setting(name: str, value: object, owner: str) -> None:
+    """Raise ConfigError for a setting that the source of a table has itself."""
+    if value is not None:
+        raise ConfigError(f"{name} {str(value)!r}: {owner} has its own {name}; leave `{name}` out")
 
 
 def _parse_json(text: Any) -> Any:
