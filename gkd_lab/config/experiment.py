@@ -19,6 +19,7 @@ from gkd_lab.config.errors import ConfigError, Origin, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.file_checks import check_fixed_axes, check_numbers, check_task_sections
 from gkd_lab.config.fingerprint import canonical_json
+from gkd_lab.config.first_sentence import extract_first_sentence
 from gkd_lab.config.settings import LoraSettings, Section, Settings, SftSettings, merge_settings
 from gkd_lab.config.yaml_files import parse_yaml, read_yaml_mapping
 
@@ -128,6 +129,11 @@ class Experiment(TaskSettings):
     )
     per_scale: dict[Scale, TaskSettings] = Field(default={}, description="settings at one scale only")
     per_task: dict[str, TaskSettings] = Field(default={}, description="settings for one task only")
+
+    @property
+    def question(self) -> str:
+        """First sentence of the description."""
+        return extract_first_sentence(self.description)
 
     @property
     def names_paper(self) -> bool:

@@ -1,11 +1,9 @@
 """A model given by its place: a checkpoint folder, a .gguf file, a hub name, or a package that holds one."""
 
-import difflib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gkd_lab.config.errors import ConfigError, suggest_choices
+from gkd_lab.config.errors import ConfigError, suggest_choices, suggest_sibling
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 """Files by which a folder is taken for a checkpoint."""
@@ -21,25 +19,11 @@ def build_unknown_model_error(kind: str, name: str, sizes: Iterable[str]) -> Con
 
     It suggests the nearest checkpoint folder of the working directory.
     """
-    folder = suggest_folder(f"./{name}")
+    folder = suggest_sibling(f"./{name}", is_checkpoint)
     return ConfigError(
         f"unknown {kind} {name!r}; {suggest_choices(name, sizes)}; or a model of your own: "
         f"{'a folder' if folder is None else folder} or a hub name (owner/name)"
     )
-
-
-def suggest_folder(place: str) -> str | None:
-    """Return the nearest checkpoint folder or .gguf file beside a place, written as the place is; or None."""
-    path = Path(place).expanduser()
-    parent = path.parent
-    if not parent.is_dir():
-        return None
-    siblings = [item.name for item in parent.iterdir() if is_checkpoint(item)]
-    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    if not nearest:
-        return None
-    start, separator, _ = place.rstrip("/").rpartition(os.sep)
-    return f"{start}{separator}{nearest[0]}"
 
 
 def is_checkpoint(path: Path) -> bool:

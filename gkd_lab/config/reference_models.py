@@ -153,6 +153,11 @@ def _look_up_model(
         size = default_size
     if size is None:
         return "custom", stated_model
+    if size not in models and is_model_place(size):
+        raise ConfigError(
+            f"{role}.size: {size!r} is a folder or hub name, and `size` names a model of the scale: write "
+            f"`{role}: {{pretrained: {size}}}` beside the other fields, or `{role}: {size}` alone"
+        )
     if size not in models:
         raise build_unknown_model_error(f"{role}.size", size, models)
     merged = merge_settings(models[size].model_dump(exclude_none=True), fields)

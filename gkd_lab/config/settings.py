@@ -5,7 +5,7 @@ A setting that an experiment leaves out comes from the task's defaults at the ch
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -56,6 +56,15 @@ class Section(BaseModel):
 
 class DataSettings(Section):
     """Source and number of rows."""
+
+    field_synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("path", "folder", "name", "dataset", "dataset_name", "hub"),
+            "did you mean 'source', a folder of jsonl or parquet, or a hub name?",
+        ),
+        **dict.fromkeys(("subset", "dataset_config", "config_name"), "did you mean 'config'?"),
+    }
+    """Other word for a field -> what to write instead."""
 
     source: str | None = Field(
         default=None,
@@ -123,6 +132,13 @@ class LoraSettings(Section):
 
 class ModelSettings(Section):
     """A model: an architecture to make, a checkpoint to load, or a server; a name may replace it."""
+
+    field_synonyms: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("path", "folder", "name", "checkpoint", "model_path", "model_name_or_path", "name_or_path", "hub"),
+        "did you mean 'pretrained', a folder or hub name? Without other fields the folder may stand alone, "
+        "as in `student: ./my-student`",
+    )
+    """Other word for a field -> what to write instead."""
 
     layers: PositiveInt | None = None
     width: PositiveInt | None = None

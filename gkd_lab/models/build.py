@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gkd_lab.config.artifact_specs import Architecture, Family, TokenizerSpec
+from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, Architecture, Family, TokenizerSpec
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.models.classifiers import parse_classifier_kind
 from gkd_lab.models.heads import mark_untied_head
@@ -173,22 +173,24 @@ def load_model(
     """Load a checkpoint folder or hub name as a model of `family`; precision: "fp32", "bf16" or "fp64".
 
     Corrects `tie_word_embeddings` in its config. arguments: further ones of `from_pretrained`, such as
-    `revision`.
+    `revision`. ConfigError: a language model's files lack weights, which the library would draw at random.
     """
     with hide_progress_bars():
-        model = get_auto_class(family).from_pretrained(
-            str(folder), dtype=PRECISION_DTYPES[precision], trust_remote_code=False, **arguments
+        model, report = get_auto_class(family).from_pretrained(
+            str(folder),
+            dtype=PRECISION_DTYPES[precision],
+            trust_remote_code=False,
+            output_loading_info=True,
+            **arguments,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing and family not in CLASSIFIER_FAMILIES:  # a classifier's head may be new
+        raise ConfigError(
+            f"{folder}: its files lack {len(missing)} of the model's weights, such as {missing[0]}: copy all "
+            "of the model's files"
         )
     mark_untied_head(model)
     return model
-
-
-def build_tokenizer_error(name: str) -> ConfigError:
-    """Return (not raise) the error for a folder or hub name without a tokenizer that can be read."""
-    return ConfigError(
-        f"{name!r} has no tokenizer that transformers can read: tokenizer.json, or another form of it, is "
-        "missing or damaged; save the model's tokenizer there"
-    )
 
 
 def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerFast:
@@ -199,7 +201,10 @@ def load_tokenizer(folder: str | Path, **arguments: Any) -> PreTrainedTokenizerF
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **arguments)
     except (ValueError, KeyError) as error:
-        raise build_tokenizer_error(str(folder)) from error
+        raise ConfigError(
+            f"{str(folder)!r} has no tokenizer that transformers can read: tokenizer.json, or another form "
+            "of it, is missing or damaged; save the model's tokenizer there"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

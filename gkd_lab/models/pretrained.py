@@ -20,7 +20,10 @@ from gkd_lab.models.heads import mark_untied_head
 def load_pretrained(
     spec: ModelSpec, family: Family, precision: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load (model, tokenizer) from the spec's folder, hub name or GGUF file; apply its `keep_layers`."""
+    """Load (model, tokenizer) from the spec's folder, hub name or GGUF file; apply its `keep_layers`.
+
+    ConfigError: a tokenizer without pad and end token, which could neither fill up batches nor end texts.
+    """
     location = spec.path or spec.pretrained
     assert location is not None
     path, is_gguf = Path(location), location.endswith(".gguf")
@@ -33,6 +36,11 @@ def load_pretrained(
     with silent:
         model = load_model(folder, family, precision, **arguments)
         tokenizer = load_tokenizer(folder, **arguments)
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"the tokenizer of {location} has neither a pad nor an end token: set eos_token in its "
+            "tokenizer_config.json"
+        )
     model = _drop_quantization(model) if is_gguf else model
     return (model if spec.keep_layers is None else keep_layers(model, spec.keep_layers)), tokenizer
 

@@ -29,7 +29,7 @@ from gkd_lab.figures.grid_figures import (
 )
 from gkd_lab.figures.paper_maps import MapPair, describe_agreement
 from gkd_lab.figures.style import render_inline_svg
-from gkd_lab.report.samples import find_best_cell, list_failures, select_samples, summarize_provenance
+from gkd_lab.report.samples import find_best_cell, list_failure_groups, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results, format_estimate
 from gkd_lab.statistics.aggregates import AggregatedScores
 from gkd_lab.statistics.differences import StartDifference, compute_start_differences
@@ -79,7 +79,7 @@ def write_report(grid: Grid, store: Store, path: Path, *, with_paper: bool | Non
         references=describe_references(grid, store),
         epochs=describe_epochs(grid),
         warnings=list_start_warnings(grid, store),
-        failures=list_failures(grid, store),
+        failures=list_failure_groups(grid, store),
         provenance=summarize_provenance(grid, store),
         format_estimate=format_estimate,
     )

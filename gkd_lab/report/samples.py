@@ -10,6 +10,7 @@ from gkd_lab.config import Cell, Grid
 from gkd_lab.config.cell import AnyEvaluation
 from gkd_lab.store import EvaluationRecord, Record, Store
 from gkd_lab.store.files import read_json
+from gkd_lab.tables.failure_causes import group_failures, join_names, list_failures, name_group
 from gkd_lab.tables.loss_labels import divergence_label
 from gkd_lab.tables.rows import get_primary_metric
 
@@ -77,19 +78,23 @@ def shorten_text(text: str) -> str:
     return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} ... ({left_out} more characters)"
 
 
-def list_failures(grid: Grid, store: Store) -> list[dict[str, str]]:
-    """Return a dict per failed training or evaluation: name, folder, error, traceback."""
-    return [
-        {
-            "name": name,
-            "folder": str(part.folder.relative_to(store.root)),
-            "error": str(status.get("error", "")),
-            "traceback": str(status.get("traceback", "")),
-        }
-        for name, record, evaluations in _list_records(grid, store)
-        for part in (record, *(record.get_evaluation(evaluation) for evaluation in evaluations))
-        if (status := part.read_status()).get("state") == "failed"
-    ]
+def list_failure_groups(grid: Grid, store: Store) -> list[dict[str, str]]:
+    """Return a dict per cause of failures: name of what failed, folders, error, traceback of the first."""
+    labels = {record.folder: name for name, record, _ in _list_records(grid, store)}
+    groups = []
+    for group in group_failures(list_failures(grid, store)):
+        folder = group[0].file.parent
+        label = labels.get(folder) or labels.get(folder.parents[1]) if len(group) == 1 else None
+        folders = [str(failure.file.parent.relative_to(store.root)) for failure in group]
+        groups.append(
+            {
+                "name": label or name_group(group),
+                "folder": join_names(folders),
+                "error": group[0].reason,
+                "traceback": str((read_json(group[0].file) or {}).get("traceback", "")),
+            }
+        )
+    return groups
 
 
 def summarize_provenance(grid: Grid, store: Store) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel
 from gkd_lab.config.cell import Role
+from gkd_lab.config.library_errors import explain_model_errors
 from gkd_lab.models.build import (
     PRECISION_DTYPES,
     count_trainable_parameters,
@@ -111,9 +112,10 @@ def hold_record_lock(record: Record, description: str, options: RunOptions) -> I
 
 def load_artifact(record: Record, model: SftModel) -> LoadedModel:
     """Load model and tokenizer of a finished record's checkpoint, in the precision of its spec."""
-    return LoadedModel(
-        load_model(record.checkpoint, model.family, model.precision), load_tokenizer(record.checkpoint)
-    )
+    with explain_model_errors(str(record.checkpoint), "the model in"):
+        return LoadedModel(
+            load_model(record.checkpoint, model.family, model.precision), load_tokenizer(record.checkpoint)
+        )
 
 
 def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOptions) -> None:
@@ -121,7 +123,7 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
     record.write_spec(model, role=role)
     repair_unfinished_training(record, options)
     rows = load_split(model.task, model.data, "train", options.cache_folder)
-    loaded = _create_initial_model(model, rows)
+    loaded = _create_initial_model(role, model, rows)
     examples, report = encode_examples(model, loaded.tokenizer, rows)
     if model.sft is not None:
         examples = examples[: model.sft.rows]
@@ -174,11 +176,16 @@ def export_checkpoint(model: PreTrainedModel, tokenizer: Any, target: Path) -> N
         tokenizer.save_pretrained(folder)
 
 
-def _create_initial_model(model: SftModel, rows: RowList) -> LoadedModel:
-    """Return model and tokenizer before SFT: pretrained, or random with a tokenizer trained on the rows."""
+def _create_initial_model(role: Role, model: SftModel, rows: RowList) -> LoadedModel:
+    """Return model and tokenizer before SFT: pretrained, or random with a tokenizer trained on the rows.
+
+    ConfigError: a pretrained model that cannot be loaded.
+    """
     spec = model.model
     if spec.architecture is None:
-        return LoadedModel(*load_pretrained(spec, model.family, model.precision))
+        name = "student" if role == "start" else role
+        with explain_model_errors(spec.path or spec.pretrained or "", name):
+            return LoadedModel(*load_pretrained(spec, model.family, model.precision))
     text_count = 1 if model.family in CLASSIFIER_FAMILIES else 2  # a classifier does not read its labels
     texts = [text for pair in build_text_pairs(model, rows) for text in pair[:text_count]]
     tokenizer = train_tokenizer(model.tokenizer, texts)

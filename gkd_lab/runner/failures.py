@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gkd_lab.config.library_errors import format_error
 from gkd_lab.store import RecordPart
 
 INFRASTRUCTURE_ERRNOS = {
@@ -39,5 +40,5 @@ def record_failures(parts: Iterable[RecordPart], outputs: Path) -> Iterator[None
             raise OSError(errno.ENOSPC, "No space left on device", str(outputs)) from error
         for part in parts:
             if not part.read_status():
-                part.mark_failed(f"{type(error).__name__}: {error}", traceback.format_exc())
-        raise RecordedFailure(f"{type(error).__name__}: {error}") from error
+                part.mark_failed(format_error(error), traceback.format_exc())
+        raise RecordedFailure(format_error(error)) from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_lab.config.cell import Cell
+from gkd_lab.config.library_errors import OUT_OF_MEMORY_REMEDY, is_out_of_memory_text
 from gkd_lab.config.packs import split_evenly
 from gkd_lab.models.packing import CannotPack
 from gkd_lab.runner.failures import RecordedFailure, record_failures
@@ -25,8 +26,6 @@ from gkd_lab.store import RecordPart
 
 USABLE_SHARE = 0.8
 """Share of the free memory that a pack may use; longer batches and fragmentation need the rest."""
-
-_OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "defaultcpuallocator")
 
 
 @dataclass(frozen=True)
@@ -100,19 +99,14 @@ def is_out_of_memory_error(error: BaseException) -> bool:
     """Return whether the error means out of memory, by its type or, as PyTorch's on a CPU, by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        phrase in str(error).lower() for phrase in _OUT_OF_MEMORY_PHRASES
-    )
+    return isinstance(error, RuntimeError) and is_out_of_memory_text(str(error))
 
 
 def increase_micro_batches(cell: Cell, micro_batches: int, error: BaseException, options: RunOptions) -> int:
     """Return the batch size's next larger divisor. Raises MemoryError if `micro_batches` is that size."""
     rows = cell.training.batch_size
     if micro_batches == rows:
-        raise MemoryError(
-            f"out of memory even with one row at a time ({type(error).__name__}: {error}); take smaller "
-            "models, shorter max_input_tokens and max_output_tokens, or a device with more memory"
-        ) from error
+        raise MemoryError(f"out of memory even with one row at a time: {OUT_OF_MEMORY_REMEDY}") from error
     increased = next(n for n in range(micro_batches + 1, rows + 1) if rows % n == 0)
     options.reporter.say(
         f"{cell.task}: cell {cell.fingerprint}: out of memory with {rows // micro_batches} rows at once; "

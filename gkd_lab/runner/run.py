@@ -16,19 +16,19 @@ from gkd_lab.runner.evaluate_cells import evaluate_cells, evaluate_reference
 from gkd_lab.runner.outcome import (
     RunOutcome,
     format_artifact_failure,
-    list_failures,
     list_runnable_cells,
 )
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
+from gkd_lab.tables.failure_causes import format_failures, list_failures
 
 POLL_SECONDS = 1.0
 """Seconds between two attempts to lock cells that other processes have locked."""
 
 
 def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
-    """Build the reference models, train and evaluate every cell; return failure lines and busy cell count.
+    """Build the reference models, train and evaluate every cell; return the failures, a line for each cause.
 
     Cells that other processes have locked are skipped at first, then waited for or left (`busy_cells`).
     Raises ConfigError for an adapter's target that a loaded student lacks, and for TF32 where there is none.
@@ -49,7 +49,7 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
         busy_cell_count = sum(map(len, busy_packs))
         for pack in busy_packs:
             _report_skipped_cells(pack, "elsewhere", "another process works on it", options)
-    return RunOutcome(list_failures(grid, options.store), busy_cell_count)
+    return RunOutcome(format_failures(list_failures(grid, options.store)), busy_cell_count)
 
 
 def check_cells(cells: Sequence[Cell]) -> None:

@@ -18,7 +18,6 @@ from gkd_lab.config.artifact_specs import SftModel, TeacherScoresSpec, TeacherTe
 from gkd_lab.config.cell import Reference, Role
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import Unit, list_needed_ids, plan_units
-from gkd_lab.runner.outcome import list_record_failures
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Store
 from gkd_lab.store.unit_files import UnitFiles
@@ -28,6 +27,7 @@ from gkd_lab.store.unit_state import (
     read_output_state,
     read_unit_state,
 )
+from gkd_lab.tables.failure_causes import Failure, format_failures, list_record_failures
 
 Execute = Callable[[Unit], None]
 """Does the work of a unit; failures are in its records."""
@@ -100,11 +100,16 @@ def _drop_cells_with_failed_needs(unit: Unit, units: Mapping[str, Unit], failed_
     return replace(unit, cells=cells)
 
 
-def _list_unit_failures(unit: Unit, store: Store) -> Iterator[str]:
-    """Yield a line per failure in the records of a unit, evaluations included."""
+def _list_unit_failures(unit: Unit, store: Store) -> list[str]:
+    """Return a line for each cause of failures in the records of a unit, evaluations included."""
+    failures: list[Failure] = []
+    is_pack = unit.kind == "pack"
     for record, cell in zip(get_unit_records(unit, store), unit.cells, strict=False):
-        cells = [cell] if unit.kind == "pack" else unit.cells
-        yield from list_record_failures(record, cells, store)
+        if is_pack:
+            failures += list_record_failures(record, [cell], store, "cell", cell.folder)
+        else:
+            failures += list_record_failures(record, unit.cells, store, "model", unit.name)
+    return format_failures(failures)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Names that may be a path of this machine or a name of the hub, and the path that was probably meant."""
 
-import difflib
-from pathlib import Path
+from gkd_lab.config.errors import suggest_sibling
 
 
 def looks_like_path(name: str) -> bool:
@@ -11,7 +10,5 @@ def looks_like_path(name: str) -> bool:
 
 def suggest_path(name: str) -> str:
     """Return ` (did you mean PATH?)` with the nearest name beside a path that does not exist, or nothing."""
-    path = Path(name).expanduser()
-    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, siblings, n=1)
-    return f" (did you mean {str(path.parent / nearest[0])!r}?)" if nearest else ""
+    nearest = suggest_sibling(name)
+    return "" if nearest is None else f" (did you mean {nearest!r}?)"

@@ -17,9 +17,9 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from trl import get_peft_config, get_quantization_config
 
 from gkd_lab.config.errors import ConfigError
+from gkd_lab.config.library_errors import explain_model_error
 from gkd_lab.encoding.row_encoder import RowEncoder
 from gkd_lab.metrics.scored_predictions import score_predictions
-from gkd_lab.models.build import build_tokenizer_error
 from gkd_lab.models.classifiers import get_classifier_auto_class
 from gkd_lab.scripts.hub import check_login, explain_hub_errors
 from gkd_lab.scripts.local_paths import looks_like_path, suggest_path
@@ -146,7 +146,7 @@ def _load_config(option: str, name: str, revision: str | None, trust_remote_code
             revision = None
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = explain_model_error(error, name)
         hint = "" if Path(name).is_dir() else suggest_path(name)
         raise ConfigError(f"{option}: {name!r} cannot be loaded{hint}: {reason}") from error
 
@@ -155,18 +155,18 @@ def _load_tokenizer(request: TrainRequest, data: RunData, *, is_encoder_decoder:
     """Return the student's tokenizer, after encoding the first row of each split. Raises ConfigError."""
     training, name = request.training, str(request.model.model_name_or_path)
     try:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=request.model.model_revision, trust_remote_code=training.trust_remote_code
-            )
-        except (ValueError, KeyError) as error:
-            raise build_tokenizer_error(name) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=request.model.model_revision, trust_remote_code=training.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = explain_model_error(error, name)
+        raise ConfigError(
+            f"model_name_or_path: the tokenizer of {name!r} cannot be loaded: {reason}"
+        ) from error
+    try:
         tokenizer = resolve_tokenizer(tokenizer, None, None, training)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"model_name_or_path: {' '.join(str(error).split())}") from error
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model_name_or_path: the tokenizer of {name!r}: {reason}") from error
     encode_row = RowEncoder(
         tokenizer,
         is_encoder_decoder=is_encoder_decoder,

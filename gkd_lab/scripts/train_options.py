@@ -4,6 +4,7 @@ TRL's parser takes values of a file as they are. Here each is checked first, so 
 that names it, and not an error of the library that meets it.
 """
 
+import math
 import os
 import re
 import sys
@@ -212,14 +213,48 @@ def _list_choices(action: Action, convert: Any) -> list[str]:
 
 def _convert_text(text: str, convert: Callable[[str], Any]) -> None:
     """Convert a text as argparse would; ValueError, in words, if that fails, or for a number like `010`."""
-    plain = suggest_plain_number(text) if convert in (int, float) else None
-    if plain is not None:
-        raise ValueError(f"must have no leading zeros and no `_`; did you mean {plain}?")
+    reason = _explain_number(text, convert)
+    if reason is not None:
+        raise ValueError(reason)
     try:
         convert(text)
     except ValueError as error:
         words = {int: "must be a whole number", float: "must be a number"}
         raise ValueError(words.get(convert, str(error))) from error  # type: ignore[call-overload]
+
+
+def _explain_number(text: str, convert: Callable[[str], Any] | None) -> str | None:
+    """Return why a text is refused though Python reads it as a number: `010`, `1_000`, `inf`; else None."""
+    if convert not in (int, float):
+        return None
+    plain = suggest_plain_number(text)
+    if plain is not None:
+        return f"must have no leading zeros and no `_`; did you mean {plain}?"
+    try:
+        return None if math.isfinite(float(text)) else "must be a finite number"
+    except ValueError:
+        return None
+
+
+# ---- flags ----
+
+
+def check_flags(words: Sequence[str], parser: TrainParser) -> None:
+    """Raise ConfigError for a flag's number such as `010`, `1_000` or `inf`, which Python alone takes."""
+    convert: Any = None
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, text = word.partition("=")
+            action = parser.find_action(flag.removeprefix("--").replace("-", "_"))
+            convert = None if action is None else action.type
+            if not equals:
+                continue
+        else:
+            text = word
+        reason = _explain_number(text, convert)
+        if reason is not None:
+            raise ConfigError(f"{flag}: {text!r} is not valid: {reason}")
 
 
 # ---- file and flags ----
@@ -235,6 +270,7 @@ def parse_request(path: Path | None, config: Mapping[str, Any], words: Sequence[
     defaults = vars(parser.parse_known_args([])[0])
     if path is not None:
         parser.set_defaults_with_config(**check_config(config, path, parser))
+    check_flags(words, parser)
     namespace, unknown = parser.parse_known_args(list(words))
     if unknown:
         raise _build_unknown_flag_error(unknown[0], parser)

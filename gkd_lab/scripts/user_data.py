@@ -12,6 +12,7 @@ from transformers import set_seed
 from trl import DatasetMixtureConfig, get_dataset
 
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error
+from gkd_lab.config.library_errors import explain_data_error
 from gkd_lab.encoding.row_encoder import PROMPT_ROLES, ROW_FORMS, list_message_texts
 from gkd_lab.scripts.local_paths import looks_like_path, suggest_path
 from gkd_lab.scripts.train_options import TrainRequest, TrainScriptArguments
@@ -191,11 +192,16 @@ def _load_from_hub(script: TrainScriptArguments) -> dict[str, Rows]:
         loaded = datasets.load_dataset(
             script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:
+        # The library raises errors of its own, of the hub's client and of its readers of files.
+        name = str(script.dataset_name)
+        sentence = explain_data_error(error, name, script.dataset_config, "dataset_name")
+        reason = sentence.removeprefix(f"dataset_name: {name!r}").lstrip(": ")
+        if reason == sentence:  # it is about another field
+            raise ConfigError(sentence) from error
         raise ConfigError(
-            f"dataset_name: {script.dataset_name!r} is neither a file nor a folder here"
-            f"{suggest_path(str(script.dataset_name))}, and it cannot be loaded from the hub: {reason}"
+            f"dataset_name: {name!r} is neither a file nor a folder here{suggest_path(name)}, and it cannot "
+            f"be loaded from the hub: {reason}"
         ) from error
     return dict(loaded)
 

@@ -102,6 +102,12 @@ class Overview:
         return all(view.state in ("done", "failed") for view in self.cells)
 
     @property
+    def has_failures(self) -> bool:
+        """Whether a cell, a reference model or one of their evaluations failed."""
+        errors = [view.error for view in self.cells] + [view.error for view in self.artifacts]
+        return any(errors)
+
+    @property
     def seconds_left(self) -> float | None:
         """Estimated seconds of everything not done; None where some of it has no estimate."""
         parts = [view.seconds_left for view in self.cells]

@@ -129,16 +129,6 @@ def _format_cost(view: CellView) -> list[str]:
     return [pack, _format_duration(view.estimated_seconds), basis]
 
 
-def render_failures(overview: Overview) -> Iterator[str]:
-    """Yield a line per failed cell, then model: its name, last line of its error, file with traceback."""
-    for view in overview.cells:
-        if view.error:
-            yield f"failed: {view.cell.folder}: {view.error} (see {view.progress.error_file})"
-    for artifact in overview.artifacts:
-        if artifact.error:
-            yield f"failed: {artifact.role} {artifact.name}: {artifact.error} (see {artifact.error_file})"
-
-
 def render_running_artifacts(overview: Overview) -> Iterator[str]:
     """Yield a line for each reference model that is being trained now."""
     for artifact in overview.artifacts:

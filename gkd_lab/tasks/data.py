@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gkd_lab.config.artifact_specs import ColumnNames
-from gkd_lab.config.errors import build_unknown_name_error, suggest_choices
+from gkd_lab.config.errors import ConfigError, build_unknown_name_error, suggest_choices
+from gkd_lab.config.library_errors import explain_data_error
 from gkd_lab.tasks.columns import build_column_reader, list_text_columns
 from gkd_lab.tasks.data_folder import DataFolder
 from gkd_lab.tasks.row_format import build_row_parser, check_row_format, prepend_shots
@@ -228,8 +229,9 @@ def _read_hub_rows(
 
     try:
         dataset = datasets.load_dataset(name, config, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name!r} ({config=}, {revision=}): {error}") from error
+    except Exception as error:
+        # The library raises errors of its own, of the hub's client and of its readers of files.
+        raise ConfigError(explain_data_error(error, name, config, "data.source")) from error
     row_counts = {stored: len(dataset[stored]) for stored in SPLITS if stored in dataset}
     stored_split, start, stop = _locate_split(row_counts, split, name)
     for index in range(start, row_counts[stored_split] if stop is None else stop):

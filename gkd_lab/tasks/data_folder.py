@@ -5,7 +5,6 @@ Files are `train`, `validation` or `test` with `.jsonl` or `.parquet`, one file 
 `datasets`. Other data files are left alone, with a warning that names them.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from gkd_lab.config.errors import suggest_sibling
 from gkd_lab.tasks.task import SPLITS, Split
 
 _SPLIT_WORDS: Mapping[str, Split] = {
@@ -91,9 +91,8 @@ def _require_folder(path: Path) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{path} is a file; give the folder that holds it")
-    siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
+    nearest = suggest_sibling(path)
+    hint = f" Did you mean {nearest}?" if nearest else ""
     raise ValueError(f"no folder {path}.{hint}")
 
 
@@ -186,11 +185,23 @@ def _read_jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _read_parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (`FILE:ROW`, row) of a parquet file, rows numbered from 1."""
-    number = 0
-    for batch in _open_parquet(file).iter_batches(_ROWS_PER_READ):
+    number, batches = 0, _open_parquet(file).iter_batches(_ROWS_PER_READ)
+    while (batch := _read_next_batch(batches, file, number)) is not None:
         for raw in batch.to_pylist():
             number += 1
             yield f"{file}:{number}", raw
+
+
+def _read_next_batch(batches: Iterator[Any], file: Path, number: int) -> Any:
+    """Return the next batch of a parquet file after `number` rows, None at its end; ValueError if damaged."""
+    import pyarrow
+
+    try:
+        return next(batches, None)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the machine
+        raise ValueError(f"{file}: the file is damaged after row {number}; copy it again") from error
 
 
 def _open_parquet(file: Path) -> Any:
@@ -201,7 +212,7 @@ def _open_parquet(file: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: expected a parquet file, {error}") from error
+        raise ValueError(f"{file}: expected a parquet file, and it is none, or cut short") from error
 
 
 def _hash_file(file: Path) -> str:

@@ -293,7 +293,9 @@ def test_a_broken_row_is_reported_with_file_and_line_and_exit_status_1() -> None
     done = python(code, *words)
     assert done.returncode == 1
     assert done.stderr.count("rows/train.jsonl:4: ") == 1, "teacher and start have one cause"
-    assert "; the start failed for the same reason (see outputs/nano/arithmetic/start-" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert line.startswith("failed: teacher arithmetic/xl and start arithmetic/small: ")
+    assert "; 5 cells were not run (see outputs/nano/arithmetic/teacher-" in line
     assert "Traceback" not in done.stderr
     statuses = [json.loads(path.read_text()) for path in Path("outputs").rglob("status.json")]
     assert {item["state"] for item in statuses} == {"failed"}

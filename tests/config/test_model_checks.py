@@ -185,8 +185,20 @@ def test_faults_of_data_and_models_come_together(pair: Path) -> None:
     assert "config.json is missing" in text
 
 
+def test_an_adapter_without_weights_and_damaged_settings_are_named(pair: Path) -> None:
+    (pair / "teacher/generation_config.json").write_text('{\n  "a": 1,\n')
+    (pair / "teacher/tokenizer_config.json").write_bytes(b"\xff\xfe")
+    (pair / "student/adapter_config.json").write_text("{}")
+    assert list_faults() == [
+        f"  {pair}/teacher/generation_config.json:3 is not valid JSON; copy the file again",
+        f"  {pair}/teacher/tokenizer_config.json cannot be read as text; copy the file again",
+        f"  {pair}/student has no weights of its adapter: adapter_model.safetensors is missing",
+    ]
+
+
 def test_an_adapter_and_a_gguf_file_are_left_to_their_loaders(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"weights")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for path in (tmp_path, tmp_path / "model.gguf"):
         files = CheckpointFiles(path)

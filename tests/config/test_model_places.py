@@ -6,7 +6,8 @@ import pytest
 
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError
-from gkd_lab.config.model_places import is_model_place, suggest_folder
+from gkd_lab.config.errors import suggest_sibling
+from gkd_lab.config.model_places import is_checkpoint, is_model_place
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,12 @@ def test_places_are_told_from_sizes_by_their_form() -> None:
 
 
 def test_the_nearest_folder_is_a_checkpoint_and_written_as_the_place_is(folder: Path) -> None:
-    assert suggest_folder("./my-lama") == "./my-llama"
-    assert suggest_folder("models/my-lama/") == "models/my-llama"
-    assert suggest_folder(str(folder / "my-lama")) == str(folder / "my-llama")
-    assert suggest_folder("./my-lama-row") == "./my-llama"
-    assert suggest_folder("./quite-another") is None
-    assert suggest_folder("nowhere/my-lama") is None
+    assert suggest_sibling("./my-lama", is_checkpoint) == "./my-llama"
+    assert suggest_sibling("models/my-lama/", is_checkpoint) == "models/my-llama"
+    assert suggest_sibling(str(folder / "my-lama"), is_checkpoint) == str(folder / "my-llama")
+    assert suggest_sibling("./my-lama-row", is_checkpoint) == "./my-llama"
+    assert suggest_sibling("./quite-another", is_checkpoint) is None
+    assert suggest_sibling("nowhere/my-lama", is_checkpoint) is None
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])

@@ -72,5 +72,5 @@ def test_error_of_a_single_row_out_of_memory_has_advice(
     fail_batches_larger_than(0, monkeypatch)
     (line,) = run_grid(grid, options(tmp_path / "outputs")).failures
     assert grid.cells[0].fingerprint in line
-    assert "one row at a time (OutOfMemoryError" in line
+    assert "one row at a time: take smaller models, shorter max_input_tokens" in line
     assert "smaller models" in line

@@ -259,6 +259,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         "learning_rate: 'fast' is not valid: must be a number",
     ),
     "a flag's text for a number": (("--max_steps", "x"), {}, "--max_steps: invalid int value: 'x'"),
+    "a flag's padded number": (("--max_steps", "010"), {}, "--max_steps: '010' is not valid"),
+    "a flag's number with _": (("--learning_rate=1_000",), {}, "did you mean 1000?"),
+    "an infinite number": (
+        ("--logging_steps", "1e400"),
+        {},
+        "--logging_steps: '1e400' is not valid: must be a",
+    ),
     "a choice": (("--optim", "adamm"), {}, "--optim: 'adamm' is not valid"),
     "a list for a number": ((), {"beta": [0.1, 0.2]}, "must be one value, not a list"),
     "no student": ((), {"model_name_or_path": None}, "model_name_or_path is missing"),
