@@ -16,9 +16,11 @@ from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.cell import Cell, Evaluation, Split
 from gkd_lab.config.errors import MissingRevision, build_unknown_name_error, join_faults, suggest_choices
 from gkd_lab.config.experiment import SCALES, Scale, apply_overrides, parse_experiment
+from gkd_lab.config.explain_cell import ResolvedValue, explain_cell
 from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
 from gkd_lab.config.model_checks import list_model_faults
+from gkd_lab.config.resolve_cell import CellResolver
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
@@ -217,13 +219,21 @@ def outline_experiment(
     """Return (experiment, number of its cells) without reading data or models. Raises ConfigError."""
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
-    revisions = RevisionLookup(
-        resolve_data=lambda task, settings: DataSpec(
-            kind="made", name=settings.source, revision="not read", train=settings.train
-        ),
-        resolve_model=lambda model_name: (model_name, None, "not read"),
-    )
-    return experiment, len(expand_grid(path.stem, experiment, TASKS, revisions, scale).cells)
+    return experiment, len(expand_grid(path.stem, experiment, TASKS, _NOT_READ, scale).cells)
+
+
+_NOT_READ = RevisionLookup(
+    resolve_data=lambda task, settings: DataSpec(
+        kind="made", name=settings.source, revision="not read", train=settings.train
+    ),
+    resolve_model=lambda model_name: (model_name, None, "not read"),
+)
+"""Revisions that read neither data nor models; cells with them have no fingerprint to rely on."""
+
+
+def explain_grid_cell(grid: Grid, cell: Cell) -> list[ResolvedValue]:
+    """Return the values of a grid's cell, each with where it comes from."""
+    return explain_cell(CellResolver(grid.experiment, TASKS, _NOT_READ, grid.scale), cell)
 
 
 def check_models_and_splits(grid: Grid) -> None:

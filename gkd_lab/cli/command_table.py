@@ -92,6 +92,11 @@ COMMAND_GROUPS: Mapping[str, Mapping[str, CommandEntry]] = {
             "Write the report's figures as pdf, svg or png.",
             ("gkd-lab figures quickstart -o figures --format pdf,png --width 3.25",),
         ),
+        "show": CommandEntry(
+            "show_command:show_cell",
+            "Print a cell's configuration, and where each value is from.",
+            ("gkd-lab show 1a2b3c4d", "gkd-lab show 1a2b3c4d --experiment quickstart --format json"),
+        ),
         "compare": CommandEntry(
             "commands:compare_cells",
             "Compare two cells, over the same examples.",

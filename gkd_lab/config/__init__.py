@@ -5,7 +5,8 @@ from gkd_lab.config.cell import Cell, Evaluation, Training
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.experiment import SCALES, Experiment, read_experiment
 from gkd_lab.config.grid import Grid, expand_grid
-from gkd_lab.config.resolve_cell import RevisionLookup, TaskDefaults
+from gkd_lab.config.resolve_cell import RevisionLookup
+from gkd_lab.config.settings_layers import TaskDefaults
 
 __all__ = [
     "SCALES",

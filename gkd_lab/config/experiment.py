@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from gkd_lab.config.errors import ConfigError, Origin, explain_validation_error
+from gkd_lab.config.errors import ConfigError, Location, Origin, explain_validation_error
 from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.file_checks import check_fixed_axes, check_numbers, check_task_sections
 from gkd_lab.config.fingerprint import canonical_json
@@ -129,6 +129,7 @@ class Experiment(TaskSettings):
     )
     per_scale: dict[Scale, TaskSettings] = Field(default={}, description="settings at one scale only")
     per_task: dict[str, TaskSettings] = Field(default={}, description="settings for one task only")
+    _origin: Origin = Origin("experiment")
 
     @property
     def question(self) -> str:
@@ -140,6 +141,12 @@ class Experiment(TaskSettings):
         """Whether the file names figures or claims of the paper."""
         return bool(self.paper.figures or self.paper.claims)
 
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Names of the axes, in the order of the file."""
+        grid: _OrderedAxes = self.grid
+        return grid._order
+
     def list_axes(self) -> dict[str, tuple[Any, ...]]:
         """Return axis name -> distinct values, in the order of the file; the first axis varies slowest."""
         grid: _OrderedAxes = self.grid
@@ -148,27 +155,49 @@ class Experiment(TaskSettings):
             for axis, values in grid.list_ordered_values().items()
         }
 
+    @property
+    def origin(self) -> Origin:
+        """Name of its file and the lines of its values, for messages."""
+        return self._origin
+
     def merge_task_settings(self, task: str, scale: str) -> dict[str, Any]:
         """Return the file's stated settings for a task at a scale as nested dictionaries; `per_task` wins."""
+        return merge_settings(*(values for _, values in self.list_task_settings(task, scale)))
+
+    def list_task_settings(self, task: str, scale: str) -> list[tuple[Location, dict[str, Any]]]:
+        """Return (location in the file, stated settings) of what `merge_task_settings` merges, in order."""
         layers = self._list_settings_layers(task, scale)
-        return merge_settings(*map(_dump_stated_fields, layers))
+        return [(location, _dump_stated_fields(layer)) for location, layer in layers]
 
     def get_task_evaluations(self, task: str, scale: str) -> tuple[AnyEvaluationSettings, ...] | None:
         """Return the file's evaluations for a task at a scale, `per_task` first; None if it states none."""
-        for layer in reversed(self._list_settings_layers(task, scale)):
-            if layer.evaluations:
-                return layer.evaluations
-        return None
+        location = self.locate_task_field("evaluations", task, scale)
+        layers = dict(self._list_settings_layers(task, scale))
+        return None if location is None else layers[location[:-1]].evaluations
 
     def get_task_metrics(self, task: str, scale: str) -> tuple[str, ...] | None:
         """Return the file's metrics for a task at a scale, `per_task` first; None if it states none."""
-        layers = self._list_settings_layers(task, scale)
-        return next((layer.metrics for layer in reversed(layers) if layer.metrics), None)
+        location = self.locate_task_field("metrics", task, scale)
+        layers = dict(self._list_settings_layers(task, scale))
+        return None if location is None else layers[location[:-1]].metrics
 
-    def _list_settings_layers(self, task: str, scale: str) -> list[TaskSettings]:
-        """Return the settings for all tasks, those of this scale, those of this task; later ones win."""
-        layers = self.per_scale.get(scale), self.per_task.get(task)  # type: ignore[call-overload]
-        return [self, *filter(None, layers)]
+    def locate_task_field(
+        self, name: Literal["evaluations", "metrics"], task: str, scale: str
+    ) -> Location | None:
+        """Return the location of the field that holds for a task at a scale; None if none is stated."""
+        for location, layer in reversed(self._list_settings_layers(task, scale)):
+            if getattr(layer, name):
+                return (*location, name)
+        return None
+
+    def _list_settings_layers(self, task: str, scale: str) -> list[tuple[Location, TaskSettings]]:
+        """Return (location, settings): for all tasks, of this scale, of this task; later ones win."""
+        layers: list[tuple[Location, TaskSettings]] = [((), self)]
+        if scale in self.per_scale:
+            layers.append((("per_scale", scale), self.per_scale[scale]))
+        if task in self.per_task:
+            layers.append((("per_task", task), self.per_task[task]))
+        return layers
 
 
 def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
@@ -204,6 +233,7 @@ def parse_experiment(document: Mapping[str, Any], origin: Origin | str) -> Exper
     except ValidationError as error:
         raise explain_validation_error(error, origin, Experiment) from error
     check_fixed_axes(document, origin)
+    experiment._origin = origin
     return experiment
 
 

@@ -11,8 +11,9 @@ from gkd_lab.config.cell import Cell
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, explain_validation_error
 from gkd_lab.config.experiment import Experiment, Scale
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json, compute_fingerprint
-from gkd_lab.config.resolve_cell import CellResolver, RevisionLookup, TaskDefaults
+from gkd_lab.config.resolve_cell import CellResolver, RevisionLookup
 from gkd_lab.config.settings import Settings
+from gkd_lab.config.settings_layers import TaskDefaults
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,7 @@ def _look_up_model(
         )
     if role != "student" and "lora" in fields:
         raise ConfigError(f"{role}.lora: an adapter is trained on a student; leave it out of a {role}")
-    size = stated_model.size
-    if size is None and fields and fields.keys() <= _SHARED_SIZE_FIELDS and isinstance(default_size, str):
-        size = default_size
+    size = find_size(stated_model, default_size)
     if size is None:
         return "custom", stated_model
     if size not in models and is_model_place(size):
@@ -163,6 +161,17 @@ def _look_up_model(
     merged = merge_settings(models[size].model_dump(exclude_none=True), fields)
     has_same_size = fields.keys() <= _PLACEMENT_FIELDS | _SHARED_SIZE_FIELDS
     return size if has_same_size else "custom", ModelSettings(**merged)
+
+
+def find_size(model: ModelSettings, default_size: str | ModelSettings | None) -> str | None:
+    """Return the name of the scale's model that fields change a part of; None: they are a whole model.
+
+    default_size: The model of the scale that fields of its SFT, seed or adapter alone change.
+    """
+    fields = model.model_dump(exclude_none=True, exclude={"size"}).keys()
+    if model.size is None and fields and fields <= _SHARED_SIZE_FIELDS and isinstance(default_size, str):
+        return default_size
+    return model.size
 
 
 def _resolve_tokenizer(role: str, settings: Settings) -> TokenizerSpec:

@@ -6,7 +6,7 @@ Shorthand (`lmbda`, `beta`, `method`, `reward`, ...) becomes loss terms and a so
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from gkd_lab.config.artifact_specs import (
     CLASSIFIER_FAMILIES,
@@ -20,7 +20,11 @@ from gkd_lab.config.artifact_specs import (
 from gkd_lab.config.cell import AnyEvaluation, Cell, Selection, Source, Training
 from gkd_lab.config.cell_checks import check_cell
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.evaluation_settings import parse_evaluation_settings, resolve_evaluations
+from gkd_lab.config.evaluation_settings import (
+    AnyEvaluationSettings,
+    parse_evaluation_settings,
+    resolve_evaluations,
+)
 from gkd_lab.config.experiment import Experiment
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.loss_terms import (
@@ -32,7 +36,6 @@ from gkd_lab.config.loss_terms import (
     RewardConfig,
     TermConfig,
 )
-from gkd_lab.config.model_places import is_model_place
 from gkd_lab.config.reference_models import (
     REFERENCE_SETTINGS,
     build_optimizer_spec,
@@ -42,7 +45,14 @@ from gkd_lab.config.reference_models import (
     resolve_sft_model,
 )
 from gkd_lab.config.reward_objectives import build_reward_terms, resolve_reward
-from gkd_lab.config.settings import METHODS, DataSettings, ModelSettings, Settings, merge_settings
+from gkd_lab.config.settings import METHODS, DataSettings, Settings
+from gkd_lab.config.settings_layers import (
+    MergedLayers,
+    TaskDefaults,
+    list_models,
+    merge_layers,
+    select_settings,
+)
 from gkd_lab.config.teacher_settings import (
     START_TEACHER,
     drop_unused_scores,
@@ -53,7 +63,7 @@ from gkd_lab.config.teacher_settings import (
 )
 from gkd_lab.config.trl_cells import resolve_implementation
 
-_PER_CELL_FIELDS = (
+PER_CELL_FIELDS = (
     "lmbda",
     "beta",
     "divergence",
@@ -67,7 +77,7 @@ _PER_CELL_FIELDS = (
 )
 """Settings that are resolved for each cell. All others are resolved once per combination of their values."""
 
-_TRAINING_FIELDS = (
+TRAINING_FIELDS = (
     "loss_normalization",
     "steps",
     "batch_size",
@@ -78,34 +88,9 @@ _TRAINING_FIELDS = (
 )
 """Fields of a training that are settings of the same name."""
 
-_SHORTHANDS = {
-    "source": ("lmbda", "temperature", "method"),
-    "objectives": ("method", "beta", "divergence", "rescale_divergence", "reward", "alpha", "anchor"),
-}
-"""Long form -> the settings that are short for a part of it."""
 
-_NON_SETTING_KEYS = ("models", "students", "evaluations", "per_student")
-"""Keys of a task's defaults that are not fields of `Settings`."""
-
-
-class TaskDefaults(Protocol):
-    """Interface of a task for resolving a grid; `gkd_lab.tasks.Task` implements it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-
-    @property
-    def family(self) -> Family:
-        """Family of its models, such as `decoder-only`."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of its default evaluations."""
-
-    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
-        """Return settings, `models` and `evaluations` at a scale for a data source (None: the task's own)."""
-        ...
+EvaluationEntries = Mapping[AnyEvaluation, tuple[int, AnyEvaluationSettings]]
+"""Evaluation -> (number of the entry that it was resolved from, the entry), in order."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +103,14 @@ class RevisionLookup:
 
 
 @dataclass(frozen=True)
-class _SharedParts:
-    """Resolved parts that all cells have in common that differ only in `_PER_CELL_FIELDS`."""
+class SharedParts:
+    """Resolved parts that all cells have in common that differ only in `PER_CELL_FIELDS`."""
 
+    merged: MergedLayers
+    """What `settings` was validated from, with the source of each value."""
     training_fields: dict[str, Any]
     evaluations: tuple[AnyEvaluation, ...]
+    evaluation_entries: EvaluationEntries
     settings: Settings
     method: Mapping[str, Any]
     source: Source | None
@@ -146,16 +134,15 @@ class CellResolver:
         self.tasks = tasks
         self.revisions = revisions
         self.scale = scale
-        self.axis_names = experiment.list_axes().keys()
-        self.shared_parts: dict[str, _SharedParts] = {}
+        self.shared_parts: dict[str, SharedParts] = {}
         self.models: dict[Hashable, SftModel] = {}
-        self.evaluations: dict[Hashable, tuple[AnyEvaluation, ...]] = {}
+        self.evaluations: dict[Hashable, EvaluationEntries] = {}
 
     def resolve_cell(self, point: dict[str, Any]) -> Cell:
         """Return the resolved and checked cell of a point (axis name -> value). Raises ConfigError."""
-        shared = self._resolve_shared_parts(point)
-        defaults = {name: getattr(shared.settings, name) for name in _PER_CELL_FIELDS}
-        axis_values = {name: point[name] for name in _PER_CELL_FIELDS if name in point}
+        shared = self.resolve_shared_parts(point)
+        defaults = {name: getattr(shared.settings, name) for name in PER_CELL_FIELDS}
+        axis_values = {name: point[name] for name in PER_CELL_FIELDS if name in point}
         values = {**defaults, **axis_values, **shared.method}
         terms = self._resolve_terms(shared, values)
         fields = dict(shared.training_fields)
@@ -173,65 +160,44 @@ class CellResolver:
         check_cell(training, shared.evaluations)
         return Cell(self.scale, training, shared.evaluations, point)
 
-    def _resolve_shared_parts(self, point: Mapping[str, Any]) -> _SharedParts:
-        """Return a point's parts that do not depend on `_PER_CELL_FIELDS`, cached by the other values."""
-        axis_values = {name: value for name, value in point.items() if name not in _PER_CELL_FIELDS}
+    def resolve_shared_parts(self, point: Mapping[str, Any]) -> SharedParts:
+        """Return a point's parts that do not depend on `PER_CELL_FIELDS`, cached by the other values."""
+        axis_values = {name: value for name, value in point.items() if name not in PER_CELL_FIELDS}
         key = canonical_json(axis_values)
         if key not in self.shared_parts:
             self.shared_parts[key] = self._build_shared_parts(axis_values)
         return self.shared_parts[key]
 
-    def _build_shared_parts(self, axis_values: Mapping[str, Any]) -> _SharedParts:
+    def _build_shared_parts(self, axis_values: Mapping[str, Any]) -> SharedParts:
         """Return the parts resolved from task defaults, experiment and axes, later wins."""
         task = self.tasks[axis_values["task"]]
-        stated = self._merge_stated_settings(task.name, axis_values)
-        try:
-            defaults = task.get_defaults(self.scale, stated.get("data", {}).get("source"))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        student_defaults, reverse_kl_defaults = _get_student_defaults(defaults, stated)
-        merged = merge_settings(_select_settings(defaults), student_defaults, stated)
-        settings = Settings.model_validate(_scale_schedule(merged, defaults, stated))
+        merged = merge_layers(self.experiment, task, self.scale, axis_values)
+        stated, defaults = merged.stated.values, merged.defaults.values
+        settings = Settings.model_validate(merged.settings.values)
         check_schedule(build_optimizer_spec(settings), settings.steps or 0)
         check_vocab_sizes(settings)
         method, source = _resolve_method(settings)
-        reverse_kl_settings = {
-            name: value for name, value in reverse_kl_defaults.items() if name not in stated
-        }
-        return _SharedParts(
+        evaluation_entries = self._resolve_evaluations(task, defaults, settings)
+        return SharedParts(
+            merged=merged,
             training_fields={
                 **self._build_training_fields(task, settings, defaults),
                 **resolve_implementation(settings, stated),
             },
-            evaluations=self._resolve_evaluations(task, defaults, settings),
+            evaluations=tuple(evaluation_entries),
+            evaluation_entries=evaluation_entries,
             settings=settings,
             method=method,
             source=source,
             reward=self._resolve_single_reward(settings, method),
-            reverse_kl_optimizer=build_optimizer_spec(settings.model_copy(update=reverse_kl_settings)),
+            reverse_kl_optimizer=build_optimizer_spec(settings.model_copy(update=merged.reverse_kl)),
             resolve_start=self._build_start_resolver(task, settings, defaults),
         )
-
-    def _merge_stated_settings(self, task_name: str, axis_values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the experiment's settings, axis values over them. ConfigError: shorthand and long form."""
-        stated = self.experiment.merge_task_settings(task_name, self.scale)
-        # A field of the student, an axis with dots, is set after the student itself.
-        for axis in sorted(axis_values, key=lambda axis: axis.count(".")):
-            if axis != "task":
-                value = axis_values[axis]
-                for field in reversed(axis.split(".")):
-                    value = {field: value}
-                stated = merge_settings(_expand_student_name(stated, axis), value)
-        for long_form, shorthands in _SHORTHANDS.items():
-            conflicts = [name for name in shorthands if name in stated or name in self.axis_names]
-            if conflicts and not isinstance(stated.get(long_form), str | None):
-                raise ConfigError(f"{long_form} and {', '.join(conflicts)} set the same twice; leave one out")
-        return stated
 
     def _build_training_fields(
         self, task: TaskDefaults, settings: Settings, defaults: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return Training field -> value for the fields that do not depend on `_PER_CELL_FIELDS`."""
+        """Return Training field -> value for the fields that do not depend on `PER_CELL_FIELDS`."""
         sft_student = self._resolve_model(task, "student", settings, defaults)
         extra_teachers = resolve_extra_teachers(settings.objectives or (), settings.teachers or {})
         teachers = [
@@ -250,15 +216,15 @@ class CellResolver:
             "start": sft_student,
             "lora": resolve_lora(
                 settings,
-                Settings.model_validate(_select_settings(defaults)),
-                _list_models("student", defaults),
+                Settings.model_validate(select_settings(defaults)),
+                list_models("student", defaults),
             ),
             "optimizer": build_optimizer_spec(settings),
             "train_rows": _limit_train_rows(settings, sft_student),
             "selection": _build_selection(settings, self._get_metrics(task)),
             "teacher_scores": parse_teacher_scores(settings.teacher_scores),
             "tf32": bool(settings.tf32) and settings.precision != "fp64",  # float64 has no such products
-            **{name: getattr(settings, name) for name in _TRAINING_FIELDS},
+            **{name: getattr(settings, name) for name in TRAINING_FIELDS},
         }
 
     def _build_start_resolver(
@@ -288,8 +254,8 @@ class CellResolver:
                 _choose_family(task, settings),
                 role,
                 settings,
-                scale_settings=Settings.model_validate(_select_settings(defaults)),
-                models=_list_models(role, defaults),
+                scale_settings=Settings.model_validate(select_settings(defaults)),
+                models=list_models(role, defaults),
                 data=_apply_data_format(data, data_settings),
                 find_model=self.revisions.resolve_model,
                 cell_seed=seed if role == "student" else None,
@@ -298,7 +264,7 @@ class CellResolver:
 
     def _resolve_evaluations(
         self, task: TaskDefaults, defaults: Mapping[str, Any], settings: Settings
-    ) -> tuple[AnyEvaluation, ...]:
+    ) -> EvaluationEntries:
         """Return the experiment's distinct evaluations for a task, or else the task's defaults; cached.
 
         With `eval_every` the defaults are also those of the checkpoint that it selects.
@@ -313,15 +279,12 @@ class CellResolver:
             )
             max_output_tokens = settings.max_output_tokens
             assert max_output_tokens is not None, "every scale states max_output_tokens"
-            data = settings.data or DataSettings()
-            evaluations = (
-                evaluation
-                for evaluation_settings in stated
-                for evaluation in resolve_evaluations(
-                    evaluation_settings, self._get_metrics(task), max_output_tokens, data
-                )
-            )
-            self.evaluations[key] = tuple(dict.fromkeys(evaluations))
+            data, metrics = settings.data or DataSettings(), self._get_metrics(task)
+            entries: dict[AnyEvaluation, tuple[int, AnyEvaluationSettings]] = {}
+            for number, entry in enumerate(stated):
+                for evaluation in resolve_evaluations(entry, metrics, max_output_tokens, data):
+                    entries.setdefault(evaluation, (number, entry))
+            self.evaluations[key] = entries
         return self.evaluations[key]
 
     def _get_metrics(self, task: TaskDefaults) -> tuple[str, ...]:
@@ -340,7 +303,7 @@ class CellResolver:
         fields = {"name": settings.reward} if is_name else settings.reward.model_dump()  # type: ignore[union-attr]
         return resolve_reward(RewardConfig(**fields), self.revisions.resolve_model)
 
-    def _resolve_terms(self, shared: _SharedParts, values: Mapping[str, Any]) -> tuple[ResolvedTerm, ...]:
+    def _resolve_terms(self, shared: SharedParts, values: Mapping[str, Any]) -> tuple[ResolvedTerm, ...]:
         """Return a cell's loss terms: `objectives` if stated, else what the shorthand `values` stand for."""
         listed = shared.settings.objectives
         if listed is None:
@@ -359,55 +322,11 @@ class CellResolver:
         return term
 
 
-def _select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's defaults without the keys that are no `Settings` fields, such as `models`."""
-    return {name: value for name, value in defaults.items() if name not in _NON_SETTING_KEYS}
-
-
 def _choose_family(task: TaskDefaults, settings: Settings) -> Family:
     """Return the family of a task's models; ConfigError if `family` is set for a task of classifiers."""
     if settings.family is not None and task.family in CLASSIFIER_FAMILIES:
         raise ConfigError(f"family: models of {task.name} are for {task.family}; leave it out")
     return settings.family or task.family
-
-
-def _expand_student_name(stated: dict[str, Any], axis: str) -> dict[str, Any]:
-    """Return stated settings with a student's name as a section, if an axis sets a field of the student."""
-    student = stated.get("student")
-    if not axis.startswith("student.") or not isinstance(student, str):
-        return stated
-    return {**stated, "student": {"pretrained" if is_model_place(student) else "size": student}}
-
-
-def _list_models(role: str, defaults: Mapping[str, Any]) -> dict[str, ModelSettings]:
-    """Return size -> model of the scale; for students with the scale's changes of `students`."""
-    changes = defaults.get("students", {}) if role == "student" else {}
-    return {
-        name: ModelSettings.model_validate(merge_settings(model, changes))
-        for name, model in defaults["models"].items()
-    }
-
-
-def _get_student_defaults(
-    defaults: Mapping[str, Any], stated: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scale's changes for the stated student: (always applied, applied with reverse KL only)."""
-    student = stated.get("student", defaults["student"])
-    fields = dict(defaults.get("per_student", {}).get(student, {})) if isinstance(student, str) else {}
-    return fields, fields.pop("reverse_kl", {})
-
-
-def _scale_schedule(
-    merged: dict[str, Any], defaults: Mapping[str, Any], stated: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return `merged` with unstated warm-up and cool-down at their default share of the steps."""
-    share = merged["steps"] / defaults["steps"]
-    schedule = {
-        name: int(defaults[name] * share)
-        for name in ("warmup_steps", "cooldown_steps")
-        if name not in stated and name in defaults
-    }
-    return {**merged, **schedule}
 
 
 def _limit_train_rows(settings: Settings, sft_student: SftModel) -> int | None:

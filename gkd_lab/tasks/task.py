@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.cell import Split
@@ -68,6 +68,12 @@ class Task:
 
         source: None: the scale's default source. Raises ValueError for a scale that the task lacks.
         """
+        return merge_settings(*(dict(layer) for _, layer in self.list_default_layers(scale, source)))
+
+    def list_default_layers(
+        self, scale: str, source: str | None
+    ) -> list[tuple[Literal["scale", "task", "data"], Mapping[str, Any]]]:
+        """Return what `get_defaults` merges, later wins: for all tasks, this task, data that is not made."""
         if scale not in self.scales:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         settings = dict(self.scales[scale])
@@ -78,7 +84,11 @@ class Task:
                 f"data.source is missing: {self.name} has no rows of its own; give a folder of jsonl or "
                 "parquet, or a hub name (owner/name)"
             )
-        return merge_settings(dict(COMMON_SETTINGS[scale]), settings, real if source != "made" else {})
+        layers: list[tuple[Literal["scale", "task", "data"], Mapping[str, Any]]] = [
+            ("scale", COMMON_SETTINGS[scale]),
+            ("task", settings),
+        ]
+        return layers if source == "made" else [*layers, ("data", real)]
 
 
 def read_text_field(raw: Mapping[str, Any], name: str) -> str:

@@ -20,9 +20,13 @@ class StubTask:
     family: Family
     metrics: tuple[str, ...]
 
-    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+    def list_default_layers(self, scale: str, source: str | None) -> list[tuple[str, Mapping[str, Any]]]:
         if scale != "nano":
             raise ValueError(f"{self.name} has no {scale} scale; it has: nano")
+        return [("task", self.defaults)]
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
         return {
             "lmbda": 1.0,
             "beta": 0.0,

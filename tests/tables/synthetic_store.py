@@ -21,9 +21,9 @@ class FakeTask:
     metrics: tuple[str, ...] = ("accuracy",)
     family: Any = "decoder-only"
 
-    def get_defaults(self, scale: str, source: str | None) -> Mapping[str, Any]:
+    def list_default_layers(self, scale: str, source: str | None) -> list[tuple[str, Mapping[str, Any]]]:
         size = {"layers": 1, "width": 8, "heads": 1, "sft": {"steps": 1}}
-        return {
+        defaults = {
             **{"lmbda": 0.5, "beta": 0.5, "seed": 0, "temperature": 1.0},
             **{"teacher_temperature": 1.0, "student_temperature": 1.0},
             **{"loss_normalization": "sequence", "steps": 10, "batch_size": 2, "dropout": 0.0},
@@ -39,6 +39,7 @@ class FakeTask:
             },
             "evaluations": [{"decoding": "greedy", "split": "test", "examples": 50}],
         }
+        return [("task", defaults)]
 
 
 TASKS = {task.name: task for task in (FakeTask("arithmetic"), FakeTask("translation", ("bleu",)))}
