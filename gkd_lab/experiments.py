@@ -141,8 +141,8 @@ def load_experiment(
         ConfigError: (a ValueError) for an unknown name, scale or field, a value out of range, and all faults
             of data at once, each with the nearest valid choice.
 
-    Example:
-        experiment = gkd_lab.load("quickstart", beta=[0, 1], steps=100)
+    Examples:
+        >>> experiment = gkd_lab.load("quickstart", beta=[0, 1], steps=100)
     """
     if scale is not None and scale not in SCALES:
         raise build_unknown_name_error("scale", scale, SCALES)

@@ -78,9 +78,9 @@ def run_experiment(
         ConfigError: (a ValueError) for a request that is wrong, before anything is trained.
         OSError: where a record cannot be written; what was finished is kept.
 
-    Example:
-        outcome = gkd_lab.run(gkd_lab.load("quickstart", steps=20), progress=True)
-        assert outcome.is_done, outcome
+    Examples:
+        >>> outcome = gkd_lab.run(gkd_lab.load("quickstart", steps=20), progress=True)
+        >>> assert outcome.is_done, outcome
     """
     if not isinstance(experiment, LoadedExperiment):
         experiment = load_experiment(experiment)

@@ -36,9 +36,9 @@ def load_table(
         ConfigError: (a ValueError) for an unknown experiment, a file that is missing or holds no table, or a
             `scale` or `outputs` where the source has its own.
 
-    Example:
-        scores = gkd_lab.table(gkd_lab.load("quickstart"))
-        accuracy = scores[(scores["role"] == "cell") & (scores["metric"] == "accuracy")]
+    Examples:
+        >>> scores = gkd_lab.table(gkd_lab.load("quickstart"))
+        >>> accuracy = scores[(scores["role"] == "cell") & (scores["metric"] == "accuracy")]
     """
     source = experiment_or_path
     if isinstance(source, LoadedExperiment):
