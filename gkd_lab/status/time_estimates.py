@@ -95,7 +95,7 @@ class TimeEstimator:
 
     def estimate_artifact(self, role: str, model: SftModel) -> Estimate:
         """Estimate the seconds to train a teacher or an SFT student, by FLOPs only."""
-        return _estimate_seconds(estimate_sft_flops(model, self._get_parameter_count(role, model)))
+        return _estimate_seconds(estimate_sft_flops(model, self.get_parameter_count(role, model)))
 
     def describe_source(self) -> str | None:
         """Return `6 finished cells of the same kind (cpu)`; None where no estimate rests on any."""
@@ -105,7 +105,7 @@ class TimeEstimator:
         devices = ", ".join(sorted({device for _, device in self.used_measurements}))
         return f"{count} finished cell{'s' * (count > 1)} of the same kind ({devices})"
 
-    def _get_parameter_count(self, role: str, model: SftModel) -> int | None:
+    def get_parameter_count(self, role: str, model: SftModel) -> int | None:
         """Return a model's number of parameters; None if not specified and not built yet."""
         key = model.full_fingerprint
         if key not in self._parameter_counts:
@@ -134,8 +134,8 @@ class TimeEstimator:
             *(training.steps, training.batch_size, training.source.lmbda, training.lora is None),
         )
         if key not in self._flops_cache:
-            student = self._get_parameter_count("start", training.start)
-            teacher = self._get_parameter_count("teacher", training.teacher)
+            student = self.get_parameter_count("start", training.start)
+            teacher = self.get_parameter_count("teacher", training.teacher)
             self._flops_cache[key] = estimate_training_flops(training, student, teacher)
         return self._flops_cache[key]
 

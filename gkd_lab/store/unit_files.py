@@ -44,6 +44,8 @@ class UnitRuns:
     device: str = ""
     is_running: bool = False
     """Whether the last process that started has logged no end; it may have been killed."""
+    status: int | None = None
+    """Exit status of the last process, if it has logged its end."""
     seconds: float | None = None
     """Of the last process that ended."""
     peak_bytes: int | None = None
@@ -139,6 +141,7 @@ class UnitFiles:
             host=str(starts[-1].get("host", "")),
             device=str(starts[-1].get("device", "")),
             is_running=rows[-1].get("event") == "start",
+            status=rows[-1].get("status"),
             seconds=_get_last(ends, "seconds"),
             peak_bytes=max((row["peak_bytes"] for row in ends if "peak_bytes" in row), default=None),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from gkd_lab.config.artifact_specs import SftModel, TeacherScoresSpec, TeacherTextSpec
 from gkd_lab.config.cell import Cell
 from gkd_lab.config.units import Unit
-from gkd_lab.store.cell_state import State, combine_states, compute_cell_state, require_metrics
+from gkd_lab.store.cell_state import State, StoredState, combine_states, compute_cell_state, require_metrics
 from gkd_lab.store.record import Record, Store
 
 
@@ -36,6 +36,18 @@ def read_output_state(unit: Unit, store: Store) -> State:
     return get_unit_records(unit, store)[0].read_state()
 
 
+def is_unit_settled(unit: Unit, store: Store) -> bool:
+    """Return whether nothing of a unit is left to do: each part is done, failed, or of a failed training."""
+    is_evaluated = unit.kind == "pack" or isinstance(unit.spec, SftModel)
+    cells_of_records = [[cell] for cell in unit.cells] if unit.kind == "pack" else [unit.cells]
+    for record, cells in zip(get_unit_records(unit, store), cells_of_records, strict=True):
+        state = record.read_status().get("state")
+        is_trained = state == "done" and is_evaluated
+        if state is None or (is_trained and None in _list_evaluation_states(record, cells)):
+            return False
+    return True
+
+
 def measure_progress(unit: Unit, store: Store) -> int:
     """Return a count that grows when a unit gets on: finished parts, and the steps of checkpoints."""
     progress = 0
@@ -50,12 +62,18 @@ def measure_progress(unit: Unit, store: Store) -> int:
 
 def _read_state(record: Record, cells: Sequence[Cell]) -> State:
     """Return the worst state of a record and of its evaluations that cells request."""
-    states = []
+    states = _list_evaluation_states(record, cells)
+    return compute_cell_state(record.read_status().get("state"), states, record.is_locked).whole
+
+
+def _list_evaluation_states(record: Record, cells: Sequence[Cell]) -> list[StoredState]:
+    """Return the stored state of each evaluation that cells request; None: not done, or metrics lack."""
+    states: list[StoredState] = []
     for evaluation in dict.fromkeys(evaluation for cell in cells for evaluation in cell.evaluations):
         part = record.get_evaluation(evaluation)
         state = part.read_status().get("state")
         states.append(require_metrics(state, evaluation.metrics, part.read_scores()) if state else None)
-    return compute_cell_state(record.read_status().get("state"), states, record.is_locked).whole
+    return states
 
 
 def _find_last_step(steps_folder: Path) -> int:
