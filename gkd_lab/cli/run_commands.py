@@ -11,20 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gkd_lab import experiments
+from gkd_lab.cli import cluster_run
 from gkd_lab.cli.completion import complete_experiments
 from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
 from gkd_lab.cli.options import (
+    AccountOption,
     BusyCellAction,
     CellArgument,
+    DetachOption,
     ExecutorOption,
     ExperimentArgument,
+    GpusOption,
+    MaxJobsOption,
+    MemOption,
     NoWaitOption,
     OutputsOption,
     PackOption,
+    PartitionOption,
+    PrintOption,
     RetryFailedOption,
+    SbatchOption,
     ScaleOption,
     SetOption,
     TermGradientsOption,
+    TimeOption,
     TrackerChoice,
     TrackerOption,
     WorkerOption,
@@ -36,6 +46,7 @@ from gkd_lab.cli.options import (
 )
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import PackLimit, parse_pack_limit
+from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
@@ -57,10 +68,26 @@ def run_experiment(
     tracker: TrackerOption = None,
     no_wait: NoWaitOption = False,
     term_gradients: TermGradientsOption = False,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    gpus: GpusOption = 0,
+    mem: MemOption = None,
+    time: TimeOption = None,
+    max_jobs: MaxJobsOption = None,
+    sbatch: SbatchOption = None,
+    detach: DetachOption = False,
+    print_only: PrintOption = False,
     worker: WorkerOption = None,
 ) -> None:
     """Train and evaluate every cell of an experiment; finished work is not repeated."""
     check_executor_options(executor, workers, no_wait)
+    slurm_options = SlurmOptions(partition, account, gpus, mem, time, max_jobs, parse_sbatch_words(sbatch))
+    if executor == "local" and (slurm_options != SlurmOptions() or detach or print_only):
+        raise ConfigError(
+            "--partition, --account, --gpus, --mem, --time, --max-jobs, --sbatch, --detach and --print are "
+            "about jobs of a cluster: add --executor slurm"
+        )
+    slurm_options.check()
     limit = parse_pack_limit(pack)
     tracker_name = choose_tracker(tracker)
     if is_sweep_agent() and tracker_name == "wandb":
@@ -68,6 +95,24 @@ def run_experiment(
             "a sweep agent's run is one cell: let it call `gkd-lab cell`, or set --tracker none"
         )
     grid = load_grid(name, scale, sets, outputs)
+    if executor == "slurm":
+        more_words = ["--tracker", tracker_name, *(["--term-gradients"] if term_gradients else [])]
+        request = cluster_run.ClusterRequest(
+            grid=grid,
+            limit=limit,
+            outputs=outputs,
+            options=slurm_options,
+            words=cluster_run.build_unit_words(name, scale, sets or (), outputs, pack, more_words),
+            retry_failed=retry_failed,
+            detach=detach,
+        )
+        if print_only:
+            cluster_run.print_scripts(request)
+            return
+        _print_bfloat16_notes(grid)
+        experiments.check_before_run(grid)
+        cluster_run.run_on_slurm(request)
+        return
     if worker is None:  # a worker's parent has said it
         _print_bfloat16_notes(grid)
     if workers == 1:

@@ -13,11 +13,11 @@ from typing import Protocol
 from gkd_lab.config import Grid
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import Unit, plan_units
-from gkd_lab.runner.outcome import list_failures
 from gkd_lab.store import State, Store
 from gkd_lab.store.lock import FolderLock
 from gkd_lab.store.unit_files import UnitFiles, UnitJob
 from gkd_lab.store.unit_state import is_unit_settled, read_output_state, read_unit_state
+from gkd_lab.tables.failure_causes import format_failures, list_failures
 
 MAX_RESUBMISSIONS = 3
 """Times that one driver submits a unit anew whose job was killed and not requeued."""
@@ -47,7 +47,9 @@ class EngineUnreachable(RuntimeError):
 class Engine(Protocol):
     """A system that runs units: it places, restarts and limits them."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Name for people."""
 
     def submit(
         self, units: Sequence[Unit], alive: Mapping[str, UnitJob], open_needs: Mapping[str, Collection[str]]
@@ -91,7 +93,7 @@ class Driver:
     ) -> None:
         self.grid, self.store, self.engine, self.say = grid, store, engine, say
         self.poll_seconds = poll_seconds
-        self.files = UnitFiles.locate(store.root, grid.fingerprint)
+        self.files = UnitFiles.locate(store.root.absolute(), grid.fingerprint)
         self.units = {unit.id: unit for unit in plan_units(grid.cells, limit)}
         self.alive: dict[str, UnitJob] = {}
         self._last_states: dict[str, JobState] = {}
@@ -148,8 +150,11 @@ class Driver:
             self.files.log_end(job, states[job.job].text if job.job in states else "GONE")
         return found
 
-    def _submit(self, units: Sequence[Unit]) -> int:
-        """Submit the units that have something left to do and no failed need; return their number."""
+    def plan_submission(self, units: Sequence[Unit]) -> tuple[list[Unit], dict[str, list[str]]]:
+        """Return the units that have something left to do and no failed need, and what each must wait for.
+
+        What a unit must wait for are ids of units whose output does not exist yet, by its id.
+        """
         open_units = [unit for unit in units if not is_unit_settled(unit, self.store)]
         needed = {need for unit in open_units for need in (*unit.needs, *unit.partial_needs)}
         outputs = {need: read_output_state(self.units[need], self.store) for need in needed}
@@ -163,6 +168,11 @@ class Driver:
             ]
             for unit in runnable
         }
+        return runnable, open_needs
+
+    def _submit(self, units: Sequence[Unit]) -> int:
+        """Submit those of the units that can be run and are not finished; return their number."""
+        runnable, open_needs = self.plan_submission(units)
         if runnable:
             jobs = self.engine.submit(runnable, self.alive, open_needs)
             self.files.log_jobs(jobs)
@@ -250,7 +260,7 @@ class Driver:
             job, state = jobs.get(unit.id), self._last_states.get(unit.id)
             log = "" if job is None else f" (job {job.job}, log {job.log})"
             unfinished.append(f"{unit.name} ({unit.id}): {self._explain_end(unit, state)}{log}")
-        return EngineOutcome(list_failures(self.grid, self.store), unfinished)
+        return EngineOutcome(format_failures(list_failures(self.grid, self.store)), unfinished)
 
     def _explain_end(self, unit: Unit, state: JobState | None) -> str:
         """Return why a unit is not finished, as far as is known."""

@@ -33,6 +33,26 @@ class SlurmOptions:
     sbatch: tuple[str, ...] = ()
     """More options of sbatch, as they are; they come last and so win."""
 
+    def check(self) -> None:
+        """Raise ConfigError for a time limit, an amount of memory or a number that Slurm would not read."""
+        if self.time is not None:
+            parse_time_limit(self.time)
+        if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            raise ConfigError(f"--mem {self.mem!r}: expected megabytes, or a number with K, M, G or T, as 4G")
+        if self.gpus < 0:
+            raise ConfigError(f"--gpus {self.gpus}: expected a number of devices from 0")
+        if self.max_jobs is not None and self.max_jobs < 1:
+            raise ConfigError(f"--max-jobs {self.max_jobs}: expected a number of jobs from 1")
+
+
+def parse_sbatch_words(text: str | None) -> tuple[str, ...]:
+    """Return the options in the text of --sbatch. ConfigError: one that is not written `--name=value`."""
+    words = tuple(shlex.split(text or ""))
+    for word in words:
+        if not word.startswith("--"):
+            raise ConfigError(f"--sbatch {text!r}: {word!r}: expected options as --name=value or --name")
+    return words
+
 
 def parse_time_limit(text: str) -> int:
     """Return the seconds of a time limit as Slurm writes it: MINUTES, [DAYS-]H[:M[:S]]. ConfigError else."""
@@ -48,12 +68,6 @@ def parse_time_limit(text: str) -> int:
     else:  # minutes[:seconds]
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def check_memory(text: str) -> None:
-    """Raise ConfigError unless a text is an amount of memory as Slurm writes it: 4000, 4000M, 4G."""
-    if not re.fullmatch(r"\d+[KMGT]?", text):
-        raise ConfigError(f"--mem {text!r}: expected megabytes, or a number with K, M, G or T, such as 4G")
 
 
 @dataclass(frozen=True)

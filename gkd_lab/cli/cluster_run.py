@@ -1,0 +1,135 @@
+"""`gkd-lab run --executor slurm`: probe the cluster, submit the units, follow them. No torch."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
+from gkd_lab.config import Grid
+from gkd_lab.config.packs import PackLimit
+from gkd_lab.config.units import plan_units
+from gkd_lab.runner.engines.driver import Driver, EngineUnreachable
+from gkd_lab.runner.engines.slurm import SlurmEngine
+from gkd_lab.runner.engines.slurm_probe import PROBE_SECONDS, check_cluster, probe_folder
+from gkd_lab.runner.engines.slurm_script import SlurmOptions
+from gkd_lab.runner.interrupts import Terminated, handle_signals
+from gkd_lab.runner.progress import Reporter
+from gkd_lab.runner.workers import clear_failures
+from gkd_lab.status.time_estimates import create_estimator
+from gkd_lab.status.unit_resources import estimate_resources
+from gkd_lab.store import Store
+from gkd_lab.store.output_folders import create_outputs_folder
+from gkd_lab.store.unit_files import UnitFiles
+
+UNIT_COMMAND = (sys.executable, "-m", "gkd_lab")
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """A request to run a grid on a cluster."""
+
+    grid: Grid
+    limit: PackLimit
+    outputs: Path
+    options: SlurmOptions
+    words: tuple[str, ...]
+    """Command line of a unit after the program: `unit EXP --outputs ...`; `--unit ID` is added."""
+    retry_failed: bool = False
+    detach: bool = False
+    program: tuple[str, ...] = UNIT_COMMAND
+    """What runs a unit's command line."""
+    poll_seconds: float = 5.0
+    probe_seconds: float = PROBE_SECONDS
+
+
+def build_unit_words(
+    name: str,
+    scale: str | None,
+    sets: Sequence[str],
+    outputs: Path,
+    pack: str,
+    more: Sequence[str],
+) -> tuple[str, ...]:
+    """Return the command line of a unit after the program, with absolute paths."""
+    words = ["unit", name, "--outputs", str(outputs.absolute()), "--pack", pack]
+    words += [] if scale is None else ["--scale", scale]
+    for text in sets:
+        words += ["--set", text]
+    return (*words, *more)
+
+
+def get_attach_command() -> str:
+    """Return the line that a user types to follow the jobs again: this process's, without what is done."""
+    words = [word for word in sys.argv[1:] if word not in ("--detach", "--retry-failed")]
+    return shlex.join(["gkd-lab", *words])
+
+
+def print_scripts(request: ClusterRequest) -> None:
+    """Print the batch scripts of all units that are not finished, and submit nothing."""
+    driver, engine = _create_driver(request, Store(request.outputs), None)
+    scripts = engine.render_scripts(*driver.plan_submission(list(driver.units.values())))
+    print("\n".join(scripts) if scripts else f"# {request.grid.name}: nothing is left to submit")
+
+
+def run_on_slurm(request: ClusterRequest) -> None:
+    """Run a grid on Slurm; exit 1 if something failed or was left, 2 if the cluster cannot run it.
+
+    Ctrl-C and SIGTERM leave the jobs, and say how to attach to them or cancel them.
+    """
+    store = Store(create_outputs_folder(request.outputs))
+    grid, say = request.grid, Reporter().say
+    if request.retry_failed:
+        clear_failures(grid, store)
+    driver, engine = _create_driver(request, store, None)
+    runnable, _ = driver.plan_submission(list(driver.units.values()))
+    if runnable:
+        requests = dict.fromkeys(engine.resources[unit.id] for unit in runnable)
+        check_cluster(request.options, requests)
+        driver.files.create_folders()
+        probe = probe_folder(driver.files, request.options, engine.folder, say, request.probe_seconds)
+        if probe is not None:
+            driver, engine = _create_driver(request, store, probe)
+    try:
+        with handle_signals():
+            driver.start()
+            if request.detach:
+                print(f"{grid.name}: {driver.describe_leaving(get_attach_command())}", file=sys.stderr)
+                return
+            outcome = driver.follow()
+    except (KeyboardInterrupt, Terminated) as stop:
+        status = stop.code if isinstance(stop, Terminated) else SIGNAL_EXIT_BASE + 2
+        assert isinstance(status, int)
+        exit_with_message(driver.describe_leaving(get_attach_command()), status)
+    except EngineUnreachable as error:
+        leaving = driver.describe_leaving(get_attach_command())
+        exit_with_message(f"{engine.name} does not answer: {error}; {leaving}", 1)
+    for line in outcome.failures:
+        print(f"failed: {line}", file=sys.stderr)
+    for line in outcome.unfinished:
+        print(f"not finished: {line}", file=sys.stderr)
+    if outcome.failures or outcome.unfinished:
+        raise typer.Exit(1)
+    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _create_driver(
+    request: ClusterRequest, store: Store, probe_job: str | None
+) -> tuple[Driver, SlurmEngine]:
+    """Return the driver of a request and its engine, with what each unit asks for."""
+    grid, files = request.grid, UnitFiles.locate(store.root.absolute(), request.grid.fingerprint)
+    statuses = ((cell, store.get_record(cell).read_status()) for cell in grid.cells)
+    estimator = create_estimator(statuses, store, grid.scale)
+    engine = SlurmEngine(
+        grid=grid,
+        files=files,
+        options=request.options,
+        command=(*request.program, *request.words),
+        resources=estimate_resources(plan_units(grid.cells, request.limit), files, estimator),
+        folder=Path.cwd(),
+        probe_job=probe_job,
+    )
+    return Driver(grid, request.limit, store, engine, Reporter().say, request.poll_seconds), engine
