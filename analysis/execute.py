@@ -23,7 +23,8 @@ def execute(path: Path) -> None:
 
 
 def main() -> None:
-    """Run all notebooks that have a table, and the quickstart's if it was run here."""
+    """Run all notebooks that have a table, the quickstart's if it was run here, and `your_own_figure`."""
+    execute(HERE / "your_own_figure.ipynb")
     for table in sorted((HERE / "tables").glob("*.parquet")):
         path = HERE / f"{table.stem}.ipynb"
         if path.is_file() and (table.stem != "quickstart" or OUTPUTS.is_dir()):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,9 @@ from gkd_lab.tables.table import encode_table
 from .tables.synthetic_store import fill_store
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "analysis").glob("*.ipynb"))
-PAPER_NOTEBOOKS = [path for path in NOTEBOOKS if path.stem != "quickstart"]
+YOUR_OWN_FIGURE = Path(__file__).parent.parent / "analysis" / "your_own_figure.ipynb"
+EXPERIMENT_NOTEBOOKS = [path for path in NOTEBOOKS if path != YOUR_OWN_FIGURE]
+PAPER_NOTEBOOKS = [path for path in EXPERIMENT_NOTEBOOKS if path.stem != "quickstart"]
 FIGURE = re.compile(
     r"^(bars|curves|heat_map|interquartile_means|lines|loss_curves|profiles|reward_gains|tradeoff)\(",
     re.MULTILINE,
@@ -55,14 +58,14 @@ def list_outputs(cells: list[nbformat.NotebookNode], kind: str) -> list[str]:
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     if kind == "stream":
         return [output.text for output in outputs if output.output_type == "stream"]
-    values = [output.data for output in outputs if output.output_type == "execute_result"]
+    values = [output.data for output in outputs if output.output_type in ("execute_result", "display_data")]
     return [data[kind] for data in values if kind in data]
 
 
 def test_the_quickstart_notebook_runs_and_shows_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (path,) = set(NOTEBOOKS) - set(PAPER_NOTEBOOKS)
+    (path,) = set(EXPERIMENT_NOTEBOOKS) - set(PAPER_NOTEBOOKS)
     fill_store(load(path.stem, outputs=tmp_path), Store(tmp_path))
     monkeypatch.setenv("GKD_LAB_OUTPUTS", str(tmp_path))
     notebook = execute(nbformat.read(path, as_version=4), tmp_path)
@@ -71,6 +74,30 @@ def test_the_quickstart_notebook_runs_and_shows_its_figures(
         == 4
         == len(FIGURE.findall("\n".join(read_code_cells(path))))
     )
+
+
+def test_your_own_figure_runs_on_the_committed_table(tmp_path: Path) -> None:
+    """A folder beside an empty `outputs`, as `analysis` is in a fresh clone."""
+    folder = tmp_path / "analysis"
+    (folder / "tables").mkdir(parents=True)
+    shutil.copy(YOUR_OWN_FIGURE.parent / "tables" / "rows.parquet", folder / "tables")
+    stored = nbformat.read(YOUR_OWN_FIGURE, as_version=4)
+    executed = execute(nbformat.read(YOUR_OWN_FIGURE, as_version=4), folder)
+    for kind in ("image/png", "text/html", "stream"):
+        assert len(list_outputs(executed.cells, kind)) == len(list_outputs(stored.cells, kind))
+    assert len(list_outputs(executed.cells, "image/png")) == 3
+    assert list_outputs(executed.cells, "text/html") == list_outputs(stored.cells, "text/html")
+
+
+def test_your_own_figure_takes_a_complete_run_of_yours(tmp_path: Path) -> None:
+    fill_store(load("rows", outputs=tmp_path / "outputs"), Store(tmp_path / "outputs"))
+    folder = tmp_path / "analysis"
+    folder.mkdir()
+    executed = execute(nbformat.read(YOUR_OWN_FIGURE, as_version=4), folder)
+    assert len(list_outputs(executed.cells, "image/png")) == 3
+    _, gains, *_ = list_outputs(executed.cells, "text/html")
+    mean_of_seeds = 40 + 30 * 0.5 + 212 - 30  # `linear_score` minus the start's
+    assert f"<td>{mean_of_seeds:.1f}</td>" in gains
 
 
 @pytest.mark.slow
@@ -133,6 +160,6 @@ def test_each_figure_of_the_paper_has_an_experiment_and_each_experiment_a_notebo
     }
     figures = {*"123456789", *(f"A.{number}" for number in range(10, 16))}
     assert set().union(*experiment_figures.values()) == figures
-    assert {path.stem for path in NOTEBOOKS} == {
+    assert {path.stem for path in EXPERIMENT_NOTEBOOKS} == {
         name for name in experiment_figures if not name.startswith("nano_")
     }

@@ -97,7 +97,7 @@ def fit_to_width(figure: Figure, width: float) -> None:
     with apply_style():
         sizes = [_get_size(text) for text in figure.findobj(Text) if text.get_text()]
         smallest, usual = min(sizes, default=MIN_FONT_SIZE), mpl.rcParams["font.size"]
-        _scale_artists(figure, min(max(ratio, MIN_FONT_SIZE / smallest), FONT_SIZE / usual))
+        _scale_artists(figure, min(1.0, max(ratio, MIN_FONT_SIZE / smallest), FONT_SIZE / usual))
         for legend in list(figure.legends):
             if legend.get_window_extent().width > MAX_LEGEND_SHARE * width * figure.dpi:
                 _move_legend_below(figure, legend, width)
