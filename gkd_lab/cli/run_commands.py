@@ -50,6 +50,7 @@ from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
+from gkd_lab.store.lock import explain_missing_file_locks
 from gkd_lab.store.output_folders import check_outputs_folder, create_outputs_folder
 
 if TYPE_CHECKING:
@@ -233,6 +234,13 @@ def _print_bfloat16_notes(grid: Grid) -> None:
         print(note, file=sys.stderr)
 
 
+def _print_missing_file_locks(store: Store) -> None:
+    """Print a note to standard error if the file system of the outputs has no file locks."""
+    note = explain_missing_file_locks(store.root)
+    if note is not None:
+        print(note, file=sys.stderr)
+
+
 def evaluate_cell(
     cell: CellArgument,
     tasks: Annotated[
@@ -358,6 +366,8 @@ def run_in_process(
     For a sweep agent a busy cell is no failure. workers: Number of processes that share this run.
     """
     store = Store(create_outputs_folder(outputs))
+    if workers == 1:  # a worker's parent has said it
+        _print_missing_file_locks(store)
     if not retry_failed and _is_grid_done(grid, store):
         if tracker == "wandb" and is_sweep_agent():
             _replay_to_sweep_agent(grid, store)
@@ -410,6 +420,7 @@ def run_in_workers(
     from gkd_lab.tables.failure_causes import format_failures, list_failures
 
     store = Store(create_outputs_folder(outputs))
+    _print_missing_file_locks(store)
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):

@@ -4,6 +4,7 @@ The packs depend on the experiment's full list of cells and the limit, never on 
 run gets the same packs.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -55,6 +56,11 @@ def group_cells_into_packs(cells: Sequence[Cell], limit: PackLimit) -> list[list
         group.sort(key=_build_sort_key)
         packs += [group[start : start + size] for start in range(0, len(group), size)]
     return packs
+
+
+def fingerprint_pack_group(cell: Cell) -> str:
+    """Return a hash of all that the cells of a pack share: equal for cells that may share a model."""
+    return hashlib.sha256(_serialize_shared_fields(cell.training).encode()).hexdigest()
 
 
 def explain_unpackable(cell: Cell) -> str | None:

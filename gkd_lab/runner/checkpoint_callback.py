@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from gkd_lab.runner import interrupts
+from gkd_lab.store.heartbeat import require_lock
 from gkd_lab.training.checkpoints import build_checkpoint_path, write_checksums
 from gkd_lab.training.metric_accumulator import MetricAccumulator
 
@@ -29,12 +30,23 @@ class CheckpointCallback(TrainerCallback):
                 _restore_metric_sums(self.averages, n, json.loads(averages_file.read_bytes()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the Trainer save a checkpoint and stop, if SIGINT or SIGTERM was received."""
+        """Make the Trainer save a checkpoint and stop, if SIGINT or SIGTERM was received.
+
+        Raises LockLost if another process has a cell's lock: at once after a missed beat, else before saving.
+        """
         if interrupts.is_stop_requested():
             control.should_save = control.should_training_stop = True
+        if control.should_save:
+            self._require_locks()
+
+    def _require_locks(self) -> None:
+        """Raise LockLost unless this process still holds the locks of all cells."""
+        for folder in self.folders:
+            require_lock(folder)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add metric sums and SHA-256 checksums to each cell's new checkpoint; a failed cell has none."""
+        self._require_locks()
         for n, folder in enumerate(self.folders):
             checkpoint = build_checkpoint_path(str(folder), state.global_step)
             if not checkpoint.exists():

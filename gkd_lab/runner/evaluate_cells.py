@@ -16,7 +16,8 @@ from gkd_lab.models.packing import Pack
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows, write_split_report
 from gkd_lab.runner.failures import RecordedFailure, record_failures
-from gkd_lab.runner.memory import PackCapacity, compute_capacity, measure_free_bytes, run_packs
+from gkd_lab.runner.memory import PackCapacity, measure_free_bytes, run_packs
+from gkd_lab.runner.pack_capacity import attempt_pack, keep_capacity, keep_shortage
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.train_cells import load_trained_pack
 from gkd_lab.store import EvaluationRecord, Record
@@ -49,6 +50,7 @@ def evaluate_cells(cells: Sequence[Cell], options: RunOptions) -> None:
                 partial(_estimate_evaluation_capacity, pending_cells, options),
                 partial(_evaluate_pack, evaluation=evaluation, options=options),
                 options,
+                partial(keep_shortage, pending_cells[0], "evaluation", options),
             )
     for cell in trained_cells:
         for lm_eval_evaluation in cell.evaluations:
@@ -141,7 +143,7 @@ def _score_missing_metrics(records: Sequence[Record], evaluation: Evaluation, op
                     rescore_evaluation(evaluation_record, evaluation.metrics)
                     options.tracker.log_scores(record)
                 except DamagedPredictions:
-                    evaluation_record.status_file.unlink()  # so that the model decodes again
+                    evaluation_record.clear_status()  # so that the model decodes again
 
 
 def _get_evaluation_record(cell: Cell, evaluation: Evaluation, options: RunOptions) -> EvaluationRecord:
@@ -156,18 +158,18 @@ def _estimate_evaluation_capacity(cells: Sequence[Cell], options: RunOptions) ->
     """
     if options.store.get_sft_student(cells[0]).read_unpackable_reason():
         return PackCapacity(1)
-    if options.pack != "auto" or len(cells) == 1:
-        return PackCapacity(len(cells))
+    return keep_capacity(cells, "evaluation", options, partial(_measure_evaluation_bytes, cells, options))
+
+
+def _measure_evaluation_bytes(cells: Sequence[Cell], options: RunOptions) -> tuple[int, int]:
+    """Return the bytes that one cell needs while its pack is built, and those that are available."""
     # The members are loaded one by one and then stacked, so that each is in memory twice.
     weight_files = options.store.get_record(cells[0]).checkpoint.glob("*.safetensors")
     bytes_per_cell = 2 * sum(file.stat().st_size for file in weight_files)
-    available_bytes = (
-        min(measure_free_bytes(device) for device in {"cpu", select_device()}) // options.workers
+    return bytes_per_cell, min(
+        measure_free_bytes(device) // options.count_sharing_workers(device)
+        for device in {"cpu", select_device()}
     )
-    capacity = compute_capacity(len(cells), bytes_per_cell, available_bytes)
-    if capacity.reason:
-        options.reporter.say(f"{cells[0].task}: evaluation: {capacity.reason}")
-    return capacity
 
 
 def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation, options: RunOptions) -> None:
@@ -175,9 +177,10 @@ def _evaluate_pack(cells: list[Cell], limit_reason: str, evaluation: Evaluation,
 
     limit_reason: not used; `run_packs` passes it.
     """
-    pack, tokenizer = load_trained_pack(cells, options, is_best=evaluation.checkpoint == "best")
     records = [options.store.get_record(cell) for cell in cells]
-    _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
+    with attempt_pack(cells, "evaluation", options):
+        pack, tokenizer = load_trained_pack(cells, options, is_best=evaluation.checkpoint == "best")
+        _decode_and_score(pack, tokenizer, cells[0].training.start, evaluation, records, options)
 
 
 def _decode_and_score(

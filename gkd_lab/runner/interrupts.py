@@ -5,14 +5,13 @@ more signals change nothing: there a preemption sends several, to the script and
 says that the time limit is near.
 """
 
-import errno
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from gkd_lab.store import lock
+from gkd_lab.store.heartbeat import require_locks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 JOB_SIGNALS = (*SIGNALS, signal.SIGUSR1)
@@ -67,12 +66,9 @@ def delay_signals() -> Iterator[None]:
 def is_stop_requested() -> bool:
     """Return whether a signal was received, so that the training must save now and stop.
 
-    Raises OSError (ESTALE) where another machine has taken the lock of a record, so that nothing is written.
+    Raises LockLost where another process has taken the lock of a record, so that nothing is written.
     """
-    lost_folder = lock.find_lost_folder()
-    if lost_folder is not None:
-        reason = f"this process was silent for {lock.STALE_SECONDS:.0f} s and another took over its work"
-        raise OSError(errno.ESTALE, reason, str(lost_folder))
+    require_locks()
     return _received_signal is not None
 
 

@@ -20,6 +20,7 @@ from gkd_lab.config.cell import Cell
 from gkd_lab.config.library_errors import OUT_OF_MEMORY_REMEDY, is_out_of_memory_text
 from gkd_lab.config.packs import split_evenly
 from gkd_lab.models.packing import CannotPack
+from gkd_lab.runner.control_groups import iterate_group_free_bytes
 from gkd_lab.runner.failures import RecordedFailure, record_failures
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import RecordPart
@@ -34,6 +35,8 @@ class PackCapacity:
 
     max_cells: int
     reason: str = ""
+    is_memory_short: bool = False
+    """Whether more cells have run out of memory."""
 
 
 def run_packs(
@@ -42,16 +45,20 @@ def run_packs(
     measure_capacity: Callable[[], PackCapacity],
     work: Callable[[list[Cell], str], None],
     options: RunOptions,
+    report_shortage: Callable[[PackCapacity], None] = lambda _: None,
 ) -> None:
     """Split cells into packs that fit into memory, and call `work(pack, reason)` until each has a status.
 
     get_part: returns the part of a cell's record that `work` finishes. measure_capacity: returns how many
     cells fit. reason: why the pack is no larger. Cells that cannot be packed run alone, and a pack that runs
-    out of memory is halved. An error marks the parts of its own pack as failed.
+    out of memory is halved. An error marks the parts of its own pack as failed. report_shortage: called with
+    the capacity that is left after running out of memory.
     """
     capacity = PackCapacity(len(cells))
     with suppress(RecordedFailure), record_failures(map(get_part, cells), options.outputs):
         capacity = _run_or_shrink(measure_capacity, cells, options, is_measuring=True) or capacity
+        if capacity.is_memory_short:
+            report_shortage(capacity)
     release_memory()
     while unfinished_cells := [cell for cell in cells if not get_part(cell).read_status()]:
         pack = unfinished_cells[: split_evenly(len(unfinished_cells), capacity.max_cells)[0]]
@@ -60,6 +67,8 @@ def run_packs(
             smaller_capacity = _run_or_shrink(partial(work, pack, capacity.reason), pack, options)
             assert smaller_capacity or all(part.read_status() for part in parts), "each cell has a status"
         release_memory()
+        if smaller_capacity is not None and smaller_capacity.is_memory_short:
+            report_shortage(smaller_capacity)
         capacity = smaller_capacity or capacity
 
 
@@ -90,7 +99,7 @@ def _run_or_shrink(
         tried_size = 1 if is_measuring else size
         plural = "s" if tried_size > 1 else ""
         reason = f"out of memory with {tried_size} cell{plural} as one model"
-        capacity = PackCapacity((tried_size + 1) // 2, reason)
+        capacity = PackCapacity((tried_size + 1) // 2, reason, is_memory_short=True)
         options.reporter.say(f"{task}: {reason}; going on with {capacity.max_cells} at a time")
         return capacity
 
@@ -127,12 +136,17 @@ def compute_capacity(cells: int, bytes_per_cell: int, available_bytes: int) -> P
 
     Even packs: 10 cells of which 6 fit give packs of 5. It is at least 1.
     """
-    max_cells = max(1, int(USABLE_SHARE * available_bytes / max(bytes_per_cell, 1)))
+    max_cells = count_fitting_cells(bytes_per_cell, available_bytes)
     if max_cells >= cells:
         return PackCapacity(cells)
     size = split_evenly(cells, max_cells)[0]
     needed = f"{cells} cells as one model need about {_format_gib(cells * bytes_per_cell)}"
     return PackCapacity(size, f"{needed}, {_format_gib(available_bytes)} are free: at most {size} at a time")
+
+
+def count_fitting_cells(bytes_per_cell: int, available_bytes: int) -> int:
+    """Return how many cells fit into 80 % of the available bytes, at least 1."""
+    return max(1, int(USABLE_SHARE * available_bytes / max(bytes_per_cell, 1)))
 
 
 def _format_gib(size: int) -> str:
@@ -183,26 +197,12 @@ def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
         yield saved_bytes
 
 
-def measure_free_bytes(device: str) -> int:
-    """Release unused memory, then return the free bytes of the GPU, or of the machine and control group."""
+def measure_free_bytes(device: str, root: Path = Path("/")) -> int:
+    """Release unused memory, then return the free bytes of the GPU, or of the machine and control groups.
+
+    root: the folder below which `/proc` and `/sys` tell the limits of this process's groups.
+    """
     release_memory()
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return min([psutil.virtual_memory().available, *iterate_cgroup_free_bytes()])
-
-
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Files of versions 2 and 1 with limit and usage, and the name of the reclaimable part of the usage."""
-
-
-def iterate_cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield free bytes (limit - usage + inactive file cache) of each cgroup version with a memory limit."""
-    for limit, usage, reclaimable in _CGROUP_FILES:
-        if (root / limit).exists() and (root / limit).read_text().strip() != "max":
-            table = (root / limit).with_name("memory.stat").read_text().split()
-            counts = dict(zip(table[::2], table[1::2], strict=True))
-            used = int((root / usage).read_text()) - int(counts.get(reclaimable, 0))
-            yield max(0, int((root / limit).read_text()) - used)
+    return min([psutil.virtual_memory().available, *iterate_group_free_bytes(root)])

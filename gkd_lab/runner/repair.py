@@ -38,7 +38,7 @@ def quarantine_damaged_result(record: Record, options: RunOptions) -> None:
     if damaged_file is not None and record.read_status().get("state") == "done":
         # The whole folder, because its files belong together.
         quarantined_path = quarantine_path(record.folder / damaged_file.relative_to(record.folder).parts[0])
-        record.status_file.unlink()
+        record.clear_status()
         notice = "" if quarantined_path is None else f", set aside: {quarantined_path}"
         options.reporter.say(f"{damaged_file} is damaged{notice}; it is built again")
 

@@ -1,6 +1,5 @@
 """Run a grid: reference models first, then pack after pack of cells; finished work is not repeated."""
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -8,7 +7,6 @@ from dataclasses import replace
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import Cell, Reference, list_references
-from gkd_lab.config.packs import AUTO_PACK_SIZE, group_cells_into_packs
 from gkd_lab.models.lora_students import check_loaded_targets
 from gkd_lab.runner import artifacts
 from gkd_lab.runner.cell_locks import PackLock
@@ -18,6 +16,7 @@ from gkd_lab.runner.outcome import (
     format_artifact_failure,
     list_runnable_cells,
 )
+from gkd_lab.runner.pack_capacity import absorb_kills, split_packs
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
@@ -72,13 +71,6 @@ def run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
         _wait_and_run_busy_cells([busy_cells], options)
 
 
-def split_packs(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
-    """Return the cells grouped into packs; with pack auto, small enough that each worker gets one."""
-    if options.workers == 1 or options.pack != "auto":
-        return group_cells_into_packs(cells, options.pack)
-    return group_cells_into_packs(cells, min(AUTO_PACK_SIZE, max(1, math.ceil(len(cells) / options.workers))))
-
-
 def _lock_and_run_pack(pack: Sequence[Cell], options: RunOptions) -> list[Cell]:
     """Train and evaluate the pack's cells that can be locked; return those that other processes hold."""
     with PackLock(pack, options) as lock:
@@ -112,6 +104,7 @@ def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
     """Train and evaluate cells that the caller has locked, and show them to the tracker; may be none."""
     with options.tracker.open_session():
         if cells:
+            absorb_kills(cells, options)
             train_cells(cells, options)
             evaluate_cells(cells, options)
         if options.tracker.tracks_finished_cells:

@@ -27,6 +27,8 @@ class RunOptions:
     """What to do at the end about cells that other processes have locked: leave them or wait for them."""
     workers: int = 1
     """Processes of this run on this machine, which share its memory and its cells."""
+    workers_on_device: int | None = None
+    """Those of them that share this process's GPU; None: all of them do."""
     term_gradients: bool = False
     """Whether each logged row has the gradient norm of each loss term, `grad_norm/NAME`."""
 
@@ -36,6 +38,10 @@ class RunOptions:
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} is not a multiple of log_every {self.log_every}"
             )
+
+    def count_sharing_workers(self, device: str) -> int:
+        """Return the number of this run's processes that share the memory of a device: `cpu` or `cuda`."""
+        return self.workers if device == "cpu" else self.workers_on_device or self.workers
 
     @property
     def store(self) -> Store:

@@ -18,6 +18,7 @@ from gkd_lab.runner.dataset import encode_examples, load_split, take_first_rows
 from gkd_lab.runner.greedy_scores import score_greedily
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Record
+from gkd_lab.store.heartbeat import require_lock
 
 _FOLDER = "improved"
 
@@ -54,6 +55,7 @@ class SelectionCallback(TrainerCallback):
             if best is None or score > best:
                 weights = self.pack.get_cell_parameters(n)
                 path = _build_weights_path(record, step)
+                require_lock(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, path)
 

@@ -118,6 +118,7 @@ def fine_tune(
         from safetensors.torch import load_model
 
         load_model(model, checkpoint / "model.safetensors")
+        model.config.use_cache = False  # as transformers' Trainer leaves it, for the exported config
         return
     arguments = {
         **build_trainer_arguments(folder, sft.steps, save_every, log_every),

@@ -15,6 +15,7 @@ from gkd_lab.runner.memory import release_memory
 from gkd_lab.runner.run_options import RunOptions, select_device
 from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
+from gkd_lab.store.heartbeat import require_lock
 from gkd_lab.store.provenance import collect_provenance
 from gkd_lab.teachers.cached_teachers import CachedTeacher
 from gkd_lab.teachers.score_writer import write_teacher_scores
@@ -69,6 +70,7 @@ def _write_teacher_scores(record: Record, scores: TeacherScoresSpec, scale: str,
             use_bfloat16=scores.precision == "bf16",
             report_progress=update_progress,
         )
+    require_lock(folder)
     with hide_progress_bars():
         teacher.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     record.write_provenance(collect_provenance(threads=torch.get_num_threads(), device=select_device()))

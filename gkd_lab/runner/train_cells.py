@@ -24,13 +24,18 @@ from gkd_lab.runner.cross_tokenizer import check_shared_tokenizer
 from gkd_lab.runner.interrupts import delay_signals
 from gkd_lab.runner.memory import (
     PackCapacity,
-    compute_capacity,
     increase_micro_batches,
     is_out_of_memory_error,
     measure_free_bytes,
     measure_step_bytes,
     release_memory,
     run_packs,
+)
+from gkd_lab.runner.pack_capacity import (
+    attempt_pack,
+    keep_capacity,
+    keep_shortage,
+    read_micro_batches,
 )
 from gkd_lab.runner.repair import quarantine_damaged_result, repair_unfinished_training
 from gkd_lab.runner.run_options import RunOptions, select_device
@@ -72,18 +77,20 @@ def train_cells(cells: Sequence[Cell], options: RunOptions) -> None:
             partial(_measure_training_capacity, unfinished_cells, options),
             partial(_train_in_micro_batches, options=options),
             options,
+            partial(keep_shortage, unfinished_cells[0], "training", options),
         )
 
 
 def _train_in_micro_batches(cells: list[Cell], limit_reason: str, options: RunOptions) -> None:
     """Train a pack; if a single cell runs out of memory, try again with more micro-batches per step."""
-    micro_batches = 1
+    # TRL tosses a coin for each micro-batch: with more of them the cell would be another one.
+    is_trl = cells[0].training.implementation == "trl"
+    micro_batches = 1 if len(cells) > 1 or is_trl else read_micro_batches(cells[0], options)
     while True:
         try:
-            return _train_pack(cells, limit_reason, options, micro_batches)
+            with attempt_pack(cells, "training", options, micro_batches):
+                return _train_pack(cells, limit_reason, options, micro_batches)
         except (MemoryError, RuntimeError) as error:
-            # TRL tosses a coin for each micro-batch: with more of them the cell would be another one.
-            is_trl = cells[0].training.implementation == "trl"
             if len(cells) > 1 or is_trl or not is_out_of_memory_error(error):
                 raise
             micro_batches = increase_micro_batches(cells[0], micro_batches, error, options)
@@ -220,24 +227,21 @@ def _describe_pack(cells: Sequence[Cell], limit_reason: str) -> dict[str, Any]:
 
 
 def _measure_training_capacity(cells: Sequence[Cell], options: RunOptions) -> PackCapacity:
-    """Return the PackCapacity: what memory allows if option `pack` is auto, otherwise all of the cells.
+    """Return the PackCapacity: what memory allows if option `pack` is auto, otherwise all of the cells."""
+    return keep_capacity(cells, "training", options, partial(_measure_training_bytes, cells, options))
 
-    The memory of one cell is measured in a step on the longest examples.
-    """
-    if options.pack != "auto" or len(cells) == 1:
-        return PackCapacity(len(cells))
+
+def _measure_training_bytes(cells: Sequence[Cell], options: RunOptions) -> tuple[int, int]:
+    """Return the bytes that one cell needs in a step on the longest examples, and the available bytes."""
     student, teacher = load_sft_student(cells[0], options), load_teacher(cells[0], options)
     check_shared_tokenizer(teacher.tokenizer, student.tokenizer, cells)
     examples = load_examples(cells[0], student.tokenizer, [], options)
     trainer = build_trainer(
         Pack.build([student.model]), teacher, examples, cells[:1], options, student.tokenizer
     )
-    available_bytes = measure_free_bytes(trainer.args.device.type) // options.workers
-    bytes_per_cell = measure_step_bytes(trainer, _build_longest_batch(examples, cells))
-    capacity = compute_capacity(len(cells), bytes_per_cell, available_bytes)
-    if capacity.reason:
-        options.reporter.say(f"{cells[0].task}: {capacity.reason}")
-    return capacity
+    device = trainer.args.device.type
+    available_bytes = measure_free_bytes(device) // options.count_sharing_workers(device)
+    return measure_step_bytes(trainer, _build_longest_batch(examples, cells)), available_bytes
 
 
 def _build_longest_batch(examples: Sequence[Example], cells: Sequence[Cell]) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from gkd_lab.store import State, Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.store.index import RecordIndex
+from gkd_lab.store.pack_limits import KeptLimit, PackLimits
 from gkd_lab.tables.training_facts import (
     ReferenceScores,
     describe_epochs,
@@ -119,9 +120,11 @@ class Overview:
 def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
     """Read the state of every cell and reference model and estimate times; updates the record index."""
     unpacked_reasons = {} if limit == "off" else _find_unpacked_reasons(grid, store)
+    kept_limits = PackLimits(store.root)
+    grid_limit = kept_limits.read_grid_limit(grid.cells) if limit == "auto" else None
     packs = [
         part
-        for pack in group_cells_into_packs(grid.cells, limit)
+        for pack in group_cells_into_packs(grid.cells, grid_limit.cells if grid_limit else limit)
         for part in _split_unpacked(pack, unpacked_reasons)
     ]
     index = RecordIndex(store.root)
@@ -144,6 +147,7 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
         decode_notes=tuple(_describe_decoding(grid)),
         notes=(
             *_describe_unpacked(unpacked_reasons),
+            *_describe_kept_limits(kept_limits, grid_limit, packs, limit),
             *list_bfloat16_notes(grid.cells),
             *_describe_unused_beta(grid),
             *_describe_undeclared_fields(grid),
@@ -219,6 +223,23 @@ def _describe_unpacked(unpacked_reasons: Mapping[str, str]) -> list[str]:
     """Return a note for each reason, with the number of cells that run alone for it."""
     counts = Counter(unpacked_reasons.values())
     return [f"{count} cells run alone: {reason}" for reason, count in counts.items()]
+
+
+def _describe_kept_limits(
+    kept_limits: PackLimits, grid_limit: KeptLimit | None, packs: list[list[Cell]], limit: PackLimit
+) -> Iterator[str]:
+    """Yield a note for each limit that earlier runs have left in the outputs folder, with its reason.
+
+    A number of cells that the user sets is limited only by what a kill for lack of memory has left.
+    """
+    if grid_limit is not None and grid_limit.reason:
+        yield f"packs of at most {grid_limit.cells} cells, as in the first run: {grid_limit.reason}"
+    if limit == "off":
+        return
+    for stage, device, kept in kept_limits.iterate_lowered(pack[0] for pack in packs):
+        if limit == "auto" or kept.was_killed:
+            plural = "" if kept.cells == 1 else "s"
+            yield f"{stage} on {device}: at most {kept.cells} cell{plural} as one model: {kept.reason}"
 
 
 def _describe_decoding(grid: Grid) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Crash-safe files: whole files appear by rename, JSON lines are appended and cut back to a step."""
+"""Crash-safe files: whole files appear by rename, JSON lines are appended and cut back to a step.
+
+What changes a file checks first that this process has not lost the lock around it, and raises LockLost if so.
+"""
 
 import json
 import os
@@ -7,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gkd_lab.store.heartbeat import require_lock
+
 _BLOCK_BYTES = 1 << 16
 """Bytes that are read at once from the end of a file; a few hundred rows of a history."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file by rename, creating its folder: `path` always has its old or all of its new content."""
+    require_lock(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_bytes(content)  # a device or a pipe, which a rename would replace
@@ -23,6 +29,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        require_lock(path)
         temporary_path.replace(path)
     finally:
         temporary_path.unlink(missing_ok=True)
@@ -37,10 +44,23 @@ def quarantine_path(path: Path) -> Path | None:
     """Rename a file or folder to `<name>.damaged`, over an older one; return that path, None if absent."""
     if not path.exists():
         return None
+    require_lock(path)
     quarantined_path = path.with_name(f"{path.name}.damaged")
     if quarantined_path.is_dir():
         shutil.rmtree(quarantined_path)
     return path.replace(quarantined_path)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; nothing happens if it is missing."""
+    require_lock(path)
+    path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it, as far as that is possible."""
+    require_lock(path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,6 +84,7 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def append_json_line(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row as a JSON line in a single write; the folder must exist."""
+    require_lock(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -2,33 +2,25 @@
 
 `FolderLock` keeps two processes from training the same cell. On one machine the file lock decides: the kernel
 frees it when its owner dies. File locks may not reach other machines, so a remote owner counts as dead once
-its heartbeat has not changed for `STALE_SECONDS` of the observer's own clock. The times in a heartbeat are
-for people: clocks of two machines are never compared.
+its heartbeat has not changed for a minute of the observer's own clock. Some file systems have no file locks
+(Lustre without the option `flock`, some of FUSE); there the heartbeat file alone is the lock.
 """
 
-import hashlib
-import json
-import os
-import socket
-import threading
+import errno
+import fcntl
+import tempfile
 import time
-import uuid
-from contextlib import suppress
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-BEAT_SECONDS = 5.0
-"""Seconds between two beats."""
-STALE_SECONDS = 60.0
-"""Seconds without a beat after which an owner on another machine counts as dead."""
+from gkd_lab.store.heartbeat import Heartbeat, start_heartbeat
+from gkd_lab.store.lock_owner import has_live_owner, parse_owner, read_bytes, read_time_limits
 
 _LOCK_FILE, _OWNER_FILE = ".lock", ".owner.json"
-_HEARTBEAT_BYTES = 512
-"""Fixed size of a heartbeat file, so that a beat is one write and no reader sees half of it."""
+_MISSING_ERRNOS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What `flock` fails with where a file system has no file locks."""
 
 
 class FolderLock:
@@ -63,12 +55,14 @@ class FolderLock:
 
     def _try_acquire(self) -> bool:
         """Try once to take the file lock and start the heartbeat; return whether the lock is now held."""
+        has_file_lock = has_file_locks(self.folder)
+        if has_file_lock:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                return False
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            self._heartbeat = _start_heartbeat(self.folder / _OWNER_FILE)
+            self._heartbeat = start_heartbeat(self.folder / _OWNER_FILE, has_file_lock=has_file_lock)
         finally:
             if self._heartbeat is None:
                 self._lock.release()
@@ -77,8 +71,8 @@ class FolderLock:
 
 def read_owner(folder: Path) -> dict[str, Any] | None:
     """Return the owner's `host`, `pid`, `started`, `beat`, even if dead; None without an owner file."""
-    content = _read_bytes(folder / _OWNER_FILE)
-    return None if content is None else _parse_owner(content)
+    content = read_bytes(folder / _OWNER_FILE)
+    return None if content is None else parse_owner(content)
 
 
 def is_locked(folder: Path) -> bool:
@@ -86,218 +80,52 @@ def is_locked(folder: Path) -> bool:
 
     An owner on another machine counts as alive until this process has seen it miss its beats.
     """
-    if not (folder / _LOCK_FILE).exists():
+    owner_file = folder / _OWNER_FILE
+    if not (folder / _LOCK_FILE).exists() and not owner_file.exists():
         return False
     try:
+        if not has_file_locks(folder):
+            return has_live_owner(owner_file, has_file_lock=False)
         with FileLock(folder / _LOCK_FILE, timeout=0):
-            return _has_live_remote_owner(folder / _OWNER_FILE)
+            return has_live_owner(owner_file, has_file_lock=True)
     except Timeout:
         return True
     except OSError:  # a read-only store
-        return _has_live_remote_owner(folder / _OWNER_FILE)
+        return has_live_owner(owner_file, has_file_lock=False)
 
 
-def find_lost_folder() -> Path | None:
-    """Return a folder whose lock another machine took from this process, silent too long; None: all held."""
-    lost_heartbeats = (heartbeat for heartbeat in list(_active_heartbeats) if heartbeat.is_lost)
-    return next((heartbeat.path.parent for heartbeat in lost_heartbeats), None)
+_devices_with_locks: dict[int, bool] = {}
+"""Device number of a file system -> whether it has file locks."""
 
 
-class Heartbeat:
-    """Owner file of one lock that this process holds, rewritten every `BEAT_SECONDS`."""
+def has_file_locks(folder: Path) -> bool:
+    """Return whether the file system of a folder has `flock`, found out once for each.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.token, self.is_lost = path, uuid.uuid4().hex, False
-        self.started, self.beats, self._descriptor = _format_utc_time(), 0, -1
-
-    def create_file(self, path: Path) -> None:
-        """Create the owner file with a first beat. FileExistsError if there is one, OSError if unwritable."""
-        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        try:
-            os.pwrite(self._descriptor, self._encode_content(), 0)
-        except OSError:
-            os.close(self._descriptor)
-            path.unlink(missing_ok=True)
-            raise
-
-    def write_beat(self) -> None:
-        """Rewrite the owner file; set `is_lost` if another process has replaced it. Ignores OSError."""
-        self.beats += 1
-        # A beat that cannot be written is missed; writing the record will meet the same error.
-        with suppress(OSError):
-            content = _read_bytes(self.path)
-            self.is_lost = content is None or _parse_owner(content).get("token") != self.token
-            os.pwrite(self._descriptor, self._encode_content(), 0)
-            os.fsync(self._descriptor)  # a network file system may delay it otherwise
-
-    def stop(self) -> None:
-        """Stop beating and remove the owner file, unless another process owns it by now."""
-        _unregister_heartbeat(self)
-        # A file that cannot be removed goes stale.
-        with suppress(OSError):
-            content = _read_bytes(self.path)
-            if content is not None and _parse_owner(content).get("token") == self.token:
-                self.path.unlink()
-        os.close(self._descriptor)
-
-    def _encode_content(self) -> bytes:
-        """Return the owner's facts as JSON bytes, padded to `_HEARTBEAT_BYTES`."""
-        facts = {
-            **{"host": socket.gethostname(), "pid": os.getpid(), "started": self.started},
-            **{"beat": _format_utc_time(), "beats": self.beats},
-            **{"machine": _identify_machine(), "token": self.token},
-        }
-        return json.dumps(facts).encode().ljust(_HEARTBEAT_BYTES - 1) + b"\n"
-
-
-def _start_heartbeat(path: Path) -> Heartbeat | None:
-    """Create the owner file, or replace a dead owner's, and start beating; None if a remote owner lives.
-
-    The caller holds the file lock.
+    Raises OSError where the folder is missing or cannot be written.
     """
-    heartbeat = Heartbeat(path)
-    try:
-        heartbeat.create_file(path)
-    except FileExistsError:
-        content = _read_bytes(path)
-        if content is None or not _is_owner_dead(path, content):
-            return None
-        if not _replace_dead_owner(path, content, heartbeat):
-            return None
-    _register_heartbeat(heartbeat)
-    return heartbeat
+    device = folder.stat().st_dev
+    if device not in _devices_with_locks:
+        _devices_with_locks[device] = _probe_file_lock(folder)
+    return _devices_with_locks[device]
 
 
-def _replace_dead_owner(path: Path, dead_content: bytes, heartbeat: Heartbeat) -> bool:
-    """Replace a dead owner's file by `heartbeat` and return True; False if another process was faster.
-
-    Of several machines that try, the one that creates the gate file replaces the owner.
-    """
-    gate = path.with_name(f".owner-{_parse_owner_token(dead_content)}.taken")
-    try:
-        os.close(os.open(gate, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        if _measure_silence(gate, b"") >= STALE_SECONDS:
-            gate.unlink(missing_ok=True)  # its creator died before removing it
-        return False
-    try:
-        if _read_bytes(path) != dead_content:
-            return False
-        temporary_path = path.with_name(f".owner-{heartbeat.token}.part")
-        heartbeat.create_file(temporary_path)
-        temporary_path.replace(path)
-        return True
-    finally:
-        gate.unlink(missing_ok=True)
-
-
-def _is_owner_dead(path: Path, content: bytes) -> bool:
-    """Return whether an owner is dead: any on this machine, a remote one after `STALE_SECONDS` of silence.
-
-    The caller holds the file lock, so a living owner is on another machine.
-    """
-    is_local = _parse_owner(content).get("machine") == _identify_machine()
-    return is_local or _measure_silence(path, content) >= STALE_SECONDS
-
-
-def _has_live_remote_owner(path: Path) -> bool:
-    """Return whether there is an owner file whose owner, on another machine, does not count as dead."""
-    content = _read_bytes(path)
-    return content is not None and not _is_owner_dead(path, content)
-
-
-_first_sightings: dict[Path, tuple[bytes, float]] = {}
-"""Owner file -> its last content and when this process first saw that content."""
-
-
-def _measure_silence(path: Path, content: bytes) -> float:
-    """Return the seconds since this process first saw the file with this content; 0 for new content."""
-    previous_content, first_seen = _first_sightings.get(path, (None, 0.0))
-    if previous_content != content:
-        first_seen = time.monotonic()
-        _first_sightings[path] = content, first_seen
-    return time.monotonic() - first_seen
-
-
-def _read_bytes(path: Path) -> bytes | None:
-    """Return the content of a file; None if it is missing."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+def explain_missing_file_locks(folder: Path) -> str | None:
+    """Return a sentence for the user if the file system of a folder has no file locks, else None."""
+    if has_file_locks(folder):
         return None
+    return (
+        f"{folder}: its file system has no file locks (flock), so heartbeats alone lock the cells: what a "
+        f"killed process on another machine leaves is taken over after {read_time_limits()[1]:.0f} s"
+    )
 
 
-def _parse_owner(content: bytes) -> dict[str, Any]:
-    """Return the facts in an owner file's bytes; {} for one that is damaged or being written."""
-    try:
-        facts = json.loads(content)
-    except ValueError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _parse_owner_token(content: bytes) -> str:
-    """Return the token in an owner file's bytes, or a hash of them if they have none."""
-    return str(_parse_owner(content).get("token") or hashlib.sha256(content).hexdigest()[:32])
-
-
-def _format_utc_time() -> str:
-    """Return the present time in UTC as text, ISO 8601 to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@cache
-def _identify_machine() -> str:
-    """Return `host name/boot id`, equal for all processes of a machine; a container counts as a machine."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else uuid.getnode()}"
-
-
-# ---- one thread writes the heartbeats of all locks of this process ----
-
-_active_heartbeats: list[Heartbeat] = []
-_heartbeat_condition = threading.Condition()
-_heartbeat_thread: threading.Thread | None = None
-
-
-def _register_heartbeat(heartbeat: Heartbeat) -> None:
-    """Add a heartbeat to those that the background thread writes; start the thread if needed."""
-    global _heartbeat_thread
-    with _heartbeat_condition:
-        _active_heartbeats.append(heartbeat)
-        if _heartbeat_thread is None:
-            _heartbeat_thread = threading.Thread(target=_run_heartbeat_thread, name="heartbeat", daemon=True)
-            _heartbeat_thread.start()
-
-
-def _unregister_heartbeat(heartbeat: Heartbeat) -> None:
-    """Remove a heartbeat from those that the background thread writes, and wake the thread."""
-    with _heartbeat_condition:
-        if heartbeat in _active_heartbeats:
-            _active_heartbeats.remove(heartbeat)
-            _heartbeat_condition.notify()
-
-
-def _run_heartbeat_thread() -> None:
-    """Write all active heartbeats every `BEAT_SECONDS`, until none is active."""
-    global _heartbeat_thread
-    with _heartbeat_condition:
-        due = time.monotonic() + BEAT_SECONDS
-        while _active_heartbeats:
-            # Every released lock wakes this thread, which ends with the last one.
-            _heartbeat_condition.wait(max(0.0, due - time.monotonic()))
-            if time.monotonic() >= due:
-                for heartbeat in _active_heartbeats:
-                    heartbeat.write_beat()
-                due = time.monotonic() + BEAT_SECONDS
-        _heartbeat_thread = None
-
-
-def _reset_forked_process() -> None:
-    """Drop the parent's heartbeats and thread in a forked child, which does not hold its locks."""
-    global _heartbeat_condition, _heartbeat_thread
-    _heartbeat_condition, _heartbeat_thread = threading.Condition(), None
-    _active_heartbeats.clear()
-
-
-os.register_at_fork(after_in_child=_reset_forked_process)
+def _probe_file_lock(folder: Path) -> bool:
+    """Return whether a new file in a folder can be locked by `flock`."""
+    with tempfile.TemporaryFile(dir=folder, prefix=".probe-") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _MISSING_ERRNOS:
+                raise
+            return False
+    return True

@@ -9,7 +9,6 @@
 `status.json` is the source of truth: without it a run is not finished, whatever other files exist.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,12 @@ from gkd_lab.store.files import (
     read_json,
     read_json_lines,
     read_last_json_lines,
+    remove_file,
+    remove_folder,
     write_json,
     write_json_lines,
 )
+from gkd_lab.store.heartbeat import require_lock
 
 _UNPACKABLE_FILE = "alone.json"
 
@@ -78,6 +80,7 @@ class RecordPart:
 
         A damaged `spec.json` is quarantined. Raises DamagedRecord where the folder belongs to another run.
         """
+        require_lock(self.folder)
         for unfinished_file in self.folder.glob(".*.part"):  # left by a killed process
             if unfinished_file.is_file():
                 unfinished_file.unlink(missing_ok=True)
@@ -104,7 +107,11 @@ class RecordPart:
     def clear_failure(self) -> None:
         """Delete the status of a failed part, so that it is run again; a finished part stays."""
         if self.read_status().get("state") == "failed":
-            self.status_file.unlink(missing_ok=True)
+            self.clear_status()
+
+    def clear_status(self) -> None:
+        """Delete the status, so that the part counts as unfinished."""
+        remove_file(self.status_file)
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ class Record(RecordPart):
         write_file_hashes(self.folder)
         times = self.read_step_times()
         self.mark_done(**({"seconds": round(timing.sum_work_seconds(times), 3)} if times else {}) | facts)
-        shutil.rmtree(self.steps_folder, ignore_errors=True)
+        remove_folder(self.steps_folder)
 
     def read_unpackable_reason(self) -> str | None:
         """Return the stored reason why copies of this SFT student cannot be packed; None if none is known."""
@@ -251,7 +258,7 @@ class Record(RecordPart):
 
     def delete_unpackable_reason(self) -> None:
         """Delete the stored reason, if any, after a pack of this SFT student was built."""
-        (self.folder / _UNPACKABLE_FILE).unlink(missing_ok=True)
+        remove_file(self.folder / _UNPACKABLE_FILE)
 
 
 @dataclass(frozen=True)

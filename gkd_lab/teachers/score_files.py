@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gkd_lab.store.files import read_json, write_json
+from gkd_lab.store.files import read_json, remove_file, write_json
+from gkd_lab.store.heartbeat import require_lock
 from gkd_lab.teachers.top_k_distributions import TopKScores
 
 INDEX_FILE = "index.json"
@@ -73,7 +74,7 @@ class ScoreWriter:
         self.folder, self.layout = folder, layout
         if read_json(folder / INDEX_FILE) != vars(layout):
             for old_file in folder.glob("*.safetensors"):
-                old_file.unlink()
+                remove_file(old_file)
             write_json(folder / INDEX_FILE, vars(layout))
 
     def list_missing_rows(self) -> list[range]:
@@ -101,6 +102,7 @@ class ScoreWriter:
             tensors["tail"] = torch.cat(tails)
         path = self.layout.build_file_path(self.folder, rows.start // self.layout.rows_a_file)
         part = path.with_name(f".{path.name}.part")
+        require_lock(path)
         save_file(tensors, part)
         part.replace(path)
 

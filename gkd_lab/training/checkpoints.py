@@ -3,8 +3,10 @@
 A folder appears by rename when it is complete. Random choices need no state: they are keyed by the step.
 """
 
+import glob
 import json
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gkd_lab.store.file_hashes import compute_sha256
+from gkd_lab.store.files import remove_folder
+from gkd_lab.store.heartbeat import require_lock
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -56,6 +60,7 @@ def quarantine_damaged_checkpoints(output_dir: str | Path) -> list[Path]:
     for folder in sorted(Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")):
         if not _is_checkpoint_intact(folder):
             new_folder = folder.with_name(f"damaged-{folder.name}")
+            require_lock(folder)
             shutil.rmtree(new_folder, ignore_errors=True)
             quarantined.append(folder.rename(new_folder))
     return quarantined
@@ -78,11 +83,18 @@ def _is_checkpoint_intact(folder: Path) -> bool:
 
 @contextmanager
 def create_folder_atomically(folder: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder to fill; after a block without error it replaces `folder`, by rename."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Yield an empty hidden folder to fill; after a block without error it replaces `folder`, by rename.
+
+    Raises LockLost before and after the block if this process has lost the lock around `folder`.
+    """
+    require_lock(folder)
+    for abandoned_part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        shutil.rmtree(abandoned_part, ignore_errors=True)
+    # A name of its own: a process that has lost its lock may still be filling the other.
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     part.mkdir(parents=True)
     yield part
+    require_lock(folder)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -91,7 +103,7 @@ def remove_other_checkpoints(output_dir: str, step: int) -> None:
     """Delete all `checkpoint-*` folders of `output_dir`, older and newer, except that of `step`."""
     for other in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*"):
         if other != build_checkpoint_path(output_dir, step):
-            shutil.rmtree(other, ignore_errors=True)
+            remove_folder(other)
 
 
 def save_cell_checkpoint(

@@ -27,7 +27,7 @@ from rich.console import Console
 from gkd_lab.runner import interrupts
 from gkd_lab.runner.progress import ProgressUpdate, Reporter, silence_libraries
 from gkd_lab.runner.run import run_grid
-from gkd_lab.store import Record, Store, lock
+from gkd_lab.store import Record, Store, lock_owner
 
 SMALL = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding": "greedy"}]}
 Work = Callable[[Path], None]
@@ -144,7 +144,7 @@ def main() -> None:
 
     def lose_lock(outputs: Path) -> None:
         """Replace the heartbeat as if this process had been silent and another had taken its lock."""
-        lock.BEAT_SECONDS = 0.05
+        lock_owner.BEAT_SECONDS = 0.05
 
         def act() -> None:
             remote_file = get_first_record(outputs).folder / "other"

@@ -60,6 +60,16 @@ def die_at_rename(number: int) -> None:
     sys.addaudithook(hook)
 
 
+def die_at_export_of_sft_student() -> None:
+    """Kill this process when the SFT student has all its steps, before its model gets its name."""
+
+    def hook(event: str, paths: Any) -> None:
+        if event == "os.rename" and "/start-" in str(paths[1]) and str(paths[1]).endswith("/checkpoint"):
+            kill_self()
+
+    sys.addaudithook(hook)
+
+
 def count_renames(count_file: Path) -> None:
     rename_count = 0
 
@@ -122,6 +132,12 @@ def main() -> None:
         "distillation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter("distillation", 3)),
         "evaluation": lambda outputs: run_whole(outputs, reporter=DeadlyReporter(f"{evaluated}, sample", 1)),
     }
+
+    def run_until_export(outputs: Path) -> None:
+        die_at_export_of_sft_student()
+        run_whole(outputs)
+
+    moments["export of the SFT student"] = run_until_export
     for eighth in (1, 3, 5, 7):
         number = renames * eighth // 8
 

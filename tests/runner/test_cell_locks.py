@@ -15,8 +15,7 @@ import pytest
 from filelock import Timeout
 
 from gkd_lab.runner.cell_locks import PackLock
-from gkd_lab.runner.run import split_packs
-from gkd_lab.store import Record, lock
+from gkd_lab.store import Record, heartbeat, lock, lock_owner
 
 from .tiny_experiments import options, tiny_grid
 
@@ -38,8 +37,8 @@ def record(tmp_path: Path) -> Record:
 
 @pytest.fixture
 def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "STALE_SECONDS", 0.4)
+    monkeypatch.setattr(lock_owner, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock_owner, "STALE_SECONDS", 0.4)
 
 
 def write_remote_owner(record: Record, beats: int = 0, beat: str = "2001-01-01T00:00:00+00:00") -> None:
@@ -129,19 +128,21 @@ def test_held_lock_beats_and_released_lock_leaves_no_file(record: Record, fast_h
 
 def test_replaced_owner_notices_and_keeps_the_new_owners_file(record: Record, fast_heartbeat: None) -> None:
     folder_lock = record.lock().acquire()
-    assert lock.find_lost_folder() is None
+    heartbeat.require_locks()
     remote_file = record.folder / "other"
     remote_file.write_text(json.dumps({"host": "far", "machine": "far/1", "token": "t"}))
     remote_file.replace(record.folder / ".owner.json")
     deadline = time.monotonic() + 5
-    while lock.find_lost_folder() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert lock.find_lost_folder() == record.folder
+    with pytest.raises(heartbeat.LockLost, match="on far took over") as caught:
+        while time.monotonic() < deadline:
+            heartbeat.require_locks()
+            time.sleep(0.02)
+    assert caught.value.filename == str(record.folder)
     folder_lock.release()
     owner = lock.read_owner(record.folder)
     assert owner is not None
     assert owner["host"] == "far"
-    assert lock.find_lost_folder() is None
+    heartbeat.require_locks()
 
 
 def test_one_of_many_machines_replaces_a_dead_owner(record: Record) -> None:
@@ -157,10 +158,10 @@ def test_one_of_many_machines_replaces_a_dead_owner(record: Record) -> None:
             taken_tokens: list[str] = taken_tokens,
             dead_content: bytes = dead_content,
         ) -> None:
-            heartbeat = lock.Heartbeat(path)
+            own_heartbeat = heartbeat.Heartbeat(path)
             start.wait()
-            if lock._replace_dead_owner(path, dead_content, heartbeat):
-                taken_tokens.append(heartbeat.token)
+            if heartbeat.replace_dead_owner(path, dead_content, own_heartbeat):
+                taken_tokens.append(own_heartbeat.token)
 
         threads = [threading.Thread(target=take) for _ in range(6)]
         for thread in threads:
@@ -201,13 +202,3 @@ def test_pack_lock_locks_the_free_cells_of_a_pack(tmp_path: Path) -> None:
             assert pack_lock.locked_cells == [cell for cell in grid.cells if cell is not first]
         with PackLock(grid.cells, run_options) as second_lock:
             assert len(second_lock.locked_cells) == 5, "the others are free again"
-
-
-def test_each_worker_gets_a_pack(tmp_path: Path) -> None:
-    grid = tiny_grid(tmp_path, "arithmetic")
-    sizes = {
-        n: [len(pack) for pack in split_packs(grid.cells, options(tmp_path, workers=n))] for n in (1, 2, 4, 9)
-    }
-    assert sizes == {1: [6], 2: [3, 3], 4: [2, 2, 2], 9: [1] * 6}
-    packs = split_packs(grid.cells, options(tmp_path, workers=2, pack=4))
-    assert [len(pack) for pack in packs] == [4, 2]

@@ -29,7 +29,7 @@ LORA: dict[str, Any] = {
 def test_killed_and_resumed_run_equals_an_undisturbed_one(
     task: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Killed in SFT, in distillation, in evaluation, and before four renames."""
+    """Killed in SFT, before the export of its model, in distillation, in evaluation, before four renames."""
     command = [
         sys.executable,
         str(TESTS_FOLDER / "killed_script.py"),
@@ -46,7 +46,7 @@ def test_killed_and_resumed_run_equals_an_undisturbed_one(
     rows = table_of(grid, tmp_path / "undisturbed")
     assert {row["status"] for row in rows} == {"done"}
     moments = json.loads((tmp_path / "moments.json").read_text())
-    assert len(moments) == 7
+    assert len(moments) == 8
     for moment, folder in moments.items():
         actual = contents(Path(folder))
         assert actual.keys() == expected.keys(), moment

@@ -24,8 +24,6 @@ from gkd_lab.evaluation.decoding import generate_predictions
 from gkd_lab.runner.memory import (
     compute_capacity,
     is_out_of_memory_error,
-    iterate_cgroup_free_bytes,
-    measure_free_bytes,
     record_saved_bytes,
 )
 from gkd_lab.runner.progress import Reporter, silence_libraries
@@ -60,8 +58,8 @@ def model_outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def copy_without_cells(grid: Grid, outputs: Path, copy: Path) -> Path:
-    """Copy an outputs folder without the cells of the grid."""
-    shutil.copytree(outputs, copy)
+    """Copy an outputs folder without the cells of the grid and the limits of packs that it keeps."""
+    shutil.copytree(outputs, copy, ignore=shutil.ignore_patterns(".packs"))
     for cell in grid.cells:
         shutil.rmtree(Store(copy).get_record(cell).folder)
     return copy
@@ -359,22 +357,3 @@ def test_out_of_memory_errors_are_recognized() -> None:
     assert is_out_of_memory_error(torch.OutOfMemoryError())
     assert not is_out_of_memory_error(RuntimeError("shapes differ"))
     assert not is_out_of_memory_error(ValueError("out of memory"))
-
-
-@pytest.mark.parametrize(
-    ("names", "cached"),
-    [
-        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
-        (
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-            "total_inactive_file",
-        ),
-    ],
-)
-def test_control_group_limits_free_memory(names: tuple[str, str, str], cached: str, tmp_path: Path) -> None:
-    assert list(iterate_cgroup_free_bytes(tmp_path)) == []
-    for name, text in zip(names, ("1000\n", "700\n", f"anon 600\n{cached} 100\n"), strict=True):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert list(iterate_cgroup_free_bytes(tmp_path)) == [400]
-    assert measure_free_bytes("cpu") > 0
