@@ -5,7 +5,6 @@ packs and with them their results are the same. Out of memory lowers what is kep
 kernel.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,15 +19,9 @@ from gkd_lab.store.pack_limits import KeptLimit, PackLimits, Stage
 
 
 def split_packs(cells: Sequence[Cell], options: RunOptions) -> list[list[Cell]]:
-    """Return the cells grouped into packs; with pack auto of the size that the outputs folder keeps.
-
-    The first run decides on that size: 16 cells, or fewer so that each of its workers gets a pack.
-    """
-    if options.pack != "auto" or len(cells) < 2:
-        return group_cells_into_packs(cells, options.pack)
-    share = min(AUTO_PACK_SIZE, max(1, math.ceil(len(cells) / options.workers)))
-    reason = f"{options.workers} workers" if share < AUTO_PACK_SIZE and options.workers > 1 else ""
-    return group_cells_into_packs(cells, PackLimits(options.outputs).keep_grid_limit(cells, share, reason))
+    """Return the cells grouped into packs; with pack auto of the size that the outputs folder keeps."""
+    limits = PackLimits(options.outputs)
+    return group_cells_into_packs(cells, limits.resolve_grid_limit(cells, options.pack, options.workers))
 
 
 def keep_capacity(

@@ -11,6 +11,7 @@ An entry is lowered when memory was short nevertheless; to have it found again, 
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from gkd_lab.config.cell import Cell
 from gkd_lab.config.fingerprint import SHOWN_DIGITS
-from gkd_lab.config.packs import fingerprint_pack_group
+from gkd_lab.config.packs import AUTO_PACK_SIZE, PackLimit, fingerprint_pack_group
 from gkd_lab.store.files import read_json, write_json
 from gkd_lab.store.lock import FolderLock
 
@@ -47,6 +48,17 @@ class PackLimits:
     def read_grid_limit(self, cells: Sequence[Cell]) -> KeptLimit | None:
         """Return the largest packs of a grid's cells that a first run has decided on; None before."""
         return self._read(_name_grid(cells))
+
+    def resolve_grid_limit(self, cells: Sequence[Cell], limit: PackLimit, workers: int = 1) -> PackLimit:
+        """Return the limit to group a grid's cells by: for `auto` the kept one, decided now if there is none.
+
+        That is 16 cells, or fewer so that each of the `workers` gets a pack.
+        """
+        if limit != "auto" or len(cells) < 2:
+            return limit
+        share = min(AUTO_PACK_SIZE, max(1, math.ceil(len(cells) / workers)))
+        reason = f"{workers} workers" if share < AUTO_PACK_SIZE and workers > 1 else ""
+        return self.keep_grid_limit(cells, share, reason)
 
     def keep_grid_limit(self, cells: Sequence[Cell], proposed: int, reason: str = "") -> int:
         """Return the limit of a grid's cells, which is `proposed` if no process has kept one yet."""

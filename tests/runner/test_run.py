@@ -166,7 +166,8 @@ def test_shared_artifacts_and_cells_are_built_once(tmp_path: Path) -> None:
     before = times(outputs)
     run_successfully(second, outputs)
     after = times(outputs)
-    assert {name: after[name] for name in before} == before
+    shared = [name for name in before if name != ".packs/limits.json"]  # a second grid adds its own limit
+    assert {name: after[name] for name in shared} == {name: before[name] for name in shared}
     new = {name.split("/")[2] for name in after.keys() - before.keys()}
     assert new == {second.cells[1].folder.split("/")[2]}
 
