@@ -104,7 +104,8 @@ TermGradientsOption = Annotated[
     ),
 ]
 WorkerOption = Annotated[
-    str | None, typer.Option(hidden=True, metavar="K/N", help="Number K of this worker process of N.")
+    str | None,
+    typer.Option(hidden=True, metavar="K/N/G", help="Number K of this worker process of N; G share its GPU."),
 ]
 
 
@@ -146,9 +147,12 @@ def load_grid_without_cache(
         return load_grid(name, scale, sets, Path(folder))
 
 
-def parse_worker_count(text: str | None) -> int:
-    """Return N, the number of all workers, from the option `K/N`; 1 without the option."""
-    return 1 if text is None else int(text.partition("/")[2])
+def parse_worker_counts(text: str | None) -> tuple[int, int]:
+    """Return (all workers, those on this worker's GPU) from `K/N/G`, `K/N` without GPUs, or None: 1, 1."""
+    if text is None:
+        return 1, 1
+    _, count, *on_gpu = map(int, text.split("/"))
+    return count, on_gpu[0] if on_gpu else count
 
 
 def load_grid(

@@ -42,7 +42,7 @@ from gkd_lab.cli.options import (
     check_executor_options,
     load_grid,
     parse_cell_fields,
-    parse_worker_count,
+    parse_worker_counts,
 )
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import PackLimit, parse_pack_limit
@@ -117,6 +117,7 @@ def run_experiment(
     if worker is None:  # a worker's parent has said it
         _print_bfloat16_notes(grid)
     if workers == 1:
+        worker_count, workers_on_gpu = parse_worker_counts(worker)
         run_in_process(
             grid,
             outputs,
@@ -124,7 +125,8 @@ def run_experiment(
             retry_failed,
             tracker_name,
             busy_cells="pass" if no_wait else "wait",
-            workers=parse_worker_count(worker),
+            workers=worker_count,
+            workers_on_gpu=workers_on_gpu,
             term_gradients=term_gradients,
         )
         return
@@ -359,11 +361,13 @@ def run_in_process(
     *,
     busy_cells: BusyCellAction,
     workers: int = 1,
+    workers_on_gpu: int = 1,
     term_gradients: bool = False,
 ) -> None:
     """Train and evaluate a grid's unfinished cells in this process; exit 1 if some failed or are busy.
 
     For a sweep agent a busy cell is no failure. workers: Number of processes that share this run.
+    workers_on_gpu: Those of them that share this process's GPU.
     """
     store = Store(create_outputs_folder(outputs))
     if workers == 1:  # a worker's parent has said it
@@ -388,6 +392,7 @@ def run_in_process(
         tracker=create_tracker(tracker, grid.name, outputs, reporter),
         busy_cells=busy_cells,
         workers=workers,
+        workers_on_gpu=workers_on_gpu,
         term_gradients=term_gradients,
     )
     silence_libraries()
@@ -415,6 +420,7 @@ def run_in_workers(
 
     arguments: Command line of each child. retry_failed: Delete stored failures first.
     """
+    from gkd_lab.runner.devices import list_gpus
     from gkd_lab.runner.progress import Reporter
     from gkd_lab.runner.workers import FAILURE_PREFIX, WorkerPool, clear_failures
     from gkd_lab.tables.failure_causes import format_failures, list_failures
@@ -429,7 +435,10 @@ def run_in_workers(
             from gkd_lab.runner.tf32 import check_tf32
 
             check_tf32(cell.training for cell in grid.cells)  # once, instead of in each worker
-        pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], Reporter().say)
+        reporter, gpus = Reporter(), list_gpus()
+        if gpus:
+            reporter.say(f"{count} workers on GPU{'s' if len(gpus) > 1 else ''} {', '.join(gpus)}")
+        pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], reporter.say, gpus)
         status = pool.wait()
         if pool.failures:  # each worker's lines name its own cells
             for line in format_failures(list_failures(grid, store)):

@@ -27,8 +27,8 @@ class RunOptions:
     """What to do at the end about cells that other processes have locked: leave them or wait for them."""
     workers: int = 1
     """Processes of this run on this machine, which share its memory and its cells."""
-    workers_on_device: int | None = None
-    """Those of them that share this process's GPU; None: all of them do."""
+    workers_on_gpu: int = 1
+    """Those of them that share this process's GPU."""
     term_gradients: bool = False
     """Whether each logged row has the gradient norm of each loss term, `grad_norm/NAME`."""
 
@@ -41,7 +41,7 @@ class RunOptions:
 
     def count_sharing_workers(self, device: str) -> int:
         """Return the number of this run's processes that share the memory of a device: `cpu` or `cuda`."""
-        return self.workers if device == "cpu" else self.workers_on_device or self.workers
+        return self.workers if device == "cpu" else self.workers_on_gpu
 
     @property
     def store(self) -> Store:

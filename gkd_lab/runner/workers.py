@@ -1,4 +1,4 @@
-"""`--workers N`: N processes of one run that share its packs and the processor cores.
+"""`--workers N`: N processes of one run that share its packs, the processor cores and the GPUs.
 
 They coordinate through the locks in the outputs folder alone, so that the others finish the cells of a killed
 worker.
@@ -17,6 +17,7 @@ from filelock import Timeout
 
 from gkd_lab.config import Grid
 from gkd_lab.config.cell import Cell, list_references
+from gkd_lab.runner.devices import assign_gpu, count_workers_on_gpu, get_visibility_variable
 from gkd_lab.store import Record, Store
 
 PrintLine = Callable[[str], None]
@@ -28,10 +29,13 @@ FAILURE_PREFIX = "failed: "
 class WorkerPool:
     """Worker processes of one run; their output lines are printed with the worker's number in front."""
 
-    def __init__(self, count: int, command: Sequence[str], say: PrintLine) -> None:
-        """Start `count` workers, each by `command` with `--worker K/N` appended."""
+    def __init__(self, count: int, command: Sequence[str], say: PrintLine, gpus: Sequence[str] = ()) -> None:
+        """Start `count` workers, each by `command` with `--worker K/N` appended.
+
+        gpus: names of the GPUs that the workers get, round robin; `--worker K/N/G` says how many share one.
+        """
         self.say, self.failures = say, dict[str, None]()
-        self._processes = [_start_worker(command, number, count) for number in range(1, count + 1)]
+        self._processes = [_start_worker(command, number, count, gpus) for number in range(1, count + 1)]
         self._readers = [
             threading.Thread(target=self._relay_output, args=pair) for pair in self._enumerate_streams()
         ]
@@ -121,18 +125,25 @@ def count_worker_threads(workers: int) -> int:
     return min(max(1, cores // workers), max_threads)
 
 
-def _start_worker(command: Sequence[str], number: int, count: int) -> "subprocess.Popen[str]":
+def _start_worker(
+    command: Sequence[str], number: int, count: int, gpus: Sequence[str]
+) -> "subprocess.Popen[str]":
     """Start and return process `number` of `count`, in its own session; its standard error is a pipe.
 
-    In its own session, Ctrl-C reaches it once, through its parent.
+    In its own session, Ctrl-C reaches it once, through its parent. It sees one of the GPUs, if there are any.
     """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(count_worker_threads(count))}
+    share = f"{number}/{count}"
+    if gpus:
+        environment[get_visibility_variable(os.environ)] = assign_gpu(number, gpus)
+        share += f"/{count_workers_on_gpu(number, count, gpus)}"
     return subprocess.Popen(
-        [*command, "--worker", f"{number}/{count}"],
+        [*command, "--worker", share],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "OMP_NUM_THREADS": str(count_worker_threads(count))},
+        env=environment,
         start_new_session=True,
     )
 

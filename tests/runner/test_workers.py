@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gkd_lab.cli.options import parse_worker_counts
 from gkd_lab.config import Grid
+from gkd_lab.runner import evaluate_cells
+from gkd_lab.runner.devices import list_gpus
 from gkd_lab.runner.workers import WorkerPool, clear_failures, count_worker_threads
 from gkd_lab.store import Store
 
-from .tiny_experiments import table_of, tiny_grid
+from .tiny_experiments import options, table_of, tiny_grid
 
 LISTENING_SCRIPT = """
 import os, signal, sys, time
@@ -176,3 +179,88 @@ def test_workers_stop_and_release_cells_when_their_parent_is_killed(tmp_path: Pa
     gone, alive = psutil.wait_procs(worker_processes, timeout=60)
     assert (len(gone), alive) == (2, [])
     assert not any(Store(tmp_path / "outputs").get_record(cell).is_locked() for cell in grid.cells)
+
+
+SHOW_GPU = """
+import os, sys
+names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+print(*map(os.environ.get, names), sys.argv[-1], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ["0", "1", "2", "3"]),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, ["2", "3"]),
+        ({"CUDA_VISIBLE_DEVICES": " GPU-8f, GPU-90 "}, ["GPU-8f", "GPU-90"]),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1a", "HIP_VISIBLE_DEVICES": "7"}, ["MIG-1a"]),
+        ({"HIP_VISIBLE_DEVICES": "1"}, ["1"]),
+    ],
+)
+def test_gpus_of_a_run_are_those_that_it_may_see(environment: dict[str, str], expected: list[str]) -> None:
+    visible = next(iter(environment.values()), "0,1,2,3")
+    assert list_gpus(environment, lambda: len(visible.split(","))) == expected
+    assert list_gpus(environment, lambda: 0) == [], "hidden, or none there"
+
+
+def test_workers_get_gpus_of_their_own_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f")
+    gpus = list_gpus(count_devices=lambda: 2)
+    lines: list[str] = []
+    pool = WorkerPool(5, [sys.executable, "-c", SHOW_GPU], lines.append, gpus)
+    assert pool.wait() == 0
+    assert sorted(lines) == [
+        "[1] 4 None 1/5/3",
+        "[2] GPU-8f None 2/5/2",
+        "[3] 4 None 3/5/3",
+        "[4] GPU-8f None 4/5/2",
+        "[5] 4 None 5/5/3",
+    ]
+
+
+def test_workers_of_hip_get_their_gpus_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,1")
+    lines: list[str] = []
+    pool = WorkerPool(2, [sys.executable, "-c", SHOW_GPU], lines.append, list_gpus(count_devices=lambda: 2))
+    assert pool.wait() == 0
+    assert sorted(lines) == ["[1] None 0 1/2/1", "[2] None 1 2/2/1"]
+
+
+def test_workers_without_gpus_keep_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    pool, lines = start_workers(SHOW_GPU)
+    assert pool.wait() == 0
+    assert sorted(lines) == ["[1]  None 1/2", "[2]  None 2/2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [(None, (1, 1)), ("2/5", (5, 5)), ("2/5/3", (5, 3)), ("1/1/1", (1, 1))]
+)
+def test_memory_of_a_gpu_is_shared_by_its_own_workers_only(text: str | None, counts: tuple[int, int]) -> None:
+    workers, workers_on_gpu = parse_worker_counts(text)
+    assert (workers, workers_on_gpu) == counts
+    run_options = options(Path("outputs"), workers=workers, workers_on_gpu=workers_on_gpu)
+    assert run_options.count_sharing_workers("cpu") == counts[0]
+    assert run_options.count_sharing_workers("cuda") == counts[1]
+
+
+def test_pack_of_a_worker_takes_its_share_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of six workers share the GPU, all six the main memory."""
+    gib = 2**30
+    free = {"cpu": 60 * gib, "cuda": 10 * gib}
+    monkeypatch.setattr(evaluate_cells, "measure_free_bytes", free.__getitem__)
+    monkeypatch.setattr(evaluate_cells, "select_device", lambda: "cuda")
+    grid = tiny_grid(tmp_path, "arithmetic")
+    run_options = options(tmp_path / "outputs", workers=6, workers_on_gpu=2)
+    checkpoint = run_options.store.get_record(grid.cells[0]).checkpoint
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"12345")
+    assert evaluate_cells._measure_evaluation_bytes(grid.cells, run_options) == (10, 5 * gib)
+    free["cpu"] = 6 * gib
+    assert evaluate_cells._measure_evaluation_bytes(grid.cells, run_options) == (10, gib)
