@@ -19,9 +19,9 @@ def get_visibility_variable(environment: Mapping[str, str]) -> str:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs PyTorch sees, 0 without any; asks a child process, so that torch is not loaded here.
+    """Return how many GPUs PyTorch sees, 0 without any.
 
-    Raises ConfigError where the child fails.
+    A child process counts them, so that torch is not loaded here. Raises ConfigError where the child fails.
     """
     if not any(file for pattern in _DEVICE_FILES for file in Path("/dev").glob(pattern)):
         return 0

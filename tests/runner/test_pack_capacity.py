@@ -24,7 +24,7 @@ from gkd_lab.store import Store
 from gkd_lab.store.attempts import mark_killed_for_memory, read_attempt
 from gkd_lab.store.pack_limits import KeptLimit, PackLimits
 
-from .tiny_experiments import options, tiny_grid
+from .tiny_experiments import contents, interrupted_at, options, tiny_grid
 
 GIB = 2**30
 
@@ -184,3 +184,20 @@ def test_plan_shows_the_packs_that_the_first_run_decided_on(tmp_path: Path) -> N
     split_packs(grid.cells, options(store.root, workers=2))
     assert build_overview(grid, store, "auto").pack_sizes == (3, 3)
     assert build_overview(grid, store, 4).pack_sizes == (4, 2)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_with_fewer_workers_gives_equal_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by one of two workers, ended by a run with one."""
+    changes = {"grid": {"lmbda": [0.5, 1], "beta": [0, 0.5]}, "evaluations": [{"decoding": "greedy"}]}
+    grid = tiny_grid(tmp_path, "arithmetic", **changes)
+    whole, elastic = tmp_path / "whole", tmp_path / "elastic"
+    assert run_grid(grid, options(whole, workers=2)).failures == []
+    with interrupted_at(3, monkeypatch):
+        run_grid(grid, options(elastic, workers=2))
+    assert run_grid(grid, options(elastic, workers=1)).failures == []
+    packs = [Store(elastic).get_record(cell).read_provenance()["pack"] for cell in grid.cells]
+    assert [len(pack) for pack in packs] == [2] * 4
+    assert contents(elastic) == contents(whole)
