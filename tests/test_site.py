@@ -60,6 +60,12 @@ def test_the_api_page_shows_every_public_name(site: Path) -> None:
     assert public <= find_ids(site / "api.html")
 
 
+def test_the_navigation_has_every_page_of_docs() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\b(\w+\.md)\b", navigation)), "give it a line under `nav` in mkdocs.yml"
+
+
 def test_the_api_page_names_every_public_name() -> None:
     named = re.findall(r"^::: gkd_lab\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(named) == sorted({*gkd_lab.__all__} - {"__version__"})
