@@ -24,7 +24,7 @@ from gkd_lab.store.output_folders import create_writable_folder
 if TYPE_CHECKING:
     from gkd_lab.figures.figure_files import FigureFormat
 
-WIDTHS = (1.0, 20.0)
+WIDTHS = (2.5, 20.0)
 """Inches between which a page may be wide."""
 
 
@@ -66,14 +66,16 @@ def write_figure_files(
         tasks = collect_task_scores(grid, store, table, with_paper=with_paper)
     folder = output or outputs / "figures" / f"{grid.name}-{grid.scale}-{grid.fingerprint}"
     figures = [
-        figure for figure in draw_grid_figures(grid, store, tasks, aggregate_tasks(table)) if figure.has_data
+        figure
+        for figure in draw_grid_figures(grid, store, tasks, aggregate_tasks(table), width)
+        if figure.has_data
     ]
     if not figures:
         command = format_command("run", name, scale, sets, outputs)
         print(f"gkd-lab: no cell of {grid.name} has a score to draw; first: {command}", file=sys.stderr)
         raise typer.Exit(1)
     create_writable_folder(folder, "-o", "choose another folder")
-    for path in write_grid_figures(grid.name, figures, folder, formats, width):
+    for path in write_grid_figures(grid.name, figures, folder, formats):
         print(path)
     for line in describe_missing_cells([task.scores for task in tasks]):
         print(line, file=sys.stderr)

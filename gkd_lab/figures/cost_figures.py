@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.panels import create_axes, format_metric
+from gkd_lab.figures.layout import add_legend, create_axes, set_panel_title
+from gkd_lab.figures.panels import format_metric
 from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.store import Record, Store
 from gkd_lab.tables.divergences import get_divergence, list_divergences
@@ -108,21 +109,29 @@ def _explain_omission(name: str, values: Sequence[float]) -> str:
     return f"{COST_LABELS[name]}, as the histories hold no lengths"
 
 
-def cost_scatter(scores: pd.DataFrame, costs: Mapping[str, TrainingCost]) -> Figure | None:
+def cost_scatter(
+    scores: pd.DataFrame, costs: Mapping[str, TrainingCost], *, width: float | None = None
+) -> Figure | None:
     """Draw scores against each varying cost, a panel per cost, a point per cell; None if no cost varies.
 
-    Takes the rows of `select_scores` of one task. The colour is the divergence, the shape lmbda.
+    Takes the rows of `select_scores` of one task. The colour is the divergence, the shape lmbda. `width` is
+    in inches: None is a column for one panel, else the text of a page.
     """
     cells = scores[(scores["role"] == "cell") & scores["value"].notna() & scores["cell"].isin(list(costs))]
     names = list_varying_costs({cell: costs[cell] for cell in cells["cell"]})
     if not names:
         return None
     with apply_style():
-        figure, axes = create_axes(len(names), 3.5, 3.0, sharey=True)
+        figure, axes = create_axes(len(names), 2.1, panel_width=1.6, width=width, sharey=True)
         for name, panel_axes in zip(names, axes, strict=True):
             _draw_points(panel_axes, cells, {cell: getattr(cost, name) for cell, cost in costs.items()})
-            panel_axes.set_xlabel(COST_LABELS[name])
-        axes[0].set_ylabel(format_metric(scores))
+            panel_axes.set_xlabel(COST_LABELS[name].replace(" that ", "\nthat "))
+            if panel_axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+                panel_axes.set_ylabel(format_metric(scores))
+        seeds = cells["seed"].nunique()
+        set_panel_title(
+            axes[0], str(cells["task"].iloc[0]), f"{seeds} seed{'s' if seeds > 1 else ''}, a point each"
+        )
         _add_legend(figure, cells)
         return figure
 
@@ -134,7 +143,7 @@ def _draw_points(axes: Axes, cells: pd.DataFrame, costs: Mapping[str, float | No
         if cost is not None:
             color = get_divergence_color(get_divergence(row))
             marker = _choose_marker(row["lmbda"], cells)
-            axes.plot(cost, row["value"], marker, ms=6, color=color, alpha=0.85, mew=0)
+            axes.plot(cost, row["value"], marker, ms=4.5, color=color, alpha=0.85, mew=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.margins(0.08)
@@ -146,7 +155,7 @@ def _choose_marker(lmbda: float, cells: pd.DataFrame) -> str:
 
 
 def _add_legend(figure: Figure, cells: pd.DataFrame) -> None:
-    """Add a legend beside the panels: a colour per divergence, a shape per lmbda."""
+    """Add a legend of a colour per divergence and a shape per lmbda."""
     handles = [
         Line2D([], [], marker="o", ls="", color=get_divergence_color(divergence), label=divergence.label)
         for divergence in list_divergences(cells)
@@ -155,4 +164,4 @@ def _add_legend(figure: Figure, cells: pd.DataFrame) -> None:
         Line2D([], [], marker=_choose_marker(lmbda, cells), ls="", color=MUTED, label=f"λ = {lmbda:g}")
         for lmbda in sorted(cells["lmbda"].unique())
     ]
-    figure.legend(handles=handles, loc="outside right center")
+    add_legend(figure, [], handles)

@@ -118,50 +118,59 @@ def aggregate_tasks(table: pd.DataFrame) -> AggregatedScores | None:
 
 
 def draw_grid_figures(
-    grid: Grid, store: Store, tasks: Sequence[TaskScores], aggregated: AggregatedScores | None
+    grid: Grid,
+    store: Store,
+    tasks: Sequence[TaskScores],
+    aggregated: AggregatedScores | None,
+    width: float | None = None,
 ) -> Iterator[GridFigure]:
     """Draw and yield every figure that fits a grid, those over all tasks first.
 
     Maps are drawn also where no cell is done. tasks: As `collect_task_scores` returns them. aggregated: As
-    `aggregate_tasks` returns it.
+    `aggregate_tasks` returns it. width: Inches of each figure; None: a column for one panel, else the text of
+    a page.
     """
     if aggregated is not None:
-        yield from _draw_aggregate_figures(aggregated)
+        yield from _draw_aggregate_figures(aggregated, width)
     for task in tasks:
-        yield from _draw_score_figures(task)
-        yield from _draw_losses(grid, store, task.task)
-        yield from _draw_paper_maps(task)
-        yield from _draw_costs(task)
+        yield from _draw_score_figures(task, width)
+        yield from _draw_losses(grid, store, task.task, width)
+        yield from _draw_paper_maps(task, width)
+        yield from _draw_costs(task, width)
 
 
-def _draw_aggregate_figures(aggregated: AggregatedScores) -> Iterator[GridFigure]:
+def _draw_aggregate_figures(aggregated: AggregatedScores, width: float | None) -> Iterator[GridFigure]:
     """Draw the interquartile means and the performance profiles over all tasks."""
     label = "normalised scores over all tasks, by method"
-    yield GridFigure("means", None, draw_interquartile_means(aggregated), f"Interquartile means of {label}")
-    yield GridFigure("profiles", None, draw_profiles(aggregated), f"Performance profiles: {label}")
+    yield GridFigure(
+        "means", None, draw_interquartile_means(aggregated, width=width), f"Interquartile means of {label}"
+    )
+    yield GridFigure(
+        "profiles", None, draw_profiles(aggregated, width=width), f"Performance profiles: {label}"
+    )
 
 
-def _draw_score_figures(task: TaskScores) -> Iterator[GridFigure]:
+def _draw_score_figures(task: TaskScores, width: float | None) -> Iterator[GridFigure]:
     """Draw the figures of a task's scores: lines over rows, bars of methods, or a map and its curves."""
     scores, metric, bar_axis = task.scores, str(task.scores["metric"].iloc[0]), task.bar_axis
     subject = f"{task.score_name} on {task.task}"
     cells = scores[scores["role"] == "cell"]
     if _is_grid_of_rows(cells) and task.has_scores:
         label = f"{subject} against the rows of SFT and distillation, one line for each lambda"
-        figure = lines(scores, metric, x_axis=ROWS_AXIS, line_axis="lmbda")
+        figure = lines(scores, metric, x_axis=ROWS_AXIS, line_axis="lmbda", width=width)
         yield GridFigure("rows", task.task, figure, label)
     elif bar_axis is None:
         label = f"Heat map of {subject} over lambda and divergence"
-        yield GridFigure("map", task.task, heat_map(scores, metric), label, task.has_scores)
+        yield GridFigure("map", task.task, heat_map(scores, metric, width=width), label, task.has_scores)
         if task.has_scores:
             label = f"{subject} against lambda, one line for each divergence"
-            yield GridFigure("curves", task.task, curves(scores, metric), label)
+            yield GridFigure("curves", task.task, curves(scores, metric, width=width), label)
     elif task.has_scores:
         is_over_lmbda = cells["lmbda"].nunique() > 1 and bar_axis == "objectives"
         figure = (
-            lines(scores, metric, x_axis="lmbda", line_axis=bar_axis)
+            lines(scores, metric, x_axis="lmbda", line_axis=bar_axis, width=width)
             if is_over_lmbda
-            else bars(scores, metric, bar_axis=bar_axis)
+            else bars(scores, metric, bar_axis=bar_axis, width=width)
         )
         yield GridFigure("bars", task.task, figure, f"{subject} by {bar_axis}")
 
@@ -172,25 +181,25 @@ def _is_grid_of_rows(cells: pd.DataFrame) -> bool:
     return list_axes(cells) == [ROWS_AXIS] and is_one_divergence and cells[ROWS_AXIS].nunique() > 1
 
 
-def _draw_losses(grid: Grid, store: Store, task: str) -> Iterator[GridFigure]:
+def _draw_losses(grid: Grid, store: Store, task: str, width: float | None) -> Iterator[GridFigure]:
     """Draw the training losses of a task, where some are logged and not too many."""
     cells = [cell for cell in grid.cells if cell.task == task]
     count = sum(store.get_record(cell).metrics_file.exists() for cell in cells)
     if 0 < count <= MAX_LOSS_CURVES:
         label = f"Training loss on {task} against the step, for each lambda"
-        yield GridFigure("losses", task, loss_curves(grid, store, task), label)
+        yield GridFigure("losses", task, loss_curves(grid, store, task, width=width), label)
 
 
-def _draw_paper_maps(task: TaskScores) -> Iterator[GridFigure]:
+def _draw_paper_maps(task: TaskScores, width: float | None) -> Iterator[GridFigure]:
     """Draw a task's maps beside the paper's, where there is a pair."""
     if task.pairs:
         label = f"Heat maps of {task.task}: this run beside the paper"
-        yield GridFigure("paper", task.task, paired_heat_maps(task.pairs), label)
+        yield GridFigure("paper", task.task, paired_heat_maps(task.pairs, width=width), label)
 
 
-def _draw_costs(task: TaskScores) -> Iterator[GridFigure]:
+def _draw_costs(task: TaskScores, width: float | None) -> Iterator[GridFigure]:
     """Draw a task's scores against the costs of training, where a cell is done and a cost varies."""
-    figure = cost_scatter(task.scores, task.costs) if task.costs else None
+    figure = cost_scatter(task.scores, task.costs, width=width) if task.costs else None
     if figure is not None:
         label = f"{task.score_name} on {task.task} against the cost of training"
         yield GridFigure("cost", task.task, figure, label)

@@ -1,18 +1,31 @@
 """Methods compared: bars (Figs 2, 9, A.10, A.11, A.15) and lines along an axis (Figs 1, 3)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from gkd_lab.figures.panels import add_side_legend, build_summary_panels, create_axes, format_metric
+from gkd_lab.figures.layout import (
+    MAX_COLUMNS,
+    PANEL_WIDTH,
+    add_legend,
+    count_columns,
+    create_axes,
+    set_panel_title,
+)
+from gkd_lab.figures.panels import GAIN_PREFIX, build_summary_panels, describe_intervals, format_metric
 from gkd_lab.figures.style import (
     INK,
     LINE_COLORS,
     MARKERS,
+    METHOD_COLORS,
     MUTED,
+    SMALL_SIZE,
+    TEXT_WIDTH,
     apply_style,
     get_divergence_color,
 )
@@ -24,9 +37,20 @@ from gkd_lab.tables.scores import select_scores
 DIVERGENCE_AXIS = "divergence"
 _AXIS_LABELS = {"train_rows": "training rows", "student.sft.rows": "rows of SFT and distillation"}
 _BASELINE_COLOR = "#b4bac4"
+_BAR_WIDTH = 1.25
+"""Inches of a panel's bars, without the names of their rows."""
+_NAME_LENGTH = 34
+"""Characters of a line of a bar's name."""
 
 
-def bars(table: pd.DataFrame, metric: str, bar_axis: str = "method", evaluation: str | None = None) -> Figure:
+def bars(
+    table: pd.DataFrame,
+    metric: str,
+    bar_axis: str = "method",
+    evaluation: str | None = None,
+    *,
+    width: float | None = None,
+) -> Figure:
     """Draw mean scores as bars, one per method in the order of Figure 9, with intervals.
 
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
@@ -34,20 +58,29 @@ def bars(table: pd.DataFrame, metric: str, bar_axis: str = "method", evaluation:
     GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is supervised.
     Panels have the same rows, empty where a panel has no such method.
     With another `bar_axis`, such as `objectives`, there is a bar for each of its values in table order, in
-    the divergence's colour; the axis `beta` stands for the divergence. Raises ValueError where no cell has
-    the score.
+    the divergence's colour; the axis `beta` stands for the divergence. `width` is in inches: None is the
+    text of a page. Raises ValueError where no cell has the score.
     """
     bar_axis = DIVERGENCE_AXIS if bar_axis == "beta" else bar_axis
     scores = select_scores(table, metric, evaluation)
     with apply_style():
         panels = build_summary_panels(scores, excluded_axes=(bar_axis,))
         bar_names = _list_bar_names(pd.concat([cells for _, cells in panels]), bar_axis)
-        width = max(4.2, 2.6 + 0.075 * max(map(len, bar_names)))
-        figure, axes = create_axes(len(panels), width, 0.8 + 0.27 * len(bar_names), sharey=True)
+        names = [_wrap_name(name) for name in bar_names]
+        height = 0.95 + 0.165 * sum(name.count("\n") + 1 for name in names)
+        width = TEXT_WIDTH if width is None else width
+        label_width = 0.2 + 0.057 * max(len(line) for name in names for line in name.split("\n"))
+        columns = max(1, min(MAX_COLUMNS, int((width - label_width) / _BAR_WIDTH)))
+        figure, axes = create_axes(
+            len(panels), height, panel_width=_BAR_WIDTH, width=width, sharey=True, columns=columns
+        )
+        title_width = (width - label_width) / count_columns(axes) - 0.1
         for (title, cells), panel_axes in zip(panels, axes, strict=True):
             _draw_bars(panel_axes, cells, bar_names, bar_axis)
+            panel_axes.set_yticks(range(len(bar_names)), names)
             panel_axes.set_xlabel(format_metric(scores))
-            panel_axes.set_title(title, fontweight="bold", pad=8)
+            note = describe_intervals(cells, cells.to_dict("records"))
+            set_panel_title(panel_axes, title, note, title_width)
         axes[0].invert_yaxis()
         return figure
 
@@ -70,6 +103,11 @@ def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
     return _format_axis_value(bar_axis, row[bar_axis])
 
 
+def _wrap_name(name: str) -> str:
+    """Return a bar's name in lines that leave room for the bars."""
+    return "\n".join(textwrap.wrap(name, _NAME_LENGTH))
+
+
 def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: str) -> None:
     """Draw one panel's bars in the rows of `bar_names`, with values as text and with intervals."""
     decimals = 1 if cells["mean"].abs().max() >= 2 else 2
@@ -79,28 +117,36 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
         color = get_divergence_color(get_divergence(row)) if method in GKD_METHODS else _BASELINE_COLOR
         axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
-            axes.hlines(y, row["low"], row["high"], color=INK, lw=1.1)
+            axes.hlines(y, row["low"], row["high"], color=INK, lw=0.9)
         right_end = max(0.0, *(float(row[name]) for name in ("mean", "high") if pd.notna(row[name])))
         label = f"{row['mean']:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
         axes.annotate(
-            label, (right_end, y), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=8.5
-        )
+            label, (right_end, y), (3, 0), textcoords="offset points", va="center", color=INK,
+            fontsize=SMALL_SIZE,
+        )  # fmt: skip
     axes.axvline(0, color=MUTED, lw=0.8)
-    axes.set_yticks(range(len(bar_names)), bar_names)
-    axes.margins(x=0.16)
+    axes.margins(x=0.22)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(False, axis="y")
 
 
 def lines(
-    table: pd.DataFrame, metric: str, x_axis: str, line_axis: str, evaluation: str | None = None
+    table: pd.DataFrame,
+    metric: str,
+    x_axis: str,
+    line_axis: str,
+    evaluation: str | None = None,
+    *,
+    width: float | None = None,
 ) -> Figure:
     """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, with intervals.
 
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
     seeds, of a single seed over its examples. The axis `divergence` (or
     `beta`) has a place for each kind and beta. A panel for each task and combination of other varying axes.
-    SFT students that differ along `x_axis` are a dashed line, where there is one panel. Raises ValueError
-    where no cell has the score, and where two settings meet at one point.
+    SFT students that differ along `x_axis` are a dashed line, where there is one panel; of gains it is 0.
+    `width` is in inches: None is a column for one panel, else the text of a page. Raises ValueError where no
+    cell has the score, and where two settings meet at one point.
     """
     x_axis, line_axis = (DIVERGENCE_AXIS if axis == "beta" else axis for axis in (x_axis, line_axis))
     scores = select_scores(table, metric, evaluation)
@@ -110,7 +156,9 @@ def lines(
             for title, cells in build_summary_panels(scores, excluded_axes=(x_axis, line_axis))
         ]
         longest = max(cells[x_axis].nunique() for _, cells in panels)
-        figure, axes = create_axes(len(panels), max(4.2, 1.05 * longest), 3.2)
+        figure, axes = create_axes(
+            len(panels), 2.3, panel_width=max(PANEL_WIDTH, 0.4 + 0.42 * longest), width=width, stretches=False
+        )
         cells = scores[scores["role"] == "cell"]
         line_values = list_axis_values(cells.assign(divergence=map_divergences(cells)), line_axis)
         for (title, cells), panel_axes in zip(panels, axes, strict=True):
@@ -118,8 +166,10 @@ def lines(
                 _draw_starts(panel_axes, scores, x_axis)
             _draw_lines(panel_axes, cells, x_axis, line_axis, line_values)
             panel_axes.set_ylabel(format_metric(scores))
-            panel_axes.set_title(title, fontweight="bold", pad=8)
-        add_side_legend(figure, axes)
+            set_panel_title(panel_axes, title, describe_intervals(cells, cells.to_dict("records")))
+            if str(scores["metric"].iloc[0]).startswith(GAIN_PREFIX):
+                panel_axes.axhline(0, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1, label="SFT student")
+        add_legend(figure, axes)
         return figure
 
 
@@ -133,8 +183,8 @@ def _draw_starts(axes: Axes, scores: pd.DataFrame, x_axis: str) -> None:
         return
     ticks = list_axis_values(line, x_axis)
     line = line.assign(x=line[x_axis].map(ticks.index)).sort_values("x")
-    axes.plot(line["x"], line["mean"].astype(float), color=MUTED, lw=1.4, ls=(0, (4, 3)), label="SFT student")
-    axes.vlines(line["x"], line["low"].astype(float), line["high"].astype(float), color=MUTED, lw=1.1)
+    axes.plot(line["x"], line["mean"].astype(float), color=MUTED, lw=0.9, ls=(0, (4, 3)), label="SFT student")
+    axes.vlines(line["x"], line["low"].astype(float), line["high"].astype(float), color=MUTED, lw=0.9)
 
 
 def _draw_lines(
@@ -151,10 +201,11 @@ def _draw_lines(
         offset = 0.05 * (number - (len(line_values) - 1) / 2)
         line = line.assign(x=line[x_axis].map(ticks.index) + offset).sort_values("x")
         style = _choose_line_style(line_axis, value, number)
-        axes.plot(line["x"], line["mean"].astype(float), ms=5, lw=1.6, **style)
+        axes.plot(line["x"], line["mean"].astype(float), **style)
         low, high = line["low"].astype(float), line["high"].astype(float)
-        axes.vlines(line["x"], low, high, color=style["color"], lw=1.2, alpha=0.6)
-    axes.set_xticks(range(len(ticks)), [_format_axis_value(x_axis, tick) for tick in ticks])
+        axes.vlines(line["x"], low, high, color=style["color"], lw=1.0, alpha=0.6)
+    labels = [_format_axis_value(x_axis, tick).replace(" ", "\n", 1) for tick in ticks]
+    axes.set_xticks(range(len(ticks)), labels)
     axes.set_xlabel(_AXIS_LABELS.get(x_axis, x_axis.replace("_", " ")))
     axes.grid(False, axis="x")
 
@@ -169,9 +220,13 @@ def list_axis_values(cells: pd.DataFrame, axis: str) -> list[Any]:
 
 def _choose_line_style(axis: str, value: Any, number: int) -> dict[str, Any]:
     """Return colour, marker and label of a line as plot arguments; divergences have their own colour."""
-    is_divergence = axis == DIVERGENCE_AXIS
+    color: Any = LINE_COLORS[number % len(LINE_COLORS)]
+    if axis == DIVERGENCE_AXIS:
+        color = get_divergence_color(value)
+    elif axis == "method":
+        color, number = METHOD_COLORS[value], list(METHOD_COLORS).index(value)
     return {
-        "color": get_divergence_color(value) if is_divergence else LINE_COLORS[number % len(LINE_COLORS)],
+        "color": color,
         "marker": MARKERS[number % len(MARKERS)],
         "label": _format_axis_value(axis, value, with_axis_name=True),
     }

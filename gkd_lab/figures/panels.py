@@ -1,26 +1,46 @@
-"""Panels of a figure, one for each task and each value of a further axis: layout, titles, legends."""
+"""Panels of a figure, one for each task and each value of a further axis: their rows, titles and notes."""
 
-import math
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from gkd_lab.figures.style import MUTED
-from gkd_lab.statistics.summaries import SUMMARY_KEYS, expand_collapsed_cells, summarize_scores
+from gkd_lab.statistics.summaries import (
+    NO_INTERVAL,
+    SUMMARY_KEYS,
+    expand_collapsed_cells,
+    summarize_scores,
+)
 from gkd_lab.tables.divergences import CellDivergence, map_divergences
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.loss_labels import format_axis_setting
+from gkd_lab.tables.scores import PAPER_SOURCE, SOURCE_AXIS
 
-MAX_COLUMNS = 3
-TITLE_CHARACTERS = 46
-"""Characters of a title's line, as wide as a panel."""
+METRIC_LABELS = {
+    "accuracy": "accuracy (%)",
+    "exact_match": "exact match (%)",
+    "label_accuracy": "accuracy of labels (%)",
+    "tag_accuracy": "accuracy of tags (%)",
+    "f1_macro": "macro F1 (%)",
+    "f1_binary": "F1 (%)",
+    "tag_f1_macro": "macro F1 of tags (%)",
+    "matthews": "Matthews correlation (\N{MULTIPLICATION SIGN}100)",
+    "pearson": "Pearson correlation (\N{MULTIPLICATION SIGN}100)",
+    "spearman": "Spearman correlation (\N{MULTIPLICATION SIGN}100)",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "self_bleu": "Self-BLEU",
+    "train_seconds": "training (s)",
+}
+"""Metrics with their units; those without are on their own scale of 0 to 100."""
+GAIN_PREFIX = "gain in "
+"""How the metric of `add_gain` begins."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +55,14 @@ class Panel:
     teacher_score: float | None
 
     @property
-    def subtitle(self) -> str:
-        """Two lines: the SFT student's score as baseline, or that it is missing; the teacher's score."""
-        teacher = "missing" if self.teacher_score is None else f"{self.teacher_score:.1f}"
+    def references(self) -> str:
+        """The scores of the SFT student and the teacher, or that they are missing."""
+        start, teacher = (
+            "missing" if score is None else f"{score:.1f}" for score in (self.start_score, self.teacher_score)
+        )
         if self.start_score is None:
-            return f"as measured: the SFT student is missing\nteacher {teacher}"
-        return f"improvement over the SFT student ({self.start_score:.1f})\nteacher {teacher}"
+            return f"as measured: the SFT student is missing, teacher {teacher}"
+        return f"gain over the SFT student ({start}), teacher {teacher}"
 
 
 def build_panels(scores: pd.DataFrame) -> list[Panel]:
@@ -97,55 +119,6 @@ def split_panels(cells: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd
     return panels
 
 
-def create_axes(
-    count: int, width: float, height: float, sharey: bool = False, columns: int = MAX_COLUMNS
-) -> tuple[Figure, list[Axes]]:
-    """Return (figure, list of `count` axes), each `width` x `height` inches, at most `columns` a row.
-
-    Left over places of the last row are blank.
-    """
-    columns = min(count, columns) or 1
-    rows = math.ceil(count / columns) or 1
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.08)  # type: ignore[union-attr,call-arg]
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    axes = list(grid.flat)
-    for unused in axes[count:]:
-        unused.set_axis_off()
-    return figure, axes[:count]
-
-
-def set_panel_title(axes: Axes, title: str, subtitle: str) -> None:
-    """Write a bold title and a muted two-line subtitle above a panel; it may be wider than the panel.
-
-    For panels without ticks above them: a fixed `y` saves the search for them, a fifth of the time.
-    """
-    axes.set_title(title, pad=34, fontweight="bold", y=1.0)
-    axes.annotate(
-        subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
-        color=MUTED, fontsize=9, va="bottom", linespacing=1.3, annotation_clip=False,
-    ).set_in_layout(False)  # fmt: skip
-
-
-def add_divergence_legend(
-    figure: Figure, axes: Sequence[Axes], divergences: Sequence[CellDivergence]
-) -> None:
-    """Add one legend for all panels, in the order of `divergences`; none where nothing is drawn."""
-    handles = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
-    labels = [divergence.label for divergence in divergences if divergence.label in handles]
-    if labels:
-        figure.legend([handles[label] for label in labels], labels, loc="outside right center")
-
-
-def add_side_legend(figure: Figure, axes: Sequence[Axes], extra_handles: Sequence[Line2D] = ()) -> None:
-    """Add one legend right of the panels, one entry per label, and widen the figure by it."""
-    drawn = {h.get_label(): h for a in axes for h in a.get_legend_handles_labels()[0]}
-    handles = [*drawn.values(), *extra_handles]
-    names = [str(handle.get_label()) for handle in handles]
-    legend = figure.legend(handles, names, loc="outside right center")
-    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)
-
-
 def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, CellDivergence, list[int]]]:
     """Yield (lmbda, divergence, positions of the cells there), sorted by lmbda, then divergence."""
     groups: dict[tuple[float, CellDivergence], list[int]] = {}
@@ -157,10 +130,10 @@ def group_cells_by_point(cells: pd.DataFrame) -> Iterator[tuple[float, CellDiver
 
 
 def _format_title(values: dict[str, Any]) -> str:
-    """Format task and axis values but nulls, wrapped to a panel's width; pops `task` from `values`."""
+    """Format task and axis values but nulls; pops `task` from `values`."""
     task = str(values.pop("task"))
     settings = [format_axis_setting(axis, value) for axis, value in values.items() if pd.notna(value)]
-    return textwrap.fill(", ".join([task, *settings]), TITLE_CHARACTERS)
+    return ", ".join([task, *settings])
 
 
 class _References:
@@ -182,9 +155,43 @@ class _References:
         return float(np.mean(values)) if values else None
 
 
+def describe_intervals(cells: pd.DataFrame, summaries: Iterable[Mapping[Any, Any]]) -> str:
+    """Format the number of seeds and what the 95 % intervals are over: `3 seeds, 95 % over seeds`.
+
+    Takes the panel's cells, whose axis `of` tells the paper's numbers, and rows of `summarize_scores`.
+    """
+    if is_of_paper(cells):
+        return "as printed in the paper"
+    scored = [row for row in summaries if row["n"]]
+    kinds = list(dict.fromkeys(row["interval"] for row in scored if row["interval"] != NO_INTERVAL))
+    if not scored:
+        return ""
+    return f"{format_seeds(scored)}, " + (f"95 % over {' or '.join(kinds)}" if kinds else "no intervals")
+
+
+def format_seeds(summaries: Sequence[Mapping[Any, Any]]) -> str:
+    """Format the number of seeds of summary rows: `1 seed`, `3 seeds` or `1 to 3 seeds`."""
+    low, high = (int(bound(row["n"] for row in summaries)) for bound in (min, max))
+    return f"{low} to {high} seeds" if low < high else f"{high} seed{'s' if high > 1 else ''}"
+
+
+def is_of_paper(cells: pd.DataFrame) -> bool:
+    """Return whether these rows are the paper's numbers, by the axis `of`."""
+    return SOURCE_AXIS in cells and bool((cells[SOURCE_AXIS] == PAPER_SOURCE).all())
+
+
 def format_metric(scores: pd.DataFrame) -> str:
-    """Return the metric of `select_scores` for an axis label: `exact_match` -> `exact match`."""
-    return str(scores["metric"].iloc[0]).replace("_", " ")
+    """Return metric and unit of `select_scores` for an axis: `accuracy (%)`, `gain in BLEU (points)`."""
+    metric = str(scores["metric"].iloc[0])
+    if metric.startswith(GAIN_PREFIX):
+        return format_gain(metric.removeprefix(GAIN_PREFIX))
+    return METRIC_LABELS.get(metric, metric.replace("_", " "))
+
+
+def format_gain(metric: str) -> str:
+    """Return the label of a gain in a metric, in points: `gain in ROUGE-2 (points)`."""
+    label = METRIC_LABELS.get(metric, metric.replace("_", " "))
+    return f"{GAIN_PREFIX}{label.split(' (')[0]} (points)"
 
 
 def format_signed(value: float, decimals: int = 1) -> str:

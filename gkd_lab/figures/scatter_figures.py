@@ -12,8 +12,10 @@ from matplotlib.lines import Line2D
 
 from gkd_lab.claims import paper
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.figures.panels import add_side_legend, create_axes, split_panels
-from gkd_lab.figures.style import INK, MARKERS, MUTED, apply_style, get_divergence_color
+from gkd_lab.figures.label_placement import LabelledPoint, place_labels
+from gkd_lab.figures.layout import add_legend, create_axes, set_panel_title
+from gkd_lab.figures.panels import METRIC_LABELS, format_gain, format_seeds, is_of_paper, split_panels
+from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
 from gkd_lab.statistics.summaries import summarize_scores
 from gkd_lab.tables.divergences import (
     CellDivergence,
@@ -24,14 +26,13 @@ from gkd_lab.tables.divergences import (
 from gkd_lab.tables.long_table import list_axes
 from gkd_lab.tables.scores import list_score_names, select_scores
 
-_METRIC_LABELS = {"rouge2": "ROUGE-2", "self_bleu": "Self-BLEU"}
 
-
-def tradeoff(table: pd.DataFrame, quality: str, diversity: str) -> Figure:
+def tradeoff(table: pd.DataFrame, quality: str, diversity: str, *, width: float | None = None) -> Figure:
     """Draw quality against diversity of sampled text: a line per divergence, a mark per temperature.
 
     Takes the long table; both are metrics of evaluations that sample, with any number of samples. Means over
-    seeds. A panel for each task and combination of varying axes. Raises ConfigError where no evaluation that
+    seeds. A panel for each task and combination of varying axes. `width` is in inches: None is a column for
+    one panel, else the text of a page. Raises ConfigError where no evaluation that
     samples has a metric, and ValueError where no cell has a score.
     """
     scores = _select_sampled_scores(table, (quality, diversity))
@@ -41,16 +42,26 @@ def tradeoff(table: pd.DataFrame, quality: str, diversity: str) -> Figure:
     temperatures = sorted(scores["temperature"].unique(), reverse=True)
     panels = split_panels(cells, list_axes(scores))
     with apply_style():
-        figure, axes = create_axes(len(panels), 4.4, 3.6)
+        figure, axes = create_axes(len(panels), 2.4, width=width, stretches=False)
         for (title, rows), panel_axes in zip(panels, axes, strict=True):
             for divergence in list_divergences(rows):
                 means = _average_by_temperature(select_divergence(rows, divergence), temperatures)
                 _draw_tradeoff_line(panel_axes, means[diversity], means[quality], divergence)
-            panel_axes.set_xlabel(f"{_METRIC_LABELS.get(diversity, diversity)}, 100: always the same")
-            panel_axes.set_ylabel(_METRIC_LABELS.get(quality, quality))
-            panel_axes.set_title(title, fontweight="bold", pad=8)
-        add_side_legend(figure, axes, _create_temperature_handles(temperatures))
+            panel_axes.set_xlabel(f"{METRIC_LABELS.get(diversity, diversity)} (100: always the same)")
+            panel_axes.set_ylabel(METRIC_LABELS.get(quality, quality))
+            set_panel_title(panel_axes, title, _describe_means(rows))
+        add_legend(figure, axes, _create_temperature_handles(temperatures))
         return figure
+
+
+def _describe_means(rows: pd.DataFrame) -> str:
+    """Return how many seeds the means of a panel are over, or that they are the paper's."""
+    if is_of_paper(rows):
+        return "as printed in the paper"
+    counts = rows.groupby(["temperature", "metric", "lmbda", "divergence", "beta"], dropna=False)[
+        "cell"
+    ].nunique()
+    return f"mean of {format_seeds([{'n': count} for count in counts])}"
 
 
 def _select_sampled_scores(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
@@ -80,9 +91,9 @@ def _draw_tradeoff_line(
 ) -> None:
     """Draw one divergence's line through its mean scores, with a marker for each temperature."""
     color = get_divergence_color(divergence)
-    axes.plot(xs, ys, color=color, lw=1.2, alpha=0.7, label=divergence.label)
+    axes.plot(xs, ys, color=color, lw=1.0, alpha=0.7, label=divergence.label)
     for number, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        axes.plot(x, y, color=color, marker=MARKERS[number % len(MARKERS)], ms=6.5, ls="")
+        axes.plot(x, y, color=color, marker=MARKERS[number % len(MARKERS)], ms=4.5, ls="")
 
 
 def _create_temperature_handles(temperatures: Sequence[float]) -> list[Line2D]:
@@ -96,8 +107,6 @@ def _create_temperature_handles(temperatures: Sequence[float]) -> list[Line2D]:
 RLEF_LABEL = "RLEF*"
 MeanWithInterval = tuple[float, float | None, float | None]
 """(mean, low, high); None where there is no interval."""
-LABEL_SIZE = (45, 11)
-"""Width and height of a point's label, in points."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +118,34 @@ class ModelGain:
     divergence: CellDivergence
     reward_gain: MeanWithInterval
     score_gain: MeanWithInterval
+    n: int | None = None
+    """Seeds; None where it is not told."""
 
 
-def reward_gains(table: pd.DataFrame, score: str, reward: str, evaluation: str | None = None) -> Figure:
+def reward_gains(
+    table: pd.DataFrame,
+    score: str,
+    reward: str,
+    evaluation: str | None = None,
+    *,
+    width: float | None = None,
+) -> Figure:
     """Draw gain in `score` against gain in `reward`, a point per model: this run, beside the paper.
 
     Takes the long table; both are metrics, and `evaluation` is as in `select_scores`. Gains are over the
     student before distillation. There is a point for each alpha, for RLEF*, which is regularized towards
-    that student, and for the teacher. Means and 95 % intervals over seeds. Raises ValueError where the
-    table has no finished start.
+    that student, and for the teacher. Means and 95 % intervals over seeds, of a single seed over its
+    examples. `width` is in inches: None is the text of a page. Raises ValueError where the table has no
+    finished start.
     """
     run_scores = [select_scores(table, metric, evaluation) for metric in (score, reward)]
     run_gains, paper_gains = list(_compute_run_gains(*run_scores)), list(_load_paper_gains())
     with apply_style():
-        figure, axes = create_axes(2, 4.6, 3.8)
-        _draw_gains(axes[0], run_gains, "this run", *(_name_score(scores) for scores in run_scores))
-        _draw_gains(axes[1], paper_gains, "the paper: XSum, T5-base", "ROUGE-2", "entailment, %")
+        figure, axes = create_axes(2, 2.6, width=width)
+        _draw_gains(axes[0], run_gains, f"this run: {run_scores[0]['task'].iloc[0]}", score, reward)
+        _draw_gains(axes[1], paper_gains, "the paper: XSum, T5-base", "rouge2", "entailment")
+        for panel_axes, gains in zip(axes, (run_gains, paper_gains), strict=True):
+            place_labels(panel_axes, [_locate_gain(gain) for gain in gains])
         return figure
 
 
@@ -151,6 +172,7 @@ def _compute_run_gains(scores: pd.DataFrame, rewards: pd.DataFrame) -> Iterator[
                 divergence=get_divergence(score_row),
                 reward_gain=_compute_gain(reward_row, starts[1]),
                 score_gain=_compute_gain(score_row, starts[0]),
+                n=int(min(score_row["n"], reward_row["n"])) if score_row["role"] == "cell" else None,
             )
 
 
@@ -193,35 +215,29 @@ def _draw_gains(axes: Axes, gains: list[ModelGain], title: str, score: str, rewa
             axes.hlines(y, left, right, color=color, lw=1, alpha=0.6)
         if bottom is not None and top is not None:
             axes.vlines(x, bottom, top, color=color, lw=1, alpha=0.6)
-        axes.plot(x, y, marker, color=color, ms=6.5)
+        axes.plot(x, y, marker, color=color, ms=5)
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.axvline(0, color=MUTED, lw=0.8)
-    axes.margins(0.18)
-    _label_points(axes, gains)
-    axes.set_xlabel(f"gain in the reward: {reward}")
-    axes.set_ylabel(f"gain in the score: {score}")
-    axes.set_title(title, fontweight="bold", pad=8)
+    axes.margins(0.2)
+    axes.set_xlabel(_format_gain_label(reward))
+    axes.set_ylabel(_format_gain_label(score))
+    seeds = [{"n": gain.n} for gain in gains if gain.n]
+    note = f"{format_seeds(seeds)}, 95 % intervals" if seeds else "as printed in the paper"
+    set_panel_title(axes, title, f"{note}, over the SFT student")
 
 
-def _label_points(axes: Axes, gains: list[ModelGain]) -> None:
-    """Label each point; a label that would hide another is lifted and led to its point by a line."""
-    axes.autoscale_view()
-    pixels_per_point = axes.figure.dpi / 72
-    label_positions: list[tuple[float, float]] = []
-    for gain in sorted(gains, key=lambda gain: gain.score_gain[0]):
-        point = (gain.reward_gain[0], gain.score_gain[0])
-        x, y = axes.transData.transform(point) / pixels_per_point
-        label_y = y
-        for other_x, other_y in label_positions:
-            if abs(x - other_x) < LABEL_SIZE[0]:
-                label_y = max(label_y, other_y + LABEL_SIZE[1])
-        label_positions.append((x, label_y))
-        axes.annotate(
-            gain.label,
-            point,
-            (8, label_y - y + 4),
-            textcoords="offset points",
-            color=INK,
-            fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5} if label_y > y else None,
-        )
+def _format_gain_label(name: str) -> str:
+    """Return the label of the gain in a score `[<evaluation>/]<metric>`, in points."""
+    return format_gain(name.rsplit("/", 1)[-1])
+
+
+def _locate_gain(gain: ModelGain) -> LabelledPoint:
+    """Return the point of a gain with its label and the ends of its intervals."""
+    (x, left, right), (y, bottom, top) = gain.reward_gain, gain.score_gain
+    return LabelledPoint(
+        x,
+        y,
+        gain.label,
+        (x if left is None else left, y if bottom is None else bottom),
+        (x if right is None else right, y if top is None else top),
+    )

@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gkd_lab.config import Cell, Grid
+from gkd_lab.figures.layout import add_divergence_legend, create_axes, set_panel_title
 from gkd_lab.figures.panels import (
     Panel,
-    add_divergence_legend,
     build_panels,
-    create_axes,
+    describe_intervals,
     format_metric,
     group_cells_by_point,
 )
-from gkd_lab.figures.style import MARKERS, MUTED, apply_style, get_divergence_color
+from gkd_lab.figures.style import MARKERS, MUTED, PAPER, SMALL_SIZE, apply_style, get_divergence_color
 from gkd_lab.statistics.summaries import list_scored_models, summarize_models
 from gkd_lab.store import Store
 from gkd_lab.tables.divergences import CellDivergence, list_divergences
@@ -25,19 +25,25 @@ from gkd_lab.tables.scores import select_scores
 
 
 def curves(
-    table: pd.DataFrame, metric: str, task: str | None = None, evaluation: str | None = None
+    table: pd.DataFrame,
+    metric: str,
+    task: str | None = None,
+    evaluation: str | None = None,
+    *,
+    width: float | None = None,
 ) -> Figure:
     """Draw mean scores against lmbda, a line per divergence, with intervals; start and teacher dashed.
 
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
     seeds, of a single seed over its examples. A panel for each task and
     combination of varying axes. Points of one lmbda stand side by side so that their intervals can be read.
-    Raises ConfigError for a score that the table has not.
+    `width` is in inches: None is a column for one panel, else the text of a page. Raises ConfigError for a
+    score that the table has not.
     """
     scores = select_scores(table, metric, evaluation, task)
     with apply_style():
         panels = build_panels(scores)
-        figure, axes = create_axes(len(panels), 6.4 if len(panels) == 1 else 4.4, 3.3)
+        figure, axes = create_axes(len(panels), 2.2, width=width, stretches=False)
         for panel, panel_axes in zip(panels, axes, strict=True):
             _draw_curves(panel_axes, panel)
             panel_axes.set_ylabel(format_metric(scores))
@@ -69,7 +75,7 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel("λ, share of student-written batches")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(False, axis="x")
-    axes.set_title(panel.title, fontweight="bold", pad=10)
+    set_panel_title(axes, panel.title, describe_intervals(panel.cells, points))
 
 
 def _draw_curve(
@@ -77,41 +83,59 @@ def _draw_curve(
 ) -> None:
     """Draw one divergence's means and intervals against lmbda, shifted sideways by `offset`."""
     x, color = line["lmbda"] + offset, get_divergence_color(divergence)
-    axes.plot(x, line["mean"], color=color, marker=marker, ms=5, lw=1.6, label=divergence.label)
+    axes.plot(x, line["mean"], color=color, marker=marker, label=divergence.label)
     low, high = line["low"].astype(float), line["high"].astype(float)
-    axes.vlines(x, low, high, color=color, lw=1.2, alpha=0.6)
+    axes.vlines(x, low, high, color=color, lw=1.0, alpha=0.6)
 
 
 def _draw_references(axes: Axes, panel: Panel) -> None:
-    """Draw SFT student and teacher, where scored, as dashed lines with names at the right end."""
+    """Draw SFT student and teacher, where scored, as dashed lines with names above and below them."""
     scores = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
     references = {name: value for name, value in scores.items() if value is not None}
     for name, value in references.items():
-        is_upper = value == max(references.values())
-        axes.axhline(value, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+        is_upper = name == max(references, key=lambda key: references[key])
+        axes.axhline(value, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"{name} {value:.1f}", (1, value), (5, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="bottom" if is_upper else "top", color=MUTED, fontsize=8.5,
+            f"{name} {value:.1f}", (1, value), (-1, 2 if is_upper else -2), ha="right",
+            xycoords=("axes fraction", "data"), textcoords="offset points",
+            va="bottom" if is_upper else "top", color=MUTED, fontsize=SMALL_SIZE,
+            bbox={"facecolor": PAPER, "alpha": 0.7, "pad": 0.6, "lw": 0},
         )  # fmt: skip
+    axes.margins(y=0.13)  # room for the names
 
 
-def loss_curves(grid: Grid, store: Store, task: str | None = None, quantity: str = "loss") -> Figure:
+def loss_curves(
+    grid: Grid,
+    store: Store,
+    task: str | None = None,
+    quantity: str = "loss",
+    *,
+    width: float | None = None,
+) -> Figure:
     """Draw a logged quantity against the training step, a panel per lmbda, a line per cell.
 
-    Losses are on a log scale; those of different divergences do not compare, their shapes do.
+    Losses are on a log scale; those of different divergences do not compare, their shapes do. `width` is as
+    in `curves`.
     """
     cells = [cell for cell in grid.cells if task in (None, cell.task)]
     lmbdas = sorted({cell.lmbda for cell in cells})
     with apply_style():
-        figure, axes = create_axes(len(lmbdas), 3.1, 2.7, sharey=True)
+        figure, axes = create_axes(len(lmbdas), 1.9, panel_width=1.5, width=width, sharey=True)
         for lmbda, panel_axes in zip(lmbdas, axes, strict=True):
             _draw_loss_curves(panel_axes, [cell for cell in cells if cell.lmbda == lmbda], store, quantity)
-            panel_axes.set_title(f"λ = {lmbda:g}", fontweight="bold")
+            members = [cell for cell in cells if cell.lmbda == lmbda]
+            set_panel_title(panel_axes, f"λ = {lmbda:g}", _count_cells(members))
             panel_axes.set_xlabel("step")
-        if axes:
-            axes[0].set_ylabel(quantity.replace("_", " "))
+            if panel_axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+                panel_axes.set_ylabel(quantity.replace("_", " "))
         add_divergence_legend(figure, axes, sorted(set(map(_get_divergence, cells))))
         return figure
+
+
+def _count_cells(cells: Sequence[Cell]) -> str:
+    """Return how many seeds the lines of a panel are of."""
+    seeds = len({cell.seed for cell in cells})
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, a line each" if seeds else ""
 
 
 def _get_divergence(cell: Cell) -> CellDivergence:
@@ -129,7 +153,7 @@ def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity:
             finite = [value for value in values if np.isfinite(value)]
             lowest, highest = min([lowest, *finite]), max([highest, *finite])
             axes.plot(
-                [row["step"] for row in logged], values, lw=1.3, alpha=0.9,
+                [row["step"] for row in logged], values, lw=1.1, alpha=0.9,
                 color=get_divergence_color(_get_divergence(cell)), label=_get_divergence(cell).label,
             )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -1,22 +1,23 @@
-"""Style of the figures: quiet ink, colours that the colour-blind tell apart, inline SVG."""
+"""Style of the figures: sizes of a LaTeX page, quiet ink, colours that the colour-blind tell apart."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import StringIO
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.backend_bases import RendererBase
-from matplotlib.colors import LinearSegmentedColormap, to_rgb, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb, to_rgba
 
 from gkd_lab.tables.divergences import CellDivergence
 
-INK, MUTED, FAINT, PAPER = "#1f2430", "#697080", "#d8dce3", "#fefefe"
+TEXT_WIDTH, COLUMN_WIDTH = 5.5, 3.25
+"""Inches: the text of a page of one column (ICLR, NeurIPS), and a column of a page of two (ICML, ACL)."""
+TITLE_SIZE, LABEL_SIZE, TICK_SIZE, SMALL_SIZE = 8.0, 7.5, 7.0, 7.0
+"""Points, at the figure's own width: what stands in a paper beside text of 10 points."""
+
+INK, MUTED, FAINT, PAPER = "#1f2430", "#5f6675", "#d8dce3", "#fefefe"
 MISSING = "#eceef2"
-_THEME_NAMES = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", MISSING: "void"}
+THEME_NAMES = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", MISSING: "void"}
+"""Colours that a page replaces by its own, so that a figure follows its light or dark theme."""
 
 # Okabe and Ito's blue, sky, grey, orange and vermilion: ordered from forward to reverse KL.
 _DIVERGENCE_COLORS = LinearSegmentedColormap.from_list(
@@ -36,20 +37,35 @@ _COLORS_WITHOUT_BETA = {
 _OTHER_COLOR = "#4d7a00"
 MARKERS = "osD^vP*X"
 LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
-"""Colours of lines that are no divergences."""
-GAIN_COLORS = LinearSegmentedColormap.from_list("gains", ["#eef4fa", "#8db8dc", "#2f78b5", "#08306b"])
-SIGNED_COLORS = LinearSegmentedColormap.from_list(
-    "losses_and_gains", ["#a63c06", "#f0a868", "#f6f6f4", "#7fb2d9", "#08457e"]
+"""Colours of lines that are neither divergences nor methods."""
+METHOD_COLORS = {
+    "sft": "#4d4d4d",
+    "seqkd": "#cc79a7",
+    "supervised_kd": "#56b4e9",
+    "f_distill": "#009e73",
+    "gkd_supervised": "#e69f00",
+    "imitkd": "#7a6a00",
+    "gkd": "#0072b2",
+}
+"""A method's colour, the same in all figures."""
+GAIN_COLORS = LinearSegmentedColormap.from_list(
+    "losses_and_gains", ["#8f3200", "#e08a3c", "#f6f6f4", "#74abd6", "#08457e"]
 )
+"""Gains and losses: orange below 0, near white at 0, blue above; told apart without red or green."""
+SCORE_COLORS: Colormap = mpl.colormaps["cividis"]
+"""Scores, which have no 0 to diverge from."""
 
 _RC_PARAMS: dict[Any, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9.5,
+    "font.size": LABEL_SIZE,
     "text.color": INK,
     "text.parse_math": False,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": TITLE_SIZE,
+    "axes.titleweight": "bold",
+    "axes.labelsize": LABEL_SIZE,
+    "axes.linewidth": 0.7,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -58,15 +74,26 @@ _RC_PARAMS: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
+    "xtick.labelsize": TICK_SIZE,
+    "ytick.labelsize": TICK_SIZE,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.4,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.2,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "hatch.color": FAINT,
-    "hatch.linewidth": 0.8,
+    "hatch.linewidth": 0.6,
 }
 
 
@@ -84,65 +111,18 @@ def get_divergence_color(divergence: CellDivergence) -> tuple[float, float, floa
     return _DIVERGENCE_COLORS(float(divergence.beta))
 
 
-def choose_text_color(color: tuple[float, float, float, float] | str) -> str:
-    """Return `#000000` or `#ffffff`, whichever contrasts more with the background `color`.
-
-    By WCAG 2's relative luminance.
-    """
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#ffffff" if (1.05 / (luminance + 0.05)) > (luminance + 0.05) / 0.05 else "#000000"
+def compute_contrast(first: Any, second: Any) -> float:
+    """Return the contrast ratio of two colours by WCAG 2: 1 if they are equal, 21 for black on white."""
+    dark, light = sorted(_compute_luminance(color) for color in (first, second))
+    return (light + 0.05) / (dark + 0.05)
 
 
-def render_inline_svg(figure: Figure, name: str, label: str) -> str:
-    """Render a figure as an `<svg>` element: text stays text, colours are the page's variables.
-
-    Ids are prefixed with `name`, so that figures of one page do not borrow each other's clip paths.
-    The page defines --ink, --muted, --faint, --paper and --void.
-    """
-    buffer = StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _draw_only_once(figure):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'\b(fill|stroke)="(#[0-9a-f]{6})"', r'style="\1: \2"', svg)
-    svg = re.sub(r"\b(fill|stroke): (#[0-9a-f]{6})", _replace_theme_color, svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_escape_attribute(label)}"', 1)
+def choose_text_color(background: Any) -> str:
+    """Return `#000000` or `#ffffff`, whichever contrasts more with the background; at least by 4.5."""
+    return max("#000000", "#ffffff", key=lambda color: compute_contrast(color, background))
 
 
-@contextmanager
-def _draw_only_once(figure: Figure) -> Iterator[None]:
-    """Lay a figure out without drawing it while `savefig` still has a layout to make; then it draws it.
-
-    `savefig` draws twice, first for the layout alone, which measures what it needs by itself.
-    """
-    draw = figure.draw
-
-    def lay_out_or_draw(renderer: RendererBase) -> None:
-        engine = figure.get_layout_engine()
-        if isinstance(engine, ConstrainedLayoutEngine):
-            engine.execute(figure)
-        else:
-            draw(renderer)
-
-    figure.draw = lay_out_or_draw  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del figure.draw  # the class has one
-
-
-def _replace_theme_color(match: re.Match[str]) -> str:
-    """Return a matched `fill: #...` with the page's variable for a theme colour, else unchanged."""
-    role = _THEME_NAMES.get(match[2])
-    return f"{match[1]}: var(--{role})" if role else match[0]
-
-
-def _escape_attribute(text: str) -> str:
-    """Escape `&`, `"` and `<` of a text for an attribute in double quotes."""
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+def _compute_luminance(color: Any) -> float:
+    """Return the relative luminance of a colour by WCAG 2, 0 to 1."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -27,8 +27,8 @@ from gkd_lab.figures.grid_figures import (
     collect_task_scores,
     draw_grid_figures,
 )
+from gkd_lab.figures.inline_svg import render_inline_svg
 from gkd_lab.figures.paper_maps import MapPair, describe_agreement
-from gkd_lab.figures.style import render_inline_svg
 from gkd_lab.report.samples import find_best_cell, list_failure_groups, select_samples, summarize_provenance
 from gkd_lab.report.summary_text import describe_point, describe_results, format_estimate
 from gkd_lab.statistics.aggregates import AggregatedScores

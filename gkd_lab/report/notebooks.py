@@ -14,11 +14,12 @@ from gkd_lab.claims.judge import judge_paper, judge_table, load_example_lookup
 from gkd_lab.claims.paper import load_values
 from gkd_lab.claims.verdict_text import format_detail, format_verdict, format_verdict_lines
 from gkd_lab.config import Grid
+from gkd_lab.figures.panels import GAIN_PREFIX
 from gkd_lab.statistics.example_scores import ExampleLookup
 from gkd_lab.tables.cell_facts import FACT_COLUMNS
 from gkd_lab.tables.load_table import read_table_file
 from gkd_lab.tables.long_table import COLUMN_TYPES, LEADING_COLUMNS, SCORE_COLUMNS, TRAILING_COLUMNS
-from gkd_lab.tables.scores import SOURCE_AXIS, select_scores
+from gkd_lab.tables.scores import PAPER_SOURCE, SOURCE_AXIS, select_scores
 
 _CELL_COLUMNS = [
     "figure",
@@ -67,7 +68,7 @@ def add_gain(table: pd.DataFrame, metric: str, evaluation: str | None = None) ->
     starts = scores[scores["role"] == "start"].set_index("cell")["value"]
     start_scores = scores["cell"].where(scores["role"] == "start", scores["start_cell"]).map(starts)
     gains = {name: scores[name] - start_scores for name in ("value", "low", "high")}
-    gain_rows = scores.assign(metric=f"gain in {scores['metric'].iloc[0]}", **gains)
+    gain_rows = scores.assign(metric=f"{GAIN_PREFIX}{scores['metric'].iloc[0]}", **gains)
     return pd.concat([table, gain_rows], ignore_index=True)
 
 
@@ -154,7 +155,7 @@ def _describe_paper_rows(values: pd.DataFrame) -> pd.DataFrame:
         error=None,
         evaluation_status="done",
         origin="requested",
-        **{SOURCE_AXIS: "the paper"},
+        **{SOURCE_AXIS: PAPER_SOURCE},
     )
 
 

@@ -6,6 +6,8 @@ from gkd_lab.config.errors import ConfigError, build_unknown_name_error
 
 SOURCE_AXIS = "of"
 """Axis that tells the rows of several tables in one frame apart, such as a run's and the paper's."""
+PAPER_SOURCE = "the paper"
+"""Value of that axis in the rows of the paper's numbers."""
 _MODEL_COLUMNS = ["role", "cell"]
 _SCORE_COLUMNS = ("value", "low", "high", "n_examples")
 _EVALUATION_COLUMNS = ("evaluation", "decoding", "temperature", "split", "metric")

@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from gkd_lab.config import ConfigError
 from gkd_lab.figures import bars, heat_map, lines, tradeoff
+from gkd_lab.figures.layout import SUBTITLE
 from gkd_lab.report.notebooks import (
     add_gain,
     combine_with_paper,
@@ -35,11 +37,21 @@ def build_run_table(folder: Path, **document: object) -> pd.DataFrame:
 
 
 def list_texts(axes: Axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
+    return [text.get_text() for text in list_labels(axes)]
+
+
+def list_labels(axes: Axes) -> list[Any]:
+    """Return the texts of a panel but the small lines above it."""
+    return [text for text in axes.texts if text.get_label() != SUBTITLE]
+
+
+def read_subtitle(axes: Axes) -> str:
+    """Return the small lines above a panel in one."""
+    return " ".join(text.get_text() for text in axes.texts if text.get_label() == SUBTITLE).replace("\n", " ")
 
 
 def list_panels(figure: Figure) -> list[Axes]:
-    return [axes for axes in figure.axes if axes.axison]
+    return [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
 
 
 def test_a_parquet_table_is_read_back_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +76,9 @@ def test_the_papers_heat_map_is_drawn_beside_the_runs(tmp_path: Path) -> None:
         "translation, student small, teacher xl, of the paper",
         "translation, student base, teacher xl, of the paper",
     ]
-    assert all(text in list_texts(small)[-1] for text in ("SFT student (25.6)", "teacher 28.0"))
-    assert len(list_texts(left)) == 9 + 1
-    assert len(list_texts(small)) == len(list_texts(base)) == 15 + 1
+    assert all(text in read_subtitle(small) for text in ("SFT student (25.6)", "teacher 28.0"))
+    assert len(list_texts(left)) == 9
+    assert len(list_texts(small)) == len(list_texts(base)) == 15
 
 
 def test_a_gain_of_the_paper_is_a_score_minus_its_start() -> None:
@@ -101,12 +113,12 @@ def test_the_panels_of_run_and_paper_have_the_same_rows(tmp_path: Path) -> None:
     assert rows[:3] == ["SeqKD", "Supervised KD", "f-distill"]
     assert rows[-2:] == ["On-policy GKD, Forward KL", "On-policy GKD, JSD(0.1)"]
     assert list_texts(left) == ["10.5", "10.1", "40.5", "40.1"]
-    assert [rows[round(text.xy[1])] for text in left.texts] == [
+    assert [rows[round(text.xy[1])] for text in list_labels(left)] == [
         "Supervised KD",
         "Supervised GKD, JSD(0.1)",
         *rows[-2:],
     ]
-    assert dict(zip([rows[round(t.xy[1])] for t in right.texts], list_texts(right), strict=True)) == {
+    assert dict(zip([rows[round(t.xy[1])] for t in list_labels(right)], list_texts(right), strict=True)) == {
         "SeqKD": "1.9",
         "Supervised KD": "2.5",
         "f-distill": "3.5",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gkd_lab.figures import interquartile_means, profiles
+from gkd_lab.figures.layout import SUBTITLE
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import build_long_table
 
@@ -21,7 +22,7 @@ def test_each_method_has_its_mean_and_interval_in_words_and_a_profile(tmp_path: 
     (axes,) = interquartile_means(table).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [f"λ = {lmbda}, {name}" for lmbda in (0, 1) for name in ("Forward KL", "Reverse KL")]
-    texts = [text.get_text() for text in axes.texts]
+    texts = [text.get_text() for text in axes.texts if text.get_label() != SUBTITLE]
     assert [text.split(" [")[0] for text in texts] == ["0.05", "0.05", "0.55", "0.55"]
     assert all("," in text for text in texts)
     panels = profiles(table).axes

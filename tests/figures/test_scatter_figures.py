@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from gkd_lab.claims.table_scores import load_table_scores
 from gkd_lab.config import Cell, Grid
 from gkd_lab.figures import reward_gains
+from gkd_lab.figures.layout import SUBTITLE
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import build_long_table
 
@@ -35,7 +36,8 @@ def rewarded_run(tmp_path: Path) -> tuple[Grid, pd.DataFrame]:
 
 def read_points(axes: Axes) -> dict[str, tuple[float, float]]:
     """Map each label to the coordinates of its point."""
-    return {text.get_text(): tuple(map(float, text.xy)) for text in axes.texts}  # type: ignore[attr-defined]
+    labels = [text for text in axes.texts if text.get_label() != SUBTITLE]
+    return {text.get_text(): tuple(map(float, text.xy)) for text in labels}  # type: ignore[attr-defined]
 
 
 def test_each_alpha_has_a_point_at_its_mean_gain(rewarded_run: tuple[Grid, pd.DataFrame]) -> None:

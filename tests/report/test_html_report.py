@@ -87,7 +87,7 @@ def test_the_page_describes_the_effects_of_lmbda_and_beta(store: Store, tmp_path
     assert "span 4.0: from 66.0 (Reverse KL) to 70.0 (Forward KL)" in page.text
     assert "fewer than 3 seeds do not tell how much of it is chance" in page.text
     assert "+30.0 on average over 3 pairs of cells that differ in λ only: undecided" in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert sum(attributes.get("role") == "img" for _, attributes in page.tags) == 4
     assert re.search(r"55\.0 52\.0 to 58\.0 examples 1 \+25\.0 undecided done", page.text)
     assert re.search(r"70\.0 67\.0 to 73\.0 .* 1 \+40\.0 \[\+2\d\.\d, \+5\d\.\d\] undecided done", page.text)
     assert "One seed does not decide" in page.text
