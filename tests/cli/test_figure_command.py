@@ -59,8 +59,8 @@ def test_without_a_score_the_command_to_run_first_is_named(run_command: RunComma
     [
         (["--format", "pgn"], "unknown format 'pgn'; did you mean 'png'? valid: pdf, svg, png"),
         (["--format", ","], "unknown format ','; valid: pdf, svg, png"),
-        (["--width", "0.2"], "--width 0.2: expected inches from 1 to 20"),
-        (["--width", "nan"], "--width nan: expected inches from 1 to 20"),
+        (["--width", "0.2"], "--width 0.2: expected inches from 2.5 to 20"),
+        (["--width", "nan"], "--width nan: expected inches from 2.5 to 20"),
         (["-o", "mine.yaml"], "-o 'mine.yaml': "),
         (["-o", "mine.yaml/figs"], "mine.yaml' is a file; expected a folder"),
         (["-o", "/proc/none"], "-o '/proc/none': cannot write there: "),
