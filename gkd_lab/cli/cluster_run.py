@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -22,7 +22,9 @@ from gkd_lab.runner.workers import clear_failures
 from gkd_lab.status.time_estimates import create_estimator
 from gkd_lab.status.unit_resources import estimate_resources
 from gkd_lab.store import Store
+from gkd_lab.store.lock import explain_missing_file_locks
 from gkd_lab.store.output_folders import create_outputs_folder
+from gkd_lab.store.pack_limits import PackLimits
 from gkd_lab.store.unit_files import UnitFiles
 
 UNIT_COMMAND = (sys.executable, "-m", "gkd_lab")
@@ -70,6 +72,9 @@ def get_attach_command() -> str:
 
 def print_scripts(request: ClusterRequest) -> None:
     """Print the batch scripts of all units that are not finished, and submit nothing."""
+    request = replace(
+        request, limit=PackLimits(request.outputs).find_grid_limit(request.grid.cells, request.limit)
+    )
     driver, engine = _create_driver(request, Store(request.outputs), None)
     scripts = engine.render_scripts(*driver.plan_submission(list(driver.units.values())))
     print("\n".join(scripts) if scripts else f"# {request.grid.name}: nothing is left to submit")
@@ -82,6 +87,12 @@ def run_on_slurm(request: ClusterRequest) -> None:
     """
     store = Store(create_outputs_folder(request.outputs))
     grid, say = request.grid, Reporter().say
+    # The packs that a first run has found stay, whether it was on this machine or on the cluster.
+    limit = PackLimits(store.root).resolve_grid_limit(grid.cells, request.limit)
+    request = replace(request, limit=limit)
+    note = explain_missing_file_locks(store.root)
+    if note is not None:
+        say(note)
     if request.retry_failed:
         clear_failures(grid, store)
     driver, engine = _create_driver(request, store, None)

@@ -52,6 +52,7 @@ from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.lock import explain_missing_file_locks
 from gkd_lab.store.output_folders import check_outputs_folder, create_outputs_folder
+from gkd_lab.store.pack_limits import PackLimits
 
 if TYPE_CHECKING:
     from gkd_lab.runner.run_options import RunOptions
@@ -157,7 +158,8 @@ def run_unit(
     limit, tracker_name = parse_pack_limit(pack), tracker or "none"
     with handle_signals(is_job=True):
         grid = load_grid(name, scale, sets, outputs)
-        unit, units_by_id = units.find_unit(grid, limit, unit_id)
+        kept_limit = PackLimits(outputs).find_grid_limit(grid.cells, limit)
+        unit, units_by_id = units.find_unit(grid, kept_limit, unit_id)
         store = Store(create_outputs_folder(outputs))
 
         def execute(part: units.Unit) -> None:
@@ -233,13 +235,6 @@ def run_cell(
 def _print_bfloat16_notes(grid: Grid) -> None:
     """Print notes on cells whose bf16 this machine computes slowly, to standard error."""
     for note in list_bfloat16_notes(grid.cells):
-        print(note, file=sys.stderr)
-
-
-def _print_missing_file_locks(store: Store) -> None:
-    """Print a note to standard error if the file system of the outputs has no file locks."""
-    note = explain_missing_file_locks(store.root)
-    if note is not None:
         print(note, file=sys.stderr)
 
 
@@ -370,8 +365,6 @@ def run_in_process(
     workers_on_gpu: Those of them that share this process's GPU.
     """
     store = Store(create_outputs_folder(outputs))
-    if workers == 1:  # a worker's parent has said it
-        _print_missing_file_locks(store)
     if not retry_failed and _is_grid_done(grid, store):
         if tracker == "wandb" and is_sweep_agent():
             _replay_to_sweep_agent(grid, store)
@@ -426,7 +419,8 @@ def run_in_workers(
     from gkd_lab.tables.failure_causes import format_failures, list_failures
 
     store = Store(create_outputs_folder(outputs))
-    _print_missing_file_locks(store)
+    if note := explain_missing_file_locks(store.root):
+        print(note, file=sys.stderr)
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):

@@ -20,6 +20,7 @@ from gkd_lab.runner.pack_capacity import absorb_kills, split_packs
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
+from gkd_lab.store.lock import explain_missing_file_locks
 from gkd_lab.tables.failure_causes import format_failures, list_failures
 
 POLL_SECONDS = 1.0
@@ -33,6 +34,8 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
     Raises ConfigError for an adapter's target that a loaded student lacks, and for TF32 where there is none.
     """
     check_cells(grid.cells)
+    if options.workers == 1:  # else the parent of the workers has said it
+        _report_missing_file_locks(options)
     for reference in _iterate_references_locked_last(grid, options):
         prepare_reference(reference, options)
     busy_packs: list[list[Cell]] = []
@@ -49,6 +52,14 @@ def run_grid(grid: Grid, options: RunOptions) -> RunOutcome:
         for pack in busy_packs:
             _report_skipped_cells(pack, "elsewhere", "another process works on it", options)
     return RunOutcome(format_failures(list_failures(grid, options.store)), busy_cell_count)
+
+
+def _report_missing_file_locks(options: RunOptions) -> None:
+    """Say so if the file system of the outputs folder, which is created, has no file locks."""
+    options.outputs.mkdir(parents=True, exist_ok=True)
+    note = explain_missing_file_locks(options.outputs)
+    if note is not None:
+        options.reporter.say(note)
 
 
 def check_cells(cells: Sequence[Cell]) -> None:

@@ -49,6 +49,11 @@ class PackLimits:
         """Return the largest packs of a grid's cells that a first run has decided on; None before."""
         return self._read(_name_grid(cells))
 
+    def find_grid_limit(self, cells: Sequence[Cell], limit: PackLimit) -> PackLimit:
+        """Return the limit to group a grid's cells by: for `auto` the kept one, if any. Writes nothing."""
+        kept = self.read_grid_limit(cells) if limit == "auto" else None
+        return limit if kept is None else kept.cells
+
     def resolve_grid_limit(self, cells: Sequence[Cell], limit: PackLimit, workers: int = 1) -> PackLimit:
         """Return the limit to group a grid's cells by: for `auto` the kept one, decided now if there is none.
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from gkd_lab.cli import main
 from gkd_lab.config import Grid
 from gkd_lab.config.packs import AUTO_PACK_SIZE
+from gkd_lab.config.units import plan_units
 from gkd_lab.runner import pack_capacity
 from gkd_lab.runner.memory import PackCapacity
 from gkd_lab.runner.pack_capacity import absorb_kills, keep_capacity, keep_shortage, split_packs
@@ -201,3 +203,27 @@ def test_run_that_goes_on_with_fewer_workers_gives_equal_bytes(
     packs = [Store(elastic).get_record(cell).read_provenance()["pack"] for cell in grid.cells]
     assert [len(pack) for pack in packs] == [2] * 4
     assert contents(elastic) == contents(whole)
+
+
+def run_command(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return int(stop.value.code or 0)
+
+
+def test_units_of_a_cluster_are_the_packs_of_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed by the driver, and found again by a job; both without `--pack`."""
+    grid = tiny_grid(tmp_path, "arithmetic", evaluations=[{"decoding": "greedy"}])
+    monkeypatch.chdir(tmp_path)
+    assert run_command("run", "tiny.yaml", "--executor", "slurm", "--print") == 0
+    assert capsys.readouterr().out.count("arithmetic: pack of 6 cells") == 1
+    assert not (tmp_path / "outputs").exists()
+    packs = split_packs(grid.cells, options(tmp_path / "outputs", workers=2))
+    assert run_command("run", "tiny.yaml", "--executor", "slurm", "--print") == 0
+    assert capsys.readouterr().out.count("arithmetic: pack of 3 cells") == 2
+    (unit, _) = (unit for unit in plan_units(grid.cells, 3) if unit.kind == "pack")
+    assert run_command("unit", "tiny.yaml", "--unit", unit.id) == 0
+    records = [Store(tmp_path / "outputs").get_record(cell) for cell in packs[0]]
+    assert [len(record.read_provenance()["pack"]) for record in records] == [3] * 3
