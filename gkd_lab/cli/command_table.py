@@ -32,6 +32,15 @@ COMMAND_GROUPS: Mapping[str, Mapping[str, CommandEntry]] = {
         "list": CommandEntry(
             "commands:list_experiments", "Name the experiments and their questions.", ("gkd-lab list",)
         ),
+        "new": CommandEntry(
+            "new_command:write_new_experiment",
+            "Write an experiment for your data and your pair of models.",
+            (
+                "gkd-lab new",
+                "gkd-lab new mine.yaml --data ./rows",
+                "gkd-lab new mine.yaml --data ./rows --teacher ./teacher --student ./student",
+            ),
+        ),
         "plan": CommandEntry(
             "commands:show_plan",
             "Show each cell with its status and cost; run nothing.",

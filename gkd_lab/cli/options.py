@@ -227,19 +227,21 @@ def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
         raise ConfigError(f"--workers {workers} and --no-wait: the workers of a run wait for each other")
 
 
-def check_output_file(output: Path | None, example: str) -> None:
-    """Raise ConfigError unless `-o` names a file in a folder that is, or can be, written; None is fine.
+def check_output_file(output: Path | None, example: str, option: str = "-o") -> None:
+    """Raise ConfigError unless an output names a file in a folder that is, or can be, written; None is fine.
 
-    example: Name of a file, for the message.
+    example: Name of a file, option: what named the output, both for the message.
     """
     if output is None:
         return
     if output.is_dir():
-        raise ConfigError(f"-o {str(output)!r} is a folder; name a file in it, such as {output / example}")
+        raise ConfigError(
+            f"{option} {str(output)!r} is a folder; name a file in it, such as {output / example}"
+        )
     nearest = next(parent for parent in output.absolute().parents if parent.exists())
     if not nearest.is_dir():
-        raise ConfigError(f"-o {str(output)!r}: {str(nearest)!r} is a file; name a file in a folder")
+        raise ConfigError(f"{option} {str(output)!r}: {str(nearest)!r} is a file; name a file in a folder")
     if not os.access(nearest, os.W_OK):
         raise ConfigError(
-            f"-o {str(output)!r}: cannot write in the folder {str(nearest)!r}; choose another one"
+            f"{option} {str(output)!r}: cannot write in the folder {str(nearest)!r}; choose another one"
         )

@@ -258,7 +258,7 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
     what stood in that field, in every section of `per_task` and `per_scale` too.
     """
     for key, text in overrides.items():
-        values = _parse_override(key, text)
+        values = parse_override(key, text)
         grid = document.setdefault("grid", {})
         groups = [document.get("per_task"), document.get("per_scale")]
         sections = [part for group in groups if isinstance(group, dict) for part in group.values()]
@@ -271,7 +271,7 @@ def apply_overrides(document: dict[str, Any], overrides: Mapping[str, str]) -> d
     return document
 
 
-def _parse_override(key: str, text: str) -> list[Any]:
+def parse_override(key: str, text: str) -> list[Any]:
     """Return the YAML values of `V1,V2` as a list; for an axis of scalars `[V1,V2]` gives the same list.
 
     Raises ConfigError.

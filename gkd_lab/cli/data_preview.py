@@ -1,0 +1,100 @@
+"""Look at a user's data: its splits, columns and first rows. Neither the rest nor a model is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.config import ConfigError
+from gkd_lab.config.errors import suggest_sibling
+from gkd_lab.tasks import SPLITS, Split
+from gkd_lab.tasks.columns import RawRow
+from gkd_lab.tasks.data_folder import DataFolder
+
+ROWS_READ = 200
+"""First rows that are read of each split."""
+
+
+@dataclass(frozen=True)
+class DataPreview:
+    """What was seen of a folder of rows or a data set of the hub."""
+
+    source: str
+    config: str | None
+    row_counts: Mapping[Split, int | None]
+    """Split -> number of rows; None: not known before all is read."""
+    rows: Sequence[RawRow]
+    """First rows of all splits, those of train first."""
+
+    def describe_splits(self) -> str:
+        """Return `train 7,473 rows, test 1,319 rows`."""
+        counts = {split: self.row_counts[split] for split in SPLITS if split in self.row_counts}
+        return ", ".join(
+            split if count is None else f"{split} {count:,} rows" for split, count in counts.items()
+        )
+
+
+def look_at_data(source: str, config: str | None = None) -> DataPreview:
+    """Return what is seen of a folder, or of a hub name `owner/name`. Raises ConfigError."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir() or path.is_file():
+            preview = _look_at_folder(source, path / config if config else path, config)
+        elif _is_hub_name(source):
+            preview = _look_at_hub(source, config)
+        else:
+            nearest = suggest_sibling(source, _holds_rows)
+            hint = f"; did you mean {nearest}?" if nearest else ""
+            raise ConfigError(f"--data: no folder {source!r}, nor a hub name (owner/name){hint}")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--data: {error}") from error
+    if "train" not in preview.row_counts:
+        splits = ", ".join(preview.row_counts)
+        raise ConfigError(f"--data: {source} has no split 'train' to distil on; it has: {splits}")
+    return preview
+
+
+def _holds_rows(path: Path) -> bool:
+    """Return whether a path is a folder with files of rows."""
+    return any(next(path.glob(pattern), None) for pattern in ("*.jsonl", "*.parquet", "data/*.parquet"))
+
+
+def _is_hub_name(source: str) -> bool:
+    """Return whether a source has the form owner/name of the hub, and is no path."""
+    owner, slash, name = source.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
+
+
+def _look_at_folder(source: str, path: Path, config: str | None) -> DataPreview:
+    """Return what is seen of a folder of jsonl or parquet files. Raises ValueError."""
+    folder = DataFolder(path)
+    rows: list[RawRow] = []
+    for split in folder.files:
+        rows += [raw for _, raw in islice(folder.read_rows(split), ROWS_READ)]
+    return DataPreview(source, config, dict(folder.row_counts), rows)
+
+
+def _look_at_hub(source: str, config: str | None) -> DataPreview:
+    """Return what is seen of a data set of the hub, without downloading all of it. Raises ConfigError."""
+    import datasets  # takes seconds to load
+
+    try:
+        dataset: Mapping[str, Any] = datasets.load_dataset(source, config, streaming=True)
+        rows: list[RawRow] = []
+        counts: dict[Split, int | None] = {}
+        for split in SPLITS:
+            if split in dataset:
+                rows += islice(dataset[split], ROWS_READ)
+                known = (dataset[split].info.splits or {}).get(split)
+                counts[split] = None if known is None else known.num_examples
+    except Exception as error:
+        # The library raises errors of several HTTP clients; each means that the rows cannot be seen.
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--data: cannot look at {source!r} on the hub ({type(error).__name__}: {reason}); download it "
+            "into a folder of jsonl or parquet files, and give that"
+        ) from error
+    return DataPreview(source, config, counts, rows)

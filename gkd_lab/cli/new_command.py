@@ -1,0 +1,291 @@
+"""The command `new`: write an experiment for the user's data and pair, after looking at both.
+
+What is not given as an option is asked for in a terminal. The file is loaded as `plan` loads it before it is
+written, so that `gkd-lab plan FILE` accepts it.
+"""
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from gkd_lab import experiments
+from gkd_lab.cli.data_preview import DataPreview, look_at_data
+from gkd_lab.cli.experiment_draft import Request, find_family, write_draft
+from gkd_lab.cli.options import OutputsOption, check_output_file, check_outputs_folder, load_grid
+from gkd_lab.cli.pair_preview import ModelPreview, look_at_model
+from gkd_lab.config import ConfigError
+from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.config.experiment import parse_override
+from gkd_lab.store.files import write_bytes
+from gkd_lab.tasks import TASKS
+from gkd_lab.tasks.task_proposal import TaskProposal, list_columns, propose_task
+
+Answer = TypeVar("Answer")
+_PLACE = "a folder or owner/name"
+_MAX_EXAMPLE = 60
+"""Characters that are shown of a value."""
+
+
+def write_new_experiment(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="File to write; default: named by the data.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER|OWNER/NAME", help="Your rows: jsonl, parquet or the hub.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub data set, or a subfolder.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Default: the one that reads your rows.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the input.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the output.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|OWNER/NAME", help="Default, with --data alone: made on your rows."),
+    ] = None,
+    student: Annotated[str | None, typer.Option(metavar="FOLDER|OWNER/NAME", help="As --teacher.")] = None,
+    family: Annotated[
+        Literal["decoder-only", "encoder-decoder"] | None,
+        typer.Option(help="Kind of the models, where it cannot be seen."),
+    ] = None,
+    sft_steps: Annotated[
+        int | None,
+        typer.Option("--sft-steps", min=0, help="Fine-tune both on your rows first, for so many steps."),
+    ] = None,
+    lmbda: Annotated[
+        str, typer.Option(metavar="V1,V2", help="Shares of the student's own text.")
+    ] = "0,0.5,1",
+    beta: Annotated[str, typer.Option(metavar="V1,V2", help="Divergences JSD(beta).")] = "0,0.5,1",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each cell.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+    outputs: OutputsOption = Path("outputs"),
+) -> None:
+    """Write a commented experiment for your data and your pair, after looking at both.
+
+    What is missing is asked for in a terminal. Without a pair, models are made on your rows.
+    """
+    check_outputs_folder(outputs)
+    if file is not None:
+        _check_file(file, force)
+    if task is not None and task not in TASKS:
+        raise build_unknown_name_error("task", task, TASKS)
+    shares, betas = parse_numbers("lmbda", lmbda), parse_numbers("beta", beta)
+    is_asking = sys.stdin.isatty() and None in (data, teacher, student)
+    notes: list[str] = []  # shown at once where questions follow, else with the result
+    say = _print_note if is_asking else notes.append
+    preview = _ask_for("Data, " + _PLACE, data, lambda place: look_at_data(place, config), "--data")
+    say(f"{preview.source}: {preview.describe_splits()}")
+    models = _look_at_pair(teacher, student, is_asking)
+    scale = "nano" if models[0] is None else "smol"
+    proposal = _choose_task(preview, scale, (task, prompt, target), is_asking)
+    _describe_proposal(preview, proposal, say)
+    if sft_steps is None and is_asking and models[0] is not None:
+        sft_steps = _ask_for("Fine-tune both on your rows first, steps", None, _parse_count, default="0")
+    request = Request(
+        data=preview,
+        proposal=proposal,
+        teacher=models[0],
+        student=models[1],
+        scale=scale,
+        family=family,
+        sft_steps=sft_steps or 0,
+        lmbda=shares,
+        beta=betas,
+        seeds=seeds,
+        steps=steps,
+    )
+    _describe_pair(request, say)
+    path = file or _choose_file(preview, force, is_asking)
+    text = write_draft(request)
+    _check_draft(text, path, outputs, say)
+    write_bytes(path, text.encode())
+    for note in notes:
+        _print_note(note)
+    print(f"wrote: {path}\nnext:  gkd-lab plan {shlex.quote(str(path))}")
+
+
+def _choose_file(data: DataPreview, force: bool, is_asking: bool) -> Path:
+    """Return the file to write: named by the data, which the user may change. Raises ConfigError."""
+    name = f"{Path(data.source).expanduser().resolve().name}.yaml"
+
+    def accept(text: str) -> Path:
+        return _check_file(Path(text), force)
+
+    return _ask_for("File", None if is_asking else name, accept, default=name)
+
+
+def _parse_count(text: str) -> int:
+    """Return a number of steps from 0. Raises ConfigError."""
+    if not text.isdecimal():
+        raise ConfigError(f"{text!r} is not valid: must be a whole number from 0")
+    return int(text)
+
+
+def parse_numbers(name: Literal["lmbda", "beta"], text: str) -> list[Any]:
+    """Return the values of `--lmbda 0,0.5,1`. Raises ConfigError unless they are numbers from 0 to 1."""
+    values = parse_override(f"--{name}", text)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"--{name} {text}: {value!r} is not valid: must be a number from 0 to 1")
+    return values
+
+
+def _check_file(file: Path, force: bool) -> Path:
+    """Return a file that may be written: `.yaml`, and new or with `--force`. Raises ConfigError."""
+    if file.suffix not in (".yaml", ".yml"):
+        name = file.with_suffix(".yaml")
+        raise ConfigError(f"{str(file)!r}: an experiment's file ends in .yaml; write {name}")
+    check_output_file(file, "mine.yaml", "FILE")
+    if file.exists() and not force:
+        raise ConfigError(f"{str(file)!r} is there already; give another name, or --force to overwrite it")
+    return file
+
+
+def _ask_for(
+    question: str,
+    given: str | None,
+    look: Callable[[str], Answer],
+    option: str = "",
+    default: str | None = None,
+) -> Answer:
+    """Return what `look` makes of a given value, or of one asked for until `look` accepts it.
+
+    Raises ConfigError for a given value that it refuses, and where there is no terminal to ask in.
+    """
+    if given is not None:
+        return look(given)
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"{option} is missing, and there is no terminal to ask in; see `gkd-lab new --help`"
+        )
+
+    def accept(answer: str) -> Answer:
+        try:
+            return look(answer.strip())
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    answer: Answer = typer.prompt(
+        question, default=default, value_proc=accept, err=True, show_default=bool(default)
+    )
+    return answer
+
+
+def _look_at_pair(
+    teacher: str | None, student: str | None, is_asking: bool
+) -> tuple[ModelPreview | None, ModelPreview | None]:
+    """Return what is seen of teacher and student; (None, None) without a pair. ConfigError: one alone."""
+    if teacher is None and student is None and not is_asking:
+        return None, None
+    if not is_asking and (teacher is None or student is None):
+        missing = "--teacher" if teacher is None else "--student"
+        raise ConfigError(f"{missing} is missing: a pair is two models, or none")
+
+    def look(option: str) -> Callable[[str], ModelPreview | None]:
+        return lambda place: look_at_model(option, place) if place else None
+
+    first = _ask_for(f"Teacher, {_PLACE} (empty: made on your rows)", teacher, look("--teacher"), default="")
+    if first is None:
+        return None, None
+    second = _ask_for(f"Student, {_PLACE}", student, look("--student"))
+    assert second is not None, "a student is asked for until one is given"
+    return first, second
+
+
+def _choose_task(
+    data: DataPreview, scale: str, stated: tuple[str | None, str | None, str | None], is_asking: bool
+) -> TaskProposal:
+    """Return the task and columns for the rows: as stated, else as proposed, which the user may change."""
+    task, prompt, target = stated
+    tasks = {name: item for name, item in TASKS.items() if scale in item.scales or name == task}
+
+    def propose(name: str | None, input_column: str | None, output_column: str | None) -> TaskProposal:
+        try:
+            return propose_task(data.rows, tasks, task=name, prompt=input_column, target=output_column)
+        except ValueError as error:
+            raise ConfigError(f"--data: {data.source}: {error}") from error
+
+    proposal = propose(task, prompt, target)
+    if not is_asking or None not in stated:
+        return proposal
+    for name, value in list_columns(data.rows).items():
+        _print_note(f"  {name}: {_shorten(value)}")
+
+    def accept_task(name: str) -> TaskProposal:
+        if name not in tasks:
+            raise build_unknown_name_error("task", name, tasks)
+        return proposal if name == proposal.task else propose(name, prompt, target)
+
+    chosen = _ask_for("Task", task, accept_task, default=proposal.task)
+    input_column = _ask_for("Column of the input", prompt, _check_column(data), default=chosen.prompt)
+    output_column = _ask_for("Column of the output", target, _check_column(data), default=chosen.target)
+    if (input_column, output_column) == (chosen.prompt, chosen.target):
+        return chosen
+    return propose(chosen.task, input_column, output_column)
+
+
+def _check_column(data: DataPreview) -> Callable[[str], str]:
+    """Return a function that returns a column's name, or raises ConfigError if the rows have none such."""
+    columns = list_columns(data.rows)
+
+    def check(name: str) -> str:
+        if name not in columns:
+            raise build_unknown_name_error("column", name, columns)
+        return name
+
+    return check
+
+
+def _check_draft(text: str, file: Path, outputs: Path, say: Callable[[str], None]) -> None:
+    """Raise ConfigError, as `plan` would, for what keeps the written experiment from running."""
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / file.name
+        write_bytes(draft, text.encode())
+        try:
+            grid = load_grid(str(draft), None, None, outputs, allow_missing_revisions=True)
+            experiments.check_models_and_splits(grid)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(draft), str(file))) from error
+    if grid.missing_revisions:
+        say(f"note: {grid.missing_revisions}")
+
+
+def _print_note(text: str) -> None:
+    """Print a line about what was seen to standard error."""
+    print(text, file=sys.stderr)
+
+
+def _describe_proposal(data: DataPreview, proposal: TaskProposal, say: Callable[[str], None]) -> None:
+    """Say the chosen task and columns, an example, and what is wrong with rows that it cannot read."""
+    row = proposal.rows[0]
+    say(f"task {proposal.task}: {proposal.prompt} -> {proposal.target}")
+    say(f"  {_shorten(row.prompt)} -> {_shorten(row.target)}")
+    unread = len(data.rows) - len(proposal.rows)
+    if unread:
+        first = f"{unread} of the first {len(data.rows)} rows"
+        say(f"note: {first} cannot be read, and a run stops at such a row: {proposal.fault}")
+
+
+def _describe_pair(request: Request, say: Callable[[str], None]) -> None:
+    """Say what was seen of the pair. Raises ConfigError if it does not go together."""
+    find_family(request)
+    for role, model in (("teacher", request.teacher), ("student", request.student)):
+        if model is not None:
+            say(f"{role} {model.describe()}" if model.is_own else f"{role} {model.place}")
+    if request.tokenizer_difference:
+        say(f"tokenizers differ: {request.tokenizer_difference}")
+        say("  so the cells train on text and on how sure the teacher is of it (ULD), docs/family.md")
+    elif request.tokenizer_difference == "":
+        say("tokenizers: equal")
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as one line of at most 60 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_EXAMPLE else f"{text[: _MAX_EXAMPLE - 3]}..."

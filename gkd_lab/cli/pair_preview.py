@@ -1,0 +1,139 @@
+"""Look at a user's teacher and student: family, size, positions, tokenizer. No weights are loaded."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gkd_lab.config import ConfigError
+from gkd_lab.config.artifact_specs import Family
+from gkd_lab.config.checkpoint_files import CheckpointFiles, find_vocabulary_difference
+from gkd_lab.config.cost import KNOWN_SIZES
+from gkd_lab.config.errors import join_faults, suggest_sibling
+from gkd_lab.config.model_places import is_checkpoint, is_model_place
+
+_HUB_FILES = ("config.json", "tokenizer.json")
+_CHARACTERS_PER_TOKEN = 3
+"""Of an estimate, where there is no tokenizer."""
+
+
+@dataclass(frozen=True)
+class ModelPreview:
+    """What was seen of a model."""
+
+    place: str
+    """As it stands in the experiment file: a folder, a hub name, or a model of the scale."""
+    files: CheckpointFiles | None
+    """Its files, those of the hub as far as they were found; None: nothing is known of it."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the user's own: no model that the scale makes or names."""
+        return is_model_place(self.place)
+
+    @property
+    def family(self) -> Family | None:
+        """Its family; None if it is not known."""
+        if self.files is not None and self.files.family is not None:
+            return self.files.family
+        return "encoder-decoder" if self.place in KNOWN_SIZES else None
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """Number of weights by the headers of its safetensors files, or of a standard T5; None: not known."""
+        if self.files is not None:
+            paths = sorted(self.files.path.glob("*.safetensors")) if self.files.path.is_dir() else []
+            if paths:
+                return sum(map(_count_weights, paths))
+        return KNOWN_SIZES.get(self.place)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer of the library `tokenizers`, without truncation; None if it has another form."""
+        path = None if self.files is None else self.files.path / "tokenizer.json"
+        if path is None or not path.is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def describe(self) -> str:
+        """Return `./teacher: encoder-decoder, 248 M parameters`."""
+        count = self.parameters
+        size = "size not known" if count is None else f"{_format_count(count)} parameters"
+        return f"{self.place}: {self.family or 'family not known'}, {size}"
+
+
+def _count_weights(path: Path) -> int:
+    """Return the number of weights in a safetensors file, by its header."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _format_count(count: int) -> str:
+    """Return `135 M`, `1.5 B`, `12 k`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def look_at_model(option: str, place: str) -> ModelPreview:
+    """Return what is seen of a model; a name of the scale is left to `plan`. Raises ConfigError."""
+    if not is_model_place(place):
+        folder = Path(place)
+        if not is_checkpoint(folder):
+            return ModelPreview(place, None)
+        place = f".{os.sep}{place}"
+    path = Path(place).expanduser()
+    if place.startswith("pypi:") or path.suffix == ".gguf":
+        return ModelPreview(place, None)
+    if path.is_dir():
+        files = CheckpointFiles(path)
+        faults = list(files.list_faults())
+        if faults:
+            raise join_faults([f"{option}: {fault}" for fault in faults])
+        return ModelPreview(place, files)
+    if place.startswith((".", "~", "/")) or place.count("/") != 1:
+        nearest = suggest_sibling(place, is_checkpoint)
+        hint = f"; did you mean {nearest}?" if nearest else "; give a folder with config.json, or owner/name"
+        raise ConfigError(f"{option}: no folder {place!r}{hint}")
+    return ModelPreview(place, _find_hub_files(place))
+
+
+def _find_hub_files(name: str) -> CheckpointFiles | None:
+    """Return configuration and tokenizer of a model of the hub, offline from its cache; None: neither."""
+    from huggingface_hub import hf_hub_download
+
+    folder = None
+    for file in _HUB_FILES:
+        try:
+            folder = Path(hf_hub_download(name, file)).parent
+        except Exception:
+            # Errors of several HTTP clients, or no such file: what is not found is not known.
+            continue
+    return None if folder is None else CheckpointFiles(folder)
+
+
+def compare_tokenizers(teacher: ModelPreview, student: ModelPreview) -> str | None:
+    """Return how two tokenizers differ; "" if their vocabularies are equal, None if one is not known."""
+    if teacher.place == student.place:
+        return ""
+    a = None if teacher.files is None else teacher.files.vocabulary
+    b = None if student.files is None else student.files.vocabulary
+    return None if a is None or b is None else find_vocabulary_difference(a, b) or ""
+
+
+def count_tokens(model: ModelPreview | None, texts: Sequence[str]) -> list[int]:
+    """Return each text's length in a model's tokens and one for the end; an estimate without tokenizer."""
+    if model is None or model.tokenizer is None:
+        return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) + 1 for text in texts]
+    encodings = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [len(encoding.ids) + 1 for encoding in encodings]
