@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,7 +38,7 @@ class PhaseClock(Reporter):
         self.seconds = 0.0
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+    def phase(self, name: str, total: int, done: int = 0, **_: Any) -> Iterator[ProgressUpdate]:
         """Add the duration of the block to `seconds`."""
         start = time.perf_counter()
         yield lambda count: None

@@ -120,7 +120,7 @@ def show_status(
 ) -> None:
     """Show the progress, worker, speed and failure of every cell; exit with 1 if something failed."""
     from gkd_lab.status.overview import build_overview
-    from gkd_lab.status.render import list_cells, print_listing, render_running_artifacts
+    from gkd_lab.status.render import list_cells, print_listing, render_running_artifacts, render_totals
     from gkd_lab.tables.failure_causes import format_failures, list_failures
 
     if watch:
@@ -134,7 +134,8 @@ def show_status(
             overview = build_overview(grid, Store(outputs), "auto")
     print_listing(list_cells(grid, overview, show_progress=True))
     failures = format_failures(list_failures(grid, Store(outputs))) if overview.has_failures else []
-    for line in (*render_running_artifacts(overview), *(f"failed: {line}" for line in failures)):
+    totals = render_totals(overview)
+    for line in (*render_running_artifacts(overview), *totals, *(f"failed: {line}" for line in failures)):
         print(line)
     if failures:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,7 @@ from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.lock import explain_missing_file_locks
+from gkd_lab.store.machine import write_import_seconds
 from gkd_lab.store.output_folders import check_outputs_folder, create_outputs_folder
 from gkd_lab.store.pack_limits import PackLimits
 
@@ -371,6 +373,9 @@ def run_in_process(
         print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
         return
     _check_grid(grid)
+    if workers == 1:  # else the parent of the workers has said it
+        _print_work_ahead(grid, store, limit)
+    started = time.monotonic()
     from gkd_lab.runner.progress import Reporter, silence_libraries
     from gkd_lab.runner.run import run_grid
     from gkd_lab.runner.run_options import RunOptions
@@ -389,6 +394,8 @@ def run_in_process(
         term_gradients=term_gradients,
     )
     silence_libraries()
+    if workers == 1:
+        write_import_seconds(outputs, time.monotonic() - started)
     gc.freeze()  # the collections between trainings skip the objects of the libraries
     try:
         outcome = run_grid(grid, options)
@@ -425,6 +432,7 @@ def run_in_workers(
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
         _check_grid(grid)
+        _print_work_ahead(grid, store, "auto")
         if any(cell.training.tf32 for cell in grid.cells):
             from gkd_lab.runner.tf32 import check_tf32
 
@@ -445,6 +453,16 @@ def run_in_workers(
         if status and not _is_grid_done(grid, store):
             raise typer.Exit(status)
     print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+
+
+def _print_work_ahead(grid: Grid, store: Store, limit: PackLimit) -> None:
+    """Print how much of a grid is to be done, and that the libraries are being loaded, to standard error."""
+    from gkd_lab.status.overview import build_overview
+    from gkd_lab.status.render import render_state_counts
+
+    overview = build_overview(grid, store, limit)
+    print(f"{grid.name}: {render_state_counts(overview)}", file=sys.stderr)
+    print(f"{grid.name}: loading torch and the libraries", file=sys.stderr, flush=True)
 
 
 def _check_grid(grid: Grid) -> None:

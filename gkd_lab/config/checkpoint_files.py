@@ -1,6 +1,7 @@
 """Facts and faults of a checkpoint folder, read in milliseconds: no weights are loaded, nor torch."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,13 @@ class CheckpointFiles:
         return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
     @cached_property
+    def parameter_count(self) -> int | None:
+        """Number of weights by the headers of the safetensors files; None without a readable one."""
+        counts = [_count_weights(path) for path in sorted(self.path.glob("model*.safetensors"))]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known and len(known) == len(counts) else None
+
+    @cached_property
     def vocabulary(self) -> Mapping[int, str] | None:
         """Id -> token of `tokenizer.json`; None without a valid one."""
         path = self.path / "tokenizer.json"
@@ -148,6 +156,17 @@ class CheckpointFiles:
                 yield f"{self.path / name} is missing"
         for path in sorted(self.path.glob("*.safetensors")):
             yield from _check_safetensors(path)
+
+
+def _count_weights(path: Path) -> int | None:
+    """Return the number of weights in a safetensors file by its header; None if that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
 
 
 def _check_safetensors(path: Path) -> Iterator[str]:

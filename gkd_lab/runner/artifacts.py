@@ -137,7 +137,9 @@ def _build_artifact(role: Role, model: SftModel, record: Record, options: RunOpt
     if model.sft is not None:
         phase = f"{model.task}: {role} {model.model.name}, {parameters / 1e6:.2f} M parameters, SFT"
         done_steps = max(list_complete_steps(record.steps_folder), default=0)
-        with options.reporter.phase(phase, model.sft.steps, done_steps) as update_progress:
+        with options.reporter.phase(
+            phase, model.sft.steps, done_steps, folders=[record.folder], work="SFT", unit="steps"
+        ) as update_progress:
             fine_tune(
                 loaded.model,
                 loaded.tokenizer,

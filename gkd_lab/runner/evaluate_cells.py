@@ -204,7 +204,8 @@ def _decode_and_score(
     members = role or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
     start, predicted_rows = time.monotonic(), 0
     phase = f"{model.task}: {members}, {evaluation.name} on {len(rows)} rows"
-    with options.reporter.phase(phase, len(rows)) as update_progress:
+    folders = [record.folder for record in records]
+    with options.reporter.phase(phase, len(rows), folders=folders, work=evaluation.name) as update_progress:
 
         def add_finished_rows(count: int) -> None:
             """Add `count` rows to the number of finished rows, and update the progress."""

@@ -143,7 +143,10 @@ def _run_and_store_task(
         f"lm-eval {evaluation.name}: {task_count} task{'s' if task_count != 1 else ''}, "
         f"{task.document_count} documents"
     )
-    with options.reporter.phase(phase, task.document_count) as update_progress:
+    folders = [evaluation_record.folder.parents[1]]
+    with options.reporter.phase(
+        phase, task.document_count, folders=folders, work=evaluation.name
+    ) as update_progress:
         scores, prediction_rows = run_task(lm, task, update_progress)
     evaluation_record.write_results(
         evaluation,

@@ -7,8 +7,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from gkd_lab.store.live_progress import WorkUnit, log_live_progress
 
 ProgressUpdate = Callable[[int], None]
 """Callback that receives the amount done so far, not an increment."""
@@ -42,13 +45,32 @@ class Reporter:
         self.console.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+    def phase(
+        self,
+        name: str,
+        total: int,
+        done: int = 0,
+        *,
+        folders: Sequence[Path] = (),
+        work: str = "",
+        unit: WorkUnit = "rows",
+    ) -> Iterator[ProgressUpdate]:
         """Show progress in the block; yield a function to call with the units done so far, not an increment.
 
-        total: units of work. done: those done before this phase, which count as done so far.
+        total: units of work. done: those done before this phase, which count as done so far. folders: Records
+        in which the progress stands too while the block lasts, as so many units of `work`, for `status`.
         """
         show = self._show_bar if self.console.is_terminal else self._print_progress_lines
-        with show(name, total, done) as update:
+        with (
+            show(name, total, done) as show_count,
+            log_live_progress(folders, work, unit, total, done) as log,
+        ):
+
+            def update(count: int) -> None:
+                """Show and log the units done so far."""
+                show_count(count)
+                log(count)
+
             yield update
 
     @contextmanager

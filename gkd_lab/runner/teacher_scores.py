@@ -59,7 +59,9 @@ def _write_teacher_scores(record: Record, scores: TeacherScoresSpec, scale: str,
         examples = apply_teacher_text(examples, ensure_teacher_text(scores.text_spec, scale, options))
     folder = record.folder / SCORES_FOLDER
     phase = f"{scores.task}: teacher's scores of {len(examples)} rows"
-    with options.reporter.phase(phase, len(examples)) as update_progress:
+    with options.reporter.phase(
+        phase, len(examples), folders=[record.folder], work="scores"
+    ) as update_progress:
         write_teacher_scores(
             teacher.model.to(select_device()),
             examples,

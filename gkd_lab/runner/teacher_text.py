@@ -64,7 +64,9 @@ def _write_teacher_text(record: Record, text: TeacherTextSpec, scale: str, optio
     examples, _ = encode_examples(text.teacher, teacher.tokenizer, rows)
     examples = examples[: text.rows] * (text.text.samples or 1)
     phase = f"{text.task}: teacher's text for {len(examples)} prompts"
-    with options.reporter.phase(phase, len(examples)) as update_progress:
+    with options.reporter.phase(
+        phase, len(examples), folders=[record.folder], work="text"
+    ) as update_progress:
         completion_ids = _generate_in_batches(text, teacher, examples, update_progress)
     end_ids = set(collect_end_ids(teacher.model, teacher.tokenizer).tolist())
     texts = teacher.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -199,7 +199,14 @@ def _run_trainer(
         if len(cells) == 1
         else f"{len(cells)} cells as one model, distillation"
     )
-    with options.reporter.phase(f"{training.task}: {name}", training.steps, start_step) as update_progress:
+    with options.reporter.phase(
+        f"{training.task}: {name}",
+        training.steps,
+        start_step,
+        folders=[options.store.get_record(cell).folder for cell in cells],
+        work="distillation",
+        unit="steps",
+    ) as update_progress:
         trainer: GKDTrainer | TrlCellTrainer
         if training.implementation == "trl":
             trainer = build_trl_trainer(pack.model, teacher, examples, cells[0], options, student.tokenizer)

@@ -9,6 +9,7 @@ from gkd_lab.config import Cell
 from gkd_lab.store import EvaluationRecord, Record, RecordPart, State
 from gkd_lab.store.cell_state import StoredState, compute_cell_state, get_error_line, require_metrics
 from gkd_lab.store.index import RecordFacts, RecordIndex
+from gkd_lab.store.live_progress import LiveProgress, read_live_progress
 from gkd_lab.store.lock import read_owner
 from gkd_lab.store.timing import count_completion_tokens
 
@@ -32,11 +33,17 @@ class CellProgress:
     tokens_per_second: float | None
     """Completion tokens of this cell's own batches per second, in a pack too."""
     seconds_left: float | None
-    """Of the training, at its recent pace; None where no process works on it."""
+    """Of the training or the evaluation that runs, at its recent pace; None where no process works on it."""
     error: str | None
     """Last line of the first error."""
     error_file: Path | None
     """File with the traceback."""
+    evaluation_states: tuple[State, ...]
+    """State of each evaluation that the experiment asks for."""
+    decoding_times: tuple[tuple[int, float] | None, ...]
+    """Of each evaluation (rows, seconds of decoding for this cell); None unless it is done and says so."""
+    live: LiveProgress | None
+    """Work of the process that holds the lock."""
     training_status: RecordFacts
     """`state`, `seconds`, `shared_by`, `device` and more of the training, where it is done."""
 
@@ -54,14 +61,22 @@ def read_progress(record: Record, cell: Cell, index: RecordIndex) -> CellProgres
         )
     ]
     state = compute_cell_state(training, stored_states, record.is_locked)
+    live = read_live_progress(record.folder) if state.is_running else None
     error, error_file = _find_failure(facts, record, cell)
     return CellProgress(
         state=state.whole,
         owner=_format_owner(record) if state.is_running else None,
         error=error,
         error_file=error_file,
+        evaluation_states=state.evaluations,
+        decoding_times=tuple(None if times is None else (times[0], times[1]) for times in facts["decoding"]),
+        live=live,
         training_status=facts["status"],
-        **(_summarize_finished(facts) if training else _summarize_running(record, cell, state.is_running)),
+        **(
+            _summarize_finished(facts, live)
+            if training
+            else _summarize_running(record, cell, live, is_running=state.is_running)
+        ),
     )
 
 
@@ -75,8 +90,15 @@ def _collect_record_facts(record: Record, cell: Cell) -> RecordFacts:
         "row": {name: row[name] for name in _ROW_KEYS if name in row},
         "errors": [get_error_line(status), *map(get_error_line, evaluation_statuses)],
         "states": [evaluation_status.get("state") for evaluation_status in evaluation_statuses],
+        "decoding": [_get_decoding_time(evaluation_status) for evaluation_status in evaluation_statuses],
         "scores": [list(evaluation.read_scores()) for evaluation in evaluations],
     }
+
+
+def _get_decoding_time(status: Mapping[str, Any]) -> list[Any] | None:
+    """Return [rows, seconds] of a finished evaluation's decoding; None if its status has none."""
+    rows, seconds = status.get("rows"), status.get("seconds_of_decoding")
+    return [rows, seconds] if rows and seconds is not None else None
 
 
 def _find_failure(facts: RecordFacts, record: Record, cell: Cell) -> tuple[str, Path] | tuple[None, None]:
@@ -99,8 +121,8 @@ def _format_owner(record: Record) -> str | None:
     return None if not owner else f"{owner.get('host')}:{owner.get('pid')}"
 
 
-def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
-    """Return step, loss, on_policy and speed of an ended training; seconds_left is None."""
+def _summarize_finished(facts: RecordFacts, live: LiveProgress | None) -> dict[str, Any]:
+    """Return step, loss, on_policy and speed of an ended training; seconds_left is of an evaluation."""
     status, row = facts["status"], facts["row"]
     seconds = status.get("seconds")
     return {
@@ -108,19 +130,22 @@ def _summarize_finished(facts: RecordFacts) -> dict[str, Any]:
         "loss": row.get("loss"),
         "on_policy": row.get("on_policy"),
         "tokens_per_second": status["tokens"] / seconds if seconds and "tokens" in status else None,
-        "seconds_left": None,
+        "seconds_left": None if live is None else live.seconds_left,
     }
 
 
-def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str, Any]:
+def _summarize_running(
+    record: Record, cell: Cell, live: LiveProgress | None, *, is_running: bool
+) -> dict[str, Any]:
     """Return step, loss, on_policy, speed and seconds_left of a training that has not ended.
 
-    Speed and time left are None where no process works on it.
+    The step is the one that the process is at, if it says so, else that of the last logged row. Speed and
+    time left are None where no process works on it.
     """
     is_started = is_running or record.steps_folder.exists()
     history = record.read_recent_history(_RECENT_ROWS + 1) if is_started else []
     last_row = history[-1] if history else {}
-    step = int(last_row.get("step", 0))
+    step = max(int(last_row.get("step", 0)), 0 if live is None or live.unit != "steps" else live.done)
     step_seconds = record.read_seconds_per_step() if is_running else None
     step_tokens = _average_step_tokens(history, cell.training.batch_size)
     return {
@@ -128,8 +153,15 @@ def _summarize_running(record: Record, cell: Cell, is_running: bool) -> dict[str
         "loss": last_row.get("loss"),
         "on_policy": last_row.get("on_policy"),
         "tokens_per_second": step_tokens / step_seconds if step_seconds else None,
-        "seconds_left": None if step_seconds is None else step_seconds * (cell.training.steps - step),
+        "seconds_left": _estimate_seconds_left(step_seconds, cell.training.steps - step, live),
     }
+
+
+def _estimate_seconds_left(step_seconds: float | None, steps: int, live: LiveProgress | None) -> float | None:
+    """Return the seconds of the steps left at the logged pace, else as the process says; None if unknown."""
+    if step_seconds is not None:
+        return step_seconds * steps
+    return None if live is None else live.seconds_left
 
 
 def _average_step_tokens(history: Sequence[Mapping[str, Any]], batch_size: int) -> float:

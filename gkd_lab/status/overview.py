@@ -4,15 +4,16 @@ Plain data; neither torch nor pandas, so that the answer comes at once.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES
-from gkd_lab.config.cell import Training, list_references
+from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel
+from gkd_lab.config.cell import AnyEvaluation, Training, list_references
+from gkd_lab.config.cost import DeviceRate
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json
 from gkd_lab.config.loss_terms import NAMES_WITHOUT_BETA
 from gkd_lab.config.packs import PackLimit, drop_model_seeds, explain_unpackable, group_cells_into_packs
@@ -23,6 +24,7 @@ from gkd_lab.store import State, Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.store.index import RecordIndex
+from gkd_lab.store.live_progress import LiveProgress, read_live_progress
 from gkd_lab.store.pack_limits import KeptLimit, PackLimits
 from gkd_lab.tables.training_facts import (
     ReferenceScores,
@@ -47,6 +49,8 @@ class CellView:
     estimated_seconds: float | None
     """Of the whole training: alone, or its share of the pack."""
     estimate_basis: EstimateBasis
+    decoding_seconds: float
+    """Estimated seconds of its evaluations that are not done; those of unknown time count as 0."""
 
     @property
     def state(self) -> State:
@@ -60,11 +64,18 @@ class CellView:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated time times the share of steps left; 0 if done, None without an estimate."""
+        """Estimated time of the steps and evaluations left; 0 if done, None without an estimate.
+
+        An evaluation whose time is unknown counts as 0: the basis of the estimates says how many do.
+        """
         if self.state == "done":
             return 0.0
         share = 1 - self.progress.step / self.cell.training.steps
-        return None if self.estimated_seconds is None else self.estimated_seconds * share
+        if share <= 0:
+            return self.decoding_seconds
+        return (
+            None if self.estimated_seconds is None else self.estimated_seconds * share + self.decoding_seconds
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,11 @@ class ArtifactView:
     name: str
     state: State
     estimated_seconds: float | None
+    decoding_seconds: float
+    """Estimated seconds of its evaluations that are not done; those of unknown time count as 0."""
+    live: LiveProgress | None
+    """Work of the process that holds its lock."""
+    evaluation_states: tuple[State, ...]
     scores: ReferenceScores
     error: str | None
     """Last line of its error."""
@@ -96,6 +112,12 @@ class Overview:
     notes: tuple[str, ...]
     estimate_source: str | None
     """Description of the finished cells that estimates rest on."""
+    decoding_bases: Mapping[EstimateBasis, int]
+    """Number of evaluations not done whose time was estimated on each basis."""
+    import_seconds: float
+    """Of loading the libraries, once in a run."""
+    rate: DeviceRate
+    """Device that estimates from FLOPs assume."""
 
     @property
     def is_settled(self) -> bool:
@@ -112,9 +134,17 @@ class Overview:
     def seconds_left(self) -> float | None:
         """Estimated seconds of everything not done; None where some of it has no estimate."""
         parts = [view.seconds_left for view in self.cells]
-        parts += [view.estimated_seconds for view in self.artifacts if view.state != "done"]
+        for artifact in self.artifacts:
+            parts.append(artifact.decoding_seconds)
+            if artifact.state != "done":
+                parts.append(_estimate_artifact_left(artifact))
         estimates = [part for part in parts if part is not None]
-        return sum(estimates) if len(estimates) == len(parts) else None
+        if len(estimates) < len(parts):
+            return None
+        work = sum(estimates)
+        states = [view.state for view in self.cells] + [view.state for view in self.artifacts]
+        is_loaded = "running" in states
+        return work + self.import_seconds if work and not is_loaded else work
 
 
 def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
@@ -132,11 +162,19 @@ def build_overview(grid: Grid, store: Store, limit: PackLimit) -> Overview:
     index.save()
     statuses = (progress.training_status for progress in progresses)
     estimator = create_estimator(zip(grid.cells, statuses, strict=True), store, grid.scale)
+    for cell, progress in zip(grid.cells, progresses, strict=True):
+        for evaluation, times in zip(cell.evaluations, progress.decoding_times, strict=True):
+            if times is not None:
+                estimator.add_decoding_time(cell.training.start, evaluation, *times)
     views = tuple(_build_cell_views(grid, progresses, packs, unpacked_reasons, estimator))
+    artifacts = tuple(_build_artifact_views(grid, store, estimator))
     return Overview(
         cells=views,
         pack_sizes=tuple(len(pack) for pack in packs),
-        artifacts=tuple(_build_artifact_views(grid, store, estimator)),
+        artifacts=artifacts,
+        decoding_bases=dict(estimator.decoding_bases),
+        import_seconds=estimator.read_import_seconds(),
+        rate=estimator.rate,
         estimate_source=estimator.describe_source(),
         collapsed_notes=tuple(
             f"{len(points)} combinations are one cell"
@@ -181,6 +219,9 @@ def _build_cell_views(
             unpacked_reason=unpacked_reasons.get(cell.full_fingerprint),
             estimated_seconds=estimate.seconds,
             estimate_basis=estimate.basis,
+            decoding_seconds=_estimate_decoding(
+                estimator, "start", cell.training.start, cell.evaluations, progress.evaluation_states
+            ),
         )
 
 
@@ -189,15 +230,44 @@ def _build_artifact_views(grid: Grid, store: Store, estimator: TimeEstimator) ->
     for reference in list_references(grid.cells):
         role, model = reference.role, reference.model
         record = store.get_artifact(grid.scale, role, model)
+        evaluations = tuple(dict.fromkeys(e for cell in reference.cells for e in cell.evaluations))
+        states: tuple[State, ...] = tuple(record.get_evaluation(e).read_state() for e in evaluations)
         yield ArtifactView(
             role=role,
             name=name_reference(model),
             state=record.read_state(),
+            decoding_seconds=_estimate_decoding(estimator, role, model, evaluations, states),
+            live=read_live_progress(record.folder) if record.is_locked() else None,
+            evaluation_states=states,
             estimated_seconds=estimator.estimate_artifact(role, model).seconds,
             scores=read_reference_scores(grid, store, reference),
             error=get_error_line(record.read_status()),
             error_file=record.status_file,
         )
+
+
+def _estimate_decoding(
+    estimator: TimeEstimator,
+    role: str,
+    model: SftModel,
+    evaluations: Sequence[AnyEvaluation],
+    states: Sequence[State],
+) -> float:
+    """Return the estimated seconds of a model's evaluations that are not done; unknown ones count as 0."""
+    estimates = [
+        estimator.estimate_decoding(role, model, evaluation)
+        for evaluation, state in zip(evaluations, states, strict=True)
+        if state != "done"
+    ]
+    return sum(seconds for seconds in estimates if seconds is not None)
+
+
+def _estimate_artifact_left(artifact: ArtifactView) -> float | None:
+    """Return the estimated seconds that are left of a reference model's training."""
+    if artifact.live is not None and artifact.live.unit == "steps":
+        share = 1 - artifact.live.done / artifact.live.total
+        return None if artifact.estimated_seconds is None else artifact.estimated_seconds * share
+    return artifact.estimated_seconds
 
 
 def _find_unpacked_reasons(grid: Grid, store: Store) -> dict[str, str]:

@@ -2,20 +2,22 @@
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from gkd_lab.config import Grid
-from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND
+from gkd_lab.config.cost import DeviceRate
 from gkd_lab.status.overview import CellView, Overview
+from gkd_lab.status.time_estimates import EstimateBasis
 from gkd_lab.store import State
+from gkd_lab.store.live_progress import LiveProgress
 from gkd_lab.tables.loss_labels import loss_label
 
 _STATES: tuple[State, ...] = get_args(State)
 _STATE_STYLES = {"done": "green", "failed": "red", "running": "yellow"}
 TEXT_COLUMNS = {
-    "cell", "task", "status", "owner", "experiment", "figures", "question", "from", "scores", "claim",
+    "cell", "task", "status", "owner", "now", "experiment", "figures", "question", "from", "scores", "claim",
 }  # fmt: skip
 """Columns that are aligned to the left; all others hold numbers."""
 
@@ -67,9 +69,8 @@ def list_cells(
 ) -> Listing:
     """List the cells that are in `states`, a row each: progress, or else pack and estimated time."""
     axes = [axis for axis in grid.axes if axis not in ("task", "lmbda", "beta", "seed")]
-    progress_columns = ["owner", "step", "loss", "on policy", "tokens/s", "left"]
+    progress_columns = ["owner", "step", "loss", "on policy", "tokens/s", "left", "now"]
     columns = progress_columns if show_progress else ["pack", "about", "from"]
-    format_columns = _format_progress if show_progress else _format_cost
     views = [view for view in overview.cells if view.state in states]
     return Listing(
         columns=["cell", "task", "lmbda", "beta", "seed", *axes, "status", *columns],
@@ -79,7 +80,7 @@ def list_cells(
                 "?" if grid.missing_revisions else view.cell.fingerprint,
                 *_format_identity(view, axes),
                 view.state,
-                *format_columns(view),
+                *(_format_progress(view) if show_progress else _format_cost(view, overview.rate)),
             ]
             for view in views
         ],
@@ -107,7 +108,7 @@ def _format_axis_value(axis: str, label: Any) -> str:
 
 
 def _format_progress(view: CellView) -> list[str]:
-    """Return texts of owner, step, loss, on-policy share, tokens per second and time left.
+    """Return texts of owner, step, loss, on-policy share, tokens per second, time left and present work.
 
     What is not known is an empty text.
     """
@@ -119,28 +120,71 @@ def _format_progress(view: CellView) -> list[str]:
         "" if progress.on_policy is None else f"{progress.on_policy:.0%}",
         "" if progress.tokens_per_second is None else f"{progress.tokens_per_second:.0f}",
         "" if progress.seconds_left is None else _format_duration(progress.seconds_left),
+        "" if progress.live is None else _format_live(progress.live),
     ]
 
 
-def _format_cost(view: CellView) -> list[str]:
+def _format_live(live: LiveProgress) -> str:
+    """Format `greedy 120/1000 rows`."""
+    return f"{live.work} {live.done}/{live.total} {live.unit}"
+
+
+def _format_cost(view: CellView, rate: DeviceRate) -> list[str]:
     """Return texts of pack number (or `alone`), estimated time and basis of the estimate."""
     pack = "alone" if view.unpacked_reason else str(view.pack)
     basis = "" if view.estimate_basis == "nothing" else view.estimate_basis
-    return [pack, _format_duration(view.estimated_seconds), basis]
+    return [pack, format_estimate(view.estimated_seconds, view.estimate_basis, rate), basis]
 
 
 def render_running_artifacts(overview: Overview) -> Iterator[str]:
     """Yield a line for each reference model that is being trained now."""
     for artifact in overview.artifacts:
-        if artifact.state == "running":
-            yield f"{artifact.role} {artifact.name}: running"
+        if artifact.live is not None or artifact.state == "running":
+            details = [] if artifact.live is None else [_format_live(artifact.live)]
+            if artifact.live is not None and artifact.live.seconds_left is not None:
+                details.append(f"{_format_duration(artifact.live.seconds_left)} left")
+            yield f"{artifact.role} {artifact.name}: {', '.join(['running', *details])}"
 
 
 def render_state_counts(overview: Overview) -> str:
-    """Format `3 done, 2 running, 10 missing; left to do, without decoding: about 4 min`."""
-    counts = Counter(view.state for view in overview.cells)
-    states = ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
-    return f"{states}; left to do, without decoding: about {_format_duration(overview.seconds_left)}"
+    """Format `3 done, 2 running, 10 missing; left to do: about 4 min`."""
+    return f"{_format_states(view.state for view in overview.cells)}; {render_time_left(overview)}"
+
+
+def render_totals(overview: Overview) -> Iterator[str]:
+    """Yield the totals of cells and of evaluations, those of reference models included, and the time left."""
+    evaluations = [state for view in overview.cells for state in view.progress.evaluation_states]
+    evaluations += [state for artifact in overview.artifacts for state in artifact.evaluation_states]
+    models = [artifact.state for artifact in overview.artifacts]
+    for noun, states in (
+        ("cell", [view.state for view in overview.cells]),
+        ("evaluation", evaluations),
+        ("reference model", models),
+    ):
+        if states:
+            yield f"{_format_count(len(states), noun)}: {_format_states(states)}"
+    if not all(view.state == "done" for view in overview.cells):
+        yield render_time_left(overview)
+        yield from _render_estimate_bases(overview)
+
+
+def render_time_left(overview: Overview) -> str:
+    """Format `left to do: about 4 min, decoding and 10 s of imports included`, or in GPU-hours."""
+    is_rated = any(view.estimate_basis == "FLOPs" for view in overview.cells)
+    text = format_estimate(overview.seconds_left, "FLOPs" if is_rated else "finished cells", overview.rate)
+    if not overview.seconds_left:
+        return f"left to do: about {text}"
+    is_decoding_known = "FLOPs" in overview.decoding_bases or "finished cells" in overview.decoding_bases
+    imports = f"{overview.import_seconds:.0f} s of imports"
+    if overview.decoding_bases and not is_decoding_known:
+        return f"left to do: about {text}, {imports} included, decoding not"
+    return f"left to do: about {text}, decoding and {imports} included"
+
+
+def _format_states(states: Iterable[State]) -> str:
+    """Format `3 done, 2 running`: how many there are of each state."""
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state])
 
 
 def render_summary(overview: Overview) -> Iterator[str]:
@@ -148,14 +192,16 @@ def render_summary(overview: Overview) -> Iterator[str]:
     for artifact in overview.artifacts:
         scores = str(artifact.scores)
         detail = (
-            scores if artifact.state == "done" else f"about {_format_duration(artifact.estimated_seconds)}"
+            scores
+            if artifact.state == "done"
+            else f"about {format_estimate(artifact.estimated_seconds, 'FLOPs', overview.rate)}"
         )
         yield f"{artifact.role} {artifact.name}: {', '.join(filter(None, (artifact.state, detail)))}"
     done = sum(view.state == "done" for view in overview.cells)
     sizes = Counter(overview.pack_sizes).items()
     packs = ", ".join(f"{_format_count(count, 'pack')} of {size}" for size, count in sizes)
     yield f"{_format_count(len(overview.cells), 'cell')}, {done} done; {packs}"
-    yield f"left to do, without decoding: about {_format_duration(overview.seconds_left)}"
+    yield render_time_left(overview)
     yield from _render_estimate_bases(overview)
     yield from overview.decode_notes
     yield from overview.collapsed_notes
@@ -169,17 +215,36 @@ def _render_estimate_bases(overview: Overview) -> Iterator[str]:
         cells = _format_count(counts["finished cells"], "cell")
         yield f"time of {cells}: as {overview.estimate_source} took"
     if counts["FLOPs"]:
-        rate = f"{NOMINAL_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s, two CPU cores on nano models"
         cells = _format_count(counts["FLOPs"], "cell")
-        yield f"time of {cells}: of one alone, from its FLOPs at {rate}"
+        yield f"time of {cells}: of one alone, from its FLOPs at {overview.rate.name}"
     if counts["nothing"]:
         cells = _format_count(counts["nothing"], "cell")
         yield f"time of {cells}: unknown, the size of a model is not known before it is built"
+    decoding = overview.decoding_bases
+    if decoding.get("finished cells"):
+        yield f"decoding of {_format_count(decoding['finished cells'], 'evaluation')}: as finished ones took"
+    if decoding.get("FLOPs"):
+        evaluations = _format_count(decoding["FLOPs"], "evaluation")
+        yield f"decoding of {evaluations}: from FLOPs at {overview.rate.name}, texts of full length"
+    if decoding.get("nothing"):
+        evaluations = _format_count(decoding["nothing"], "evaluation")
+        reason = "the number of rows, or the size of a model, is not known before they are read"
+        yield f"decoding of {evaluations}: not counted, {reason}"
 
 
 def _format_count(count: int, noun: str) -> str:
     """Format `1 cell` or `2 cells`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def format_estimate(seconds: float | None, basis: EstimateBasis, rate: DeviceRate) -> str:
+    """Format an estimate as `_format_duration` does, that of an assumed GPU in GPU-hours or GPU-days."""
+    if seconds is None or not rate.is_gpu or basis != "FLOPs":
+        return _format_duration(seconds)
+    hours = seconds / 3600
+    if hours < 1:
+        return f"{60 * hours:.0f} GPU-min" if hours >= 1 / 60 else "under 1 GPU-min"
+    return f"{hours:.3g} GPU-h" if hours < 48 else f"{hours / 24:.3g} GPU-days"
 
 
 def _format_duration(seconds: float | None) -> str:

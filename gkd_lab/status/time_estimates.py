@@ -4,6 +4,7 @@ Cells of one kind share models, form of data, lengths, precision and optimizer, 
 alone. Their times are scaled by FLOPs to other steps, batch sizes and shares of sampling.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,18 +13,24 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from gkd_lab.config import Cell
+from gkd_lab.config import Cell, Evaluation
 from gkd_lab.config.artifact_specs import SftModel
-from gkd_lab.config.cell import Training
+from gkd_lab.config.cell import AnyEvaluation, Training
+from gkd_lab.config.checkpoint_files import CheckpointFiles
 from gkd_lab.config.cost import (
-    NOMINAL_FLOPS_PER_SECOND,
+    IMPORT_SECONDS,
+    DeviceRate,
     count_model_parameters,
+    count_sequential_tokens,
+    estimate_decoding_seconds,
     estimate_sft_flops,
     estimate_training_flops,
+    get_device_rate,
 )
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.store import Record, Store
 from gkd_lab.store.files import read_json
+from gkd_lab.store.machine import MACHINE_FILE
 
 EstimateBasis = Literal["finished cells", "FLOPs", "nothing"]
 _MAX_RECORDS_READ = 200
@@ -53,10 +60,14 @@ class TimeEstimator:
 
     store: Store
     scale: str
+    decoding_bases: Counter[EstimateBasis] = field(default_factory=Counter)
+    """Number of evaluations whose decoding was estimated on each basis."""
     used_measurements: set[tuple[str, str]] = field(default_factory=set)
     """(kind, device) of the finished cells that some estimate rests on."""
     _measured_times: dict[str, dict[str, _MeasuredTime]] = field(default_factory=dict)
     """Kind -> device -> time."""
+    _decoding_times: dict[str, list[float]] = field(default_factory=dict)
+    """Kind of model and decoding -> [rows, seconds, number] of the grid's finished evaluations."""
     _added_fingerprints: set[str] = field(default_factory=set)
     _searched_tasks: set[str] = field(default_factory=set)
     _parameter_counts: dict[str, int | None] = field(default_factory=dict)
@@ -91,11 +102,69 @@ class TimeEstimator:
             self.used_measurements.add((kind, device))
             flops = self._compute_relative_flops(training)
             return Estimate(flops * measured.seconds / measured.flops, "finished cells")
-        return _estimate_seconds(self._compute_flops(training))
+        return self._estimate_by_rate(self._compute_flops(training), count_sequential_tokens(training))
 
     def estimate_artifact(self, role: str, model: SftModel) -> Estimate:
         """Estimate the seconds to train a teacher or an SFT student, by FLOPs only."""
-        return _estimate_seconds(estimate_sft_flops(model, self.get_parameter_count(role, model)))
+        return self._estimate_by_rate(estimate_sft_flops(model, self.get_parameter_count(role, model)))
+
+    def add_decoding_time(
+        self, model: SftModel, evaluation: AnyEvaluation, rows: int, seconds: float
+    ) -> None:
+        """Add the time in which a finished evaluation of a cell decoded its rows."""
+        total = self._decoding_times.setdefault(
+            self._build_decoding_key("start", model, evaluation), [0.0, 0.0, 0.0]
+        )
+        total[0] += rows
+        total[1] += seconds
+        total[2] += 1
+
+    def estimate_decoding(self, role: str, model: SftModel, evaluation: AnyEvaluation) -> float | None:
+        """Estimate the seconds of an evaluation: as finished ones of the grid took, else by FLOPs.
+
+        None: unknown, as lm-eval's tasks are, whose number of documents is not known.
+        """
+        seconds: float | None = None
+        basis: EstimateBasis = "nothing"
+        if isinstance(evaluation, Evaluation):
+            rows, spent, evaluations = self._decoding_times.get(
+                self._build_decoding_key(role, model, evaluation), (0.0, 0.0, 0.0)
+            )
+            count = evaluation.examples or getattr(model.data, evaluation.split)
+            if rows:  # all rows of a folder are as many in each evaluation
+                seconds = spent / rows * count if count else spent / evaluations
+                basis = "finished cells"
+            else:
+                parameters = self.get_parameter_count(role, model)
+                seconds = estimate_decoding_seconds(model, evaluation, parameters, self.rate)
+                basis = "nothing" if seconds is None else "FLOPs"
+        self.decoding_bases[basis] += 1
+        return seconds
+
+    @property
+    def rate(self) -> DeviceRate:
+        """Rate of the device that estimates from FLOPs assume."""
+        return get_device_rate(self.scale)
+
+    def read_import_seconds(self) -> float:
+        """Return the seconds that loading the libraries took in the last run on these outputs, or usually."""
+        seconds = (read_json(self.store.root / MACHINE_FILE) or {}).get("import_seconds")
+        return float(seconds) if isinstance(seconds, int | float) else IMPORT_SECONDS
+
+    def _estimate_by_rate(self, flops: float | None, tokens: float = 0.0) -> Estimate:
+        """Estimate the time of so many FLOPs and tokens one after the other; None gives basis `nothing`."""
+        if flops is None:
+            return Estimate(None, "nothing")
+        seconds = flops / self.rate.flops_per_second + tokens * self.rate.seconds_per_token
+        return Estimate(seconds, "FLOPs")
+
+    def _build_decoding_key(self, role: str, model: SftModel, evaluation: AnyEvaluation) -> str:
+        """Return a text that is equal for evaluations whose times per row can be compared."""
+        key = (role, model.full_fingerprint, evaluation.folder)
+        if key not in self._kind_keys:
+            decoding = evaluation.model_dump(mode="json", exclude={"metrics", "examples"})
+            self._kind_keys[key] = canonical_json([role, *_list_speed_fields(model), decoding])
+        return self._kind_keys[key]
 
     def describe_source(self) -> str | None:
         """Return `6 finished cells of the same kind (cpu)`; None where no estimate rests on any."""
@@ -110,6 +179,8 @@ class TimeEstimator:
         key = model.full_fingerprint
         if key not in self._parameter_counts:
             count = count_model_parameters(model)
+            if count is None and model.model.path and model.model.keep_layers is None:
+                count = CheckpointFiles(Path(model.model.path)).parameter_count
             if count is None:
                 count = self.store.get_artifact(self.scale, role, model).read_status().get("parameters")
             self._parameter_counts[key] = count
@@ -170,13 +241,6 @@ def create_estimator(
     for cell, status in cells:
         estimator.add_finished_cell(cell.training, status)
     return estimator
-
-
-def _estimate_seconds(flops: float | None) -> Estimate:
-    """Estimate the time of so many FLOPs at the nominal rate; None gives basis `nothing`."""
-    if flops is None:
-        return Estimate(None, "nothing")
-    return Estimate(flops / NOMINAL_FLOPS_PER_SECOND, "FLOPs")
 
 
 def _list_speed_fields(model: SftModel) -> list[Any]:

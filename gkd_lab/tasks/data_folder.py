@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.errors import suggest_sibling
+from gkd_lab.config.long_reads import announce_long_read
 from gkd_lab.tasks.task import SPLITS, Split
 
 _SPLIT_WORDS: Mapping[str, Split] = {
@@ -74,10 +75,12 @@ class DataFolder:
         """
         digests = _read_digest_cache(cache)
         total = hashlib.sha256()
-        files = sorted(file for files in self.files.values() for file in files)
-        for file in files:
+        keys = {}
+        for file in sorted(file for files in self.files.values() for file in files):
             stat = file.stat()
-            key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+            keys[file] = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        announce_long_read(self.path, [file for file, key in keys.items() if key not in digests])
+        for file, key in keys.items():
             if key not in digests:
                 digests[key] = _hash_file(file)
             total.update(f"{file.relative_to(self.path).as_posix()}\0{digests[key]}\n".encode())

@@ -279,6 +279,14 @@ def test_plan_and_status_work_without_pandas_and_numpy(words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_run_says_what_is_ahead_before_torch_is_loaded() -> None:
+    done = python(BLOCK, "torch", "run", "quickstart")
+    first, second, *rest = done.stderr.splitlines()
+    assert first.startswith("quickstart: 15 missing; left to do: about ")
+    assert second == "quickstart: loading torch and the libraries"
+    assert any("torch" in line for line in rest), "the import is blocked"
+
+
 def test_a_closed_output_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m gkd_lab plan nano_grid | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)

@@ -134,7 +134,9 @@ def test_two_workers_run_every_cell_once(tmp_path: Path) -> None:
     _, output = process.communicate()
     assert process.returncode == 0, output
     assert "all 4 cells are done" in output.splitlines()[-1]
-    assert all(line.startswith(("[1] ", "[2] ")) for line in output.splitlines()[:-1])
+    ahead, loading, *lines = output.splitlines()[:-1]
+    assert ahead.startswith("tiny: 4 missing; left to do: ") and loading.startswith("tiny: loading torch")
+    assert all(line.startswith(("[1] ", "[2] ")) for line in lines)
     outputs = tmp_path / "outputs"
     assert {row["status"] for row in table_of(grid, outputs)} == {"done"}
     assert sorted(count_process_starts(outputs).values()) == [1] * 6

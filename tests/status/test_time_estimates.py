@@ -8,13 +8,21 @@ import pytest
 
 from gkd_lab.config import Cell, Grid
 from gkd_lab.config.artifact_specs import ModelSpec
-from gkd_lab.config.cost import NOMINAL_FLOPS_PER_SECOND, estimate_training_flops
+from gkd_lab.config.checkpoint_files import CheckpointFiles
+from gkd_lab.config.cost import (
+    IMPORT_SECONDS,
+    NOMINAL_FLOPS_PER_SECOND,
+    estimate_training_flops,
+    get_device_rate,
+)
 from gkd_lab.status.overview import Overview, build_overview
-from gkd_lab.status.render import render_summary
+from gkd_lab.status.render import format_estimate, render_summary, render_time_left
 from gkd_lab.status.time_estimates import TimeEstimator, create_estimator
 from gkd_lab.store import Store
+from gkd_lab.store.machine import write_import_seconds
 
 from ..tables.synthetic_store import build_grid
+from ..training.scripts import llama, saved
 
 
 def write_finished_cell(
@@ -110,7 +118,8 @@ def test_the_plan_names_the_bases_of_its_estimates(tmp_path: Path) -> None:
     assert re.search(r"time of 2 cells: .*1 finished cell .*\(cpu\)", text)
     assert re.search("time of 2 cells: .*80 GFLOP/s", text)
     seconds_left = [view.seconds_left for view in overview.cells]
-    assert seconds_left[grid.cells.index(small[0])] == 0
+    trained = overview.cells[grid.cells.index(small[0])]
+    assert trained.seconds_left == trained.decoding_seconds > 0
     assert seconds_left[grid.cells.index(small[1])] == pytest.approx(40.0)
 
 
@@ -126,3 +135,61 @@ def test_the_time_of_a_loaded_model_is_estimated_once_its_size_is_recorded(tmp_p
     store.get_artifact(grid.scale, "start", loaded).finish(parameters=1000)
     built_estimate = TimeEstimator(store, grid.scale).estimate_cell(training, is_packed=False)
     assert built_estimate.seconds == estimate_training_flops(training, 1000) / NOMINAL_FLOPS_PER_SECOND  # type: ignore[operator]
+
+
+def finish_evaluation(store: Store, cell: Cell, rows: int, seconds: float) -> None:
+    record = store.get_record(cell).get_evaluation(cell.evaluations[0])
+    scores = {"accuracy": {"value": 1.0}}
+    record.write_results(cell.evaluations[0], [], scores, rows=rows, seconds_of_decoding=seconds)
+
+
+def test_decoding_is_counted_as_finished_evaluations_of_the_grid_took(tmp_path: Path) -> None:
+    grid, store = build_grid(grid={"lmbda": [0, 1]}), Store(tmp_path)
+    first, second = build_overview(grid, store, "auto").cells
+    assert first.decoding_seconds == second.decoding_seconds > 0, "by FLOPs: 50 rows of 8 + 8 tokens"
+    write_finished_cell(store, first.cell, 40.0)
+    finish_evaluation(store, first.cell, rows=25, seconds=10.0)
+    overview = build_overview(grid, store, "auto")
+    assert [view.decoding_seconds for view in overview.cells] == [0.0, 20.0], "50 rows at 0.4 s each"
+    assert overview.cells[0].seconds_left == 0
+    assert overview.decoding_bases == {"finished cells": 2, "FLOPs": 1}, "cell, start; teacher"
+    text = "\n".join(render_summary(overview))
+    assert "decoding of 2 evaluations: as finished ones took" in text
+    assert "decoding of 1 evaluation: from FLOPs at 80 GFLOP/s" in text
+
+
+def test_the_time_left_includes_loading_the_libraries_as_long_as_it_took_here(tmp_path: Path) -> None:
+    grid, store = build_grid(grid={"lmbda": [0]}), Store(tmp_path)
+    before = build_overview(grid, store, "auto")
+    write_import_seconds(tmp_path, 33.0)
+    after = build_overview(grid, store, "auto")
+    assert (before.import_seconds, after.import_seconds) == (IMPORT_SECONDS, 33.0)
+    assert after.seconds_left == pytest.approx((before.seconds_left or 0) + 33.0 - IMPORT_SECONDS)
+    assert "33 s of imports included" in render_time_left(after)
+
+
+def test_at_other_scales_an_estimate_is_in_gpu_time_and_names_its_device() -> None:
+    rate = get_device_rate("paper")
+    assert rate == get_device_rate("smol") != get_device_rate("nano") and rate.is_gpu
+    assert "A100" in rate.name and "assumed, not measured" in rate.name
+    estimates = {
+        hours: format_estimate(3600.0 * hours, "FLOPs", rate) for hours in (0.001, 0.5, 3.14159, 47, 480)
+    }
+    assert estimates == {
+        0.001: "under 1 GPU-min",
+        0.5: "30 GPU-min",
+        3.14159: "3.14 GPU-h",
+        47: "47 GPU-h",
+        480: "20 GPU-days",
+    }
+    assert format_estimate(7200.0, "finished cells", rate) == "2.0 h", (
+        "measured times are those of the machine"
+    )
+
+
+def test_a_model_in_a_folder_has_its_size_from_the_headers_of_its_weights(tmp_path: Path) -> None:
+    model = llama(1)
+    saved(model, tmp_path / "mine")
+    assert CheckpointFiles(tmp_path / "mine").parameter_count == sum(p.numel() for p in model.parameters())
+    (tmp_path / "mine/model.safetensors").write_bytes(b"cut")
+    assert CheckpointFiles(tmp_path / "mine").parameter_count is None
