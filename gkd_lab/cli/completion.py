@@ -5,6 +5,7 @@ typer asks these functions and filters what they return by what was typed. Nothi
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -66,16 +67,36 @@ def complete_experiments(incomplete: str) -> Iterator[str]:
 
 
 def complete_cells(ctx: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
-    """Yield (fingerprint, folder) of the records below the outputs folder; none for a path."""
+    """Yield (fingerprint, name) of the records below the outputs folder; none for a path.
+
+    After `--experiment EXP` they are the cells of EXP, run or not.
+    """
     if os.sep in incomplete:
         return
+    outputs = Path(ctx.params.get("outputs") or os.environ.get("GKD_LAB_OUTPUTS") or "outputs")
+    experiment = ctx.params.get("experiment")
+    names = _list_grid_cells(experiment, outputs) if experiment else _list_records(outputs)
+    yield from islice(names, _MAX_FINGERPRINTS)
+
+
+def _list_records(outputs: Path) -> Iterator[tuple[str, str]]:
+    """Yield (fingerprint, folder) of the records below the outputs folder."""
     from gkd_lab.store.lookup import iterate_records
 
-    outputs = Path(ctx.params.get("outputs") or os.environ.get("GKD_LAB_OUTPUTS") or "outputs")
-    for number, (fingerprint, record) in enumerate(iterate_records(outputs)):
-        if number >= _MAX_FINGERPRINTS:
-            return
+    for fingerprint, record in iterate_records(outputs):
         yield fingerprint, str(record.folder.relative_to(outputs))
+
+
+def _list_grid_cells(name: str, outputs: Path) -> Iterator[tuple[str, str]]:
+    """Yield (fingerprint, folder) of the cells of an experiment; none for a file that is wrong."""
+    from gkd_lab import experiments
+    from gkd_lab.config.errors import ConfigError
+
+    try:
+        grid = experiments.load(name, outputs=outputs)
+    except ConfigError:
+        return
+    yield from ((cell.fingerprint, cell.folder) for cell in grid.cells)
 
 
 def complete_score_sources(incomplete: str) -> Iterator[str]:

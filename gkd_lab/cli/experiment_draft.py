@@ -132,8 +132,8 @@ def _list_task_lines(request: Request) -> Iterator[_Line]:
     yield _state("task", proposal.task, reason)
     yield _Line("data:", data.describe_splits())
     yield _state("  source", data.source, "relative to the folder in which gkd-lab is called")
-    default_data = TASKS[proposal.task].scales[request.scale]["data"]
-    if data.config is not None or default_data.get("config") is not None:
+    defaults = TASKS[proposal.task].get_defaults(request.scale, data.source)
+    if data.config is not None or defaults["data"].get("config") is not None:
         comment = "part of the data set" if data.config else "no part of it is chosen"
         yield _state("  config", data.config, comment)
     if proposal.columns is not None:

@@ -41,7 +41,10 @@ def write_new_experiment(
     config: Annotated[
         str | None, typer.Option(help="Configuration of a hub data set, or a subfolder.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Default: the one that reads your rows.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Default: the one that reads your rows.", autocompletion=lambda: list(TASKS)),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the input.")] = None,
     target: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the output.")] = None,
     teacher: Annotated[

@@ -84,6 +84,9 @@ class Task:
                 f"data.source is missing: {self.name} has no rows of its own; give a folder of jsonl or "
                 "parquet, or a hub name (owner/name)"
             )
+        if source not in self.generators and Path(source).expanduser().is_dir():
+            # The part of the scale's hub data set is no subfolder of the user's folder.
+            settings["data"] = {name: value for name, value in settings["data"].items() if name != "config"}
         layers: list[tuple[Literal["scale", "task", "data"], Mapping[str, Any]]] = [
             ("scale", COMMON_SETTINGS[scale]),
             ("task", settings),

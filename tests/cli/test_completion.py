@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gkd_lab import experiments
 from gkd_lab.cli.command_table import COMMANDS
 from gkd_lab.cli.completion import join_bash_words
 
@@ -132,6 +133,14 @@ def test_cells_are_completed_by_the_fingerprints_below_the_outputs_folder() -> N
     assert complete_in_bash("compare", "0a") == ["0a1b2c3d"]
     assert complete_in_bash("export", "--outputs", "other", "0") == ["0aff0000"]
     assert complete_in_zsh("gkd-lab push ") == {"0a1b2c3d": "nano/arithmetic/lmbda=0_beta=1_seed=0-0a1b2c3d"}
+
+
+def test_show_completes_the_cells_of_its_experiment() -> None:
+    name = write_experiment("description: d\ntask: arithmetic\ngrid: {lmbda: [0, 1]}\n")
+    fingerprints = [cell.fingerprint for cell in experiments.load(name).cells]
+    assert sorted(complete_in_bash("show", "--experiment", name, "")) == sorted(fingerprints)
+    assert complete_in_bash("show", "--experiment", name, fingerprints[0][:3]) == [fingerprints[0]]
+    assert complete_in_bash("new", "--task", "arith") == ["arithmetic"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd_lab.tasks import Split, get_task, load_rows
+from gkd_lab.tasks import TASKS, Split, get_task, load_rows
 from gkd_lab.tasks.data_folder import DataFolder
 
 WORDS: list[tuple[str, Split]] = [
@@ -94,3 +94,11 @@ def test_what_is_left_alone_is_no_part_of_the_content(tmp_path: Path) -> None:
     assert DataFolder(tmp_path).compute_digest() == before
     write_rows(tmp_path / "val.jsonl", 3)
     assert DataFolder(tmp_path).compute_digest() != before
+
+
+def test_a_folder_is_not_read_by_the_part_of_the_scales_own_data_set(tmp_path: Path) -> None:
+    defaults = TASKS["arithmetic"].get_defaults
+    assert defaults("smol", None)["data"]["config"] == "main"
+    assert defaults("smol", "owner/name")["data"]["config"] == "main"
+    assert "config" not in defaults("smol", str(tmp_path))["data"]
+    assert defaults("nano", "made")["data"]["source"] == "made"
