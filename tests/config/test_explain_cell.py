@@ -9,6 +9,8 @@ import pytest
 from gkd_lab import experiments
 from gkd_lab.config import Grid
 from gkd_lab.config.explain_cell import ResolvedValue
+from gkd_lab.tasks import TASKS
+from gkd_lab.tasks.scale_defaults import COMMON_SETTINGS
 
 EVERYWHERE = """\
 description: d
@@ -60,7 +62,8 @@ max_grad_norm: 0.93
 def load(text: str, tmp_path: Path, **overrides: str) -> Grid:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    return experiments.load(str(path), overrides=overrides, outputs=tmp_path / "outputs")
+    outputs = tmp_path / "outputs"
+    return experiments.load(str(path), overrides=overrides, outputs=outputs, allow_missing_revisions=True)
 
 
 def explain(grid: Grid, number: int = 0) -> dict[str, ResolvedValue]:
@@ -222,3 +225,39 @@ def test_every_value_of_the_experiments_has_a_source(name: str, tmp_path: Path) 
                 if match and len(value.sources) == 1 and isinstance(value.value, int | float | str):
                     line = lines[int(match[1]) - 1]
                     assert line.strip(), value
+
+
+@pytest.mark.parametrize("name", ["lambda_beta_translation", "lambda_beta_summarization", "student_size"])
+def test_at_paper_scale_too_every_value_has_a_source(name: str, tmp_path: Path) -> None:
+    grid = experiments.load(name, scale="paper", outputs=tmp_path, allow_missing_revisions=True)
+    for cell in grid.cells[:: max(1, len(grid.cells) // 5)]:
+        assert all(value.sources for value in experiments.explain_grid_cell(grid, cell))
+
+
+def test_a_default_stands_in_the_layer_that_it_is_said_to_come_from(tmp_path: Path) -> None:
+    for scale in ("nano", "smol", "paper"):
+        for task in ("arithmetic", "summarization", "translation", "instruction"):
+            text = f"description: d\ntask: {task}\nscale: {scale}\n"
+            text += "teacher: owner/a\nstudent: owner/b\n" if scale == "smol" else ""
+            for value in explain(load(text, tmp_path)).values():
+                name = value.field.removeprefix("optimizer.")
+                if name not in COMMON_SETTINGS[scale] and name not in TASKS[task].scales[scale]:
+                    continue
+                if value.sources == (f"default of all tasks at {scale}",):
+                    assert value.value == COMMON_SETTINGS[scale][name]
+                    assert name not in TASKS[task].scales[scale]
+                elif value.sources == (f"default of {task} at {scale}",):
+                    assert value.value == TASKS[task].scales[scale][name]
+
+
+def test_a_student_and_reverse_kl_have_defaults_of_their_own(tmp_path: Path) -> None:
+    text = "description: d\ntask: summarization\nscale: paper\ngrid: {student: [small], beta: [0, 1]}\n"
+    forward, reverse = (explain(load(text, tmp_path), number) for number in (0, 1))
+    own = TASKS["summarization"].scales["paper"]["per_student"]["small"]
+    name = "training: optimizer.learning_rate"
+    assert forward[name].value == own["learning_rate"]
+    assert forward[name].sources == ("default of summarization at paper, for the student small",)
+    assert reverse[name].value == own["reverse_kl"]["learning_rate"]
+    assert reverse[name].sources == (
+        "default of summarization at paper, for the student small and reverse KL",
+    )
