@@ -82,14 +82,14 @@ def describe_kill_counts(root: Path = Path("/")) -> dict[str, Any]:
     }
 
 
-def has_killed_since(counts: Mapping[str, Any], root: Path = Path("/")) -> bool:
+def has_killed_since(counts: Mapping[str, Any], root: Path = Path("/")) -> bool | None:
     """Return whether the kernel has killed a process for lack of memory since `describe_kill_counts`.
 
-    That is in the group of the process that read the counts, or anywhere if that group is gone. False on
-    another machine, where nothing is known.
+    That is in the group of the process that read the counts, or anywhere if that group is gone. None where
+    nothing is known: on another machine, or without counts.
     """
     if counts.get("machine") != identify_machine():
-        return False
+        return None
     stored_kills: Mapping[str, int] = counts.get("group_kills") or {}
     present_kills = {path: _read_table(Path(path)).get("oom_kill") for path in stored_kills}
     if stored_kills and None not in present_kills.values():
@@ -98,7 +98,7 @@ def has_killed_since(counts: Mapping[str, Any], root: Path = Path("/")) -> bool:
         counts.get("system_kills"),
         _read_table(root / "proc/vmstat").get("oom_kill"),
     )
-    return stored_count is not None and present_count is not None and present_count > stored_count
+    return None if stored_count is None or present_count is None else present_count > stored_count
 
 
 def _read_own_paths(path: Path) -> dict[GroupFiles, str]:

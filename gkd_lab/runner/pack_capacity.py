@@ -14,6 +14,7 @@ from gkd_lab.config.packs import AUTO_PACK_SIZE, group_cells_into_packs, split_e
 from gkd_lab.runner.control_groups import describe_kill_counts, has_killed_since
 from gkd_lab.runner.memory import PackCapacity, compute_capacity, count_fitting_cells
 from gkd_lab.runner.run_options import RunOptions, select_device
+from gkd_lab.store import Record
 from gkd_lab.store.attempts import is_marked_as_killed, read_attempt, record_attempt, remove_attempts
 from gkd_lab.store.pack_limits import KeptLimit, PackLimits, Stage
 
@@ -78,32 +79,57 @@ def attempt_pack(
     records = [options.store.get_record(cell) for cell in cells]
     facts: dict[str, Any] = {
         **{"stage": stage, "cells": len(cells), "micro_batches": micro_batches},
-        **{"device": name_device_kind(), **describe_kill_counts()},
+        **{"progress": _describe_progress(records[0], stage)},
     }
-    with record_attempt(records, facts):
+    previous = read_attempt(records[0]) or {}  # of a process whose end nothing is known of
+    is_same = all(previous.get(name) == value for name, value in facts.items())
+    facts["silent_deaths"] = previous.get("silent_deaths", 0) + 1 if is_same else 0
+    with record_attempt(records, {**facts, "device": name_device_kind(), **describe_kill_counts()}):
         yield
+
+
+def _describe_progress(record: Record, stage: Stage) -> str:
+    """Return how far a record is: its newest checkpoint, or the number of its finished evaluations."""
+    if stage == "evaluation":
+        return f"{len(list(record.folder.glob('evaluations/*/status.json')))} evaluations"
+    return max((path.name for path in record.steps_folder.glob("checkpoint-*")), key=_sort_key, default="")
+
+
+def _sort_key(name: str) -> tuple[int, str]:
+    """Return a key that sorts names which end with numbers by these: by length, then as text."""
+    return len(name), name
 
 
 def absorb_kills(cells: Sequence[Cell], options: RunOptions) -> None:
     """Lower the capacity if the kernel killed a process for lack of memory while it worked on these cells.
 
-    The caller holds the cells' locks. What killed processes have left in the records is removed.
+    Of a process on another machine that is not known: the second one in a row that ended without a word, and
+    without progress, counts as such a kill. The caller holds the cells' locks.
     """
     for cell in cells:
         record = options.store.get_record(cell)
         attempt = read_attempt(record)
         if attempt is None:
             continue
-        if is_marked_as_killed(attempt) or has_killed_since(attempt):
-            _lower_after_kill(cell, attempt, options)
+        was_killed = True if is_marked_as_killed(attempt) else has_killed_since(attempt)
+        if was_killed is None and not attempt.get("silent_deaths"):
+            continue  # the next attempt counts this death
+        if was_killed is not False:
+            cause = "killed for lack of memory" if was_killed else "ended twice without a word"
+            _lower_after_kill(cell, attempt, cause, options)
         remove_attempts([record])
 
 
-def _lower_after_kill(cell: Cell, attempt: dict[str, Any], options: RunOptions) -> None:
+def forget_attempts(cells: Sequence[Cell], options: RunOptions) -> None:
+    """Remove what is left of earlier processes' attempts, once all work on the cells is done."""
+    remove_attempts([options.store.get_record(cell) for cell in cells])
+
+
+def _lower_after_kill(cell: Cell, attempt: dict[str, Any], cause: str, options: RunOptions) -> None:
     """Keep half of the cells that were in memory, or for a single cell smaller micro-batches, and say so."""
     tried, stage = int(attempt["cells"]), attempt["stage"]
     plural = "s" if tried > 1 else ""
-    reason = f"killed for lack of memory with {tried} cell{plural} as one model"
+    reason = f"{cause} with {tried} cell{plural} as one model"
     micro_batches = 1
     if tried == 1:
         rows = cell.training.batch_size

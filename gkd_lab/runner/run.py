@@ -16,7 +16,7 @@ from gkd_lab.runner.outcome import (
     format_artifact_failure,
     list_runnable_cells,
 )
-from gkd_lab.runner.pack_capacity import absorb_kills, split_packs
+from gkd_lab.runner.pack_capacity import absorb_kills, forget_attempts, split_packs
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.runner.tf32 import check_tf32
 from gkd_lab.runner.train_cells import train_cells
@@ -118,6 +118,7 @@ def _run_pack(cells: Sequence[Cell], options: RunOptions) -> None:
             absorb_kills(cells, options)
             train_cells(cells, options)
             evaluate_cells(cells, options)
+            forget_attempts(cells, options)
         if options.tracker.tracks_finished_cells:
             for cell in cells:
                 options.tracker.start_run(cell, options.store.get_record(cell))

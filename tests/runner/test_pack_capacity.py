@@ -16,7 +16,13 @@ from gkd_lab.config.packs import AUTO_PACK_SIZE
 from gkd_lab.config.units import plan_units
 from gkd_lab.runner import pack_capacity
 from gkd_lab.runner.memory import PackCapacity
-from gkd_lab.runner.pack_capacity import absorb_kills, keep_capacity, keep_shortage, split_packs
+from gkd_lab.runner.pack_capacity import (
+    absorb_kills,
+    attempt_pack,
+    keep_capacity,
+    keep_shortage,
+    split_packs,
+)
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.run import run_grid
 from gkd_lab.runner.run_options import RunOptions
@@ -149,6 +155,45 @@ def test_death_without_evidence_of_a_kill_for_memory_changes_no_pack(tmp_path: P
     absorb_kills(grid.cells, run_options)
     assert keep_capacity(grid.cells, "training", run_options, lambda: (1, GIB)) == PackCapacity(6)
     assert text.getvalue() == ""
+
+
+def die_in_attempt(grid: Grid, run_options: RunOptions, machine: str = "far") -> None:
+    """Leave what a process on a machine leaves that is killed in a training of all cells."""
+    paths = [run_options.store.get_record(cell).folder / "attempt.json" for cell in grid.cells]
+    with attempt_pack(grid.cells, "training", run_options):
+        attempts = [json.loads(path.read_text()) for path in paths]
+    for path, attempt in zip(paths, attempts, strict=True):
+        path.write_text(json.dumps({**attempt, "machine": machine}))
+
+
+def test_second_silent_death_in_a_row_on_other_machines_halves_the_pack(tmp_path: Path) -> None:
+    grid = tiny_grid(tmp_path, "arithmetic")
+    run_options, text = record_text(tmp_path / "outputs")
+    checkpoint = run_options.store.get_record(grid.cells[0]).steps_folder / "checkpoint-9"
+    for progress in (checkpoint, checkpoint.with_name("checkpoint-10")):
+        die_in_attempt(grid, run_options)
+        absorb_kills(grid.cells, run_options)
+        progress.mkdir(parents=True)
+    assert text.getvalue() == "", "each got further than the one before"
+    die_in_attempt(grid, run_options)
+    absorb_kills(grid.cells, run_options)
+    die_in_attempt(grid, run_options, "farther")
+    absorb_kills(grid.cells, run_options)
+    reason = "ended twice without a word with 6 cells as one model"
+    assert text.getvalue().count(f"{reason}; going on with 3 at a time") == 1
+    assert keep_capacity(grid.cells, "training", run_options, lambda: (1, GIB)) == PackCapacity(3, reason)
+    assert list(run_options.outputs.rglob("attempt.json")) == []
+
+
+def test_finished_cells_keep_no_attempt_of_a_killed_process(tmp_path: Path) -> None:
+    changes = {"grid": {"lmbda": [0.5, 1]}, "evaluations": [{"decoding": "greedy"}]}
+    grid = tiny_grid(tmp_path, "arithmetic", **changes)
+    run_options = options(tmp_path / "outputs")
+    assert run_grid(grid, run_options).failures == []
+    leave_attempt(grid, run_options.outputs, 2, was_killed=False)
+    assert run_grid(grid, run_options).failures == []
+    assert list(run_options.outputs.rglob("attempt.json")) == []
+    assert {len(run_options.store.get_record(cell).read_provenance()["pack"]) for cell in grid.cells} == {2}
 
 
 def test_single_cell_that_was_killed_starts_with_smaller_micro_batches(tmp_path: Path) -> None:
