@@ -266,7 +266,9 @@ def test_cell_too_large_alone_fails_and_others_finish(outputs: Path, monkeypatch
     grid = tiny_grid(outputs.parent, "arithmetic", **changes)
     (line,) = run_grid(grid, options(outputs, pack=4)).failures
     assert grid.cells[0].fingerprint in line
-    assert "MemoryError: no room" in line
+    assert "out of memory even with one row at a time" in line
+    status = Store(outputs).get_record(grid.cells[0]).read_status()
+    assert "MemoryError: no room" in status["traceback"], "the cause"
     assert tried == [3, 2, *[1] * 3, 1, 1], "the first cell with 4, 2 and 1 rows at a time"
     assert [Store(outputs).get_record(cell).read_state() for cell in grid.cells] == ["failed", "done", "done"]
 
