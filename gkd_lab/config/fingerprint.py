@@ -6,7 +6,7 @@ field marked `DefaultFrom` while it has its old value, so that records older tha
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from json.encoder import encode_basestring
@@ -77,25 +77,50 @@ def compute_fingerprint(canonical: str) -> str:
 
 def canonical_json(value: Any) -> str:
     """Return a value as canonical JSON text, keys sorted; ConfigError for one without a stable form."""
+    encode = _ENCODERS.get(type(value))
+    return _encode_other_type(value) if encode is None else encode(value)
+
+
+def _encode_float(value: float) -> str:
+    """Return a finite number, as an integer if it is one; ConfigError for infinity and NaN."""
+    if not math.isfinite(value):
+        raise ConfigError(f"{value!r} has no canonical JSON: a spec holds finite numbers only")
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _encode_list(values: Iterable[Any]) -> str:
+    """Return the values as a JSON array."""
+    return "[" + ",".join([canonical_json(value) for value in values]) + "]"
+
+
+def _encode_mapping(values: Mapping[Any, Any]) -> str:
+    """Return a mapping as a JSON object with sorted keys."""
+    items = sorted((str(key), item) for key, item in values.items())
+    return "{" + ",".join([f"{encode_basestring(k)}:{canonical_json(v)}" for k, v in items]) + "}"
+
+
+# By type: `isinstance` of a pydantic model takes longer than all else, and a spec is mostly plain values.
+_ENCODERS: dict[type, Callable[[Any], str]] = {
+    str: encode_basestring,
+    type(None): lambda _: "null",
+    bool: lambda value: "true" if value else "false",
+    int: str,
+    float: _encode_float,
+    tuple: _encode_list,
+    list: _encode_list,
+    dict: _encode_mapping,
+}
+
+
+def _encode_other_type(value: Any) -> str:
+    """Return canonical JSON of a spec, or of a value of a type derived from a plain one; ConfigError else."""
     if isinstance(value, Frozen):
         return value.canonical_json
-    if isinstance(value, str):
-        return encode_basestring(value)
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ConfigError(f"{value!r} has no canonical JSON: a spec holds finite numbers only")
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, tuple | list):
-        return "[" + ",".join(canonical_json(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        items = sorted((str(key), item) for key, item in value.items())
-        return "{" + ",".join(f"{encode_basestring(k)}:{canonical_json(v)}" for k, v in items) + "}"
+        return _encode_mapping(value)
+    for plain_type in (str, int, float, tuple, list):
+        if isinstance(value, plain_type):
+            return _ENCODERS[plain_type](value)
     raise ConfigError(f"{value!r} ({type(value).__name__}) has no canonical JSON, so it has no fingerprint")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gkd_lab.store.files import write_bytes
 
-_INDEX_VERSION = 4
+_INDEX_VERSION = 5
 """Raised when the cached facts change."""
 _MIN_RECORDS = 500
 """Records below which reading them is as fast."""

@@ -20,7 +20,6 @@ from gkd_lab.tables.results import (
     TableModel,
     list_models,
     read_results,
-    read_step_seconds,
 )
 from gkd_lab.tables.rows import find_shared_label, list_extra_axes, list_requested_metrics
 from gkd_lab.tables.table import convert_integers
@@ -247,7 +246,8 @@ def _list_blocks(number: int, model: TableModel, result: ModelResults) -> Iterat
         metrics, origins = _list_origins(requested, part.scores, part.is_added)
         yield _ScoreBlock(number, part.name, settings, part.state, metrics, origins, part.scores)
     if model.role == "cell" and result.training == "done":
-        step_seconds = read_step_seconds(model.record, model.cells[0].training.steps)
+        total, steps = result.unbroken_seconds, model.cells[0].training.steps
+        step_seconds = None if total is None else total / steps
         seconds = {"train_seconds": result.train_seconds, "step_seconds": step_seconds}
         times = {name: {"value": value} for name, value in seconds.items() if value is not None}
         yield _ScoreBlock(number, None, {}, None, list(times), [None] * len(times), times)

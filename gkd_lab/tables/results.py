@@ -75,6 +75,8 @@ class ModelResults:
     training: State
     train_seconds: float | None
     """Work seconds of a done training, if they were recorded."""
+    unbroken_seconds: float | None
+    """Seconds of a training that ran alone and unbroken, if they were recorded."""
 
 
 def list_models(grid: Grid, store: Store) -> list[TableModel]:
@@ -126,7 +128,7 @@ class _ReadingPlan:
         self.folders = list(names)
         self.evaluations = [(names[e.folder], e, frozenset(e.metrics)) for e in evaluations]
         parts = [f"evaluations/{folder}/{name}" for folder in self.folders for name in _EVALUATION_FILES]
-        self.files = ["status.json", "evaluations", *parts]
+        self.files = ["status.json", "provenance.json", "evaluations", *parts]
 
 
 def _read_model(model: TableModel, plan: _ReadingPlan, index: RecordIndex) -> ModelResults:
@@ -150,6 +152,7 @@ def _read_model(model: TableModel, plan: _ReadingPlan, index: RecordIndex) -> Mo
         error=next(filter(None, errors), None),
         training=state.training,
         train_seconds=facts["seconds"],
+        unbroken_seconds=facts["unbroken_seconds"],
     )
 
 
@@ -163,6 +166,7 @@ def _collect_facts(record: Record, plan: _ReadingPlan) -> RecordFacts:
         "state": state,
         "error": get_error_line(status),
         "seconds": status.get("seconds") if state == "done" else None,
+        "unbroken_seconds": _read_unbroken_seconds(record) if state == "done" else None,
         "evaluations": [_collect_evaluation_facts(EvaluationRecord(folder / name)) for name in plan.folders],
         "has_added": any(name.startswith("lm_eval-") for name in names.difference(plan.folders)),
     }
@@ -210,11 +214,17 @@ def measure_step_seconds(grid: Grid, store: Store) -> dict[str, float]:
 
 
 def read_step_seconds(record: Record, steps: int) -> float | None:
-    """Return a training's recorded seconds per step; None unless it ran alone and unbroken.
+    """Return a training's recorded seconds per step; None unless it ran alone and unbroken."""
+    seconds = _read_unbroken_seconds(record)
+    return None if seconds is None else seconds / steps
+
+
+def _read_unbroken_seconds(record: Record) -> float | None:
+    """Return a training's recorded seconds; None unless it ran alone and unbroken.
 
     The time of a pack is that of all of its members, so it does not tell the time of one.
     """
     provenance = record.read_provenance()
     seconds = provenance.get("spent", {}).get("seconds")
     ran_alone = len(provenance.get("pack", ())) == 1 and not provenance.get("resumed_at_step")
-    return float(seconds) / steps if seconds is not None and ran_alone else None
+    return float(seconds) if seconds is not None and ran_alone else None

@@ -38,6 +38,14 @@ def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end() -> None:
     assert compute_interquartile_mean(np.array([1.0, 2.0, 6.0])) == 3.0
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 15, 100])
+def test_the_interquartile_mean_is_scipy_s_trimmed_mean(count: int) -> None:
+    from scipy.stats import trim_mean
+
+    scores = np.random.default_rng(count).normal(size=count)
+    assert compute_interquartile_mean(scores) == trim_mean(scores, 0.25)
+
+
 def test_scores_are_normalised_by_task_between_sft_student_and_teacher(tmp_path: Path) -> None:
     def score(cell: Cell) -> float:
         return 30.0 + 6 * cell.seed + 30 * cell.lmbda * (cell.task == "arithmetic")

@@ -83,16 +83,16 @@ def cut_end(content: bytes) -> bytes:
 
 
 def age_version(content: bytes) -> bytes:
-    return content.replace(b'"version": 4', b'"version": 2')
+    return content.replace(b'"version": 5', b'"version": 4')
 
 
 DAMAGES: list[Callable[[bytes], bytes]] = [
     *(damage_byte, cut_end, age_version),
     *(
         lambda content, text=text: text
-        for text in (b"", b"\n", b"[]\n", b"\xff\n\n", b"{}", b'{"version": 4}')
+        for text in (b"", b"\n", b"[]\n", b"\xff\n\n", b"{}", b'{"version": 5}')
     ),
-    lambda _: b'{"version": 2, "layouts": [], "records": {}}\n',  # as written until the header was added
+    lambda _: b'{"version": 4, "layouts": [], "records": {}}\n',  # as written until the header was added
 ]
 
 

@@ -77,6 +77,27 @@ def test_what_changed_is_read_again(store: Store) -> None:
     assert get_row(store)["status"] == "missing"
 
 
+def test_seconds_of_an_unbroken_training_come_from_the_index_and_follow_its_provenance(store: Store) -> None:
+    record = store.get_record(CELL)
+
+    def read_step_seconds() -> list[float]:
+        long = build_long_table(GRID, store)
+        chosen = (long["cell"] == CELL.fingerprint) & (long["metric"] == "step_seconds")
+        return list(long[chosen]["value"])
+
+    assert read_step_seconds() == []
+    record.write_provenance({"pack": ["a"], "spent": {"seconds": 5.0}})
+    os.utime(record.folder / "provenance.json", (LONG_AGO, LONG_AGO))
+    steps = CELL.training.steps
+    assert read_step_seconds() == [5.0 / steps]
+    path = record.folder / "provenance.json"
+    path.write_text(path.read_text().replace("5.0", "7.0"))  # in place, with its old time and size
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    assert read_step_seconds() == [5.0 / steps]
+    record.write_provenance({"pack": ["a", "b"], "spent": {"seconds": 5.0}})
+    assert read_step_seconds() == []
+
+
 def test_an_added_lm_eval_task_appears_although_the_record_is_in_the_index(store: Store) -> None:
     assert list(get_row(store)["evaluations"]) == ["greedy", "sample0.5"]
     task = LmEvalEvaluation(lm_eval="0.4", task="mmlu")
