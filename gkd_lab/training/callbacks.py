@@ -12,16 +12,18 @@ if TYPE_CHECKING:
 
 
 class ParameterViewsCallback(TrainerCallback):
-    """Points the optimizer's parameters to the pack's weights again after the Trainer has moved the model."""
+    """Keeps a pack's weights and the optimizer's views of them together, and failed cells as they were."""
 
     def __init__(self, strategy: "PackStrategy") -> None:
         self.strategy = strategy
 
     def on_train_begin(self, *args: Any, **state: Any) -> None:
-        """Set each optimizer parameter's `.data` to its cell's slice of the pack's (moved) weights."""
-        for n, parameters in enumerate(self.strategy.cell_parameters):
-            for name, weight in self.strategy.pack.get_cell_parameters(n).items():
-                parameters[name].data = weight
+        """Point the optimizer's parameters to the weights again: the Trainer may have moved the model."""
+        self.strategy.renew_views()
+
+    def on_optimizer_step(self, *args: Any, **state: Any) -> None:
+        """Undo what the step did to failed cells."""
+        self.strategy.frozen.restore_weights()
 
 
 class AuxiliaryUpdateCallback(TrainerCallback):

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd_lab.store.file_hashes import compute_sha256
 from gkd_lab.store.files import remove_folder
@@ -107,21 +106,19 @@ def remove_other_checkpoints(output_dir: str, step: int) -> None:
 
 
 def save_cell_checkpoint(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    parameter_views: Mapping[str, nn.Parameter],
-    optimizer: Any,
+    folder: Path, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Any]
 ) -> None:
-    """Write one cell's weights to `model.safetensors`, its optimizer state to `optimizer.*`."""
+    """Write one cell's weights to `model.safetensors`, its optimizer state to `optimizer.*`.
+
+    optimizer_state: `ENTRY:NAME` -> tensor or number, as `load_optimizer_state` returns it.
+    """
     save_file({n: v.contiguous().cpu() for n, v in weights.items()}, folder / "model.safetensors")
-    tensors, scalars = {}, {}
-    for name, view in parameter_views.items():
-        for entry, value in optimizer.state.get(view, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{entry}:{name}"] = value.detach().contiguous().cpu()
-            else:
-                scalars[f"{entry}:{name}"] = value
-    save_file(tensors, folder / "optimizer.safetensors")
+    tensors = {key: value for key, value in optimizer_state.items() if isinstance(value, Tensor)}
+    save_file(
+        {key: value.detach().contiguous().cpu() for key, value in tensors.items()},
+        folder / "optimizer.safetensors",
+    )
+    scalars = {key: value for key, value in optimizer_state.items() if key not in tensors}
     (folder / "optimizer.json").write_text(json.dumps(scalars))
 
 
@@ -130,18 +127,10 @@ def load_checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def load_optimizer_state(folder: Path, parameter_views: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-    """Load a cell's saved optimizer state into `optimizer`, in place; names map to `parameter_views`."""
-    entries: dict[str, Any] = dict(load_file(folder / "optimizer.safetensors"))
-    entries.update(json.loads((folder / "optimizer.json").read_text()))
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for key, value in entries.items():
-        entry, _, name = key.partition(":")
-        view = parameter_views[name]
-        # AdamW's step counter stays on its device; everything else is on its parameter's.
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            value = value.to(view.device)
-        inner.state[view][entry] = value
+def load_optimizer_state(folder: Path) -> dict[str, Any]:
+    """Return a cell's saved optimizer state: `ENTRY:NAME` -> tensor on the CPU, or number."""
+    tensors: dict[str, Any] = load_file(folder / "optimizer.safetensors")
+    return tensors | json.loads((folder / "optimizer.json").read_text())
 
 
 def set_scheduler_step(scheduler: Any, optimizer: Any, step: int) -> None:

@@ -1,11 +1,10 @@
 """Update and save students: a single model by transformers' Trainer, a pack cell by cell.
 
-A pack's optimizer sees each cell's weights as parameters of their own, views with the shapes of a plain
-model, so that an optimizer whose step depends on a tensor's shape (Adafactor) does what it would do alone.
-Shapes: K cells.
+A pack's optimizer sees views of its weights (`pack_optimizer`): clipping, learning rate and checkpoints are a
+cell's own. Shapes: K cells.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gkd_lab.losses.cell_arguments import CellArguments
 from gkd_lab.models.forward import Sequences
-from gkd_lab.models.packing import Pack
 from gkd_lab.models.projection import HALF_DTYPES
 from gkd_lab.training import checkpoints
 from gkd_lab.training.adapters import TaskAdapter
 from gkd_lab.training.callbacks import ParameterViewsCallback
+from gkd_lab.training.pack_optimizer import (
+    STACKABLE_OPTIMIZERS,
+    FrozenCells,
+    ParameterBlock,
+    build_blocks,
+    build_parameter_groups,
+    hand_over_gradients,
+    list_trainable_weights,
+)
 
 if TYPE_CHECKING:
     from gkd_lab.training.pack_trainer import PackTrainer
-
-CellParameters = list[dict[str, nn.Parameter]]
-"""For each cell name -> parameter, in the shape of a plain model."""
 
 
 class StudentStrategy:
@@ -36,7 +39,6 @@ class StudentStrategy:
 
     def __init__(self, trainer: "PackTrainer") -> None:
         self.trainer = trainer
-        self.cell_parameters: CellParameters = []
 
     def prepare(self) -> None:
         """Do nothing: a single model fits every placement (a pack checks its own)."""
@@ -97,11 +99,18 @@ class StudentStrategy:
 
 
 class PackStrategy(StudentStrategy):
-    """Updates and saves K students in one model: optimizer groups, clipping and checkpoints per cell."""
+    """Updates and saves K students in one model: optimizer groups, clipping and checkpoints per cell.
+
+    Attributes:
+        blocks: What the optimizer updates; empty before it exists.
+        frozen: Weights of failed cells.
+    """
 
     def __init__(self, trainer: "PackTrainer") -> None:
         super().__init__(trainer)
         self.pack = trainer.pack
+        self.blocks: list[ParameterBlock] = []
+        self.frozen = FrozenCells(self.pack)
 
     def prepare(self) -> None:
         """Raise ValueError for FSDP, DeepSpeed or vLLM; add the callback that renews the parameter views."""
@@ -116,17 +125,25 @@ class PackStrategy(StudentStrategy):
         trainer.add_callback(ParameterViewsCallback(self))
 
     def create_optimizer(self, create: Callable[[], Any]) -> Any:
-        """Set and return `trainer.optimizer`, with parameter groups for each cell; `create` is not called.
-
-        Creates the parameter views, whose shapes are those of a plain model.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        self.cell_parameters = create_parameter_views(self.pack)
-        decayed = set(trainer.get_decay_parameter_names(self.pack.unpack_cell(0)))
-        optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-        groups = build_parameter_groups(self.cell_parameters, trainer.cells, decayed, args.weight_decay)
-        trainer.optimizer = optimizer_class(groups, **options)
+        """Set and return `trainer.optimizer`, with groups for each learning rate; `create` is not called."""
+        trainer = self.trainer
+        optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        rates = [cell.learning_rate for cell in trainer.cells]
+        self.blocks = build_blocks(self.pack, rates, stacked=optimizer_class in STACKABLE_OPTIMIZERS)
+        trainer.optimizer = optimizer_class(self._build_groups(), **options)
         return trainer.optimizer
+
+    def _build_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups of the present blocks, in an order that the cells alone decide."""
+        trainer = self.trainer
+        decayed = set(trainer.get_decay_parameter_names(self.pack.unpack_cell(0)))
+        return build_parameter_groups(self.blocks, trainer.cells, decayed, trainer.args.weight_decay)
+
+    def renew_views(self) -> None:
+        """Point the optimizer's parameters to the pack's weights again, after the model was moved."""
+        weights = list_trainable_weights(self.pack)
+        for block in self.blocks:
+            block.renew_views(weights)
 
     def clip_gradients(self, clip: Callable[[], Any]) -> None:
         """Do nothing and return None: `clip_and_record_norms` clips each cell."""
@@ -140,7 +157,8 @@ class PackStrategy(StudentStrategy):
         norms = clip_cell_gradients(trainer.model, trainer.args.max_grad_norm)
         trainer.metrics.add_grad_norms(norms)
         trainer.check_step(norms)
-        hand_over_gradients(trainer.model, self.cell_parameters, trainer.failures.keys())
+        self.frozen.freeze_cells(trainer.failures.keys())
+        hand_over_gradients(trainer.model, self.blocks, trainer.failures.keys())
         if not trainer.failures:
             return norms.mean()
         is_running = trainer.mask_running_cells(norms.device)
@@ -155,9 +173,10 @@ class PackStrategy(StudentStrategy):
             if n in trainer.failures:
                 continue
             path = checkpoints.build_checkpoint_path(cell.output_dir, step)
+            block = next(block for block in self.blocks if n in block.cells)
             with checkpoints.create_folder_atomically(path) as folder:
                 checkpoints.save_cell_checkpoint(
-                    folder, self.pack.get_cell_parameters(n), self.cell_parameters[n], trainer.optimizer
+                    folder, self.pack.get_cell_parameters(n), block.read_cell_state(n, trainer.optimizer)
                 )
                 trainer.save_extra_state(n, folder)
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
@@ -178,9 +197,30 @@ class PackStrategy(StudentStrategy):
         if checkpoint is None:
             return
         trainer = self.trainer
-        for n, folder in self._list_cell_checkpoints(checkpoint):
-            checkpoints.load_optimizer_state(folder, self.cell_parameters[n], trainer.optimizer)
+        states = [
+            checkpoints.load_optimizer_state(folder) for _, folder in self._list_cell_checkpoints(checkpoint)
+        ]
+        self._separate_cells(states)
+        for block in self.blocks:
+            block.write_state([states[n] for n in block.cells], trainer.optimizer)
         checkpoints.set_scheduler_step(trainer.lr_scheduler, trainer.optimizer, trainer.state.global_step)
+
+    def _separate_cells(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Divide blocks whose cells have made different numbers of updates, as in packs of their own in fp16.
+
+        states: of each cell, as `read_cell_state` returns them.
+        """
+        if not any(block.is_stacked for block in self.blocks):
+            return
+        counters = [
+            tuple(sorted((key, float(value)) for key, value in entries.items() if _is_number(value)))
+            for entries in states
+        ]
+        rates = [cell.learning_rate for cell in self.trainer.cells]
+        self.blocks = build_blocks(self.pack, [*zip(rates, counters, strict=True)], stacked=True)
+        groups = self._build_groups()
+        for group, new_group in zip(self.trainer.optimizer.param_groups, groups, strict=True):
+            group["params"] = new_group["params"]
 
     def _list_cell_checkpoints(self, checkpoint: str) -> Iterator[tuple[int, Path]]:
         """Yield (cell number, its own checkpoint folder of the step of `checkpoint`) for every cell."""
@@ -201,34 +241,6 @@ class PackStrategy(StudentStrategy):
         return None, None
 
 
-def create_parameter_views(pack: Pack) -> CellParameters:
-    """Return a dict name -> parameter for each cell: views of its slice of the pack's trainable weights."""
-    return [
-        {name: nn.Parameter(view) for name, view in pack.get_cell_parameters(n).items()}
-        for n in range(pack.size)
-    ]
-
-
-def build_parameter_groups(
-    cell_parameters: CellParameters,
-    cells: Sequence[CellArguments],
-    decayed: Collection[str],
-    weight_decay: float,
-) -> list[dict[str, object]]:
-    """Build up to two optimizer groups per learning rate: decayed weights, and others without decay.
-
-    A group is updated at once, so that cells of one rate cost no more launches than a single one.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for cell, named_parameters in zip(cells, cell_parameters, strict=True):
-        for name, parameter in named_parameters.items():
-            groups.setdefault((cell.learning_rate, name in decayed), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": weight_decay if is_decayed else 0.0}
-        for (rate, is_decayed), parameters in groups.items()
-    ]
-
-
 def clip_cell_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip each cell's gradient to max_norm (None or 0: not at all); return the norms before, (K,).
 
@@ -244,17 +256,11 @@ def clip_cell_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     return norms
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether an entry of an optimizer's state is one number, such as a counter of steps."""
+    return not isinstance(value, Tensor) or value.dim() == 0
+
+
 def _widen(values: Tensor) -> Tensor:
     """Return half-precision values in float32, others unchanged."""
     return values.float() if values.dtype in HALF_DTYPES else values
-
-
-def hand_over_gradients(model: nn.Module, cell_parameters: CellParameters, failed: Collection[int]) -> None:
-    """Give each cell's views their slice of the pack's gradient; those of failed cells get None.
-
-    Their weights stay then.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            for n, (parameters, gradient) in enumerate(zip(cell_parameters, parameter.grad, strict=True)):
-                parameters[name].grad = None if n in failed else gradient

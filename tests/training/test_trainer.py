@@ -83,8 +83,8 @@ def test_adafactor_of_a_member_is_that_of_transformers(tmp_path: Path) -> None:
 
     def watch(trainer: GKDTrainer) -> None:
         def before_step(*_: Any) -> None:
-            for n, views in enumerate(trainer.strategy.cell_parameters):
-                gradients = {k: v.grad.clone() for k, v in views.items() if v.grad is not None}
+            for n, block in enumerate(trainer.strategy.blocks):
+                gradients = {k: v.grad.clone() for k, v in block.parameters.items() if v.grad is not None}
                 seen[n].append(gradients)
 
         trainer.create_optimizer()
