@@ -6,16 +6,18 @@ On a GPU a small student waits for the host, which launches kernels one by one a
 result. Both can be counted on any machine: kernels are the operators that PyTorch dispatches, without views
 and bare allocations (a fused or `foreach` operator is one); waits are what reads a tensor's values into
 Python (`item`, `tolist`, `cpu`, `bool`) or has a size that depends on them (`nonzero`, an index by a mask).
-Tensors are tiny and there is one thread, so that milliseconds are those of the host. TRL's GKDTrainer takes
-the same rows, models and coin.
+Tensors are tiny and there is one thread, so that milliseconds of the processor are those of the host. TRL's
+GKDTrainer takes the same rows, models and coin.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +32,6 @@ import torch
 import transformers
 from grid import (
     BETAS,
-    LMBDAS,
     Grid,
     Shape,
     build_model,
@@ -60,6 +61,8 @@ TINY = Grid("tiny", Shape(4, 16, 32, 2), Shape(4, 16, 32, 2), 600, 4, 12, 48)
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 WAITING_METHODS = ("tolist", "cpu", "numpy")
+TIMED_STEPS = 4
+"""Steps that are timed, as a multiple of those that are counted."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,15 @@ def build_trl_trainer(grid: Grid, lmbda: float, steps: int, folder: str, callbac
 
 
 def build_varied_trainer(
-    grid: Grid, lmbda: float, steps: int, folder: str, callback: Any, *, n_cells: int, n_seeds: int
+    grid: Grid,
+    lmbda: float,
+    steps: int,
+    folder: str,
+    callback: Any,
+    *,
+    n_cells: int,
+    n_seeds: int,
+    n_rates: int,
 ) -> GKDTrainer:
     """Build our trainer of `n_cells` cells that differ in divergence, rate and seed, all at one lmbda."""
     cells = [
@@ -170,7 +181,7 @@ def build_varied_trainer(
             temperature=1.0,
             teacher_temperature=1.0,
             student_temperature=1.0,
-            learning_rate=1e-5 * (1 + n % len(LMBDAS)),
+            learning_rate=1e-5 * (1 + n % n_rates),
             output_dir=f"{folder}/{n}",
         )
         for n in range(n_cells)
@@ -181,12 +192,12 @@ def build_varied_trainer(
 
 def measure(build: Callable[..., Any], grid: Grid, lmbda: float, steps: int) -> tuple[StepCounts, Counter]:
     """Return the counts of a step, and which operators they are: one run counts, another is timed."""
-    operators, clock = OperatorCounter(), StepClock()
+    operators, clock = OperatorCounter(), StepClock(time.process_time)
     counter = StepCounter(operators)
-    for callback in (counter, clock):
+    for callback, count in ((counter, steps), (clock, TIMED_STEPS * steps)):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = build(grid, lmbda, steps, folder, callback)
+            trainer = build(grid, lmbda, count, folder, callback)
             trainer.remove_callback(transformers.PrinterCallback)
             with contextlib.ExitStack() as stack:
                 if callback is counter:
@@ -205,12 +216,14 @@ def measure(build: Callable[..., Any], grid: Grid, lmbda: float, steps: int) -> 
 
 # ---- the table ----
 
-CASES: dict[str, tuple[int, int] | None] = {
+CASES: dict[str, tuple[int, int, int] | None] = {
     "TRL, one cell": None,
-    "ours, K = 1": (1, 1),
-    "ours, K = 15, one seed": (15, 1),
-    "ours, K = 15, three seeds": (15, 3),
+    "ours, K = 1": (1, 1, 1),
+    "ours, K = 15, one seed": (15, 1, 3),
+    "ours, K = 15, three seeds": (15, 3, 3),
+    "ours, K = 15, one seed and rate": (15, 1, 1),
 }
+"""Numbers of cells, of seeds and of learning rates, which alternate; None: TRL."""
 
 
 def measure_cases(grid: Grid, steps: int, n_cells: int, *, detail: bool) -> dict[str, dict[str, Any]]:
@@ -219,10 +232,9 @@ def measure_cases(grid: Grid, steps: int, n_cells: int, *, detail: bool) -> dict
     for name, case in CASES.items():
         build: Callable[..., Any] = build_trl_trainer
         if case is not None:
-            count, n_seeds = (min(case[0], n_cells), case[1])
+            options = {"n_cells": min(case[0], n_cells), "n_seeds": case[1], "n_rates": case[2]}
 
-            def build(*args: Any, _count: int = count, _seeds: int = n_seeds) -> GKDTrainer:
-                return build_varied_trainer(*args, n_cells=_count, n_seeds=_seeds)
+            build = functools.partial(build_varied_trainer, **options)  # type: ignore[arg-type]
 
         label = name.replace("15", str(n_cells))
         figures[label] = {}

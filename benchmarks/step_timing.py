@@ -123,9 +123,10 @@ def read_clock() -> float:
 
 
 class StepClock(TrainerCallback):
-    """Measures the seconds of each step but the first, and of the parts of a step."""
+    """Measures the seconds of each step but the first, by `read_time`, and of the parts of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_time: Callable[[], float] | None = None) -> None:
+        self.read_time = read_time or read_clock
         self.step_seconds: list[float] = []
         self.part_seconds: list[dict[str, float]] = []
         self._current_parts: dict[str, float] = defaultdict(float)
@@ -137,7 +138,7 @@ class StepClock(TrainerCallback):
         return len(self.step_seconds) + (self._last_end is not None)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        end = read_clock()
+        end = self.read_time()
         if self._last_end is not None:
             self.step_seconds.append(end - self._last_end)
             self.part_seconds.append(dict(self._current_parts))

@@ -90,13 +90,14 @@ def _make_index_column(indices: Sequence[int]) -> Tensor | None:
 def _pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     """Return (ids, mask), both (N, longest row), of lists of ids padded on the left or right."""
     width = max(1, *(len(row) for row in rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, span] = torch.tensor(row, dtype=torch.long)
-        mask[index, span] = 1
-    return ids, mask
+    padded_ids, masks = [], []
+    for row in rows:
+        padding = width - len(row)
+        ids, mask = [pad_id] * padding, [0] * padding
+        padded_ids.append([*ids, *row] if left else [*row, *ids])
+        masks.append([*mask, *[1] * len(row)] if left else [*[1] * len(row), *mask])
+    # One tensor of all rows: filled row by row, it costs an operator for each of them.
+    return torch.tensor(padded_ids, dtype=torch.long), torch.tensor(masks, dtype=torch.long)
 
 
 @dataclass(frozen=True)

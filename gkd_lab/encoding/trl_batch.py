@@ -42,8 +42,7 @@ def build_trl_batch(batch: Sequences, *, is_encoder_decoder: bool = False) -> di
     ids, mask = batch.prompt_ids, batch.prompt_mask
     labels = batch.completion_ids.masked_fill(batch.completion_mask == 0, NOT_TRAINED)
     if not is_encoder_decoder:
-        ids = torch.cat([ids, batch.completion_ids], dim=1)
-        mask = torch.cat([mask, batch.completion_mask], dim=1)
+        ids, mask = batch.joined_ids, batch.joined_mask
         labels = torch.cat([torch.full_like(batch.prompt_ids, NOT_TRAINED), labels], dim=1)
     return {
         "input_ids": ids,

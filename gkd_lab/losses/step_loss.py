@@ -17,6 +17,7 @@ from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits, g
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.heads import UnprojectedOutput
+from gkd_lab.models.padding import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class MicroBatch:
     """(cell, number of its term) -> factors on the tokens' weights in it, (B, C), such as a reward's."""
     step: int = 0
     """Number of finished optimizer steps."""
+    teacher_counts: TokenCounts | None = None
+    """Tokens of the teacher's rows, known on the host; None: unknown."""
     only_term: int | None = None
     """Number of the term whose gradient is measured; all others have weight 0. None: train on all terms."""
 
@@ -71,6 +74,8 @@ def concatenate_blocks(parts: Sequence[Sequences], pad_id: int) -> Sequences:
 
     Prompts have one width. An optional tensor is joined if all blocks have it, and left out otherwise.
     """
+    if len(parts) == 1:
+        return parts[0]
     width = max(part.completion_ids.shape[1] for part in parts)
 
     def pad_right(tensor: Tensor, value: int) -> Tensor:
@@ -99,7 +104,7 @@ def build_micro_batch(
     """Build all cells' micro-batch: a cell's sampled rows if it has any, else the dataset rows of its seed.
 
     dataset_rows: (S*B), seed after seed. sampled_rows: cell -> its rows; cells may share one object, and then
-    a block of teacher rows.
+    a block of teacher rows. Waits for the device once, to count the rows' tokens.
     """
     rows_by_seed = dict(zip(seeds, split_blocks(dataset_rows, len(seeds)), strict=True))
     student = [sampled_rows.get(n, rows_by_seed[cell.seed]) for n, cell in enumerate(cells)]
@@ -110,19 +115,43 @@ def build_micro_batch(
             block_numbers[id(part)] = len(block_numbers)
             prompts.append(list(seeds).index(cell.seed))
     unique = {id(part): part for part in student}
+    teacher = concatenate_blocks([unique[key] for key in block_numbers], pad_id)
     return MicroBatch(
-        student=concatenate_blocks(student, pad_id),
-        teacher=concatenate_blocks([unique[key] for key in block_numbers], pad_id),
+        student=teacher if len(unique) == len(cells) else concatenate_blocks(student, pad_id),
+        teacher=teacher,
         block_of_cell=tuple(block_numbers[id(part)] for part in student),
         on_policy=tuple(n in sampled_rows for n in range(len(cells))),
         prompts_of_block=tuple(prompts),
+        teacher_counts=TokenCounts.read(teacher),
     )
+
+
+def check_completions(batch: MicroBatch, running: Sequence[bool]) -> None:
+    """Raise ValueError if a running off-policy cell's rows include some without a completion.
+
+    The batch must have `teacher_counts`. running: of each cell.
+    """
+    assert batch.teacher_counts is not None
+    tokens_of_block = batch.teacher_counts.split_completions(len(batch.prompts_of_block))
+    cells = zip(batch.block_of_cell, batch.on_policy, running, strict=True)
+    blocks = {block for block, on_policy, is_running in cells if is_running and not on_policy}
+    tokens = [n for block in blocks for n in tokens_of_block[block]]
+    if 0 in tokens:
+        raise ValueError(
+            f"{tokens.count(0)} of {len(tokens)} rows of a batch have no completion, which off-policy steps "
+            "train on; set lmbda=1 to train on the student's own text, or seq_kd=True to let the teacher "
+            "write"
+        )
 
 
 def count_trained_items(batch: MicroBatch, cells: int, normalization: str) -> Tensor:
     """Return the divisor of each cell's loss, (K,): its number of trained tokens ("token") or sequences."""
-    tokens = batch.student.completion_mask.view(cells, -1, batch.student.completion_mask.shape[1])
-    per_row = tokens.sum(-1)
+    mask = batch.student.completion_mask
+    if batch.teacher_counts is not None:
+        counted = batch.teacher_counts.count_items(len(batch.prompts_of_block), normalization)
+        items = [counted[block] for block in batch.block_of_cell]
+        return torch.tensor(items, dtype=torch.double, device=mask.device)
+    per_row = mask.view(cells, -1, mask.shape[1]).sum(-1)
     return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
 
 
@@ -169,7 +198,8 @@ def compute_step_losses(
     masks = block_masks(batch, count)
     weights = token_weights(masks, normalization).flatten(1)
     is_trained = weights > 0
-    lengths = is_trained.sum(-1).tolist()
+    counts = batch.teacher_counts
+    lengths = is_trained.sum(-1).tolist() if counts is None else counts.count_items(len(masks), "token")
     # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
     positions = is_trained.argsort(dim=1, descending=True, stable=True)[:, : max(1, *lengths)]
     block = torch.tensor(batch.block_of_cell, device=positions.device)

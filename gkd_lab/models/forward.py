@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,25 @@ class Sequences:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return field name -> tensor, without the fields that are None."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    # Teacher, student and TRL's tensors need the same three, made once.
+
+    @functools.cached_property
+    def joined_ids(self) -> Tensor:
+        """Ids of prompt and completion in one, (N, P + C)."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @functools.cached_property
+    def joined_mask(self) -> Tensor:
+        """Mask of prompt and completion in one, (N, P + C)."""
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    @functools.cached_property
+    def joined_positions(self) -> Tensor:
+        """Position ids of prompt and completion in one, (N, P + C)."""
+        return compute_position_ids(self.joined_mask)
 
     def repeat_rows(self, times: int) -> "Sequences":
         """Return the whole batch repeated `times` times: row k * N + n is row n again, for cell k."""
@@ -93,15 +111,14 @@ def build_forward_arguments(model: PreTrainedModel, batch: Sequences) -> dict[st
             "decoder_input_ids": shift_right(model.config, batch.completion_ids),
             "use_cache": False,
         }
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
     arguments: dict[str, Any] = {
-        "input_ids": torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
-        "attention_mask": mask,
+        "input_ids": batch.joined_ids,
+        "attention_mask": batch.joined_mask,
         "use_cache": False,
     }
     # By default absolute positions would count the padding.
     if accepts_argument(model, "position_ids"):
-        arguments["position_ids"] = compute_position_ids(mask)
+        arguments["position_ids"] = batch.joined_positions
     if accepts_argument(model, "logits_to_keep"):
         arguments["logits_to_keep"] = batch.completion_ids.shape[1] + 1
     return arguments

@@ -8,6 +8,7 @@ Shapes: M blocks of B rows, R rows of prompts, P prompt tokens, C completion tok
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from gkd_lab.losses.step_loss import MicroBatch, split_blocks
 from gkd_lab.models.forward import Sequences, compute_position_ids, shift_right
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
+from gkd_lab.models.padding import TokenCounts, declare_counts, declare_mask
 
 CPU_STATE_BYTES = 2**20
 """Size of one layer's hidden states that a CPU reads at once; a GPU reads all blocks of all seeds."""
@@ -38,29 +40,39 @@ class SharedPrefixReader:
     def __call__(self, batch: MicroBatch) -> UnprojectedOutput:
         """Return hidden states, (M*B, C, H), and the head."""
         if not self.reuses_prompts or len(batch.prompts_of_block) == 1:
-            return self.head.compute_unprojected(batch.teacher)
+            return self._read_whole_rows(batch)
         blocks = split_blocks(batch.teacher, len(batch.prompts_of_block))
         blocks_of_seed: dict[int, list[int]] = {}
         for number, seed in enumerate(batch.prompts_of_block):
             blocks_of_seed.setdefault(seed, []).append(number)
         size = self._count_blocks_per_pass(blocks[0].completion_ids.numel())
         if size >= len(blocks) == len(blocks_of_seed):  # No two blocks share their prompts.
-            return self.head.compute_unprojected(batch.teacher)
+            return self._read_whole_rows(batch)
         seeds_at_once = max(1, size // max(map(len, blocks_of_seed.values())))
         hidden: dict[int, Tensor] = {}
         groups = list(blocks_of_seed.values())
         for first in range(0, len(groups), seeds_at_once):
             group = groups[first : first + seeds_at_once]
-            hidden.update(self._read_blocks([[(n, blocks[n]) for n in numbers] for numbers in group], size))
+            numbered = [[(n, blocks[n]) for n in numbers] for numbers in group]
+            hidden.update(self._read_blocks(numbered, size, batch.teacher_counts))
         states = torch.cat([hidden[n] for n in range(len(blocks))])
         return UnprojectedOutput(states, self.head.read_projection(), None)
 
+    def _read_whole_rows(self, batch: MicroBatch) -> UnprojectedOutput:
+        """Return hidden states and head of all rows, prompt and completion together."""
+        with declare_counts(self.head.model, batch.teacher, batch.teacher_counts):
+            return self.head.compute_unprojected(batch.teacher)
+
     def _read_blocks(
-        self, blocks_of_seeds: Sequence[Sequence[tuple[int, Sequences]]], size: int
+        self,
+        blocks_of_seeds: Sequence[Sequence[tuple[int, Sequences]]],
+        size: int,
+        counts: TokenCounts | None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (number, hidden states (B, C, H)) of numbered blocks, whose prompts are the same in a seed.
 
         The prompts of all seeds are read at once, then their completions, `size` blocks at a time.
+        counts: of all blocks' rows.
         """
         firsts = [blocks[0][1] for blocks in blocks_of_seeds]
         prompt_ids = torch.cat([block.prompt_ids for block in firsts])
@@ -68,8 +80,17 @@ class SharedPrefixReader:
         is_encoder_decoder = self.is_encoder_decoder
         read_prompts = self._encode_prompts if is_encoder_decoder else self._cache_prompts
         read_blocks = self._decode_completions if is_encoder_decoder else self._read_from_cache
-        prompts = read_prompts(prompt_ids, prompt_mask)
         rows = len(firsts[0].prompt_ids)
+
+        def declare_prompts(numbers: Sequence[int]) -> AbstractContextManager[None]:
+            """Return the context of a model that reads the mask of these blocks' prompts."""
+            if counts is None:
+                return nullcontext()
+            tokens = [n for number in numbers for n in counts.prompts[number * rows : (number + 1) * rows]]
+            return declare_mask((len(tokens), prompt_mask.shape[1]), tokens)
+
+        with declare_prompts([blocks[0][0] for blocks in blocks_of_seeds]):
+            prompts = read_prompts(prompt_ids, prompt_mask)
         row_numbers = torch.arange(len(prompt_ids), device=prompt_ids.device).split(rows)
         numbered = [
             (number, block, row_numbers[seed])
@@ -78,7 +99,11 @@ class SharedPrefixReader:
         ]
         for first in range(0, len(numbered), size):
             numbers, blocks, places = zip(*numbered[first : first + size], strict=True)
-            states = read_blocks(blocks, torch.cat(places), *prompts)
+            # Not where a decoder's own mask of the completions would look like that of the prompts. (A
+            # decoder-only model reads a longer mask, and looks at none of it.)
+            is_distinct = blocks[0].completion_ids.shape[1] != prompt_mask.shape[1]
+            with declare_prompts(numbers) if is_distinct else nullcontext():
+                states = read_blocks(blocks, torch.cat(places), *prompts)
             yield from zip(numbers, states.split(rows), strict=True)
 
     def _count_blocks_per_pass(self, tokens: int) -> int:

@@ -20,6 +20,7 @@ from gkd_lab.losses.teacher_targets import TeacherLogits
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
 from gkd_lab.models.loading import load_teacher, use_on_device
+from gkd_lab.models.padding import declare_counts
 from gkd_lab.models.sharding import place_teacher
 from gkd_lab.teachers.shared_prefix import SharedPrefixReader
 
@@ -136,7 +137,8 @@ class LiveTeacher:
         batch, output_names = inputs
         # Prompts that are read once leave no states of their own.
         if output_names:
-            return self.head.compute_unprojected(batch.teacher, output_names)
+            with declare_counts(self.head.model, batch.teacher, batch.teacher_counts):
+                return self.head.compute_unprojected(batch.teacher, output_names)
         return self.prefix_reader(batch)
 
     @property

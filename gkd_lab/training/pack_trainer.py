@@ -112,8 +112,6 @@ class PackTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._filters_losses = self.args.logging_nan_inf_filter
         self._step_losses: Tensor | None = None
-        self._completed_rows: Tensor | None = None
-        self._off_policy_rows = 0
         self._is_running = torch.ones(len(self.cells), dtype=torch.bool)
 
     def _get_single_cell(self, name: str) -> CellArguments:
@@ -145,22 +143,14 @@ class PackTrainer(Trainer):
         previous = self._step_losses
         self._step_losses = losses if previous is None else torch.where(previous.isfinite(), losses, previous)
 
-    def note_completed_rows(self, rows: int, completed: Tensor) -> None:
-        """Keep the number, (), of a micro-batch's rows that have a completion until `check_step`."""
-        previous = self._completed_rows
-        self._completed_rows = completed if previous is None else previous + completed
-        self._off_policy_rows += rows
-
     def check_step(self, norms: Tensor | None) -> None:
         """Fail the cells whose loss or gradient's norm, (K,) or None, is not finite; before the update.
 
         The device is read once, when the whole step has been launched. A loss that is not finite in one
-        process fails the cell in all of them, which otherwise would wait for it. Raises ValueError for rows
-        without completion.
+        process fails the cell in all of them, which otherwise would wait for it.
         """
-        losses, completed, rows = self._step_losses, self._completed_rows, self._off_policy_rows
-        self._step_losses, self._completed_rows, self._off_policy_rows = None, None, 0
-        parts = {"losses": losses, "norms": norms, "completed": completed}
+        losses, self._step_losses = self._step_losses, None
+        parts = {"losses": losses, "norms": norms}
         tensors = {name: part.reshape(-1) for name, part in parts.items() if part is not None}
         if losses is not None and self.args.world_size > 1:
             bad_ranks = self.sum_over_ranks((~losses.isfinite()).double())
@@ -169,12 +159,6 @@ class PackTrainer(Trainer):
             return
         values = iter(torch.cat(list(tensors.values())).tolist())  # in the widest of their dtypes
         read = {name: list(islice(values, len(tensor))) for name, tensor in tensors.items()}
-        empty = rows - read["completed"][0] if "completed" in read else 0
-        if empty:
-            raise ValueError(
-                f"{empty:.0f} of {rows} rows of this step have no completion, which off-policy steps train "
-                "on; set lmbda=1 to train on the student's own text, or seq_kd=True to let the teacher write"
-            )
         for n, loss in enumerate(read.get("losses", ())):
             if not math.isfinite(loss):
                 self.fail_cell(n, f"the loss is {loss}")

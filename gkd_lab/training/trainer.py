@@ -24,6 +24,7 @@ from gkd_lab.losses.step_loss import (
     MicroBatch,
     build_micro_batch,
     cell_token_weights,
+    check_completions,
     compute_step_losses,
     concatenate_blocks,
     count_trained_items,
@@ -33,6 +34,7 @@ from gkd_lab.losses.terms import required_teachers
 from gkd_lab.models.forward import Sequences, eval_mode
 from gkd_lab.models.heads import OutputHead
 from gkd_lab.models.packing import Pack
+from gkd_lab.models.padding import declare_counts
 from gkd_lab.models.rng import derive_seed, is_on_policy
 from gkd_lab.models.sharding import place_student
 from gkd_lab.teachers.cached_teachers import ModelFreeTeacher
@@ -239,28 +241,31 @@ class GKDTrainer(PackTrainer):
         batches = []
         for index, rows in enumerate(fetched):
             position = MicroBatchPosition(step, index, len(fetched), rank, self.args.world_size, full_rows)
-            if len(on_policy) < len(running):
-                rows = self._get_off_policy_rows(rows)
+            if len(on_policy) < len(running) and self.args.seq_kd:
+                rows = self._write_teacher_completions(rows)
             batches.append(self._build_micro_batch(rows, on_policy, position))
         items = self._count_step_items(batches, device)
         batches = self.reward_scaler.add_reward_scales(batches, fetched, items)
         samples = [self._build_sample(batch, items, len(batches)) for batch in batches]
         return samples, self.strategy.convert_item_count(items)
 
-    def _get_off_policy_rows(self, rows: Sequences) -> Sequences:
-        """Return the rows; seq_kd: with the teacher's completions; else one without any fails the step."""
-        if self.args.seq_kd:
-            with self.teachers[0].activate(), self._use_teacher_alone():
-                return self.teacher_completions.replace_completions(rows)
-        self.note_completed_rows(rows.num_rows, rows.completion_mask.amax(-1).sum())
-        return rows
+    def _write_teacher_completions(self, rows: Sequences) -> Sequences:
+        """Return the rows with the teacher's completions (`seq_kd`)."""
+        with self.teachers[0].activate(), self._use_teacher_alone():
+            return self.teacher_completions.replace_completions(rows)
 
     def _build_micro_batch(
         self, rows: Sequences, on_policy: Sequence[int], position: MicroBatchPosition
     ) -> MicroBatch:
-        """Return one MicroBatch of all cells: completions sampled on policy, `rows` unchanged off policy."""
+        """Return one MicroBatch of all cells: completions sampled on policy, `rows` unchanged off policy.
+
+        Raises ValueError for rows without completion that an off-policy cell would train on.
+        """
         completions = self.sample_completions(rows, on_policy, position)
         batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
+        if not self.args.seq_kd:
+            running = [n not in self.failures for n in range(len(self.cells))]
+            check_completions(batch, running)
         return replace(batch, progress=self._compute_progress(position.step), step=position.step)
 
     def _compute_progress(self, step: int) -> float:
@@ -288,7 +293,7 @@ class GKDTrainer(PackTrainer):
         if not batches:
             return None
         counts = [self._count_items(batch) for batch in batches]
-        items = torch.stack(counts).sum(0).to(device)
+        items = sum(counts[1:], counts[0]).to(device)
         # The gradient is averaged over ranks, so each divides by the mean count.
         return items if self.args.world_size == 1 else self.accelerator.reduce(items, reduction="mean")
 
@@ -368,7 +373,8 @@ class GKDTrainer(PackTrainer):
         A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it.
         """
         modules, normalization = self.auxiliary_modules, self.args.loss_normalization
-        student = self.student_head.compute_unprojected(batch.student, modules.required_outputs)
+        with declare_counts(self.pack.model, batch.student, batch.teacher_counts):
+            student = self.student_head.compute_unprojected(batch.student, modules.required_outputs)
         logits = {number: output.logits for number, output in teacher_outputs.items()}
         sums = compute_step_losses(
             student, logits, batch, self.cells, items, normalization, self.generation_limits.vocabulary_size

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor
 
 from gkd_lab.config.artifact_specs import Family
@@ -488,3 +489,58 @@ def test_a_pack_whose_cells_would_need_several_texts_of_the_teacher_is_refused(t
             train_dataset=tiny_examples(8),
             processing_class=tiny_tokenizer(),
         )
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts what reads values of tensors: operators, and calls of `tolist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += operator._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("lmbda", (0.0, 1.0))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_student_and_loss_are_launched_without_a_wait_for_the_device(
+    family: Family, lmbda: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are counted once, before; then nothing is read until the step is complete."""
+    monkeypatch.setattr(chunk_sums, "takes_all_blocks", lambda device: True)
+    counter, compute_loss, tolist = WaitCounter(), GKDTrainer.compute_loss, Tensor.tolist
+    n_losses = 0
+
+    def count_list(tensor: Tensor) -> Any:
+        counter.waits += 1
+        return tolist(tensor)
+
+    def count_loss(trainer: GKDTrainer, *args: Any, **options: Any) -> Any:
+        nonlocal n_losses
+        n_losses += 1
+        with counter, monkeypatch.context() as patch:
+            patch.setattr(Tensor, "tolist", count_list)
+            return compute_loss(trainer, *args, **options)
+
+    monkeypatch.setattr(GKDTrainer, "compute_loss", count_loss)
+    betas = (0.0, 0.1, 0.5, 1.0)
+    cells = [cell(tmp_path, str(n), lmbda=lmbda, beta=beta, seed=n % 2) for n, beta in enumerate(betas)]
+    # Six prompt tokens at most, and completions of other widths.
+    examples = [Example([3, 4, 5, 6, 7, 8][: 3 + n % 4], [*range(3, 6 + n % 6), END]) for n in range(40)]
+    distil(tmp_path, family, cells, examples=examples, max_steps=3, max_new_tokens=9)
+    assert (n_losses, counter.waits) == (3, 0)
+
+
+def test_rows_without_a_completion_are_refused_where_a_cell_would_train_on_them(tmp_path: Path) -> None:
+    examples = [Example([3, 4], [5, END] if n % 4 else []) for n in range(16)]
+    with pytest.raises(ValueError, match="2 of 8 rows of a batch have no completion"):
+        distil(
+            tmp_path,
+            "decoder-only",
+            [cell(tmp_path, lmbda=0)],
+            examples=examples,
+            train_sampling_strategy="sequential",
+        )
+    distil(tmp_path, "decoder-only", [cell(tmp_path, lmbda=1)], examples=examples, max_steps=1)
