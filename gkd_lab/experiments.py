@@ -17,16 +17,23 @@ from gkd_lab.config.cell import Cell, Evaluation, Split
 from gkd_lab.config.errors import MissingRevision, build_unknown_name_error, join_faults, suggest_choices
 from gkd_lab.config.experiment import SCALES, Scale, apply_overrides, parse_experiment
 from gkd_lab.config.explain_cell import ResolvedValue, explain_cell
+from gkd_lab.config.hub_cache import find_cached_snapshot
 from gkd_lab.config.lora import check_peft_is_installed
 from gkd_lab.config.loss_terms import ResolvedReward
-from gkd_lab.config.model_checks import list_model_faults
+from gkd_lab.config.model_checks import list_model_faults, list_unchecked_models
 from gkd_lab.config.resolve_cell import CellResolver
 from gkd_lab.config.reward_names import BUILT_IN_REWARDS, import_reward
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.metrics import METRICS
 from gkd_lab.revisions import list_fault_sentences, resolve_data_spec, resolve_model_revision
 from gkd_lab.store.output_folders import check_outputs_folder
-from gkd_lab.tasks import TASKS, list_missing_splits
+from gkd_lab.tasks import (
+    TASKS,
+    check_first_rows,
+    count_few_train_rows,
+    is_data_folder,
+    list_missing_splits,
+)
 
 _PACKAGE_FOLDER = Path(gkd_lab.__file__).parent
 _UNKNOWN_REVISION = "unknown"
@@ -241,7 +248,8 @@ def check_models_and_splits(grid: Grid) -> None:
 
     Of models: files, families, tokenizers and lengths.
     """
-    faults = [*list_model_faults(grid.cells), *_list_split_faults(grid)]
+    faults = [*list_model_faults(grid.cells), *_list_split_faults(grid), *_list_row_faults(grid)]
+    faults += _list_hub_column_faults(grid)
     if faults:
         raise join_faults(faults)
 
@@ -251,8 +259,10 @@ def _list_split_faults(grid: Grid) -> list[str]:
     splits: dict[tuple[str, str | None], dict[Split, None]] = {}
     for cell in grid.cells:
         data = cell.training.data
-        if data.kind == "folder":
-            needed = splits.setdefault((data.path or "", data.config), {"train": None})
+        path = data.path if data.kind == "folder" else None
+        path = _find_cached_data(data) if data.kind == "hub" else path
+        if path is not None:
+            needed = splits.setdefault((path, data.config), {"train": None})
             decoded = (evaluation for evaluation in cell.evaluations if isinstance(evaluation, Evaluation))
             needed.update({evaluation.split: None for evaluation in decoded})
             if cell.training.selection is not None:
@@ -261,6 +271,57 @@ def _list_split_faults(grid: Grid) -> list[str]:
         fault
         for (path, config), needed in splits.items()
         for fault in list_missing_splits(path, config, needed)
+    ]
+
+
+def list_unchecked_sources(grid: Grid) -> list[str]:
+    """Return a note that names the hub's models and data of which this machine has nothing; or no note."""
+    models = list_unchecked_models(grid.cells)
+    data = {
+        cell.training.data.name or ""
+        for cell in grid.cells
+        if cell.training.data.kind == "hub" and _find_cached_data(cell.training.data) is None
+    }
+    parts = [f"models {', '.join(models)}"] if models else []
+    parts += [f"data {', '.join(sorted(data))}"] if data else []
+    return [f"not checked, as the local hub cache has nothing of it: {'; '.join(parts)}"] if parts else []
+
+
+def _find_cached_data(data: DataSpec) -> str | None:
+    """Return the cached folder of a hub's data set if its files can be read as those of a data folder."""
+    snapshot = find_cached_snapshot("dataset", data.name or "", data.revision)
+    return str(snapshot) if snapshot is not None and is_data_folder(snapshot, data.config) else None
+
+
+def _list_hub_column_faults(grid: Grid) -> list[str]:
+    """Return a sentence for each cached data set of the hub whose first rows lack a column of the task."""
+    faults: dict[str, None] = {}
+    for task, data in dict.fromkeys((cell.task, cell.training.data) for cell in grid.cells):
+        path = _find_cached_data(data) if data.kind == "hub" else None
+        if path is not None:
+            marks = bool(data.calculator_marks)
+            try:
+                check_first_rows(
+                    TASKS[task], path=path, config=data.config, calculator_marks=marks, columns=data.columns
+                )
+            except ValueError as error:
+                if "no column" in str(error) or "no field" in str(error):  # empty fields are left out
+                    faults[str(error)] = None
+    return list(faults)
+
+
+def _list_row_faults(grid: Grid) -> list[str]:
+    """Return a sentence for each data folder with fewer rows to train on than a batch has."""
+    batches: dict[tuple[str, str | None], int] = {}
+    for cell in grid.cells:
+        data = cell.training.data
+        if data.kind == "folder":
+            key = (data.path or "", data.config)
+            batches[key] = max(batches.get(key, 0), cell.training.batch_size)
+    return [
+        f"batch_size: {batch} rows, of which {path} has {rows} to train on; give at most {rows}, or more rows"
+        for (path, config), batch in batches.items()
+        if (rows := count_few_train_rows(path, config, batch)) is not None
     ]
 
 

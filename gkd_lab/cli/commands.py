@@ -88,7 +88,7 @@ def show_plan(
         experiments.check_peft(grid)
         overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
-    print("\n".join(render_summary(overview)), flush=True)
+    print("\n".join([*render_summary(overview), *experiments.list_unchecked_sources(grid)]), flush=True)
     if grid.missing_revisions:
         raise ConfigError(grid.missing_revisions)
 

@@ -35,6 +35,8 @@ class CheckpointFiles:
     """
 
     path: Path
+    is_partial: bool = False
+    """Whether further files may be fetched: those of a hub's cache. Missing ones are no faults then."""
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -108,11 +110,12 @@ class CheckpointFiles:
         damaged = list(filter(None, map(self._explain_json, _JSON_FILES)))
         yield from damaged
         if not (self.path / "config.json").is_file():
-            yield f"{self.path / 'config.json'} is missing"
+            if not self.is_partial:
+                yield f"{self.path / 'config.json'} is missing"
         elif not damaged and not self.config.get("model_type"):
             yield f"{self.path / 'config.json'} is not the configuration of a model: it has no model_type"
         yield from self._list_weight_faults()
-        if not self._has_tokenizer():
+        if not self._has_tokenizer() and not self.is_partial:
             yield f"{self.path} has no tokenizer: tokenizer.json, or another form of it, is missing"
         elif (self.path / "tokenizer.json").is_file() and self.vocabulary is None:
             yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
@@ -133,7 +136,7 @@ class CheckpointFiles:
     def _list_adapter_faults(self) -> Iterator[str]:
         """Yield a sentence if the path is the folder of an adapter without weights, or with damaged ones."""
         if self.path.is_dir():
-            if not any((self.path / name).is_file() for name in _ADAPTER_WEIGHTS):
+            if not self.is_partial and not any((self.path / name).is_file() for name in _ADAPTER_WEIGHTS):
                 yield f"{self.path} has no weights of its adapter: {_ADAPTER_WEIGHTS[0]} is missing"
             for name in _ADAPTER_WEIGHTS[:1]:
                 if (self.path / name).is_file():
@@ -141,7 +144,8 @@ class CheckpointFiles:
 
     def _list_weight_faults(self) -> Iterator[str]:
         """Yield a sentence for each file of weights that is missing or cut short."""
-        if not any((self.path / name).is_file() for name in (*_WEIGHTS, _WEIGHTS_INDEX)):
+        has_weights = any((self.path / name).is_file() for name in (*_WEIGHTS, _WEIGHTS_INDEX))
+        if not has_weights and not self.is_partial:
             yield f"{self.path} has no weights: {_WEIGHTS[0]}, its shards, or {_WEIGHTS[-1]} is missing"
         shards = []
         for index in (_WEIGHTS[1], _WEIGHTS_INDEX):
@@ -152,7 +156,7 @@ class CheckpointFiles:
                 else:
                     yield f"{self.path / index} is damaged; copy it again"
         for name in shards:
-            if not (self.path / name).is_file():
+            if not (self.path / name).is_file() and not self.is_partial:
                 yield f"{self.path / name} is missing"
         for path in sorted(self.path.glob("*.safetensors")):
             yield from _check_safetensors(path)

@@ -135,7 +135,9 @@ def convert_yaml_errors(path: Path) -> Iterator[None]:
     except RecursionError as error:
         raise ConfigError(f"{path}: not valid YAML: it is nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start : error.start + 1]
+        raise ConfigError(f"{path}:{line}: not UTF-8 text, at the byte {byte!r}: save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -118,7 +118,7 @@ def read_examples(path: str | Path) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(path)
     except ValueError as error:  # pyarrow's errors are ValueErrors
-        raise ConfigError(f"{path} is not a parquet file: {error}") from error
+        raise ConfigError(f"{path} is not a parquet file, or cut short") from error
     if list(frame.columns) != list(EXAMPLE_COLUMNS):
         columns = ", ".join(map(str, frame.columns[:6]))
         raise ConfigError(f"{path} holds no examples: its columns are {columns}")

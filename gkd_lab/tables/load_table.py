@@ -61,7 +61,7 @@ def read_table_file(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(path)
     except ValueError as error:  # pyarrow's errors are ValueErrors
-        raise ConfigError(f"{path} is not a parquet file: {error}") from error
+        raise ConfigError(f"{path} is not a parquet file, or cut short") from error
     if not {*LEADING_COLUMNS, *SCORE_COLUMNS} <= {*frame.columns}:
         columns = ", ".join(map(str, frame.columns[:5]))
         raise ConfigError(f"{path} is not a long table of gkd-lab: its first columns are {columns}")

@@ -12,7 +12,15 @@ from gkd_lab.tasks import (
     translation,
 )
 from gkd_lab.tasks.columns import resolve_columns
-from gkd_lab.tasks.data import RowList, check_first_rows, get_source_revision, list_missing_splits, load_rows
+from gkd_lab.tasks.data import (
+    RowList,
+    check_first_rows,
+    count_few_train_rows,
+    get_source_revision,
+    is_data_folder,
+    list_missing_splits,
+    load_rows,
+)
 from gkd_lab.tasks.row_format import check_row_format
 from gkd_lab.tasks.task import SPLITS, Row, RowGenerator, Split, Task
 
@@ -26,8 +34,10 @@ __all__ = [
     "Task",
     "check_first_rows",
     "check_row_format",
+    "count_few_train_rows",
     "get_source_revision",
     "get_task",
+    "is_data_folder",
     "list_missing_splits",
     "load_rows",
     "resolve_columns",

@@ -123,24 +123,57 @@ def check_first_rows(
     Reads one row of each split, and none of the others.
     """
     folder, parse_row = _open_folder(path, config), build_row_parser(task, calculator_marks, columns)
-    faults = [fault for split in folder.files if (fault := _find_first_row_fault(folder, split, parse_row))]
-    if faults:
-        raise ValueError("; ".join(faults))
+    locations: dict[str, list[str]] = {}
+    """Fault -> the rows that have it."""
+    for split in folder.files:
+        for location, fault in _find_first_row_fault(folder, split, parse_row):
+            locations.setdefault(fault, []).append(location)
+    if locations:
+        raise ValueError("; ".join(f"{', '.join(rows)}: {fault}" for fault, rows in locations.items()))
 
 
-def _find_first_row_fault(folder: DataFolder, split: Split, parse_row: RowParser) -> str | None:
-    """Return what is wrong with the first row of a split, with file and line; None if nothing is."""
+def _find_first_row_fault(
+    folder: DataFolder, split: Split, parse_row: RowParser
+) -> Iterator[tuple[str, str]]:
+    """Yield (`FILE:LINE`, what is wrong) of the first row of a split, if something is."""
     try:
         location, raw = next(folder.read_rows(split), ("", None))
     except ValueError as error:
-        return str(error)
+        location, _, fault = str(error).partition(": ")
+        yield location, fault
+        return
     if raw is None:
-        return f"{folder.files[split][0]}: the file is empty, expected at least one row"
+        yield str(folder.files[split][0]), "the file is empty, expected at least one row"
+        return
     try:
         parse_row(raw)
     except ValueError as error:
-        return f"{location}: {error}"
-    return None
+        yield location, str(error)
+
+
+def is_data_folder(path: Path, config: str | None) -> bool:
+    """Return whether a folder, or its subfolder `config`, has files of rows whose splits are clear."""
+    try:
+        return bool(_open_folder(path, config).files)
+    except ValueError:
+        return False
+
+
+def count_few_train_rows(path: str | Path, config: str | None, enough: int) -> int | None:
+    """Return the number of train rows of a folder if it is below `enough`; None if it is not, or unknown.
+
+    Without a validation split the rows that are held out of train do not count. Few rows are read.
+    """
+    folder = _open_folder(path, config)
+    if "train" not in folder.files:
+        return None
+    try:
+        rows = sum(1 for _ in islice(folder.read_rows("train"), 2 * enough + 2))
+    except ValueError:
+        return None  # a damaged row, which is named when it is read
+    if "validation" not in folder.files:
+        rows -= count_held_out_rows(rows)
+    return rows if rows < enough else None
 
 
 def list_missing_splits(path: str | Path, config: str | None, splits: Iterable[Split]) -> list[str]:
