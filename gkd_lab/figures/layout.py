@@ -18,7 +18,15 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from gkd_lab.figures.style import COLUMN_WIDTH, LABEL_SIZE, MUTED, SMALL_SIZE, TEXT_WIDTH, TITLE_SIZE
+from gkd_lab.figures.style import (
+    COLUMN_WIDTH,
+    LABEL_SIZE,
+    MUTED,
+    SCREEN_DPI,
+    SMALL_SIZE,
+    TEXT_WIDTH,
+    TITLE_SIZE,
+)
 from gkd_lab.tables.divergences import CellDivergence
 
 MAX_COLUMNS = 3
@@ -28,6 +36,8 @@ LEGEND_WIDTH = 3.2
 """Inches that a legend is wide at most: it fits a column, and a phone."""
 BAR_LENGTH, BAR_THICKNESS, BAR_ROW_HEIGHT = 2.2, 0.09, 0.5
 """Inches of a colour bar, and of a row of bars with their labels."""
+TICK_STEPS = [1, 2, 2.5, 5, 10]
+"""Round steps between the ticks of an axis."""
 BAR_STEPS = 101
 """Colours of a colour bar: odd, so that one is of 0."""
 
@@ -69,7 +79,7 @@ def create_axes(
     columns = _choose_columns(count, min(columns, int(width / panel_width + 1e-6)))
     rows = math.ceil(count / columns) or 1
     engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.04, hspace=0.04)
-    figure = Figure(figsize=(width, rows * height), layout=engine)
+    figure = Figure(figsize=(width, rows * height), dpi=SCREEN_DPI, layout=engine)
     in_last_row = (count - 1) % columns + 1 if count else 0
     stretches = stretches and not has_bar and 0 < in_last_row < columns
     grid = figure.add_gridspec(rows, columns * (in_last_row if stretches else 1))
@@ -205,7 +215,7 @@ def add_color_bars(figure: Figure, bars: Sequence[ColorBar]) -> None:
         shown = [*bar.values, 0.0] if is_signed else list(bar.values)
         if min(shown) < max(shown):
             axes.set_xlim(min(shown), max(shown))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(_format_tick))
         axes.tick_params(length=2, labelsize=SMALL_SIZE)
         axes.grid(False)

@@ -12,12 +12,19 @@ from matplotlib.ticker import MaxNLocator
 from gkd_lab.figures.layout import (
     MAX_COLUMNS,
     PANEL_WIDTH,
+    TICK_STEPS,
     add_legend,
     count_columns,
     create_axes,
     set_panel_title,
 )
-from gkd_lab.figures.panels import GAIN_PREFIX, build_summary_panels, describe_intervals, format_metric
+from gkd_lab.figures.panels import (
+    GAIN_PREFIX,
+    LMBDA_LABEL,
+    build_summary_panels,
+    describe_intervals,
+    format_metric,
+)
 from gkd_lab.figures.style import (
     INK,
     LINE_COLORS,
@@ -35,7 +42,11 @@ from gkd_lab.tables.loss_labels import GKD_METHODS, METHOD_NAMES, format_method,
 from gkd_lab.tables.scores import select_scores
 
 DIVERGENCE_AXIS = "divergence"
-_AXIS_LABELS = {"train_rows": "training rows", "student.sft.rows": "rows of SFT and distillation"}
+_AXIS_LABELS = {
+    "lmbda": LMBDA_LABEL,
+    "train_rows": "training rows",
+    "student.sft.rows": "rows of SFT and distillation",
+}
 _BASELINE_COLOR = "#b4bac4"
 _BAR_WIDTH = 1.25
 """Inches of a panel's bars, without the names of their rows."""
@@ -67,7 +78,7 @@ def bars(
         panels = build_summary_panels(scores, excluded_axes=(bar_axis,))
         bar_names = _list_bar_names(pd.concat([cells for _, cells in panels]), bar_axis)
         names = [_wrap_name(name) for name in bar_names]
-        height = 0.95 + 0.165 * sum(name.count("\n") + 1 for name in names)
+        height = 0.95 + 0.165 * len(names) * max(1, 0.75 * max(name.count("\n") + 1 for name in names))
         width = TEXT_WIDTH if width is None else width
         label_width = 0.2 + 0.057 * max(len(line) for name in names for line in name.split("\n"))
         columns = max(1, min(MAX_COLUMNS, int((width - label_width) / _BAR_WIDTH)))
@@ -126,7 +137,7 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
         )  # fmt: skip
     axes.axvline(0, color=MUTED, lw=0.8)
     axes.margins(x=0.22)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
     axes.grid(False, axis="y")
 
 
@@ -206,6 +217,7 @@ def _draw_lines(
         axes.vlines(line["x"], low, high, color=style["color"], lw=1.0, alpha=0.6)
     labels = [_format_axis_value(x_axis, tick).replace(" ", "\n", 1) for tick in ticks]
     axes.set_xticks(range(len(ticks)), labels)
+    axes.set_xlim(-0.35, len(ticks) - 0.65)
     axes.set_xlabel(_AXIS_LABELS.get(x_axis, x_axis.replace("_", " ")))
     axes.grid(False, axis="x")
 

@@ -31,6 +31,8 @@ METRIC_LABELS = {
     "spearman": "Spearman correlation (\N{MULTIPLICATION SIGN}100)",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "mmlu": "MMLU (%)",
+    "bbh": "BBH (%)",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -39,6 +41,7 @@ METRIC_LABELS = {
     "train_seconds": "training (s)",
 }
 """Metrics with their units; those without are on their own scale of 0 to 100."""
+LMBDA_LABEL = "λ, share of student-written batches"
 GAIN_PREFIX = "gain in "
 """How the metric of `add_gain` begins."""
 

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gkd_lab.config import Cell, Grid
-from gkd_lab.figures.layout import add_divergence_legend, create_axes, set_panel_title
+from gkd_lab.figures.layout import TICK_STEPS, add_divergence_legend, create_axes, set_panel_title
 from gkd_lab.figures.panels import (
+    LMBDA_LABEL,
     Panel,
     build_panels,
     describe_intervals,
@@ -72,8 +73,8 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
             _draw_curve(axes, pd.DataFrame(line), offset, divergence, MARKERS[index % len(MARKERS)])
     _draw_references(axes, panel)
     axes.set_xticks(lmbdas, [f"{lmbda:g}" for lmbda in lmbdas])
-    axes.set_xlabel("λ, share of student-written batches")
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel(LMBDA_LABEL)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
     axes.grid(False, axis="x")
     set_panel_title(axes, panel.title, describe_intervals(panel.cells, points))
 

@@ -11,6 +11,8 @@ from gkd_lab.tables.divergences import CellDivergence
 
 TEXT_WIDTH, COLUMN_WIDTH = 5.5, 3.25
 """Inches: the text of a page of one column (ICLR, NeurIPS), and a column of a page of two (ICML, ACL)."""
+SCREEN_DPI = 140
+"""Dots per inch in a notebook, where small type is then about as large as the text around it."""
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE, SMALL_SIZE = 8.0, 7.5, 7.0, 7.0
 """Points, at the figure's own width: what stands in a paper beside text of 10 points."""
 

@@ -11,9 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from gkd_lab.figures import bars, curves, heat_map, lines, loss_curves
+from gkd_lab.figures import (
+    bars,
+    curves,
+    heat_map,
+    interquartile_means,
+    lines,
+    loss_curves,
+    profiles,
+    reward_gains,
+    tradeoff,
+)
 from gkd_lab.figures.heat_maps import choose_colors
 from gkd_lab.figures.layout import SUBTITLE, create_axes
 from gkd_lab.figures.style import COLUMN_WIDTH, GAIN_COLORS, SCORE_COLORS, TEXT_WIDTH
@@ -56,6 +67,13 @@ def check_page(figure: Figure) -> None:
         assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1
 
 
+def check_figure(figure: Figure) -> None:
+    """Check a figure's page and that its text is of 7 to 9 points."""
+    check_page(figure)
+    sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+    assert 7 <= min(sizes) <= max(sizes) <= 9
+
+
 def list_meshes(figure: Figure) -> list[QuadMesh]:
     return [axes.collections[0] for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
 
@@ -91,18 +109,51 @@ def test_nothing_is_cut_off_or_hidden(
     draw: Callable[..., Figure], axes: dict[str, list[object]], width: float | None, tmp_path: Path
 ) -> None:
     figure = draw(build_table(tmp_path, **axes), "accuracy", width=width)
-    check_page(figure)
+    check_figure(figure)
     assert width is None or figure.get_figwidth() == width
 
 
 def test_bars_lines_and_loss_curves_are_on_the_page(tmp_path: Path) -> None:
     run = build_table(tmp_path / "a", method=["sft", "gkd_supervised", "gkd"], beta=[0, 0.1], lmbda=[1])
     paper = load_paper_table("9", axes=["method"])
-    check_page(bars(add_gain(combine_with_paper(run, paper), "accuracy"), "gain in accuracy"))
-    check_page(lines(load_paper_table("3", axes=["method", "train_rows"]), "rouge2", "train_rows", "method"))
+    check_figure(bars(add_gain(combine_with_paper(run, paper), "accuracy"), "gain in accuracy"))
+    check_figure(
+        lines(load_paper_table("3", axes=["method", "train_rows"]), "rouge2", "train_rows", "method")
+    )
     grid, store = build_grid(), Store(tmp_path / "b")
     fill_store(grid, store)
-    check_page(loss_curves(grid, store))
+    check_figure(loss_curves(grid, store))
+
+
+@pytest.mark.parametrize("width", [None, 3.25, 5.5])
+@pytest.mark.parametrize("draw", [interquartile_means, profiles])
+def test_figures_over_all_tasks_are_on_the_page(
+    draw: Callable[..., Figure], width: float | None, tmp_path: Path
+) -> None:
+    axes: dict[str, list[object]] = {"task": ["arithmetic", "translation"], "lmbda": [0, 1], "beta": [0, 1]}
+    grid = build_grid(task=None, grid={**axes, "seed": [0, 1]})
+    fill_store(grid, Store(tmp_path))
+    check_figure(draw(build_long_table(grid, Store(tmp_path)), width=width))
+
+
+@pytest.mark.parametrize("width", [None, 3.25, 5.5])
+def test_scatter_figures_are_on_the_page(width: float | None, tmp_path: Path) -> None:
+    check_figure(tradeoff(load_paper_table("4"), "rouge2", "self_bleu", width=width))
+    rewarded = {"grid": {"method": ["gkd", "rlef"], "alpha": [0.05, 0.5, 1], "seed": [0, 1]}}
+    grid = build_grid(**rewarded, reward="exact_match", beta=0.9, lmbda=1)
+    fill_store(grid, Store(tmp_path))
+    table = build_long_table(grid, Store(tmp_path))
+    check_figure(reward_gains(table, "accuracy", "accuracy", width=width))
+
+
+def test_lines_of_gains_have_the_start_at_0_and_a_place_for_each_value() -> None:
+    gains = add_gain(load_paper_table("1", axes=["method"]), "rouge2")
+    (axes,) = lines(gains, "gain in rouge2", x_axis="student", line_axis="method").axes
+    drawn = {str(line.get_label()): line for line in axes.get_lines()}
+    assert set(drawn["SFT student"].get_ydata()) == {0}
+    assert axes.get_xlim() == pytest.approx((-0.35, 2.35))
+    shares = lines(load_paper_table("8"), "accuracy", x_axis="lmbda", line_axis="divergence")
+    assert shares.axes[0].get_xlabel() == "λ, share of student-written batches"
 
 
 def test_three_maps_leave_the_fourth_place_to_the_colour_bar(tmp_path: Path) -> None:
