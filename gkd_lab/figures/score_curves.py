@@ -67,8 +67,8 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
     divergences = list_divergences(panel.cells)
     step = 0.012 * (max(lmbdas) - min(lmbdas) or 1.0)
     for index, divergence in enumerate(divergences):
-        line = [point for point in points if point["divergence"] == divergence and point["n"]]
-        if line:
+        line = [point for point in points if point["divergence"] == divergence]
+        if any(point["n"] for point in line):
             offset = (index - (len(divergences) - 1) / 2) * step
             _draw_curve(axes, pd.DataFrame(line), offset, divergence, MARKERS[index % len(MARKERS)])
     _draw_references(axes, panel)
@@ -82,9 +82,12 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
 def _draw_curve(
     axes: Axes, line: pd.DataFrame, offset: float, divergence: CellDivergence, marker: str
 ) -> None:
-    """Draw one divergence's means and intervals against lmbda, shifted sideways by `offset`."""
+    """Draw one divergence's means and intervals against lmbda, shifted sideways by `offset`.
+
+    The line has a gap where a lmbda has no score.
+    """
     x, color = line["lmbda"] + offset, get_divergence_color(divergence)
-    axes.plot(x, line["mean"], color=color, marker=marker, label=divergence.label)
+    axes.plot(x, line["mean"].astype(float), color=color, marker=marker, label=divergence.label)
     low, high = line["low"].astype(float), line["high"].astype(float)
     axes.vlines(x, low, high, color=color, lw=1.0, alpha=0.6)
 
