@@ -146,6 +146,11 @@ class UnitFiles:
             peak_bytes=max((row["peak_bytes"] for row in ends if "peak_bytes" in row), default=None),
         )
 
+    def count_deaths(self, job: UnitJob) -> int:
+        """Return how often a job was killed, as its script has counted, which requeues it a few times."""
+        path = self.deaths_folder / f"{job.unit}-{job.job}"
+        return len(path.read_text().split()) if path.exists() else 0
+
     def write_progress(self, unit_id: str, progress: int) -> None:
         """Write how far a unit is, for the script that decides whether it may start again."""
         write_text(self.progress_folder / unit_id, f"{progress}\n")

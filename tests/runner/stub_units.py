@@ -2,14 +2,16 @@
 
     python stub_units.py unit EXPERIMENT --unit ID --outputs FOLDER --pack LIMIT [--tracker none]
 
-GKD_STUB_SECONDS: of each step. GKD_STUB_FAIL: fingerprint of a model that fails. A record has a checkpoint at
-every 5th step, resumes from it, and logs each step once.
+GKD_STUB_SECONDS: of each step of a pack. GKD_STUB_FAIL: fingerprint of a model that fails. GKD_STUB_KILL:
+step of a pack at which the process always kills itself. A record has a checkpoint at every 5th step, resumes
+from it, and logs each step once.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ from gkd_lab.store.unit_state import get_unit_records
 STEPS, CHECKPOINT_EVERY = 40, 5
 
 
-def train_record(record: Record, seconds: float) -> None:
+def train_record(record: Record, seconds: float, last_step: int) -> None:
     """Log STEPS rows, from the last checkpoint; save and stop when a signal asks for it."""
     folders = record.steps_folder.glob("checkpoint-*")
     start = max((int(folder.name.rpartition("-")[2]) for folder in folders), default=0)
@@ -37,6 +39,8 @@ def train_record(record: Record, seconds: float) -> None:
         for step in range(start + 1, STEPS + 1):
             time.sleep(seconds)
             record.log_row({"step": step, "loss": 1 / step})
+            if step == last_step:
+                os.kill(os.getpid(), signal.SIGKILL)
             is_stopping = interrupts.is_stop_requested()
             if is_stopping or step % CHECKPOINT_EVERY == 0:
                 (record.steps_folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -52,18 +56,20 @@ def compute_score(record: Record, metric: str) -> float:
 
 def execute(unit: Unit, store: Store) -> None:
     """Train and evaluate each record of the unit under its lock."""
-    seconds = float(os.environ.get("GKD_STUB_SECONDS", "0"))
+    is_pack = unit.kind == "pack"
+    seconds = float(os.environ.get("GKD_STUB_SECONDS", "0")) if is_pack else 0.0
+    last_step = int(os.environ.get("GKD_STUB_KILL", "0")) if is_pack else 0
     for record, *cells in zip(get_unit_records(unit, store), unit.cells, strict=False):
         with record.lock():
             if record.read_status():
                 continue
             spec = unit.spec or cells[0].training
             record.write_spec(spec)
-            train_record(record, seconds)
+            train_record(record, seconds, last_step)
             if os.environ.get("GKD_STUB_FAIL") == spec.fingerprint:
                 record.mark_failed("RuntimeError: broken on purpose")
                 continue
-            if unit.kind == "pack" or isinstance(spec, SftModel):
+            if is_pack or isinstance(spec, SftModel):
                 for evaluation in dict.fromkeys(e for cell in unit.cells for e in cell.evaluations):
                     scores = {
                         metric: {"value": compute_score(record, metric), "signature": "stub"}

@@ -140,7 +140,7 @@ def test_unit_that_is_killed_every_time_is_given_up(tmp_path: Path) -> None:
     unfinished = driver.follow().unfinished
     assert engine.submissions[next(iter(driver.units))] == 4
     assert len(unfinished) == 3
-    assert "was killed 4 times or more" in unfinished[0] and "log x.log" in unfinished[0]
+    assert "was killed, and started again 3 times" in unfinished[0] and "log x.log" in unfinished[0]
     assert all("was not started" in line for line in unfinished[1:])
 
 

@@ -207,7 +207,7 @@ class Driver:
             if is_unit_settled(unit, self.store) or unit.id not in self._last_states:
                 continue
             was_dropped = again.intersection((*unit.needs, *unit.partial_needs))
-            if was_dropped or (self._was_killed(unit) and self._resubmissions[unit.id] < MAX_RESUBMISSIONS):
+            if was_dropped or (self._was_killed(unit) and self._may_be_submitted_again(unit)):
                 again.add(unit.id)
                 self._resubmissions[unit.id] += not was_dropped
         if not again:
@@ -218,10 +218,16 @@ class Driver:
 
     def _was_killed(self, unit: Unit) -> bool:
         """Return whether a unit's last process was killed, or stopped by a signal, but not cancelled."""
-        state = self._last_states[unit.id]
+        if self._last_states[unit.id].is_cancelled:
+            return False
         runs = self.files.read_runs(unit.id)
-        is_killed = runs.is_running or (runs.status is not None and runs.status > 128)
-        return not state.is_cancelled and runs.starts > 0 and is_killed
+        return runs.starts > 0 and (runs.is_running or (runs.status is not None and runs.status > 128))
+
+    def _may_be_submitted_again(self, unit: Unit) -> bool:
+        """Return whether neither the engine nor this driver has started a killed unit again too often."""
+        job = self.files.read_jobs().get(unit.id)
+        requeues = 0 if job is None else self.files.count_deaths(job)
+        return self._resubmissions[unit.id] + requeues < MAX_RESUBMISSIONS
 
     def _say_counts(self) -> None:
         """Say how many units are done, failed, running and waiting, when that has changed."""
@@ -270,5 +276,5 @@ class Driver:
         if state is None or not runs.starts:
             return "was not started: a unit that it needs is not finished, or the engine could not start it"
         if runs.is_running or (runs.status or 0) > 128:
-            return f"was killed {MAX_RESUBMISSIONS + 1} times or more"
+            return f"was killed, and started again {MAX_RESUBMISSIONS} times"
         return f"ended without its results, with status {runs.status}"

@@ -1,7 +1,7 @@
 """Slurm as an engine: job arrays with dependencies on single tasks, by its own commands.
 
-What was submitted is found again by the names of its jobs, `EXPERIMENT-GRID-NUMBER`. The ids of the units of
-array NUMBER are in `scripts/NUMBER.units`, beside its script.
+What was submitted is found again by the names of its jobs, `EXPERIMENT-GRID-FOLDER-NUMBER`, where FOLDER is a
+hash of the outputs folder's path. `scripts/NUMBER.units` has the ids of the units of array NUMBER.
 """
 
 import os
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gkd_lab.config import ConfigError, Grid
+from gkd_lab.config.fingerprint import compute_fingerprint
 from gkd_lab.config.units import Unit
 from gkd_lab.runner.engines.driver import EngineUnreachable, JobState
 from gkd_lab.runner.engines.slurm_script import JobArray, SlurmOptions, render_script
@@ -100,8 +101,9 @@ class SlurmEngine:
 
     @property
     def _name_prefix(self) -> str:
-        """Beginning of the names of this grid's jobs."""
-        return f"{self.grid.name}-{self.grid.fingerprint}-"
+        """Beginning of the names of this grid's jobs in this outputs folder: it may be run in several."""
+        place = compute_fingerprint(str(self.files.folder))[:6]
+        return f"{self.grid.name}-{self.grid.fingerprint}-{place}-"
 
     def _place_units(
         self,
@@ -114,23 +116,25 @@ class SlurmEngine:
         """Group units into arrays, call `submit_array(array, number)` for each, and return their jobs."""
         jobs = dict(alive)
         arrays = list(_group_units(units, open_needs, self.resources))
-        lanes = _Lanes(self.options.max_jobs, len(arrays), [job.job for job in alive.values()])
+        places = _plan_places(arrays, self.options.max_jobs)
+        alive_arrays = dict.fromkeys(job.job.partition("_")[0] for job in alive.values())
+        array_jobs: dict[int, str] = {-1: ":".join(alive_arrays)}
         submitted = []
-        for number, part in enumerate(arrays, first_number):
+        for number, (part, place) in enumerate(zip(arrays, places, strict=True), first_number):
+            earlier = ":".join(filter(None, (array_jobs[index] for index in place.after)))
             dependencies = [
                 *([] if self.probe_job is None else [f"afterok:{self.probe_job}"]),
                 *_list_dependencies(part[0], open_needs, jobs),
-                *lanes.list_dependencies(number),
+                *([f"afterany:{earlier}"] if earlier else []),
             ]
             array = JobArray(
                 name=f"{self._name_prefix}{number}",
                 units=tuple(part),
                 resources=self.resources[part[0].id],
                 dependency=",".join(dependencies),
-                limit=lanes.get_limit(number),
+                limit=place.limit,
             )
-            array_job = submit_array(array, number)
-            lanes.set_last(number, array_job)
+            array_job = array_jobs[number - first_number] = submit_array(array, number)
             for index, unit in enumerate(part):
                 jobs[unit.id] = self._build_job(unit.id, array_job, index)
                 submitted.append(jobs[unit.id])
@@ -149,30 +153,55 @@ class SlurmEngine:
         return UnitJob(unit_id, "slurm", f"{array_job}_{index}", str(log))
 
 
-class _Lanes:
-    """Lanes of arrays under a limit of jobs over all arrays: each lane runs one array after another."""
+@dataclass(frozen=True)
+class _Place:
+    """Place of an array under a limit of jobs over all arrays."""
 
-    def __init__(self, max_jobs: int | None, array_count: int, alive_jobs: Sequence[str]) -> None:
-        self.max_jobs = max_jobs
-        self.count = max(1, min(max_jobs or 1, array_count))
-        alive_arrays = dict.fromkeys(job.partition("_")[0] for job in alive_jobs)
-        self._last: dict[int, list[str]] = {lane: list(alive_arrays) for lane in range(self.count)}
+    limit: int | None
+    """Tasks of the array that may run at once; None: any number."""
+    after: tuple[int, ...]
+    """Indices of the arrays that must have ended before it starts; -1: the jobs that were alive before."""
 
-    def get_limit(self, number: int) -> int | None:
-        """Return how many tasks of an array may run at once: the lane's share of the limit."""
-        if self.max_jobs is None:
-            return None
-        lane = number % self.count
-        return self.max_jobs // self.count + (lane < self.max_jobs % self.count)
 
-    def list_dependencies(self, number: int) -> list[str]:
-        """Return the dependency of an array on the one before it in its lane."""
-        last = self._last[number % self.count]
-        return [] if self.max_jobs is None or not last else [f"afterany:{':'.join(last)}"]
+def _plan_places(arrays: Sequence[Sequence[Unit]], max_jobs: int | None) -> list[_Place]:
+    """Return the place of each array, so that at most `max_jobs` tasks run at once.
 
-    def set_last(self, number: int, job: str) -> None:
-        """Make an array the last one of its lane."""
-        self._last[number % self.count] = [job]
+    Arrays that need none of each other make a stage, which waits for the one before. In a stage they share
+    the limit by their sizes; where they are more than the limit, they take turns.
+    """
+    if max_jobs is None:
+        return [_Place(None, ())] * len(arrays)
+    stages: dict[int, list[int]] = {}
+    levels: dict[str, int] = {}
+    for index, units in enumerate(arrays):
+        needs = (*units[0].needs, *units[0].partial_needs)
+        level = 1 + max((levels[need] for need in needs if need in levels), default=-1)
+        levels |= dict.fromkeys((unit.id for unit in units), level)
+        stages.setdefault(level, []).append(index)
+    places: dict[int, _Place] = {}
+    previous: list[int] = [-1]
+    for _, stage in sorted(stages.items()):
+        lanes = sorted(stage, key=lambda index: -len(arrays[index]))[:max_jobs]
+        limits = _share_limit(max_jobs, [len(arrays[index]) for index in lanes])
+        last = dict(zip(lanes, lanes, strict=True))
+        for lane, limit in zip(lanes, limits, strict=True):
+            places[lane] = _Place(limit, tuple(previous))
+        for number, index in enumerate(index for index in stage if index not in last):
+            lane = lanes[number % len(lanes)]
+            places[index] = _Place(limits[number % len(lanes)], (last[lane],))
+            last[lane] = index
+        previous = list(last.values())
+    return [places[index] for index in range(len(arrays))]
+
+
+def _share_limit(total: int, sizes: Sequence[int]) -> list[int]:
+    """Return shares of `total` in proportion to sizes, of which there are no more; each is 1 or more."""
+    shares = [max(1, total * size // sum(sizes)) for size in sizes]
+    while sum(shares) > total:
+        shares[shares.index(max(shares))] -= 1
+    while sum(shares) < total:
+        shares[min(range(len(sizes)), key=lambda n: shares[n] / sizes[n])] += 1
+    return shares
 
 
 def _group_units(

@@ -5,14 +5,15 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import suggest_choices
 from gkd_lab.runner.engines.driver import EngineUnreachable
 from gkd_lab.runner.engines.slurm import build_no_slurm_error, run_slurm_command
-from gkd_lab.runner.engines.slurm_script import SlurmOptions, list_resource_options
+from gkd_lab.runner.engines.slurm_script import SlurmOptions, list_resource_options, parse_time_limit
 from gkd_lab.status.unit_resources import UnitResources
 from gkd_lab.store.unit_files import UnitFiles
 
@@ -28,7 +29,7 @@ def check_cluster(options: SlurmOptions, requests: Collection[UnitResources]) ->
         if shutil.which(program) is None:
             raise build_no_slurm_error(program)
     try:
-        partitions = run_slurm_command("sinfo", "--noheader", "--format=%R").split()
+        partitions = _read_partitions()
     except EngineUnreachable as error:
         raise ConfigError(
             f"--executor slurm: Slurm's controller does not answer ({error}); `scontrol ping` says "
@@ -37,9 +38,13 @@ def check_cluster(options: SlurmOptions, requests: Collection[UnitResources]) ->
     if options.partition is not None:
         for partition in options.partition.split(","):
             if partition not in partitions:
-                choices = suggest_choices(partition, list(dict.fromkeys(partitions)))
+                choices = suggest_choices(partition, list(partitions))
                 raise ConfigError(f"--partition {partition!r}: Slurm has no such partition; {choices}")
+    wanted = [p for p in partitions.values() if p.is_default]
+    if options.partition is not None:
+        wanted = [partitions[name] for name in options.partition.split(",")]
     for resources in requests:
+        _check_partition_limits(resources, options, wanted)
         words = [*list_resource_options(resources, options), "--nodes=1", "--ntasks=1", *options.sbatch]
         try:
             run_slurm_command("sbatch", "--test-only", *words, "--wrap=true")
@@ -48,6 +53,55 @@ def check_cluster(options: SlurmOptions, requests: Collection[UnitResources]) ->
                 f"{error} (asked with: {shlex.join(words)}; --partition, --account, --gpus, --mem, --time "
                 "and --sbatch change that)"
             ) from error
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """A partition, as far as a request may ask for more than it has."""
+
+    name: str
+    is_default: bool
+    seconds: int | None
+    """Largest time limit; None: none."""
+    memory: int
+    """MiB of its largest node."""
+    devices: str
+    """Its nodes' devices, as `gpu:4`; `(null)`: none."""
+
+
+def _read_partitions() -> dict[str, _Partition]:
+    """Return name -> partition, of all that this user may see."""
+    partitions: dict[str, _Partition] = {}
+    for line in run_slurm_command("sinfo", "--noheader", "--format=%P|%l|%m|%G").splitlines():
+        name, limit, memory, devices = line.strip().split("|", 3)
+        seconds = parse_time_limit(limit) if limit[0].isdecimal() else None
+        mebibytes = int("".join(filter(str.isdecimal, memory)) or 0)
+        known = partitions.get(name.rstrip("*"))
+        if known is not None:  # a line for each kind of nodes
+            mebibytes, devices = max(mebibytes, known.memory), f"{known.devices},{devices}"
+        partition = _Partition(name.rstrip("*"), name.endswith("*"), seconds, mebibytes, devices)
+        partitions[partition.name] = partition
+    return partitions
+
+
+def _check_partition_limits(
+    resources: UnitResources, options: SlurmOptions, partitions: Sequence[_Partition]
+) -> None:
+    """Raise ConfigError for a job that no partition would ever start: many clusters queue it all the same."""
+    seconds = resources.seconds if options.time is None else parse_time_limit(options.time)
+    limits = [partition.seconds for partition in partitions]
+    if seconds is not None and limits and all(limit is not None and limit < seconds for limit in limits):
+        largest = max(filter(None, limits))
+        names = ", ".join(partition.name for partition in partitions)
+        raise ConfigError(
+            f"--time: {seconds // 60} minutes are asked for, the partition {names} allows {largest // 60}: "
+            f"set --time {largest // 60}; a unit that reaches it saves and goes on in another job"
+        )
+    if options.gpus and partitions and not any("gpu" in partition.devices for partition in partitions):
+        names = ", ".join(partition.name for partition in partitions)
+        raise ConfigError(
+            f"--gpus {options.gpus}: the partition {names} has no GPU: choose another --partition"
+        )
 
 
 def probe_folder(
