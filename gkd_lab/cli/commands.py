@@ -31,10 +31,11 @@ from gkd_lab.cli.options import (
     pause_garbage_collection,
 )
 from gkd_lab.config import ConfigError, Grid
-from gkd_lab.config.packs import parse_pack_limit
+from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.store import Store
 from gkd_lab.store.files import write_bytes
 from gkd_lab.store.output_folders import check_outputs_folder
+from gkd_lab.store.pack_limits import PackLimits
 
 
 def list_experiments() -> None:
@@ -64,6 +65,9 @@ def show_plan(
     sets: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     pack: PackOption = "auto",
+    units: Annotated[
+        bool, typer.Option("--units", help="Show the units that a cluster would run, in place of cells.")
+    ] = False,
     power: PowerOption = False,
     noise_from: NoiseFromOption = None,
     noise: NoiseOption = None,
@@ -82,6 +86,9 @@ def show_plan(
     from gkd_lab.status.render import list_cells, print_listing, render_summary
 
     limit = parse_pack_limit(pack)
+    if units:
+        _show_units(load_grid(name, scale, sets, outputs), Store(outputs), limit)
+        return
     with pause_garbage_collection():
         grid = load_grid(name, scale, sets, outputs, allow_missing_revisions=True)
         experiments.check_models_and_splits(grid)
@@ -89,8 +96,34 @@ def show_plan(
         overview = build_overview(grid, Store(outputs), limit)
     print_listing(list_cells(grid, overview, show_progress=False))
     print("\n".join([*render_summary(overview), *experiments.list_unchecked_sources(grid)]), flush=True)
+    _show_run_units(grid, Store(outputs))
     if grid.missing_revisions:
         raise ConfigError(grid.missing_revisions)
+
+
+def _show_units(grid: Grid, store: Store, limit: PackLimit) -> None:
+    """Print the units of a grid with what they ask a cluster for, and what became of those submitted."""
+    from gkd_lab.status.render import print_listing
+    from gkd_lab.status.unit_listing import list_planned_units
+
+    listing, margins = list_planned_units(
+        grid, store, PackLimits(store.root).find_grid_limit(grid.cells, limit)
+    )
+    print_listing(listing)
+    print(margins)
+    _show_run_units(grid, store)
+
+
+def _show_run_units(grid: Grid, store: Store) -> None:
+    """Print the units that an engine was given, with queue, place, requeues and log; nothing without any."""
+    from gkd_lab.runner.engines.slurm import describe_queue
+    from gkd_lab.status.render import print_listing
+    from gkd_lab.status.unit_listing import list_run_units
+
+    listing = list_run_units(grid, store, describe_queue)
+    if listing is not None:
+        print()
+        print_listing(listing)
 
 
 def _show_power(
@@ -137,6 +170,7 @@ def show_status(
     totals = render_totals(overview)
     for line in (*render_running_artifacts(overview), *totals, *(f"failed: {line}" for line in failures)):
         print(line)
+    _show_run_units(grid, Store(outputs))
     if failures:
         raise typer.Exit(1)
 

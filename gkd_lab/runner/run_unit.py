@@ -23,6 +23,7 @@ from gkd_lab.store import Store
 from gkd_lab.store.unit_files import UnitFiles
 from gkd_lab.store.unit_state import (
     get_unit_records,
+    is_unit_settled,
     measure_progress,
     read_output_state,
     read_unit_state,
@@ -47,8 +48,8 @@ def find_unit(grid: Grid, limit: PackLimit, unit_id: str) -> tuple[Unit, dict[st
 def run_unit(unit: Unit, units: Mapping[str, Unit], grid: Grid, store: Store, execute: Execute) -> int:
     """Do a unit's work and return its exit status: 0 when what other units read of it exists, else 1.
 
-    Cells of which a need has failed are left alone, with one line on standard error; they are not marked.
-    Failures in the unit's own records are printed too.
+    Nothing is loaded for a unit that has nothing left to do. Cells of which a need has failed are left alone,
+    with one line on standard error; they are not marked. Failures in the unit's own records are printed too.
     """
     with _log_run(unit, grid, store) as set_status:
         failed_ids = [
@@ -61,7 +62,8 @@ def run_unit(unit: Unit, units: Mapping[str, Unit], grid: Grid, store: Store, ex
             print(f"failed: {unit.name}: {units[need].name} has failed (see {status_file})", file=sys.stderr)
         runnable = _drop_cells_with_failed_needs(unit, units, failed_ids)
         if runnable.cells and not set(failed_ids) & set(unit.needs):
-            execute(runnable)
+            if not is_unit_settled(runnable, store):
+                execute(runnable)
             for line in _list_unit_failures(runnable, store):
                 print(f"failed: {line}", file=sys.stderr)
         state = read_unit_state(unit, store) if unit.kind == "pack" else read_output_state(unit, store)

@@ -18,6 +18,7 @@ _STATES: tuple[State, ...] = get_args(State)
 _STATE_STYLES = {"done": "green", "failed": "red", "running": "yellow"}
 TEXT_COLUMNS = {
     "cell", "task", "status", "owner", "now", "experiment", "figures", "question", "from", "scores", "claim",
+    "unit", "work", "needs", "queue", "job", "host", "log", "basis",
 }  # fmt: skip
 """Columns that are aligned to the left; all others hold numbers."""
 

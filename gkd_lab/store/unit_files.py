@@ -1,6 +1,7 @@
 """Files of the units of a grid that an engine runs: jobs, starts and ends, logs and scripts.
 
     outputs/.units/<grid fingerprint>/
+        pack                   the limit of packs by which the units were made
         jobs.jsonl             a row per job: unit, engine, job id, log; a row when the driver sees it ended
         runs/<unit>.jsonl      a row per start and end, which the unit's own process appends
         progress/<unit>        how far the unit's records were when a signal stopped it
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gkd_lab.config.packs import PackLimit
 from gkd_lab.store.files import append_json_line, read_json_lines, write_text
 
 UNITS_FOLDER = ".units"
@@ -97,6 +99,15 @@ class UnitFiles:
         """Create the folders that scripts and units write to."""
         for name in ("runs", "progress", "deaths", "scripts", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def write_pack_limit(self, limit: PackLimit) -> None:
+        """Write the limit by which the grid's cells were grouped when its units were submitted."""
+        write_text(self.folder / "pack", f"{limit}\n")
+
+    def read_pack_limit(self) -> str | None:
+        """Return the text of that limit, as `--pack` takes it; None before a submission."""
+        path = self.folder / "pack"
+        return path.read_text().strip() if path.exists() else None
 
     def log_jobs(self, jobs: Iterable[UnitJob]) -> None:
         """Append a row per submitted job."""

@@ -266,7 +266,10 @@ STARTS: dict[str, tuple[Callable[[Scenario], Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A cluster for the tests of this file, if it is named: a run of all tests starts no daemons."""
+    if request.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        pytest.skip("starts a Slurm cluster of its own: run .ci/slurm")
     with run_cluster() as running_cluster:
         yield running_cluster
 

@@ -92,7 +92,7 @@ class Driver:
         poll_seconds: float = 5.0,
     ) -> None:
         self.grid, self.store, self.engine, self.say = grid, store, engine, say
-        self.poll_seconds = poll_seconds
+        self.limit, self.poll_seconds = limit, poll_seconds
         self.files = UnitFiles.locate(store.root.absolute(), grid.fingerprint)
         self.units = {unit.id: unit for unit in plan_units(grid.cells, limit)}
         self.alive: dict[str, UnitJob] = {}
@@ -106,6 +106,7 @@ class Driver:
     def start(self) -> None:
         """Attach to the jobs that are alive, and submit all other units that have something left to do."""
         self.files.create_folders()
+        self.files.write_pack_limit(self.limit)
         with FolderLock(self.files.folder).acquire():
             self.alive = self._find_alive_jobs()
             attached = len(self.alive)

@@ -251,6 +251,24 @@ def _read_queue() -> Iterator[tuple[str, JobState, str]]:
         )
 
 
+def describe_queue(jobs: Collection[UnitJob]) -> dict[str, str]:
+    """Return job -> `RUNNING`, or `PENDING (Resources)`; all are `unknown` where Slurm does not answer.
+
+    Jobs that Slurm has forgotten are missing.
+    """
+    names = {job.job for job in jobs if job.engine == "slurm"}
+    if not names:
+        return {}
+    try:
+        queue = [(job, state) for job, state, _ in _read_queue() if job in names]
+    except (EngineUnreachable, ConfigError):
+        return dict.fromkeys(names, "unknown")
+    return {
+        job: f"{state.text} ({state.place})" if state.is_waiting and state.place else state.text
+        for job, state in queue
+    }
+
+
 def run_slurm_command(*words: str) -> str:
     """Return the standard output of a command of Slurm.
 
