@@ -35,7 +35,7 @@ def render_inline_svg(figure: Figure, name: str, label: str) -> str:
     Each has its width in points as the variable `--w`, and one above `MAX_SCALED_WIDTH` is in a `<div
     class="scroll">`. The outer `<div>` has the class `panels` and one of `_choose_arrangement`. Ids are
     prefixed with `name`, so that figures of one page do not borrow each other's clip paths. The page defines
-    --ink, --muted, --faint, --paper and --void.
+    the variables of `THEME_NAMES`.
     """
     buffer, pieces = StringIO(), _list_pieces(figure)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _draw_only_once(figure):

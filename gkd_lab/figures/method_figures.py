@@ -26,6 +26,7 @@ from gkd_lab.figures.panels import (
     format_metric,
 )
 from gkd_lab.figures.style import (
+    BASELINE_BAR,
     INK,
     LINE_COLORS,
     MARKERS,
@@ -47,7 +48,6 @@ _AXIS_LABELS = {
     "train_rows": "training rows",
     "student.sft.rows": "rows of SFT and distillation",
 }
-_BASELINE_COLOR = "#b4bac4"
 _BAR_WIDTH = 1.25
 """Inches of a panel's bars, without the names of their rows."""
 _NAME_LENGTH = 34
@@ -125,7 +125,7 @@ def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: 
     for row in cells.to_dict("records"):
         method = row["method"] if bar_axis == "method" else "gkd"
         y = bar_names.index(_name_bar(row, bar_axis))
-        color = get_divergence_color(get_divergence(row)) if method in GKD_METHODS else _BASELINE_COLOR
+        color = get_divergence_color(get_divergence(row)) if method in GKD_METHODS else BASELINE_BAR
         axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
             axes.hlines(y, row["low"], row["high"], color=INK, lw=0.9)

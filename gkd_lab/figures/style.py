@@ -18,7 +18,16 @@ TITLE_SIZE, LABEL_SIZE, TICK_SIZE, SMALL_SIZE = 8.0, 7.5, 7.0, 7.0
 
 INK, MUTED, FAINT, PAPER = "#1f2430", "#5f6675", "#d8dce3", "#fefefe"
 MISSING = "#eceef2"
-THEME_NAMES = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "paper", MISSING: "void"}
+BASELINE_BAR, GREY_LINE = "#b4bac4", "#4d4d4d"
+THEME_NAMES = {
+    INK: "ink",
+    MUTED: "muted",
+    FAINT: "faint",
+    PAPER: "paper",
+    MISSING: "void",
+    BASELINE_BAR: "bar",
+    GREY_LINE: "line",
+}
 """Colours that a page replaces by its own, so that a figure follows its light or dark theme."""
 
 # Okabe and Ito's blue, sky, grey, orange and vermilion: ordered from forward to reverse KL.
@@ -33,7 +42,7 @@ _COLORS_WITHOUT_BETA = {
     "hidden_states": "#5e3c99",
     "attentions": "#117a8b",
     "adversarial": "#7f4f24",
-    "reward": "#4d4d4d",
+    "reward": GREY_LINE,
     "uld": "#b2182b",
 }
 _OTHER_COLOR = "#4d7a00"
@@ -41,7 +50,7 @@ MARKERS = "osD^vP*X"
 LINE_COLORS = ("#8c8c8c", "#56b4e9", "#009e73", "#e69f00", "#0072b2", "#c8500a")
 """Colours of lines that are neither divergences nor methods."""
 METHOD_COLORS = {
-    "sft": "#4d4d4d",
+    "sft": GREY_LINE,
     "seqkd": "#cc79a7",
     "supervised_kd": "#56b4e9",
     "f_distill": "#009e73",

@@ -17,6 +17,7 @@ from gkd_lab.figures.style import (
     MUTED,
     PAPER,
     SCORE_COLORS,
+    THEME_NAMES,
     choose_text_color,
     compute_contrast,
     get_divergence_color,
@@ -91,6 +92,8 @@ def test_text_of_the_report_is_readable_in_each_theme(theme: str) -> None:
     for name in ("ink", "muted", "accent", "bad", "good"):
         assert compute_contrast(colors[name], colors["paper"]) >= READABLE, name
     assert compute_contrast(colors["ink"], colors["void"]) >= READABLE
+    assert set(THEME_NAMES.values()) <= set(colors)
+    assert compute_contrast(colors["ink"], colors["bar"]) >= READABLE  # an interval on its bar
 
 
 @pytest.mark.parametrize("blindness", COLOR_BLINDNESS)
