@@ -139,7 +139,9 @@ def _create_driver(
         files=files,
         options=request.options,
         command=(*request.program, *request.words),
-        resources=estimate_resources(plan_units(grid.cells, request.limit), files, estimator),
+        resources=estimate_resources(
+            plan_units(grid.cells, request.limit), files, estimator, request.options.gpus
+        ),
         folder=Path.cwd(),
         probe_job=probe_job,
     )

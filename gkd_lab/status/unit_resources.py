@@ -14,6 +14,8 @@ from gkd_lab.store.unit_files import UnitFiles, UnitRuns
 
 BASE_BYTES = 3 * 2**29
 """A process with torch and transformers loaded, before it has a model: 0.65 GB were measured on a CPU."""
+DEVICE_BYTES = 2**29
+"""What the libraries of each GPU take of the node's memory beside that."""
 MEMORY_MARGIN = 1.25
 MEMORY_STEP_BYTES = 2**28
 """Memory is rounded up to a multiple of this, so that similar units can share a job array."""
@@ -36,20 +38,23 @@ class UnitResources:
 
 
 def estimate_resources(
-    units: Sequence[Unit], files: UnitFiles, estimator: TimeEstimator
+    units: Sequence[Unit], files: UnitFiles, estimator: TimeEstimator, gpus: int = 0
 ) -> dict[str, UnitResources]:
-    """Return unit id -> the memory and time it needs, with a margin."""
+    """Return unit id -> the memory and time it needs on a node with so many GPUs, with a margin."""
     runs = {unit.id: files.read_runs(unit.id) for unit in units}
     peaks = _list_peaks(units, runs)
-    return {unit.id: _estimate_unit(unit, peaks, estimator) for unit in units}
+    return {unit.id: _estimate_unit(unit, peaks, estimator, gpus) for unit in units}
 
 
 def _estimate_unit(
-    unit: Unit, peaks: Mapping[tuple[str, str], list[tuple[int, int]]], estimator: TimeEstimator
+    unit: Unit,
+    peaks: Mapping[tuple[str, str], list[tuple[int, int]]],
+    estimator: TimeEstimator,
+    gpus: int,
 ) -> UnitResources:
     """Return what one unit needs. A measured peak of a unit with as many cells or more counts for it."""
     measured = [peak for cells, peak in peaks.get((unit.kind, unit.task), []) if cells >= _count_cells(unit)]
-    memory = min(measured) if measured else _estimate_bytes(unit, estimator)
+    memory = min(measured) if measured else _estimate_bytes(unit, estimator, gpus)
     seconds = _estimate_seconds(unit, estimator)
     return UnitResources(
         None if memory is None else _round_up(memory * MEMORY_MARGIN, MEMORY_STEP_BYTES),
@@ -75,7 +80,7 @@ def _count_cells(unit: Unit) -> int:
     return len(unit.cells) if unit.kind == "pack" else 1
 
 
-def _estimate_bytes(unit: Unit, estimator: TimeEstimator) -> int | None:
+def _estimate_bytes(unit: Unit, estimator: TimeEstimator, gpus: int) -> int | None:
     """Return the bytes of a process that trains the unit's models; None where a size is unknown."""
     training = unit.cells[0].training
     if isinstance(unit.spec, SftModel):
@@ -91,7 +96,8 @@ def _estimate_bytes(unit: Unit, estimator: TimeEstimator) -> int | None:
     if parameters is None or teacher_parameters is None:
         return None
     logits = batch_size * tokens * (model.tokenizer.vocab_size or 0) * 4 * _LOGIT_COPIES
-    return BASE_BYTES + count * (_STATE_BYTES * parameters + logits) + 4 * teacher_parameters
+    process_bytes = BASE_BYTES + gpus * DEVICE_BYTES
+    return process_bytes + count * (_STATE_BYTES * parameters + logits) + 4 * teacher_parameters
 
 
 def _estimate_seconds(unit: Unit, estimator: TimeEstimator) -> float | None:

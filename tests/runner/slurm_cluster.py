@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
+SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+"""The daemons are where an ordinary user's PATH may not reach."""
 NODES = ("n1", "n2", "n3", "n4", "n5")
 
 SLURM_CONF = """\
@@ -67,9 +69,8 @@ PartitionName=high Nodes=n5 State=UP PriorityTier=10 PreemptMode=OFF
 
 
 def find_missing_program() -> str | None:
-    """Return a program that a cluster needs and this machine lacks, or None; sbin may not be on the PATH."""
-    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    return next((name for name in PROGRAMS if shutil.which(name) is None), None)
+    """Return a program that a cluster needs and this machine lacks, or None."""
+    return next((name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None), None)
 
 
 class Cluster:
@@ -77,7 +78,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        variables = {"PATH": SEARCH_PATH, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {**os.environ, **variables}
 
     def run(self, *words: str) -> str:
         """Return the output of a command of Slurm."""

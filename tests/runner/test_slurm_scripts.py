@@ -1,6 +1,8 @@
 """Batch scripts and job arrays of the Slurm engine, without Slurm."""
 
+import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from gkd_lab.cli import main
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.units import plan_units
+from gkd_lab.runner.engines.driver import Driver
 from gkd_lab.runner.engines.slurm import SlurmEngine
 from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words, parse_time_limit
-from gkd_lab.status.unit_resources import UnitResources
+from gkd_lab.status.time_estimates import TimeEstimator
+from gkd_lab.status.unit_resources import UnitResources, estimate_resources
+from gkd_lab.store import Store
 from gkd_lab.store.unit_files import UnitFiles
 
 from .tiny_experiments import tiny_grid
@@ -112,6 +117,32 @@ def test_sbatch_options_are_split_and_checked() -> None:
     assert parse_sbatch_words("--qos=long '--comment=two words'") == ("--qos=long", "--comment=two words")
     with pytest.raises(ConfigError, match="'long'"):
         parse_sbatch_words("--qos long")
+
+
+def test_a_thousand_units_are_submitted_in_seconds_beside_a_full_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for Slurm's commands: a queue of 5,000 other jobs, and a `sbatch` that answers."""
+    programs = {
+        "sbatch": "echo 7",
+        "squeue": 'for n in $(seq 5000); do echo "9_$n|RUNNING|None|n1|other-$n"; done',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    start = time.monotonic()
+    grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0, 0.5], "seed": list(range(500))})
+    units, store = plan_units(grid.cells, "off"), Store(tmp_path / "outputs")
+    files = UnitFiles.locate(store.root, grid.fingerprint)
+    resources = estimate_resources(units, files, TimeEstimator(store, grid.scale))
+    command = ("python", "-m", "gkd_lab", "unit", "tiny.yaml")
+    engine = SlurmEngine(grid, files, SlurmOptions(), command, resources, tmp_path)
+    driver = Driver(grid, "off", store, engine, say=lambda _: None)
+    driver.start()
+    assert time.monotonic() - start < 10
+    assert len(driver.alive) == len(units) >= 1000
+    assert files.read_jobs().keys() == {unit.id for unit in units}
 
 
 def run_command(*words: str) -> int:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gkd_lab.config import ConfigError, Grid
@@ -99,7 +100,7 @@ class SlurmEngine:
         arrays = dict.fromkeys(job.job.partition("_")[0] for job in jobs)
         return f"scancel {' '.join(arrays)}"
 
-    @property
+    @cached_property  # read for each job of the queue
     def _name_prefix(self) -> str:
         """Beginning of the names of this grid's jobs in this outputs folder: it may be run in several."""
         place = compute_fingerprint(str(self.files.folder))[:6]

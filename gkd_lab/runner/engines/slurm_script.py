@@ -159,7 +159,11 @@ requeue() {{
   scontrol requeue "$job" && exit 0
 }}
 case $status in
-  138) [ "$(cat "$folder/progress/$unit" 2>/dev/null)" = "$progress" ] || requeue "time limit" ;;
+  138) # A unit that gets on between two limits may reach any number of them.
+    if [ "$(cat "$folder/progress/$unit" 2>/dev/null)" != "$progress" ]; then
+      rm -f "$folder/deaths/$unit-$job"
+      requeue "time limit"
+    fi ;;
   143) # After scancel or a preemption the job runs no more, and Slurm decides whether it starts again.
     scontrol show job -o "$job" | grep -q JobState=RUNNING || exit 143 ;;
 esac
