@@ -153,6 +153,8 @@ pid=$!
 trap 'kill -USR1 $pid 2>/dev/null' USR1  # the time limit is near: the unit saves and stops with 138
 trap 'kill -TERM $pid 2>/dev/null' TERM  # scancel or a preemption: it saves and stops with 143
 until wait $pid; status=$?; [ $status -le 128 ] || ! kill -0 $pid 2>/dev/null; do :; done
+wait $pid 2>/dev/null; last=$?  # a trap may have ended the wait, just when the unit ended by itself
+[ $last = 127 ] || status=$last
 
 requeue() {{
   echo "gkd-lab: unit $unit ended with $status ($1): requeued"
