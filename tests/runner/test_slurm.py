@@ -268,7 +268,7 @@ STARTS: dict[str, tuple[Callable[[Scenario], Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A cluster for the tests of this file, if it is named: a run of all tests starts no daemons."""
-    if request.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+    if request.config.args == request.config.getini("testpaths"):  # also in a process of xdist
         pytest.skip("starts a Slurm cluster of its own: run .ci/slurm")
     with run_cluster() as running_cluster:
         yield running_cluster
