@@ -76,19 +76,26 @@ RetryFailedOption = Annotated[bool, typer.Option("--retry-failed", help="Run fai
 TrackerOption = Annotated[
     TrackerChoice | None, typer.Option("--tracker", help="Default: wandb under a sweep agent, else none.")
 ]
-ExecutorOption = Annotated[str, typer.Option(help="local, or slurm: jobs of a cluster (docs/clusters.md).")]
+EXECUTORS = ("local", "slurm", "ray")
+ExecutorOption = Annotated[str, typer.Option(help="local, or a cluster's: slurm or ray (docs/clusters.md).")]
 PartitionOption = Annotated[str | None, typer.Option(help="slurm: partition; default: the cluster's.")]
 AccountOption = Annotated[str | None, typer.Option(help="slurm: account that pays.")]
-GpusOption = Annotated[int, typer.Option(help="slurm: GPUs of each job.")]
-MemOption = Annotated[str | None, typer.Option(help="slurm: memory of each job, as 4G; default: as planned.")]
+GpusOption = Annotated[int, typer.Option(help="Cluster: GPUs of each job.")]
+MemOption = Annotated[
+    str | None, typer.Option(help="Cluster: memory of each job, as 4G; default: as planned.")
+]
 TimeOption = Annotated[
     str | None, typer.Option(help="slurm: time limit of each job, as 1:30:00; it saves and goes on.")
 ]
-MaxJobsOption = Annotated[int | None, typer.Option(help="slurm: largest number of jobs at once.")]
+MaxJobsOption = Annotated[int | None, typer.Option(help="Cluster: largest number of jobs at once.")]
 SbatchOption = Annotated[
     str | None, typer.Option(metavar="OPTIONS", help="slurm: more options of sbatch, as '--qos=long'.")
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", help="slurm: submit, and do not wait.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Cluster: submit, and do not wait.")]
+CancelOption = Annotated[bool, typer.Option("--cancel", help="Cluster: cancel the jobs of EXP.")]
+StopWithParentOption = Annotated[
+    bool, typer.Option("--stop-with-parent", hidden=True, help="Stop when standard input ends.")
+]
 PrintOption = Annotated[bool, typer.Option("--print", help="slurm: print the scripts; submit nothing.")]
 WorkersOption = Annotated[
     int, typer.Option(help="Processes that share the packs of cells and the CPU cores.")
@@ -212,10 +219,8 @@ def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
 
 def check_executor_options(executor: str, workers: int, no_wait: bool) -> None:
     """Raise ConfigError for an unknown executor, or workers that go with neither it nor --no-wait."""
-    if executor == "ray":
-        raise ConfigError("--executor ray is not built yet; valid: local, slurm")
-    if executor not in ("local", "slurm"):
-        raise build_unknown_name_error("executor", executor, ("local", "slurm"))
+    if executor not in EXECUTORS:
+        raise build_unknown_name_error("executor", executor, EXECUTORS)
     if executor != "local" and (workers != 1 or no_wait):
         raise ConfigError(
             f"--executor {executor} takes neither --workers nor --no-wait: --max-jobs limits its jobs, and "

@@ -18,6 +18,7 @@ from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
 from gkd_lab.cli.options import (
     AccountOption,
     BusyCellAction,
+    CancelOption,
     CellArgument,
     DetachOption,
     ExecutorOption,
@@ -34,6 +35,7 @@ from gkd_lab.cli.options import (
     SbatchOption,
     ScaleOption,
     SetOption,
+    StopWithParentOption,
     TermGradientsOption,
     TimeOption,
     TrackerChoice,
@@ -49,6 +51,7 @@ from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import PackLimit, parse_pack_limit
 from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words
 from gkd_lab.runner.interrupts import handle_signals
+from gkd_lab.runner.workers import stop_with_parent
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.lock import explain_missing_file_locks
@@ -80,16 +83,22 @@ def run_experiment(
     max_jobs: MaxJobsOption = None,
     sbatch: SbatchOption = None,
     detach: DetachOption = False,
+    cancel: CancelOption = False,
     print_only: PrintOption = False,
     worker: WorkerOption = None,
 ) -> None:
     """Train and evaluate every cell of an experiment; finished work is not repeated."""
     check_executor_options(executor, workers, no_wait)
     slurm_options = SlurmOptions(partition, account, gpus, mem, time, max_jobs, parse_sbatch_words(sbatch))
-    if executor == "local" and (slurm_options != SlurmOptions() or detach or print_only):
+    if executor == "local" and (slurm_options != SlurmOptions() or detach or cancel or print_only):
         raise ConfigError(
-            "--partition, --account, --gpus, --mem, --time, --max-jobs, --sbatch, --detach and --print are "
-            "about jobs of a cluster: add --executor slurm"
+            "--partition, --account, --gpus, --mem, --time, --max-jobs, --sbatch, --detach, --cancel and "
+            "--print are about jobs of a cluster: add --executor slurm or ray"
+        )
+    if executor == "ray" and (partition or account or time or sbatch or print_only):
+        raise ConfigError(
+            "--partition, --account, --time, --sbatch and --print are about Slurm: --executor ray takes "
+            "--gpus, --mem, --max-jobs, --detach and --cancel"
         )
     slurm_options.check()
     limit = parse_pack_limit(pack)
@@ -99,7 +108,7 @@ def run_experiment(
             "a sweep agent's run is one cell: let it call `gkd-lab cell`, or set --tracker none"
         )
     grid = load_grid(name, scale, sets, outputs)
-    if executor == "slurm":
+    if executor != "local":
         more_words = ["--tracker", tracker_name, *(["--term-gradients"] if term_gradients else [])]
         request = cluster_run.ClusterRequest(
             grid=grid,
@@ -109,16 +118,19 @@ def run_experiment(
             words=cluster_run.build_unit_words(name, scale, sets or (), outputs, pack, more_words),
             retry_failed=retry_failed,
             detach=detach,
+            cancel=cancel,
         )
         if print_only:
             cluster_run.print_scripts(request)
             return
         _print_bfloat16_notes(grid)
         experiments.check_before_run(grid)
-        cluster_run.run_on_slurm(request)
+        (cluster_run.run_on_slurm if executor == "slurm" else cluster_run.run_on_ray)(request)
         return
-    if worker is None:  # a worker's parent has said it
+    if worker is None:
         _print_bfloat16_notes(grid)
+    else:  # its parent has said the notes
+        stop_with_parent()
     if workers == 1:
         worker_count, workers_on_gpu = parse_worker_counts(worker)
         run_in_process(
@@ -150,6 +162,7 @@ def run_unit(
     pack: PackOption = "auto",
     tracker: TrackerOption = None,
     term_gradients: TermGradientsOption = False,
+    with_parent: StopWithParentOption = False,
 ) -> None:
     """Run one unit of an experiment, as a job of a cluster does: an artifact, or a pack of cells.
 
@@ -159,6 +172,8 @@ def run_unit(
 
     limit, tracker_name = parse_pack_limit(pack), tracker or "none"
     with handle_signals(is_job=True):
+        if with_parent:
+            stop_with_parent()
         grid = load_grid(name, scale, sets, outputs)
         kept_limit = PackLimits(outputs).find_grid_limit(grid.cells, limit)
         unit, units_by_id = units.find_unit(grid, kept_limit, unit_id)

@@ -125,7 +125,7 @@ def _log_run(unit: Unit, grid: Grid, store: Store) -> Iterator[Callable[[int], N
     files.log_run(
         unit.id,
         event="start",
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        host=os.environ.get("SLURMD_NODENAME") or os.environ.get("GKD_LAB_HOST") or socket.gethostname(),
         device=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         pid=os.getpid(),
         job=_name_job(),
@@ -153,6 +153,8 @@ def _log_run(unit: Unit, grid: Grid, store: Store) -> Iterator[Callable[[int], N
 
 
 def _name_job() -> str | None:
-    """Return the name of the Slurm job that this process is in, `12_3` or `12`; None outside of one."""
+    """Return the name of the job that this process is in: Slurm's, `12_3` or `12`, or Ray's; None without."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("GKD_LAB_JOB")

@@ -2,9 +2,8 @@
 
     python stub_units.py unit EXPERIMENT --unit ID --outputs FOLDER --pack LIMIT [--tracker none]
 
-GKD_STUB_SECONDS: of each step of a pack. GKD_STUB_FAIL: fingerprint of a model that fails. GKD_STUB_KILL:
-step of a pack at which the process always kills itself. A record has a checkpoint at every 5th step, resumes
-from it, and logs each step once.
+GKD_STUB_SECONDS: of each step of a pack. GKD_STUB_KILL: step of a pack at which the process always
+kills itself. A record has a checkpoint at every 5th step, resumes from it, and logs each step once.
 """
 
 import argparse
@@ -22,11 +21,14 @@ from gkd_lab.config.packs import parse_pack_limit
 from gkd_lab.config.units import Unit
 from gkd_lab.runner import interrupts
 from gkd_lab.runner.run_unit import find_unit, run_unit
+from gkd_lab.runner.workers import stop_with_parent
 from gkd_lab.store import Record, Store
 from gkd_lab.store.files import append_json_line
 from gkd_lab.store.unit_state import get_unit_records
 
 STEPS, CHECKPOINT_EVERY = 40, 5
+FAILING_FILE = Path("failing")
+"""Fingerprint of a model that fails, in the working folder: not every engine passes variables on."""
 
 
 def train_record(record: Record, seconds: float, last_step: int) -> None:
@@ -66,7 +68,7 @@ def execute(unit: Unit, store: Store) -> None:
             spec = unit.spec or cells[0].training
             record.write_spec(spec)
             train_record(record, seconds, last_step)
-            if os.environ.get("GKD_STUB_FAIL") == spec.fingerprint:
+            if FAILING_FILE.exists() and FAILING_FILE.read_text() == spec.fingerprint:
                 record.mark_failed("RuntimeError: broken on purpose")
                 continue
             if is_pack or isinstance(spec, SftModel):
@@ -86,10 +88,13 @@ def main() -> None:
     for option in ("--unit", "--outputs", "--pack", "--scale", "--tracker"):
         parser.add_argument(option)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--stop-with-parent", action="store_true")
     words = parser.parse_args()
     limit, outputs = parse_pack_limit(words.pack), Path(words.outputs)
     overrides = dict(text.split("=", 1) for text in words.set)
     with interrupts.handle_signals(is_job=True):
+        if words.stop_with_parent:
+            stop_with_parent()
         grid = experiments.load(words.experiment, scale=words.scale, overrides=overrides, outputs=outputs)
         unit, units = find_unit(grid, limit, words.unit)
         store = Store(outputs)

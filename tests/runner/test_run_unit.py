@@ -17,6 +17,7 @@ from gkd_lab.runner.run import run_grid
 from gkd_lab.store import Store
 from gkd_lab.store.unit_files import UnitFiles
 
+from .stub_units import FAILING_FILE
 from .tiny_experiments import contents, options, table_of, tiny_grid
 
 STUB = [sys.executable, str(Path(__file__).with_name("stub_units.py"))]
@@ -72,8 +73,9 @@ def test_unknown_unit_is_refused(
 def test_unit_of_a_failed_need_runs_no_cell_and_marks_none(tmp_path: Path) -> None:
     grid, store = tiny_grid(tmp_path, "arithmetic"), Store(tmp_path / "outputs")
     teacher, start, pack, _ = plan_units(grid.cells, 3)
+    (tmp_path / FAILING_FILE).write_text(grid.cells[0].training.teacher.fingerprint)
     for unit in (teacher, start):
-        process = start_stub(unit, tmp_path, GKD_STUB_FAIL=grid.cells[0].training.teacher.fingerprint)
+        process = start_stub(unit, tmp_path)
         assert process.wait() == (1 if unit is teacher else 0)
     process = start_stub(pack, tmp_path)
     _, output = process.communicate()
@@ -87,9 +89,9 @@ def test_cells_of_other_students_run_where_one_student_has_failed(tmp_path: Path
     student = {"layers": 1, "width": 8, "heads": 2, "sft": {"steps": 4}, "init_seed": "cell"}
     grid = tiny_grid(tmp_path, "arithmetic", grid={"beta": [0], "seed": [0, 1, 2]}, student=student)
     *artifacts, pack = plan_units(grid.cells, 3)
-    failing = grid.cells[1].training.start.fingerprint
+    (tmp_path / FAILING_FILE).write_text(grid.cells[1].training.start.fingerprint)
     for unit in artifacts:
-        start_stub(unit, tmp_path, GKD_STUB_FAIL=failing).wait()
+        start_stub(unit, tmp_path).wait()
     assert start_stub(pack, tmp_path).wait() == 1
     store = Store(tmp_path / "outputs")
     assert [store.get_record(cell).read_state() for cell in grid.cells] == ["done", "missing", "done"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gkd_lab.config import Grid
+from gkd_lab.config.fingerprint import compute_fingerprint
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import Unit, plan_units
 from gkd_lab.store import State, Store
@@ -38,6 +39,11 @@ class JobState:
     """Whether someone cancelled it; False where it was dropped because a job that it needs has failed."""
     place: str = ""
     """Machine that it runs on, or why it waits."""
+
+
+def name_grid_in_place(grid: Grid, files: UnitFiles) -> str:
+    """Return a name for a grid's jobs in this outputs folder: a grid may be run in several at once."""
+    return f"{grid.name}-{grid.fingerprint}-{compute_fingerprint(str(files.folder.absolute()))[:6]}"
 
 
 class EngineUnreachable(RuntimeError):
@@ -68,6 +74,9 @@ class Engine(Protocol):
 
     def describe_cancelling(self, jobs: Collection[UnitJob]) -> str:
         """Return the command line that cancels jobs."""
+
+    def cancel(self, jobs: Collection[UnitJob]) -> None:
+        """Cancel jobs; those that run save first."""
 
 
 @dataclass
@@ -129,7 +138,15 @@ class Driver:
             if not self.alive and not self._resubmit_killed_units():
                 break
             time.sleep(self.poll_seconds)
-        return self._build_outcome()
+        return self.build_outcome()
+
+    def cancel(self) -> int:
+        """Cancel the jobs that are alive; return their number."""
+        with FolderLock(self.files.folder).acquire():
+            self.alive = self._find_alive_jobs()
+            if self.alive:
+                self.engine.cancel(self.alive.values())
+        return len(self.alive)
 
     def describe_leaving(self, command: str) -> str:
         """Return how to attach to the jobs, and how to cancel them, once the driver has left."""
@@ -256,7 +273,7 @@ class Driver:
             self._done_ids.add(unit.id)
         return state
 
-    def _build_outcome(self) -> EngineOutcome:
+    def build_outcome(self) -> EngineOutcome:
         """Return the failures in the records, and a line per unit that was left unfinished."""
         jobs = self.files.read_jobs()
         failed = {unit.id for unit in self.units.values() if read_output_state(unit, self.store) == "failed"}

@@ -13,9 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from gkd_lab.config import ConfigError, Grid
-from gkd_lab.config.fingerprint import compute_fingerprint
 from gkd_lab.config.units import Unit
-from gkd_lab.runner.engines.driver import EngineUnreachable, JobState
+from gkd_lab.runner.engines.driver import EngineUnreachable, JobState, name_grid_in_place
 from gkd_lab.runner.engines.slurm_script import JobArray, SlurmOptions, render_script
 from gkd_lab.status.unit_resources import UnitResources
 from gkd_lab.store.files import write_text
@@ -100,11 +99,14 @@ class SlurmEngine:
         arrays = dict.fromkeys(job.job.partition("_")[0] for job in jobs)
         return f"scancel {' '.join(arrays)}"
 
+    def cancel(self, jobs: Collection[UnitJob]) -> None:
+        """Cancel jobs; Slurm signals those that run, which save. See `Engine`."""
+        run_slurm_command("scancel", *(job.job for job in jobs))
+
     @cached_property  # read for each job of the queue
     def _name_prefix(self) -> str:
-        """Beginning of the names of this grid's jobs in this outputs folder: it may be run in several."""
-        place = compute_fingerprint(str(self.files.folder))[:6]
-        return f"{self.grid.name}-{self.grid.fingerprint}-{place}-"
+        """Beginning of the names of this grid's jobs in this outputs folder."""
+        return f"{name_grid_in_place(self.grid, self.files)}-"
 
     def _place_units(
         self,

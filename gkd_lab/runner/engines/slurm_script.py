@@ -54,6 +54,14 @@ def parse_sbatch_words(text: str | None) -> tuple[str, ...]:
     return words
 
 
+def parse_memory(text: str | None) -> int | None:
+    """Return the bytes of a text such as 4G, as Slurm reads it: megabytes without a unit; None for None."""
+    if text is None:
+        return None
+    unit = text[-1] if text[-1] in "KMGT" else ""
+    return int(text.removesuffix(unit)) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[unit]
+
+
 def parse_time_limit(text: str) -> int:
     """Return the seconds of a time limit as Slurm writes it: MINUTES, [DAYS-]H[:M[:S]]. ConfigError else."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)

@@ -1,8 +1,8 @@
-"""Run an experiment on Slurm as `gkd-lab run EXP --executor slurm` does, with the units of stub_units.py.
+"""Run an experiment as `gkd-lab run EXP --executor slurm|ray` does, with the units of stub_units.py.
 
-    python slurm_driver_script.py EXPERIMENT OUTPUTS PACK OPTIONS
+    python engine_driver_script.py ENGINE EXPERIMENT OUTPUTS PACK OPTIONS
 
-OPTIONS is JSON: fields of `SlurmOptions`, and `detach`.
+OPTIONS is JSON: fields of `SlurmOptions`, `detach` and `cancel`.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from gkd_lab import experiments
-from gkd_lab.cli.cluster_run import ClusterRequest, build_unit_words, run_on_slurm
+from gkd_lab.cli.cluster_run import ClusterRequest, build_unit_words, run_on_ray, run_on_slurm
 from gkd_lab.cli.exit_status import exit_for_error
 from gkd_lab.config import ConfigError
 from gkd_lab.config.packs import parse_pack_limit
@@ -20,8 +20,9 @@ STUB_PROGRAM = (sys.executable, str(Path(__file__).with_name("stub_units.py")))
 
 
 def main() -> None:
-    name, outputs, pack, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-    detach = options.pop("detach", False)
+    engine, name, outputs, pack = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    options = json.loads(sys.argv[5])
+    detach, cancel = options.pop("detach", False), options.pop("cancel", False)
     request = ClusterRequest(
         grid=experiments.load(name, outputs=outputs),
         limit=parse_pack_limit(pack),
@@ -29,11 +30,12 @@ def main() -> None:
         options=SlurmOptions(**{**options, "sbatch": tuple(options.get("sbatch", ()))}),
         words=build_unit_words(name, None, (), outputs, pack, ()),
         detach=detach,
+        cancel=cancel,
         program=STUB_PROGRAM,
         poll_seconds=1.0,
     )
     try:
-        run_on_slurm(request)
+        (run_on_slurm if engine == "slurm" else run_on_ray)(request)
     except ConfigError as error:
         exit_for_error(error)
 
