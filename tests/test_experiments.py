@@ -182,6 +182,16 @@ def test_an_unresolved_hub_name_asks_for_a_line_in_revisions_json(tmp_path: Path
     assert cell.training.data.name == "owner/rows"
 
 
+def test_another_hub_name_is_read_without_the_part_of_the_scales_data_set(tmp_path: Path) -> None:
+    configs = {"openai/gsm8k": "main", "owner/rows": None}
+    commits = {"datasets": dict.fromkeys(configs, "0a"), "models": {"owner/model": "0b"}}
+    (tmp_path / "revisions.json").write_text(json.dumps(commits))
+    for name, config in configs.items():
+        fields = {**HUB, "data.source": name, "teacher": "owner/model", "student": "owner/model"}
+        grid = experiments.load_single_cell(fields, scale="paper", outputs=tmp_path)
+        assert grid.cells[0].training.data.config == config
+
+
 def test_a_commit_changes_the_fingerprint(tmp_path: Path) -> None:
     fingerprints = set()
     for commit in ("0a", "0b"):

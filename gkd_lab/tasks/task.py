@@ -78,14 +78,16 @@ class Task:
             raise ValueError(f"{self.name} has no {scale} scale; it has: {', '.join(self.scales)}")
         settings = dict(self.scales[scale])
         real = settings.pop("real", {})
-        source = source or settings["data"].get("source")
+        own_source = settings["data"].get("source")
+        source = source or own_source
         if source is None:
             raise ValueError(
                 f"data.source is missing: {self.name} has no rows of its own; give a folder of jsonl or "
                 "parquet, or a hub name (owner/name)"
             )
-        if source not in self.generators and Path(source).expanduser().is_dir():
-            # The part of the scale's hub data set is no subfolder of the user's folder.
+        is_folder = Path(source).expanduser().is_dir()
+        if source not in self.generators and (source != own_source or is_folder):
+            # The part of the scale's hub data set is none of another data set, nor a folder's subfolder.
             settings["data"] = {name: value for name, value in settings["data"].items() if name != "config"}
         layers: list[tuple[Literal["scale", "task", "data"], Mapping[str, Any]]] = [
             ("scale", COMMON_SETTINGS[scale]),

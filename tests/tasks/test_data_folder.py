@@ -96,9 +96,17 @@ def test_what_is_left_alone_is_no_part_of_the_content(tmp_path: Path) -> None:
     assert DataFolder(tmp_path).compute_digest() != before
 
 
-def test_a_folder_is_not_read_by_the_part_of_the_scales_own_data_set(tmp_path: Path) -> None:
-    defaults = TASKS["arithmetic"].get_defaults
-    assert defaults("smol", None)["data"]["config"] == "main"
-    assert defaults("smol", "owner/name")["data"]["config"] == "main"
-    assert "config" not in defaults("smol", str(tmp_path))["data"]
-    assert defaults("nano", "made")["data"]["source"] == "made"
+def test_the_part_of_the_scales_own_data_set_is_no_part_of_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for task, scale in (("arithmetic", "smol"), ("arithmetic", "paper"), ("translation", "paper")):
+        defaults = TASKS[task].get_defaults
+        data = defaults(scale, None)["data"]
+        assert data["config"]
+        assert defaults(scale, data["source"])["data"] == data
+        for source in ("owner/name", str(tmp_path), "./nowhere"):
+            assert "config" not in defaults(scale, source)["data"]
+    monkeypatch.chdir(tmp_path)
+    Path("openai/gsm8k").mkdir(parents=True)
+    assert "config" not in TASKS["arithmetic"].get_defaults("smol", "openai/gsm8k")["data"]
+    assert TASKS["arithmetic"].get_defaults("nano", "made")["data"]["source"] == "made"
