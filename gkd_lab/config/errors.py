@@ -50,14 +50,20 @@ class Origin:
     set_fields: tuple[str, ...] = ()
     """Dotted names of the fields and axes that were set outside the file, by `--set`."""
 
+    def find_set_field(self, location: Sequence[str | int]) -> str | None:
+        """Return the key of the `--set` that stated the value at a location; None if the file did."""
+        for key in self.set_fields:
+            if tuple(location[:2]) == ("grid", key) or _begins_with(location, key.split(".")):
+                return key
+        return None
+
     def format_place(self, location: Sequence[str | int]) -> str:
         """Return `NAME:LINE` of the deepest part of a location whose line is known, else the name.
 
         Parts that the file has not, such as pydantic's names of a union's branches, are skipped.
         """
-        for field in self.set_fields:
-            if location[:2] == ("grid", field) or _is_part(field.split("."), location):
-                return f"{self.name}, with the values set"
+        if self.find_set_field(location) is not None:
+            return f"{self.name}, with the values set"
         written: Location = ()
         for part in location:
             if (*written, part) in self.lines:
@@ -65,10 +71,17 @@ class Origin:
         return f"{self.name}:{self.lines[written]}" if written else self.name
 
 
-def _is_part(keys: Iterable[str], location: Iterable[str | int]) -> bool:
-    """Return whether the keys stand in a location in this order, other parts between them."""
+def _begins_with(location: Iterable[str | int], keys: Iterable[str]) -> bool:
+    """Return whether these keys lead a location, pydantic's names of a union's branches between them."""
     parts = iter(location)
-    return all(key in parts for key in keys)
+    return all(
+        key == next((part for part in parts if part == key or not _is_branch(part)), None) for key in keys
+    )
+
+
+def _is_branch(part: str | int) -> bool:
+    """Return whether a part of pydantic's location names a branch of a union: a class or a type."""
+    return isinstance(part, str) and (part in _UNION_TAGS or "[" in part or part[:1].isupper())
 
 
 class MissingRevision(ConfigError):

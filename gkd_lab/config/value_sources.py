@@ -22,14 +22,6 @@ class ValueSource:
     detail: str = ""
     """Of `student` and `method` its name, of `derived` how it was computed."""
 
-    def find_set_field(self, origin: Origin) -> str | None:
-        """Return the key of the `--set` that stated it; None if the file itself did."""
-        for key in origin.set_fields:
-            path = tuple(key.split("."))
-            if self.location[:2] == ("grid", key) or self.location[: len(path)] == path:
-                return key
-        return None
-
     def describe(self, origin: Origin, task: str, scale: str) -> str:
         """Return the source in words, such as `mine.yaml:7` or `default of arithmetic at nano`."""
         defaults = {
@@ -42,7 +34,7 @@ class ValueSource:
         }
         if self.kind in defaults:
             return defaults[self.kind]
-        key, origin = self.find_set_field(origin), Origin(Path(origin.name).name, origin.lines)
+        key, origin = origin.find_set_field(self.location), Origin(Path(origin.name).name, origin.lines)
         place = f"--set {key}" if key else origin.format_place(self.location)
         if self.kind == "method":
             return f"method {self.detail}, {place}"

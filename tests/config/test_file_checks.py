@@ -1,11 +1,13 @@
 """What an experiment file or `--set` leaves ambiguous is refused, in files with the line."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gkd_lab.config import ConfigError, read_experiment
+from gkd_lab.config.yaml_files import read_yaml_mapping
 
 from .stub import get_refusal, make_cell, make_grid
 
@@ -142,3 +144,31 @@ def test_what_the_command_line_set_has_no_line(tmp_path: Path) -> None:
     path = write_file(tmp_path, "seed: 1")
     with pytest.raises(ConfigError, match=r"mine\.yaml, with the values set: seed: '010'"):
         read_experiment(path, {"seed": "010"})
+
+
+def test_only_what_the_command_line_set_is_without_a_line(tmp_path: Path) -> None:
+    """`seed` is also a field of `data` and of a model's `sft`; `per_task` stands in the file."""
+    path = write_file(
+        tmp_path,
+        "data: {seed: -1}",
+        "student: {sft: {seed: 0, steps: 1}}",
+        "grid: {student.sft.seed: [0, 1]}",
+        "per_task: {sums: {seed: 2}}",
+    )
+    _, origin = read_yaml_mapping(path, "")
+    origin = replace(origin, set_fields=("seed", "student.sft.steps", "lmbda"))
+    lines = {location: line for location, line in origin.lines.items() if location}
+    student = ("student", "ModelSettings", "sft")
+    places = {
+        ("data", "seed"): lines["data", "seed"],
+        (*student, "seed"): lines["student", "sft", "seed"],
+        ("grid", "student.sft.seed", 1): lines["grid", "student.sft.seed"],
+        ("per_task", "sums", "seed"): lines["per_task", "sums", "seed"],
+        ("student", "ModelSettings", "steps"): lines[("student",)],
+    }
+    for location, line in places.items():
+        assert origin.format_place(location) == f"{path}:{line}"
+    for location in (("seed",), (*student, "steps"), ("grid", "lmbda", 0), ("lmbda", "constrained-float")):
+        assert origin.format_place(location) == f"{path}, with the values set"
+    with pytest.raises(ConfigError, match=rf"mine\.yaml:{lines['data', 'seed']}: data\.seed: -1"):
+        read_experiment(path, {"seed": "3"})
