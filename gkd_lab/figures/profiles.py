@@ -27,6 +27,7 @@ from gkd_lab.tables.scores import select_primary_scores
 THRESHOLDS = 200
 MAX_RANGE = (-1.0, 2.0)
 """Normalised scores beyond which a profile is not drawn."""
+_MAX_LISTED_GAPS = 3
 SCORE_LABEL = "normalised score: 0 SFT student, 1 teacher"
 
 
@@ -120,9 +121,17 @@ def _draw_profile(axes: Axes, method: MethodScores, thresholds: Array, color: An
 def _list_methods(aggregated: AggregatedScores) -> list[MethodScores]:
     """Return the methods, those of a group together. Raises ValueError without any."""
     if not aggregated.methods:
-        raise ValueError(f"no method has a score in all tasks: {'; '.join(aggregated.omitted)}")
+        raise ValueError(f"no method has a score in all tasks: {_describe_gaps(aggregated)}")
     groups = list(dict.fromkeys(method.group for method in aggregated.methods))
     return sorted(aggregated.methods, key=lambda method: groups.index(method.group))
+
+
+def _describe_gaps(aggregated: AggregatedScores) -> str:
+    """Return the number of missing scores and the first of them; without any, why tasks were left out."""
+    gaps = aggregated.missing or aggregated.omitted
+    kind = "missing scores" if aggregated.missing else "tasks left out"
+    cut = ", the first" if len(gaps) > _MAX_LISTED_GAPS else ""
+    return f"{kind} ({len(gaps)}){cut}: {'; '.join(gaps[:_MAX_LISTED_GAPS])}"
 
 
 def _choose_color(method: MethodScores, methods: Sequence[MethodScores]) -> Any:

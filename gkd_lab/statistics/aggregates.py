@@ -94,6 +94,8 @@ class AggregatedScores:
     """Names of the tasks, with their further settings."""
     omitted: list[str]
     """What was left out, and why."""
+    missing: list[str]
+    """Each score that keeps a method out, as `METHOD in TASK`."""
 
 
 def compute_interquartile_mean(scores: Array) -> float:
@@ -129,7 +131,7 @@ def aggregate_scores(scores: pd.DataFrame) -> AggregatedScores:
         if name not in tasks
     ]
     keys = ["lmbda", "divergence", "beta", *(axis for axis in METHOD_AXES if axis in list_axes(scores))]
-    methods = []
+    methods, missing_scores = [], []
     for values, group in usable.groupby(keys, dropna=False, sort=False):
         strata = [group.loc[group["stratum"] == task, "normalized"].to_numpy(float) for task in tasks]
         method = MethodScores(dict(zip(keys, values, strict=True)), strata)
@@ -138,7 +140,8 @@ def aggregate_scores(scores: pd.DataFrame) -> AggregatedScores:
         else:
             missing = [task for task, found in zip(tasks, strata, strict=True) if not len(found)]
             omitted.append(f"{method.label}: no score in {', '.join(missing)}")
-    return AggregatedScores(methods, tasks, omitted)
+            missing_scores += [f"{method.label} in {task}" for task in missing]
+    return AggregatedScores(methods, tasks, omitted, missing_scores)
 
 
 def _normalize(scores: pd.DataFrame) -> pd.DataFrame:

@@ -36,3 +36,19 @@ def test_a_grid_without_scores_has_no_such_figure(tmp_path: Path) -> None:
     table = build_long_table(build_grid(), Store(tmp_path))
     with pytest.raises(ValueError, match="no method has a score in all tasks"):
         profiles(table)
+
+
+def test_a_refusal_counts_the_missing_scores_and_names_the_first_three(tmp_path: Path) -> None:
+    """Each lmbda has a learning rate of its own, so that each method lacks all settings but one."""
+    grid, store = (
+        build_grid(grid={"lmbda": [0, 0.25, 0.5, 1], "learning_rate": [1, 2, 3, 4]}),
+        Store(tmp_path),
+    )
+    rates = {0: 1, 0.25: 2, 0.5: 3, 1: 4}
+    done = [cell for cell in grid.cells if cell.training.optimizer.learning_rate == rates[cell.lmbda]]
+    fill_store(grid, store, cells=done, score=lambda cell: 30 + 30 * cell.lmbda, teacher_score=90.0)
+    for draw in (interquartile_means, profiles):
+        with pytest.raises(ValueError, match=r"missing scores \(12\), the first: λ = 0") as caught:
+            draw(build_long_table(grid, store))
+        assert str(caught.value).count("; ") == 2
+        assert len(str(caught.value)) < 300

@@ -81,12 +81,14 @@ def test_what_lacks_a_task_is_left_out_and_named(tmp_path: Path) -> None:
     aggregated = aggregate_scores(build_scores(tmp_path, grid, cells=done))
     assert [method.label for method in aggregated.methods] == ["λ = 0, JSD(0.5)"]
     assert aggregated.omitted == ["λ = 1, JSD(0.5): no score in translation"]
+    assert aggregated.missing == ["λ = 1, JSD(0.5) in translation"]
 
 
 def test_a_teacher_that_is_no_better_normalises_nothing(tmp_path: Path) -> None:
     aggregated = aggregate_scores(build_scores(tmp_path, build_grid(grid={"lmbda": [0]}), start_score=90.0))
     assert (aggregated.methods, aggregated.tasks) == ([], [])
     assert aggregated.omitted[0].startswith("arithmetic: the teacher")
+    assert aggregated.missing == []
 
 
 def test_a_profile_is_the_share_of_runs_above_each_threshold() -> None:
