@@ -50,6 +50,8 @@ _AXIS_LABELS = {
 }
 _BAR_WIDTH = 1.25
 """Inches of a panel's bars, without the names of their rows."""
+_BAR_HEIGHT = 0.72
+"""Share of a row."""
 _NAME_LENGTH = 34
 """Characters of a line of a bar's name."""
 
@@ -67,7 +69,7 @@ def bars(
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
     seeds, of a single seed over its examples. A panel for each task and combination of other varying axes.
     GKD has a bar for each of its divergences, in the divergence's colour, a light one where it is supervised.
-    Panels have the same rows, empty where a panel has no such method.
+    Panels have the same rows, empty where a panel has no such method, `missing` where it has no score yet.
     With another `bar_axis`, such as `objectives`, there is a bar for each of its values in table order, in
     the divergence's colour; the axis `beta` stands for the divergence. `width` is in inches: None is the
     text of a page. Raises ValueError where no cell has the score.
@@ -75,7 +77,10 @@ def bars(
     bar_axis = DIVERGENCE_AXIS if bar_axis == "beta" else bar_axis
     scores = select_scores(table, metric, evaluation)
     with apply_style():
-        panels = build_summary_panels(scores, excluded_axes=(bar_axis,))
+        panels = [
+            (title, cells if bar_axis == DIVERGENCE_AXIS else _drop_unnamed_gaps(cells, [bar_axis]))
+            for title, cells in build_summary_panels(scores, excluded_axes=(bar_axis,))
+        ]
         bar_names = _list_bar_names(pd.concat([cells for _, cells in panels]), bar_axis)
         names = [_wrap_name(name) for name in bar_names]
         height = 0.95 + 0.165 * len(names) * max(1, 0.75 * max(name.count("\n") + 1 for name in names))
@@ -114,6 +119,14 @@ def _name_bar(row: Mapping[Any, Any], bar_axis: str) -> str:
     return _format_axis_value(bar_axis, row[bar_axis])
 
 
+def _drop_unnamed_gaps(cells: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    """Return the rows but those without a score and without a value of an axis.
+
+    Such are cells of a run in one table with the paper's, which has axes that the run has not.
+    """
+    return cells[cells["mean"].notna() | cells[axes].notna().all(axis=1)]
+
+
 def _wrap_name(name: str) -> str:
     """Return a bar's name in lines that leave room for the bars."""
     return "\n".join(textwrap.wrap(name, _NAME_LENGTH))
@@ -122,23 +135,35 @@ def _wrap_name(name: str) -> str:
 def _draw_bars(axes: Axes, cells: pd.DataFrame, bar_names: list[str], bar_axis: str) -> None:
     """Draw one panel's bars in the rows of `bar_names`, with values as text and with intervals."""
     decimals = 1 if cells["mean"].abs().max() >= 2 else 2
-    for row in cells.to_dict("records"):
+    rows = cells[cells["mean"].notna()].to_dict("records")
+    names = [_name_bar(row, bar_axis) for row in rows]
+    gaps = {_name_bar(row, bar_axis) for row in cells[cells["mean"].isna()].to_dict("records")}
+    for name in sorted(gaps.difference(names), key=bar_names.index):
+        y = bar_names.index(name)
+        axes.barh(y, 0, height=_BAR_HEIGHT)  # the row's room
+        _annotate_bar(axes, "missing", 0.0, y, MUTED)
+    for row, name in zip(rows, names, strict=True):
         method = row["method"] if bar_axis == "method" else "gkd"
-        y = bar_names.index(_name_bar(row, bar_axis))
+        y = bar_names.index(name)
         color = get_divergence_color(get_divergence(row)) if method in GKD_METHODS else BASELINE_BAR
-        axes.barh(y, row["mean"], color=color, alpha=0.55 if method == "gkd_supervised" else 1, height=0.72)
+        alpha = 0.55 if method == "gkd_supervised" else 1
+        axes.barh(y, row["mean"], color=color, alpha=alpha, height=_BAR_HEIGHT)
         if pd.notna(row["low"]) and pd.notna(row["high"]):
             axes.hlines(y, row["low"], row["high"], color=INK, lw=0.9)
         right_end = max(0.0, *(float(row[name]) for name in ("mean", "high") if pd.notna(row[name])))
         label = f"{row['mean']:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-        axes.annotate(
-            label, (right_end, y), (3, 0), textcoords="offset points", va="center", color=INK,
-            fontsize=SMALL_SIZE,
-        )  # fmt: skip
+        _annotate_bar(axes, label, right_end, y, INK)
     axes.axvline(0, color=MUTED, lw=0.8)
     axes.margins(x=0.22)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
     axes.grid(False, axis="y")
+
+
+def _annotate_bar(axes: Axes, text: str, x: float, y: int, color: str) -> None:
+    """Write a text to the right of a bar's end."""
+    axes.annotate(
+        text, (x, y), (3, 0), textcoords="offset points", va="center", color=color, fontsize=SMALL_SIZE
+    )
 
 
 def lines(
@@ -153,9 +178,10 @@ def lines(
     """Draw mean scores along `x_axis`, equally spaced, a line per value of `line_axis`, with intervals.
 
     Takes the long table; `metric` and `evaluation` are as in `select_scores`. Intervals are at 95 % over
-    seeds, of a single seed over its examples. The axis `divergence` (or
-    `beta`) has a place for each kind and beta. A panel for each task and combination of other varying axes.
-    SFT students that differ along `x_axis` are a dashed line, where there is one panel; of gains it is 0.
+    seeds, of a single seed over its examples. The axis `divergence` (or `beta`) has a place for each kind
+    and beta. A panel for each task and combination of other varying axes. A line has a gap where a cell has
+    no score, and goes on where it has no cell. SFT students that differ along `x_axis` are a dashed line,
+    where there is one panel; of gains it is 0.
     `width` is in inches: None is a column for one panel, else the text of a page. Raises ValueError where no
     cell has the score, and where two settings meet at one point.
     """
@@ -163,7 +189,7 @@ def lines(
     scores = select_scores(table, metric, evaluation)
     with apply_style():
         panels = [
-            (title, cells.assign(divergence=map_divergences(cells)))
+            (title, _select_line_points(cells.assign(divergence=map_divergences(cells)), x_axis, line_axis))
             for title, cells in build_summary_panels(scores, excluded_axes=(x_axis, line_axis))
         ]
         longest = max(cells[x_axis].nunique() for _, cells in panels)
@@ -182,6 +208,16 @@ def lines(
                 panel_axes.axhline(0, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1, label="SFT student")
         add_legend(figure, axes)
         return figure
+
+
+def _select_line_points(cells: pd.DataFrame, x_axis: str, line_axis: str) -> pd.DataFrame:
+    """Return the rows with a score, and the gaps of their lines: points where no row has one."""
+    scored = cells[cells["mean"].notna()]
+    gaps = _drop_unnamed_gaps(cells, [x_axis, line_axis]).drop(scored.index)
+    gaps = gaps[gaps[line_axis].isin(scored[line_axis])]
+    points = pd.concat([scored, gaps])
+    is_repeated = points.duplicated([x_axis, line_axis]) & points["mean"].isna()
+    return points[~is_repeated].sort_index()
 
 
 def _draw_starts(axes: Axes, scores: pd.DataFrame, x_axis: str) -> None:

@@ -99,16 +99,31 @@ def build_summary_panels(
 ) -> list[tuple[str, pd.DataFrame]]:
     """Return (title, cells' summary rows) per task and combination of varying axes not excluded.
 
-    Takes the rows of `select_scores`. A collapsed cell stands once, under the first of its names. Raises
-    ValueError where nothing has a score.
+    Takes the rows of `select_scores`. A collapsed cell stands once, under the first of its names. Points of a
+    panel without a score are rows with a missing mean; a panel has at least one score. Raises ValueError
+    where nothing has a score.
     """
     panel_axes = [axis for axis in list_axes(scores) if axis not in excluded_axes]
     other_axes = [axis for axis in excluded_axes if axis not in SUMMARY_KEYS]
     summaries = summarize_scores(scores.assign(stands_for=None), [*panel_axes, *other_axes])
-    cells = summaries[(summaries["role"] == "cell") & summaries["mean"].notna()]
-    if cells.empty:
+    cells = summaries[summaries["role"] == "cell"]
+    has_score = cells["mean"].notna()
+    if not has_score.any():
         raise ValueError(f"no cell has a score in {scores['metric'].iloc[0]!r} yet")
-    return split_panels(cells, panel_axes)
+    panels = split_panels(cells[has_score], panel_axes)
+    return [
+        (title, pd.concat([group, _select_panel_rows(cells[~has_score], group, panel_axes)]).sort_index())
+        for title, group in panels
+    ]
+
+
+def _select_panel_rows(cells: pd.DataFrame, panel: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """Return the cells with the task and the axis values of a panel, all of whose rows have the same."""
+    is_same = pd.Series(True, index=cells.index)
+    for name in ("task", *axes):
+        value = panel[name].iloc[0]
+        is_same &= cells[name].isna() if pd.isna(value) else cells[name] == value
+    return cells[is_same]
 
 
 def split_panels(cells: pd.DataFrame, axes: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -34,6 +35,11 @@ def build_run_table(folder: Path, **document: object) -> pd.DataFrame:
     grid = build_grid(**document)
     fill_store(grid, Store(folder))
     return build_long_table(grid, Store(folder))
+
+
+def blank_scores(table: pd.DataFrame, chosen: "pd.Series[bool]") -> None:
+    """Make the scores of the chosen cells missing, in place."""
+    table.loc[chosen & (table["role"] == "cell"), ["value", "low", "high"]] = math.nan
 
 
 def list_texts(axes: Axes) -> list[str]:
@@ -135,6 +141,84 @@ def test_lines_are_ordered_by_method_and_ticks_by_number() -> None:
     drawn_lines = {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
     assert list(drawn_lines) == ["Supervised KD", "Supervised GKD", "ImitKD", "On-policy GKD"]
     assert drawn_lines["On-policy GKD"] == [12.40, 12.90, 13.75, 15.13]
+
+
+def test_a_point_without_a_score_is_a_gap_in_its_line_and_keeps_its_place(tmp_path: Path) -> None:
+    """No line has a score at lmbda 0.25; `base` has one at 1 alone."""
+    table = build_run_table(tmp_path, grid={"lmbda": [0, 0.25, 0.5, 1], "student": ["small", "base"]})
+    blank_scores(table, (table["lmbda"] == 0.25) | ((table["student"] == "base") & (table["lmbda"] < 1)))
+    (axes,) = list_panels(lines(table, "accuracy", "lmbda", "student"))
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {
+        "student small": pytest.approx([38, math.nan, 53, 68], nan_ok=True),
+        "student base": pytest.approx([math.nan, math.nan, math.nan, 68], nan_ok=True),
+    }
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "0.25", "0.5", "1"]
+
+
+def test_a_line_without_any_score_is_not_drawn(tmp_path: Path) -> None:
+    table = build_run_table(tmp_path, grid={"lmbda": [0, 1], "student": ["small", "base"]})
+    blank_scores(table, (table["student"] == "base") | (table["lmbda"] == 1))
+    (axes,) = list_panels(lines(table, "accuracy", "student", "lmbda"))
+    (line,) = [line for line in axes.get_lines() if line.get_label() != "SFT student"]
+    assert line.get_label() == "λ = 0"
+    assert np.isnan(np.asarray(line.get_ydata())).tolist() == [False, True]
+
+
+def test_lines_of_run_and_paper_go_on_between_their_own_points(tmp_path: Path) -> None:
+    """The paper has no cells at the run's rows, nor the run at the paper's; the run's second is missing."""
+    grid = {"method": ["supervised_kd", "imitkd"], "train_rows": [5, 10, 20]}
+    run = build_run_table(tmp_path, grid=grid, lmbda=1, beta=0)
+    blank_scores(run, run["train_rows"] == 10)
+    combined = combine_with_paper(run, load_paper_table("3", axes=["method", "train_rows"]))
+    table = combined[combined["metric"].isin(["accuracy", "rouge2"])].assign(metric="score")
+    left, right = list_panels(lines(table, "score", "train_rows", "method"))
+    drawn = {
+        str(line.get_label()): np.isnan(np.asarray(line.get_ydata())).tolist() for line in left.get_lines()
+    }
+    assert drawn == {"Supervised KD": [False, True, False], "ImitKD": [False, True, False]}
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in right.get_lines()}
+    assert drawn["On-policy GKD"] == [12.40, 12.90, 13.75, 15.13]
+
+
+def test_a_line_goes_on_where_it_has_no_cell(tmp_path: Path) -> None:
+    """The table has no cell of ImitKD at 10 rows, and one of Supervised KD that has no score."""
+    grid = {"method": ["supervised_kd", "imitkd"], "train_rows": [5, 10, 20]}
+    table = build_run_table(tmp_path, grid=grid)
+    blank_scores(table, table["train_rows"] == 10)
+    table = table[(table["method"] != "imitkd") | table["value"].notna()]
+    (axes,) = list_panels(lines(table, "accuracy", "train_rows", "method"))
+    drawn = {
+        str(line.get_label()): np.isnan(np.asarray(line.get_ydata())).tolist() for line in axes.get_lines()
+    }
+    assert drawn == {"Supervised KD": [False, True, False], "ImitKD": [False, False]}
+
+
+def test_a_bar_without_a_score_is_called_missing_and_a_method_that_a_panel_has_not_is_empty(
+    tmp_path: Path,
+) -> None:
+    grid, store = build_grid(grid=METHODS, lmbda=1), Store(tmp_path)
+    fill_store(
+        grid, store, cells=[cell for cell in grid.cells if cell.beta == 0]
+    )  # JSD(0.1) has the last row
+    run = build_long_table(grid, store)
+    paper = load_paper_table("9", axes=["method"], students=["small"])
+    table = add_gain(combine_with_paper(run, paper), "accuracy")
+    left, right = list_panels(bars(table, "gain in accuracy"))
+    rows = [label.get_text() for label in left.get_yticklabels()]
+    texts = {rows[round(text.xy[1])]: text.get_text() for text in list_labels(left)}
+    assert texts == {
+        "Supervised KD": "10.5",
+        "Supervised GKD, JSD(0.1)": "missing",
+        "On-policy GKD, Forward KL": "40.5",
+        "On-policy GKD, JSD(0.1)": "missing",
+    }
+    assert "missing" not in list_texts(right)
+    assert len(rows) == len(set(rows)) > len(texts)
+    below, above = sorted(left.get_ylim())
+    assert all(
+        below < round(text.xy[1]) - 0.3 and round(text.xy[1]) + 0.3 < above for text in list_labels(left)
+    )
 
 
 def test_lines_refuse_several_settings_at_one_point(tmp_path: Path) -> None:
