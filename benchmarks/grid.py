@@ -2,12 +2,14 @@
 
     python benchmarks/grid.py [--small | --smoke] [--steps N] [--turns N] [--precisions fp32 bf16]
         [--curve FILE.png] [--only comparison|curve] [--out FILE.json]
+    python benchmarks/grid.py --curve FILE.png --redraw FILE.json
 
 Same models (random weights, no end of sequence), rows, coin, steps and precision; TRL samples with its KV
 cache (gradient checkpointing off). All take turns in one process and each step is timed by itself; a
 trainer's set-up and first step are left out. The floor is the matrix products that the grid cannot do
 without, at the rate that this machine reaches on one large product. `--curve` measures the cost against K,
-in the first of the precisions, up to the K that memory holds.
+in the first of the precisions, up to the K that memory holds; with `--redraw` it draws what `--out` has
+written, and measures nothing.
 """
 
 import argparse
@@ -322,21 +324,27 @@ def measure_pack_sizes(
 
 
 def plot_pack_sizes(points: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw the cost of a cell against K."""
-    from matplotlib.figure import Figure
+    """Draw the cost of a cell against K, in the style of the package's figures."""
+    from gkd_lab.figures.layout import create_axes, set_panel_title
+    from gkd_lab.figures.style import INK, LINE_COLORS, MARKERS, SMALL_SIZE, apply_style
 
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
     counts = [point["cells"] for point in points]
     per_cell = [1000 * point["per_cell_s"] for point in points]
-    axes.plot(counts, per_cell, "o-")
-    for count, value in zip(counts, per_cell, strict=True):
-        axes.annotate(f"{value:.0f}", (count, value), textcoords="offset points", xytext=(4, 5))
-    axes.set(xscale="log", xlabel="cells in a pack (K)", ylabel="ms a cell and step", ylim=(0, None))
-    axes.set_xticks(counts, [f"{count:g}" for count in counts])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with apply_style():
+        figure, (axes,) = create_axes(1, 2.3)
+        axes.plot(counts, per_cell, color=LINE_COLORS[4], marker=MARKERS[0])
+        for count, value in zip(counts, per_cell, strict=True):
+            axes.annotate(
+                f"{value:.0f}", (count, value), (3, 5), textcoords="offset points",
+                color=INK, fontsize=SMALL_SIZE,
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel="cells in a pack (K)", ylabel="ms a cell and step")
+        axes.set_ylim(0, 1.15 * max(per_cell))
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
+        axes.minorticks_off()
+        axes.grid(False, axis="x")
+        set_panel_title(axes, "Cost of a cell by the size of its pack")
+        figure.savefig(path, dpi=200)
 
 
 def print_comparison(console: Console, figures: dict[str, Any]) -> None:
@@ -398,7 +406,13 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, help="also measure the cost against K, and draw it there")
     parser.add_argument("--only", choices=("comparison", "curve"), help="one of the two measurements")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, with hardware and versions")
+    parser.add_argument("--redraw", type=Path, help="draw --curve from this file of --out, measure nothing")
     options = parser.parse_args()
+    if options.redraw is not None:
+        if options.curve is None:
+            parser.error("--redraw draws a picture: name it with --curve FILE.png")
+        plot_pack_sizes(json.loads(options.redraw.read_text())["curve"], options.curve)
+        return
     transformers.logging.set_verbosity_error()
     large = GPU if torch.cuda.is_available() else QUICKSTART
     grid = SMALL if options.small or options.smoke else large

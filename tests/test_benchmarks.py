@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -40,6 +41,18 @@ def run_benchmark(*arguments: str) -> str:
 def test_a_benchmark_prints_figures_in_its_smoke_form(script: str) -> None:
     output = run_benchmark(str(BENCHMARKS / script), "--smoke")
     assert any(character.isdigit() for character in output)
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_cost_of_packs_shows_the_stored_figures(tmp_path: Path) -> None:
+    stored, drawn = BENCHMARKS.parent / "docs" / "img" / "pack_cost.png", tmp_path / "drawn.png"
+    run_benchmark(
+        str(BENCHMARKS / "grid.py"), "--curve", str(drawn),
+        "--redraw", str(BENCHMARKS / "results" / "grid-cpu.json"),
+    )  # fmt: skip
+    pixels, stored_pixels = (matplotlib.image.imread(path) for path in (drawn, stored))
+    assert pixels.shape == stored_pixels.shape
+    assert float(abs(pixels - stored_pixels).mean()) < 0.002  # of 1; another mark's place moves it by more
 
 
 def run_gpu_script(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
