@@ -10,10 +10,11 @@ from typing import Any
 
 from gkd_lab.config import ConfigError
 from gkd_lab.config.artifact_specs import Family
-from gkd_lab.config.checkpoint_files import CheckpointFiles, find_vocabulary_difference
+from gkd_lab.config.checkpoint_files import CheckpointFiles
 from gkd_lab.config.cost import KNOWN_SIZES
 from gkd_lab.config.errors import join_faults, suggest_sibling
 from gkd_lab.config.model_places import is_checkpoint, is_model_place
+from gkd_lab.config.tokenizer_files import find_vocabulary_difference
 
 _HUB_FILES = ("config.json", "tokenizer.json")
 _CHARACTERS_PER_TOKEN = 3
@@ -126,8 +127,8 @@ def compare_tokenizers(teacher: ModelPreview, student: ModelPreview) -> str | No
     """Return how two tokenizers differ; "" if their vocabularies are equal, None if one is not known."""
     if teacher.place == student.place:
         return ""
-    a = None if teacher.files is None else teacher.files.vocabulary
-    b = None if student.files is None else student.files.vocabulary
+    a = None if teacher.files is None else teacher.files.tokenizer
+    b = None if student.files is None else student.files.tokenizer
     return None if a is None or b is None else find_vocabulary_difference(a, b) or ""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.artifact_specs import Family
+from gkd_lab.config.tokenizer_files import TokenizerFiles
 
 _ENCODER_DECODER_TYPES = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "led"}
 """Types of models whose older configurations do not say that they are encoder-decoders."""
@@ -89,15 +90,12 @@ class CheckpointFiles:
         return sum(known) if known and len(known) == len(counts) else None
 
     @cached_property
-    def vocabulary(self) -> Mapping[int, str] | None:
-        """Id -> token of `tokenizer.json`; None without a valid one."""
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
+    def tokenizer(self) -> TokenizerFiles | None:
+        """The tokenizer of `tokenizer.json`; None without a valid one."""
+        if not (self.path / "tokenizer.json").is_file():
             return None
-        from tokenizers import Tokenizer
-
         try:
-            return {number: token for token, number in Tokenizer.from_file(str(path)).get_vocab().items()}
+            return TokenizerFiles(self.path)
         except Exception:
             # The library raises a bare Exception. `list_faults` says that the file is damaged.
             return None
@@ -117,7 +115,7 @@ class CheckpointFiles:
         yield from self._list_weight_faults()
         if not self._has_tokenizer() and not self.is_partial:
             yield f"{self.path} has no tokenizer: tokenizer.json, or another form of it, is missing"
-        elif (self.path / "tokenizer.json").is_file() and self.vocabulary is None:
+        elif (self.path / "tokenizer.json").is_file() and self.tokenizer is None:
             yield f"{self.path / 'tokenizer.json'} is damaged; copy it again"
 
     def _explain_json(self, name: str) -> str | None:
@@ -183,15 +181,3 @@ def _check_safetensors(path: Path) -> Iterator[str]:
     except SafetensorError as error:
         reason = str(error).rpartition(": ")[2]
         yield f"{path} is cut short or damaged ({reason}; {path.stat().st_size:,} bytes); copy it again"
-
-
-def find_vocabulary_difference(a: Mapping[int, str], b: Mapping[int, str]) -> str | None:
-    """Return how two vocabularies differ in the ids that both have, with an example; None if they do not.
-
-    Ids that only one has may be padding or tokens that were added, which is known when they are loaded.
-    """
-    differing = sorted(number for number in a.keys() & b.keys() if a[number] != b[number])
-    if not differing:
-        return None
-    first = differing[0]
-    return f"{len(differing)} ids differ: id {first} is {a[first]!r} and {b[first]!r}"

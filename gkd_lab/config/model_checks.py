@@ -3,15 +3,17 @@
 Models are read where they are on this machine: in a folder, or as far as the local hub cache has them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 from gkd_lab.config.artifact_specs import CLASSIFIER_FAMILIES, SftModel
 from gkd_lab.config.cell import Cell, Evaluation
 from gkd_lab.config.cell_checks import OTHER_TOKENIZER_REMEDY, list_compared_teachers
-from gkd_lab.config.checkpoint_files import CheckpointFiles, find_vocabulary_difference
+from gkd_lab.config.checkpoint_files import CheckpointFiles
 from gkd_lab.config.hub_cache import find_cached_snapshot
+from gkd_lab.config.tokenizer_files import find_vocabulary_difference
 
 
 class _ModelFolders:
@@ -106,19 +108,43 @@ def _list_tokenizer_faults(cell: Cell, folders: _ModelFolders) -> Iterator[str]:
         for teacher in list_compared_teachers(term, cell.training):
             models = [teacher, student]
             if all(_get_place(m) and not m.model.server and folders.has_files(m) for m in models):
-                reason = folders.compare_vocabularies(folders.get_files(teacher), folders.get_files(student))
+                reason = folders.compare_vocabularies(
+                    folders.get_files(teacher),
+                    folders.get_files(student),
+                    allows_appended=teacher is not cell.training.teacher,
+                )
                 if reason is not None:
                     yield (
                         f"teacher {_get_place(teacher)} and student {_get_place(student)} have different "
                         f"tokenizers: {reason}; {OTHER_TOKENIZER_REMEDY}"
                     )
+                else:
+                    yield from _list_size_faults(models, folders)
 
 
-def _compare_vocabularies(teacher: CheckpointFiles, student: CheckpointFiles) -> str | None:
+def _list_size_faults(models: Sequence[SftModel], folders: _ModelFolders) -> Iterator[str]:
+    """Yield a sentence for each model whose head has no row for a token of the last, the student."""
+    tokenizer = folders.get_files(models[-1]).tokenizer
+    if tokenizer is None or not tokenizer.ids:
+        return
+    token, last_id = max(tokenizer.ids.items(), key=itemgetter(1))
+    for role, model in zip(("teacher", "student"), models, strict=True):
+        size = folders.get_files(model).config.get("vocab_size")
+        if isinstance(size, int) and last_id >= size:
+            yield (
+                f"{role} {_get_place(model)} has {size} vocabulary entries, too few for the token {token!r} "
+                f"of the student's tokenizer, which has id {last_id}: resize its embeddings, or remove added "
+                "tokens"
+            )
+
+
+def _compare_vocabularies(
+    teacher: CheckpointFiles, student: CheckpointFiles, *, allows_appended: bool
+) -> str | None:
     """Return how two folders' vocabularies differ; None if they do not, or one is unknown."""
-    if teacher == student or teacher.vocabulary is None or student.vocabulary is None:
+    if teacher == student or teacher.tokenizer is None or student.tokenizer is None:
         return None
-    return find_vocabulary_difference(teacher.vocabulary, student.vocabulary)
+    return find_vocabulary_difference(teacher.tokenizer, student.tokenizer, allows_appended=allows_appended)
 
 
 def _list_length_faults(cell: Cell, folders: _ModelFolders) -> Iterator[str]:

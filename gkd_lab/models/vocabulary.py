@@ -12,13 +12,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import has_file
 
-PROBE_TEXTS = (
-    "Hello, world! Don't we'll I've",
-    "  two spaces\n\n\tand a tab \r\n  ",
-    "naïve café, Ünïcödé ﬁ ｆｕｌｌ, 漢字かな, 한국어, العربية, हिन्दी, ру́сский, 🙂👩‍👩‍👧 e\u0301",
-    "0 007 3.14159 1,000,000 2024-01-31 ½ ²",
-    "def f(x):\n    return {'a': x ** 2}  # <b>&amp;</b> \\n $x_1$\n",
-)
+from gkd_lab.config.tokenizer_files import PROBE_TEXTS
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from gkd_lab import experiments
 from gkd_lab.config import ConfigError, Grid
-from gkd_lab.config.checkpoint_files import CheckpointFiles, find_vocabulary_difference
+from gkd_lab.config.checkpoint_files import CheckpointFiles
 
 from ..training.scripts import chat_tokenizer, llama, saved
 
@@ -147,11 +147,43 @@ def test_tokenizers_that_differ_are_refused_only_where_tokens_are_compared(pair:
     assert list_faults(objectives="[{type: uld}, {type: cross_entropy}]", lmbda="0") == []
 
 
-def test_tokens_that_only_one_vocabulary_has_are_no_difference() -> None:
-    assert find_vocabulary_difference({0: "a", 1: "b"}, {0: "a"}) is None
-    assert (
-        find_vocabulary_difference({0: "a", 1: "b"}, {0: "a", 1: "c"}) == "1 ids differ: id 1 is 'b' and 'c'"
-    )
+@pytest.mark.parametrize("owner", ["teacher", "student"])
+def test_a_vocabulary_that_is_the_beginning_of_the_other_is_refused(owner: str, pair: Path) -> None:
+    """Its student would write tokens that the teacher does not know, or the reverse; `run` refuses it too."""
+    path = pair / owner / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {**chat_tokenizer().get_vocab(), "zebra": len(chat_tokenizer())}
+    path.write_text(json.dumps(content))
+    (fault,) = list_faults()
+    assert f"different tokenizers: the {owner} alone has 1 of its tokens" in fault
+    assert list_faults(objectives="[{type: uld}, {type: cross_entropy}]", lmbda="0") == []
+
+
+def test_heads_of_several_sizes_are_padding_where_the_tokenizers_are_equal(pair: Path) -> None:
+    saved(llama(1, vocabulary=64), pair / "teacher", chat_tokenizer())
+    assert list_faults() == []
+
+
+def test_a_head_without_a_row_for_each_token_is_refused(pair: Path) -> None:
+    size = len(chat_tokenizer())
+    change_config(pair / "teacher", vocab_size=size)
+    assert list_faults() == []
+    change_config(pair / "teacher", vocab_size=size - 1)
+    (fault,) = list_faults()
+    assert f"teacher has {size - 1} vocabulary entries, too few for the token " in fault
+    assert f"id {size - 1}" in fault
+
+
+def test_tokens_that_the_student_added_pass_beside_a_further_teacher(pair: Path) -> None:
+    """As the trainer does; the cell's own teacher has to know every token of the student."""
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["<call>"])
+    saved(llama(1), pair / "student", tokenizer)
+    saved(llama(1), pair / "other", tokenizer)
+    teachers = {"teacher": "./other", "teachers": "{first: ./teacher}"}
+    assert list_faults(**teachers, objectives="[{beta: 0, teachers: [first]}]") == []
+    (fault,) = list_faults()
+    assert "the student alone has 1 of its tokens, such as '<call>'" in fault
 
 
 def test_texts_longer_than_the_positions_are_refused(pair: Path) -> None:
