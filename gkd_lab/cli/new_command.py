@@ -7,7 +7,8 @@ written, so that `gkd-lab plan FILE` accepts it.
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from gkd_lab.cli.experiment_draft import Request, find_family, write_draft
 from gkd_lab.cli.options import OutputsOption, check_output_file, check_outputs_folder, load_grid
 from gkd_lab.cli.pair_preview import ModelPreview, look_at_model
 from gkd_lab.config import ConfigError
-from gkd_lab.config.errors import build_unknown_name_error
+from gkd_lab.config.errors import build_unknown_name_error, join_faults
 from gkd_lab.config.experiment import parse_override
 from gkd_lab.store.files import write_bytes
 from gkd_lab.tasks import TASKS
@@ -80,13 +81,25 @@ def write_new_experiment(
         raise build_unknown_name_error("task", task, TASKS)
     shares, betas = parse_numbers("lmbda", lmbda), parse_numbers("beta", beta)
     is_asking = sys.stdin.isatty() and None in (data, teacher, student)
+    looks, stated = _Looks(config), (task, prompt, target)
+
+    def look_at_rows(place: str) -> object:
+        """Look at the rows and, where no question follows, at what reads them."""
+        preview = looks.data(place)
+        return is_asking or _choose_task(preview, "smol" if teacher else "nano", stated, is_asking)
+
+    faults = _list_faults([(look_at_rows, data), (looks.teacher, teacher), (looks.student, student)])
+    if not is_asking:
+        faults += _list_missing_options(data, teacher, student)
+    if faults:
+        raise join_faults(faults)
     notes: list[str] = []  # shown at once where questions follow, else with the result
     say = _print_note if is_asking else notes.append
-    preview = _ask_for("Data, " + _PLACE, data, lambda place: look_at_data(place, config), "--data")
+    preview = _ask_for("Data, " + _PLACE, data, looks.data)
     say(f"{preview.source}: {preview.describe_splits()}")
-    models = _look_at_pair(teacher, student, is_asking)
+    models = _look_at_pair(teacher, student, is_asking, looks)
     scale = "nano" if models[0] is None else "smol"
-    proposal = _choose_task(preview, scale, (task, prompt, target), is_asking)
+    proposal = _choose_task(preview, scale, stated, is_asking)
     _describe_proposal(preview, proposal, say)
     if sft_steps is None and is_asking and models[0] is not None:
         sft_steps = _ask_for("Fine-tune both on your rows first, steps", None, _parse_count, default="0")
@@ -154,19 +167,14 @@ def _ask_for(
     question: str,
     given: str | None,
     look: Callable[[str], Answer],
-    option: str = "",
     default: str | None = None,
 ) -> Answer:
     """Return what `look` makes of a given value, or of one asked for until `look` accepts it.
 
-    Raises ConfigError for a given value that it refuses, and where there is no terminal to ask in.
+    Raises ConfigError for a given value that it refuses.
     """
     if given is not None:
         return look(given)
-    if not sys.stdin.isatty():
-        raise ConfigError(
-            f"{option} is missing, and there is no terminal to ask in; see `gkd-lab new --help`"
-        )
 
     def accept(answer: str) -> Answer:
         try:
@@ -180,23 +188,53 @@ def _ask_for(
     return answer
 
 
+class _Looks:
+    """Functions that look at data, teacher and student, at each place once."""
+
+    def __init__(self, config: str | None) -> None:
+        self.data = cache(partial(look_at_data, config=config))
+        self.teacher = cache(partial(_look_at_model, "--teacher"))
+        self.student = cache(partial(_look_at_model, "--student"))
+
+
+def _list_faults(parts: Iterable[tuple[Callable[[str], object], str | None]]) -> list[str]:
+    """Return the faults of what is given: of each place that its function refuses; None is not given."""
+    faults = []
+    for look, place in parts:
+        if place is not None:
+            try:
+                look(place)
+            except ConfigError as error:
+                faults += error.list_faults()
+    return faults
+
+
+def _list_missing_options(data: str | None, teacher: str | None, student: str | None) -> list[str]:
+    """Return a sentence for each option that is missing where there is no terminal to ask in."""
+    faults = []
+    if data is None:
+        faults.append("--data is missing, and there is no terminal to ask in; see `gkd-lab new --help`")
+    if bool(teacher) != bool(student):
+        missing = "--student" if teacher else "--teacher"
+        faults.append(f"{missing} is missing: a pair is two models, or none")
+    return faults
+
+
+def _look_at_model(option: str, place: str) -> ModelPreview | None:
+    """Return what is seen of a model; None for an empty answer. Raises ConfigError."""
+    return look_at_model(option, place) if place else None
+
+
 def _look_at_pair(
-    teacher: str | None, student: str | None, is_asking: bool
+    teacher: str | None, student: str | None, is_asking: bool, looks: _Looks
 ) -> tuple[ModelPreview | None, ModelPreview | None]:
-    """Return what is seen of teacher and student; (None, None) without a pair. ConfigError: one alone."""
+    """Return what is seen of teacher and student; (None, None) without a pair."""
     if teacher is None and student is None and not is_asking:
         return None, None
-    if not is_asking and (teacher is None or student is None):
-        missing = "--teacher" if teacher is None else "--student"
-        raise ConfigError(f"{missing} is missing: a pair is two models, or none")
-
-    def look(option: str) -> Callable[[str], ModelPreview | None]:
-        return lambda place: look_at_model(option, place) if place else None
-
-    first = _ask_for(f"Teacher, {_PLACE} (empty: made on your rows)", teacher, look("--teacher"), default="")
+    first = _ask_for(f"Teacher, {_PLACE} (empty: made on your rows)", teacher, looks.teacher, default="")
     if first is None:
         return None, None
-    second = _ask_for(f"Student, {_PLACE}", student, look("--student"))
+    second = _ask_for(f"Student, {_PLACE}", student or None, looks.student)
     assert second is not None, "a student is asked for until one is given"
     return first, second
 

@@ -40,6 +40,13 @@ Location = tuple[str | int, ...]
 class ConfigError(ValueError):
     """An invalid request; the command line prints the message and exits with status 2."""
 
+    faults: tuple[str, ...] = ()
+    """Sentences of `join_faults`; empty for an error with one fault."""
+
+    def list_faults(self) -> list[str]:
+        """Return a sentence for each fault."""
+        return list(self.faults) or [str(self)]
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -97,7 +104,9 @@ def join_faults(faults: Sequence[str]) -> ConfigError:
     """Return (not raise) one ConfigError for several faults, a line each; for one fault that alone."""
     if len(faults) == 1:
         return ConfigError(faults[0])
-    return ConfigError("\n".join([f"{len(faults)} faults:", *(f"  {fault}" for fault in faults)]))
+    error = ConfigError("\n".join([f"{len(faults)} faults:", *(f"  {fault}" for fault in faults)]))
+    error.faults = tuple(faults)
+    return error
 
 
 def suggest_choices(value: object, choices: Iterable[object]) -> str:

@@ -266,6 +266,43 @@ def test_a_wrong_request_gives_one_message_and_writes_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
+def test_the_faults_of_data_teacher_and_student_come_at_once(run_command: RunCommand) -> None:
+    write_data("text")
+    saved(llama(1), Path("broken"))
+    Path("broken/model.safetensors").unlink()
+    words = ("new", "x.yaml", "--data", "row", "--teacher", "./broken", "--student", "./nowhere")
+    status, out, err = run_command(*words)
+    assert (status, out) == (2, "")
+    first, *faults = err[err.index("gkd-lab: ") :].splitlines()
+    assert first == "gkd-lab: 4 faults:"
+    assert [fault.strip().split(":")[0] for fault in faults] == [
+        "--data",
+        "--teacher",
+        "--teacher",
+        "--student",
+    ]
+    assert "did you mean rows?" in faults[0]
+    assert not Path("x.yaml").exists()
+    status, _, err = run_command("new", "x.yaml", "--teacher", "./nowhere")
+    assert status == 2
+    assert [line.split()[0] for line in err.splitlines()[1:]] == ["--teacher:", "--data", "--student"]
+    status, _, err = run_command("new", "x.yaml", "--data", "rows", "--prompt", "lefts", *words[4:])
+    assert status == 2
+    assert "--prompt: no column 'lefts'" in err.splitlines()[1]
+    assert "--student: no folder './nowhere'" in err
+
+
+def test_an_empty_model_is_none(run_command: RunCommand) -> None:
+    write_data("text")
+    write_pair("decoder-only")
+    words = ("new", "x.yaml", "--data", "rows", "--teacher")
+    status, _, err = run_command(*words, "./teacher", "--student", "")
+    assert status == 2
+    assert err.endswith("gkd-lab: --student is missing: a pair is two models, or none\n")
+    assert run_command(*words, "", "--student", "")[0] == 0
+    assert read_file("x.yaml")["scale"] == "nano"
+
+
 TEXTS = [
     "rows",
     "./my rows",
@@ -335,6 +372,14 @@ def test_in_a_terminal_what_is_missing_is_asked_for_until_it_is_valid() -> None:
     assert written["task"] == "text"
     assert written["student"] == {"pretrained": "./student", "sft": {"steps": 7}}
     experiments.check_models_and_splits(experiments.load("rows.yaml"))
+
+
+def test_in_a_terminal_the_faults_of_what_is_given_come_before_a_question() -> None:
+    write_data("arithmetic")
+    status, screen = answer_in_terminal(["new", "--data", "row", "--teacher", "./nowhere"], ["./student"])
+    assert status == 2, screen
+    assert "2 faults:" in screen
+    assert "Student, " not in screen
 
 
 def test_in_a_terminal_a_whole_request_asks_nothing() -> None:
