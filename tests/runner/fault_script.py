@@ -41,7 +41,7 @@ class ActingReporter(Reporter):
         self.name, self.count, self.act = name, count, act
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+    def phase(self, name: str, total: int, done: int = 0, **places: Any) -> Iterator[ProgressUpdate]:
         def update(count: int) -> None:
             if self.name in name and count == self.count:
                 self.act()

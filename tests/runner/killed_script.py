@@ -38,7 +38,7 @@ class DeadlyReporter(Reporter):
         self.phase_name, self.count = phase, count
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+    def phase(self, name: str, total: int, done: int = 0, **places: Any) -> Iterator[ProgressUpdate]:
         def update(count: int) -> None:
             if self.phase_name in name and count >= self.count:
                 kill_self()

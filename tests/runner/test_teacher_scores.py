@@ -42,7 +42,7 @@ class StoppingReporter(Reporter):
         self.name, self.count = phase, count
 
     @contextmanager
-    def phase(self, name: str, total: int, done: int = 0) -> Iterator[ProgressUpdate]:
+    def phase(self, name: str, total: int, done: int = 0, **places: Any) -> Iterator[ProgressUpdate]:
         def update(count: int) -> None:
             if self.name in name and count >= self.count:
                 raise Interrupted
