@@ -1,14 +1,12 @@
-"""Overview of a grid: packs, collapsed cells, notes on unused and undeclared fields, the listing."""
+"""Overview of a grid: packs, notes, names of starts, the listing."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gkd_lab.experiments import load
 from gkd_lab.status.overview import Overview, build_overview
-from gkd_lab.status.render import format_listing, list_cells, render_summary
+from gkd_lab.status.render import format_listing, list_cells
 from gkd_lab.store import Store
 
 from ..tables.synthetic_store import build_grid
@@ -55,21 +53,6 @@ def test_cells_of_trl_run_alone_with_a_note(tmp_path: Path) -> None:
     assert note.startswith("4 cells run alone: TRL")
 
 
-def test_total_variation_collapses_over_beta_with_a_note(tmp_path: Path) -> None:
-    overview = build_grid_overview(tmp_path, grid={"divergence": ["jsd", "tv"], "beta": [0, 0.5, 1]})
-    (collapsed,) = overview.collapsed_notes
-    assert collapsed.startswith("3 combinations are one cell")
-    assert "divergence=tv beta=0.5" in collapsed
-    (note,) = overview.notes
-    assert "beta" in note and note.endswith("1 of 4 cells")
-
-
-def test_an_unused_beta_is_noted(tmp_path: Path) -> None:
-    (note,) = build_grid_overview(tmp_path, divergence="tv", beta=0.5, grid={"lmbda": [0, 1]}).notes
-    assert "beta" in note and note.endswith("2 of 2 cells")
-    assert build_grid_overview(tmp_path, divergence="tv", grid={"lmbda": [0, 1]}).notes == ()
-
-
 def test_a_cell_without_beta_is_listed_with_a_dash(tmp_path: Path) -> None:
     grid = build_grid(grid={"divergence": ["tv", "jsd"], "lmbda": [0.5]})
     listing = list_cells(grid, build_overview(grid, Store(tmp_path), "auto"), show_progress=False)
@@ -90,40 +73,3 @@ def test_starts_of_other_rows_and_seeds_have_names_of_their_own(tmp_path: Path) 
     overview = build_grid_overview(tmp_path, student=student, grid={"student.sft.rows": [5], "seed": [0, 1]})
     names = [artifact.name for artifact in overview.artifacts if artifact.role == "start"]
     assert names == ["arithmetic/custom, 5 rows", "arithmetic/custom, 5 rows, seed 1"]
-
-
-@pytest.mark.parametrize(
-    ("document", "notes"),
-    [
-        ({"grid": {"lmbda": [0, 1]}}, ["2 cells: fused steps"]),
-        (
-            {"grid": {"implementation": ["gkd_lab", "trl"]}},
-            ["1 cells: fused", "1 cells: .* for TRL's samples"],
-        ),
-        (
-            {"grid": {"lmbda": [0]}, "student": {"size": "small", "lora": {"targets": ["q_proj"]}}},
-            ["1 cells: .*`generate`, as the model has an adapter"],
-        ),
-    ],
-)
-def test_the_plan_names_what_decodes(document: dict[str, Any], notes: list[str], tmp_path: Path) -> None:
-    decode_notes = build_grid_overview(tmp_path, **document).decode_notes
-    assert len(decode_notes) == len(notes)
-    for note, pattern in zip(decode_notes, notes, strict=True):
-        assert re.match(f"decoding of {pattern}", note)
-
-
-@pytest.mark.parametrize(
-    ("experiment", "ways"),
-    [
-        ("quickstart", ["fused steps, once their logits equal the model's own"]),
-        ("lambda_beta_translation", ["fused steps, once their logits equal the model's own"]),
-        ("classification", []),
-    ],
-)
-def test_the_plan_of_an_experiment_names_what_decodes(
-    experiment: str, ways: list[str], tmp_path: Path
-) -> None:
-    overview = build_overview(load(experiment, outputs=tmp_path), Store(tmp_path), "auto")
-    assert [note.partition(": ")[2] for note in overview.decode_notes] == ways
-    assert set(overview.decode_notes) <= set(render_summary(overview))
