@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "gkd_lab").rglob("*.py"))
 MIN_LINES = 40
 """Lines of a module that only one other imports."""
+MAX_LINES = 420
+"""Lines of a module of the rooms that only print."""
 CONTRACTS = {"gkd_lab.config.json_schema", "gkd_lab.__main__"}
 """Modules that are run by name, however small."""
 
@@ -81,3 +83,11 @@ def test_no_small_module_serves_one_other_alone() -> None:
         if path.name != "__init__.py" and len(path.read_text().splitlines()) < MIN_LINES
     }
     assert {name for name in small if len(users[name]) == 1} - CONTRACTS == set()
+
+
+def test_modules_that_print_stay_short() -> None:
+    lengths = {module_name(path): len(path.read_text().splitlines()) for path in MODULES}
+    rooms = ("gkd_lab.cli.", "gkd_lab.status.")
+    assert {
+        name for name, length in lengths.items() if length > MAX_LINES and name.startswith(rooms)
+    } == set()

@@ -124,7 +124,7 @@ COMMAND_GROUPS: Mapping[str, Mapping[str, CommandEntry]] = {
             ("gkd-lab rescore quickstart --metrics accuracy",),
         ),
         "selfcheck": CommandEntry(
-            "run_commands:check_model_pair",
+            "model_commands:check_model_pair",
             "Check the trainer's invariances on two models.",
             ("gkd-lab selfcheck", "gkd-lab selfcheck --teacher ./teacher --student ./student"),
         ),
@@ -137,12 +137,12 @@ COMMAND_GROUPS: Mapping[str, Mapping[str, CommandEntry]] = {
             {**_TAKES_MORE_OPTIONS, "add_help_option": False},
         ),
         "evaluate": CommandEntry(
-            "run_commands:evaluate_cell",
+            "model_commands:evaluate_cell",
             "Run lm-eval's tasks on a finished cell.",
             ("gkd-lab evaluate 1a2b3c4d --tasks mmlu --limit 100",),
         ),
         "export": CommandEntry(
-            "run_commands:export_cell",
+            "model_commands:export_cell",
             "Write a cell's student, or its adapter, to a folder.",
             ("gkd-lab export 1a2b3c4d -o student",),
         ),

@@ -1,25 +1,26 @@
-"""Commands that load models: run, cell, evaluate, export, selfcheck. torch is loaded once work begins."""
+"""Commands that train: run, unit, cell. torch is loaded once work begins."""
 
 import gc
-import os
-import signal
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gkd_lab import experiments
 from gkd_lab.cli import cluster_run
 from gkd_lab.cli.completion import complete_experiments
-from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
+from gkd_lab.cli.exit_status import exit_with_message
+from gkd_lab.cli.local_run import (
+    choose_tracker,
+    is_sweep_agent,
+    print_bfloat16_notes,
+    run_in_process,
+    run_in_workers,
+)
 from gkd_lab.cli.options import (
     AccountOption,
     BusyCellAction,
     CancelOption,
-    CellArgument,
     DetachOption,
     ExecutorOption,
     ExperimentArgument,
@@ -53,9 +54,6 @@ from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.runner.workers import stop_with_parent
 from gkd_lab.store import Store
-from gkd_lab.store.bfloat16 import list_bfloat16_notes
-from gkd_lab.store.lock import explain_missing_file_locks
-from gkd_lab.store.machine import write_import_seconds
 from gkd_lab.store.output_folders import check_outputs_folder, create_outputs_folder
 from gkd_lab.store.pack_limits import PackLimits
 
@@ -123,12 +121,12 @@ def run_experiment(
         if print_only:
             cluster_run.print_scripts(request)
             return
-        _print_bfloat16_notes(grid)
+        print_bfloat16_notes(grid)
         experiments.check_before_run(grid)
         (cluster_run.run_on_slurm if executor == "slurm" else cluster_run.run_on_ray)(request)
         return
     if worker is None:
-        _print_bfloat16_notes(grid)
+        print_bfloat16_notes(grid)
     else:  # its parent has said the notes
         stop_with_parent()
     if workers == 1:
@@ -244,270 +242,6 @@ def run_cell(
 
             report_refused_parameters(str(error))
         raise
-    _print_bfloat16_notes(grid)
+    print_bfloat16_notes(grid)
     run_in_process(grid, outputs, "off", retry_failed, tracker_name, busy_cells=held)
     print(Store(outputs).get_record(grid.cells[0]).folder)
-
-
-def _print_bfloat16_notes(grid: Grid) -> None:
-    """Print notes on cells whose bf16 this machine computes slowly, to standard error."""
-    for note in list_bfloat16_notes(grid.cells):
-        print(note, file=sys.stderr)
-
-
-def evaluate_cell(
-    cell: CellArgument,
-    tasks: Annotated[
-        str,
-        typer.Option(metavar="NAME,FILE.yaml", help="Tasks of lm-eval; `own`: the task of the cell."),
-    ],
-    outputs: OutputsOption = Path("outputs"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task; default: all.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Default: as each task defines.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents per batch.")] = 16,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let task files run their Python code.")
-    ] = False,
-) -> None:
-    """Run tasks of lm-eval on a finished cell and print the scores, which `table` shows too."""
-    from gkd_lab.config.lm_eval_task import resolve_lm_eval_task
-    from gkd_lab.store.lookup import find_record
-
-    check_outputs_folder(outputs)
-    record = find_record(cell, outputs)
-    names = list(filter(None, (name.strip() for name in tasks.split(","))))
-    if not names:
-        raise ConfigError(f"--tasks {tasks!r}: expected tasks of lm-eval or YAML files, as NAME,FILE.yaml")
-    if record.read_state() != "done":
-        raise ConfigError(f"{record.folder}: its training is {record.read_state()}, finish it first")
-    for name in names:
-        resolve_lm_eval_task(name, trusted=trust_remote_code)
-    create_outputs_folder(record.folder)
-    from gkd_lab.runner.lm_eval_runs import evaluate_record
-    from gkd_lab.runner.progress import silence_libraries
-    from gkd_lab.runner.run_options import RunOptions
-
-    silence_libraries()
-    evaluations = evaluate_record(
-        record,
-        names,
-        RunOptions(outputs),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        trusted=trust_remote_code,
-    )
-    failures = [result for result in evaluations if result.record.read_state() == "failed"]
-    for result in evaluations:
-        if result not in failures:
-            for metric, score in result.record.read_scores().items():
-                print(f"{result.evaluation.name}/{metric}: {_format_score(score)}")
-    for result in failures:
-        reason = f"{result.record.read_status()['error']} (see {result.record.status_file})"
-        print(f"failed: {result.evaluation.name}: {reason}", file=sys.stderr)
-    if failures:
-        raise typer.Exit(1)
-
-
-def _format_score(score: dict[str, Any]) -> str:
-    """Return a score as `0.1234 [0.1000, 0.1500]`, or without interval; `no number` for null."""
-    value = "no number" if score["value"] is None else f"{score['value']:.4f}"
-    return f"{value} [{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else value
-
-
-def export_cell(
-    cell: CellArgument,
-    output: Annotated[Path, typer.Option("-o", help="New folder to write.")],
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Merge a LoRA adapter into the weights: a plain model.")
-    ] = False,
-    best: Annotated[
-        bool, typer.Option("--best", help="The checkpoint that scored best on validation rows.")
-    ] = False,
-    outputs: OutputsOption = Path("outputs"),
-) -> None:
-    """Write a finished cell's student and tokenizer into a folder for transformers or peft.
-
-    A student with LoRA is written as an adapter that names its base, or with --merged as a plain model.
-    """
-    from gkd_lab.store.lookup import find_record
-
-    check_outputs_folder(outputs)
-    record = find_record(cell, outputs)
-    from gkd_lab.runner.progress import silence_libraries
-    from gkd_lab.runner.student_files import export_record
-
-    silence_libraries()
-    content = export_record(record, output, merged=merged, is_best=best)
-    print(f"{output}: {content}")
-
-
-def check_model_pair(
-    teacher: Annotated[
-        str | None, typer.Option(help="Folder or hub name. Default: a small random model.")
-    ] = None,
-    student: Annotated[
-        str | None, typer.Option(help="Folder or hub name. Default: a small random model.")
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Also compare with bfloat16.")] = False,
-) -> None:
-    """Check invariances of the losses and of sampling on a pair of models; train nothing.
-
-    No file is written. The status is 1 if a check fails.
-    """
-    from gkd_lab.runner.progress import silence_libraries
-    from gkd_lab.selfcheck.command import run_selfcheck
-
-    silence_libraries()
-    if not run_selfcheck(teacher, student, bf16=bf16):
-        raise typer.Exit(1)
-
-
-@handle_signals()
-def run_in_process(
-    grid: Grid,
-    outputs: Path,
-    limit: PackLimit,
-    retry_failed: bool,
-    tracker: TrackerChoice,
-    *,
-    busy_cells: BusyCellAction,
-    workers: int = 1,
-    workers_on_gpu: int = 1,
-    term_gradients: bool = False,
-) -> None:
-    """Train and evaluate a grid's unfinished cells in this process; exit 1 if some failed or are busy.
-
-    For a sweep agent a busy cell is no failure. workers: Number of processes that share this run.
-    workers_on_gpu: Those of them that share this process's GPU.
-    """
-    store = Store(create_outputs_folder(outputs))
-    if not retry_failed and _is_grid_done(grid, store):
-        if tracker == "wandb" and is_sweep_agent():
-            _replay_to_sweep_agent(grid, store)
-        print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
-        return
-    _check_grid(grid)
-    if workers == 1:  # else the parent of the workers has said it
-        _print_work_ahead(grid, store, limit)
-    started = time.monotonic()
-    from gkd_lab.runner.progress import Reporter, silence_libraries
-    from gkd_lab.runner.run import run_grid
-    from gkd_lab.runner.run_options import RunOptions
-    from gkd_lab.runner.trackers import create_tracker
-
-    reporter = Reporter()
-    options = RunOptions(
-        outputs,
-        pack=limit,
-        retry_failed=retry_failed,
-        reporter=reporter,
-        tracker=create_tracker(tracker, grid.name, outputs, reporter),
-        busy_cells=busy_cells,
-        workers=workers,
-        workers_on_gpu=workers_on_gpu,
-        term_gradients=term_gradients,
-    )
-    silence_libraries()
-    if workers == 1:
-        write_import_seconds(outputs, time.monotonic() - started)
-    gc.freeze()  # the collections between trainings skip the objects of the libraries
-    try:
-        outcome = run_grid(grid, options)
-    except OSError as error:
-        exit_with_message(f"{error}; what was finished is kept, run again to go on", 1)
-    for line in outcome.failures:
-        print(f"failed: {line}", file=sys.stderr)
-    if outcome.busy_cell_count:
-        print(f"{outcome.busy_cell_count} cells are being run by another process", file=sys.stderr)
-    # For a sweep agent a busy cell is no failure: three failures would stop the agent.
-    if outcome.failures or (outcome.busy_cell_count and not is_sweep_agent()):
-        raise typer.Exit(1)
-    if outcome.busy_cell_count or workers > 1:
-        return
-    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
-
-
-def run_in_workers(
-    grid: Grid, outputs: Path, count: int, arguments: Sequence[str], retry_failed: bool
-) -> None:
-    """Run a grid in `count` child processes; exit with their status unless all cells are done.
-
-    arguments: Command line of each child. retry_failed: Delete stored failures first.
-    """
-    from gkd_lab.runner.devices import list_gpus
-    from gkd_lab.runner.progress import Reporter
-    from gkd_lab.runner.workers import FAILURE_PREFIX, WorkerPool, clear_failures
-    from gkd_lab.tables.failure_causes import format_failures, list_failures
-
-    store = Store(create_outputs_folder(outputs))
-    if note := explain_missing_file_locks(store.root):
-        print(note, file=sys.stderr)
-    if retry_failed:
-        clear_failures(grid, store)
-    if not _is_grid_done(grid, store):
-        _check_grid(grid)
-        _print_work_ahead(grid, store, "auto")
-        if any(cell.training.tf32 for cell in grid.cells):
-            from gkd_lab.runner.tf32 import check_tf32
-
-            check_tf32(cell.training for cell in grid.cells)  # once, instead of in each worker
-        reporter, gpus = Reporter(), list_gpus()
-        if gpus:
-            reporter.say(f"{count} workers on GPU{'s' if len(gpus) > 1 else ''} {', '.join(gpus)}")
-        pool = WorkerPool(count, [sys.executable, "-m", "gkd_lab", *arguments], reporter.say, gpus)
-        status = pool.wait()
-        if pool.failures:  # each worker's lines name its own cells
-            for line in format_failures(list_failures(grid, store)):
-                print(f"{FAILURE_PREFIX}{line}", file=sys.stderr)
-        if status == SIGNAL_EXIT_BASE + signal.SIGINT:
-            raise KeyboardInterrupt
-        if status > SIGNAL_EXIT_BASE:
-            raise SystemExit(status)
-        # The other workers finish the cells of a killed one.
-        if status and not _is_grid_done(grid, store):
-            raise typer.Exit(status)
-    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
-
-
-def _print_work_ahead(grid: Grid, store: Store, limit: PackLimit) -> None:
-    """Print how much of a grid is to be done, and that the libraries are being loaded, to standard error."""
-    from gkd_lab.status.overview import build_overview
-    from gkd_lab.status.render import render_state_counts
-
-    overview = build_overview(grid, store, limit)
-    print(f"{grid.name}: {render_state_counts(overview)}", file=sys.stderr)
-    print(f"{grid.name}: loading torch and the libraries", file=sys.stderr, flush=True)
-
-
-def _check_grid(grid: Grid) -> None:
-    """Raise ConfigError for models, splits, packages or rewards that would make a grid's cells fail."""
-    experiments.check_models_and_splits(grid)
-    experiments.check_peft(grid)
-    experiments.check_generators_and_rewards(grid)
-
-
-def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:
-    """Log the stored metrics of a grid's finished cells into the wandb agent's run; train nothing."""
-    from gkd_lab.runner.progress import Reporter
-    from gkd_lab.runner.trackers import create_tracker, replay_records
-
-    reporter = Reporter()
-    replay_records(grid, store, create_tracker("wandb", grid.name, store.root, reporter))
-
-
-def choose_tracker(choice: TrackerChoice | None) -> TrackerChoice:
-    """Return the chosen tracker; without a choice `wandb` under a sweep agent, else `none`."""
-    return choice or ("wandb" if is_sweep_agent() else "none")
-
-
-def is_sweep_agent() -> bool:
-    """Return whether a wandb sweep agent started this process: WANDB_SWEEP_ID is set."""
-    return bool(os.environ.get("WANDB_SWEEP_ID"))
-
-
-def _is_grid_done(grid: Grid, store: Store) -> bool:
-    """Return whether all cells, with their evaluations, and all reference models are done."""
-    from gkd_lab.tables.rows import build_table_rows
-
-    return all(row["status"] == "done" for row in build_table_rows(grid, store))
