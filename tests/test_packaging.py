@@ -124,7 +124,7 @@ def test_vllm_is_an_extra_outside_the_constraints() -> None:
 
 
 def test_the_extras_have_the_names_that_the_documentation_uses() -> None:
-    tools = {"peft", "gguf", "ray", "submitit", "trackio", "deepspeed", "vllm"}
+    tools = {"peft", "gguf", "ray", "trackio", "deepspeed", "vllm"}
     assert set(EXTRAS) == tools | {"notebook", "docs", "dev", "reasoning"}
     for tool in tools:
         assert [canonicalize_name(each.name) for each in EXTRAS[tool]] == [tool]
