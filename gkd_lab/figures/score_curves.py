@@ -1,6 +1,6 @@
 """Scores against lmbda (Fig 8), and logged quantities against the training step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,13 @@ from gkd_lab.store import Store
 from gkd_lab.tables.divergences import CellDivergence, list_divergences
 from gkd_lab.tables.scores import select_scores
 
+_NAME_ROOM = 0.13
+"""Share of a panel's height for a name of a reference above or below its line."""
+_PERCENTAGE_LIMITS = (-15.0, 115.0)
+"""Lowest and highest end of the y axis of a percentage: an interval over few seeds may be far wider."""
+_FEW_LOGGED = 5
+"""Logged values of a line up to which each is marked: one alone would not be seen."""
+
 
 def curves(
     table: pd.DataFrame,
@@ -46,14 +53,18 @@ def curves(
         panels = build_panels(scores)
         figure, axes = create_axes(len(panels), 2.2, width=width, stretches=False)
         for panel, panel_axes in zip(panels, axes, strict=True):
-            _draw_curves(panel_axes, panel)
-            panel_axes.set_ylabel(format_metric(scores))
+            label = format_metric(scores)
+            _draw_curves(panel_axes, panel, is_percentage=label.endswith("(%)"))
+            panel_axes.set_ylabel(label)
         add_divergence_legend(figure, axes, list_divergences(pd.concat([panel.cells for panel in panels])))
         return figure
 
 
-def _draw_curves(axes: Axes, panel: Panel) -> None:
-    """Draw one panel: a line per divergence, start and teacher dashed."""
+def _draw_curves(axes: Axes, panel: Panel, *, is_percentage: bool) -> None:
+    """Draw one panel: a line per divergence, start and teacher dashed.
+
+    is_percentage: scores are from 0 to 100; an interval far beyond ends at the edge of the panel.
+    """
     models = list_scored_models(panel.cells)
     points = [
         {
@@ -71,7 +82,15 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
         if any(point["n"] for point in line):
             offset = (index - (len(divergences) - 1) / 2) * step
             _draw_curve(axes, pd.DataFrame(line), offset, divergence, MARKERS[index % len(MARKERS)])
-    _draw_references(axes, panel)
+    references = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
+    scores = {name: value for name, value in references.items() if value is not None}
+    for value in scores.values():
+        axes.axhline(value, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.margins(y=_NAME_ROOM)
+    if is_percentage:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, _PERCENTAGE_LIMITS[0]), min(high, _PERCENTAGE_LIMITS[1]))
+    _name_references(axes, scores, pd.DataFrame(points))
     axes.set_xticks(lmbdas, [f"{lmbda:g}" for lmbda in lmbdas])
     axes.set_xlabel(LMBDA_LABEL)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
@@ -92,20 +111,34 @@ def _draw_curve(
     axes.vlines(x, low, high, color=color, lw=1.0, alpha=0.6)
 
 
-def _draw_references(axes: Axes, panel: Panel) -> None:
-    """Draw SFT student and teacher, where scored, as dashed lines with names above and below them."""
-    scores = {"SFT student": panel.start_score, "teacher": panel.teacher_score}
-    references = {name: value for name, value in scores.items() if value is not None}
+def _name_references(axes: Axes, references: Mapping[str, float], points: pd.DataFrame) -> None:
+    """Write name and score of SFT student and teacher above the upper of their lines and below the other.
+
+    A name stands at the right end, or at the left one if points or intervals are in its place at the right
+    alone. What is drawn of the cells lies above it. points: Mean and interval by `lmbda`.
+    """
     for name, value in references.items():
         is_upper = name == max(references, key=lambda key: references[key])
-        axes.axhline(value, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        height = _NAME_ROOM * (axes.get_ylim()[1] - axes.get_ylim()[0]) * (1 if is_upper else -1)
+        place = min(value, value + height), max(value, value + height)
+        is_left = _is_taken(points, max, place) and not _is_taken(points, min, place)
+        x, shift = (0, 1) if is_left else (1, -1)
         axes.annotate(
-            f"{name} {value:.1f}", (1, value), (-1, 2 if is_upper else -2), ha="right",
-            xycoords=("axes fraction", "data"), textcoords="offset points",
-            va="bottom" if is_upper else "top", color=MUTED, fontsize=SMALL_SIZE,
-            bbox={"facecolor": PAPER, "alpha": 0.7, "pad": 0.6, "lw": 0},
+            f"{name} {value:.1f}", (x, value), (shift, 2 if is_upper else -2),
+            ha="left" if is_left else "right", va="bottom" if is_upper else "top",
+            xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED, fontsize=SMALL_SIZE,
+            bbox={"facecolor": PAPER, "alpha": 0.7, "pad": 0.6, "lw": 0}, zorder=1.5,
         )  # fmt: skip
-    axes.margins(y=0.13)  # room for the names
+
+
+def _is_taken(
+    points: pd.DataFrame, choose_end: Callable[[Iterable[float]], float], place: tuple[float, float]
+) -> bool:
+    """Return whether a mean or interval at the lowest or highest lmbda reaches into (bottom, top)."""
+    ends = points[points["lmbda"] == choose_end(points["lmbda"])]
+    low = ends[["low", "mean"]].astype(float).min(axis=1)
+    high = ends[["high", "mean"]].astype(float).max(axis=1)
+    return bool(((low < place[1]) & (high > place[0])).any())
 
 
 def loss_curves(
@@ -158,9 +191,10 @@ def _draw_loss_curves(axes: Axes, cells: Sequence[Cell], store: Store, quantity:
             lowest, highest = min([lowest, *finite]), max([highest, *finite])
             axes.plot(
                 [row["step"] for row in logged], values, lw=1.1, alpha=0.9,
+                marker="o" if len(logged) <= _FEW_LOGGED else "", ms=2.5,
                 color=get_divergence_color(_get_divergence(cell)), label=_get_divergence(cell).label,
             )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=TICK_STEPS))
     if quantity == "loss" and 0 < lowest < highest:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
