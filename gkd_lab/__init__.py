@@ -24,7 +24,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from gkd_lab.claims.judge import judge
-    from gkd_lab.experiments import LoadedExperiment as Experiment
+    from gkd_lab.experiments import Experiment
     from gkd_lab.experiments import load_experiment as load
     from gkd_lab.figures.heat_maps import heat_map
     from gkd_lab.figures.score_curves import curves
@@ -41,7 +41,7 @@ _PUBLIC_NAMES = {
     "GKDTrainer": ("gkd_lab.training.trainer", "GKDTrainer"),
     "GKDConfig": ("gkd_lab.training.arguments", "GKDConfig"),
     "Teacher": ("gkd_lab.teachers.teacher", "Teacher"),
-    "Experiment": ("gkd_lab.experiments", "LoadedExperiment"),
+    "Experiment": ("gkd_lab.experiments", "Experiment"),
     "Outcome": ("gkd_lab.runner.run_experiment", "Outcome"),
     "load": ("gkd_lab.experiments", "load_experiment"),
     "run": ("gkd_lab.runner.run_experiment", "run_experiment"),

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import gkd_lab
-from gkd_lab.config import ConfigError, Experiment, Grid, RevisionLookup, expand_grid, read_experiment
+from gkd_lab.config import ConfigError, ExperimentFile, Grid, RevisionLookup, expand_grid, read_experiment
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.cell import Cell, Evaluation, Split
-from gkd_lab.config.errors import MissingRevision, build_unknown_name_error, join_faults, suggest_choices
+from gkd_lab.config.errors import (
+    MissingRevision,
+    build_unknown_name_error,
+    join_faults,
+    suggest_choices,
+    suggest_sibling,
+)
 from gkd_lab.config.experiment import SCALES, Scale, apply_overrides, parse_experiment
 from gkd_lab.config.explain_cell import ResolvedValue, explain_cell
 from gkd_lab.config.hub_cache import find_cached_snapshot
@@ -33,6 +39,7 @@ from gkd_lab.tasks import (
     count_few_train_rows,
     is_data_folder,
     list_missing_splits,
+    load_rows,
 )
 
 _PACKAGE_FOLDER = Path(gkd_lab.__file__).parent
@@ -64,6 +71,9 @@ def find_experiment_file(name: str) -> Path:
     files = list_experiment_files()
     if is_file_name(name):
         if not Path(name).is_file():
+            nearest = suggest_sibling(name, lambda path: path.suffix in (".yaml", ".yml"))
+            if nearest is not None:
+                raise ConfigError(f"no experiment file {name!r}; did you mean {nearest!r}?")
             suggestion = suggest_choices(Path(name).stem, files)
             raise ConfigError(
                 f"no experiment file {name!r}; give a file or an experiment's name: {suggestion}"
@@ -96,7 +106,7 @@ def load(
 
 
 @dataclass(frozen=True)
-class LoadedExperiment:
+class Experiment:
     """An experiment's cells and the folder of their records: what `gkd_lab.load` returns."""
 
     grid: Grid
@@ -130,7 +140,7 @@ def load_experiment(
     scale: Scale | None = None,
     outputs: str | Path = "outputs",
     **overrides: Any,
-) -> LoadedExperiment:
+) -> Experiment:
     """Load an experiment and resolve its cells, as `gkd-lab plan` does; run nothing, load no torch.
 
     Args:
@@ -156,7 +166,7 @@ def load_experiment(
     folder = Path(outputs)
     check_outputs_folder(folder)
     texts = {key: format_override(key, value) for key, value in overrides.items()}
-    return LoadedExperiment(load(str(name_or_path), scale=scale, overrides=texts, outputs=folder), folder)
+    return Experiment(load(str(name_or_path), scale=scale, overrides=texts, outputs=folder), folder)
 
 
 def format_override(key: str, value: Any) -> str:
@@ -189,8 +199,9 @@ def _convert_to_plain(value: Any) -> Any:
 
 
 def check_before_run(grid: Grid) -> None:
-    """Raise ConfigError for models, splits, packages or rewards that would make a grid's cells fail."""
+    """Raise ConfigError for models, rows, packages or rewards that would make a grid's cells fail."""
     check_models_and_splits(grid)
+    _check_scored_rows(grid)
     check_peft(grid)
     check_generators_and_rewards(grid)
 
@@ -222,7 +233,7 @@ def load_single_cell(
 
 def outline_experiment(
     name: str, *, scale: Scale | None = None, overrides: Mapping[str, str] | None = None
-) -> tuple[Experiment, int]:
+) -> tuple[ExperimentFile, int]:
     """Return (experiment, number of its cells) without reading data or models. Raises ConfigError."""
     path = find_experiment_file(name)
     experiment = read_experiment(path, overrides)
@@ -272,6 +283,36 @@ def _list_split_faults(grid: Grid) -> list[str]:
         for (path, config), needed in splits.items()
         for fault in list_missing_splits(path, config, needed)
     ]
+
+
+def _check_scored_rows(grid: Grid) -> None:
+    """Raise ConfigError for rows in folders that an evaluation scores, after the training, and cannot read.
+
+    Faults of the rows to train on show before anything is trained.
+    """
+    scored = dict.fromkeys(
+        (cell.task, cell.training.data, evaluation.split)
+        for cell in grid.cells
+        for evaluation in cell.evaluations
+        if cell.training.data.kind == "folder" and isinstance(evaluation, Evaluation)
+    )
+    faults: dict[str, None] = {}
+    for task, data, split in scored:
+        try:
+            load_rows(
+                TASKS[task],
+                data.kind,
+                path=data.path,
+                config=data.config,
+                split=split,
+                count=getattr(data, split),
+                calculator_marks=data.calculator_marks,
+                columns=data.columns,
+            )
+        except ValueError as error:
+            faults[str(error)] = None
+    if faults:
+        raise join_faults(list(faults))
 
 
 def list_unchecked_sources(grid: Grid) -> list[str]:
@@ -350,7 +391,7 @@ def check_generators_and_rewards(grid: Grid) -> None:
 
 def _expand_experiment(
     name: str,
-    experiment: Experiment,
+    experiment: ExperimentFile,
     scale: Scale | None,
     outputs: Path,
     *,

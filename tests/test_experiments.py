@@ -64,6 +64,34 @@ def rows(folder: Path, text: str = ROW) -> Path:
     return folder
 
 
+def test_a_missing_file_is_answered_with_the_nearest_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes.yaml").touch()
+    Path("recipe.txt").touch()
+    with pytest.raises(ConfigError, match=r"no experiment file 'recipe.yaml'; did you mean 'recipes.yaml'\?"):
+        experiments.find_experiment_file("recipe.yaml")
+    with pytest.raises(ConfigError, match="an experiment's name: did you mean 'quickstart'"):
+        experiments.find_experiment_file("quickstrat.yaml")
+
+
+def test_a_damaged_row_that_only_an_evaluation_reads_is_named_before_the_training(tmp_path: Path) -> None:
+    """The last of 10 train rows is held out for validation."""
+    row = json.dumps({"prompt": "a", "target": "b"})
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 9 + '{"prompt": "a", "tar')
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"{{description: d, task: text, data: {{source: {tmp_path}}}, batch_size: 4,"
+        " evaluations: [{decoding: greedy, split: validation}]}"
+    )
+    grid = experiments.load(str(file), outputs=tmp_path / "outputs")
+    with pytest.raises(ConfigError, match=r"train\.jsonl:10: expected a JSON object"):
+        experiments.check_before_run(grid)
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 10)
+    experiments.check_before_run(experiments.load(str(file), outputs=tmp_path / "outputs"))
+
+
 def test_every_experiment_has_a_stated_count() -> None:
     assert set(COUNTS) == set(experiments.list_experiment_files())
 

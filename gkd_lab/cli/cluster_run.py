@@ -21,6 +21,7 @@ from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_memory
 from gkd_lab.runner.interrupts import Terminated, handle_signals
 from gkd_lab.runner.progress import Reporter
 from gkd_lab.runner.workers import clear_failures
+from gkd_lab.status.render import render_all_done
 from gkd_lab.status.time_estimates import create_estimator
 from gkd_lab.status.unit_resources import UnitResources, estimate_resources
 from gkd_lab.store import Store
@@ -173,7 +174,7 @@ def _finish(grid: Grid, outcome: EngineOutcome) -> None:
         print(f"not finished: {line}", file=sys.stderr)
     if outcome.failures or outcome.unfinished:
         raise typer.Exit(1)
-    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+    print(render_all_done(grid.name, len(grid.cells)), file=sys.stderr)
 
 
 def _create_driver(

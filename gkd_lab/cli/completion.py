@@ -146,10 +146,10 @@ def complete_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def list_override_keys() -> list[str]:
     """Return the dotted names of all fields and axes that `--set` can replace."""
-    from gkd_lab.config.experiment import AXIS_NAMES, Experiment
+    from gkd_lab.config.experiment import AXIS_NAMES, ExperimentFile
     from gkd_lab.config.settings import Section, Settings
 
-    names = [name for name in Experiment.model_fields if name not in _FILE_FIELDS]
+    names = [name for name in ExperimentFile.model_fields if name not in _FILE_FIELDS]
     for name, field in Settings.model_fields.items():
         names += _list_section_fields(name, field.annotation, Section)
     return sorted({*AXIS_NAMES, *names})
@@ -176,10 +176,10 @@ def list_override_values(key: str, name: str | None, scale: str | None) -> list[
     Without an experiment lmbda and beta have the paper's values. Raises ConfigError for a file that is wrong.
     """
     from gkd_lab.config.errors import list_key_types
-    from gkd_lab.config.experiment import Experiment
+    from gkd_lab.config.experiment import ExperimentFile
     from gkd_lab.tasks import TASKS
 
-    types: list[Any] = [Experiment]
+    types: list[Any] = [ExperimentFile]
     for part in key.split("."):
         types = [item for annotation in types for item in list_key_types(annotation, part)]
     values = [*_list_choices(types), *(_list_experiment_values(key, name, scale) if name else ())]

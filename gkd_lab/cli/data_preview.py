@@ -10,6 +10,7 @@ from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import suggest_sibling
 from gkd_lab.tasks import SPLITS, Split
 from gkd_lab.tasks.columns import RawRow
+from gkd_lab.tasks.data import count_held_out_rows
 from gkd_lab.tasks.data_folder import DataFolder
 
 ROWS_READ = 200
@@ -31,8 +32,16 @@ class DataPreview:
         """Return `train 7,473 rows, test 1,319 rows`."""
         counts = {split: self.row_counts[split] for split in SPLITS if split in self.row_counts}
         return ", ".join(
-            split if count is None else f"{split} {count:,} rows" for split, count in counts.items()
+            split if count is None else f"{split} {count:,} row{'' if count == 1 else 's'}"
+            for split, count in counts.items()
         )
+
+    def count_train_rows(self) -> int | None:
+        """Return the number of rows to train on, without those held out for validation; None: not known."""
+        rows = self.row_counts.get("train")
+        if rows is None or "validation" in self.row_counts:
+            return rows
+        return rows - count_held_out_rows(rows)
 
 
 def look_at_data(source: str, config: str | None = None) -> DataPreview:

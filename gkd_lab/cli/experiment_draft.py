@@ -233,10 +233,14 @@ def _fit_positions(lengths: Sequence[int], limit: int, *, is_joined: bool) -> li
 
 def _list_training_lines(request: Request) -> Iterator[_Line]:
     """Yield steps, batch size and learning rate."""
-    steps, rows = request.steps or _STEPS[request.scale], request.data.row_counts.get("train")
-    passes = "" if rows is None else f"; {steps * _BATCH_SIZE / rows:.2g} passes over the rows"
+    steps, rows = request.steps or _STEPS[request.scale], request.data.count_train_rows()
+    batch_size, note = _BATCH_SIZE, ""
+    if rows is not None and rows < _BATCH_SIZE:
+        batch_size = max(1, 2 ** (rows.bit_length() - 1))
+        note = f"; at most the {_format_count(rows, 'row')} to train on"
+    passes = "" if rows is None else f"; {_format_passes(steps * batch_size / rows)} over the rows"
     yield _state("steps", steps, f"optimizer steps of each cell{passes}")
-    yield _state("batch_size", _BATCH_SIZE, "sequences per step")
+    yield _state("batch_size", batch_size, f"sequences per step{note}")
     if request.student is not None and request.student.is_own:
         is_large = (request.student.parameters or 0) >= _LARGE_MODEL
         rate = 1e-5 if is_large else 1e-4
@@ -244,6 +248,16 @@ def _list_training_lines(request: Request) -> Iterator[_Line]:
             f"learning_rate: {'1.0e-5' if rate == 1e-5 else '1.0e-4'}",
             "usual for a student of 1 B weights and more" if is_large else "usual for a student below 1 B",
         )
+
+
+def _format_passes(passes: float) -> str:
+    """Return `0.25 passes`, `9.6 passes` or `1,200 passes`: two digits, or all before the point."""
+    return f"{passes:.2g} passes" if passes < 10 else f"{passes:,.0f} passes"
+
+
+def _format_count(count: int, noun: str) -> str:
+    """Return `1 row` or `9 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _list_evaluation_lines(request: Request) -> Iterator[_Line]:

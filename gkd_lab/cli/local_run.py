@@ -16,6 +16,7 @@ from gkd_lab.cli.options import BusyCellAction, TrackerChoice
 from gkd_lab.config import Grid
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.runner.interrupts import handle_signals
+from gkd_lab.status.render import render_all_done
 from gkd_lab.store import Store
 from gkd_lab.store.bfloat16 import list_bfloat16_notes
 from gkd_lab.store.lock import explain_missing_file_locks
@@ -45,9 +46,9 @@ def run_in_process(
     if not retry_failed and _is_grid_done(grid, store):
         if tracker == "wandb" and is_sweep_agent():
             _replay_to_sweep_agent(grid, store)
-        print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+        print(render_all_done(grid.name, len(grid.cells)), file=sys.stderr)
         return
-    _check_grid(grid)
+    experiments.check_before_run(grid)
     if workers == 1:  # else the parent of the workers has said it
         _print_work_ahead(grid, store, limit)
     started = time.monotonic()
@@ -85,7 +86,7 @@ def run_in_process(
         raise typer.Exit(1)
     if outcome.busy_cell_count or workers > 1:
         return
-    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+    print(render_all_done(grid.name, len(grid.cells)), file=sys.stderr)
 
 
 def run_in_workers(
@@ -106,7 +107,7 @@ def run_in_workers(
     if retry_failed:
         clear_failures(grid, store)
     if not _is_grid_done(grid, store):
-        _check_grid(grid)
+        experiments.check_before_run(grid)
         _print_work_ahead(grid, store, "auto")
         if any(cell.training.tf32 for cell in grid.cells):
             from gkd_lab.runner.tf32 import check_tf32
@@ -127,7 +128,7 @@ def run_in_workers(
         # The other workers finish the cells of a killed one.
         if status and not _is_grid_done(grid, store):
             raise typer.Exit(status)
-    print(f"{grid.name}: all {len(grid.cells)} cells are done", file=sys.stderr)
+    print(render_all_done(grid.name, len(grid.cells)), file=sys.stderr)
 
 
 def _print_work_ahead(grid: Grid, store: Store, limit: PackLimit) -> None:
@@ -138,13 +139,6 @@ def _print_work_ahead(grid: Grid, store: Store, limit: PackLimit) -> None:
     overview = build_overview(grid, store, limit)
     print(f"{grid.name}: {render_state_counts(overview)}", file=sys.stderr)
     print(f"{grid.name}: loading torch and the libraries", file=sys.stderr, flush=True)
-
-
-def _check_grid(grid: Grid) -> None:
-    """Raise ConfigError for models, splits, packages or rewards that would make a grid's cells fail."""
-    experiments.check_models_and_splits(grid)
-    experiments.check_peft(grid)
-    experiments.check_generators_and_rewards(grid)
 
 
 def _replay_to_sweep_agent(grid: Grid, store: Store) -> None:

@@ -3,7 +3,7 @@
 from gkd_lab.config.artifact_specs import SftModel, get_artifact_folder
 from gkd_lab.config.cell import Cell, Evaluation, Training
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.experiment import SCALES, Experiment, read_experiment
+from gkd_lab.config.experiment import SCALES, ExperimentFile, read_experiment
 from gkd_lab.config.grid import Grid, expand_grid
 from gkd_lab.config.resolve_cell import RevisionLookup
 from gkd_lab.config.settings_layers import TaskDefaults
@@ -13,7 +13,7 @@ __all__ = [
     "Cell",
     "ConfigError",
     "Evaluation",
-    "Experiment",
+    "ExperimentFile",
     "Grid",
     "RevisionLookup",
     "SftModel",

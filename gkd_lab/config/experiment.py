@@ -20,6 +20,7 @@ from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.file_checks import check_fixed_axes, check_numbers, check_task_sections
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.first_sentence import extract_first_sentence
+from gkd_lab.config.model_places import is_model_place
 from gkd_lab.config.settings import LoraSettings, Section, Settings, SftSettings, merge_settings
 from gkd_lab.config.yaml_files import parse_yaml, read_yaml_mapping
 
@@ -91,6 +92,7 @@ GridAxes = create_model(
     **_define_axes(),
 )
 AXIS_NAMES = tuple(field.alias or name for name, field in GridAxes.model_fields.items())
+_MODELS = ("teacher", "student")
 _SCALAR_AXES = set(AXIS_NAMES) - {"objectives", "student.lora.targets"}
 """Axes whose values are not lists themselves."""
 
@@ -117,7 +119,7 @@ class TaskSettings(Settings):
     )
 
 
-class Experiment(TaskSettings):
+class ExperimentFile(TaskSettings):
     """A validated experiment file."""
 
     description: str = Field(description="the question, the hypothesis, the cost")
@@ -209,7 +211,7 @@ def _dump_stated_fields(layer: TaskSettings) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> Experiment:
+def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> ExperimentFile:
     """Return the validated experiment of a YAML file, after `--set` overrides. Raises ConfigError.
 
     A `per_task` section must be of one of the file's own tasks; `--set task=` may choose another one.
@@ -223,15 +225,15 @@ def read_experiment(path: Path, overrides: Mapping[str, str] | None = None) -> E
     return parse_experiment(document, origin)
 
 
-def parse_experiment(document: Mapping[str, Any], origin: Origin | str) -> Experiment:
+def parse_experiment(document: Mapping[str, Any], origin: Origin | str) -> ExperimentFile:
     """Return plain data as a validated experiment; messages begin with `origin`. Raises ConfigError."""
     if isinstance(origin, str):
         origin = Origin(origin)
-    check_numbers(document, origin, Experiment)
+    check_numbers(document, origin, ExperimentFile)
     try:
-        experiment = Experiment.model_validate(document)
+        experiment = ExperimentFile.model_validate(document)
     except ValidationError as error:
-        raise explain_validation_error(error, origin, Experiment) from error
+        raise explain_validation_error(error, origin, ExperimentFile) from error
     check_fixed_axes(document, origin)
     experiment._origin = origin
     return experiment
@@ -290,12 +292,15 @@ def parse_override(key: str, text: str) -> list[Any]:
 def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
     """Set a field of nested dictionaries, in place, by dotted name. ConfigError if a section is a value.
 
-    Missing sections are created.
+    Missing sections are created. A model that is stated by its name alone gets fields beside the name.
     """
     *sections, field = key.split(".")
     for section in sections:
-        if document.get(section) is None:
+        stated = document.get(section)
+        if stated is None:
             document[section] = {}
+        elif section in _MODELS and isinstance(stated, str):
+            document[section] = {"pretrained" if is_model_place(stated) else "size": stated}
         document = document[section]
         if not isinstance(document, dict):
             raise ConfigError(f"{key}: {section} is the value {document!r}, which has no fields")

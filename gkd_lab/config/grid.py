@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gkd_lab.config.cell import Cell
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, explain_validation_error
-from gkd_lab.config.experiment import Experiment, Scale
+from gkd_lab.config.experiment import ExperimentFile, Scale
 from gkd_lab.config.fingerprint import SHOWN_DIGITS, canonical_json, compute_fingerprint
 from gkd_lab.config.resolve_cell import CellResolver, RevisionLookup
 from gkd_lab.config.settings import Settings
@@ -22,7 +22,7 @@ class Grid:
 
     name: str
     scale: str
-    experiment: Experiment
+    experiment: ExperimentFile
     axes: dict[str, tuple[Any, ...]]
     cells: tuple[Cell, ...]
     stands_for: dict[str, tuple[dict[str, Any], ...]]
@@ -47,7 +47,7 @@ class Grid:
 
 def expand_grid(
     name: str,
-    experiment: Experiment,
+    experiment: ExperimentFile,
     tasks: Mapping[str, TaskDefaults],
     revisions: RevisionLookup,
     scale: Scale | None = None,
@@ -74,7 +74,7 @@ def expand_grid(
 
 
 def _list_axes_with_task(
-    name: str, experiment: Experiment, tasks: Mapping[str, TaskDefaults]
+    name: str, experiment: ExperimentFile, tasks: Mapping[str, TaskDefaults]
 ) -> dict[str, tuple[Any, ...]]:
     """Return axis -> values; `task` is put first if it is no axis. ConfigError: unknown task or none."""
     axes = experiment.list_axes()

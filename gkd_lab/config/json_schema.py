@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.experiment import ExperimentFile
 from gkd_lab.config.fingerprint import FORMAT_VERSION
 
 SCHEMA_PATH = Path("experiments/experiment.schema.json")
@@ -17,7 +17,7 @@ def build_json_schema() -> dict[str, Any]:
 
     Its `$id` holds the format version: the same file under another version describes other runs.
     """
-    schema = _strip_titles_and_nulls(Experiment.model_json_schema(by_alias=True))
+    schema = _strip_titles_and_nulls(ExperimentFile.model_json_schema(by_alias=True))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:gkd-lab:experiment:{FORMAT_VERSION}",

@@ -25,7 +25,7 @@ from gkd_lab.config.evaluation_settings import (
     parse_evaluation_settings,
     resolve_evaluations,
 )
-from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.experiment import ExperimentFile
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.loss_terms import (
     CrossEntropyConfig,
@@ -125,7 +125,7 @@ class CellResolver:
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: ExperimentFile,
         tasks: Mapping[str, TaskDefaults],
         revisions: RevisionLookup,
         scale: str,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.experiment import ExperimentFile
 from gkd_lab.config.model_places import is_model_place
 from gkd_lab.config.settings import ModelSettings, merge_settings
 from gkd_lab.config.value_sources import SourcedSettings, SourceKind, ValueSource
@@ -63,7 +63,7 @@ class MergedLayers:
 
 
 def merge_layers(
-    experiment: Experiment, task: TaskDefaults, scale: str, axis_values: Mapping[str, Any]
+    experiment: ExperimentFile, task: TaskDefaults, scale: str, axis_values: Mapping[str, Any]
 ) -> MergedLayers:
     """Return the merged settings of a point. ConfigError: no such scale, no data, a value set twice."""
     stated = _merge_stated_settings(experiment, task.name, scale, axis_values)
@@ -92,7 +92,7 @@ def _merge_defaults(task: TaskDefaults, scale: str, data_source: str | None) -> 
 
 
 def _merge_stated_settings(
-    experiment: Experiment, task_name: str, scale: str, axis_values: Mapping[str, Any]
+    experiment: ExperimentFile, task_name: str, scale: str, axis_values: Mapping[str, Any]
 ) -> SourcedSettings:
     """Return the experiment's settings, axis values over them. ConfigError: shorthand and long form."""
     stated = SourcedSettings()

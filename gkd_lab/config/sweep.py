@@ -8,13 +8,15 @@ from typing import Any
 import yaml
 
 from gkd_lab.config.errors import ConfigError
-from gkd_lab.config.experiment import Experiment
+from gkd_lab.config.experiment import ExperimentFile
 from gkd_lab.config.yaml_files import parse_yaml
 
 WANDB_PROJECT = "gkd-lab"
 
 
-def format_sweep_file(name: str, experiment: Experiment, scale: str | None, fields: Mapping[str, str]) -> str:
+def format_sweep_file(
+    name: str, experiment: ExperimentFile, scale: str | None, fields: Mapping[str, str]
+) -> str:
     """Return the YAML text of a wandb grid sweep over an experiment's cells. ConfigError without an axis.
 
     name: The experiment as the command line takes it. scale, fields: Options given beside the file; fields

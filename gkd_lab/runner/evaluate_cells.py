@@ -203,7 +203,7 @@ def _decode_and_score(
     examples, report = encode_examples(model, tokenizer, rows)
     members = role or ("1 cell" if len(records) == 1 else f"{len(records)} cells")
     start, predicted_rows = time.monotonic(), 0
-    phase = f"{model.task}: {members}, {evaluation.name} on {len(rows)} rows"
+    phase = f"{model.task}: {members}, {evaluation.name} on {len(rows)} row{'' if len(rows) == 1 else 's'}"
     folders = [record.folder for record in records]
     with options.reporter.phase(phase, len(rows), folders=folders, work=evaluation.name) as update_progress:
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 from gkd_lab.config.cell import Cell, Role
 from gkd_lab.store import Record, Store
-
-RETRY_HINT = "--retry-failed tries again"
+from gkd_lab.tables.failure_causes import RETRY_HINT
 
 
 @dataclass

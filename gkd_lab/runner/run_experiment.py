@@ -11,20 +11,22 @@ from typing import Literal, get_args
 from gkd_lab import experiments
 from gkd_lab.config.errors import build_unknown_name_error
 from gkd_lab.config.packs import PackLimit, parse_pack_limit
-from gkd_lab.experiments import LoadedExperiment, load_experiment
+from gkd_lab.experiments import Experiment, load_experiment
 from gkd_lab.runner.interrupts import handle_signals
 from gkd_lab.store import State, Store
 from gkd_lab.store.output_folders import create_outputs_folder
+from gkd_lab.tables.failure_causes import RETRY_HINT
 from gkd_lab.tables.rows import build_table_rows
 
 TrackerName = Literal["none", "wandb", "trackio"]
+_PYTHON_RETRY_HINT = "retry_failed=True tries again"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a run has left behind."""
 
-    experiment: LoadedExperiment
+    experiment: Experiment
     states: Mapping[State, int]
     """State (`done`, `failed`, `running`, `missing`) -> number of cells, with their evaluations."""
     failures: tuple[str, ...]
@@ -46,7 +48,7 @@ class Outcome:
 
 
 def run_experiment(
-    experiment: LoadedExperiment | str | Path,
+    experiment: Experiment | str | Path,
     *,
     pack: PackLimit = "auto",
     retry_failed: bool = False,
@@ -82,7 +84,7 @@ def run_experiment(
         >>> outcome = gkd_lab.run(gkd_lab.load("quickstart", steps=20), progress=True)
         >>> assert outcome.is_done, outcome
     """
-    if not isinstance(experiment, LoadedExperiment):
+    if not isinstance(experiment, Experiment):
         experiment = load_experiment(experiment)
     limit = parse_pack_limit(str(pack))
     if tracker not in get_args(TrackerName):
@@ -116,9 +118,10 @@ def run_experiment(
 
 
 def _build_outcome(
-    experiment: LoadedExperiment, store: Store, failures: tuple[str, ...] = (), busy_cells: int = 0
+    experiment: Experiment, store: Store, failures: tuple[str, ...] = (), busy_cells: int = 0
 ) -> Outcome:
     """Return the outcome of a run, with the states that its records have now."""
     rows = build_table_rows(experiment.grid, store)
     counts = Counter[State](row["status"] for row in rows if row["role"] == "cell")
-    return Outcome(experiment, dict(counts), failures, busy_cells)
+    lines = tuple(line.replace(RETRY_HINT, _PYTHON_RETRY_HINT) for line in failures)
+    return Outcome(experiment, dict(counts), lines, busy_cells)

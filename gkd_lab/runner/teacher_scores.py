@@ -17,6 +17,7 @@ from gkd_lab.runner.teacher_text import apply_teacher_text, ensure_teacher_text
 from gkd_lab.store import Record
 from gkd_lab.store.heartbeat import require_lock
 from gkd_lab.store.provenance import collect_provenance
+from gkd_lab.tables.failure_causes import RETRY_HINT
 from gkd_lab.teachers.cached_teachers import CachedTeacher
 from gkd_lab.teachers.score_writer import write_teacher_scores
 
@@ -40,8 +41,7 @@ def load_cached_teacher(record: Record) -> CachedTeacher:
     status = record.read_status()
     if status.get("state") != "done":
         raise ValueError(
-            f"the teacher's scores failed: {status.get('error')} (see {record.status_file}; --retry-failed "
-            "tries again)"
+            f"the teacher's scores failed: {status.get('error')} (see {record.status_file}; {RETRY_HINT})"
         )
     folder = record.folder / SCORES_FOLDER
     return CachedTeacher(folder, load_tokenizer(folder / TOKENIZER_FOLDER))

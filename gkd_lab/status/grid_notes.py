@@ -59,7 +59,7 @@ def describe_decoding(grid: Grid) -> Iterator[str]:
     """
     counts = Counter(filter(None, (_name_decoding(cell.training) for cell in grid.cells)))
     for way, count in counts.items():
-        yield f"decoding of {count} cells: {way}"
+        yield f"decoding of {count} cell{'' if count == 1 else 's'}: {way}"
 
 
 def _name_decoding(training: Training) -> str | None:

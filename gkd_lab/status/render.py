@@ -233,6 +233,12 @@ def _render_estimate_bases(overview: Overview) -> Iterator[str]:
         yield f"decoding of {evaluations}: not counted, {reason}"
 
 
+def render_all_done(name: str, cell_count: int) -> str:
+    """Return the last line of a run that has done everything: `NAME: all 6 cells are done`."""
+    cells = "the cell is" if cell_count == 1 else f"all {cell_count} cells are"
+    return f"{name}: {cells} done"
+
+
 def _format_count(count: int, noun: str) -> str:
     """Format `1 cell` or `2 cells`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -13,6 +13,7 @@ from gkd_lab.store.cell_state import get_error_line
 from gkd_lab.tables.training_facts import name_reference
 
 FailedPart = Literal["model", "cell", "evaluation"]
+RETRY_HINT = "--retry-failed tries again"
 _MAX_NAMES = 3
 """Names that a line of several parts gives."""
 
@@ -115,7 +116,7 @@ def _format_group(group: Sequence[Failure]) -> str:
     names = f": {join_names(others)}" if len(others) > 1 else ""
     stopped = len(frozenset().union(*(failure.stopped for failure in group)))
     waiting = f"; {'1 cell was' if stopped == 1 else f'{stopped} cells were'} not run" if stopped else ""
-    file = f"see {first.file}; --retry-failed tries again"
+    file = f"see {first.file}; {RETRY_HINT}"
     return f"{name_group(group)}: {first.reason}{names}{waiting} ({file})"
 
 

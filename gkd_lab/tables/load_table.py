@@ -8,13 +8,13 @@ import pandas as pd
 
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.experiment import Scale
-from gkd_lab.experiments import LoadedExperiment, load_experiment
+from gkd_lab.experiments import Experiment, load_experiment
 from gkd_lab.store import Store
 from gkd_lab.tables.long_table import LEADING_COLUMNS, SCORE_COLUMNS, build_long_table
 
 
 def load_table(
-    experiment_or_path: LoadedExperiment | Grid | str | Path,
+    experiment_or_path: Experiment | Grid | str | Path,
     scale: Scale | None = None,
     outputs: str | Path | None = None,
 ) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def load_table(
         >>> accuracy = scores[(scores["role"] == "cell") & (scores["metric"] == "accuracy")]
     """
     source = experiment_or_path
-    if isinstance(source, LoadedExperiment):
+    if isinstance(source, Experiment):
         _refuse_setting("scale", scale, "the experiment")
         _refuse_setting("outputs", outputs, "the experiment")
         return build_long_table(source.grid, Store(source.outputs))

@@ -179,11 +179,22 @@ def count_few_train_rows(path: str | Path, config: str | None, enough: int) -> i
 def list_missing_splits(path: str | Path, config: str | None, splits: Iterable[Split]) -> list[str]:
     """Return a sentence for each of these splits that a data folder neither has nor can hold out of train."""
     folder = _open_folder(path, config)
+    available = set(folder.files)
+    if "train" in available and _has_several_rows(folder, "train"):
+        available.add("validation")
     return [
         f"{folder.path} has no split {split!r}; it has: {', '.join(folder.files)}"
         for split in splits
-        if split not in folder.files and not (split == "validation" and "train" in folder.files)
+        if split not in available
     ]
+
+
+def _has_several_rows(folder: DataFolder, split: Split) -> bool:
+    """Return whether a split has two rows or more, or a damaged one, which is named when it is read."""
+    try:
+        return len(list(islice(folder.read_rows(split), 2))) == 2
+    except ValueError:
+        return True
 
 
 def _check_request(split: str, kind: str, count: int | None) -> None:

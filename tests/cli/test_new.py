@@ -158,6 +158,29 @@ def test_data_without_test_rows_is_scored_on_held_out_ones(run_command: RunComma
     assert run_command("plan", "mine.yaml")[0] == 0
 
 
+@pytest.mark.parametrize(("rows", "batch_size", "passes"), [(2, 1, "300"), (10, 8, "267"), (18, 16, "282")])
+def test_a_batch_has_no_more_rows_than_there_are_to_train_on(
+    rows: int, batch_size: int, passes: str, run_command: RunCommand
+) -> None:
+    write_data("text", splits=("train",))
+    lines = Path("rows/train.jsonl").read_text().splitlines(keepends=True)
+    Path("rows/train.jsonl").write_text("".join(lines[:rows]))
+    status, _, err = run_command("new", "mine.yaml", "--data", "rows")
+    assert status == 0, err
+    assert read_file()["batch_size"] == batch_size
+    assert f"{passes} passes over the rows" in Path("mine.yaml").read_text()
+    assert run_command("plan", "mine.yaml")[0] == 0
+
+
+def test_one_row_cannot_be_scored_on_held_out_ones(run_command: RunCommand) -> None:
+    write_data("text", splits=("train",))
+    Path("rows/train.jsonl").write_text(json.dumps(FORMS["text"](1)))
+    status, out, err = run_command("new", "mine.yaml", "--data", "rows")
+    assert (status, out) == (2, "")
+    assert "no split 'validation'" in err
+    assert not Path("mine.yaml").exists()
+
+
 def test_many_test_rows_are_cut_to_500(run_command: RunCommand) -> None:
     write_data("text")
     Path("rows/test.jsonl").write_text('{"left side": "a", "right side": "b"}\n' * 501)

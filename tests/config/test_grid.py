@@ -289,7 +289,8 @@ def test_an_invalid_experiment_is_refused_with_the_reason(document: dict, expect
     [
         ({"lmbda": "{"}, "lmbda={: expected"),
         ({"lmbda": ""}, "lmbda=: no value given"),
-        ({"student.width": "3"}, "value 'small'"),
+        ({"task.width": "3"}, "value 'sums', which has no fields"),
+        ({"student.width": "3"}, "width 3 is not a multiple of heads 2"),
         ({"lmbd": "3"}, "field 'lmbd'"),
         ({"lmbd": "3,4"}, "field 'grid.lmbd'"),
         ({"lmbda": "0,1.5"}, "grid.lmbda[1]: 1.5"),

@@ -24,6 +24,16 @@ def test_fields_beside_size_replace_those_of_the_model() -> None:
     assert changed.model.name == "custom"
 
 
+@pytest.mark.parametrize("place", ["large", "owner/model"])
+def test_a_field_is_set_beside_the_name_of_a_model(place: str) -> None:
+    fields = {"pretrained" if "/" in place else "size": place, "sft": {"steps": 7}}
+    stated = make_cell(teacher=fields, student=fields).training
+    overrides = {"teacher.sft.steps": "7", "student.sft.steps": "7"}
+    assert make_cell(overrides, teacher=place, student=place).training == stated
+    assert stated.teacher.sft is not None
+    assert stated.teacher.sft.steps == 7
+
+
 def test_a_dtype_changes_the_cell_and_not_its_teacher() -> None:
     plain = make_cell(teacher="large").training
     lowered = make_cell(teacher={"size": "large", "dtype": "bfloat16"}).training

@@ -54,6 +54,7 @@ def test_a_failed_cell_raises_nothing_and_is_named_with_its_log(tmp_path: Path) 
     (line,) = outcome.failures
     status_file = Store(experiment.outputs).get_record(experiment.cells[1]).status_file
     assert "FloatingPointError" in line and str(status_file) in line
+    assert "retry_failed=True" in line and "--retry-failed" not in line
     assert f"failed: {line}" in repr(outcome)
     failure_time = status_file.stat().st_mtime_ns
     assert gkd_lab.run(experiment).failures == outcome.failures

@@ -51,11 +51,11 @@ def test_fields_that_differ_with_the_task_alone_are_noted_as_such() -> None:
         ({"grid": {"lmbda": [0, 1]}}, ["2 cells: fused steps"]),
         (
             {"grid": {"implementation": ["gkd_lab", "trl"]}},
-            ["1 cells: fused", "1 cells: .* for TRL's samples"],
+            ["1 cell: fused", "1 cell: .* for TRL's samples"],
         ),
         (
             {"grid": {"lmbda": [0]}, "student": {"size": "small", "lora": {"targets": ["q_proj"]}}},
-            ["1 cells: .*`generate`, as the model has an adapter"],
+            ["1 cell: .*`generate`, as the model has an adapter"],
         ),
     ],
 )
