@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from gkd_lab.store.files import read_json
+from gkd_lab.store.heartbeat import require_lock
 
 PROGRESS_FILE = "progress.json"
 WRITE_SECONDS = 1.0
@@ -40,7 +41,8 @@ def log_live_progress(
 ) -> Iterator[Callable[[int], None]]:
     """Write the progress of the block into each folder; yield a function to call with the units done so far.
 
-    done: Those that an earlier process did. The files are written at once and at most once a second.
+    done: Those that an earlier process did. The files are written at once and at most once a second. Raises
+    LockLost, and touches no file, once another process has taken over a folder.
     """
     started, last_write = time.time(), 0.0
 
@@ -62,12 +64,14 @@ def log_live_progress(
         yield update
     finally:
         for folder in folders:
-            with suppress(OSError):
+            with suppress(OSError):  # LockLost is one: another owner's file stays
+                require_lock(folder)
                 (folder / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def _write(folder: Path, content: str) -> None:
     """Replace a folder's progress file; a full or missing file system is no reason to stop the work."""
+    require_lock(folder)
     unfinished = folder / f".{PROGRESS_FILE}.{os.getpid()}.part"
     with suppress(OSError):
         unfinished.write_text(content, encoding="utf-8")
