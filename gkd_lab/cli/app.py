@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A home folder that cannot be written costs matplotlib its cache, and a user two lines per command.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch is loaded: threads that spin while they wait for each other take ten times as long where
+    # another program uses a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         status = app(args=words, prog_name="gkd-lab", standalone_mode=False)

@@ -263,9 +263,17 @@ def _format_count(count: int, noun: str) -> str:
 def _list_evaluation_lines(request: Request) -> Iterator[_Line]:
     """Yield the evaluations: greedy decoding of the test rows, or of held-out ones."""
     split = "test" if "test" in request.data.row_counts else "validation"
-    note = "of the test rows" if split == "test" else "of validation rows, as there are no test rows"
+    note = "of the test rows" if split == "test" else _describe_validation(request.data)
     yield _Line("evaluations:", f"scores of cells, start and teacher, {note}")
     yield _Line(f"  - {{decoding: greedy, split: {split}}}", "also sample (temperature, samples), beam")
+
+
+def _describe_validation(data: DataPreview) -> str:
+    """Return `of validation rows, ...`, with the number of rows that are held out of train for it."""
+    train, kept = data.row_counts.get("train"), data.count_train_rows()
+    if train is None or kept is None or train == kept:
+        return "of validation rows, as there are no test rows"
+    return f"of the {_format_count(train - kept, 'last row')} of train, as there are no test rows"
 
 
 def _list_grid_lines(request: Request) -> Iterator[_Line]:

@@ -1,6 +1,7 @@
 """The command line: exit status 0, 1 or 2, one message, no traceback, and torch only to train."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -343,3 +344,18 @@ def test_the_plan_says_why_cells_with_an_adapter_run_alone(run_command: RunComma
     assert status == 0
     assert [line.split()[5] for line in out.splitlines()[1:3]] == ["2", "4"]
     assert "2 cells run alone: a LoRA adapter" in out
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(before: str | None, after: str) -> None:
+    """The variable is set before torch is loaded, which reads it then."""
+    script = (
+        "import os, sys\nfrom gkd_lab.cli import main\ntry:\n    main(['--version'])\n"
+        "except SystemExit:\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if before is not None:
+        environment["OMP_WAIT_POLICY"] = before
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{after} False"

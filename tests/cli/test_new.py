@@ -155,6 +155,7 @@ def test_data_without_test_rows_is_scored_on_held_out_ones(run_command: RunComma
     write_data("text", splits=("train",))
     run_command("new", "mine.yaml", "--data", "rows")
     assert read_file()["evaluations"] == [{"decoding": "greedy", "split": "validation"}]
+    assert "of the 3 last rows of train, as there are no test rows" in Path("mine.yaml").read_text()
     assert run_command("plan", "mine.yaml")[0] == 0
 
 
