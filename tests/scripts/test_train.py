@@ -378,4 +378,5 @@ def test_the_help_is_todays_and_needs_no_torch() -> None:
         for words in (("train", "--help"), ("--help",), ("push", "--help"))
     ]
     assert "--teacher_model_name_or_path" in helped[0] and "--repo" in helped[2]
-    assert re.search(r"^  train .*\n  push ", helped[1], re.MULTILINE)
+    commands = re.findall(r"^  ([a-z]+)  ", helped[1], re.MULTILINE)
+    assert {"train", "push"} <= set(commands)
