@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ from gkd_lab.store import Store
 from gkd_lab.store.files import write_bytes
 from gkd_lab.store.output_folders import check_outputs_folder
 from gkd_lab.store.pack_limits import PackLimits
+from gkd_lab.store.unit_files import UnitFiles
 
 
 def list_experiments() -> None:
@@ -116,11 +118,13 @@ def _show_units(grid: Grid, store: Store, limit: PackLimit) -> None:
 
 def _show_run_units(grid: Grid, store: Store) -> None:
     """Print the units that an engine was given, with queue, place, requeues and log; nothing without any."""
-    from gkd_lab.runner.engines.slurm import describe_queue
+    from gkd_lab.runner.engines.driver import name_grid_in_place
+    from gkd_lab.runner.engines.queues import describe_queues
     from gkd_lab.status.render import print_listing
     from gkd_lab.status.unit_listing import list_run_units
 
-    listing = list_run_units(grid, store, describe_queue)
+    ray_queue = name_grid_in_place(grid, UnitFiles.locate(store.root, grid.fingerprint))
+    listing = list_run_units(grid, store, partial(describe_queues, ray_queue=ray_queue))
     if listing is not None:
         print()
         print_listing(listing)

@@ -42,6 +42,22 @@ def end_unit(scenario: Scenario, number: int) -> None:
     assert status == 0, output
 
 
+def read_queue_column(scenario: Scenario) -> list[str]:
+    """Return what `status` shows of the queue for each unit of a grid."""
+    root = str(HERE.parents[1])
+    process = subprocess.run(
+        [sys.executable, "-m", "gkd_lab", "status", f"{scenario.grid.name}.yaml"],
+        cwd=scenario.folder,
+        env={"PYTHONPATH": root, **scenario.cluster.environment, "COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+    )
+    lines = process.stdout.splitlines()
+    (header,) = (number for number, line in enumerate(lines) if line.startswith("unit "))
+    column = lines[header].index("queue")
+    return [line[column:].split(maxsplit=1)[0] for line in lines[header + 1 :] if line.strip()]
+
+
 def kill_worker(scenario: Scenario) -> None:
     """Ray's worker dies, and its child with it: another one goes on from the last checkpoint."""
     driver = scenario.start_driver()
@@ -84,6 +100,8 @@ def leave_and_attach(scenario: Scenario) -> str:
 def cancel_units(scenario: Scenario) -> None:
     """Cancelled, a unit saves, and stays cancelled until the next run."""
     driver = scenario.start_driver()
+    scenario.wait_for_step(2)
+    assert read_queue_column(scenario)[-1] == "RUNNING"
     scenario.wait_for_step(7)
     status, output = scenario.finish(scenario.start_driver(cancel=True))
     assert status == 0, output
@@ -92,6 +110,7 @@ def cancel_units(scenario: Scenario) -> None:
     assert f"({scenario.get_pack().id}): was cancelled; run again to go on" in output
     step = scenario.get_step()
     assert (scenario.get_record().steps_folder / f"checkpoint-{step}").exists()
+    assert read_queue_column(scenario)[-1] == "CANCELLED"
     time.sleep(10)
     assert len(scenario.read_starts()) == 1
     status, output = scenario.finish(scenario.start_driver())

@@ -3,7 +3,10 @@
 from collections.abc import Collection
 from pathlib import Path
 
+import pytest
+
 from gkd_lab.config.units import plan_units
+from gkd_lab.runner.engines import queues
 from gkd_lab.status.time_estimates import TimeEstimator
 from gkd_lab.status.unit_listing import list_planned_units, list_run_units
 from gkd_lab.status.unit_resources import estimate_resources
@@ -77,3 +80,12 @@ def test_units_that_were_submitted_show_queue_place_requeues_and_log(tmp_path: P
     assert list(rows[start.id].values()) == ["missing", "RUNNING", "7_1", "n2", "1", "2", "b.log"]
     assert rows[packs[0].id]["queue"] == "gone"
     assert rows[packs[1].id]["queue"] == ""
+
+
+def test_jobs_on_ray_are_unknown_where_ray_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray, or without its cluster."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:1")
+    monkeypatch.setattr(queues, "ANSWER_SECONDS", 5)
+    jobs = [UnitJob("0123456789ab", "ray", "ray-01", "a.log")]
+    assert queues.describe_queues(jobs, "none") == {"ray-01": "unknown"}
+    assert queues.describe_queues([], "none") == {}

@@ -68,18 +68,15 @@ class RayEngine:
             jobs[unit.id] = job
             submitted.append(job)
         with _report_silence():
-            queue = self._find_queue()
-            if queue is not None and not alive:  # its limit of jobs may be another one
-                _get_ray().kill(queue)
-                queue = None
-            _ask((queue or self._create_queue()).submit.remote(requests))
+            queue = _find_queue(self._queue_name) or self._create_queue()
+            _ask(queue.submit.remote(requests, self.options.max_jobs))
         return submitted
 
     def find_jobs(self) -> dict[str, UnitJob]:
         """Return unit id -> alive job of this grid in the queue; see `Engine`."""
         return {
             unit: UnitJob(unit, "ray", job, log)
-            for job, unit, log, state, _ in self._read_queue()
+            for job, unit, log, state, _ in read_queue(self._queue_name)
             if state not in ENDED_STATES
         }
 
@@ -94,7 +91,7 @@ class RayEngine:
                 is_cancelled=state == "CANCELLED",
                 place=host,
             )
-            for job, _, _, state, host in (self._read_queue() if wanted else [])
+            for job, _, _, state, host in (read_queue(self._queue_name) if wanted else [])
             if job in wanted
         }
 
@@ -105,7 +102,7 @@ class RayEngine:
     def cancel(self, jobs: Collection[UnitJob]) -> None:
         """Cancel jobs; those that run save first."""
         with _report_silence():
-            queue = self._find_queue()
+            queue = _find_queue(self._queue_name)
             if queue is not None:
                 _ask(queue.cancel.remote([job.job for job in jobs]))
 
@@ -137,13 +134,6 @@ class RayEngine:
             resources=resources if memory is None else {**resources, "memory": float(memory)},
         )
 
-    def _find_queue(self) -> Any:
-        """Return the handle of this grid's queue; None if there is none."""
-        try:
-            return _get_ray().get_actor(self._queue_name, namespace=NAMESPACE)
-        except ValueError:
-            return None
-
     def _create_queue(self) -> Any:
         """Create this grid's queue, which lives on when this process ends; return its handle."""
         return (
@@ -157,20 +147,8 @@ class RayEngine:
                 resources={HEAD_RESOURCE: 0.001},
                 max_concurrency=100,
             )
-            .remote(self.options.max_jobs)
+            .remote()
         )
-
-    def _read_queue(self) -> list[tuple[str, str, str, str, str]]:
-        """Return (job, unit, log, state, host) of the queue's jobs; empty without a queue."""
-        with _report_silence():
-            queue = self._find_queue()
-            if queue is None:
-                return []
-            try:
-                rows: list[tuple[str, str, str, str, str]] = _ask(queue.read_jobs.remote())
-            except _get_ray().exceptions.RayActorError:  # its machine was lost, and the jobs with it
-                return []
-            return rows
 
 
 def connect(address: str) -> None:
@@ -180,6 +158,27 @@ def connect(address: str) -> None:
         with _report_silence():
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     ray.cloudpickle.register_pickle_by_value(ray_tasks)
+
+
+def read_queue(name: str) -> list[tuple[str, str, str, str, str]]:
+    """Return (job, unit, log, state, host) of a queue's jobs; empty without the queue. `connect` first."""
+    with _report_silence():
+        queue = _find_queue(name)
+        if queue is None:
+            return []
+        try:
+            rows: list[tuple[str, str, str, str, str]] = _ask(queue.read_jobs.remote())
+        except _get_ray().exceptions.RayActorError:  # its machine was lost, and the jobs with it
+            return []
+        return rows
+
+
+def _find_queue(name: str) -> Any:
+    """Return the handle of the queue of this name; None if there is none."""
+    try:
+        return _get_ray().get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
 
 
 def list_passed_variables() -> dict[str, str]:

@@ -108,14 +108,17 @@ def _wait_with_interrupts(process: "subprocess.Popen[bytes]") -> int:
 class UnitQueue:
     """Ray actor that holds the jobs of one grid; it lives on when the driver that created it has left."""
 
-    def __init__(self, max_jobs: int | None) -> None:
+    def __init__(self) -> None:
         self._jobs: dict[str, QueuedJob] = {}
-        self._slots = asyncio.Semaphore(max_jobs or _UNLIMITED)
-        self._is_limited = max_jobs is not None
+        self._slots = asyncio.Semaphore(_UNLIMITED)
+        self._is_limited = False
         self._watchers: set[asyncio.Task[None]] = set()
 
-    async def submit(self, requests: Sequence[TaskRequest]) -> None:
-        """Submit jobs, each after those it waits for."""
+    async def submit(self, requests: Sequence[TaskRequest], max_jobs: int | None) -> None:
+        """Submit jobs, each after those it waits for; `max_jobs` run at once, if no earlier job is left."""
+        if all(job.ended.is_set() for job in self._jobs.values()):
+            self._slots = asyncio.Semaphore(max_jobs or _UNLIMITED)
+            self._is_limited = max_jobs is not None
         for request in requests:
             job = self._jobs[request.job] = QueuedJob(request)
             watcher = asyncio.create_task(self._run_job(job))
