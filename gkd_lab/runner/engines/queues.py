@@ -1,7 +1,7 @@
 """What the engines say of jobs that have not ended, for `plan` and `status`.
 
-Ray is asked in a process of its own, `python -m gkd_lab.runner.engines.queues NAME`: it may wait minutes for a
-cluster that is gone.
+Ray is asked in a process of its own, `python -m gkd_lab.runner.engines.queues NAME`: it may wait minutes
+for a cluster that is gone.
 """
 
 import json
