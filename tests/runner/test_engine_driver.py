@@ -8,6 +8,7 @@ from gkd_lab.config import Grid
 from gkd_lab.config.units import Unit
 from gkd_lab.runner.engines.driver import Driver, EngineUnreachable, JobState
 from gkd_lab.store import Store
+from gkd_lab.store.attempts import is_marked_as_killed, read_attempt
 from gkd_lab.store.unit_files import UnitFiles, UnitJob
 from gkd_lab.store.unit_state import get_unit_records
 from gkd_lab.tables.failure_causes import format_failures, list_failures
@@ -16,6 +17,7 @@ from .tiny_experiments import tiny_grid
 
 DONE, FAILED = JobState("COMPLETED", is_alive=False), JobState("FAILED", is_alive=False)
 CANCELLED = JobState("CANCELLED", is_alive=False, is_cancelled=True)
+OUT_OF_MEMORY = JobState("OUT_OF_MEMORY", is_alive=False, is_out_of_memory=True)
 DROPPED = JobState("CANCELLED", is_alive=False)
 RUNNING = JobState("RUNNING", is_alive=True, place="n1")
 
@@ -126,6 +128,28 @@ def test_killed_unit_and_what_was_dropped_for_it_are_submitted_again(tmp_path: P
     driver.start()
     assert driver.follow().unfinished == []
     assert list(engine.submissions.values()) == [3, 1, 3, 3]
+
+
+def test_unit_that_the_engine_killed_for_lack_of_memory_takes_fewer_cells(tmp_path: Path) -> None:
+    attempts = []
+
+    def work(grid: Grid, store: Store, unit: Unit, number: int) -> JobState:
+        records = get_unit_records(unit, store)
+        if unit.kind == "pack" and number == 1:
+            for record in records:
+                record.folder.mkdir(parents=True)
+                (record.folder / "attempt.json").write_text('{"cells": 3}')
+            UnitFiles.locate(store.root, grid.fingerprint).log_run(unit.id, event="start", host="n1")
+            return OUT_OF_MEMORY
+        if unit.kind == "pack":
+            attempts.extend(map(read_attempt, records))
+        return finish_unit(grid, store, unit)
+
+    driver, engine, _ = drive(tmp_path, work)
+    driver.start()
+    assert driver.follow().unfinished == []
+    assert list(engine.submissions.values()) == [1, 1, 2, 2]
+    assert attempts and all(attempt is not None and is_marked_as_killed(attempt) for attempt in attempts)
 
 
 def test_unit_that_is_killed_every_time_is_given_up(tmp_path: Path) -> None:

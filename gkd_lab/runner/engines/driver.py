@@ -15,9 +15,10 @@ from gkd_lab.config.fingerprint import compute_fingerprint
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import Unit, plan_units
 from gkd_lab.store import State, Store
+from gkd_lab.store.attempts import mark_killed_for_memory
 from gkd_lab.store.lock import FolderLock
 from gkd_lab.store.unit_files import UnitFiles, UnitJob
-from gkd_lab.store.unit_state import is_unit_settled, read_output_state, read_unit_state
+from gkd_lab.store.unit_state import get_unit_records, is_unit_settled, read_output_state, read_unit_state
 from gkd_lab.tables.failure_causes import format_failures, list_failures
 
 MAX_RESUBMISSIONS = 3
@@ -37,6 +38,8 @@ class JobState:
     """Whether it has not started, or waits to start again."""
     is_cancelled: bool = False
     """Whether someone cancelled it; False where it was dropped because a job that it needs has failed."""
+    is_out_of_memory: bool = False
+    """Whether the engine ended it for lack of memory."""
     place: str = ""
     """Machine that it runs on, or why it waits."""
 
@@ -208,6 +211,9 @@ class Driver:
             del self.alive[unit_id]
             self._last_states[unit_id] = state
             self.files.log_end(job, state.text)
+            if state.is_out_of_memory:  # the next process takes fewer cells
+                for record in get_unit_records(self.units[unit_id], self.store):
+                    mark_killed_for_memory(record)
         self._say_counts()
 
     def _is_ended(self, job: UnitJob, state: JobState) -> bool:

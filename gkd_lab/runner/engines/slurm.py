@@ -248,6 +248,7 @@ def _read_queue() -> Iterator[tuple[str, JobState, str]]:
                 is_alive=text in _ALIVE_STATES,
                 is_waiting=is_waiting,
                 is_cancelled=text.startswith("CANCELLED") and reason != _DROPPED_REASON,
+                is_out_of_memory=text == "OUT_OF_MEMORY",
                 place=reason if is_waiting else node,
             ),
             name,
