@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gkd_lab.config.artifact_specs import DataSpec
+from gkd_lab.config.content_hashes import hash_files
 from gkd_lab.config.errors import ConfigError, MissingRevision, suggest_choices, suggest_sibling
-from gkd_lab.config.long_reads import announce_long_read
 from gkd_lab.config.model_places import is_checkpoint
 from gkd_lab.config.settings import DataSettings
-from gkd_lab.store.file_hashes import compute_sha256
 from gkd_lab.store.files import read_json, write_json
 from gkd_lab.tasks import (
     SPLITS,
@@ -137,21 +136,12 @@ def _hash_checkpoint(checkpoint: Path, cache_folder: Path) -> str:
     hashes = dict(stored_hashes)
     total = hashlib.sha256()
     paths = checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]
-    keys = {path: _build_hash_key(path) for path in sorted(path for path in paths if path.is_file())}
-    announce_long_read(checkpoint, [path for path, key in keys.items() if key not in hashes])
-    for path, key in keys.items():
-        if key not in hashes:
-            hashes[key] = compute_sha256(path)
-        total.update(f"{path.name}:{hashes[key]}\n".encode())
+    files = sorted(path for path in paths if path.is_file())
+    for path, sha256 in hash_files(checkpoint, files, hashes).items():
+        total.update(f"{path.name}:{sha256}\n".encode())
     if hashes != stored_hashes:
         write_json(cache_file, hashes)
     return total.hexdigest()
-
-
-def _build_hash_key(path: Path) -> str:
-    """Return path, size and time of a file, by which its hash is cached."""
-    stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from gkd_lab.config.content_hashes import compute_sha256
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.yaml_files import convert_yaml_errors
 
@@ -95,7 +96,7 @@ def hash_task_config(config: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a task's configuration, with data files by content instead of path."""
     text = json.dumps(config, sort_keys=True, default=_serialize_value)
     for file in list_data_files(config):
-        text = text.replace(json.dumps(str(file)), json.dumps(f"sha256:{_hash_file(file)}"))
+        text = text.replace(json.dumps(str(file)), json.dumps(f"sha256:{compute_sha256(file)}"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -213,14 +214,8 @@ def _walk_leaves(value: Any) -> Iterator[Any]:
 def _serialize_value(value: Any) -> str:
     """Return text for a value that JSON cannot hold; a FunctionTag as its name and its file's hash."""
     if isinstance(value, FunctionTag):
-        return f"!function {value.text} {_hash_file(value.local_file) if value.local_file else ''}"
+        return f"!function {value.text} {compute_sha256(value.local_file) if value.local_file else ''}"
     return str(value)
-
-
-def _hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

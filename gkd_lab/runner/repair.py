@@ -3,9 +3,10 @@
 from functools import cache
 from pathlib import Path
 
+from gkd_lab.config.content_hashes import compute_sha256
 from gkd_lab.runner.run_options import RunOptions
 from gkd_lab.store import Record
-from gkd_lab.store.file_hashes import compute_sha256, read_file_hashes
+from gkd_lab.store.file_hashes import read_file_hashes
 from gkd_lab.store.files import quarantine_path
 from gkd_lab.training.checkpoints import list_complete_steps, quarantine_damaged_checkpoints
 

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from trl.scripts.utils import DatasetConfig
 
+from gkd_lab.config.content_hashes import compute_sha256
 from gkd_lab.scripts.model_card import (
     INTERVAL_NOTE,
     CardFacts,
@@ -29,7 +30,6 @@ from gkd_lab.scripts.model_card import (
 )
 from gkd_lab.scripts.train_options import TrainRequest
 from gkd_lab.scripts.user_data import RunData
-from gkd_lab.store.file_hashes import compute_sha256
 from gkd_lab.store.provenance import collect_provenance
 
 

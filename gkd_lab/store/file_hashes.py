@@ -1,9 +1,9 @@
 """SHA-256 of every file that a finished training left, which `gkd-lab verify` compares with the files."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from gkd_lab.config.content_hashes import compute_sha256
 from gkd_lab.store.files import read_json, write_json
 
 HASHES_FILE = "files.json"
@@ -39,12 +39,6 @@ def list_changed_files(folder: Path) -> list[str]:
                 f"{name} has changed: SHA-256 {current_hash[:8]} now, {hashes[name][:8]} when it was written"
             )
     return changes
-
-
-def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _iterate_sealed_files(folder: Path) -> Iterator[Path]:

@@ -15,8 +15,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from gkd_lab.config.content_hashes import hash_files
 from gkd_lab.config.errors import suggest_sibling
-from gkd_lab.config.long_reads import announce_long_read
 from gkd_lab.tasks.task import SPLITS, Split
 
 _SPLIT_WORDS: Mapping[str, Split] = {
@@ -75,15 +75,9 @@ class DataFolder:
         """
         digests = _read_digest_cache(cache)
         total = hashlib.sha256()
-        keys = {}
-        for file in sorted(file for files in self.files.values() for file in files):
-            stat = file.stat()
-            keys[file] = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        announce_long_read(self.path, [file for file, key in keys.items() if key not in digests])
-        for file, key in keys.items():
-            if key not in digests:
-                digests[key] = _hash_file(file)
-            total.update(f"{file.relative_to(self.path).as_posix()}\0{digests[key]}\n".encode())
+        files = sorted(file for files in self.files.values() for file in files)
+        for file, sha256 in hash_files(self.path, files, digests).items():
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{sha256}\n".encode())
         _write_digest_cache(cache, digests)
         return total.hexdigest()
 
@@ -216,12 +210,6 @@ def _open_parquet(file: Path) -> Any:
         return pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file}: expected a parquet file, and it is none, or cut short") from error
-
-
-def _hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_digest_cache(cache: Path | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gkd_lab.store.file_hashes import compute_sha256
+from gkd_lab.config.content_hashes import compute_sha256
 from gkd_lab.store.files import remove_folder
 from gkd_lab.store.heartbeat import require_lock
 
