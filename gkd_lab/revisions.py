@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from gkd_lab.config.artifact_specs import DataSpec
 from gkd_lab.config.content_hashes import hash_files
 from gkd_lab.config.errors import ConfigError, MissingRevision, suggest_choices, suggest_sibling
+from gkd_lab.config.hub_cache import is_hub_offline
 from gkd_lab.config.model_places import is_checkpoint
 from gkd_lab.config.settings import DataSettings
 from gkd_lab.store.files import read_json, write_json
@@ -156,7 +156,7 @@ def _resolve_hub_commit(kind: str, name: str, commits_file: Path) -> str:
         raise ConfigError(f"{commits_file}: replace {_COMMIT_PLACEHOLDER} by the commit of {name!r}")
     if isinstance(stored_commit, str) and stored_commit:
         return stored_commit
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+    if is_hub_offline():
         message = f"the revision of {name!r} is unknown and the hub is offline; {remedy}"
         raise MissingRevision(kind, name, message)
     from huggingface_hub import HfApi

@@ -3,8 +3,14 @@
 Nothing is asked of the network. https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
+import os
 from pathlib import Path
 from typing import Literal
+
+
+def is_hub_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE forbids to ask the hub, by the values that its client takes for true."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
 
 
 def find_cached_snapshot(kind: Literal["model", "dataset"], name: str, revision: str | None) -> Path | None:

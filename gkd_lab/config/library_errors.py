@@ -13,6 +13,7 @@ from types import TracebackType
 
 from gkd_lab.config.checkpoint_files import CheckpointFiles
 from gkd_lab.config.errors import ConfigError, suggest_choices
+from gkd_lab.config.hub_cache import is_hub_offline
 
 _PACKAGE_FOLDER = str(Path(__file__).parents[1]) + os.sep
 _MAX_CHARACTERS = 200
@@ -170,8 +171,7 @@ def _explain_hub_error(text: str, name: str, kind: str) -> str | None:
         return f"the hub has no such {kind}, or not for this login: correct the name, or give a folder"
     if not _UNREACHABLE.search(text):
         return None
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
-    why = "HF_HUB_OFFLINE is set" if is_offline else "the hub cannot be reached"
+    why = "HF_HUB_OFFLINE is set" if is_hub_offline() else "the hub cannot be reached"
     load = (
         f"`hf download {name}`" if kind == "model" else f"`datasets.load_dataset({name!r})` of this revision"
     )

@@ -6,7 +6,6 @@ the file is trusted; otherwise its functions are refused and its templates are s
 
 import logging
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from transformers import AutoConfig, PreTrainedModel
 from gkd_lab.config.artifact_specs import SftModel
 from gkd_lab.config.cell import LmEvalEvaluation
 from gkd_lab.config.errors import ConfigError, build_unknown_name_error, suggest_choices
+from gkd_lab.config.hub_cache import is_hub_offline
 from gkd_lab.config.lm_eval_task import FunctionTag, hash_task_config, read_task_file
 from gkd_lab.evaluation.lm_hash import compute_task_hash
 from gkd_lab.evaluation.lm_scores import stop_each_beam_for_itself
@@ -214,9 +214,8 @@ def _set_num_fewshot(task: Task, num_fewshot: int | None) -> None:
 
 def _explain_build_error(evaluation: LmEvalEvaluation, error: Exception) -> str:
     """Return an error message: documents missing while offline, or else the first line of lm-eval's error."""
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
     task, text = evaluation.path or evaluation.task, f"{type(error).__name__}: {error}".splitlines()[0]
-    if is_offline and (isinstance(error, ConnectionError) or "offline" in text.lower()):
+    if is_hub_offline() and (isinstance(error, ConnectionError) or "offline" in text.lower()):
         return (
             f"{task}: its documents are on the hub, HF_HUB_OFFLINE is set, and the cache of `datasets` has "
             f"no copy of them ({text}); run the task once online, or use a task file with local data"
