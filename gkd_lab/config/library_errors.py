@@ -115,11 +115,7 @@ def explain_model_errors(place: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, ConfigError) else error
-        if (
-            cause is None
-            or _is_machine_error(cause)
-            or (isinstance(cause, ValueError) and is_raised_here(cause))
-        ):
+        if cause is None or _is_machine_error(cause) or _is_package_sentence(cause):
             raise
         raise ConfigError(f"{name} {place}: {explain_model_error(cause, place)}") from error
 
@@ -129,7 +125,7 @@ def _is_machine_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
 
 
-def _is_own_sentence(error: BaseException) -> bool:
+def _is_package_sentence(error: BaseException) -> bool:
     """Return whether an error is a ValueError that this package raised, whose text is a sentence of ours."""
     return isinstance(error, ValueError) and is_raised_here(error)
 
