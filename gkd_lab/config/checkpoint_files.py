@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_lab.config.artifact_specs import Family
-from gkd_lab.config.tokenizer_files import TokenizerFiles
+from gkd_lab.config.tokenizer_files import TokenizerFiles, read_json_fields
 
 _ENCODER_DECODER_TYPES = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "led"}
 """Types of models whose older configurations do not say that they are encoder-decoders."""
@@ -42,21 +42,14 @@ class CheckpointFiles:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's configuration; {} without a valid one."""
-        return self._read_fields("config.json")
-
-    def _read_fields(self, name: str) -> dict[str, Any]:
-        """Return the fields of a JSON file; {} without a valid one."""
-        try:
-            fields = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return fields if isinstance(fields, dict) else {}
+        return read_json_fields(self.path / "config.json")
 
     def _has_tokenizer(self) -> bool:
         """Return whether the folder has a tokenizer's files, or names one that needs none."""
         if any(any(self.path.glob(pattern)) for pattern in _TOKENIZERS):
             return True
-        return self._read_fields("tokenizer_config.json").get("tokenizer_class") in _BYTE_TOKENIZERS
+        settings = read_json_fields(self.path / "tokenizer_config.json")
+        return settings.get("tokenizer_class") in _BYTE_TOKENIZERS
 
     @property
     def is_folder_of_model(self) -> bool:
@@ -85,9 +78,8 @@ class CheckpointFiles:
     @cached_property
     def parameter_count(self) -> int | None:
         """Number of weights by the headers of the safetensors files; None without a readable one."""
-        counts = [_count_weights(path) for path in sorted(self.path.glob("model*.safetensors"))]
-        known = [count for count in counts if count is not None]
-        return sum(known) if known and len(known) == len(counts) else None
+        counts = [_count_weights(path) for path in self.path.glob("model*.safetensors")]
+        return sum(filter(None, counts)) if counts and None not in counts else None
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles | None:
@@ -136,9 +128,8 @@ class CheckpointFiles:
         if self.path.is_dir():
             if not self.is_partial and not any((self.path / name).is_file() for name in _ADAPTER_WEIGHTS):
                 yield f"{self.path} has no weights of its adapter: {_ADAPTER_WEIGHTS[0]} is missing"
-            for name in _ADAPTER_WEIGHTS[:1]:
-                if (self.path / name).is_file():
-                    yield from _check_safetensors(self.path / name)
+            if (self.path / _ADAPTER_WEIGHTS[0]).is_file():
+                yield from _check_safetensors(self.path / _ADAPTER_WEIGHTS[0])
 
     def _list_weight_faults(self) -> Iterator[str]:
         """Yield a sentence for each file of weights that is missing or cut short."""
@@ -148,7 +139,7 @@ class CheckpointFiles:
         shards = []
         for index in (_WEIGHTS[1], _WEIGHTS_INDEX):
             if (self.path / index).is_file() and not (self.path / _WEIGHTS[0]).is_file():
-                weight_map = self._read_fields(index).get("weight_map")
+                weight_map = read_json_fields(self.path / index).get("weight_map")
                 if isinstance(weight_map, dict):
                     shards = sorted(set(map(str, weight_map.values())))
                 else:

@@ -23,6 +23,15 @@ _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
+def read_json_fields(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file; {} without a valid one."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 class TokenizerFiles:
     """A tokenizer of a folder, by `tokenizer.json` and the files of settings beside it.
 
@@ -49,21 +58,14 @@ class TokenizerFiles:
         return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     @cached_property
-    def _settings(self) -> Mapping[str, Any]:
-        """Content of the other files by name; {} for one that is missing or damaged."""
-        contents = {}
-        for name in _SETTINGS_FILES:
-            try:
-                contents[name] = json.loads((self._folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                contents[name] = {}
-        return contents
+    def _settings(self) -> Mapping[str, Mapping[str, Any]]:
+        """Fields of the other files by name; {} for one that is missing or damaged."""
+        return {name: read_json_fields(self._folder / name) for name in _SETTINGS_FILES}
 
     @cached_property
     def is_plain(self) -> bool:
         """Whether its class adds no tokens and no rules of its own."""
-        settings = self._settings["tokenizer_config.json"]
-        return isinstance(settings, dict) and settings.get("tokenizer_class") in _PLAIN_CLASSES
+        return self._settings["tokenizer_config.json"].get("tokenizer_class") in _PLAIN_CLASSES
 
     @cached_property
     def _named_tokens(self) -> Collection[str]:
@@ -110,17 +112,21 @@ def find_vocabulary_difference(
     last = max(teacher.ids.values(), default=-1)
     sides = (("teacher", teacher, student), ("student", student, teacher))
     for role, owner, other in sides:
-        alone = [
+        unmatched = [
             (number, token)
             for token, number in owner.ids.items()
             if other.ids.get(token) != number
             and not (token not in other.ids and token in owner.added_tokens and other.may_add(token))
         ]
         if role == "student" and allows_appended:
-            alone = [(n, token) for n, token in alone if n <= last or token not in owner.added_tokens]
-        if alone:
-            first, token = min(alone)
-            return f"the {role} alone has {len(alone)} of its tokens, such as {token!r} (id {first})"
+            unmatched = [
+                (number, token)
+                for number, token in unmatched
+                if number <= last or token not in owner.added_tokens
+            ]
+        if unmatched:
+            first, token = min(unmatched)
+            return f"the {role} alone has {len(unmatched)} of its tokens, such as {token!r} (id {first})"
     return _find_text_difference(teacher, student)
 
 
