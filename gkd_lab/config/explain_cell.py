@@ -79,22 +79,22 @@ def _flatten(path: Location, value: Any) -> Iterator[tuple[Location, Any]]:
 
 def explain_cell(resolver: CellResolver, cell: Cell) -> list[ResolvedValue]:
     """Return the values of a cell that `resolver` resolved, or that equals one, with their sources."""
-    sources, origin = _CellSources(resolver, cell), resolver.experiment.origin
+    cell_sources, origin = _CellSources(resolver, cell), resolver.experiment.origin
 
-    def describe(found: Sources) -> tuple[str, ...]:
-        texts = (source.describe(origin, cell.task, cell.scale) for source in found)
+    def describe(sources: Sources) -> tuple[str, ...]:
+        texts = (source.describe(origin, cell.task, cell.scale) for source in sources)
         return tuple(dict.fromkeys(texts))
 
     values = [
-        ResolvedValue(group, field, value, describe(sources.find(path)))
+        ResolvedValue(group, field, value, describe(cell_sources.find(path)))
         for group, field, path, value in list_values(cell.training.model_dump(mode="json"))
     ]
     values.sort(key=lambda value: GROUP_ORDER.index(value.group))
     for evaluation in cell.evaluations:
         for field, value in evaluation.model_dump(mode="json").items():
             if value is not None:
-                found = describe(sources.find_evaluation(evaluation, field))
-                values.append(ResolvedValue(f"evaluation {evaluation.name}", field, value, found))
+                texts = describe(cell_sources.find_evaluation(evaluation, field))
+                values.append(ResolvedValue(f"evaluation {evaluation.name}", field, value, texts))
     return values
 
 
@@ -113,7 +113,7 @@ class _CellSources:
         """Return the sources of a field of the training, or of `data`."""
         head, rest = str(path[0]), path[1:]
         finders = {
-            "task": self._find_task,
+            "task": lambda _: self._find_task(),
             "optimizer": self._find_optimizer,
             "objectives": self._find_objective,
             "source": self._find_source,
@@ -157,7 +157,7 @@ class _CellSources:
         location = self.settings.find(("method",))[0].location
         return (ValueSource("method", location, name),)
 
-    def _find_task(self, path: Location) -> Sources:
+    def _find_task(self) -> Sources:
         """Return the source of the task's name."""
         if "task" in self.experiment.axis_names:
             return (ValueSource("axis", ("grid", "task")),)
@@ -255,7 +255,7 @@ class _CellSources:
         """Return the sources of a field of a teacher or student. place: Its settings; default: the role."""
         head = path[0]
         if head == "task":
-            return self._find_task(path)
+            return self._find_task()
         if head == "family":
             return self.settings.find(("family",)) or (ValueSource("task"),)
         if head in ("max_input_tokens", "max_output_tokens"):
@@ -267,20 +267,24 @@ class _CellSources:
         if head == "dropout":
             return self.defaults.find(("dropout",))
         if head == "tokenizer":
-            own = self.settings.find(("teacher_tokenizer", path[1])) if role == "teacher" else ()
-            is_own = role == "teacher" and (self.shared.settings.teacher_tokenizer is not None)
-            return own if is_own and own else self.settings.find(("tokenizer", path[1])) or (BUILT_IN,)
+            return self._find_tokenizer(role, path[1])
         if head == "sft":
             return self._find_sft(role, path[1:], place)
         return self._find_model_field(role, path[1:], place)
+
+    def _find_tokenizer(self, role: str, field: str | int) -> Sources:
+        """Return the sources of a tokenizer's field: `teacher_tokenizer` if stated, else `tokenizer`."""
+        sources: Sources = ()
+        if role == "teacher" and self.shared.settings.teacher_tokenizer is not None:
+            sources = self.settings.find(("teacher_tokenizer", field))
+        return sources or self.settings.find(("tokenizer", field)) or (BUILT_IN,)
 
     def _find_sft(self, role: str, path: Location, place: Location | None) -> Sources:
         """Return the sources of a field of the SFT of a model; unstated ones are the scale's defaults."""
         field = str(path[-1])
         name = "optimizer" if field == "name" else field
-        found = self._find_model_setting(role, ("sft", name), place)
-        if found:
-            return found
+        if stated_sources := self._find_model_setting(role, ("sft", name), place):
+            return stated_sources
         if name in ("warmup_steps", "cooldown_steps"):
             return (
                 ValueSource("derived", detail="the default's share of the SFT's steps"),
@@ -297,12 +301,12 @@ class _CellSources:
         if field == "name":
             return self.settings.find(place)[:1]
         name = {"path": "pretrained", "served": "model"}.get(field, field)
-        found = self._find_model_setting(role, (name,), place)
-        if not found and field in ("path", "pretrained"):
-            found = self._find_model_setting(role, ("tokenizer",), place)
-        if not found and field == "feed_forward":
+        sources = self._find_model_setting(role, (name,), place)
+        if not sources and field in ("path", "pretrained"):
+            sources = self._find_model_setting(role, ("tokenizer",), place)
+        if not sources and field == "feed_forward":
             return (ValueSource("derived", detail="4 times the width"),)
-        return found or (BUILT_IN,)
+        return sources or (BUILT_IN,)
 
     def _find_model_setting(self, role: str, path: Location, place: Location | None = None) -> Sources:
         """Return the sources of a setting of a model: stated itself, or of the model of the scale; or ()."""
@@ -330,13 +334,13 @@ class _CellSources:
                 return self._add_cell_seed(self.defaults.find((*base, *path)), values, path)
         return ()
 
-    def _add_cell_seed(self, found: Sources, section: Any, path: Location) -> Sources:
+    def _add_cell_seed(self, sources: Sources, section: Any, path: Location) -> Sources:
         """Return the sources of a model's setting; with the cell's seed, where `cell` stands for it."""
         for key in path:
             section = section[key]
         if section != "cell":
-            return found
-        return (*found, ValueSource("derived", detail="seed of the cell"), *self._find_setting("seed"))
+            return sources
+        return (*sources, ValueSource("derived", detail="seed of the cell"), *self._find_setting("seed"))
 
     def find_evaluation(self, evaluation: AnyEvaluation, field: str) -> Sources:
         """Return the sources of a field of an evaluation."""

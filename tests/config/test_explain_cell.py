@@ -101,10 +101,11 @@ def test_a_value_with_a_line_of_the_file_stands_in_that_line(tmp_path: Path) -> 
 
 def test_every_value_of_the_file_is_the_source_of_a_resolved_one(tmp_path: Path) -> None:
     grid = load(EVERYWHERE, tmp_path)
-    found = {line for v in explain(grid).values() for source in v.sources if (line := find_line(source))}
+    sources = [source for value in explain(grid).values() for source in value.sources]
+    named = {line for source in sources if (line := find_line(source))}
     lines = enumerate(EVERYWHERE.splitlines(), start=1)
     stated = {number for number, line in lines if re.search(r"\d|: \w|\[", line)}
-    assert stated - found == {1}  # the description
+    assert stated - named == {1}  # the description
 
 
 EXPECTED = {
@@ -253,11 +254,11 @@ def test_a_default_stands_in_the_layer_that_it_is_said_to_come_from(tmp_path: Pa
 def test_a_student_and_reverse_kl_have_defaults_of_their_own(tmp_path: Path) -> None:
     text = "description: d\ntask: summarization\nscale: paper\ngrid: {student: [small], beta: [0, 1]}\n"
     forward, reverse = (explain(load(text, tmp_path), number) for number in (0, 1))
-    own = TASKS["summarization"].scales["paper"]["per_student"]["small"]
+    defaults = TASKS["summarization"].scales["paper"]["per_student"]["small"]
     name = "training: optimizer.learning_rate"
-    assert forward[name].value == own["learning_rate"]
+    assert forward[name].value == defaults["learning_rate"]
     assert forward[name].sources == ("default of summarization at paper, for the student small",)
-    assert reverse[name].value == own["reverse_kl"]["learning_rate"]
+    assert reverse[name].value == defaults["reverse_kl"]["learning_rate"]
     assert reverse[name].sources == (
         "default of summarization at paper, for the student small and reverse KL",
     )
