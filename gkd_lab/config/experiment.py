@@ -20,7 +20,7 @@ from gkd_lab.config.evaluation_settings import AnyEvaluationSettings
 from gkd_lab.config.file_checks import check_fixed_axes, check_numbers, check_task_sections
 from gkd_lab.config.fingerprint import canonical_json
 from gkd_lab.config.first_sentence import extract_first_sentence
-from gkd_lab.config.model_places import is_model_place
+from gkd_lab.config.model_places import get_name_field
 from gkd_lab.config.settings import LoraSettings, Section, Settings, SftSettings, merge_settings
 from gkd_lab.config.yaml_files import parse_yaml, read_yaml_mapping
 
@@ -173,24 +173,25 @@ class ExperimentFile(TaskSettings):
 
     def get_task_evaluations(self, task: str, scale: str) -> tuple[AnyEvaluationSettings, ...] | None:
         """Return the file's evaluations for a task at a scale, `per_task` first; None if it states none."""
-        location = self.locate_task_field("evaluations", task, scale)
-        layers = dict(self._list_settings_layers(task, scale))
-        return None if location is None else layers[location[:-1]].evaluations
+        layer = self._find_stating_layer("evaluations", task, scale)
+        return None if layer is None else layer[1].evaluations
 
     def get_task_metrics(self, task: str, scale: str) -> tuple[str, ...] | None:
         """Return the file's metrics for a task at a scale, `per_task` first; None if it states none."""
-        location = self.locate_task_field("metrics", task, scale)
-        layers = dict(self._list_settings_layers(task, scale))
-        return None if location is None else layers[location[:-1]].metrics
+        layer = self._find_stating_layer("metrics", task, scale)
+        return None if layer is None else layer[1].metrics
 
     def locate_task_field(
         self, name: Literal["evaluations", "metrics"], task: str, scale: str
     ) -> Location | None:
         """Return the location of the field that holds for a task at a scale; None if none is stated."""
-        for location, layer in reversed(self._list_settings_layers(task, scale)):
-            if getattr(layer, name):
-                return (*location, name)
-        return None
+        layer = self._find_stating_layer(name, task, scale)
+        return None if layer is None else (*layer[0], name)
+
+    def _find_stating_layer(self, name: str, task: str, scale: str) -> tuple[Location, TaskSettings] | None:
+        """Return (location, settings) of the last layer that states a field; None if none does."""
+        layers = reversed(self._list_settings_layers(task, scale))
+        return next((layer for layer in layers if getattr(layer[1], name)), None)
 
     def _list_settings_layers(self, task: str, scale: str) -> list[tuple[Location, TaskSettings]]:
         """Return (location, settings): for all tasks, of this scale, of this task; later ones win."""
@@ -300,7 +301,7 @@ def _set_field(document: dict[str, Any], key: str, value: Any) -> None:
         if stated is None:
             document[section] = {}
         elif section in _MODELS and isinstance(stated, str):
-            document[section] = {"pretrained" if is_model_place(stated) else "size": stated}
+            document[section] = {get_name_field(stated): stated}
         document = document[section]
         if not isinstance(document, dict):
             raise ConfigError(f"{key}: {section} is the value {document!r}, which has no fields")

@@ -14,6 +14,11 @@ def is_model_place(name: str) -> bool:
     return "/" in name or name.startswith((".", "~", "pypi:"))
 
 
+def get_name_field(name: str) -> str:
+    """Return the field of a model's section that a name goes into: `pretrained` for a place, else `size`."""
+    return "pretrained" if is_model_place(name) else "size"
+
+
 def build_unknown_model_error(kind: str, name: str, sizes: Iterable[str]) -> ConfigError:
     """Return (not raise) a ConfigError `unknown KIND NAME`: models of the scale, and how a place is written.
 

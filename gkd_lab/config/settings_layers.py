@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from gkd_lab.config.artifact_specs import Family
 from gkd_lab.config.errors import ConfigError
 from gkd_lab.config.experiment import ExperimentFile
-from gkd_lab.config.model_places import is_model_place
+from gkd_lab.config.model_places import get_name_field
 from gkd_lab.config.settings import ModelSettings, merge_settings
 from gkd_lab.config.value_sources import SourcedSettings, SourceKind, ValueSource
 
@@ -117,7 +117,7 @@ def _expand_student_name(stated: SourcedSettings, axis: str) -> None:
     """Make a section of a student's name in stated settings, if an axis sets a field of the student."""
     student = stated.values.get("student")
     if axis.startswith("student.") and isinstance(student, str):
-        stated.rename_leaf("student", ("pretrained" if is_model_place(student) else "size",))
+        stated.rename_leaf("student", (get_name_field(student),))
 
 
 def select_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
