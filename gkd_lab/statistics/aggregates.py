@@ -138,7 +138,7 @@ def aggregate_scores(scores: pd.DataFrame) -> AggregatedScores:
         if all(map(len, strata)):
             methods.append(method)
         else:
-            missing = [task for task, found in zip(tasks, strata, strict=True) if not len(found)]
+            missing = [task for task, stratum in zip(tasks, strata, strict=True) if not len(stratum)]
             omitted.append(f"{method.label}: no score in {', '.join(missing)}")
             missing_scores += [f"{method.label} in {task}" for task in missing]
     return AggregatedScores(methods, tasks, omitted, missing_scores)

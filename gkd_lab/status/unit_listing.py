@@ -76,7 +76,7 @@ def _format_resources(resources: UnitResources) -> list[str]:
 
 def _describe_margins(resources: Sequence[UnitResources]) -> str:
     """Return a line on what the figures hold beside the estimate."""
-    measured = sum(one.is_measured for one in resources)
+    measured = sum(unit.is_measured for unit in resources)
     return (
         f"on a cluster: {len(resources)} units; memory of {measured} as measured, of the others from their "
         f"models' sizes, and {MEMORY_MARGIN - 1:.0%} more; time limit {TIME_MARGIN:g} times the estimate and "

@@ -84,20 +84,19 @@ def _estimate_bytes(unit: Unit, estimator: TimeEstimator, gpus: int) -> int | No
     """Return the bytes of a process that trains the unit's models; None where a size is unknown."""
     training = unit.cells[0].training
     if isinstance(unit.spec, SftModel):
-        batch_size = 1 if unit.spec.sft is None else unit.spec.sft.batch_size
-        trained, read = (unit.spec, 1), None
-        tokens = unit.spec.max_input_tokens + unit.spec.max_output_tokens
+        model, copies, teacher = unit.spec, 1, None
+        batch_size = 1 if model.sft is None else model.sft.batch_size
+        tokens = model.max_input_tokens + model.max_output_tokens
     else:
+        model, copies, teacher = training.start, _count_cells(unit), training.teacher
         batch_size, tokens = training.batch_size, training.max_input_tokens + training.max_output_tokens
-        trained, read = (training.start, _count_cells(unit)), training.teacher
-    model, count = trained
     parameters = estimator.get_parameter_count("start", model)
-    teacher_parameters = 0 if read is None else estimator.get_parameter_count("teacher", read)
+    teacher_parameters = 0 if teacher is None else estimator.get_parameter_count("teacher", teacher)
     if parameters is None or teacher_parameters is None:
         return None
     logits = batch_size * tokens * (model.tokenizer.vocab_size or 0) * 4 * _LOGIT_COPIES
     process_bytes = BASE_BYTES + gpus * DEVICE_BYTES
-    return process_bytes + count * (_STATE_BYTES * parameters + logits) + 4 * teacher_parameters
+    return process_bytes + copies * (_STATE_BYTES * parameters + logits) + 4 * teacher_parameters
 
 
 def _estimate_seconds(unit: Unit, estimator: TimeEstimator) -> float | None:

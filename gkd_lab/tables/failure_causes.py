@@ -68,9 +68,9 @@ def _list_output_failures(cells: Iterable[Cell], store: Store) -> Iterator[Failu
         if scores is not None:
             record = store.get_teacher_scores(cell.scale, scores)
             waiting.setdefault(record, ("teacher's scores", []))[1].append(cell)
-    for record, (description, its_cells) in waiting.items():
-        name = f"{description} for {its_cells[0].task}"
-        yield from list_record_failures(record, [], store, "model", name, _get_fingerprints(its_cells))
+    for record, (description, stopped_cells) in waiting.items():
+        name = f"{description} for {stopped_cells[0].task}"
+        yield from list_record_failures(record, [], store, "model", name, _get_fingerprints(stopped_cells))
 
 
 def list_record_failures(
@@ -133,5 +133,5 @@ def name_group(group: Sequence[Failure]) -> str:
 
 def join_names(names: Sequence[str]) -> str:
     """Return the first names and how many more there are."""
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    hidden = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {hidden} more" if hidden > 0 else "")

@@ -56,11 +56,11 @@ class DataFolder:
 
     def list_unread_files(self) -> list[str]:
         """Return the sorted relative names of files that probably hold rows and belong to no split."""
-        read = {file for files in self.files.values() for file in files}
+        split_files = {file for files in self.files.values() for file in files}
         return [
             file.relative_to(self.path).as_posix()
             for file in _list_files(self.path)
-            if file not in read and file.suffix in _TABLE_SUFFIXES
+            if file not in split_files and file.suffix in _TABLE_SUFFIXES
         ]
 
     def read_rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:

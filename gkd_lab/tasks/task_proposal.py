@@ -29,7 +29,7 @@ _ROLE_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scoring": (("text", "sentence"), ("label", "score")),
 }
 """Task -> words of the names that its prompt and its target may have, the likeliest first."""
-_OWN_NAMES = {"instruction": ({"inputs", "targets"}, {"question", "answer", "choices"})}
+_BUILT_IN_COLUMNS = {"instruction": ({"inputs", "targets"}, {"question", "answer", "choices"})}
 """Task -> sets of columns, any of which it reads by itself."""
 _READS_ANY_TEXT = {"translation", "summarization"}
 """Tasks whose parsers take any texts, so that the names of the columns alone speak for them."""
@@ -127,11 +127,10 @@ def _choose_columns(
     is_chosen: bool,
 ) -> tuple[str, str] | None:
     """Return (prompt column, target column) of a task; None if the names do not suit it."""
-    own = task.columns
-    if name in _OWN_NAMES:  # it reads columns of two kinds, so no other names are guessed
+    if name in _BUILT_IN_COLUMNS:  # it reads columns of two kinds, so no other names are guessed
         if is_chosen and prompt and target:
             return prompt, target
-        reads = any(names <= columns.keys() for names in _OWN_NAMES[name])
+        reads = any(names <= columns.keys() for names in _BUILT_IN_COLUMNS[name])
         reads |= is_chosen and {"question", "answer"} <= columns.keys()
         pair = ("inputs", "targets") if "inputs" in columns else ("question", "answer")
         return pair if reads and {prompt, target} <= {None, *pair} else None
@@ -144,15 +143,15 @@ def _choose_columns(
         if any(column is not None and _find_column(names, [column]) is None for column, names in stated):
             return None
     texts = [column for column, value in columns.items() if _may_be_read(name, column, value)]
-    found_prompt = prompt or _find_column((own.get("prompt", ""), *words[0]), texts)
-    others = [column for column in texts if column != found_prompt]
-    found_target = target or _find_column((own.get("target", ""), *words[1]), others)
+    prompt_column = prompt or _find_column((task.columns.get("prompt", ""), *words[0]), texts)
+    others = [column for column in texts if column != prompt_column]
+    target_column = target or _find_column((task.columns.get("target", ""), *words[1]), others)
     if name == "text" or is_chosen:
-        if len(texts) == 2 and not found_prompt and not found_target:
-            found_prompt, found_target = texts
-        found_prompt = found_prompt or _pick_longest(columns, [c for c in texts if c != found_target])
-        found_target = found_target or _pick_longest(columns, [c for c in texts if c != found_prompt])
-    return None if found_prompt is None or found_target is None else (found_prompt, found_target)
+        if len(texts) == 2 and not prompt_column and not target_column:
+            prompt_column, target_column = texts
+        prompt_column = prompt_column or _pick_longest(columns, [c for c in texts if c != target_column])
+        target_column = target_column or _pick_longest(columns, [c for c in texts if c != prompt_column])
+    return None if prompt_column is None or target_column is None else (prompt_column, target_column)
 
 
 def _may_be_read(task: str, column: str, value: Any) -> bool:
@@ -186,7 +185,7 @@ def _pick_longest(columns: Mapping[str, Any], names: Sequence[str]) -> str | Non
 def _try_task(task: Task, prompt: str, target: str, rows: Sequence[RawRow]) -> TaskProposal:
     """Return the proposal of a task and two columns, with the rows that its parser reads."""
     names = {"prompt": prompt, "target": target}
-    reads_itself = any({prompt, target} <= own for own in _OWN_NAMES.get(task.name, ()))
+    reads_itself = any({prompt, target} <= accepted for accepted in _BUILT_IN_COLUMNS.get(task.name, ()))
     reads_itself |= task.name == "translation" and (prompt, target) == ("translation.en", "translation.de")
     changes = {role: name for role, name in names.items() if name != task.columns.get(role)}
     columns = ColumnNames(**changes) if changes and not reads_itself else None
