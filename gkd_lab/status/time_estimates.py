@@ -55,6 +55,15 @@ class _MeasuredTime:
 
 
 @dataclass
+class _DecodingTime:
+    """Total rows and decoding time of the grid's finished evaluations of one kind."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    evaluations: int = 0
+
+
+@dataclass
 class TimeEstimator:
     """Estimates training times for one scale of a store."""
 
@@ -66,8 +75,8 @@ class TimeEstimator:
     """(kind, device) of the finished cells that some estimate rests on."""
     _measured_times: dict[str, dict[str, _MeasuredTime]] = field(default_factory=dict)
     """Kind -> device -> time."""
-    _decoding_times: dict[str, list[float]] = field(default_factory=dict)
-    """Kind of model and decoding -> [rows, seconds, number] of the grid's finished evaluations."""
+    _decoding_times: dict[str, _DecodingTime] = field(default_factory=dict)
+    """Kind of model and decoding -> time."""
     _added_fingerprints: set[str] = field(default_factory=set)
     _searched_tasks: set[str] = field(default_factory=set)
     _parameter_counts: dict[str, int | None] = field(default_factory=dict)
@@ -112,12 +121,11 @@ class TimeEstimator:
         self, model: SftModel, evaluation: AnyEvaluation, rows: int, seconds: float
     ) -> None:
         """Add the time in which a finished evaluation of a cell decoded its rows."""
-        total = self._decoding_times.setdefault(
-            self._build_decoding_key("start", model, evaluation), [0.0, 0.0, 0.0]
-        )
-        total[0] += rows
-        total[1] += seconds
-        total[2] += 1
+        kind = self._build_decoding_key("start", model, evaluation)
+        measured = self._decoding_times.setdefault(kind, _DecodingTime())
+        measured.rows += rows
+        measured.seconds += seconds
+        measured.evaluations += 1
 
     def estimate_decoding(self, role: str, model: SftModel, evaluation: AnyEvaluation) -> float | None:
         """Estimate the seconds of an evaluation: as finished ones of the grid took, else by FLOPs.
@@ -127,12 +135,11 @@ class TimeEstimator:
         seconds: float | None = None
         basis: EstimateBasis = "nothing"
         if isinstance(evaluation, Evaluation):
-            rows, spent, evaluations = self._decoding_times.get(
-                self._build_decoding_key(role, model, evaluation), (0.0, 0.0, 0.0)
-            )
+            measured = self._decoding_times.get(self._build_decoding_key(role, model, evaluation))
             count = evaluation.examples or getattr(model.data, evaluation.split)
-            if rows:  # all rows of a folder are as many in each evaluation
-                seconds = spent / rows * count if count else spent / evaluations
+            if measured is not None:  # all rows of a folder are as many in each evaluation
+                total = measured.seconds
+                seconds = total / measured.rows * count if count else total / measured.evaluations
                 basis = "finished cells"
             else:
                 parameters = self.get_parameter_count(role, model)
