@@ -4,9 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from gkd_lab.config import ConfigError
 from gkd_lab.config.artifact_specs import Family
@@ -14,7 +12,7 @@ from gkd_lab.config.checkpoint_files import CheckpointFiles
 from gkd_lab.config.cost import KNOWN_SIZES
 from gkd_lab.config.errors import join_faults, suggest_sibling
 from gkd_lab.config.model_places import is_checkpoint, is_model_place
-from gkd_lab.config.tokenizer_files import find_vocabulary_difference
+from gkd_lab.config.tokenizer_files import TokenizerFiles, find_vocabulary_difference
 
 _HUB_FILES = ("config.json", "tokenizer.json")
 _CHARACTERS_PER_TOKEN = 3
@@ -42,40 +40,22 @@ class ModelPreview:
             return self.files.family
         return "encoder-decoder" if self.place in KNOWN_SIZES else None
 
-    @cached_property
+    @property
     def parameters(self) -> int | None:
         """Number of weights by the headers of its safetensors files, or of a standard T5; None: not known."""
-        if self.files is not None:
-            paths = sorted(self.files.path.glob("*.safetensors")) if self.files.path.is_dir() else []
-            if paths:
-                return sum(map(_count_weights, paths))
-        return KNOWN_SIZES.get(self.place)
+        count = None if self.files is None else self.files.parameter_count
+        return KNOWN_SIZES.get(self.place) if count is None else count
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer of the library `tokenizers`, without truncation; None if it has another form."""
-        path = None if self.files is None else self.files.path / "tokenizer.json"
-        if path is None or not path.is_file():
-            return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        return tokenizer
+    @property
+    def tokenizer(self) -> TokenizerFiles | None:
+        """Its tokenizer; None if there is no `tokenizer.json`."""
+        return None if self.files is None else self.files.tokenizer
 
     def describe(self) -> str:
         """Return `./teacher: encoder-decoder, 248 M parameters`."""
         count = self.parameters
         size = "size not known" if count is None else f"{_format_count(count)} parameters"
         return f"{self.place}: {self.family or 'family not known'}, {size}"
-
-
-def _count_weights(path: Path) -> int:
-    """Return the number of weights in a safetensors file, by its header."""
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _format_count(count: int) -> str:
@@ -127,14 +107,13 @@ def compare_tokenizers(teacher: ModelPreview, student: ModelPreview) -> str | No
     """Return how two tokenizers differ; "" if their vocabularies are equal, None if one is not known."""
     if teacher.place == student.place:
         return ""
-    a = None if teacher.files is None else teacher.files.tokenizer
-    b = None if student.files is None else student.files.tokenizer
-    return None if a is None or b is None else find_vocabulary_difference(a, b) or ""
+    if teacher.tokenizer is None or student.tokenizer is None:
+        return None
+    return find_vocabulary_difference(teacher.tokenizer, student.tokenizer) or ""
 
 
 def count_tokens(model: ModelPreview | None, texts: Sequence[str]) -> list[int]:
     """Return each text's length in a model's tokens and one for the end; an estimate without tokenizer."""
     if model is None or model.tokenizer is None:
         return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) + 1 for text in texts]
-    encodings = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [len(encoding.ids) + 1 for encoding in encodings]
+    return [len(model.tokenizer.encode(text)) + 1 for text in texts]
