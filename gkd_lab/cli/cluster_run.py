@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
+from gkd_lab.cli.options import format_grid_options
 from gkd_lab.config import Grid
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import plan_units
@@ -55,17 +56,14 @@ class ClusterRequest:
 def build_unit_words(
     name: str,
     scale: str | None,
-    sets: Sequence[str],
+    sets: Sequence[str] | None,
     outputs: Path,
     pack: str,
-    more: Sequence[str],
+    options: Sequence[str],
 ) -> tuple[str, ...]:
-    """Return the command line of a unit after the program, with absolute paths."""
+    """Return the command line of a unit after the program, with absolute paths; `options` come last."""
     words = ["unit", name, "--outputs", str(outputs.absolute()), "--pack", pack]
-    words += [] if scale is None else ["--scale", scale]
-    for text in sets:
-        words += ["--set", text]
-    return (*words, *more)
+    return (*words, *format_grid_options(scale, sets), *options)
 
 
 def get_attach_command() -> str:

@@ -13,6 +13,7 @@ from gkd_lab.cli.options import (
     OutputsOption,
     ScaleOption,
     SetOption,
+    format_grid_options,
     load_grid,
     pause_garbage_collection,
 )
@@ -104,9 +105,6 @@ def format_command(
     command: str, name: str, scale: str | None, sets: Sequence[str] | None, outputs: Path
 ) -> str:
     """Return a command line of `gkd-lab` for an experiment with the options that were given."""
-    words = ["gkd-lab", command, name]
-    words += [] if scale is None else ["--scale", scale]
-    for text in sets or ():
-        words += ["--set", text]
+    words = ["gkd-lab", command, name, *format_grid_options(scale, sets)]
     words += [] if outputs == Path("outputs") else ["--outputs", str(outputs)]
     return shlex.join(words)

@@ -196,6 +196,14 @@ def parse_overrides(sets: Sequence[str] | None) -> dict[str, str]:
     return overrides
 
 
+def format_grid_options(scale: str | None, sets: Sequence[str] | None) -> list[str]:
+    """Return the words of a command line that choose a grid of an experiment: `--scale` and each `--set`."""
+    words = [] if scale is None else ["--scale", scale]
+    for text in sets or ():
+        words += ["--set", text]
+    return words
+
+
 def parse_cell_fields(arguments: Sequence[str]) -> dict[str, str]:
     """Return field -> value text from `--lmbda 0.5` or `--lmbda=0.5`. ConfigError: no value, given twice."""
     fields: dict[str, str] = {}

@@ -44,6 +44,7 @@ from gkd_lab.cli.options import (
     WorkerOption,
     WorkersOption,
     check_executor_options,
+    format_grid_options,
     load_grid,
     parse_cell_fields,
     parse_worker_counts,
@@ -106,14 +107,14 @@ def run_experiment(
             "a sweep agent's run is one cell: let it call `gkd-lab cell`, or set --tracker none"
         )
     grid = load_grid(name, scale, sets, outputs)
+    logging_words = ["--tracker", tracker_name, *(["--term-gradients"] if term_gradients else [])]
     if executor != "local":
-        more_words = ["--tracker", tracker_name, *(["--term-gradients"] if term_gradients else [])]
         request = cluster_run.ClusterRequest(
             grid=grid,
             limit=limit,
             outputs=outputs,
             options=slurm_options,
-            words=cluster_run.build_unit_words(name, scale, sets or (), outputs, pack, more_words),
+            words=cluster_run.build_unit_words(name, scale, sets, outputs, pack, logging_words),
             retry_failed=retry_failed,
             detach=detach,
             cancel=cancel,
@@ -143,12 +144,9 @@ def run_experiment(
             term_gradients=term_gradients,
         )
         return
-    arguments = ["run", name, "--outputs", str(outputs), "--pack", pack, "--tracker", tracker_name]
-    arguments += [] if scale is None else ["--scale", scale]
-    arguments += ["--term-gradients"] if term_gradients else []
-    for text in sets or ():
-        arguments += ["--set", text]
-    run_in_workers(grid, outputs, workers, arguments, retry_failed)
+    words = ["run", name, "--outputs", str(outputs), "--pack", pack]
+    words += [*format_grid_options(scale, sets), *logging_words]
+    run_in_workers(grid, outputs, workers, words, retry_failed)
 
 
 def run_unit(

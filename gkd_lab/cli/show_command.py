@@ -23,6 +23,7 @@ from gkd_lab.cli.options import (
     ScaleOption,
     SetOption,
     check_outputs_folder,
+    format_grid_options,
     load_grid,
     parse_cell_fields,
 )
@@ -103,10 +104,7 @@ class _Request:
 
     def format(self) -> str:
         """Return its options as `plan` takes them."""
-        words = [self.name, *(("--scale", self.scale) if self.scale else ())]
-        for text in self.sets:
-            words += ["--set", text]
-        return shlex.join(words)
+        return shlex.join([self.name, *format_grid_options(self.scale, self.sets)])
 
 
 def _show_record(name: str, outputs: Path) -> ShownCell:
