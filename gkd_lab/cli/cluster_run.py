@@ -10,7 +10,7 @@ import typer
 
 from gkd_lab.cli.exit_status import SIGNAL_EXIT_BASE, exit_with_message
 from gkd_lab.cli.options import format_grid_options
-from gkd_lab.config import Grid
+from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.packs import PackLimit
 from gkd_lab.config.units import plan_units
 from gkd_lab.runner.engines.driver import Driver, EngineOutcome, EngineUnreachable
@@ -64,6 +64,25 @@ def build_unit_words(
     """Return the command line of a unit after the program, with absolute paths; `options` come last."""
     words = ["unit", name, "--outputs", str(outputs.absolute()), "--pack", pack]
     return (*words, *format_grid_options(scale, sets), *options)
+
+
+def check_job_options(
+    executor: str, options: SlurmOptions, *, detach: bool, cancel: bool, print_only: bool
+) -> None:
+    """Raise ConfigError for options of jobs that the executor does not take, and for invalid values."""
+    if executor == "local" and (options != SlurmOptions() or detach or cancel or print_only):
+        raise ConfigError(
+            "--partition, --account, --gpus, --mem, --time, --max-jobs, --sbatch, --detach, --cancel and "
+            "--print are about jobs of a cluster: add --executor slurm or ray"
+        )
+    if executor == "ray" and (
+        options.partition or options.account or options.time or options.sbatch or print_only
+    ):
+        raise ConfigError(
+            "--partition, --account, --time, --sbatch and --print are about Slurm: --executor ray takes "
+            "--gpus, --mem, --max-jobs, --detach and --cancel"
+        )
+    options.check()
 
 
 def get_attach_command() -> str:

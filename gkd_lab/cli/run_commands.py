@@ -88,18 +88,8 @@ def run_experiment(
 ) -> None:
     """Train and evaluate every cell of an experiment; finished work is not repeated."""
     check_executor_options(executor, workers, no_wait)
-    slurm_options = SlurmOptions(partition, account, gpus, mem, time, max_jobs, parse_sbatch_words(sbatch))
-    if executor == "local" and (slurm_options != SlurmOptions() or detach or cancel or print_only):
-        raise ConfigError(
-            "--partition, --account, --gpus, --mem, --time, --max-jobs, --sbatch, --detach, --cancel and "
-            "--print are about jobs of a cluster: add --executor slurm or ray"
-        )
-    if executor == "ray" and (partition or account or time or sbatch or print_only):
-        raise ConfigError(
-            "--partition, --account, --time, --sbatch and --print are about Slurm: --executor ray takes "
-            "--gpus, --mem, --max-jobs, --detach and --cancel"
-        )
-    slurm_options.check()
+    job_options = SlurmOptions(partition, account, gpus, mem, time, max_jobs, parse_sbatch_words(sbatch))
+    cluster_run.check_job_options(executor, job_options, detach=detach, cancel=cancel, print_only=print_only)
     limit = parse_pack_limit(pack)
     tracker_name = choose_tracker(tracker)
     if is_sweep_agent() and tracker_name == "wandb":
@@ -113,18 +103,13 @@ def run_experiment(
             grid=grid,
             limit=limit,
             outputs=outputs,
-            options=slurm_options,
+            options=job_options,
             words=cluster_run.build_unit_words(name, scale, sets, outputs, pack, logging_words),
             retry_failed=retry_failed,
             detach=detach,
             cancel=cancel,
         )
-        if print_only:
-            cluster_run.print_scripts(request)
-            return
-        print_bfloat16_notes(grid)
-        experiments.check_before_run(grid)
-        (cluster_run.run_on_slurm if executor == "slurm" else cluster_run.run_on_ray)(request)
+        _run_on_cluster(request, executor, print_only=print_only)
         return
     if worker is None:
         print_bfloat16_notes(grid)
@@ -147,6 +132,17 @@ def run_experiment(
     words = ["run", name, "--outputs", str(outputs), "--pack", pack]
     words += [*format_grid_options(scale, sets), *logging_words]
     run_in_workers(grid, outputs, workers, words, retry_failed)
+
+
+def _run_on_cluster(request: cluster_run.ClusterRequest, executor: str, *, print_only: bool) -> None:
+    """Run a grid on Slurm or Ray, or only print its batch scripts."""
+    if print_only:
+        cluster_run.print_scripts(request)
+        return
+    print_bfloat16_notes(request.grid)
+    experiments.check_before_run(request.grid)
+    run_grid = cluster_run.run_on_slurm if executor == "slurm" else cluster_run.run_on_ray
+    run_grid(request)
 
 
 def run_unit(
