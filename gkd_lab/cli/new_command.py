@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -81,25 +82,15 @@ def write_new_experiment(
         raise build_unknown_name_error("task", task, TASKS)
     shares, betas = parse_numbers("lmbda", lmbda), parse_numbers("beta", beta)
     is_asking = sys.stdin.isatty() and None in (data, teacher, student)
-    looks, stated = _Looks(config), (task, prompt, target)
-
-    def look_at_rows(place: str) -> object:
-        """Look at the rows and, where no question follows, at what reads them."""
-        preview = looks.data(place)
-        return is_asking or _choose_task(preview, "smol" if teacher else "nano", stated, is_asking)
-
-    faults = _list_faults([(look_at_rows, data), (looks.teacher, teacher), (looks.student, student)])
-    if not is_asking:
-        faults += _list_missing_options(data, teacher, student)
-    if faults:
-        raise join_faults(faults)
+    options, previews = _Options(data, task, prompt, target, teacher, student, is_asking), _Previews(config)
+    _check_options(options, previews)
     notes: list[str] = []  # shown at once where questions follow, else with the result
     say = _print_note if is_asking else notes.append
-    preview = _ask_for("Data, " + _PLACE, data, looks.data)
+    preview = _ask_for("Data, " + _PLACE, data, previews.data)
     say(f"{preview.source}: {preview.describe_splits()}")
-    models = _look_at_pair(teacher, student, is_asking, looks)
+    models = _choose_pair(options, previews)
     scale = "nano" if models[0] is None else "smol"
-    proposal = _choose_task(preview, scale, stated, is_asking)
+    proposal = _choose_task(preview, scale, options)
     _describe_proposal(preview, proposal, say)
     if sft_steps is None and is_asking and models[0] is not None:
         sft_steps = _ask_for("Fine-tune both on your rows first, steps", None, _parse_count, default="0")
@@ -188,8 +179,22 @@ def _ask_for(
     return answer
 
 
-class _Looks:
-    """Functions that look at data, teacher and student, at each place once."""
+@dataclass(frozen=True)
+class _Options:
+    """Options about data, columns and models; None: not given."""
+
+    data: str | None
+    task: str | None
+    prompt: str | None
+    target: str | None
+    teacher: str | None
+    student: str | None
+    is_asking: bool
+    """Whether what is not given is asked for in a terminal."""
+
+
+class _Previews:
+    """Functions that return the preview of data, teacher and student; each place is read once."""
 
     def __init__(self, config: str | None) -> None:
         self.data = cache(partial(look_at_data, config=config))
@@ -197,8 +202,26 @@ class _Looks:
         self.student = cache(partial(_look_at_model, "--student"))
 
 
+def _check_options(options: _Options, previews: _Previews) -> None:
+    """Raise ConfigError with all faults of data, teacher and student, and of options that are missing."""
+
+    def check_rows(place: str) -> None:
+        """Read the first rows and, where no question follows, choose the task that parses them."""
+        preview = previews.data(place)
+        if not options.is_asking:
+            _choose_task(preview, "smol" if options.teacher else "nano", options)
+
+    faults = _list_faults(
+        [(check_rows, options.data), (previews.teacher, options.teacher), (previews.student, options.student)]
+    )
+    if not options.is_asking:
+        faults += _list_missing_options(options)
+    if faults:
+        raise join_faults(faults)
+
+
 def _list_faults(parts: Iterable[tuple[Callable[[str], object], str | None]]) -> list[str]:
-    """Return the faults of what is given: of each place that its function refuses; None is not given."""
+    """Return the faults of each place that its function refuses; None: a place that was not given."""
     faults = []
     for look, place in parts:
         if place is not None:
@@ -209,41 +232,38 @@ def _list_faults(parts: Iterable[tuple[Callable[[str], object], str | None]]) ->
     return faults
 
 
-def _list_missing_options(data: str | None, teacher: str | None, student: str | None) -> list[str]:
+def _list_missing_options(options: _Options) -> list[str]:
     """Return a sentence for each option that is missing where there is no terminal to ask in."""
     faults = []
-    if data is None:
+    if options.data is None:
         faults.append("--data is missing, and there is no terminal to ask in; see `gkd-lab new --help`")
-    if bool(teacher) != bool(student):
-        missing = "--student" if teacher else "--teacher"
+    if bool(options.teacher) != bool(options.student):
+        missing = "--student" if options.teacher else "--teacher"
         faults.append(f"{missing} is missing: a pair is two models, or none")
     return faults
 
 
 def _look_at_model(option: str, place: str) -> ModelPreview | None:
-    """Return what is seen of a model; None for an empty answer. Raises ConfigError."""
+    """Return the preview of a model; None for an empty answer. Raises ConfigError."""
     return look_at_model(option, place) if place else None
 
 
-def _look_at_pair(
-    teacher: str | None, student: str | None, is_asking: bool, looks: _Looks
-) -> tuple[ModelPreview | None, ModelPreview | None]:
-    """Return what is seen of teacher and student; (None, None) without a pair."""
-    if teacher is None and student is None and not is_asking:
+def _choose_pair(options: _Options, previews: _Previews) -> tuple[ModelPreview | None, ModelPreview | None]:
+    """Return the previews of teacher and student; (None, None) without a pair."""
+    if options.teacher is None and options.student is None and not options.is_asking:
         return None, None
-    first = _ask_for(f"Teacher, {_PLACE} (empty: made on your rows)", teacher, looks.teacher, default="")
-    if first is None:
+    question = f"Teacher, {_PLACE} (empty: made on your rows)"
+    teacher = _ask_for(question, options.teacher, previews.teacher, default="")
+    if teacher is None:
         return None, None
-    second = _ask_for(f"Student, {_PLACE}", student or None, looks.student)
-    assert second is not None, "a student is asked for until one is given"
-    return first, second
+    student = _ask_for(f"Student, {_PLACE}", options.student or None, previews.student)
+    assert student is not None, "a student is asked for until one is given"
+    return teacher, student
 
 
-def _choose_task(
-    data: DataPreview, scale: str, stated: tuple[str | None, str | None, str | None], is_asking: bool
-) -> TaskProposal:
-    """Return the task and columns for the rows: as stated, else as proposed, which the user may change."""
-    task, prompt, target = stated
+def _choose_task(data: DataPreview, scale: str, options: _Options) -> TaskProposal:
+    """Return the task and columns for the rows: as given, else as proposed, which the user may change."""
+    task, prompt, target = options.task, options.prompt, options.target
     tasks = {name: item for name, item in TASKS.items() if scale in item.scales or name == task}
 
     def propose(name: str | None, input_column: str | None, output_column: str | None) -> TaskProposal:
@@ -253,7 +273,7 @@ def _choose_task(
             raise ConfigError(f"--data: {data.source}: {error}") from error
 
     proposal = propose(task, prompt, target)
-    if not is_asking or None not in stated:
+    if not options.is_asking or None not in (task, prompt, target):
         return proposal
     for name, value in list_columns(data.rows).items():
         _print_note(f"  {name}: {_shorten(value)}")
