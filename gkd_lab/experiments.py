@@ -377,8 +377,10 @@ def check_generators_and_rewards(grid: Grid) -> None:
 
     This runs the modules of the rewards that the experiment names.
     """
-    made = {(cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"}
-    for task, generator in sorted(made, key=str):
+    generators = {
+        (cell.task, cell.training.data.name) for cell in grid.cells if cell.training.data.kind == "made"
+    }
+    for task, generator in sorted(generators, key=str):
         try:
             TASKS[task].generators[generator or "made"].check_dependencies()
         except ValueError as error:

@@ -67,10 +67,10 @@ def test_values_give_the_cells_of_the_same_text_after_set(overrides: dict[str, A
 
 def test_a_list_of_lists_crosses_values_that_are_lists() -> None:
     Path("small.yaml").write_text("{description: made up, task: arithmetic, grid: {lmbda: [0, 1]}}")
-    both: list[Any] = [[{"beta": 0}], [{"beta": 1}, {"type": "cross_entropy", "weight": 0.5}]]
-    crossed = gkd_lab.load("small.yaml", objectives=both)
+    objectives: list[Any] = [[{"beta": 0}], [{"beta": 1}, {"type": "cross_entropy", "weight": 0.5}]]
+    crossed = gkd_lab.load("small.yaml", objectives=objectives)
     assert list_points(crossed) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    single = gkd_lab.load("small.yaml", objectives=both[1])
+    single = gkd_lab.load("small.yaml", objectives=objectives[1])
     assert list_points(single) == [(0, 1), (1, 1)]
 
 

@@ -68,13 +68,13 @@ def test_the_cells_of_the_page_are_those_of_its_experiments(study: Path) -> None
     grids = load_quickstart(), experiments.load("words.yaml")
     assert [len(grid.cells) for grid in grids] == [6, 27]
     outputs = [text for language, text in BLOCKS if language == "text"]
-    shown = [set(found) for found in map(FINGERPRINT.findall, outputs) if found]
+    shown = [set(digits) for digits in map(FINGERPRINT.findall, outputs) if digits]
     fingerprints = [{cell.fingerprint for cell in grid.cells} for grid in grids]
     assert shown[0] and shown[0] < fingerprints[0]
     assert shown[1] and shown[1] < fingerprints[1]
     assert set().union(*shown[2:]) <= fingerprints[1]
-    more = experiments.load("words.yaml", overrides={"seed": "0,1,2,3,4"})
-    assert f"the {len(more.cells) - 27} cells that are new" in TEXT
+    five_seeds = experiments.load("words.yaml", overrides={"seed": "0,1,2,3,4"})
+    assert f"the {len(five_seeds.cells) - 27} cells that are new" in TEXT
 
 
 def list_shown_files() -> list[str]:

@@ -48,7 +48,7 @@ class ClusterRequest:
     detach: bool = False
     cancel: bool = False
     program: tuple[str, ...] = UNIT_COMMAND
-    """What runs a unit's command line."""
+    """Program and first arguments of a unit's command line."""
     poll_seconds: float = 5.0
     probe_seconds: float = PROBE_SECONDS
 
@@ -86,7 +86,7 @@ def check_job_options(
 
 
 def get_attach_command() -> str:
-    """Return the line that a user types to follow the jobs again: this process's, without what is done."""
+    """Return the command that follows the jobs again: this process's without options that act once."""
     words = [word for word in sys.argv[1:] if word not in ("--detach", "--retry-failed", "--cancel")]
     return shlex.join(["gkd-lab", *words])
 
@@ -145,7 +145,7 @@ def run_on_ray(request: ClusterRequest) -> None:
 
 
 def _prepare(request: ClusterRequest) -> tuple[ClusterRequest, Store]:
-    """Create the outputs folder; return the request with its packs' kept limit, and the folder's store."""
+    """Create the outputs folder; return the request with the limit of its packs, and the folder's store."""
     store = Store(create_outputs_folder(request.outputs))
     # The packs that a first run has found stay, whether it was on this machine or on the cluster.
     limit = PackLimits(store.root).resolve_grid_limit(request.grid.cells, request.limit)

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 @dataclass(frozen=True)
 class CommandEntry:
-    """A command: where its function is, and what the help says of it."""
+    """A command: its function, and its line and examples in the help."""
 
     function: str
     """`module:function`, the module inside `gkd_lab.cli`."""

@@ -1,6 +1,7 @@
 """Completion in a shell: experiments, `--set` keys and values, cells. Commands come from the command table.
 
-typer asks these functions and filters what they return by what was typed. Nothing here reads data or models.
+typer asks these functions and filters what they return by what was typed. Data and models are read for the
+cells of `show --experiment EXP` alone, as fingerprints need their hashes.
 """
 
 import os
@@ -115,7 +116,7 @@ def complete_metrics(incomplete: str) -> Iterator[str]:
 
 
 def complete_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return what may stand behind `--set`: keys with `=`, then values, also after a comma.
+    """Return the completions of `--set`: keys with `=`, then values, also after a comma.
 
     If one key is left, both `KEY=` and `KEY=VALUE` are returned, so that no shell ends the word at `=`.
     """
@@ -140,8 +141,8 @@ def complete_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
             return [f"{name}=" for name in keys]
         return [f"{keys[0]}=", *(f"{keys[0]}={value}" for value in list_values(keys[0]) or ["VALUE"])]
     done, comma, _ = values.rpartition(",")
-    left = [value for value in list_values(key) if value not in done.split(",")]
-    return [f"{key}={done}{comma}{value}".removeprefix(typed) for value in left]
+    choices = [value for value in list_values(key) if value not in done.split(",")]
+    return [f"{key}={done}{comma}{value}".removeprefix(typed) for value in choices]
 
 
 def list_override_keys() -> list[str]:

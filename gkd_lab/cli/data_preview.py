@@ -1,4 +1,4 @@
-"""Look at a user's data: its splits, columns and first rows. Neither the rest nor a model is read."""
+"""Preview a user's data: its splits, columns and first rows. No other row is read, and no model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ROWS_READ = 200
 
 @dataclass(frozen=True)
 class DataPreview:
-    """What was seen of a folder of rows or a data set of the hub."""
+    """Splits, row counts and first rows of a data folder or of a data set of the hub."""
 
     source: str
     config: str | None
@@ -44,14 +44,14 @@ class DataPreview:
         return rows - count_held_out_rows(rows)
 
 
-def look_at_data(source: str, config: str | None = None) -> DataPreview:
-    """Return what is seen of a folder, or of a hub name `owner/name`. Raises ConfigError."""
+def preview_data(source: str, config: str | None = None) -> DataPreview:
+    """Return the preview of a folder, or of a hub name `owner/name`. Raises ConfigError."""
     path = Path(source).expanduser()
     try:
         if path.is_dir() or path.is_file():
-            preview = _look_at_folder(source, path / config if config else path, config)
+            preview = _preview_folder(source, path / config if config else path, config)
         elif _is_hub_name(source):
-            preview = _look_at_hub(source, config)
+            preview = _preview_hub(source, config)
         else:
             nearest = suggest_sibling(source, _holds_rows)
             hint = f"; did you mean {nearest}?" if nearest else ""
@@ -77,8 +77,8 @@ def _is_hub_name(source: str) -> bool:
     return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
 
 
-def _look_at_folder(source: str, path: Path, config: str | None) -> DataPreview:
-    """Return what is seen of a folder of jsonl or parquet files. Raises ValueError."""
+def _preview_folder(source: str, path: Path, config: str | None) -> DataPreview:
+    """Return the preview of a folder of jsonl or parquet files. Raises ValueError."""
     folder = DataFolder(path)
     rows: list[RawRow] = []
     for split in folder.files:
@@ -86,8 +86,8 @@ def _look_at_folder(source: str, path: Path, config: str | None) -> DataPreview:
     return DataPreview(source, config, dict(folder.row_counts), rows)
 
 
-def _look_at_hub(source: str, config: str | None) -> DataPreview:
-    """Return what is seen of a data set of the hub, without downloading all of it. Raises ConfigError."""
+def _preview_hub(source: str, config: str | None) -> DataPreview:
+    """Return the preview of a data set of the hub, without downloading all of it. Raises ConfigError."""
     import datasets  # takes seconds to load
 
     try:
@@ -97,8 +97,8 @@ def _look_at_hub(source: str, config: str | None) -> DataPreview:
         for split in SPLITS:
             if split in dataset:
                 rows += islice(dataset[split], ROWS_READ)
-                known = (dataset[split].info.splits or {}).get(split)
-                counts[split] = None if known is None else known.num_examples
+                split_info = (dataset[split].info.splits or {}).get(split)
+                counts[split] = None if split_info is None else split_info.num_examples
     except Exception as error:
         # The library raises errors of several HTTP clients; each means that the rows cannot be seen.
         reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""How a command ends: a message to standard error, and the status of the process."""
+"""End a command: print a message to standard error and exit with a status."""
 
 import sys
 from typing import NoReturn

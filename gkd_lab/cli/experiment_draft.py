@@ -30,7 +30,7 @@ _LARGE_MODEL = 1_000_000_000
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, after looking at data and pair."""
+    """Settings of the experiment to write: data, task, pair and grid."""
 
     data: DataPreview
     proposal: TaskProposal
@@ -126,8 +126,8 @@ def _list_description_lines(request: Request) -> Iterator[_Line]:
 def _list_task_lines(request: Request) -> Iterator[_Line]:
     """Yield scale, task, data, columns and metrics."""
     proposal, data = request.proposal, request.data
-    made = "small models, made on your rows"
-    yield _state("scale", request.scale, "models that are there already" if request.teacher else made)
+    models = "models that are there already" if request.teacher else "small models, made on your rows"
+    yield _state("scale", request.scale, models)
     reason = "any pairs of texts" if proposal.task == "text" else "its parser reads your first rows"
     yield _state("task", proposal.task, reason)
     yield _Line("data:", data.describe_splits())
@@ -155,7 +155,7 @@ def find_family(request: Request) -> Family | None:
         raise ConfigError(f"{pair}: they do not go together; choose a pair of one kind")
     if request.family is not None and families and families != {request.family}:
         raise ConfigError(f"--family {request.family}: the models are {families.pop()}; leave it out")
-    if models and not families and request.family is None and any(model.is_own for model in models):
+    if models and not families and request.family is None and any(model.is_user_model for model in models):
         places = " and ".join(model.place for model in models)
         raise ConfigError(
             f"{places}: their family is not known, because their configuration is not here and the hub does "
@@ -177,8 +177,8 @@ def _list_model_lines(request: Request) -> Iterator[_Line]:
     tokenizers = {None: "tokenizers not compared", "": "one tokenizer"}.get(difference, "other tokenizer")
     for role, model in (("teacher", request.teacher), ("student", request.student)):
         value: Any = model.place
-        comment = model.describe().partition(": ")[2] if model.is_own else "a model of the scale"
-        if request.sft_steps and model.is_own:
+        comment = model.describe().partition(": ")[2] if model.is_user_model else "a model of the scale"
+        if request.sft_steps and model.is_user_model:
             value = {"pretrained": model.place, "sft": {"steps": request.sft_steps}}
             comment += "; fine-tuned on your rows first"
         yield _state(role, value, f"{comment}; {tokenizers}" if role == "student" else comment)
@@ -241,7 +241,7 @@ def _list_training_lines(request: Request) -> Iterator[_Line]:
     passes = "" if rows is None else f"; {_format_passes(steps * batch_size / rows)} over the rows"
     yield _state("steps", steps, f"optimizer steps of each cell{passes}")
     yield _state("batch_size", batch_size, f"sequences per step{note}")
-    if request.student is not None and request.student.is_own:
+    if request.student is not None and request.student.is_user_model:
         is_large = (request.student.parameters or 0) >= _LARGE_MODEL
         rate = 1e-5 if is_large else 1e-4
         yield _Line(
@@ -270,10 +270,10 @@ def _list_evaluation_lines(request: Request) -> Iterator[_Line]:
 
 def _describe_validation(data: DataPreview) -> str:
     """Return `of validation rows, ...`, with the number of rows that are held out of train for it."""
-    train, kept = data.row_counts.get("train"), data.count_train_rows()
-    if train is None or kept is None or train == kept:
+    all_rows, train_rows = data.row_counts.get("train"), data.count_train_rows()
+    if all_rows is None or train_rows is None or all_rows == train_rows:
         return "of validation rows, as there are no test rows"
-    return f"of the {_format_count(train - kept, 'last row')} of train, as there are no test rows"
+    return f"of the {_format_count(all_rows - train_rows, 'last row')} of train, as there are no test rows"
 
 
 def _list_grid_lines(request: Request) -> Iterator[_Line]:

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from gkd_lab import experiments
-from gkd_lab.cli.data_preview import DataPreview, look_at_data
+from gkd_lab.cli.data_preview import DataPreview, preview_data
 from gkd_lab.cli.experiment_draft import Request, find_family, write_draft
 from gkd_lab.cli.options import OutputsOption, check_output_file, check_outputs_folder, load_grid
-from gkd_lab.cli.pair_preview import ModelPreview, look_at_model
+from gkd_lab.cli.pair_preview import ModelPreview, preview_model
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import build_unknown_name_error, join_faults
 from gkd_lab.config.experiment import parse_override
@@ -197,9 +197,9 @@ class _Previews:
     """Functions that return the preview of data, teacher and student; each place is read once."""
 
     def __init__(self, config: str | None) -> None:
-        self.data = cache(partial(look_at_data, config=config))
-        self.teacher = cache(partial(_look_at_model, "--teacher"))
-        self.student = cache(partial(_look_at_model, "--student"))
+        self.data = cache(partial(preview_data, config=config))
+        self.teacher = cache(partial(_preview_given_model, "--teacher"))
+        self.student = cache(partial(_preview_given_model, "--student"))
 
 
 def _check_options(options: _Options, previews: _Previews) -> None:
@@ -243,9 +243,9 @@ def _list_missing_options(options: _Options) -> list[str]:
     return faults
 
 
-def _look_at_model(option: str, place: str) -> ModelPreview | None:
+def _preview_given_model(option: str, place: str) -> ModelPreview | None:
     """Return the preview of a model; None for an empty answer. Raises ConfigError."""
-    return look_at_model(option, place) if place else None
+    return preview_model(option, place) if place else None
 
 
 def _choose_pair(options: _Options, previews: _Previews) -> tuple[ModelPreview | None, ModelPreview | None]:
@@ -318,7 +318,7 @@ def _check_draft(text: str, file: Path, outputs: Path, say: Callable[[str], None
 
 
 def _print_note(text: str) -> None:
-    """Print a line about what was seen to standard error."""
+    """Print a line about data or models to standard error."""
     print(text, file=sys.stderr)
 
 
@@ -334,11 +334,11 @@ def _describe_proposal(data: DataPreview, proposal: TaskProposal, say: Callable[
 
 
 def _describe_pair(request: Request, say: Callable[[str], None]) -> None:
-    """Say what was seen of the pair. Raises ConfigError if it does not go together."""
+    """Say the facts about the pair. Raises ConfigError if its models do not go together."""
     find_family(request)
     for role, model in (("teacher", request.teacher), ("student", request.student)):
         if model is not None:
-            say(f"{role} {model.describe()}" if model.is_own else f"{role} {model.place}")
+            say(f"{role} {model.describe()}" if model.is_user_model else f"{role} {model.place}")
     if request.tokenizer_difference:
         say(f"tokenizers differ: {request.tokenizer_difference}")
         say("  so the cells train on text and on how sure the teacher is of it (ULD), docs/family.md")

@@ -1,4 +1,4 @@
-"""Look at a user's teacher and student: family, size, positions, tokenizer. No weights are loaded."""
+"""Preview a user's teacher and student: family, size, positions, tokenizer. No weights are loaded."""
 
 import math
 import os
@@ -21,16 +21,16 @@ _CHARACTERS_PER_TOKEN = 3
 
 @dataclass(frozen=True)
 class ModelPreview:
-    """What was seen of a model."""
+    """A model's place and files, from which its family, size and tokenizer are read."""
 
     place: str
     """As it stands in the experiment file: a folder, a hub name, or a model of the scale."""
     files: CheckpointFiles | None
-    """Its files, those of the hub as far as they were found; None: nothing is known of it."""
+    """Its files; of a hub model those that could be fetched. None: there are none."""
 
     @property
-    def is_own(self) -> bool:
-        """Whether it is the user's own: no model that the scale makes or names."""
+    def is_user_model(self) -> bool:
+        """Whether the user states its place; else it is a model that the scale makes or names."""
         return is_model_place(self.place)
 
     @property
@@ -66,8 +66,8 @@ def _format_count(count: int) -> str:
     return str(count)
 
 
-def look_at_model(option: str, place: str) -> ModelPreview:
-    """Return what is seen of a model; a name of the scale is left to `plan`. Raises ConfigError."""
+def preview_model(option: str, place: str) -> ModelPreview:
+    """Return the preview of a model; a name of the scale is left to `plan`. Raises ConfigError."""
     if not is_model_place(place):
         folder = Path(place)
         if not is_checkpoint(folder):

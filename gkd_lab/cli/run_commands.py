@@ -167,8 +167,8 @@ def run_unit(
         if with_parent:
             stop_with_parent()
         grid = load_grid(name, scale, sets, outputs)
-        kept_limit = PackLimits(outputs).find_grid_limit(grid.cells, limit)
-        unit, units_by_id = units.find_unit(grid, kept_limit, unit_id)
+        grid_limit = PackLimits(outputs).find_grid_limit(grid.cells, limit)
+        unit, units_by_id = units.find_unit(grid, grid_limit, unit_id)
         store = Store(create_outputs_folder(outputs))
 
         def execute(part: units.Unit) -> None:

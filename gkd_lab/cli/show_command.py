@@ -44,7 +44,7 @@ _MAX_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class ShownCell:
-    """A cell or reference model, its values, and what is known of their sources."""
+    """A cell or reference model with its values and their sources."""
 
     fingerprint: str
     role: str
@@ -53,7 +53,7 @@ class ShownCell:
     experiment: str | None
     """The request whose sources are given, as options of `plan`, and its file."""
     note: str | None
-    """Why there are no sources, and how to ask for them."""
+    """Reason for missing sources, and the command that shows them."""
     values: list[ResolvedValue]
 
 
@@ -155,7 +155,7 @@ def _parse_command(words: Sequence[str]) -> _Request | None:
 
 
 def _read_fingerprint(name: str) -> str:
-    """Return the fingerprint, or its first digits, that a record's folder or the name itself states."""
+    """Return the fingerprint of a record's folder; another name as it is, its first digits."""
     path = Path(name) / "spec.json"
     return str((read_json(path) or {}).get("fingerprint", name)) if path.is_file() else name
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gkd_lab import experiments
-from gkd_lab.cli.data_preview import _look_at_hub, look_at_data
+from gkd_lab.cli.data_preview import _preview_hub, preview_data
 from gkd_lab.cli.experiment_draft import format_value
-from gkd_lab.cli.pair_preview import compare_tokenizers, look_at_model
+from gkd_lab.cli.pair_preview import compare_tokenizers, preview_model
 from gkd_lab.config.yaml_files import parse_yaml
 
 from ..training.scripts import llama, saved, t5
@@ -221,16 +221,16 @@ def test_hub_models_whose_configuration_is_not_here_need_their_family(run_comman
 
 
 def test_a_standard_t5_of_the_hub_is_known_offline() -> None:
-    model = look_at_model("--teacher", "google/flan-t5-xl")
+    model = preview_model("--teacher", "google/flan-t5-xl")
     assert (model.family, model.parameters) == ("encoder-decoder", 2_849_757_184)
-    assert compare_tokenizers(model, look_at_model("--student", "google/flan-t5-small")) is None
+    assert compare_tokenizers(model, preview_model("--student", "google/flan-t5-small")) is None
 
 
 def test_weights_are_counted_by_their_headers() -> None:
     model = llama(1)
     saved(model, Path("teacher"), make_tokenizer("a"))
     expected = sum(weight.numel() for weight in model.state_dict().values())
-    assert look_at_model("--teacher", "teacher").parameters == expected
+    assert preview_model("--teacher", "teacher").parameters == expected
 
 
 def test_a_data_set_is_read_by_its_first_rows() -> None:
@@ -238,7 +238,7 @@ def test_a_data_set_is_read_by_its_first_rows() -> None:
     Path("owner").rename("rows")
     Path("owner").mkdir()
     Path("rows").rename("owner/rows")
-    by_library, by_folder = _look_at_hub("owner/rows", None), look_at_data("owner/rows")
+    by_library, by_folder = _preview_hub("owner/rows", None), preview_data("owner/rows")
     assert sorted(by_library.row_counts) == sorted(by_folder.row_counts)
     assert list(by_library.rows) == list(by_folder.rows)
 
