@@ -92,14 +92,14 @@ def preview_model(option: str, place: str) -> ModelPreview:
 def _find_hub_files(name: str) -> CheckpointFiles | None:
     """Return configuration and tokenizer of a model of the hub, offline from its cache; None: neither."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     folder = None
     for file in _HUB_FILES:
         try:
             folder = Path(hf_hub_download(name, file)).parent
-        except Exception:
-            # Errors of several HTTP clients, or no such file: what is not found is not known.
-            continue
+        except (OSError, HTTPError, HFValidationError):
+            continue  # no such file or model, no access, or no network: the family is asked for instead
     return None if folder is None else CheckpointFiles(folder)
 
 
