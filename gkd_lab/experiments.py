@@ -268,10 +268,10 @@ def check_models_and_splits(grid: Grid) -> None:
 def _list_split_faults(grid: Grid) -> list[str]:
     """Return a sentence for each split that the grid trains on or scores and its data folder lacks."""
     splits: dict[tuple[str, str | None], dict[Split, None]] = {}
+    cached_folders = _find_cached_folders(grid)
     for cell in grid.cells:
         data = cell.training.data
-        path = data.path if data.kind == "folder" else None
-        path = _find_cached_data(data) if data.kind == "hub" else path
+        path = data.path if data.kind == "folder" else cached_folders.get(data)
         if path is not None:
             needed = splits.setdefault((path, data.config), {"train": None})
             decoded = (evaluation for evaluation in cell.evaluations if isinstance(evaluation, Evaluation))
@@ -318,27 +318,28 @@ def _check_scored_rows(grid: Grid) -> None:
 def list_unchecked_sources(grid: Grid) -> list[str]:
     """Return a note that names the hub's models and data of which this machine has nothing; or no note."""
     models = list_unchecked_models(grid.cells)
-    data = {
-        cell.training.data.name or ""
-        for cell in grid.cells
-        if cell.training.data.kind == "hub" and _find_cached_data(cell.training.data) is None
-    }
+    data = {data.name or "" for data, path in _find_cached_folders(grid).items() if path is None}
     parts = [f"models {', '.join(models)}"] if models else []
     parts += [f"data {', '.join(sorted(data))}"] if data else []
     return [f"not checked, as the local hub cache has nothing of it: {'; '.join(parts)}"] if parts else []
 
 
-def _find_cached_data(data: DataSpec) -> str | None:
-    """Return the cached folder of a hub's data set if its files can be read as those of a data folder."""
-    snapshot = find_cached_snapshot("dataset", data.name or "", data.revision)
-    return str(snapshot) if snapshot is not None and is_data_folder(snapshot, data.config) else None
+def _find_cached_folders(grid: Grid) -> dict[DataSpec, str | None]:
+    """Return data of the hub -> its cached folder; None if that has no files that a data folder may have."""
+    folders: dict[DataSpec, str | None] = {}
+    for data in dict.fromkeys(cell.training.data for cell in grid.cells if cell.training.data.kind == "hub"):
+        snapshot = find_cached_snapshot("dataset", data.name or "", data.revision)
+        is_readable = snapshot is not None and is_data_folder(snapshot, data.config)
+        folders[data] = str(snapshot) if is_readable else None
+    return folders
 
 
 def _list_hub_column_faults(grid: Grid) -> list[str]:
     """Return a sentence for each cached data set of the hub whose first rows lack a column of the task."""
     faults: dict[str, None] = {}
+    cached_folders = _find_cached_folders(grid)
     for task, data in dict.fromkeys((cell.task, cell.training.data) for cell in grid.cells):
-        path = _find_cached_data(data) if data.kind == "hub" else None
+        path = cached_folders.get(data)
         if path is not None:
             marks = bool(data.calculator_marks)
             try:
