@@ -58,7 +58,8 @@ def test_the_install_block_names_files_of_the_repository() -> None:
 def test_every_command_is_a_valid_call(command: str) -> None:
     _, name, *words = shlex.split(command)
     if name != "--version":
-        load_command(name).make_context(name, words)  # raises UsageError for what it does not take
+        context = load_command(name).make_context(name, words)  # raises UsageError for what it does not take
+        assert context.args == [], "no command of the page takes further words"
 
 
 def test_the_cells_of_the_page_are_those_of_its_experiments(study: Path) -> None:

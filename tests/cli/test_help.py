@@ -64,7 +64,8 @@ def test_the_help_of_a_command_ends_with_examples_of_it(
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
 def test_every_example_is_a_valid_call(name: str, example: str) -> None:
     words = shlex.split(example.partition(" > ")[0])[2:]
-    load_command(name).make_context(name, words)  # raises UsageError for what it does not take
+    context = load_command(name).make_context(name, words)  # raises UsageError for what it does not take
+    assert bool(context.args) == ("context_settings" in COMMANDS[name].options), "words left for a command"
 
 
 @pytest.mark.parametrize(("name", "example"), [item for item in EXAMPLES if item[0] in CHEAP])
