@@ -64,7 +64,7 @@ def resolve_data_spec(task_name: str, settings: DataSettings, commits_file: Path
         raise ConfigError(str(error)) from error
     if Path(source).expanduser().is_file():
         raise ConfigError(f"data.source: {source!r} is a file; give its folder, {str(Path(source).parent)!r}")
-    if not _is_hub_name(source):
+    if not is_hub_name(source):
         raise ConfigError(_describe_missing_source(source, task))
     commit = _resolve_hub_commit("datasets", source, commits_file)
     return DataSpec(kind=kind, name=source, config=settings.config, revision=commit, columns=columns, **sizes)
@@ -96,7 +96,7 @@ def resolve_model_revision(name: str, commits_file: Path) -> tuple[str | None, s
         raise ConfigError(f"model: {name!r} is a file; give its folder, {str(path.parent)!r}")
     folder = suggest_sibling(name, is_checkpoint)
     hint = f"; did you mean the folder {folder}?" if folder else ""
-    if not _is_hub_name(name):
+    if not is_hub_name(name):
         raise ConfigError(
             f"model: {name!r} is no checkpoint folder, .gguf file or hub name (owner/name){hint}"
         )
@@ -106,7 +106,7 @@ def resolve_model_revision(name: str, commits_file: Path) -> tuple[str | None, s
         raise MissingRevision("models", name, f"{error}{hint}") from error
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Return whether a name has the form owner/name; the hub is not asked."""
     return _HUB_NAME_PATTERN.fullmatch(name) is not None and not name.startswith(".")
 

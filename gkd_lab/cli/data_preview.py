@@ -8,6 +8,7 @@ from typing import Any
 
 from gkd_lab.config import ConfigError
 from gkd_lab.config.errors import suggest_sibling
+from gkd_lab.revisions import is_hub_name
 from gkd_lab.tasks import SPLITS, Split
 from gkd_lab.tasks.columns import RawRow
 from gkd_lab.tasks.data import count_held_out_rows
@@ -50,7 +51,7 @@ def preview_data(source: str, config: str | None = None) -> DataPreview:
     try:
         if path.is_dir() or path.is_file():
             preview = _preview_folder(source, path / config if config else path, config)
-        elif _is_hub_name(source):
+        elif is_hub_name(source):
             preview = _preview_hub(source, config)
         else:
             nearest = suggest_sibling(source, _holds_rows)
@@ -69,12 +70,6 @@ def preview_data(source: str, config: str | None = None) -> DataPreview:
 def _holds_rows(path: Path) -> bool:
     """Return whether a path is a folder with files of rows."""
     return any(next(path.glob(pattern), None) for pattern in ("*.jsonl", "*.parquet", "data/*.parquet"))
-
-
-def _is_hub_name(source: str) -> bool:
-    """Return whether a source has the form owner/name of the hub, and is no path."""
-    owner, slash, name = source.partition("/")
-    return bool(owner and slash and name) and "/" not in name and not source.startswith((".", "~"))
 
 
 def _preview_folder(source: str, path: Path, config: str | None) -> DataPreview:

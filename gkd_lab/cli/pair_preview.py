@@ -13,6 +13,7 @@ from gkd_lab.config.cost import KNOWN_SIZES
 from gkd_lab.config.errors import join_faults, suggest_sibling
 from gkd_lab.config.model_places import is_checkpoint, is_model_place
 from gkd_lab.config.tokenizer_files import TokenizerFiles, find_vocabulary_difference
+from gkd_lab.revisions import is_hub_name
 
 _HUB_FILES = ("config.json", "tokenizer.json")
 _CHARACTERS_PER_TOKEN = 3
@@ -82,7 +83,7 @@ def preview_model(option: str, place: str) -> ModelPreview:
         if faults:
             raise join_faults([f"{option}: {fault}" for fault in faults])
         return ModelPreview(place, files)
-    if place.startswith((".", "~", "/")) or place.count("/") != 1:
+    if not is_hub_name(place):
         nearest = suggest_sibling(place, is_checkpoint)
         hint = f"; did you mean {nearest}?" if nearest else "; give a folder with config.json, or owner/name"
         raise ConfigError(f"{option}: no folder {place!r}{hint}")
