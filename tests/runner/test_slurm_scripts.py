@@ -12,7 +12,7 @@ from gkd_lab.cli import main
 from gkd_lab.config import ConfigError, Grid
 from gkd_lab.config.units import plan_units
 from gkd_lab.runner.engines.driver import Driver
-from gkd_lab.runner.engines.slurm import SlurmEngine
+from gkd_lab.runner.engines.slurm import SlurmEngine, run_slurm_command
 from gkd_lab.runner.engines.slurm_script import SlurmOptions, parse_sbatch_words, parse_time_limit
 from gkd_lab.status.time_estimates import TimeEstimator
 from gkd_lab.status.unit_resources import UnitResources, estimate_resources
@@ -186,3 +186,13 @@ def test_requests_that_cannot_be_run_are_refused(
     assert run_command("run", "tiny.yaml", *words) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_commands_of_slurm_without_a_cluster_are_refused(tmp_path: Path) -> None:
+    """As on a machine where Slurm is installed and nothing configures it."""
+    text = "sinfo: error: _establish_config_source: failed to fetch config; no configuration source"
+    command = tmp_path / "sinfo"
+    command.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
+    command.chmod(0o755)
+    with pytest.raises(ConfigError, match="finds no configuration of a cluster on this machine"):
+        run_slurm_command(str(command))

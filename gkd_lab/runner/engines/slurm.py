@@ -288,11 +288,17 @@ def run_slurm_command(*words: str) -> str:
         message = " ".join(process.stderr.split()) or f"exit status {process.returncode}"
         if any(phrase in message.lower() for phrase in _UNREACHABLE_PHRASES):
             raise EngineUnreachable(message)
+        if _UNCONFIGURED_PHRASE in message.lower():
+            raise ConfigError(
+                f"--executor slurm: `{words[0]}` finds no configuration of a cluster on this machine: run "
+                "this on a login node, set SLURM_CONF, or leave out --executor to run here"
+            )
         raise ConfigError(f"--executor slurm: {message}")
     return process.stdout
 
 
 _UNREACHABLE_PHRASES = ("unable to contact", "connection refused", "timed out", "connection failure")
+_UNCONFIGURED_PHRASE = "configuration source"
 
 
 def build_no_slurm_error(program: str) -> ConfigError:
