@@ -22,7 +22,7 @@ from gkd_lab.losses.layer_stacks import (
     stack_size,
     widen_dtype,
 )
-from gkd_lab.models.classifiers import get_classifier_kind
+from gkd_lab.models.forward import is_decoder_only
 
 EAGER_ATTENTION = "eager"
 """transformers' only implementation of attention that returns its maps."""
@@ -109,8 +109,7 @@ def enable_attention_maps(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if it cannot, and for a decoder in float64.
     """
-    pads_on_the_left = not model.config.is_encoder_decoder and get_classifier_kind(model) is None
-    if model.dtype == torch.float64 and pads_on_the_left:
+    if model.dtype == torch.float64 and is_decoder_only(model):
         # transformers' eager softmax is in float32, where float64's mask is -inf: NaN where all is masked.
         raise ValueError(
             "attentions: transformers' eager attention gives NaN beside padding in float64: use fp32"

@@ -71,7 +71,7 @@ def position_weights(inputs: LossInputs, stack: StackName, length: int, *, predi
     """
     rows, weights = inputs.rows, inputs.weights
     prompt, completion = rows.prompt_mask.shape[1], weights.shape[1]
-    mask = torch.cat([rows.prompt_mask, rows.completion_mask], dim=1)
+    mask = rows.joined_mask
     if inputs.student.config.is_encoder_decoder and stack == "decoder" and length == completion:
         mask, prediction_weights = rows.completion_mask, weights
     elif length == prompt + completion:

@@ -3,7 +3,7 @@
 Shapes: K cells, S distinct seeds, B rows a cell, C completion tokens, V vocabulary, M teacher blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,6 @@ from gkd_lab.losses.teacher_targets import HiddenTeacherLogits, TeacherLogits, g
 from gkd_lab.losses.terms import WeightedLosses
 from gkd_lab.models.forward import Sequences
 from gkd_lab.models.heads import UnprojectedOutput
-from gkd_lab.models.padding import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class MicroBatch:
     """(cell, number of its term) -> factors on the tokens' weights in it, (B, C), such as a reward's."""
     step: int = 0
     """Number of finished optimizer steps."""
-    teacher_counts: TokenCounts | None = None
-    """Tokens of the teacher's rows, known on the host; None: unknown."""
     only_term: int | None = None
     """Number of the term whose gradient is measured; all others have weight 0. None: train on all terms."""
 
@@ -104,7 +101,7 @@ def build_micro_batch(
     """Build all cells' micro-batch: a cell's sampled rows if it has any, else the dataset rows of its seed.
 
     dataset_rows: (S*B), seed after seed. sampled_rows: cell -> its rows; cells may share one object, and then
-    a block of teacher rows. Waits for the device once, to count the rows' tokens.
+    a block of teacher rows.
     """
     rows_by_seed = dict(zip(seeds, split_blocks(dataset_rows, len(seeds)), strict=True))
     student = [sampled_rows.get(n, rows_by_seed[cell.seed]) for n, cell in enumerate(cells)]
@@ -122,19 +119,17 @@ def build_micro_batch(
         block_of_cell=tuple(block_numbers[id(part)] for part in student),
         on_policy=tuple(n in sampled_rows for n in range(len(cells))),
         prompts_of_block=tuple(prompts),
-        teacher_counts=TokenCounts.read(teacher),
     )
 
 
-def check_completions(batch: MicroBatch, running: Sequence[bool]) -> None:
-    """Raise ValueError if a running off-policy cell's rows include some without a completion.
+def check_completions(batch: MicroBatch, failed: Collection[int]) -> None:
+    """Raise ValueError if the rows of an off-policy cell that has not failed include some without completion.
 
-    The batch must have `teacher_counts`. running: of each cell.
+    failed: Numbers of cells.
     """
-    assert batch.teacher_counts is not None
-    tokens_of_block = batch.teacher_counts.split_completions(len(batch.prompts_of_block))
-    cells = zip(batch.block_of_cell, batch.on_policy, running, strict=True)
-    blocks = {block for block, on_policy, is_running in cells if is_running and not on_policy}
+    tokens_of_block = batch.teacher.token_counts.split_completions(len(batch.prompts_of_block))
+    cells = enumerate(zip(batch.block_of_cell, batch.on_policy, strict=True))
+    blocks = {block for n, (block, on_policy) in cells if n not in failed and not on_policy}
     tokens = [n for block in blocks for n in tokens_of_block[block]]
     if 0 in tokens:
         raise ValueError(
@@ -144,15 +139,11 @@ def check_completions(batch: MicroBatch, running: Sequence[bool]) -> None:
         )
 
 
-def count_trained_items(batch: MicroBatch, cells: int, normalization: str) -> Tensor:
+def count_trained_items(batch: MicroBatch, normalization: str) -> Tensor:
     """Return the divisor of each cell's loss, (K,): its number of trained tokens ("token") or sequences."""
-    mask = batch.student.completion_mask
-    if batch.teacher_counts is not None:
-        counted = batch.teacher_counts.count_items(len(batch.prompts_of_block), normalization)
-        items = [counted[block] for block in batch.block_of_cell]
-        return torch.tensor(items, dtype=torch.double, device=mask.device)
-    per_row = mask.view(cells, -1, mask.shape[1]).sum(-1)
-    return (per_row.sum(-1) if normalization == "token" else (per_row > 0).sum(-1)).double()
+    items_of_block = batch.teacher.token_counts.count_items(len(batch.prompts_of_block), normalization)
+    items = [items_of_block[block] for block in batch.block_of_cell]
+    return torch.tensor(items, dtype=torch.double, device=batch.student.completion_mask.device)
 
 
 def cell_token_weights(batch: MicroBatch, cells: int, items: Tensor, normalization: str) -> Tensor:
@@ -198,8 +189,7 @@ def compute_step_losses(
     masks = block_masks(batch, count)
     weights = token_weights(masks, normalization).flatten(1)
     is_trained = weights > 0
-    counts = batch.teacher_counts
-    lengths = is_trained.sum(-1).tolist() if counts is None else counts.count_items(len(masks), "token")
+    lengths = batch.teacher.token_counts.count_items(len(masks), "token")
     # Trained positions first, in their order; blocks with fewer of them keep some of weight 0.
     positions = is_trained.argsort(dim=1, descending=True, stable=True)[:, : max(1, *lengths)]
     block = torch.tensor(batch.block_of_cell, device=positions.device)

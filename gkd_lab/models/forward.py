@@ -20,6 +20,24 @@ from gkd_lab.models.packed_layers import count_cells
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of prompt and of completion tokens of N rows, padding left out, known on the host."""
+
+    prompts: tuple[int, ...]
+    completions: tuple[int, ...]
+
+    def split_completions(self, count: int) -> list[tuple[int, ...]]:
+        """Return the completion tokens of the rows of each of `count` blocks of equally many rows."""
+        size = len(self.completions) // count
+        return [self.completions[n * size : (n + 1) * size] for n in range(count)]
+
+    def count_items(self, count: int, normalization: str) -> list[int]:
+        """Return the completion tokens ("token") of each of `count` blocks, or its rows that have any."""
+        blocks = self.split_completions(count)
+        return [sum(block) if normalization == "token" else sum(n > 0 for n in block) for block in blocks]
+
+
+@dataclass(frozen=True)
 class Sequences:
     """A batch of prompts and completions.
 
@@ -72,6 +90,12 @@ class Sequences:
     def joined_positions(self) -> Tensor:
         """Position ids of prompt and completion in one, (N, P + C)."""
         return compute_position_ids(self.joined_mask)
+
+    @functools.cached_property
+    def token_counts(self) -> TokenCounts:
+        """Numbers of tokens of each row; the first use waits for the device."""
+        prompts, completions = torch.stack([self.prompt_mask.sum(-1), self.completion_mask.sum(-1)]).tolist()
+        return TokenCounts(tuple(prompts), tuple(completions))
 
     def repeat_rows(self, times: int) -> "Sequences":
         """Return the whole batch repeated `times` times: row k * N + n is row n again, for cell k."""
@@ -152,6 +176,14 @@ def unwrap_model(model: Any) -> PreTrainedModel:
     """Return the transformers model inside a DDP wrapper and a PEFT adapter, or the model itself."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if is_peft_model(inner) else inner
+
+
+def is_decoder_only(model: PreTrainedModel) -> bool:
+    """Return whether an unwrapped model reads prompt and completion as one text, padded on the left.
+
+    False for encoder-decoders and classifiers.
+    """
+    return not model.config.is_encoder_decoder and get_classifier_kind(model) is None
 
 
 def accepts_argument(model: PreTrainedModel, argument: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from gkd_lab.models.classifiers import get_classifier_kind
-from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode
+from gkd_lab.models.forward import Sequences, compute_completion_logits, eval_mode, is_decoder_only
 from gkd_lab.models.heads import compute_relative_error
 
 LogitFunction = Callable[[PreTrainedModel, Sequences], Tensor]
@@ -75,8 +75,7 @@ def make_random_batch(model: PreTrainedModel, cell_count: int) -> Sequences:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=generator)
     mask = torch.ones_like(ids)
-    padded_right = model.config.is_encoder_decoder or get_classifier_kind(model) is not None
-    mask[::ROWS_PER_MEMBER, slice(2, 4) if padded_right else slice(0, 2)] = 0
+    mask[::ROWS_PER_MEMBER, slice(0, 2) if is_decoder_only(model) else slice(2, 4)] = 0
     return Sequences(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:]).to(model.device)
 
 

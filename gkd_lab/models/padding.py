@@ -2,73 +2,37 @@
 
 Before each forward pass transformers asks a mask of two dimensions whether any token is padding, and on a GPU
 waits for all work before it. Rows that were counted once answer that for every model that reads them.
-Shapes: N rows, P prompt tokens, C completion tokens.
+Shapes: N rows, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from gkd_lab.models.attention import ATTENTION_KERNEL
-from gkd_lab.models.classifiers import get_classifier_kind
-from gkd_lab.models.forward import Sequences, unwrap_model
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Numbers of prompt and of completion tokens of N rows, padding left out."""
-
-    prompts: tuple[int, ...]
-    completions: tuple[int, ...]
-
-    @classmethod
-    def read(cls, rows: Sequences) -> "TokenCounts":
-        """Count the tokens of rows; one wait for the device."""
-        counts = torch.stack([rows.prompt_mask.sum(-1), rows.completion_mask.sum(-1)])
-        prompts, completions = counts.tolist()
-        return cls(tuple(prompts), tuple(completions))
-
-    def split_completions(self, count: int) -> list[tuple[int, ...]]:
-        """Return the completion tokens of the rows of each of `count` blocks of equally many rows."""
-        size = len(self.completions) // count
-        return [self.completions[n * size : (n + 1) * size] for n in range(count)]
-
-    def count_items(self, count: int, normalization: str) -> list[int]:
-        """Return the completion tokens ("token") of each of `count` blocks, or its rows that have any."""
-        blocks = self.split_completions(count)
-        return [sum(block) if normalization == "token" else sum(n > 0 for n in block) for block in blocks]
+from gkd_lab.models.forward import Sequences, TokenCounts, is_decoder_only, unwrap_model
 
 
 @contextmanager
-def declare_counts(model: Any, rows: Sequences, counts: TokenCounts | None) -> Iterator[None]:
+def declare_counts(model: Any, rows: Sequences, counts: TokenCounts) -> Iterator[None]:
     """Context manager of one forward pass: `model` reads the masks of `rows`, which have these counts.
 
-    `rows` may repeat the rows that were counted. None: nothing is known, and transformers looks itself.
+    `rows` may repeat the rows that were counted.
     """
     (count, prompt_width), completion_width = rows.prompt_mask.shape, rows.completion_mask.shape[1]
-    reads_prompts_alone = _reads_prompts_alone(unwrap_model(model))
-    # A decoder of another model makes a mask of its own for the completions, which has to be told apart.
-    if counts is None or (reads_prompts_alone and prompt_width == completion_width):
-        yield
-        return
-    if reads_prompts_alone:
-        width, tokens = prompt_width, counts.prompts
-    else:
+    if is_decoder_only(unwrap_model(model)):
         width = prompt_width + completion_width
         tokens = tuple(p + c for p, c in zip(counts.prompts, counts.completions, strict=True))
+    elif prompt_width != completion_width:
+        width, tokens = prompt_width, counts.prompts
+    else:  # A decoder makes a mask of its own for the completions, which could not be told apart.
+        yield
+        return
     with declare_mask((count, width), tokens):
         yield
-
-
-def _reads_prompts_alone(model: PreTrainedModel) -> bool:
-    """Return whether the mask of a forward pass covers prompts only: all but decoder-only language models."""
-    return bool(model.config.is_encoder_decoder) or get_classifier_kind(model) is not None
 
 
 @contextmanager

@@ -214,7 +214,7 @@ def _compute_loss_and_gradient_norm(
             bench.heads[side].compute_unprojected(bench.rows) for side in ("student", teacher)
         )
     hidden = student_output.hidden.requires_grad_()
-    items = count_trained_items(batch, 1, "token")
+    items = count_trained_items(batch, "token")
     logits = {0: build_teacher_logits(teacher_output, 1)}
     sums = compute_step_losses(student_output, logits, batch, [cell], items, "token", bench.vocabulary_size)
     (gradient,) = torch.autograd.grad(sums.losses.sum(), hidden)

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from gkd_lab.losses.step_loss import MicroBatch, split_blocks
-from gkd_lab.models.forward import Sequences, compute_position_ids, shift_right
+from gkd_lab.models.forward import Sequences, TokenCounts, compute_position_ids, shift_right
 from gkd_lab.models.heads import OutputHead, UnprojectedOutput
-from gkd_lab.models.padding import TokenCounts, declare_counts, declare_mask
+from gkd_lab.models.padding import declare_counts, declare_mask
 
 CPU_STATE_BYTES = 2**20
 """Size of one layer's hidden states that a CPU reads at once; a GPU reads all blocks of all seeds."""
@@ -54,20 +54,20 @@ class SharedPrefixReader:
         for first in range(0, len(groups), seeds_at_once):
             group = groups[first : first + seeds_at_once]
             numbered = [[(n, blocks[n]) for n in numbers] for numbers in group]
-            hidden.update(self._read_blocks(numbered, size, batch.teacher_counts))
+            hidden.update(self._read_blocks(numbered, size, batch.teacher.token_counts))
         states = torch.cat([hidden[n] for n in range(len(blocks))])
         return UnprojectedOutput(states, self.head.read_projection(), None)
 
     def _read_whole_rows(self, batch: MicroBatch) -> UnprojectedOutput:
         """Return hidden states and head of all rows, prompt and completion together."""
-        with declare_counts(self.head.model, batch.teacher, batch.teacher_counts):
+        with declare_counts(self.head.model, batch.teacher, batch.teacher.token_counts):
             return self.head.compute_unprojected(batch.teacher)
 
     def _read_blocks(
         self,
         blocks_of_seeds: Sequence[Sequence[tuple[int, Sequences]]],
         size: int,
-        counts: TokenCounts | None,
+        counts: TokenCounts,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (number, hidden states (B, C, H)) of numbered blocks, whose prompts are the same in a seed.
 
@@ -84,8 +84,6 @@ class SharedPrefixReader:
 
         def declare_prompts(numbers: Sequence[int]) -> AbstractContextManager[None]:
             """Return the context of a model that reads the mask of these blocks' prompts."""
-            if counts is None:
-                return nullcontext()
             tokens = [n for number in numbers for n in counts.prompts[number * rows : (number + 1) * rows]]
             return declare_mask((len(tokens), prompt_mask.shape[1]), tokens)
 
@@ -141,8 +139,7 @@ class SharedPrefixReader:
         cache = DynamicCache(config=self.head.model.config.get_text_config(decoder=True))
         for number, layer in enumerate(prompt_cache.layers):
             cache.update(layer.keys[places], layer.values[places], number)
-        masks = [torch.cat([block.prompt_mask, block.completion_mask], 1)[:, :-1] for block in blocks]
-        mask = torch.cat(masks)
+        mask = torch.cat([block.joined_mask[:, :-1] for block in blocks])
         hidden = self.head.compute_hidden(
             input_ids=torch.cat([block.completion_ids[:, :-1] for block in blocks]),
             attention_mask=mask,

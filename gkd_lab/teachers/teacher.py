@@ -137,7 +137,7 @@ class LiveTeacher:
         batch, output_names = inputs
         # Prompts that are read once leave no states of their own.
         if output_names:
-            with declare_counts(self.head.model, batch.teacher, batch.teacher_counts):
+            with declare_counts(self.head.model, batch.teacher, batch.teacher.token_counts):
                 return self.head.compute_unprojected(batch.teacher, output_names)
         return self.prefix_reader(batch)
 

@@ -264,8 +264,7 @@ class GKDTrainer(PackTrainer):
         completions = self.sample_completions(rows, on_policy, position)
         batch = build_micro_batch(self.seeds, self.cells, rows, completions, self.generation_limits.pad_id)
         if not self.args.seq_kd:
-            running = [n not in self.failures for n in range(len(self.cells))]
-            check_completions(batch, running)
+            check_completions(batch, self.failures.keys())
         return replace(batch, progress=self._compute_progress(position.step), step=position.step)
 
     def _compute_progress(self, step: int) -> float:
@@ -299,7 +298,7 @@ class GKDTrainer(PackTrainer):
 
     def _count_items(self, batch: MicroBatch) -> Tensor:
         """Count each cell's trained tokens, or sequences by loss_normalization, in a micro-batch, (K,)."""
-        return count_trained_items(batch, len(self.cells), self.args.loss_normalization)
+        return count_trained_items(batch, self.args.loss_normalization)
 
     def _build_sample(self, batch: MicroBatch, items: Tensor | None, parts: int) -> dict[str, Any]:
         """Return the dict for `compute_loss`: batch, items, number of micro-batches, TRL's fields."""
@@ -373,7 +372,7 @@ class GKDTrainer(PackTrainer):
         A plain tuple: ZeRO-3 gathers the head for the backward pass only if it finds the loss in it.
         """
         modules, normalization = self.auxiliary_modules, self.args.loss_normalization
-        with declare_counts(self.pack.model, batch.student, batch.teacher_counts):
+        with declare_counts(self.pack.model, batch.student, batch.teacher.token_counts):
             student = self.student_head.compute_unprojected(batch.student, modules.required_outputs)
         logits = {number: output.logits for number, output in teacher_outputs.items()}
         sums = compute_step_losses(

@@ -1,6 +1,7 @@
 """Declared counts of tokens change no output of any family, and spare it the look at its masks."""
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from gkd_lab.models.forward import Sequences, compute_completion_logits
-from gkd_lab.models.padding import TokenCounts, declare_counts, declare_mask
+from gkd_lab.models.forward import Sequences, TokenCounts, compute_completion_logits
+from gkd_lab.models.padding import declare_counts, declare_mask
 
 from .families import DECODERS, FAMILIES, SINGLE, make
 from .tiny import FIRST_WORD, PAD
@@ -58,7 +59,8 @@ CASES = {
 
 
 def run(model: PreTrainedModel, rows: Sequences, counts: TokenCounts | None) -> tuple[Tensor, int]:
-    with declare_counts(model, rows, counts), WaitCounter() as counter, torch.no_grad():
+    declared = nullcontext() if counts is None else declare_counts(model, rows, counts)
+    with declared, WaitCounter() as counter, torch.no_grad():
         logits = compute_completion_logits(model, rows)
     return logits, counter.waits.total()
 
@@ -68,7 +70,7 @@ def run(model: PreTrainedModel, rows: Sequences, counts: TokenCounts | None) -> 
 def test_logits_are_the_same_bits_and_no_mask_is_read(family: str, case: str) -> None:
     model = make(family, 0, dtype=torch.float32 if family in SINGLE else None)
     rows = make_rows(*CASES[case], left=family in DECODERS)
-    counts = TokenCounts.read(rows)
+    counts = rows.token_counts
     assert [list(counts.prompts), list(counts.completions)] == list(CASES[case])
     expected, _ = run(model, rows, None)
     logits, waits = run(model, rows, counts)
@@ -91,7 +93,7 @@ def test_classifiers_mask_their_texts_alone(name: str, case: str) -> None:
     rows = make_rows(CASES[case][0], [1, 1, 1], left=False)
     rows = rows.replace_completions(torch.zeros(3, 1, dtype=torch.long), torch.tensor([[1], [0], [1]]))
     expected, waits_before = run(model, rows, None)
-    logits, waits = run(model, rows, TokenCounts.read(rows))
+    logits, waits = run(model, rows, rows.token_counts)
     assert torch.equal(logits, expected) and waits <= waits_before
 
 

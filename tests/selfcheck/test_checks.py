@@ -191,7 +191,7 @@ class EachByItsOwnTokens(GKDTrainer):
         samples, items = super().get_batch_samples(*args)
         if self.args.loss_normalization == "token":
             for sample in samples:
-                sample["items"] = count_trained_items(sample["batch"], 1, "token")
+                sample["items"] = count_trained_items(sample["batch"], "token")
         return samples, items
 
 
