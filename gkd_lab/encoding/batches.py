@@ -90,14 +90,15 @@ def _make_index_column(indices: Sequence[int]) -> Tensor | None:
 def _pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     """Return (ids, mask), both (N, longest row), of lists of ids padded on the left or right."""
     width = max(1, *(len(row) for row in rows))
-    padded_ids, masks = [], []
-    for row in rows:
-        padding = width - len(row)
-        ids, mask = [pad_id] * padding, [0] * padding
-        padded_ids.append([*ids, *row] if left else [*row, *ids])
-        masks.append([*mask, *[1] * len(row)] if left else [*[1] * len(row), *mask])
+
+    def pad(row: list[int], value: int) -> list[int]:
+        """Fill a row up to the width with a value."""
+        padding = [value] * (width - len(row))
+        return [*padding, *row] if left else [*row, *padding]
+
     # One tensor of all rows: filled row by row, it costs an operator for each of them.
-    return torch.tensor(padded_ids, dtype=torch.long), torch.tensor(masks, dtype=torch.long)
+    ids = torch.tensor([pad(row, pad_id) for row in rows], dtype=torch.long)
+    return ids, torch.tensor([pad([1] * len(row), 0) for row in rows], dtype=torch.long)
 
 
 @dataclass(frozen=True)
