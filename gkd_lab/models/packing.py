@@ -61,12 +61,14 @@ class Pack:
         """Whether the weights have a cell axis; False for a pack made by `build_single`."""
         return self._template is not self.model
 
+    def get_trainable_weights(self) -> dict[str, Tensor]:
+        """Return name -> each trainable parameter of all cells, (K, ...) if packed, detached."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def get_cell_parameters(self, cell: int) -> dict[str, Tensor]:
         """Return name -> the cell's detached view of each trainable parameter; writing changes the pack."""
-        named = self.model.named_parameters()
-        if not self.is_packed:
-            return {name: p.detach() for name, p in named if p.requires_grad}
-        return {name: p.detach()[cell] for name, p in named if p.requires_grad}
+        weights = self.get_trainable_weights()
+        return {name: weight[cell] for name, weight in weights.items()} if self.is_packed else weights
 
     def get_cell_gradients(self, cell: int) -> dict[str, Tensor | None]:
         """Return name -> the cell's gradient (a view) of each trainable parameter; None where it has none."""

@@ -40,15 +40,15 @@ class ParameterBlock:
     def renew_views(self, weights: Mapping[str, Tensor]) -> None:
         """Point the parameters to these weights of all cells, by name, (K, ...)."""
         for name, parameter in self.parameters.items():
-            parameter.data = self.select(weights[name].detach())
+            parameter.data = self.select(weights[name])
 
     def read_cell_state(self, cell: int, optimizer: Any) -> dict[str, Any]:
         """Return a cell's optimizer state as `ENTRY:NAME` -> a plain model's tensor, or a number."""
         entries: dict[str, Any] = {}
         for name, parameter in self.parameters.items():
             for entry, value in optimizer.state.get(parameter, {}).items():
-                is_stacked = self.is_stacked and isinstance(value, Tensor) and value.dim() > 0
-                entries[f"{entry}:{name}"] = value[cell - self.cells.start] if is_stacked else value
+                is_shared = not self.is_stacked or is_number(value)
+                entries[f"{entry}:{name}"] = value if is_shared else value[cell - self.cells.start]
         return entries
 
     def write_state(self, entries_of_cells: Sequence[Mapping[str, Any]], optimizer: Any) -> None:
@@ -58,14 +58,19 @@ class ParameterBlock:
         for key, value in entries_of_cells[0].items():
             entry, _, name = key.partition(":")
             parameter = self.parameters[name]
+            if self.is_stacked and not is_number(value):
+                value = torch.stack([entries[key] for entries in entries_of_cells])
             if isinstance(value, Tensor):
-                group, is_counter = settings[id(parameter)], value.dim() == 0
-                if self.is_stacked and not is_counter:
-                    value = torch.stack([entries[key] for entries in entries_of_cells])
+                group = settings[id(parameter)]
                 # As torch's own loading: a step counter is on the device only for kernels that read it there.
-                if not is_counter or group.get("fused") or group.get("capturable"):
+                if not is_number(value) or group.get("fused") or group.get("capturable"):
                     value = value.to(parameter.device)
             inner.state[parameter][entry] = value
+
+
+def is_number(value: Any) -> bool:
+    """Return whether an entry of an optimizer's state is one number, such as a counter of steps."""
+    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def build_blocks(pack: Pack, keys: Sequence[Hashable], *, stacked: bool) -> list[ParameterBlock]:
@@ -73,7 +78,7 @@ def build_blocks(pack: Pack, keys: Sequence[Hashable], *, stacked: bool) -> list
 
     stacked: Neighbours with equal `keys`, one key a cell, form a block. Otherwise every cell is one.
     """
-    weights = list_trainable_weights(pack)
+    weights = pack.get_trainable_weights()
     # The state of a plain number could not be told from its step counter.
     stacked = stacked and all(weight.dim() > 1 for weight in weights.values())
     sizes = [len(list(group)) for _, group in itertools.groupby(keys)] if stacked else [1] * pack.size
@@ -85,11 +90,6 @@ def build_blocks(pack: Pack, keys: Sequence[Hashable], *, stacked: bool) -> list
         block.parameters.update(views)
         blocks.append(block)
     return blocks
-
-
-def list_trainable_weights(pack: Pack) -> dict[str, Tensor]:
-    """Return name -> trainable weight of all cells, (K, ...), detached."""
-    return {name: p.detach() for name, p in pack.model.named_parameters() if p.requires_grad}
 
 
 def build_parameter_groups(
@@ -112,13 +112,12 @@ def build_parameter_groups(
 
 def hand_over_gradients(model: nn.Module, blocks: Sequence[ParameterBlock], failed: Collection[int]) -> None:
     """Give each block its part of the pack's gradient; None if it has none, or all of its cells failed."""
-    running = {block.cells: not all(n in failed for n in block.cells) for block in blocks}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradient = parameter.grad
-            for block in blocks:
-                is_updated = gradient is not None and running[block.cells]
-                block.parameters[name].grad = block.select(gradient) if is_updated else None  # type: ignore[arg-type]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for block in blocks:
+        is_running = any(n not in failed for n in block.cells)
+        for name, parameter in block.parameters.items():
+            gradient = gradients[name] if is_running else None
+            parameter.grad = None if gradient is None else block.select(gradient)
 
 
 class FrozenCells:

@@ -24,7 +24,7 @@ from gkd_lab.training.pack_optimizer import (
     build_blocks,
     build_parameter_groups,
     hand_over_gradients,
-    list_trainable_weights,
+    is_number,
 )
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class PackStrategy(StudentStrategy):
 
     def renew_views(self) -> None:
         """Point the optimizer's parameters to the pack's weights again, after the model was moved."""
-        weights = list_trainable_weights(self.pack)
+        weights = self.pack.get_trainable_weights()
         for block in self.blocks:
             block.renew_views(weights)
 
@@ -213,7 +213,7 @@ class PackStrategy(StudentStrategy):
         if not any(block.is_stacked for block in self.blocks):
             return
         counters = [
-            tuple(sorted((key, float(value)) for key, value in entries.items() if _is_number(value)))
+            tuple(sorted((key, float(value)) for key, value in entries.items() if is_number(value)))
             for entries in states
         ]
         rates = [cell.learning_rate for cell in self.trainer.cells]
@@ -254,11 +254,6 @@ def clip_cell_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
         for gradient in gradients:
             gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
     return norms
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether an entry of an optimizer's state is one number, such as a counter of steps."""
-    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def _widen(values: Tensor) -> Tensor:
