@@ -1,13 +1,10 @@
 """Declared counts of tokens change no output of any family, and spare it the look at its masks."""
 
-from collections import Counter
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -17,23 +14,10 @@ from gkd_lab.models.padding import declare_counts, declare_mask
 from .families import DECODERS, FAMILIES, SINGLE, make
 from .tiny import FIRST_WORD, PAD
 from .tiny_classifiers import CONFIGS, tiny_classifier
+from .waits import WaitCounter
 
 SPARED = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "t5")
 """Families that read nothing else: BART's decoder makes a mask of its own, and experts are routed."""
-
-
-class WaitCounter(TorchDispatchMode):
-    """Counts the operators that read a value of a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operator._schema.name
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
-            self.waits[name] += 1
-        return operator(*args, **kwargs or {})
 
 
 def make_rows(prompts: list[int], completions: list[int], *, left: bool) -> Sequences:
@@ -62,7 +46,7 @@ def run(model: PreTrainedModel, rows: Sequences, counts: TokenCounts | None) -> 
     declared = nullcontext() if counts is None else declare_counts(model, rows, counts)
     with declared, WaitCounter() as counter, torch.no_grad():
         logits = compute_completion_logits(model, rows)
-    return logits, counter.waits.total()
+    return logits, counter.waits
 
 
 @pytest.mark.parametrize("case", CASES)

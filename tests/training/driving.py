@@ -130,6 +130,12 @@ def distil(
     return Run(trainer, history)
 
 
+def largest_difference(run: Run, other: Run, cell: int, other_cell: int) -> float:
+    """Return the largest difference between the logged losses of a cell of each run."""
+    pairs = zip(run.losses(cell), other.losses(other_cell), strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float = 1e-9) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():

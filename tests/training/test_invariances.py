@@ -1,6 +1,6 @@
 """What may not change a step's loss and gradient, for every family, through the trainer's own methods.
 
-Packs of cells are in test_trainer.py, two ranks in test_ranks.py.
+Packs of cells are in test_packed_cells.py, two ranks in test_ranks.py.
 """
 
 import itertools
