@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from gkd_lab import GKDConfig, GKDTrainer
@@ -60,7 +61,7 @@ def test_an_experiment_trains_with_the_term(test_module: ModuleType, tmp_path: P
 
 
 def test_a_script_trains_with_the_term(test_module: ModuleType, tmp_path: Path) -> None:
-    shared = vars(arguments(tmp_path))
+    shared, student = vars(arguments(tmp_path)), tiny_model("decoder-only", 7)
 
     def create_config(**changes: Any) -> GKDConfig:
         names = ("use_cpu", "bf16", "report_to", "disable_tqdm", "max_new_tokens", "logging_steps")
@@ -72,12 +73,14 @@ def test_a_script_trains_with_the_term(test_module: ModuleType, tmp_path: Path) 
             "GKDConfig": create_config,
             "GKDTrainer": GKDTrainer,
             "folder": str(tmp_path),
-            "student": tiny_model("decoder-only", 7),
+            "student": student,
             "teacher": tiny_model("decoder-only", 3, width=32),
             "tokenizer": tiny_tokenizer(),
             "rows": tiny_examples(),
         },
     )
+    pairs = zip(student.parameters(), tiny_model("decoder-only", 7).parameters(), strict=True)
+    assert not any(torch.equal(trained, initial) for trained, initial in pairs)
 
 
 @pytest.mark.parametrize(

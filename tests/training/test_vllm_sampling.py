@@ -244,7 +244,8 @@ def test_the_fields_of_the_configuration_reach_vllm(student: PreTrainedModel, wr
 def test_the_calls_fit_the_signatures_of_trl(student: PreTrainedModel, writer_of: Writer) -> None:
     settings = writer_of(student).backend.settings
     models = {"model": None, "accelerator": None, "processing_class": None}
-    inspect.signature(VLLMGeneration).bind(**models, **settings)
+    constructor = inspect.signature(VLLMGeneration)
+    assert constructor.bind(**models, **settings).arguments == {**models, **settings}
     inspect.signature(VLLMGeneration.generate).bind(None, prompts=[[1]], images=None, num_generations=1)
     inspect.signature(VLLMGeneration.sync_weights).bind(None)
 
