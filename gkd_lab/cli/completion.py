@@ -93,6 +93,7 @@ def _list_grid_cells(name: str, outputs: Path) -> Iterator[tuple[str, str]]:
     from gkd_lab import experiments
     from gkd_lab.config.errors import ConfigError
 
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a key that is pressed asks no network; this process only completes
     try:
         grid = experiments.load(name, outputs=outputs)
     except ConfigError:

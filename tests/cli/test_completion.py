@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -141,6 +142,21 @@ def test_show_completes_the_cells_of_its_experiment() -> None:
     assert sorted(complete_in_bash("show", "--experiment", name, "")) == sorted(fingerprints)
     assert complete_in_bash("show", "--experiment", name, fingerprints[0][:3]) == [fingerprints[0]]
     assert complete_in_bash("new", "--task", "arith") == ["arithmetic"]
+
+
+def test_completion_of_cells_does_not_ask_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process with all packages: the hub's client does not load where torch is blocked."""
+    data = "scale: smol\ndata: {source: owner/rows}"
+    name = write_experiment(f"description: d\ntask: arithmetic\n{data}\ngrid: {{lmbda: [0, 1]}}\n")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("_GKD_LAB_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", f"gkd-lab show --experiment {name} ")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        subprocess.run([sys.executable, "-m", "gkd_lab"], check=True, capture_output=True)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 @pytest.mark.parametrize(
